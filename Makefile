@@ -1,0 +1,75 @@
+# Set up, demonstrate and test lightning-peft. `make help` lists the targets.
+#
+#   PYTHON    interpreter that creates the environment      make demo PYTHON=python3.12
+#   VENV      folder of the environment                     make test VENV=.venv312
+#   ARGS      extra arguments for the demo or for pytest    make demo ARGS="--method lora"
+#   PIP_ARGS  extra arguments for every `pip install`
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint docs clean
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+# One stamp per set of extras; it is out of date as soon as a requirement changes.
+REQUIREMENTS := pyproject.toml constraints.txt
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+
+help:  ## Show this list
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY_DEV)  ## Create .venv with everything needed to develop
+	@echo "Ready: $(BIN)/python"
+
+demo: $(READY)  ## Fine-tune a tiny model on the CPU, offline, and show what happened
+	$(BIN)/lightning-peft demo $(ARGS)
+
+# pytest comes last, so that its closing line is the last thing printed.
+test: export HF_HUB_OFFLINE = 1
+test: lint docs  ## Lint, type-check, build the documentation, then run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY_DEV)  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# -E reads every page again: a cached page would keep its warnings to itself.
+docs: $(READY_DEV)  ## Build the documentation; a warning is an error
+	$(BIN)/python -m sphinx -E -W --keep-going -n -q -b html docs docs/_build/html
+
+clean:  ## Remove build outputs and caches (not the environment)
+	rm -rf docs/_build build dist .mypy_cache .pytest_cache .ruff_cache
+	find lightning_peft tests docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first, at its pinned version: an open range could resolve to a newer build that is
+# untested and, where only the pinned one has a CPU build, brings gigabytes of CUDA libraries.
+$(READY): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(READY_DEV): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev,docs]'
+	@touch $(READY) $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+		echo "error: '$(PYTHON)' was not found. Install Python 3.10 or newer," \
+			"or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "error: lightning-peft needs Python 3.10 or newer, but '$(PYTHON)' is" \
+			"$$($(PYTHON) -V 2>&1). Name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' cannot create environments: its venv or ensurepip module is" \
+			"missing. On Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,29 @@
+"""Sphinx settings: Markdown pages, reference from docstrings, no network."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+project = "lightning-peft"
+author = "The lightning-peft developers"
+project_copyright = author
+version = release = installed_version("lightning-peft")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_typehints_format = "short"
+
+# Every reference to a public name of this package has to resolve. Names of other projects could
+# only be checked by fetching their inventories, and the types inside our rooms are not public.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!lightning_peft\.\w+$).*")]
+
+html_theme = "furo"
+html_title = f"lightning-peft {release}"

@@ -1,0 +1,152 @@
+"""Text and question/answer pairs made from the standard library's own docstrings.
+
+The demo of lightning-peft runs with no network, so its text has to be something that every
+Python installation already holds. This module gives
+
+* plain documents for pre-training: each public docstring under a header with its qualified
+  name and signature, summary lists of each module, a general index, and the language
+  reference topics that ``pydoc`` carries in ``pydoc_data/topics.py``;
+* question/answer pairs for tuning, such as ``What does `textwrap.dedent` do?`` with the first
+  sentence of that docstring as the answer.
+
+Two runs on one interpreter agree to the byte. Another Python version has other docstrings and
+so gives other text; this is why the pairs that the demo uses are shipped as
+``instructions.jsonl``. ``python -m lightning_peft.demo.corpus --write-instructions PATH``
+writes them.
+
+The text is copyright Python Software Foundation, under the PSF License Version 2; see
+``README.md`` and ``LICENSE-PSF.txt`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lightning_peft.demo.questions import build_pairs, is_held_out, split_pairs, summary
+from lightning_peft.demo.stdlib import Entry, clean_markup, read_entries, stdlib_root
+
+INSTRUCTIONS_PATH = Path(__file__).with_name("instructions.jsonl")
+
+
+def _reference(entry: Entry) -> str:
+    """Renders an entry as a reference section: a header line, then the docstring."""
+    prefix = {"module": "module ", "class": "class ", "property": "property "}.get(entry.kind, "")
+    return f"{prefix}{entry.name}{entry.signature}\n\n{entry.doc}"
+
+
+def _module_summaries(entries: Sequence[Entry], lines_each: int = 8) -> Iterator[str]:
+    """Yields lists of one-sentence summaries, module by module."""
+    by_module: dict[str, list[str]] = {}
+    for entry in entries:
+        answer = summary(entry)
+        if answer and entry.path:
+            by_module.setdefault(entry.module, []).append(f"`{entry.name}`: {answer}")
+    for module, lines in by_module.items():
+        for start in range(0, len(lines), lines_each):
+            listed = "\n".join(lines[start : start + lines_each])
+            yield f"Summary of the module `{module}`\n\n{listed}"
+
+
+def _general_index(entries: Sequence[Entry], lines_each: int = 12) -> Iterator[str]:
+    """Yields pieces of an alphabetical index, in the form of the index of the Python manual."""
+    lines = []
+    for entry in entries:
+        if entry.kind == "function":
+            lines.append(f"{entry.path}() (function in module {entry.module})")
+        elif entry.kind == "class":
+            lines.append(f"{entry.path} (class in module {entry.module})")
+    lines.sort(key=lambda line: (line.casefold(), line))
+    for start in range(0, len(lines), lines_each):
+        yield "Index\n\n" + "\n".join(lines[start : start + lines_each])
+
+
+def _topics(root: Path) -> Iterator[str]:
+    """Yields the language reference topics that ``pydoc`` shows for ``help("...")``."""
+    path = root / "pydoc_data" / "topics.py"
+    if not path.is_file():
+        return
+    for node in ast.parse(path.read_bytes()).body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
+            continue
+        for key, value in zip(node.value.keys, node.value.values, strict=True):
+            topic = ast.literal_eval(key) if key is not None else ""
+            text = clean_markup(ast.literal_eval(value))
+            if len(text) > 200:
+                yield f"topic {topic}\n\n{text}"
+
+
+def build_documents(
+    entries: Sequence[Entry], root: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """Makes the plain documents for pre-training.
+
+    Args:
+        entries: From :func:`read_entries`.
+        root: Folder with the library's sources; the running interpreter's by default.
+
+    Returns:
+        ``(train, held_out)``: the held-out part has the reference sections of the names that
+        :func:`is_held_out` picks, and these names are in no train document's header or summary.
+    """
+    root = stdlib_root() if root is None else root
+    read = [entry for entry in entries if not is_held_out(entry.name)]
+    train = [_reference(entry) for entry in read]
+    train.extend(_module_summaries(read))
+    train.extend(_general_index(read))
+    train.extend(_topics(root))
+    held_out = [_reference(entry) for entry in entries if is_held_out(entry.name)]
+    return train, held_out
+
+
+def write_instructions(path: Path, root: Path | None = None) -> tuple[int, int]:
+    """Writes the pairs as JSON lines with ``prompt``, ``response`` and ``split``.
+
+    Args:
+        path: File to write.
+        root: Folder with the library's sources; the running interpreter's by default.
+
+    Returns:
+        Numbers of train and validation pairs.
+    """
+    train, validation = split_pairs(build_pairs(read_entries(root)))
+    lines = [
+        json.dumps({"prompt": pair.prompt, "response": pair.response, "split": split})
+        for split, pairs in (("train", train), ("validation", validation))
+        for pair in pairs
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    return len(train), len(validation)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line entry point."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_peft.demo.corpus",
+        description="Read the standard library's docstrings and count or write what they give.",
+    )
+    parser.add_argument(
+        "--write-instructions",
+        type=Path,
+        metavar="PATH",
+        help="write the question/answer pairs to PATH as JSON lines",
+    )
+    options = parser.parse_args(arguments)
+    if options.write_instructions is not None:
+        train, validation = write_instructions(options.write_instructions)
+        print(
+            f"Wrote {train} train and {validation} validation pairs to {options.write_instructions}"
+        )
+        return
+    entries = read_entries()
+    documents, held_out = build_documents(entries)
+    characters = sum(len(document) for document in documents)
+    print(f"{len(entries)} documented names, {len(build_pairs(entries))} question/answer pairs")
+    print(f"{len(documents)} documents ({characters:,} characters), {len(held_out)} held out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The engine: torch, PEFT and bitsandbytes; it works on any ``torch.nn.Module``.
+
+Names load on first use, since PEFT and bitsandbytes take seconds to import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.engine.adapter_files import (
+        load_adapter,
+        packed_adapters,
+        save_adapter,
+    )
+    from lightning_peft.engine.adapters import (
+        adapted_layers,
+        adapter_parameters,
+        all_adapter_parameters,
+        disable_adapters,
+        set_adapter,
+        trained_parameters,
+    )
+    from lightning_peft.engine.configuration import (
+        as_peft_config,
+        config_to_dict,
+        lora_config,
+        quantization_config,
+        quantization_to_dict,
+    )
+    from lightning_peft.engine.injection import (
+        inject,
+    )
+    from lightning_peft.engine.merging import (
+        merge,
+        unload,
+        unmerge,
+    )
+    from lightning_peft.engine.optimizers import (
+        restore_paging,
+    )
+    from lightning_peft.engine.record import (
+        record_of,
+        require_record,
+        set_record,
+    )
+    from lightning_peft.engine.reporting import (
+        report,
+        show,
+    )
+    from lightning_peft.engine.state import (
+        DECISIVE_FIELDS,
+        check_description,
+        describe,
+        inject_as_described,
+        load_trainable_state_dict,
+        trainable_state_dict,
+    )
+    from lightning_peft.engine.verification import (
+        verify,
+    )
+
+_HOMES = {
+    "adapter_files": (
+        "load_adapter",
+        "packed_adapters",
+        "save_adapter",
+    ),
+    "adapters": (
+        "adapted_layers",
+        "adapter_parameters",
+        "all_adapter_parameters",
+        "disable_adapters",
+        "set_adapter",
+        "trained_parameters",
+    ),
+    "configuration": (
+        "as_peft_config",
+        "config_to_dict",
+        "lora_config",
+        "quantization_config",
+        "quantization_to_dict",
+    ),
+    "injection": ("inject",),
+    "merging": (
+        "merge",
+        "unload",
+        "unmerge",
+    ),
+    "optimizers": ("restore_paging",),
+    "record": (
+        "record_of",
+        "require_record",
+        "set_record",
+    ),
+    "reporting": (
+        "report",
+        "show",
+    ),
+    "state": (
+        "DECISIVE_FIELDS",
+        "check_description",
+        "describe",
+        "inject_as_described",
+        "load_trainable_state_dict",
+        "trainable_state_dict",
+    ),
+    "verification": ("verify",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DECISIVE_FIELDS",
+    "adapted_layers",
+    "adapter_parameters",
+    "all_adapter_parameters",
+    "as_peft_config",
+    "check_description",
+    "config_to_dict",
+    "describe",
+    "disable_adapters",
+    "inject",
+    "inject_as_described",
+    "load_adapter",
+    "load_trainable_state_dict",
+    "lora_config",
+    "merge",
+    "packed_adapters",
+    "quantization_config",
+    "quantization_to_dict",
+    "record_of",
+    "report",
+    "require_record",
+    "restore_paging",
+    "save_adapter",
+    "set_adapter",
+    "set_record",
+    "show",
+    "trainable_state_dict",
+    "trained_parameters",
+    "unload",
+    "unmerge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,155 @@
+"""The adapters on a module: which tensors they are, which are active, turning them off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
+from lightning_peft.errors import ConfigError
+
+
+def adapted_layers(part: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that carry adapters, in place or wrapped by PEFT, by name."""
+    return {
+        name: layer
+        for name, layer in part.named_modules()
+        if isinstance(layer, (LoraLayer, BaseTunerLayer))
+    }
+
+
+def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the tensors of all adapters on ``part``, active or not, by name.
+
+    Found by where they are, not by what they are called: a base layer may be called ``lora_A``.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for prefix, layer in adapted_layers(part).items():
+        for name, param in layer.named_parameters():
+            if isinstance(layer, LoraLayer):
+                own = name.startswith(("lora_A.", "lora_B."))
+            else:
+                own = not name.startswith("base_layer.")
+            if own:
+                found[f"{prefix}.{name}" if prefix else name] = param
+    return found
+
+
+def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Returns the tensors of all adapters on ``module``; an empty list where there are none."""
+    record = record_of(module)
+    parts = [] if record is None else [module.get_submodule(name) for name in record.parts]
+    return [param for part in parts for param in adapter_parameters(part).values()]
+
+
+def trained_parameters(part: nn.Module, entry: PartRecord) -> dict[str, nn.Parameter]:
+    """Returns what injection made trainable in ``part``: adapters, saved modules and biases."""
+    mine = {**adapter_parameters(part), **_originals(part, entry)}
+    return {name: param for name, param in mine.items() if param.requires_grad}
+
+
+def _originals(part: nn.Module, entry: PartRecord) -> dict[str, nn.Parameter]:
+    return {name: part.get_parameter(_live_name(part, name)) for name in entry.originals}
+
+
+def activate(part: nn.Module, names: tuple[str, ...]) -> None:
+    """Makes ``names`` the adapters that run and train on the layers of ``part``."""
+    for layer in part.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_active = names
+            for name in layer.lora_adapters:
+                layer.lora_A[name].requires_grad_(name in names)
+                layer.lora_B[name].requires_grad_(name in names)
+
+
+def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
+    """Chooses which adapters run and train; the others rest on the module.
+
+    Args:
+        module: A module with adapters.
+        names: One name, or several whose outputs then add up.
+
+    Raises:
+        ConfigError: If a name is unknown; the known ones are listed.
+        LifecycleError: If the module has no adapters.
+    """
+    record = require_record(module)
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in chosen if name not in record.adapter_names]
+    if unknown or not chosen:
+        raise ConfigError(
+            f"set_adapter({list(chosen)!r}): this module's adapters are "
+            f"{', '.join(map(repr, record.adapter_names))}. Use disable_adapters() for none."
+        )
+    record.active = chosen
+    for name in record.parts:
+        activate(module.get_submodule(name), chosen)
+
+
+@contextmanager
+def disable_adapters(module: nn.Module) -> Iterator[None]:
+    """Runs the body with the base model: no adapter, and ``modules_to_save`` as they were.
+
+    Heads that injection left alone keep the values they have now. Nests, and restores on
+    exceptions. The reference model of preference tuning is this, without a second copy.
+
+    Raises:
+        LifecycleError: If the module has no adapters, or merged ones.
+    """
+    record = require_record(module)
+    layers = [
+        layer
+        for name in record.parts
+        for layer in adapted_layers(module.get_submodule(name)).values()
+    ]
+    before = [_enabled(layer) for layer in layers]
+    for layer in layers:
+        _enable(layer, False)
+    trained = _swap(module, record, None)
+    try:
+        yield
+    finally:
+        _swap(module, record, trained)
+        for layer, enabled in zip(layers, before, strict=True):
+            _enable(layer, enabled)
+
+
+def _enabled(layer: nn.Module) -> bool:
+    if isinstance(layer, LoraLayer):
+        return layer.lora_enabled
+    assert isinstance(layer, BaseTunerLayer)
+    return not layer.disable_adapters
+
+
+def _enable(layer: nn.Module, enabled: bool) -> None:
+    if isinstance(layer, LoraLayer):
+        layer.lora_enabled = enabled
+    elif isinstance(layer, BaseTunerLayer):
+        # PEFT's own switch also rewrites requires_grad, which an optimizer may rely on.
+        layer._disable_adapters = not enabled
+
+
+def _swap(
+    module: nn.Module, record: Record, values: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Puts ``values``, or the values before training, into the fully trained parameters."""
+    before: dict[str, torch.Tensor] = {}
+    for entry in record.parts.values():
+        for name, original in entry.originals.items():
+            qualified = entry.qualified(name)
+            param = module.get_parameter(_live_name(module, qualified))
+            before[qualified] = param.data
+            chosen = original if values is None else values[qualified]
+            param.data = chosen.to(param.device)
+    return before
+
+
+def _live_name(module: nn.Module, name: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    layer = module.get_submodule(owner)
+    return f"{owner}.base_layer.{leaf}" if isinstance(layer, BaseTunerLayer) else name

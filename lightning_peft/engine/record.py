@@ -1,0 +1,118 @@
+"""What injection did to a module, kept on the module so that every later step can rely on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.engine.fingerprint import Fingerprint
+from lightning_peft.errors import LifecycleError
+
+_ATTRIBUTE = "_peft_record"
+
+
+@dataclass
+class AdapterInfo:
+    """One adapter on one part.
+
+    Attributes:
+        config: The PEFT config as primitives, with ``target_modules`` as the user gave them.
+        targets: Names of the adapted layers, relative to the part.
+        in_place: Whether the layers were extended in place or wrapped by PEFT.
+    """
+
+    config: dict[str, Any]
+    targets: list[str]
+    in_place: bool
+
+
+@dataclass
+class PartRecord:
+    """What was done to one adapted submodule.
+
+    Attributes:
+        name: Dotted name inside the module; ``""`` is the module itself.
+        base: Fingerprint of the frozen weights, taken before anything changed.
+        base_id: Hub name or path the part was loaded from, and its revision.
+        quantized: Names of the quantized layers.
+        quantization: The settings, as primitives, or ``None``.
+        dense_bytes: Bytes that the quantized layers' weights took before.
+        frozen: Names of the frozen parameters relative to the module, aliases included.
+        heads: Names of the heads that were left as the user had them.
+        saved: Names of the modules that are trained in full.
+        originals: Values, before training, of parameters that ``disable_adapters`` puts back.
+        adapters: By adapter name.
+        changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
+    """
+
+    name: str
+    base: Fingerprint
+    base_id: dict[str, str | None]
+    quantized: list[str] = field(default_factory=list)
+    quantization: dict[str, Any] | None = None
+    dense_bytes: int = 0
+    frozen: set[str] = field(default_factory=set)
+    heads: list[str] = field(default_factory=list)
+    saved: list[str] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    adapters: dict[str, AdapterInfo] = field(default_factory=dict)
+    changed_base: Fingerprint | None = None
+
+    def qualified(self, name: str) -> str:
+        """Returns a name relative to this part as a name relative to the module."""
+        return f"{self.name}.{name}" if self.name else name
+
+
+@dataclass
+class Record:
+    """Everything injection did to one module.
+
+    Attributes:
+        parts: By the dotted name of the part.
+        active: Names of the adapters that take part in the forward pass.
+    """
+
+    parts: dict[str, PartRecord] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+
+    @property
+    def frozen(self) -> set[str]:
+        """Names of all frozen base parameters, relative to the module."""
+        return set().union(*(part.frozen for part in self.parts.values()))
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of all adapters, in the order in which they were added."""
+        names = [name for part in self.parts.values() for name in part.adapters]
+        return list(dict.fromkeys(names))
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """Returns the record on ``module``, or ``None`` where nothing was injected."""
+    return module.__dict__.get(_ATTRIBUTE)
+
+
+def require_record(module: nn.Module) -> Record:
+    """Returns the record on ``module``.
+
+    Raises:
+        LifecycleError: Where nothing was injected.
+    """
+    record = record_of(module)
+    if record is None:
+        raise LifecycleError(
+            f"{type(module).__name__} has no adapters yet. Call lightning_peft.inject(module) "
+            "first, or let the strategy do it by trainer.fit."
+        )
+    return record
+
+
+def set_record(module: nn.Module, record: Record | None) -> None:
+    """Puts ``record`` on ``module``, or takes it off."""
+    if record is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        # Around nn.Module.__setattr__: the record is plain data, not a submodule.
+        module.__dict__[_ATTRIBUTE] = record

@@ -1,0 +1,187 @@
+"""What is adapted, quantized, frozen and trained, as data and as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from torch import nn
+
+from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.quantization import element_count, storage_bytes
+from lightning_peft.engine.record import PartRecord, require_record
+
+
+@dataclass
+class PartReport:
+    """One adapted submodule.
+
+    Attributes:
+        name: Dotted name; the class name where the module itself is the part.
+        adapted: Number of adapted layers by their last name.
+        quantized: Number of quantized layers.
+        quantization: For example ``"nf4, double quantization"``; ``""`` where there is none.
+        heads: Heads left as the user had them, with ``"trainable"`` or ``"frozen"``.
+        saved: Modules trained in full.
+        in_place: Whether layers were extended in place (else wrapped by PEFT).
+        method: For example ``"LoRA r=16 alpha=32"``.
+    """
+
+    name: str
+    adapted: dict[str, int]
+    quantized: int
+    quantization: str
+    heads: dict[str, str]
+    saved: list[str]
+    in_place: bool
+    method: str
+
+
+@dataclass
+class Report:
+    """The state of an adapted module; ``print(report)`` or show it with rich.
+
+    Attributes:
+        parts: One entry per adapted submodule.
+        adapter_parameters: Number of weights in active and inactive adapters.
+        trainable_parameters: Number of weights that training will change.
+        total_parameters: Number of weights in all, packed 4-bit weights counted one by one.
+        base_bytes: Bytes of all frozen parameters as they are stored now, quantization
+            constants included.
+        dense_base_bytes: Bytes of the same parameters before quantization.
+        trainable_bytes: Bytes of the trainable parameters.
+        outside: Trainable weights outside the adapted parts.
+    """
+
+    parts: list[PartReport] = field(default_factory=list)
+    adapter_parameters: int = 0
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    base_bytes: int = 0
+    dense_base_bytes: int = 0
+    trainable_bytes: int = 0
+    outside: int = 0
+
+    def __rich__(self) -> RenderableType:
+        """Returns the table that rich shows."""
+        table = Table(title=None, show_header=True, header_style="bold", expand=False)
+        for column in ("part", "method", "adapted layers", "quantized", "left as you had them"):
+            table.add_column(column, overflow="fold")
+        for part in self.parts:
+            heads = [f"{name} ({state})" for name, state in part.heads.items()]
+            heads += [f"{name} (trained in full)" for name in part.saved]
+            table.add_row(
+                part.name,
+                part.method + ("" if part.in_place else " (PEFT wrappers)"),
+                ", ".join(f"{name} x{count}" for name, count in part.adapted.items()),
+                f"{part.quantized} ({part.quantization})" if part.quantized else "-",
+                ", ".join(heads) or "-",
+            )
+        return Group(table, *self.summary())
+
+    def summary(self) -> list[str]:
+        """Returns the sentences below the table."""
+        share = 100 * self.trainable_parameters / max(1, self.total_parameters)
+        lines = [
+            f"trainable {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
+            f"({share:.2f} %), {self.adapter_parameters:,} of them in adapters",
+            f"frozen weights {self.base_bytes / 1e6:,.1f} MB"
+            + (
+                f" (before quantization {self.dense_base_bytes / 1e6:,.1f} MB)"
+                if self.dense_base_bytes != self.base_bytes
+                else ""
+            ),
+        ]
+        if self.outside:
+            lines.append(f"trainable outside the adapted parts: {self.outside:,} (left alone)")
+        return lines
+
+    def __str__(self) -> str:
+        """Returns the table as plain text of at most 120 columns."""
+        console = Console(width=120, record=True, file=None, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def show(what: Report) -> None:
+    """Prints a report to the terminal, in colour where it can be."""
+    Console(soft_wrap=False).print(what)
+
+
+def report(module: nn.Module) -> Report:
+    """Returns what is adapted, quantized, frozen and trained in ``module``.
+
+    Raises:
+        LifecycleError: If the module has no adapters.
+    """
+    record = require_record(module)
+    result = Report()
+    inside: set[int] = set()
+    for entry in record.parts.values():
+        part = module.get_submodule(entry.name)
+        result.parts.append(_part_report(part, entry))
+        result.adapter_parameters += sum(p.numel() for p in adapter_parameters(part).values())
+        inside |= {id(param) for param in part.parameters()}
+        result.dense_base_bytes += entry.dense_bytes
+    for param in module.parameters():
+        result.total_parameters += element_count(param)
+        size = storage_bytes(param)
+        if param.requires_grad:
+            result.trainable_parameters += param.numel()
+            result.trainable_bytes += size
+            result.outside += 0 if id(param) in inside else param.numel()
+        else:
+            result.base_bytes += size
+    result.dense_base_bytes += result.base_bytes - _quantized_bytes(module, record.parts.values())
+    return result
+
+
+def _quantized_bytes(module: nn.Module, entries: object) -> int:
+    total = 0
+    for entry in entries:  # type: ignore[attr-defined]
+        if entry.quantization is None:
+            continue
+        part = module.get_submodule(entry.name)
+        for name in entry.quantized:
+            layer = part.get_submodule(name)
+            total += storage_bytes(getattr(layer, "base_layer", layer).weight)
+    return total
+
+
+def _part_report(part: nn.Module, entry: PartRecord) -> PartReport:
+    info = next(reversed(entry.adapters.values()))
+    states = {}
+    for head in entry.heads:
+        params = list(part.get_submodule(head).parameters())
+        states[head] = "trainable" if any(p.requires_grad for p in params) else "frozen"
+    return PartReport(
+        name=entry.name or type(part).__name__,
+        adapted=dict(Counter(target.rpartition(".")[2] for target in info.targets)),
+        quantized=len(entry.quantized),
+        quantization=_quantization_label(entry),
+        heads=states,
+        saved=entry.saved,
+        in_place=info.in_place,
+        method=_method_label(info.config),
+    )
+
+
+def _method_label(config: dict[str, object]) -> str:
+    kind = str(config["peft_type"])
+    if kind != "LORA":
+        return kind
+    name = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    return f"{name} r={config['r']} alpha={config['lora_alpha']:g}"
+
+
+def _quantization_label(entry: PartRecord) -> str:
+    settings = entry.quantization
+    if settings is None:
+        return "as loaded" if entry.quantized else ""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    double = ", double quantization" if settings["bnb_4bit_use_double_quant"] else ""
+    return f"{settings['bnb_4bit_quant_type']}{double}"

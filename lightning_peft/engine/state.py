@@ -1,0 +1,270 @@
+"""What a checkpoint holds of a module: everything but the frozen base; and its strict way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import set_adapter
+from lightning_peft.engine.configuration import (
+    config_from_dict,
+    plain,
+    quantization_from_dict,
+)
+from lightning_peft.engine.injection import inject
+from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
+from lightning_peft.errors import BaseMismatchError, CheckpointError, LifecycleError, itemize
+
+FORMAT = 1
+
+
+def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Returns ``module.state_dict()`` without the frozen base parameters.
+
+    What stays: adapters, heads, modules trained in full, every parameter outside the adapted
+    parts, and all persistent buffers. Decided by the names recorded at injection, not by
+    ``requires_grad``, which optimizers and callbacks toggle.
+    """
+    return _without_base(module.state_dict(), require_record(module).frozen)
+
+
+def _without_base(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
+    # "a.weight.absmax" and "a.SCB" are constants of the quantized weight "a.weight".
+    scales = {
+        f"{name.removesuffix('weight')}{leaf}"
+        for name in frozen
+        for leaf in ("SCB", "weight_format")
+        if name.endswith("weight")
+    }
+    return {
+        key: value
+        for key, value in state.items()
+        if key not in scales and not any(prefix in frozen for prefix in _dotted_prefixes(key))
+    }
+
+
+def _dotted_prefixes(key: str) -> list[str]:
+    pieces = key.split(".")
+    return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
+
+
+def load_trainable_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Loads what :func:`trainable_state_dict` returned, strictly.
+
+    Raises:
+        CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
+            is named.
+        LifecycleError: If the module has no adapters.
+    """
+    record = require_record(module)
+    expected = trainable_state_dict(module)
+    full = set(record.frozen) & set(state)
+    if full:
+        raise CheckpointError(
+            f"The checkpoint holds the base model too ({len(full)} frozen tensors such as "
+            f"{min(full)!r}): it was not written by a strategy or callback of lightning_peft. Load "
+            "it into the LightningModule before training (load_from_checkpoint), and let the "
+            "strategy add adapters to that."
+        )
+    problems = [f"missing: {key}" for key in expected if key not in state]
+    problems += [f"unexpected: {key}" for key in state if key not in expected]
+    for key, value in expected.items():
+        if key in state and isinstance(value, Tensor) and value.shape != state[key].shape:
+            problems.append(
+                f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the "
+                "module"
+            )
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit the adapted {type(module).__name__}:"
+            + itemize(problems)
+            + "\nThe module, `target_modules`, `r` and `modules_to_save` must be those of the run "
+            "that wrote it."
+        )
+    module.load_state_dict(state, strict=False)
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Returns what was injected, as primitives and tensors that ``weights_only=True`` loads."""
+    record = require_record(module)
+    return {
+        "format": FORMAT,
+        "active": list(record.active),
+        "parts": {name: _describe_part(part) for name, part in record.parts.items()},
+    }
+
+
+def _describe_part(part: PartRecord) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "adapters": {
+            name: {"config": plain(info.config), "targets": list(info.targets)}
+            for name, info in part.adapters.items()
+        },
+        "quantization": part.quantization,
+        "heads": list(part.heads),
+        "base_id": dict(part.base_id),
+        "base_digest": part.base.digest(),
+        "base_sums": torch.tensor(part.base.sums, dtype=torch.int64),
+    }
+    if part.changed_base is not None:
+        described["changed_base_sums"] = torch.tensor(part.changed_base.sums, dtype=torch.int64)
+    return described
+
+
+def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
+    """Checks that ``module`` was injected the way a checkpoint describes, on the same base.
+
+    Raises:
+        BaseMismatchError: If the frozen weights are others; the tensors are named.
+        CheckpointError: If adapters, targets or settings are others; all differences are listed.
+    """
+    record = require_record(module)
+    if described.get("format") != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint has format {described.get('format')!r} and this version reads format "
+            f"{FORMAT}. Install the version of lightning-peft that wrote it."
+        )
+    problems = _part_problems(record, described)
+    if problems:
+        raise CheckpointError(
+            "The checkpoint was written with other adapters than the module has now:"
+            + itemize(problems)
+            + "\nUse the settings of the run that wrote it."
+        )
+    for name, part in record.parts.items():
+        _check_base(part, described["parts"][name])
+
+
+def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
+    problems = []
+    theirs, mine = set(described["parts"]), set(record.parts)
+    problems += [f"part {name!r} is adapted in the checkpoint only" for name in theirs - mine]
+    problems += [f"part {name!r} is adapted in the module only" for name in mine - theirs]
+    for name in sorted(mine & theirs):
+        part, other = record.parts[name], described["parts"][name]
+        where = name or "the module"
+        if part.quantization != other["quantization"]:
+            problems.append(
+                f"{where}: quantization is {other['quantization']} in the checkpoint and "
+                f"{part.quantization} now"
+            )
+        for adapter in sorted({*part.adapters, *other["adapters"]}):
+            if adapter not in part.adapters or adapter not in other["adapters"]:
+                side = "module" if adapter in part.adapters else "checkpoint"
+                problems.append(f"{where}: adapter {adapter!r} is in the {side} only")
+                continue
+            info, saved = part.adapters[adapter], other["adapters"][adapter]
+            problems += _target_problems(where, info.targets, saved["targets"])
+            problems += _config_problems(where, info.config, saved["config"])
+    return problems
+
+
+def _target_problems(where: str, mine: list[str], theirs: list[str]) -> list[str]:
+    return [
+        f"{where}: layer {name!r} is adapted in the {side} only"
+        for side, names in (
+            ("checkpoint", [n for n in theirs if n not in set(mine)]),
+            ("module", [n for n in mine if n not in set(theirs)]),
+        )
+        for name in names
+    ]
+
+
+# Fields that decide what the tensors mean. Others (dropout, the way targets were written) may
+# change between runs.
+DECISIVE_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "init_lora_weights",
+)
+
+
+def _config_problems(where: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{where}: {key}={theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now"
+        for key in DECISIVE_FIELDS
+        if plain(mine.get(key)) != plain(theirs.get(key))
+    ]
+
+
+def _check_base(part: PartRecord, described: Mapping[str, Any]) -> None:
+    where = part.name or "the module"
+    if part.base.digest() != described["base_digest"]:
+        sums = [int(value) for value in described["base_sums"]]
+        if len(sums) != len(part.base.sums):
+            found = [f"{len(sums)} tensors in the checkpoint, {len(part.base.sums)} now"]
+        else:
+            found = part.base.differences(sums) or ["other names or shapes"]
+        trained_on = described["base_id"].get("name_or_path")
+        raise BaseMismatchError(
+            f"The frozen weights of {where} are not those that the adapter was trained on"
+            + (f" ({trained_on!r})" if trained_on else "")
+            + ":"
+            + itemize(found, 5)
+            + "\nThe adapter would compute something else without a sign of it. Build the module "
+            "with the base of that run: the same checkpoint, revision and, for a base with random "
+            "weights, the same seed."
+        )
+    changed = part.changed_base
+    if changed is not None:
+        found = changed.differences(int(v) for v in described["changed_base_sums"])
+        if found:
+            raise BaseMismatchError(
+                f"The initialisation of the adapter on {where} rewrote the base in another way "
+                "than in the run that wrote the checkpoint:"
+                + itemize(found, 5)
+                + "\nUse an initialisation without randomness (init_lora_weights='pissa' instead "
+                "of 'pissa_niter_N'), or call seed_everything with the seed of that run."
+            )
+
+
+def inject_as_described(
+    module: nn.Module,
+    described: Mapping[str, Any],
+    device: torch.device | str | None = None,
+) -> None:
+    """Injects into ``module`` what a checkpoint describes, and checks that it is the same base.
+
+    Raises:
+        LifecycleError: If the module has adapters already.
+        CheckpointError: If the module cannot be adapted the way the checkpoint says.
+    """
+    if record_of(module) is not None:
+        raise LifecycleError(
+            f"{type(module).__name__} has adapters already; a checkpoint's adapters go onto a "
+            "module without any."
+        )
+    known = dict(module.named_modules(remove_duplicate=False))
+    absent = [name for name in described["parts"] if name not in known]
+    if absent:
+        raise CheckpointError(
+            f"The checkpoint adapts {', '.join(map(repr, absent))}, which {type(module).__name__} "
+            "does not have. If the module builds its layers in `setup` or `configure_model`, they "
+            "must be built before adapters can be added."
+        )
+    names = dict.fromkeys(
+        adapter for part in described["parts"].values() for adapter in part["adapters"]
+    )
+    for adapter in names:
+        parts = {n: p for n, p in described["parts"].items() if adapter in p["adapters"]}
+        first = next(iter(parts.values()))
+        inject(
+            module,
+            config_from_dict(first["adapters"][adapter]["config"]),
+            quantization_config=quantization_from_dict(first["quantization"]),
+            adapt=list(parts),
+            adapter_name=adapter,
+            device=device,
+        )
+    set_adapter(module, described["active"])
+    check_description(module, described)

@@ -1,0 +1,45 @@
+"""The errors this package raises on purpose, one class per kind of user mistake.
+
+Each message says what was wrong, the value that was given, why it cannot work and the way out.
+Problems that can be found together are reported together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class LightningPeftError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(LightningPeftError, ValueError):
+    """The arguments contradict each other or hold a value that no method accepts."""
+
+
+class TargetModulesError(LightningPeftError, ValueError):
+    """Names of layers or submodules match nothing, or match something that cannot be adapted."""
+
+
+class LifecycleError(LightningPeftError, RuntimeError):
+    """Steps were taken in an order in which trained adapters would be lost or never trained."""
+
+
+class UnsupportedError(LightningPeftError, NotImplementedError):
+    """A combination that would be wrong in silence today and is refused instead."""
+
+
+class CheckpointError(LightningPeftError, RuntimeError):
+    """A checkpoint or adapter file is damaged, unsafe, or does not fit the module."""
+
+
+class BaseMismatchError(CheckpointError):
+    """An adapter meets another base model than the one it was trained on."""
+
+
+def itemize(problems: Iterable[str], limit: int = 12) -> str:
+    """Returns ``problems`` as an indented list of at most ``limit`` lines, then a count."""
+    rows = list(problems)
+    shown = "".join(f"\n  - {row}" for row in rows[:limit])
+    rest = len(rows) - limit
+    return shown + (f"\n  - ... and {rest} more" if rest > 0 else "")

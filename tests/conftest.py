@@ -1,0 +1,65 @@
+"""What every test gets: no network, few threads, a fixed seed, and guards against leaks."""
+
+from __future__ import annotations
+
+import os
+
+# Read by transformers, huggingface_hub and tokenizers when they are imported, so set before.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+# Caches of the tools that may run a test, not output of the code under test.
+CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds Python, NumPy and torch before every test, so that no result depends on test order."""
+    value = 20
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _restore_environment() -> Iterator[None]:
+    """Puts back every environment variable that the test changed, added or removed."""
+    before = dict(os.environ)
+    yield
+    own = "PYTEST_CURRENT_TEST"  # pytest's own, different in each phase of a test
+    for name in os.environ.keys() - before.keys() - {own}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != own})
+
+
+@pytest.fixture(autouse=True)
+def _no_leftover_files() -> Iterator[None]:
+    """Fails a test that leaves files in the working directory instead of in ``tmp_path``."""
+    folder = Path.cwd()
+    before = set(os.listdir(folder))
+    yield
+    os.chdir(folder)
+    left = sorted(set(os.listdir(folder)) - before - CACHES)
+    if left:
+        pytest.fail(f"the test left {left} in the working directory; write to tmp_path instead")
