@@ -4,8 +4,8 @@ The demo of lightning-peft runs with no network, so its text has to be something
 Python installation already holds. This module gives
 
 * plain documents for pre-training: each public docstring under a header with its qualified
-  name and signature, summary lists of each module, a general index, and the language
-  reference topics that ``pydoc`` carries in ``pydoc_data/topics.py``;
+  name and signature, its first sentence in several wordings, summary lists of each module, and
+  a general index;
 * question/answer pairs for tuning, such as ``What does `textwrap.dedent` do?`` with the first
   sentence of that docstring as the answer.
 
@@ -21,21 +21,49 @@ The text is copyright Python Software Foundation, under the PSF License Version 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_peft.demo.questions import build_pairs, is_held_out, split_pairs, summary
-from lightning_peft.demo.stdlib import Entry, clean_markup, read_entries, stdlib_root
+from lightning_peft.demo.stdlib import Entry, read_entries
 
 INSTRUCTIONS_PATH = Path(__file__).with_name("instructions.jsonl")
 
 
+MAX_SECTION_CHARACTERS = 600
+"""Length at which a reference section ends, at the last paragraph that fits. A model with a
+context of 256 tokens and four million parameters has no room for the tails of long docstrings."""
+
+
 def _reference(entry: Entry) -> str:
     """Renders an entry as a reference section: a header line, then the docstring."""
-    prefix = {"module": "module ", "class": "class ", "property": "property "}.get(entry.kind, "")
-    return f"{prefix}{entry.name}{entry.signature}\n\n{entry.doc}"
+    prefix = "" if entry.kind in ("function", "method", "special form") else f"{entry.kind} "
+    doc = entry.doc
+    if len(doc) > MAX_SECTION_CHARACTERS:
+        shortened = doc[:MAX_SECTION_CHARACTERS]
+        doc = shortened.rpartition("\n\n")[0] or shortened.rpartition("\n")[0]
+    return f"{prefix}{entry.name}{entry.signature}\n\n{doc}"
+
+
+def _notes(entry: Entry) -> Iterator[str]:
+    """Yields an entry's summary in several wordings, each as a document of its own.
+
+    A fact that was always read in one and the same surrounding is remembered with that
+    surrounding only, and no tuning gets it out (Allen-Zhu and Li, 2023, "Physics of Language
+    Models: Part 3.1", arXiv:2309.14316). The same fact in several wordings is remembered by its
+    name.
+    """
+    answer = summary(entry)
+    if answer is None:
+        return
+    name = entry.name
+    yield f"`{name}`: {answer}"
+    yield f"From the documentation of `{name}`:\n{answer}"
+    yield f"{entry.kind} {name}{entry.signature}\n    {answer}"
+    yield f">>> help({name})\n{answer}"
+    if entry.path:
+        yield f"In the module `{entry.module}`, {entry.kind} `{entry.path}`:\n\n{answer}"
 
 
 def _module_summaries(entries: Sequence[Entry], lines_each: int = 8) -> Iterator[str]:
@@ -64,40 +92,21 @@ def _general_index(entries: Sequence[Entry], lines_each: int = 12) -> Iterator[s
         yield "Index\n\n" + "\n".join(lines[start : start + lines_each])
 
 
-def _topics(root: Path) -> Iterator[str]:
-    """Yields the language reference topics that ``pydoc`` shows for ``help("...")``."""
-    path = root / "pydoc_data" / "topics.py"
-    if not path.is_file():
-        return
-    for node in ast.parse(path.read_bytes()).body:
-        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Dict):
-            continue
-        for key, value in zip(node.value.keys, node.value.values, strict=True):
-            topic = ast.literal_eval(key) if key is not None else ""
-            text = clean_markup(ast.literal_eval(value))
-            if len(text) > 200:
-                yield f"topic {topic}\n\n{text}"
-
-
-def build_documents(
-    entries: Sequence[Entry], root: Path | None = None
-) -> tuple[list[str], list[str]]:
+def build_documents(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
     """Makes the plain documents for pre-training.
 
     Args:
         entries: From :func:`read_entries`.
-        root: Folder with the library's sources; the running interpreter's by default.
 
     Returns:
         ``(train, held_out)``: the held-out part has the reference sections of the names that
         :func:`is_held_out` picks, and these names are in no train document's header or summary.
     """
-    root = stdlib_root() if root is None else root
     read = [entry for entry in entries if not is_held_out(entry.name)]
     train = [_reference(entry) for entry in read]
+    train.extend(note for entry in read for note in _notes(entry))
     train.extend(_module_summaries(read))
     train.extend(_general_index(read))
-    train.extend(_topics(root))
     held_out = [_reference(entry) for entry in entries if is_held_out(entry.name)]
     return train, held_out
 

@@ -62,7 +62,9 @@ UNASKED_MODULES = re.compile(
 """Modules that stay in the text but are asked about only under a public name, if at all."""
 
 OWN_NOTICE = re.compile(
-    r"permission to use, copy|permission is (?:hereby )?granted|redistribution and use in source",
+    r"permission\W+to\W+use,?\W+copy|permission\W+is\W+(?:hereby\W+)?granted"
+    r"|redistribution\W+and\W+use|so\W+long\W+as\W+this\W+copyright"
+    r"|can\W+be\W+redistributed\W+under|the\W+apache\W+license|GNU\W+GPL",
     re.IGNORECASE,
 )
 """A permission notice of its own in a source file. Such a file came to CPython from elsewhere,

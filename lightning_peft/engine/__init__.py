@@ -23,11 +23,10 @@ if TYPE_CHECKING:
         trained_parameters,
     )
     from lightning_peft.engine.configuration import (
+        DECISIVE_FIELDS,
         as_peft_config,
         config_to_dict,
         lora_config,
-        quantization_config,
-        quantization_to_dict,
     )
     from lightning_peft.engine.injection import (
         inject,
@@ -40,6 +39,10 @@ if TYPE_CHECKING:
     from lightning_peft.engine.optimizers import (
         restore_paging,
     )
+    from lightning_peft.engine.quantization_settings import (
+        quantization_config,
+        quantization_to_dict,
+    )
     from lightning_peft.engine.record import (
         record_of,
         require_record,
@@ -50,12 +53,14 @@ if TYPE_CHECKING:
         show,
     )
     from lightning_peft.engine.state import (
-        DECISIVE_FIELDS,
         check_description,
         describe,
         inject_as_described,
         load_trainable_state_dict,
         trainable_state_dict,
+    )
+    from lightning_peft.engine.targets import (
+        resolve_targets,
     )
     from lightning_peft.engine.verification import (
         verify,
@@ -76,11 +81,10 @@ _HOMES = {
         "trained_parameters",
     ),
     "configuration": (
+        "DECISIVE_FIELDS",
         "as_peft_config",
         "config_to_dict",
         "lora_config",
-        "quantization_config",
-        "quantization_to_dict",
     ),
     "injection": ("inject",),
     "merging": (
@@ -89,6 +93,10 @@ _HOMES = {
         "unmerge",
     ),
     "optimizers": ("restore_paging",),
+    "quantization_settings": (
+        "quantization_config",
+        "quantization_to_dict",
+    ),
     "record": (
         "record_of",
         "require_record",
@@ -99,13 +107,13 @@ _HOMES = {
         "show",
     ),
     "state": (
-        "DECISIVE_FIELDS",
         "check_description",
         "describe",
         "inject_as_described",
         "load_trainable_state_dict",
         "trainable_state_dict",
     ),
+    "targets": ("resolve_targets",),
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -132,6 +140,7 @@ __all__ = [
     "record_of",
     "report",
     "require_record",
+    "resolve_targets",
     "restore_paging",
     "save_adapter",
     "set_adapter",

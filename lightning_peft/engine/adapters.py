@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.engine.lora import LoraLayer
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
 
-def adapted_layers(part: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(part: nn.Module) -> dict[str, Any]:
     """Returns the layers that carry adapters, in place or wrapped by PEFT, by name."""
     return {
         name: layer
         for name, layer in part.named_modules()
         if isinstance(layer, (LoraLayer, BaseTunerLayer))
+    }
+
+
+def adapted_layers_of(module: nn.Module, record: Record) -> dict[str, Any]:
+    """Returns the adapted layers of all parts, by their names inside ``module``."""
+    return {
+        entry.qualified(name) if name else entry.name: layer
+        for entry in record.parts.values()
+        for name, layer in adapted_layers(module.get_submodule(entry.name)).items()
     }
 
 
@@ -49,12 +58,10 @@ def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 def trained_parameters(part: nn.Module, entry: PartRecord) -> dict[str, nn.Parameter]:
     """Returns what injection made trainable in ``part``: adapters, saved modules and biases."""
-    mine = {**adapter_parameters(part), **_originals(part, entry)}
+    params = dict(part.named_parameters())
+    saved = {name: params[name] for name in entry.originals if name in params}
+    mine = {**adapter_parameters(part), **saved}
     return {name: param for name, param in mine.items() if param.requires_grad}
-
-
-def _originals(part: nn.Module, entry: PartRecord) -> dict[str, nn.Parameter]:
-    return {name: part.get_parameter(_live_name(part, name)) for name in entry.originals}
 
 
 def activate(part: nn.Module, names: tuple[str, ...]) -> None:
@@ -76,7 +83,7 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
 
     Raises:
         ConfigError: If a name is unknown; the known ones are listed.
-        LifecycleError: If the module has no adapters.
+        LifecycleError: If the module has no adapters, or others are merged into its weights.
     """
     record = require_record(module)
     chosen = (names,) if isinstance(names, str) else tuple(names)
@@ -86,9 +93,31 @@ def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
             f"set_adapter({list(chosen)!r}): this module's adapters are "
             f"{', '.join(map(repr, record.adapter_names))}. Use disable_adapters() for none."
         )
+    if set(chosen) != set(record.active):
+        refuse_merged(module, "Choosing other adapters")
     record.active = chosen
     for name in record.parts:
         activate(module.get_submodule(name), chosen)
+
+
+def refuse_merged(module: nn.Module, what: str) -> None:
+    """Refuses ``what`` while adapters are folded into the weights.
+
+    Raises:
+        LifecycleError: If a layer has merged adapters.
+    """
+    layers = adapted_layers_of(module, require_record(module))
+    merged = [
+        name
+        for name, layer in layers.items()
+        if (layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
+    ]
+    if merged:
+        raise LifecycleError(
+            f"{what} would leave adapters in effect that are merged into the weights of:"
+            + itemize(merged, 5)
+            + "\nCall lightning_peft.unmerge(module) first."
+        )
 
 
 @contextmanager
@@ -102,54 +131,44 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
         LifecycleError: If the module has no adapters, or merged ones.
     """
     record = require_record(module)
-    layers = [
-        layer
-        for name in record.parts
-        for layer in adapted_layers(module.get_submodule(name)).values()
-    ]
+    refuse_merged(module, "Disabling adapters")
+    layers = list(adapted_layers_of(module, record).values())
     before = [_enabled(layer) for layer in layers]
-    for layer in layers:
-        _enable(layer, False)
-    trained = _swap(module, record, None)
+    trained = _exchange(module, record, None)
     try:
+        for layer in layers:
+            _enable(layer, False)
         yield
     finally:
-        _swap(module, record, trained)
+        _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
             _enable(layer, enabled)
 
 
-def _enabled(layer: nn.Module) -> bool:
-    if isinstance(layer, LoraLayer):
-        return layer.lora_enabled
-    assert isinstance(layer, BaseTunerLayer)
-    return not layer.disable_adapters
+def _enabled(layer: Any) -> bool:
+    return layer.lora_enabled if isinstance(layer, LoraLayer) else not layer.disable_adapters
 
 
-def _enable(layer: nn.Module, enabled: bool) -> None:
+def _enable(layer: Any, enabled: bool) -> None:
     if isinstance(layer, LoraLayer):
         layer.lora_enabled = enabled
-    elif isinstance(layer, BaseTunerLayer):
+    else:
         # PEFT's own switch also rewrites requires_grad, which an optimizer may rely on.
         layer._disable_adapters = not enabled
 
 
-def _swap(
-    module: nn.Module, record: Record, values: dict[str, torch.Tensor] | None
-) -> dict[str, torch.Tensor]:
-    """Puts ``values``, or the values before training, into the fully trained parameters."""
-    before: dict[str, torch.Tensor] = {}
+def _exchange(
+    module: nn.Module, record: Record, values: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Puts ``values``, or the values before training, into everything that is trained in full."""
+    before: dict[str, Tensor] = {}
     for entry in record.parts.values():
+        part = module.get_submodule(entry.name)
+        tensors = dict(part.named_parameters()) | dict(part.named_buffers())
         for name, original in entry.originals.items():
-            qualified = entry.qualified(name)
-            param = module.get_parameter(_live_name(module, qualified))
-            before[qualified] = param.data
-            chosen = original if values is None else values[qualified]
-            param.data = chosen.to(param.device)
+            key, tensor = entry.qualified(name), tensors[name]
+            before[key] = tensor.data
+            tensor.data = (original if values is None else values[key]).to(
+                device=tensor.device, dtype=tensor.dtype, copy=values is None
+            )
     return before
-
-
-def _live_name(module: nn.Module, name: str) -> str:
-    owner, _, leaf = name.rpartition(".")
-    layer = module.get_submodule(owner)
-    return f"{owner}.base_layer.{leaf}" if isinstance(layer, BaseTunerLayer) else name

@@ -1,26 +1,66 @@
-"""From the field's words (``r``, ``lora_alpha``, ``bnb_4bit_*``) to PEFT's and transformers' configs.
+"""From the field's words (``r``, ``lora_alpha``, ``target_modules``, ...) to PEFT's configs.
 
-The configs themselves, their validation and their file format belong to PEFT and transformers;
-this module only fills them, checks what they let through, and turns them into plain JSON values.
+The configs themselves, their validation and their file format belong to PEFT; this module only
+fills them, checks what they let through, and turns them into plain JSON values.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, get_peft_config
-from transformers import BitsAndBytesConfig
 
+from lightning_peft.engine.primitives import plain
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 
-Patterns = dict[str, int]
+Patterns = Mapping[str, int]
 
 # Inits that write into the base weight: what is trained is then not the base that was loaded.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Those of them that only take the product of the first factors off the base.
+_SUBTRACTING_INITS = ("pissa", "olora")
+_INITS = ("gaussian", "orthogonal", "pissa", "pissa_niter_<number>", "olora", "loftq")
+# These need data, or a preprocessed model, on every start: PEFT keeps that to its own model class.
+_REFUSED_INITS = ("eva", "mica", "corda", "lora_ga")
+
+# Extensions of LoRA that go through PEFT's model class or change the model around the layers.
+_REFUSED_FIELDS = (
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+    "use_qalora",
+)
+
+# Methods whose adapters are injected into layers one by one, and that are tested here.
+_METHODS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
+
+# Fields that decide what the tensors mean. Others (dropout, the way targets were written) may
+# change between runs.
+DECISIVE_FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "feedforward_modules",
+    "bias",
+    "modules_to_save",
+    "init_lora_weights",
+)
 
 
 def lora_config(
@@ -59,37 +99,112 @@ def lora_config(
     Raises:
         ConfigError: For every value that cannot work, all of them at once.
     """
-    problems = []
-    if not isinstance(r, int) or r < 1:
-        problems.append(f"r={r!r}: the rank is a positive integer")
-    if lora_alpha is not None and lora_alpha <= 0:
-        problems.append(f"lora_alpha={lora_alpha!r}: a scaling of zero or less trains nothing")
-    if not 0.0 <= lora_dropout < 1.0:
-        problems.append(f"lora_dropout={lora_dropout!r}: a probability in [0, 1)")
-    if bias not in ("none", "all", "lora_only"):
-        problems.append(f"bias={bias!r}: one of 'none', 'all', 'lora_only'")
-    for name, rank in (rank_pattern or {}).items():
-        if rank < 1:
-            problems.append(f"rank_pattern[{name!r}]={rank!r}: the rank is a positive integer")
-    if isinstance(target_modules, list) and not target_modules:
-        problems.append("target_modules=[]: names at least one layer; 'all-linear' takes all")
+    fields = dict(locals())
+    if lora_alpha is None and isinstance(r, int):
+        fields["lora_alpha"] = 2 * r
+    fields["target_modules"] = "all-linear" if target_modules is None else target_modules
+    fields |= {"rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {}}
+    if init_lora_weights == "loftq":
+        fields["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's own defaults
+    problems = _lora_problems(fields)
     if problems:
         raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
-    return LoraConfig(
-        r=r,
-        lora_alpha=2 * r if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora_dropout,
-        target_modules=target_modules or "all-linear",
-        exclude_modules=exclude_modules,
-        modules_to_save=modules_to_save,
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
-        rank_pattern=rank_pattern or {},
-        alpha_pattern=alpha_pattern or {},
-        layers_to_transform=layers_to_transform,
-        bias=bias,  # type: ignore[arg-type]
-    )
+    config: LoraConfig = _config_of(LoraConfig, fields)
+    return config
+
+
+def _lora_problems(fields: Mapping[str, Any]) -> list[str]:
+    ranks = {"r": fields["r"]} | _entries(fields, "rank_pattern")
+    alphas = {"lora_alpha": fields["lora_alpha"]} | _entries(fields, "alpha_pattern")
+    dropout, bias = fields["lora_dropout"], fields["bias"]
+    problems = [
+        f"{name}={value!r}: the rank is a positive integer"
+        for name, value in ranks.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    problems += [
+        f"{name}={value!r}: a positive number; a scaling of zero or less trains nothing"
+        for name, value in alphas.items()
+        if not _is_number(value) or value <= 0
+    ]
+    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+        problems.append(f"lora_dropout={dropout!r}: a probability in [0, 1)")
+    if bias not in ("none", "all", "lora_only"):
+        problems.append(f"bias={bias!r}: one of 'none', 'all', 'lora_only'")
+    targets = fields["target_modules"]
+    if targets is not None and not targets:
+        problems.append("target_modules is empty: name at least one layer, or 'all-linear'")
+    if fields["layers_to_transform"] is not None and _is_pattern(targets):
+        problems.append(
+            "layers_to_transform beside a regular expression in target_modules: put the indices "
+            "into the expression"
+        )
+    return problems + _init_problems(fields) + _pattern_problems(fields)
+
+
+def _entries(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {f"{name}[{key!r}]": value for key, value in (fields[name] or {}).items()}
+
+
+def _init_problems(fields: Mapping[str, Any]) -> list[str]:
+    init = fields["init_lora_weights"]
+    if isinstance(init, bool) or init is None:
+        return []
+    known = "|".join((*_INITS[:3], r"pissa_niter_\d+", *_INITS[4:]))
+    if init in _REFUSED_INITS:
+        return [
+            f"init_lora_weights={init!r}: PEFT prepares it from data with its own model class, "
+            f"which a module that is adapted in place does not have; use one of {', '.join(_INITS)}"
+        ]
+    if not re.fullmatch(known, str(init)):
+        return [f"init_lora_weights={init!r}: True, False or one of {', '.join(_INITS)}"]
+    scalings = {**_entries(fields, "alpha_pattern"), **_entries(fields, "rank_pattern")}
+    if init == "loftq" and (scalings or fields["lora_alpha"] != fields["r"]):
+        return [
+            f"init_lora_weights='loftq' with lora_alpha={fields['lora_alpha']!r}: PEFT computes "
+            "LoftQ for a scaling of one, so set lora_alpha to r and leave the patterns out"
+        ]
+    return []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pattern(target_modules: Any) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() != "all-linear"
+
+
+def _pattern_problems(fields: Mapping[str, Any]) -> list[str]:
+    written = [(name, fields[name]) for name in ("target_modules", "exclude_modules")]
+    written = [(name, value) for name, value in written if isinstance(value, str)]
+    written += [(n, key) for n in ("rank_pattern", "alpha_pattern") for key in fields[n] or {}]
+    problems = []
+    for name, pattern in written:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{name}: {pattern!r} is no regular expression ({error})")
+    return problems
+
+
+def _config_of(cls: Any, fields: Mapping[str, Any]) -> Any:
+    """Returns ``cls(**fields)``, also for indices of blocks beside ``"all-linear"``.
+
+    PEFT refuses the pair when a config is made, since it would ignore the indices. Here they are
+    resolved together.
+    """
+    indices = fields.get("layers_to_transform")
+    apart = indices is not None and not _is_pattern(fields.get("target_modules"))
+    if apart:
+        fields = {**fields, "layers_to_transform": None}
+    try:
+        config = cls(**fields)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"{cls.__name__} does not accept these settings: {error}") from error
+    if apart:
+        config.layers_to_transform = indices
+    return config
 
 
 def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
@@ -99,109 +214,72 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
         ConfigError: If the mapping names no known method or holds an argument it does not know.
         UnsupportedError: If the method cannot be injected into a module.
     """
-    if not isinstance(config, PeftConfig):
-        if "peft_type" not in config:
-            raise ConfigError(
-                f"peft_config={dict(config)!r} does not say which method it is for. "
-                "Add `peft_type`, for example `peft_type: LORA`."
-            )
-        try:
-            config = get_peft_config(dict(config))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"peft_config={dict(config)!r} is no PEFT config: {error}") from error
+    if isinstance(config, Mapping):
+        config = _from_mapping(config)
+    _refuse_method(config)
+    if isinstance(config, LoraConfig):
+        _refuse_extensions(config)
+        problems = _lora_problems(vars(config))
+        if problems:
+            raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
+    return config
+
+
+def _refuse_extensions(config: LoraConfig) -> None:
+    used = [name for name in _REFUSED_FIELDS if getattr(config, name, None)]
+    if used:
+        raise UnsupportedError(
+            f"LoraConfig with {', '.join(used)}: it changes the model around the adapted layers, "
+            "or works through PEFT's model class only, so checkpoints of a plain module would not "
+            "hold all of it. Leave it out, or use peft.get_peft_model in your LightningModule."
+        )
+
+
+def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
+    if "peft_type" not in fields:
+        raise ConfigError(
+            f"peft_config={dict(fields)!r} does not say which method it is for. Add `peft_type`, "
+            "for example `peft_type: LORA`."
+        )
+    try:
+        cls: Any = type(get_peft_config({"peft_type": plain(fields["peft_type"])}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"peft_type={fields['peft_type']!r} is no method of PEFT. Those supported here: "
+            f"{', '.join(_METHODS)}."
+        ) from error
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(map(repr, unknown))} in peft_config: {cls.__name__} has no such field. "
+            f"It has: {', '.join(sorted(known))}."
+        )
+    config: PeftConfig = _config_of(cls, fields)
+    return config
+
+
+def _refuse_method(config: PeftConfig) -> None:
+    name, method = type(config).__name__, str(plain(config.peft_type))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UnsupportedError(
-            f"{type(config).__name__} adds virtual tokens in front of a language model's input; it "
-            "is not injected into layers, so no strategy can add it to an arbitrary module. Wrap "
-            "the model with peft.get_peft_model in your LightningModule and use Lightning's own "
-            "strategies."
+            f"{name} adds virtual tokens in front of a language model's input; it is not injected "
+            "into layers, so no strategy can add it to an arbitrary module. Wrap the model with "
+            "peft.get_peft_model in your LightningModule and use Lightning's own strategies."
         )
-    if config.peft_type == "ADALORA":
+    if method == "ADALORA":
         raise UnsupportedError(
             "AdaLoRA reallocates ranks during training through its own model wrapper; injected "
             "into a module its budget would never move and it would be plain SVD-LoRA in silence. "
             "Use LoRA with `rank_pattern`, or peft.get_peft_model in your LightningModule."
         )
-    return config
-
-
-def quantization_config(
-    config: BitsAndBytesConfig | Mapping[str, Any] | None = None,
-    *,
-    load_in_4bit: bool = True,
-    load_in_8bit: bool = False,
-    bnb_4bit_quant_type: str = "nf4",
-    bnb_4bit_use_double_quant: bool = True,
-    bnb_4bit_compute_dtype: str | None = None,
-) -> BitsAndBytesConfig:
-    """Fills, or checks, a ``transformers.BitsAndBytesConfig``.
-
-    Args:
-        config: A ready config, or its fields; the other arguments are then not looked at.
-        load_in_4bit: Four bits per weight.
-        load_in_8bit: Eight bits per weight instead.
-        bnb_4bit_quant_type: ``"nf4"`` or ``"fp4"``.
-        bnb_4bit_use_double_quant: Quantize the block constants too (4.127 bits per weight
-            instead of 4.5).
-        bnb_4bit_compute_dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` follows
-            the activations (and so the Trainer's ``precision``).
-
-    Raises:
-        ConfigError: If the values contradict each other.
-    """
-    if isinstance(config, Mapping):
-        config = BitsAndBytesConfig(**config)
-    if config is None:
-        if load_in_8bit and bnb_4bit_quant_type != "nf4":
-            raise ConfigError(
-                f"load_in_8bit=True with bnb_4bit_quant_type={bnb_4bit_quant_type!r}: 8-bit "
-                "weights have no 4-bit type. Drop one of the two."
-            )
-        if bnb_4bit_quant_type not in ("nf4", "fp4"):
-            raise ConfigError(f"bnb_4bit_quant_type={bnb_4bit_quant_type!r}: 'nf4' or 'fp4'.")
-        dtype = getattr(torch, bnb_4bit_compute_dtype, None) if bnb_4bit_compute_dtype else None
-        if bnb_4bit_compute_dtype and dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"bnb_4bit_compute_dtype={bnb_4bit_compute_dtype!r}: 'float32', 'bfloat16' or "
-                "'float16'."
-            )
-        config = BitsAndBytesConfig(
-            load_in_4bit=load_in_4bit and not load_in_8bit,
-            load_in_8bit=load_in_8bit,
-            bnb_4bit_quant_type=bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=bnb_4bit_use_double_quant,
-        )
-        # transformers turns a missing dtype into float32; here it means "as the activations".
-        config.bnb_4bit_compute_dtype = dtype  # type: ignore[assignment]
-    if not (config.load_in_4bit or config.load_in_8bit):
-        raise ConfigError(
-            "This BitsAndBytesConfig quantizes nothing (load_in_4bit and load_in_8bit are both "
-            "False). Set one of them, or use LoRAStrategy for a base that is not quantized."
-        )
-    if config.load_in_4bit and config.bnb_4bit_quant_storage != torch.uint8:
+    if method not in _METHODS:
         raise UnsupportedError(
-            f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: packed 4-bit codes stored as "
-            "floats turn into random weights when a precision plugin casts the module. Leave it "
-            "at uint8."
+            f"{name} ({method}) is not among the methods that are injected and tested here: "
+            f"{', '.join(_METHODS)}. Some of the others share tensors between layers through a "
+            "model wrapper, which checkpoints of a plain module would lose. Use one of these, or "
+            "peft.get_peft_model in your LightningModule."
         )
-    return config
-
-
-def plain(value: Any) -> Any:
-    """Returns ``value`` as JSON-able primitives: enums by value, sets sorted, dtypes by name."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, Mapping):
-        return {str(plain(key)): plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain(item) for item in value)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value))
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
@@ -211,32 +289,29 @@ def config_to_dict(config: PeftConfig) -> dict[str, Any]:
 
 
 def config_from_dict(fields: Mapping[str, Any]) -> PeftConfig:
-    """Returns the PEFT config that :func:`config_to_dict` wrote."""
-    cls = type(get_peft_config({"peft_type": fields["peft_type"]}))
+    """Returns the PEFT config that :func:`config_to_dict` wrote, or another version's.
+
+    Fields that this version of PEFT does not know are left out.
+
+    Raises:
+        ConfigError: If the fields contradict each other, or name no method of PEFT.
+        UnsupportedError: If the method cannot be injected into a module.
+    """
+    cls = type(_from_mapping({"peft_type": fields["peft_type"]}))
     known = {field.name for field in dataclasses.fields(cls)}
-    return get_peft_config({k: v for k, v in fields.items() if k in known})
+    return as_peft_config({key: value for key, value in fields.items() if key in known})
 
 
-def quantization_to_dict(config: BitsAndBytesConfig | None) -> dict[str, Any] | None:
-    """Returns the settings that decide what the quantized weights are, as primitives."""
-    if config is None:
-        return None
-    if config.load_in_8bit:
-        return {"load_in_8bit": True, "llm_int8_threshold": float(config.llm_int8_threshold)}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
-        "bnb_4bit_use_double_quant": bool(config.bnb_4bit_use_double_quant),
-        "bnb_4bit_compute_dtype": plain(config.bnb_4bit_compute_dtype),
-    }
+def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Returns the decisive fields in which two configs differ."""
+    return [key for key in DECISIVE_FIELDS if plain(mine.get(key)) != plain(theirs.get(key))]
 
 
-def quantization_from_dict(fields: Mapping[str, Any] | None) -> BitsAndBytesConfig | None:
-    """Returns the config that :func:`quantization_to_dict` wrote."""
-    if fields is None:
-        return None
-    if fields.get("load_in_8bit"):
-        return BitsAndBytesConfig(**fields)
-    return quantization_config(
-        **{key: value for key, value in fields.items() if key != "load_in_4bit"}
-    )
+def changes_base(config: PeftConfig) -> bool:
+    """Says whether the initialisation writes into the base weights."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(BASE_CHANGING_INITS)
+
+
+def subtracts_from_base(config: PeftConfig) -> bool:
+    """Says whether the initialisation takes ``s B A`` of the first factors off the base."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(_SUBTRACTING_INITS)

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_peft.engine.quantized_layers import quantization_constants
+
+# The checksum of a tensor on the meta device: no real one is negative.
+NO_VALUES = -1
 _CHUNK = 1 << 22
 _MASK = (1 << 63) - 1
 
@@ -48,23 +52,38 @@ class Fingerprint:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Returns a position-dependent 63-bit checksum of ``tensor``; integers are taken as they are.
+    """Returns a position-dependent 63-bit checksum of ``tensor`` and its quantization constants.
 
-    The sum of the 64-bit words times odd weights, modulo 2**63, in chunks so that the temporary
-    memory stays near 100 MB whatever the size of the tensor.
+    The sum of the 32-bit words times odd 64-bit weights, modulo 2**63, in chunks so that the
+    temporary memory stays near 100 MB whatever the size of the tensor. Floating-point values are
+    rounded to bfloat16 first; integers, and the constants of quantized weights, are taken as they
+    are.
+
+    Returns:
+        The checksum, or ``NO_VALUES`` for a tensor on the meta device.
     """
-    flat = tensor.detach().reshape(-1)
-    total = 0
+    if tensor.is_meta:
+        return NO_VALUES
+    values = tensor.detach()
+    flat = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
+    total = sum(_weighed(constant) for constant in quantization_constants(tensor))
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK]
-        if chunk.is_floating_point():
-            chunk = chunk.to(torch.bfloat16)
-        octets = chunk.contiguous().view(torch.uint8)
-        words = F.pad(octets, (0, -octets.numel() % 8)).view(torch.int64)
-        index = torch.arange(start, start + words.numel(), device=words.device)
-        weights = (index * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01) | 1
-        total = (total + int((words * weights).sum().item())) & _MASK
-    return total
+        # No element has more than two words, so no two words of the tensor share an index.
+        words_before = 2 * start
+        rounded = chunk.to(torch.bfloat16) if chunk.is_floating_point() else chunk
+        total += _weighed(rounded, words_before)
+    return total & _MASK
+
+
+def _weighed(values: Tensor, start: int = 0) -> int:
+    octets = values.reshape(-1).contiguous().view(torch.uint8)
+    # Words of 32 bits: the highest bit of a 64-bit word, which is the sign of every fourth weight,
+    # would stay where it is when multiplied, and an even number of changes would cancel.
+    words = F.pad(octets, (0, -octets.numel() % 4)).view(torch.int32).to(torch.int64)
+    index = torch.arange(start, start + words.numel(), device=words.device)
+    weights = (index * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01) | 1
+    return int((words * weights).sum().item())
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:

@@ -6,9 +6,14 @@ and the names of base parameters. Giving the object a subclass of its own class 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.weight_view import WeightView
 
 
 class InPlace:
@@ -23,33 +28,89 @@ class InPlace:
     base_class: ClassVar[type[nn.Module]] = nn.Module
     origin_class: ClassVar[type[nn.Module]] = nn.Module
 
+    _parameters: dict[str, Any]
+
+    @property
+    def weight(self) -> Any:
+        """The weight as code means it that reads it instead of calling the layer.
+
+        The stored parameter where that is the whole truth or the layer itself asks; else a
+        :class:`WeightView` of the dequantized weight plus the active adapters.
+        """
+        stored = self._parameters["weight"]
+        if self.__dict__.get("in_own_forward") or self.weight_is_stored():
+            return stored
+        shape, dtype = self.weight_kind()
+        return WeightView(self.effective_weight, shape, dtype, stored)
+
+    def weight_is_stored(self) -> bool:
+        """Says whether the stored parameter is the weight that the layer computes with."""
+        return True
+
+    def weight_kind(self) -> tuple[torch.Size, torch.dtype]:
+        """Returns shape and dtype of the effective weight, without computing it."""
+        stored = self._parameters["weight"]
+        return stored.shape, stored.dtype
+
+    def effective_weight(self) -> Tensor:
+        """Returns the weight that the layer computes with, in the layout of its class."""
+        stored: Tensor = self._parameters["weight"]
+        return stored
+
+    @contextmanager
+    def own_forward(self) -> Iterator[None]:
+        """Within the body, the layer's own code reads the stored weight."""
+        outer = self.__dict__.get("in_own_forward", False)
+        self.__dict__["in_own_forward"] = True
+        try:
+            yield
+        finally:
+            self.__dict__["in_own_forward"] = outer
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class exists only at run time, so copy and pickle get the recipe instead of a name.
-        cls = type(self)
-        return _rebuild, (cls.mixins, cls.base_class, cls.origin_class), self.__dict__
+        state: Callable[[], Any] = getattr(self, "__getstate__", self.__dict__.copy)
+        return new_layer, recipe_of(self), state()
 
 
-_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+Recipe = tuple[tuple[type[InPlace], ...], type[nn.Module], type[nn.Module]]
+
+_CLASSES: dict[Recipe, type[nn.Module]] = {}
 
 
-def _class_of(
-    mixins: tuple[type[InPlace], ...], base: type[nn.Module], origin: type[nn.Module]
-) -> type[nn.Module]:
+def recipe_of(layer: Any) -> Recipe:
+    """Returns the mixins of ``layer``, the class below them, and the class it had at first."""
+    cls = type(layer)
+    return (cls.mixins, cls.base_class, cls.origin_class) if is_in_place(layer) else ((), cls, cls)
+
+
+def is_in_place(layer: Any) -> bool:
+    """Says whether the class of ``layer`` was extended."""
+    return isinstance(layer, InPlace)
+
+
+def class_from(recipe: Recipe) -> type[nn.Module]:
+    """Returns the class that a recipe describes, always the same one for the same recipe."""
+    mixins, base, origin = recipe
     if not mixins:
-        return base
-    key = (mixins, base, origin)
-    if key not in _CLASSES:
+        return origin
+    if recipe not in _CLASSES:
         name = "".join(mixin.label for mixin in mixins) + origin.__name__
         body = {"mixins": mixins, "base_class": base, "origin_class": origin}
-        _CLASSES[key] = type(name, (*mixins, base), body)
-    return _CLASSES[key]
+        _CLASSES[recipe] = type(name, (*mixins, base), body)
+    return _CLASSES[recipe]
 
 
-def _rebuild(
-    mixins: tuple[type[InPlace], ...], base: type[nn.Module], origin: type[nn.Module]
-) -> nn.Module:
-    cls = _class_of(mixins, base, origin)
+def new_layer(*recipe: Any) -> nn.Module:
+    """Returns an empty object of the class that a recipe describes, for copy and pickle."""
+    cls = class_from(recipe)
     return cls.__new__(cls)
+
+
+def parameter(layer: Any, name: str) -> Any:
+    """Returns a stored parameter of ``layer``, which ``layer.weight`` may only stand for."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    return base._parameters[name]
 
 
 def extend(layer: nn.Module, mixin: type[InPlace], base: type[nn.Module] | None = None) -> None:
@@ -61,12 +122,8 @@ def extend(layer: nn.Module, mixin: type[InPlace], base: type[nn.Module] | None 
         base: Replaces the class below the mixins, for layers that turn into a library's own
             subclass of what they were (``nn.Linear`` into ``bitsandbytes.nn.Linear4bit``).
     """
-    cls = type(layer)
-    known = issubclass(cls, InPlace)
-    mixins = cls.mixins if known else ()
-    origin = cls.origin_class if known else cls
-    base = base or (cls.base_class if known else cls)
-    layer.__class__ = _class_of((mixin, *mixins), base, origin)
+    mixins, below, origin = recipe_of(layer)
+    layer.__class__ = class_from(((mixin, *mixins), base or below, origin))
 
 
 def retract(layer: nn.Module, mixin: type[InPlace]) -> None:
@@ -74,8 +131,6 @@ def retract(layer: nn.Module, mixin: type[InPlace]) -> None:
 
     A layer that loses its last mixin gets its original class back.
     """
-    cls = type(layer)
-    rest = tuple(kept for kept in cls.mixins if kept is not mixin)
-    layer.__class__ = (
-        _class_of(rest, cls.base_class, cls.origin_class) if rest else cls.origin_class
-    )
+    mixins, base, origin = recipe_of(layer)
+    rest = tuple(kept for kept in mixins if kept is not mixin)
+    layer.__class__ = class_from((rest, base, origin))

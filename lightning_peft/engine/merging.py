@@ -8,21 +8,17 @@ is usual, throws part of the adapter away. The report says by how much for both 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapters import adapted_layers
-from lightning_peft.engine.lora import LoraLayer, detach
-from lightning_peft.engine.quantization import (
-    FourBitLayer,
-    dense_weight,
-    is_quantized,
-    make_dense,
-    make_quantized,
-    requantized,
-)
+from lightning_peft.engine.adapters import adapted_layers_of
+from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.lora import LoraLayer, detach, wide_dtype, without_adapters
+from lightning_peft.engine.quantization import make_dense, make_quantized, requantized
+from lightning_peft.engine.quantized_layers import FourBitLayer, QuantizedLayer, is_quantized
 from lightning_peft.engine.record import require_record, set_record
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -35,13 +31,13 @@ class MergedLayer:
         name: The layer.
         was_quantized: Whether its weight was dequantized for the merge.
         error: ``||stored - (W + s B A)|| / ||s B A||``: which share of the adapter is lost to
-            rounding.
+            rounding; ``None`` where PEFT merged its own wrapper.
         requantized_error: The same if the sum were quantized again; ``None`` for dense layers.
     """
 
     name: str
     was_quantized: bool
-    error: float
+    error: float | None
     requantized_error: float | None
 
 
@@ -58,17 +54,19 @@ class MergeReport:
     @property
     def worst_error(self) -> float:
         """The largest share of an adapter that was lost to rounding."""
-        return max((layer.error for layer in self.layers), default=0.0)
+        return max((x.error for x in self.layers if x.error is not None), default=0.0)
 
     def __str__(self) -> str:
         """Returns the report as sentences."""
         if not self.layers:
             return "nothing to merge: the active adapters are merged already"
+        text = f"merged {len(self.layers)} layers"
+        measured = [layer for layer in self.layers if layer.error is not None]
+        if measured:
+            text += f"; of the adapter's effect at most {self.worst_error:.2e} is lost to rounding"
+        if len(measured) < len(self.layers):
+            text += f"; {len(self.layers) - len(measured)} by PEFT, whose rounding is not measured"
         quantized = [layer for layer in self.layers if layer.was_quantized]
-        text = (
-            f"merged {len(self.layers)} layers; of the adapter's effect at most "
-            f"{self.worst_error:.2e} is lost to rounding"
-        )
         again = [x.requantized_error for x in quantized if x.requantized_error is not None]
         if again:
             text += (
@@ -92,83 +90,78 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
     Raises:
         LifecycleError: If the module has no adapters.
         UnsupportedError: If a layer shares its weight with another one (merging would change
-            both), or PEFT's wrapper cannot merge.
+            both), or PEFT's wrapper cannot merge without quantizing again.
     """
-    record = require_record(module)
-    _refuse_shared(module)
-    result = MergeReport()
-    for part_name, entry in record.parts.items():
-        for name, layer in adapted_layers(module.get_submodule(part_name)).items():
-            merged = _merge_layer(layer, entry.qualified(name), dtype)
-            if merged is not None:
-                result.layers.append(merged)
-    return result
+    layers = adapted_layers_of(module, require_record(module))
+    _check_mergeable(module, layers)
+    merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
+    return MergeReport([layer for layer in merged if layer is not None])
 
 
-def _refuse_shared(module: nn.Module) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(param), []).append(name)
-    layers = {id(x): name for name, x in adapted_layers(module).items() if isinstance(x, LoraLayer)}
+def _check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
+    holders: dict[int, list[str]] = {}
+    for name, child in module.named_modules():
+        for param in child._parameters.values():
+            holders.setdefault(id(param), []).append(name)
     problems = []
-    for name, layer in module.named_modules():
-        if id(layer) not in layers:
-            continue
-        shared = owners[id(layer.weight)]
-        holders = {id(module.get_submodule(n.rpartition(".")[0])) for n in shared}
-        if len(holders) > 1:
-            problems.append(f"{name} shares its weight with {', '.join(shared)}")
+    for name, layer in layers.items():
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        shared = holders.get(id(base._parameters.get("weight")), [])
+        others = [other for other in shared if other.removesuffix(".base_layer") != name]
+        if others:
+            problems.append(
+                f"{name} shares its weight with {', '.join(others)}, which would change too. "
+                "Untie the weights first"
+            )
+        if isinstance(layer, BaseTunerLayer) and type(layer).__module__.endswith(".bnb"):
+            problems.append(
+                f"{name} is in PEFT's wrapper for quantized layers, which would quantize the sum "
+                "again and lose part of the adapter. Load the adapter onto the dense base "
+                "(lightning_peft.load_adapter) and merge there"
+            )
     if problems:
-        raise UnsupportedError(
-            "Merging would change layers that have no adapter:"
-            + itemize(problems)
-            + "\nUntie the weights first, or keep the adapter separate."
-        )
+        raise UnsupportedError("These layers cannot be merged:" + itemize(problems))
 
 
-def _merge_layer(layer: nn.Module, name: str, dtype: torch.dtype | None) -> MergedLayer | None:
+def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer | None:
     if isinstance(layer, BaseTunerLayer):
-        return _merge_by_peft(layer, name)
-    assert isinstance(layer, LoraLayer)
-    todo = [a for a in layer.lora_active if a in layer.lora_adapters and a not in layer.lora_merged]
+        return None if layer.merged else _merge_by_peft(layer, name, dtype)
+    todo = layer.running()
     if not todo:
         return None
     quantized = is_quantized(layer)
-    base = dense_weight(layer)
-    stored_dtype = (dtype or base.dtype) if quantized else base.dtype
-    delta = torch.stack([layer.lora_delta(a).to(base.device) for a in todo]).sum(0)
-    target = base.float() + delta
-    stored = target.to(stored_dtype)
+    with without_adapters(layer):
+        base = layer.effective_weight()
+    delta = torch.stack([layer.lora_delta(adapter).to(base.device) for adapter in todo]).sum(0)
+    target = base.to(wide_dtype(base)) + delta
+    stored = target.to((dtype or base.dtype) if quantized else base.dtype)
     again = requantized(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
     if quantized:
         layer.lora_unmerged_weight = make_dense(layer, stored.contiguous())
     else:
-        layer.weight.data.copy_(stored)
+        parameter(layer, "weight").copy_(stored)
     layer.lora_merged = (*layer.lora_merged, *todo)
     return MergedLayer(
         name=name,
         was_quantized=quantized,
-        error=_relative(stored.float() - target, delta),
+        error=_relative(stored.to(target.dtype) - target, delta),
         requantized_error=None if again is None else _relative(again.float() - target, delta),
     )
+
+
+def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
+    base = layer.get_base_layer()
+    quantized = isinstance(base, QuantizedLayer)
+    if quantized:
+        weight = base.effective_weight()
+        base.unmerged_weight = make_dense(base, weight.to(dtype or weight.dtype).contiguous())
+    layer.merge(safe_merge=True)
+    return MergedLayer(name=name, was_quantized=quantized, error=None, requantized_error=None)
 
 
 def _relative(difference: Tensor, reference: Tensor) -> float:
     scale = reference.norm().item()
     return difference.norm().item() / scale if scale > 0 else 0.0
-
-
-def _merge_by_peft(layer: BaseTunerLayer, name: str) -> MergedLayer | None:
-    if layer.merged:
-        return None
-    if is_quantized(layer.get_base_layer()):
-        raise UnsupportedError(
-            f"{name} is a quantized layer in PEFT's own wrapper, which would quantize the merged "
-            "weight again and lose part of the adapter. Load the adapter onto the dense base "
-            "(lightning_peft.load_adapter) and merge there."
-        )
-    layer.merge(safe_merge=True)
-    return MergedLayer(name=name, was_quantized=False, error=0.0, requantized_error=None)
 
 
 @torch.no_grad()
@@ -180,54 +173,69 @@ def unmerge(module: nn.Module) -> None:
     Raises:
         LifecycleError: If the module has no adapters.
     """
-    record = require_record(module)
-    for part_name in record.parts:
-        for layer in adapted_layers(module.get_submodule(part_name)).values():
-            if isinstance(layer, BaseTunerLayer):
-                layer.unmerge()
-            elif isinstance(layer, LoraLayer) and layer.lora_merged:
-                _unmerge_layer(layer)
+    for layer in adapted_layers_of(module, require_record(module)).values():
+        if isinstance(layer, BaseTunerLayer):
+            layer.unmerge()
+            undo = layer.get_base_layer().__dict__.pop("unmerged_weight", None)
+            if undo is not None:
+                make_quantized(layer.get_base_layer(), undo)
+        elif layer.lora_merged:
+            _unmerge_layer(layer)
 
 
-def _unmerge_layer(layer: LoraLayer) -> None:
+def _unmerge_layer(layer: Any) -> None:
     if layer.lora_unmerged_weight is not None:
         make_quantized(layer, layer.lora_unmerged_weight)
         layer.lora_unmerged_weight, layer.lora_merged = None, ()
         return
+    weight = parameter(layer, "weight")
     delta = torch.stack([layer.lora_delta(name) for name in layer.lora_merged]).sum(0)
-    layer.weight.data.copy_((layer.weight.float() - delta).to(layer.weight.dtype))
+    weight.copy_((weight.to(wide_dtype(weight)) - delta.to(weight.device)).to(weight.dtype))
     layer.lora_merged = ()
 
 
+@torch.no_grad()
 def unload(module: nn.Module) -> nn.Module:
     """Takes all adapters off: layers get their classes back, and the record goes.
 
-    Merged layers keep the merged weight; call :func:`merge` first for a model with the adapter
-    built in. The module itself is changed, and returned for convenience.
+    After :func:`merge`, the module is an ordinary dense one with the adapter built in: layers
+    that were quantized without an adapter are dequantized too. Without a merge, the base comes
+    back as it was adapted, quantized layers included. Parameters stay frozen. The module itself
+    is changed, and returned for convenience.
 
     Raises:
-        LifecycleError: If the module has no adapters.
-        UnsupportedError: If PEFT wrapped the layers.
+        LifecycleError: If the module has no adapters, or some active ones are merged and others
+            are not.
     """
     record = require_record(module)
-    wrapped = [
-        name for name, layer in adapted_layers(module).items() if isinstance(layer, BaseTunerLayer)
-    ]
-    if wrapped:
-        raise UnsupportedError(
-            "PEFT wrapped these layers and replaced them in their parents:"
-            + itemize(wrapped, 5)
-            + "\nSave the adapter and build the module again."
+    layers = adapted_layers_of(module, record)
+    merged = [layer for layer in layers.values() if _is_merged(layer)]
+    if merged and any(isinstance(x, LoraLayer) and x.running() for x in layers.values()):
+        raise LifecycleError(
+            "Some active adapters are merged and others are not. Merge or unmerge all of them "
+            "before unloading."
         )
-    for part_name in record.parts:
-        for layer in adapted_layers(module.get_submodule(part_name)).values():
-            assert isinstance(layer, LoraLayer)
-            partly = [name for name in layer.lora_active if name in layer.lora_adapters]
-            if layer.lora_merged and set(partly) - set(layer.lora_merged):
-                raise LifecycleError(
-                    "Some active adapters are merged and others are not. Merge or unmerge all of "
-                    "them before unloading."
-                )
+    for layer in layers.values():
+        if isinstance(layer, LoraLayer):
             detach(layer)
+    _unwrap(module)
+    if merged:
+        for child in list(module.modules()):
+            if isinstance(child, QuantizedLayer):
+                make_dense(child, child.effective_weight().contiguous())
     set_record(module, None)
     return module
+
+
+def _is_merged(layer: Any) -> bool:
+    return bool(layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
+
+
+def _unwrap(module: nn.Module) -> None:
+    """Puts the layers that PEFT wrapped back into their parents."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                child.get_base_layer().__dict__.pop("unmerged_weight", None)
+                setattr(parent, name, child.get_base_layer())
+        parent.__dict__.pop("peft_config", None)

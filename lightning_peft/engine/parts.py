@@ -8,16 +8,49 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.lora import LoraLayer
 from lightning_peft.errors import LifecycleError, TargetModulesError, itemize
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
+
+
+def inside(name: str, owners: Iterable[str]) -> bool:
+    """Says whether the dotted ``name`` is one of ``owners`` or lies in one of them."""
+    return any(owner in ("", name) or name.startswith(f"{owner}.") for owner in owners)
+
+
+def base_modules(part: nn.Module) -> dict[str, nn.Module]:
+    """Returns the submodules of ``part`` by name, ``part`` first, without those of adapters."""
+    found: dict[str, nn.Module] = {}
+    own: list[str] = []
+    for name, child in part.named_modules():
+        if inside(name, own):
+            continue
+        found[name] = child
+        if isinstance(child, LoraLayer):
+            own += [f"{name}.{kind}".lstrip(".") for kind in ("lora_A", "lora_B", "lora_dropout")]
+    return found
+
+
+def parameter_holders(part: nn.Module) -> dict[int, list[str]]:
+    """Returns, by the id of each parameter, the names of the submodules that hold it.
+
+    A layer registered under two names counts once: it is one holder.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, child in part.named_modules():
+        for param in child._parameters.values():
+            if param is not None:
+                holders.setdefault(id(param), []).append(name)
+    return holders
 
 
 def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -29,12 +62,18 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
 
     Raises:
         TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
-        LifecycleError: If PEFT wrapped a part before.
     """
-    parts = _named_parts(module, adapt) if adapt is not None else _pretrained_parts(module)
+    return _named_parts(module, adapt) if adapt is not None else _pretrained_parts(module)
+
+
+def refuse_wrapped(name: str, part: nn.Module) -> None:
+    """Refuses a part that PEFT wrapped before.
+
+    Raises:
+        LifecycleError: If there is a layer of PEFT in it.
+    """
     wrapped = [
-        f"{name or type(module).__name__}.{inner}".rstrip(".")
-        for name, part in parts.items()
+        f"{name}.{inner}".strip(".")
         for inner, child in part.named_modules()
         if isinstance(child, BaseTunerLayer)
     ]
@@ -45,23 +84,22 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
             + "\nAdapters on adapters would train something else than either. Give the strategy "
             "the model without get_peft_model, and the same config as `peft_config`."
         )
-    return parts
 
 
 def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.Module]:
     names = [adapt] if isinstance(adapt, str) else list(adapt)
     known = dict(module.named_modules(remove_duplicate=False))
-    problems = []
+    problems = [] if names else ["it names no submodule; leave it out for the pretrained parts"]
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
             hint = f"; near names: {', '.join(near)}" if near else ""
             problems.append(f"adapt={name!r} is no submodule of {type(module).__name__}{hint}")
-        problems.extend(
+        problems += [
             f"adapt={name!r} lies inside {other!r}, which is adapted as a whole"
             for other in names
-            if other != name and (other == "" or name.startswith(f"{other}."))
-        )
+            if other != name and inside(name, [other])
+        ]
     if problems:
         raise TargetModulesError("`adapt` does not fit the module:" + itemize(problems))
     return {name: known[name] for name in names}
@@ -70,8 +108,7 @@ def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.
 def _pretrained_parts(module: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        inside = any(other == "" or name.startswith(f"{other}.") for other in parts)
-        if not inside and _is_pretrained(child):
+        if _is_pretrained(child) and not inside(name, parts):
             parts[name] = child
     return parts or {"": module}
 
@@ -92,29 +129,49 @@ def output_embeddings(part: nn.Module) -> nn.Module | None:
 def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     """Returns the output heads of a part, by name: they stay exactly as the user left them.
 
-    For a transformers model these are the submodules beside its base model, except the output
-    embeddings; for a timm model its classifier. In any other module, layers that are called
-    ``head``, ``classifier``, ``fc`` and the like, and else the last linear layer registered.
+    For a transformers model these are the submodules beside its base model, except those with the
+    output embeddings; for a timm model its classifier. In any other module, layers outside of
+    repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
+    last linear layer registered. A layer that shares its weight with another one is no head: it
+    is as pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
-    if hasattr(part, "get_classifier"):
-        classifier = part.get_classifier()
-        return {name: child for name, child in part.named_modules() if child is classifier}
-    named = {
-        name: child
-        for name, child in part.named_modules()
-        if name.rpartition(".")[2] in HEAD_NAMES and _has_linear(child)
-    }
-    outermost = {
-        name: child
-        for name, child in named.items()
-        if not any(name.startswith(f"{other}.") for other in named)
-    }
-    linear = [
-        (name, child) for name, child in part.named_modules() if isinstance(child, LINEAR_LIKE)
+    modules = base_modules(part)
+    get_classifier: Any = getattr(part, "get_classifier", None)
+    if get_classifier is not None:
+        classifier = get_classifier()
+        return {name: child for name, child in modules.items() if child is classifier}
+    named: dict[str, nn.Module] = {}
+    for name, child in modules.items():
+        if _is_called_head(name) and _has_linear(child) and not inside(name, named):
+            named[name] = child
+    last = [(name, child) for name, child in modules.items() if isinstance(child, LINEAR_LIKE)][-1:]
+    shared = set(tied_layers(part))
+    heads = named or {name: child for name, child in last if name}
+    return {n: child for n, child in heads.items() if not any(inside(tied, [n]) for tied in shared)}
+
+
+def _is_called_head(name: str) -> bool:
+    *above, last = name.split(".")
+    return last in HEAD_NAMES and not any(step.isdigit() for step in above)
+
+
+def tied_layers(part: nn.Module) -> list[str]:
+    """Returns the names of linear layers that share their weight with a layer of another kind.
+
+    Those are output layers tied to an embedding.
+    """
+    modules, holders = base_modules(part), parameter_holders(part)
+    return [
+        name
+        for name, child in modules.items()
+        if isinstance(child, LINEAR_LIKE)
+        and any(
+            not isinstance(modules[holder], LINEAR_LIKE)
+            for holder in holders.get(id(child._parameters.get("weight")), [])
+        )
     ]
-    return outermost or dict(linear[-1:])
 
 
 def _has_linear(module: nn.Module) -> bool:
@@ -131,6 +188,7 @@ def _transformers_heads(part: PreTrainedModel) -> dict[str, nn.Module]:
         for name, child in part.named_children()
         if child is not base
         and child is not output
-        and base not in child.modules()
+        # A head that holds the output embeddings, such as BERT's for masked words, is pretrained.
+        and not {base, output} & set(child.modules())
         and any(True for _ in child.parameters())
     }

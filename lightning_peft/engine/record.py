@@ -21,11 +21,14 @@ class AdapterInfo:
         config: The PEFT config as primitives, with ``target_modules`` as the user gave them.
         targets: Names of the adapted layers, relative to the part.
         in_place: Whether the layers were extended in place or wrapped by PEFT.
+        initial: The factors as an initialisation made them that took their product off the base
+            (PiSSA, OLoRA), by their names in an adapter file; else empty.
     """
 
     config: dict[str, Any]
     targets: list[str]
     in_place: bool
+    initial: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,11 +41,13 @@ class PartRecord:
         base_id: Hub name or path the part was loaded from, and its revision.
         quantized: Names of the quantized layers.
         quantization: The settings, as primitives, or ``None``.
-        dense_bytes: Bytes that the quantized layers' weights took before.
-        frozen: Names of the frozen parameters relative to the module, aliases included.
+        dense_bytes: Bytes that the weights of the layers in ``quantized`` took before injection.
+        frozen: Names of the frozen parameters relative to the module, with every name that one
+            has anywhere in the module.
         heads: Names of the heads that were left as the user had them.
         saved: Names of the modules that are trained in full.
-        originals: Values, before training, of parameters that ``disable_adapters`` puts back.
+        originals: Values, before training, of everything that is trained in full, and of the
+            buffers beside it; ``disable_adapters`` puts them back.
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
     """

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.quantization import element_count, storage_bytes
+from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.quantized_layers import element_count, storage_bytes
 from lightning_peft.engine.record import PartRecord, require_record
 
 
@@ -37,6 +40,20 @@ class PartReport:
     saved: list[str]
     in_place: bool
     method: str
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns what to show of the part, as labels and values."""
+        adapted = ", ".join(f"{name} x{count}" for name, count in self.adapted.items())
+        quantized = f"{self.quantized} layers: {self.quantization}" if self.quantized else "-"
+        left = [f"{name} ({state})" for name, state in self.heads.items()]
+        return [
+            ("part", self.name),
+            ("method", self.method + ("" if self.in_place else ", in PEFT's wrappers")),
+            ("adapted", f"{sum(self.adapted.values())} layers: {adapted}"),
+            ("quantized", quantized),
+            *([("trained in full", ", ".join(self.saved))] if self.saved else []),
+            *([("left as it was", ", ".join(left))] if left else []),
+        ]
 
 
 @dataclass
@@ -66,19 +83,14 @@ class Report:
 
     def __rich__(self) -> RenderableType:
         """Returns the table that rich shows."""
-        table = Table(title=None, show_header=True, header_style="bold", expand=False)
-        for column in ("part", "method", "adapted layers", "quantized", "left as you had them"):
-            table.add_column(column, overflow="fold")
-        for part in self.parts:
-            heads = [f"{name} ({state})" for name, state in part.heads.items()]
-            heads += [f"{name} (trained in full)" for name in part.saved]
-            table.add_row(
-                part.name,
-                part.method + ("" if part.in_place else " (PEFT wrappers)"),
-                ", ".join(f"{name} x{count}" for name, count in part.adapted.items()),
-                f"{part.quantized} ({part.quantization})" if part.quantized else "-",
-                ", ".join(heads) or "-",
-            )
+        table = Table(show_header=False, box=box.ROUNDED, show_lines=False)
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(overflow="fold")
+        for index, part in enumerate(self.parts):
+            if index:
+                table.add_section()
+            for label, value in part.rows():
+                table.add_row(label, value)
         return Group(table, *self.summary())
 
     def summary(self) -> list[str]:
@@ -139,16 +151,13 @@ def report(module: nn.Module) -> Report:
     return result
 
 
-def _quantized_bytes(module: nn.Module, entries: object) -> int:
-    total = 0
-    for entry in entries:  # type: ignore[attr-defined]
-        if entry.quantization is None:
-            continue
-        part = module.get_submodule(entry.name)
-        for name in entry.quantized:
-            layer = part.get_submodule(name)
-            total += storage_bytes(getattr(layer, "base_layer", layer).weight)
-    return total
+def _quantized_bytes(module: nn.Module, entries: Iterable[PartRecord]) -> int:
+    """Bytes now of the weights that are or were quantized; merged ones are dense again."""
+    return sum(
+        storage_bytes(parameter(module.get_submodule(entry.qualified(name)), "weight"))
+        for entry in entries
+        for name in entry.quantized
+    )
 
 
 def _part_report(part: nn.Module, entry: PartRecord) -> PartReport:

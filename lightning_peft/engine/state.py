@@ -8,15 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapters import set_adapter
-from lightning_peft.engine.configuration import (
-    config_from_dict,
-    plain,
-    quantization_from_dict,
-)
+from lightning_peft.engine.adapters import refuse_merged, set_adapter
+from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.injection import inject
+from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
-from lightning_peft.errors import BaseMismatchError, CheckpointError, LifecycleError, itemize
+from lightning_peft.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    LifecycleError,
+    TargetModulesError,
+    itemize,
+)
 
 FORMAT = 1
 
@@ -57,9 +62,10 @@ def load_trainable_state_dict(module: nn.Module, state: Mapping[str, Any]) -> No
     Raises:
         CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
             is named.
-        LifecycleError: If the module has no adapters.
+        LifecycleError: If the module has no adapters, or merged ones.
     """
     record = require_record(module)
+    refuse_merged(module, "Loading other values")
     expected = trainable_state_dict(module)
     full = set(record.frozen) & set(state)
     if full:
@@ -71,12 +77,13 @@ def load_trainable_state_dict(module: nn.Module, state: Mapping[str, Any]) -> No
         )
     problems = [f"missing: {key}" for key in expected if key not in state]
     problems += [f"unexpected: {key}" for key in state if key not in expected]
-    for key, value in expected.items():
-        if key in state and isinstance(value, Tensor) and value.shape != state[key].shape:
-            problems.append(
-                f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the "
-                "module"
-            )
+    problems += [
+        f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the module"
+        for key, value in expected.items()
+        if isinstance(value, Tensor)
+        and isinstance(state.get(key), Tensor)
+        and value.shape != state[key].shape
+    ]
     if problems:
         raise CheckpointError(
             f"The checkpoint does not fit the adapted {type(module).__name__}:"
@@ -173,27 +180,10 @@ def _target_problems(where: str, mine: list[str], theirs: list[str]) -> list[str
     ]
 
 
-# Fields that decide what the tensors mean. Others (dropout, the way targets were written) may
-# change between runs.
-DECISIVE_FIELDS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "modules_to_save",
-    "init_lora_weights",
-)
-
-
 def _config_problems(where: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     return [
         f"{where}: {key}={theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now"
-        for key in DECISIVE_FIELDS
-        if plain(mine.get(key)) != plain(theirs.get(key))
+        for key in config_differences(mine, theirs)
     ]
 
 
@@ -252,19 +242,41 @@ def inject_as_described(
             "does not have. If the module builds its layers in `setup` or `configure_model`, they "
             "must be built before adapters can be added."
         )
-    names = dict.fromkeys(
-        adapter for part in described["parts"].values() for adapter in part["adapters"]
-    )
-    for adapter in names:
-        parts = {n: p for n, p in described["parts"].items() if adapter in p["adapters"]}
-        first = next(iter(parts.values()))
-        inject(
-            module,
-            config_from_dict(first["adapters"][adapter]["config"]),
-            quantization_config=quantization_from_dict(first["quantization"]),
-            adapt=list(parts),
-            adapter_name=adapter,
-            device=device,
-        )
+    for adapter, names in _groups(described["parts"]):
+        part = described["parts"][names[0]]
+        try:
+            inject(
+                module,
+                config_from_dict(part["adapters"][adapter]["config"]),
+                quantization_config=quantization_from_dict(part["quantization"]),
+                adapt=names,
+                adapter_name=adapter,
+                device=device,
+            )
+        except (ConfigError, TargetModulesError) as error:
+            raise CheckpointError(
+                f"The checkpoint's adapter {adapter!r} cannot be put on {type(module).__name__}: "
+                f"{error}"
+            ) from error
     set_adapter(module, described["active"])
     check_description(module, described)
+
+
+def _groups(parts: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Returns adapters in order, each with the parts that one call of ``inject`` can serve.
+
+    Parts with the same settings belong together: a name in them may match in one part only.
+    """
+    groups: list[tuple[str, list[str]]] = []
+    settings: list[Any] = []
+    for adapter in dict.fromkeys(name for part in parts.values() for name in part["adapters"]):
+        for name, part in parts.items():
+            if adapter not in part["adapters"]:
+                continue
+            wanted = (adapter, part["adapters"][adapter]["config"], part["quantization"])
+            if wanted in settings:
+                groups[settings.index(wanted)][1].append(name)
+            else:
+                settings.append(wanted)
+                groups.append((adapter, [name]))
+    return groups

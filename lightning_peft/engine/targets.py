@@ -1,8 +1,7 @@
 """From what the user calls layers to the exact list of layers, or an error that names near misses.
 
-The matching rule is PEFT's. What PEFT lets through is refused here: names in a list that match
-nothing, matches on containers, and ``layers_to_transform`` beside ``"all-linear"``, which PEFT
-ignores.
+The matching rule is PEFT's. What PEFT lets through is refused here: names that match nothing, and
+matches on containers. What PEFT refuses, ``layers_to_transform`` beside ``"all-linear"``, works.
 """
 
 from __future__ import annotations
@@ -10,54 +9,128 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_peft.engine.parts import LINEAR_LIKE, find_heads, output_embeddings
+from lightning_peft.engine.parts import (
+    LINEAR_LIKE,
+    base_modules,
+    find_heads,
+    inside,
+    output_embeddings,
+    tied_layers,
+)
 from lightning_peft.errors import TargetModulesError, itemize
 
 ALL_LINEAR = "all-linear"
+PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
+Parts = Mapping[str, nn.Module]
 
 
-def resolve_targets(part: nn.Module, config: PeftConfig, part_name: str = "") -> list[str]:
-    """Returns the names of the layers of ``part`` that ``config`` adapts, in module order.
+def is_all_linear(target_modules: Any) -> bool:
+    """Says whether ``target_modules`` is the word for all linear layers."""
+    return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
+
+
+def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
+    """Returns the names of the layers that ``config`` adapts, by part, in module order.
+
+    A layer registered under several names is meant by any of them, and listed by the first. With
+    several parts, an entry has to match in one of them.
 
     Args:
-        part: The adapted submodule.
+        parts: The adapted submodules by name.
         config: Any PEFT config with ``target_modules``.
-        part_name: How messages call the part.
 
     Raises:
-        TargetModulesError: If nothing matches, or an entry of a list matches nothing.
+        TargetModulesError: If a part gets no adapter, or an entry of ``target_modules``,
+            ``exclude_modules``, ``rank_pattern`` or ``alpha_pattern`` matches nothing; all of
+            them at once.
     """
-    where = part_name or type(part).__name__
     wanted = getattr(config, "target_modules", None)
-    leaves = {name: child for name, child in part.named_modules() if name and _is_layer(child)}
-    if wanted is None or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR):
-        names = _all_linear(part, config, leaves)
-        if not names:
-            raise TargetModulesError(
-                f"{where} has no linear layer to adapt besides its head ({_kinds(leaves)}). Name "
-                "the layers in `target_modules`, or the submodule that holds them in `adapt`."
-            )
-        return names
-    names = [name for name in leaves if _matches(config, name)]
-    problems = _unmatched(wanted, config, list(leaves), where)
+    excluded = getattr(config, "exclude_modules", None)
+    if wanted is None or is_all_linear(wanted):
+        found = {name: _all_linear(part, config) for name, part in parts.items()}
+        problems = []
+    else:
+        found = {name: _matching(part, config) for name, part in parts.items()}
+        problems = _unmatched("target_modules", wanted, parts, _layers)
+    problems += _unmatched("exclude_modules", excluded, parts, base_modules)
+    problems += _unmatched_patterns(config, found)
+    if not problems:
+        problems = [
+            f"nothing to adapt in {name or type(part).__name__}: {_kinds(part)}. Heads, and "
+            "layers that `exclude_modules` or `modules_to_save` name or `layers_to_transform` "
+            "leaves out, get no adapter. Name layers in `target_modules`, or the submodules that "
+            "are meant in `adapt`"
+            for name, part in parts.items()
+            if not found[name]
+        ]
     if problems:
-        raise TargetModulesError("`target_modules` does not fit the module:" + itemize(problems))
+        raise TargetModulesError(f"The names do not fit {_called(parts)}:" + itemize(problems))
+    return found
+
+
+def resolve_saved_modules(parts: Parts, wanted: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the names of the submodules that ``modules_to_save`` means, by part.
+
+    Raises:
+        TargetModulesError: If an entry matches nothing in any part.
+    """
+    entries = list(wanted)
+    refuse_unmatched("modules_to_save", entries, parts)
+    found = {}
+    for part_name, part in parts.items():
+        hits = [n for n in base_modules(part) if n and any(_is_suffix(e, n) for e in entries)]
+        found[part_name] = [n for n in hits if not inside(n, [up for up in hits if up != n])]
+    return found
+
+
+def refuse_unmatched(argument: str, wanted: Iterable[str], parts: Parts) -> None:
+    """Refuses names of submodules that match nothing.
+
+    Args:
+        argument: Where the names were given.
+        wanted: The names.
+        parts: The adapted submodules by name; each name has to match in one of them.
+
+    Raises:
+        TargetModulesError: With all such names, and near ones.
+    """
+    problems = _unmatched(argument, list(wanted), parts, base_modules)
+    if problems:
+        raise TargetModulesError(f"The names do not fit {_called(parts)}:" + itemize(problems))
+
+
+def _called(parts: Parts) -> str:
+    return ", ".join(name or type(part).__name__ for name, part in parts.items())
+
+
+def _layers(part: nn.Module) -> dict[str, list[str]]:
+    """Returns all names of every layer that holds parameters, by its first name."""
+    first = {
+        id(child): name
+        for name, child in base_modules(part).items()
+        if name and next(child.parameters(recurse=False), None) is not None
+    }
+    names: dict[str, list[str]] = {name: [] for name in first.values()}
+    for name, child in part.named_modules(remove_duplicate=False):
+        if id(child) in first:
+            names[first[id(child)]].append(name)
     return names
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+def _kinds(part: nn.Module) -> str:
+    kinds = sorted({type(part.get_submodule(name)).__name__ for name in _layers(part)})
+    return "its layers are of the kinds " + (", ".join(kinds) or "none with parameters")
 
 
-def _kinds(leaves: dict[str, nn.Module]) -> str:
-    kinds = sorted({type(child).__name__ for child in leaves.values()})
-    return "its layers are: " + (", ".join(kinds) or "none with parameters")
+def _is_suffix(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
 
 
 def _matches(config: PeftConfig, name: str) -> bool:
@@ -66,32 +139,68 @@ def _matches(config: PeftConfig, name: str) -> bool:
     return found is True or isinstance(found, re.Match)
 
 
-def _all_linear(part: nn.Module, config: PeftConfig, leaves: dict[str, nn.Module]) -> list[str]:
-    heads = set(find_heads(part))
+def _matching(part: nn.Module, config: PeftConfig) -> list[str]:
+    return [
+        name for name, known in _layers(part).items() if any(_matches(config, a) for a in known)
+    ]
+
+
+def _all_linear(part: nn.Module, config: PeftConfig) -> list[str]:
+    modules, heads, tied = base_modules(part), list(find_heads(part)), tied_layers(part)
     output = output_embeddings(part)
     candidates = [
         name
-        for name, child in leaves.items()
-        if isinstance(child, LINEAR_LIKE)
-        and child is not output
-        and not any(name == head or name.startswith(f"{head}.") for head in heads)
+        for name in _layers(part)
+        if isinstance(modules[name], LINEAR_LIKE)
+        and modules[name] is not output
+        and name not in tied
+        and not inside(name, heads)
     ]
     # By last name, so that PEFT's rule for `layers_to_transform` and `exclude_modules` applies.
-    by_suffix = copy.copy(config)
-    by_suffix.target_modules = {name.rpartition(".")[2] for name in candidates}  # type: ignore[attr-defined]
+    by_suffix: Any = copy.copy(config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in candidates}
     return [name for name in candidates if _matches(by_suffix, name)]
 
 
-def _unmatched(
-    wanted: str | Iterable[str], config: PeftConfig, names: list[str], where: str
-) -> list[str]:
-    problems = []
-    for entry in [wanted] if isinstance(wanted, str) else sorted(wanted):
-        single = copy.copy(config)
-        single.target_modules = entry if isinstance(wanted, str) else {entry}  # type: ignore[attr-defined]
-        if not any(_matches(single, name) for name in names):
-            problems.append(f"{entry!r} matches no layer of {where}{near_names(entry, names)}")
-    return problems
+def _unmatched(argument: str, wanted: Any, parts: Parts, names_of: Any) -> list[str]:
+    """Returns a problem for every entry that matches no name in any part."""
+    names = []
+    for part in parts.values():
+        aliases = _layers(part)
+        names += [alias for name in names_of(part) for alias in aliases.get(name, [name]) if alias]
+    if isinstance(wanted, str):
+        found = any(re.fullmatch(wanted, name) for name in names)
+        return (
+            [] if found else [f"{argument}={wanted!r} matches nothing{near_names(wanted, names)}"]
+        )
+    return [
+        f"{entry!r} of {argument} matches nothing{near_names(entry, names)}"
+        for entry in sorted(wanted or [])
+        if not any(_is_suffix(entry, name) for name in names)
+    ]
+
+
+def _unmatched_patterns(config: PeftConfig, found: Mapping[str, list[str]]) -> list[str]:
+    targets = [name for names in found.values() for name in names]
+    return [
+        f"{key!r} of {argument} matches no adapted layer{near_names(key, targets)}"
+        for argument in PATTERN_FIELDS
+        for key, value in (getattr(config, argument, None) or {}).items()
+        if not patterns_for(targets, {key: value})
+    ]
+
+
+def patterns_for(targets: Iterable[str], patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries of ``rank_pattern`` or ``alpha_pattern`` that match one of ``targets``.
+
+    The others are for another part of the module; PEFT warns of them.
+    """
+    names = list(targets)
+    return {
+        key: value
+        for key, value in patterns.items()
+        if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+    }
 
 
 def near_names(wanted: str, names: Iterable[str]) -> str:
@@ -99,30 +208,8 @@ def near_names(wanted: str, names: Iterable[str]) -> str:
     pool = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
     near = difflib.get_close_matches(wanted.rpartition(".")[2], pool, n=3, cutoff=0.5)
     listed = near or sorted(pool)[:8]
-    return (
-        f"; {'near names' if near else 'its layers are called'}: {', '.join(listed)}"
-        if (listed)
-        else ""
-    )
-
-
-def resolve_saved_modules(part: nn.Module, wanted: Iterable[str], where: str) -> list[str]:
-    """Returns the names of the submodules that ``modules_to_save`` means, by PEFT's suffix rule.
-
-    Raises:
-        TargetModulesError: If an entry matches nothing.
-    """
-    names = [name for name, _ in part.named_modules() if name]
-    found: list[str] = []
-    problems = []
-    for entry in wanted:
-        hits = [name for name in names if name == entry or name.endswith(f".{entry}")]
-        if not hits:
-            problems.append(f"{entry!r} matches no submodule of {where}{near_names(entry, names)}")
-        found += [name for name in hits if not any(name.startswith(f"{up}.") for up in hits)]
-    if problems:
-        raise TargetModulesError("`modules_to_save` does not fit the module:" + itemize(problems))
-    return list(dict.fromkeys(found))
+    label = "near names" if near else "there are"
+    return f"; {label}: {', '.join(listed)}" if listed else ""
 
 
 def compact(targets: list[str], part: nn.Module) -> list[str]:
@@ -132,17 +219,15 @@ def compact(targets: list[str], part: nn.Module) -> list[str]:
     full names wherever that is the same.
     """
     chosen = set(targets)
-    others = {
-        name
-        for name, child in part.named_modules()
-        if name and name not in chosen and isinstance(child, nn.Module)
-    }
-    result: dict[str, None] = {}
-    for name in targets:
-        pieces = name.split(".")
-        suffixes = [".".join(pieces[-count:]) for count in range(1, len(pieces) + 1)]
-        unique = next(
-            (s for s in suffixes if not any(o == s or o.endswith(f".{s}") for o in others)), name
-        )
-        result[unique] = None
-    return list(result)
+    others = {name for name in base_modules(part) if name and name not in chosen}
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    shortest = [
+        next((suffix for suffix in _suffixes(name) if suffix not in taken), name)
+        for name in targets
+    ]
+    return list(dict.fromkeys(shortest))
+
+
+def _suffixes(name: str) -> list[str]:
+    pieces = name.split(".")
+    return [".".join(pieces[-count:]) for count in range(1, len(pieces) + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +11,34 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import CheckpointError
-from lightning_peft.plugin.checkpoint_io import FILES, KEY, AdapterCheckpointIO
-from lightning_peft.plugin.hyperparameters import without_objects
+from lightning_peft.plugin.checkpoint_io import (
+    WholeFileCheckpointIO,
+    is_local,
+    read_checkpoint,
+    remove_adapter_folder,
+    write_adapter_folder,
+)
+from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
-from lightning_peft.plugin.resume import make_resumable, rng_state, set_rng_state
+from lightning_peft.plugin.resume import (
+    ResumableLoader,
+    make_resumable,
+    random_state,
+    set_random_state,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
 
     from lightning_peft.plugin.lifecycle import Lifecycle
 else:
-    _Base = object
+    # As Lightning's Strategy is: an object can only be given a class of the same layout.
+    _Base = ABC
 
 log = logging.getLogger(__name__)
 
+# Key of the checkpoint dictionary under which everything of this package is.
+KEY = "lightning_peft"
 # The name of an entry of every checkpoint's state_dict: whoever loads the file without this
 # package is stopped and reads it, instead of getting the bare base.
 GUARD = "adapters only: load this file with lightning_peft.load_from_checkpoint"
@@ -33,8 +48,15 @@ class AdapterStrategy(_Base):
     """Injection, adapter-only checkpoints, strict restore and exact resume for any strategy."""
 
     lifecycle: Lifecycle
-    _restored: bool = False
-    _resume_from: dict[str, Any] | None = None
+    _restored = False
+    _told_of_hyperparameters = False
+    _resume_from: Any = None
+    _masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    @property
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     def connect(self, model: Any) -> None:
         """Arranges for the injection at the end of ``configure_model``."""
@@ -43,79 +65,97 @@ class AdapterStrategy(_Base):
         self.lifecycle.install(model, self)
 
     def setup(self, trainer: Any) -> None:
-        """Checks that nothing was lost, then lets the strategy set up."""
+        """Checks that no adapters were lost, and keeps their master weights in float32.
+
+        Under ``bf16-true`` and ``16-true`` Lightning casts the module after the restore.
+        """
         self.lifecycle.check_restored(self._restored)
+        self._masters = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Moves the module; the adapters' master weights stay in float32 under ``bf16-true``."""
+        """Moves the module; adapters that a precision plugin cast down get their values back."""
         super().model_to_device()
-        for param in engine.all_adapter_parameters(self.lightning_module):
+        masters, self._masters = self._masters, []
+        for param, master in masters:
             if param.dtype in (torch.float16, torch.bfloat16):
-                param.data = param.data.float()
+                param.data = master.to(param.device, torch.float32)
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
-        self.lifecycle.check_optimizers(self.lightning_module, self.optimizers)
+        self.lifecycle.check_optimizers(self._module, self.optimizers)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Lets the training DataLoader resume in the middle of an epoch."""
         dataloader = super().process_dataloader(dataloader)
-        trainer = self.lightning_module.trainer
-        if not trainer.training:
-            return dataloader
-
-        def consumed() -> int:
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            return 0 if progress.is_last_batch else int(progress.current.ready)
-
-        return make_resumable(dataloader, consumed)
+        return make_resumable(dataloader) if self._module.trainer.training else dataloader
 
     def on_train_start(self) -> None:
-        """When resuming: back to the place in the epoch, then to the random state."""
+        """When resuming: back to the place in the epoch, then to the random state.
+
+        The latest moment before the first batch: the loader may have been made early, by a module
+        that asks for the number of steps in ``configure_optimizers``.
+        """
         super().on_train_start()
-        resume, self._resume_from = self._resume_from, None
-        if resume is None:
+        saved, self._resume_from = self._resume_from, None
+        if saved is None:
             return
-        states = resume["rng"]
-        if len(states) != self.world_size_now():
-            log.info("The checkpoint is of another number of processes: random state not restored.")
+        if len(saved) != self.world_size:
+            log.warning(
+                "The checkpoint is from %d processes and this run has %d: it continues with other "
+                "random numbers and another order of the data.",
+                len(saved),
+                self.world_size,
+            )
             return
-        set_rng_state(states[self.global_rank_now()])
-        fit_loop = self.lightning_module.trainer.fit_loop
-        if fit_loop._combined_loader is not None and fit_loop._data_fetcher is not None:
-            fit_loop._combined_loader_states_to_load = resume["loaders"]
-            fit_loop._load_combined_loader_states()
-            iter(fit_loop._data_fetcher)
+        mine = saved[self.global_rank]
+        loaders = self._training_loaders()
+        for loader, position in zip(loaders, mine["loaders"], strict=False):
+            if isinstance(loader, ResumableLoader) and position is not None:
+                loader.resume_at = position
+        fetcher = self._module.trainer.fit_loop._data_fetcher
+        if getattr(fetcher, "batches", ()):
+            # A loader without a length is fetched ahead, and that was from its beginning.
+            iter(fetcher)
+        set_random_state(mine["random"])
 
-    def world_size_now(self) -> int:
-        """Number of processes."""
-        return int(getattr(self, "world_size", 1))
+    def _training_loaders(self) -> list[Any]:
+        combined = self._module.trainer.fit_loop._combined_loader
+        return [] if combined is None else combined.flattened
 
-    def global_rank_now(self) -> int:
-        """Rank of this process."""
-        return int(getattr(self, "global_rank", 0))
+    def _state_of_process(self) -> dict[str, Any]:
+        fit_loop = self._module.trainer.fit_loop
+        ahead = len(getattr(fit_loop._data_fetcher, "batches", ()))
+        between_epochs = fit_loop.epoch_loop.batch_progress.is_last_batch
+        return {
+            "random": random_state(),
+            "loaders": [
+                loader.position(ahead, between_epochs)
+                if isinstance(loader, ResumableLoader)
+                else None
+                for loader in self._training_loaders()
+            ],
+        }
+
+    def _state_of_all_processes(self) -> list[Any]:
+        mine = self._state_of_process()
+        if self.world_size == 1:
+            return [mine]
+        everyone: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(everyone, mine)
+        return everyone
 
     @property
     def checkpoint_io(self) -> Any:
-        """The CheckpointIO in use, always around or inside this package's own."""
-        current = self._checkpoint_io
-        root = root_of(self) or ""
-        if current is None:
-            self._checkpoint_io = realize(AdapterCheckpointIO, root)()
+        """The CheckpointIO in use: the user's own, else one that writes whole files."""
+        ours = realize(WholeFileCheckpointIO, root_of(self) or "")
+        current: Any = self._checkpoint_io
+        if current is None or type(current) is ours.lightning_class:
+            self._checkpoint_io = ours()
         elif hasattr(type(current), "checkpoint_io"):
-            innermost = current
-            while hasattr(type(innermost._checkpoint_io), "checkpoint_io"):
-                innermost = innermost._checkpoint_io
-            if innermost._checkpoint_io is None:
-                current.checkpoint_io = realize(AdapterCheckpointIO, root)()
-            elif not isinstance(innermost._checkpoint_io, AdapterCheckpointIO):
-                innermost._checkpoint_io = realize(AdapterCheckpointIO, root)(
-                    innermost._checkpoint_io
-                )
-        elif not isinstance(current, AdapterCheckpointIO):
-            self._checkpoint_io = realize(AdapterCheckpointIO, root)(current)
+            # A wrapper takes it only where it has none.
+            current.checkpoint_io = ours()
         return self._checkpoint_io
 
     @checkpoint_io.setter
@@ -123,74 +163,87 @@ class AdapterStrategy(_Base):
         self._checkpoint_io = io
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Everything but the frozen base; see ``docs/checkpoints``."""
-        if engine.record_of(self.lightning_module) is None:
+        """Returns everything but the frozen base."""
+        if engine.record_of(self._module) is None:
             state: dict[str, Any] = super().lightning_module_state_dict()
             return state
-        return engine.trainable_state_dict(self.lightning_module)
+        return engine.trainable_state_dict(self._module)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Adds what makes the file self-describing, and hands it to the CheckpointIO."""
-        module = self.lightning_module
-        if engine.record_of(module) is not None:
-            described = engine.describe(module)
-            described["rng"] = self._rng_of_all_ranks()
-            checkpoint, described["left_out"] = without_objects(checkpoint, module)
-            facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
-            if self.is_global_zero:
-                described[FILES] = engine.packed_adapters(module, facts)
-            # An entry with an impossible shape is refused even by load_state_dict(strict=False).
-            described["guard"] = min(engine.require_record(module).frozen)
-            guards = {GUARD: torch.empty(0), described["guard"]: torch.empty(0)}
-            state = {**checkpoint["state_dict"], **guards}
-            checkpoint = {**checkpoint, "state_dict": state, KEY: described}
+        """Writes a file that describes itself, and the adapter folder beside it."""
+        if engine.record_of(self._module) is not None:
+            checkpoint = self._described(checkpoint)
+            if self.is_global_zero and is_local(filepath):
+                facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
+                # First, so that a checkpoint that exists has everything beside it.
+                write_adapter_folder(filepath, engine.packed_adapters(self._module, facts))
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def _rng_of_all_ranks(self) -> list[Any]:
-        mine = rng_state()
-        if self.world_size_now() == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.world_size_now()
-        torch.distributed.all_gather_object(everyone, mine)
-        return everyone
+    def _described(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        described = engine.describe(self._module)
+        # Files of weights only are not resumed from.
+        whole = "optimizer_states" in checkpoint
+        described["processes"] = self._state_of_all_processes() if whole else []
+        checkpoint, _ = without_objects(checkpoint, DATAMODULE_KEY)
+        checkpoint, described["left_out"] = without_objects(checkpoint)
+        if described["left_out"] and not self._told_of_hyperparameters:
+            self._told_of_hyperparameters = True
+            names = described["left_out"]
+            log.warning(
+                "save_hyperparameters() kept objects (%s) that a checkpoint cannot hold safely: a "
+                "model among them would be stored with its base weights. They are left out; pass "
+                "them to load_from_checkpoint, and write self.save_hyperparameters(ignore=%r).",
+                ", ".join(names),
+                names,
+            )
+        # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
+        record = engine.require_record(self._module)
+        described["guard"] = next(
+            part.qualified(name) for part in record.parts.values() for name in part.base.names
+        )
+        guards = {GUARD: torch.empty(0), described["guard"]: torch.empty(0)}
+        state = {**checkpoint["state_dict"], **guards}
+        return {**checkpoint, "state_dict": state, KEY: described}
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Removes a checkpoint and its adapter folder."""
+        super().remove_checkpoint(filepath)
+        if self.is_global_zero and is_local(filepath):
+            remove_adapter_folder(filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Reads a checkpoint; see :class:`AdapterCheckpointIO` for what is refused."""
-        # The CheckpointIO is asked first, so that it is ours before Lightning's code uses it.
-        assert self.checkpoint_io is not None
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        return unguarded(checkpoint)
+        """Reads a checkpoint; nothing in it is executed unless ``weights_only`` is ``False``.
+
+        Raises:
+            CheckpointError: If the file is damaged or unsafe.
+        """
+        return unguarded(read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads adapters strictly, on the base they were trained on.
+        """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
 
         Raises:
             CheckpointError: If the checkpoint does not fit; everything that differs is named.
             BaseMismatchError: If the frozen base is another one.
         """
-        module = self.lightning_module
-        if KEY in checkpoint:
-            engine.check_description(module, checkpoint[KEY])
-        engine.load_trainable_state_dict(module, checkpoint["state_dict"])
         if KEY not in checkpoint:
             raise CheckpointError(
-                "The checkpoint was not written by lightning_peft: it does not say which base it "
-                "belongs to."
+                "The checkpoint was not written with adapters: it does not say which base and "
+                "which adapters it is for. If it holds the base model's weights, load it into the "
+                "module first (load_from_checkpoint), and give that module to the Trainer."
             )
+        engine.check_description(self._module, checkpoint[KEY])
+        engine.load_trainable_state_dict(self._module, checkpoint["state_dict"])
         self._restored = True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores the optimizers, then what makes the rest of the run the same."""
+        """Restores the optimizers, and remembers what makes the rest of the run the same."""
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)
-        loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
-        self._resume_from = {
-            "rng": checkpoint[KEY]["rng"],
-            "loaders": loops.get("combined_loader", []),
-        }
+        self._resume_from = checkpoint[KEY]["processes"]
 
     def on_exception(self, exception: BaseException) -> None:
         """Gives the module its own ``configure_model`` back."""
@@ -208,5 +261,5 @@ def unguarded(checkpoint: dict[str, Any]) -> dict[str, Any]:
     if KEY not in checkpoint:
         return checkpoint
     guards = (GUARD, checkpoint[KEY].get("guard"))
-    state = {k: v for k, v in checkpoint.get("state_dict", {}).items() if k not in guards}
+    state = {k: v for k, v in checkpoint["state_dict"].items() if k not in guards}
     return {**checkpoint, "state_dict": state}

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+# Subclasses of what is served, and others; by name, since each tree has its own classes.
+_REFUSED = {
+    "FSDPStrategy": "it shards parameters, and 4-bit weights and adapters need their own layout",
+    "ModelParallelStrategy": "it shards parameters in the module's configure_model",
+    "DeepSpeedStrategy": "it saves and restores through its own engine",
+    "XLAStrategy": "bitsandbytes has no kernels for it",
+    "SingleDeviceXLAStrategy": "bitsandbytes has no kernels for it",
+}
 _SERVED = ("SingleDeviceStrategy", "DDPStrategy")
-_CLASSES: dict[type, type] = {}
+_extended: dict[type, type] = {}
 
 
 class _AdapterCallback(_Base, metaclass=PerNamespace):
@@ -29,13 +37,13 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
     lightning_base = "callbacks.Callback"
 
     def _take(self, arguments: dict[str, Any]) -> None:
-        self._made_with = given(arguments)
-        if self._made_with["ddp_kwargs"]:
+        arguments = given(arguments)
+        if arguments["ddp_kwargs"]:
             raise ConfigError(
-                f"ddp_kwargs={self._made_with['ddp_kwargs']!r}: a callback makes no strategy. Put "
-                "them into your own DDPStrategy."
+                f"ddp_kwargs={arguments['ddp_kwargs']!r}: a callback makes no strategy. Put them "
+                "into your own DDPStrategy."
             )
-        self.lifecycle = Lifecycle(injection_from(self._made_with), self._made_with["announce"])
+        self.lifecycle = Lifecycle(injection_from(arguments), arguments["announce"])
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Extends the strategy, just before ``configure_model``.
@@ -44,24 +52,31 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
             UnsupportedError: If the strategy cannot be served, or adds adapters itself.
         """
         strategy = trainer.strategy
-        current = getattr(strategy, "lifecycle", None)
-        if current is not None and current is not self.lifecycle:
-            raise UnsupportedError(
-                f"{type(self).__name__} beside {type(strategy).__name__} would add adapters twice. "
-                "Keep one of the two."
-            )
-        if current is None:
-            if not any(cls.__name__ in _SERVED for cls in type(strategy).__mro__):
-                raise UnsupportedError(
-                    f"{type(self).__name__} cannot serve {type(strategy).__name__} yet. It works "
-                    "with strategy='auto' and 'ddp'; or use LoRAStrategy or QLoRAStrategy."
-                )
+        if not isinstance(strategy, AdapterStrategy):
+            _check_served(strategy, type(self).__name__)
             cls = type(strategy)
-            if cls not in _CLASSES:
-                _CLASSES[cls] = type(f"Adapter{cls.__name__}", (AdapterStrategy, cls), {})
-            strategy.__class__ = _CLASSES[cls]
+            if cls not in _extended:
+                _extended[cls] = type(f"Adapter{cls.__name__}", (AdapterStrategy, cls), {})
+            strategy.__class__ = _extended[cls]
             strategy.lifecycle = self.lifecycle
+        if strategy.lifecycle is not self.lifecycle:
+            raise UnsupportedError(
+                f"{type(self).__name__} beside {type(strategy).__name__}, or beside another "
+                "callback of its kind, would add adapters twice. Keep one of the two."
+            )
         self.lifecycle.install(pl_module, strategy)
+
+
+def _check_served(strategy: Any, callback: str) -> None:
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    reason = next((_REFUSED[name] for name in names if name in _REFUSED), None)
+    if reason is None and not set(names) & set(_SERVED):
+        reason = "it is not one of Lightning's own for one device or DDP"
+    if reason is not None:
+        raise UnsupportedError(
+            f"{callback} cannot serve {names[0]}: {reason}. It works with strategy='auto' and "
+            "'ddp'; or use LoRAStrategy or QLoRAStrategy."
+        )
 
 
 class LoRACallback(LoRAArguments, _AdapterCallback):

@@ -1,9 +1,12 @@
-"""Checkpoint files that are whole or absent, with the adapter in PEFT's format beside them."""
+"""Checkpoint files that are whole or absent, and the adapter folders beside them."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -18,135 +21,141 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-# Key of the checkpoint dictionary under which everything of this package is.
-KEY = "lightning_peft"
-FILES = "adapter_files"
+log = logging.getLogger(__name__)
+
+# Lightning may take an entry beside the checkpoints whose name contains "last" for a checkpoint,
+# so the adapters of all checkpoints are one folder further down.
 FOLDER = "adapters"
 
 
-class AdapterCheckpointIO(_Base, metaclass=PerNamespace):
-    """Writes beside the place, flushes to disk, then renames: a kill leaves no half checkpoint.
-
-    The adapter goes to ``adapters/<name of the checkpoint>/`` in the same folder. It is a folder
-    of its own because Lightning takes every entry whose name contains ``last`` for a checkpoint.
-    """
+class WholeFileCheckpointIO(_Base, metaclass=PerNamespace):
+    """Writes beside the place, flushes to disk, then renames: a kill leaves no half checkpoint."""
 
     lightning_base = "plugins.io.TorchCheckpointIO"
 
-    def __init__(self, inner: Any = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.inner = inner
+        self._warned_of: set[str] = set()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes the checkpoint and, from what it carries, the adapter folder."""
-        described = checkpoint.get(KEY, {})
-        files = described.get(FILES, {})
-        if files:
-            kept = {key: value for key, value in described.items() if key != FILES}
-            checkpoint = {**checkpoint, KEY: kept}
-        if self.inner is not None or "://" in str(path):
-            self._plain_save(checkpoint, path, storage_options)
-            if "://" not in str(path):
-                write_folder(adapter_folder(path), files)
+        """Writes a local file; remote ones are left to Lightning."""
+        if not is_local(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
             return
-        if storage_options is not None:
-            raise TypeError("storage_options need a CheckpointIO of your own (plugins=...).")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        for abandoned in target.parent.glob(f".incomplete-*-{target.stem}"):
-            abandoned.unlink()
-        unfinished = target.with_name(f".incomplete-{os.getpid()}-{target.stem}")
+        _remove_abandoned(target)
+        unfinished = _unfinished(target)
         with open(unfinished, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        write_folder(adapter_folder(target), files)
-        # Last: from here on the checkpoint exists, and everything beside it does.
+        self._warn_of_objects(unfinished)
         os.replace(unfinished, target)
 
-    def _plain_save(self, checkpoint: dict[str, Any], path: Any, storage_options: Any) -> None:
-        if self.inner is not None:
-            self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
-        else:
-            super().save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Loads a checkpoint without executing anything from it, unless told to trust it.
-
-        Raises:
-            CheckpointError: If the file is cut short, is no checkpoint, or could run code.
-        """
-        if map_location is None:
-            map_location = torch.device("cpu")
-        source = self.inner if self.inner is not None else super()
-        trusted = weights_only is False
-        try:
-            loaded: dict[str, Any] = source.load_checkpoint(
-                path, map_location=map_location, weights_only=not trusted
+    def _warn_of_objects(self, file: Path) -> None:
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - self._warned_of
+        if names:
+            self._warned_of |= names
+            log.warning(
+                "The checkpoint holds objects (%s) besides tensors and plain values, so that only "
+                "weights_only=False can load it. They come from on_save_checkpoint, or from the "
+                "state of a callback, scheduler or datamodule. Store numbers, strings or tensors "
+                "there instead.",
+                ", ".join(sorted(names)),
             )
-        except UnpicklingError as error:
-            raise CheckpointError(
-                f"{str(path)!r} holds more than tensors and plain values, and reading it could run "
-                f"code, so nothing of it was executed ({_first_line(error)}). If you trust where it "
-                "comes from, pass weights_only=False to trainer.fit or load_from_checkpoint."
-            ) from error
-        except (RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                f"{str(path)!r} is no complete checkpoint ({_first_line(error)}). It was cut short "
-                "or is another kind of file; use an earlier checkpoint of the run."
-            ) from error
-        return loaded
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Removes the checkpoint and the adapter folder beside it."""
-        if self.inner is not None:
-            self.inner.remove_checkpoint(path)
-        else:
-            super().remove_checkpoint(path)
-        if "://" not in str(path):
-            shutil.rmtree(adapter_folder(path), ignore_errors=True)
-            parent = adapter_folder(path).parent
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-
-    def teardown(self) -> None:
-        """Passes the call on."""
-        if self.inner is not None:
-            self.inner.teardown()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+def read_checkpoint(
+    read: Callable[..., dict[str, Any]], path: Any, weights_only: bool | None
+) -> dict[str, Any]:
+    """Reads a checkpoint without running anything in it, unless told to trust it.
+
+    Args:
+        read: A CheckpointIO's ``load_checkpoint``, or a strategy's.
+        path: The file.
+        weights_only: Only ``False`` trusts the file. Lightning's ``None`` trusts remote files.
+
+    Raises:
+        CheckpointError: If the file could run code, was cut short, or is no checkpoint.
+        FileNotFoundError: If there is no such file.
+    """
+    trusted = weights_only is False
+    try:
+        loaded = read(path, weights_only=not trusted)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{str(path)!r} holds more than tensors and plain values ({_reason(error)}). Reading "
+            "it could run code, so nothing of it was executed. If you trust where it comes from, "
+            "pass weights_only=False."
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{str(path)!r} is no complete checkpoint ({type(error).__name__}: {_reason(error)}). "
+            "It was cut short, or is another kind of file. Use an earlier checkpoint of the run."
+        ) from error
+    if not isinstance(loaded, dict) or "state_dict" not in loaded:
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint of a Trainer: it has no `state_dict`. Adapter folders "
+            "are loaded by lightning_peft.load_adapter."
+        )
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch puts pages of advice around the one line that says what was found.
+    telling = [line for line in lines if "unsupported" in line.lower()]
+    return (telling or lines or [type(error).__name__])[0][:160]
+
+
+def is_local(path: Any) -> bool:
+    """Says whether ``path`` is on this machine's file system, not behind an fsspec protocol."""
+    return "://" not in str(path)
 
 
 def adapter_folder(checkpoint: Any) -> Path:
     """Returns where the adapter of a checkpoint file is."""
     path = Path(checkpoint)
-    return path.parent / FOLDER / path.stem
+    return path.parent / FOLDER / path.name.removesuffix(".ckpt")
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes ``files`` as the new content of ``folder``, replacing an older one at the end."""
-    if not files:
-        return
+def write_adapter_folder(checkpoint: Any, files: dict[str, bytes]) -> None:
+    """Writes the adapter folder of a checkpoint; an older one is replaced when all is written."""
+    folder = adapter_folder(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".incomplete-{os.getpid()}-{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_abandoned(folder)
+    unfinished = _unfinished(folder)
     for name, content in files.items():
-        file = unfinished / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-    if folder.is_dir():
-        replaced = folder.with_name(f".replaced-{os.getpid()}-{folder.name}")
-        os.replace(folder, replaced)
-        os.replace(unfinished, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.replace(unfinished, folder)
+        (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+        (unfinished / name).write_bytes(content)
+    # All are written before the first is flushed, which then flushes most of the others too.
+    for name in files:
+        with open(unfinished / name, "rb") as file:
+            os.fsync(file.fileno())
+    # A folder cannot be renamed onto another one.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def remove_adapter_folder(checkpoint: Any) -> None:
+    """Removes the adapter folder of a checkpoint, and the folder of folders with the last one."""
+    folder = adapter_folder(checkpoint)
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.is_dir() and not any(folder.parent.iterdir()):
+        folder.parent.rmdir()
+
+
+def _unfinished(target: Path, process: str | None = None) -> Path:
+    # Without the target's name, by which Lightning and others recognise checkpoints.
+    code = zlib.crc32(target.name.encode())
+    return target.with_name(f".incomplete-{process or os.getpid()}-{code:08x}")
+
+
+def _remove_abandoned(target: Path) -> None:
+    for left in target.parent.glob(_unfinished(target, "*").name):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()

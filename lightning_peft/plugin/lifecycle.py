@@ -7,11 +7,13 @@ the end of ``configure_model``, so that hook is wrapped on the instance, for one
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, UnsupportedError, itemize
@@ -19,20 +21,12 @@ from lightning_peft.errors import BaseMismatchError, LifecycleError, Unsupported
 if TYPE_CHECKING:
     from torch import nn
 
-log = logging.getLogger(__name__)
-
-_BUILT_IN_CALLBACKS = {
+# By name, since each Lightning package has its own classes.
+_REFUSED_CALLBACKS = {
     "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
     "full model past the strategy",
     "StochasticWeightAveraging": "its state in the checkpoint is the full model",
     "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold",
-}
-_REFUSED_STRATEGIES = {
-    "FSDPStrategy": "it shards parameters, and 4-bit weights and adapters need their own layout",
-    "ModelParallelStrategy": "it shards parameters in the module's configure_model",
-    "DeepSpeedStrategy": "it restores and saves through its own engine",
-    "XLAStrategy": "bitsandbytes has no kernels for it",
-    "SingleDeviceXLAStrategy": "bitsandbytes has no kernels for it",
 }
 
 
@@ -72,8 +66,9 @@ class Lifecycle:
         Raises:
             UnsupportedError: For callbacks and plugins that would undo or corrupt the adapters.
         """
-        if self._waiting is not None:
+        if self._waiting is module:
             return
+        self.uninstall()
         self._refuse(module, strategy)
         self._own_hook = module.__dict__.get("configure_model")
 
@@ -81,7 +76,10 @@ class Lifecycle:
         def configure_model() -> None:
             self.uninstall()
             module.configure_model()
-            self._inject(module, strategy)
+            # Again: the module may have brought callbacks of its own since.
+            self._refuse(module, strategy)
+            with _default_dtype_and_device():
+                self._inject(module, strategy)
 
         self._waiting = module
         module.__dict__["configure_model"] = configure_model
@@ -98,41 +96,37 @@ class Lifecycle:
 
     def _refuse(self, module: Any, strategy: Any) -> None:
         problems = []
-        for cls in type(strategy.precision_plugin).__mro__:
-            if cls.__name__ == "BitsandbytesPrecision":
-                problems.append(
-                    "plugins=BitsandbytesPrecision: it would quantize the adapters too and freeze "
-                    "everything. Remove it: QLoRAStrategy quantizes the base itself"
-                )
-        for cls in type(strategy).__mro__:
-            if cls.__name__ in _REFUSED_STRATEGIES:
-                problems.append(
-                    f"{cls.__name__}: {_REFUSED_STRATEGIES[cls.__name__]}. Use LoRAStrategy or "
-                    "QLoRAStrategy, on one device or several"
-                )
-        if getattr(strategy, "_start_method", "popen") != "popen":
+        precisions = {cls.__name__ for cls in type(strategy.precision_plugin).__mro__}
+        if "BitsandbytesPrecision" in precisions:
             problems.append(
-                f"start_method={strategy._start_method!r}: the trained adapters would stay in the "
-                "spawned processes and be lost when they end. Use strategy='ddp' from a script"
+                "plugins=BitsandbytesPrecision: it would quantize the adapters too and freeze "
+                "everything. Remove it: QLoRAStrategy quantizes the base itself"
+            )
+        if "DoublePrecision" in precisions and self.injection.quantization_config is not None:
+            problems.append(
+                "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
+                "precision, or LoRA without quantization"
+            )
+        start_method = getattr(strategy, "_start_method", "popen")
+        if start_method != "popen":
+            problems.append(
+                f"start_method={start_method!r}: the trained adapters would stay in the processes "
+                "it starts and be lost with them. Use strategy='ddp', from a script"
             )
         for callback in getattr(module._trainer, "callbacks", []):
-            for cls in type(callback).__mro__:
-                if cls.__name__ in _BUILT_IN_CALLBACKS:
-                    problems.append(
-                        f"callback {type(callback).__name__}: {_BUILT_IN_CALLBACKS[cls.__name__]}. "
-                        "Remove it"
-                    )
+            problems += [
+                f"callback {type(callback).__name__}: {_REFUSED_CALLBACKS[cls.__name__]}. Remove it"
+                for cls in type(callback).__mro__
+                if cls.__name__ in _REFUSED_CALLBACKS
+            ]
         if problems:
-            raise UnsupportedError(
-                "Adapters cannot be trained together with:" + itemize(dict.fromkeys(problems))
-            )
+            raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))
 
     def _inject(self, module: Any, strategy: Any) -> None:
         record = engine.record_of(module)
-        if record is not None:
-            self._lost = self._vanished(module, record)
-            if self._lost:
-                engine.set_record(module, None)
+        self._lost = [] if record is None else _vanished(module, record)
+        if self._lost:
+            engine.set_record(module, None)
         if engine.record_of(module) is None:
             engine.inject(
                 module,
@@ -141,99 +135,52 @@ class Lifecycle:
                 adapt=self.injection.adapt,
                 device=strategy.root_device,
             )
-            self._check_ranks(module, strategy)
+            _check_ranks(module)
         else:
             self._check_same(module)
         if _fitting(module):
-            self._prepare_training(module, strategy)
-
-    @staticmethod
-    def _vanished(module: nn.Module, record: Any) -> list[str]:
-        gone = []
-        for name, part in record.parts.items():
-            try:
-                layers = engine.adapted_layers(module.get_submodule(name))
-            except AttributeError:
-                layers = {}
-            targets = {t for info in part.adapters.values() for t in info.targets}
-            gone += [part.qualified(t) for t in sorted(targets) if t not in layers]
-        return gone
+            _prepare_training(module)
+            if self.announce and strategy.is_global_zero:
+                self.announce = False
+                engine.show(engine.report(module))
 
     def _check_same(self, module: nn.Module) -> None:
+        """Compares adapters that are there already with the ones that were asked for."""
         record = engine.require_record(module)
-        wanted = engine.config_to_dict(self.injection.peft_config)
+        asked = engine.config_to_dict(self.injection.peft_config)
         quantization = engine.quantization_to_dict(self.injection.quantization_config)
         problems = []
+        if self.injection.adapt is not None and set(self.injection.adapt) != set(record.parts):
+            problems.append(f"adapt={sorted(record.parts)}, asked for {self.injection.adapt}")
         for name, part in record.parts.items():
-            config = part.adapters[record.active[0]].config
+            where = name or type(module).__name__
+            info = part.adapters[record.active[0]]
             problems += [
-                f"{name or type(module).__name__}: {key}={config.get(key)!r} on the module, "
-                f"{wanted.get(key)!r} asked for"
-                for key in engine.DECISIVE_FIELDS
-                if config.get(key) != wanted.get(key)
+                f"{where}: {key}={info.config.get(key)!r}, asked for {asked.get(key)!r}"
+                for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
+                if info.config.get(key) != asked.get(key)
             ]
             if part.quantization != quantization:
                 problems.append(
-                    f"{name or type(module).__name__}: quantization {part.quantization} on the "
-                    f"module, {quantization} asked for"
+                    f"{where}: quantization is {part.quantization}, asked for {quantization}"
                 )
+            problems += self._other_targets(module.get_submodule(name), part, info)
         if problems:
             raise LifecycleError(
-                "The module has adapters already, with other settings:"
+                "The module has adapters already, with other settings than were asked for:"
                 + itemize(problems)
-                + "\nUse the same settings, or build the module anew."
+                + "\nAsk for the same settings, or build the module anew."
             )
 
-    def _check_ranks(self, module: nn.Module, strategy: Any) -> None:
-        """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        record = engine.require_record(module)
-        mine = {name: part.base.sums for name, part in record.parts.items()}
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, mine)
-        others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-        if not others:
-            return
-        names = [
-            part.qualified(tensor)
-            for name, part in record.parts.items()
-            for tensor, a, b in zip(
-                part.base.names, everyone[0][name], everyone[others[0]][name], strict=True
-            )
-            if a != b
+    def _other_targets(self, part: nn.Module, entry: Any, info: Any) -> list[str]:
+        if not info.in_place:
+            # Inside PEFT's wrappers the layers have other names.
+            return []
+        asked = engine.resolve_targets({entry.name: part}, self.injection.peft_config)[entry.name]
+        missing, surplus = sorted({*asked} - {*info.targets}), sorted({*info.targets} - {*asked})
+        return [f"{entry.qualified(name)}: no adapter, asked for one" for name in missing] + [
+            f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus
         ]
-        raise BaseMismatchError(
-            f"Ranks {others} have another base model than rank 0:"
-            + itemize(names, 5)
-            + "\nQuantized weights cannot be broadcast, so each rank would train against its own. "
-            "Load the same checkpoint on every rank, or call seed_everything(...) before a base "
-            "with random weights is built."
-        )
-
-    def _prepare_training(self, module: Any, strategy: Any) -> None:
-        record = engine.require_record(module)
-        merged = [
-            f"{name}.{layer}".lstrip(".")
-            for name in record.parts
-            for layer, adapted in engine.adapted_layers(module.get_submodule(name)).items()
-            if getattr(adapted, "lora_merged", ())
-        ]
-        if merged:
-            raise LifecycleError(
-                "These layers have their adapters merged, so nothing would train:"
-                + itemize(merged, 5)
-                + "\nCall lightning_peft.unmerge(module) first."
-            )
-        for name in record.parts:
-            part = module.get_submodule(name)
-            # from_pretrained returns models in eval mode and Lightning keeps it: dropout of the
-            # adapters and gradient checkpointing would be off without a word.
-            if not part.training:
-                part.train()
-                log.info("%s was in eval mode; set to train mode", name or type(module).__name__)
-        if self.announce and strategy.is_global_zero:
-            engine.show(engine.report(module))
 
     def check_restored(self, restored: bool) -> None:
         """Called when the stage is set up: adapters that a rebuild threw away must be back.
@@ -283,6 +230,98 @@ class Lifecycle:
             )
 
 
+@contextmanager
+def _default_dtype_and_device() -> Iterator[None]:
+    """Undoes what Lightning sets around ``configure_model`` for the sake of the user's layers.
+
+    Constants of the quantization would be made in half precision, and the same seed would give
+    other adapters on another device.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _vanished(module: nn.Module, record: Any) -> list[str]:
+    """Returns the names of the layers that had adapters and have none now."""
+    gone = []
+    for name, part in record.parts.items():
+        try:
+            layers = engine.adapted_layers(module.get_submodule(name))
+        except AttributeError:
+            layers = {}
+        targets = {t for info in part.adapters.values() for t in info.targets}
+        gone += [part.qualified(t) for t in sorted(targets) if t not in layers]
+    return gone
+
+
+def _check_ranks(module: nn.Module) -> None:
+    """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    record = engine.require_record(module)
+    mine = {name: part.base.sums for name, part in record.parts.items()}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if not others:
+        return
+    names = [
+        part.qualified(tensor)
+        for name, part in record.parts.items()
+        for tensor, a, b in zip(
+            part.base.names, everyone[0][name], everyone[others[0]][name], strict=True
+        )
+        if a != b
+    ]
+    raise BaseMismatchError(
+        f"Ranks {others} have another base model than rank 0:"
+        + itemize(names, 5)
+        + "\nQuantized weights cannot be broadcast, so each rank would train against its own. "
+        "Load the same checkpoint on every rank, or call seed_everything(...) before a base "
+        "with random weights is built."
+    )
+
+
+def _prepare_training(module: nn.Module) -> None:
+    """Refuses merged and frozen adapters, and sets the adapted parts to train mode."""
+    record = engine.require_record(module)
+    parts = [(entry, module.get_submodule(name)) for name, entry in record.parts.items()]
+    merged = [
+        entry.qualified(name)
+        for entry, part in parts
+        for name, layer in engine.adapted_layers(part).items()
+        if getattr(layer, "lora_merged", ())
+    ]
+    if merged:
+        raise LifecycleError(
+            "These layers have their adapters merged, so nothing would train:"
+            + itemize(merged, 5)
+            + "\nCall lightning_peft.unmerge(module) first."
+        )
+    frozen = [entry.name or type(part).__name__ for entry, part in parts if _is_frozen(part, entry)]
+    if frozen:
+        raise LifecycleError(
+            f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
+            "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
+        )
+    for _, part in parts:
+        # from_pretrained returns models in eval mode and Lightning keeps it: dropout of the
+        # adapters and gradient checkpointing would be off without a word. Statistics of a batch
+        # norm in eval mode belong to the base, and no adapter file holds them.
+        fixed = [m for m in part.modules() if isinstance(m, _BatchNorm) and not m.training]
+        part.train()
+        for norm in fixed:
+            norm.eval()
+
+
+def _is_frozen(part: nn.Module, entry: Any) -> bool:
+    return not engine.trained_parameters(part, entry)
+
+
 def _fitting(module: Any) -> bool:
-    trainer = module._trainer
-    return trainer is not None and str(getattr(trainer.state.fn, "value", "")) == "fit"
+    return module._trainer is not None and module._trainer.state.fn == "fit"

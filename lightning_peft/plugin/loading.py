@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
+import sys
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from lightning_peft import engine
-from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.plugin.adapter_strategy import unguarded
-from lightning_peft.plugin.checkpoint_io import KEY, AdapterCheckpointIO
-from lightning_peft.plugin.namespace import ROOTS, realize, root_of
-
-log = logging.getLogger(__name__)
+from lightning_peft.errors import CheckpointError, ConfigError, LightningPeftError
+from lightning_peft.plugin.adapter_strategy import KEY, unguarded
+from lightning_peft.plugin.checkpoint_io import WholeFileCheckpointIO, read_checkpoint
+from lightning_peft.plugin.namespace import PerNamespace, namespace_in_use, realize, tree_of
 
 
 def load_from_checkpoint(
@@ -48,64 +47,91 @@ def load_from_checkpoint(
         BaseMismatchError: If the module's base is not the one the adapters were trained on.
         ConfigError: If constructor arguments are missing.
     """
-    root = next((r for c in cls.__mro__ for r in ROOTS if c.__module__.startswith(f"{r}.")), None)
-    io = realize(AdapterCheckpointIO, root or ROOTS[0])()
-    checkpoint = unguarded(io.load_checkpoint(path, "cpu", weights_only))
+    if isinstance(cls, PerNamespace):
+        cls = realize(cls, namespace_in_use())
+    root = tree_of(cls)
+    if root is None:
+        raise ConfigError(f"{cls.__name__} is no LightningModule.")
+    io = realize(WholeFileCheckpointIO, root)()
+    checkpoint = unguarded(read_checkpoint(io.load_checkpoint, path, weights_only))
     if KEY not in checkpoint:
         raise CheckpointError(
-            f"{str(path)!r} holds no adapters of lightning_peft. Load it with "
+            f"{str(path)!r} was not written with adapters. Load it with "
             f"{cls.__name__}.load_from_checkpoint."
         )
     described = checkpoint[KEY]
-    module = _build(cls, checkpoint, hyperparameters, described.get("left_out", []))
+    module = _build(cls, root, checkpoint, hyperparameters)
     _build_layers(module, described)
-    module.on_load_checkpoint(checkpoint)
-    device = torch.device(map_location) if map_location is not None else None
+    device = None if map_location is None else torch.device(map_location)
     engine.inject_as_described(module, described, device)
+    module.on_load_checkpoint(checkpoint)
     engine.load_trainable_state_dict(module, checkpoint["state_dict"])
-    if device is not None:
-        module.to(device)
-    return module.eval()
+    return module.to(device or torch.device("cpu")).eval()
 
 
-def _build(cls: Any, checkpoint: dict[str, Any], given: dict[str, Any], left_out: list[str]) -> Any:
-    saved = dict(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {})
-    name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
+def _build(cls: Any, root: str, checkpoint: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Makes the module from its hyperparameters, as Lightning does."""
+    absent = [name for name in checkpoint[KEY]["left_out"] if name not in given]
+    if absent:
+        # Also where the constructor has defaults: those need not be what was trained with.
+        raise ConfigError(
+            f"Pass {', '.join(absent)} to load_from_checkpoint: {cls.__name__} was made with "
+            "objects there, which checkpoints do not hold."
+        )
+    arguments = dict(checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY) or {})
     parameters = inspect.signature(cls.__init__).parameters
-    if name and name in parameters and name not in ("kwargs", "args"):
-        arguments = {name: saved, **given}
-    else:
-        arguments = {**saved, **given}
-    arguments.pop("_instantiator", None)
-    arguments.pop("_class_path", None)
+    name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
+    if name in parameters and name not in ("args", "kwargs"):
+        arguments = {name: arguments}
+    arguments |= given
+    by_cli = arguments.pop("_instantiator", None) is not None
+    if by_cli:
+        return _instantiate(cls, root, arguments)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {key: value for key, value in arguments.items() if key in parameters}
     try:
         return cls(**arguments)
     except TypeError as error:
-        missing = [key for key in left_out if key not in arguments]
         raise ConfigError(
-            f"{cls.__name__} cannot be built from the checkpoint: {error}."
-            + (
-                f" Pass {', '.join(missing)} to load_from_checkpoint: objects are not stored."
-                if missing
-                else " Pass the missing arguments to load_from_checkpoint, or call "
-                "save_hyperparameters() in the constructor."
-            )
+            f"{cls.__name__} cannot be built from the checkpoint: {error}. Pass what is missing to "
+            "load_from_checkpoint, or call save_hyperparameters() in the constructor."
         ) from error
 
 
+def _instantiate(cls: Any, root: str, arguments: dict[str, Any]) -> Any:
+    """Makes a module that LightningCLI made, whose arguments are written as in its YAML."""
+    path = arguments.get("_class_path")
+    if path is not None:
+        module, _, name = str(path).rpartition(".")
+        # Looked up, not imported: a file must not choose which code runs.
+        named = getattr(sys.modules.get(module), name, None)
+        if not (isinstance(named, type) and issubclass(named, cls)):
+            raise CheckpointError(
+                f"The checkpoint asks for the class {path!r}, which is no imported subclass of "
+                f"{cls.__name__}. Import it first if you trust the file."
+            )
+    return import_module(f"{root}.cli").instantiate_module(cls, arguments)
+
+
 def _build_layers(module: Any, described: dict[str, Any]) -> None:
-    from_user = root_of(module)
-    if from_user is not None:
-        module.configure_model()
+    """Builds what the constructor did not; Lightning itself stops after ``configure_model``."""
+    module.configure_model()
     wanted = {
-        f"{name}.{target}" if name else target
+        f"{name}.{target}".lstrip(".")
         for name, part in described["parts"].items()
         for adapter in part["adapters"].values()
         for target in adapter["targets"]
     }
-    if not wanted <= dict(module.named_modules(remove_duplicate=False)).keys():
-        # Lightning itself never calls `setup` here and would fail on such modules.
-        log.info("layers are not there after configure_model; calling setup('fit')")
+    if wanted <= dict(module.named_modules(remove_duplicate=False)).keys():
+        return
+    try:
         module.setup("fit")
+    except LightningPeftError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(module).__name__} has not all of its layers after configure_model, and "
+            f"setup('fit') failed without a Trainer ({type(error).__name__}: {error}). Load it by "
+            "trainer.validate(module, ckpt_path=...), or build the layers in the constructor or in "
+            "configure_model."
+        ) from error

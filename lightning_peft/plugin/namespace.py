@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, ClassVar
 
 from lightning_peft.errors import ConfigError
@@ -68,13 +68,13 @@ def _installed() -> list[str]:
 
 def _in_callers(roots: list[str]) -> str | None:
     # The nearest caller whose module refers to exactly one of the trees decides.
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith(("lightning_peft", "jsonargparse")):
             seen = {_root_of(value) for value in frame.f_globals.values()} & set(roots)
             if len(seen) == 1:
                 return seen.pop()
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -85,9 +85,14 @@ def _root_of(value: object) -> str | None:
     return next((r for r in ROOTS if name == r or name.startswith(f"{r}.")), None)
 
 
+def tree_of(cls: type) -> str | None:
+    """Returns the root of the Lightning package that ``cls`` derives from, if any."""
+    return next((root for base in cls.__mro__ if (root := _root_of(base))), None)
+
+
 def root_of(instance: object) -> str | None:
-    """Returns the Lightning tree that the class of ``instance`` derives from, if any."""
-    return next((root for cls in type(instance).__mro__ if (root := _root_of(cls))), None)
+    """Returns the root of the Lightning package that the class of ``instance`` derives from."""
+    return tree_of(type(instance))
 
 
 class PerNamespace(ABCMeta):
@@ -133,12 +138,23 @@ def realize(cls: type, root: str) -> Any:
 
 
 def for_imported(cls: Any) -> Any:
-    """Returns ``cls`` with its Lightning base where only one tree is imported, else ``cls``.
+    """Returns ``cls`` with its Lightning base where it is clear which, else ``cls``.
 
     For LightningCLI, which checks the class before it makes an instance.
     """
     loaded = [root for root in ROOTS if f"{root}.trainer" in sys.modules]
-    return realize(cls, loaded[0]) if len(loaded) == 1 else cls
+    root = _chosen or (loaded[0] if len(loaded) == 1 else _cli_that_asks())
+    return cls if root is None else realize(cls, root)
+
+
+def _cli_that_asks() -> str | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        asking = frame.f_globals.get("__name__", "")
+        if asking in [f"{root}.cli" for root in ROOTS]:
+            return str(asking).removesuffix(".cli")
+        frame = frame.f_back
+    return None
 
 
 class AfterImport(MetaPathFinder):

@@ -6,8 +6,9 @@ shuffled DataLoader, so that a resumed run sees other dropout masks and other ba
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,19 +18,19 @@ from torch.utils.data import DataLoader
 T = TypeVar("T")
 
 
-def rng_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """Returns the state of Python's, NumPy's and torch's generators as tensors and numbers."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": {
             "version": version,
-            "internal": torch.tensor(internal, dtype=torch.int64).to(torch.uint32),
+            "internal": _to_tensor(internal),
             "gauss": gauss,
         },
         "numpy": {
             "kind": str(kind),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.uint32)),
+            "keys": _to_tensor(keys),
             "position": int(position),
             "has_gauss": int(has_gauss),
             "cached": float(cached),
@@ -39,23 +40,25 @@ def rng_state() -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts the generators into a state that :func:`rng_state` returned."""
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts the generators into a state that :func:`random_state` returned."""
     python, numpy = state["python"], state["numpy"]
-    internal = tuple(int(value) for value in python["internal"].to(torch.int64))
+    internal = tuple(_from_tensor(python["internal"]).tolist())
     random.setstate((python["version"], internal, python["gauss"]))
-    np.random.set_state(
-        (
-            numpy["kind"],
-            numpy["keys"].numpy(),
-            numpy["position"],
-            numpy["has_gauss"],
-            numpy["cached"],
-        )
-    )
+    keys, position = _from_tensor(numpy["keys"]), numpy["position"]
+    np.random.set_state((numpy["kind"], keys, position, numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([value.cpu() for value in state["cuda"]])
+
+
+def _to_tensor(words: Any) -> torch.Tensor:
+    # As signed integers: torch cannot send unsigned ones to other processes.
+    return torch.from_numpy(np.asarray(words, dtype=np.uint32).view(np.int32).copy())
+
+
+def _from_tensor(words: torch.Tensor) -> Any:
+    return words.numpy().view(np.uint32)
 
 
 class ResumableLoader(Generic[T]):
@@ -63,68 +66,96 @@ class ResumableLoader(Generic[T]):
 
     It remembers the random state from which the epoch's order was drawn. Going back there, making
     the iterator again and skipping what was consumed gives the same remaining batches. Generic as
-    ``DataLoader`` is: an object's class can only be changed to one of the same layout.
+    ``DataLoader`` is: an object can only be given a class of the same layout.
+
+    Attributes:
+        resume_at: A :meth:`position` where the next iterator starts.
+        epoch_start: Random state at the start of the epoch, and what is the loader's own.
+        yielded: Number of batches handed out in this epoch.
     """
 
-    resume_consumed: Callable[[], int]
-    resume_pending: dict[str, Any] | None
-    resume_at_start: torch.Tensor | None
-    resume_at_first: torch.Tensor | None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the position: nothing between epochs, else where the epoch began and how far."""
-        consumed = self.resume_consumed()
-        if consumed == 0 or self.resume_at_first is None:
-            return {"consumed": 0}
-        return {
-            "consumed": consumed,
-            "at_start": self.resume_at_start,
-            "at_first": self.resume_at_first,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iterator start at a position that :meth:`state_dict` returned."""
-        self.resume_pending = state if state.get("consumed") else None
+    _iterator: Any
+    resume_at: dict[str, Any] | None = None
+    epoch_start: Mapping[str, Any] = {}
+    yielded: int = 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Returns an iterator over the (rest of the) epoch."""
-        pending, self.resume_pending = self.resume_pending, None
-        if pending is None:
-            self.resume_at_start = torch.get_rng_state()
-            self.resume_at_first = None
-            return self._first_noted(super().__iter__())  # type: ignore[misc]
-        now = torch.get_rng_state()
-        torch.set_rng_state(pending["at_start"])
-        iterator = super().__iter__()  # type: ignore[misc]
-        torch.set_rng_state(pending["at_first"])
-        for _ in range(pending["consumed"]):
-            next(iterator, None)
-        torch.set_rng_state(now)
-        self.resume_at_start = pending["at_start"]
-        self.resume_at_first = pending["at_first"]
-        return iterator
+        """Yields the batches of the epoch, or of what is left of it.
 
-    def _first_noted(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        self.resume_at_first = torch.get_rng_state()
-        yield from iterator
+        A generator, so that nothing is drawn before the first batch is asked for: Lightning makes
+        iterators early, and drops some.
+        """
+        position, self.resume_at = self.resume_at or {"yielded": 0, "start": self._own()}, None
+        skipped, start = position["yielded"], position["start"]
+        before = random_state()
+        if start["workers"] and self._iterator is None:
+            # Workers that outlive an epoch draw their seed once, and that is in the past.
+            super().__iter__()  # type: ignore[misc]
+        set_random_state(start if skipped else before)
+        for generator, state in zip(self._generators(), start["generators"], strict=False):
+            generator.set_state(state)
+        self.epoch_start, self.yielded = {**random_state(), **self._own()}, skipped
+        iterator = super().__iter__()  # type: ignore[misc]
+        for _ in range(skipped):
+            next(iterator, None)
+        if skipped:
+            set_random_state(before)
+        for batch in iterator:
+            self.yielded += 1
+            yield batch
+
+    def position(self, ahead: int, between_epochs: bool) -> dict[str, Any]:
+        """Returns where the loader is, to be assigned to ``resume_at``.
+
+        Args:
+            ahead: Number of batches that were fetched and not consumed.
+            between_epochs: Whether the epoch that was begun is over.
+        """
+        if self.resume_at is not None:
+            return self.resume_at
+        consumed = 0 if between_epochs else self.yielded - ahead
+        if consumed <= 0:
+            return {"yielded": 0, "start": self._own()}
+        return {"yielded": consumed, "start": self.epoch_start}
+
+    def _generators(self) -> list[torch.Generator]:
+        owners = (self, getattr(self, "sampler", None), getattr(self, "batch_sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        unique = {id(item): item for item in found if isinstance(item, torch.Generator)}
+        return list(unique.values())
+
+    def _own(self) -> dict[str, Any]:
+        return {
+            "generators": [generator.get_state() for generator in self._generators()],
+            "workers": self._iterator is not None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: this method tells Lightning that the loader can resume.
+
+        The position is saved by the strategy, which does so for every process.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Does nothing, as there is nothing in ``state``."""
 
 
 _CLASSES: dict[type, type] = {}
 
 
-def make_resumable(loader: Any, consumed: Callable[[], int]) -> Any:
-    """Extends a ``DataLoader`` in place; loaders with a state of their own are left alone.
+def make_resumable(loader: Any) -> Any:
+    """Returns a copy of a ``DataLoader`` that can resume; other loaders are returned as they are.
 
-    Args:
-        loader: The training DataLoader.
-        consumed: Returns how many batches of the current epoch were consumed; 0 when it is over.
+    The copy shares dataset and samplers with the user's loader, which stays what it was.
     """
     if not isinstance(loader, DataLoader) or hasattr(loader, "load_state_dict"):
         return loader
     cls = type(loader)
     if cls not in _CLASSES:
         _CLASSES[cls] = type(f"Resumable{cls.__name__}", (ResumableLoader, cls), {})
-    loader.__class__ = _CLASSES[cls]
-    loader.resume_consumed = consumed
-    loader.resume_pending = loader.resume_at_start = loader.resume_at_first = None
-    return loader
+    resumable = copy.copy(loader)
+    resumable.__class__ = _CLASSES[cls]
+    # Workers that outlive an epoch belong to one loader.
+    resumable._iterator = None
+    return resumable

@@ -10,15 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lightning_peft.demo.architecture import CONTEXT
 from lightning_peft.demo.pretrain import (
     BASE_PATH,
-    CONTEXT,
     batches,
+    build_optimizers,
     document_loss,
     encode,
-    learning_rate,
     main,
     pretrain,
+    rate_share,
 )
 
 NF4_BLOCK = 64
@@ -96,12 +97,26 @@ def test_batches_hold_every_document_once_per_epoch() -> None:
 
 
 def test_learning_rate_rises_and_falls() -> None:
-    rates = [learning_rate(step, 100) for step in range(100)]
-    peak = rates.index(max(rates))
+    shares = [rate_share(step, 100) for step in range(100)]
+    peak = shares.index(1.0)
     assert 0 < peak < 10
-    assert rates[:peak] == sorted(rates[:peak])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert 0 < rates[-1] < 0.1 * rates[peak]
+    assert shares[:peak] == sorted(shares[:peak])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    assert 0 < shares[-1] < 0.1
+
+
+def test_every_weight_has_one_optimizer(model: LlamaForCausalLM) -> None:
+    groups = [group for optimizer in build_optimizers(model) for group in optimizer.param_groups]
+    optimized = [id(weight) for group in groups for weight in group["params"]]
+    assert sorted(optimized) == sorted(id(weight) for weight in model.parameters())
+
+
+def test_pytorch_without_muon_is_named(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(RuntimeError, match=r"no torch\.optim\.Muon.*Upgrade PyTorch"):
+        build_optimizers(model)
 
 
 def test_no_steps_is_refused(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def copy(text):
     "test/test_it.py": 'def test():\n    """Return what only the tests of Python read."""\n',
     "cgi.py": 'def parse():\n    """Parse what has left the library."""\n',
     "broken.py": "def (:\n",
-    "licensed.py": "# Permission is hereby granted, free of charge\n"
+    "licensed.py": "# Permission  is\n# hereby granted, free of charge\n"
     'def f(a):\n    """Return what has a licence of its own."""\n',
 }
 
@@ -178,6 +178,13 @@ def test_too_few_pairs_to_split(entries: list[Entry]) -> None:
         split_pairs(build_pairs(entries)[:5])
 
 
+@pytest.fixture
+def _read_once(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the commands below from reading the library again."""
+    monkeypatch.setattr(corpus, "read_entries", lambda root=None: entries)
+
+
+@pytest.mark.usefixtures("_read_once")
 def test_written_instructions_can_be_read_back(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     train, validation = write_instructions(path)
@@ -252,6 +259,7 @@ def test_shipped_answers_are_short_and_plain(rows: list[dict[str, str]]) -> None
         assert len(row["response"].split()) <= MAX_ANSWER_WORDS + 10
 
 
+@pytest.mark.usefixtures("_read_once")
 def test_command_line_writes_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "pairs.jsonl"
     corpus.main(["--write-instructions", str(path)])

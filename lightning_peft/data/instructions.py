@@ -1,0 +1,155 @@
+"""Instruction data: rows with a prompt and a response, of which only the response is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.plugin.namespace import PerNamespace
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule as _Base
+    from transformers import PreTrainedTokenizerBase
+else:
+    _Base = object
+
+TEMPLATE = "### Question:\n{prompt}\n\n### Answer:\n"
+IGNORED = -100
+
+Row = dict[str, str]
+Example = dict[str, list[int]]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Reads JSON lines with ``prompt``, ``response`` and, optionally, ``split``.
+
+    Raises:
+        ConfigError: If rows are no JSON objects or lack a field; every bad row is numbered.
+    """
+    rows: list[Row] = []
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            problems.append(f"row {number} is no JSON: {error}")
+            continue
+        absent = [
+            name
+            for name in ("prompt", "response")
+            if not isinstance(row, dict) or not str(row.get(name) or "").strip()
+        ]
+        if absent:
+            problems.append(f"row {number} has no {' and no '.join(absent)}")
+        else:
+            rows.append(row)
+    if problems:
+        raise ConfigError(f"{path.name!r} cannot be used for training:" + itemize(problems))
+    return rows
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+    """Returns ``input_ids`` and ``labels`` of one row; the prompt's labels are ignored.
+
+    The response ends with the end-of-sequence token, which is trained too. Rows longer than
+    ``max_length`` tokens are cut at the end.
+    """
+    prompt = tokenizer(TEMPLATE.format(prompt=row["prompt"]))["input_ids"]
+    if prompt and prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]
+    response = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    ids = [*prompt, *response, end][:max_length]
+    labels = [*[IGNORED] * len(prompt), *response, end][:max_length]
+    return {"input_ids": ids, "labels": labels}
+
+
+def pad(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """Returns ``input_ids``, ``attention_mask`` and ``labels`` as ``(batch, length)`` int64."""
+    length = max(len(example["input_ids"]) for example in examples)
+
+    def filled(name: str, value: int) -> Tensor:
+        rows = [e[name] + [value] * (length - len(e[name])) for e in examples]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    ids = filled("input_ids", pad_token_id)
+    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+    mask = (torch.arange(length) < lengths[:, None]).to(torch.int64)
+    return {"input_ids": ids, "attention_mask": mask, "labels": filled("labels", IGNORED)}
+
+
+class InstructionData(_Base, metaclass=PerNamespace):
+    """Prompts and responses for :class:`lightning_peft.tasks.causal_lm.CausalLM`.
+
+    Args:
+        path: JSON lines with ``prompt``, ``response`` and ``split`` (``train``, ``validation``).
+        tokenizer: Name on the hub, or folder.
+        batch_size: Rows per batch.
+        max_length: Longest example in tokens.
+    """
+
+    lightning_base = "core.datamodule.LightningDataModule"
+
+    def __init__(
+        self, path: str, tokenizer: str, batch_size: int = 16, max_length: int = 256
+    ) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.splits: dict[str, list[Example]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenizes the rows, once.
+
+        Raises:
+            ConfigError: If the prompt of a row fills ``max_length``, so that nothing is trained.
+        """
+        if self.splits:
+            return
+        empty = []
+        for number, row in enumerate(read_rows(self.path), start=1):
+            example = encode(self.tokenizer, row, self.max_length)
+            self.splits.setdefault(row.get("split", "train"), []).append(example)
+            if all(label == IGNORED for label in example["labels"]):
+                empty.append(f"example {number}: {row['prompt'][:60]!r}")
+        if empty:
+            raise ConfigError(
+                f"Prompts in {self.path.name!r} fill max_length={self.max_length} tokens, so that "
+                "no token of the response is left to train:"
+                + itemize(empty)
+                + "\nRaise max_length or shorten them."
+            )
+
+    def loader(self, split: str, *, shuffle: bool = False, limit: int | None = None) -> Any:
+        """Returns a DataLoader over one split, or its first ``limit`` rows."""
+        self.setup("fit")
+        tokenizer = self.tokenizer
+        filler = (
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
+        return DataLoader(
+            self.splits[split][:limit],  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=lambda examples: pad(examples, filler),
+        )
+
+    def train_dataloader(self) -> Any:
+        """Returns the shuffled training rows."""
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        """Returns the held-out rows."""
+        return self.loader("validation")

@@ -1,0 +1,236 @@
+"""What is in an adapter folder of PEFT's format, and what of a module goes there.
+
+Keys are relative to the adapted submodule, so that ``PeftModel.from_pretrained`` finds them on the
+plain base model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.engine.lora import low_rank_factors
+from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.record import AdapterInfo, PartRecord
+from lightning_peft.engine.targets import PATTERN_FIELDS, compact, patterns_for
+from lightning_peft.errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PROVENANCE_FILE = "provenance.json"
+PREFIX = "base_model.model."
+_PACKAGES = (
+    "lightning-peft",
+    "torch",
+    "peft",
+    "transformers",
+    "bitsandbytes",
+    "lightning",
+    "pytorch-lightning",
+)
+
+
+def adapter_folder(
+    part: nn.Module, entry: PartRecord, name: str, provenance: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """Returns the three files of one adapter on one part, by name.
+
+    Args:
+        part: The adapted submodule.
+        entry: Its record.
+        name: The adapter's name.
+        provenance: Facts to add to ``provenance.json``.
+    """
+    tensors, config = adapter_tensors(part, entry, name), exported_config(part, entry, name)
+    initial = entry.adapters[name].initial
+    if initial:
+        tensors, config = _for_plain_base(tensors, config, initial)
+    blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
+    facts = provenance_of(entry, name) | plain(dict(provenance))
+    facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
+    return {
+        WEIGHTS_FILE: blob,
+        CONFIG_FILE: _json(config),
+        PROVENANCE_FILE: _json(facts),
+    }
+
+
+def _for_plain_base(
+    tensors: dict[str, Tensor], config: dict[str, Any], initial: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns the same adapter for the base as it was before its initialisation rewrote it.
+
+    Trained as ``(W - s B0 A0) + s B A``, it is ``W + s [B, -B0] [A; A0]``: plain LoRA of twice
+    the rank, which programs that know nothing of the initialisation apply right.
+    """
+    doubled = dict(tensors)
+    for key, first in initial.items():
+        is_a = key.endswith("lora_A.weight")
+        doubled[key] = torch.cat([tensors[key], first if is_a else -first], 0 if is_a else 1)
+    # The scaling, alpha / r or alpha / sqrt(r), stays what it was.
+    growth = 2**0.5 if config["use_rslora"] else 2
+    changed = {
+        "init_lora_weights": True,
+        "r": 2 * config["r"],
+        "lora_alpha": growth * config["lora_alpha"],
+        "rank_pattern": {k: 2 * v for k, v in config["rank_pattern"].items()},
+        "alpha_pattern": {k: growth * v for k, v in config["alpha_pattern"].items()},
+    }
+    return doubled, {**config, **changed}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def adapter_tensors(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Tensor]:
+    """Returns the tensors of one adapter under PEFT's keys, without its ``base_model.model.``.
+
+    Besides the low-rank factors: biases that are trained, ``modules_to_save``, and trainable
+    heads inside the part, without which the adapter alone would not give the trained model.
+
+    Returns:
+        Contiguous tensors on the CPU that share no memory with each other.
+    """
+    info = entry.adapters[name]
+    if info.in_place:
+        tensors = _in_place_tensors(part, info, name)
+    else:
+        tensors = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
+    state = part.state_dict()
+    owners = saved_modules(part, entry)
+    tensors |= {k: v for k, v in state.items() if any(k.startswith(f"{o}.") for o in owners)}
+    # Cloned: safetensors refuses tensors that are tied, as in a saved embedding and its output.
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+
+
+def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str, Tensor]:
+    tensors = low_rank_factors(part, info.targets, name)
+    biases = info.config.get("bias", "none")
+    if biases != "none":
+        adapted = set(info.targets)
+        for key, param in part.named_parameters():
+            owner, _, leaf = key.rpartition(".")
+            if leaf == "bias" and owner in adapted:
+                # PEFT keeps the layer that it wraps, and so its bias, under `base_layer`.
+                tensors[f"{owner}.base_layer.bias"] = param
+            elif leaf == "bias" and biases == "all":
+                tensors[key] = param
+    return tensors
+
+
+def saved_modules(part: nn.Module, entry: PartRecord) -> list[str]:
+    """Returns the names of the modules that an adapter file holds in full.
+
+    Those of ``modules_to_save``, and heads that are trainable.
+    """
+    heads = [
+        head
+        for head in entry.heads
+        if any(param.requires_grad for param in part.get_submodule(head).parameters())
+    ]
+    return [*entry.saved, *heads]
+
+
+def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:
+    """Returns the ``adapter_config.json`` that loads the adapter onto the plain base model."""
+    info = entry.adapters[name]
+    config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
+    config["target_modules"] = compact(info.targets, part)
+    config["layers_to_transform"] = config["exclude_modules"] = None
+    config["modules_to_save"] = saved_modules(part, entry) or None
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = entry.base_id["name_or_path"]
+    config["revision"] = entry.base_id["revision"]
+    for field in PATTERN_FIELDS:
+        if field in config:
+            config[field] = patterns_for(info.targets, config[field])
+    if "fan_in_fan_out" in config:
+        layers = [part.get_submodule(target) for target in info.targets]
+        config["fan_in_fan_out"] = all(isinstance(layer, Conv1D) for layer in layers)
+    return config
+
+
+def provenance_of(entry: PartRecord, name: str) -> dict[str, Any]:
+    """Returns what produced the adapter: base, settings, versions, seed, time (UTC)."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "base": {**entry.base_id, "fingerprint": entry.base.digest(), "part": entry.name},
+        "config": plain(entry.adapters[name].config),
+        "quantization": entry.quantization,
+        "versions": versions,
+        "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Reads an adapter folder without unpickling anything.
+
+    Returns:
+        The fields of ``adapter_config.json``, the tensors (keys without PEFT's prefix), and what
+        ``provenance.json`` says, which only this package writes.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged; pickled adapters are refused.
+    """
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        pickled = [file.name for file in folder.glob("*.bin")]
+        raise CheckpointError(
+            f"{str(folder)!r} holds no {WEIGHTS_FILE}"
+            + (
+                f", only {pickled[0]!r}, which is a pickle and can run code when it is read. Ask "
+                "for the safetensors file, or convert it with PEFT where you trust its source."
+                if pickled
+                else "."
+            )
+        )
+    fields = _read_json(folder / CONFIG_FILE)
+    if "peft_type" not in fields:
+        raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} does not say `peft_type`.")
+    blob = weights.read_bytes()
+    try:
+        tensors = load(blob)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(weights)!r} is no complete safetensors file ({error}). It was cut short or is "
+            "another format; nothing of it was executed."
+        ) from error
+    written = folder / PROVENANCE_FILE
+    facts = _read_json(written) if written.is_file() else {}
+    if facts.get("adapter_sha256") not in (None, hashlib.sha256(blob).hexdigest()):
+        raise CheckpointError(
+            f"{str(weights)!r} is not the file that {PROVENANCE_FILE} beside it describes: its "
+            "sha256 is another one. It was damaged or exchanged; remove provenance.json if you "
+            "changed it on purpose."
+        )
+    return fields, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, facts
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{str(file)!r} holds no JSON object.")
+    return fields

@@ -1,0 +1,78 @@
+"""Which parameters train after injection, and what they were before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.parts import inside
+from lightning_peft.engine.record import PartRecord
+
+
+def freeze_base(
+    module: nn.Module,
+    entry: PartRecord,
+    biases: str,
+    targets: list[str],
+    as_left: Mapping[int, bool],
+) -> None:
+    """Freezes a part except adapters, saved modules, chosen biases and heads; records the names.
+
+    A parameter that a head shares with the base is frozen: it is as pretrained as the base.
+
+    Args:
+        module: The user's module, whose names the record uses.
+        entry: The part's record; ``frozen`` is filled, and ``originals`` at the first adapter.
+        biases: PEFT's ``bias``.
+        targets: Names of the adapted layers, relative to the part.
+        as_left: ``requires_grad`` before injection, by the id of the parameter.
+    """
+    part = module.get_submodule(entry.name)
+    adapters = {id(param) for param in adapter_parameters(part).values()}
+    names: dict[int, list[str]] = {}
+    params = dict(part.named_parameters(remove_duplicate=False))
+    for name, param in params.items():
+        names.setdefault(id(param), []).append(name)
+    frozen = set()
+    for known in names.values():
+        param = params[known[0]]
+        if id(param) in adapters:
+            continue
+        if any(_is_trained(name, entry.saved, biases, targets) for name in known):
+            param.requires_grad_(True)
+        elif all(inside(name, entry.heads) for name in known):
+            param.requires_grad_(as_left[id(param)])
+        else:
+            param.requires_grad_(False)
+            frozen.add(id(param))
+    entry.frozen = {
+        name
+        for name, param in module.named_parameters(remove_duplicate=False)
+        if id(param) in frozen
+    }
+    if len(entry.adapters) == 1:
+        entry.originals = _trained_values(part, entry.saved, biases, targets)
+
+
+def _trained_values(
+    part: nn.Module, saved: list[str], biases: str, targets: list[str]
+) -> dict[str, Tensor]:
+    values = {
+        name: param.detach()
+        for name, param in part.named_parameters()
+        if _is_trained(name, saved, biases, targets)
+    }
+    values |= {name: value for name, value in part.named_buffers() if inside(name, saved)}
+    # Kept on the CPU: they are needed only while adapters are disabled.
+    return {name: v.clone() if v.is_meta else v.cpu().clone() for name, v in values.items()}
+
+
+def _is_trained(name: str, saved: list[str], biases: str, targets: list[str]) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    if inside(name, saved):
+        return True
+    if leaf != "bias" or biases == "none":
+        return False
+    return biases == "all" or owner.removesuffix(".base_layer") in targets

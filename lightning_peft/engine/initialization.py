@@ -1,0 +1,62 @@
+"""Which of PEFT's initialisations fit which layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.engine.configuration import changes_base
+from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.quantized_layers import is_quantized
+
+
+def initialization_problems(
+    layers: Mapping[str, nn.Module], config: PeftConfig, holders: Mapping[int, list[str]]
+) -> list[str]:
+    """Returns why ``init_lora_weights`` cannot be carried out on some layers.
+
+    PEFT finds out in the middle of its work, when weights are rewritten already, or not at all.
+
+    Args:
+        layers: The layers to adapt, by name.
+        config: PEFT's config.
+        holders: Names of the modules that hold each parameter, by its id.
+    """
+    init: Any = getattr(config, "init_lora_weights", True)
+    problems = []
+    for name, layer in layers.items():
+        if init == "orthogonal" and _rank(config, name) % 2:
+            problems.append(f"{name}: 'orthogonal' needs an even rank, not {_rank(config, name)}")
+        if changes_base(config):
+            problem = _rewriting_problem(layer, init, _rank(config, name), holders)
+            problems += [f"{name}: {init!r} {problem}"] if problem else []
+    return problems
+
+
+def _rank(config: Any, name: str) -> int:
+    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+    return rank
+
+
+def _rewriting_problem(
+    layer: Any, init: str, rank: int, holders: Mapping[int, list[str]]
+) -> str | None:
+    weight = parameter(layer, "weight")
+    if is_quantized(layer):
+        return "decomposes the dense weight, and the layer is quantized already. Load it dense"
+    if weight.is_meta:
+        return "decomposes the weight, which has no values on the meta device"
+    if rank > min(weight.shape):
+        return f"takes {rank} singular vectors of a weight that has {min(weight.shape)}"
+    if isinstance(layer, Conv1D) and not init.startswith("pissa"):
+        return "takes a Conv1D weight transposed. Use 'pissa'"
+    if len(holders[id(weight)]) > 1:
+        return "would rewrite a weight that other layers share"
+    if init == "loftq" and weight.device.type == "cpu":
+        return "is computed by PEFT on a GPU only. Move the module there first, or use 'pissa'"
+    return None

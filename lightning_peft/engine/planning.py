@@ -1,0 +1,313 @@
+"""Deciding what to do with each part of a module, and refusing what would go wrong.
+
+Plans for all parts are made and checked before any part is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, PeftConfig
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.engine.configuration import changes_base
+from lightning_peft.engine.initialization import initialization_problems
+from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.parts import (
+    LINEAR_LIKE,
+    find_heads,
+    find_parts,
+    inside,
+    output_embeddings,
+    parameter_holders,
+    refuse_wrapped,
+)
+from lightning_peft.engine.quantization import QUANTIZABLE, why_not
+from lightning_peft.engine.quantization_settings import quantization_to_dict
+from lightning_peft.engine.quantized_layers import is_quantized
+from lightning_peft.engine.record import PartRecord, Record
+from lightning_peft.engine.targets import (
+    refuse_unmatched,
+    resolve_saved_modules,
+    resolve_targets,
+)
+from lightning_peft.errors import (
+    ConfigError,
+    LifecycleError,
+    TargetModulesError,
+    UnsupportedError,
+    itemize,
+)
+
+
+@dataclass
+class Request:
+    """What the caller of ``inject`` asked for.
+
+    Attributes:
+        config: PEFT's config.
+        quantization: How to quantize the base first, or ``None``.
+        adapter_name: Name of the new adapter.
+    """
+
+    config: PeftConfig
+    quantization: BitsAndBytesConfig | None
+    adapter_name: str
+
+    @property
+    def biases(self) -> str:
+        """Which biases are trained: ``"none"``, ``"all"`` or ``"lora_only"``."""
+        return str(getattr(self.config, "bias", "none"))
+
+
+@dataclass
+class PartPlan:
+    """What will be done to one part.
+
+    Attributes:
+        name: Dotted name inside the module; ``""`` is the module itself.
+        part: The submodule.
+        targets: Names of the layers that get an adapter, relative to the part.
+        saved: Names of the modules that are trained in full.
+        heads: Names of the heads that stay as the user left them.
+        quantize: Names of the layers to quantize first.
+        in_place: Whether layers are extended in place, or wrapped by PEFT.
+    """
+
+    name: str
+    part: nn.Module
+    targets: list[str]
+    saved: list[str]
+    heads: list[str] = field(default_factory=list)
+    quantize: list[str] = field(default_factory=list)
+    in_place: bool = True
+
+
+def make_plans(
+    module: nn.Module, request: Request, adapt: str | Iterable[str] | None, record: Record
+) -> list[PartPlan]:
+    """Returns what to do with every part of ``module``; changes nothing.
+
+    Raises:
+        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See
+            :func:`lightning_peft.inject`.
+    """
+    _check_name(request.adapter_name)
+    again = list(record.parts) if record.parts and adapt is None else adapt
+    parts = find_parts(module, again)
+    for name, part in parts.items():
+        if name in record.parts:
+            _check_further(record.parts[name], request)
+        else:
+            _refuse_overlap(name, record)
+            refuse_wrapped(name, part)
+    targets = resolve_targets(parts, request.config)
+    saved = resolve_saved_modules(parts, getattr(request.config, "modules_to_save", None) or [])
+    plans = [PartPlan(n, part, targets[n], saved[n]) for n, part in parts.items()]
+    for plan in plans:
+        _check_ties(plan)
+        plan.heads = [
+            head
+            for head in find_heads(plan.part)
+            if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
+        ]
+        if plan.name not in record.parts:
+            plan.quantize = _quantizable(plan, request.quantization)
+        plan.in_place = _can_be_in_place(plan, request.config)
+        _check_layers(plan, request)
+    _check_distinct(plans)
+    _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
+    return plans
+
+
+def _check_name(name: str) -> None:
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"adapter_name={name!r}: it becomes a part of parameter names, so it is not empty, has "
+            "no dot, and is no attribute of nn.ModuleDict (such as 'keys')."
+        )
+
+
+def _check_further(entry: PartRecord, request: Request) -> None:
+    name, config = request.adapter_name, request.config
+    where = entry.name or "the module"
+    if name in entry.adapters:
+        raise LifecycleError(
+            f"An adapter called {name!r} is on {where} already. Give the new one another "
+            "`adapter_name`."
+        )
+    wanted = quantization_to_dict(request.quantization)
+    if wanted is not None and wanted != entry.quantization:
+        raise LifecycleError(
+            f"The base of {where} was adapted with quantization={entry.quantization}; quantizing "
+            f"it as {wanted} now would change what the adapter {next(iter(entry.adapters))!r} was "
+            "trained on. Use the same quantization in both calls."
+        )
+    in_place = _has_place_on_layers(config) and all(a.in_place for a in entry.adapters.values())
+    if not in_place:
+        raise UnsupportedError(
+            "Several adapters on one base are supported for plain LoRA on linear layers only; "
+            f"{type(config).__name__} with these settings rewrites the layers in its own way."
+        )
+    if entry.originals or getattr(config, "modules_to_save", None) or request.biases != "none":
+        raise UnsupportedError(
+            "`modules_to_save` and `bias` are supported for the only adapter of a part: there is "
+            "one set of base weights for all adapters, so another one would run with weights that "
+            "it was not trained with."
+        )
+    if entry.changed_base is not None or changes_base(config):
+        raise UnsupportedError(
+            "An initialisation that rewrites the base (pissa, olora, loftq) is supported for the "
+            "only adapter of a part: the others would run on a base that they were not made for."
+        )
+
+
+def _refuse_overlap(name: str, record: Record) -> None:
+    for other in record.parts:
+        if inside(name, [other]) or inside(other, [name]):
+            raise LifecycleError(
+                f"{name or 'the module'!r} overlaps {other or 'the module'!r}, which was adapted "
+                "as a part of its own. Name the same parts in every call."
+            )
+
+
+def _check_ties(plan: PartPlan) -> None:
+    names: dict[int, list[str]] = {}
+    for name, param in plan.part.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    problems = []
+    for shared in names.values():
+        within = [name for name in shared if inside(name, plan.saved)]
+        outside = [name for name in shared if name not in within]
+        if within and outside:
+            problems.append(f"{within[0]} is tied to {', '.join(outside)}")
+    if problems:
+        raise ConfigError(
+            f"`modules_to_save` names one side of tied weights of {_called(plan)}:"
+            + itemize(problems)
+            + "\nTraining one side trains the other, and an adapter file with one side would "
+            "restore another model. Name both sides, or untie them "
+            "(tie_word_embeddings=False)."
+        )
+
+
+def _called(plan: PartPlan) -> str:
+    return plan.name or type(plan.part).__name__
+
+
+def _quantizable(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]:
+    if config is None:
+        return []
+    output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
+    skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
+    return [
+        name
+        for name, child in plan.part.named_modules()
+        if type(child) in QUANTIZABLE
+        and child is not output
+        and not inside(name, skip)
+        and not any(name.endswith(f".{suffix}") for suffix in skip)
+        and _is_own_float(child._parameters.get("weight"), holders)
+    ]
+
+
+def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) -> bool:
+    """Says whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
+    return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
+
+
+def _can_be_in_place(plan: PartPlan, config: PeftConfig) -> bool:
+    layers = [plan.part.get_submodule(name) for name in plan.targets]
+    return _has_place_on_layers(config) and all(
+        # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
+        isinstance(layer, LINEAR_LIKE) and "weight" in layer._parameters
+        for layer in layers
+    )
+
+
+def _has_place_on_layers(config: PeftConfig) -> bool:
+    return type(config) is LoraConfig and not (config.use_dora or config.lora_bias)
+
+
+def _check_layers(plan: PartPlan, request: Request) -> None:
+    layers = {name: plan.part.get_submodule(name) for name in plan.targets}
+    problems = initialization_problems(layers, request.config, parameter_holders(plan.part))
+    if not plan.in_place:
+        problems += _wrapping_problems(plan)
+    for name, layer in layers.items():
+        if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
+            problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
+    for name in plan.quantize:
+        assert request.quantization is not None
+        reason = why_not(plan.part.get_submodule(name), request.quantization)
+        problems += [f"{name} cannot be quantized: {reason}"] if reason else []
+    if problems:
+        raise UnsupportedError(
+            f"{type(request.config).__name__} with these settings does not work on "
+            f"{_called(plan)}:" + itemize(problems, 5)
+        )
+
+
+def _wrapping_problems(plan: PartPlan) -> list[str]:
+    """Returns where PEFT's wrappers, which replace layers in their parents, would be ignored."""
+    names: dict[int, list[str]] = {}
+    for name, child in plan.part.named_modules(remove_duplicate=False):
+        names.setdefault(id(child), []).append(name)
+    readers = {
+        name: type(child).__name__
+        for name, child in plan.part.named_modules()
+        if isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    }
+    problems = []
+    for target in plan.targets:
+        layer = plan.part.get_submodule(target)
+        if len(names[id(layer)]) > 1:
+            problems.append(
+                f"{target} is also called {', '.join(names[id(layer)][1:])}, and PEFT would "
+                "replace it under one name"
+            )
+        reader = next((n for n in readers if n != target and inside(target, [n])), None)
+        if reader is not None:
+            problems.append(
+                f"{target} lies in a {readers[reader]}, which reads weights past PEFT's layers"
+            )
+        if isinstance(layer, Conv1D) and (target in plan.quantize or is_quantized(layer)):
+            problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
+    return problems
+
+
+def _check_quantization(plans: list[PartPlan], request: Request) -> None:
+    if request.quantization is None or not plans:
+        return
+    parts = {plan.name: plan.part for plan in plans}
+    refuse_unmatched(
+        "llm_int8_skip_modules", request.quantization.llm_int8_skip_modules or [], parts
+    )
+    already = any(is_quantized(child) for plan in plans for child in plan.part.modules())
+    if not already and not any(plan.quantize for plan in plans):
+        raise UnsupportedError(
+            f"Nothing to quantize in {', '.join(map(_called, plans))}: there is no nn.Linear or "
+            "transformers' Conv1D besides heads, saved modules and tied weights, and other layers "
+            "are not quantized. Use LoRAStrategy, or inject without a quantization config."
+        )
+
+
+def _check_distinct(plans: list[PartPlan]) -> None:
+    owners: dict[int, str] = {}
+    problems = []
+    for plan in plans:
+        for target in plan.targets:
+            layer = plan.part.get_submodule(target)
+            name = f"{plan.name}.{target}".lstrip(".")
+            if id(layer) in owners:
+                problems.append(f"{name} is {owners[id(layer)]}")
+            owners[id(layer)] = name
+    if problems:
+        raise TargetModulesError(
+            "Two parts share layers, which would get one adapter twice:"
+            + itemize(problems)
+            + "\nName one of the parts in `adapt`."
+        )

@@ -1,0 +1,106 @@
+"""A weight that is computed when it is used, for code that reads ``layer.weight`` by itself.
+
+Modules such as ``nn.MultiheadAttention``, the fast path of ``nn.TransformerEncoderLayer`` or a
+fused ``F.linear(x, self.qkv.weight)`` never call the layer whose weight they use. An adapter that
+only changes ``forward`` would be trained and ignored, and packed 4-bit codes would be taken for
+numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lightning_peft.errors import UnsupportedError
+
+# Questions about a weight that need no value of it. Modules ask them in every forward pass, for
+# example transformers' T5, which casts activations to `self.wo.weight.dtype`.
+_KNOWN_WITHOUT_VALUES = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_cpu")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "__len__")),
+    *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex")),
+}
+# Questions about the parameter, and the answers that freezing code gives.
+_ABOUT_STORED = {
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_leaf")),
+    *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
+    Tensor.requires_grad_,
+}
+_WRITES = {
+    "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__",
+}  # fmt: skip
+
+
+class WeightView(Tensor):
+    """Shape, dtype and device of a weight at once; its values, with gradients, on first use.
+
+    Attributes:
+        compute: Returns the values.
+        stored: The parameter behind it; attributes that a tensor does not have are read from it.
+    """
+
+    compute: Callable[[], Tensor]
+    stored: Any
+
+    # What isinstance(weight, nn.Parameter) looks at.
+    _is_param = True
+
+    @staticmethod
+    def __new__(
+        cls: type[WeightView],
+        compute: Callable[[], Tensor],
+        shape: torch.Size,
+        dtype: torch.dtype,
+        stored: Any,
+    ) -> WeightView:
+        """Returns a view without storage."""
+        made: Any = Tensor._make_wrapper_subclass
+        view: WeightView = made(cls, shape, dtype=dtype, device=stored.device)
+        view.compute, view.stored = compute, stored
+        return view
+
+    def __getattr__(self, name: str) -> Any:
+        # Reached for names that tensors do not have, such as `quant_state` or `SCB`.
+        return getattr(self.__dict__["stored"], name)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Answers what is known, computes the values for everything else."""
+        if func in _KNOWN_WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], cls):
+            if func in _ABOUT_STORED:
+                return func(args[0].stored, *args[1:])
+            if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+                return args[0]
+            _refuse_writing(func)
+        return func(*tree_map(_valued, args), **tree_map(_valued, kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """The same for calls that come from C++."""
+        return func(*tree_map(_valued, args), **tree_map(_valued, kwargs or {}))
+
+
+def _valued(value: Any) -> Any:
+    return value.compute() if isinstance(value, WeightView) else value
+
+
+def _refuse_writing(func: Any) -> None:
+    name = getattr(func, "__name__", "")
+    if name in _WRITES or (name.endswith("_") and not name.endswith("__")):
+        raise UnsupportedError(
+            f"{name} on the weight of an adapted or quantized layer: the weight that other code "
+            "sees is computed from the frozen one, so the change would be lost. Change the weight "
+            "before adapters are added, or after lightning_peft.unload."
+        )

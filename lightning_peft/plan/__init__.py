@@ -1,0 +1,1 @@
+"""What a method needs before anything is loaded or trained."""

@@ -1,0 +1,74 @@
+"""How much memory weights, gradients and optimizer states take, method by method.
+
+Counted from a copy of the model without data (on torch's meta device). Activations come on top;
+they depend on batch and sequence and are about the same for all three methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft import engine
+
+# Adam keeps two float32 moments for every trained weight.
+_ADAM_BYTES = 8
+
+
+@dataclass(frozen=True)
+class MethodMemory:
+    """Static memory of one method, in bytes.
+
+    Attributes:
+        method: ``"full"``, ``"lora"`` or ``"qlora"``.
+        trainable: Number of trained weights.
+        weights: All weights as stored, adapters included.
+        gradients: Gradients of the trained weights.
+        optimizer: Adam's moments.
+    """
+
+    method: str
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
+    """Returns what full fine-tuning, LoRA and QLoRA (NF4, double quantization) would hold.
+
+    Args:
+        model: A model without adapters; it is not changed.
+        r: Rank of the adapters, on all linear layers.
+    """
+    twin = copy.deepcopy(model).to("meta")
+    weights = {name: (p.numel(), p.element_size()) for name, p in twin.named_parameters()}
+    count = sum(numel for numel, _ in weights.values())
+    dense = sum(numel * size for numel, size in weights.values())
+    engine.inject(twin, r=r)
+    adapters = sum(p.numel() for p in engine.all_adapter_parameters(twin))
+    quantized = [weights[f"{name}.weight"] for name in engine.adapted_layers(twin)]
+    saved = sum(numel * size - four_bit_bytes(numel) for numel, size in quantized)
+    master = 4 * adapters
+    return [
+        MethodMemory("full", count, dense, dense, _ADAM_BYTES * count),
+        MethodMemory("lora", adapters, dense + master, master, _ADAM_BYTES * adapters),
+        MethodMemory("qlora", adapters, dense - saved + master, master, _ADAM_BYTES * adapters),
+    ]
+
+
+def four_bit_bytes(weights: int, block: int = 64, outer_block: int = 256) -> int:
+    """Returns the bytes of ``weights`` weights in NF4 with double quantization.
+
+    Half a byte each, one 8-bit constant per block of 64, one float32 per 256 of those: 4.127 bits
+    per weight (arXiv 2305.14314, section 3).
+    """
+    blocks = -(-weights // block)
+    return -(-weights // 2) + blocks + 4 * -(-blocks // outer_block)

@@ -1,0 +1,230 @@
+"""Nothing that refers to an adapted layer notices that its class was extended."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from models import Stack, stack, tiny_gpt2, tiny_llama, token_batch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.in_place import InPlace, class_from, extend, recipe_of, retract
+
+from .reference import output_of, randomize
+
+NF4 = {"quantization_config": engine.quantization_config()}
+
+
+class Scaled(nn.Linear):
+    """A user's subclass with attributes, an own constructor and an own forward."""
+
+    def __init__(self, features: int, scale: float) -> None:
+        super().__init__(features, features)
+        self.scale = scale
+        self.calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return F.linear(input, self.weight, self.bias) * self.scale
+
+
+class Aliased(nn.Module):
+    """One layer under two names, one of which is called, and a branch on the kind of layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(96, 96)
+        self.alias = self.shared
+        self.scaled = Scaled(96, 3.0)
+        self.head = nn.Linear(96, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.alias, nn.Linear)
+        return self.head(self.scaled(self.alias(x)))
+
+
+@pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
+def test_both_names_of_one_layer_carry_the_adapter(quantized: dict) -> None:
+    model = Aliased()
+    lightning_peft.inject(model, r=4, **quantized)
+    assert model.shared is model.alias
+    x = torch.randn(2, 96)
+    before = model(x)
+    randomize(model)
+    assert not torch.allclose(model(x), before)
+    assert torch.equal(model.shared(x), model.alias(x))
+    assert engine.adapted_layers(model).keys() == {"shared", "scaled"}
+
+
+def test_a_layer_may_be_meant_by_its_second_name() -> None:
+    model = Aliased()
+    lightning_peft.inject(model, r=4, target_modules=["alias"])
+    assert "lora_A" in model.shared._modules
+    report = lightning_peft.report(model)
+    assert report.parts[0].adapted == {"shared": 1}
+
+
+@pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
+def test_kind_attributes_and_subclass_behaviour_survive(quantized: dict) -> None:
+    model = Aliased()
+    x = torch.randn(2, 96)
+    plain = model.scaled(x)
+    lightning_peft.inject(model, r=4, **quantized)
+    layer = model.scaled
+    assert isinstance(layer, Scaled)
+    assert (layer.scale, layer.in_features, layer.out_features) == (3.0, 96, 96)
+    assert layer.bias.shape == (96,)
+    assert torch.equal(layer(x), plain)
+    assert layer.calls == 2
+    # A subclass may compute in its own way, so its weight is never quantized.
+    assert not isinstance(layer, bnb.nn.Linear4bit)
+
+
+def test_names_and_order_of_base_parameters_stay() -> None:
+    for model in (tiny_llama(), tiny_gpt2(), stack()):
+        names = [name for name, _ in model.named_parameters()]
+        keys = list(model.state_dict())
+        lightning_peft.inject(model, r=4)
+        assert [n for n, _ in model.named_parameters() if "lora_" not in n] == names
+        assert [key for key in model.state_dict() if "lora_" not in key] == keys
+
+
+def test_quantization_keeps_names_and_order_too() -> None:
+    model = stack()
+    names = [name for name, _ in model.named_parameters()]
+    lightning_peft.inject(model, r=4, **NF4)
+    assert [n for n, _ in model.named_parameters() if "lora_" not in n] == names
+
+
+def test_full_precision_checkpoint_still_loads_by_its_own_names() -> None:
+    source, model = tiny_llama(), tiny_llama()
+    batch = token_batch()
+    expected = output_of(source, batch)
+    lightning_peft.inject(model, r=4)
+    result = model.load_state_dict(source.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert result.missing_keys
+    assert all("lora_" in key for key in result.missing_keys)
+    assert torch.equal(output_of(model, batch), expected)
+
+
+@pytest.mark.parametrize("build", [lambda: tiny_llama(tied=True), tiny_gpt2])
+@pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
+def test_tied_weights_stay_one_tensor(build, quantized: dict) -> None:
+    model = build()
+    lightning_peft.inject(model, r=4, **quantized)
+    embedding = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight is embedding
+    assert not embedding.requires_grad
+
+
+@pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_whole_and_independent(way: str, quantized: dict) -> None:
+    model = stack()
+    lightning_peft.inject(model, r=4, lora_dropout=0.1, **quantized)
+    randomize(model)
+    if way == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif way == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    model.eval(), twin.eval()
+    x = torch.randn(3, 96)
+    expected = model(x)
+    assert torch.equal(twin(x), expected)
+    assert type(twin.first) is type(model.first)
+    assert type(twin.first._parameters["weight"]) is type(model.first._parameters["weight"])
+    assert lightning_peft.report(twin) == lightning_peft.report(model)
+    # Everything still works on the copy, and nothing of it reaches the original.
+    randomize(twin)
+    with lightning_peft.disable_adapters(twin):
+        twin(x)
+    twin.train()(x).sum().backward()
+    lightning_peft.merge(twin)
+    lightning_peft.unload(twin)
+    assert type(twin.first) is nn.Linear
+    assert torch.equal(model(x), expected)
+
+
+def test_a_merged_quantized_module_can_be_pickled() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=4, **NF4)
+    randomize(model)
+    x = torch.randn(3, 96)
+    before = model(x)
+    lightning_peft.merge(model)
+    twin = pickle.loads(pickle.dumps(model))
+    lightning_peft.unmerge(twin)
+    assert torch.equal(twin(x), before)
+
+
+def test_a_users_own_getstate_is_asked() -> None:
+    class Forgetful(nn.Linear):
+        def __getstate__(self) -> dict:
+            return {k: v for k, v in self.__dict__.items() if k != "cache"}
+
+    model = nn.ModuleDict({"layer": Forgetful(4, 4)})
+    lightning_peft.inject(model, r=2, target_modules=["layer"])
+    model["layer"].cache = "large"
+    assert not hasattr(copy.deepcopy(model)["layer"], "cache")
+
+
+def test_unload_gives_the_classes_back() -> None:
+    model = Aliased()
+    kinds = {name: type(child) for name, child in model.named_modules()}
+    keys = list(model.state_dict())
+    lightning_peft.inject(model, r=4)
+    assert lightning_peft.unload(model) is model
+    assert {name: type(child) for name, child in model.named_modules()} == kinds
+    assert list(model.state_dict()) == keys
+
+
+def test_extend_and_retract_are_inverse_in_any_order() -> None:
+    class First(InPlace):
+        label = "First"
+
+    class Second(InPlace):
+        label = "Second"
+
+    layer = nn.Linear(2, 2)
+    extend(layer, First)
+    only_first = type(layer)
+    extend(layer, Second)
+    assert type(layer).__name__ == "SecondFirstLinear"
+    assert type(layer).__mro__[1:3] == (Second, First)
+    retract(layer, Second)
+    assert type(layer) is only_first
+    extend(layer, Second)
+    retract(layer, First)
+    assert recipe_of(layer) == ((Second,), nn.Linear, nn.Linear)
+    retract(layer, Second)
+    assert type(layer) is nn.Linear
+
+
+def test_one_class_per_recipe() -> None:
+    class Mixin(InPlace):
+        label = "Mixed"
+
+    recipe = ((Mixin,), nn.Linear, nn.Linear)
+    assert class_from(recipe) is class_from(recipe)
+    assert class_from(((), nn.Linear, nn.Linear)) is nn.Linear
+
+
+def test_a_stack_in_a_stack_keeps_its_identity() -> None:
+    model = nn.ModuleDict({"inner": Stack()})
+    inner, first = model["inner"], model["inner"].first
+    lightning_peft.inject(model, r=4)
+    assert model["inner"] is inner
+    assert inner.first is first

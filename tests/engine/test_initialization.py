@@ -1,0 +1,166 @@
+"""PEFT's initialisations keep the model's output, or are refused before anything changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import stack, tiny_gpt2, tiny_llama, token_batch
+from peft import LoraConfig
+from torch import nn
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, UnsupportedError
+
+from .reference import output_of, peft_model, relative_error
+
+NF4 = engine.quantization_config()
+
+
+def values(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: param.detach().clone() for name, param in module.named_parameters()}
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "olora", False])
+def test_values_are_those_of_peft(init) -> None:
+    model = tiny_llama()
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(3)
+    reference = peft_model(model, config)
+    torch.manual_seed(3)
+    lightning_peft.inject(model, config)
+    theirs = values(reference)
+    compared = 0
+    for name, value in values(model).items():
+        key = f"base_model.model.{name}"
+        key = key if key in theirs else key.replace("_proj.weight", "_proj.base_layer.weight")
+        assert torch.equal(value, theirs[key]), name
+        compared += 1
+    assert compared == len(theirs)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_output_stays_on_a_dense_base(init: str, use_rslora: bool) -> None:
+    model, batch = tiny_llama(), token_batch()
+    before, weights = output_of(model, batch), values(model)
+    lightning_peft.inject(model, r=4, init_lora_weights=init, use_rslora=use_rslora)
+    assert relative_error(output_of(model, batch), before) < 2e-5
+    target = "model.layers.0.self_attn.q_proj.weight"
+    rewritten = not torch.equal(model.state_dict()[target], weights[target])
+    assert rewritten is init.startswith(("pissa", "olora"))
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, stack])
+def test_pissa_knows_the_orientation_of_the_weight(build) -> None:
+    model = build()
+    batch = torch.randn(3, 96) if isinstance(model, type(stack())) else token_batch()
+    before = output_of(model, batch)
+    lightning_peft.inject(model, r=4, init_lora_weights="pissa")
+    assert relative_error(output_of(model, batch), before) < 2e-5
+
+
+@pytest.mark.parametrize(("init", "share"), [("pissa", 0.5), ("olora", 1.5)])
+def test_output_stays_near_when_the_residual_is_quantized(init: str, share: float) -> None:
+    """The residual, not the original weight, is quantized.
+
+    PiSSA's residual is small, so that less is lost than by quantizing the weight (arXiv
+    2404.02948); OLoRA's is as large as the weight.
+    """
+
+    def low_rank() -> nn.Module:
+        torch.manual_seed(1)
+        model = stack()
+        for layer in (model.first, model.second):
+            left, right = torch.randn(layer.out_features, 4), torch.randn(4, layer.in_features)
+            layer.weight.data += left @ right / 8
+        return model
+
+    x, errors = torch.randn(16, 96), {}
+    for kind in (True, init):
+        model = low_rank()
+        before = output_of(model, x)
+        lightning_peft.inject(model, r=8, init_lora_weights=kind, quantization_config=NF4)
+        errors[kind] = relative_error(output_of(model, x), before)
+    assert errors[init] < share * errors[True]
+    assert errors[init] > 1e-4, "nothing was quantized"
+
+
+def test_a_record_of_the_rewritten_base_is_kept() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=4, init_lora_weights="pissa", quantization_config=NF4)
+    entry = engine.require_record(model).parts[""]
+    assert entry.changed_base is not None
+    assert entry.changed_base.names == entry.base.names
+    rewritten = entry.base.differences(entry.changed_base.sums)
+    assert rewritten == ["first.weight", "second.weight"]
+
+
+def shared_layers() -> nn.Module:
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    model["b"].weight = model["a"].weight
+    return model
+
+
+def quantized_layer() -> nn.Module:
+    model = stack()
+    lightning_peft.inject(model, r=2, quantization_config=NF4)
+    return lightning_peft.unload(model)
+
+
+REFUSED = {
+    "odd rank": (stack, {"r": 3, "init_lora_weights": "orthogonal"}, "needs an even rank, not 3"),
+    "pattern": (
+        stack,
+        {"r": 4, "init_lora_weights": "orthogonal", "rank_pattern": {"second": 5}},
+        "second: 'orthogonal' needs an even rank, not 5",
+    ),
+    "large rank": (stack, {"r": 65, "init_lora_weights": "pissa"}, "takes 65 singular vectors"),
+    "conv1d": (tiny_gpt2, {"init_lora_weights": "olora"}, "takes a Conv1D weight transposed"),
+    "shared": (shared_layers, {"r": 2, "init_lora_weights": "pissa"}, "other layers share"),
+    "meta": (
+        lambda: stack().to("meta"),
+        {"r": 2, "init_lora_weights": "pissa"},
+        "no values on the meta device",
+    ),
+    "quantized": (
+        quantized_layer,
+        {"r": 2, "init_lora_weights": "pissa"},
+        "the layer is quantized already",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_initialised_is_refused_before_anything_changes(case: str) -> None:
+    build, settings, message = REFUSED[case]
+    model = build()
+    kinds = [type(child) for child in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UnsupportedError, match=message):
+        lightning_peft.inject(model, **settings)
+    assert [type(child) for child in model.modules()] == kinds
+    assert engine.record_of(model) is None
+    for key, value in model.state_dict().items():
+        assert value.is_meta or torch.equal(value, state[key])
+
+
+def test_loftq_is_refused_where_peft_cannot_compute_it() -> None:
+    """PEFT computes LoftQ on a GPU only, and with scipy; never with a scaling other than one."""
+    settings = {"r": 4, "init_lora_weights": "loftq"}
+    with pytest.raises(ConfigError, match="set lora_alpha to r"):
+        lightning_peft.inject(stack(), **settings, lora_alpha=8)
+    with pytest.raises((ConfigError, UnsupportedError), match="scipy|on a GPU only"):
+        lightning_peft.inject(stack(), **settings, lora_alpha=4)
+
+
+@pytest.mark.gpu
+def test_loftq_on_a_gpu_keeps_the_output_near() -> None:
+    pytest.importorskip("scipy")
+    model = stack().cuda()
+    x = torch.randn(16, 96, device="cuda")
+    before = output_of(model, x)
+    lightning_peft.inject(
+        model, r=16, lora_alpha=16, init_lora_weights="loftq", quantization_config=NF4
+    )
+    assert relative_error(output_of(model, x), before) < 0.1

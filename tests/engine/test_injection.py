@@ -1,0 +1,280 @@
+"""Counts by hand, on any module and on the meta device; PEFT's other methods through wrappers."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+from models import Stack, stack, tiny_gpt2, tiny_llama, token_batch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.fingerprint import NO_VALUES
+from lightning_peft.errors import UnsupportedError
+
+from .reference import copy_adapter, output_of, peft_model, randomize, relative_error
+
+NF4 = engine.quantization_config()
+
+
+# --- counts ------------------------------------------------------------------------------------
+
+
+def test_counts_of_a_stack_by_hand() -> None:
+    report = lightning_peft.inject(stack(), r=4)
+    adapters = 4 * (96 + 64) + 4 * (64 + 96)
+    base = (96 * 64 + 64) + (64 * 96 + 96)
+    head = 96 * 10 + 10
+    assert report.adapter_parameters == adapters == 1280
+    assert report.trainable_parameters == adapters + head
+    assert report.total_parameters == adapters + base + head
+
+
+def test_counts_of_a_gpt2_by_hand() -> None:
+    report = lightning_peft.inject(tiny_gpt2(), r=4)
+    block = 4 * (64 + 192) + 4 * (64 + 64) + 4 * (64 + 256) + 4 * (256 + 64)
+    assert report.trainable_parameters == 2 * block
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_of_a_llama_by_hand(tied: bool) -> None:
+    model = tiny_llama(tied)
+    base = sum(param.numel() for param in model.parameters())
+    report = lightning_peft.inject(model, r=4, rank_pattern={"q_proj": 8})
+    attention = 8 * (64 + 64) + 2 * 4 * (64 + 32) + 4 * (64 + 64)
+    mlp = 2 * 4 * (64 + 96) + 4 * (96 + 64)
+    assert report.trainable_parameters == 2 * (attention + mlp)
+    assert report.total_parameters == base + report.trainable_parameters
+
+
+@pytest.fixture(scope="module")
+def llama_3_8b() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("r", "trainable"), [(16, 41_943_040), (64, 167_772_160)])
+def test_llama_3_8b_on_the_meta_device(llama_3_8b, r: int, trainable: int) -> None:
+    """The counts that are published for this model, without a single value in memory."""
+    report = lightning_peft.inject(llama_3_8b, r=r)
+    assert report.trainable_parameters == report.adapter_parameters == trainable
+    assert report.total_parameters == 8_030_261_248 + trainable
+    if r == 16:
+        assert report.total_parameters == 8_072_204_288
+    assert report.dense_base_bytes == report.base_bytes == 4 * 8_030_261_248
+    assert {param.device.type for param in llama_3_8b.parameters()} == {"meta"}
+    entry = engine.require_record(llama_3_8b).parts[""]
+    assert set(entry.base.sums) == {NO_VALUES}
+    lightning_peft.unload(llama_3_8b)
+
+
+def test_one_large_linear_layer() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(4096, 11008, bias=False, device="meta")})
+    report = lightning_peft.inject(model, r=16, target_modules=["layer"])
+    assert report.trainable_parameters == 241_664
+    assert report.total_parameters - report.trainable_parameters == 45_088_768
+    assert round(100 * (1 - 241_664 / 45_088_768), 2) == 99.46
+
+
+# --- biases and saved modules, as in PEFT -------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_train_as_in_peft(bias: str) -> None:
+    model = stack()
+    config = LoraConfig(r=4, bias=bias, target_modules=["first"])
+    reference = peft_model(model, config)
+    lightning_peft.inject(model, config)
+    randomize(model)
+    copy_adapter(model, reference)
+    x = torch.randn(3, 96)
+    for each in (model, reference):
+        each(x).pow(2).sum().backward()
+    theirs = {n: p.grad for n, p in reference.named_parameters() if n.endswith("bias")}
+    mine = {n: p.grad for n, p in model.named_parameters() if n.endswith("bias")}
+    # The head is left as it was, and trains; PEFT freezes it unless all biases train.
+    for name in ("first", "second") if bias == "all" else ("first",):
+        key = "first.base_layer" if name == "first" else name
+        expected = theirs[f"base_model.model.{key}.bias"]
+        assert relative_error(mine[f"{name}.bias"], expected) < 1e-5
+    if bias == "lora_only":
+        assert mine["second.bias"] is None
+
+
+def test_saved_modules_train_as_in_peft() -> None:
+    model, batch = tiny_llama(), token_batch()
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    reference = peft_model(model, config)
+    lightning_peft.inject(model, config)
+    randomize(model)
+    copy_adapter(model, reference)
+    for each in (model, reference):
+        output_of(each, batch).pow(2).sum().backward()
+    theirs = reference.base_model.model.lm_head.modules_to_save["default"].weight.grad
+    assert relative_error(model.lm_head.weight.grad, theirs) < 1e-5
+
+
+# --- what a user's module sees ------------------------------------------------------------------
+
+
+def test_nothing_warns_and_arguments_stay_as_they_are() -> None:
+    model = tiny_gpt2()
+    config = LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head", "wte"])
+    before = config.to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lightning_peft.inject(model, config, quantization_config=NF4)
+    assert config.to_dict() == before
+    assert not hasattr(model, "peft_config")
+
+
+def test_train_and_eval_modes_stay_as_they_are() -> None:
+    model = stack().train()
+    model.second.eval()
+    lightning_peft.inject(model, r=4, lora_dropout=0.1)
+    assert model.first.training
+    assert model.first.lora_dropout["default"].training
+    assert not model.second.lora_dropout["default"].training
+
+
+def test_quantization_happens_on_the_device_that_is_named() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=4, quantization_config=NF4, device="cpu")
+    assert {param.device.type for param in model.parameters()} == {"cpu"}
+
+
+def test_random_stream_of_the_user_moves_the_same_with_and_without_quantization() -> None:
+    after = []
+    for quantization in (None, NF4):
+        torch.manual_seed(0)
+        model = stack()
+        lightning_peft.inject(model, r=4, quantization_config=quantization)
+        after.append((torch.rand(1), model.first.lora_A["default"].weight.detach().clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_layers_that_were_quantized_before_are_adopted() -> None:
+    import bitsandbytes as bnb
+
+    model = stack()
+    model.first = bnb.nn.LinearNF4(96, 64).to("cpu")
+    x = torch.randn(3, 96)
+    before = model(x)
+    report = lightning_peft.inject(model, r=4)
+    assert report.parts[0].quantization == "as loaded"
+    assert report.parts[0].quantized == 1
+    assert torch.equal(model(x), before)
+    model(x).sum().backward()
+    assert model.first.lora_B["default"].weight.grad.any()
+
+
+# --- other methods, in PEFT's wrappers ----------------------------------------------------------
+
+QV = ["q_proj", "v_proj"]
+METHODS = {
+    "dora": LoraConfig(r=4, use_dora=True, target_modules=QV),
+    "ia3": peft.IA3Config(target_modules=[*QV, "down_proj"], feedforward_modules=["down_proj"]),
+    "loha": peft.LoHaConfig(r=4, alpha=8, target_modules=QV),
+    "lokr": peft.LoKrConfig(r=4, alpha=8, target_modules=QV),
+    "oft": peft.OFTConfig(oft_block_size=4, target_modules=QV),
+    "hra": peft.HRAConfig(r=4, target_modules=QV),
+    "miss": peft.MissConfig(r=4, target_modules=QV),
+    "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_other_methods_equal_peft(name: str) -> None:
+    model, config, batch = tiny_llama(), METHODS[name], token_batch()
+    plain = output_of(model, batch)
+    reference = peft_model(model, config)
+    report = lightning_peft.inject(model, config)
+    assert not report.parts[0].in_place
+    assert relative_error(output_of(model, batch), plain) < 1e-5
+    randomize(model, 0.05)
+    assert copy_adapter(model, reference) > 0
+    out, expected = output_of(model, batch), output_of(reference, batch)
+    assert relative_error(out, expected) < 1e-6
+    assert relative_error(out, plain) > 1e-4
+    out.pow(2).sum().backward()
+    expected.pow(2).sum().backward()
+    theirs = dict(reference.named_parameters())
+    trained = [name for name, param in model.named_parameters() if param.requires_grad]
+    assert trained
+    for key in trained:
+        grad = theirs[f"base_model.model.{key}"].grad
+        assert relative_error(model.get_parameter(key).grad, grad) < 1e-5, key
+    assert {n for n, p in theirs.items() if p.requires_grad} == {
+        f"base_model.model.{key}" for key in trained
+    }
+    with lightning_peft.disable_adapters(model):
+        assert torch.equal(output_of(model, batch), plain)
+    assert torch.equal(output_of(model, batch), out)
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3", "loha", "oft"])
+def test_other_methods_train_on_nf4(name: str) -> None:
+    model, batch = tiny_llama(), token_batch()
+    lightning_peft.inject(model, METHODS[name], quantization_config=NF4)
+    with lightning_peft.disable_adapters(model):
+        base = output_of(model, batch)
+    assert relative_error(output_of(model, batch), base) < 1e-5
+    verification = lightning_peft.verify(model, batch)
+    assert verification.passed, verification
+
+
+class Convolutions(nn.Module):
+    """Convolutions and a head: no linear layer to adapt by default."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, groups=groups)
+        self.up = nn.Conv1d(8, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.conv(x).flatten(2)).mean(2))
+
+
+def test_convolutions_go_through_peft() -> None:
+    model, x = Convolutions(), torch.randn(2, 4, 6, 6)
+    config = LoraConfig(r=4, target_modules=["conv", "up"])
+    reference = peft_model(model, config)
+    lightning_peft.inject(model, config)
+    randomize(model)
+    assert copy_adapter(model, reference) == 4
+    assert relative_error(model(x), reference(x)) < 1e-6
+    verification = lightning_peft.verify(model, x)
+    assert verification.passed, verification
+
+
+def test_what_peft_cannot_do_is_an_error_of_this_package() -> None:
+    with pytest.raises(UnsupportedError, match=r"PEFT cannot inject LoraConfig(.|\n)*groups"):
+        lightning_peft.inject(Convolutions(groups=4), r=2, target_modules=["conv"])
+
+
+def test_recurrent_layers_are_refused() -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
+    with pytest.raises(UnsupportedError, match="PEFT cannot inject LoraConfig"):
+        lightning_peft.inject(model, r=2, target_modules=["rnn"])
+
+
+def test_the_module_itself_is_not_replaced() -> None:
+    model = Stack()
+    first = model.first
+    lightning_peft.inject(model, r=2)
+    assert model.first is first
+    assert type(model) is Stack

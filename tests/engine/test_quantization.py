@@ -1,0 +1,222 @@
+"""Turning weights into quantized ones and back is exact and leaves the layer object alone."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from models import stack
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.quantization import (
+    adopt_quantized,
+    make_dense,
+    make_quantized,
+    quantize,
+    requantized,
+    why_not,
+)
+from lightning_peft.engine.quantized_layers import EightBitLayer, FourBitLayer, is_quantized
+from lightning_peft.errors import UnsupportedError
+
+from .reference import relative_error
+
+NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)
+INT8 = engine.quantization_config(load_in_8bit=True)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_are_those_of_bitsandbytes(kind: str, double: bool, dtype: torch.dtype) -> None:
+    layer = nn.Linear(96, 10).to(dtype)
+    dense = layer.weight.detach().clone()
+    config = engine.quantization_config(bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
+    quantize(layer, config)
+    codes, state = quantize_4bit(dense, blocksize=64, compress_statistics=double, quant_type=kind)
+    stored = layer._parameters["weight"]
+    assert torch.equal(stored.data, codes)
+    assert torch.equal(stored.quant_state.absmax, state.absmax)
+    assert torch.equal(layer.weight + 0, dequantize_4bit(codes, state))
+    assert (layer.weight + 0).dtype == dtype
+    assert isinstance(layer, (FourBitLayer, bnb.nn.Linear4bit))
+    assert not stored.requires_grad
+
+
+def test_nf4_loses_less_than_fp4() -> None:
+    errors = {}
+    for kind in ("nf4", "fp4"):
+        torch.manual_seed(0)
+        layer = nn.Linear(512, 256)
+        nn.init.normal_(layer.weight)
+        dense = layer.weight.detach().clone()
+        quantize(layer, engine.quantization_config(bnb_4bit_quant_type=kind))
+        errors[kind] = relative_error(layer.weight + 0, dense)
+    # NF4's levels are quantiles of the normal distribution (arXiv 2305.14314, table 2).
+    assert errors["nf4"] < errors["fp4"] < 0.2
+
+
+@pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
+def test_dense_and_back_is_bit_identical(config) -> None:
+    layer = nn.Linear(96, 10)
+    quantize(layer, config)
+    kind, names = type(layer), list(layer.state_dict())
+    stored = layer._parameters["weight"]
+    codes, x = stored.data.clone(), torch.randn(3, 96)
+    expected, attributes = layer(x), set(layer.__dict__)
+    undo = make_dense(layer, layer.weight + 0)
+    assert type(layer) is nn.Linear
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert set(layer.__dict__) == set(nn.Linear(1, 1).__dict__)
+    assert relative_error(layer(x), expected) < 1e-6
+    make_quantized(layer, undo)
+    assert type(layer) is kind
+    assert set(layer.__dict__) == attributes
+    assert list(layer.state_dict()) == names
+    assert torch.equal(layer._parameters["weight"].data, codes)
+    assert torch.equal(layer(x), expected)
+
+
+def test_layers_of_bitsandbytes_become_plain_linear_when_dense() -> None:
+    for kind in (bnb.nn.LinearNF4(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)):
+        layer = kind.to("cpu")
+        adopt_quantized(layer)
+        x = torch.randn(3, 64)
+        expected = layer(x)
+        make_dense(layer, layer.weight + 0)
+        assert type(layer) is nn.Linear
+        assert relative_error(layer(x.to(layer.weight.dtype)).float(), expected) < 2e-3
+
+
+def test_eight_bit_layers_of_bitsandbytes_compute_the_same_when_adopted() -> None:
+    for used in (False, True):
+        layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+        x = torch.randn(3, 64)
+        expected = layer.train()(x) if used else None
+        adopt_quantized(layer)
+        assert isinstance(layer, EightBitLayer)
+        out = layer(x)
+        if used:
+            assert torch.equal(out, expected)
+        assert relative_error(out, x @ (layer.weight.float() + 0).t() + layer.bias) < 1e-3
+
+
+def test_adopting_twice_is_adopting_once() -> None:
+    layer = bnb.nn.LinearNF4(64, 32).to("cpu")
+    adopt_quantized(layer)
+    kind = type(layer)
+    adopt_quantized(layer)
+    assert type(layer) is kind
+    assert kind.__mro__.count(FourBitLayer) == 1
+    dense = nn.Linear(2, 2)
+    adopt_quantized(dense)
+    assert type(dense) is nn.Linear
+
+
+def test_adopting_keeps_a_chosen_compute_dtype() -> None:
+    layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
+    adopt_quantized(layer)
+    assert layer.compute_dtype == torch.bfloat16
+    free = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    adopt_quantized(free)
+    assert free.compute_dtype is None
+
+
+@pytest.mark.parametrize(
+    "layer", [bnb.nn.LinearNF4(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=True)]
+)
+def test_layers_that_are_not_quantized_yet_are_refused(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedError, match="still holds its dense weight"):
+        adopt_quantized(layer)
+
+
+def test_requantizing_again_is_what_the_layer_would_store() -> None:
+    for layer in (nn.Linear(96, 64), Conv1D(64, 96)):
+        dense = layer.weight.detach().clone()
+        quantize(layer, NF4)
+        assert torch.equal(requantized(layer, dense), layer.weight + 0)
+
+
+def test_what_cannot_be_quantized_says_why() -> None:
+    class Own(nn.Linear):
+        pass
+
+    cases = [
+        (Own(4, 4), NF4, "it is a Own"),
+        (nn.Conv1d(2, 2, 1), NF4, "it is a Conv1d"),
+        (Conv1D(4, 4), INT8, "stores its weight transposed"),
+        (nn.Linear(4, 4, device="meta"), NF4, "meta device"),
+    ]
+    for layer, config, reason in cases:
+        assert reason in why_not(layer, config)
+        kept = type(layer), layer._parameters["weight"]
+        with pytest.raises(UnsupportedError, match=reason):
+            quantize(layer, config)
+        assert (type(layer), layer._parameters["weight"]) == kept
+    assert why_not(nn.Linear(4, 4), INT8) is None
+
+
+def test_device_moves_the_whole_layer() -> None:
+    layer = nn.Linear(64, 32)
+    quantize(layer, NF4, torch.device("cpu"))
+    assert {p.device.type for p in layer.parameters()} == {"cpu"}
+    assert is_quantized(layer)
+
+
+def test_casting_a_module_leaves_the_codes_alone() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=4, quantization_config=engine.quantization_config())
+    codes = model.first._parameters["weight"].data.clone()
+    weight = model.first.weight + 0
+    for cast in (lambda: model.to(torch.bfloat16), model.float, model.cpu):
+        cast()
+        assert torch.equal(model.first._parameters["weight"].data, codes)
+    with lightning_peft.disable_adapters(model):
+        assert torch.equal(model.first.weight + 0, weight)
+
+
+def test_an_eight_bit_base_trains_and_resumes() -> None:
+    def build(seed: int):
+        torch.manual_seed(seed)
+        model = stack()
+        lightning_peft.inject(model, r=4, quantization_config=INT8)
+        return model
+
+    def steps(model: nn.Module, count: int, start: int) -> list[float]:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+        losses = []
+        for step in range(start, start + count):
+            torch.manual_seed(100 + step)
+            x, y = torch.randn(8, 96), torch.randint(0, 10, (8,))
+            loss = nn.functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+            losses.append(loss.item())
+        return losses
+
+    whole, half = build(3), build(3)
+    expected = steps(whole, 4, 0)
+    assert steps(half, 2, 0) == expected[:2]
+    state = engine.trainable_state_dict(half)
+    assert all("lora_" in key or key.startswith("head.") for key in state)
+    resumed = build(3)
+    engine.load_trainable_state_dict(resumed, state)
+    assert steps(resumed, 2, 2) == expected[2:]
+
+
+@pytest.mark.gpu
+def test_quantizing_a_layer_that_is_on_the_gpu() -> None:
+    for config in (NF4, INT8):
+        layer = nn.Linear(128, 64, device="cuda")
+        dense = layer.weight.detach().clone()
+        quantize(layer, config)
+        assert layer._parameters["weight"].device.type == "cuda"
+        assert relative_error(layer.weight + 0, dense) < 0.12

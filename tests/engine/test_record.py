@@ -1,0 +1,61 @@
+"""The record stays with the module and is no part of its state."""
+
+from __future__ import annotations
+
+import pytest
+from models import stack
+from torch import nn
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.fingerprint import Fingerprint
+from lightning_peft.engine.record import AdapterInfo, PartRecord, Record
+from lightning_peft.errors import LifecycleError
+
+
+def test_a_record_comes_and_goes() -> None:
+    module, record = nn.Linear(2, 2), Record()
+    assert engine.record_of(module) is None
+    engine.set_record(module, record)
+    assert engine.record_of(module) is record
+    assert engine.require_record(module) is record
+    assert list(module.state_dict()) == ["weight", "bias"]
+    assert not list(module.children())
+    engine.set_record(module, None)
+    engine.set_record(module, None)
+    with pytest.raises(LifecycleError, match=r"Linear has no adapters yet. Call lightning_peft"):
+        engine.require_record(module)
+
+
+def test_names_are_relative_to_the_module() -> None:
+    base = Fingerprint((), (), ())
+    assert PartRecord("", base, {}).qualified("a.b") == "a.b"
+    assert PartRecord("part", base, {}).qualified("a.b") == "part.a.b"
+
+
+def test_what_all_parts_have_together() -> None:
+    base, info = Fingerprint((), (), ()), AdapterInfo({}, [], True)
+    record = Record(
+        {
+            "x": PartRecord("x", base, {}, frozen={"x.w"}, adapters={"b": info, "a": info}),
+            "y": PartRecord("y", base, {}, frozen={"y.w"}, adapters={"a": info, "c": info}),
+        }
+    )
+    assert record.frozen == {"x.w", "y.w"}
+    assert record.adapter_names == ["b", "a", "c"]
+    assert Record().frozen == set()
+
+
+def test_injection_fills_it() -> None:
+    module = nn.ModuleDict({"model": stack()})
+    lightning_peft.inject(module, r=2, adapt="model", target_modules=["first"])
+    record = engine.require_record(module)
+    entry = record.parts["model"]
+    assert record.active == ("default",)
+    assert entry.adapters["default"].targets == ["first"]
+    assert entry.adapters["default"].in_place
+    assert entry.heads == ["head"]
+    assert entry.base_id == {"name_or_path": None, "revision": None}
+    assert entry.base.names == ("first.weight", "first.bias", "second.weight", "second.bias")
+    assert entry.base.shapes == ((64, 96), (64,), (96, 64), (96,))
+    assert entry.frozen == {f"model.{name}" for name in entry.base.names}

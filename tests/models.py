@@ -1,0 +1,66 @@
+"""Tiny real models that tests of several rooms share. All values are random, none is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 61
+
+
+def tiny_llama(tied: bool = False, layers: int = 2) -> LlamaForCausalLM:
+    """A Llama of 64 hidden units, in eval mode, so that NF4 blocks and odd shapes both occur."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        attention_dropout=0.0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2() -> GPT2LMHeadModel:
+    """A GPT-2, whose linear layers are ``Conv1D`` and whose output is tied to its embedding."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+class Stack(nn.Module):
+    """Plain linear layers with a head; 96 and 10 are no multiples of bitsandbytes' CPU blocks."""
+
+    def __init__(self, width: int = 96, classes: int = 10) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, 64)
+        self.second = nn.Linear(64, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``(..., classes)`` for an input of shape ``(..., width)``."""
+        hidden = torch.relu(self.first(x))
+        return self.head(torch.relu(self.second(hidden)))
+
+
+def stack() -> Stack:
+    """A plain stack of linear layers with a head."""
+    return Stack()
+
+
+def token_batch(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
+    """Token ids, mask and labels, as transformers' causal language models take them."""
+    ids = torch.randint(0, VOCABULARY, (rows, length))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}

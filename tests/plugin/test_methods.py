@@ -1,0 +1,89 @@
+"""Methods besides LoRA and NF4, through a Trainer and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modules import ROOTS, differing, loader, outputs, saver, strategy, task, task_class, weights
+from modules import trainer as make_trainer
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import CheckpointError, LifecycleError
+
+METHODS = {
+    "rslora": ("lora", {"use_rslora": True}),
+    "dora": ("lora", {"use_dora": True}),
+    "dora on nf4": ("qlora", {"use_dora": True}),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}),
+    "pissa on nf4": ("qlora", {"init_lora_weights": "pissa"}),
+    "int8": ("qlora", {"load_in_8bit": True}),
+    "fp4": ("qlora", {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}),
+    "in full besides": ("lora", {"modules_to_save": ["norm", "head"], "bias": "all"}),
+    "loha": ("lora", {"r": 16, "peft_config": {"peft_type": "LOHA", "r": 4}}),
+    "ready config": ("lora", {"r": 16, "peft_config": LoraConfig(r=3, lora_dropout=0.0)}),
+    "ready quantization": (
+        "qlora",
+        {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_there_and_back(name, tmp_path):
+    method, settings = METHODS[name]
+    kind = "llama" if name == "int8" else "linears"
+    points = saver(ROOTS[0], tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+
+    def fit(**given):
+        module = task(kind=kind)
+        trainer = make_trainer(
+            tmp_path / "root", strategy(method, **settings), max_epochs=2, **given.pop("new", {})
+        )
+        trainer.fit(module, loader(kind, shuffle=True), **given)
+        return trainer, module
+
+    torch.manual_seed(5)
+    run, module = fit(new={"callbacks": [points]})
+    before = outputs(task(kind=kind), kind)
+    assert not torch.equal(outputs(module, kind), before)
+    torch.manual_seed(1000)
+    _, resumed = fit(ckpt_path=tmp_path / "step=4.ckpt")
+    assert resumed.losses == module.losses[4:]
+    assert not differing(weights(resumed), weights(module))
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "step=12.ckpt")
+    assert torch.equal(outputs(loaded, kind), outputs(module, kind))
+    run.validate(loaded, loader(kind), verbose=False)
+
+
+def test_an_adapter_from_a_folder_is_trained_on(tmp_path):
+    module = task(kind="llama")
+    points = saver(ROOTS[0], tmp_path, filename="one")
+    make_trainer(tmp_path / "root", callbacks=[points]).fit(module, loader("llama"))
+    folder = tmp_path / "adapters" / "one"
+    loaded = task(kind="llama")
+    lightning_peft.load_adapter(loaded, folder, is_trainable=True)
+    assert torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+    make_trainer(tmp_path / "root").fit(loaded, loader("llama"))
+    assert not torch.equal(outputs(loaded, "llama"), outputs(module, "llama"))
+    frozen = task(kind="llama")
+    lightning_peft.load_adapter(frozen, folder)
+    make_trainer(tmp_path / "root").validate(frozen, loader("llama"), verbose=False)
+    with pytest.raises(LifecycleError, match="is_trainable=True"):
+        make_trainer(tmp_path / "root").fit(frozen, loader("llama"))
+
+
+def test_a_second_adapter_is_not_in_the_file_of_one(tmp_path):
+    module = task()
+    run = make_trainer(tmp_path)
+    run.fit(module, loader())
+    lightning_peft.inject(module, adapter_name="second", r=2)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    assert (tmp_path / "adapters" / "two" / "second" / "adapter_config.json").is_file()
+    with pytest.raises(CheckpointError, match="adapter 'second' is in the checkpoint only"):
+        make_trainer(tmp_path).validate(task(), loader(), ckpt_path=tmp_path / "two.ckpt")
+    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), tmp_path / "two.ckpt")
+    assert engine.require_record(loaded).adapter_names == ["default", "second"]
+    assert torch.equal(outputs(loaded), outputs(module))

@@ -1,0 +1,142 @@
+"""Two Lightning packages, imported in any order, and both at once."""
+
+from __future__ import annotations
+
+import pytest
+from forked import run_forked
+from modules import ROOTS, lightning, loader, outputs, strategy, task, trainer
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import namespace_in_use, realize, root_of, use_namespace
+
+TRAIN = """
+import torch
+
+class Task({root}.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 3))
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+def train(strategy, **given):
+    trainer = {root}.Trainer(
+        strategy=strategy, accelerator="cpu", devices=1, max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **given
+    )
+    module = Task()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.randn(8, 32), batch_size=4))
+    from lightning_peft import engine
+    assert engine.record_of(module) is not None
+    assert isinstance(trainer.strategy, {root}.strategies.DDPStrategy) or strategy == "auto"
+    return trainer
+"""
+
+BY_NAME = """
+train("qlora")
+train(lightning_peft.LoRAStrategy(r=2))
+train("auto", callbacks=[lightning_peft.LoRACallback(r=2)])
+from lightning_peft import QLoRACallback
+assert issubclass(QLoRACallback, {root}.Callback)
+import sys
+assert "{other}" not in sys.modules
+"""
+
+JOINS = """
+assert train(made).strategy is made
+train("lora")
+{root}.Trainer(strategy="lora", accelerator="cpu", logger=False)
+"""
+
+
+def scenarios(root: str) -> dict[str, str]:
+    other = next(name for name in ROOTS if name != root)
+    by_name = TRAIN.format(root=root) + BY_NAME.format(root=root, other=other.partition(".")[0])
+    made = f"made = lightning_peft.QLoRAStrategy(r=2)\nimport {other}\n"
+    joins = made + TRAIN.format(root=other) + JOINS.format(root=root)
+    return {
+        f"{root}: lightning_peft first": f"import lightning_peft, {root}\n{by_name}",
+        f"{root}: Lightning first": f"import {root}, lightning_peft\n{by_name}",
+        f"{root}: the other one later": f"import lightning_peft, {root}\n{joins}",
+    }
+
+
+SCENARIOS = scenarios(ROOTS[0]) | scenarios(ROOTS[1])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_forked(SCENARIOS, tmp_path_factory.mktemp("namespaces"))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_whichever_is_imported_first(name, results):
+    code, text = results[name]
+    assert code == 0, text
+
+
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("made_for", ROOTS)
+def test_a_strategy_joins_the_tree_of_its_trainer(root, made_for, tmp_path):
+    made = strategy("qlora", made_for, r=2, ddp_kwargs={"find_unused_parameters": True})
+    run = trainer(tmp_path, made, root)
+    module = task(root)
+    run.fit(module, loader())
+    assert run.strategy is made
+    assert isinstance(made, lightning(root).strategies.DDPStrategy)
+    assert isinstance(made, lightning_peft.QLoRAStrategy)
+    assert root_of(made) == root_of(made.accelerator) == root
+    assert isinstance(made.checkpoint_io, lightning(root).plugins.io.TorchCheckpointIO)
+    assert made._ddp_kwargs == {"find_unused_parameters": True}
+    (part,) = engine.require_record(module).parts.values()
+    assert part.adapters["default"].config["r"] == 2
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_module_of_the_other_tree_is_refused(root, tmp_path):
+    other = next(name for name in ROOTS if name != root)
+    with pytest.raises(TypeError, match="`model` must be a `LightningModule`"):
+        trainer(tmp_path, "lora", root).fit(task(other), loader())
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_nearest_caller_decides_where_both_are_imported(root):
+    scope = {"__name__": "users_module"}
+    exec(f"from {root} import Trainer\nimport lightning_peft\n", scope)
+    exec("made = lightning_peft.LoRAStrategy()\ncallback = lightning_peft.LoRACallback()", scope)
+    assert root_of(scope["made"]) == root
+    assert root_of(scope["callback"]) == root
+    assert isinstance(scope["callback"], lightning(root).Callback)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_choice_can_be_made_by_hand(root):
+    use_namespace(root)
+    try:
+        assert namespace_in_use() == root
+        assert issubclass(lightning_peft.QLoRACallback, lightning(root).Callback)
+        assert root_of(lightning_peft.QLoRAStrategy()) == root
+    finally:
+        use_namespace(None)
+    with pytest.raises(ConfigError, match="the packages are lightning.pytorch and pytorch_lightn"):
+        use_namespace("torch")
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_subclasses_by_the_user(root, tmp_path):
+    class Mine(lightning_peft.QLoRAStrategy):
+        """A default of one's own."""
+
+        def __init__(self, r: int = 2) -> None:
+            super().__init__(r=r, announce=False)
+
+    module = task(root)
+    run = trainer(tmp_path, realize(Mine, root)(), root)
+    run.fit(module, loader())
+    assert isinstance(run.strategy, Mine)
+    fresh = task(root)
+    assert outputs(fresh).shape == outputs(module).shape

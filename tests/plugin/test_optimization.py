@@ -1,0 +1,149 @@
+"""Optimizers see the adapters, or training does not start; Lightning's ways of stepping work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modules import ROOTS, differing, loader, strategy, task, task_class, trainer, weights
+from torch import nn
+
+from lightning_peft import engine
+from lightning_peft.errors import LifecycleError
+
+METHODS = ("lora", "qlora")
+
+
+class Early(task_class(ROOTS[0])):
+    """Makes its list of parameters in the constructor, before there are adapters."""
+
+    def __init__(self):
+        super().__init__()
+        self.early = list(self.parameters())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.early, lr=0.1)
+
+
+class ByName(task_class(ROOTS[0])):
+    def configure_optimizers(self):
+        named = [p for n, p in self.named_parameters() if n.endswith("layers.0.weight")]
+        return torch.optim.SGD(named, lr=0.1)
+
+
+class Half(task_class(ROOTS[0])):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.layers[0].parameters(), lr=0.1)
+
+
+class Without(task_class(ROOTS[0])):
+    def configure_optimizers(self):
+        return None
+
+
+class Second(task_class(ROOTS[0])):
+    def configure_optimizers(self):
+        frozen = [p for n, p in self.named_parameters() if n.endswith("layers.0.weight")]
+        return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(frozen, lr=0.1)]
+
+    automatic_optimization = False
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("cls", "messages"),
+    [
+        (Early, [r"4 of 4 trainable tensors of Early .*'model\.layers\.0\.lora_A\.default"]),
+        (ByName, ["4 of 4 trainable", r"optimizer 0 \(SGD\) holds only frozen parameters"]),
+        (Half, [r"2 of 4 trainable .*layers\.1\.lora_A"]),
+        (Without, ["4 of 4 trainable"]),
+        (Second, [r"optimizer 1 \(SGD\) holds only frozen"]),
+    ],
+)
+def test_optimizers_without_the_adapters_are_refused(cls, messages, method, tmp_path):
+    with pytest.raises(LifecycleError) as caught:
+        trainer(tmp_path, method).fit(cls(), loader())
+    for message in [*messages, "inside\nconfigure_optimizers|inside configure_optimizers"]:
+        caught.match(message)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lists_made_in_time_are_fine(method, tmp_path):
+    class Filtered(task_class(ROOTS[0])):
+        def configure_optimizers(self):
+            groups = [
+                {"params": [p for n, p in self.named_parameters() if "lora_" in n], "lr": 0.1},
+                {"params": self.model.head.parameters(), "lr": 0.01},
+            ]
+            return torch.optim.SGD(groups)
+
+    module = Filtered()
+    trainer(tmp_path, method).fit(module, loader())
+    assert all(p.grad is not None for p in engine.all_adapter_parameters(module))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_manual_optimization_with_two_optimizers(method, tmp_path):
+    class Adversarial(task_class(ROOTS[0])):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.critic = nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            self.toggle_optimizer(first)
+            value = self.loss(batch) - self.critic(self(batch)).mean()
+            self.losses.append(value.item())
+            first.zero_grad()
+            self.manual_backward(value)
+            first.step()
+            self.untoggle_optimizer(first)
+            self.toggle_optimizer(second)
+            second.zero_grad()
+            self.manual_backward(self.critic(self(batch).detach()).square().mean())
+            second.step()
+            self.untoggle_optimizer(second)
+
+        def configure_optimizers(self):
+            generator = torch.optim.Adam(self.model.parameters(), lr=0.02)
+            return generator, torch.optim.Adam(self.critic.parameters(), lr=0.02)
+
+    module = Adversarial()
+    before = weights(module)
+    ours = strategy(method, adapt="model")
+    run = trainer(tmp_path, ours, max_epochs=2)
+    run.fit(module, loader(), ckpt_path=None)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    after = weights(module)
+    assert not torch.equal(before["critic.weight"], after["critic.weight"])
+    assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
+    # What toggling left as `requires_grad` does not decide what is saved.
+    fresh = Adversarial()
+    other = trainer(tmp_path, strategy(method, adapt="model"), max_epochs=3)
+    other.fit(fresh, loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert len(fresh.losses) == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}],
+    ids=["plain", "accumulated and clipped"],
+)
+def test_steps_are_those_of_plain_lightning(method, given, tmp_path):
+    """The same adapters, injected by hand and trained with Lightning's own strategy."""
+    config = strategy(method).lifecycle.injection
+    results = []
+    for by_hand in (True, False):
+        module = task(kind="llama")
+        torch.manual_seed(11)
+        if by_hand:
+            engine.inject(
+                module, config.peft_config, quantization_config=config.quantization_config
+            )
+        run = trainer(tmp_path, "auto" if by_hand else method, **given)
+        run.fit(module, loader("llama", shuffle=True))
+        results.append((module.losses, weights(module)))
+    assert results[0][0] == results[1][0]
+    assert not differing(results[0][1], results[1][1])

@@ -1,0 +1,195 @@
+"""Two real processes with gloo; and processes that are killed while they save."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from forked import HERE, environment, run_forked
+from modules import differing, loader, outputs, saver, strategy, task, trainer, weights
+from two_processes import ROOT
+
+from lightning_peft.plugin.adapter_strategy import KEY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the two processes left behind."""
+    made = tmp_path_factory.mktemp("processes")
+    run = subprocess.run(
+        [sys.executable, str(HERE / "two_processes.py"), str(made)],
+        capture_output=True,
+        text=True,
+        cwd=made,
+        env=environment(),
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    (made / "printed").write_text(run.stdout)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", ["strategy", "callback"])
+def test_ranks_train_one_model(name, ranks):
+    first, second = (rank[name] for rank in ranks)
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["sampler"] == "DistributedSampler"
+    assert not first["hook"]
+    assert not differing(first["weights"], second["weights"])
+    assert first["losses"] != second["losses"]
+
+
+def test_the_table_is_printed_by_one_rank(folder):
+    # Two of the script's runs announce.
+    assert (folder / "printed").read_text().count("trainable ") == 2
+
+
+def test_strategy_and_callback_do_the_same(ranks):
+    for rank in ranks:
+        assert rank["strategy"]["losses"] == rank["callback"]["losses"]
+        assert not differing(rank["strategy"]["weights"], rank["callback"]["weights"])
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(ranks, tmp_path):
+    torch.manual_seed(7)
+    module = task(ROOT, kind="llama")
+    run = trainer(tmp_path, "qlora", ROOT, enable_checkpointing=False)
+    torch.manual_seed(8)
+    run.fit(module, loader("llama"))
+    both = torch.tensor([rank["strategy"]["losses"] for rank in ranks]).mean(0)
+    torch.testing.assert_close(both, torch.tensor(module.losses), rtol=0, atol=1e-4)
+    expected = ranks[0]["strategy"]["weights"]
+    for name, value in weights(module).items():
+        if ".lora_" in name:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-3)
+        elif value.dtype == torch.uint8:
+            assert torch.equal(value, expected[name])
+
+
+def test_a_checkpoint_of_two_processes_loads_in_one(ranks, folder, tmp_path):
+    module = task(ROOT, kind="llama")
+    run = trainer(tmp_path, "qlora", ROOT)
+    results = run.validate(
+        module, loader("llama"), ckpt_path=folder / "callback.ckpt", verbose=False
+    )
+    halves = [rank["callback"]["validated"][0]["val_loss"] for rank in ranks]
+    assert results[0]["val_loss"] == pytest.approx(sum(halves) / 2, abs=1e-5)
+    names = [name for name in ranks[0]["callback"]["weights"] if ".lora_" in name]
+    expected = {name: ranks[0]["callback"]["weights"][name] for name in names}
+    assert not differing({name: weights(module)[name] for name in names}, expected)
+    content = torch.load(folder / "strategy.ckpt", weights_only=True)
+    assert len(content[KEY]["processes"]) == 2
+    # It can be trained on, with other random numbers.
+    fresh = task(ROOT, kind="llama")
+    more = trainer(tmp_path, strategy("qlora", ROOT), ROOT, max_epochs=2)
+    more.fit(fresh, loader("llama"), ckpt_path=folder / "strategy.ckpt")
+    assert fresh.losses
+    assert not torch.equal(outputs(fresh, "llama"), outputs(module, "llama"))
+
+
+def test_resume_is_exact_in_both_processes(ranks):
+    for rank in ranks:
+        assert len(rank["resumed"]["losses"]) == 8
+        assert rank["resumed"]["losses"] == rank["straight"]["losses"][4:]
+        assert not differing(rank["resumed"]["weights"], rank["straight"]["weights"])
+
+
+def test_another_base_on_one_rank_is_found_by_all(ranks):
+    for rank in ranks:
+        assert "Ranks [1] have another base model than rank 0" in rank["other base"]
+        assert "model.model.layers.1.mlp.up_proj.weight" in rank["other base"]
+
+
+KILLED = """
+import os, random, signal
+from pathlib import Path
+import numpy, torch
+from test_processes import fit_and_save
+
+folder, count = Path({folder!r}), 0
+rename = os.replace
+
+def replace(source, target):
+    global count
+    if Path(target).match({pattern!r}):
+        count += 1
+    if count == {at}:
+        if {half} and Path(source).is_file():
+            os.truncate(source, Path(source).stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.replace = replace
+fit_and_save(folder, {method!r})
+"""
+# Each point of saving writes two checkpoints and their folders; the second point is not survived.
+KILLS = {
+    "half a file": ({"pattern": "*.ckpt", "at": 3, "half": True, "method": "qlora"}, ["step=4"]),
+    "not renamed": ({"pattern": "*.ckpt", "at": 3, "half": False, "method": "lora"}, ["step=4"]),
+    "only the folder": (
+        {"pattern": "adapters/*", "at": 3, "half": False, "method": "qlora"},
+        ["step=4"],
+    ),
+    "before last": (
+        {"pattern": "*.ckpt", "at": 4, "half": True, "method": "lora"},
+        ["step=4", "step=8"],
+    ),
+}
+
+
+def fit_and_save(folder, method, ckpt_path=None):
+    """Trains for two epochs of six steps and saves after every fourth; returns the module."""
+    torch.manual_seed(5 if ckpt_path is None else 1000)
+    module = task(ROOT, kind="llama")
+    points = saver(
+        ROOT, folder, filename="{step}", every_n_train_steps=4, save_top_k=-1, save_last=True
+    )
+    run = trainer(
+        folder / "root",
+        strategy(method, ROOT, lora_dropout=0.3),
+        ROOT,
+        max_epochs=2,
+        callbacks=[points],
+    )
+    run.fit(module, loader("llama", shuffle=True), ckpt_path=ckpt_path)
+    return module
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Folders of runs that were killed while they saved."""
+    root = tmp_path_factory.mktemp("killed")
+    folders = {name: root / name.replace(" ", "-") for name in KILLS}
+    scenarios = {
+        name: KILLED.format(folder=str(folders[name]), **settings)
+        for name, (settings, _) in KILLS.items()
+    }
+    for code, text in run_forked(scenarios, root).values():
+        assert code == -9, text
+    return folders
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_kill_while_saving_leaves_whole_checkpoints(name, killed, tmp_path):
+    settings, whole = KILLS[name]
+    folder = killed[name]
+    assert sorted(path.stem for path in folder.rglob("*.ckpt")) == ["last", *whole]
+    assert list(folder.rglob(".incomplete-*"))
+    resumed = fit_and_save(folder, settings["method"], ckpt_path="last")
+    straight = fit_and_save(tmp_path, settings["method"])
+    assert len(resumed.losses) == 8
+    assert resumed.losses == straight.losses[4:]
+    assert not differing(weights(resumed), weights(straight))
+    # The run that went on wrote the same files and left nothing unfinished.
+    assert not list(folder.rglob(".incomplete-*"))
+    for path in tmp_path.glob("*.ckpt"):
+        first, second = (torch.load(p, weights_only=True) for p in (path, folder / path.name))
+        assert not differing(first["state_dict"], second["state_dict"])
+        assert (folder / "adapters" / path.stem / "adapter_model.safetensors").is_file()

@@ -1,0 +1,82 @@
+"""Script of two processes: `python two_processes.py FOLDER`; each writes what it saw."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from modules import loader, saver, strategy, task, trainer, weights
+from torch import distributed
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_peft import QLoRACallback
+from lightning_peft.errors import BaseMismatchError
+from lightning_peft.plugin.namespace import realize
+
+ROOT = "lightning.pytorch"
+
+
+def fit(folder, method, callbacks=(), dropout=0.0, shuffle=False, ckpt_path=None, **given):
+    """Trains a Llama in both processes, two rows each per step."""
+    torch.manual_seed(7)
+    module = task(ROOT, kind="llama")
+    ours = method
+    if method in ("lora", "qlora"):
+        ours = strategy(method, ROOT, lora_dropout=dropout, announce=dropout > 0)
+    run = trainer(folder / "root", ours, ROOT, devices=2, callbacks=list(callbacks), **given)
+    torch.manual_seed(8 + run.global_rank)
+    rows, order = loader("llama").dataset, None
+    if not shuffle:
+        # Lightning's own would shuffle, and one process could not follow.
+        order = DistributedSampler(rows, run.world_size, run.global_rank, shuffle=False)
+    data = DataLoader(rows, batch_size=2, shuffle=shuffle, sampler=order)
+    run.fit(module, data, loader("llama"), ckpt_path=ckpt_path)
+    return run, module
+
+
+def callback(**given):
+    return realize(QLoRACallback, ROOT)(r=4, announce=False, **given)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    seen = {}
+    for name, method, callbacks in (
+        ("strategy", "qlora", []),
+        ("callback", "ddp", [callback()]),
+    ):
+        run, module = fit(folder, method, callbacks)
+        run.save_checkpoint(folder / f"{name}.ckpt")
+        seen[name] = {
+            "losses": module.losses,
+            "weights": weights(module),
+            "world_size": run.world_size,
+            "sampler": type(run.train_dataloader.sampler).__name__,
+            "hook": "configure_model" in module.__dict__,
+            "validated": run.validate(module, loader("llama"), verbose=False),
+        }
+    rank = run.global_rank
+
+    points = [saver(ROOT, folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)]
+    again = {"dropout": 0.3, "shuffle": True, "max_epochs": 2}
+    _, straight = fit(folder, "qlora", points, **again)
+    _, resumed = fit(folder, "qlora", ckpt_path=folder / "step=4.ckpt", **again)
+    seen["straight"] = {"losses": straight.losses, "weights": weights(straight)}
+    seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
+
+    other = task(ROOT, kind="llama")
+    if rank == 1:
+        with torch.no_grad():
+            other.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    try:
+        trainer(folder, "qlora", ROOT, devices=2).fit(other, loader("llama"))
+    except BaseMismatchError as error:
+        seen["other base"] = str(error)
+
+    torch.save(seen, folder / f"rank{rank}.pt")
+    distributed.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,65 @@
+import importlib
+
+import pytest
+import torch
+
+from lightning_peft.data.instructions import InstructionData
+from lightning_peft.demo.run import BASE, INSTRUCTIONS
+from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.tasks.causal_lm import CausalLM
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_it_is_a_lightning_module_of_either_tree(root):
+    lightning = importlib.import_module(root)
+    task = realize(CausalLM, root)(str(BASE))
+    assert isinstance(task, lightning.LightningModule)
+    assert isinstance(task, CausalLM)
+    assert task.hparams["model"] == str(BASE)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens():
+    task = CausalLM(str(BASE), dtype="float32")
+    task.configure_model()
+    batch = next(iter(InstructionData(str(INSTRUCTIONS), str(BASE), 4).val_dataloader()))
+    with torch.no_grad():
+        logits = task(**batch).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        expected = -picked[labels != -100].mean()
+        torch.testing.assert_close(task(**batch).loss, expected)
+
+
+def test_the_model_is_loaded_once():
+    task = CausalLM(str(BASE))
+    task.configure_model()
+    model = task.model
+    task.configure_model()
+    assert task.model is model
+
+
+def test_the_rate_rises_and_falls_as_a_cosine():
+    lightning = importlib.import_module(ROOTS[1])
+    task = realize(CausalLM, ROOTS[1])(str(BASE), learning_rate=1.0, warmup=0.1)
+    data = realize(InstructionData, ROOTS[1])(str(INSTRUCTIONS), str(BASE), 2)
+    rates = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = lightning.Trainer(
+        max_steps=20,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+        barebones=False,
+    )
+    trainer.fit(task, data.loader("train", limit=64))
+    assert rates[0] == pytest.approx(0.5)
+    assert rates[1] == pytest.approx(1.0)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[11] == pytest.approx(0.5, abs=0.01)
+    assert rates[-1] < 0.02
