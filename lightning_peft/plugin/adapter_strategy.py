@@ -85,6 +85,7 @@ class AdapterStrategy(_Base):
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
         self.lifecycle.check_optimizers(self._module, self.optimizers)
+        self.lifecycle.check_frozen(self._module)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Lets the training DataLoader resume in the middle of an epoch."""
@@ -174,6 +175,7 @@ class AdapterStrategy(_Base):
     ) -> None:
         """Writes a file that describes itself, and the adapter folder beside it."""
         if engine.record_of(self._module) is not None:
+            self.lifecycle.check_frozen(self._module)
             checkpoint = self._described(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
@@ -245,13 +247,8 @@ class AdapterStrategy(_Base):
             engine.restore_paging(optimizer)
         self._resume_from = checkpoint[KEY]["processes"]
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Gives the module its own ``configure_model`` back."""
-        self.lifecycle.uninstall()
-        super().on_exception(exception)
-
     def teardown(self) -> None:
-        """Gives the module its own ``configure_model`` back."""
+        """Gives the module its own ``configure_model`` back, also after errors."""
         self.lifecycle.uninstall()
         super().teardown()
 

@@ -197,6 +197,22 @@ class Lifecycle:
                 + "\nBuild them only once (`if self.model is None:`), or pass `ckpt_path`."
             )
 
+    def check_frozen(self, module: nn.Module) -> None:
+        """The base must be as frozen as injection left it: checkpoints do not hold it.
+
+        Raises:
+            LifecycleError: If base weights were set to train since.
+        """
+        frozen = sorted(engine.require_record(module).frozen)
+        trained = [name for name in frozen if module.get_parameter(name).requires_grad]
+        if trained:
+            raise LifecycleError(
+                "These weights of the base were unfrozen after the adapters were added:"
+                + itemize(trained, 5)
+                + "\nNo checkpoint would hold what they learn. Leave them frozen, or name the "
+                "layers to train in full in `modules_to_save`."
+            )
+
     def check_optimizers(self, module: nn.Module, optimizers: list[Any]) -> None:
         """Every trainable adapter must be in an optimizer, and no optimizer without anything.
 

@@ -33,8 +33,12 @@ from lightning_peft.errors import ConfigError, LifecycleError, UnsupportedError
 METHODS = ("lora", "qlora")
 
 
+def is_packed(param) -> bool:
+    return param.dtype == torch.uint8
+
+
 def packed(module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in module.named_parameters() if p.dtype == torch.uint8}
+    return {n: p.detach().clone() for n, p in module.named_parameters() if is_packed(p)}
 
 
 # --- refusals --------------------------------------------------------------------------------
@@ -273,13 +277,20 @@ def test_a_sanity_check_changes_nothing(method, tmp_path):
 @pytest.mark.parametrize("place", ["init", "configure_model"])
 def test_master_weights_stay_float32(precision, place, tmp_path):
     reference = task(place=place, kind="llama")
+    torch.manual_seed(5)
     trainer(tmp_path, "qlora").validate(reference, loader("llama"), verbose=False)
     module = task(place=place, kind="llama")
+    torch.manual_seed(5)
     run = trainer(tmp_path, "qlora", precision=precision, max_epochs=2)
     run.validate(module, loader("llama"), verbose=False)
+    # The same base and the same adapters, whatever dtype Lightning makes the user's layers in.
     bytes_before = packed(module)
     assert bytes_before
+    codes = {param.quant_state.code.dtype for param in module.parameters() if is_packed(param)}
+    assert codes == {torch.float32}
     if place == "init":
+        both = [engine.all_adapter_parameters(m) for m in (module, reference)]
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
         assert not differing(bytes_before, packed(reference))
     run.fit(module, loader("llama"), loader("llama"))
     assert {param.dtype for param in engine.all_adapter_parameters(module)} == {torch.float32}

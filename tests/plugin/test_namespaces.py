@@ -90,6 +90,7 @@ def test_a_strategy_joins_the_tree_of_its_trainer(root, made_for, tmp_path):
     assert isinstance(made, lightning(root).strategies.DDPStrategy)
     assert isinstance(made, lightning_peft.QLoRAStrategy)
     assert root_of(made) == root_of(made.accelerator) == root
+    assert type(made._forward_redirection).__module__.startswith(f"{root}.")
     assert isinstance(made.checkpoint_io, lightning(root).plugins.io.TorchCheckpointIO)
     assert made._ddp_kwargs == {"find_unused_parameters": True}
     (part,) = engine.require_record(module).parts.values()
@@ -105,6 +106,7 @@ def test_a_module_of_the_other_tree_is_refused(root, tmp_path):
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_the_nearest_caller_decides_where_both_are_imported(root):
+    assert all(lightning(each) for each in ROOTS)
     scope = {"__name__": "users_module"}
     exec(f"from {root} import Trainer\nimport lightning_peft\n", scope)
     exec("made = lightning_peft.LoRAStrategy()\ncallback = lightning_peft.LoRACallback()", scope)

@@ -81,6 +81,22 @@ def test_lists_made_in_time_are_fine(method, tmp_path):
     assert all(p.grad is not None for p in engine.all_adapter_parameters(module))
 
 
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_train_epoch_start"])
+def test_a_base_that_is_unfrozen_is_not_lost_in_silence(hook, tmp_path):
+    class Unfreezing(task_class(ROOTS[0])):
+        def configure_optimizers(self):
+            if hook == "configure_optimizers":
+                self.unfreeze()
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.model.layers[1].weight.requires_grad_(True)
+
+    with pytest.raises(LifecycleError, match=r"unfrozen(.|\n)*layers\.1\.weight(.|\n)*modules_to_"):
+        trainer(tmp_path, max_epochs=2).fit(Unfreezing(), loader())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_manual_optimization_with_two_optimizers(method, tmp_path):
     class Adversarial(task_class(ROOTS[0])):
