@@ -38,11 +38,13 @@ class Injection:
         peft_config: PEFT's config.
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
+        optimizer: Name of the optimizer that stands in for the user's, or ``None``.
     """
 
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
+    optimizer: str | None = None
 
 
 class Lifecycle:
