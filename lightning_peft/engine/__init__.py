@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.engine.activation_checkpointing import (
+        checkpoint_activations,
+    )
     from lightning_peft.engine.adapter_files import (
         load_adapter,
         packed_adapters,
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "activation_checkpointing": ("checkpoint_activations",),
     "adapter_files": (
         "load_adapter",
         "packed_adapters",
@@ -137,6 +141,7 @@ __all__ = [
     "check_description",
     "check_optimizer_name",
     "check_same_optimizers",
+    "checkpoint_activations",
     "config_to_dict",
     "describe",
     "disable_adapters",

@@ -39,12 +39,14 @@ class Injection:
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
+        gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass.
     """
 
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
     optimizer: str | None = None
+    gradient_checkpointing: bool | str = False
 
 
 class Lifecycle:
