@@ -50,6 +50,9 @@ if TYPE_CHECKING:
         quantization_config,
         quantization_to_dict,
     )
+    from lightning_peft.engine.quantized_loading import (
+        loading_for_injection,
+    )
     from lightning_peft.engine.record import (
         record_of,
         require_record,
@@ -111,6 +114,7 @@ _HOMES = {
         "quantization_config",
         "quantization_to_dict",
     ),
+    "quantized_loading": ("loading_for_injection",),
     "record": (
         "record_of",
         "require_record",
@@ -149,6 +153,7 @@ __all__ = [
     "inject_as_described",
     "load_adapter",
     "load_trainable_state_dict",
+    "loading_for_injection",
     "lora_config",
     "merge",
     "optimizer_names",
