@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import (
     adapted_layers_of,
@@ -173,11 +172,7 @@ def _loss_in_eval(module: nn.Module, batch: Any, step: Step) -> Tensor:
 def _no_op_at_init(module: nn.Module, batch: Any, step: Step) -> Check:
     name = "no effect before training"
     layers = adapted_layers_of(module, require_record(module)).values()
-    fresh = all(
-        isinstance(layer, LoraLayer)
-        and not any(layer.lora_B[adapter].weight.any() for adapter in layer.lora_adapters)
-        for layer in layers
-    )
+    fresh = all(isinstance(layer, LoraLayer) and layer.is_fresh() for layer in layers)
     if not fresh:
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
     on = _loss_in_eval(module, batch, step)
@@ -208,18 +203,17 @@ def _base_passes_gradients(module: nn.Module) -> Check:
 
 def _passes_gradient(layer: Any) -> bool:
     with without_adapters(layer) if isinstance(layer, LoraLayer) else nullcontext():
-        weight = layer.effective_weight()
-        rows = weight.t() if isinstance(layer, Conv1D) else weight
-        probe = torch.randn(4, rows.shape[1], device=rows.device, dtype=rows.dtype)
-        probe.requires_grad_(True)
+        probe = layer.probe().requires_grad_(True)
         output = layer.forward(probe)
         direction = torch.randn_like(output)
         if not output.requires_grad:
             return False
         (found,) = torch.autograd.grad(output, probe, direction, allow_unused=True)
-    expected = direction.float() @ rows.float()
+        (expected,) = torch.autograd.grad(layer.dense_output(probe), probe, direction.float())
     # Half-precision products lose a few per mille; a lost or mangled gradient is far off.
-    return found is not None and bool((found.float() - expected).norm() <= 0.05 * expected.norm())
+    if found is None:
+        return False
+    return bool((found.float() - expected.float()).norm() <= 0.05 * expected.float().norm())
 
 
 def _gradients_reach(module: nn.Module, batch: Any, step: Step) -> Check:
