@@ -62,6 +62,10 @@ if TYPE_CHECKING:
     from lightning_peft.engine.targets import (
         resolve_targets,
     )
+    from lightning_peft.engine.twins import (
+        check_followers,
+        freeze_left_out,
+    )
     from lightning_peft.engine.verification import (
         verify,
     )
@@ -114,6 +118,10 @@ _HOMES = {
         "trainable_state_dict",
     ),
     "targets": ("resolve_targets",),
+    "twins": (
+        "check_followers",
+        "freeze_left_out",
+    ),
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -125,9 +133,11 @@ __all__ = [
     "all_adapter_parameters",
     "as_peft_config",
     "check_description",
+    "check_followers",
     "config_to_dict",
     "describe",
     "disable_adapters",
+    "freeze_left_out",
     "inject",
     "inject_as_described",
     "load_adapter",

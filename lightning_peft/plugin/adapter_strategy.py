@@ -86,6 +86,7 @@ class AdapterStrategy(_Base):
         super().setup_optimizers(trainer)
         self.lifecycle.check_optimizers(self._module, self.optimizers)
         self.lifecycle.check_frozen(self._module)
+        engine.check_followers(self._module)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Lets the training DataLoader resume in the middle of an epoch."""
@@ -176,6 +177,7 @@ class AdapterStrategy(_Base):
         """Writes a file that describes itself, and the adapter folder beside it."""
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
+            engine.check_followers(self._module)
             checkpoint = self._described(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}

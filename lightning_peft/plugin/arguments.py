@@ -175,7 +175,8 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
             arguments["quantization_config"], **{name: arguments[name] for name in _QUANTIZATION}
         )
     adapt = arguments["adapt"]
-    return Injection(config, quantization, [adapt] if isinstance(adapt, str) else adapt)
+    chosen = bool(changed & {*_LORA, "peft_config"})
+    return Injection(config, quantization, [adapt] if isinstance(adapt, str) else adapt, chosen)
 
 
 def _not_both(name: str, config: Any, fields: set[str]) -> None:
