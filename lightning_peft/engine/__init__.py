@@ -37,6 +37,10 @@ if TYPE_CHECKING:
         unmerge,
     )
     from lightning_peft.engine.optimizers import (
+        check_optimizer_name,
+        check_same_optimizers,
+        optimizer_names,
+        replace_optimizers,
         restore_paging,
     )
     from lightning_peft.engine.quantization_settings import (
@@ -96,7 +100,13 @@ _HOMES = {
         "unload",
         "unmerge",
     ),
-    "optimizers": ("restore_paging",),
+    "optimizers": (
+        "check_optimizer_name",
+        "check_same_optimizers",
+        "optimizer_names",
+        "replace_optimizers",
+        "restore_paging",
+    ),
     "quantization_settings": (
         "quantization_config",
         "quantization_to_dict",
@@ -134,6 +144,8 @@ __all__ = [
     "as_peft_config",
     "check_description",
     "check_followers",
+    "check_optimizer_name",
+    "check_same_optimizers",
     "config_to_dict",
     "describe",
     "disable_adapters",
@@ -144,10 +156,12 @@ __all__ = [
     "load_trainable_state_dict",
     "lora_config",
     "merge",
+    "optimizer_names",
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
     "record_of",
+    "replace_optimizers",
     "report",
     "require_record",
     "resolve_targets",

@@ -39,12 +39,14 @@ class Injection:
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
         chosen: Whether the user chose any setting of the adapters.
+        optimizer: Name of the optimizer that stands in for the user's, or ``None``.
     """
 
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
     chosen: bool = True
+    optimizer: str | None = None
 
 
 class Lifecycle:
