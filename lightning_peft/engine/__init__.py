@@ -59,6 +59,9 @@ if TYPE_CHECKING:
         load_trainable_state_dict,
         trainable_state_dict,
     )
+    from lightning_peft.engine.structure import (
+        structural_problems,
+    )
     from lightning_peft.engine.targets import (
         resolve_targets,
     )
@@ -113,6 +116,7 @@ _HOMES = {
         "load_trainable_state_dict",
         "trainable_state_dict",
     ),
+    "structure": ("structural_problems",),
     "targets": ("resolve_targets",),
     "verification": ("verify",),
 }
@@ -146,6 +150,7 @@ __all__ = [
     "set_adapter",
     "set_record",
     "show",
+    "structural_problems",
     "trainable_state_dict",
     "trained_parameters",
     "unload",
