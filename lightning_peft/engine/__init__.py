@@ -65,6 +65,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.targets import (
         resolve_targets,
     )
+    from lightning_peft.engine.trial import (
+        default_step,
+    )
     from lightning_peft.engine.verification import (
         verify,
     )
@@ -111,6 +114,7 @@ _HOMES = {
     ),
     "state": (
         "check_description",
+        "default_step",
         "describe",
         "inject_as_described",
         "load_trainable_state_dict",
@@ -118,6 +122,7 @@ _HOMES = {
     ),
     "structure": ("structural_problems",),
     "targets": ("resolve_targets",),
+    "trial": ("default_step",),
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -130,6 +135,7 @@ __all__ = [
     "as_peft_config",
     "check_description",
     "config_to_dict",
+    "default_step",
     "describe",
     "disable_adapters",
     "inject",

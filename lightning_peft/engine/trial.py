@@ -116,18 +116,22 @@ class Trial:
                 if isinstance(norm, _BatchNorm):
                     norm.training = self._modes[norm]
 
-    def evaluate(self) -> Tensor:
-        """Returns the loss as a validation loop computes it."""
+    def evaluate(self, go_on: bool = False) -> Tensor:
+        """Returns the loss as a validation loop computes it.
+
+        Args:
+            go_on: Take the buffers as the pass before left them, not as they were at the start.
+        """
+        if not go_on:
+            self._reset_buffers()
         self.module.eval()
         with same_randomness(self.module), torch.no_grad():
             return self.step(self.module, copy.copy(self.batch)).detach()
 
     def gradients(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Returns the gradients of ``tensors`` in train mode, always from the same start."""
+        self._reset_buffers()
         self.set_train()
-        with torch.no_grad():
-            for buffer, value in self._buffers.items():
-                buffer.copy_(value)
         for param in self.module.parameters():
             param.grad = None
         with same_randomness(self.module):
@@ -138,6 +142,11 @@ class Trial:
         for param in self.module.parameters():
             param.grad = None
         return found
+
+    @torch.no_grad()
+    def _reset_buffers(self) -> None:
+        for buffer, value in self._buffers.items():
+            buffer.copy_(value)
 
 
 @contextmanager

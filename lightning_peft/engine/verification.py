@@ -165,6 +165,7 @@ def _take_a_step(trial: Trial) -> None:
     for name, param in trainable.items():
         param.grad = gradients[name]
     torch.optim.AdamW(trainable.values(), lr=1e-2).step()
+    trial.evaluate(go_on=True)
     for param in trainable.values():
         param.grad = None
 

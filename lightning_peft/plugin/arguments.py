@@ -36,6 +36,9 @@ class LoRAArguments:
         adapt: Names of the submodules that get adapters. By default the pretrained ones
             (transformers and timm models), and where there are none the whole module.
         announce: Print what is adapted when training starts.
+        verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
+            and at the gradients of the first step, ``"full"`` also runs
+            :func:`lightning_peft.verify` on the first batch before that step.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``, such as
             ``{"find_unused_parameters": True}``.
 
@@ -64,6 +67,7 @@ class LoRAArguments:
         bias: Literal["none", "all", "lora_only"] = "none",
         adapt: str | list[str] | None = None,
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())
@@ -98,6 +102,7 @@ class QLoRAArguments:
             activations, and so the Trainer's ``precision``.
         adapt: Names of the submodules that get adapters; by default the pretrained ones.
         announce: Print what is adapted and quantized when training starts.
+        verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
 
     Raises:
@@ -130,6 +135,7 @@ class QLoRAArguments:
         bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         adapt: str | list[str] | None = None,
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())
