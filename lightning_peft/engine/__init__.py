@@ -63,8 +63,14 @@ if TYPE_CHECKING:
         load_trainable_state_dict,
         trainable_state_dict,
     )
+    from lightning_peft.engine.structure import (
+        structural_problems,
+    )
     from lightning_peft.engine.targets import (
         resolve_targets,
+    )
+    from lightning_peft.engine.trial import (
+        default_step,
     )
     from lightning_peft.engine.twins import (
         check_followers,
@@ -122,16 +128,19 @@ _HOMES = {
     ),
     "state": (
         "check_description",
+        "default_step",
         "describe",
         "inject_as_described",
         "load_trainable_state_dict",
         "trainable_state_dict",
     ),
+    "structure": ("structural_problems",),
     "targets": ("resolve_targets",),
     "twins": (
         "check_followers",
         "freeze_left_out",
     ),
+    "trial": ("default_step",),
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -147,6 +156,7 @@ __all__ = [
     "check_optimizer_name",
     "check_same_optimizers",
     "config_to_dict",
+    "default_step",
     "describe",
     "disable_adapters",
     "freeze_left_out",
@@ -170,6 +180,7 @@ __all__ = [
     "set_adapter",
     "set_record",
     "show",
+    "structural_problems",
     "trainable_state_dict",
     "trained_parameters",
     "unload",

@@ -133,23 +133,25 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     record = require_record(module)
     refuse_merged(module, "Disabling adapters")
     layers = list(adapted_layers_of(module, record).values())
-    before = [_enabled(layer) for layer in layers]
+    before = [is_enabled(layer) for layer in layers]
     trained = _exchange(module, record, None)
     try:
         for layer in layers:
-            _enable(layer, False)
+            enable(layer, False)
         yield
     finally:
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
-            _enable(layer, enabled)
+            enable(layer, enabled)
 
 
-def _enabled(layer: Any) -> bool:
+def is_enabled(layer: Any) -> bool:
+    """Says whether the adapters of ``layer`` are switched on."""
     return layer.lora_enabled if isinstance(layer, LoraLayer) else not layer.disable_adapters
 
 
-def _enable(layer: Any, enabled: bool) -> None:
+def enable(layer: Any, enabled: bool) -> None:
+    """Switches the adapters of one layer on or off; see :func:`disable_adapters`."""
     if isinstance(layer, LoraLayer):
         layer.lora_enabled = enabled
     else:

@@ -102,6 +102,7 @@ class AdapterStrategy(_Base):
         that asks for the number of steps in ``configure_optimizers``.
         """
         super().on_train_start()
+        self.lifecycle.checks.start(self)
         saved, self._resume_from = self._resume_from, None
         if saved is None:
             return
@@ -123,6 +124,16 @@ class AdapterStrategy(_Base):
             # A loader without a length is fetched ahead, and that was from its beginning.
             iter(fetcher)
         set_random_state(mine["random"])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Verifies on the first batch, if asked to."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.lifecycle.checks.before_batch(self, batch)
+
+    def on_train_end(self) -> None:
+        """Ends what still waits for a first step."""
+        super().on_train_end()
+        self.lifecycle.checks.end()
 
     def _training_loaders(self) -> list[Any]:
         combined = self._module.trainer.fit_loop._combined_loader
@@ -260,6 +271,7 @@ class AdapterStrategy(_Base):
     def teardown(self) -> None:
         """Gives the module its own ``configure_model`` back, also after errors."""
         self.lifecycle.uninstall()
+        self.lifecycle.checks.stop()
         super().teardown()
 
 

@@ -41,6 +41,9 @@ class LoRAArguments:
             paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
             ``None`` leaves all.
         announce: Print what is adapted when training starts.
+        verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
+            and at the gradients of the first step, ``"full"`` also runs
+            :func:`lightning_peft.verify` on the first batch before that step.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``, such as
             ``{"find_unused_parameters": True}``.
 
@@ -70,6 +73,7 @@ class LoRAArguments:
         adapt: str | list[str] | None = None,
         optimizer: str | None = None,
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())
@@ -109,6 +113,7 @@ class QLoRAArguments:
             paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
             ``None`` leaves all.
         announce: Print what is adapted and quantized when training starts.
+        verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
 
     Raises:
@@ -142,6 +147,7 @@ class QLoRAArguments:
         adapt: str | list[str] | None = None,
         optimizer: str | None = "auto",
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())

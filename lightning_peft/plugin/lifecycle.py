@@ -21,6 +21,8 @@ from lightning_peft.errors import BaseMismatchError, LifecycleError, Unsupported
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_peft.plugin.training_checks import TrainingChecks
+
 # By name, since each Lightning package has its own classes.
 _REFUSED_CALLBACKS = {
     "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
@@ -55,7 +57,10 @@ class Lifecycle:
     Attributes:
         injection: What to do.
         announce: Whether to print what was adapted when training starts.
+        checks: What is checked when training starts.
     """
+
+    checks: TrainingChecks
 
     def __init__(self, injection: Injection, announce: bool = True) -> None:
         self.injection = injection

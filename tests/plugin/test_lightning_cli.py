@@ -30,6 +30,7 @@ LORA = {
     "adapt": ["model"],
     "optimizer": "adamw_8bit",
     "announce": False,
+    "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},
 }
 QUANTIZATION = {
