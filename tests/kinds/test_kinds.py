@@ -14,10 +14,9 @@ from lightning_peft import engine
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plugin.namespace import realize, tree_of
 
-from . import classic, language, sequence, vision
 from .kind import Kind
+from .table import KINDS, PAGE, page
 
-KINDS = [*language.KINDS, *vision.KINDS, *sequence.KINDS, *classic.KINDS]
 METHODS = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
 BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -118,6 +117,9 @@ def test_it_trains_unedited(name: str, method: str, tmp_path: Any) -> None:
     with lightning_peft.disable_adapters(module):
         off = losses(module, kind)
     assert (on - off).abs().max() > 1e-4
+    step = (lambda m, batch: m.validation_step(batch, 0)) if name == "gan" else None
+    verification = lightning_peft.verify(module, kind.data()[0], step)
+    assert verification.passed, verification
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = kind.make()
     torch.manual_seed(1)
@@ -137,3 +139,7 @@ def test_it_is_refused_with_a_way_out(name: str, method: str, tmp_path: Any) -> 
         trainer_for(kind, method, module, tmp_path).fit(module, loader(kind), loader(kind))
     after = snapshot(module, before)
     assert all(torch.equal(after[n], value) for n, value in before.items())
+
+
+def test_the_documentation_has_the_table_of_these_tests() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run PYTHONPATH=tests python -m kinds.table"
