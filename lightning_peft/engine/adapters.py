@@ -41,7 +41,7 @@ def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
     for prefix, layer in adapted_layers(part).items():
         for name, param in layer.named_parameters():
             if isinstance(layer, LoraLayer):
-                own = name.startswith(("lora_A.", "lora_B."))
+                own = name.partition(".")[0] in layer.factor_names
             else:
                 own = not name.startswith("base_layer.")
             if own:
@@ -70,8 +70,8 @@ def activate(part: nn.Module, names: tuple[str, ...]) -> None:
         if isinstance(layer, LoraLayer):
             layer.lora_active = names
             for name in layer.lora_adapters:
-                layer.lora_A[name].requires_grad_(name in names)
-                layer.lora_B[name].requires_grad_(name in names)
+                for factor in layer.factors(name):
+                    factor.requires_grad_(name in names)
 
 
 def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -22,9 +22,11 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
+from lightning_peft.engine.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.layer_kinds import CONVOLUTIONS, TRANSPOSED
 from lightning_peft.engine.lora import attach, low_rank_factors
 from lightning_peft.engine.parts import inside
 from lightning_peft.engine.planning import PartPlan, Request, make_plans
@@ -186,6 +188,18 @@ class _InPlaceLoraModel(LoraModel):
         if self.quantize_with is not None and id(child) in self.to_quantize:
             quantize(child, *self.quantize_with)
         attach(child, new_module, next(reversed(self.peft_config)))
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if isinstance(target, TRANSPOSED):
+            return TransposedFactors(target, adapter_name, lora_config, kwargs)
+        if isinstance(target, CONVOLUTIONS):
+            # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
+            target = stand_in(target)
+        made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return made
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezing is done once for the whole part, by this package's own rules."""

@@ -13,12 +13,12 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.lora import LoraLayer
 from lightning_peft.errors import LifecycleError, TargetModulesError, itemize
 
-LINEAR_LIKE = (nn.Linear, Conv1D)
+_PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
 
 
@@ -36,7 +36,8 @@ def base_modules(part: nn.Module) -> dict[str, nn.Module]:
             continue
         found[name] = child
         if isinstance(child, LoraLayer):
-            own += [f"{name}.{kind}".lstrip(".") for kind in ("lora_A", "lora_B", "lora_dropout")]
+            kinds = (*child.factor_names, "lora_dropout")
+            own += [f"{name}.{kind}".lstrip(".") for kind in kinds]
     return found
 
 
@@ -132,8 +133,8 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     For a transformers model these are the submodules beside its base model, except those with the
     output embeddings; for a timm model its classifier. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
-    last linear layer registered. A layer that shares its weight with another one is no head: it
-    is as pretrained as that one.
+    last linear layer or convolution registered. A layer that shares its weight with another one is
+    no head: it is as pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
@@ -144,9 +145,9 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
         return {name: child for name, child in modules.items() if child is classifier}
     named: dict[str, nn.Module] = {}
     for name, child in modules.items():
-        if _is_called_head(name) and _has_linear(child) and not inside(name, named):
+        if _is_called_head(name) and _has_product(child) and not inside(name, named):
             named[name] = child
-    last = [(name, child) for name, child in modules.items() if isinstance(child, LINEAR_LIKE)][-1:]
+    last = [(name, child) for name, child in modules.items() if isinstance(child, _PRODUCTS)][-1:]
     shared = set(tied_layers(part))
     heads = named or {name: child for name, child in last if name}
     return {n: child for n, child in heads.items() if not any(inside(tied, [n]) for tied in shared)}
@@ -174,8 +175,8 @@ def tied_layers(part: nn.Module) -> list[str]:
     ]
 
 
-def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(child, LINEAR_LIKE) for child in module.modules())
+def _has_product(module: nn.Module) -> bool:
+    return any(isinstance(child, _PRODUCTS) for child in module.modules())
 
 
 def _transformers_heads(part: PreTrainedModel) -> dict[str, nn.Module]:

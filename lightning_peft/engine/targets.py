@@ -16,8 +16,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.parts import (
-    LINEAR_LIKE,
     base_modules,
     find_heads,
     inside,
@@ -146,20 +146,25 @@ def _matching(part: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def _all_linear(part: nn.Module, config: PeftConfig) -> list[str]:
+    """Returns the linear layers besides heads; where there are none, the convolutions."""
     modules, heads, tied = base_modules(part), list(find_heads(part)), tied_layers(part)
     output = output_embeddings(part)
-    candidates = [
+    eligible = [
         name
         for name in _layers(part)
-        if isinstance(modules[name], LINEAR_LIKE)
-        and modules[name] is not output
-        and name not in tied
-        and not inside(name, heads)
+        if modules[name] is not output and name not in tied and not inside(name, heads)
     ]
+    linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]
+    candidates = linear or [name for name in eligible if _is_ungrouped(modules[name])]
     # By last name, so that PEFT's rule for `layers_to_transform` and `exclude_modules` applies.
     by_suffix: Any = copy.copy(config)
     by_suffix.target_modules = {name.rpartition(".")[2] for name in candidates}
     return [name for name in candidates if _matches(by_suffix, name)]
+
+
+def _is_ungrouped(layer: Any) -> bool:
+    # Depthwise kernels are small, and few ranks fit their groups.
+    return isinstance(layer, CONVOLUTION_LIKE) and layer.groups == 1
 
 
 def _unmatched(argument: str, wanted: Any, parts: Parts, names_of: Any) -> list[str]:

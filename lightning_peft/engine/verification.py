@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft.engine.adapters import (
     adapted_layers_of,
-    adapter_parameters,
     disable_adapters,
     refuse_merged,
 )
@@ -130,7 +129,7 @@ def _checks_with_loss(trial: Trial) -> list[Check]:
 def _no_effect_before_training(trial: Trial, on: Tensor) -> Check:
     name = "no effect before training"
     layers = adapted_layers_of(trial.module, require_record(trial.module)).values()
-    if not all(isinstance(layer, LoraLayer) and _is_fresh(layer) for layer in layers):
+    if not all(isinstance(layer, LoraLayer) and layer.is_fresh() for layer in layers):
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
     with disable_adapters(trial.module):
         off = trial.evaluate()
@@ -145,15 +144,6 @@ def _no_effect_before_training(trial: Trial, on: Tensor) -> Check:
 
 def _floating(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module.parameters() if param.is_floating_point()]
-
-
-def _is_fresh(layer: Any) -> bool:
-    """Says whether each adapter on ``layer`` has a factor of zeros, and so no effect."""
-    tensors = adapter_parameters(layer)
-    return all(
-        any(not param.any() for name, param in tensors.items() if adapter in name.split("."))
-        for adapter in layer.lora_adapters
-    )
 
 
 def _take_a_step(trial: Trial) -> None:
