@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         set_adapter,
         trained_parameters,
     )
+    from lightning_peft.engine.checks import (
+        Verification,
+    )
     from lightning_peft.engine.configuration import (
         DECISIVE_FIELDS,
         as_peft_config,
@@ -94,6 +97,7 @@ _HOMES = {
         "set_adapter",
         "trained_parameters",
     ),
+    "checks": ("Verification",),
     "configuration": (
         "DECISIVE_FIELDS",
         "as_peft_config",
@@ -147,6 +151,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DECISIVE_FIELDS",
+    "Verification",
     "adapted_layers",
     "adapter_parameters",
     "all_adapter_parameters",

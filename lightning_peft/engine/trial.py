@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_peft.engine.parts import inside
 from lightning_peft.engine.record import require_record
 
 Step = Callable[[nn.Module, Any], Tensor]
@@ -104,6 +105,12 @@ class Trial:
         self._buffers = {
             buffer: buffer.detach().clone() for buffer in module.buffers() if not buffer.is_meta
         }
+        # A momentum teacher that a training step updates.
+        self._teacher = {
+            param: param.detach().clone()
+            for param in changeable(module).values()
+            if not param.requires_grad
+        }
 
     def set_train(self) -> None:
         """Puts the module into the mode in which it trains."""
@@ -126,7 +133,9 @@ class Trial:
             self._reset_buffers()
         self.module.eval()
         with same_randomness(self.module), torch.no_grad():
-            return self.step(self.module, copy.copy(self.batch)).detach()
+            loss = self.step(self.module, copy.copy(self.batch)).detach()
+        self._reset_teacher()
+        return loss
 
     def gradients(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Returns the gradients of ``tensors`` in train mode, always from the same start."""
@@ -138,6 +147,7 @@ class Trial:
             loss = self.step(self.module, copy.copy(self.batch))
             if loss.requires_grad:
                 loss.backward()
+        self._reset_teacher()
         found = {name: tensor.grad for name, tensor in tensors.items()}
         for param in self.module.parameters():
             param.grad = None
@@ -147,6 +157,11 @@ class Trial:
     def _reset_buffers(self) -> None:
         for buffer, value in self._buffers.items():
             buffer.copy_(value)
+
+    @torch.no_grad()
+    def _reset_teacher(self) -> None:
+        for param, value in self._teacher.items():
+            param.copy_(value)
 
 
 @contextmanager
@@ -189,6 +204,20 @@ def same_randomness(module: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+def changeable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that training may change, by name.
+
+    Those that train, and whatever of a momentum teacher is not the frozen base.
+    """
+    record = require_record(module)
+    followers = [twin.follower for twin in record.twins]
+    return {
+        name: param
+        for name, param in module.named_parameters()
+        if param.requires_grad or (inside(name, followers) and name not in record.frozen)
+    }
+
+
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
     """Puts back what running the module changes.
@@ -197,7 +226,7 @@ def restored(module: nn.Module) -> Iterator[None]:
     attributes of all submodules, where modules keep counters, caches and metrics.
     """
     grads = {param: (param.grad, param.requires_grad) for param in module.parameters()}
-    values = {p: p.detach().clone() for p in module.parameters() if p.requires_grad}
+    values = {p: p.detach().clone() for p in changeable(module).values()}
     buffers = [
         (child._buffers, name, buffer, buffer.detach().clone())
         for child in module.modules()

@@ -31,6 +31,7 @@ from lightning_peft.engine.trial import (
     NoLossError,
     Step,
     Trial,
+    changeable,
     default_step,
     perturbed,
     restored,
@@ -168,7 +169,8 @@ class _Base:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.tensors = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+        may_change = changeable(module)
+        self.tensors = {n: p for n, p in module.named_parameters() if n not in may_change}
         frozen = {id(param) for param in self.tensors.values()}
         for prefix, child in module.named_modules():
             own = [param for param in child._parameters.values() if param is not None]

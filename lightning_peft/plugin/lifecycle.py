@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_peft.plugin.training_checks import TrainingChecks
 
 # By name, since each Lightning package has its own classes.
-_REFUSED_CALLBACKS = {
+REFUSED_CALLBACKS = {
     "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
     "full model past the strategy",
     "StochasticWeightAveraging": "its state in the checkpoint is the full model",
@@ -124,9 +124,9 @@ class Lifecycle:
             )
         for callback in getattr(module._trainer, "callbacks", []):
             problems += [
-                f"callback {type(callback).__name__}: {_REFUSED_CALLBACKS[cls.__name__]}. Remove it"
+                f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
                 for cls in type(callback).__mro__
-                if cls.__name__ in _REFUSED_CALLBACKS
+                if cls.__name__ in REFUSED_CALLBACKS
             ]
         if problems:
             raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))

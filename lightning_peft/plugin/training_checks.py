@@ -72,12 +72,18 @@ class TrainingChecks:
         self.stop()
 
 
-def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
+def verify_in(strategy: Any, batch: Any) -> engine.Verification:
+    """Runs :func:`lightning_peft.verify` on a Trainer's module, in the Trainer's precision."""
+
     def step(module: Any, batch: Any) -> Any:
         with strategy.precision_plugin.train_step_context():
             return engine.default_step(module, batch)
 
-    verification = engine.verify(strategy.lightning_module, batch, step)
+    return engine.verify(strategy.lightning_module, batch, step)
+
+
+def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
+    verification = verify_in(strategy, batch)
     mine = [c for c in verification.checks if c.passed is False]
     everyone: list[Any] = [mine]
     if strategy.world_size > 1:

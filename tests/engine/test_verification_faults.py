@@ -360,7 +360,22 @@ class Auxiliary(nn.Module):
         return self.head(hidden) + (self.aid(hidden) if self.training else 0)
 
 
+class Convolutions(nn.Module):
+    """Convolutions, one of them transposed, and an embedding beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 16)
+        self.first, self.second = nn.Conv1d(4, 8, 3, padding=1), nn.ConvTranspose1d(8, 4, 3)
+        self.norm, self.inner, self.head = nn.BatchNorm1d(4), nn.Linear(18, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.embedding((x[:, 0, :1] * 3).long().abs() % 7)
+        return self.head(self.inner(self.norm(self.second(torch.relu(self.first(x))))))
+
+
 HEALTHY = {
+    "convolutions": Convolutions,
     "encoder": Encoder,
     "attention": Attention,
     "mixed": Mixed,
@@ -371,7 +386,9 @@ HEALTHY = {
 @pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_no_false_alarm(kind: str, quantized: dict) -> None:
-    model = adapted(HEALTHY[kind](), lora_dropout=0.2, **quantized)
+    everything = {"target_modules": ["embedding", "first", "second", "inner"]}
+    targets = everything if kind == "convolutions" else {}
+    model = adapted(HEALTHY[kind](), lora_dropout=0.2, **targets, **quantized)
     verification = lightning_peft.verify(model, torch.randn(3, 4, 16))
     assert verification.passed, verification
     doubtful = {name for name, passed in results(verification).items() if passed is None}

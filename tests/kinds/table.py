@@ -1,6 +1,6 @@
-"""The table of which modules work, for the documentation: ``PYTHONPATH=tests python -m kinds.table``.
+"""The table of which modules work, for the documentation.
 
-Run it from the root of the project after a change to the kinds.
+After a change to the kinds, run ``PYTHONPATH=tests python -m kinds.table`` in the project's root.
 """
 
 from __future__ import annotations
