@@ -1,9 +1,10 @@
 """Peak memory of loading a language model and preparing it for LoRA and QLoRA.
 
-``python benchmarks/loading_memory.py [--layers N]`` writes a random Llama in bfloat16 to a
-temporary folder, loads it in one fresh process per method, and prints the peak of anonymous memory
-(private pages; the memory-mapped file is not counted) above what the imports take, as a ratio to
-the size of the weights in 16 bits.
+``python benchmarks/loading_memory.py [--layers N] [--file-dtype float32] [--methods M ...]`` writes
+a random sharded Llama to a temporary folder, loads it as bfloat16 in one fresh process per method,
+and prints the peak of anonymous memory (private pages; the memory-mapped file is not counted) above
+what the imports take, as a ratio to the size of the weights in 16 bits, and of the linear layers in
+4 bits. ``by_transformers`` lets ``from_pretrained`` quantize; ``qlora`` leaves it to the strategy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("plain", "lora", "qlora")
+METHODS = ("plain", "lora", "qlora", "by_transformers")
 
 
 def anonymous_bytes() -> int:
@@ -28,8 +29,8 @@ def anonymous_bytes() -> int:
     raise RuntimeError("RssAnon is not in /proc/self/status; this benchmark needs Linux")
 
 
-def write_model(folder: Path, layers: int) -> int:
-    """Writes a random model and returns the bytes of its weights."""
+def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
+    """Writes a random model; returns the bytes of all weights in 16, of linear ones in 4 bits."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,25 +43,39 @@ def write_model(folder: Path, layers: int) -> int:
         num_key_value_heads=8,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size="100MB")
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    linear = sum(p.numel() for n, p in model.named_parameters() if n.endswith("_proj.weight"))
+    return {
+        "16_bit": 2 * sum(p.numel() for p in model.parameters()),
+        # 4 bits and a double-quantized constant for each 64 weights.
+        "4_bit": round(linear * 4.127 / 8),
+    }
 
 
 def load(method: str, folder: str, results: Any) -> None:
     """Loads the model through the strategy and reports peak and final memory."""
     import pytorch_lightning
+    from transformers import AutoModelForCausalLM
 
     from lightning_peft import LoRAStrategy, QLoRAStrategy, engine
     from lightning_peft.tasks.causal_lm import CausalLM
 
     assert engine.inject  # everything that the imports cost is paid before the measurement
-    strategies = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}
+    strategies = {"lora": LoRAStrategy, "qlora": QLoRAStrategy, "by_transformers": QLoRAStrategy}
     strategy: Any = strategies[method]() if method in strategies else "auto"
+
+    class ByTransformers(CausalLM):
+        def configure_model(self) -> None:
+            settings = engine.quantization_config(bnb_4bit_compute_dtype="bfloat16")
+            self.model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="bfloat16", device_map={"": "cpu"}, quantization_config=settings
+            )
+
     trainer = pytorch_lightning.Trainer(
         strategy=strategy, devices=1, logger=False, enable_checkpointing=False
     )
-    task = CausalLM(folder, dtype="bfloat16")
+    task = (ByTransformers if method == "by_transformers" else CausalLM)(folder, dtype="bfloat16")
     before = anonymous_bytes()
     peak = before
     running = True
@@ -85,18 +100,24 @@ def main() -> None:
     """Runs every method in a process of its own and prints one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=16)
-    layers = parser.parse_args().layers
+    parser.add_argument("--file-dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    given = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        weights = write_model(Path(folder), layers)
-        for method in METHODS:
+        weights = write_model(Path(folder), given.layers, given.file_dtype)
+        for method in given.methods:
             results = context.Queue()
             process = context.Process(target=load, args=(method, folder, results))
             process.start()
             measured = results.get()
             process.join()
-            ratios = {f"{k}_of_16_bit": round(v / weights, 3) for k, v in measured.items()}
-            print(json.dumps({"method": method, "weights_16_bit": weights, **measured, **ratios}))
+            ratios = {
+                f"{name}_of_{size}": round(value / weights[size], 2)
+                for name, value in measured.items()
+                for size in weights
+            }
+            print(json.dumps({"method": method, **weights, **measured, **ratios}))
 
 
 if __name__ == "__main__":

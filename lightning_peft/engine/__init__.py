@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_peft.engine.activation_checkpointing import (
+        checkpoint_activations,
+    )
     from lightning_peft.engine.adapter_files import (
         load_adapter,
         packed_adapters,
@@ -84,6 +87,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "activation_checkpointing": ("checkpoint_activations",),
     "adapter_files": (
         "load_adapter",
         "packed_adapters",
@@ -160,6 +164,7 @@ __all__ = [
     "check_followers",
     "check_optimizer_name",
     "check_same_optimizers",
+    "checkpoint_activations",
     "config_to_dict",
     "default_step",
     "describe",

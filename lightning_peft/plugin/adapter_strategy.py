@@ -20,7 +20,11 @@ from lightning_peft.plugin.checkpoint_io import (
 )
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
-from lightning_peft.plugin.optimization import replace_optimizers
+from lightning_peft.plugin.optimization import (
+    replace_optimizers,
+    start_checkpointing,
+    stop_checkpointing,
+)
 from lightning_peft.plugin.resume import (
     ResumableLoader,
     make_resumable,
@@ -53,6 +57,7 @@ class AdapterStrategy(_Base):
     _told_of_hyperparameters = False
     _resume_from: Any = None
     _masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    _checkpointing: Any = None
 
     @property
     def _module(self) -> Any:
@@ -71,6 +76,7 @@ class AdapterStrategy(_Base):
         Under ``bf16-true`` and ``16-true`` Lightning casts the module after the restore.
         """
         self.lifecycle.check_restored(self._restored)
+        start_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
         self._masters = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
         super().setup(trainer)
 
@@ -269,7 +275,8 @@ class AdapterStrategy(_Base):
         self._resume_from = checkpoint[KEY]["processes"]
 
     def teardown(self) -> None:
-        """Gives the module its own ``configure_model`` back, also after errors."""
+        """Gives the module its own ``configure_model`` and blocks back, also after errors."""
+        stop_checkpointing(self)
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
         super().teardown()

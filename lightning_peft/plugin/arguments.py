@@ -40,6 +40,9 @@ class LoRAArguments:
             returns, with their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is
             paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
             ``None`` leaves all.
+        gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
+            compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
+            ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
         announce: Print what is adapted when training starts.
         verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
             and at the gradients of the first step, ``"full"`` also runs
@@ -72,6 +75,7 @@ class LoRAArguments:
         bias: Literal["none", "all", "lora_only"] = "none",
         adapt: str | list[str] | None = None,
         optimizer: str | None = None,
+        gradient_checkpointing: bool | Literal["auto"] = False,
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -112,6 +116,9 @@ class QLoRAArguments:
             returns, with their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is
             paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
             ``None`` leaves all.
+        gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
+            compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
+            ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
         announce: Print what is adapted and quantized when training starts.
         verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
@@ -146,6 +153,7 @@ class QLoRAArguments:
         bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         adapt: str | list[str] | None = None,
         optimizer: str | None = "auto",
+        gradient_checkpointing: bool | Literal["auto"] = "auto",
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -201,7 +209,14 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
         [adapt] if isinstance(adapt, str) else adapt,
         chosen=chosen,
         optimizer=arguments["optimizer"],
+        gradient_checkpointing=_switch(arguments["gradient_checkpointing"]),
     )
+
+
+def _switch(value: Any) -> bool | str:
+    if value is True or value is False or value == "auto":
+        return value
+    raise ConfigError(f"gradient_checkpointing={value!r}: it is True, False or 'auto'.")
 
 
 def _not_both(name: str, config: Any, fields: set[str]) -> None:

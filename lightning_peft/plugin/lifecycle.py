@@ -42,6 +42,7 @@ class Injection:
         adapt: Names of the submodules to adapt, or ``None``.
         chosen: Whether the user chose any setting of the adapters.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
+        gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass.
     """
 
     peft_config: Any
@@ -49,6 +50,7 @@ class Injection:
     adapt: list[str] | None
     chosen: bool = True
     optimizer: str | None = None
+    gradient_checkpointing: bool | str = False
 
 
 class Lifecycle:

@@ -1,4 +1,4 @@
-"""Optimizers of bitsandbytes in place of those that ``configure_optimizers`` returned."""
+"""What makes a run fit into memory: the optimizers, and activations that are not kept."""
 
 from __future__ import annotations
 
@@ -31,6 +31,36 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
     strategy.optimizers = strategy.optimizers
     if told:
         say(strategy, f"optimizer={name!r}: {'; '.join(told)}.")
+
+
+def start_checkpointing(strategy: Any, wanted: bool | str) -> None:
+    """Switches activation checkpointing on for a fit, and says where.
+
+    Args:
+        strategy: The strategy, about to set its module up.
+        wanted: The ``gradient_checkpointing`` argument.
+
+    Raises:
+        UnsupportedError: If ``wanted`` is ``True`` and there is nothing to checkpoint.
+    """
+    stop_checkpointing(strategy)
+    module = strategy.lightning_module
+    if wanted is False or module.trainer.state.fn != "fit":
+        return
+    if wanted == "auto" and getattr(module, "_compiler_ctx", None) is not None:
+        say(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
+        return
+    strategy._checkpointing = engine.checkpoint_activations(module, wanted)
+    if strategy._checkpointing.described:
+        where = "; ".join(strategy._checkpointing.described)
+        say(strategy, f"gradient_checkpointing={wanted!r}: {where}.")
+
+
+def stop_checkpointing(strategy: Any) -> None:
+    """Switches activation checkpointing off again, if it is on."""
+    done, strategy._checkpointing = strategy._checkpointing, None
+    if done is not None:
+        done.disable()
 
 
 def say(strategy: Any, message: str) -> None:

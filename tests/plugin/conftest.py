@@ -22,6 +22,22 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What Lightning's loggers say: both trees share one, which the last one imported names."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning")]
+    below = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    for logger in [*loggers, *below]:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    yield messages
+    for logger in [*loggers, *below]:
+        logger.removeHandler(handler)
+
+
 @pytest.fixture(autouse=True)
 def _no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing takes up to a second on a busy disk, and no test here pulls the plug."""

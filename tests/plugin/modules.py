@@ -35,6 +35,23 @@ class Linears(nn.Module):
         return self.head(self.norm(x))
 
 
+class Residual(nn.Module):
+    """A block with what a naive second computation would do twice."""
+
+    def __init__(self, width: int = FEATURES) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm, self.drop = nn.BatchNorm1d(2 * width), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.drop(self.norm(self.up(x)).relu()))
+
+
+def residuals() -> nn.Module:
+    """Three blocks and a head."""
+    return nn.Sequential(*(Residual() for _ in range(3)), nn.Linear(FEATURES, 3))
+
+
 def llama(tied: bool = False) -> nn.Module:
     """A Llama of two blocks; grouped queries, so that shapes differ."""
     return LlamaForCausalLM(
@@ -63,6 +80,7 @@ BUILDERS = {
     "llama_tied": functools.partial(llama, tied=True),
     "gpt2": gpt2,
     "linears": Linears,
+    "residuals": residuals,
     "wide": functools.partial(Linears, width=1600, depth=8),  # about 20 million parameters
 }
 
@@ -158,8 +176,8 @@ def task(root: str = ROOTS[0], place: str = "init", kind: str = "linears", **giv
 def rows(kind: str, count: int = 24) -> list[Any]:
     """Returns ``count`` rows that a model can learn something from."""
     draw = torch.Generator().manual_seed(1)
-    if kind in ("linears", "wide"):
-        width = FEATURES if kind == "linears" else 1600
+    if kind in ("linears", "residuals", "wide"):
+        width = 1600 if kind == "wide" else FEATURES
         x = torch.randn(count, width, generator=draw)
         return [(row, row[:3].argmax()) for row in x]
     ids = torch.randint(VOCABULARY, (count, LENGTH), generator=draw)

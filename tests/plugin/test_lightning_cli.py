@@ -29,6 +29,7 @@ LORA = {
     "bias": "lora_only",
     "adapt": ["model"],
     "optimizer": "adamw_8bit",
+    "gradient_checkpointing": "auto",
     "announce": False,
     "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},

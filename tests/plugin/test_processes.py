@@ -101,6 +101,14 @@ def test_resume_is_exact_in_both_processes(ranks):
         assert not differing(rank["resumed"]["weights"], rank["straight"]["weights"])
 
 
+def test_gradient_checkpointing_changes_no_number_in_two_processes(ranks):
+    for rank in ranks:
+        assert len(rank["kept"]["losses"]) == 6
+        assert rank["checkpointed"]["losses"] == rank["kept"]["losses"]
+        assert not differing(rank["checkpointed"]["weights"], rank["kept"]["weights"])
+    assert ranks[0]["kept"]["losses"] != ranks[1]["kept"]["losses"]
+
+
 def test_another_base_on_one_rank_is_found_by_all(ranks):
     for rank in ranks:
         assert "Ranks [1] have another base model than rank 0" in rank["other base"]

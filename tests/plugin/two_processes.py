@@ -36,6 +36,17 @@ def fit(folder, method, callbacks=(), dropout=0.0, shuffle=False, ckpt_path=None
     return run, module
 
 
+def fit_residuals(folder, wanted):
+    """Trains blocks with batch norm and dropout in both processes, each with its own rows."""
+    torch.manual_seed(7)
+    module = task(ROOT, kind="residuals")
+    ours = strategy("lora", ROOT, target_modules=["up", "down"], gradient_checkpointing=wanted)
+    run = trainer(folder / "root", ours, ROOT, devices=2, max_epochs=2)
+    torch.manual_seed(8 + run.global_rank)
+    run.fit(module, DataLoader(loader("residuals").dataset, batch_size=4), loader("residuals"))
+    return {"losses": module.losses, "weights": weights(module)}
+
+
 def callback(**given):
     return realize(QLoRACallback, ROOT)(r=4, announce=False, **given)
 
@@ -65,6 +76,8 @@ def main(folder: Path) -> None:
     _, resumed = fit(folder, "qlora", ckpt_path=folder / "step=4.ckpt", **again)
     seen["straight"] = {"losses": straight.losses, "weights": weights(straight)}
     seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
+
+    seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
 
     other = task(ROOT, kind="llama")
     if rank == 1:

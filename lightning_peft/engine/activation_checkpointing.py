@@ -1,0 +1,313 @@
+"""Activation checkpointing: blocks keep their inputs and compute the rest again in backward.
+
+torch's non-reentrant checkpoint does the work. What it does not see is put right here: buffers that
+a block changes, train and eval modes, and devices of tensors that are not positional arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lightning_peft.engine.adapters import adapted_layers
+from lightning_peft.engine.in_place import Extended, extend, retract
+from lightning_peft.engine.record import require_record
+from lightning_peft.errors import UnsupportedError
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+# The blocks inside of a block are taken instead of it where they hold about all of it.
+_NEARLY_ALL = 0.8
+# Elements up to which a buffer is always kept: batch norm changes its own without a trace.
+_SMALL = 1 << 16
+_FLAGS = ("gradient_checkpointing", "grad_checkpointing")
+_ABSENT = object()
+
+
+@dataclass
+class Checkpointing:
+    """What was switched on, and how to switch it off.
+
+    Attributes:
+        described: What is checkpointed, one phrase for each part; empty where nothing is.
+        blocks: Blocks whose class was extended.
+        attributes: Objects with a name and the value it had in their ``__dict__`` before.
+    """
+
+    described: list[str] = field(default_factory=list)
+    blocks: list[nn.Module] = field(default_factory=list)
+    attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute until :meth:`disable`."""
+        self.attributes.append((owner, name, owner.__dict__.get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    def disable(self) -> None:
+        """Puts every class and attribute back."""
+        while self.blocks:
+            retract(self.blocks.pop(), CheckpointedBlock)
+        while self.attributes:
+            owner, name, before = self.attributes.pop()
+            if before is _ABSENT:
+                owner.__dict__.pop(name, None)
+            else:
+                setattr(owner, name, before)
+
+
+def checkpoint_activations(module: nn.Module, wanted: bool | str) -> Checkpointing:
+    """Switches activation checkpointing on in the adapted parts of ``module``.
+
+    In transformers models by their own switch, with the key-value cache off; elsewhere around each
+    of the repeated blocks that hold adapters: two or more of one class in a ``ModuleList``,
+    ``Sequential`` or ``ModuleDict``. Where the user switched it on already, nothing is changed.
+
+    Args:
+        module: A module with adapters.
+        wanted: ``True``, ``False``, or ``"auto"`` for where there is something to checkpoint.
+
+    Returns:
+        What was done and its inverse.
+
+    Raises:
+        UnsupportedError: If ``wanted`` is ``True`` and nothing repeats in any adapted part.
+    """
+    done = Checkpointing()
+    if wanted is False:
+        return done
+    record = require_record(module)
+    for name in record.parts:
+        part, label = module.get_submodule(name), name or type(module).__name__
+        on = [m for m in part.modules() if any(getattr(m, flag, False) is True for flag in _FLAGS)]
+        if on:
+            done.described.append(f"{label} does it already, by your own switch")
+            continue
+        library = _switch_transformers(part, done)
+        own = _own_blocks(part)
+        for block in own:
+            extend(block, CheckpointedBlock)
+            done.blocks.append(block)
+        counts = Counter(_class_name(block) for block in [*library, *own])
+        if counts:
+            blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            done.described.append(f"{blocks} of {label}")
+    if not done.described and wanted is True:
+        raise UnsupportedError(
+            "gradient_checkpointing=True: no block repeats in "
+            f"{', '.join(name or type(module).__name__ for name in record.parts)}. Two or more "
+            "modules of one class that hold adapters, in one ModuleList or Sequential, are "
+            "needed, or a transformers model that supports it. Use 'auto' or False, or call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False) in your own forward."
+        )
+    return done
+
+
+def _class_name(block: Any) -> str:
+    return str(getattr(type(block), "origin_class", type(block)).__name__)
+
+
+def _switch_transformers(part: nn.Module, done: Checkpointing) -> list[nn.Module]:
+    """Does what ``gradient_checkpointing_enable`` does, without its hooks on the embeddings.
+
+    Those let gradients flow into frozen layers, which only reentrant checkpointing needs.
+    """
+    models = [m for m in part.modules() if isinstance(m, PreTrainedModel)]
+    refusing = [m for m in models if not m.supports_gradient_checkpointing]
+    inside = {id(child) for model in models for child in model.modules()}
+    inside -= {id(child) for model in refusing for child in model.modules()}
+    switched: list[nn.Module] = []
+    for child in part.modules():
+        if isinstance(child, GradientCheckpointingLayer) or id(child) in inside:
+            if not hasattr(child, "gradient_checkpointing"):
+                continue
+            done.set(child, "gradient_checkpointing", True)
+            done.set(child, "_gradient_checkpointing_func", run_checkpointed)
+            switched.append(child)
+    configs = {id(m.config): m.config for m in part.modules() if hasattr(m, "config")}
+    for config in configs.values():
+        if switched and getattr(config, "use_cache", None) is True:
+            done.set(config, "use_cache", False)
+    layers: list[nn.Module] = [m for m in switched if isinstance(m, GradientCheckpointingLayer)]
+    return layers or switched
+
+
+def _own_blocks(part: nn.Module) -> list[nn.Module]:
+    """Returns the repeated blocks with adapters inside that are not of transformers."""
+    holders = {id(layer) for layer in adapted_layers(part).values()}
+    foreign = {
+        id(child)
+        for m in part.modules()
+        if isinstance(m, (PreTrainedModel, GradientCheckpointingLayer))
+        for child in m.modules()
+    }
+    return list({id(b): b for b in _blocks_in(part, holders, foreign)}.values())
+
+
+def _blocks_in(module: nn.Module, adapted: set[int], foreign: set[int]) -> Iterator[nn.Module]:
+    children = [child for child in module._modules.values() if child is not None]
+    repeated: set[int] = set()
+    if isinstance(module, _CONTAINERS):
+        candidates = [child for child in children if _can_be_block(child, adapted, foreign)]
+        counts = Counter(type(child) for child in candidates)
+        repeated = {id(child) for child in candidates if counts[type(child)] > 1}
+    for child in children:
+        if id(child) in foreign:
+            continue
+        deeper = list(_blocks_in(child, adapted, foreign))
+        if id(child) in repeated and _parameters(deeper) < _NEARLY_ALL * _parameters([child]):
+            yield child
+        else:
+            yield from deeper
+
+
+def _can_be_block(block: nn.Module, adapted: set[int], foreign: set[int]) -> bool:
+    """A block holds adapted layers, is none itself, and computes in its class's ``forward``."""
+    return (
+        id(block) not in adapted
+        and id(block) not in foreign
+        and "forward" not in block.__dict__
+        and not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+        and any(id(child) in adapted for child in block.modules())
+    )
+
+
+def _parameters(blocks: list[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for b in blocks for p in b.parameters()}.values())
+
+
+class CheckpointedBlock(Extended):
+    """Keeps the inputs of a block, and computes its activations again in backward."""
+
+    label = "Checkpointed"
+
+    # Within a compiled module the blocks run eagerly.
+    @torch._disable_dynamo
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes as the block does; in training, only its inputs are kept for backward."""
+        block: Any = self
+        forward: Any = super().forward  # type: ignore[misc]
+        if not block.training or not _worthwhile():
+            return forward(*args, **kwargs)
+        return _checkpointed(block, forward, args, kwargs)
+
+
+@torch._disable_dynamo
+def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Checkpoints a call the way transformers models ask for it.
+
+    Args:
+        function: Bound method of the block, or a partial whose first argument is the block.
+        *args: Its positional arguments.
+        **kwargs: Its keyword arguments.
+    """
+    if not _worthwhile():
+        return function(*args, **kwargs)
+    owner = getattr(function, "__self__", None)
+    if isinstance(function, functools.partial):
+        owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+        kwargs = {**function.keywords, **kwargs}
+        function = functools.partial(function.func, *function.args)
+    return _checkpointed(owner, function, args, kwargs)
+
+
+def _worthwhile() -> bool:
+    """Says whether activations would be kept: not without gradients, nor where others do this."""
+    if not torch.is_grad_enabled():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint"
+
+
+def _checkpointed(
+    block: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    # Every tensor is positional for checkpoint: it looks there only for the devices whose random
+    # state it keeps, and for tensors that are changed in place before backward.
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    given = [(args, kwargs)]
+
+    def call(*leaves: Any) -> Any:
+        # The first time with the user's own lists and dictionaries, which the block may fill.
+        own_args, own_kwargs = (
+            given.pop() if given else pytree.tree_unflatten(list(leaves), structure)
+        )
+        return forward(*own_args, **own_kwargs)
+
+    state = _BlockState(block if isinstance(block, nn.Module) else nn.Module())
+    return checkpoint(
+        call, *leaves, use_reentrant=False, context_fn=lambda: (_Noted(state), _Replayed(state))
+    )
+
+
+class _BlockState:
+    """What a block was like when its forward pass began."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.modules = list(block.modules())
+        self.modes: list[bool] = []
+        self.buffers: list[tuple[nn.Module, str, Tensor | None]] = []
+
+
+class _Noted:
+    """Around the forward pass: notes the modes, and the buffers that may be changed in it."""
+
+    def __init__(self, state: _BlockState) -> None:
+        self.state = state
+        self.before: list[tuple[nn.Module, str, Any, Any, int]] = []
+
+    def __enter__(self) -> None:
+        self.state.modes = [module.training for module in self.state.modules]
+        self.before = [
+            (module, name, buffer, None if buffer is None else buffer.clone(), _version(buffer))
+            for module in self.state.modules
+            for name, buffer in module._buffers.items()
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        self.state.buffers = [
+            (module, name, copy)
+            for module, name, buffer, copy, version in self.before
+            if module._buffers.get(name) is not buffer
+            or _version(buffer) != version
+            or (buffer is not None and buffer.numel() <= _SMALL)
+        ]
+        self.before = []
+
+
+class _Replayed:
+    """Around the computation in backward: modes and buffers are what they were; then as now."""
+
+    def __init__(self, state: _BlockState) -> None:
+        self.state = state
+        self.now: list[tuple[nn.Module, bool]] = []
+        self.buffers: list[tuple[nn.Module, str, Any]] = []
+
+    def __enter__(self) -> None:
+        modules = self.state.modules
+        self.now = [(module, module.training) for module in modules]
+        for module, mode in zip(modules, self.state.modes, strict=True):
+            module.training = mode
+        self.buffers = [(m, name, m._buffers[name]) for m, name, _ in self.state.buffers]
+        for module, name, copy in self.state.buffers:
+            # A copy again: backward may come a second time.
+            module._buffers[name] = None if copy is None else copy.clone()
+
+    def __exit__(self, *error: object) -> None:
+        for module, name, buffer in self.buffers:
+            module._buffers[name] = buffer
+        for module, mode in self.now:
+            module.training = mode
+        self.now, self.buffers = [], []
+
+
+def _version(buffer: Tensor | None) -> int:
+    return -1 if buffer is None or buffer.is_inference() else buffer._version
