@@ -40,6 +40,10 @@ if TYPE_CHECKING:
         unmerge,
     )
     from lightning_peft.engine.optimizers import (
+        check_optimizer_name,
+        check_same_optimizers,
+        optimizer_names,
+        replace_optimizers,
         restore_paging,
     )
     from lightning_peft.engine.quantization_settings import (
@@ -70,6 +74,10 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.trial import (
         default_step,
+    )
+    from lightning_peft.engine.twins import (
+        check_followers,
+        freeze_left_out,
     )
     from lightning_peft.engine.verification import (
         verify,
@@ -102,7 +110,13 @@ _HOMES = {
         "unload",
         "unmerge",
     ),
-    "optimizers": ("restore_paging",),
+    "optimizers": (
+        "check_optimizer_name",
+        "check_same_optimizers",
+        "optimizer_names",
+        "replace_optimizers",
+        "restore_paging",
+    ),
     "quantization_settings": (
         "quantization_config",
         "quantization_to_dict",
@@ -126,6 +140,10 @@ _HOMES = {
     ),
     "structure": ("structural_problems",),
     "targets": ("resolve_targets",),
+    "twins": (
+        "check_followers",
+        "freeze_left_out",
+    ),
     "trial": ("default_step",),
     "verification": ("verify",),
 }
@@ -139,20 +157,26 @@ __all__ = [
     "all_adapter_parameters",
     "as_peft_config",
     "check_description",
+    "check_followers",
+    "check_optimizer_name",
+    "check_same_optimizers",
     "config_to_dict",
     "default_step",
     "describe",
     "disable_adapters",
+    "freeze_left_out",
     "inject",
     "inject_as_described",
     "load_adapter",
     "load_trainable_state_dict",
     "lora_config",
     "merge",
+    "optimizer_names",
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
     "record_of",
+    "replace_optimizers",
     "report",
     "require_record",
     "resolve_targets",

@@ -58,7 +58,7 @@ def _passes_gradient(layer: Any) -> bool:
         if not output.requires_grad:
             return False
         (found,) = torch.autograd.grad(output, probe, direction, allow_unused=True)
-    (expected,) = torch.autograd.grad(layer.dense_output(probe), probe, direction.float())
+        (expected,) = torch.autograd.grad(layer.dense_output(probe), probe, direction.float())
     if found is None:
         return False
     # Half-precision products lose a few per mille; a lost or mangled gradient is far off.

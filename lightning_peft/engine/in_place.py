@@ -16,17 +16,26 @@ from torch import Tensor, nn
 from lightning_peft.engine.weight_view import WeightView
 
 
-class InPlace:
-    """Base of the mixins that a layer's class is extended with at run time.
+class Extended:
+    """Base of all mixins that the class of a module is extended with at run time."""
+
+    label: ClassVar[str] = ""
+    mixins: ClassVar[tuple[type[Extended], ...]] = ()
+    base_class: ClassVar[type[nn.Module]] = nn.Module
+    origin_class: ClassVar[type[nn.Module]] = nn.Module
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class exists only at run time, so copy and pickle get the recipe instead of a name.
+        state: Callable[[], Any] = getattr(self, "__getstate__", self.__dict__.copy)
+        return new_layer, recipe_of(self), state()
+
+
+class InPlace(Extended):
+    """Base of the mixins for layers, which know what their weight stands for.
 
     A mixin overrides ``forward`` and calls ``super().forward``: the class that the layer had
     before comes next in the method resolution order.
     """
-
-    label: ClassVar[str] = ""
-    mixins: ClassVar[tuple[type[InPlace], ...]] = ()
-    base_class: ClassVar[type[nn.Module]] = nn.Module
-    origin_class: ClassVar[type[nn.Module]] = nn.Module
 
     _parameters: dict[str, Any]
 
@@ -67,13 +76,8 @@ class InPlace:
         finally:
             self.__dict__["in_own_forward"] = outer
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists only at run time, so copy and pickle get the recipe instead of a name.
-        state: Callable[[], Any] = getattr(self, "__getstate__", self.__dict__.copy)
-        return new_layer, recipe_of(self), state()
 
-
-Recipe = tuple[tuple[type[InPlace], ...], type[nn.Module], type[nn.Module]]
+Recipe = tuple[tuple[type[Extended], ...], type[nn.Module], type[nn.Module]]
 
 _CLASSES: dict[Recipe, type[nn.Module]] = {}
 
@@ -81,12 +85,9 @@ _CLASSES: dict[Recipe, type[nn.Module]] = {}
 def recipe_of(layer: Any) -> Recipe:
     """Returns the mixins of ``layer``, the class below them, and the class it had at first."""
     cls = type(layer)
-    return (cls.mixins, cls.base_class, cls.origin_class) if is_in_place(layer) else ((), cls, cls)
-
-
-def is_in_place(layer: Any) -> bool:
-    """Says whether the class of ``layer`` was extended."""
-    return isinstance(layer, InPlace)
+    if not isinstance(layer, Extended):
+        return (), cls, cls
+    return cls.mixins, cls.base_class, cls.origin_class
 
 
 def class_from(recipe: Recipe) -> type[nn.Module]:
@@ -113,7 +114,7 @@ def parameter(layer: Any, name: str) -> Any:
     return base._parameters[name]
 
 
-def extend(layer: nn.Module, mixin: type[InPlace], base: type[nn.Module] | None = None) -> None:
+def extend(layer: nn.Module, mixin: type[Extended], base: type[nn.Module] | None = None) -> None:
     """Puts ``mixin`` in front of the class of ``layer``.
 
     Args:
@@ -126,7 +127,7 @@ def extend(layer: nn.Module, mixin: type[InPlace], base: type[nn.Module] | None 
     layer.__class__ = class_from(((mixin, *mixins), base or below, origin))
 
 
-def retract(layer: nn.Module, mixin: type[InPlace]) -> None:
+def retract(layer: nn.Module, mixin: type[Extended]) -> None:
     """Takes ``mixin`` out of the class of ``layer`` again; the inverse of :func:`extend`.
 
     A layer that loses its last mixin gets its original class back.

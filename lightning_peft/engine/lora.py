@@ -53,6 +53,8 @@ class LoraLayer(InPlace):
         lora_enabled: ``False`` inside :func:`lightning_peft.disable_adapters`.
         lora_merged: Names of the adapters that are folded into the weight.
         lora_unmerged_weight: The quantized weight that merging replaced.
+        lora_follows: Whether the layer is in a copy that follows another part, so that its
+            adapters do not train.
     """
 
     label = "Lora"
@@ -65,6 +67,7 @@ class LoraLayer(InPlace):
     lora_enabled: bool
     lora_merged: tuple[str, ...]
     lora_unmerged_weight: QuantizedWeight | None
+    lora_follows: bool
 
     def running(self) -> list[str]:
         """Returns the adapters that this layer adds to its output now."""
@@ -145,6 +148,7 @@ _STATE = (
     "lora_enabled",
     "lora_merged",
     "lora_unmerged_weight",
+    "lora_follows",
 )
 
 
@@ -283,7 +287,7 @@ def attach(layer: Any, made_by_peft: Any, name: str) -> None:
         layer.lora_dropout = nn.ModuleDict().train(layer.training)
         layer.lora_adapters = {}
         layer.lora_active, layer.lora_merged, layer.lora_enabled = (name,), (), True
-        layer.lora_unmerged_weight = None
+        layer.lora_unmerged_weight, layer.lora_follows = None, False
     for attribute in (*kind.factor_names, "lora_dropout"):
         getattr(layer, attribute)[name] = _moved(getattr(made_by_peft, attribute)[name], layer)
     layer.lora_adapters[name] = Adapter(

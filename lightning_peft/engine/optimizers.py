@@ -1,14 +1,267 @@
-"""What optimizers of bitsandbytes need beyond what Lightning does."""
+"""bitsandbytes' optimizers: putting one in place of torch's, and paging its states again.
+
+An optimizer object stays the object that it was and gets another class, so that LR schedulers,
+Lightning's wrappers, hooks and the user's own references go on working.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import weakref
+from collections.abc import Collection, Iterable
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional as bnb
+from bitsandbytes import functional
 
-# bitsandbytes pages only states of at least this many elements.
+from lightning_peft.errors import CheckpointError, ConfigError, itemize
+
+# transformers' names (``OptimizerNames``), and beside them the variants it has no name for.
+OPTIMIZERS: dict[str, Any] = {
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "adamw_bnb_8bit": bnb.optim.AdamW8bit,
+    "adamw_32bit": bnb.optim.AdamW32bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    "lion_8bit": bnb.optim.Lion8bit,
+    "lion_32bit": bnb.optim.Lion32bit,
+    "paged_lion_8bit": bnb.optim.PagedLion8bit,
+    "paged_lion_32bit": bnb.optim.PagedLion32bit,
+    # Not bitsandbytes' classes with 32bit in their name, whose states have a wrong shape (0.50.2).
+    "ademamix": bnb.optim.AdEMAMix,
+    "ademamix_32bit": bnb.optim.AdEMAMix,
+    "ademamix_8bit": bnb.optim.AdEMAMix8bit,
+    "paged_ademamix_8bit": bnb.optim.PagedAdEMAMix8bit,
+    "paged_ademamix_32bit": bnb.optim.PagedAdEMAMix,
+}
+_AUTO = "paged_adamw_32bit"
+# bitsandbytes pages only states of parameters with at least this many elements.
 _PAGED_FROM = 100_000
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_IMPOSSIBLE = ("amsgrad", "maximize", "capturable", "differentiable")
+_FLOATS = ("lr", "betas", "eps", "weight_decay")
+# Ways to compute the same step.
+_WAYS = ("foreach", "fused", "decoupled_weight_decay")
+_BETA3 = 0.9999
+_KEPT_PRIVATE = ("_opt_called", "_optimizer_")
+
+
+def check_optimizer_name(name: str | None) -> None:
+    """Checks the ``optimizer`` argument.
+
+    Raises:
+        ConfigError: If there is no optimizer of that name; the nearest ones are named.
+    """
+    known = ["auto", *OPTIMIZERS]
+    if name is None or name in known:
+        return
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    raise ConfigError(
+        f"optimizer={name!r} is none of the optimizers of bitsandbytes that can stand in for "
+        f"yours{'; near names: ' + ', '.join(near) if near else ''}. There are "
+        f"{', '.join(known)}, and None, which keeps what configure_optimizers returns."
+    )
+
+
+def replace_optimizers(
+    optimizers: Iterable[Any], name: str, frozen: Collection[int] = ()
+) -> list[str]:
+    """Gives optimizers bitsandbytes' class in place, before their first step.
+
+    Parameter groups stay the same objects with their order, hyperparameters and further keys.
+    Frozen parameters leave their group; a group that gets empty stays, since LR schedulers count
+    them.
+
+    Args:
+        optimizers: What ``configure_optimizers`` returned.
+        name: One of ``OPTIMIZERS`` for all; or ``"auto"``: paged 32-bit AdamW for those that are
+            exactly torch's Adam or AdamW and step as bitsandbytes does, and the others are kept.
+        frozen: Ids of the parameters to take out of the groups.
+
+    Returns:
+        What was done, one sentence for each kind of optimizer; empty where nothing was.
+
+    Raises:
+        ConfigError: If an optimizer asked for by name cannot stand in; all problems at once, and
+            nothing was changed.
+    """
+    target = OPTIMIZERS[_AUTO if name == "auto" else name]
+    found = [(o, _problems(o, target, frozen)) for o in optimizers if type(o) is not target]
+    if name == "auto":
+        found = [(o, [*_other_than_adam(o), *problems]) for o, problems in found]
+    elif any(problems for _, problems in found):
+        raise ConfigError(
+            f"optimizer={name!r} cannot take the place of what configure_optimizers returned:"
+            + itemize(f"{type(o).__name__}: {one}" for o, problems in found for one in problems)
+            + "\nChange these settings, or leave the optimizer as it is: optimizer=None."
+        )
+    told: dict[str, None] = {}
+    for optimizer, problems in found:
+        before = type(optimizer).__name__
+        if problems:
+            told[f"{before} is kept: {'; '.join(problems)}"] = None
+            continue
+        notes = _become(optimizer, target)
+        told[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
+        for group in optimizer.param_groups:
+            group["params"][:] = [p for p in group["params"] if id(p) not in frozen]
+    return list(told)
+
+
+def _other_than_adam(optimizer: Any) -> list[str]:
+    """Returns why an optimizer does not step the way that bitsandbytes' AdamW does."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return ["it is not torch's own Adam or AdamW"]
+    if _couples_decay(optimizer):
+        return [
+            "its weight_decay is added to the gradient (L2), and bitsandbytes has only decoupled "
+            "weight decay; use AdamW for that"
+        ]
+    return []
+
+
+def _couples_decay(optimizer: Any) -> bool:
+    if isinstance(optimizer, torch.optim.AdamW):
+        return False
+    return any(
+        group.get("weight_decay") and not group.get("decoupled_weight_decay")
+        for group in optimizer.param_groups
+    )
+
+
+def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]:
+    """Returns what bitsandbytes cannot do of what ``optimizer`` does."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return ["it is not a torch.optim.Optimizer"]
+    problems: list[str] = []
+    for group in optimizer.param_groups:
+        problems += [f"{key}=True is not in bitsandbytes" for key in _IMPOSSIBLE if group.get(key)]
+        for key in _FLOATS:
+            value = group.get(key, 0.0)
+            values = value if isinstance(value, (tuple, list)) else [value]
+            if any(isinstance(one, torch.Tensor) for one in values):
+                problems.append(f"{key} is a tensor, and bitsandbytes takes numbers")
+        if "lr" not in group:
+            problems.append("a parameter group has no lr")
+        params = [p for p in group["params"] if id(p) not in frozen]
+        for dtype in {p.dtype for p in params} - {*_DTYPES}:
+            problems.append(f"it holds {dtype} parameters, and bitsandbytes would round them")
+        on_cpu = any(p.device.type == "cpu" and p.numel() >= _PAGED_FROM for p in params)
+        if on_cpu and target.__name__.startswith("PagedAdEMAMix"):
+            problems.append(
+                f"bitsandbytes cannot page AdEMAMix on the CPU for parameters of {_PAGED_FROM:,} "
+                "elements and more"
+            )
+    if optimizer.state:
+        problems.append("it has a state already, which would be lost")
+    if "step" in optimizer.__dict__ and not _patched_by_scheduler(optimizer):
+        problems.append("its step method was replaced by another function")
+    if (
+        optimizer._optimizer_load_state_dict_pre_hooks
+        or optimizer._optimizer_load_state_dict_post_hooks
+    ):
+        problems.append("bitsandbytes would not call its hooks of load_state_dict")
+    return list(dict.fromkeys(problems))
+
+
+def _patched_by_scheduler(optimizer: Any) -> bool:
+    """Says whether ``step`` is what LR schedulers of torch put there, around the class's own."""
+    step = optimizer.__dict__["step"]
+    inner = getattr(step, "__wrapped__", None)
+    return hasattr(step, "_wrapped_by_lr_sched") and inner is type(optimizer).step
+
+
+def _become(optimizer: Any, target: Any) -> str:
+    """Gives ``optimizer`` the class ``target``; returns what changes for the user."""
+    donor: Any = target([torch.nn.Parameter(torch.empty(0))])
+    notes = _changes(optimizer, donor)
+    old_defaults = dict(optimizer.defaults)
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        for key in old_defaults.keys() - donor.defaults.keys():
+            settings.pop(key, None)
+        for key, value in donor.defaults.items():
+            settings.setdefault(key, value)
+        if len(donor.defaults["betas"]) > len(settings["betas"]):
+            settings["betas"] = (*settings["betas"], _BETA3)
+    patched = "step" in optimizer.__dict__
+    # Private attributes say how the old class steps, such as that a fused one unscales gradients.
+    kept = {
+        key: value
+        for key, value in optimizer.__dict__.items()
+        if not key.startswith("_") or key.startswith(_KEPT_PRIVATE)
+    }
+    own = {key: value for key, value in donor.__dict__.items() if not key.startswith("_optimizer_")}
+    core = ("defaults", "state", "param_groups")
+    optimizer.__class__ = target
+    optimizer.__dict__.clear()
+    optimizer.__dict__.update({**kept, **own, **{key: kept[key] for key in core}})
+    if patched:
+        optimizer.__dict__["step"] = _tracked_step(optimizer)
+    return notes
+
+
+def _changes(optimizer: Any, donor: Any) -> str:
+    notes = []
+    if _couples_decay(optimizer):
+        notes.append("weight_decay is decoupled now (AdamW's), not added to the gradient")
+    lost = {
+        f"{key}={group[key]}"
+        for group in optimizer.param_groups
+        for key in optimizer.defaults.keys() - donor.defaults.keys() - {*_WAYS}
+        if group.get(key)
+    }
+    if lost:
+        notes.append(f"{', '.join(sorted(lost))} has no meaning in it")
+    new = {key: value for key, value in donor.defaults.items() if key not in optimizer.defaults}
+    if new.get("betas") and len(new["betas"]) == 2 or new.get("alpha"):
+        shown = {key: value for key, value in new.items() if value}
+        notes.append(f"with bitsandbytes' defaults {shown}")
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _tracked_step(optimizer: Any) -> Any:
+    """Returns what LR schedulers put in place of ``step``, around the step of the new class.
+
+    Theirs holds the old class's function, which would go on being called.
+    """
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(type(optimizer).step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        current: Any = reference()
+        current._opt_called = True
+        return type(current).step(current, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step
+
+
+def optimizer_names(optimizers: Iterable[Any]) -> list[str]:
+    """Returns the class names of optimizers, for a checkpoint to say whose states it holds."""
+    return [type(optimizer).__name__ for optimizer in optimizers]
+
+
+def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) -> None:
+    """Compares the optimizers of a checkpoint with those that are to take their states.
+
+    Args:
+        saved: What :func:`optimizer_names` returned then; ``None`` is not compared.
+        optimizers: The optimizers now.
+
+    Raises:
+        CheckpointError: If they are others: states of other bits would be gone on with in silence,
+            and those of another optimizer fail at the first step.
+    """
+    names = optimizer_names(optimizers)
+    if saved is not None and saved != names:
+        raise CheckpointError(
+            f"The checkpoint holds the states of {', '.join(saved) or 'no optimizer'}, and this "
+            f"run has {', '.join(names) or 'no optimizer'}: it cannot go on from them. Give the "
+            "same `optimizer` argument and the same configure_optimizers as the run that saved "
+            "it, or start a new run from its weights by lightning_peft.load_from_checkpoint."
+        )
 
 
 def restore_paging(optimizer: Any) -> int:
@@ -31,12 +284,13 @@ def restore_paging(optimizer: Any) -> int:
             pageable = (
                 isinstance(value, torch.Tensor)
                 and param.device.type == "cuda"
-                and value.shape == param.shape
-                and value.numel() >= _PAGED_FROM
+                # Those of AdEMAMix hold two averages in one.
+                and value.shape[-param.ndim :] == param.shape
+                and param.numel() >= _PAGED_FROM
                 and not getattr(value, "is_paged", False)
             )
             if pageable:
-                paged = bnb.get_paged(*value.shape, dtype=value.dtype, device=param.device)
+                paged = functional.get_paged(*value.shape, dtype=value.dtype, device=param.device)
                 paged.copy_(value.cpu())
                 state[name] = paged
                 moved += 1

@@ -10,13 +10,12 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.lora import LoraLayer
-from lightning_peft.errors import LifecycleError, TargetModulesError, itemize
+from lightning_peft.errors import TargetModulesError, itemize
 
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
@@ -65,26 +64,6 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
         TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
     """
     return _named_parts(module, adapt) if adapt is not None else _pretrained_parts(module)
-
-
-def refuse_wrapped(name: str, part: nn.Module) -> None:
-    """Refuses a part that PEFT wrapped before.
-
-    Raises:
-        LifecycleError: If there is a layer of PEFT in it.
-    """
-    wrapped = [
-        f"{name}.{inner}".strip(".")
-        for inner, child in part.named_modules()
-        if isinstance(child, BaseTunerLayer)
-    ]
-    if wrapped:
-        raise LifecycleError(
-            "PEFT already put adapters on these layers:"
-            + itemize(wrapped, 5)
-            + "\nAdapters on adapters would train something else than either. Give the strategy "
-            "the model without get_peft_model, and the same config as `peft_config`."
-        )
 
 
 def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.Module]:

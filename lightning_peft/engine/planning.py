@@ -27,7 +27,6 @@ from lightning_peft.engine.parts import (
     inside,
     output_embeddings,
     parameter_holders,
-    refuse_wrapped,
 )
 from lightning_peft.engine.quantization import QUANTIZABLE, why_not
 from lightning_peft.engine.quantization_settings import quantization_to_dict
@@ -102,12 +101,11 @@ def make_plans(
     _check_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
     parts = find_parts(module, again)
-    for name, part in parts.items():
+    for name in parts:
         if name in record.parts:
             _check_further(record.parts[name], request)
         else:
             _refuse_overlap(name, record)
-            refuse_wrapped(name, part)
     targets = resolve_targets(parts, request.config)
     saved = resolve_saved_modules(parts, getattr(request.config, "modules_to_save", None) or [])
     plans = [PartPlan(n, part, targets[n], saved[n]) for n, part in parts.items()]

@@ -20,6 +20,7 @@ from lightning_peft.plugin.checkpoint_io import (
 )
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
+from lightning_peft.plugin.optimization import replace_optimizers
 from lightning_peft.plugin.resume import (
     ResumableLoader,
     make_resumable,
@@ -84,8 +85,10 @@ class AdapterStrategy(_Base):
     def setup_optimizers(self, trainer: Any) -> None:
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
+        replace_optimizers(self, self.lifecycle.injection.optimizer)
         self.lifecycle.check_optimizers(self._module, self.optimizers)
         self.lifecycle.check_frozen(self._module)
+        engine.check_followers(self._module)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Lets the training DataLoader resume in the middle of an epoch."""
@@ -187,6 +190,7 @@ class AdapterStrategy(_Base):
         """Writes a file that describes itself, and the adapter folder beside it."""
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
+            engine.check_followers(self._module)
             checkpoint = self._described(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
@@ -199,6 +203,7 @@ class AdapterStrategy(_Base):
         # Files of weights only are not resumed from.
         whole = "optimizer_states" in checkpoint
         described["processes"] = self._state_of_all_processes() if whole else []
+        described["optimizers"] = engine.optimizer_names(self.optimizers) if whole else None
         checkpoint, _ = without_objects(checkpoint, DATAMODULE_KEY)
         checkpoint, described["left_out"] = without_objects(checkpoint)
         if described["left_out"] and not self._told_of_hyperparameters:
@@ -252,7 +257,12 @@ class AdapterStrategy(_Base):
         self._restored = True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restores the optimizers, and remembers what makes the rest of the run the same."""
+        """Restores the optimizers, and remembers what makes the rest of the run the same.
+
+        Raises:
+            CheckpointError: If the states are those of other optimizers.
+        """
+        engine.check_same_optimizers(checkpoint[KEY].get("optimizers"), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)

@@ -35,6 +35,11 @@ class LoRAArguments:
         bias: Which biases train besides: ``"none"``, ``"all"`` or ``"lora_only"``.
         adapt: Names of the submodules that get adapters. By default the pretrained ones
             (transformers and timm models), and where there are none the whole module.
+        optimizer: A bitsandbytes optimizer by transformers' name, such as ``"paged_adamw_8bit"``
+            or ``"adamw_8bit"``, that takes the place of those that ``configure_optimizers``
+            returns, with their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is
+            paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
+            ``None`` leaves all.
         announce: Print what is adapted when training starts.
         verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
             and at the gradients of the first step, ``"full"`` also runs
@@ -66,6 +71,7 @@ class LoRAArguments:
         layers_to_transform: int | list[int] | None = None,
         bias: Literal["none", "all", "lora_only"] = "none",
         adapt: str | list[str] | None = None,
+        optimizer: str | None = None,
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -101,6 +107,11 @@ class QLoRAArguments:
         bnb_4bit_compute_dtype: Dtype of the products with quantized weights; ``None`` follows the
             activations, and so the Trainer's ``precision``.
         adapt: Names of the submodules that get adapters; by default the pretrained ones.
+        optimizer: A bitsandbytes optimizer by transformers' name, such as ``"paged_adamw_8bit"``
+            or ``"adamw_8bit"``, that takes the place of those that ``configure_optimizers``
+            returns, with their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is
+            paged 32-bit AdamW for torch's own Adam and AdamW and leaves others as they are;
+            ``None`` leaves all.
         announce: Print what is adapted and quantized when training starts.
         verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
@@ -134,6 +145,7 @@ class QLoRAArguments:
         bnb_4bit_use_double_quant: bool = True,
         bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         adapt: str | list[str] | None = None,
+        optimizer: str | None = "auto",
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -181,7 +193,15 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
             arguments["quantization_config"], **{name: arguments[name] for name in _QUANTIZATION}
         )
     adapt = arguments["adapt"]
-    return Injection(config, quantization, [adapt] if isinstance(adapt, str) else adapt)
+    chosen = bool(changed & {*_LORA, "peft_config"})
+    engine.check_optimizer_name(arguments["optimizer"])
+    return Injection(
+        config,
+        quantization,
+        [adapt] if isinstance(adapt, str) else adapt,
+        chosen=chosen,
+        optimizer=arguments["optimizer"],
+    )
 
 
 def _not_both(name: str, config: Any, fields: set[str]) -> None:

@@ -40,11 +40,15 @@ class Injection:
         peft_config: PEFT's config.
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
+        chosen: Whether the user chose any setting of the adapters.
+        optimizer: Name of the optimizer that stands in for the user's, or ``None``.
     """
 
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
+    chosen: bool = True
+    optimizer: str | None = None
 
 
 class Lifecycle:
@@ -141,7 +145,7 @@ class Lifecycle:
         if engine.record_of(module) is None:
             engine.inject(
                 module,
-                self.injection.peft_config,
+                self.injection.peft_config if self.injection.chosen else None,
                 quantization_config=self.injection.quantization_config,
                 adapt=self.injection.adapt,
                 device=strategy.root_device,
@@ -166,6 +170,8 @@ class Lifecycle:
         for name, part in record.parts.items():
             where = name or type(module).__name__
             info = part.adapters[record.active[0]]
+            if part.was_wrapped and not self.injection.chosen:
+                continue
             problems += [
                 f"{where}: {key}={info.config.get(key)!r}, asked for {asked.get(key)!r}"
                 for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
@@ -233,6 +239,7 @@ class Lifecycle:
         record = engine.require_record(module)
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         problems = []
+        engine.freeze_left_out(module, held)
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
@@ -336,14 +343,17 @@ def _prepare_training(module: nn.Module) -> None:
             f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
             "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
         )
+    followers = [module.get_submodule(twin.follower) for twin in record.twins]
+    copies = {child for follower in followers for child in follower.modules()}
     for _, part in parts:
         # from_pretrained returns models in eval mode and Lightning keeps it: dropout of the
         # adapters and gradient checkpointing would be off without a word. Statistics of a batch
         # norm in eval mode belong to the base, and no adapter file holds them.
-        fixed = [m for m in part.modules() if isinstance(m, _BatchNorm) and not m.training]
+        resting = [m for m in part.modules() if not m.training]
+        fixed = [m for m in resting if isinstance(m, _BatchNorm) or m in copies]
         part.train()
-        for norm in fixed:
-            norm.eval()
+        for child in fixed:
+            child.training = False
 
 
 def _is_frozen(part: nn.Module, entry: Any) -> bool:

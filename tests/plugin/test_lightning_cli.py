@@ -28,6 +28,7 @@ LORA = {
     "layers_to_transform": None,
     "bias": "lora_only",
     "adapt": ["model"],
+    "optimizer": "adamw_8bit",
     "announce": False,
     "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},
