@@ -91,7 +91,7 @@ class Trial:
     """A module, a batch and a loss, to be run in train and in eval mode.
 
     In train mode it is as training leaves it: adapted parts in train mode, except for batch norms
-    that the user set to eval mode; everything else in the mode that it had.
+    and momentum copies that the user set to eval mode; everything else in the mode that it had.
 
     Args:
         module: A module with adapters.
@@ -116,12 +116,15 @@ class Trial:
         """Puts the module into the mode in which it trains."""
         for child, mode in self._modes.items():
             child.training = mode
-        for name in require_record(self.module).parts:
+        record = require_record(self.module)
+        followers = [self.module.get_submodule(twin.follower) for twin in record.twins]
+        copies = {child for follower in followers for child in follower.modules()}
+        for name in record.parts:
             part = self.module.get_submodule(name)
             part.train()
-            for norm in part.modules():
-                if isinstance(norm, _BatchNorm):
-                    norm.training = self._modes[norm]
+            for child in part.modules():
+                if isinstance(child, _BatchNorm) or child in copies:
+                    child.training = self._modes[child]
 
     def evaluate(self, go_on: bool = False) -> Tensor:
         """Returns the loss as a validation loop computes it.

@@ -118,6 +118,12 @@ class Lifecycle:
                 "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
                 "precision, or LoRA without quantization"
             )
+        devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
+        problems += [
+            f"device {kind!r}: neither bitsandbytes' kernels nor the adapters were ever tested "
+            "there. Use accelerator='gpu' or 'cpu'"
+            for kind in sorted({device.type for device in devices} & {"mps", "xla"})
+        ]
         start_method = getattr(strategy, "_start_method", "popen")
         if start_method != "popen":
             problems.append(

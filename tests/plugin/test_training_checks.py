@@ -154,10 +154,9 @@ def test_each_optimizer_is_judged_by_its_own_first_step(method, tmp_path, told):
     assert told() == []
     assert not any(o._optimizer_step_post_hooks for o in run.optimizers)
     fit(Adversarial(), tmp_path, method, adapt=["model.first", "model.second"], max_steps=2)
-    assert told() == [
-        "Training ended before the first step of optimizer 1 (Adam): the adapters in it are as "
-        "they were."
-    ]
+    (text,) = told()
+    assert text.startswith("Training ended before the first step of optimizer 1 (")
+    assert text.endswith("): the adapters in it are as they were.")
 
 
 def test_a_dead_part_is_found_in_manual_optimization(tmp_path):
