@@ -50,9 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0, or 1 where a command failed for a reason it can explain, or 130 after an
-        interrupt.
+        The exit code: 0, or 1 where a command failed for a reason it can explain, or 2 for bad
+        input, or 130 after an interrupt.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["verify"]:
+        # Its arguments are LightningCLI's, which a parser made from a function cannot have.
+        return int(import_module("lightning_peft.cli.verify").main(words[1:]))
     jsonargparse = import_module("jsonargparse")
     version = import_module("importlib.metadata").version("lightning-peft")
     parser = jsonargparse.ArgumentParser(
@@ -65,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--config", action="config", help="YAML file with these arguments.")
         command.add_function_arguments(function)
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
-    given = parser.parse_args(None if arguments is None else list(arguments))
+    about = import_module("lightning_peft.cli.verify").ABOUT
+    commands.add_subcommand("verify", jsonargparse.ArgumentParser(description=about), help=about)
+    given = parser.parse_args(words)
     chosen = given[given["command"]].as_dict()
     chosen.pop("config", None)
     try:

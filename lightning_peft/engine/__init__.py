@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         set_adapter,
         trained_parameters,
     )
+    from lightning_peft.engine.checks import (
+        Verification,
+    )
     from lightning_peft.engine.configuration import (
         DECISIVE_FIELDS,
         as_peft_config,
@@ -69,8 +72,18 @@ if TYPE_CHECKING:
         load_trainable_state_dict,
         trainable_state_dict,
     )
+    from lightning_peft.engine.structure import (
+        structural_problems,
+    )
     from lightning_peft.engine.targets import (
         resolve_targets,
+    )
+    from lightning_peft.engine.trial import (
+        default_step,
+    )
+    from lightning_peft.engine.twins import (
+        check_followers,
+        freeze_left_out,
     )
     from lightning_peft.engine.verification import (
         verify,
@@ -91,6 +104,7 @@ _HOMES = {
         "set_adapter",
         "trained_parameters",
     ),
+    "checks": ("Verification",),
     "configuration": (
         "DECISIVE_FIELDS",
         "as_peft_config",
@@ -126,29 +140,40 @@ _HOMES = {
     ),
     "state": (
         "check_description",
+        "default_step",
         "describe",
         "inject_as_described",
         "load_trainable_state_dict",
         "trainable_state_dict",
     ),
+    "structure": ("structural_problems",),
     "targets": ("resolve_targets",),
+    "twins": (
+        "check_followers",
+        "freeze_left_out",
+    ),
+    "trial": ("default_step",),
     "verification": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DECISIVE_FIELDS",
+    "Verification",
     "adapted_layers",
     "adapter_parameters",
     "all_adapter_parameters",
     "as_peft_config",
     "check_description",
+    "check_followers",
     "check_optimizer_name",
     "check_same_optimizers",
     "checkpoint_activations",
     "config_to_dict",
+    "default_step",
     "describe",
     "disable_adapters",
+    "freeze_left_out",
     "inject",
     "inject_as_described",
     "load_adapter",
@@ -170,6 +195,7 @@ __all__ = [
     "set_adapter",
     "set_record",
     "show",
+    "structural_problems",
     "trainable_state_dict",
     "trained_parameters",
     "unload",

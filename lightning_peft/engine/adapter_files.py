@@ -299,6 +299,7 @@ def _fill(part: nn.Module, entry: PartRecord, name: str, tensors: Mapping[str, T
     state = part.state_dict()
     for key, value in tensors.items():
         live = re.sub(r"\.(lora_[AB])\.weight$", lambda m: f".{m[1]}.{name}.weight", key)
+        live = re.sub(r"\.(lora_embedding_[AB])$", lambda m: f".{m[1]}.{name}", live)
         if entry.adapters[name].in_place:
             live = live.replace(".base_layer.", ".")
         if live in state:

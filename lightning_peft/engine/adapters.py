@@ -41,7 +41,7 @@ def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
     for prefix, layer in adapted_layers(part).items():
         for name, param in layer.named_parameters():
             if isinstance(layer, LoraLayer):
-                own = name.startswith(("lora_A.", "lora_B."))
+                own = name.partition(".")[0] in layer.factor_names
             else:
                 own = not name.startswith("base_layer.")
             if own:
@@ -70,8 +70,8 @@ def activate(part: nn.Module, names: tuple[str, ...]) -> None:
         if isinstance(layer, LoraLayer):
             layer.lora_active = names
             for name in layer.lora_adapters:
-                layer.lora_A[name].requires_grad_(name in names)
-                layer.lora_B[name].requires_grad_(name in names)
+                for factor in layer.factors(name):
+                    factor.requires_grad_(name in names and not layer.lora_follows)
 
 
 def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
@@ -133,23 +133,25 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     record = require_record(module)
     refuse_merged(module, "Disabling adapters")
     layers = list(adapted_layers_of(module, record).values())
-    before = [_enabled(layer) for layer in layers]
+    before = [is_enabled(layer) for layer in layers]
     trained = _exchange(module, record, None)
     try:
         for layer in layers:
-            _enable(layer, False)
+            enable(layer, False)
         yield
     finally:
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
-            _enable(layer, enabled)
+            enable(layer, enabled)
 
 
-def _enabled(layer: Any) -> bool:
+def is_enabled(layer: Any) -> bool:
+    """Says whether the adapters of ``layer`` are switched on."""
     return layer.lora_enabled if isinstance(layer, LoraLayer) else not layer.disable_adapters
 
 
-def _enable(layer: Any, enabled: bool) -> None:
+def enable(layer: Any, enabled: bool) -> None:
+    """Switches the adapters of one layer on or off; see :func:`disable_adapters`."""
     if isinstance(layer, LoraLayer):
         layer.lora_enabled = enabled
     else:

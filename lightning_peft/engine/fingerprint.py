@@ -76,6 +76,18 @@ def checksum(tensor: Tensor) -> int:
     return total & _MASK
 
 
+def exact_checksum(tensor: Tensor) -> int:
+    """Returns a checksum of the bits of ``tensor`` and of its quantization constants.
+
+    Unlike :func:`checksum` it tells values apart that are equal in bfloat16.
+    """
+    if tensor.is_meta:
+        return NO_VALUES
+    total = sum(_weighed(constant) for constant in quantization_constants(tensor))
+    octets = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    return (total + checksum(octets)) & _MASK
+
+
 def _weighed(values: Tensor, start: int = 0) -> int:
     octets = values.reshape(-1).contiguous().view(torch.uint8)
     # Words of 32 bits: the highest bit of a 64-bit word, which is the sign of every fourth weight,

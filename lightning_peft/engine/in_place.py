@@ -17,11 +17,7 @@ from lightning_peft.engine.weight_view import WeightView
 
 
 class Extended:
-    """Base of the mixins that the class of a module object is extended with at run time.
-
-    A mixin overrides ``forward`` and calls ``super().forward``: the class that the module had
-    before comes next in the method resolution order.
-    """
+    """Base of all mixins that the class of a module is extended with at run time."""
 
     label: ClassVar[str] = ""
     mixins: ClassVar[tuple[type[Extended], ...]] = ()
@@ -35,7 +31,11 @@ class Extended:
 
 
 class InPlace(Extended):
-    """Base of the mixins for layers with a weight."""
+    """Base of the mixins for layers, which know what their weight stands for.
+
+    A mixin overrides ``forward`` and calls ``super().forward``: the class that the layer had
+    before comes next in the method resolution order.
+    """
 
     _parameters: dict[str, Any]
 
@@ -85,12 +85,9 @@ _CLASSES: dict[Recipe, type[nn.Module]] = {}
 def recipe_of(layer: Any) -> Recipe:
     """Returns the mixins of ``layer``, the class below them, and the class it had at first."""
     cls = type(layer)
-    return (cls.mixins, cls.base_class, cls.origin_class) if is_in_place(layer) else ((), cls, cls)
-
-
-def is_in_place(layer: Any) -> bool:
-    """Says whether the class of ``layer`` was extended."""
-    return isinstance(layer, Extended)
+    if not isinstance(layer, Extended):
+        return (), cls, cls
+    return cls.mixins, cls.base_class, cls.origin_class
 
 
 def class_from(recipe: Recipe) -> type[nn.Module]:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.layer_kinds import LINEAR_LIKE
 from lightning_peft.engine.quantized_layers import is_quantized
 
 
@@ -30,15 +31,19 @@ def initialization_problems(
     init: Any = getattr(config, "init_lora_weights", True)
     problems = []
     for name, layer in layers.items():
-        if init == "orthogonal" and _rank(config, name) % 2:
-            problems.append(f"{name}: 'orthogonal' needs an even rank, not {_rank(config, name)}")
+        if not isinstance(layer, LINEAR_LIKE) and init not in (True, False, None, "gaussian"):
+            problems.append(f"{name}: {init!r} is for linear layers, not a {type(layer).__name__}")
+            continue
+        if init == "orthogonal" and rank_of(config, name) % 2:
+            problems.append(f"{name}: 'orthogonal' needs an even rank, not {rank_of(config, name)}")
         if changes_base(config):
-            problem = _rewriting_problem(layer, init, _rank(config, name), holders)
+            problem = _rewriting_problem(layer, init, rank_of(config, name), holders)
             problems += [f"{name}: {init!r} {problem}"] if problem else []
     return problems
 
 
-def _rank(config: Any, name: str) -> int:
+def rank_of(config: Any, name: str) -> int:
+    """Returns the rank of an adapter on the layer ``name``, with ``rank_pattern`` applied."""
     rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
     return rank
 

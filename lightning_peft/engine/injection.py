@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.adapters import activate
+from lightning_peft.engine.adapters import activate, adapted_layers
 from lightning_peft.engine.configuration import (
     as_peft_config,
     changes_base,
@@ -22,9 +22,11 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
+from lightning_peft.engine.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.layer_kinds import CONVOLUTIONS, TRANSPOSED
 from lightning_peft.engine.lora import attach, low_rank_factors
 from lightning_peft.engine.parts import inside
 from lightning_peft.engine.planning import PartPlan, Request, make_plans
@@ -32,9 +34,18 @@ from lightning_peft.engine.quantization import adopt_quantized, quantize
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.quantized_layers import is_quantized
 from lightning_peft.engine.quantized_loading import base_fingerprint, dense_bytes
-from lightning_peft.engine.record import AdapterInfo, PartRecord, Record, record_of, set_record
+from lightning_peft.engine.record import (
+    AdapterInfo,
+    PartRecord,
+    Record,
+    record_of,
+    require_record,
+    set_record,
+)
 from lightning_peft.engine.reporting import Report, report
 from lightning_peft.engine.targets import PATTERN_FIELDS, patterns_for
+from lightning_peft.engine.twins import find_twins, follow
+from lightning_peft.engine.wrapped import check_asked, find_wrapped, taken_off
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 
@@ -58,7 +69,9 @@ def inject(
         module: The module; a LightningModule, a transformers model or your own.
         peft_config: A PEFT config of any method that can be injected, or its fields with a
             ``peft_type``. Without one, ``lora_arguments`` describe LoRA. Without
-            ``target_modules``, all linear layers besides heads are adapted.
+            ``target_modules``, all linear layers besides heads are adapted, or the convolutions
+            of a part that has no such layers. Where ``peft.get_peft_model`` wrapped a part before,
+            its LoRA adapters are moved onto the layers, and with nothing asked for, kept.
         quantization_config: Quantizes the linear layers of the adapted parts first.
         adapt: Names of the submodules to adapt; by default the pretrained ones, else all.
         adapter_name: Name of this adapter. A second call with another name adds a second adapter,
@@ -81,21 +94,49 @@ def inject(
             f"Both `peft_config` and {sorted(lora_arguments)} were given. A ready config is taken "
             "as it is: put these values into it."
         )
+    asked = peft_config is not None or bool(lora_arguments)
     config = as_peft_config(lora_config(**lora_arguments) if peft_config is None else peft_config)
-    record = record_of(module) or Record()
     request = Request(config, quantization_config, adapter_name)
+    record = record_of(module)
+    wrapped = find_wrapped(module, () if record is None else record.parts)
+    if not wrapped:
+        return _inject(module, request, adapt, device)
+    if asked:
+        check_asked(wrapped, config)
+    request = Request(wrapped[0].config, quantization_config, wrapped[0].adapter_name)
+    with taken_off(module, wrapped):
+        made = _inject(module, request, [part.name for part in wrapped], device)
+    for part in wrapped:
+        require_record(module).parts[part.name].was_wrapped = True
+    return made
+
+
+def _inject(
+    module: nn.Module,
+    request: Request,
+    adapt: str | Iterable[str] | None,
+    device: torch.device | str | None,
+) -> Report:
+    record = record_of(module) or Record()
     plans = make_plans(module, request, adapt, record)
+    twins = record.twins if record.parts else find_twins(module)
     for plan in plans:
         for child in plan.part.modules():
             adopt_quantized(child)
     as_left = {id(param): param.requires_grad for param in module.parameters()}
-    record.active = record.active or (adapter_name,)
+    record.active = record.active or (request.adapter_name,)
     for plan in plans:
         entry = _inject_part(plan, request, record, device)
         freeze_base(module, entry, request.biases, plan.targets, as_left)
         activate(plan.part, record.active)
+    record.twins = [twin for twin in twins if _is_adapted(module, twin.follower)]
+    follow(module, record.twins, record.frozen, request.adapter_name)
     set_record(module, record)
     return report(module)
+
+
+def _is_adapted(module: nn.Module, name: str) -> bool:
+    return bool(adapted_layers(module.get_submodule(name)))
 
 
 def _inject_part(
@@ -188,6 +229,18 @@ class _InPlaceLoraModel(LoraModel):
         if self.quantize_with is not None and id(child) in self.to_quantize:
             quantize(child, *self.quantize_with)
         attach(child, new_module, next(reversed(self.peft_config)))
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        if isinstance(target, TRANSPOSED):
+            return TransposedFactors(target, adapter_name, lora_config, kwargs)
+        if isinstance(target, CONVOLUTIONS):
+            # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
+            target = stand_in(target)
+        made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return made
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezing is done once for the whole part, by this package's own rules."""

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.convolution import convolve, mix_channels
 from lightning_peft.engine.in_place import InPlace, extend, parameter, retract
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, TRANSPOSED, from_rows, is_plain
 from lightning_peft.engine.quantization import QuantizedWeight
+from lightning_peft.engine.quantized_layers import QuantizedLayer
+from lightning_peft.engine.weight_view import WeightView
+from lightning_peft.errors import UnsupportedError
 
 
 @dataclass
@@ -38,54 +42,78 @@ class Adapter:
 
 
 class LoraLayer(InPlace):
-    """A dense or quantized layer that adds the active adapters to its own output.
+    """A layer that adds its active adapters to what it computes; one subclass per kind of layer.
 
     Attributes:
-        lora_A: ``nn.ModuleDict`` of ``nn.Linear(in, r, bias=False)`` by adapter name.
-        lora_B: ``nn.ModuleDict`` of ``nn.Linear(r, out, bias=False)`` by adapter name.
+        lora_A: ``nn.ModuleDict`` of the layers to rank ``r``, by adapter name.
+        lora_B: ``nn.ModuleDict`` of the layers from rank ``r``, by adapter name.
         lora_dropout: ``nn.ModuleDict`` of dropouts in front of ``A``.
         lora_adapters: Rank and scaling by adapter name.
         lora_active: Names of the adapters that take part in ``forward``.
         lora_enabled: ``False`` inside :func:`lightning_peft.disable_adapters`.
         lora_merged: Names of the adapters that are folded into the weight.
         lora_unmerged_weight: The quantized weight that merging replaced.
+        lora_follows: Whether the layer is in a copy that follows another part, so that its
+            adapters do not train.
     """
 
     label = "Lora"
+    # How PEFT calls the dictionaries of factors on a layer of this kind.
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
-    lora_A: Any
-    lora_B: Any
     lora_dropout: Any
     lora_adapters: dict[str, Adapter]
     lora_active: tuple[str, ...]
     lora_enabled: bool
     lora_merged: tuple[str, ...]
     lora_unmerged_weight: QuantizedWeight | None
+    lora_follows: bool
 
     def running(self) -> list[str]:
         """Returns the adapters that this layer adds to its output now."""
         active = [name for name in self.lora_active if name in self.lora_adapters]
         return [n for n in active if n not in self.lora_merged] if self.lora_enabled else []
 
+    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Returns ``A`` and ``B`` of one adapter."""
+        a, b = (getattr(self, kind)[name] for kind in self.factor_names)
+        return a.weight, b.weight
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the layer's own output plus ``s B A dropout(input)`` of each running adapter.
+        """Returns the layer's own output plus what each running adapter adds to it.
 
         The adapters' master weights stay in their own dtype (float32); the two products are
-        computed in the dtype of the input, or in autocast's.
+        computed in the dtype of the input, or in autocast's. A class with a forward pass of its
+        own computes with ``W + s B A`` as its weight instead, without dropout.
 
         Args:
-            *args: What the layer takes; the first is the input of shape ``(..., in)``.
+            *args: What the layer takes; the first is the input.
             **kwargs: The same by name.
         """
+        names = self.running()
+        if names and not (is_plain(self) or isinstance(self, QuantizedLayer)):  # type: ignore[arg-type]
+            changed: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            return changed
         with self.own_forward():
             result: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
-        for name in self.running():
+        for name in names:
             x = self.lora_dropout[name](args[0] if args else next(iter(kwargs.values())))
-            low = F.linear(x, self.lora_A[name].weight.to(x.dtype))
-            low = low * self.lora_adapters[name].scaling
-            high = F.linear(low, self.lora_B[name].weight.to(low.dtype))
-            result = result + high.to(result.dtype)
+            added = self.added(name, x, *args[1:], **kwargs)
+            result = result + added.to(result.dtype)
         return result
+
+    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns what one adapter adds to the output for the input ``x``, after dropout."""
+        raise NotImplementedError
+
+    def product(self, name: str) -> Tensor:
+        """Returns ``s B A`` of one adapter, in the layout of the layer's weight."""
+        raise NotImplementedError
+
+    def wide_factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Returns ``s A`` and ``B`` in a dtype to multiply them in."""
+        a, b = (factor.to(wide_dtype(factor)) for factor in self.factors(name))
+        return a * self.lora_adapters[name].scaling, b
 
     def weight_is_stored(self) -> bool:
         """Says whether neither quantization nor an adapter changes what the weight does."""
@@ -99,18 +127,129 @@ class LoraLayer(InPlace):
         weight = super().effective_weight()
         total = weight.to(wide_dtype(weight))
         for name in self.running():
-            total = total + self._product(name)
+            total = total + self.product(name)
         return total.to(weight.dtype)
 
     def lora_delta(self, name: str) -> Tensor:
-        """Returns ``s B A`` of one adapter, in the layout of the layer's weight."""
-        return self._product(name).detach()
+        """Returns ``s B A`` of one adapter, in the layout of the layer's weight, detached."""
+        return self.product(name).detach()
 
-    def _product(self, name: str) -> Tensor:
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        a, b = a.to(wide_dtype(a)), b.to(wide_dtype(b))
-        delta: Tensor = (b @ a) * self.lora_adapters[name].scaling
-        return delta.t() if isinstance(self, Conv1D) else delta
+    def is_fresh(self) -> bool:
+        """Says whether every adapter on the layer still adds nothing."""
+        return all(
+            not a.any() or not b.any() for a, b in (self.factors(n) for n in self.lora_adapters)
+        )
+
+
+_STATE = (
+    "lora_dropout",
+    "lora_adapters",
+    "lora_active",
+    "lora_enabled",
+    "lora_merged",
+    "lora_unmerged_weight",
+    "lora_follows",
+)
+
+
+class LoraLinear(LoraLayer):
+    """``nn.Linear`` or ``Conv1D``: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``."""
+
+    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns ``s B A x`` for ``x`` of shape ``(..., in)``."""
+        a, b = self.factors(name)
+        low = F.linear(x, a.to(x.dtype)) * self.lora_adapters[name].scaling
+        return F.linear(low, b.to(low.dtype))
+
+    def product(self, name: str) -> Tensor:
+        """Returns ``s B A``."""
+        a, b = self.wide_factors(name)
+        return from_rows(self, b @ a)
+
+
+class LoraConvolution(LoraLayer):
+    """A convolution: ``A`` has its kernel and ``r`` channels, ``B`` mixes them to ``out``.
+
+    In PEFT's shapes ``A`` sees all input channels, also where the layer is grouped: what the
+    adapter adds is then no grouped kernel, and cannot be merged.
+    """
+
+    groups: int
+
+    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns ``s B (A * x)`` for ``x`` of shape ``(N, in, *size)``."""
+        a, b = self.factors(name)
+        size = args[0] if args else kwargs.get("output_size")
+        low = convolve(self, x, a.to(x.dtype), size) * self.lora_adapters[name].scaling
+        return mix_channels(low, b.to(low.dtype), self.groups)
+
+    def product(self, name: str) -> Tensor:
+        """Returns ``s B A`` as a kernel.
+
+        Raises:
+            UnsupportedError: If the layer is grouped.
+        """
+        if self.groups > 1:
+            raise UnsupportedError(
+                "An adapter on a grouped convolution adds to all its input channels, so there is "
+                "no weight that has it built in: it cannot be merged, nor read as `weight`. Call "
+                "the layer, or leave it out by `exclude_modules`."
+            )
+        a, b = self.wide_factors(name)
+        if isinstance(self, TRANSPOSED):
+            return torch.einsum("ir...,or->io...", a, b.flatten(1))
+        return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+
+
+class LoraEmbedding(LoraLayer):
+    """``nn.Embedding``: ``A`` is ``(r, tokens)`` and starts at zero, ``B`` is ``(width, r)``.
+
+    The forward pass is the class's own. Where it looks rows up in ``weight``, it gets those of
+    ``W`` plus those of ``A^T`` times ``B^T``; scales and offsets of subclasses apply to both.
+    """
+
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+
+    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """Returns ``A`` and ``B`` of one adapter."""
+        a, b = (getattr(self, kind)[name] for kind in self.factor_names)
+        return a, b
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns what the class does, with :meth:`look_up` in place of the lookup."""
+        rows: Tensor = super(LoraLayer, self).forward(*args, **kwargs)  # type: ignore[misc]
+        return rows
+
+    @property
+    def weight(self) -> Any:
+        """The weight as code means it that reads it, looked up row by row where it can be."""
+        view = super().weight
+        if isinstance(view, WeightView):
+            view.instead[F.embedding] = self.look_up
+        return view
+
+    def look_up(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns ``F.embedding`` of the effective weight, without making that weight."""
+        stored = self._parameters["weight"]
+        rows = F.embedding(input, stored, *args, **kwargs)
+        for name in self.running():
+            a, b = self.factors(name)
+            # Padding rows get no gradient, as in the layer's own weight.
+            low = F.embedding(input, a.t(), kwargs.get("padding_idx", args[0] if args else None))
+            rows = rows + ((low @ b.t()) * self.lora_adapters[name].scaling).to(rows.dtype)
+        return rows
+
+    def product(self, name: str) -> Tensor:
+        """Returns ``s (B A)^T`` of shape ``(tokens, width)``."""
+        a, b = self.wide_factors(name)
+        return (b @ a).t()
+
+
+def lora_kind(layer: nn.Module) -> type[LoraLayer]:
+    """Returns the mixin for a layer of one of the adaptable kinds."""
+    if isinstance(layer, CONVOLUTION_LIKE):
+        return LoraConvolution
+    return LoraEmbedding if isinstance(layer, nn.Embedding) else LoraLinear
 
 
 @contextmanager
@@ -135,25 +274,22 @@ def attach(layer: Any, made_by_peft: Any, name: str) -> None:
 
     Args:
         layer: The layer to adapt; it keeps its identity, attributes and parameter names.
-        made_by_peft: PEFT's ``lora.Linear`` around ``layer``; it is not used afterwards.
+        made_by_peft: PEFT's layer for ``layer``; it is not used afterwards.
         name: The adapter's name.
     """
+    kind = lora_kind(layer)
     if not isinstance(layer, LoraLayer):
-        extend(layer, LoraLayer)
+        extend(layer, kind)
         # New modules are in train mode; the layer may be inside a part that is in eval mode.
-        layer.lora_A = nn.ModuleDict().train(layer.training)
-        layer.lora_B = nn.ModuleDict().train(layer.training)
+        for factor in kind.factor_names:
+            holder = nn.ParameterDict() if kind is LoraEmbedding else nn.ModuleDict()
+            setattr(layer, factor, holder.train(layer.training))
         layer.lora_dropout = nn.ModuleDict().train(layer.training)
         layer.lora_adapters = {}
         layer.lora_active, layer.lora_merged, layer.lora_enabled = (name,), (), True
-        layer.lora_unmerged_weight = None
-    device = parameter(layer, "weight").device
-    for kind in ("lora_A", "lora_B", "lora_dropout"):
-        module = getattr(made_by_peft, kind)[name].to(device).train(layer.training)
-        for param in module.parameters():
-            if param.dtype in (torch.float16, torch.bfloat16):
-                param.data = param.data.float()
-        getattr(layer, kind)[name] = module
+        layer.lora_unmerged_weight, layer.lora_follows = None, False
+    for attribute in (*kind.factor_names, "lora_dropout"):
+        getattr(layer, attribute)[name] = _moved(getattr(made_by_peft, attribute)[name], layer)
     layer.lora_adapters[name] = Adapter(
         r=int(made_by_peft.r[name]),
         alpha=float(made_by_peft.lora_alpha[name]),
@@ -161,18 +297,33 @@ def attach(layer: Any, made_by_peft: Any, name: str) -> None:
     )
 
 
+def _moved(made: Any, layer: Any) -> Any:
+    """Returns a factor or dropout on the layer's device, in its mode and in full precision."""
+    device = parameter(layer, "weight").device
+    if isinstance(made, nn.Parameter):
+        return nn.Parameter(_full_precision(made.data.to(device)), made.requires_grad)
+    for param in made.to(device).train(layer.training).parameters():
+        param.data = _full_precision(param.data)
+    return made
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def low_rank_factors(part: nn.Module, targets: Iterable[str], name: str) -> dict[str, Tensor]:
     """Returns ``A`` and ``B`` of one adapter on the layers ``targets``, by PEFT's keys in files."""
-    factors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for target in targets:
         layer: Any = part.get_submodule(target)
-        factors[f"{target}.lora_A.weight"] = layer.lora_A[name].weight
-        factors[f"{target}.lora_B.weight"] = layer.lora_B[name].weight
-    return factors
+        leaf = "" if isinstance(layer, LoraEmbedding) else ".weight"
+        for kind, factor in zip(layer.factor_names, layer.factors(name), strict=True):
+            found[f"{target}.{kind}{leaf}"] = factor
+    return found
 
 
 def detach(layer: Any) -> None:
     """Removes all adapters from ``layer`` and gives it back the class it had before."""
-    retract(layer, LoraLayer)
-    for attribute in LoraLayer.__annotations__:
+    for attribute in (*layer.factor_names, *_STATE):
         delattr(layer, attribute)
+    retract(layer, lora_kind(layer))

@@ -20,6 +20,7 @@ from lightning_peft.engine.lora import LoraLayer, detach, wide_dtype, without_ad
 from lightning_peft.engine.quantization import make_dense, make_quantized, requantized
 from lightning_peft.engine.quantized_layers import FourBitLayer, QuantizedLayer, is_quantized
 from lightning_peft.engine.record import require_record, set_record
+from lightning_peft.engine.twins import unfollow
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
 
@@ -219,6 +220,7 @@ def unload(module: nn.Module) -> nn.Module:
         if isinstance(layer, LoraLayer):
             detach(layer)
     _unwrap(module)
+    unfollow(module, record.twins)
     if merged:
         for child in list(module.modules()):
             if isinstance(child, QuantizedLayer):

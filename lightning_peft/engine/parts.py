@@ -10,15 +10,14 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.lora import LoraLayer
-from lightning_peft.errors import LifecycleError, TargetModulesError, itemize
+from lightning_peft.errors import TargetModulesError, itemize
 
-LINEAR_LIKE = (nn.Linear, Conv1D)
+_PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
 
 
@@ -36,7 +35,8 @@ def base_modules(part: nn.Module) -> dict[str, nn.Module]:
             continue
         found[name] = child
         if isinstance(child, LoraLayer):
-            own += [f"{name}.{kind}".lstrip(".") for kind in ("lora_A", "lora_B", "lora_dropout")]
+            kinds = (*child.factor_names, "lora_dropout")
+            own += [f"{name}.{kind}".lstrip(".") for kind in kinds]
     return found
 
 
@@ -64,26 +64,6 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
         TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
     """
     return _named_parts(module, adapt) if adapt is not None else _pretrained_parts(module)
-
-
-def refuse_wrapped(name: str, part: nn.Module) -> None:
-    """Refuses a part that PEFT wrapped before.
-
-    Raises:
-        LifecycleError: If there is a layer of PEFT in it.
-    """
-    wrapped = [
-        f"{name}.{inner}".strip(".")
-        for inner, child in part.named_modules()
-        if isinstance(child, BaseTunerLayer)
-    ]
-    if wrapped:
-        raise LifecycleError(
-            "PEFT already put adapters on these layers:"
-            + itemize(wrapped, 5)
-            + "\nAdapters on adapters would train something else than either. Give the strategy "
-            "the model without get_peft_model, and the same config as `peft_config`."
-        )
 
 
 def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -132,8 +112,8 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     For a transformers model these are the submodules beside its base model, except those with the
     output embeddings; for a timm model its classifier. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
-    last linear layer registered. A layer that shares its weight with another one is no head: it
-    is as pretrained as that one.
+    last linear layer or convolution registered. A layer that shares its weight with another one is
+    no head: it is as pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
@@ -144,9 +124,9 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
         return {name: child for name, child in modules.items() if child is classifier}
     named: dict[str, nn.Module] = {}
     for name, child in modules.items():
-        if _is_called_head(name) and _has_linear(child) and not inside(name, named):
+        if _is_called_head(name) and _has_product(child) and not inside(name, named):
             named[name] = child
-    last = [(name, child) for name, child in modules.items() if isinstance(child, LINEAR_LIKE)][-1:]
+    last = [(name, child) for name, child in modules.items() if isinstance(child, _PRODUCTS)][-1:]
     shared = set(tied_layers(part))
     heads = named or {name: child for name, child in last if name}
     return {n: child for n, child in heads.items() if not any(inside(tied, [n]) for tied in shared)}
@@ -174,8 +154,8 @@ def tied_layers(part: nn.Module) -> list[str]:
     ]
 
 
-def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(child, LINEAR_LIKE) for child in module.modules())
+def _has_product(module: nn.Module) -> bool:
+    return any(isinstance(child, _PRODUCTS) for child in module.modules())
 
 
 def _transformers_heads(part: PreTrainedModel) -> dict[str, nn.Module]:

@@ -14,16 +14,19 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.initialization import initialization_problems
+from lightning_peft.engine.initialization import initialization_problems, rank_of
+from lightning_peft.engine.layer_kinds import (
+    ADAPTABLE,
+    CONVOLUTION_LIKE,
+    why_no_adapter,
+)
 from lightning_peft.engine.lora import LoraLayer
 from lightning_peft.engine.parts import (
-    LINEAR_LIKE,
     find_heads,
     find_parts,
     inside,
     output_embeddings,
     parameter_holders,
-    refuse_wrapped,
 )
 from lightning_peft.engine.quantization import QUANTIZABLE, why_not
 from lightning_peft.engine.quantization_settings import quantization_to_dict
@@ -98,12 +101,11 @@ def make_plans(
     _check_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
     parts = find_parts(module, again)
-    for name, part in parts.items():
+    for name in parts:
         if name in record.parts:
             _check_further(record.parts[name], request)
         else:
             _refuse_overlap(name, record)
-            refuse_wrapped(name, part)
     targets = resolve_targets(parts, request.config)
     saved = resolve_saved_modules(parts, getattr(request.config, "modules_to_save", None) or [])
     plans = [PartPlan(n, part, targets[n], saved[n]) for n, part in parts.items()]
@@ -149,7 +151,7 @@ def _check_further(entry: PartRecord, request: Request) -> None:
     in_place = _has_place_on_layers(config) and all(a.in_place for a in entry.adapters.values())
     if not in_place:
         raise UnsupportedError(
-            "Several adapters on one base are supported for plain LoRA on linear layers only; "
+            "Several adapters on one base are supported for plain LoRA in place only; "
             f"{type(config).__name__} with these settings rewrites the layers in its own way."
         )
     if entry.originals or getattr(config, "modules_to_save", None) or request.biases != "none":
@@ -202,11 +204,15 @@ def _quantizable(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]
     if config is None:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
+    four_bit = not config.load_in_8bit
     skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
+    targets = set(plan.targets)
     return [
         name
         for name, child in plan.part.named_modules()
         if type(child) in QUANTIZABLE
+        # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
+        and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and four_bit))
         and child is not output
         and not inside(name, skip)
         and not any(name.endswith(f".{suffix}") for suffix in skip)
@@ -223,7 +229,7 @@ def _can_be_in_place(plan: PartPlan, config: PeftConfig) -> bool:
     layers = [plan.part.get_submodule(name) for name in plan.targets]
     return _has_place_on_layers(config) and all(
         # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
-        isinstance(layer, LINEAR_LIKE) and "weight" in layer._parameters
+        isinstance(layer, ADAPTABLE) and "weight" in layer._parameters
         for layer in layers
     )
 
@@ -238,6 +244,9 @@ def _check_layers(plan: PartPlan, request: Request) -> None:
     if not plan.in_place:
         problems += _wrapping_problems(plan)
     for name, layer in layers.items():
+        if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
+            reason = why_no_adapter(layer, rank_of(request.config, name))
+            problems += [f"{name}: {reason}"] if reason else []
         if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
             problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
     for name in plan.quantize:
@@ -289,9 +298,10 @@ def _check_quantization(plans: list[PartPlan], request: Request) -> None:
     already = any(is_quantized(child) for plan in plans for child in plan.part.modules())
     if not already and not any(plan.quantize for plan in plans):
         raise UnsupportedError(
-            f"Nothing to quantize in {', '.join(map(_called, plans))}: there is no nn.Linear or "
-            "transformers' Conv1D besides heads, saved modules and tied weights, and other layers "
-            "are not quantized. Use LoRAStrategy, or inject without a quantization config."
+            f"Nothing to quantize in {', '.join(map(_called, plans))}: there is no linear layer "
+            "besides heads, saved modules and tied weights, and no adapted convolution (in 4 "
+            "bits); other layers are not quantized. Use LoRAStrategy, or inject without a "
+            "quantization config."
         )
 
 

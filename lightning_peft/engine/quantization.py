@@ -18,15 +18,22 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.in_place import Recipe, class_from, extend, parameter, recipe_of
+from lightning_peft.engine.layer_kinds import (
+    CONVOLUTION_LIKE,
+    LINEAR_LIKE,
+    as_rows,
+    from_rows,
+)
 from lightning_peft.engine.quantized_layers import (
     EightBitLayer,
+    FourBitConvolution,
     FourBitLayer,
     QuantizedLayer,
     as_params4bit,
 )
 from lightning_peft.errors import UnsupportedError
 
-QUANTIZABLE = (nn.Linear, Conv1D)
+QUANTIZABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 # Packed bytes from which a layer is worth a call to the allocator.
 _TRIM_FROM = 1 << 18
 
@@ -37,7 +44,7 @@ def quantize(
     """Quantizes the weight of ``layer`` in place, on ``device``, and frees the dense weight.
 
     Args:
-        layer: ``nn.Linear`` or transformers' ``Conv1D`` with a dense weight.
+        layer: ``nn.Linear``, transformers' ``Conv1D`` or a convolution, with a dense weight.
         config: 4-bit or 8-bit settings. ``bnb_4bit_compute_dtype`` holds for the product.
         device: Where the quantized weight ends up; ``None`` leaves it where it is.
 
@@ -53,7 +60,7 @@ def quantize(
         _to_8bit(layer, dense, config, device)
     else:
         _to_4bit(layer, dense, config, device)
-    bias = parameter(layer, "bias")
+    bias = layer._parameters.get("bias")
     if bias is not None:
         bias.data = bias.data.to(device)
     if device.type == "cpu" and dense.numel() >= 2 * _TRIM_FROM:
@@ -66,8 +73,14 @@ def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
     kind = type(layer).__name__
     if type(layer) not in QUANTIZABLE:
         return (
-            f"it is a {kind}, and only nn.Linear and transformers' Conv1D themselves can be, since "
-            "a subclass may compute in its own way. Name it in `llm_int8_skip_modules`"
+            f"it is a {kind}, and only linear layers and convolutions of torch and transformers "
+            "themselves can be, since a subclass may compute in its own way. Name it in "
+            "`llm_int8_skip_modules`"
+        )
+    if isinstance(layer, CONVOLUTION_LIKE) and config.load_in_8bit:
+        return (
+            f"it is a {kind}, and bitsandbytes has 8-bit products for linear layers only. Use "
+            "`load_in_4bit=True`, or LoRAStrategy"
         )
     if isinstance(layer, Conv1D) and config.load_in_8bit:
         return (
@@ -98,7 +111,7 @@ def _return_freed_memory() -> None:
 def _to_4bit(
     layer: Any, dense: nn.Parameter, config: BitsAndBytesConfig, device: torch.device
 ) -> None:
-    rows = dense.data.t() if isinstance(layer, Conv1D) else dense.data
+    rows = as_rows(layer, dense.data)
     packed: Any = bnb.nn.Params4bit(
         rows.contiguous(),
         requires_grad=False,
@@ -108,7 +121,9 @@ def _to_4bit(
     # Through the dictionary here and below: it keeps the order of parameters, which is part of
     # every optimizer state that is saved by position.
     layer._parameters["weight"] = packed.to(device)
-    if isinstance(layer, Conv1D):
+    if isinstance(layer, CONVOLUTION_LIKE):
+        extend(layer, FourBitConvolution)
+    elif isinstance(layer, Conv1D):
         extend(layer, FourBitLayer)
     else:
         # bitsandbytes' own class below ours: others recognise quantized layers by it.
@@ -241,12 +256,10 @@ def requantized(layer: Any, weight: Tensor) -> Tensor:
     Only for 4-bit layers; the merge report uses it to say what re-quantizing would cost.
     """
     state = layer._parameters["weight"].quant_state
-    transposed = isinstance(layer, Conv1D)
     packed, new_state = quantize_4bit(
-        (weight.t() if transposed else weight).contiguous(),
+        as_rows(layer, weight).contiguous(),
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
     )
-    again: Tensor = dequantize_4bit(packed, new_state)
-    return again.t() if transposed else again
+    return from_rows(layer, dequantize_4bit(packed, new_state))

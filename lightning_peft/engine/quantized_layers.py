@@ -12,9 +12,12 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.in_place import InPlace
+from lightning_peft.engine.layer_kinds import as_rows, from_rows
 
 
 def output_dtype(input: Tensor) -> torch.dtype:
@@ -33,6 +36,17 @@ class QuantizedLayer(InPlace):
     def weight_is_stored(self) -> bool:
         """``False``: the stored parameter holds codes, not weights."""
         return False
+
+    def probe(self) -> Tensor:
+        """Returns a random input of the smallest kind that the layer takes, in its own dtype."""
+        shape, dtype = self.weight_kind()
+        width = shape[0] if isinstance(self, Conv1D) else shape[1]
+        return torch.randn(4, width, device=self._parameters["weight"].device, dtype=dtype)
+
+    def dense_output(self, input: Tensor) -> Tensor:
+        """Returns the product of ``input`` with the effective weight, in float32, by torch."""
+        rows = as_rows(self, self.effective_weight())  # type: ignore[arg-type]
+        return F.linear(input.float(), rows.float())
 
 
 class FourBitLayer(QuantizedLayer):
@@ -80,13 +94,12 @@ class FourBitLayer(QuantizedLayer):
         """Returns shape and dtype from before quantization."""
         state = self._parameters["weight"].quant_state
         shape = torch.Size(state.shape)
-        return (shape[::-1] if isinstance(self, Conv1D) else shape), state.dtype
+        return from_rows(self, torch.empty(shape, device="meta")).shape, state.dtype
 
     def effective_weight(self) -> Tensor:
         """Returns the dequantized weight, in the layout and dtype from before quantization."""
         stored = self._parameters["weight"]
-        rows = dequantize_4bit(stored.data, stored.quant_state)
-        return rows.t() if isinstance(self, Conv1D) else rows
+        return from_rows(self, dequantize_4bit(stored.data, stored.quant_state))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Not bitsandbytes' own, which changes the stored weight when it is repacked.
@@ -98,6 +111,49 @@ class FourBitLayer(QuantizedLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         self._parameters["weight"] = as_params4bit(self._parameters["weight"])
+
+
+class FourBitConvolution(FourBitLayer):
+    """A convolution, transposed or not, whose kernel is a ``bitsandbytes.nn.Params4bit``.
+
+    bitsandbytes has no convolution of its own. The kernel is dequantized for the forward pass and
+    again for the backward pass; in between only the codes exist.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Returns the convolution with the dequantized kernel, with gradients to ``input``.
+
+        Args:
+            input: ``(N, in, *size)`` or ``(in, *size)`` of any floating dtype.
+            output_size: As transposed convolutions take it.
+        """
+        out_dtype = output_dtype(input)
+        dtype = self.compute_dtype or out_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        product = frozen_convolution(
+            self,
+            input.to(dtype),
+            # Past the adapters, which add their own.
+            lambda: FourBitLayer.effective_weight(self).to(dtype),
+            bias,
+            output_size,
+        )
+        return product.to(out_dtype)
+
+    def probe(self) -> Tensor:
+        """Returns a random batch of two whose sizes are a little over the kernel's reach."""
+        layer: Any = self
+        spans = zip(layer.kernel_size, layer.dilation, strict=True)
+        size = [kernel * dilation + 2 for kernel, dilation in spans]
+        device = self._parameters["weight"].device
+        return torch.randn(2, layer.in_channels, *size, device=device, dtype=self.weight_kind()[1])
+
+    def dense_output(self, input: Tensor) -> Tensor:
+        """Returns the convolution with the effective weight, in float32, by torch."""
+        batched, geometry = convolution_geometry(self, input.float())
+        weight = self.effective_weight().float()
+        product: Tensor = torch.ops.aten.convolution(batched, weight, None, *geometry)
+        return product
 
 
 def as_params4bit(stored: Any) -> Any:

@@ -10,6 +10,24 @@ from torch import Tensor, nn
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.errors import LifecycleError
 
+
+@dataclass
+class Twin:
+    """Two submodules that were the same, bit for bit, when adapters were added.
+
+    Attributes:
+        leader: Name of the one that trains.
+        follower: Name of the copy.
+        frozen: Whether the user had frozen the copy as a whole.
+        base: Checksums of the copy's quantized weights; taken when they are first asked for.
+    """
+
+    leader: str
+    follower: str
+    frozen: bool
+    base: tuple[int, ...] | None = None
+
+
 _ATTRIBUTE = "_peft_record"
 
 
@@ -50,6 +68,7 @@ class PartRecord:
             buffers beside it; ``disable_adapters`` puts them back.
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
+        was_wrapped: Whether the adapters were PEFT's wrappers before.
     """
 
     name: str
@@ -64,6 +83,7 @@ class PartRecord:
     originals: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     changed_base: Fingerprint | None = None
+    was_wrapped: bool = False
 
     def qualified(self, name: str) -> str:
         """Returns a name relative to this part as a name relative to the module."""
@@ -77,10 +97,12 @@ class Record:
     Attributes:
         parts: By the dotted name of the part.
         active: Names of the adapters that take part in the forward pass.
+        twins: Copies that follow other submodules.
     """
 
     parts: dict[str, PartRecord] = field(default_factory=dict)
     active: tuple[str, ...] = ()
+    twins: list[Twin] = field(default_factory=list)
 
     @property
     def frozen(self) -> set[str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.parts import inside as lies_inside
 from lightning_peft.engine.quantized_layers import element_count, storage_bytes
 from lightning_peft.engine.record import PartRecord, require_record
 
@@ -30,6 +31,9 @@ class PartReport:
         saved: Modules trained in full.
         in_place: Whether layers were extended in place (else wrapped by PEFT).
         method: For example ``"LoRA r=16 alpha=32"``.
+        dense: Bytes of frozen matrices that are not quantized, by their last two names; empty
+            where nothing is quantized.
+        follows: Submodules that follow others, by name.
     """
 
     name: str
@@ -40,6 +44,8 @@ class PartReport:
     saved: list[str]
     in_place: bool
     method: str
+    dense: dict[str, int] = field(default_factory=dict)
+    follows: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns what to show of the part, as labels and values."""
@@ -51,9 +57,17 @@ class PartReport:
             ("method", self.method + ("" if self.in_place else ", in PEFT's wrappers")),
             ("adapted", f"{sum(self.adapted.values())} layers: {adapted}"),
             ("quantized", quantized),
+            *([("kept dense", self._dense())] if self.dense else []),
+            *[("follows", f"{copy} (of {origin})") for copy, origin in self.follows.items()],
             *([("trained in full", ", ".join(self.saved))] if self.saved else []),
             *([("left as it was", ", ".join(left))] if left else []),
         ]
+
+    def _dense(self) -> str:
+        largest = sorted(self.dense.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in largest[:3])
+        rest = sum(size for _, size in largest[3:])
+        return named + (f", {rest / 1e6:,.1f} MB in others" if rest else "")
 
 
 @dataclass
@@ -135,6 +149,11 @@ def report(module: nn.Module) -> Report:
     for entry in record.parts.values():
         part = module.get_submodule(entry.name)
         result.parts.append(_part_report(part, entry))
+        result.parts[-1].follows = {
+            twin.follower: twin.leader
+            for twin in record.twins
+            if lies_inside(twin.follower, [entry.name])
+        }
         result.adapter_parameters += sum(p.numel() for p in adapter_parameters(part).values())
         inside |= {id(param) for param in part.parameters()}
         result.dense_base_bytes += entry.dense_bytes
@@ -175,7 +194,18 @@ def _part_report(part: nn.Module, entry: PartRecord) -> PartReport:
         saved=entry.saved,
         in_place=info.in_place,
         method=_method_label(info.config),
+        dense=_dense_matrices(part, entry) if entry.quantized else {},
     )
+
+
+def _dense_matrices(part: nn.Module, entry: PartRecord) -> dict[str, int]:
+    """Bytes of the frozen floating-point matrices, which a model of experts has most of."""
+    sizes: Counter[str] = Counter()
+    for name, param in part.named_parameters():
+        if entry.qualified(name) in entry.frozen and param.ndim > 1 and param.is_floating_point():
+            pieces = [piece for piece in name.split(".") if not piece.isdigit()]
+            sizes[".".join(pieces[-2:]).removesuffix(".weight")] += storage_bytes(param)
+    return dict(sizes)
 
 
 def _method_label(config: dict[str, object]) -> str:

@@ -16,8 +16,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.parts import (
-    LINEAR_LIKE,
     base_modules,
     find_heads,
     inside,
@@ -65,8 +65,8 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
         problems = [
             f"nothing to adapt in {name or type(part).__name__}: {_kinds(part)}. Heads, and "
             "layers that `exclude_modules` or `modules_to_save` name or `layers_to_transform` "
-            "leaves out, get no adapter. Name layers in `target_modules`, or the submodules that "
-            "are meant in `adapt`"
+            f"leaves out, get no adapter{_recurrent(part)}. Name layers in `target_modules`, or "
+            "the submodules that are meant in `adapt`"
             for name, part in parts.items()
             if not found[name]
         ]
@@ -129,6 +129,15 @@ def _kinds(part: nn.Module) -> str:
     return "its layers are of the kinds " + (", ".join(kinds) or "none with parameters")
 
 
+def _recurrent(part: nn.Module) -> str:
+    if not any(isinstance(child, nn.RNNBase) for child in part.modules()):
+        return ""
+    return (
+        ", and recurrent layers cannot have one: where nothing else is worth adapting, train in "
+        "full, with Lightning's own strategies"
+    )
+
+
 def _is_suffix(entry: str, name: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
@@ -146,20 +155,25 @@ def _matching(part: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def _all_linear(part: nn.Module, config: PeftConfig) -> list[str]:
+    """Returns the linear layers besides heads; where there are none, the convolutions."""
     modules, heads, tied = base_modules(part), list(find_heads(part)), tied_layers(part)
     output = output_embeddings(part)
-    candidates = [
+    eligible = [
         name
         for name in _layers(part)
-        if isinstance(modules[name], LINEAR_LIKE)
-        and modules[name] is not output
-        and name not in tied
-        and not inside(name, heads)
+        if modules[name] is not output and name not in tied and not inside(name, heads)
     ]
+    linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]
+    candidates = linear or [name for name in eligible if _is_ungrouped(modules[name])]
     # By last name, so that PEFT's rule for `layers_to_transform` and `exclude_modules` applies.
     by_suffix: Any = copy.copy(config)
     by_suffix.target_modules = {name.rpartition(".")[2] for name in candidates}
     return [name for name in candidates if _matches(by_suffix, name)]
+
+
+def _is_ungrouped(layer: Any) -> bool:
+    # Depthwise kernels are small, and few ranks fit their groups.
+    return isinstance(layer, CONVOLUTION_LIKE) and layer.groups == 1
 
 
 def _unmatched(argument: str, wanted: Any, parts: Parts, names_of: Any) -> list[str]:

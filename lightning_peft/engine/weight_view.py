@@ -42,10 +42,12 @@ class WeightView(Tensor):
     Attributes:
         compute: Returns the values.
         stored: The parameter behind it; attributes that a tensor does not have are read from it.
+        instead: Functions that need not see the values, and what to call in their place.
     """
 
     compute: Callable[[], Tensor]
     stored: Any
+    instead: dict[Any, Callable[..., Any]]
 
     # What isinstance(weight, nn.Parameter) looks at.
     _is_param = True
@@ -61,7 +63,7 @@ class WeightView(Tensor):
         """Returns a view without storage."""
         made: Any = Tensor._make_wrapper_subclass
         view: WeightView = made(cls, shape, dtype=dtype, device=stored.device)
-        view.compute, view.stored = compute, stored
+        view.compute, view.stored, view.instead = compute, stored, {}
         return view
 
     def __getattr__(self, name: str) -> Any:
@@ -76,6 +78,9 @@ class WeightView(Tensor):
         if func in _KNOWN_WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        for view in args:
+            if isinstance(view, cls) and func in view.instead:
+                return view.instead[func](*args, **(kwargs or {}))
         if args and isinstance(args[0], cls):
             if func in _ABOUT_STORED:
                 return func(args[0].stored, *args[1:])

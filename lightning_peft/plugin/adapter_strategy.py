@@ -94,6 +94,7 @@ class AdapterStrategy(_Base):
         replace_optimizers(self, self.lifecycle.injection.optimizer)
         self.lifecycle.check_optimizers(self._module, self.optimizers)
         self.lifecycle.check_frozen(self._module)
+        engine.check_followers(self._module)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Lets the training DataLoader resume in the middle of an epoch."""
@@ -107,6 +108,7 @@ class AdapterStrategy(_Base):
         that asks for the number of steps in ``configure_optimizers``.
         """
         super().on_train_start()
+        self.lifecycle.checks.start(self)
         saved, self._resume_from = self._resume_from, None
         if saved is None:
             return
@@ -128,6 +130,16 @@ class AdapterStrategy(_Base):
             # A loader without a length is fetched ahead, and that was from its beginning.
             iter(fetcher)
         set_random_state(mine["random"])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Verifies on the first batch, if asked to."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.lifecycle.checks.before_batch(self, batch)
+
+    def on_train_end(self) -> None:
+        """Ends what still waits for a first step."""
+        super().on_train_end()
+        self.lifecycle.checks.end()
 
     def _training_loaders(self) -> list[Any]:
         combined = self._module.trainer.fit_loop._combined_loader
@@ -184,6 +196,7 @@ class AdapterStrategy(_Base):
         """Writes a file that describes itself, and the adapter folder beside it."""
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
+            engine.check_followers(self._module)
             checkpoint = self._described(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
@@ -265,6 +278,7 @@ class AdapterStrategy(_Base):
         """Gives the module its own ``configure_model`` and blocks back, also after errors."""
         stop_checkpointing(self)
         self.lifecycle.uninstall()
+        self.lifecycle.checks.stop()
         super().teardown()
 
 

@@ -44,6 +44,9 @@ class LoRAArguments:
             compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
         announce: Print what is adapted when training starts.
+        verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
+            and at the gradients of the first step, ``"full"`` also runs
+            :func:`lightning_peft.verify` on the first batch before that step.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``, such as
             ``{"find_unused_parameters": True}``.
 
@@ -74,6 +77,7 @@ class LoRAArguments:
         optimizer: str | None = None,
         gradient_checkpointing: bool | Literal["auto"] = False,
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())
@@ -116,6 +120,7 @@ class QLoRAArguments:
             compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
         announce: Print what is adapted and quantized when training starts.
+        verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
 
     Raises:
@@ -150,6 +155,7 @@ class QLoRAArguments:
         optimizer: str | None = "auto",
         gradient_checkpointing: bool | Literal["auto"] = "auto",
         announce: bool = True,
+        verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
         self._take(locals())
@@ -195,11 +201,13 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
             arguments["quantization_config"], **{name: arguments[name] for name in _QUANTIZATION}
         )
     adapt = arguments["adapt"]
+    chosen = bool(changed & {*_LORA, "peft_config"})
     engine.check_optimizer_name(arguments["optimizer"])
     return Injection(
         config,
         quantization,
         [adapt] if isinstance(adapt, str) else adapt,
+        chosen=chosen,
         optimizer=arguments["optimizer"],
         gradient_checkpointing=_switch(arguments["gradient_checkpointing"]),
     )

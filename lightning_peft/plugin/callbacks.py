@@ -9,6 +9,7 @@ from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given, injection_from
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -44,6 +45,7 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
                 "into your own DDPStrategy."
             )
         self.lifecycle = Lifecycle(injection_from(arguments), arguments["announce"])
+        self.lifecycle.checks = TrainingChecks(arguments["verify"])
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Extends the strategy, just before ``configure_model``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,20 @@ class OneOrMany(_Base, metaclass=PerNamespace):
     def _configure_launcher(self) -> None:
         if self.on_one_device:
             self._launcher = None
+            # Lightning's tuner asks the Trainer before it connects anything to the strategy.
+            caller = sys._getframe(1).f_locals.get("self")
+            if getattr(caller, "strategy", None) is self:
+                _be_alone(caller)
         else:
             super()._configure_launcher()
 
     def connect(self, model: Any) -> None:
         """Connects the module; on one device the user's sampler stays as it is."""
         if self.on_one_device and model._trainer is not None:
-            model._trainer._accelerator_connector.use_distributed_sampler = False
+            connector = model._trainer._accelerator_connector
+            connector.use_distributed_sampler = False
+            # Once more: the strategy may not have been in place when the launcher was chosen.
+            _be_alone(connector)
         super().connect(model)
 
     def setup_distributed(self) -> None:
@@ -57,3 +65,23 @@ class OneOrMany(_Base, metaclass=PerNamespace):
 
     def _setup_model(self, model: Any) -> Any:
         return model if self.on_one_device else super()._setup_model(model)
+
+
+class _Alone:
+    """Extension of a Trainer's accelerator connector, which asks for the strategy's class only.
+
+    Lightning's batch size finder refuses to run under what it takes for several processes.
+    """
+
+    is_distributed = False
+
+
+_EXTENDED: dict[type, type] = {}
+
+
+def _be_alone(connector: Any) -> None:
+    cls = type(connector)
+    if not issubclass(cls, _Alone):
+        if cls not in _EXTENDED:
+            _EXTENDED[cls] = type(f"Alone{cls.__name__}", (_Alone, cls), {})
+        connector.__class__ = _EXTENDED[cls]

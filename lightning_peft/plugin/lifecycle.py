@@ -21,8 +21,10 @@ from lightning_peft.errors import BaseMismatchError, LifecycleError, Unsupported
 if TYPE_CHECKING:
     from torch import nn
 
+    from lightning_peft.plugin.training_checks import TrainingChecks
+
 # By name, since each Lightning package has its own classes.
-_REFUSED_CALLBACKS = {
+REFUSED_CALLBACKS = {
     "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
     "full model past the strategy",
     "StochasticWeightAveraging": "its state in the checkpoint is the full model",
@@ -38,6 +40,7 @@ class Injection:
         peft_config: PEFT's config.
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
+        chosen: Whether the user chose any setting of the adapters.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
         gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass.
     """
@@ -45,6 +48,7 @@ class Injection:
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
+    chosen: bool = True
     optimizer: str | None = None
     gradient_checkpointing: bool | str = False
 
@@ -55,7 +59,10 @@ class Lifecycle:
     Attributes:
         injection: What to do.
         announce: Whether to print what was adapted when training starts.
+        checks: What is checked when training starts.
     """
+
+    checks: TrainingChecks
 
     def __init__(self, injection: Injection, announce: bool = True) -> None:
         self.injection = injection
@@ -119,6 +126,12 @@ class Lifecycle:
                 "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
                 "precision, or LoRA without quantization"
             )
+        devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
+        problems += [
+            f"device {kind!r}: neither bitsandbytes' kernels nor the adapters were ever tested "
+            "there. Use accelerator='gpu' or 'cpu'"
+            for kind in sorted({device.type for device in devices} & {"mps", "xla"})
+        ]
         start_method = getattr(strategy, "_start_method", "popen")
         if start_method != "popen":
             problems.append(
@@ -127,9 +140,9 @@ class Lifecycle:
             )
         for callback in getattr(module._trainer, "callbacks", []):
             problems += [
-                f"callback {type(callback).__name__}: {_REFUSED_CALLBACKS[cls.__name__]}. Remove it"
+                f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
                 for cls in type(callback).__mro__
-                if cls.__name__ in _REFUSED_CALLBACKS
+                if cls.__name__ in REFUSED_CALLBACKS
             ]
         if problems:
             raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))
@@ -142,7 +155,7 @@ class Lifecycle:
         if engine.record_of(module) is None:
             engine.inject(
                 module,
-                self.injection.peft_config,
+                self.injection.peft_config if self.injection.chosen else None,
                 quantization_config=self.injection.quantization_config,
                 adapt=self.injection.adapt,
                 device=strategy.root_device,
@@ -167,6 +180,8 @@ class Lifecycle:
         for name, part in record.parts.items():
             where = name or type(module).__name__
             info = part.adapters[record.active[0]]
+            if part.was_wrapped and not self.injection.chosen:
+                continue
             problems += [
                 f"{where}: {key}={info.config.get(key)!r}, asked for {asked.get(key)!r}"
                 for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
@@ -234,6 +249,7 @@ class Lifecycle:
         record = engine.require_record(module)
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         problems = []
+        engine.freeze_left_out(module, held)
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
@@ -337,14 +353,17 @@ def _prepare_training(module: nn.Module) -> None:
             f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
             "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
         )
+    followers = [module.get_submodule(twin.follower) for twin in record.twins]
+    copies = {child for follower in followers for child in follower.modules()}
     for _, part in parts:
         # from_pretrained returns models in eval mode and Lightning keeps it: dropout of the
         # adapters and gradient checkpointing would be off without a word. Statistics of a batch
         # norm in eval mode belong to the base, and no adapter file holds them.
-        fixed = [m for m in part.modules() if isinstance(m, _BatchNorm) and not m.training]
+        resting = [m for m in part.modules() if not m.training]
+        fixed = [m for m in resting if isinstance(m, _BatchNorm) or m in copies]
         part.train()
-        for norm in fixed:
-            norm.eval()
+        for child in fixed:
+            child.training = False
 
 
 def _is_frozen(part: nn.Module, entry: Any) -> bool:

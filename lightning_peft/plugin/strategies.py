@@ -10,6 +10,7 @@ from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given
 from lightning_peft.plugin.devices import OneOrMany
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.namespace import realize, root_of
+from lightning_peft.plugin.training_checks import TrainingChecks
 
 
 class _Strategy(AdapterStrategy, OneOrMany):
@@ -18,6 +19,7 @@ class _Strategy(AdapterStrategy, OneOrMany):
     def _take(self, arguments: dict[str, Any]) -> None:
         self._made_with = given(arguments)
         self.lifecycle = Lifecycle(injection_from(self._made_with), self._made_with["announce"])
+        self.lifecycle.checks = TrainingChecks(self._made_with["verify"])
         ddp_kwargs = self._made_with["ddp_kwargs"] or {}
         if ddp_kwargs.get("start_method", "popen") != "popen":
             raise ConfigError(

@@ -24,10 +24,11 @@ def run(*arguments, cwd, **environment):
     )
 
 
-def test_help_lists_commands_and_loads_nothing_heavy(tmp_path):
+@pytest.mark.parametrize("asked", [["--help"], ["verify", "--help"]], ids=" ".join)
+def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
     code = (
         "import sys; from lightning_peft.cli import main\n"
-        "try: main(['--help'])\n"
+        f"try: main({asked})\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'pytorch_lightning'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
@@ -36,7 +37,8 @@ def test_help_lists_commands_and_loads_nothing_heavy(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "demo" in done.stdout
+    expected = ("--json", "--config") if "verify" in asked else ("demo", "verify")
+    assert all(word in done.stdout for word in expected)
 
 
 def test_a_wrong_option_and_a_wrong_value_are_named(capsys):

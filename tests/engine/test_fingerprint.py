@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_peft import engine
 from lightning_peft.engine import fingerprint as module
-from lightning_peft.engine.fingerprint import NO_VALUES, checksum, fingerprint
+from lightning_peft.engine.fingerprint import NO_VALUES, checksum, exact_checksum, fingerprint
 from lightning_peft.engine.quantization import quantize
 
 
@@ -121,3 +121,14 @@ def test_differences_name_the_tensors() -> None:
     assert mine.differences(fingerprint([("a", a), ("b", b + 1)]).sums) == ["b"]
     with pytest.raises(ValueError, match="argument"):
         mine.differences(mine.sums[:1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_an_exact_checksum_sees_every_bit(dtype: torch.dtype) -> None:
+    values = torch.ones(3, 5).to(dtype)
+    other = values.clone()
+    assert exact_checksum(values) == exact_checksum(other)
+    other.view(torch.uint8).view(-1)[-1] ^= 1
+    assert exact_checksum(values) != exact_checksum(other)
+    assert exact_checksum(values[0, 0]) == exact_checksum(values[1, 1])
+    assert exact_checksum(torch.empty(2, device="meta")) == NO_VALUES

@@ -192,7 +192,7 @@ METHODS = {
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=QV),
     "hra": peft.HRAConfig(r=4, target_modules=QV),
     "miss": peft.MissConfig(r=4, target_modules=QV),
-    "embedding": LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]),
+    "embedding dora": LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
 }
 
 
@@ -262,13 +262,14 @@ def test_convolutions_go_through_peft() -> None:
 
 
 def test_what_peft_cannot_do_is_an_error_of_this_package() -> None:
-    with pytest.raises(UnsupportedError, match=r"PEFT cannot inject LoraConfig(.|\n)*groups"):
-        lightning_peft.inject(Convolutions(groups=4), r=2, target_modules=["conv"])
+    config = peft.MissConfig(r=3, target_modules=["conv"])
+    with pytest.raises(UnsupportedError, match="PEFT cannot inject MissConfig"):
+        lightning_peft.inject(Convolutions(), config)
 
 
 def test_recurrent_layers_are_refused() -> None:
     model = nn.ModuleDict({"rnn": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
-    with pytest.raises(UnsupportedError, match="PEFT cannot inject LoraConfig"):
+    with pytest.raises(UnsupportedError, match=r"rnn: a LSTM keeps(.|\n)*modules_to_save"):
         lightning_peft.inject(model, r=2, target_modules=["rnn"])
 
 

@@ -24,7 +24,7 @@ from lightning_peft.engine.parts import (
     parameter_holders,
     tied_layers,
 )
-from lightning_peft.errors import LifecycleError, TargetModulesError
+from lightning_peft.errors import TargetModulesError
 
 
 def tiny_bert_classifier() -> BertForSequenceClassification:
@@ -170,16 +170,6 @@ def test_a_timm_model_tells_its_classifier() -> None:
             return self.second
 
     assert list(find_heads(Timm())) == ["second"]
-
-
-def test_models_that_peft_wrapped_are_refused() -> None:
-    import peft
-
-    module = nn.ModuleDict({"model": tiny_llama(layers=1)})
-    config = peft.LoraConfig(target_modules=["q_proj"])
-    module["model"] = peft.get_peft_model(module["model"], config)
-    with pytest.raises(LifecycleError, match=r"q_proj(.|\n)*without get_peft_model"):
-        lightning_peft.inject(module, r=2)
 
 
 def test_base_modules_are_the_same_before_and_after_injection() -> None:

@@ -114,13 +114,13 @@ REFUSED = {
         adapted,
         {"adapter_name": "second", **DORA},
         UnsupportedError,
-        "supported for plain LoRA on linear layers only",
+        "supported for plain LoRA in place only",
     ),
     "a second one beside PEFT's wrappers": (
         lambda: adapted(use_dora=True),
         {"adapter_name": "second"},
         UnsupportedError,
-        "supported for plain LoRA on linear layers only",
+        "supported for plain LoRA in place only",
     ),
     "one side of tied weights": (
         lambda: tiny_llama(tied=True),

@@ -147,7 +147,8 @@ def test_what_cannot_be_quantized_says_why() -> None:
 
     cases = [
         (Own(4, 4), NF4, "it is a Own"),
-        (nn.Conv1d(2, 2, 1), NF4, "it is a Conv1d"),
+        (nn.Embedding(2, 2), NF4, "it is a Embedding"),
+        (nn.Conv1d(2, 2, 1), INT8, "8-bit products for linear layers only"),
         (Conv1D(4, 4), INT8, "stores its weight transposed"),
         (nn.Linear(4, 4, device="meta"), NF4, "meta device"),
     ]

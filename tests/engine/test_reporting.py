@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import stack, tiny_llama
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import lightning_peft
 from lightning_peft import engine
@@ -125,3 +128,26 @@ def test_tied_weights_count_once() -> None:
     assert report.base_bytes == 4 * count
     assert report.parts[0].name == "LlamaForCausalLM"
     assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+def test_what_stays_dense_under_quantization_is_said() -> None:
+    config = MixtralConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    report = lightning_peft.inject(MixtralForCausalLM(config), r=4, quantization_config=NF4)
+    (part,) = report.parts
+    assert part.dense["experts.gate_up_proj"] == 4 * 2 * 4 * 64 * 32
+    assert part.dense["experts.down_proj"] == 4 * 2 * 4 * 32 * 32
+    assert part.dense["lm_head"] == part.dense["embed_tokens"] == 4 * 61 * 32
+    assert "kept dense" in str(report)
+    assert "experts.gate_up_proj 0.1 MB" in str(report)
+    assert lightning_peft.inject(stack(), r=4).parts[0].dense == {}
+
+
+def test_copies_that_follow_are_named() -> None:
+    module = nn.ModuleDict({"net": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    module["slow"] = copy.deepcopy(module["net"]).requires_grad_(False)
+    report = lightning_peft.inject(module, r=2, target_modules=["net", "slow"])
+    assert report.parts[0].follows == {"slow": "net"}
+    assert "slow (of net)" in str(report)

@@ -26,7 +26,12 @@ INT8 = engine.quantization_config(load_in_8bit=True)
 NO_OP = "no effect before training"
 THROUGH = "gradients pass through every quantized layer after an evaluation pass"
 REACH = "gradients reach every adapter after an evaluation pass"
-UNCHANGED = "base weights unchanged by all this"
+SAME = "gradients are the same before and after an evaluation pass"
+ACT = "adapters act in evaluation as they do in training"
+UNCHANGED = "base unchanged by evaluation, training and a step"
+CHECKPOINT = "a checkpoint gives back everything that trains"
+FILES = "adapter files give back every adapter"
+IN_PLACE = "adapters are in place and switched on"
 
 
 def results(verification: Verification) -> dict[str, bool | None]:
@@ -58,9 +63,14 @@ def test_healthy_modules_pass(kind: str) -> None:
     verification = lightning_peft.verify(model, batch)
     assert verification.passed, verification
     assert results(verification) == {
+        IN_PLACE: True,
         NO_OP: True,
         THROUGH: True if "quantization_config" in settings else None,
         REACH: True,
+        SAME: True,
+        ACT: True,
+        CHECKPOINT: True,
+        FILES: True,
         UNCHANGED: True,
     }
     verification.raise_if_failed()

@@ -31,6 +31,7 @@ LORA = {
     "optimizer": "adamw_8bit",
     "gradient_checkpointing": "auto",
     "announce": False,
+    "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},
 }
 QUANTIZATION = {

@@ -23,7 +23,8 @@ def fit(folder, method, callbacks=(), dropout=0.0, shuffle=False, ckpt_path=None
     module = task(ROOT, kind="llama")
     ours = method
     if method in ("lora", "qlora"):
-        ours = strategy(method, ROOT, lora_dropout=dropout, announce=dropout > 0)
+        # The callback checks the cheap way: that both train the same shows that neither disturbs.
+        ours = strategy(method, ROOT, lora_dropout=dropout, announce=dropout > 0, verify="full")
     run = trainer(folder / "root", ours, ROOT, devices=2, callbacks=list(callbacks), **given)
     torch.manual_seed(8 + run.global_rank)
     rows, order = loader("llama").dataset, None

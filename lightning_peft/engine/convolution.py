@@ -1,0 +1,162 @@
+"""Convolutions with another weight than the layer's own, dense or in 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
+
+_DENSE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+def convolve(
+    layer: Any,
+    input: Tensor,
+    weight: Tensor,
+    output_size: list[int] | None = None,
+) -> Tensor:
+    """Returns what ``layer`` gives with ``weight``, ungrouped and without a bias.
+
+    Stride, padding with its mode, and dilation are the layer's.
+
+    Args:
+        layer: A convolution, transposed or not.
+        input: ``(N, in, *size)`` or ``(in, *size)``.
+        weight: ``(any, in, *kernel)``, or ``(in, any, *kernel)`` for transposed layers.
+        output_size: As transposed layers take it.
+    """
+    spatial = len(layer.kernel_size)
+    if isinstance(layer, _ConvTransposeNd):
+        return _TRANSPOSED[spatial](
+            input,
+            weight,
+            None,
+            layer.stride,
+            layer.padding,
+            output_padding(layer, input, output_size),
+            1,
+            layer.dilation,
+        )
+    input, padding = padded(layer, input)
+    return _DENSE[spatial](input, weight, None, layer.stride, padding, layer.dilation)
+
+
+def mix_channels(input: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Returns the convolution of ``input`` with a kernel of size one."""
+    return _DENSE[weight.ndim - 2](input, weight, groups=groups)
+
+
+def padded(layer: Any, input: Tensor) -> tuple[Tensor, Any]:
+    """Returns ``input`` with the padding that the kernel cannot do itself, and what is left."""
+    if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+        return input, layer.padding
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    outside = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
+    return outside, (0,) * len(layer.kernel_size)
+
+
+def output_padding(layer: Any, input: Tensor, output_size: list[int] | None) -> Any:
+    """Returns the output padding of a transposed layer for the size that is asked for."""
+    return layer._output_padding(
+        input,
+        output_size,
+        layer.stride,
+        layer.padding,
+        layer.kernel_size,
+        len(layer.kernel_size),
+        layer.dilation,
+    )
+
+
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weight exists only while it is used.
+
+    Autograd would keep the dequantized weight until the backward pass, and with it all that 4 bits
+    save. The weight is frozen, so the backward pass needs it once more and nothing else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        bias: Tensor | None,
+        weight: Callable[[], Tensor],
+        geometry: tuple[Any, ...],
+    ) -> Tensor:
+        """Returns the convolution.
+
+        Args:
+            ctx: Autograd's.
+            input: ``(N, in, *size)``, padded where the kernel cannot.
+            bias: ``(out,)`` in the dtype of the input.
+            weight: Returns the weight in the dtype of the input.
+            geometry: Stride, padding, dilation, transposed, output padding and groups.
+        """
+        ctx.weight, ctx.geometry = weight, geometry
+        ctx.shape, ctx.with_bias = input.shape, bias is not None
+        product: Tensor = torch.ops.aten.convolution(input, weight(), bias, *geometry)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradient with respect to the input, and to a bias that is trained."""
+        (gradient,) = gradients
+        # Only its shape is looked at.
+        stand_in = gradient.new_empty(1).expand(ctx.shape)
+        wanted = (ctx.needs_input_grad[0], False, False)
+        of_input, _, _ = torch.ops.aten.convolution_backward(
+            gradient, stand_in, ctx.weight(), None, *ctx.geometry, wanted
+        )
+        of_bias = None
+        if ctx.with_bias and ctx.needs_input_grad[1]:
+            of_bias = gradient.sum((0, *range(2, gradient.ndim)))
+        return of_input, of_bias, None, None
+
+
+def frozen_convolution(
+    layer: Any,
+    input: Tensor,
+    weight: Callable[[], Tensor],
+    bias: Tensor | None,
+    output_size: list[int] | None = None,
+) -> Tensor:
+    """Returns what ``layer`` gives with the weight that ``weight`` returns, made when needed.
+
+    Args:
+        layer: A convolution, transposed or not.
+        input: ``(N, in, *size)`` or ``(in, *size)``.
+        weight: Returns the weight in the dtype of the input, in the layer's layout.
+        bias: In the dtype of the input.
+        output_size: As transposed layers take it.
+    """
+    batched, geometry = convolution_geometry(layer, input, output_size)
+    product: Tensor = FrozenConvolution.apply(batched, bias, weight, geometry)
+    return product if batched.ndim == input.ndim else product.squeeze(0)
+
+
+def convolution_geometry(
+    layer: Any, input: Tensor, output_size: list[int] | None = None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Returns the input, batched and padded, and torch's arguments for the layer's convolution.
+
+    These are stride, padding, dilation, transposed, output padding and groups.
+    """
+    spatial = len(layer.kernel_size)
+    batched = input if input.ndim == spatial + 2 else input.unsqueeze(0)
+    transposed = isinstance(layer, _ConvTransposeNd)
+    extra: Any = (0,) * spatial
+    if transposed:
+        padding = layer.padding
+        extra = output_padding(layer, batched, output_size)
+    else:
+        batched, padding = padded(layer, batched)
+    return batched, (layer.stride, padding, layer.dilation, transposed, extra, layer.groups)

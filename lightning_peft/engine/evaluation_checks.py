@@ -1,0 +1,152 @@
+"""Checks that evaluation computes with the adapters that training trains.
+
+``nn.TransformerEncoderLayer`` has a fast path for evaluation without gradients that reads raw
+weights: wrapped by an adapter that only overrides ``forward``, validation scores the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lightning_peft.engine.adapters import adapted_layers_of, enable, is_enabled
+from lightning_peft.engine.checks import Check, some
+from lightning_peft.engine.gradient_checks import (
+    Gradients,
+    dense_weight,
+    owner_of,
+    silent_tensors,
+)
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.trial import Trial
+
+# What an evaluation pass did with an adapted layer. A later word overrides an earlier one.
+_UNUSED, _STARVED, _IGNORED, _ACTED = range(4)
+
+
+@contextmanager
+def watched_layers(module: nn.Module) -> Iterator[dict[str, int]]:
+    """Within the body, notes for each adapted layer whether its adapter acts.
+
+    A layer that is called runs once more without its adapter, for comparison. A layer whose
+    weight is read acts through the weight.
+    """
+    layers = adapted_layers_of(module, require_record(module))
+    seen = dict.fromkeys(layers, _UNUSED)
+    others = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
+    # Not by hooks: torch leaves its fast paths, which are to be watched, where there are any.
+    for name, layer in layers.items():
+        layer.__dict__["forward"] = _note_call(name, layer, seen)
+        if hasattr(layer, "effective_weight"):
+            layer.__dict__["effective_weight"] = _note_read(name, layer.effective_weight, seen)
+    try:
+        yield seen
+    finally:
+        for name, layer in layers.items():
+            del layer.__dict__["forward"]
+            layer.__dict__.pop("effective_weight", None)
+            if others[name] is not None:
+                layer.__dict__["forward"] = others[name]
+
+
+def _note_call(name: str, layer: Any, seen: dict[str, int]) -> Callable[..., Any]:
+    own_forward = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own_forward(*args, **kwargs)
+        before, enabled = seen[name], is_enabled(layer)
+        enable(layer, False)
+        try:
+            with torch.no_grad():
+                base = own_forward(*args, **kwargs)
+        finally:
+            enable(layer, enabled)
+        if _differ(output, base):
+            now = _ACTED
+        else:
+            now = _IGNORED if any(x.any() for x in _tensors((args, kwargs))) else _STARVED
+        # The run without the adapter may have read the weight, which the module did not.
+        seen[name] = max(before, now)
+        return output
+
+    return forward
+
+
+def _note_read(name: str, read: Callable[[], Tensor], seen: dict[str, int]) -> Callable[[], Tensor]:
+    def effective_weight() -> Tensor:
+        seen[name] = _ACTED
+        return read()
+
+    return effective_weight
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _differ(output: Any, base: Any) -> bool:
+    pairs = zip(_tensors(output), _tensors(base), strict=True)
+    return any(not torch.equal(a, b) for a, b in pairs)
+
+
+def adapters_act_in_evaluation(
+    trial: Trial, gradients: Gradients, first: Mapping[str, int], loss: Tensor, then: dict[str, int]
+) -> Check:
+    """Says whether each adapter that training reaches has an effect in evaluation too.
+
+    Args:
+        trial: The module, with the same adapter values as in ``then``.
+        gradients: Gradients of the adapters in train mode.
+        first: What was noted in the first evaluation pass, with other values of the adapters.
+        loss: The loss of the second one.
+        then: What was noted in the second one.
+    """
+    name = "adapters act in evaluation as they do in training"
+    layers = adapted_layers_of(trial.module, require_record(trial.module))
+    silent = set(silent_tensors(gradients))
+    trained = {owner_of(tensor, layers) for tensor in gradients if tensor not in silent}
+    missing = [n for n in layers if n in trained and then[n] in (_UNUSED, _IGNORED)]
+    if not trained:
+        return Check(name, None, "training reaches no adapter")
+    ignored = [n for n in missing if then[n] == _IGNORED]
+    stale = [n for n in missing if then[n] == _UNUSED and first[n] != _UNUSED]
+    unused = [n for n in missing if n not in ignored and n not in stale]
+    bypassed = _bypassed(trial, {n: layers[n] for n in unused}, loss)
+    problems = []
+    if ignored:
+        problems.append(f"called without effect in eval mode: {some(ignored)}")
+    if stale:
+        problems.append(f"evaluation keeps a copy of an old weight: {some(stale)}")
+    if bypassed:
+        problems.append(f"evaluation reads the weight without the adapter: {some(bypassed)}")
+    if unused and len(unused) == len(trained) and not problems:
+        problems.append("evaluation uses none of the adapted layers")
+    if problems:
+        return Check(name, False, "; ".join(problems))
+    if unused:
+        detail = f"used in training only: {some(unused)}; right for layers that only serve training"
+        return Check(name, None, detail)
+    return Check(name, True, f"{len(trained)} layers")
+
+
+def _bypassed(trial: Trial, layers: Mapping[str, Any], loss: Tensor) -> list[str]:
+    """Returns ``layers`` if the loss in evaluation depends on their bare weights."""
+    weights = [w for layer in layers.values() if (w := dense_weight(layer)) is not None]
+    if not weights:
+        return []
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(torch.randn_like(weight) * weight.float().std().to(weight.dtype))
+        changed = trial.evaluate()
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+    return [] if torch.equal(changed, loss) else list(layers)

@@ -1,0 +1,136 @@
+"""Checks by real backward passes: asking ``requires_grad`` would not do.
+
+bitsandbytes' repacked layers say that they require gradients and pass nothing on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
+from lightning_peft.engine.checks import Check, some
+from lightning_peft.engine.lora import LoraLayer, without_adapters
+from lightning_peft.engine.quantized_layers import QuantizedLayer
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.trial import Trial
+
+Gradients = Mapping[str, "Tensor | None"]
+
+
+def active_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the adapter tensors that require gradients, by their names inside ``module``."""
+    return {
+        entry.qualified(name): param
+        for entry in require_record(module).parts.values()
+        for name, param in adapter_parameters(module.get_submodule(entry.name)).items()
+        if param.requires_grad
+    }
+
+
+def owner_of(tensor: str, layers: Mapping[str, Any]) -> str:
+    """Returns the name of the innermost of ``layers`` that ``tensor`` is in."""
+    return max((n for n in layers if not n or tensor.startswith(f"{n}.")), key=len)
+
+
+def base_passes_gradients(module: nn.Module) -> Check:
+    """Compares each quantized layer's input gradient with the one of its dequantized weight.
+
+    The gradients of adapters below would hide it, since the path beside the layer passes some.
+    """
+    name = "gradients pass through every quantized layer after an evaluation pass"
+    layers = {n: x for n, x in module.named_modules() if isinstance(x, QuantizedLayer)}
+    wrong = [layer_name for layer_name, layer in layers.items() if not _passes_gradient(layer)]
+    if not layers:
+        return Check(name, None, "no layer is quantized")
+    return Check(name, not wrong, f"wrong at: {some(wrong)}" if wrong else f"{len(layers)} layers")
+
+
+def _passes_gradient(layer: Any) -> bool:
+    with without_adapters(layer) if isinstance(layer, LoraLayer) else nullcontext():
+        probe = layer.probe().requires_grad_(True)
+        output = layer.forward(probe)
+        direction = torch.randn_like(output)
+        if not output.requires_grad:
+            return False
+        (found,) = torch.autograd.grad(output, probe, direction, allow_unused=True)
+        (expected,) = torch.autograd.grad(layer.dense_output(probe), probe, direction.float())
+    if found is None:
+        return False
+    # Half-precision products lose a few per mille; a lost or mangled gradient is far off.
+    return bool((found.float() - expected.float()).norm() <= 0.05 * expected.float().norm())
+
+
+def silent_tensors(gradients: Gradients) -> list[str]:
+    """Returns the names of the tensors that got no gradient, or one of zeros."""
+    return [name for name, grad in gradients.items() if grad is None or not grad.any()]
+
+
+def gradients_reach(trial: Trial, gradients: Gradients) -> Check:
+    """With every factor non-zero, each adapter must have got a gradient.
+
+    Where none arrives, the layer's own weight is asked for one: if it gets any, the module uses
+    the weight without the adapter, and the adapter is dead. If not, the loss does not depend on
+    the layer (it is not called, or fed with zeros), which is no fault of the adapter.
+    """
+    name = "gradients reach every adapter after an evaluation pass"
+    if not gradients:
+        return Check(name, False, "no adapter requires gradients")
+    silent = silent_tensors(gradients)
+    layers = adapted_layers_of(trial.module, require_record(trial.module))
+    owners = list(dict.fromkeys(owner_of(tensor, layers) for tensor in silent))
+    weights = {n: weight for n in owners if (weight := dense_weight(layers[n])) is not None}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    try:
+        unused = silent_tensors(trial.gradients(weights)) if weights else []
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    dead = [n for n in weights if n not in unused]
+    if dead:
+        why = "the module uses the weight without calling the layer"
+        return Check(name, False, f"none at {some(dead)}: {why}")
+    idle = f"; the loss does not depend on {some(owners)}" if owners else ""
+    reached = len(gradients) - len(silent)
+    if not reached:
+        return Check(name, False, f"none of {len(gradients)} tensors gets one{idle}")
+    return Check(name, True, f"{reached} tensors{idle}")
+
+
+def dense_weight(layer: Any) -> Tensor | None:
+    """Returns the stored weight of an adapted layer, or ``None`` where it is packed or none."""
+    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight = base._parameters.get("weight")
+    return weight if weight is not None and weight.is_floating_point() else None
+
+
+def same_gradients(before: Gradients, again: Gradients, after: Gradients) -> Check:
+    """Compares gradients from before and after an evaluation pass, bit for bit.
+
+    Args:
+        before: From before any evaluation pass.
+        again: The same once more, to know whether the step repeats itself at all.
+        after: From after the evaluation pass.
+    """
+    name = "gradients are the same before and after an evaluation pass"
+    if _differing(before, again):
+        return Check(name, None, "two equal training steps give different gradients already")
+    changed = _differing(before, after)
+    detail = f"changed: {some(changed)}" if changed else f"{len(before)} tensors, bit for bit"
+    return Check(name, not changed, detail)
+
+
+def _differing(first: Gradients, second: Gradients) -> list[str]:
+    return [name for name, a in first.items() if not _equal(a, second[name])]
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    # Bits, so that a gradient of NaN is equal to itself.
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

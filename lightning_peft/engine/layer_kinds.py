@@ -1,0 +1,87 @@
+"""The kinds of layers that adapters go on, and how each one uses its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.engine.in_place import recipe_of
+
+LINEAR_LIKE = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTION_LIKE = (*CONVOLUTIONS, *TRANSPOSED)
+ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
+
+# Whose code is known to be the product with `weight` plus `bias` and nothing else.
+_PLAIN = (*ADAPTABLE, _ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+_PLAIN_CODE = {
+    vars(cls)[name] for cls in _PLAIN for name in ("forward", "_conv_forward") if name in vars(cls)
+}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Says whether ``layer`` computes what its kind says.
+
+    A subclass may pad, scale or standardize in a ``forward`` of its own: what an adapter adds to
+    the weight is then another thing than what it adds to the output.
+    """
+    origin = recipe_of(layer)[2]
+    code = [getattr(origin, name, None) for name in ("forward", "_conv_forward")]
+    return all(function is None or function in _PLAIN_CODE for function in code)
+
+
+def plain_class(layer: nn.Module) -> type[nn.Module]:
+    """Returns the class of torch or transformers that ``layer`` is an instance of."""
+    return next(cls for cls in ADAPTABLE if isinstance(layer, cls))
+
+
+def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Returns ``weight`` as the matrix that is quantized: ``(out, in)``; a view.
+
+    The kernel of a convolution is unfolded: ``(out, in * kernel)``, or ``(in, out * kernel)`` for
+    transposed ones.
+    """
+    if isinstance(layer, Conv1D):
+        return weight.t()
+    return weight.flatten(1) if isinstance(layer, _ConvNd) else weight
+
+
+def from_rows(layer: Any, rows: Tensor) -> Tensor:
+    """Returns the weight in the layout of the layer's class; the inverse of :func:`as_rows`."""
+    if isinstance(layer, Conv1D):
+        return rows.t()
+    if isinstance(layer, _ConvNd):
+        ends = (layer.in_channels, layer.out_channels)
+        first, second = ends if isinstance(layer, _ConvTransposeNd) else ends[::-1]
+        return rows.view(first, second // layer.groups, *layer.kernel_size)
+    return rows
+
+
+def why_no_adapter(layer: Any, rank: int) -> str | None:
+    """Returns why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
+    kind = type(layer).__name__
+    if isinstance(layer, nn.RNNBase):
+        return (
+            f"a {kind} keeps several weights and computes past any layer. Train it in full: name "
+            "it in `modules_to_save`"
+        )
+    if not isinstance(layer, ADAPTABLE):
+        return f"a {kind} has no weight to add a low-rank product to"
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        return f"max_norm={layer.max_norm} makes the embedding rewrite its frozen weight"
+    groups = getattr(layer, "groups", 1)
+    if groups > 1 and isinstance(layer, _ConvTransposeNd):
+        return f"a transposed convolution with groups={groups} has no low-rank form in PEFT"
+    if rank % groups:
+        return (
+            f"its groups={groups} do not divide the rank {rank}. Leave it out by "
+            f"`exclude_modules`, or give it a multiple of {groups} in `rank_pattern`"
+        )
+    if groups > 1 and not is_plain(layer):
+        return f"groups={groups} in a {kind} with a forward pass of its own"
+    return None

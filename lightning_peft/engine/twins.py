@@ -1,0 +1,190 @@
+"""Copies that follow another part of the module, as momentum teachers and target networks do.
+
+Such a copy is made by ``copy.deepcopy`` and updated by a loop over the ``parameters()`` of both.
+Its adapters must start as the other side's and follow them; the frozen base is the same on both
+sides and must not be averaged: packed 4-bit codes are no numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
+from lightning_peft.engine.fingerprint import fingerprint
+from lightning_peft.engine.in_place import Extended, extend, parameter, retract
+from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.parts import inside
+from lightning_peft.engine.record import Twin, require_record
+from lightning_peft.errors import LifecycleError
+
+_PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
+
+
+class Following(Extended):
+    """Mixin for modules of which one follows the other: ``parameters()`` leaves the base out.
+
+    What remains lines up on both sides: adapters, heads, and whatever else trains. The names,
+    ``named_parameters()`` and ``state_dict()``, stay complete.
+    """
+
+    base_names: frozenset[str]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yields the parameters besides the frozen base; all of them where there are no others."""
+        named = dict(self.named_parameters(recurse=recurse))  # type: ignore[attr-defined]
+        others = [param for name, param in named.items() if name not in self.base_names]
+        yield from others or named.values()
+
+
+def find_twins(module: nn.Module) -> list[Twin]:
+    """Returns the submodules that are copies of each other, outermost first.
+
+    Blocks that repeat in one list are no twins: ``nn.TransformerEncoder`` makes them by copying.
+
+    Args:
+        module: The user's module, before anything was done to it.
+    """
+    groups: dict[object, list[tuple[str, nn.Module]]] = {}
+    for name, child in module.named_modules():
+        shapes = tuple((n, p.shape) for n, p in child.named_parameters())
+        if name and shapes and any(isinstance(x, _PRODUCTS) for x in child.modules()):
+            groups.setdefault((type(child), shapes, _sample(child)), []).append((name, child))
+    twins: list[Twin] = []
+    for members in groups.values():
+        for index, (name, child) in enumerate(members):
+            if _covered(name, twins):
+                continue
+            for other, candidate in members[index + 1 :]:
+                if not _covered(other, twins) and _are_copies(name, child, other, candidate):
+                    twins.append(_twin(name, child, other, candidate))
+    return twins
+
+
+def _sample(module: nn.Module) -> tuple[float, ...]:
+    """Returns a few values that copies have in common, and hardly any other two modules."""
+    wide = [p for p in nn.Module.parameters(module) if p.ndim > 1 and not p.is_meta]
+    if not wide:
+        return ()
+    flat = wide[0].detach().reshape(-1)
+    return tuple(flat[:2].tolist() + flat[-2:].tolist())
+
+
+def _covered(name: str, twins: list[Twin]) -> bool:
+    return any(inside(name, [twin.leader, twin.follower]) for twin in twins)
+
+
+def _twin(name: str, child: nn.Module, other: str, candidate: nn.Module) -> Twin:
+    first, second = (
+        not any(p.requires_grad for p in nn.Module.parameters(x)) for x in (child, candidate)
+    )
+    if first and not second:
+        return Twin(other, name, True)
+    return Twin(name, other, second and not first)
+
+
+def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -> bool:
+    if re.sub(r"\d+", "*", name) == re.sub(r"\d+", "*", other) or inside(other, [name]):
+        return False
+    mine, theirs = dict(child.named_parameters()), dict(candidate.named_parameters())
+    return all(
+        not a.is_meta and a is not theirs[key] and a.dtype == theirs[key].dtype
+        and torch.equal(a, theirs[key].to(a.device))
+        for key, a in mine.items()
+    ) and any(_varies(a) for a in mine.values())  # fmt: skip
+
+
+def _varies(param: torch.Tensor) -> bool:
+    flat = param.detach().flatten()
+    return param.ndim > 1 and bool((flat != flat[0]).any())
+
+
+def follow(module: nn.Module, twins: list[Twin], frozen: set[str], adapter_name: str) -> None:
+    """Makes the adapters of every copy start as those it copies, and hides the base from loops.
+
+    Args:
+        module: The user's module, with adapters.
+        twins: What :func:`find_twins` found before.
+        frozen: Names of the frozen base parameters.
+        adapter_name: Name of the adapter that was added.
+    """
+    for twin in twins:
+        leader, follower = (module.get_submodule(name) for name in (twin.leader, twin.follower))
+        theirs = adapter_parameters(leader)
+        with torch.no_grad():
+            for name, param in adapter_parameters(follower).items():
+                if name in theirs and adapter_name in name.split("."):
+                    param.copy_(theirs[name])
+        if twin.frozen:
+            freeze_follower(module, twin)
+        for root, side in ((twin.leader, leader), (twin.follower, follower)):
+            for name, child in side.named_modules():
+                prefix = f"{root}.{name}." if name else f"{root}."
+                own = (n.removeprefix(prefix) for n in frozen if n.startswith(prefix))
+                if not isinstance(child, Following):
+                    extend(child, Following)
+                child.base_names = frozenset(own)
+
+
+def freeze_follower(module: nn.Module, twin: Twin) -> None:
+    """Stops gradients into the adapters of a copy: they follow, they do not train."""
+    twin.frozen = True
+    for layer in adapted_layers(module.get_submodule(twin.follower)).values():
+        if isinstance(layer, LoraLayer):
+            layer.lora_follows = True
+            for name in layer.lora_adapters:
+                for factor in layer.factors(name):
+                    factor.requires_grad_(False)
+
+
+def freeze_left_out(module: nn.Module, held: set[int]) -> None:
+    """Freezes copies that no optimizer holds while it holds what they copy.
+
+    Args:
+        module: The user's module, with adapters.
+        held: The ids of all parameters in optimizers.
+    """
+    for twin in require_record(module).twins:
+        leader, follower = (
+            [p for p in adapter_parameters(module.get_submodule(name)).values() if p.requires_grad]
+            for name in (twin.leader, twin.follower)
+        )
+        if follower and {id(p) for p in leader} <= held and not {id(p) for p in follower} & held:
+            freeze_follower(module, twin)
+
+
+def unfollow(module: nn.Module, twins: list[Twin]) -> None:
+    """Undoes :func:`follow`."""
+    for twin in twins:
+        for name in (twin.leader, twin.follower):
+            for child in module.get_submodule(name).modules():
+                if isinstance(child, Following):
+                    retract(child, Following)
+                    del child.base_names
+
+
+def check_followers(module: nn.Module) -> None:
+    """Compares the frozen base of every copy with what it was at the first call.
+
+    Raises:
+        LifecycleError: If a loop went past ``parameters()`` and averaged it.
+    """
+    record = require_record(module)
+    for twin in record.twins:
+        names = sorted(name for name in record.frozen if inside(name, [twin.follower]))
+        owners = [(name, *name.rpartition(".")[::2]) for name in names]
+        stored = [(n, parameter(module.get_submodule(o), leaf)) for n, o, leaf in owners]
+        codes = [(n, p) for n, p in stored if not p.is_floating_point()]
+        now = tuple(fingerprint(codes).sums)
+        twin.base = now if twin.base is None else twin.base
+        if now != twin.base:
+            raise LifecycleError(
+                f"{twin.follower!r} follows {twin.leader!r}, and the update wrote into its "
+                f"quantized weights, such as {codes[0][0]!r}: averages of 4-bit codes are no "
+                "weights. Update over `parameters()`, which leaves the frozen base out, instead "
+                "of over `state_dict()` or `named_parameters()`; or use LoRAStrategy."
+            )

@@ -1,0 +1,192 @@
+"""Models that PEFT wrapped before: their adapters are moved onto the layers themselves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from lightning_peft.engine.configuration import as_peft_config, changes_base, config_differences
+from lightning_peft.engine.configuration import config_to_dict as fields_of
+from lightning_peft.engine.lora import low_rank_factors
+from lightning_peft.engine.parts import inside
+from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+
+
+@dataclass
+class Wrapped:
+    """One submodule that PEFT put adapters into.
+
+    Attributes:
+        name: Dotted name inside the module.
+        part: The submodule.
+        adapter_name: The adapter's name.
+        config: PEFT's config, with the layers and modules that it really met.
+        layers: PEFT's wrappers by the name of the layer.
+        saved: PEFT's wrappers of modules that are trained in full.
+        values: ``A`` and ``B``, by their keys in an adapter file.
+    """
+
+    name: str
+    part: nn.Module
+    adapter_name: str
+    config: LoraConfig
+    layers: dict[str, Any]
+    saved: dict[str, Any]
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+def find_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Wrapped]:
+    """Returns the submodules that carry adapters of PEFT.
+
+    Args:
+        module: The user's module.
+        known: Names of parts that this package adapted, through PEFT's wrappers too.
+
+    Raises:
+        UnsupportedError: If they are of a kind that cannot be moved onto the layers.
+    """
+    found, problems = [], []
+    for name, part in _owners(module):
+        if name in known:
+            continue
+        layers = {n: x for n, x in part.named_modules() if isinstance(x, BaseTunerLayer)}
+        layers = {
+            n: x for n, x in layers.items() if not inside(n, [up for up in layers if up != n])
+        }
+        if not layers:
+            continue
+        problem = _problem(part, layers)
+        if problem:
+            problems.append(f"{name or type(part).__name__}: {problem}")
+            continue
+        saved = {n: x for n, x in part.named_modules() if isinstance(x, ModulesToSaveWrapper)}
+        ((adapter_name, config),) = part.peft_config.items()  # type: ignore[union-attr, operator]
+        exact = _exact(config, list(layers), list(saved))
+        found.append(Wrapped(name, part, adapter_name, exact, layers, saved))
+    if found and any(_differ(found[0].config, other.config) for other in found[1:]):
+        problems.append("the wrapped parts have different settings")
+    if problems:
+        raise UnsupportedError(
+            "PEFT already put adapters into the module, which cannot be taken over:"
+            + itemize(problems)
+            + "\nGive the strategy the model without get_peft_model, and the config as "
+            "`peft_config`."
+        )
+    return found
+
+
+def _owners(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_modules():
+        tuner = isinstance(child, (BaseTuner, PeftModel))
+        if not tuner and "peft_config" in child.__dict__:
+            yield name, child
+
+
+def _problem(part: Any, layers: dict[str, Any]) -> str | None:
+    configs = list(part.peft_config.values())
+    if len(configs) != 1:
+        return f"it has several adapters ({', '.join(part.peft_config)})"
+    (config,) = configs
+    kinds = sorted({type(x).__name__ for x in layers.values() if not isinstance(x, PeftLoraLayer)})
+    if type(config) is not LoraConfig or kinds or config.use_dora or config.lora_bias:
+        return f"{type(config).__name__} with these settings works through PEFT's own layers only"
+    if changes_base(config):
+        return f"init_lora_weights={config.init_lora_weights!r} rewrote its base"
+    if any(layer.merged for layer in layers.values()):
+        return "its adapters are merged"
+    return None
+
+
+def _exact(config: LoraConfig, layers: list[str], saved: list[str]) -> LoraConfig:
+    exact: Any = copy.deepcopy(config)
+    exact.target_modules, exact.modules_to_save = set(layers), saved or None
+    exact.layers_to_transform = exact.layers_pattern = exact.exclude_modules = None
+    exact.init_lora_weights, exact.inference_mode = True, False
+    as_peft_config(exact)
+    checked: LoraConfig = exact
+    return checked
+
+
+def _differ(one: LoraConfig, other: LoraConfig) -> list[str]:
+    return config_differences(fields_of(one), fields_of(other))
+
+
+def check_asked(wrapped: list[Wrapped], asked: Any) -> None:
+    """Compares the settings of wrapped parts with those asked for.
+
+    Raises:
+        LifecycleError: If they differ.
+    """
+    fields, theirs = fields_of(wrapped[0].config), fields_of(asked)
+    problems = [
+        f"{key}={fields.get(key)!r} in the module, asked for {theirs.get(key)!r}"
+        for key in config_differences(fields, theirs)
+        if key not in ("init_lora_weights", "modules_to_save")
+    ]
+    if problems:
+        raise LifecycleError(
+            "PEFT already put adapters into the module, with other settings than were asked for:"
+            + itemize(problems)
+            + "\nLeave the LoRA arguments at their defaults to train the adapters that are there, "
+            "or give the strategy the model without get_peft_model."
+        )
+
+
+@contextmanager
+def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
+    """Puts the layers back under their own names; if the body fails, PEFT's wrappers again."""
+    undo: list[tuple[nn.Module, str, nn.Module]] = []
+    for part in wrapped:
+        for name, layer in part.layers.items():
+            part.values |= _values(name, layer, part.adapter_name)
+            undo.append(_exchange(part.part, name, layer.get_base_layer()))
+        for name, wrapper in part.saved.items():
+            trained = wrapper.modules_to_save[part.adapter_name]
+            undo.append(_exchange(part.part, name, trained))
+    try:
+        yield
+    except BaseException:
+        for parent, leaf, child in undo:
+            setattr(parent, leaf, child)
+        raise
+    for part in wrapped:
+        _restore(part)
+
+
+def _values(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
+    if adapter in layer.lora_embedding_A:
+        pair = {
+            kind: getattr(layer, kind)[adapter] for kind in ("lora_embedding_A", "lora_embedding_B")
+        }
+        return {f"{name}.{kind}": value.detach() for kind, value in pair.items()}
+    pair = {kind: getattr(layer, kind)[adapter].weight for kind in ("lora_A", "lora_B")}
+    return {f"{name}.{kind}.weight": value.detach() for kind, value in pair.items()}
+
+
+def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, str, nn.Module]:
+    owner, _, leaf = name.rpartition(".")
+    parent = part.get_submodule(owner)
+    old: nn.Module = getattr(parent, leaf)
+    setattr(parent, leaf, new)
+    return parent, leaf, old
+
+
+@torch.no_grad()
+def _restore(wrapped: Wrapped) -> None:
+    for key, factor in low_rank_factors(wrapped.part, wrapped.layers, wrapped.adapter_name).items():
+        factor.copy_(wrapped.values[key])
+    # Marks of wrapped layers, and there are none any more.
+    part: Any = wrapped.part
+    part.__dict__.pop("peft_config", None)
+    if hasattr(part, "_hf_peft_config_loaded"):
+        part._hf_peft_config_loaded = False

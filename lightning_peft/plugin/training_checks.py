@@ -1,0 +1,211 @@
+"""What is checked by itself when training starts: structure, and what the first step trains."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal, get_args
+
+import torch
+
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, LifecycleError, itemize
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["cheap", "full", "off"]
+
+
+class TrainingChecks:
+    """Runs at the start of training, and then is gone.
+
+    Args:
+        mode: ``"cheap"`` looks at the structure and at the gradients of the first real step;
+            ``"full"`` also runs :func:`lightning_peft.verify` on the first batch before that step.
+
+    Raises:
+        ConfigError: If it is another one.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"verify={mode!r}: choose one of {', '.join(get_args(Mode))}.")
+        self.mode = mode
+        self._full_is_due = False
+        self._first_step: FirstStep | None = None
+
+    def start(self, strategy: Any) -> None:
+        """Checks the structure, and arranges for the rest.
+
+        Raises:
+            LifecycleError: If adapters are lost, switched off or spoilt.
+        """
+        self.stop()
+        if self.mode == "off":
+            return
+        problems = engine.structural_problems(strategy.lightning_module)
+        if problems:
+            raise LifecycleError("The adapters cannot train as they are:" + itemize(problems))
+        self._full_is_due = self.mode == "full"
+        self._first_step = FirstStep(strategy)
+
+    def before_batch(self, strategy: Any, batch: Any) -> None:
+        """Runs the full verification before the first batch.
+
+        Raises:
+            LifecycleError: If a check fails, on any rank.
+        """
+        if self._full_is_due:
+            self._full_is_due = False
+            _verify_on_all_ranks(strategy, batch)
+
+    def stop(self) -> None:
+        """Takes away whatever still waits for a first step."""
+        self._full_is_due = False
+        if self._first_step is not None:
+            self._first_step.stop()
+        self._first_step = None
+
+    def end(self) -> None:
+        """Tells of adapters that no optimizer step ever reached, when training is over."""
+        if self._first_step is not None:
+            self._first_step.tell_of_missing_steps()
+        self.stop()
+
+
+def verify_in(strategy: Any, batch: Any) -> engine.Verification:
+    """Runs :func:`lightning_peft.verify` on a Trainer's module, in the Trainer's precision."""
+
+    def step(module: Any, batch: Any) -> Any:
+        with strategy.precision_plugin.train_step_context():
+            return engine.default_step(module, batch)
+
+    return engine.verify(strategy.lightning_module, batch, step)
+
+
+def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
+    verification = verify_in(strategy, batch)
+    mine = [c for c in verification.checks if c.passed is False]
+    everyone: list[Any] = [mine]
+    if strategy.world_size > 1:
+        everyone = [None] * strategy.world_size
+        # One rank that stops alone leaves the others waiting for it.
+        torch.distributed.all_gather_object(everyone, mine)
+    verification.raise_if_failed()
+    failing = [rank for rank, failed in enumerate(everyone) if failed]
+    if failing:
+        raise LifecycleError(
+            f"The adapters would not train as they should on ranks {failing}; they say why."
+        )
+    if strategy.is_global_zero:
+        doubtful = any("pass step=" in check.detail for check in verification.checks)
+        log.log(logging.WARNING if doubtful else logging.INFO, "verify='full':\n%s", verification)
+
+
+class FirstStep:
+    """Looks at the gradients of the adapters after the first step of each optimizer.
+
+    An optimizer is judged when it has stepped, for the layers whose adapters it holds: with
+    gradient accumulation, manual optimization or a GradScaler that skips, this may be many batches
+    later. Of a fresh adapter one factor is zero, and the gradient of the other one with it, so
+    layers are judged and not tensors.
+    """
+
+    def __init__(self, strategy: Any) -> None:
+        self._strategy = strategy
+        module = strategy.lightning_module
+        self._parts: dict[str, dict[str, list[torch.nn.Parameter]]] = {}
+        for name, entry in engine.require_record(module).parts.items():
+            layers = engine.adapted_layers(module.get_submodule(name))
+            tensors = {
+                entry.qualified(layer_name): [
+                    param
+                    for param in engine.adapter_parameters(layer).values()
+                    if param.requires_grad
+                ]
+                for layer_name, layer in layers.items()
+            }
+            self._parts[name] = {n: params for n, params in tensors.items() if params}
+        self._found: dict[str, str] = {}
+        self._told: set[str] = set()
+        self._handles = {
+            index: optimizer.register_step_post_hook(self._after_step)
+            for index, optimizer in enumerate(strategy.optimizers)
+            if self._layers_of(optimizer)
+        }
+        self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
+
+    def _layers_of(self, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.nn.Parameter]]:
+        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        return {
+            name: params
+            for layers in self._parts.values()
+            for name, params in layers.items()
+            if any(id(param) in held for param in params)
+        }
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        handle = self._handles.pop(self._indices[id(optimizer)], None)
+        if handle is None:
+            return
+        handle.remove()
+        mine = self._layers_of(optimizer)
+        for name, params in mine.items():
+            grads = [param.grad for param in params if param.grad is not None]
+            alive = "alive" if any(bool(grad.any()) for grad in grads) else "zero"
+            self._found.setdefault(name, alive if grads else "none")
+        self._judge()
+
+    def _judge(self) -> None:
+        """Judges the parts of which all layers were seen."""
+        seen = [
+            part
+            for part, layers in self._parts.items()
+            if part not in self._told and layers and not layers.keys() - self._found.keys()
+        ]
+        self._told |= set(seen)
+        unreached = [
+            part
+            for part in seen
+            if all(self._found[layer] == "none" for layer in self._parts[part])
+        ]
+        if unreached:
+            self.stop()
+            module = type(self._strategy.lightning_module).__name__
+            raise LifecycleError(
+                "After the first step, no gradient has reached any adapter on:"
+                + itemize(part or module for part in unreached)
+                + "\nThe loss does not depend on them: they are not called in training_step, run "
+                "under no_grad, or their output is detached. Adapt the submodules that are trained "
+                "(`adapt`); where a later step will reach them, pass verify='off'."
+            )
+        layers = [layer for part in seen for layer in self._parts[part]]
+        idle = [layer for layer in layers if self._found[layer] != "alive"]
+        if idle and self._strategy.is_global_zero:
+            log.warning(
+                "In the first step no gradient reached %d of %d adapted layers: %s%s. That is "
+                "right where the module does not use them, or multiplies them by zero at first; "
+                "lightning_peft.verify looks closer.",
+                len(idle),
+                len(layers),
+                ", ".join(idle[:5]),
+                f" and {len(idle) - 5} more" if len(idle) > 5 else "",
+            )
+
+    def tell_of_missing_steps(self) -> None:
+        """Warns of optimizers that hold adapters and never stepped."""
+        if self._handles and self._strategy.is_global_zero:
+            names = [
+                f"{index} ({type(self._strategy.optimizers[index]).__name__})"
+                for index in self._handles
+            ]
+            log.warning(
+                "Training ended before the first step of optimizer %s: the adapters in it are as "
+                "they were.",
+                ", ".join(names),
+            )
+
+    def stop(self) -> None:
+        """Removes all hooks."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}

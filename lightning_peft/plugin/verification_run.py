@@ -1,0 +1,161 @@
+"""A verification of what a LightningCLI config describes: everything is set up, nothing trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import yaml
+
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.lifecycle import REFUSED_CALLBACKS, Lifecycle
+from lightning_peft.plugin.namespace import namespace_in_use, tree_of
+from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
+
+# What would write, wait or draw; a verification does not.
+_SETTINGS = {
+    "devices": 1,
+    "num_nodes": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+    "fast_dev_run": False,
+    "profiler": None,
+}
+
+
+class _Verified(Exception):
+    """Ends the run where the first step would begin."""
+
+
+def verify_config(
+    arguments: Sequence[str], announce: bool = True
+) -> tuple[str, engine.Verification]:
+    """Builds module, data and Trainer as LightningCLI does, and verifies on the first batch.
+
+    On one device, and without loggers or callbacks besides those of this package. Callbacks that
+    cannot be used with adapters stay, and are refused as in training.
+
+    Args:
+        arguments: The command line of LightningCLI without a subcommand, such as
+            ``["--config", "config.yaml", "--trainer.strategy.r=8"]``.
+        announce: Print what is adapted.
+
+    Returns:
+        The name of the module's class, and the verification.
+
+    Raises:
+        ConfigError: If the config asks for no adapters, or the data gives no batch.
+        LightningPeftError: If the module cannot be adapted.
+        SystemExit: With code 2, if LightningCLI cannot read the arguments.
+    """
+    # As for a script: the user's own modules are beside the config.
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    root = _root_for(arguments)
+    cli = _build(root, list(arguments))
+    lifecycle = _lifecycle_of(cli.trainer)
+    lifecycle.announce = announce
+    # They would raise at the first problem; here all are wanted.
+    lifecycle.checks = TrainingChecks("off")
+    found: list[engine.Verification] = []
+
+    def verify_then_stop(strategy: Any, batch: Any) -> None:
+        found.append(verify_in(strategy, batch))
+        raise _Verified
+
+    lifecycle.checks.before_batch = verify_then_stop  # type: ignore[method-assign]
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path"))
+    except _Verified:
+        return type(cli.model).__name__, found[0]
+    raise ConfigError(
+        "The training data gave no batch to verify with: it is empty, or `max_epochs`, `max_steps` "
+        "or `limit_train_batches` leave nothing of it."
+    )
+
+
+def _root_for(arguments: Sequence[str]) -> str:
+    """Returns the Lightning package that the module of the config belongs to."""
+    path = None
+    parts = [piece for argument in arguments for piece in argument.split("=", 1)]
+    for option, value in zip(parts, parts[1:], strict=False):
+        if option == "--config":
+            path = _class_path_in(value) or path
+        elif option in ("--model", "--model.class_path"):
+            path = value
+    if path is None or "." not in path:
+        return namespace_in_use()
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(f"model.class_path={path!r} cannot be imported: {error}") from error
+    return (tree_of(cls) if isinstance(cls, type) else None) or namespace_in_use()
+
+
+def _class_path_in(file: str) -> str | None:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, yaml.YAMLError):
+        # LightningCLI reads it again and says what is wrong.
+        return None
+    model = content.get("model") if isinstance(content, dict) else None
+    return model.get("class_path") if isinstance(model, dict) else model
+
+
+def _build(root: str, arguments: list[str]) -> Any:
+    lightning_cli = import_module(f"{root}.cli").LightningCLI
+
+    class VerifyCLI(lightning_cli):  # type: ignore[misc, valid-type]
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_argument("--ckpt_path", type=str | None, default=None)
+
+        def before_instantiate_classes(self) -> None:
+            settings = self.config["trainer"]
+            for name, value in _SETTINGS.items():
+                settings[name] = value
+            given = settings["callbacks"] or []
+            given = given if isinstance(given, list) else [given]
+            settings["callbacks"] = [callback for callback in given if _is_kept(callback)]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        try:
+            return VerifyCLI(
+                args=arguments,
+                run=False,
+                save_config_callback=None,
+                parser_kwargs={"prog": "lightning-peft verify"},
+            )
+        except ValueError as error:
+            # jsonargparse puts what a constructor said between all that it tried.
+            said = str(error).partition("\nGiven value type:")[0]
+            raise ConfigError(f"Something of the config cannot be made: {said}") from error
+
+
+def _is_kept(callback: Any) -> bool:
+    module, _, name = str(callback["class_path"]).rpartition(".")
+    cls = getattr(import_module(module), name)
+    names = {base.__name__ for base in cls.__mro__}
+    return bool(names & {*REFUSED_CALLBACKS, "LoRACallback", "QLoRACallback"})
+
+
+def _lifecycle_of(trainer: Any) -> Lifecycle:
+    for owner in (trainer.strategy, *trainer.callbacks):
+        lifecycle = getattr(owner, "lifecycle", None)
+        if isinstance(lifecycle, Lifecycle):
+            return lifecycle
+    raise ConfigError(
+        f"trainer.strategy is {type(trainer.strategy).__name__}, and there is no LoRACallback or "
+        "QLoRACallback: no adapters were asked for. Use "
+        "`strategy: {class_path: lightning_peft.QLoRAStrategy}`, or pass --trainer.strategy=qlora."
+    )

@@ -1,0 +1,442 @@
+"""Each check catches its own fault, seeded into a healthy module, and no check cries wolf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+from models import stack, tiny_llama, token_batch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine import quantized_layers
+from lightning_peft.engine.in_place import InPlace
+from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.errors import LifecycleError
+
+from .test_verification import (
+    ACT,
+    CHECKPOINT,
+    FILES,
+    IN_PLACE,
+    NF4,
+    NO_OP,
+    REACH,
+    SAME,
+    THROUGH,
+    UNCHANGED,
+    detail,
+    results,
+)
+
+
+def failed(verification: Any) -> set[str]:
+    return {name for name, passed in results(verification).items() if passed is False}
+
+
+def adapted(model: nn.Module, **settings: Any) -> nn.Module:
+    lightning_peft.inject(model, **{"r": 2, **settings})
+    return model
+
+
+# --- gradients and evaluation passes ------------------------------------------------------------
+
+
+def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes' repacking: the first evaluation cuts the way back, without a sign of it."""
+    sound = quantized_layers.FourBitLayer.forward
+
+    def repacking(self: Any, input: Tensor) -> Tensor:
+        if not (self.training or torch.is_grad_enabled()):
+            self.repacked = True
+        return sound(self, input.detach() if hasattr(self, "repacked") else input)
+
+    model = adapted(stack(), quantization_config=NF4)
+    monkeypatch.setattr(quantized_layers.FourBitLayer, "forward", repacking)
+    verification = lightning_peft.verify(model, torch.randn(3, 96))
+    assert failed(verification) == {THROUGH, SAME}
+    # The upper layer's own adapter still gets the gradient that it should.
+    assert detail(verification, SAME) == (
+        "changed: first.lora_A.default.weight, first.lora_B.default.weight"
+    )
+    assert not hasattr(model.first, "repacked")
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks on other processors only")
+def test_bitsandbytes_own_repacking_is_caught() -> None:
+    model = stack()
+    # With a bias the training step fails by itself, which nobody overlooks.
+    model.second = nn.Linear(64, 96, bias=False)
+    layer: Any = adapted(model, quantization_config=NF4).second
+    # What its own Linear4bit does in an evaluation; the layers here never do.
+    layer._parameters["weight"].data, layer._parameters["weight"].quant_state = (
+        _convert_weight_packed_for_cpu(
+            layer._parameters["weight"].data, layer._parameters["weight"].quant_state
+        )
+    )
+    assert engine.structural_problems(model) == [
+        "second: bitsandbytes repacked the weight in an evaluation, and passes no gradients "
+        "through it any more"
+    ]
+    verification = lightning_peft.verify(model, torch.randn(3, 96))
+    assert failed(verification) == {IN_PLACE, THROUGH}
+    assert detail(verification, THROUGH) == "wrong at: second"
+
+
+def test_a_step_that_does_not_repeat_itself_is_no_fault() -> None:
+    model, calls = adapted(stack()), []
+
+    def step(module: nn.Module, batch: Tensor) -> Tensor:
+        calls.append(1)
+        return module(batch).pow(2).mean() * len(calls)
+
+    assert results(lightning_peft.verify(model, torch.randn(3, 96), step))[SAME] is None
+
+
+# --- train and eval -----------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Layers with a fast path for evaluation that reads weights and calls no layer."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=dropout, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x))
+
+
+def test_a_fast_path_past_the_adapters_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(Encoder(), target_modules=["linear1", "linear2"])
+    batch = torch.randn(2, 4, 16)
+    assert lightning_peft.verify(model, batch).passed
+    stored = property(lambda layer: layer._parameters["weight"])
+    monkeypatch.setattr(InPlace, "weight", stored)
+    verification = lightning_peft.verify(model, batch)
+    assert failed(verification) == {ACT}
+    assert detail(verification, ACT) == (
+        "evaluation reads the weight without the adapter: encoder.layers.0.linear1, "
+        "encoder.layers.0.linear2"
+    )
+
+
+def test_adapters_that_are_ignored_in_eval_mode_are_caught(monkeypatch: Any) -> None:
+    sound = LoraLayer.running
+    monkeypatch.setattr(LoraLayer, "running", lambda layer: sound(layer) if layer.training else [])
+    verification = lightning_peft.verify(adapted(stack()), torch.randn(3, 96))
+    assert ACT in failed(verification)
+    assert detail(verification, ACT) == "called without effect in eval mode: first, second"
+
+
+class Copying(nn.Module):
+    """Evaluates with a copy of a weight that it made once."""
+
+    def __init__(self, early: bool) -> None:
+        super().__init__()
+        self.inner, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 2)
+        self.copy = self.inner.weight.detach().clone() if early else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.head(self.inner(self.other(x)))
+        if self.copy is None:
+            self.copy = self.inner.weight.detach().clone()
+        return self.head(F.linear(self.other(x), self.copy, self.inner.bias))
+
+
+def test_a_stale_copy_of_a_weight_is_caught() -> None:
+    model = adapted(Copying(early=False))
+    verification = lightning_peft.verify(model, torch.randn(3, 8))
+    assert failed(verification) == {ACT}
+    assert detail(verification, ACT) == "evaluation keeps a copy of an old weight: inner"
+    assert model.copy is None
+
+
+def test_a_layer_that_only_training_uses_is_told() -> None:
+    """It may be an auxiliary loss, which is right, or a copy from before the adapters."""
+    verification = lightning_peft.verify(adapted(Copying(early=True)), torch.randn(3, 8))
+    assert results(verification)[ACT] is None
+    assert "used in training only: inner" in detail(verification, ACT)
+    alone = adapted(Copying(early=True), target_modules=["inner"])
+    verification = lightning_peft.verify(alone, torch.randn(3, 8))
+    assert failed(verification) == {ACT}
+    assert detail(verification, ACT) == "evaluation uses none of the adapted layers"
+
+
+# --- the base -----------------------------------------------------------------------------------
+
+
+def test_a_step_that_changes_the_base_is_caught() -> None:
+    """A head that shares its memory with a frozen weight: the optimizer writes to both."""
+    model = adapted(stack())
+    model.head.weight.data = model.second._parameters["weight"].data.view(-1)[:960].view(10, 96)
+    before = model.second._parameters["weight"].clone()
+    verification = lightning_peft.verify(model, torch.randn(3, 96))
+    assert failed(verification) == {UNCHANGED}
+    assert detail(verification, UNCHANGED) == "changed: second.weight"
+    assert not torch.equal(model.second._parameters["weight"], before + 1)
+
+
+class Drifting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        self.norm.running_mean += 1e-6
+        return self.head(self.norm(hidden))
+
+
+def test_frozen_statistics_that_change_are_caught() -> None:
+    model = adapted(Drifting())
+    assert results(lightning_peft.verify(model, torch.randn(4, 8)))[UNCHANGED] is True
+    model.norm.eval()
+    verification = lightning_peft.verify(model, torch.randn(4, 8))
+    assert failed(verification) == {UNCHANGED}
+    assert detail(verification, UNCHANGED) == "changed: norm.running_mean"
+
+
+def test_a_change_below_bfloat16_is_caught() -> None:
+    model = adapted(stack())
+
+    def step(module: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            stored = module.first._parameters["weight"]
+            stored[0, 0] = stored[0, 0].nextafter(torch.tensor(9.0))
+        return module(batch).pow(2).mean()
+
+    assert UNCHANGED in failed(lightning_peft.verify(model, torch.randn(3, 96), step))
+
+
+# --- saving and loading -------------------------------------------------------------------------
+
+
+class Forgetful(nn.Module):
+    """Takes a key out of its state, as code that strips prefixes or filters names may."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        self.key = key
+        self.inner = stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in state.items() if not name.endswith(self.key)}
+
+
+@pytest.mark.parametrize("key", ["second.lora_B.default.weight", "head.bias"])
+def test_a_checkpoint_that_loses_a_key_is_caught(key: str) -> None:
+    verification = lightning_peft.verify(adapted(Forgetful(key), adapt="inner"), torch.rand(3, 96))
+    assert failed(verification) == {CHECKPOINT}
+    assert detail(verification, CHECKPOINT) == f"not given back: inner.{key}"
+
+
+def test_adapter_files_that_lose_a_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(stack(), modules_to_save=["head"])
+    assert lightning_peft.verify(model, torch.randn(3, 96)).passed
+    monkeypatch.setattr("lightning_peft.engine.adapter_format.saved_modules", lambda *args: [])
+    verification = lightning_peft.verify(model, torch.randn(3, 96))
+    assert failed(verification) == {FILES}
+    assert detail(verification, FILES) == "not given back: head.weight, head.bias"
+
+
+def test_several_adapters_and_rewritten_bases_go_through_files() -> None:
+    model = adapted(stack())
+    lightning_peft.inject(model, r=3, adapter_name="second", target_modules=["first"])
+    verification = lightning_peft.verify(model, torch.randn(3, 96))
+    assert verification.passed
+    assert detail(verification, FILES).startswith("8 tensors, bit for bit")
+    assert engine.require_record(model).active == ("default",)
+    assert not model.first.lora_B["second"].weight.requires_grad
+    assert model.first.lora_B["default"].weight.requires_grad
+    rewritten = adapted(stack(), init_lora_weights="pissa")
+    verification = lightning_peft.verify(rewritten, torch.randn(3, 96))
+    assert verification.passed, verification
+    assert results(verification)[FILES] is None
+    assert results(verification)[NO_OP] is None
+
+
+# --- structure ----------------------------------------------------------------------------------
+
+
+def switch_off(model: Any) -> None:
+    model.first.lora_enabled = False
+
+
+def replace_layer(model: Any) -> None:
+    model.first = nn.Linear(96, 64)
+
+
+def spoil(model: Any) -> None:
+    with torch.no_grad():
+        model.first.lora_A["default"].weight[0, 0] = float("nan")
+
+
+def move_away(model: Any) -> None:
+    model.first.lora_A.to("meta")
+
+
+def make_dense(model: Any) -> None:
+    model.first.__class__ = nn.Linear
+
+
+STRUCTURE = [
+    (switch_off, "first: the adapter is switched off"),
+    (replace_layer, "first: has no adapter any more"),
+    (spoil, "first.lora_A.default.weight: has values that are not finite"),
+    (move_away, "first.lora_A.default.weight: is on meta and its layer on cpu"),
+    (make_dense, "first: is not quantized any more"),
+]
+
+
+@pytest.mark.parametrize(("fault", "problem"), STRUCTURE)
+def test_faults_are_seen_without_a_pass(fault: Any, problem: str) -> None:
+    model = adapted(stack(), quantization_config=NF4)
+    assert engine.structural_problems(model) == []
+    fault(model)
+    assert problem in engine.structural_problems(model)
+
+
+def test_structure_is_part_of_the_verification() -> None:
+    model = adapted(stack())
+    switch_off(model)
+    assert IN_PLACE in failed(lightning_peft.verify(model, torch.randn(3, 96)))
+
+
+# --- no false alarms ----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, dropout=0.2, batch_first=True)
+        self.norm, self.inner, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(self.norm(x + self.attention(x, x, x)[0])))
+
+
+class Mixed(nn.Module):
+    """Batch norm, dropout, a counter, a cache, an LSTM and a GRU beside linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.lstm, self.gru = nn.LSTM(16, 16, batch_first=True), nn.GRU(16, 16, batch_first=True)
+        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.3)
+        self.head = nn.Linear(16, 3)
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(self.calls)
+        x = self.norm(self.dropout(torch.relu(self.first(x))))
+        x = self.lstm(x)[0] + self.gru(x)[0]
+        return self.head(F.dropout(self.second(x), 0.2, self.training))
+
+
+class Auxiliary(nn.Module):
+    """A layer that serves training alone, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aid, self.unused = nn.Linear(16, 16), nn.Linear(16, 3), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.body(x))
+        return self.head(hidden) + (self.aid(hidden) if self.training else 0)
+
+
+class Convolutions(nn.Module):
+    """Convolutions, one of them transposed, and an embedding beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 16)
+        self.first, self.second = nn.Conv1d(4, 8, 3, padding=1), nn.ConvTranspose1d(8, 4, 3)
+        self.norm, self.inner, self.head = nn.BatchNorm1d(4), nn.Linear(18, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.embedding((x[:, 0, :1] * 3).long().abs() % 7)
+        return self.head(self.inner(self.norm(self.second(torch.relu(self.first(x))))))
+
+
+HEALTHY = {
+    "convolutions": Convolutions,
+    "encoder": Encoder,
+    "attention": Attention,
+    "mixed": Mixed,
+    "auxiliary": Auxiliary,
+}
+
+
+@pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_no_false_alarm(kind: str, quantized: dict) -> None:
+    everything = {"target_modules": ["embedding", "first", "second", "inner"]}
+    targets = everything if kind == "convolutions" else {}
+    model = adapted(HEALTHY[kind](), lora_dropout=0.2, **targets, **quantized)
+    verification = lightning_peft.verify(model, torch.randn(3, 4, 16))
+    assert verification.passed, verification
+    doubtful = {name for name, passed in results(verification).items() if passed is None}
+    expected = (set() if quantized else {THROUGH}) | ({ACT} if kind == "auxiliary" else set())
+    assert doubtful == expected
+    assert results(verification)[REACH] is True
+
+
+def test_plain_attributes_are_put_back() -> None:
+    model = adapted(Mixed())
+    model(torch.randn(3, 4, 16))
+    seen = model.seen
+    lightning_peft.verify(model, torch.randn(3, 4, 16))
+    assert model.calls == 1
+    assert model.seen is seen
+    assert seen == [1]
+
+
+def test_a_number_of_passes_that_does_not_grow() -> None:
+    counts = []
+    for layers in (1, 3):
+        model, calls = adapted(tiny_llama(layers=layers)), []
+
+        def step(module: nn.Module, batch: Any, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return module(**batch).loss
+
+        assert lightning_peft.verify(model, token_batch(), step).passed
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 12
+
+
+def test_compiled_modules_are_checked_as_written() -> None:
+    model = adapted(stack())
+    batch = torch.randn(3, 96)
+    compiled = torch.compile(model, backend="eager")
+    model.eval()
+    with torch.no_grad():
+        compiled(batch)
+    verification = lightning_peft.verify(model, batch, lambda _, x: compiled(x).pow(2).mean())
+    assert verification.passed, verification
+    assert results(verification)[ACT] is True
+
+
+def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = LoraLayer.running
+    monkeypatch.setattr(LoraLayer, "running", lambda layer: sound(layer) if layer.training else [])
+    model = adapted(Drifting())
+    model.norm.eval()
+    with pytest.raises(LifecycleError, match=f"{ACT}(.|\n)*{UNCHANGED}"):
+        lightning_peft.verify(model, torch.randn(4, 8)).raise_if_failed()
