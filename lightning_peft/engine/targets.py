@@ -65,8 +65,8 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
         problems = [
             f"nothing to adapt in {name or type(part).__name__}: {_kinds(part)}. Heads, and "
             "layers that `exclude_modules` or `modules_to_save` name or `layers_to_transform` "
-            "leaves out, get no adapter. Name layers in `target_modules`, or the submodules that "
-            "are meant in `adapt`"
+            f"leaves out, get no adapter{_recurrent(part)}. Name layers in `target_modules`, or "
+            "the submodules that are meant in `adapt`"
             for name, part in parts.items()
             if not found[name]
         ]
@@ -127,6 +127,15 @@ def _layers(part: nn.Module) -> dict[str, list[str]]:
 def _kinds(part: nn.Module) -> str:
     kinds = sorted({type(part.get_submodule(name)).__name__ for name in _layers(part)})
     return "its layers are of the kinds " + (", ".join(kinds) or "none with parameters")
+
+
+def _recurrent(part: nn.Module) -> str:
+    if not any(isinstance(child, nn.RNNBase) for child in part.modules()):
+        return ""
+    return (
+        ", and recurrent layers cannot have one: where nothing else is worth adapting, train in "
+        "full, with Lightning's own strategies"
+    )
 
 
 def _is_suffix(entry: str, name: str) -> bool:

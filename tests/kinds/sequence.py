@@ -329,8 +329,8 @@ KINDS = [
         BareLSTM,
         series,
         refused={
-            "lora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear",
-            "qlora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear",
+            "lora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear(.|\n)*train in full",
+            "qlora": r"nothing to adapt in BareLSTM(.|\n)*LSTM, Linear(.|\n)*train in full",
         },
         note="no layer that a low-rank adapter goes on; train it with Lightning's own strategies",
     ),
