@@ -397,6 +397,35 @@ def test_no_false_alarm(kind: str, quantized: dict) -> None:
     assert results(verification)[REACH] is True
 
 
+class Distilling(nn.Module):
+    """A teacher beside the adapted part that moves with every training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = stack()
+        self.teacher = nn.Linear(96, 10).requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.9).add_(self.student.head.weight, alpha=0.1)
+        self.log_dict({"teacher": self.teacher.weight.norm()})
+        return (self.student(batch) - self.teacher(batch)).pow(2).mean()
+
+    def log_dict(self, values: dict[str, Tensor]) -> None:
+        raise RuntimeError("a verification logs nothing")
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_a_teacher_that_moves_is_no_fault_and_is_put_back(own_step: bool) -> None:
+    model = adapted(Distilling(), adapt="student")
+    before = model.teacher.weight.clone()
+    step = (lambda module, batch: module.training_step(batch, 0)) if own_step else None
+    verification = lightning_peft.verify(model, torch.randn(3, 96), step)
+    assert verification.passed, verification
+    assert results(verification)[SAME] is True
+    assert torch.equal(model.teacher.weight, before)
+
+
 def test_plain_attributes_are_put_back() -> None:
     model = adapted(Mixed())
     model(torch.randn(3, 4, 16))
