@@ -4,7 +4,8 @@
 a random sharded Llama to a temporary folder, loads it as bfloat16 in one fresh process per method,
 and prints the peak of anonymous memory (private pages; the memory-mapped file is not counted) above
 what the imports take, as a ratio to the size of the weights in 16 bits, and of the linear layers in
-4 bits. ``by_transformers`` lets ``from_pretrained`` quantize; ``qlora`` leaves it to the strategy.
+4 bits. ``by_transformers`` lets ``from_pretrained`` quantize, ``dense_first`` loads dense weights
+that the strategy quantizes, and ``qlora`` lets the strategy choose.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METHODS = ("plain", "lora", "qlora", "by_transformers")
+METHODS = ("plain", "lora", "qlora", "dense_first", "by_transformers")
 
 
 def anonymous_bytes() -> int:
@@ -62,20 +63,22 @@ def load(method: str, folder: str, results: Any) -> None:
     from lightning_peft.tasks.causal_lm import CausalLM
 
     assert engine.inject  # everything that the imports cost is paid before the measurement
-    strategies = {"lora": LoRAStrategy, "qlora": QLoRAStrategy, "by_transformers": QLoRAStrategy}
-    strategy: Any = strategies[method]() if method in strategies else "auto"
+    strategy: Any = "auto" if method == "plain" else QLoRAStrategy()
+    if method == "lora":
+        strategy = LoRAStrategy()
+    own: dict[str, Any] = {"device_map": {"": "cpu"}}
+    if method == "by_transformers":
+        own["quantization_config"] = engine.quantization_config(bnb_4bit_compute_dtype="bfloat16")
 
-    class ByTransformers(CausalLM):
+    class InItsOwnWay(CausalLM):
         def configure_model(self) -> None:
-            settings = engine.quantization_config(bnb_4bit_compute_dtype="bfloat16")
-            self.model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="bfloat16", device_map={"": "cpu"}, quantization_config=settings
-            )
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16", **own)
 
     trainer = pytorch_lightning.Trainer(
         strategy=strategy, devices=1, logger=False, enable_checkpointing=False
     )
-    task = (ByTransformers if method == "by_transformers" else CausalLM)(folder, dtype="bfloat16")
+    kind = InItsOwnWay if method in ("dense_first", "by_transformers") else CausalLM
+    task = kind(folder, dtype="bfloat16")
     before = anonymous_bytes()
     peak = before
     running = True

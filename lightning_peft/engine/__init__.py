@@ -53,6 +53,9 @@ if TYPE_CHECKING:
         quantization_config,
         quantization_to_dict,
     )
+    from lightning_peft.engine.quantized_loading import (
+        loading_for_injection,
+    )
     from lightning_peft.engine.record import (
         record_of,
         require_record,
@@ -125,6 +128,7 @@ _HOMES = {
         "quantization_config",
         "quantization_to_dict",
     ),
+    "quantized_loading": ("loading_for_injection",),
     "record": (
         "record_of",
         "require_record",
@@ -174,6 +178,7 @@ __all__ = [
     "inject_as_described",
     "load_adapter",
     "load_trainable_state_dict",
+    "loading_for_injection",
     "lora_config",
     "merge",
     "optimizer_names",

@@ -32,7 +32,8 @@ from lightning_peft.engine.parts import inside
 from lightning_peft.engine.planning import PartPlan, Request, make_plans
 from lightning_peft.engine.quantization import adopt_quantized, quantize
 from lightning_peft.engine.quantization_settings import quantization_to_dict
-from lightning_peft.engine.quantized_layers import is_quantized, storage_bytes
+from lightning_peft.engine.quantized_layers import is_quantized
+from lightning_peft.engine.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.record import (
     AdapterInfo,
     PartRecord,
@@ -171,10 +172,13 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
     quantized = [*already, *plan.quantize]
     return PartRecord(
         name=plan.name,
-        base=fingerprint(
-            (name, param)
-            for name, param in part.named_parameters()
-            if not inside(name, [*plan.heads, *plan.saved])
+        base=base_fingerprint(
+            part,
+            (
+                (name, param)
+                for name, param in part.named_parameters()
+                if not inside(name, [*plan.heads, *plan.saved])
+            ),
         ),
         base_id={
             "name_or_path": getattr(source, "_name_or_path", None) or None,
@@ -182,9 +186,7 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
         },
         quantized=quantized,
         quantization=quantization_to_dict(config),
-        dense_bytes=sum(
-            storage_bytes(parameter(part.get_submodule(name), "weight")) for name in quantized
-        ),
+        dense_bytes=sum(dense_bytes(part.get_submodule(name)) for name in quantized),
         heads=plan.heads,
         saved=plan.saved,
     )

@@ -86,7 +86,15 @@ class Lifecycle:
         # A function, not a callable object: Lightning compares code objects to see an override.
         def configure_model() -> None:
             self.uninstall()
-            module.configure_model()
+            asked = self.injection
+            with engine.loading_for_injection(
+                module,
+                asked.peft_config,
+                asked.quantization_config,
+                asked.adapt,
+                strategy.root_device,
+            ):
+                module.configure_model()
             # Again: the module may have brought callbacks of its own since.
             self._refuse(module, strategy)
             with _default_dtype_and_device():
