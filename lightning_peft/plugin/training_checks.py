@@ -56,7 +56,13 @@ class TrainingChecks:
         """
         if self._full_is_due:
             self._full_is_due = False
-            _verify_on_all_ranks(strategy, batch)
+            if batch is None:
+                log.warning(
+                    "verify='full': training_step fetches its batches itself (dataloader_iter), so "
+                    "there is none to verify with. Call lightning_peft.verify(module, batch, step)."
+                )
+            else:
+                _verify_on_all_ranks(strategy, batch)
 
     def stop(self) -> None:
         """Takes away whatever still waits for a first step."""

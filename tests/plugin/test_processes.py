@@ -115,6 +115,13 @@ def test_another_base_on_one_rank_is_found_by_all(ranks):
         assert "model.model.layers.1.mlp.up_proj.weight" in rank["other base"]
 
 
+def test_a_failed_verification_stops_all_ranks(ranks):
+    assert ranks[0]["verification"] == (
+        "The adapters would not train as they should on ranks [1]; they say why."
+    )
+    assert "called without effect in eval mode" in ranks[1]["verification"]
+
+
 KILLED = """
 import os, random, signal
 from pathlib import Path

@@ -274,6 +274,18 @@ def test_full_on_a_step_that_logs_and_asks_the_trainer(tmp_path, told):
     assert set(run.logged_metrics) == {"loss", "rate"}
 
 
+def test_full_has_no_batch_where_the_step_fetches_its_own(tmp_path, told):
+    class Fetching(task_class(ROOTS[0])):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return super().training_step(batch, 0)
+
+    module = Fetching()
+    fit(module, tmp_path, verify="full")
+    assert len(module.losses) == 6
+    assert ["there is none to verify with" in text for text in told()] == [True]
+
+
 def test_modules_without_a_trainer_say_what_is_missing():
     class Asking(task_class(ROOTS[0])):
         def training_step(self, batch, batch_idx):
