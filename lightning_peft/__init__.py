@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.plugin.registration import register
 
 if TYPE_CHECKING:
-    from lightning_peft.engine.adapter_files import load_adapter as load_adapter
-    from lightning_peft.engine.adapter_files import save_adapter as save_adapter
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
+    from lightning_peft.engine.files.adapter_files import load_adapter as load_adapter
+    from lightning_peft.engine.files.adapter_files import save_adapter as save_adapter
     from lightning_peft.engine.injection import inject as inject
     from lightning_peft.engine.merging import merge as merge
     from lightning_peft.engine.merging import unload as unload
     from lightning_peft.engine.merging import unmerge as unmerge
     from lightning_peft.engine.reporting import report as report
-    from lightning_peft.engine.verification import verify as verify
+    from lightning_peft.engine.verification.verify import verify as verify
     from lightning_peft.plugin.callbacks import LoRACallback as LoRACallback
     from lightning_peft.plugin.callbacks import QLoRACallback as QLoRACallback
     from lightning_peft.plugin.loading import load_from_checkpoint as load_from_checkpoint
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "engine.adapter_files": ("load_adapter", "save_adapter"),
+    "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
     "engine.merging": ("merge", "unload", "unmerge"),
     "engine.reporting": ("report",),
-    "engine.verification": ("verify",),
+    "engine.verification.verify": ("verify",),
     "plugin.callbacks": ("LoRACallback", "QLoRACallback"),
     "plugin.loading": ("load_from_checkpoint",),
     "plugin.namespace": ("use_namespace",),

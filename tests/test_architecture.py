@@ -59,7 +59,7 @@ class Source:
 
     @property
     def room(self) -> str:
-        """First part of the name below the root: ``engine`` for ``lightning_peft.engine.lora``."""
+        """First part of the name below the root, such as ``engine``."""
         return room_of(self.name)
 
     @property

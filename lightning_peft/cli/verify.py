@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from lightning_peft.errors import ConfigError, LightningPeftError
 
 if TYPE_CHECKING:
-    from lightning_peft.engine.checks import Verification
+    from lightning_peft.engine.verification.result import Verification
 
 ABOUT = "Check the adapters of a LightningCLI config on its first batch, without training."
 _MORE = """\

@@ -9,14 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_peft.engine.activation_checkpointing import (
-        checkpoint_activations,
-    )
-    from lightning_peft.engine.adapter_files import (
-        load_adapter,
-        packed_adapters,
-        save_adapter,
-    )
     from lightning_peft.engine.adapters import (
         adapted_layers,
         adapter_parameters,
@@ -25,36 +17,48 @@ if TYPE_CHECKING:
         set_adapter,
         trained_parameters,
     )
-    from lightning_peft.engine.checks import (
-        Verification,
-    )
     from lightning_peft.engine.configuration import (
         DECISIVE_FIELDS,
         as_peft_config,
         config_to_dict,
         lora_config,
     )
+    from lightning_peft.engine.files.adapter_files import (
+        load_adapter,
+        packed_adapters,
+        save_adapter,
+    )
+    from lightning_peft.engine.files.state import (
+        check_description,
+        describe,
+        inject_as_described,
+        load_trainable_state_dict,
+        trainable_state_dict,
+    )
     from lightning_peft.engine.injection import (
         inject,
     )
-    from lightning_peft.engine.merging import (
-        merge,
-        unload,
-        unmerge,
+    from lightning_peft.engine.memory.activation_checkpointing import (
+        checkpoint_activations,
     )
-    from lightning_peft.engine.optimizers import (
+    from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
         check_same_optimizers,
         optimizer_names,
         replace_optimizers,
         restore_paging,
     )
+    from lightning_peft.engine.memory.quantized_loading import (
+        loading_for_injection,
+    )
+    from lightning_peft.engine.merging import (
+        merge,
+        unload,
+        unmerge,
+    )
     from lightning_peft.engine.quantization_settings import (
         quantization_config,
         quantization_to_dict,
-    )
-    from lightning_peft.engine.quantized_loading import (
-        loading_for_injection,
     )
     from lightning_peft.engine.record import (
         record_of,
@@ -65,33 +69,29 @@ if TYPE_CHECKING:
         report,
         show,
     )
-    from lightning_peft.engine.state import (
-        check_description,
-        describe,
-        inject_as_described,
-        load_trainable_state_dict,
-        trainable_state_dict,
-    )
-    from lightning_peft.engine.structure import (
-        structural_problems,
-    )
-    from lightning_peft.engine.targets import (
+    from lightning_peft.engine.selection.targets import (
         resolve_targets,
-    )
-    from lightning_peft.engine.trial import (
-        default_step,
     )
     from lightning_peft.engine.twins import (
         check_followers,
         freeze_left_out,
     )
-    from lightning_peft.engine.verification import (
+    from lightning_peft.engine.verification.result import (
+        Verification,
+    )
+    from lightning_peft.engine.verification.structure import (
+        structural_problems,
+    )
+    from lightning_peft.engine.verification.trial import (
+        default_step,
+    )
+    from lightning_peft.engine.verification.verify import (
         verify,
     )
 
 _HOMES = {
-    "activation_checkpointing": ("checkpoint_activations",),
-    "adapter_files": (
+    "memory.activation_checkpointing": ("checkpoint_activations",),
+    "files.adapter_files": (
         "load_adapter",
         "packed_adapters",
         "save_adapter",
@@ -104,7 +104,7 @@ _HOMES = {
         "set_adapter",
         "trained_parameters",
     ),
-    "checks": ("Verification",),
+    "verification.result": ("Verification",),
     "configuration": (
         "DECISIVE_FIELDS",
         "as_peft_config",
@@ -117,7 +117,7 @@ _HOMES = {
         "unload",
         "unmerge",
     ),
-    "optimizers": (
+    "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",
         "optimizer_names",
@@ -128,7 +128,7 @@ _HOMES = {
         "quantization_config",
         "quantization_to_dict",
     ),
-    "quantized_loading": ("loading_for_injection",),
+    "memory.quantized_loading": ("loading_for_injection",),
     "record": (
         "record_of",
         "require_record",
@@ -138,7 +138,7 @@ _HOMES = {
         "report",
         "show",
     ),
-    "state": (
+    "files.state": (
         "check_description",
         "default_step",
         "describe",
@@ -146,14 +146,14 @@ _HOMES = {
         "load_trainable_state_dict",
         "trainable_state_dict",
     ),
-    "structure": ("structural_problems",),
-    "targets": ("resolve_targets",),
+    "verification.structure": ("structural_problems",),
+    "selection.targets": ("resolve_targets",),
     "twins": (
         "check_followers",
         "freeze_left_out",
     ),
-    "trial": ("default_step",),
-    "verification": ("verify",),
+    "verification.trial": ("default_step",),
+    "verification.verify": ("verify",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 

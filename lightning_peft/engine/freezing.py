@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.parts import inside
 from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.selection.parts import inside
 
 
 def freeze_base(

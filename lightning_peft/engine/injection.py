@@ -22,18 +22,16 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
-from lightning_peft.engine.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.freezing import freeze_base
-from lightning_peft.engine.in_place import parameter
-from lightning_peft.engine.layer_kinds import CONVOLUTIONS, TRANSPOSED
-from lightning_peft.engine.lora import attach, low_rank_factors
-from lightning_peft.engine.parts import inside
-from lightning_peft.engine.planning import PartPlan, Request, make_plans
-from lightning_peft.engine.quantization import adopt_quantized, quantize
+from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
+from lightning_peft.engine.layers.lora import attach, low_rank_factors
+from lightning_peft.engine.layers.quantization import adopt_quantized, quantize
+from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.quantization_settings import quantization_to_dict
-from lightning_peft.engine.quantized_layers import is_quantized
-from lightning_peft.engine.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.record import (
     AdapterInfo,
     PartRecord,
@@ -43,7 +41,9 @@ from lightning_peft.engine.record import (
     set_record,
 )
 from lightning_peft.engine.reporting import Report, report
-from lightning_peft.engine.targets import PATTERN_FIELDS, patterns_for
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans
+from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.twins import find_twins, follow
 from lightning_peft.engine.wrapped import check_asked, find_wrapped, taken_off
 from lightning_peft.errors import ConfigError, UnsupportedError

@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapted_layers_of
-from lightning_peft.engine.in_place import parameter
-from lightning_peft.engine.lora import LoraLayer, detach, wide_dtype, without_adapters
-from lightning_peft.engine.quantization import make_dense, make_quantized, requantized
-from lightning_peft.engine.quantized_layers import FourBitLayer, QuantizedLayer, is_quantized
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.lora import LoraLayer, detach, wide_dtype, without_adapters
+from lightning_peft.engine.layers.quantization import make_dense, make_quantized, requantized
+from lightning_peft.engine.layers.quantized import FourBitLayer, QuantizedLayer, is_quantized
 from lightning_peft.engine.record import require_record, set_record
 from lightning_peft.engine.twins import unfollow
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize

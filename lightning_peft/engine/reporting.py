@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.in_place import parameter
-from lightning_peft.engine.parts import inside as lies_inside
-from lightning_peft.engine.quantized_layers import element_count, storage_bytes
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.quantized import element_count, storage_bytes
 from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.engine.selection.parts import inside as lies_inside
 
 
 @dataclass

@@ -15,11 +15,11 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.fingerprint import fingerprint
-from lightning_peft.engine.in_place import Extended, extend, parameter, retract
-from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.lora import LoraLayer
-from lightning_peft.engine.parts import inside
+from lightning_peft.engine.layers.in_place import Extended, extend, parameter, retract
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import Twin, require_record
+from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError
 
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)

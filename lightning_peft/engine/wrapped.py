@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.configuration import as_peft_config, changes_base, config_differences
 from lightning_peft.engine.configuration import config_to_dict as fields_of
-from lightning_peft.engine.lora import low_rank_factors
-from lightning_peft.engine.parts import inside
+from lightning_peft.engine.layers.lora import low_rank_factors
+from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
 

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft import engine
-from lightning_peft.engine.activation_checkpointing import CheckpointedBlock
+from lightning_peft.engine.memory.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import UnsupportedError
 
 WIDTH = 16

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.in_place import parameter
-from lightning_peft.engine.lora import LoraConvolution
-from lightning_peft.engine.quantization import quantize
-from lightning_peft.engine.quantized_layers import FourBitConvolution
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.lora import LoraConvolution
+from lightning_peft.engine.layers.quantization import quantize
+from lightning_peft.engine.layers.quantized import FourBitConvolution
 from lightning_peft.errors import TargetModulesError, UnsupportedError
 
 from .reference import copy_adapter, peft_model, randomize, relative_error

@@ -15,7 +15,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.lora import LoraEmbedding
+from lightning_peft.engine.layers.lora import LoraEmbedding
 from lightning_peft.errors import UnsupportedError
 
 from .reference import copy_adapter, output_of, peft_model, randomize, relative_error

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.in_place import InPlace, class_from, extend, recipe_of, retract
+from lightning_peft.engine.layers.in_place import InPlace, class_from, extend, recipe_of, retract
 
 from .reference import output_of, randomize
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
-from lightning_peft.engine.lora import LoraLayer, detach
+from lightning_peft.engine.layers.lora import LoraLayer, detach
 
 from .reference import copy_adapter, output_of, peft_model, randomize, relative_error
 

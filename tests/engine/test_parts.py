@@ -15,7 +15,7 @@ from transformers import (
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.parts import (
+from lightning_peft.engine.selection.parts import (
     base_modules,
     find_heads,
     find_parts,

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.quantization import (
+from lightning_peft.engine.layers.quantization import (
     adopt_quantized,
     make_dense,
     make_quantized,
@@ -20,7 +20,7 @@ from lightning_peft.engine.quantization import (
     requantized,
     why_not,
 )
-from lightning_peft.engine.quantized_layers import EightBitLayer, FourBitLayer, is_quantized
+from lightning_peft.engine.layers.quantized import EightBitLayer, FourBitLayer, is_quantized
 from lightning_peft.errors import UnsupportedError
 
 from .reference import relative_error

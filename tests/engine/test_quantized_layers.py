@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.quantization import quantize
-from lightning_peft.engine.quantized_layers import (
+from lightning_peft.engine.layers.quantization import quantize
+from lightning_peft.engine.layers.quantized import (
     FourBitLayer,
     element_count,
     quantization_constants,

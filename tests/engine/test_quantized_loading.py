@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lightning_peft import engine
-from lightning_peft.engine.quantized_layers import is_quantized
+from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.errors import UnsupportedError
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft.engine.configuration import lora_config
-from lightning_peft.engine.targets import (
+from lightning_peft.engine.selection.targets import (
     compact,
     near_names,
     resolve_saved_modules,

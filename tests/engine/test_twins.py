@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.in_place import parameter
+from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.twins import find_twins
 from lightning_peft.errors import LifecycleError
 

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine import quantized_layers
-from lightning_peft.engine.in_place import InPlace
-from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.layers import quantized
+from lightning_peft.engine.layers.in_place import InPlace
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import LifecycleError
 
 from .test_verification import (
@@ -48,7 +48,7 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 
 def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' repacking: the first evaluation cuts the way back, without a sign of it."""
-    sound = quantized_layers.FourBitLayer.forward
+    sound = quantized.FourBitLayer.forward
 
     def repacking(self: Any, input: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
@@ -56,7 +56,7 @@ def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyP
         return sound(self, input.detach() if hasattr(self, "repacked") else input)
 
     model = adapted(stack(), quantization_config=NF4)
-    monkeypatch.setattr(quantized_layers.FourBitLayer, "forward", repacking)
+    monkeypatch.setattr(quantized.FourBitLayer, "forward", repacking)
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert failed(verification) == {THROUGH, SAME}
     # The upper layer's own adapter still gets the gradient that it should.
@@ -246,7 +246,9 @@ def test_a_checkpoint_that_loses_a_key_is_caught(key: str) -> None:
 def test_adapter_files_that_lose_a_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(stack(), modules_to_save=["head"])
     assert lightning_peft.verify(model, torch.randn(3, 96)).passed
-    monkeypatch.setattr("lightning_peft.engine.adapter_format.saved_modules", lambda *args: [])
+    monkeypatch.setattr(
+        "lightning_peft.engine.files.adapter_format.saved_modules", lambda *args: []
+    )
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert failed(verification) == {FILES}
     assert detail(verification, FILES) == "not given back: head.weight, head.bias"
@@ -395,6 +397,35 @@ def test_no_false_alarm(kind: str, quantized: dict) -> None:
     expected = (set() if quantized else {THROUGH}) | ({ACT} if kind == "auxiliary" else set())
     assert doubtful == expected
     assert results(verification)[REACH] is True
+
+
+class Distilling(nn.Module):
+    """A teacher beside the adapted part that moves with every training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = stack()
+        self.teacher = nn.Linear(96, 10).requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            self.teacher.weight.mul_(0.9).add_(self.student.head.weight, alpha=0.1)
+        self.log_dict({"teacher": self.teacher.weight.norm()})
+        return (self.student(batch) - self.teacher(batch)).pow(2).mean()
+
+    def log_dict(self, values: dict[str, Tensor]) -> None:
+        raise RuntimeError("a verification logs nothing")
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_a_teacher_that_moves_is_no_fault_and_is_put_back(own_step: bool) -> None:
+    model = adapted(Distilling(), adapt="student")
+    before = model.teacher.weight.clone()
+    step = (lambda module, batch: module.training_step(batch, 0)) if own_step else None
+    verification = lightning_peft.verify(model, torch.randn(3, 96), step)
+    assert verification.passed, verification
+    assert results(verification)[SAME] is True
+    assert torch.equal(model.teacher.weight, before)
 
 
 def test_plain_attributes_are_put_back() -> None:

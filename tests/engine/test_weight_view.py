@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.weight_view import WeightView
+from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 
 from .reference import randomize, relative_error

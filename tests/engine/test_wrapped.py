@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, BitsAndBytes
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import LifecycleError, TargetModulesError, UnsupportedError
 
 from .reference import output_of, relative_error

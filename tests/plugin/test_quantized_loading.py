@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lightning_peft import QLoRACallback, engine, load_from_checkpoint
-from lightning_peft.engine.quantized_layers import QuantizedLayer
+from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.errors import BaseMismatchError
 
 VOCABULARY, LENGTH = 64, 8

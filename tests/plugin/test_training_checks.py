@@ -21,7 +21,7 @@ from modules import (
 from torch import nn
 
 import lightning_peft
-from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import ConfigError, LifecycleError
 from lightning_peft.plugin.namespace import realize
 

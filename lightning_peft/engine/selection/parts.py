@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.lora import LoraLayer
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import TargetModulesError, itemize
 
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)

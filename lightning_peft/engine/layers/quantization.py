@@ -1,6 +1,6 @@
 """Turning the dense weight of a layer into a quantized one and back, in place.
 
-A quantized layer stays the object that it was; :mod:`.quantized_layers` has what it then does.
+A quantized layer stays the object that it was; :mod:`.quantized` has what it then does.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.in_place import Recipe, class_from, extend, parameter, recipe_of
-from lightning_peft.engine.layer_kinds import (
+from lightning_peft.engine.layers.in_place import Recipe, class_from, extend, parameter, recipe_of
+from lightning_peft.engine.layers.kinds import (
     CONVOLUTION_LIKE,
     LINEAR_LIKE,
     as_rows,
     from_rows,
 )
-from lightning_peft.engine.quantized_layers import (
+from lightning_peft.engine.layers.quantized import (
     EightBitLayer,
     FourBitConvolution,
     FourBitLayer,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft.engine.adapters import adapted_layers
-from lightning_peft.engine.in_place import Extended, extend, retract
+from lightning_peft.engine.layers.in_place import Extended, extend, retract
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import UnsupportedError
 

@@ -22,10 +22,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.lora import low_rank_factors
+from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.record import AdapterInfo, PartRecord
-from lightning_peft.engine.targets import PATTERN_FIELDS, compact, patterns_for
+from lightning_peft.engine.selection.targets import PATTERN_FIELDS, compact, patterns_for
 from lightning_peft.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"

@@ -16,8 +16,8 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.parts import (
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
+from lightning_peft.engine.selection.parts import (
     base_modules,
     find_heads,
     inside,

@@ -14,20 +14,20 @@ from lightning_peft.engine.adapters import (
     disable_adapters,
     refuse_merged,
 )
-from lightning_peft.engine.checks import Check, Verification, some
-from lightning_peft.engine.evaluation_checks import adapters_act_in_evaluation, watched_layers
 from lightning_peft.engine.fingerprint import exact_checksum
-from lightning_peft.engine.gradient_checks import (
+from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, watched_layers
+from lightning_peft.engine.verification.gradients import (
     active_tensors,
     base_passes_gradients,
     gradients_reach,
     same_gradients,
 )
-from lightning_peft.engine.lora import LoraLayer
-from lightning_peft.engine.record import require_record
-from lightning_peft.engine.round_trip import checkpoint_gives_back, files_give_back
-from lightning_peft.engine.structure import structural_problems
-from lightning_peft.engine.trial import (
+from lightning_peft.engine.verification.result import Check, Verification, some
+from lightning_peft.engine.verification.round_trip import checkpoint_gives_back, files_give_back
+from lightning_peft.engine.verification.structure import structural_problems
+from lightning_peft.engine.verification.trial import (
     NoLossError,
     Step,
     Trial,

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.utils import skip_init
 
-from lightning_peft.engine.layer_kinds import plain_class
+from lightning_peft.engine.layers.kinds import plain_class
 
 
 def stand_in(layer: Any) -> nn.Module:

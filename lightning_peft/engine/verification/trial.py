@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_peft.engine.parts import inside
 from lightning_peft.engine.record import require_record
 
 Step = Callable[[nn.Module, Any], Tensor]
@@ -62,13 +61,12 @@ def _train(module: Any, training_step: Callable[..., Any], batch: Any) -> Any:
         for p in inspect.signature(training_step).parameters.values()
     ]
     arguments = (batch, 0)[: max(1, sum(takes))]
-    with _no_logging(module):
-        try:
-            output = training_step(*arguments)
-        except RuntimeError as error:
-            if "is not attached to a `Trainer`" not in str(error):
-                raise
-            raise NoLossError("training_step uses self.trainer, and the module has none") from error
+    try:
+        output = training_step(*arguments)
+    except RuntimeError as error:
+        if "is not attached to a `Trainer`" not in str(error):
+            raise
+        raise NoLossError("training_step uses self.trainer, and the module has none") from error
     if output is None:
         raise NoLossError("training_step returned None")
     return output
@@ -105,7 +103,7 @@ class Trial:
         self._buffers = {
             buffer: buffer.detach().clone() for buffer in module.buffers() if not buffer.is_meta
         }
-        # A momentum teacher that a training step updates.
+        # Such as a momentum teacher that a training step updates.
         self._teacher = {
             param: param.detach().clone()
             for param in changeable(module).values()
@@ -135,8 +133,8 @@ class Trial:
         if not go_on:
             self._reset_buffers()
         self.module.eval()
-        with same_randomness(self.module), torch.no_grad():
-            loss = self.step(self.module, copy.copy(self.batch)).detach()
+        with torch.no_grad():
+            loss = self._loss().detach()
         self._reset_teacher()
         return loss
 
@@ -146,15 +144,18 @@ class Trial:
         self.set_train()
         for param in self.module.parameters():
             param.grad = None
-        with same_randomness(self.module):
-            loss = self.step(self.module, copy.copy(self.batch))
-            if loss.requires_grad:
-                loss.backward()
+        loss = self._loss()
+        if loss.requires_grad:
+            loss.backward()
         self._reset_teacher()
         found = {name: tensor.grad for name, tensor in tensors.items()}
         for param in self.module.parameters():
             param.grad = None
         return found
+
+    def _loss(self) -> Tensor:
+        with same_randomness(self.module), _no_logging(self.module):
+            return self.step(self.module, copy.copy(self.batch))
 
     @torch.no_grad()
     def _reset_buffers(self) -> None:
@@ -210,23 +211,18 @@ def same_randomness(module: nn.Module) -> Iterator[None]:
 def changeable(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that training may change, by name.
 
-    Those that train, and whatever of a momentum teacher is not the frozen base.
+    Everything but the frozen base: also what has no gradients, as in a momentum teacher.
     """
-    record = require_record(module)
-    followers = [twin.follower for twin in record.twins]
-    return {
-        name: param
-        for name, param in module.named_parameters()
-        if param.requires_grad or (inside(name, followers) and name not in record.frozen)
-    }
+    frozen = require_record(module).frozen
+    return {n: p for n, p in module.named_parameters() if p.requires_grad or n not in frozen}
 
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
     """Puts back what running the module changes.
 
-    Trainable values, gradients and their flags, buffers, modes, random states, and the plain
-    attributes of all submodules, where modules keep counters, caches and metrics.
+    Values outside the frozen base, gradients and their flags, buffers, modes, random states, and
+    the plain attributes of all submodules, where modules keep counters, caches and metrics.
     """
     grads = {param: (param.grad, param.requires_grad) for param in module.parameters()}
     values = {p: p.detach().clone() for p in changeable(module).values()}

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.in_place import parameter
-from lightning_peft.engine.layer_kinds import LINEAR_LIKE
-from lightning_peft.engine.quantized_layers import is_quantized
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.kinds import LINEAR_LIKE
+from lightning_peft.engine.layers.quantized import is_quantized
 
 
 def initialization_problems(

@@ -14,25 +14,25 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.initialization import initialization_problems, rank_of
-from lightning_peft.engine.layer_kinds import (
+from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
     CONVOLUTION_LIKE,
     why_no_adapter,
 )
-from lightning_peft.engine.lora import LoraLayer
-from lightning_peft.engine.parts import (
+from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.quantization import QUANTIZABLE, why_not
+from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.quantization_settings import quantization_to_dict
+from lightning_peft.engine.record import PartRecord, Record
+from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
+from lightning_peft.engine.selection.parts import (
     find_heads,
     find_parts,
     inside,
     output_embeddings,
     parameter_holders,
 )
-from lightning_peft.engine.quantization import QUANTIZABLE, why_not
-from lightning_peft.engine.quantization_settings import quantization_to_dict
-from lightning_peft.engine.quantized_layers import is_quantized
-from lightning_peft.engine.record import PartRecord, Record
-from lightning_peft.engine.targets import (
+from lightning_peft.engine.selection.targets import (
     refuse_unmatched,
     resolve_saved_modules,
     resolve_targets,

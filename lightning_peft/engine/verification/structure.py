@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, is_enabled
-from lightning_peft.engine.quantized_layers import is_quantized
+from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.record import PartRecord, require_record
 
 

@@ -16,13 +16,6 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapter_format import (
-    CONFIG_FILE,
-    adapter_folder,
-    adapter_tensors,
-    exported_config,
-    read_adapter,
-)
 from lightning_peft.engine.adapters import (
     adapter_parameters,
     refuse_merged,
@@ -34,9 +27,16 @@ from lightning_peft.engine.configuration import (
     config_differences,
     config_from_dict,
 )
+from lightning_peft.engine.files.adapter_format import (
+    CONFIG_FILE,
+    adapter_folder,
+    adapter_tensors,
+    exported_config,
+    read_adapter,
+)
 from lightning_peft.engine.injection import inject
-from lightning_peft.engine.parts import find_parts
 from lightning_peft.engine.record import PartRecord, record_of, require_record
+from lightning_peft.engine.selection.parts import find_parts
 from lightning_peft.errors import (
     BaseMismatchError,
     CheckpointError,

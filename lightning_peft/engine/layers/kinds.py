@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.in_place import recipe_of
+from lightning_peft.engine.layers.in_place import recipe_of
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.engine.adapters import adapted_layers_of, enable, is_enabled
-from lightning_peft.engine.checks import Check, some
-from lightning_peft.engine.gradient_checks import (
+from lightning_peft.engine.record import require_record
+from lightning_peft.engine.verification.gradients import (
     Gradients,
     dense_weight,
     owner_of,
     silent_tensors,
 )
-from lightning_peft.engine.record import require_record
-from lightning_peft.engine.trial import Trial
+from lightning_peft.engine.verification.result import Check, some
+from lightning_peft.engine.verification.trial import Trial
 
 # What an evaluation pass did with an adapted layer. A later word overrides an earlier one.
 _UNUSED, _STARVED, _IGNORED, _ACTED = range(4)

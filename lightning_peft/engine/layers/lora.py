@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine.convolution import convolve, mix_channels
-from lightning_peft.engine.in_place import InPlace, extend, parameter, retract
-from lightning_peft.engine.layer_kinds import CONVOLUTION_LIKE, TRANSPOSED, from_rows, is_plain
-from lightning_peft.engine.quantization import QuantizedWeight
-from lightning_peft.engine.quantized_layers import QuantizedLayer
-from lightning_peft.engine.weight_view import WeightView
+from lightning_peft.engine.layers.convolution import convolve, mix_channels
+from lightning_peft.engine.layers.in_place import InPlace, extend, parameter, retract
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED, from_rows, is_plain
+from lightning_peft.engine.layers.quantization import QuantizedWeight
+from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 
 

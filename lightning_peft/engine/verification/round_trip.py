@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapter_files import load_adapter, save_adapter
-from lightning_peft.engine.adapter_format import saved_modules
 from lightning_peft.engine.adapters import adapter_parameters, set_adapter
-from lightning_peft.engine.checks import Check, some
-from lightning_peft.engine.parts import inside
+from lightning_peft.engine.files.adapter_files import load_adapter, save_adapter
+from lightning_peft.engine.files.adapter_format import saved_modules
+from lightning_peft.engine.files.state import load_trainable_state_dict, trainable_state_dict
 from lightning_peft.engine.record import require_record
-from lightning_peft.engine.state import load_trainable_state_dict, trainable_state_dict
-from lightning_peft.engine.trial import perturb
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.verification.result import Check, some
+from lightning_peft.engine.verification.trial import perturb
 from lightning_peft.errors import LightningPeftError
 
 Loss = Callable[[], "Tensor | None"]

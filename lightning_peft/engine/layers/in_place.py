@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.weight_view import WeightView
+from lightning_peft.engine.layers.weight_view import WeightView
 
 
 class Extended:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.convolution import convolution_geometry, frozen_convolution
-from lightning_peft.engine.in_place import InPlace
-from lightning_peft.engine.layer_kinds import as_rows, from_rows
+from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
+from lightning_peft.engine.layers.in_place import InPlace
+from lightning_peft.engine.layers.kinds import as_rows, from_rows
 
 
 def output_dtype(input: Tensor) -> torch.dtype:

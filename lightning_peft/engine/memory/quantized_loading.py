@@ -25,17 +25,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.engine.fingerprint import Fingerprint, checksum, fingerprint
-from lightning_peft.engine.in_place import extend, parameter
-from lightning_peft.engine.parts import (
+from lightning_peft.engine.layers.in_place import extend, parameter
+from lightning_peft.engine.layers.quantization import _fill_linear4bit, _return_freed_memory
+from lightning_peft.engine.layers.quantized import FourBitLayer, storage_bytes
+from lightning_peft.engine.record import record_of
+from lightning_peft.engine.selection.parts import (
     find_heads,
     find_parts,
     inside,
     output_embeddings,
     parameter_holders,
 )
-from lightning_peft.engine.quantization import _fill_linear4bit, _return_freed_memory
-from lightning_peft.engine.quantized_layers import FourBitLayer, storage_bytes
-from lightning_peft.engine.record import record_of
 from lightning_peft.errors import UnsupportedError, itemize
 
 _METHOD = "lightning_peft_4bit"

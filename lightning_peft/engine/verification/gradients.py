@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
-from lightning_peft.engine.checks import Check, some
-from lightning_peft.engine.lora import LoraLayer, without_adapters
-from lightning_peft.engine.quantized_layers import QuantizedLayer
+from lightning_peft.engine.layers.lora import LoraLayer, without_adapters
+from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.record import require_record
-from lightning_peft.engine.trial import Trial
+from lightning_peft.engine.verification.result import Check, some
+from lightning_peft.engine.verification.trial import Trial
 
 Gradients = Mapping[str, "Tensor | None"]
 

@@ -1,0 +1,1 @@
+"""Less memory: optimizers, activations that are not kept, bases quantized while they load."""

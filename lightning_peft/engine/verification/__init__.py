@@ -1,0 +1,1 @@
+"""Proof, on the user's own module, that adapters do what they should."""
