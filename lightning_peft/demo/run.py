@@ -151,7 +151,8 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
     strategy: Any = "auto"
     if method in strategies:
         cls = realize(strategies[method], lightning.__name__)
-        strategy = cls(r=RANK, announce=False)
+        # A toy has no memory to save, and computing activations twice takes time.
+        strategy = cls(r=RANK, announce=False, optimizer=None, gradient_checkpointing=False)
     checkpoint = lightning.callbacks.ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="demo", enable_version_counter=False
     )

@@ -137,6 +137,17 @@ def test_hooks_references_and_state_dicts_go_on() -> None:
         assert torch.equal(a, b)
 
 
+def test_auto_does_not_warn_of_what_nobody_asked_for() -> None:
+    for name, count in (("auto", 0), ("paged_adamw_32bit", 1)):
+        model = layers()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        engine.replace_optimizers([optimizer], name)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer)
+        assert len([w for w in caught if "Paged optimizers" in str(w.message)]) == count
+
+
 def test_frozen_parameters_leave_and_empty_groups_stay() -> None:
     model = layers()
     optimizer = torch.optim.AdamW(groups(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,25 @@ def test_a_model_that_is_no_part_is_refused(folders: dict[str, Path]) -> None:
 
     with pytest.raises(UnsupportedError, match=r"layers\.0\.(.|\n)*device_map=\{'': 'cpu'\}"):
         build()
+
+
+def test_dora_in_pefts_wrappers_is_the_same(folders: dict[str, Path]) -> None:
+    config = engine.lora_config(r=4, use_dora=True)
+    dense, _ = load(AutoModelForCausalLM, folders["llama"], config=config, **DENSE)
+    streamed, quantized = load(AutoModelForCausalLM, folders["llama"], config=config)
+    assert quantized
+    a, b = dense.state_dict(), streamed.state_dict()
+    assert any("magnitude" in key for key in a)
+    assert list(a) == list(b)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_copies_are_what_they_copy(folders: dict[str, Path]) -> None:
+    streamed, _ = load(AutoModelForCausalLM, folders["llama"])
+    other = copy.deepcopy(streamed)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(other.model(ids).logits, streamed.model(ids).logits)
 
 
 def test_a_weight_that_is_not_in_the_file_is_quantized_afterwards(

@@ -104,6 +104,8 @@ def replace_optimizers(
             told[f"{before} is kept: {'; '.join(problems)}"] = None
             continue
         notes = _become(optimizer, target)
+        # Nobody asked for paging by name, so bitsandbytes need not warn that the CPU has none.
+        optimizer._cpu_paged_warned = name == "auto"
         told[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
         for group in optimizer.param_groups:
             group["params"][:] = [p for p in group["params"] if id(p) not in frozen]
