@@ -134,6 +134,21 @@ def test_a_layer_in_a_repeated_block_is_no_head_whatever_its_name() -> None:
     assert list(find_heads(model)) == ["fc"]
 
 
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+
+def test_a_layer_in_blocks_of_one_class_is_no_head_where_there_is_another() -> None:
+    gates = {name: Gate() for name in ("first", "second", "third")}
+    assert list(find_heads(nn.ModuleDict({**gates, "head": nn.Linear(4, 2)}))) == ["head"]
+    assert list(find_heads(nn.ModuleDict(gates))) == ["first.fc", "second.fc", "third.fc"]
+    twins = {name: Gate() for name in ("student", "teacher")}
+    both = nn.ModuleDict({**twins, "head": nn.Linear(4, 2)})
+    assert list(find_heads(both)) == ["student.fc", "teacher.fc", "head"]
+
+
 class Tied(nn.Module):
     """A plain language model whose output shares the weight of its embedding."""
 
