@@ -113,8 +113,9 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     For a transformers model these are the submodules beside its base model, except those with the
     output embeddings; for a timm model its classifier. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
-    last linear layer or convolution registered. Blocks may also repeat under names of their own. A layer that shares its weight with another one is
-    no head: it is as pretrained as that one.
+    last linear layer or convolution registered. Blocks repeat in a list, or in three or more
+    modules of one class. A layer that shares its weight with another one is no head: it is as
+    pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)

@@ -16,8 +16,8 @@ from .published import Published, check_page, parametrized, published, train
 pytest.importorskip("gluonts", reason="needs the extra `published`")
 pytest.importorskip("gluonts.torch", reason="needs the extra `published`")
 
-from gluonts.dataset.common import ListDataset  # noqa: E402
-from gluonts.dataset.multivariate_grouper import MultivariateGrouper  # noqa: E402
+from gluonts.dataset.common import ListDataset
+from gluonts.dataset.multivariate_grouper import MultivariateGrouper
 
 
 def series():
@@ -61,12 +61,22 @@ class Estimator:
         )
 
 
-def entry(home: str, title: str, left=("model.args_proj.proj.2",), idle=(), note="", **given):
+def entry(
+    home: str,
+    title: str,
+    left=("model.args_proj.proj.2",),
+    idle=(),
+    note="",
+    name=None,
+    strategy=None,
+    **given,
+):
     made = Estimator(home, f"{title}Estimator", **given)
     return published(
         "gluonts",
         f"{title}LightningModule",
-        name=home,
+        name=name or home,
+        strategy=strategy or {},
         module=made.module,
         feed=made.loaders,
         left=names(*left),
@@ -81,6 +91,15 @@ FORWARD = Estimator(
 )
 MODULES = [
     entry("simple_feedforward", "SimpleFeedForward", **FORWARD.given),
+    entry(
+        "simple_feedforward",
+        "SimpleFeedForward",
+        left=[f"model.args_proj.proj.{index}" for index in range(3)],
+        note='with `modules_to_save=["args_proj"]`: all output projections train in full',
+        name="simple_feedforward saved",
+        strategy={"modules_to_save": ["args_proj"]},
+        **FORWARD.given,
+    ),
     entry("patch_tst", "PatchTST", patch_len=4, stride=2, **TRANSFORMER),
     entry("lag_tst", "LagTST", freq="D", **TRANSFORMER),
     entry("i_transformer", "ITransformer", note="several series at once", **TRANSFORMER),

@@ -16,13 +16,12 @@ from .published import Published, check_page, parametrized, published, train
 
 pytest.importorskip("pytorch_forecasting", reason="needs the extra `published`")
 
-import pandas as pd  # noqa: E402
-from lightning.pytorch.trainer.states import RunningStage  # noqa: E402
-from pytorch_forecasting import GroupNormalizer, TimeSeriesDataSet, models  # noqa: E402
-from pytorch_forecasting.metrics import MAE, NormalDistributionLoss  # noqa: E402
+import pandas as pd
+from lightning.pytorch.trainer.states import RunningStage
+from pytorch_forecasting import GroupNormalizer, TimeSeriesDataSet, models
+from pytorch_forecasting.metrics import MAE, NormalDistributionLoss
 
 PACKAGE = "pytorch-forecasting"
-OBJECTS = "its checkpoints hold objects and need `weights_only=False`"
 LSTM = "only its LSTM and output layer have weights besides embeddings: name what to train"
 
 
@@ -74,7 +73,7 @@ def loss_of(module, batch):
     return engine.default_step(module, batch)
 
 
-def entry(title, columns, left, given, note=OBJECTS, name=None, **more) -> Published:
+def entry(title, columns, left, given, note="", name=None, **more) -> Published:
     data = dataset(columns)
     cls = getattr(models, title)
     return published(
@@ -111,7 +110,13 @@ MODULES = [
     ),
     entry("NHiTS", REALS, ["model.blocks.2.layers.layers.4"], {"hidden_size": 32}),
     entry("DecoderMLP", EVERYTHING, ["mlp.sequential.16"], {"hidden_size": 32}),
-    entry("TiDEModel", EVERYTHING, ["model.lookback_skip"], {"hidden_size": 16}),
+    entry(
+        "TiDEModel",
+        EVERYTHING,
+        ["model.lookback_skip"],
+        {"hidden_size": 16},
+        "its last layer, which counts as the head, is a skip connection",
+    ),
     entry(
         "TimeXer",
         REALS,
@@ -127,7 +132,13 @@ MODULES = [
             "loss": MAE(),
         },
     ),
-    entry("xLSTMTime", ALONE, ["lstm.fc"], {"input_size": 1, "hidden_size": 16, "output_size": 1}),
+    entry(
+        "xLSTMTime",
+        ALONE,
+        ["lstm.fc"],
+        {"input_size": 1, "hidden_size": 16, "output_size": 1},
+        "its inner `lstm.fc` is taken for the head, and trains in full",
+    ),
     *(
         entry(
             title,
