@@ -8,7 +8,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test test-published lint docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,9 +22,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 REQUIREMENTS := pyproject.toml constraints.txt
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_PUBLISHED := $(VENV)/.ready-published
 
 help:  ## Show this list
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY_DEV)  ## Create .venv with everything needed to develop
 	@echo "Ready: $(BIN)/python"
@@ -36,6 +37,10 @@ demo: $(READY)  ## Fine-tune a tiny model on the CPU, offline, and show what hap
 test: export HF_HUB_OFFLINE = 1
 test: lint docs  ## Lint, type-check, build the documentation, then run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-published: export HF_HUB_OFFLINE = 1
+test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs
+	$(BIN)/python -m pytest tests/published $(ARGS)
 
 lint: $(READY_DEV)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -60,6 +65,11 @@ $(READY): $(REQUIREMENTS) | $(BIN)/python
 $(READY_DEV): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev,docs]'
+	@touch $(READY) $@
+
+$(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev,published]'
 	@touch $(READY) $@
 
 $(BIN)/python:

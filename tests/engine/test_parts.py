@@ -134,6 +134,35 @@ def test_a_layer_in_a_repeated_block_is_no_head_whatever_its_name() -> None:
     assert list(find_heads(model)) == ["fc"]
 
 
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+
+def test_a_layer_in_blocks_of_one_class_is_no_head_where_there_is_another() -> None:
+    gates = {name: Gate() for name in ("first", "second", "third")}
+    assert list(find_heads(nn.ModuleDict({**gates, "head": nn.Linear(4, 2)}))) == ["head"]
+    assert list(find_heads(nn.ModuleDict(gates))) == ["first.fc", "second.fc", "third.fc"]
+    twins = {name: Gate() for name in ("student", "teacher")}
+    both = nn.ModuleDict({**twins, "head": nn.Linear(4, 2)})
+    assert list(find_heads(both)) == ["student.fc", "teacher.fc", "head"]
+
+
+class Decoder(nn.Module):
+    """One task of several, with a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+
+def test_heads_of_several_tasks_stay_heads() -> None:
+    tasks = {name: Decoder() for name in ("depth", "edges", "normals")}
+    heads = find_heads(nn.ModuleDict({**tasks, "classifier": nn.Linear(4, 2)}))
+    assert list(heads) == ["depth.head", "edges.head", "normals.head", "classifier"]
+
+
 class Tied(nn.Module):
     """A plain language model whose output shares the weight of its embedding."""
 

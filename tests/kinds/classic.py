@@ -79,6 +79,36 @@ class TwoTowers(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class Gate(nn.Module):
+    """A gated linear unit; its layer has a name that heads have elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 64)
+
+    def forward(self, x):
+        return F.glu(self.fc(x))
+
+
+class GatedForecaster(L.LightningModule):
+    """Gates under names of their own, as in a temporal fusion transformer, and one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after_encoder, self.after_attention, self.before_output = Gate(), Gate(), Gate()
+        self.output_layer = nn.Linear(32, 1)
+
+    def training_step(self, batch, batch_idx):
+        x = batch + self.after_encoder(batch)
+        x = x + self.after_attention(x)
+        return F.mse_loss(self.output_layer(x + self.before_output(x)), batch[:, :1])
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
 def quantized_llama() -> nn.Module:
     """What ``from_pretrained(quantization_config=...)`` returns: bitsandbytes' own layers."""
     import tempfile
@@ -124,6 +154,15 @@ KINDS = [
         strategy={"adapt": "text"},
         adapted=names("0"),
         note="name it in `adapt`; everything outside of it trains as it did",
+    ),
+    Kind(
+        "gates",
+        "Classic",
+        "blocks of one class under names of their own, and a head",
+        GatedForecaster,
+        noise,
+        adapted=names("fc"),
+        note="`fc` of a block that occurs three times or more is no head",
     ),
     Kind(
         "already quantized",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Kind:
         idle: Names of adapted layers that the module never uses, or feeds with zeros.
         refused: By method, the pattern of the error.
         note: What a user should know.
+        trusted: Whether the module writes objects into its checkpoints, so that only
+            ``weights_only=False`` reads them.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Kind:
     idle: frozenset[str] = frozenset()
     refused: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    trusted: bool = False
 
     def make(self) -> Any:
         """Returns a new module; the same weights every time, whatever was drawn before."""
@@ -51,7 +55,29 @@ class Kind:
             torch.manual_seed(12)
             return self.batches()
 
+    def loaders(self) -> tuple[Any, Any]:
+        """Returns what to train and what to validate on."""
+        return tuple(DataLoader(self.data(), batch_size=None) for _ in range(2))
+
+    def loss(self, module: Any, batch: Any, index: int) -> torch.Tensor:
+        """Returns the loss of ``module``, in the mode that it is in."""
+        module.log = lambda *args, **kwargs: None
+        try:
+            return module.validation_step(batch, index)
+        finally:
+            del module.log
+
+    def check_layers(self, adapted: set[str], quantized: set[str]) -> None:
+        """Asserts which layers have adapters, and which were quantized."""
+        assert last_names(adapted) <= self.adapted
+        assert last_names(quantized) <= (self.adapted if self.quantized is None else self.quantized)
+
 
 def names(*layers: str) -> frozenset[str]:
     """Returns a set of names."""
     return frozenset(layers)
+
+
+def last_names(layers: Iterable[str]) -> set[str]:
+    """Returns the last parts of dotted names."""
+    return {name.rpartition(".")[2] for name in layers}

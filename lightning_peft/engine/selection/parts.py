@@ -7,7 +7,8 @@ A module without any is one part as a whole.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -112,8 +113,9 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     For a transformers model these are the submodules beside its base model, except those with the
     output embeddings; for a timm model its classifier. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
-    last linear layer or convolution registered. A layer that shares its weight with another one is
-    no head: it is as pretrained as that one.
+    last linear layer or convolution registered. Blocks repeat in a list or, where an ``fc`` is
+    concerned, in three or more modules of one class. A layer that shares its weight with another one is no head: it is as
+    pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
@@ -126,6 +128,8 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     for name, child in modules.items():
         if _is_called_head(name) and _has_product(child) and not inside(name, named):
             named[name] = child
+    blocks = _in_equal_blocks(named, modules)
+    named = {name: child for name, child in named.items() if name not in blocks} or named
     last = [(name, child) for name, child in modules.items() if isinstance(child, _PRODUCTS)][-1:]
     shared = set(tied_layers(part))
     heads = named or {name: child for name, child in last if name}
@@ -135,6 +139,18 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
 def _is_called_head(name: str) -> bool:
     *above, last = name.split(".")
     return last in HEAD_NAMES and not any(step.isdigit() for step in above)
+
+
+def _in_equal_blocks(names: Iterable[str], modules: Mapping[str, nn.Module]) -> set[str]:
+    """Returns those of ``names`` that belong to blocks of one class, as each gate has its ``fc``.
+
+    Two of a class are a model and its momentum copy, each with a head; only more are blocks. Other
+    names are never used inside of blocks: three decoders with a ``head`` each are three tasks.
+    """
+    inner = [name for name in names if name.rpartition(".")[2] == "fc"]
+    owners = {name: type(modules[name.rpartition(".")[0]]) for name in inner}
+    counts = Counter(owners.values())
+    return {name for name in inner if counts[owners[name]] > 2}
 
 
 def tied_layers(part: nn.Module) -> list[str]:
