@@ -114,8 +114,8 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     output embeddings; for a timm model its classifier. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
     last linear layer or convolution registered. Blocks repeat in a list or, where an ``fc`` is
-    concerned, in three or more modules of one class. A layer that shares its weight with another one is no head: it is as
-    pretrained as that one.
+    concerned, in three or more modules of one class. A layer that shares its weight with another
+    one is no head: it is as pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
