@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning_peft.engine.lora import LoraLayer
 from modules import loader, saver, strategy, task, trainer, weights
 from torch import distributed
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import QLoRACallback
+from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import BaseMismatchError, LifecycleError
 from lightning_peft.plugin.namespace import realize
 
