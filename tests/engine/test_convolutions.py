@@ -284,6 +284,16 @@ def test_eight_bits_are_for_linear_layers() -> None:
         lightning_peft.inject(Net(), r=4, quantization_config=INT8)
 
 
+def test_peft_wraps_dense_kernels_only() -> None:
+    dora = {"r": 4, "use_dora": True, "target_modules": ["down.0"]}
+    with pytest.raises(UnsupportedError, match="Nothing to quantize"):
+        lightning_peft.inject(Net(), quantization_config=NF4, **dora)
+    model = Net()
+    assert not lightning_peft.inject(model, **dora).parts[0].in_place
+    verification = lightning_peft.verify(model, torch.randn(2, 3, 8, 8))
+    assert verification.passed, verification
+
+
 def test_other_initialisations_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"down\.0: 'pissa' is for linear layers"):
         lightning_peft.inject(Net(), r=4, init_lora_weights="pissa")

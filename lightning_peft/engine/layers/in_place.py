@@ -44,11 +44,15 @@ class InPlace(Extended):
         """The weight as code means it that reads it instead of calling the layer.
 
         The stored parameter where that is the whole truth or the layer itself asks; else a
-        :class:`WeightView` of the dequantized weight plus the active adapters.
+        :class:`WeightView` of the dequantized weight plus the active adapters, or that weight
+        itself within ``torch.compile``.
         """
         stored = self._parameters["weight"]
         if self.__dict__.get("in_own_forward") or self.weight_is_stored():
             return stored
+        if torch.compiler.is_compiling():
+            # The compiler knows no tensors that are not there yet; it drops what is not used.
+            return self.effective_weight()
         shape, dtype = self.weight_kind()
         return WeightView(self.effective_weight, shape, dtype, stored)
 

@@ -217,6 +217,15 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns what the class does, with :meth:`look_up` in place of the lookup."""
+        if is_plain(self) and self.running():  # type: ignore[arg-type]
+            layer: Any = self
+            return self.look_up(
+                args[0] if args else next(iter(kwargs.values())),
+                None,
+                layer.padding_idx,
+                scale_grad_by_freq=layer.scale_grad_by_freq,
+                sparse=layer.sparse,
+            )
         rows: Tensor = super(LoraLayer, self).forward(*args, **kwargs)  # type: ignore[misc]
         return rows
 

@@ -116,9 +116,9 @@ def make_plans(
             for head in find_heads(plan.part)
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
+        plan.in_place = _can_be_in_place(plan, request.config)
         if plan.name not in record.parts:
             plan.quantize = _quantizable(plan, request.quantization)
-        plan.in_place = _can_be_in_place(plan, request.config)
         _check_layers(plan, request)
     _check_distinct(plans)
     _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
@@ -204,7 +204,8 @@ def _quantizable(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]
     if config is None:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
-    four_bit = not config.load_in_8bit
+    # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
+    kernels = plan.in_place and not config.load_in_8bit
     skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
     targets = set(plan.targets)
     return [
@@ -212,7 +213,7 @@ def _quantizable(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]
         for name, child in plan.part.named_modules()
         if type(child) in QUANTIZABLE
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
-        and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and four_bit))
+        and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and kernels))
         and child is not output
         and not inside(name, skip)
         and not any(name.endswith(f".{suffix}") for suffix in skip)
