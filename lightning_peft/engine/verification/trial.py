@@ -62,7 +62,8 @@ def _train(module: Any, training_step: Callable[..., Any], batch: Any) -> Any:
     ]
     arguments = (batch, 0)[: max(1, sum(takes))]
     try:
-        output = training_step(*arguments)
+        with _no_logging(module):
+            output = training_step(*arguments)
     except RuntimeError as error:
         if "is not attached to a `Trainer`" not in str(error):
             raise
@@ -75,14 +76,22 @@ def _train(module: Any, training_step: Callable[..., Any], batch: Any) -> Any:
 @contextmanager
 def _no_logging(module: nn.Module) -> Iterator[None]:
     """Lightning refuses ``self.log`` outside its loops, and a trial is nothing to log."""
-    logging = [child for child in module.modules() if hasattr(child, "log_dict")]
-    for child in logging:
-        child.__dict__["log"] = child.__dict__["log_dict"] = lambda *args, **kwargs: None
+    names = ("log", "log_dict")
+    logging = [vars(child) for child in module.modules() if hasattr(child, "log_dict")]
+    before = [{name: own[name] for name in names if name in own} for own in logging]
+    for own in logging:
+        own.update(dict.fromkeys(names, _log_nothing))
     try:
         yield
     finally:
-        for child in logging:
-            del child.__dict__["log"], child.__dict__["log_dict"]
+        for own, kept in zip(logging, before, strict=True):
+            for name in names:
+                del own[name]
+            own.update(kept)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of ``self.log``."""
 
 
 class Trial:
