@@ -1,0 +1,45 @@
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.demo.run import BASE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows as JSON lines; strings are written as they are."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes a data module with the demo's tokenizer and a cache of its own."""
+
+    def make(data, **options):
+        options = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
+        return SupervisedData(data, cache_dir=str(tmp_path / "cache"), **options)
+
+    return make
+
+
+def pairs(count, start=0):
+    """Returns different prompts and completions of different lengths."""
+    return [
+        {"prompt": f"What is {i}?", "completion": "It is " + "one more than " * (i % 7) + str(i)}
+        for i in range(start, start + count)
+    ]
