@@ -170,8 +170,14 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
             f"packed rows of {capacity:,} tokens would undo. Use max_length={window} or less, or "
             "packing=False."
         )
-    with _evaluating(model), torch.no_grad():
-        leak, shift = _trial(model)
+    try:
+        with _evaluating(model), torch.no_grad():
+            leak, shift = _trial(model)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot run packed rows: {error}. Use packing=False, with "
+            "length_grouping=True against padding."
+        ) from error
     if leak > 1e-3 or shift > 0.05:
         what = "see each other" if leak > 1e-3 else "are not computed as if alone"
         raise UnsupportedError(

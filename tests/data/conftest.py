@@ -1,7 +1,8 @@
 import json
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE
@@ -43,3 +44,15 @@ def pairs(count, start=0):
         {"prompt": f"What is {i}?", "completion": "It is " + "one more than " * (i % 7) + str(i)}
         for i in range(start, start + count)
     ]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a Llama of random weights for the demo's tokenizer."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **sizes, **heads))
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    return str(folder)
