@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.plugin.registration import register
 
 if TYPE_CHECKING:
+    from lightning_peft.data.supervised import SupervisedData as SupervisedData
     from lightning_peft.engine.adapter_files import load_adapter as load_adapter
     from lightning_peft.engine.adapter_files import save_adapter as save_adapter
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "data.supervised": ("SupervisedData",),
     "engine.adapter_files": ("load_adapter", "save_adapter"),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
@@ -50,6 +52,7 @@ __all__ = [
     "LoRAStrategy",
     "QLoRACallback",
     "QLoRAStrategy",
+    "SupervisedData",
     "disable_adapters",
     "inject",
     "load_adapter",
@@ -70,7 +73,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOME_OF[name]}")
     value = getattr(home, name)
-    if _HOME_OF[name] == "plugin.callbacks":
+    if _HOME_OF[name] in ("plugin.callbacks", "data.supervised"):
         # Looked up again each time: which Lightning is imported may have changed.
         return import_module(f"{__name__}.plugin.namespace").for_imported(value)
     return value

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE
+from lightning_peft.plugin.namespace import ROOTS, realize
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,9 @@ def write(tmp_path):
 def make(tmp_path):
     """Makes a data module with the demo's tokenizer and a cache of its own."""
 
-    def make(data, **options):
+    def make(data, root=ROOTS[1], **options):
         options = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
-        return SupervisedData(data, cache_dir=str(tmp_path / "cache"), **options)
+        return realize(SupervisedData, root)(data, cache_dir=str(tmp_path / "cache"), **options)
 
     return make
 

@@ -168,7 +168,7 @@ def test_models_that_do_not_are_refused(build, message):
 
 def fit(make, write, tiny_model, precision="32-true", **options):
     root = "lightning.pytorch"
-    data = make(write(pairs(24)), validation_share=0.2, max_length=64, **options)
+    data = make(write(pairs(24)), validation_share=0.2, max_length=64, root=root, **options)
     losses = []
 
     class Task(CausalLM):
@@ -188,13 +188,9 @@ def fit(make, write, tiny_model, precision="32-true", **options):
         enable_model_summary=False,
     )
     import_module(root).seed_everything(3, verbose=False)
-    trainer.fit(realize(Task, root)(tiny_model, dtype="float32"), realize_data(data, root))
+    trainer.fit(realize(Task, root)(tiny_model, dtype="float32"), data)
     assert torch.isfinite(trainer.callback_metrics["val_loss"])
     return losses
-
-
-def realize_data(data, root):
-    return realize(type(data).written_class, root)(**data.hparams)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
