@@ -188,12 +188,10 @@ class Encoder:
                 text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             ids, offsets = found["input_ids"], found["offset_mapping"]
-            edges = sorted({edge for span in characters for edge in span})
-            if not any(a < edge < b for edge in edges for a, b in offsets):
-                spans = []
-                for first, last in characters:
-                    inside = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last]
-                    spans.append((inside[0], inside[-1] + 1) if inside else (0, 0))
+            spans = [_inside(offsets, first, last) for first, last in characters]
+            whole = not any(a < last < b for _, last in characters for a, b in offsets)
+            firsts = zip(characters, spans, strict=True)
+            if whole and all(self._ids(text[: c[0]]) == ids[: s[0]] for c, s in firsts):
                 return ids, spans
         # A token lies across the end of a prompt. When the model is asked, the prompt is tokenized
         # by itself, so it is here.
@@ -275,3 +273,8 @@ class Encoder:
             )
         ids = row.input_ids[: self.max_length]
         return Encoded(ids, labels, length - self.max_length, row.end_added)
+
+
+def _inside(offsets: Sequence[Span], first: int, last: int) -> Span:
+    places = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last]
+    return (places[0], places[-1] + 1) if places else (0, 0)

@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import datasets
 import pandas
 import pytest
 from datasets import Dataset
@@ -134,8 +135,28 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path):
         rows("nobody/nothing")
 
 
-def test_a_dataset_with_splits_of_its_own_is_read_by_their_names(tmp_path):
-    # The library reads such a folder as it reads one on the hub.
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_library_is_read_split_by_split(tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    for name in ("train", "test"):
+        lines = [json.dumps({"prompt": f"{name} {i}", "completion": "x"}) for i in range(3)]
+        (tmp_path / "set" / f"{name}.jsonl").write_text("\n".join(lines))
+    options = {**NONE, "streaming": streaming}
+    # The library reads a folder as it reads a dataset on the hub.
+    source = Source(str(tmp_path / "set"), None, **options, limit=2, text_unit="line")
+    found = [(row.file, row.number, row.split, row.value["prompt"]) for row in source._hub_rows()]
+    assert found == [
+        ("train", 1, "train", "train 0"),
+        ("train", 2, "train", "train 1"),
+        ("test", 1, "test", "test 0"),
+        ("test", 2, "test", "test 1"),
+    ]
+    one = Source(str(tmp_path / "set"), "validation", **options, limit=1, text_unit="line")
+    assert [(row.split, row.file) for row in one._hub_rows()] == [("validation", "train")]
+
+
+def test_the_splits_of_a_dataset_are_taken_by_their_names():
     source = Source("hub", None, **NONE, limit=None, text_unit="line")
     assert source._hub_names(["train", "dev"]) == {"train": "train", "dev": "validation"}
     assert source._hub_names(["train"]) == {"train": None}
