@@ -44,6 +44,9 @@ def demo(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"demo": demo}
+# Their arguments are those of LightningCLI or of a class that is expensive to import, which a
+# parser made from a function cannot have.
+OWN_PARSERS = ("preview", "verify")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,9 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         input, or 130 after an interrupt.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == ["verify"]:
-        # Its arguments are LightningCLI's, which a parser made from a function cannot have.
-        return int(import_module("lightning_peft.cli.verify").main(words[1:]))
+    if words[:1] and words[0] in OWN_PARSERS:
+        return int(import_module(f"lightning_peft.cli.{words[0]}").main(words[1:]))
     jsonargparse = import_module("jsonargparse")
     version = import_module("importlib.metadata").version("lightning-peft")
     parser = jsonargparse.ArgumentParser(
@@ -69,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--config", action="config", help="YAML file with these arguments.")
         command.add_function_arguments(function)
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
-    about = import_module("lightning_peft.cli.verify").ABOUT
-    commands.add_subcommand("verify", jsonargparse.ArgumentParser(description=about), help=about)
+    for name in OWN_PARSERS:
+        about = import_module(f"lightning_peft.cli.{name}").ABOUT
+        commands.add_subcommand(name, jsonargparse.ArgumentParser(description=about), help=about)
     given = parser.parse_args(words)
     chosen = given[given["command"]].as_dict()
     chosen.pop("config", None)

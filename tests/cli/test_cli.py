@@ -37,7 +37,7 @@ def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    expected = ("--json", "--config") if "verify" in asked else ("demo", "verify")
+    expected = ("--json", "--config") if "verify" in asked else ("demo", "preview", "verify")
     assert all(word in done.stdout for word in expected)
 
 

@@ -1,0 +1,244 @@
+"""What a row says: its turns or text, read from the fields of the row's shape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+_ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "developer": "system", "observation": "tool"},
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a row says, in one form for all shapes.
+
+    Attributes:
+        messages: Turns with ``role`` and ``content``; empty for plain text.
+        rejected: The turns that are not preferred, for preference data.
+        text: Plain text.
+        label: The class of the text.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    rejected: list[Message] = field(default_factory=list)
+    text: str | None = None
+    label: str | None = None
+
+    def digest(self) -> bytes:
+        """Returns 16 bytes that are the same exactly for rows that say the same."""
+        content = [self.messages, self.rejected, self.text, self.label]
+        return _digest(content)
+
+    def prompt_digest(self) -> bytes | None:
+        """Returns 16 bytes for all turns but the last, or ``None`` without turns."""
+        return _digest(self.messages[:-1]) if self.messages else None
+
+
+def _digest(content: Any) -> bytes:
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    # surrogatepass: JSON may hold halves of characters, which are no valid UTF-8.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+class RowProblems(Exception):
+    """Ends the parsing of one row with all of its problems, as ``(kind, problem)``."""
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+
+
+def _text(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    problems, texts = [], []
+    for name in names:
+        value = fields.get(name)
+        if value is None:
+            problems.append(("missing", f"has no {name}"))
+        elif not isinstance(value, str):
+            kind = type(value).__name__
+            problems.append(("missing", f"has a {kind} as {name}, not text: {_short(value)}"))
+        elif not value.strip():
+            problems.append(("missing", f"has an empty {name}"))
+        else:
+            texts.append(value)
+    if problems:
+        raise RowProblems(problems)
+    return texts
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def _system(fields: Mapping[str, Any]) -> list[Message]:
+    if fields.get("system") in (None, ""):
+        return []
+    return [{"role": "system", "content": _text(fields, ["system"])[0]}]
+
+
+def _messages(turns: Any, name: str = "messages") -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        what = "no" if turns is None else "an empty" if turns == [] else "no list in"
+        raise RowProblems([("missing", f"has {what} {name}")])
+    found, problems = [], []
+    for place, turn in enumerate(turns, start=1):
+        try:
+            found.append(_message(turn, f"turn {place} of {name}"))
+        except RowProblems as error:
+            problems += error.problems
+    if problems:
+        raise RowProblems(problems)
+    return found
+
+
+def _message(turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowProblems([("missing", f"{place} is {_short(turn)}, not an object")])
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise RowProblems([("roles", f"{place} has the role {_short(role)}; roles are {known}")])
+    calls = turn.get("tool_calls")
+    if isinstance(content, list):
+        content = _joined(content, place)
+    if content is None and calls:
+        content = ""
+    if not isinstance(content, str):
+        raise RowProblems([("missing", f"{place} ({role}) has no text as content")])
+    if not content.strip() and not calls:
+        raise RowProblems([("missing", f"{place} ({role}) is empty")])
+    extra = {key: turn[key] for key in ("tool_calls", "name", "tool_call_id") if turn.get(key)}
+    return {"role": _ROLES[role], "content": content, **extra}
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise RowProblems([("missing", f"{place} holds parts that are not text: {_short(parts)}")])
+    return "".join(part["text"] for part in parts)
+
+
+def order_problems(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Returns what is wrong with the order of roles in a conversation."""
+    problems = []
+    roles = [message["role"] for message in messages]
+    if "system" in roles[1:]:
+        problems.append(("roles", f"has a system turn at place {roles.index('system', 1) + 1}"))
+    spoken = [role for role in roles if role != "system"]
+    if spoken[:1] not in ([], ["user"]):
+        problems.append(("roles", f"begins with {spoken[0]}, not with user"))
+    for before, after in zip(spoken, spoken[1:], strict=False):
+        if before == after != "tool":
+            problems.append(("roles", f"has two {after} turns in a row"))
+        if after == "tool" and before == "user":
+            problems.append(("roles", "has a tool turn that no assistant turn asked for"))
+    if roles[-1:] != ["assistant"]:
+        end = roles[-1] if roles else "nothing"
+        problems.append(("roles", f"ends with {end}: no assistant turn to learn at the end"))
+    return list(dict.fromkeys(problems))
+
+
+def _conversation(messages: list[Message]) -> list[Message]:
+    problems = order_problems(messages)
+    if problems:
+        raise RowProblems(problems)
+    return messages
+
+
+def parse_messages(fields: Mapping[str, Any]) -> Sample:
+    """Returns the turns of a row in ChatML or ShareGPT."""
+    turns = _messages(fields.get("messages"))
+    head = _system(fields) if turns[0]["role"] != "system" else []
+    return Sample(_conversation(head + turns))
+
+
+def _turns(value: Any, role: str, name: str) -> list[Message]:
+    if isinstance(value, list):
+        return _messages(value, name)
+    return [{"role": role, "content": _text({name: value}, [name])[0]}]
+
+
+def _all_of(*steps: Callable[[], list[Message]]) -> list[list[Message]]:
+    # Every field is tried, so that all that is wrong with a row is told at once.
+    found, problems = [], []
+    for step in steps:
+        try:
+            found.append(step())
+        except RowProblems as error:
+            problems += error.problems
+    if problems:
+        raise RowProblems(problems)
+    return found
+
+
+def parse_pair(fields: Mapping[str, Any]) -> Sample:
+    """Returns a prompt and its completion as turns."""
+    system, prompt, completion = _all_of(
+        lambda: _system(fields),
+        lambda: _turns(fields.get("prompt"), "user", "prompt"),
+        lambda: _turns(fields.get("completion"), "assistant", "completion"),
+    )
+    return Sample(_conversation(system + prompt + completion))
+
+
+def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
+    """Returns an instruction, with its input below it, and the output as turns."""
+    given = fields.get("input")
+    if given is not None and not isinstance(given, str):
+        raise RowProblems([("missing", f"has a {type(given).__name__} as input, not text")])
+    system, (instruction,), (output,) = _all_of(
+        lambda: _system(fields),
+        lambda: _turns(fields.get("instruction"), "user", "instruction"),
+        lambda: _turns(fields.get("output"), "assistant", "output"),
+    )
+    if given and given.strip():
+        instruction = {"role": "user", "content": f"{instruction['content']}\n\n{given}"}
+    return Sample([*system, instruction, output])
+
+
+def parse_preference(fields: Mapping[str, Any]) -> Sample:
+    """Returns the turns with the chosen and with the rejected answer."""
+    system, prompt, chosen, rejected = _all_of(
+        lambda: _system(fields),
+        lambda: _turns(fields["prompt"], "user", "prompt") if fields.get("prompt") else [],
+        lambda: _turns(fields.get("chosen"), "assistant", "chosen"),
+        lambda: _turns(fields.get("rejected"), "assistant", "rejected"),
+    )
+    if chosen[0]["role"] in ("system", "user"):
+        # The answers hold the prompt as well, as in UltraFeedback.
+        prompt = []
+    if chosen == rejected:
+        raise RowProblems([("preference", "has the same text as chosen and rejected")])
+    if not prompt and chosen[:-1] != rejected[:-1]:
+        raise RowProblems(
+            [("preference", "has different turns before the last in the two answers")]
+        )
+    if not prompt and len(chosen) == 1:
+        # Whole texts without turns: nothing says where the prompt ends.
+        return Sample([*system, *chosen], [*system, *rejected])
+    head = [*system, *prompt]
+    return Sample(_conversation([*head, *chosen]), _conversation([*head, *rejected]))
+
+
+def parse_text(fields: Mapping[str, Any]) -> Sample:
+    """Returns plain text."""
+    return Sample(text=_text(fields, ["text"])[0])
+
+
+def parse_label(fields: Mapping[str, Any]) -> Sample:
+    """Returns a text and its class."""
+    label = fields.get("label")
+    if label is None or (isinstance(label, str) and not label.strip()):
+        problems = [("missing", "has no label")]
+        try:
+            _text(fields, ["text"])
+        except RowProblems as error:
+            problems = error.problems + problems
+        raise RowProblems(problems)
+    return Sample(text=_text(fields, ["text"])[0], label=str(label))

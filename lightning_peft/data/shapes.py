@@ -1,0 +1,201 @@
+"""The shapes that rows of training data come in, recognised by their columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from lightning_peft.data.samples import (
+    RowProblems,
+    Sample,
+    parse_alpaca,
+    parse_label,
+    parse_messages,
+    parse_pair,
+    parse_preference,
+    parse_text,
+)
+from lightning_peft.errors import ConfigError
+
+ShapeName = Literal[
+    "messages",
+    "preference",
+    "alpaca",
+    "prompt_completion",
+    "text_label",
+    "text",
+]
+
+# Our field -> the column names that stand for it without being told.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "instruction": ("instruction",),
+    "input": ("input",),
+    "output": ("output",),
+    "prompt": ("prompt", "question"),
+    "completion": ("completion", "response", "answer"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "text": ("text",),
+    "label": ("label",),
+    "system": ("system",),
+    "split": ("split",),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of rows.
+
+    Attributes:
+        name: Its name, as the argument ``shape`` takes it.
+        title: What it is called in the field.
+        required: Fields that each row has.
+        optional: Fields that a row may have.
+        parse: Makes a sample of the fields, or raises all that is wrong with them.
+    """
+
+    name: ShapeName
+    title: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    parse: Callable[[Mapping[str, Any]], Sample]
+
+
+# In this order: the first whose required fields are all there.
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            "messages", "messages (ChatML or ShareGPT)", ("messages",), ("system",), parse_messages
+        ),
+        Shape(
+            "preference",
+            "chosen and rejected answers",
+            ("chosen", "rejected"),
+            ("prompt", "system"),
+            parse_preference,
+        ),
+        Shape(
+            "alpaca",
+            "Alpaca: instruction, input, output",
+            ("instruction", "output"),
+            ("input", "system"),
+            parse_alpaca,
+        ),
+        Shape(
+            "prompt_completion",
+            "prompt and completion",
+            ("prompt", "completion"),
+            ("system",),
+            parse_pair,
+        ),
+        Shape("text_label", "text and label", ("text", "label"), (), parse_label),
+        Shape("text", "plain text", ("text",), (), parse_text),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of some rows, and which column holds which field.
+
+    Attributes:
+        shape: The shape.
+        columns: Field to column name.
+        unused: Columns that hold none of the fields, sorted.
+        split_column: The column that may say which split a row is for.
+    """
+
+    shape: Shape
+    columns: dict[str, str]
+    unused: list[str]
+    split_column: str | None = None
+
+    def parse(self, row: Mapping[str, Any]) -> Sample | list[tuple[str, str]]:
+        """Returns what ``row`` says, or all that is wrong with it as ``(kind, problem)``."""
+        fields = {ours: row.get(theirs) for ours, theirs in self.columns.items()}
+        try:
+            return self.shape.parse(fields)
+        except RowProblems as error:
+            return [(kind, self._in_their_words(problem)) for kind, problem in error.problems]
+
+    def _in_their_words(self, problem: str) -> str:
+        last = problem.rpartition(" ")[2]
+        theirs = self.columns.get(last, last)
+        return problem if theirs == last else f"{problem} (column {theirs!r})"
+
+
+def recognise(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, shape: str
+) -> Layout:
+    """Returns the layout of most of ``rows``.
+
+    Args:
+        rows: The first rows.
+        columns: Our name of a field to the column that holds it.
+        shape: Name of the shape, or ``"auto"``.
+
+    Raises:
+        ConfigError: If no shape fits, or ``columns`` or ``shape`` name what does not exist.
+    """
+    counts = Counter(name for row in rows for name in row)
+    mapping = _mapping(counts, columns or {})
+    if shape != "auto" and shape not in SHAPES:
+        raise ConfigError(f"shape={shape!r} is none of auto, {', '.join(SHAPES)}.")
+    if shape == "auto":
+        fits: Counter[str] = Counter(_shape_of(row, mapping) or "" for row in rows)
+        shape = max(("", *SHAPES), key=lambda name: (fits[name], name != ""))
+    found = SHAPES.get(shape)
+    absent = [name for name in found.required if name not in mapping] if found else []
+    if found is None or absent:
+        wanted = "\n".join(f"  {s.name}: {', '.join(s.required)}" for s in SHAPES.values())
+        lacking = f" has no {', '.join(absent)} for shape={shape!r}" if absent else ""
+        raise ConfigError(
+            f"The data{lacking or ' has none of the shapes that are known'}. Its columns: "
+            f"{', '.join(sorted(counts)) or 'none'}. Shapes and what they need:\n{wanted}\n"
+            'Say which column is which, such as columns={"prompt": "my_column"}.'
+        )
+    used = {name: mapping[name] for name in (*found.required, *found.optional) if name in mapping}
+    unused = sorted(set(counts) - set(used.values()))
+    return Layout(found, used, unused, mapping.get("split"))
+
+
+def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str]) -> str | None:
+    return next(
+        (
+            shape.name
+            for shape in SHAPES.values()
+            if all(row.get(mapping.get(name, name)) is not None for name in shape.required)
+        ),
+        None,
+    )
+
+
+def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]:
+    problems = []
+    for ours, theirs in columns.items():
+        if ours not in FIELDS:
+            near = get_close_matches(ours, FIELDS, n=1)
+            hint = f"; nearest: {near[0]!r}" if near else f"; fields: {', '.join(FIELDS)}"
+            problems.append(f"{ours!r} is no field{hint}")
+        if theirs not in counts:
+            near = get_close_matches(theirs, counts, n=1)
+            hint = f"; nearest: {near[0]!r}" if near else ""
+            problems.append(f"no row has a column {theirs!r}{hint}")
+    if problems:
+        raise ConfigError(
+            f"columns={dict(columns)!r} cannot be used: {'; '.join(problems)}. The data has: "
+            f"{', '.join(sorted(counts))}."
+        )
+    # A column is read as what the user says it is, and as nothing else.
+    free = [name for name in counts if name not in columns.values()]
+    found = {
+        ours: max(present, key=lambda name: counts[name])
+        for ours, names in FIELDS.items()
+        if (present := [name for name in names if name in free])
+    }
+    return {**found, **columns}

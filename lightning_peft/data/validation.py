@@ -1,0 +1,129 @@
+"""What can be wrong with rows of training data, and telling all of it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+# Kind -> (what it is called, what to do).
+KINDS: dict[str, tuple[str, str]] = {
+    "unreadable": (
+        "rows that are no JSON objects in UTF-8",
+        "repair these lines: each is one JSON object with named fields",
+    ),
+    "missing": (
+        "rows with missing, empty or non-text fields",
+        "fill them in, or say which column is which with columns=",
+    ),
+    "roles": (
+        "conversations with wrong roles or a wrong order of turns",
+        "an optional system turn comes first, then user and assistant in turn, assistant last",
+    ),
+    "preference": (
+        "preference rows without a preference",
+        "the two answers must differ, and only in the last turn",
+    ),
+    "template": (
+        "rows that the chat template cannot render",
+        "change the rows, or choose another template with chat_template=",
+    ),
+    "control": (
+        "rows with special tokens inside their text",
+        "the model would read them as the end of a turn or text: take them out",
+    ),
+    "long": (
+        "rows longer than max_length",
+        'raise max_length=, shorten the rows, or cut their ends off with over_long="truncate" '
+        '(plain text: over_long="split")',
+    ),
+    "untrained": (
+        "rows in which nothing of the answer is trained",
+        "raise max_length=, or give a template that writes the answers with chat_template=",
+    ),
+    "all_trained": (
+        "rows whose prompt would be trained as well",
+        "the template marks too much as generated: give another with chat_template=",
+    ),
+    "no_end": (
+        "rows whose end-of-sequence token is not trained",
+        "the model would not learn to stop: give another template with chat_template=",
+    ),
+    "duplicate": (
+        "exact duplicates of other rows",
+        'remove them, or train on them as often as they come with duplicates="keep"',
+    ),
+    "leak": (
+        "rows that are in two splits",
+        "remove them from one: a model is not measured by what it was trained on",
+    ),
+    "split": (
+        "rows with an unknown or missing split",
+        "the column split holds train, validation or test",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with one row.
+
+    Attributes:
+        kind: A key of :data:`KINDS`.
+        file: File of the row, or split of the hub.
+        row: Number of the row.
+        detail: What is wrong, as the end of a sentence that begins with the row.
+    """
+
+    kind: str
+    file: str
+    row: int
+    detail: str
+
+
+def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
+    """Returns the problems, by kind: how many, which rows, and what to do.
+
+    Args:
+        problems: All problems.
+        rows: Number of rows that were read.
+        limit: Most problems of a kind that are shown in words; the rows of the others are listed
+            by their numbers.
+    """
+    bad = len({(problem.file, problem.row) for problem in problems})
+    several = len({problem.file for problem in problems}) > 1
+    lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
+    for kind, (title, way_out) in KINDS.items():
+        found = [problem for problem in problems if problem.kind == kind]
+        if not found:
+            continue
+        lines.append(f"  {title}: {len({(p.file, p.row) for p in found}):,}")
+        for problem in found[:limit]:
+            lines.append(f"    - {_place(problem, several)} {problem.detail}")
+        if len(found) > limit:
+            lines.append(f"    - ... and rows {_rest(found[limit:], several)}")
+        lines.append(f"    What to do: {way_out}.")
+    return "\n".join(lines)
+
+
+def _place(problem: Problem, several: bool) -> str:
+    return f"{problem.file} row {problem.row}" if several else f"row {problem.row}"
+
+
+def _rest(problems: Sequence[Problem], several: bool) -> str:
+    files = list(dict.fromkeys(problem.file for problem in problems))
+    parts = []
+    for file in files:
+        numbers = ranges(problem.row for problem in problems if problem.file == file)
+        parts.append(f"{numbers} of {file}" if several else numbers)
+    return "; ".join(parts)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns row numbers in short form: ``"1-3, 7"``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

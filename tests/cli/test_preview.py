@@ -1,0 +1,173 @@
+"""``lightning-peft preview`` on real files, with the demo's tokenizer."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from lightning_peft.cli import main
+from lightning_peft.cli.preview import _underscored
+from lightning_peft.demo.run import BASE, INSTRUCTIONS
+
+GOOD = [{"q": f"What is {i}?", "a": f"It is {'very ' * i}{i}.", "id": i} for i in range(20)]
+COLUMNS = ["--columns", '{"prompt": "q", "completion": "a"}']
+
+
+def write(folder, rows, arguments):
+    """Writes the rows and returns the whole command line."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    given = {"--data": "rows.jsonl", "--tokenizer": str(BASE), "--cache-dir": "cache"}
+    words = [word for pair in given.items() if pair[0] not in arguments for word in pair]
+    return ["preview", *words, *arguments]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Runs the same in this process, which is quicker."""
+
+    def run(rows, *arguments):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = main(write(tmp_path, rows, arguments))
+        except SystemExit as stop:
+            code = stop.code
+        streams = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, streams.out, streams.err)
+
+    return run
+
+
+@pytest.fixture
+def preview(tmp_path):
+    """Runs the command in a folder of its own, on rows that are written there first."""
+
+    def run(rows, *arguments, **environment):
+        words = write(tmp_path, rows, arguments)
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_peft.cli", *words],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_trained_tokens_are_marked_and_everything_is_counted(preview):
+    done = preview(GOOD, *COLUMNS, "--chat-template", "plain", "--validation-share", "0")
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+    assert "prompt and completion (prompt from 'q', completion from 'a')" in out
+    assert "not read  columns id" in out
+    assert "rows.jsonl row 3 (+ trained, | not trained)" in out
+    assert "  | What is 2?\n" in out
+    assert "  + It is very very 2.</s>\n" in out
+    assert "  + What" not in out
+    assert "row 4 (" not in out
+    assert "the end token in 20 of 20 rows" in out
+    assert "256 allowed" in out
+    assert "truncated: 0 rows" in out
+    assert "% full; padded batches" in out
+    assert "All 20 rows can be trained on." in out
+    assert "\x1b" not in out
+
+
+def test_a_terminal_gets_colours(preview):
+    done = preview(
+        GOOD, *COLUMNS, "--chat-template=plain", "--rows=1", FORCE_COLOR="1", TERM="xterm-256color"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[1;32mIt is 0.</s>\x1b[0m" in done.stdout
+    assert "\x1b[2mWhat is 0?\x1b[0m" in done.stdout
+
+
+def test_bad_rows_are_an_exit_code_and_can_be_skipped(preview, tmp_path):
+    rows = [*GOOD, "{broken", {"q": "?"}, GOOD[0], *[{"q": "a", "a": ""}] * 14]
+    arguments = [*COLUMNS, "--chat-template", "plain", "--validation-share", "0"]
+    done = preview(rows, *arguments)
+    assert done.returncode == 1
+    assert "rows that are no JSON objects in UTF-8: 1" in done.stdout
+    assert "rows.jsonl row 21 is no JSON" in done.stdout
+    assert "rows.jsonl row 22 has no completion (column 'a')" in done.stdout
+    assert "rows.jsonl row 23 is the same as row 1" in done.stdout
+    assert "all rows: 22, 24-37" in done.stdout
+    assert "17 of 37 rows have problems." in done.stdout
+    done = preview(rows, *arguments, "--skip-bad-rows", "rejected.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 17
+
+
+def test_json_holds_tokens_numbers_and_problems(preview):
+    rows = [*GOOD, {"q": "?"}]
+    done = preview(rows, *COLUMNS, "--chat-template", "plain", "--json", "--validation-share=0.2")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["shape"]["name"] == "prompt_completion"
+    assert found["split_by"] == {"by": "content", "seed": 0, "shares": {"validation": 0.2}}
+    assert 0.1 < found["trained_share"] < 0.9
+    assert 0 < found["packing"]["efficiency"] <= 1
+    train = found["splits"]["train"]
+    assert sum(bucket["rows"] for bucket in found["lengths"]["buckets"]) == train["rows"]
+    assert found["splits"]["validation"]["rows"] + train["rows"] == 20
+    (problem,) = found["problems"]
+    assert (problem["kind"], problem["rows"][0]["row"]) == ("missing", 21)
+    runs = found["first_rows"][0]["runs"]
+    assert [run["trained"] for run in runs] == [False, True]
+    assert runs[1]["tokens"][-1] == "</s>"
+
+
+def test_a_tokenizers_own_template_is_used_and_one_without_masks_is_named(here, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    body = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    tokenizer.chat_template = body + "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    done = here(GOOD, *COLUMNS, "--tokenizer", "chat")
+    assert done.returncode == 0, done.stderr
+    assert "template  of chat" in done.stdout
+    assert "It is very 1.</s>" in done.stdout
+    tokenizer.chat_template = body.replace("{{ m.content }}", "{% generation %}{% endgeneration %}")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    done = here(GOOD, *COLUMNS, "--tokenizer", "mute")
+    assert done.returncode == 1
+    assert "has 0 % trained tokens with the chat template of mute" in done.stdout
+    assert "rows in which nothing of the answer is trained: 20" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "row.jsonl"], "Nearest names there: rows.jsonl"),
+        (["--tokenizer", "nobody/nothing"], "tokenizer='nobody/nothing' is no folder"),
+        ([], "has no chat template"),
+        (["--chat-template", "plain", "--columns", '{"prompt": "x"}'], "no row has a column 'x'"),
+        (["--chat-template", "plain", "--shape", "alpcaa"], "alpcaa"),
+        (["--chat-templte", "plain"], "--chat_templte"),
+    ],
+)
+def test_bad_input_is_told_in_words(here, arguments, message):
+    columns = [] if "--columns" in arguments else COLUMNS
+    done = here(GOOD, *columns, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_arguments_can_come_from_a_file(here, tmp_path):
+    (tmp_path / "data.yaml").write_text(
+        f"data: {INSTRUCTIONS}\ntokenizer: {BASE}\nchat_template: plain\ncache_dir: cache\n"
+    )
+    done = here(GOOD, "--config", "data.yaml", "--data", str(INSTRUCTIONS))
+    assert done.returncode == 0, done.stderr
+    assert "train 2,638, validation 200 (column split)" in done.stdout
+
+
+def test_options_are_spelled_either_way():
+    assert _underscored("--skip-bad-rows=a-b") == "--skip_bad_rows=a-b"
+    assert _underscored("--json") == "--json"
+    assert _underscored("a--b-c") == "a--b-c"

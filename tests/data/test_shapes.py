@@ -1,0 +1,150 @@
+import pytest
+
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import SHAPES, recognise
+from lightning_peft.errors import ConfigError
+
+USER = {"role": "user", "content": "a"}
+ANSWER = {"role": "assistant", "content": "b"}
+SYSTEM = {"role": "system", "content": "s"}
+TALK = [USER, ANSWER]
+
+ROWS = [
+    ("messages", {"messages": TALK}, TALK),
+    ("messages", {"messages": [SYSTEM, *TALK], "id": 1}, [SYSTEM, *TALK]),
+    (
+        "messages",
+        {
+            "conversations": [
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ],
+            "system": "s",
+        },
+        [SYSTEM, *TALK],
+    ),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]},
+        TALK,
+    ),
+    ("alpaca", {"instruction": "a", "input": "", "output": "b"}, TALK),
+    (
+        "alpaca",
+        {"instruction": "a", "input": "x", "output": "b"},
+        [{"role": "user", "content": "a\n\nx"}, ANSWER],
+    ),
+    ("prompt_completion", {"prompt": "a", "completion": "b"}, TALK),
+    ("prompt_completion", {"prompt": "a", "response": "b"}, TALK),
+    ("prompt_completion", {"question": "a", "answer": "b"}, TALK),
+    ("prompt_completion", {"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, *TALK]),
+    ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}, TALK),
+    ("preference", {"chosen": TALK, "rejected": [USER, {**ANSWER, "content": "c"}]}, TALK),
+    (
+        "preference",
+        {"prompt": "a", "chosen": TALK, "rejected": [USER, {**ANSWER, "content": "c"}]},
+        TALK,
+    ),
+    ("preference", {"chosen": "b", "rejected": "c"}, [ANSWER]),
+]
+
+
+@pytest.mark.parametrize(("shape", "row", "turns"), ROWS)
+def test_a_shape_is_recognised_and_read(shape, row, turns):
+    layout = recognise([row], None, "auto")
+    assert layout.shape.name == shape
+    sample = layout.parse(row)
+    assert isinstance(sample, Sample), sample
+    assert sample.messages == turns
+    if shape == "preference":
+        assert sample.rejected == [*turns[:-1], {**ANSWER, "content": "c"}]
+
+
+def test_every_shape_is_tested():
+    assert {shape for shape, _, _ in ROWS} | {"text", "text_label"} == set(SHAPES)
+
+
+def test_texts_and_labels():
+    assert recognise([{"text": "x"}], None, "auto").parse({"text": "x"}) == Sample(text="x")
+    layout = recognise([{"text": "x", "label": 0}], None, "auto")
+    assert layout.shape.name == "text_label"
+    assert layout.parse({"text": "x", "label": 0}) == Sample(text="x", label="0")
+    assert layout.parse({"text": "", "label": None}) == [
+        ("missing", "has an empty text"),
+        ("missing", "has no label"),
+    ]
+
+
+def test_most_rows_decide_and_columns_can_be_mapped():
+    rows = [{"q": 1}, {"q": "a", "a": "b", "id": 3}, {"q": "c", "a": "d", "id": 4}]
+    layout = recognise(rows, {"prompt": "q", "completion": "a"}, "auto")
+    assert layout.shape.name == "prompt_completion"
+    assert layout.unused == ["id"]
+    assert layout.parse(rows[1]).messages == TALK
+    assert layout.parse(rows[0]) == [
+        ("missing", "has a int as prompt, not text: 1"),
+        ("missing", "has no completion (column 'a')"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "shape", "message"),
+    [
+        ([{"a": "x"}], None, "auto", "none of the shapes that are known. Its columns: a"),
+        ([{"prompt": "x"}], None, "prompt_completion", "no completion for shape="),
+        ([{"prompt": "x"}], None, "alpacca", "none of auto, messages"),
+        ([{"prompt": "x"}], {"promt": "prompt"}, "auto", "'promt' is no field; nearest: 'prompt'"),
+        ([{"query": "x"}], {"prompt": "qeury"}, "auto", "no row has a column 'qeury'; nearest"),
+    ],
+)
+def test_what_cannot_be_recognised_is_told(rows, columns, shape, message):
+    with pytest.raises(ConfigError) as error:
+        recognise(rows, columns, shape)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("turns", "kind", "message"),
+    [
+        (None, "missing", "has no messages"),
+        ([], "missing", "has an empty messages"),
+        ("text", "missing", "has no list in messages"),
+        ([{"role": "robot", "content": "a"}, ANSWER], "roles", "turn 1 of messages has the role"),
+        ([{"content": "a"}, ANSWER], "roles", "has the role None"),
+        (["a", ANSWER], "missing", "is 'a', not an object"),
+        ([USER, {"role": "assistant", "content": " "}], "missing", "turn 2 of messages (assistant"),
+        ([USER, {"role": "assistant"}], "missing", "has no text as content"),
+        ([{**USER, "content": [{"type": "image"}]}, ANSWER], "missing", "parts that are not text"),
+        ([USER, USER, ANSWER], "roles", "two user turns in a row"),
+        ([ANSWER, USER, ANSWER], "roles", "begins with assistant"),
+        ([USER, SYSTEM, ANSWER], "roles", "a system turn at place 2"),
+        ([USER, ANSWER, USER], "roles", "ends with user"),
+        ([USER, {"role": "tool", "content": "1"}, ANSWER], "roles", "no assistant turn asked for"),
+    ],
+)
+def test_wrong_turns_are_told(turns, kind, message):
+    layout = recognise([{"messages": TALK}], None, "auto")
+    found = layout.parse({"messages": turns})
+    assert any(k == kind and message in text for k, text in found), found
+
+
+def test_tool_calls_are_kept():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [USER, call, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, ANSWER]
+    sample = recognise([{"messages": turns}], None, "auto").parse({"messages": turns})
+    assert sample.messages[1] == {**call, "content": ""}
+    assert len(sample.messages) == 5
+
+
+def test_the_same_answers_are_no_preference():
+    row = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    (problem,) = recognise([row], None, "auto").parse(row)
+    assert problem[0] == "preference"
+
+
+def test_digests_are_of_what_is_said():
+    one = recognise([{"prompt": "a", "response": "b"}], None, "auto")
+    two = recognise([{"messages": TALK}], None, "auto")
+    first, second = one.parse({"prompt": "a", "response": "b"}), two.parse({"messages": TALK})
+    assert first.digest() == second.digest() != Sample(text="ab").digest()
+    assert Sample(text="\ud800").digest() != Sample(text="?").digest()
