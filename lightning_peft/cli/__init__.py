@@ -46,7 +46,8 @@ def demo(
 COMMANDS: dict[str, Callable[..., None]] = {"demo": demo}
 # Their arguments are those of LightningCLI or of a class that is expensive to import, which a
 # parser made from a function cannot have.
-OWN_PARSERS = ("preview", "verify")
+OWN_PARSERS = ("preview", "recipes", "verify")
+TRAINING = ("fit", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] and words[0] in OWN_PARSERS:
         return int(import_module(f"lightning_peft.cli.{words[0]}").main(words[1:]))
+    if words[:1] and words[0] in TRAINING:
+        return int(import_module("lightning_peft.cli.training").main(words[0], words[1:]))
     jsonargparse = import_module("jsonargparse")
     version = import_module("importlib.metadata").version("lightning-peft")
     parser = jsonargparse.ArgumentParser(
@@ -73,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.add_subcommand(name, command, help=about.partition("\n")[0])
     for name in OWN_PARSERS:
         about = import_module(f"lightning_peft.cli.{name}").ABOUT
+        commands.add_subcommand(name, jsonargparse.ArgumentParser(description=about), help=about)
+    for name, about in import_module("lightning_peft.cli.training").ABOUT.items():
         commands.add_subcommand(name, jsonargparse.ArgumentParser(description=about), help=about)
     given = parser.parse_args(words)
     chosen = given[given["command"]].as_dict()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-import yaml
-
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.lifecycle import REFUSED_CALLBACKS, Lifecycle
-from lightning_peft.plugin.namespace import namespace_in_use, tree_of
+from lightning_peft.plugin.lightning_cli import cause, import_from_here, root_for
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -56,10 +52,8 @@ def verify_config(
         LightningPeftError: If the module cannot be adapted.
         SystemExit: With code 2, if LightningCLI cannot read the arguments.
     """
-    # As for a script: the user's own modules are beside the config.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    root = _root_for(arguments)
+    import_from_here()
+    root = root_for(arguments)
     cli = _build(root, list(arguments))
     lifecycle = _lifecycle_of(cli.trainer)
     lifecycle.announce = announce
@@ -80,36 +74,6 @@ def verify_config(
         "The training data gave no batch to verify with: it is empty, or `max_epochs`, `max_steps` "
         "or `limit_train_batches` leave nothing of it."
     )
-
-
-def _root_for(arguments: Sequence[str]) -> str:
-    """Returns the Lightning package that the module of the config belongs to."""
-    path = None
-    parts = [piece for argument in arguments for piece in argument.split("=", 1)]
-    for option, value in zip(parts, parts[1:], strict=False):
-        if option == "--config":
-            path = _class_path_in(value) or path
-        elif option in ("--model", "--model.class_path"):
-            path = value
-    if path is None or "." not in path:
-        return namespace_in_use()
-    module, _, name = path.rpartition(".")
-    try:
-        cls = getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"model.class_path={path!r} cannot be imported: {error}") from error
-    return (tree_of(cls) if isinstance(cls, type) else None) or namespace_in_use()
-
-
-def _class_path_in(file: str) -> str | None:
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except (OSError, yaml.YAMLError):
-        # LightningCLI reads it again and says what is wrong.
-        return None
-    model = content.get("model") if isinstance(content, dict) else None
-    return model.get("class_path") if isinstance(model, dict) else model
 
 
 def _build(root: str, arguments: list[str]) -> Any:
@@ -137,9 +101,7 @@ def _build(root: str, arguments: list[str]) -> Any:
                 parser_kwargs={"prog": "lightning-peft verify"},
             )
         except ValueError as error:
-            # jsonargparse puts what a constructor said between all that it tried.
-            said = str(error).partition("\nGiven value type:")[0]
-            raise ConfigError(f"Something of the config cannot be made: {said}") from error
+            raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
 
 
 def _is_kept(callback: Any) -> bool:

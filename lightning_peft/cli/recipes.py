@@ -1,0 +1,119 @@
+"""``lightning-peft recipes``: configs that are ready to run, listed, shown and copied."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import ConfigError
+
+ABOUT = "List, show and copy the recipes: configs for `lightning-peft fit`."
+_PACKAGE = Path(__file__).parents[1]
+# In a wheel they are inside the package, in a checkout beside it.
+_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+_MARK = "package:"
+
+
+def recipe_files() -> dict[str, Path]:
+    """Returns the recipes by name, in order; those for small trials are called ``small/...``."""
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    if folder is None:
+        return {}
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file that ``name`` means: a path, or the name of a recipe.
+
+    Raises:
+        ConfigError: If there is neither; near names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipe_files()
+    if name not in known:
+        near = import_module("difflib").get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"Near names: {', '.join(near)}" if near else f"Recipes: {', '.join(known)}"
+        raise ConfigError(f"{name!r} is no file, and no recipe. {hint}.")
+    return known[name]
+
+
+def resolved(file: Path) -> str:
+    """Returns the text of a recipe in which ``package:`` paths are absolute."""
+    text = file.read_text(encoding="utf-8")
+    return text.replace(_MARK, f"{_PACKAGE.as_posix()}/") if f" {_MARK}" in text else text
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0, or 2 for a name that is none.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-peft recipes", description=ABOUT)
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    commands = parser.add_subparsers(dest="command")
+    show = commands.add_parser("show", help="print a recipe")
+    show.add_argument("name")
+    copy = commands.add_parser("copy", help="copy a recipe to a file of your own")
+    copy.add_argument("name")
+    copy.add_argument("file", type=Path)
+    given = parser.parse_args(list(arguments))
+    try:
+        if given.command == "show":
+            print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
+        elif given.command == "copy":
+            _copy(find_recipe(given.name), given.file)
+        else:
+            _list(given.json)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _copy(recipe: Path, file: Path) -> None:
+    if file.exists():
+        raise ConfigError(f"{str(file)!r} is there already, and is left alone. Name another file.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(resolved(recipe), encoding="utf-8")
+    print(f"{file}  (lightning-peft fit --config {file})")
+
+
+def _list(as_json: bool) -> None:
+    rows = [_row(name, file) for name, file in recipe_files().items()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    console = import_module("rich.console").Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(str(value or "-") for value in row.values()))
+        return
+    table = import_module("rich.table").Table()
+    for heading in rows[0] if rows else ():
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*(str(value or "-") for value in row.values()))
+    console.print(table)
+
+
+def _row(name: str, file: Path) -> dict[str, Any]:
+    text = file.read_text(encoding="utf-8")
+    content = import_module("yaml").safe_load(text)
+    model = content.get("model", {})
+    strategy = content.get("trainer", {}).get("strategy", {})
+    said = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+    return {
+        "name": name,
+        "task": str(model.get("class_path", "")).rpartition(".")[2] or None,
+        "method": str(strategy.get("class_path", "")).rpartition(".")[2] or None,
+        "model": model.get("init_args", {}).get("model"),
+        "about": " ".join(said).partition(". ")[0].rstrip(".") + ".",
+    }

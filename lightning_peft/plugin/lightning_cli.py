@@ -1,0 +1,125 @@
+"""LightningCLI for the commands of this package, in the Lightning that a config asks for."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.interruption import SaveOnInterrupt
+from lightning_peft.plugin.namespace import namespace_in_use, realize, tree_of
+
+
+def run_subcommand(subcommand: str, arguments: Sequence[str]) -> Path | None:
+    """Runs ``fit``, ``validate``, ``test`` or ``predict`` as LightningCLI does.
+
+    Args:
+        subcommand: Which of them.
+        arguments: LightningCLI's command line after it.
+
+    Returns:
+        The checkpoint that was saved where the run was interrupted, else ``None``.
+
+    Raises:
+        ConfigError: If the arguments cannot be read, or something of them cannot be made.
+    """
+    import_from_here()
+    root = root_for(arguments)
+    interruption = realize(SaveOnInterrupt, root)()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        try:
+            import_module(f"{root}.cli").LightningCLI(
+                args=[subcommand, *arguments],
+                trainer_defaults={"callbacks": [interruption]},
+                parser_kwargs={
+                    "prog": "lightning-peft",
+                    "exit_on_error": False,
+                    subcommand: {"exit_on_error": False},
+                },
+            )
+        except argparse.ArgumentError as error:
+            raise ConfigError(_explained(cause(error), root)) from error
+        except ValueError as error:
+            raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
+    saved: Path | None = interruption.saved
+    return saved
+
+
+def import_from_here() -> None:
+    """Lets the user's own modules be imported from the working directory, as in a script."""
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _explained(message: str, root: str) -> str:
+    """Returns what jsonargparse said, with the nearest names for keys that it does not know."""
+    hints = []
+    for path, option in re.findall(
+        r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message
+    ):
+        module, _, name = path.rpartition(".")
+        known = inspect.signature(getattr(import_module(module), name).__init__).parameters
+        hints.append(f"{option!r} is no argument of {name}{near_names(option, known)}")
+    for key in re.findall(r"(?:unrecognized arguments: --|Key '|accept option ')([\w.]+)", message):
+        trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
+        known_keys = ["model", "data", "trainer", "seed_everything", "ckpt_path"]
+        known_keys += [f"trainer.{name}" for name in trainer]
+        hints.append(f"there is no {key!r}{near_names(key, known_keys)}")
+    said = "\n".join(line for line in message.splitlines() if "NoneType" not in line)
+    return "\n".join([said, *hints])
+
+
+def near_names(wanted: str, known: Iterable[str]) -> str:
+    """Returns ``"; near names: ..."``, or ``""``."""
+    near = difflib.get_close_matches(wanted, [name for name in known if name != "self"], n=3)
+    return f"; near names: {', '.join(near)}" if near else ""
+
+
+def cause(error: Exception) -> str:
+    """Returns what a constructor said, which jsonargparse puts between all that it tried."""
+    return str(error).partition("\nGiven value type:")[0]
+
+
+def root_for(arguments: Sequence[str]) -> str:
+    """Returns the Lightning package that the module of a config belongs to.
+
+    Raises:
+        ConfigError: If the module cannot be imported.
+    """
+    path = None
+    parts = [piece for argument in arguments for piece in argument.split("=", 1)]
+    for option, value in zip(parts, parts[1:], strict=False):
+        if option == "--config":
+            path = _class_path_in(value) or path
+        elif option in ("--model", "--model.class_path"):
+            path = value
+    if path is None or "." not in path:
+        return namespace_in_use()
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ConfigError(f"model.class_path={path!r} cannot be imported: {error}") from error
+    return (tree_of(cls) if isinstance(cls, type) else None) or namespace_in_use()
+
+
+def _class_path_in(file: str) -> str | None:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except (OSError, yaml.YAMLError):
+        # LightningCLI reads it again and says what is wrong.
+        return None
+    model = content.get("model") if isinstance(content, dict) else None
+    return model.get("class_path") if isinstance(model, dict) else model
