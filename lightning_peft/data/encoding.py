@@ -171,13 +171,16 @@ class Encoder:
         for place in places:
             before = self._apply(messages[:place], tokenize=False, add_generation_prompt=True)
             upto = self._apply(messages[: place + 1], tokenize=False)
+            if not text.startswith(upto):
+                # Some templates end every text with the end token, whatever its last turn.
+                upto = upto.rstrip().removesuffix(self.tokenizer.eos_token)
             if not (text.startswith(before) and text.startswith(upto)):
                 way = "" if place == places[-1] else '; loss_on="completion" trains the last alone'
                 raise EncodingProblem(
                     "template",
-                    f"cannot be told apart in the chat template {self.template.name}: it writes "
-                    f"what comes before turn {place + 1} in another way once the turn is "
-                    f"there{way}",
+                    f"cannot be masked with the chat template {self.template.name}: it writes "
+                    f"turn {place + 1}, or what comes before, in another way when more follows"
+                    f"{way}",
                 )
             characters.append((len(before), len(upto)))
         return self._tokens(text, characters)

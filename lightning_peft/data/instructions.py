@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lightning_peft.data.batching import pad
+from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import ConfigError, itemize
 from lightning_peft.plugin.namespace import PerNamespace
 
@@ -22,7 +21,6 @@ else:
     _Base = object
 
 TEMPLATE = "### Question:\n{prompt}\n\n### Answer:\n"
-IGNORED = -100
 
 Row = dict[str, str]
 Example = dict[str, list[int]]
@@ -72,20 +70,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Exa
     ids = [*prompt, *response, end][:max_length]
     labels = [*[IGNORED] * len(prompt), *response, end][:max_length]
     return {"input_ids": ids, "labels": labels}
-
-
-def pad(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns ``input_ids``, ``attention_mask`` and ``labels`` as ``(batch, length)`` int64."""
-    length = max(len(example["input_ids"]) for example in examples)
-
-    def filled(name: str, value: int) -> Tensor:
-        rows = [e[name] + [value] * (length - len(e[name])) for e in examples]
-        return torch.tensor(rows, dtype=torch.int64)
-
-    ids = filled("input_ids", pad_token_id)
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    mask = (torch.arange(length) < lengths[:, None]).to(torch.int64)
-    return {"input_ids": ids, "attention_mask": mask, "labels": filled("labels", IGNORED)}
 
 
 class InstructionData(_Base, metaclass=PerNamespace):

@@ -239,6 +239,19 @@ class SupervisedData(_Base, metaclass=PerNamespace):
             "problems": dict(kinds),
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds of the data: the key of what was trained on."""
+        return {"key": self.read().folder.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says so if a run is resumed on other data than it was begun on."""
+        if state_dict["key"] != self.read().folder.name:
+            log.warning(
+                f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
+                "rows, tokenizer or settings that decide the tokens have changed, so the run goes "
+                "on with other batches. To resume it as it was, give it what it was begun with."
+            )
+
     def train_dataloader(self) -> Any:
         """Returns the training rows, in random order."""
         return self._loader("train")

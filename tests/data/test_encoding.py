@@ -90,6 +90,17 @@ def test_an_end_is_added_where_the_template_writes_none(tokenizer):
     assert ends[1] == "Items without order.<turn>\n</s>"
 
 
+def test_an_end_after_the_whole_text_is_no_part_of_earlier_answers(tokenizer):
+    # As Phi 3 does.
+    ends = WITHOUT_END.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    (row,) = encoder(tokenizer, ends).encode(Sample(TALK))
+    assert not row.end_added
+    assert trained(tokenizer, row) == [
+        "A row of items.<turn>\n",
+        "Items without order.<turn>\n</s>",
+    ]
+
+
 def test_a_template_that_rewrites_earlier_turns_is_named(tokenizer):
     with pytest.raises(EncodingProblem, match=r'given as chat_template.*loss_on="completion"') as e:
         encoder(tokenizer, REWRITES).encode(Sample(TALK))

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_peft.data.instructions import IGNORED, InstructionData, encode, pad, read_rows
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.instructions import InstructionData, encode, read_rows
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.errors import ConfigError
 
@@ -29,15 +30,6 @@ def test_a_long_row_is_cut_to_the_limit(data):
     row = {"prompt": "word " * 50, "response": "word " * 50}
     example = encode(data.tokenizer, row, 70)
     assert len(example["input_ids"]) == len(example["labels"]) == 70
-
-
-def test_padding_is_neither_attended_to_nor_trained():
-    short = {"input_ids": [5, 6], "labels": [IGNORED, 6]}
-    long = {"input_ids": [7, 8, 9], "labels": [IGNORED, 8, 9]}
-    batch = pad([short, long], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED], [IGNORED, 8, 9]]
 
 
 def test_splits_do_not_overlap_and_loaders_serve_them(data):

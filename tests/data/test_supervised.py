@@ -130,3 +130,21 @@ def test_rows_that_do_not_fit_stop_a_run_before_its_first_step(make, write):
     with pytest.raises(ConfigError, match="row 31 is no JSON"):
         trainer.fit(task, data)
     assert trainer.global_step == 0
+
+
+def test_resuming_on_other_data_is_told(make, write, tmp_path, caplog):
+    def run(data, **fit):
+        caplog.clear()
+        trainer = import_module(ROOTS[1]).Trainer(
+            max_epochs=1 + bool(fit), limit_train_batches=2, limit_val_batches=0, logger=False,
+            accelerator="cpu", devices=1, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(realize(CausalLM, ROOTS[1])(str(BASE), dtype="float32"), data, **fit)
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+        return "trained on other data" in caplog.text
+
+    path = write(pairs(30))
+    assert not run(make(path))
+    assert not run(make(path, batch_size=2), ckpt_path=tmp_path / "one.ckpt")
+    assert run(make(path, system_prompt="Be brief."), ckpt_path=tmp_path / "one.ckpt")
