@@ -58,10 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         input, or 130 after an interrupt.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] and words[0] in OWN_PARSERS:
-        return int(import_module(f"lightning_peft.cli.{words[0]}").main(words[1:]))
-    if words[:1] and words[0] in TRAINING:
-        return int(import_module("lightning_peft.cli.training").main(words[0], words[1:]))
+    try:
+        if words[:1] and words[0] in OWN_PARSERS:
+            return int(import_module(f"lightning_peft.cli.{words[0]}").main(words[1:]))
+        if words[:1] and words[0] in TRAINING:
+            return int(import_module("lightning_peft.cli.training").main(words[0], words[1:]))
+    except KeyboardInterrupt:
+        print("lightning-peft: stopped", file=sys.stderr)
+        return 130
     jsonargparse = import_module("jsonargparse")
     version = import_module("importlib.metadata").version("lightning-peft")
     parser = jsonargparse.ArgumentParser(

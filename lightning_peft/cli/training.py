@@ -42,9 +42,6 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     except LightningPeftError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("lightning-peft: stopped", file=sys.stderr)
-        return 130
     if saved is None:
         return 0
     saved = saved.relative_to(Path.cwd()) if saved.is_relative_to(Path.cwd()) else saved
