@@ -54,8 +54,9 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(_as_dict(findings, passed=not broken), indent=2))
     else:
         unsure = sum(finding.status == "warning" for finding in findings)
-        told = f"Broken: {', '.join(broken)}." if broken else "Everything that training needs works"
-        print(f"\n{told}" + ("" if broken else f" ({unsure} warnings)."))
+        warned = f"; warnings: {unsure}" if unsure else ""
+        works = f"Everything that training needs works{warned}."
+        print(f"\nBroken: {', '.join(broken)}." if broken else f"\n{works}")
     return 1 if broken else 0
 
 

@@ -128,12 +128,11 @@ def silent():
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize(("needed", "status"), [(False, "warning"), (True, "failed")])
-def test_a_hub_that_does_not_answer_is_found(silent, needed, status):
-    found = ask(silent, needed)
-    assert found[0] == status
-    assert "Timeout" in found[1]
-    assert "HTTPS_PROXY" in found[2]
+def test_a_hub_that_does_not_answer_is_found_and_is_a_fault_where_it_is_needed(silent):
+    status, detail, way_out = ask(silent, needed=True)
+    assert status == "failed"
+    assert "Timeout" in detail
+    assert "HTTPS_PROXY" in way_out
 
 
 def test_a_hub_that_refuses_is_found():
