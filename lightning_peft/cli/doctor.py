@@ -30,8 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command.
 
     Returns:
-        The exit code: 0 if everything needed works, 1 if something is broken, 130 after an
-        interrupt. Bad arguments exit with 2.
+        The exit code: 0 if everything needed works, 1 if something is broken. Bad
+        arguments exit with 2.
     """
     given = _parser().parse_args(list(arguments))
     examination = import_module("lightning_peft.doctor.examination")
@@ -41,14 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         faulthandler.enable(sys.__stderr__)
     console = import_module("rich.console").Console(highlight=False)
     findings = []
-    try:
-        for finding in examination.examine(wishes, _progress):
-            findings.append(finding)
-            if not given.json:
-                _show(console, finding)
-    except KeyboardInterrupt:
-        print("lightning-peft: stopped", file=sys.stderr)
-        return 130
+    for finding in examination.examine(wishes, _progress):
+        findings.append(finding)
+        if not given.json:
+            _show(console, finding)
     broken = [finding.name for finding in findings if finding.status == "failed"]
     if given.json:
         print(json.dumps(_as_dict(findings, passed=not broken), indent=2))
