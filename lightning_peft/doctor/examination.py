@@ -49,16 +49,16 @@ def examine(
     yield run(Check("packages together", packages.check_fit, ways_out.METADATA, broken="warning"))
     stopped = ""
     if releases.status == "failed":
-        stopped = "nothing is imported beside a compromised release"
+        stopped = f"{releases.name} failed: nothing is imported beside them"
     for check, decides in _heavy(wishes):
         found = check.skipped(stopped) if stopped else run(check)
         yield found
         if decides and not stopped and found.status == "failed":
             stopped = f"{check.name} failed"
     yield run(Check("folder", lambda: places.check_folder(wishes.folder), ways_out.FOLDER))
-    hub = Check(
-        "hub", lambda: places.check_hub(bool(wishes.hub)), ways_out.METADATA, broken="warning"
-    )
+    needed = bool(wishes.hub)
+    broken: Status = "failed" if needed else "warning"
+    hub = Check("hub", lambda: places.check_hub(needed), ways_out.METADATA, broken)
     if wishes.hub is False:
         yield hub.skipped("--no-hub")
     elif releases.status == "failed":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, distribution, distributions
+from collections.abc import Iterable
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -20,19 +21,22 @@ COMPROMISED = ("2.6.2", "2.6.3")
 _RELATED = ("torchvision", "torchaudio", "torchmetrics", "accelerate", "huggingface-hub")
 
 
-def installed_versions(path: list[str] | None = None) -> dict[str, list[str]]:
-    """Returns every installed version by package; more than one where remains lie around.
+def installed_versions(name: str, path: list[str] | None = None) -> list[str]:
+    """Returns every version of a package, what is imported first.
+
+    More than one is there where an installation was interrupted, or folders shadow each other.
 
     Args:
+        name: The package.
         path: Folders to look in, in place of ``sys.path``.
     """
-    found: dict[str, list[str]] = {}
-    for one in distributions() if path is None else distributions(path=path):
-        # A folder without a METADATA file has no name.
-        name = one.metadata["Name"]
-        if name and one.version not in found.setdefault(canonicalize_name(name), []):
-            found[canonicalize_name(name)].append(one.version)
-    return found
+    places = _distributions(name, path)
+    # A folder without a METADATA file has no version.
+    return list(dict.fromkeys(one.version for one in places if one.metadata["Version"]))
+
+
+def _distributions(name: str, path: list[str] | None) -> Iterable[Distribution]:
+    return distributions(name=name) if path is None else distributions(name=name, path=path)
 
 
 def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -> list[Requirement]:
@@ -41,8 +45,7 @@ def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -
     Raises:
         PackageNotFoundError: If it is not installed.
     """
-    places = distributions(name=name) if path is None else distributions(name=name, path=path)
-    first = next(iter(places), None)
+    first = next(iter(_distributions(name, path)), None)
     if first is None:
         raise PackageNotFoundError(name)
     every = [Requirement(line) for line in first.requires or []]
@@ -67,8 +70,7 @@ def check_compromised(path: list[str] | None = None) -> Finding:
     Args:
         path: Folders to look in, in place of ``sys.path``.
     """
-    versions = installed_versions(path)
-    found = {name: versions[name] for name in LIGHTNING if name in versions}
+    found = {name: there for name in LIGHTNING if (there := installed_versions(name, path))}
     bad = [f"{name} {one}" for name, all_ in found.items() for one in all_ if one in COMPROMISED]
     if bad:
         names = " ".join(dict.fromkeys(one.partition(" ")[0] for one in bad))
@@ -98,20 +100,20 @@ def check_requirements(path: list[str] | None = None) -> Finding:
     except PackageNotFoundError:
         way_out = f"Install it: pip install {OURS}"
         return Finding("packages", "warning", f"{OURS} has no metadata: not installed", way_out)
-    versions = installed_versions(path)
     known = {canonicalize_name(one.name) for one in wanted}
     wanted += [
         one
         for one in required(extra="lightning", path=path)
-        if canonicalize_name(one.name) in versions.keys() - known
+        if canonicalize_name(one.name) not in known and installed_versions(one.name, path)
     ]
-    problems = {str(one): said for one in wanted if (said := _unmet(one, versions))}
+    problems = {str(one): said for one in wanted if (said := _unmet(one, path))}
     if problems:
         command = " ".join(f'"{_plain(one)}"' for one in wanted if str(one) in problems)
         detail = "; ".join(problems.values())
         return Finding("packages", "failed", detail, f"Run `pip install {command}`.")
     shown = [canonicalize_name(one.name) for one in wanted if one.specifier]
-    return Finding("packages", "ok", ", ".join(f"{name} {versions[name][0]}" for name in shown))
+    detail = ", ".join(f"{name} {installed_versions(name, path)[0]}" for name in shown)
+    return Finding("packages", "ok", detail)
 
 
 def check_fit(path: list[str] | None = None) -> Finding:
@@ -120,14 +122,13 @@ def check_fit(path: list[str] | None = None) -> Finding:
     Args:
         path: Folders to look in, in place of ``sys.path``.
     """
-    versions = installed_versions(path)
-    names = dict.fromkeys([*_RELATED, *LIGHTNING, "transformers", "peft", "bitsandbytes"])
-    present = [name for name in names if name in versions]
+    names = [*_RELATED, *LIGHTNING, "transformers", "peft", "bitsandbytes"]
+    present = {name: there[0] for name in names if (there := installed_versions(name, path))}
     problems = [
-        f"{name} {versions[name][0]} requires {_plain(one)}: {said}"
-        for name in present
+        f"{name} {version} requires {_plain(one)}: {said}"
+        for name, version in present.items()
         for one in required(name, path=path)
-        if (said := _unmet(one, versions))
+        if (said := _unmet(one, path))
     ]
     if problems:
         way_out = (
@@ -149,12 +150,13 @@ def _plain(requirement: Requirement) -> str:
     return f"{requirement.name}{extras}{requirement.specifier}"
 
 
-def _unmet(requirement: Requirement, versions: dict[str, list[str]]) -> str | None:
-    """Returns what is wrong, if anything; of several versions the first is what is imported."""
+def _unmet(requirement: Requirement, path: list[str] | None) -> str | None:
+    """Returns what is wrong with what is installed for a requirement, if anything."""
     name = canonicalize_name(requirement.name)
-    if name not in versions:
+    versions = installed_versions(name, path)
+    if not versions:
         return f"{name} is not installed"
-    version = versions[name][0]
+    version = versions[0]
     try:
         fits = requirement.specifier.contains(Version(version), prereleases=True)
     except InvalidVersion:

@@ -68,6 +68,22 @@ def test_a_gpu_that_torch_does_not_see_is_found(program, device, status):
 
 
 @no_cuda
+@pytest.mark.parametrize(
+    ("hidden", "way_out"), [("", "CUDA_VISIBLE_DEVICES='' hides devices"), (None, "Update the")]
+)
+def test_a_gpu_that_a_cuda_build_does_not_see_is_found(program, monkeypatch, hidden, way_out):
+    program("nvidia-smi", 'echo "GPU 0: NVIDIA Something (UUID: GPU-1)"')
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    found = check_torch("auto")
+    assert found.status == "warning"
+    assert "built for CUDA 12.8" in found.detail
+    assert "but torch sees no CUDA device" in found.detail
+    assert way_out in found.way_out
+
+
+@no_cuda
 @pytest.mark.parametrize("lines", [["exit 9"], ["echo No devices found"], None])
 def test_a_driver_without_a_gpu_is_no_fault(program, lines):
     if lines:

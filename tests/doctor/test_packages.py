@@ -92,6 +92,18 @@ def test_a_required_package_that_is_not_there_is_found(installed):
     assert (found.status, found.detail) == ("failed", "peft is not installed")
 
 
+def test_remains_of_an_installation_are_not_taken_for_it(installed, tmp_path):
+    path = installed(**GOOD)
+    (tmp_path / "peft-0.1.dist-info").mkdir()
+    # As pip leaves it where a file was in use.
+    left = tmp_path / "~eft-0.2.dist-info"
+    left.mkdir()
+    (left / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.2\n")
+    found = check_requirements(path)
+    assert found.status == "ok"
+    assert "peft 0.20," in found.detail
+
+
 def test_no_metadata_at_all_is_said(installed):
     found = check_requirements(installed(peft=GOOD["peft"]))
     assert found.status == "warning"
