@@ -24,7 +24,8 @@ PACKAGE = "lightning_peft"
 # Room -> rooms it may import, top floor first. The root may not be imported by anyone.
 FLOORS: dict[str, set[str]] = {
     "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
-    "cli": {"demo", "tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
+    "cli": {"demo", "doctor", "tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
+    "doctor": {"engine", "errors"},
     "demo": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
     "tasks": {"data", "runs", "plan", "plugin", "engine", "errors"},
     "data": {"tasks", "runs", "plan", "plugin", "engine", "errors"},

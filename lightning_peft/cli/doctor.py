@@ -1,0 +1,120 @@
+"""``lightning-peft doctor``: does this machine have what training needs."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_peft.doctor.findings import Finding
+
+ABOUT = "Try what training needs on this machine, and say the way out where something is broken."
+_MORE = """\
+exit code: 0 if everything that training needs works (warnings included), 1 if something that it
+needs is broken, 2 for bad input
+"""
+_MARKS = {"ok": "ok     ", "warning": "warning", "failed": "FAILED ", "skipped": "--     "}
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "skipped": "dim"}
+_QUIET_SECONDS = 2.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 if everything needed works, 1 if something is broken. Bad
+        arguments exit with 2.
+    """
+    given = _parser().parse_args(list(arguments))
+    examination = import_module("lightning_peft.doctor.examination")
+    wishes = examination.Wishes(device=given.device, folder=Path(given.folder), hub=given.hub)
+    # A broken kernel can end the process; then the trace and the last line say which it was.
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)
+    console = import_module("rich.console").Console(highlight=False)
+    findings = []
+    for finding in examination.examine(wishes, _progress):
+        findings.append(finding)
+        if not given.json:
+            _show(console, finding)
+    broken = [finding.name for finding in findings if finding.status == "failed"]
+    if given.json:
+        print(json.dumps(_as_dict(findings, passed=not broken), indent=2))
+    else:
+        unsure = sum(finding.status == "warning" for finding in findings)
+        warned = f"; warnings: {unsure}" if unsure else ""
+        works = f"Everything that training needs works{warned}."
+        print(f"\nBroken: {', '.join(broken)}." if broken else f"\n{works}")
+    return 1 if broken else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft doctor",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to try"
+    )
+    parser.add_argument("--folder", default=".", help="where runs would be written")
+    parser.add_argument(
+        "--hub",
+        action=argparse.BooleanOptionalAction,
+        help="need the Hugging Face hub, or leave it alone; by default it is asked, and no answer "
+        "is a warning",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _as_dict(findings: list[Finding], passed: bool) -> dict[str, Any]:
+    keys = ("name", "status", "detail", "way_out", "seconds")
+    checks = [{key: getattr(finding, key) for key in keys} for finding in findings]
+    version = import_module("importlib.metadata").version("lightning-peft")
+    return {"version": version, "passed": passed, "checks": checks}
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[None]:
+    """Says what runs: at once on a terminal, elsewhere only if it takes long."""
+    console = import_module("rich.console").Console(stderr=True)
+    # What the parts under trial print must not get between the lines, or into the JSON.
+    with redirect_stdout(sys.stderr):
+        if console.is_terminal:
+            with console.status(f"trying {name}"):
+                yield
+            return
+        say = threading.Timer(_QUIET_SECONDS, print, [f"trying {name} ..."], {"file": sys.stderr})
+        say.daemon = True
+        say.start()
+        try:
+            yield
+        finally:
+            say.cancel()
+
+
+def _show(console: Any, finding: Finding) -> None:
+    way_out = f"way out: {finding.way_out}" if finding.way_out else ""
+    mark = _MARKS[finding.status]
+    if not console.is_terminal:
+        print(f"{mark} {finding.name}: {finding.detail}", flush=True)
+        if way_out:
+            print(f"{'':8}{way_out}", flush=True)
+        return
+    escape = import_module("rich.markup").escape
+    console.print(
+        f"[{_STYLES[finding.status]}]{mark}[/] [bold]{finding.name}[/]: {escape(finding.detail)}"
+    )
+    if way_out:
+        console.print(f"{'':8}{escape(way_out)}", style="yellow")

@@ -1,0 +1,1 @@
+"""What a machine needs for training, tried rather than looked up."""

@@ -1,0 +1,70 @@
+"""What a check found, and running checks so that one that breaks stops no other."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Status = Literal["ok", "warning", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        name: The check; the same in every release and on every machine.
+        status: ``"failed"`` where training needs it, ``"warning"`` where some training does.
+        detail: What was measured.
+        way_out: What to do about it; empty where nothing has to be done.
+        seconds: How long the check took.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    way_out: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check that has not run yet.
+
+    Attributes:
+        name: What its finding is called.
+        run: Finds out; whatever it raises is a finding too.
+        way_out: What to do where ``run`` raises.
+        broken: The status where ``run`` raises.
+    """
+
+    name: str
+    run: Callable[[], Finding]
+    way_out: str
+    broken: Status = "failed"
+
+    def finding(self) -> Finding:
+        """Runs the check."""
+        started = time.perf_counter()
+        # What matters of them is in the details; on the screen they would be between the lines.
+        with warnings.catch_warnings(record=True):
+            try:
+                found = self.run()
+            # The parts under trial raise whatever their loaders and kernels do.
+            except Exception as error:
+                found = Finding(self.name, self.broken, in_one_line(error), self.way_out)
+        return replace(found, seconds=round(time.perf_counter() - started, 2))
+
+    def skipped(self, why: str) -> Finding:
+        """Returns the finding of a check that cannot run."""
+        return Finding(self.name, "skipped", why)
+
+
+def in_one_line(error: BaseException) -> str:
+    """Returns the kind of an error and the start of its message."""
+    words = " ".join(str(error).split())
+    shown = words if len(words) <= 300 else f"{words[:300]} ..."
+    return f"{type(error).__name__}: {shown}" if shown else type(error).__name__

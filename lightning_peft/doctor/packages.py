@@ -1,0 +1,164 @@
+"""Installed packages, read from their metadata alone: nothing here imports what it looks at."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from lightning_peft.doctor.findings import Finding
+
+OURS = "lightning-peft"
+LIGHTNING = ("lightning", "pytorch-lightning")
+# Withdrawn from PyPI after a supply-chain compromise.
+COMPROMISED = ("2.6.2", "2.6.3")
+# The packages whose own requirements are compared: those that break each other in practice.
+_RELATED = ("torchvision", "torchaudio", "torchmetrics", "accelerate", "huggingface-hub")
+
+
+def installed_versions(name: str, path: list[str] | None = None) -> list[str]:
+    """Returns every version of a package, what is imported first.
+
+    More than one is there where an installation was interrupted, or folders shadow each other.
+
+    Args:
+        name: The package.
+        path: Folders to look in, in place of ``sys.path``.
+    """
+    places = _distributions(name, path)
+    # A folder without a METADATA file has no version.
+    return list(dict.fromkeys(one.version for one in places if one.metadata["Version"]))
+
+
+def _distributions(name: str, path: list[str] | None) -> Iterable[Distribution]:
+    return distributions(name=name) if path is None else distributions(name=name, path=path)
+
+
+def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -> list[Requirement]:
+    """Returns what a package requires here, with one of its extras.
+
+    Raises:
+        PackageNotFoundError: If it is not installed.
+    """
+    first = next(iter(_distributions(name, path)), None)
+    if first is None:
+        raise PackageNotFoundError(name)
+    every = [Requirement(line) for line in first.requires or []]
+    return [one for one in every if one.marker is None or one.marker.evaluate({"extra": extra})]
+
+
+def check_python() -> Finding:
+    """Compares the running Python with what this package requires."""
+    version = platform.python_version()
+    allowed = distribution(OURS).metadata["Requires-Python"] or ""
+    detail = f"{platform.python_implementation()} {version} on {platform.platform()}"
+    # A build of its own may call itself 3.12.1+, which is no version of a package.
+    if SpecifierSet(allowed).contains(version.rstrip("+"), prereleases=True):
+        return Finding("python", "ok", detail)
+    way_out = f"Make an environment with a Python {allowed}."
+    return Finding("python", "failed", f"{detail}; {allowed} is required", way_out)
+
+
+def check_compromised(path: list[str] | None = None) -> Finding:
+    """Looks for the releases of Lightning that steal credentials.
+
+    Args:
+        path: Folders to look in, in place of ``sys.path``.
+    """
+    found = {name: there for name in LIGHTNING if (there := installed_versions(name, path))}
+    bad = [f"{name} {one}" for name, all_ in found.items() for one in all_ if one in COMPROMISED]
+    if bad:
+        names = " ".join(dict.fromkeys(one.partition(" ")[0] for one in bad))
+        return Finding(
+            "lightning releases",
+            "failed",
+            f"{', '.join(bad)}: withdrawn after a supply-chain compromise",
+            f"Do not import it. Run `pip uninstall {names}`, rotate every credential that this "
+            "machine could read (tokens, keys, passwords), and install a release that is neither "
+            f"{' nor '.join(COMPROMISED)}.",
+        )
+    shown = ", ".join(f"{name} {' and '.join(all_)}" for name, all_ in found.items())
+    detail = shown or "neither lightning nor pytorch-lightning"
+    if len(found) == 2 and len({tuple(all_) for all_ in found.values()}) == 2:
+        detail += "; different versions side by side are fine: each Trainer gets classes of its own"
+    return Finding("lightning releases", "ok", detail)
+
+
+def check_requirements(path: list[str] | None = None) -> Finding:
+    """Compares what is installed with the ranges that this package declares.
+
+    Args:
+        path: Folders to look in, in place of ``sys.path``.
+    """
+    try:
+        wanted = required(path=path)
+    except PackageNotFoundError:
+        way_out = f"Install it: pip install {OURS}"
+        return Finding("packages", "warning", f"{OURS} has no metadata: not installed", way_out)
+    known = {canonicalize_name(one.name) for one in wanted}
+    wanted += [
+        one
+        for one in required(extra="lightning", path=path)
+        if canonicalize_name(one.name) not in known and installed_versions(one.name, path)
+    ]
+    problems = {str(one): said for one in wanted if (said := _unmet(one, path))}
+    if problems:
+        command = " ".join(f'"{_plain(one)}"' for one in wanted if str(one) in problems)
+        detail = "; ".join(problems.values())
+        return Finding("packages", "failed", detail, f"Run `pip install {command}`.")
+    shown = [canonicalize_name(one.name) for one in wanted if one.specifier]
+    detail = ", ".join(f"{name} {installed_versions(name, path)[0]}" for name in shown)
+    return Finding("packages", "ok", detail)
+
+
+def check_fit(path: list[str] | None = None) -> Finding:
+    """Compares packages with what each of them requires of the others, torchvision of torch first.
+
+    Args:
+        path: Folders to look in, in place of ``sys.path``.
+    """
+    names = [*_RELATED, *LIGHTNING, "transformers", "peft", "bitsandbytes"]
+    present = {name: there[0] for name in names if (there := installed_versions(name, path))}
+    problems = [
+        f"{name} {version} requires {_plain(one)}: {said}"
+        for name, version in present.items()
+        for one in required(name, path=path)
+        if (said := _unmet(one, path))
+    ]
+    if problems:
+        way_out = (
+            "Install releases that belong together in one command, such as "
+            f"`pip install --upgrade {' '.join(_named(problems))}`; packages of torch come from "
+            "the same index as torch."
+        )
+        return Finding("packages together", "warning", "; ".join(problems), way_out)
+    return Finding("packages together", "ok", f"{', '.join(present)} get what they require")
+
+
+def _named(problems: list[str]) -> list[str]:
+    return list(dict.fromkeys(problem.partition(" ")[0] for problem in problems))
+
+
+def _plain(requirement: Requirement) -> str:
+    """Returns a requirement as pip takes it, without its marker."""
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
+def _unmet(requirement: Requirement, path: list[str] | None) -> str | None:
+    """Returns what is wrong with what is installed for a requirement, if anything."""
+    name = canonicalize_name(requirement.name)
+    versions = installed_versions(name, path)
+    if not versions:
+        return f"{name} is not installed"
+    version = versions[0]
+    try:
+        fits = requirement.specifier.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        fits = False
+    return None if fits else f"{name} {version} is installed, {requirement.specifier} is required"
