@@ -6,6 +6,7 @@ Problems that can be found together are reported together.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -35,6 +36,12 @@ class CheckpointError(LightningPeftError, RuntimeError):
 
 class BaseMismatchError(CheckpointError):
     """An adapter meets another base model than the one it was trained on."""
+
+
+def near_names(wanted: str, known: Iterable[str]) -> str:
+    """Returns ``"; near names: ..."`` with what of ``known`` looks like ``wanted``, or ``""``."""
+    near = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.4)
+    return f"; near names: {', '.join(near)}" if near else ""
 
 
 def itemize(problems: Iterable[str], limit: int = 12) -> str:

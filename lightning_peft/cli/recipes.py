@@ -16,7 +16,7 @@ ABOUT = "List, show and copy the recipes: configs for `lightning-peft fit`."
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel they are inside the package, in a checkout beside it.
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-_MARK = "package:"
+_MARK = ": package:"
 
 
 def recipe_files() -> dict[str, Path]:
@@ -46,8 +46,7 @@ def find_recipe(name: str) -> Path:
 
 def resolved(file: Path) -> str:
     """Returns the text of a recipe in which ``package:`` paths are absolute."""
-    text = file.read_text(encoding="utf-8")
-    return text.replace(_MARK, f"{_PACKAGE.as_posix()}/") if f" {_MARK}" in text else text
+    return file.read_text(encoding="utf-8").replace(_MARK, f": {_PACKAGE.as_posix()}/")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -101,8 +101,7 @@ def inject(
     wrapped = find_wrapped(module, () if record is None else record.parts)
     if not wrapped:
         return _inject(module, request, adapt, device)
-    if asked:
-        check_asked(wrapped, config)
+    check_asked(wrapped, config if asked else None, adapt, adapter_name)
     request = Request(wrapped[0].config, quantization_config, wrapped[0].adapter_name)
     with taken_off(module, wrapped):
         made = _inject(module, request, [part.name for part in wrapped], device)

@@ -121,18 +121,38 @@ def _differ(one: LoraConfig, other: LoraConfig) -> list[str]:
     return config_differences(fields_of(one), fields_of(other))
 
 
-def check_asked(wrapped: list[Wrapped], asked: Any) -> None:
+def check_asked(
+    wrapped: list[Wrapped],
+    config: Any | None,
+    adapt: str | Iterable[str] | None,
+    adapter_name: str,
+) -> None:
     """Compares the settings of wrapped parts with those asked for.
+
+    Args:
+        wrapped: The wrapped parts.
+        config: PEFT's config, or ``None`` where none was asked for.
+        adapt: Names of the parts to adapt, or ``None``.
+        adapter_name: Name of the adapter; ``"default"`` goes with any.
 
     Raises:
         LifecycleError: If they differ.
     """
-    fields, theirs = fields_of(wrapped[0].config), fields_of(asked)
-    problems = [
-        f"{key}={fields.get(key)!r} in the module, asked for {theirs.get(key)!r}"
-        for key in config_differences(fields, theirs)
-        if key not in ("init_lora_weights", "modules_to_save")
-    ]
+    problems = []
+    if config is not None:
+        fields, theirs = fields_of(wrapped[0].config), fields_of(config)
+        problems += [
+            f"{key}={fields.get(key)!r} in the module, asked for {theirs.get(key)!r}"
+            for key in config_differences(fields, theirs)
+            if key not in ("init_lora_weights", "modules_to_save")
+        ]
+    names = sorted(part.name for part in wrapped)
+    parts = [adapt] if isinstance(adapt, str) else adapt
+    if parts is not None and sorted(parts) != names:
+        problems.append(f"adapters on {names}, asked for adapt={sorted(parts)}")
+    known = wrapped[0].adapter_name
+    if adapter_name not in ("default", known):
+        problems.append(f"an adapter called {known!r}, asked for {adapter_name!r}")
     if problems:
         raise LifecycleError(
             "PEFT already put adapters into the module, with other settings than were asked for:"

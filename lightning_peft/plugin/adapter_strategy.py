@@ -92,6 +92,8 @@ class AdapterStrategy(_Base):
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        engine.freeze_left_out(self._module, {id(p) for group in groups for p in group["params"]})
         self.lifecycle.check_optimizers(self._module, self.optimizers)
         self.lifecycle.check_frozen(self._module)
         engine.check_followers(self._module)

@@ -249,7 +249,6 @@ class Lifecycle:
         record = engine.require_record(module)
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         problems = []
-        engine.freeze_left_out(module, held)
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]

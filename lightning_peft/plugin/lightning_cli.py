@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import inspect
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 import yaml
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, near_names
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import namespace_in_use, realize, tree_of
 
@@ -78,12 +77,6 @@ def _explained(message: str, root: str) -> str:
         hints.append(f"there is no {key!r}{near_names(key, known_keys)}")
     said = "\n".join(line for line in message.splitlines() if "NoneType" not in line)
     return "\n".join([said, *hints])
-
-
-def near_names(wanted: str, known: Iterable[str]) -> str:
-    """Returns ``"; near names: ..."``, or ``""``."""
-    near = difflib.get_close_matches(wanted, [name for name in known if name != "self"], n=3)
-    return f"; near names: {', '.join(near)}" if near else ""
 
 
 def cause(error: Exception) -> str:

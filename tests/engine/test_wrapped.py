@@ -116,6 +116,18 @@ def test_the_same_settings_may_be_asked_for_and_others_not() -> None:
     assert dict(holder.named_modules()) == kept
 
 
+def test_other_parts_or_names_are_not_passed_over() -> None:
+    for asked, found in (
+        ({"adapt": "model"}, r"adapt=\['model'\]"),
+        ({"adapter_name": "mine"}, "called 'default', asked for 'mine'"),
+    ):
+        holder = Holder(wrapped(tiny_llama, QV))
+        kept = dict(holder.named_modules())
+        with pytest.raises(LifecycleError, match=found):
+            lightning_peft.inject(holder, **asked)
+        assert dict(holder.named_modules()) == kept
+
+
 REFUSED = {
     "dora": (lambda: get_peft_model(stack(), LoraConfig(use_dora=True, target_modules=["first"]))),
     "ia3": lambda: get_peft_model(

@@ -69,8 +69,9 @@ class Kind:
 
     def check_layers(self, adapted: set[str], quantized: set[str]) -> None:
         """Asserts which layers have adapters, and which were quantized."""
-        assert last_names(adapted) <= self.adapted
-        assert last_names(quantized) <= (self.adapted if self.quantized is None else self.quantized)
+        assert last_names(adapted) == self.adapted
+        expected = self.adapted if self.quantized is None else self.quantized
+        assert last_names(quantized) in (set(), expected)
 
 
 def names(*layers: str) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kinds.conftest import _no_flushing, _one_thread, _quiet_lightning  # noqa: F401
+from trainer_fixtures import _no_flushing, _one_thread, _quiet_lightning  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

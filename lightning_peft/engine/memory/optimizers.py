@@ -6,7 +6,6 @@ Lightning's wrappers, hooks and the user's own references go on working.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import weakref
 from collections.abc import Collection, Iterable
@@ -16,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 
-from lightning_peft.errors import CheckpointError, ConfigError, itemize
+from lightning_peft.errors import CheckpointError, ConfigError, itemize, near_names
 
 # transformers' names (``OptimizerNames``), and beside them the variants it has no name for.
 OPTIMIZERS: dict[str, Any] = {
@@ -57,10 +56,9 @@ def check_optimizer_name(name: str | None) -> None:
     known = ["auto", *OPTIMIZERS]
     if name is None or name in known:
         return
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
     raise ConfigError(
         f"optimizer={name!r} is none of the optimizers of bitsandbytes that can stand in for "
-        f"yours{'; near names: ' + ', '.join(near) if near else ''}. There are "
+        f"yours{near_names(str(name), known)}. There are "
         f"{', '.join(known)}, and None, which keeps what configure_optimizers returns."
     )
 

@@ -6,7 +6,6 @@ A module without any is one part as a whole.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.errors import TargetModulesError, itemize
+from lightning_peft.errors import TargetModulesError, itemize, near_names
 
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
@@ -73,8 +72,7 @@ def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.
     problems = [] if names else ["it names no submodule; leave it out for the pretrained parts"]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-            hint = f"; near names: {', '.join(near)}" if near else ""
+            hint = near_names(name, known)
             problems.append(f"adapt={name!r} is no submodule of {type(module).__name__}{hint}")
         problems += [
             f"adapt={name!r} lies inside {other!r}, which is adapted as a whole"
