@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from lightning_peft.data.samples import Message, Sample
 from lightning_peft.data.templates import Template
+from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,18 +39,6 @@ class Encoded:
     labels: list[int]
     cut: int = 0
     end_added: bool = False
-
-
-class EncodingProblem(Exception):
-    """A row that cannot be encoded, with the kind of problem.
-
-    Attributes:
-        kind: One of :data:`lightning_peft.data.validation.KINDS`.
-    """
-
-    def __init__(self, kind: str, problem: str) -> None:
-        super().__init__(problem)
-        self.kind = kind
 
 
 class Encoder:

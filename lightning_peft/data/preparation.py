@@ -1,4 +1,4 @@
-"""From rows to tokens: one pass that checks every row, and shares them out to splits."""
+"""One pass that checks every row, encodes it, and shares the rows out to splits."""
 
 from __future__ import annotations
 
@@ -6,81 +6,57 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
 from datasets.arrow_writer import ArrowWriter
 
 from lightning_peft.data import cache
-from lightning_peft.data.encoding import (
-    IGNORED,
-    Encoded,
-    Encoder,
-    EncodingProblem,
-    LossOn,
-    OverLong,
-)
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
+from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import recognise
-from lightning_peft.data.templates import find_template
-from lightning_peft.data.validation import Problem
+from lightning_peft.data.shapes import Layout, recognise
+from lightning_peft.data.validation import EncodingProblem, Problem
 from lightning_peft.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 # Rows that are looked at to recognise their shape.
 FIRST = 100
-COUNTS = (
-    "rows",
-    "tokens",
-    "trained_tokens",
-    "ends_trained",
-    "ends_added",
-    "truncated",
-    "tokens_cut",
-    "duplicates",
-)
 DEFAULT_SHARES = {"validation": 0.05}
-TRAINABLE = ("messages", "alpaca", "prompt_completion", "text")
-_FEATURES = Features(
-    {
-        "input_ids": ListOf(Value("int32")),
-        "labels": ListOf(Value("int32")),
-        "length": Value("int32"),
-        "file": Value("string"),
-        "row": Value("int64"),
-    }
-)
+# Where every row came from, beside what its encoder makes of it.
+_ORIGIN = {"file": Value("string"), "row": Value("int64")}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides, with the rows and the tokenizer, what the prepared data is.
+    """What decides, with the rows, what the prepared data is.
 
-    The fields are arguments of :class:`lightning_peft.data.supervised.SupervisedData`, which
-    documents them.
+    Attributes:
+        accepts: Names of the shapes that can be trained on.
+        shape: The shape that is asked for, or ``"auto"``.
+        columns: Our name of a field to the column that holds it.
+        duplicates: Whether exact duplicates are an error or are kept.
+        shares: Share of the rows for each split but ``train``; ``None`` if that was not asked for.
+        split_seed: Seed of that.
+        encoding: Everything that decides how rows are encoded, as JSON holds it.
     """
 
+    accepts: tuple[str, ...]
     shape: str
     columns: dict[str, str] | None
-    chat_template: str | None
-    system_prompt: str | None
-    loss_on: LossOn
-    max_length: int
-    over_long: OverLong
     duplicates: Literal["error", "keep"]
     shares: dict[str, float] | None
     split_seed: int
+    encoding: dict[str, Any]
+
+
+EncoderFor = Callable[[Layout], RowEncoder]
 
 
 @dataclass(frozen=True)
@@ -88,8 +64,8 @@ class Prepared:
     """Data that is ready to be trained on.
 
     Attributes:
-        splits: ``input_ids``, ``labels`` (int32), ``length``, ``file`` and ``row`` of each row of
-            ``train``, ``validation`` and ``test``, mapped from disk; only splits with rows.
+        splits: What the encoder made of each row of ``train``, ``validation`` and ``test``, with
+            the ``file`` and ``row`` that it came from, mapped from disk; only splits with rows.
         problems: What is wrong with the rows that are not in it.
         summary: Counts, shape, template, split and settings, as they are kept beside the data.
         folder: Where it is on disk.
@@ -101,7 +77,7 @@ class Prepared:
     folder: Path
 
     def lengths(self, split: str) -> list[int]:
-        """Returns the number of tokens of every row."""
+        """Returns the column ``length`` of every row: its tokens, frames or steps."""
         if split not in self.splits:
             return []
         found: list[int] = self.splits[split].data.column("length").to_pylist()
@@ -126,10 +102,7 @@ def split_of(digest: bytes, seed: int, shares: dict[str, float]) -> str:
 
 
 def prepare(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    folder: Path | None,
+    sources: Sequence[Source], settings: Settings, encoder_for: EncoderFor, folder: Path | None
 ) -> Prepared:
     """Returns the prepared data, from the cache where it was prepared before.
 
@@ -137,8 +110,8 @@ def prepare(
 
     Args:
         sources: Where the rows come from.
-        tokenizer: The tokenizer.
         settings: What is to be made of them.
+        encoder_for: Makes the encoder, once it is known what the rows look like.
         folder: The cache; ``None`` for the user's.
 
     Raises:
@@ -146,14 +119,12 @@ def prepare(
     """
     key = cache.key_of(
         sources=[{**asdict(source), "data": _content(source)} for source in sources],
-        tokenizer=cache.digest_of_tokenizer(tokenizer),
-        template=getattr(tokenizer, "chat_template", None),
         settings=asdict(settings),
     )
     final = cache.entry(
         folder or cache.default_folder(),
         key,
-        lambda working: _Pass(sources, tokenizer, settings, working).run(),
+        lambda working: _Pass(sources, settings, encoder_for, working).run(),
     )
     for source in sources:
         if source.left_out():
@@ -192,12 +163,12 @@ class _Pass:
     def __init__(
         self,
         sources: Sequence[Source],
-        tokenizer: PreTrainedTokenizerBase,
         settings: Settings,
+        encoder_for: EncoderFor,
         working: Path,
     ) -> None:
-        self.sources, self.tokenizer, self.settings = sources, tokenizer, settings
-        self.working = working
+        self.sources, self.settings = sources, settings
+        self.encoder_for, self.working = encoder_for, working
         self.seen: dict[bytes, tuple[str, str, int]] = {}
         self.prompts: dict[bytes, str] = {}
         self.counts: Counter[str] = Counter()
@@ -226,9 +197,10 @@ class _Pass:
         self.by_column = any(split_named(value.get(column)) for value in values if column)
         self.given = self.by_column or any(row.split is not None for row in first)
         self._check_settings()
-        self.encoder = self._encoder()
+        self.encoder = self.encoder_for(self.layout)
+        features = Features({**self.encoder.features, **_ORIGIN})
         writers = {
-            split: ArrowWriter(features=_FEATURES, path=str(self.working / f"{split}.arrow"))
+            split: ArrowWriter(features=features, path=str(self.working / f"{split}.arrow"))
             for split in SPLITS
         }
         with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
@@ -247,12 +219,13 @@ class _Pass:
         return self._summary()
 
     def _check_settings(self) -> None:
-        layout, settings = self.layout, self.settings
-        if layout.shape.name not in TRAINABLE:
+        shape, settings = self.layout.shape, self.settings
+        if shape.name not in settings.accepts:
             raise ConfigError(
-                f"The rows are {layout.shape.title}, and supervised fine-tuning of a causal "
-                f"language model takes {', '.join(TRAINABLE)}. To learn the answers, say which "
-                'column is which, such as columns={"prompt": "text", "completion": "label"}.'
+                f"The rows are {shape.title}, and what is trained here is "
+                f"{', '.join(settings.accepts)}. {shape.title[:1].upper()}{shape.title[1:]} are "
+                f"for {shape.taken_by}. If they only look like it, say which column is which, such "
+                'as columns={"prompt": "text", "completion": "label"}.'
             )
         if self.given and settings.shares is not None:
             raise ConfigError(
@@ -260,24 +233,6 @@ class _Pass:
                 "itself which rows are for what (by file, by a column split, or on the hub). Leave "
                 "the shares out, or name one file of rows to share out."
             )
-        if settings.over_long == "split" and layout.shape.name != "text":
-            raise ConfigError(
-                f'over_long="split" is for plain text, and the rows are {layout.shape.title}: the '
-                'second half would have no prompt. Use "truncate", or raise max_length.'
-            )
-        if layout.shape.name == "text" and settings.system_prompt is not None:
-            raise ConfigError(
-                f"system_prompt={settings.system_prompt!r} is given, and plain text has no turns. "
-                "Leave it out."
-            )
-
-    def _encoder(self) -> Encoder:
-        settings = self.settings
-        plain = self.layout.shape.name == "text"
-        template = None if plain else find_template(self.tokenizer, settings.chat_template)
-        return Encoder(
-            self.tokenizer, template, settings.max_length, settings.loss_on, settings.over_long
-        )
 
     def _take(self, row: Row, writers: dict[str, ArrowWriter]) -> list[tuple[str, str]]:
         """Writes a row, or returns why it cannot be used."""
@@ -291,15 +246,13 @@ class _Pass:
         split = split or split_of(digest, self.settings.split_seed, self._shares())
         problems += self._repetition(row, digest, split)
         try:
-            encoded = self.encoder.encode(self._with_system(sample))
+            encoded = self.encoder.encode(sample)
         except EncodingProblem as problem:
             return [*problems, (problem.kind, str(problem))]
         if not problems:
             self._count(sample, split, encoded)
             for one in encoded:
-                content = {"input_ids": one.input_ids, "labels": one.labels}
-                origin = {"file": row.file, "row": row.number}
-                writers[split].write({**content, "length": len(one.input_ids), **origin})
+                writers[split].write({**one, "file": row.file, "row": row.number})
         return problems
 
     def _shares(self) -> dict[str, float]:
@@ -329,28 +282,17 @@ class _Pass:
             return []
         return [("duplicate", f"is the same as row {before[2]}{file}")]
 
-    def _with_system(self, sample: Sample) -> Sample:
-        prompt = self.settings.system_prompt
-        if prompt is None or not sample.messages or sample.messages[0]["role"] == "system":
-            return sample
-        return Sample([{"role": "system", "content": prompt}, *sample.messages])
-
-    def _count(self, sample: Sample, split: str, encoded: Sequence[Encoded]) -> None:
+    def _count(self, sample: Sample, split: str, encoded: Sequence[dict[str, Any]]) -> None:
         counts = self.splits[split]
         prompt = sample.prompt_digest()
         if prompt is not None and self.prompts.setdefault(prompt, split) != split:
             self.counts["shared_prompts"] += 1
         for one in encoded:
             counts["rows"] += 1
-            counts["tokens"] += len(one.input_ids)
-            counts["trained_tokens"] += sum(label != IGNORED for label in one.labels)
-            counts["ends_trained"] += self.encoder.end in one.labels
-            counts["ends_added"] += one.end_added
-            counts["truncated"] += one.cut > 0
-            counts["tokens_cut"] += one.cut
+            counts.update(self.encoder.count(one))
 
     def _summary(self) -> dict[str, Any]:
-        template = self.encoder.template
+        names = ("rows", "duplicates", *self.encoder.counts)
         return {
             "rows": self.counts["rows"],
             "rejected": self.counts["rejected"],
@@ -358,11 +300,11 @@ class _Pass:
             "columns": self.layout.columns,
             "columns_unused": self._unused(),
             "files_left_out": [name for source in self.sources for name in source.left_out()],
-            "template": template and {"name": template.name, "text": template.text},
             "split_by": self._split_by(),
             "shared_prompts": self.counts["shared_prompts"],
-            "splits": {s: {name: c[name] for name in COUNTS} for s, c in self.splits.items()},
+            "splits": {s: {name: c[name] for name in names} for s, c in self.splits.items()},
             "settings": asdict(self.settings),
+            **self.encoder.summary(),
         }
 
     def _unused(self) -> list[str]:

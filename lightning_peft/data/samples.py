@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Message = dict[str, Any]
@@ -35,6 +35,14 @@ class Sample:
         """Returns 16 bytes that are the same exactly for rows that say the same."""
         content = [self.messages, self.rejected, self.text, self.label]
         return _digest(content)
+
+    def with_system(self, prompt: str | None) -> Sample:
+        """Returns the same with ``prompt`` as system turn, where there are turns and none."""
+        if prompt is None or not self.messages or self.messages[0]["role"] == "system":
+            return self
+        first = {"role": "system", "content": prompt}
+        rejected = [first, *self.rejected] if self.rejected else []
+        return replace(self, messages=[first, *self.messages], rejected=rejected)
 
     def prompt_digest(self) -> bytes | None:
         """Returns 16 bytes for all turns but the last, or ``None`` without turns."""

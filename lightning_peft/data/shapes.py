@@ -56,6 +56,7 @@ class Shape:
         required: Fields that each row has.
         optional: Fields that a row may have.
         parse: Makes a sample of the fields, or raises all that is wrong with them.
+        taken_by: The data class that is for such rows.
     """
 
     name: ShapeName
@@ -63,6 +64,7 @@ class Shape:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], Sample]
+    taken_by: str
 
 
 # In this order: the first whose required fields are all there.
@@ -70,7 +72,12 @@ SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape(
-            "messages", "messages (ChatML or ShareGPT)", ("messages",), ("system",), parse_messages
+            "messages",
+            "messages (ChatML or ShareGPT)",
+            ("messages",),
+            ("system",),
+            parse_messages,
+            "SupervisedData",
         ),
         Shape(
             "preference",
@@ -78,6 +85,7 @@ SHAPES: dict[str, Shape] = {
             ("chosen", "rejected"),
             ("prompt", "system"),
             parse_preference,
+            "PreferenceData",
         ),
         Shape(
             "alpaca",
@@ -85,6 +93,7 @@ SHAPES: dict[str, Shape] = {
             ("instruction", "output"),
             ("input", "system"),
             parse_alpaca,
+            "SupervisedData",
         ),
         Shape(
             "prompt_completion",
@@ -92,9 +101,17 @@ SHAPES: dict[str, Shape] = {
             ("prompt", "completion"),
             ("system",),
             parse_pair,
+            "SupervisedData",
         ),
-        Shape("text_label", "text and label", ("text", "label"), (), parse_label),
-        Shape("text", "plain text", ("text",), (), parse_text),
+        Shape(
+            "text_label",
+            "text and label",
+            ("text", "label"),
+            (),
+            parse_label,
+            "TextClassificationData",
+        ),
+        Shape("text", "plain text", ("text",), (), parse_text, "SupervisedData"),
     )
 }
 

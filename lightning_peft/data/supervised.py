@@ -2,38 +2,79 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections import Counter
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from datasets import Features, Value
+from datasets import Sequence as ListOf
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from lightning_peft.data import packing as packed
-from lightning_peft.data.batching import LengthGroupedSampler, pad
-from lightning_peft.data.encoding import LossOn, OverLong
-from lightning_peft.data.preparation import DEFAULT_SHARES, REJECTED, Prepared, Settings, prepare
-from lightning_peft.data.reading import Source, TextUnit
-from lightning_peft.data.validation import describe
+from lightning_peft.data.batching import pad
+from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.templates import find_template
+from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import PerNamespace
-
-if TYPE_CHECKING:
-    from pytorch_lightning import LightningDataModule as _Base
-    from transformers import PreTrainedTokenizerBase
-else:
-    _Base = object
-
-log = logging.getLogger(__name__)
-
-LONGEST_DEFAULT = 2048
 
 
-class SupervisedData(_Base, metaclass=PerNamespace):
+class SupervisedRows(RowEncoder):
+    """Tokens of a row, with labels on what is to be learnt.
+
+    Args:
+        encoder: What encodes a sample.
+        system_prompt: System turn of conversations that have none.
+    """
+
+    features = Features(
+        {
+            "input_ids": ListOf(Value("int32")),
+            "labels": ListOf(Value("int32")),
+            "length": Value("int32"),
+            "end_added": Value("bool"),
+            "tokens_cut": Value("int32"),
+        }
+    )
+    counts = ("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut")
+
+    def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
+        self.encoder = encoder
+        self.system_prompt = system_prompt
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the row that ``sample`` becomes, or several where a long text is split."""
+        return [
+            {
+                "input_ids": row.input_ids,
+                "labels": row.labels,
+                "length": len(row.input_ids),
+                "end_added": row.end_added,
+                "tokens_cut": row.cut,
+            }
+            for row in self.encoder.encode(sample.with_system(self.system_prompt))
+        ]
+
+    def count(self, row: dict[str, Any]) -> dict[str, int]:
+        """Returns tokens, trained tokens, end tokens and what was cut."""
+        return {
+            "tokens": row["length"],
+            "trained_tokens": sum(label != IGNORED for label in row["labels"]),
+            "ends_trained": int(self.encoder.end in row["labels"]),
+            "ends_added": int(row["end_added"]),
+            "truncated": int(row["tokens_cut"] > 0),
+            "tokens_cut": row["tokens_cut"],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the template."""
+        template = self.encoder.template
+        return {"template": template and {"name": template.name, "text": template.text}}
+
+
+class SupervisedData(TokenizedData):
     """Examples to fine-tune a causal language model on.
 
     Every row is checked before training. Rows with problems are an error that lists all of them,
@@ -42,258 +83,85 @@ class SupervisedData(_Base, metaclass=PerNamespace):
     Args:
         data: File (JSONL, JSON, CSV, TSV, Parquet, text), folder of such, or dataset on the hub.
         tokenizer: Name on the hub, or folder.
-        validation_data: The validation rows, if they are not in ``data``.
-        test_data: The test rows, if they are not in ``data``.
-        validation_share: Share of the rows to validate with, drawn by content; 0.05 where the data
-            does not say itself which rows are for what.
-        test_share: Share of the rows to test with, drawn by content.
-        split_seed: Another seed draws other rows for validation and test.
         shape: ``"auto"``, or one of ``"messages"``, ``"alpaca"``, ``"prompt_completion"``,
             ``"text"``.
-        columns: Our name of a field to the column that holds it, such as
-            ``{"prompt": "question"}``.
         chat_template: ``"chatml"``, ``"plain"``, ``"raw"`` or Jinja source; by default the
             tokenizer's own.
         system_prompt: System turn of conversations that have none.
         loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one only.
-        max_length: Longest row in tokens; by default what the tokenizer says its model takes, and
-            2048 at most.
-        over_long: Rows longer than that are an error, or are cut at the end (``"truncate"``), or,
-            for plain text, split.
-        duplicates: Exact duplicates are an error, or are kept.
-        skip_bad_rows: File that rows with problems are written to, with the reasons; training then
-            goes on without them.
-        batch_size: Rows per batch and device.
+        over_long: Rows longer than ``max_length`` are an error, or are cut at the end
+            (``"truncate"``), or, for plain text, split.
         packing: Put several examples in a row of ``max_length`` tokens, kept apart exactly.
-        length_grouping: Put rows of like length in a batch, against padding.
-        shuffle_seed: Seed of the order of length groups.
-        num_workers: Processes that load batches.
-        hub_config: Configuration of a dataset on the hub.
-        hub_splits: Our splits to the hub's, such as ``{"train": "train_sft"}``.
-        hub_revision: Branch, tag or commit of the dataset on the hub.
-        streaming: Read a dataset on the hub without storing a copy.
-        limit: Most rows that are read of each file or split.
-        text_unit: What is one row in a text file: ``"line"``, ``"paragraph"`` or ``"document"``.
-        cache_dir: Folder for the tokens; by default one in the user's cache.
+        **options: Keyword arguments of
+            :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
+            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
-    lightning_base = "core.datamodule.LightningDataModule"
+    accepts = ("messages", "alpaca", "prompt_completion", "text")
+    fed = ("input_ids", "labels")
 
     def __init__(
         self,
         data: str,
         tokenizer: str,
-        validation_data: str | None = None,
-        test_data: str | None = None,
-        validation_share: float | None = None,
-        test_share: float | None = None,
-        split_seed: int = 0,
         shape: Literal["auto", "messages", "alpaca", "prompt_completion", "text"] = "auto",
-        columns: dict[str, str] | None = None,
         chat_template: str | None = None,
         system_prompt: str | None = None,
         loss_on: LossOn = "assistant",
-        max_length: int | None = None,
         over_long: OverLong = "error",
-        duplicates: Literal["error", "keep"] = "error",
-        skip_bad_rows: str | None = None,
-        batch_size: int = 8,
         packing: bool = False,
-        length_grouping: bool = False,
-        shuffle_seed: int = 0,
-        num_workers: int = 0,
-        hub_config: str | None = None,
-        hub_splits: dict[str, str] | None = None,
-        hub_revision: str | None = None,
-        streaming: bool = False,
-        limit: int | None = None,
-        text_unit: TextUnit = "line",
-        cache_dir: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        # Lightning refuses to log where a module has an argument of the same name.
-        self.save_hyperparameters(logger=False)
-        self.batch_size = batch_size
-        self.prepared: Prepared | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._checked: object = None
-        self._check_arguments()
+        # The tokens are checked against the narrower choice of texts that cannot be split.
+        super().__init__(data, tokenizer, over_long=over_long, **options)  # type: ignore[arg-type]
 
-    def _check_arguments(self) -> None:
-        given = self.hparams
-        problems = []
-        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
-        if any(share is not None and not 0 <= share < 1 for share in shares.values()):
-            problems.append(f"shares are between 0 and 1, not {shares}")
-        elif sum(share or 0 for share in shares.values()) >= 1:
-            problems.append(f"the shares {shares} leave nothing to train on")
-        for name in ("validation", "test"):
-            if given[f"{name}_data"] is not None and given[f"{name}_share"] is not None:
-                problems.append(f"{name}_data and {name}_share are both given; drop one")
-        for name in ("batch_size", "max_length", "limit"):
-            if given[name] is not None and given[name] < 1:
-                problems.append(f"{name}={given[name]} is less than 1")
-        if given["packing"] and given["length_grouping"]:
+    def _argument_problems(self) -> list[str]:
+        problems = super()._argument_problems()
+        if self.hparams["packing"] and self.hparams["length_grouping"]:
             problems.append("packing leaves no padding for length_grouping to save; drop one")
-        if problems:
-            raise ConfigError(f"SupervisedData cannot be made: {'; '.join(problems)}.")
+        return problems
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
-
-        Raises:
-            ConfigError: If it cannot be had.
-        """
-        if self._tokenizer is None:
-            name = self.hparams["tokenizer"]
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
-                    f"it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
-                    "network (HF_HUB_OFFLINE must not be set)."
-                ) from error
-        return self._tokenizer
-
-    @property
-    def max_length(self) -> int:
-        """Longest row in tokens."""
-        limit = int(self.tokenizer.model_max_length)
-        asked: int | None = self.hparams["max_length"]
-        if asked is not None and asked > limit:
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns the encoder of turns, or of plain text."""
+        given = self.hparams
+        plain = layout.shape.name == "text"
+        if given["over_long"] == "split" and not plain:
             raise ConfigError(
-                f"max_length={asked:,} is more than the {limit:,} tokens that the tokenizer "
-                f"{self.hparams['tokenizer']!r} says its model takes. Lower it, or set "
-                "model_max_length in the tokenizer's files if they are wrong."
+                f'over_long="split" is for plain text, and the rows are {layout.shape.title}: the '
+                'second half would have no prompt. Use "truncate", or raise max_length.'
             )
-        return min(limit, LONGEST_DEFAULT) if asked is None else asked
-
-    def prepare_data(self) -> None:
-        """Reads, checks and tokenizes all rows, in one process, unless that was done before."""
-        self.read()
-
-    def read(self) -> Prepared:
-        """Returns the prepared rows, with the problems of those that are not among them."""
-        if self.prepared is None:
-            folder = self.hparams["cache_dir"]
-            self.prepared = prepare(
-                self._sources(), self.tokenizer, self._settings(), folder and Path(folder)
-            )
-        return self.prepared
-
-    def setup(self, stage: str) -> None:
-        """Opens the prepared rows.
-
-        Raises:
-            ConfigError: With all that is wrong with the rows, unless they are to be skipped.
-        """
-        prepared = self.read()
-        if prepared.problems and self.hparams["skip_bad_rows"] is None:
+        if plain and given["system_prompt"] is not None:
             raise ConfigError(
-                f"{self.hparams['data']!r} cannot be used for training. "
-                + describe(prepared.problems, prepared.summary["rows"])
-                + '\nTo train without these rows: skip_bad_rows="rejected.jsonl" writes them there.'
+                f"system_prompt={given['system_prompt']!r} is given, and plain text has no turns. "
+                "Leave it out."
             )
-        if "train" not in prepared.splits:
-            raise ConfigError(
-                f"No row of {self.hparams['data']!r} is left to train on: of "
-                f"{prepared.summary['rows']:,} rows {prepared.summary['rejected']:,} have problems."
-            )
-        split_by = prepared.summary["split_by"]
-        shares = split_by.get("shares", {})
-        empty = [name for name, share in shares.items() if share and name not in prepared.splits]
-        if empty:
-            raise ConfigError(
-                f"None of {prepared.summary['rows']:,} rows falls into {' and '.join(empty)} with "
-                f"the shares {shares} and split_seed={split_by['seed']}. Raise the share, change "
-                "the seed, or set the share to 0."
-            )
-        if prepared.problems and (self.trainer is None or self.trainer.is_global_zero):
-            self._write_rejected(prepared)
-
-    def _write_rejected(self, prepared: Prepared) -> None:
-        target = Path(self.hparams["skip_bad_rows"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(prepared.folder / REJECTED, target)
-        summary = prepared.summary
-        log.warning(
-            f"{summary['rejected']:,} of {summary['rows']:,} rows are left out; they and the "
-            f"reasons are in {str(target)!r}"
+        template = None if plain else find_template(self.tokenizer, given["chat_template"])
+        encoder = Encoder(
+            self.tokenizer, template, self.max_length, given["loss_on"], given["over_long"]
         )
+        return SupervisedRows(encoder, given["system_prompt"])
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was prepared, for the record of a run: counts, splits, template, settings."""
-        prepared = self.read()
-        kinds = Counter(problem.kind for problem in prepared.problems)
-        return {
-            **prepared.summary,
-            "data": self.hparams["data"],
-            "tokenizer": self.hparams["tokenizer"],
-            "key": prepared.folder.name,
-            "problems": dict(kinds),
-        }
+    def encoding(self) -> dict[str, Any]:
+        """Returns all that decides the tokens and labels of a row."""
+        names = ("chat_template", "system_prompt", "loss_on")
+        template = getattr(self.tokenizer, "chat_template", None)
+        asked = {name: self.hparams[name] for name in names}
+        return {**super().encoding(), **asked, "tokenizers_template": template}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds of the data: the key of what was trained on."""
-        return {"key": self.read().folder.name}
+    def rows(self, split: str) -> Any:
+        """Returns the rows, several to a row if packed."""
+        rows = super().rows(split)
+        if not self.hparams["packing"]:
+            return rows
+        return packed.PackedRows(rows, self.read().lengths(split), self.max_length)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Says so if a run is resumed on other data than it was begun on."""
-        if state_dict["key"] != self.read().folder.name:
-            log.warning(
-                f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
-                "rows, tokenizer or settings that decide the tokens have changed, so the run goes "
-                "on with other batches. To resume it as it was, give it what it was begun with."
-            )
-
-    def train_dataloader(self) -> Any:
-        """Returns the training rows, in random order."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> Any:
-        """Returns the validation rows; an empty list where there are none."""
-        return self._loader("validation")
-
-    def test_dataloader(self) -> Any:
-        """Returns the test rows; an empty list where there are none."""
-        return self._loader("test")
-
-    def _loader(self, split: str) -> Any:
-        self.setup(split)
-        prepared = self.read()
-        if split not in prepared.splits:
-            return []
-        rows: Any = prepared.splits[split].select_columns(["input_ids", "labels"])
-        lengths = prepared.lengths(split)
-        filler: Any = self.tokenizer.pad_token_id
-        filler = self.tokenizer.eos_token_id if filler is None else filler
-        collate: Any = pad
-        sampler = None
-        if self.hparams["packing"]:
-            rows, collate = packed.PackedRows(rows, lengths, self.max_length), packed.collate
-        elif self.hparams["length_grouping"] and split == "train":
-            sampler = self._sampler(lengths)
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            shuffle=split == "train" and sampler is None,
-            sampler=sampler,
-            num_workers=self.hparams["num_workers"],
-            collate_fn=partial(collate, filler=filler),
-        )
-
-    def _sampler(self, lengths: list[int]) -> LengthGroupedSampler:
-        trainer = self.trainer
-        processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        return LengthGroupedSampler(
-            lengths, self.batch_size, self.hparams["shuffle_seed"], processes, rank
-        )
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what pads rows to a batch, or joins packed ones."""
+        return partial(packed.collate if self.hparams["packing"] else pad, filler=self.filler)
 
     def on_after_batch_transfer(
         self, batch: dict[str, Tensor], dataloader_idx: int
@@ -310,32 +178,3 @@ class SupervisedData(_Base, metaclass=PerNamespace):
             packed.check_model(model, self.max_length)
             self._checked = model
         return packed.to_model(batch, model)
-
-    def _sources(self) -> list[Source]:
-        given = self.hparams
-        apart = [(split, given[f"{split}_data"]) for split in ("validation", "test")]
-        named = [(split, data) for split, data in apart if data is not None]
-        # Without validation rows of its own, the data is shared out.
-        first = [("train" if given["validation_data"] else None, given["data"])]
-        names = ("hub_config", "hub_splits", "hub_revision", "streaming", "limit", "text_unit")
-        options = {name: given[name] for name in names}
-        return [Source(data, split, **options) for split, data in [*first, *named]]
-
-    def _settings(self) -> Settings:
-        given = self.hparams
-        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
-        asked = {name: share for name, share in shares.items() if share is not None}
-        if asked and given["validation_data"] is None:
-            asked = {**DEFAULT_SHARES, **asked}
-        names = (
-            "shape",
-            "columns",
-            "chat_template",
-            "system_prompt",
-            "loss_on",
-            "over_long",
-            "duplicates",
-            "split_seed",
-        )
-        options = {name: given[name] for name in names}
-        return Settings(**options, max_length=self.max_length, shares=asked or None)

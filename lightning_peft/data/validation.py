@@ -80,6 +80,18 @@ class Problem:
     detail: str
 
 
+class EncodingProblem(Exception):
+    """A row that cannot be encoded, with the kind of problem.
+
+    Attributes:
+        kind: A key of :data:`KINDS`.
+    """
+
+    def __init__(self, kind: str, problem: str) -> None:
+        super().__init__(problem)
+        self.kind = kind
+
+
 def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
     """Returns the problems, by kind: how many, which rows, and what to do.
 

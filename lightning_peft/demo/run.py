@@ -171,10 +171,9 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
 
 def measure(trainer: Any, task: Any, data: Any) -> Losses:
     """Returns the loss on 200 training rows and on all held-out rows."""
-    loaders = [data.loader("train", limit=200), data.loader("validation")]
-    results = trainer.validate(task, loaders, verbose=False)
+    loaders = data.loader("train", limit=200), data.loader("validation")
     return Losses(
-        *(float(next(v for k, v in row.items() if k.startswith("val_loss"))) for row in results)
+        *(trainer.validate(task, loader, verbose=False)[0]["val_loss"] for loader in loaders)
     )
 
 

@@ -68,7 +68,7 @@ def _explained(message: str, root: str) -> str:
         r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message
     ):
         module, _, name = path.rpartition(".")
-        known = inspect.signature(getattr(import_module(module), name).__init__).parameters
+        known = _arguments(getattr(import_module(module), name))
         hints.append(f"{option!r} is no argument of {name}{near_names(option, known)}")
     for key in re.findall(r"(?:unrecognized arguments: --|Key '|accept option ')([\w.]+)", message):
         trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
@@ -77,6 +77,16 @@ def _explained(message: str, root: str) -> str:
         hints.append(f"there is no {key!r}{near_names(key, known_keys)}")
     said = "\n".join(line for line in message.splitlines() if "NoneType" not in line)
     return "\n".join([said, *hints])
+
+
+def _arguments(cls: type) -> list[str]:
+    """Returns the names of what a class takes, with those it hands on to the classes above it."""
+    signatures = [inspect.signature(base.__init__) for base in cls.__mro__ if base is not object]  # type: ignore[misc]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = [
+        p.name for signature in signatures for p in signature.parameters.values() if p.kind in named
+    ]
+    return [name for name in dict.fromkeys(found) if name != "self"]
 
 
 def cause(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""LightningModules of the recipes; they know nothing of adapters."""
+"""LightningModules and callbacks of the recipes; they know nothing of adapters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,24 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.plugin.namespace import for_imported
 
 if TYPE_CHECKING:
+    from lightning_peft.tasks.callbacks import BestCheckpoint as BestCheckpoint
+    from lightning_peft.tasks.callbacks import LogSamples as LogSamples
+    from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
 
-_HOMES = {"CausalLM": "causal_lm"}
+_HOMES = {
+    "BestCheckpoint": "callbacks",
+    "CausalLM": "causal_lm",
+    "LogSamples": "callbacks",
+    "StopEarly": "callbacks",
+}
 
-__all__ = ["CausalLM"]
+__all__ = [
+    "BestCheckpoint",
+    "CausalLM",
+    "LogSamples",
+    "StopEarly",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,9 +3,10 @@ import copy
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_peft.data.encoding import IGNORED, Encoder, EncodingProblem
+from lightning_peft.data.encoding import IGNORED, Encoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.templates import NAMED, find_template
+from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
 

@@ -107,7 +107,7 @@ def test_the_record_says_what_was_trained_on(make, write):
     assert record["rejected"] == 1
     assert record["problems"] == {"unreadable": 1}
     assert record["split_by"] == {"by": "content", "seed": 0, "shares": {"validation": 0.05}}
-    assert record["settings"]["max_length"] == 256
+    assert record["settings"]["encoding"]["max_length"] == 256
     assert len(record["key"]) == 32
 
 

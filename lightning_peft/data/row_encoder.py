@@ -1,0 +1,39 @@
+"""What each kind of data does with a row: the one part of preparation that differs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from datasets import Features
+
+from lightning_peft.data.samples import Sample
+
+
+class RowEncoder(ABC):
+    """Makes what is stored and trained on of what a row says; one serves one pass over the data.
+
+    Attributes:
+        features: Columns of a prepared row. A column ``length`` (int32) is needed for grouping and
+            packing by length, and for the histogram of ``preview``.
+        counts: Names of the numbers that :meth:`count` returns.
+    """
+
+    features: ClassVar[Features]
+    counts: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the prepared rows that ``sample`` becomes: usually one.
+
+        Raises:
+            EncodingProblem: If it cannot be trained on as it is.
+        """
+
+    def count(self, row: dict[str, Any]) -> dict[str, int]:
+        """Returns what a prepared row adds to the counts of its split."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what is known after the pass, such as the names of all labels; ready for JSON."""
+        return {}

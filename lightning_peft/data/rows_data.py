@@ -1,0 +1,275 @@
+"""What all data of this package has in common: rows, read, checked, encoded and shared out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch.utils.data import DataLoader, Sampler
+
+from lightning_peft.data.preparation import DEFAULT_SHARES, REJECTED, Prepared, Settings, prepare
+from lightning_peft.data.reading import Source, TextUnit
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.validation import describe
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import PerNamespace
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule as _Base
+else:
+    _Base = object
+
+log = logging.getLogger(__name__)
+
+
+class RowsData(_Base, metaclass=PerNamespace):
+    """Rows of examples, every one of which is checked before training.
+
+    Rows with problems are an error that lists all of them, unless ``skip_bad_rows`` is given. What
+    they are encoded to is kept on disk and shared between runs.
+
+    Args:
+        data: File (JSONL, JSON, CSV, TSV, Parquet, text), folder of such, or dataset on the hub.
+        validation_data: The validation rows, if they are not in ``data``.
+        test_data: The test rows, if they are not in ``data``.
+        validation_share: Share of the rows to validate with, drawn by content; 0.05 where the data
+            does not say itself which rows are for what.
+        test_share: Share of the rows to test with, drawn by content.
+        split_seed: Another seed draws other rows for validation and test.
+        columns: Our name of a field to the column that holds it, such as
+            ``{"prompt": "question"}``.
+        duplicates: Exact duplicates are an error, or are kept.
+        skip_bad_rows: File that rows with problems are written to, with the reasons; training then
+            goes on without them.
+        batch_size: Rows per batch and device.
+        num_workers: Processes that load batches.
+        hub_config: Configuration of a dataset on the hub.
+        hub_splits: Our splits to the hub's, such as ``{"train": "train_sft"}``.
+        hub_revision: Branch, tag or commit of the dataset on the hub.
+        streaming: Read a dataset on the hub without storing a copy.
+        limit: Most rows that are read of each file or split.
+        text_unit: What is one row in a text file: ``"line"``, ``"paragraph"`` or ``"document"``.
+        cache_dir: Folder for what is prepared; by default one in the user's cache.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    lightning_base = "core.datamodule.LightningDataModule"
+    # Names of the shapes that can be trained on.
+    accepts: ClassVar[tuple[str, ...]]
+    # Columns of a prepared row that reach the batch.
+    fed: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        data: str,
+        validation_data: str | None = None,
+        test_data: str | None = None,
+        validation_share: float | None = None,
+        test_share: float | None = None,
+        split_seed: int = 0,
+        columns: dict[str, str] | None = None,
+        duplicates: Literal["error", "keep"] = "error",
+        skip_bad_rows: str | None = None,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        hub_config: str | None = None,
+        hub_splits: dict[str, str] | None = None,
+        hub_revision: str | None = None,
+        streaming: bool = False,
+        limit: int | None = None,
+        text_unit: TextUnit = "line",
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        # Lightning refuses to log where a module has an argument of the same name.
+        self.save_hyperparameters(logger=False)
+        self.batch_size = batch_size
+        self.prepared: Prepared | None = None
+        problems = self._argument_problems()
+        if problems:
+            name = type(self).__name__
+            raise ConfigError(f"{name} cannot be made: {'; '.join(problems)}.")
+
+    def _argument_problems(self) -> list[str]:
+        """Returns what is wrong with the arguments alone; subclasses add to it."""
+        given = self.hparams
+        problems = []
+        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
+        if any(share is not None and not 0 <= share < 1 for share in shares.values()):
+            problems.append(f"shares are between 0 and 1, not {shares}")
+        elif sum(share or 0 for share in shares.values()) >= 1:
+            problems.append(f"the shares {shares} leave nothing to train on")
+        for name in ("validation", "test"):
+            if given[f"{name}_data"] is not None and given[f"{name}_share"] is not None:
+                problems.append(f"{name}_data and {name}_share are both given; drop one")
+        for name in ("batch_size", "max_length", "limit"):
+            if given.get(name) is not None and given[name] < 1:
+                problems.append(f"{name}={given[name]} is less than 1")
+        return problems
+
+    @abstractmethod
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns what encodes rows of this layout.
+
+        Raises:
+            ConfigError: If the arguments do not fit the layout.
+        """
+
+    @abstractmethod
+    def encoding(self) -> dict[str, Any]:
+        """Returns all that decides how rows are encoded, ready for JSON: the key of the cache."""
+
+    @abstractmethod
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what makes a batch of prepared rows (their columns ``fed``); it is picklable."""
+
+    def sampler(self, split: str) -> Sampler[int] | None:
+        """Returns the order of the rows of ``split``, where it is a special one."""
+        return None
+
+    def prepare_data(self) -> None:
+        """Reads, checks and encodes all rows, in one process, unless that was done before."""
+        self.read()
+
+    def read(self) -> Prepared:
+        """Returns the prepared rows, with the problems of those that are not among them."""
+        if self.prepared is None:
+            folder = self.hparams["cache_dir"]
+            self.prepared = prepare(
+                self._sources(), self._settings(), self.encoder_for, folder and Path(folder)
+            )
+        return self.prepared
+
+    def setup(self, stage: str) -> None:
+        """Opens the prepared rows.
+
+        Raises:
+            ConfigError: With all that is wrong with the rows, unless they are to be skipped.
+        """
+        prepared = self.read()
+        if prepared.problems and self.hparams["skip_bad_rows"] is None:
+            raise ConfigError(
+                f"{self.hparams['data']!r} cannot be used for training. "
+                + describe(prepared.problems, prepared.summary["rows"])
+                + '\nTo train without these rows: skip_bad_rows="rejected.jsonl" writes them there.'
+            )
+        if "train" not in prepared.splits:
+            raise ConfigError(
+                f"No row of {self.hparams['data']!r} is left to train on: of "
+                f"{prepared.summary['rows']:,} rows {prepared.summary['rejected']:,} have problems."
+            )
+        split_by = prepared.summary["split_by"]
+        shares = split_by.get("shares", {})
+        empty = [name for name, share in shares.items() if share and name not in prepared.splits]
+        if empty:
+            raise ConfigError(
+                f"None of {prepared.summary['rows']:,} rows falls into {' and '.join(empty)} with "
+                f"the shares {shares} and split_seed={split_by['seed']}. Raise the share, change "
+                "the seed, or set the share to 0."
+            )
+        if prepared.problems and (self.trainer is None or self.trainer.is_global_zero):
+            self._write_rejected(prepared)
+
+    def _write_rejected(self, prepared: Prepared) -> None:
+        target = Path(self.hparams["skip_bad_rows"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(prepared.folder / REJECTED, target)
+        summary = prepared.summary
+        log.warning(
+            f"{summary['rejected']:,} of {summary['rows']:,} rows are left out; they and the "
+            f"reasons are in {str(target)!r}"
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was prepared, for the record of a run: counts, splits and settings."""
+        prepared = self.read()
+        kinds = Counter(problem.kind for problem in prepared.problems)
+        return {
+            **prepared.summary,
+            "data": self.hparams["data"],
+            "key": prepared.folder.name,
+            "problems": dict(kinds),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint holds of the data: the key of what was trained on."""
+        return {"key": self.read().folder.name}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says so if a run is resumed on other data than it was begun on."""
+        if state_dict["key"] != self.read().folder.name:
+            log.warning(
+                f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
+                "rows or settings that decide how they are encoded have changed, so the run goes "
+                "on with other batches. To resume it as it was, give it what it was begun with."
+            )
+
+    def train_dataloader(self) -> Any:
+        """Returns the training rows, in random order."""
+        return self.loader("train")
+
+    def val_dataloader(self) -> Any:
+        """Returns the validation rows; an empty list where there are none."""
+        return self.loader("validation")
+
+    def test_dataloader(self) -> Any:
+        """Returns the test rows; an empty list where there are none."""
+        return self.loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """Returns the test rows, or the validation rows where there are none."""
+        return self.loader("test") or self.loader("validation")
+
+    def rows(self, split: str) -> Any:
+        """Returns the prepared rows of a split with rows, as a map-style dataset."""
+        return self.read().splits[split].select_columns(list(self.fed))
+
+    def loader(self, split: str) -> Any:
+        """Returns the rows of ``split`` in batches; an empty list where there are none."""
+        self.setup(split)
+        if split not in self.read().splits:
+            return []
+        sampler = self.sampler(split)
+        return DataLoader(
+            self.rows(split),
+            batch_size=self.batch_size,
+            shuffle=split == "train" and sampler is None,
+            sampler=sampler,
+            num_workers=self.hparams["num_workers"],
+            collate_fn=self.collator(),
+        )
+
+    def _sources(self) -> list[Source]:
+        given = self.hparams
+        apart = [(split, given[f"{split}_data"]) for split in ("validation", "test")]
+        named = [(split, data) for split, data in apart if data is not None]
+        # Without validation rows of its own, the data is shared out.
+        first = [("train" if given["validation_data"] else None, given["data"])]
+        names = ("hub_config", "hub_splits", "hub_revision", "streaming", "limit", "text_unit")
+        options = {name: given[name] for name in names}
+        return [Source(data, split, **options) for split, data in [*first, *named]]
+
+    def _settings(self) -> Settings:
+        given = self.hparams
+        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
+        asked = {name: share for name, share in shares.items() if share is not None}
+        if asked and given["validation_data"] is None:
+            asked = {**DEFAULT_SHARES, **asked}
+        return Settings(
+            accepts=self.accepts,
+            shape=given.get("shape", "auto"),
+            columns=given["columns"],
+            duplicates=given["duplicates"],
+            shares=asked or None,
+            split_seed=given["split_seed"],
+            encoding=self.encoding(),
+        )

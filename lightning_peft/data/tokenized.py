@@ -1,0 +1,111 @@
+"""Rows that become tokens: the tokenizer, the longest row, and batches of rows of like length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.utils.data import Sampler
+from transformers import AutoTokenizer
+
+from lightning_peft.data import cache
+from lightning_peft.data.batching import LengthGroupedSampler
+from lightning_peft.data.rows_data import RowsData
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_DEFAULT = 2048
+
+
+class TokenizedData(RowsData):
+    """Rows that a tokenizer encodes.
+
+    Args:
+        data: As of :class:`RowsData`.
+        tokenizer: Name on the hub, or folder.
+        max_length: Longest row in tokens; by default what the tokenizer says its model takes, and
+            2048 at most.
+        over_long: Rows longer than that are an error, or are cut at the end (``"truncate"``).
+        length_grouping: Put rows of like length in a batch, against padding.
+        shuffle_seed: Seed of the order of length groups.
+        **options: Keyword arguments of :class:`RowsData`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        tokenizer: str,
+        max_length: int | None = None,
+        over_long: Literal["error", "truncate"] = "error",
+        length_grouping: bool = False,
+        shuffle_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        super().__init__(data, **options)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded on first use.
+
+        Raises:
+            ConfigError: If it cannot be had.
+        """
+        if self._tokenizer is None:
+            name = self.hparams["tokenizer"]
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
+                    f"it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
+                    "network (HF_HUB_OFFLINE must not be set)."
+                ) from error
+        return self._tokenizer
+
+    @property
+    def max_length(self) -> int:
+        """Longest row in tokens."""
+        limit = int(self.tokenizer.model_max_length)
+        asked: int | None = self.hparams["max_length"]
+        if asked is not None and asked > limit:
+            raise ConfigError(
+                f"max_length={asked:,} is more than the {limit:,} tokens that the tokenizer "
+                f"{self.hparams['tokenizer']!r} says its model takes. Lower it, or set "
+                "model_max_length in the tokenizer's files if they are wrong."
+            )
+        return min(limit, LONGEST_DEFAULT) if asked is None else asked
+
+    @property
+    def filler(self) -> int:
+        """The token that fills up short rows, which is neither attended to nor trained."""
+        tokenizer: Any = self.tokenizer
+        filler = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if filler is None else filler)
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns the tokenizer's content, and the longest row."""
+        return {
+            "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            "max_length": self.max_length,
+            "over_long": self.hparams["over_long"],
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was prepared, for the record of a run."""
+        return {**super().record, "tokenizer": self.hparams["tokenizer"]}
+
+    def sampler(self, split: str) -> Sampler[int] | None:
+        """Returns the training rows in groups of like length, if asked for."""
+        if split != "train" or not self.hparams["length_grouping"]:
+            return None
+        trainer = self.trainer
+        processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        lengths = self.read().lengths(split)
+        seed = self.hparams["shuffle_seed"]
+        return LengthGroupedSampler(lengths, self.batch_size, seed, processes, rank)

@@ -1,0 +1,207 @@
+"""Callbacks of the recipes: the best checkpoint, stopping early, and samples while training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.tasks.samples import GeneratedSample
+
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback as _Callback
+    from pytorch_lightning.callbacks import EarlyStopping as _EarlyStopping
+    from pytorch_lightning.callbacks import ModelCheckpoint as _ModelCheckpoint
+else:
+    _Callback = _EarlyStopping = _ModelCheckpoint = object
+
+
+class BestCheckpoint(_ModelCheckpoint, metaclass=PerNamespace):
+    """Keeps the checkpoint with the best value of a metric, and the last one.
+
+    Lightning's ``ModelCheckpoint`` with the defaults of the recipes, for either Lightning package.
+
+    Args:
+        monitor: The metric.
+        mode: Whether the least or the greatest value is best.
+        save_top_k: How many of the best are kept.
+        save_last: Whether the last one is kept besides.
+        save_every: Also save the last one every so many optimizer steps, so that a crash costs no
+            more; otherwise checkpoints are written after each validation and at the end.
+        filename: Name of the file, with metrics in braces.
+    """
+
+    lightning_base = "callbacks.ModelCheckpoint"
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        save_top_k: int = 1,
+        save_last: bool = True,
+        save_every: int | None = None,
+        filename: str = "best",
+    ) -> None:
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=save_last,
+            filename=filename,
+            enable_version_counter=save_top_k > 1,
+            save_on_train_epoch_end=False,
+        )
+        self.save_every = save_every
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that the metric is there."""
+        _check_logged(self, trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that the metric will be there."""
+        _check_validated(self, trainer)
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves the last checkpoint every so many steps."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        if self.save_every and step % self.save_every == 0 and step != self._last_global_step_saved:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Saves what was learnt since the last validation, where training ended between two."""
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class StopEarly(_EarlyStopping, metaclass=PerNamespace):
+    """Ends training when a metric has not improved for some validations.
+
+    Lightning's ``EarlyStopping`` with the defaults of the recipes, for either Lightning package.
+
+    Args:
+        monitor: The metric.
+        mode: Whether less or more is better.
+        patience: How many validations without improvement are allowed.
+        min_delta: Least change that counts as an improvement.
+    """
+
+    lightning_base = "callbacks.EarlyStopping"
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        # At the end of a training epoch there need not be a value yet.
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            patience=patience,
+            min_delta=min_delta,
+            check_on_train_epoch_end=False,
+        )
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that the metric is there."""
+        _check_logged(self, trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Checks that the metric will be there."""
+        _check_validated(self, trainer)
+
+
+def _check_validated(callback: Any, trainer: Any) -> None:
+    """Refuses to wait for a validation that never comes, before the first step.
+
+    Lightning says so when the metric is asked for, after the first epoch.
+    """
+    if callback.monitor.startswith("val_") and not sum(trainer.num_val_batches):
+        raise ConfigError(
+            f"{type(callback).__name__}(monitor={callback.monitor!r}) needs validation rows, and "
+            "there are none. Give some (validation_share, validation_data), raise "
+            "limit_val_batches, or remove the callback."
+        )
+
+
+def _check_logged(callback: Any, trainer: Any) -> None:
+    """Refuses a metric that the first validation does not log, before the first step."""
+    known = [name for name in trainer.callback_metrics if name.startswith("val_")]
+    if callback.monitor.startswith("val_") and callback.monitor not in known:
+        raise ConfigError(
+            f"{type(callback).__name__}(monitor={callback.monitor!r}): "
+            f"{type(trainer.lightning_module).__name__} logs {', '.join(known)}."
+        )
+
+
+class LogSamples(_Callback, metaclass=PerNamespace):
+    """Lets the model generate for the first validation rows, before training and with validation.
+
+    The samples go into the record of the run (``samples.jsonl``) and to loggers that take text.
+
+    Args:
+        count: How many rows.
+        max_new_tokens: Longest generation in tokens.
+
+    Raises:
+        ConfigError: If ``count`` or ``max_new_tokens`` is less than 1.
+    """
+
+    lightning_base = "callbacks.Callback"
+
+    def __init__(self, count: int = 3, max_new_tokens: int = 64) -> None:
+        if count < 1 or max_new_tokens < 1:
+            raise ConfigError(
+                f"LogSamples(count={count}, max_new_tokens={max_new_tokens}): both are 1 at least. "
+                "Leave the callback out for no samples."
+            )
+        self.count = count
+        self.max_new_tokens = max_new_tokens
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Checks that module and data can give samples.
+
+        Raises:
+            ConfigError: If they cannot.
+        """
+        if not hasattr(pl_module, "generate_samples"):
+            raise ConfigError(
+                f"LogSamples needs a module that generates, and {type(pl_module).__name__} has no "
+                "generate_samples(rows, max_new_tokens). Remove the callback, or add the method."
+            )
+        if not hasattr(trainer.datamodule, "read"):
+            raise ConfigError(
+                f"LogSamples takes its rows from a data module of this package, not from "
+                f"{type(trainer.datamodule).__name__}. Remove the callback."
+            )
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Generates with what the base model can do."""
+        self._generate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Generates with what has been learnt so far."""
+        if not trainer.sanity_checking:
+            self._generate(trainer, pl_module)
+
+    def _generate(self, trainer: Any, pl_module: Any) -> None:
+        rows = trainer.datamodule.read().splits.get("validation")
+        if rows is None:
+            return
+        first = [rows[place] for place in range(min(self.count, len(rows)))]
+        with trainer.precision_plugin.forward_context():
+            samples = pl_module.generate_samples(first, self.max_new_tokens)
+        if trainer.is_global_zero:
+            self._log(trainer, samples)
+
+    def _log(self, trainer: Any, samples: list[GeneratedSample]) -> None:
+        for callback in trainer.callbacks:
+            record = getattr(callback, "record_samples", None)
+            if record is not None:
+                record(trainer, samples)

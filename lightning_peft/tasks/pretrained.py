@@ -1,0 +1,207 @@
+"""What the tasks have in common: one transformers model, its optimizer, and its evaluation."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from transformers import AutoConfig
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import PerNamespace
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule as _Base
+    from transformers import PretrainedConfig, PreTrainedModel
+else:
+    _Base = object
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class PretrainedTask(_Base, metaclass=PerNamespace):
+    """A transformers model and what it is trained for.
+
+    The model is loaded in ``configure_model``, so that nothing is in memory before the Trainer
+    runs. It knows nothing of adapters: those come with the strategy.
+
+    Args:
+        model: Name on the hub, or folder, of a transformers model.
+        learning_rate: Peak learning rate of AdamW, reached after the warm-up; 2e-4 is usual for
+            adapters of large models.
+        weight_decay: Decoupled weight decay.
+        warmup: Share of the steps in which the rate rises linearly.
+        schedule: How the rate goes on from there: falling as a cosine or linearly to zero, or
+            constant.
+        dtype: Dtype that the weights are loaded in, such as ``"float32"``; ``"auto"`` takes that
+            of the file.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Run the model's own code from the hub; only together with ``revision``.
+        config: Fields of a transformers configuration with its ``model_type``. The model is then
+            built from it with random weights, the same each time, and ``model`` is not loaded: for
+            trials and tests without a network.
+
+    Raises:
+        ConfigError: If arguments contradict each other.
+    """
+
+    lightning_base = "core.module.LightningModule"
+    # transformers' class that loads the model.
+    auto_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        model: str,
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.001,
+        warmup: float = 0.03,
+        schedule: Schedule = "cosine",
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model: PreTrainedModel | None = None
+        self.metrics = MetricCollection(self.make_metrics(), compute_groups=False)
+        problems = self._argument_problems()
+        if problems:
+            raise ConfigError(f"{type(self).__name__} cannot be made: {'; '.join(problems)}.")
+
+    def _argument_problems(self) -> list[str]:
+        """Returns what is wrong with the arguments alone; subclasses add to it."""
+        given = self.hparams
+        problems = []
+        if given["learning_rate"] <= 0:
+            problems.append(f"learning_rate={given['learning_rate']} is not above 0")
+        if not 0 <= given["warmup"] < 1:
+            problems.append(f"warmup={given['warmup']} is a share of the steps, from 0 to below 1")
+        if given["trust_remote_code"] and given["revision"] is None:
+            problems.append(
+                "trust_remote_code=True runs whatever code the repository holds at that moment; "
+                "read it, and name the commit that you have read with revision="
+            )
+        if given["config"] is not None and "model_type" not in given["config"]:
+            problems.append(f"config={given['config']!r} has no model_type, such as 'llama'")
+        return problems
+
+    @abstractmethod
+    def make_metrics(self) -> dict[str, Any]:
+        """Returns the torchmetrics by the names under which they are logged after the stage."""
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Returns the loss of a batch."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> None:
+        """Updates the metrics with a batch."""
+
+    def results(self) -> dict[str, Any]:
+        """Returns the value of each metric over all batches that were evaluated."""
+        return self.metrics.compute()
+
+    def configuration(self) -> dict[str, Any]:
+        """Returns fields that the model's configuration gets, such as the names of its labels."""
+        return {}
+
+    def configure_model(self) -> None:
+        """Loads the model, or builds it from ``config``; once."""
+        if self.model is None:
+            self.model = self._load() if self.hparams["config"] is None else self._build()
+
+    def _load(self) -> PreTrainedModel:
+        given = self.hparams
+        names = ("dtype", "revision", "trust_remote_code")
+        options = {name: given[name] for name in names} | self.configuration()
+        model: PreTrainedModel = self.auto_class.from_pretrained(given["model"], **options)
+        return model
+
+    def _build(self) -> PreTrainedModel:
+        with torch.random.fork_rng(devices=[]):
+            # A base that is to be the same when the run is resumed.
+            torch.manual_seed(0)
+            model: PreTrainedModel = self.auto_class.from_config(self.model_config())
+        return model
+
+    def model_config(self) -> PretrainedConfig:
+        """Returns the configuration of the model, without loading its weights."""
+        given = self.hparams
+        if given["config"] is not None:
+            fields = {**given["config"], **self.configuration()}
+            return AutoConfig.for_model(**fields)
+        names = ("revision", "trust_remote_code")
+        options = {name: given[name] for name in names}
+        return AutoConfig.from_pretrained(given["model"], **options, **self.configuration())
+
+    def on_fit_start(self) -> None:
+        """Puts the model in train mode: ``from_pretrained`` returns it in eval mode."""
+        assert self.model is not None
+        self.model.train()
+
+    def forward(self, **batch: Any) -> Any:
+        """Returns the model's output."""
+        assert self.model is not None
+        return self.model(**batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates a batch."""
+        self.evaluate(batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates a batch."""
+        self.evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs every metric as ``val_...``."""
+        self._log_results("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs every metric as ``test_...``."""
+        self._log_results("test")
+
+    def _log_results(self, stage: str) -> None:
+        for name, value in self.results().items():
+            self.log(f"{stage}_{name}", value, prog_bar=name == "loss")
+        self.metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW over what requires gradients, with warm-up and schedule by step."""
+        optimizer = torch.optim.AdamW(
+            [param for param in self.parameters() if param.requires_grad],
+            lr=self.hparams["learning_rate"],
+            weight_decay=self.hparams["weight_decay"],
+        )
+        steps = max(1, int(self.trainer.estimated_stepping_batches))
+        factor = rate_factor(self.hparams["schedule"], steps, self.hparams["warmup"])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"},
+        }
+
+
+def rate_factor(schedule: Schedule, steps: int, warmup: float) -> Any:
+    """Returns what the peak rate is multiplied by, as a function of the step.
+
+    Args:
+        schedule: ``"cosine"``, ``"linear"`` or ``"constant"``.
+        steps: Optimizer steps of the whole run.
+        warmup: Share of them in which the factor rises linearly; one step at least.
+    """
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        done = min(1.0, (step - rising) / max(1, steps - rising))
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if schedule == "linear" else 1.0
+
+    return factor
