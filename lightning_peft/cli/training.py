@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.recipes import find_recipe, resolved
 from lightning_peft.errors import ConfigError, LightningPeftError
+
+if TYPE_CHECKING:
+    from lightning_peft.runs.session import RunSession
 
 ABOUT = {
     "fit": "Train what a recipe or config of LightningCLI describes.",
@@ -17,6 +23,8 @@ ABOUT = {
     "test": "Evaluate it on the test data.",
     "predict": "Run its predict steps.",
 }
+# Taken out before LightningCLI reads the rest.
+_FLAGS = ("--json",)
 
 
 def main(subcommand: str, arguments: Sequence[str]) -> int:
@@ -25,29 +33,50 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     Args:
         subcommand: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         arguments: LightningCLI's arguments; ``--config`` also takes the name of a recipe.
+            ``--resume RUN`` goes on with a run where it was stopped, and ``--json`` prints the
+            result as JSON.
 
     Returns:
         The exit code: 0; 1 where the run failed for a reason that it can explain; 2 for input
         that cannot be used; 130 after an interrupt.
     """
-    words = list(arguments)
+    as_json = "--json" in arguments
+    words = [word for word in arguments if word not in _FLAGS]
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = import_module("lightning_peft.plugin.lightning_cli").run_subcommand(
-                subcommand, _with_files(words, Path(folder))
-            )
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            words = _resumed(words)
+            session = _run(subcommand, words)
     except ConfigError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 2
     except LightningPeftError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 1
-    if saved is None:
-        return 0
-    saved = saved.relative_to(Path.cwd()) if saved.is_relative_to(Path.cwd()) else saved
-    again = " ".join(["lightning-peft", subcommand, *_without_checkpoint(words)])
-    print(f"Saved {saved}. Go on from there:\n  {again} --ckpt_path {saved}", file=sys.stderr)
-    return 130
+    if session.saved is not None:
+        _tell_how_to_go_on(subcommand, words, session)
+        return 130
+    if session.result is not None:
+        _show(session, as_json)
+    return 0
+
+
+def _run(subcommand: str, words: list[str]) -> RunSession:
+    name = Path(_configs(words)[0]).stem if _configs(words) else "run"
+    session: RunSession = import_module("lightning_peft.runs.session").RunSession(subcommand, name)
+    run = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
+    with tempfile.TemporaryDirectory() as folder, session:
+        run(subcommand, _with_files(words, Path(folder)), session)
+    return session
+
+
+def _configs(words: Sequence[str]) -> list[str]:
+    found = []
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        if word == "--config":
+            found.append(after)
+        elif word.startswith("--config="):
+            found.append(word.partition("=")[2])
+    return found
 
 
 def _with_files(words: Sequence[str], folder: Path) -> list[str]:
@@ -69,11 +98,80 @@ def _with_files(words: Sequence[str], folder: Path) -> list[str]:
     return done
 
 
-def _without_checkpoint(words: Sequence[str]) -> list[str]:
-    kept: list[str] = []
-    for word in words:
-        if kept and kept[-1] == "--ckpt_path":
-            kept.pop()
-        elif not word.startswith("--ckpt_path="):
-            kept.append(word)
-    return kept
+def _resumed(words: list[str]) -> list[str]:
+    """Returns the arguments with ``--resume RUN`` as the recipe, folder and checkpoint of a run."""
+    places = [place for place, word in enumerate(words) if word.partition("=")[0] == "--resume"]
+    if not places:
+        return words
+    place = places[0]
+    _, equals, path = words[place].partition("=")
+    rest = words[place + 1 :] if equals else words[place + 2 :]
+    path = path if equals else (words[place + 1 :] or [""])[0]
+    folder = import_module("lightning_peft.runs.folder").RunFolder(Path(path))
+    checkpoint = folder.newest_checkpoint()
+    if not path or not folder.recipe.is_file() or checkpoint is None:
+        lacking = "checkpoint" if path and folder.recipe.is_file() else "recipe.yaml"
+        raise ConfigError(
+            f"--resume {path!r}: that is no folder of a run that can go on: it has no {lacking}. "
+            "Name a folder below `runs`, or start anew with --config."
+        )
+    own = [f"--config={folder.recipe}", *words[:place], *rest]
+    return [*own, f"--run_dir={folder.path}", f"--ckpt_path={checkpoint}"]
+
+
+def _tell_how_to_go_on(subcommand: str, words: Sequence[str], session: RunSession) -> None:
+    saved = session.saved
+    assert saved is not None
+    if session.folder is not None:
+        again = f"{subcommand} --resume {_short(session.folder.path)}"
+    else:
+        kept = [word for word in words if not word.startswith("--ckpt_path")]
+        again = " ".join([subcommand, *kept, f"--ckpt_path={saved}"])
+    print(f"Saved {_short(saved)}. Go on from there:\n  lightning-peft {again}", file=sys.stderr)
+
+
+def _short(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _show(session: RunSession, as_json: bool) -> None:
+    result = session.result
+    assert result is not None
+    assert session.folder is not None
+    if as_json:
+        print(json.dumps({**result, "folder": str(session.folder.path)}, indent=2))
+        return
+    console = import_module("rich.console").Console(highlight=False)
+    names = [name for name in result["after"] if isinstance(result["after"][name], float)]
+    if names:
+        _show_metrics(console, result, names)
+    checkpoint = result["checkpoint"]
+    lines = [("run", _short(session.folder.path))]
+    if session.kind == "fit" and checkpoint:
+        file = Path(checkpoint)
+        adapter = file.parent / "adapters" / file.stem
+        lines += [("checkpoint", _short(file))]
+        lines += [("adapter", _short(adapter))] if adapter.is_dir() else []
+    if session.folder.predictions.is_file():
+        lines += [("predictions", _short(session.folder.predictions))]
+    for title, path in lines:
+        console.print(f"{title:<12}{path}", markup=False, soft_wrap=True)
+
+
+def _show_metrics(console: Any, result: dict[str, Any], names: list[str]) -> None:
+    before = result["before"]
+    rows = [
+        (name, f"{before[name]:.4g}" if name in before else "", f"{result['after'][name]:.4g}")
+        for name in names
+    ]
+    if not console.is_terminal:
+        for name, old, new in rows:
+            print(f"{name:<24}{f'{old} -> ' if old else ''}{new}")
+        return
+    table = import_module("rich.table").Table()
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

@@ -201,7 +201,8 @@ class AdapterStrategy(_Base):
             engine.check_followers(self._module)
             checkpoint = self._described(checkpoint)
             if self.is_global_zero and is_local(filepath):
-                facts = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
+                place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
+                facts = {**self.lifecycle.facts, **place}
                 # First, so that a checkpoint that exists has everything beside it.
                 write_adapter_folder(filepath, engine.packed_adapters(self._module, facts))
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)

@@ -1,4 +1,4 @@
-"""Ctrl-C: finish the step and save; a second time, stop at once."""
+"""Ctrl-C, or another program's wish: finish the step and save; a second time, stop at once."""
 
 from __future__ import annotations
 
@@ -30,19 +30,29 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
 
     def __init__(self) -> None:
         self.saved: Path | None = None
-        self._asked = False
-        self._handler: Any = None
+        self._stop = self._save = False
+        self._handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listens from here on."""
         if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._interrupted)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._interrupted)
+
+    def ask(self, stop: bool = False, save: bool = False) -> None:
+        """Asks for the same from the program itself, from any thread.
+
+        Args:
+            stop: Finish the step, save, and end the fit.
+            save: Save after the step, and go on.
+        """
+        self._stop, self._save = self._stop or stop, self._save or save
 
     def _interrupted(self, number: int, frame: Any) -> None:
-        if self._asked:
+        if self._stop:
             self._stop_listening()
             raise KeyboardInterrupt
-        self._asked = True
+        self._stop = True
         print(
             "\nStopping when this step is done, and saving. Press Ctrl-C again to stop at once.",
             file=sys.stderr,
@@ -53,10 +63,16 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves and ends the fit, if asked to and no gradients are being accumulated."""
-        if not self._asked or trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate():
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-        path = folder / "interrupted.ckpt"
+        # One process may have been asked, and saving takes all of them.
+        stop, save = self._any(trainer, self._stop), self._any(trainer, self._save)
+        if save and not stop:
+            self._save = False
+            trainer.save_checkpoint(_folder(trainer) / "saved.ckpt")
+        if not stop or self.saved is not None:
+            return
+        path = _folder(trainer) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
         self.saved = path
         trainer.should_stop = True
@@ -64,6 +80,11 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.fit_loop.min_epochs = 0
         trainer.limit_val_batches = 0
+
+    def _any(self, trainer: Any, asked: bool) -> bool:
+        if trainer.world_size == 1:
+            return asked
+        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Listens no more."""
@@ -74,6 +95,13 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         self._stop_listening()
 
     def _stop_listening(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-            self._handler = None
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def _folder(trainer: Any) -> Path:
+    checkpoints = trainer.checkpoint_callback
+    if checkpoints is not None and checkpoints.dirpath:
+        return Path(checkpoints.dirpath)
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

@@ -60,6 +60,7 @@ class Lifecycle:
         injection: What to do.
         announce: Whether to print what was adapted when training starts.
         checks: What is checked when training starts.
+        facts: What the ``provenance.json`` of every adapter that is saved says besides.
     """
 
     checks: TrainingChecks
@@ -67,6 +68,7 @@ class Lifecycle:
     def __init__(self, injection: Injection, announce: bool = True) -> None:
         self.injection = injection
         self.announce = announce
+        self.facts: dict[str, Any] = {}
         self._waiting: Any = None
         self._own_hook: Any = None
         self._lost: list[str] = []

@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 
-from lightning_peft.errors import ConfigError, near_names
-from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import namespace_in_use, realize, tree_of
+from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+from lightning_peft.plugin.namespace import namespace_in_use, tree_of
 
 
-def run_subcommand(subcommand: str, arguments: Sequence[str]) -> Path | None:
+class RunHooks(Protocol):
+    """What is done around a run of LightningCLI."""
+
+    def begin(self, config: Any, recipe: str, root: str) -> list[Any]:
+        """Called with the config, which may be changed, and its YAML; returns more callbacks."""
+
+    def end(self, trainer: Any, module: Any, datamodule: Any) -> None:
+        """Called when the run has come to its end."""
+
+
+def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict`` as LightningCLI does.
 
     Args:
         subcommand: Which of them.
         arguments: LightningCLI's command line after it.
-
-    Returns:
-        The checkpoint that was saved where the run was interrupted, else ``None``.
+        hooks: What is done before and after.
 
     Raises:
         ConfigError: If the arguments cannot be read, or something of them cannot be made.
     """
     import_from_here()
     root = root_for(arguments)
-    interruption = realize(SaveOnInterrupt, root)()
+    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_no_advertisement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
-            import_module(f"{root}.cli").LightningCLI(
+            _recording_cli(root, hooks)(
                 args=[subcommand, *arguments],
-                trainer_defaults={"callbacks": [interruption]},
+                save_config_callback=None,
                 parser_kwargs={
                     "prog": "lightning-peft",
                     "exit_on_error": False,
@@ -50,9 +58,45 @@ def run_subcommand(subcommand: str, arguments: Sequence[str]) -> Path | None:
         except argparse.ArgumentError as error:
             raise ConfigError(_explained(cause(error), root)) from error
         except ValueError as error:
+            if isinstance(error, LightningPeftError):
+                raise
             raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
-    saved: Path | None = interruption.saved
-    return saved
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: " not in record.getMessage()
+
+
+def _recording_cli(root: str, hooks: RunHooks) -> Any:
+    cli = import_module(f"{root}.cli")
+
+    class RecordingCLI(cli.LightningCLI):  # type: ignore[name-defined]
+        """LightningCLI that calls the hooks."""
+
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            parser.add_argument(
+                "--run_dir",
+                type=str | None,
+                default=None,
+                help="Folder of this run; by default a new one below `runs`.",
+            )
+
+        def before_instantiate_classes(self) -> None:
+            config = self.config[self.subcommand]
+            kept = config.clone()
+            for name in ("run_dir", "ckpt_path", "weights_only", "config"):
+                kept.pop(name, None)
+            recipe = self._parser(self.subcommand).dump(kept, skip_unset=True, skip_validation=True)
+            if config["trainer"].get("enable_model_summary") is None:
+                # It counts packed 4-bit weights by their bytes; the strategy shows its own report.
+                config["trainer"]["enable_model_summary"] = False
+            self.trainer_defaults = {"callbacks": hooks.begin(config, recipe, root)}
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            super()._run_subcommand(subcommand)
+            hooks.end(self.trainer, self.model, self.datamodule)
+
+    return RecordingCLI
 
 
 def import_from_here() -> None:

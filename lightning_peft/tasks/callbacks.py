@@ -69,10 +69,17 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=PerNamespace):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
         if self.save_every and step % self.save_every == 0 and step != self._last_global_step_saved:
+            before = self._last_global_step_saved
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            # Or a validation at this step would take the best checkpoint for saved.
+            self._last_global_step_saved = before
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Saves what was learnt since the last validation, where training ended between two."""
+        if any(getattr(callback, "saved", None) for callback in trainer.callbacks):
+            # Interrupted: Lightning counts the epoch as done now, and the checkpoint to go on from
+            # was written before.
+            return
         super().on_train_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -205,3 +212,18 @@ class LogSamples(_Callback, metaclass=PerNamespace):
             record = getattr(callback, "record_samples", None)
             if record is not None:
                 record(trainer, samples)
+        for logger in trainer.loggers:
+            _log_text(logger, samples, trainer.global_step)
+
+
+def _log_text(logger: Any, samples: list[GeneratedSample], step: int) -> None:
+    """Hands samples to loggers that take text: TensorBoard's, and Weights & Biases'."""
+    if hasattr(logger, "log_text"):
+        rows = [[sample.prompt, sample.expected, sample.generated] for sample in samples]
+        logger.log_text(
+            "samples", columns=["prompt", "expected", "generated"], data=rows, step=step
+        )
+    elif hasattr(logger.experiment, "add_text"):
+        for place, sample in enumerate(samples):
+            text = f"{sample.prompt}\n\n**{sample.generated}**"
+            logger.experiment.add_text(f"samples/{place}", text, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, continue_greedily
+
+# Longest text that predict_step generates.
+MAX_NEW_TOKENS = 256
 
 
 class CausalLM(PretrainedTask):
@@ -51,6 +55,16 @@ class CausalLM(PretrainedTask):
         """Returns loss, perplexity and token accuracy."""
         found = super().results()
         return {**found, "perplexity": torch.exp(found["loss"])}
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
+        """Returns prompt, expected and generated text of each row."""
+        rows = [
+            {"input_ids": ids[kept].tolist(), "labels": labels[kept].tolist()}
+            for ids, labels, kept in zip(
+                batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
+            )
+        ]
+        return [asdict(sample) for sample in self.generate_samples(rows, MAX_NEW_TOKENS)]
 
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int

@@ -168,7 +168,8 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
 
     def _log_results(self, stage: str) -> None:
         for name, value in self.results().items():
-            self.log(f"{stage}_{name}", value, prog_bar=name == "loss")
+            # The metrics are those of all processes already; Lightning would warn.
+            self.log(f"{stage}_{name}", value, prog_bar=name == "loss", sync_dist=True)
         self.metrics.reset()
 
     def configure_optimizers(self) -> Any:

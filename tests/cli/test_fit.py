@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.runs.folder import RunFolder
 
 RECIPES = [name for name in recipe_files() if not name.startswith("small/")]
 ENVIRONMENT = {
@@ -54,59 +56,153 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
+def run_folder(folder: Path, kind: str = "") -> RunFolder:
+    (found,) = [path for path in (folder / "runs").iterdir() if f"-{kind}" in path.name]
+    return RunFolder(found)
+
+
 def test_all_recipes_are_tested() -> None:
     assert RECIPES == ["sft-lora", "sft-qlora"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_trains_saves_and_validates(recipe, tmp_path) -> None:
-    config = [f"--config={recipe}", small(recipe), *QUIET]
-    code, _, err = run(tmp_path, "fit", *config)
+def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, tmp_path) -> None:
+    code, out, err = run(tmp_path, "fit", f"--config={recipe}", small(recipe), *QUIET, "--json")
     assert code == 0, err[-3000:]
-    checkpoint = only(tmp_path, "*.ckpt")
-    adapter = only(tmp_path, "adapter_config.json")
-    assert json.loads(adapter.read_text())["r"] == 16
-    step = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert step == 12
-    saved = yaml.safe_load(only(tmp_path, "config.yaml").read_text())
-    assert saved["trainer"]["strategy"]["class_path"].endswith("LoRAStrategy")
-    code, out, err = run(tmp_path, "validate", *config, f"--ckpt_path={checkpoint}")
+    result = json.loads(out)
+    folder = RunFolder(tmp_path / result["folder"])
+    assert folder.path.parent == tmp_path / "runs"
+    assert folder.path.name == result["run"]
+    assert recipe in folder.path.name
+    assert folder.status.state == "finished"
+    assert folder.status.step == folder.status.total_steps == result["steps"] > 0
+    assert result["method"] == ("qlora" if recipe.endswith("qlora") else "lora")
+    assert result["after"].keys() == result["before"].keys() >= {"val_loss"}
+    assert result["after"]["val_loss"] < result["before"]["val_loss"]
+    rows = list(folder.rows(folder.metrics))
+    steps = [row["step"] for row in rows if "train_loss" in row]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == result["steps"]
+    # The adapter of the best checkpoint says what it is made of.
+    adapter = folder.checkpoints / "adapters" / "best"
+    facts = json.loads((adapter / "provenance.json").read_text())
+    provenance = json.loads(folder.provenance.read_text())
+    assert facts["run"] == result["run"]
+    assert facts["recipe_sha256"] == provenance["recipe_sha256"] == result["recipe_sha256"]
+    assert facts["data"] == provenance["data"] is not None
+    recipe_text = folder.recipe.read_text()
+    assert hashlib.sha256(recipe_text.encode()).hexdigest() == result["recipe_sha256"]
+    content = yaml.safe_load(recipe_text)
+    assert content["trainer"]["strategy"]["class_path"].endswith("LoRAStrategy")
+    assert "ckpt_path" not in content
+    if "LogSamples" in recipe_text:
+        samples = list(folder.rows(folder.samples))
+        assert {row["step"] for row in samples} == {0, result["steps"]}
+        assert all(row["prompt"] and row["expected"] for row in samples)
+
+
+def test_a_checkpoint_is_evaluated_and_predicts(tmp_path) -> None:
+    """The recipe that a run leaves is a config like any other."""
+    code, _, err = run(tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET)
     assert code == 0, err[-3000:]
-    assert "val_loss" in out
+    trained = run_folder(tmp_path)
+    again = [f"--config={trained.recipe}", f"--ckpt_path={trained.checkpoints / 'best.ckpt'}"]
+    code, out, err = run(tmp_path, "validate", *again, *QUIET, "--json")
+    assert code == 0, err[-3000:]
+    after = json.loads(trained.result.read_text())["after"]
+    assert json.loads(out)["after"] == pytest.approx(after)
+    assert "lightning_peft" in (folder := run_folder(tmp_path, "validate")).recipe.read_text()
+    assert folder.status.kind == "validate"
+    assert folder.status.state == "finished"
+    more = ["--trainer.limit_predict_batches=2", "--data.batch_size=3"]
+    code, out, err = run(tmp_path, "predict", *again, *QUIET, *more)
+    assert code == 0, err[-3000:]
+    folder = run_folder(tmp_path, "predict")
+    predictions = list(folder.rows(folder.predictions))
+    assert len(predictions) == 6
+    assert all(row["generated"] != row["prompt"] for row in predictions)
+    assert str(folder.predictions.relative_to(tmp_path)) in out
 
 
 SAVING = """
 trainer:
-  max_steps: 40
+  limit_train_batches: 40
   limit_val_batches: 1
   callbacks:
-    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {every_n_train_steps: 2}
+    - class_path: lightning_peft.tasks.BestCheckpoint
+      init_args: {save_every: 2}
 """
 
 
 def test_interrupted_and_resumed_is_uninterrupted(tmp_path) -> None:
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
-    process = start(tmp_path, "fit", *config)
-    while process.poll() is None and not list(tmp_path.rglob("epoch*.ckpt")):
+    process = start(tmp_path, "fit", *config, "--run_dir=mine")
+    while process.poll() is None and not list(tmp_path.rglob("last.ckpt")):
         time.sleep(0.02)
+    assert RunFolder(tmp_path / "mine").status.state == "running"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err[-3000:]
     checkpoint = only(tmp_path, "interrupted.ckpt")
-    assert f"--ckpt_path {checkpoint.relative_to(tmp_path)}" in err
+    assert "lightning-peft fit --resume mine" in err
     assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 40
-    for name, more in (("resumed", [f"--ckpt_path={checkpoint}"]), ("whole", [])):
-        folder = f"--trainer.default_root_dir={tmp_path / name}"
-        code, _, err = run(tmp_path, "fit", *config, folder, *more)
-        assert code == 0, err[-3000:]
+    assert RunFolder(tmp_path / "mine").status.state == "stopped"
+    code, _, err = run(tmp_path, "fit", "--resume", "mine", *QUIET)
+    assert code == 0, err[-3000:]
+    code, _, err = run(tmp_path, "fit", *config, "--run_dir=whole")
+    assert code == 0, err[-3000:]
     ends = [
-        torch.load(only(tmp_path / name, "epoch*.ckpt"), weights_only=True)["state_dict"]
-        for name in ("resumed", "whole")
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("mine", "whole")
     ]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    # The record goes on where it was: every step is there, with the same loss.
+    losses = [
+        {
+            row["step"]: row["train_loss"]
+            for row in folder.rows(folder.metrics)
+            if "train_loss" in row
+        }
+        for folder in (RunFolder(tmp_path / name) for name in ("mine", "whole"))
+    ]
+    assert losses[0] == losses[1]
+    assert list(losses[0]) == list(range(1, 41))
+    results = [
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("mine", "whole")
+    ]
+    assert results[0]["after"] == results[1]["after"]
+    assert results[0]["before"] == results[1]["before"] != {}
+
+
+def test_another_program_saves_and_stops_a_run(tmp_path) -> None:
+    (tmp_path / "saving.yaml").write_text(SAVING)
+    config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
+    process = start(tmp_path, "fit", *config, "--run_dir=mine")
+    folder = RunFolder(tmp_path / "mine")
+    for wish, file in (("save_now", "saved.ckpt"), ("stop", "interrupted.ckpt")):
+        while process.poll() is None and not (folder.status and folder.status.step > 1):
+            time.sleep(0.02)
+        folder.write(folder.control, {wish: True})
+        while process.poll() is None and not (folder.checkpoints / file).exists():
+            time.sleep(0.02)
+        assert (folder.checkpoints / file).exists(), process.communicate()[1][-3000:]
+    process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert folder.status.state == "stopped"
+
+
+def test_a_killed_run_is_found_out(tmp_path) -> None:
+    config = ["--config=sft-lora", "--config=small/sft", *QUIET]
+    process = start(tmp_path, "fit", *config, "--run_dir=mine")
+    folder = RunFolder(tmp_path / "mine")
+    while process.poll() is None and folder.status is None:
+        time.sleep(0.02)
+    assert folder.status.state == "preparing"
+    process.kill()
+    process.communicate(timeout=100)
+    assert folder.status.state == "crashed"
 
 
 WRONG = {
@@ -114,6 +210,8 @@ WRONG = {
     "--trainr.max_steps=1": "near names: trainer.max_steps",
     "--data.init_args.data=nowhere.jsonl": "no file or folder 'nowhere.jsonl'",
     "--config=sft-qlorra": "Near names: sft-qlora",
+    "--resume=nowhere": "'nowhere': that is no folder of a run that can go on",
+    "--trainer.limit_val_batches=0": "needs validation rows, and there are none",
 }
 
 
@@ -122,7 +220,12 @@ def test_bad_input_is_named_and_costs_nothing(word, tmp_path) -> None:
     code, out, err = run(tmp_path, "fit", "--config=sft-lora", "--config=small/sft", word)
     assert code == 2
     assert WRONG[word] in err
+    assert "Traceback" not in err
     assert not list(tmp_path.rglob("*.ckpt"))
+    if "nowhere.jsonl" in word:
+        folder = run_folder(tmp_path)
+        assert folder.status.state == "failed"
+        assert WRONG[word] in json.loads(folder.error.read_text())["message"]
 
 
 def test_a_wrong_key_in_a_file(tmp_path) -> None:

@@ -1,0 +1,64 @@
+"""What goes wrong while training, in words, found in the numbers that were logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Losses of single batches jump; means of so many rows in a row are compared.
+SMOOTHED_OVER = 10
+# How far above its least mean the training loss must be to be called diverging.
+DIVERGED = 1.5
+# Validations in a row with a rising loss.
+RISING = 2
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing that the user should look at.
+
+    Attributes:
+        kind: ``"nan"``, ``"diverging"`` or ``"overfitting"``.
+        text: What was seen and what usually helps.
+    """
+
+    kind: str
+    text: str
+
+
+def training_alert(losses: Sequence[float]) -> Alert | None:
+    """Returns what the training losses so far give reason to say."""
+    if losses and not math.isfinite(losses[-1]):
+        return Alert(
+            "nan",
+            f"The training loss is {losses[-1]}. Usual reasons: a learning rate that is too high, "
+            "16-mixed precision (try bf16-mixed), or rows without a trained token.",
+        )
+    means = [
+        sum(losses[end - SMOOTHED_OVER : end]) / SMOOTHED_OVER
+        for end in range(SMOOTHED_OVER, len(losses) + 1, SMOOTHED_OVER)
+    ]
+    if len(means) > 1 and min(means) > 0 and means[-1] > DIVERGED * min(means):
+        return Alert(
+            "diverging",
+            f"The training loss has risen from {min(means):.3g} to {means[-1]:.3g}. A lower "
+            "learning rate or more warm-up usually helps.",
+        )
+    return None
+
+
+def validation_alert(losses: Sequence[float]) -> Alert | None:
+    """Returns what the validation losses so far give reason to say."""
+    if losses and not math.isfinite(losses[-1]):
+        return Alert("nan", f"The validation loss is {losses[-1]}.")
+    last = losses[-1 - RISING :]
+    rising = all(a < b for a, b in zip(last, last[1:], strict=False))
+    if len(last) > RISING and rising:
+        return Alert(
+            "overfitting",
+            f"The validation loss has risen {RISING} times in a row, from {last[0]:.4g} to "
+            f"{last[-1]:.4g}: the model learns the training rows by heart. The best checkpoint is "
+            "kept; fewer epochs, more data, more dropout or a lower rank help.",
+        )
+    return None

@@ -1,0 +1,118 @@
+"""The folder that a run owns: the names of its files, and reading them."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.runs.status import Status, read_status, write_json
+
+DEFAULT_ROOT = "runs"
+
+
+class RunFolder:
+    """One run on disk; docs/runs.md describes every file for other programs.
+
+    Args:
+        path: The folder. It need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    recipe = property(lambda self: self.path / "recipe.yaml")
+    status_file = property(lambda self: self.path / "status.json")
+    metrics = property(lambda self: self.path / "metrics.jsonl")
+    events = property(lambda self: self.path / "events.jsonl")
+    samples = property(lambda self: self.path / "samples.jsonl")
+    predictions = property(lambda self: self.path / "predictions.jsonl")
+    control = property(lambda self: self.path / "control.json")
+    log = property(lambda self: self.path / "train.log")
+    error = property(lambda self: self.path / "error.json")
+    provenance = property(lambda self: self.path / "provenance.json")
+    result = property(lambda self: self.path / "result.json")
+    checkpoints = property(lambda self: self.path / "checkpoints")
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> RunFolder:
+        """Makes a new folder below ``root``; its name begins with the time, so that runs sort.
+
+        Args:
+            root: Folder of all runs.
+            name: What the run is called, such as its recipe; other characters become ``-``.
+
+        Raises:
+            ConfigError: If nothing can be written there.
+        """
+        words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "run"
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        path = root / f"{stamp}-{words}-{secrets.token_hex(2)}"
+        return cls(path)._make(exist_ok=False)
+
+    @classmethod
+    def at(cls, path: Path) -> RunFolder:
+        """Returns the folder ``path``, which is made if it is not there.
+
+        Raises:
+            ConfigError: If nothing can be written there.
+        """
+        return cls(path)._make(exist_ok=True)
+
+    def _make(self, exist_ok: bool) -> RunFolder:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=exist_ok)
+        except OSError as error:
+            raise ConfigError(
+                f"The run cannot be kept in {str(self.path)!r}: {error.strerror or error}. Name a "
+                "folder that can be written to with run_dir."
+            ) from error
+        return self
+
+    @property
+    def status(self) -> Status | None:
+        """Where the run is; ``None`` before it has said so."""
+        return read_status(self.status_file)
+
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """Adds a line to one of the JSONL files; a reader may see its beginning only."""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def write(self, path: Path, content: Any) -> None:
+        """Writes one of the JSON files as a whole."""
+        write_json(path, content)
+
+    def rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        """Yields the rows of one of the JSONL files, without a last line that is not whole."""
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def newest_checkpoint(self) -> Path | None:
+        """Returns the checkpoint to go on from: the one that was written last.
+
+        Of a run that was stopped, the one that was saved for it: Lightning may write others after
+        that, in which the epoch counts as done.
+        """
+        status = self.status
+        if status is not None and status.state == "stopped" and status.checkpoint:
+            saved = self.path / status.checkpoint
+            if saved.is_file():
+                return saved
+        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        return found[-1] if found else None
+
+
+def runs_in(root: Path) -> list[RunFolder]:
+    """Returns the runs below ``root``, the newest first."""
+    found = [path for path in root.iterdir() if (path / "status.json").is_file()]
+    return [RunFolder(path) for path in sorted(found, reverse=True)]

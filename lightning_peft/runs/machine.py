@@ -1,0 +1,75 @@
+"""The machine and the versions that a run had, for its records."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+PACKAGES = (
+    "lightning-peft",
+    "torch",
+    "lightning",
+    "pytorch-lightning",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "torchmetrics",
+)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what the numbers of a run depend on: processor, cores, memory, GPUs."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "system": platform.system(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory() -> dict[str, int]:
+    """Returns the most memory that this process has used so far, in bytes.
+
+    ``process_bytes`` is all of the process, imports and memory-mapped files included;
+    ``cuda_bytes`` is what torch allocated on the GPU, where there is one.
+    """
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = {"process_bytes": most if sys.platform == "darwin" else most * 1024}
+    if torch.cuda.is_available():
+        found["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return found

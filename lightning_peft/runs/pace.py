@@ -1,0 +1,60 @@
+"""How fast a run goes, and how long it still takes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+# Steps that the pace is averaged over: a validation in between shows, and passes.
+WINDOW = 50
+
+
+class Pace:
+    """Steps, rows and tokens per second over the last steps since the start."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int, int, int]] = deque(maxlen=WINDOW + 1)
+        self.rows = self.tokens = 0
+
+    def add(self, batch: Any) -> None:
+        """Counts the rows of a batch, and its tokens where it has an attention mask."""
+        rows, tokens = size_of(batch)
+        self.rows += rows
+        self.tokens += tokens
+
+    def step(self, number: int) -> None:
+        """Marks that optimizer step ``number`` is done."""
+        self._marks.append((time.monotonic(), number, self.rows, self.tokens))
+
+    def rates(self) -> dict[str, float]:
+        """Returns ``steps``, ``rows`` and ``tokens`` per second; empty before the second step."""
+        if len(self._marks) < 2:
+            return {}
+        first, last = self._marks[0], self._marks[-1]
+        seconds = max(last[0] - first[0], 1e-9)
+        names = ("steps", "rows", "tokens")
+        rates = {n: (b - a) / seconds for n, a, b in zip(names, first[1:], last[1:], strict=True)}
+        return {name: rate for name, rate in rates.items() if rate > 0}
+
+    def eta(self, steps_left: int) -> float | None:
+        """Returns the seconds that ``steps_left`` steps take at this pace."""
+        steps = self.rates().get("steps")
+        return None if not steps else steps_left / steps
+
+
+def size_of(batch: Any) -> tuple[int, int]:
+    """Returns the rows and the tokens of a batch; 0 for what it does not say."""
+    if isinstance(batch, dict):
+        mask = batch.get("attention_mask")
+        tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+        rows = len(tensors[0]) if tensors else 0
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            return rows, int(mask.sum())
+        ids = batch.get("input_ids")
+        return rows, ids.numel() if isinstance(ids, Tensor) else 0
+    if isinstance(batch, (list, tuple)) and batch:
+        return size_of(batch[0])
+    return (len(batch), 0) if isinstance(batch, Tensor) and batch.ndim else (0, 0)

@@ -1,0 +1,66 @@
+"""What produced an adapter: enough to prove it later, and to do it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+from lightning_peft import engine
+from lightning_peft.runs.machine import hardware, versions
+
+
+def digest_of(text: str) -> str:
+    """Returns the sha256 of a text."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> dict[str, Any]:
+    """Returns what a run is made of, once the module is built.
+
+    Args:
+        module: The LightningModule.
+        datamodule: Its data module; ``None`` or one of the user's own is recorded by its class.
+        recipe: The config as it was resolved.
+        seed: What ``seed_everything`` was given.
+    """
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe_sha256": digest_of(recipe),
+        "seed": seed,
+        "task": _name(module),
+        "base": _base(module),
+        "data": data_record(datamodule),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def data_record(datamodule: Any) -> dict[str, Any] | None:
+    """Returns what is known of the data: everything for the data modules of this package."""
+    if datamodule is None:
+        return None
+    record = getattr(datamodule, "record", None)
+    known = json.loads(json.dumps(record, default=str)) if isinstance(record, dict) else {}
+    return {"class": _name(datamodule), **known}
+
+
+def _base(module: Any) -> dict[str, Any]:
+    record = engine.record_of(module)
+    if record is None:
+        return {}
+    return {
+        name or "(whole module)": {
+            **entry.base_id,
+            "fingerprint": entry.base.digest(),
+            "quantization": entry.quantization,
+            "adapters": {key: info.config for key, info in entry.adapters.items()},
+        }
+        for name, entry in record.parts.items()
+    }
+
+
+def _name(instance: object) -> str:
+    cls = getattr(type(instance), "written_class", type(instance))
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,341 @@
+"""A callback that keeps the run folder: where the run is, its numbers, samples and alerts."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_peft.plugin.interruption import SaveOnInterrupt
+from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.runs.alerts import training_alert, validation_alert
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.machine import peak_memory
+from lightning_peft.runs.pace import Pace
+from lightning_peft.runs.provenance import provenance
+from lightning_peft.runs.result import result
+from lightning_peft.runs.status import StatusFile
+
+if TYPE_CHECKING:
+    from pytorch_lightning.callbacks import Callback as _Base
+else:
+    _Base = object
+
+# Seconds between two updates of the status while steps are short.
+UPDATE_EVERY = 0.5
+# Below so many steps in all, every step is logged: a curve wants points.
+SHORT_RUN = 100
+
+
+class RunRecorder(_Base, metaclass=PerNamespace):
+    """Keeps the run folder of a Trainer's run up to date, from its first process.
+
+    The command line adds it to every run; in Python it is
+    ``Trainer(callbacks=[RunRecorder("runs/mine")])``.
+
+    Args:
+        folder: The run's folder, or its path.
+        recipe: The config as it was resolved, for the record.
+        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        seed: What ``seed_everything`` was given.
+
+    Attributes:
+        before: Metrics of the first validation, before training: what the base can do.
+        validations: Metrics of each validation while training, by optimizer step.
+    """
+
+    lightning_base = "callbacks.Callback"
+
+    def __init__(
+        self,
+        folder: RunFolder | str | Path,
+        recipe: str = "",
+        kind: str = "fit",
+        seed: int | None = None,
+    ) -> None:
+        self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
+        self.recipe, self.kind, self.seed = recipe, kind, seed
+        self.before: dict[str, float] = {}
+        self.validations: dict[int, dict[str, float]] = {}
+        self.started = time.time()
+        self.status: StatusFile | None = None
+        self.pace = Pace()
+        # Whoever opens the record closes it; in Python that is the Trainer.
+        self._of_trainer = False
+        self._losses: list[float] = []
+        self._alerted: set[str] = set()
+        self._of_step: dict[str, float] = {}
+        self._updated = 0.0
+        self._seen_step = -1
+
+    def open(self) -> None:
+        """Begins the record: from here on the folder says that the run is alive."""
+        if self.status is None:
+            self.status = StatusFile(self.folder.status_file, self.kind)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Gives checkpoints their place in the folder."""
+        if trainer.is_global_zero and self.status is None:
+            self._of_trainer = True
+            self.open()
+        for callback in trainer.checkpoint_callbacks:
+            if getattr(callback, "dirpath", "") is None:
+                callback.dirpath = str(self.folder.checkpoints)
+        self.say(phase="preparing model and data")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Writes what the run is made of, also for the adapters that it will save."""
+        if self.status is None:
+            return
+        facts = provenance(pl_module, trainer.datamodule, self.recipe, self.seed)
+        self.folder.write(self.folder.provenance, facts)
+        lifecycle = getattr(trainer.strategy, "lifecycle", None)
+        if lifecycle is not None:
+            names = ("recipe_sha256", "task", "data")
+            lifecycle.facts = {
+                "run": self.folder.path.name,
+                **{name: facts[name] for name in names},
+            }
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says that the base is evaluated."""
+        self.say(phase="evaluating before training")
+
+    def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keeps the metrics of the base, if all of the validation rows were looked at."""
+        # Fewer rows are a try of the code and no measurement; of a resumed run it is no base.
+        if trainer.num_sanity_val_steps == math.inf and not trainer.global_step:
+            self.before = numbers(trainer.callback_metrics)
+            self._log_metrics(trainer, self.before)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says that training starts, and from where."""
+        total = trainer.estimated_stepping_batches
+        steps = None if math.isinf(total) else int(total)
+        if steps is not None and steps < SHORT_RUN:
+            trainer.log_every_n_steps = 1
+        if trainer.global_step:
+            self._remember()
+        self.pace.step(trainer.global_step)
+        place = f" at step {trainer.global_step}" if trainer.global_step else ""
+        self._event(trainer, "started", f"Training starts{place}.")
+        self.say(state="running", phase="training", total_steps=steps)
+
+    def _remember(self) -> None:
+        """Reads what was validated before the run was resumed."""
+        for row in self.folder.rows(self.folder.metrics):
+            found = {name: value for name, value in row.items() if name.startswith("val_")}
+            if found and row["step"] == 0:
+                self.before = found
+            elif found:
+                self.validations[row["step"]] = found
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Notes the rate of the step and the norm of its gradients, where they will be logged."""
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            norm = torch.nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+            rate = optimizer.param_groups[0]["lr"]
+            self._of_step = {"learning_rate": float(rate), "grad_norm": float(norm)}
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the numbers of the step, and follows what other programs ask for."""
+        self.pace.add(batch)
+        self._follow_control(trainer)
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        self.pace.step(step)
+        if step % trainer.log_every_n_steps == 0:
+            self._log_training(trainer)
+        if time.monotonic() - self._updated > UPDATE_EVERY:
+            self._report_progress(trainer)
+
+    def _log_training(self, trainer: Any) -> None:
+        found = {
+            k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("train")
+        }
+        rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
+        memory = {f"peak_{name}": value for name, value in peak_memory().items()}
+        self._log_metrics(trainer, {**found, **self._of_step, **rates, **memory})
+        if "train_loss" in found:
+            self._losses.append(found["train_loss"])
+            self._alert(trainer, training_alert(self._losses))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Says that validation runs."""
+        if not trainer.sanity_checking:
+            self.say(phase="validating")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes the numbers of the validation."""
+        if trainer.sanity_checking:
+            return
+        found = {k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("val")}
+        self._log_metrics(trainer, found)
+        if trainer.state.fn != "fit":
+            return
+        self.validations[trainer.global_step] = found
+        losses = [row["val_loss"] for row in self.validations.values() if "val_loss" in row]
+        self._alert(trainer, validation_alert(losses))
+        self._report_progress(trainer, phase="training")
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes the numbers of the test."""
+        self._log_metrics(trainer, numbers(trainer.callback_metrics))
+
+    def on_predict_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Writes predictions, one line per row, where JSON can hold them."""
+        rows = outputs if isinstance(outputs, list) else [{"prediction": outputs}]
+        for row in rows:
+            content = row if isinstance(row, dict) else {"prediction": row}
+            self.folder.append(
+                self.folder.predictions, json.loads(json.dumps(content, default=_plain))
+            )
+
+    def record_samples(self, trainer: Any, samples: list[Any]) -> None:
+        """Writes what the model generates at this step."""
+        if self.status is not None:
+            for place, sample in enumerate(samples):
+                row = {"step": trainer.global_step, "sample": place, **asdict(sample)}
+                self.folder.append(self.folder.samples, row)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Writes the last numbers."""
+        self._report_progress(trainer, phase="training is done")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Says what ended the run."""
+        self.fail(exception)
+
+    def fail(self, exception: BaseException) -> None:
+        """Writes down why the run ended: stopped by the user, or failed."""
+        if isinstance(exception, KeyboardInterrupt):
+            self.say(state="stopped", phase="stopped at once", eta_seconds=None)
+        elif self.status is not None:
+            content = {
+                "error": type(exception).__name__,
+                "message": str(exception),
+                "traceback": traceback.format_exception(exception),
+            }
+            self.folder.write(self.folder.error, content)
+            self.say(state="failed", phase=f"failed: {type(exception).__name__}", eta_seconds=None)
+        if self._of_trainer:
+            self.close()
+
+    def stopped(self, checkpoint: Path) -> None:
+        """Writes down that the run was stopped, and where it can go on."""
+        place = checkpoint.resolve().relative_to(self.folder.path.resolve()).as_posix()
+        self.say(state="stopped", phase="stopped and saved", checkpoint=place, eta_seconds=None)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Ends the record, unless it was begun by another than the Trainer."""
+        if self._of_trainer and self.status is not None:
+            self.finish(trainer, pl_module, numbers(trainer.callback_metrics))
+            self.close()
+
+    def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
+        """Writes the result of the run, and returns it.
+
+        Args:
+            trainer: The Trainer.
+            module: The LightningModule.
+            after: Metrics after training, of the checkpoint that is recommended.
+        """
+        record = result(self, trainer, module, after)
+        self.folder.write(self.folder.result, record)
+        self.say(state="finished", phase="finished", checkpoint=self._newest(), eta_seconds=None)
+        return record
+
+    def close(self) -> None:
+        """Ends the heartbeat."""
+        if self.status is not None:
+            self.status.close()
+            self.status = None
+
+    def _report_progress(self, trainer: Any, **changes: Any) -> None:
+        if self.status is None:
+            return
+        self._updated = time.monotonic()
+        step, total = trainer.global_step, self.status.status.total_steps
+        eta = None if total is None else self.pace.eta(max(0, total - step))
+        self.say(
+            step=step,
+            epoch=trainer.current_epoch,
+            steps_per_second=self.pace.rates().get("steps"),
+            eta_seconds=eta,
+            checkpoint=self._newest(),
+            **changes,
+        )
+
+    def _newest(self) -> str | None:
+        found = self.folder.newest_checkpoint()
+        return None if found is None else found.relative_to(self.folder.path).as_posix()
+
+    def say(self, **changes: Any) -> None:
+        """Changes fields of the status, on the process that keeps the record."""
+        if self.status is not None:
+            self.status.update(**changes)
+
+    def _log_metrics(self, trainer: Any, values: dict[str, Any]) -> None:
+        if self.status is not None and values:
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            self.folder.append(self.folder.metrics, {**place, **values, "time": time.time()})
+
+    def _event(self, trainer: Any, kind: str, text: str) -> None:
+        if self.status is not None:
+            row = {"step": trainer.global_step, "kind": kind, "text": text, "time": time.time()}
+            self.folder.append(self.folder.events, row)
+
+    def _alert(self, trainer: Any, alert: Any) -> None:
+        if alert is not None and alert.kind not in self._alerted:
+            self._alerted.add(alert.kind)
+            self._event(trainer, alert.kind, alert.text)
+
+    def _follow_control(self, trainer: Any) -> None:
+        """Passes on what another program asks for in ``control.json``: stop, or save now."""
+        if self.status is None:
+            return
+        try:
+            asked = json.loads(self.folder.control.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return
+        self.folder.control.unlink(missing_ok=True)
+        if asked.get("stop"):
+            self.say(state="stopping", phase="stopping after this step")
+        for callback in trainer.callbacks:
+            if isinstance(callback, SaveOnInterrupt):
+                callback.ask(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Returns the metrics that are single numbers, as such."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float))
+        or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,171 @@
+"""One run of the command line, from its config to its result, in a folder of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from lightning_peft.plugin.interruption import SaveOnInterrupt
+from lightning_peft.plugin.namespace import realize
+from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
+from lightning_peft.runs.log import logged_to
+from lightning_peft.runs.recorder import RunRecorder, numbers
+from lightning_peft.runs.result import best_checkpoint
+
+log = logging.getLogger(__name__)
+
+# Processes that the first one starts, by DDP, inherit it and leave the record alone.
+_VARIABLE = "LIGHTNING_PEFT_RUN"
+
+
+class RunSession:
+    """Gives a run of LightningCLI its folder, and closes the record however the run ends.
+
+    Args:
+        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        name: What the run is called, such as its recipe.
+
+    Attributes:
+        folder: The run's folder; ``None`` before it is made, and on other processes than the first.
+        result: The result of the run, once it is finished.
+        saved: The checkpoint that was saved where the run was interrupted.
+    """
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind, self.name = kind, name
+        self.folder: RunFolder | None = None
+        self.result: dict[str, Any] | None = None
+        self.saved: Path | None = None
+        self._recorder: Any = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> RunSession:
+        """Returns the session; the folder is made when the config has been read."""
+        return self
+
+    def begin(self, config: Namespace, recipe: str, root: str) -> list[Any]:
+        """Makes the folder, and lets everything of the run go there.
+
+        Args:
+            config: What LightningCLI has read; places that the user left open are filled in.
+            recipe: The same as YAML.
+            root: The Lightning package in use.
+
+        Returns:
+            The callbacks that the run needs.
+
+        Raises:
+            ConfigError: If the folder cannot be written to.
+        """
+        self._interruption = realize(SaveOnInterrupt, root)()
+        if _is_first_process():
+            self._begin_record(config, recipe, root)
+        callbacks = [self._recorder] if self._recorder is not None else []
+        return [*callbacks, self._interruption]
+
+    def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
+        given = config.get("run_dir")
+        self.folder = (
+            RunFolder.at(Path(given))
+            if given
+            else RunFolder.create(Path(DEFAULT_ROOT), f"{self._prefix}{self.name}")
+        )
+        os.environ[_VARIABLE] = str(self.folder.path)
+        self._open.callback(os.environ.pop, _VARIABLE, None)
+        self._open.enter_context(logged_to(self.folder.log))
+        self.folder.recipe.write_text(recipe, encoding="utf-8")
+        for stale in (self.folder.control, self.folder.error):
+            stale.unlink(missing_ok=True)
+        seed = config.get("seed_everything")
+        made = realize(RunRecorder, root)
+        self._recorder = made(
+            self.folder, recipe, self.kind, seed if isinstance(seed, int) else None
+        )
+        self._recorder.open()
+        trainer = config["trainer"]
+        trainer["default_root_dir"] = str(self.folder.path)
+        trainer["logger"] = _with_csv(trainer.get("logger"), self.folder.path, root)
+
+    @property
+    def _prefix(self) -> str:
+        return "" if self.kind == "fit" else f"{self.kind}-"
+
+    def end(self, trainer: Any, module: Any, datamodule: Any) -> None:
+        """Writes the result of a run that came to its end, or where it was interrupted."""
+        self.saved = self._interruption.saved
+        if self._recorder is None:
+            if self.kind == "fit" and self.saved is None:
+                self._after_fit(trainer, module, datamodule)
+            return
+        if self.saved is not None:
+            self._recorder.stopped(self.saved)
+            return
+        if self.kind == "fit":
+            if not self._recorder.pace.rows:
+                log.warning(
+                    "Nothing was trained: the checkpoint is at the end of the run already. Raise "
+                    "max_epochs or max_steps to go on."
+                )
+            after = self._after_fit(trainer, module, datamodule)
+        else:
+            after = numbers(trainer.callback_metrics)
+        self.result = self._recorder.finish(trainer, module, after)
+
+    def _after_fit(self, trainer: Any, module: Any, datamodule: Any) -> dict[str, float]:
+        """Returns the metrics of the checkpoint that the run recommends."""
+        best = best_checkpoint(trainer)
+        known: dict[int, dict[str, float]] = getattr(self._recorder, "validations", {})
+        # The same on all processes: evaluating takes all of them.
+        step = _step_of(best) if best is not None else trainer.global_step
+        measured = trainer.strategy.broadcast(known.get(step))
+        if measured is not None:
+            return dict(measured)
+        if not trainer.num_val_batches or not sum(trainer.num_val_batches):
+            return {}
+        if self._recorder is not None:
+            self._recorder.say(phase="evaluating the best checkpoint")
+        rows = trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False)
+        return numbers(rows[0]) if rows else {}
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Closes the record; what ended the run is written down."""
+        if self._recorder is not None:
+            if error is not None:
+                self._recorder.fail(error)
+            self._recorder.close()
+        self._open.close()
+
+
+def _is_first_process() -> bool:
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    return rank == "0" and _VARIABLE not in os.environ
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True)["global_step"])
+
+
+def _with_csv(logger: Any, folder: Path, root: str) -> Any:
+    """Returns the loggers of the user with one that writes CSV; ``False`` stays none."""
+    if logger is False:
+        return False
+    csv = Namespace(
+        class_path=f"{root}.loggers.CSVLogger",
+        init_args=Namespace(save_dir=str(folder), name="csv"),
+    )
+    if logger in (None, True):
+        return csv
+    others = logger if isinstance(logger, list) else [logger]
+    return [*others, csv]

@@ -1,0 +1,127 @@
+"""Where a run is at the moment: one small JSON file that is replaced as a whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+State = Literal[
+    "queued", "preparing", "running", "stopping", "stopped", "finished", "failed", "crashed"
+]
+# The process is, or should be, at work.
+ACTIVE = frozenset({"preparing", "running", "stopping"})
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``status.json`` holds. Times are seconds since 1970.
+
+    Attributes:
+        state: As it was written; ``"crashed"`` is never written, but found out when it is read.
+        phase: What is being done, in words.
+        kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+        step: Optimizer steps done.
+        total_steps: Optimizer steps in all, where that is known.
+        epoch: Number of the epoch, from 0.
+        steps_per_second: Over the last steps since the run was started or resumed.
+        eta_seconds: What is left at that pace.
+        checkpoint: The newest checkpoint, relative to the run folder.
+        pid: Process of the run.
+        process_started: When that process was created: a process id is used again.
+        started: When the run was started or resumed.
+        updated: When this was written: the heartbeat.
+    """
+
+    state: State = "preparing"
+    phase: str = "starting"
+    kind: str = "fit"
+    step: int = 0
+    total_steps: int | None = None
+    epoch: int = 0
+    steps_per_second: float | None = None
+    eta_seconds: float | None = None
+    checkpoint: str | None = None
+    pid: int = 0
+    process_started: float = 0.0
+    started: float = 0.0
+    updated: float = 0.0
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that readers see whole: the old one, or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_status(path: Path) -> Status | None:
+    """Returns the status in a file, ``"crashed"`` if its process has ended without a word.
+
+    ``None`` where there is no such file yet.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    known = {field.name for field in fields(Status)}
+    status = Status(**{name: value for name, value in content.items() if name in known})
+    if status.state in ACTIVE and not is_alive(status):
+        return replace(status, state="crashed", eta_seconds=None)
+    return status
+
+
+def is_alive(status: Status) -> bool:
+    """Says whether the process that wrote ``status`` is still that process, and not a zombie."""
+    try:
+        process = psutil.Process(status.pid)
+        same = abs(process.create_time() - status.process_started) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class StatusFile:
+    """Keeps ``status.json`` up to date, from any thread, with a heartbeat while it is open.
+
+    Args:
+        path: The file.
+        kind: What is run.
+        heartbeat: Seconds between two heartbeats.
+    """
+
+    def __init__(self, path: Path, kind: str, heartbeat: float = 5.0) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        process = psutil.Process()
+        self.status = Status(
+            kind=kind,
+            pid=process.pid,
+            process_started=process.create_time(),
+            started=time.time(),
+        )
+        self.update()
+        self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True)
+        self._thread.start()
+
+    def update(self, **changes: Any) -> None:
+        """Changes fields of the status and writes it."""
+        with self._lock:
+            self.status = replace(self.status, **changes, updated=time.time())
+            write_json(self.path, asdict(self.status))
+
+    def close(self) -> None:
+        """Ends the heartbeat."""
+        self._closed.set()
+        self._thread.join()
+
+    def _beat(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            self.update()

@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from lightning_peft.runs import pace
+from lightning_peft.runs.pace import Pace, size_of
+
+IDS = torch.zeros(3, 5, dtype=torch.int64)
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        ({"input_ids": IDS[:2, :3], "attention_mask": MASK}, (2, 3)),
+        ({"input_ids": IDS, "attention_mask": torch.zeros(3, 1, 5, 5)}, (3, 15)),
+        ((torch.zeros(4, 2), torch.zeros(4)), (4, 0)),
+        ({"pixel_values": torch.zeros(6, 3, 8, 8)}, (6, 0)),
+        ("words", (0, 0)),
+        ([], (0, 0)),
+    ],
+)
+def test_rows_and_tokens_of_a_batch(batch, size):
+    assert size_of(batch) == size
+
+
+def test_rates_and_what_is_left(monkeypatch):
+    now = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr(pace.time, "monotonic", lambda: next(now))
+    measured = Pace()
+    measured.step(100)
+    assert measured.rates() == {}
+    assert measured.eta(5) is None
+    for step in (101, 102):
+        measured.add({"input_ids": IDS})
+        measured.step(step)
+    assert measured.rates() == {"steps": 0.5, "rows": 1.5, "tokens": 7.5}
+    assert measured.eta(5) == 10

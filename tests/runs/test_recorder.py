@@ -1,0 +1,99 @@
+"""The recorder as a callback in Python, without the command line."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.strategies import LoRAStrategy
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.recorder import RunRecorder
+
+
+def run(root, folder, broken=None, **options):
+    lightning = importlib.import_module(root)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+            self.head = torch.nn.Linear(8, 1)
+
+        def loss(self, batch):
+            return (self.head(self.body(batch)) ** 2).mean()
+
+        def training_step(self, batch, index):
+            if index == broken:
+                raise RuntimeError("the disk is on fire")
+            loss = self.loss(batch)
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", self.loss(batch))
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 0.01)
+
+    torch.manual_seed(0)
+    rows = torch.randn(12, 8)
+    trainer = lightning.Trainer(
+        strategy=realize(LoRAStrategy, root)(r=2, announce=False),
+        max_epochs=2,
+        num_sanity_val_steps=-1,
+        callbacks=[realize(RunRecorder, root)(folder)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        **options,
+    )
+    module = Module()
+    trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 6))
+    return trainer
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_a_run_in_python_is_recorded(root, tmp_path):
+    run(root, tmp_path)
+    folder = RunFolder(tmp_path)
+    assert folder.status.state == "finished"
+    assert folder.status.step == folder.status.total_steps == 6
+    rows = list(folder.rows(folder.metrics))
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    validated = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert list(validated) == [0, 3, 6]
+    result = json.loads(folder.result.read_text())
+    assert result["before"] == {"val_loss": validated[0]}
+    assert result["after"]["val_loss"] == validated[6]
+    assert result["method"] == "lora"
+    assert result["rows"] == 24
+    trained = [row for row in rows if "train_loss" in row]
+    assert all(row["learning_rate"] == 0.01 and row["grad_norm"] > 0 for row in trained)
+    assert folder.newest_checkpoint() is not None
+    provenance = json.loads(folder.provenance.read_text())
+    assert provenance["base"]["(whole module)"]["fingerprint"]
+
+
+def test_an_error_is_written_down(tmp_path):
+    with pytest.raises(RuntimeError, match="on fire"):
+        run(ROOTS[0], tmp_path, broken=2)
+    folder = RunFolder(tmp_path)
+    assert folder.status.state == "failed"
+    error = json.loads(folder.error.read_text())
+    assert error["error"] == "RuntimeError"
+    assert error["message"] == "the disk is on fire"
+    assert "training_step" in "".join(error["traceback"])
+
+
+def test_a_loss_that_is_no_number_is_told_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "mean", lambda tensor: tensor.sum() * float("nan"))
+    run(ROOTS[0], tmp_path, limit_val_batches=0)
+    folder = RunFolder(tmp_path)
+    alerts = [event for event in folder.rows(folder.events) if event["kind"] == "nan"]
+    assert len(alerts) == 1
+    assert alerts[0]["step"] == 1
+    assert "learning rate" in alerts[0]["text"]
