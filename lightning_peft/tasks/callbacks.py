@@ -213,10 +213,10 @@ class LogSamples(_Callback, metaclass=PerNamespace):
             if record is not None:
                 record(trainer, samples)
         for logger in trainer.loggers:
-            _log_text(logger, samples, trainer.global_step)
+            log_text(logger, samples, trainer.global_step)
 
 
-def _log_text(logger: Any, samples: list[GeneratedSample], step: int) -> None:
+def log_text(logger: Any, samples: list[GeneratedSample], step: int) -> None:
     """Hands samples to loggers that take text: TensorBoard's, and Weights & Biases'."""
     if hasattr(logger, "log_text"):
         rows = [[sample.prompt, sample.expected, sample.generated] for sample in samples]

@@ -1,0 +1,151 @@
+import importlib
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.demo.run import BASE, INSTRUCTIONS
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.tasks.callbacks import BestCheckpoint, LogSamples, StopEarly, log_text
+from lightning_peft.tasks.causal_lm import CausalLM
+from lightning_peft.tasks.samples import GeneratedSample
+
+ROWS = torch.arange(12.0)[:, None]
+
+
+def fit(folder, *callbacks, root=ROOTS[0], losses=(), **options):
+    """Trains a line, whose validation losses are as given."""
+    lightning = importlib.import_module(root)
+    told = iter(losses)
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.line = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, index):
+            return self.line(batch).square().mean()
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", next(told) if not self.trainer.sanity_checking else 9.0)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 1e-4)
+
+    options = {"max_epochs": 1, "num_sanity_val_steps": -1, **options}
+    trainer = lightning.Trainer(
+        callbacks=[realize(cls, root)(**given) for cls, given in callbacks],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=str(folder),
+        **options,
+    )
+    trainer.fit(Module(), DataLoader(ROWS, 1), DataLoader(ROWS[:1], 1))
+    return trainer
+
+
+def step_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_best_and_the_last_are_kept(root, tmp_path):
+    losses = [3.0, 1.0, 2.0]
+    given = (BestCheckpoint, {})
+    fit(tmp_path, given, root=root, losses=losses, val_check_interval=4)
+    files = {path.name: step_of(path) for path in tmp_path.rglob("*.ckpt")}
+    assert files == {"best.ckpt": 8, "last.ckpt": 12}
+
+
+def test_what_was_learnt_last_is_saved(tmp_path):
+    fit(tmp_path, (BestCheckpoint, {}), losses=[1.0], val_check_interval=5, max_steps=7)
+    files = {path.name: step_of(path) for path in tmp_path.rglob("*.ckpt")}
+    assert files == {"best.ckpt": 5, "last.ckpt": 7}
+
+
+def test_saving_in_between_does_not_hide_the_best(tmp_path):
+    given = (BestCheckpoint, {"save_every": 3})
+    fit(tmp_path, given, losses=[2.0, 1.0], val_check_interval=6)
+    files = {path.name: step_of(path) for path in tmp_path.rglob("*.ckpt")}
+    assert files == {"best.ckpt": 12, "last.ckpt": 12}
+
+
+@pytest.mark.parametrize("cls", [BestCheckpoint, StopEarly])
+def test_a_metric_that_never_comes_is_told_before_the_first_step(cls, tmp_path):
+    with pytest.raises(ConfigError, match="needs validation rows, and there are none"):
+        fit(tmp_path, (cls, {}), limit_val_batches=0)
+    with pytest.raises(ConfigError, match=r"monitor='val_los'\): Module logs val_loss"):
+        fit(tmp_path, (cls, {"monitor": "val_los"}), losses=[1.0])
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_training_stops_without_improvement(tmp_path):
+    losses = [5.0, 4.0, 4.0, 4.1, 3.0, 3.0]
+    given = (StopEarly, {"patience": 2})
+    trainer = fit(tmp_path, given, losses=losses, val_check_interval=2, enable_checkpointing=False)
+    assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_model_answers_before_and_after(root, tmp_path):
+    lightning = importlib.import_module(root)
+    kept = []
+
+    class Keep(lightning.Callback):
+        def record_samples(self, trainer, samples):
+            kept.append((trainer.global_step, samples))
+
+    data = realize(SupervisedData, root)(
+        str(INSTRUCTIONS),
+        str(BASE),
+        chat_template="plain",
+        columns={"prompt": "prompt", "completion": "response"},
+        cache_dir=str(tmp_path / "cache"),
+    )
+    trainer = lightning.Trainer(
+        callbacks=[realize(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
+        limit_train_batches=2,
+        limit_val_batches=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    task = realize(CausalLM, root)(str(BASE), learning_rate=1e-2, dtype="float32")
+    trainer.fit(task, datamodule=data)
+    assert [step for step, _ in kept] == [0, 2]
+    first, last = (samples for _, samples in kept)
+    assert all(isinstance(sample, GeneratedSample) for sample in first)
+    assert [sample.prompt for sample in first] == [sample.prompt for sample in last]
+    assert all(sample.prompt.startswith("### User:") for sample in first)
+    rows = data.read().splits["validation"]
+    whole = data.tokenizer.decode(rows[0]["input_ids"], skip_special_tokens=True)
+    assert first[0].prompt + first[0].expected == whole
+    assert [s.generated for s in first] != [s.generated for s in last]
+    # A generation leaves the module as it was.
+    assert task.model.training
+
+
+def test_samples_reach_a_logger_that_takes_text(tmp_path):
+    pytest.importorskip("tensorboard")
+    loggers = importlib.import_module(f"{ROOTS[0]}.loggers")
+    reading = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    logger = loggers.TensorBoardLogger(str(tmp_path), name="", version="")
+    log_text(logger, [GeneratedSample("Why?", "So.", "Because.")], 7)
+    logger.save()
+    found = reading.EventAccumulator(str(tmp_path))
+    found.Reload()
+    (event,) = found.Tensors("samples/0/text_summary")
+    assert event.step == 7
+    assert event.tensor_proto.string_val[0].decode() == "Why?\n\n**Because.**"
+
+
+def test_samples_that_cannot_be_had_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="Module has no generate_samples"):
+        fit(tmp_path, (LogSamples, {}))
+    with pytest.raises(ConfigError, match="both are 1 at least"):
+        realize(LogSamples, ROOTS[0])(count=0)
