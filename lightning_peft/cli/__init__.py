@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Literal
 
-from lightning_peft.errors import LightningPeftError
-
-
-def demo(
-    model: str | None = None,
-    method: Literal["qlora", "lora", "full"] = "qlora",
-    seed: int = 0,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    output: str = "demo-output",
-) -> None:
-    """Fine-tune a small language model on question and answer pairs and show what changed.
-
-    Without arguments it runs offline on a CPU in about two minutes, with a tiny base model and
-    data that come with the package.
-
-    Args:
-        model: Hub name or folder of a causal language model; by default the tiny one shipped.
-        method: QLoRA (4-bit base), LoRA (base as it is), or full fine-tuning.
-        seed: Seed of adapters, shuffling and everything else random.
-        steps: Optimizer steps.
-        learning_rate: Peak learning rate; by default one that suits the method.
-        output: Folder for the checkpoint, the adapter and the result.
-    """
-    run = import_module("lightning_peft.demo.run").run_demo
-    run(
-        model=model,
-        method=method,
-        seed=seed,
-        steps=steps,
-        learning_rate=learning_rate,
-        output=output,
-    )
-
-
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo}
-# Their arguments are those of LightningCLI or of a class that is expensive to import, which a
-# parser made from a function cannot have.
-OWN_PARSERS = ("doctor", "preview", "recipes", "verify")
-TRAINING = ("fit", "validate", "test", "predict")
+# What each group of commands is for, and the commands, which are modules of this room. Their heavy
+# parts load when they run: help must come at once.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "See it work": ("demo", "doctor"),
+    "Choose a recipe and look at your data": ("recipes", "preview"),
+    "Train": ("fit", "validate", "test", "predict"),
+    "Prove it": ("verify",),
+}
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+_TRAINING = GROUPS["Train"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,40 +26,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         input, or 130 after an interrupt.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"lightning-peft {import_module('importlib.metadata').version('lightning-peft')}")
+        return 0
+    name, *rest = words
+    if name not in COMMANDS:
+        near = import_module("lightning_peft.errors").near_names(name, COMMANDS)
+        print(f"lightning-peft: there is no command {name!r}{near}.", file=sys.stderr)
+        return 2
     try:
-        if words[:1] and words[0] in OWN_PARSERS:
-            return int(import_module(f"lightning_peft.cli.{words[0]}").main(words[1:]))
-        if words[:1] and words[0] in TRAINING:
-            return int(import_module("lightning_peft.cli.training").main(words[0], words[1:]))
+        if name in _TRAINING:
+            return int(import_module("lightning_peft.cli.training").main(name, rest))
+        return int(import_module(f"lightning_peft.cli.{name}").main(rest))
     except KeyboardInterrupt:
         print("lightning-peft: stopped", file=sys.stderr)
         return 130
-    jsonargparse = import_module("jsonargparse")
-    version = import_module("importlib.metadata").version("lightning-peft")
-    parser = jsonargparse.ArgumentParser(
-        prog="lightning-peft", description="LoRA and QLoRA for PyTorch Lightning.", version=version
-    )
-    commands = parser.add_subcommands(required=True, dest="command")
-    for name, function in COMMANDS.items():
-        about = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-        command = jsonargparse.ArgumentParser(description=about)
-        command.add_argument("--config", action="config", help="YAML file with these arguments.")
-        command.add_function_arguments(function)
-        commands.add_subcommand(name, command, help=about.partition("\n")[0])
-    for name in OWN_PARSERS:
-        about = import_module(f"lightning_peft.cli.{name}").ABOUT
-        commands.add_subcommand(name, jsonargparse.ArgumentParser(description=about), help=about)
-    for name, about in import_module("lightning_peft.cli.training").ABOUT.items():
-        commands.add_subcommand(name, jsonargparse.ArgumentParser(description=about), help=about)
-    given = parser.parse_args(words)
-    chosen = given[given["command"]].as_dict()
-    chosen.pop("config", None)
-    try:
-        COMMANDS[given["command"]](**chosen)
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("lightning-peft: stopped", file=sys.stderr)
-        return 130
-    return 0
+
+
+def about(name: str) -> str:
+    """Returns in a sentence what a command does."""
+    if name in _TRAINING:
+        return str(import_module("lightning_peft.cli.training").ABOUT[name])
+    return str(import_module(f"lightning_peft.cli.{name}").ABOUT)
+
+
+def _overview() -> str:
+    fill = import_module("textwrap").fill
+    lines = ["usage: lightning-peft COMMAND ...", "", "LoRA and QLoRA for PyTorch Lightning.", ""]
+    for group, names in GROUPS.items():
+        lines.append(f"{group}:")
+        for name in names:
+            indent = " " * 14
+            lines.append(
+                fill(about(name), 92, initial_indent=f"  {name:<12}", subsequent_indent=indent)
+            )
+        lines.append("")
+    return "\n".join([*lines, "lightning-peft COMMAND --help says more; --version says which."])

@@ -13,19 +13,49 @@ from typing import Any
 from lightning_peft.errors import ConfigError
 
 ABOUT = "List, show and copy the recipes: configs for `lightning-peft fit`."
+_MORE = """\
+Recipes called small/... are laid over another one for a trial that runs offline in less than a
+minute: lightning-peft fit --config sft-qlora --config small/sft. The memory in the list is that of
+the small trial; `lightning-peft plan` says what your model needs.
+
+exit code: 0, or 2 for a name that is none
+"""
 _PACKAGE = Path(__file__).parents[1]
 # In a wheel they are inside the package, in a checkout beside it.
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-_MARK = ": package:"
+# The file of measured results, made by benchmarks/recipes.py.
+_RESULTS = "results.json"
+
+
+def recipes_folder() -> Path:
+    """Returns the folder of all recipes.
+
+    Raises:
+        ConfigError: If it is not where an installation has it.
+    """
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    if folder is None:
+        raise ConfigError(
+            f"The recipes are not in {str(_FOLDERS[0])!r}: the installation is not whole. Install "
+            "lightning-peft again, or give --config a file of your own."
+        )
+    return folder
 
 
 def recipe_files() -> dict[str, Path]:
     """Returns the recipes by name, in order; those for small trials are called ``small/...``."""
-    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
-    if folder is None:
-        return {}
+    folder = recipes_folder()
     files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
     return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def measured() -> dict[str, dict[str, Any]]:
+    """Returns the measured results of the recipes' small trials, by the name of the recipe."""
+    file = recipes_folder() / _RESULTS
+    if not file.is_file():
+        return {}
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return {row["recipe"]: row for row in rows if row["method"] != "full"}
 
 
 def find_recipe(name: str) -> Path:
@@ -45,8 +75,11 @@ def find_recipe(name: str) -> Path:
 
 
 def resolved(file: Path) -> str:
-    """Returns the text of a recipe in which ``package:`` paths are absolute."""
-    return file.read_text(encoding="utf-8").replace(_MARK, f": {_PACKAGE.as_posix()}/")
+    """Returns the text of a recipe in which ``package:`` and ``recipe:`` paths are absolute."""
+    text = file.read_text(encoding="utf-8")
+    for mark, folder in (("package", _PACKAGE), ("recipe", recipes_folder())):
+        text = text.replace(f": {mark}:", f": {folder.as_posix()}/")
+    return text
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -55,7 +88,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 2 for a name that is none.
     """
-    parser = argparse.ArgumentParser(prog="lightning-peft recipes", description=ABOUT)
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft recipes",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     commands = parser.add_subparsers(dest="command")
     show = commands.add_parser("show", help="print a recipe")
@@ -86,7 +124,8 @@ def _copy(recipe: Path, file: Path) -> None:
 
 
 def _list(as_json: bool) -> None:
-    rows = [_row(name, file) for name, file in recipe_files().items()]
+    results = measured()
+    rows = [_row(name, file, results.get(name)) for name, file in recipe_files().items()]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -103,7 +142,7 @@ def _list(as_json: bool) -> None:
     console.print(table)
 
 
-def _row(name: str, file: Path) -> dict[str, Any]:
+def _row(name: str, file: Path, result: dict[str, Any] | None) -> dict[str, Any]:
     text = file.read_text(encoding="utf-8")
     content = import_module("yaml").safe_load(text)
     model = content.get("model", {})
@@ -114,5 +153,22 @@ def _row(name: str, file: Path) -> dict[str, Any]:
         "task": str(model.get("class_path", "")).rpartition(".")[2] or None,
         "method": str(strategy.get("class_path", "")).rpartition(".")[2] or None,
         "model": model.get("init_args", {}).get("model"),
+        "memory": result and memory_text(result),
+        "small trial": result and result_text(result),
         "about": " ".join(said).partition(". ")[0].rstrip(".") + ".",
     }
+
+
+def memory_text(result: dict[str, Any]) -> str:
+    """Returns the peak memory of the small trial."""
+    peak = result.get("peak_memory", {}).get("process_bytes")
+    return f"{peak / 1e6:,.0f} MB" if peak else "-"
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """Returns the metric of the small trial before and after, or why there is none."""
+    if "error" in result:
+        return str(result["error"])
+    name = result["metric"]
+    before, after = result["before"].get(name), result["after"][name]
+    return f"{name} {'-' if before is None else f'{before:.3g}'} to {after:.3g}"

@@ -23,8 +23,33 @@ ABOUT = {
     "test": "Evaluate it on the test data.",
     "predict": "Run its predict steps.",
 }
-# Taken out before LightningCLI reads the rest.
-_FLAGS = ("--json",)
+_HELP = """\
+usage: lightning-peft {name} --config RECIPE [--config FILE ...] [--KEY VALUE ...]
+
+{about} Everything goes into the folder of the run.
+
+  --config NAME|FILE     a recipe (`lightning-peft recipes`), or a YAML file; several are laid over
+                         each other, the last one on top
+  --run_dir FOLDER       the folder of this run; by default a new one below `runs`
+  --resume RUN           go on in the folder of a run that was stopped or killed
+  --ckpt_path FILE       start from this checkpoint, or evaluate it
+  --json                 print the result as JSON, and nothing else, to the standard output
+
+Every key of a config can be set here too:
+
+  --model.init_args.learning_rate=1e-4    --data.init_args.data=mine.jsonl
+  --trainer.strategy.init_args.r=32       --trainer.max_epochs=1
+
+  --model.help CLASS     the keys of a task, such as lightning_peft.tasks.CausalLM
+  --data.help CLASS      the keys of a data module, such as lightning_peft.SupervisedData
+  --print_config         the config as it would be run
+  --help-all             every key of the Trainer
+
+Ctrl-C finishes the step, saves, and says how to go on; a second one stops at once.
+
+exit code: 0 when done, 1 if the run failed for a reason that it explains, 2 for input that cannot
+be used, 130 after an interrupt
+"""
 
 
 def main(subcommand: str, arguments: Sequence[str]) -> int:
@@ -40,8 +65,12 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
         The exit code: 0; 1 where the run failed for a reason that it can explain; 2 for input
         that cannot be used; 130 after an interrupt.
     """
+    if not arguments or set(arguments) & {"-h", "--help"}:
+        print(_HELP.format(name=subcommand, about=ABOUT[subcommand]), end="")
+        return 0 if arguments else 2
     as_json = "--json" in arguments
-    words = [word for word in arguments if word not in _FLAGS]
+    words = [word for word in arguments if word != "--json"]
+    words = ["--help" if word == "--help-all" else word for word in words]
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             words = _resumed(words)

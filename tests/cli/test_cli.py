@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.cli import main
+from lightning_peft.cli import COMMANDS, main
 from lightning_peft.demo.run import BASE
 
 
@@ -24,11 +24,11 @@ def run(*arguments, cwd, **environment):
     )
 
 
-@pytest.mark.parametrize("asked", [["--help"], ["verify", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("asked", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
     code = (
-        "import sys; from lightning_peft.cli import main\n"
-        f"try: main({asked})\n"
+        "import sys; from lightning_peft.cli import COMMANDS, main\n"
+        f"try: assert main({[*asked, '--help']}) == 0\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'pytorch_lightning'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
@@ -37,8 +37,18 @@ def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    expected = ("--json", "--config") if "verify" in asked else ("demo", "preview", "verify")
+    expected = ["lightning-peft", *asked] if asked else COMMANDS
     assert all(word in done.stdout for word in expected)
+    assert "exit code" in done.stdout or not asked or asked[0] in ("demo", "recipes")
+
+
+def test_no_command_or_a_wrong_one_is_bad_input(capsys):
+    assert main([]) == 2
+    assert "usage" in capsys.readouterr().out
+    assert main(["preveiw"]) == 2
+    assert "near names: preview" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("lightning-peft 0")
 
 
 def test_a_wrong_option_and_a_wrong_value_are_named(capsys):

@@ -18,7 +18,7 @@ import yaml
 from lightning_peft.cli.recipes import recipe_files
 from lightning_peft.runs.folder import RunFolder
 
-RECIPES = [name for name in recipe_files() if not name.startswith("small/")]
+RECIPES = [name for name in recipe_files() if not name.startswith("small/") and name != "forkme"]
 ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).parents[2]),
     "PYTHONWARNINGS": "ignore",

@@ -1,0 +1,196 @@
+"""Runs the small trial of every recipe and writes what came out, failures included.
+
+``python benchmarks/recipes.py [RECIPE ...]`` runs each recipe with its small override as the
+command line does, one after the other, in a process and a folder of its own, and the LoRA ones
+again with full fine-tuning in place of the adapters. The results go to ``recipes/results.json``,
+of which ``recipes/README.md`` is made. With names, only those are run again; ``--table`` only
+makes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from lightning_peft.cli.recipes import recipe_files, recipes_folder
+
+RESULTS = recipes_folder() / "results.json"
+PAGE = recipes_folder() / "README.md"
+# The first of these that a task logs is shown; all of them are kept.
+HEADLINES = (
+    "val_wer",
+    "val_rouge1_fmeasure",
+    "val_chrf",
+    "val_f1",
+    "val_span_f1",
+    "val_accuracy",
+    "val_mase",
+    "val_token_accuracy",
+    "val_loss",
+)
+KEPT = (
+    "before",
+    "after",
+    "steps",
+    "seconds",
+    "peak_memory",
+    "trainable_parameters",
+    "precision",
+    "versions",
+    "hardware",
+)
+# Adapters take about ten times the rate of full fine-tuning.
+FULL_RATE = 0.1
+LONGEST = 900
+
+
+HEAD = """\
+# Recipes
+
+Configs for `lightning-peft fit`: one per task and method, with a model from the hub by default, and
+an override in `small/` for a trial offline. Start your own with `lightning-peft recipes copy NAME
+FILE`, or from `forkme.yaml`, which explains every key.
+
+## Small trials, measured
+
+Made by `python benchmarks/recipes.py` from the records in `results.json`; do not edit. The models
+are tiny and most start from random weights: the table shows that each recipe learns, not how well a
+real model does. Before is the first validation, without a step; adapters do nothing then. Full is
+full fine-tuning at a tenth of the learning rate, in the same steps. Time is that of a whole run
+without imports, one run each. Memory is the most that the process held, libraries included, most of
+it; `benchmarks/` and the [planner](../docs/planner.md) measure what methods need.
+
+{processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}. No
+GPU was used.
+"""
+TABLE_HEAD = (
+    "| recipe | method | metric | before | after | val_loss before | after | steps | s | MB |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def task_of(recipe: str) -> str:
+    """Returns the name of the small override: the recipe's name without the method."""
+    return recipe.rpartition("-")[0]
+
+
+def run(recipe: str, method: str) -> dict[str, Any]:
+    """Runs one small trial and returns its record."""
+    words = [f"--config={recipe}", f"--config=small/{task_of(recipe)}"]
+    if method == "full":
+        words += ["--trainer.strategy=auto", f"--model.init_args.learning_rate={full_rate(recipe)}"]
+    quiet = ["--trainer.enable_progress_bar=false", "--json"]
+    command = [sys.executable, "-m", "lightning_peft.cli", "fit", *words, *quiet]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        try:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env={**os.environ, **environment, "XDG_CACHE_HOME": f"{folder}/cache"},
+                capture_output=True,
+                text=True,
+                timeout=LONGEST,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"recipe": recipe, "method": method, "error": f"not done after {LONGEST} s"}
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        return {"recipe": recipe, "method": method, "error": said[-1] if said else "no message"}
+    result = json.loads(done.stdout)
+    metric = next(name for name in HEADLINES if name in result["after"])
+    kept = {name: result[name] for name in KEPT}
+    return {"recipe": recipe, "method": method, "metric": metric, **kept}
+
+
+def full_rate(recipe: str) -> float:
+    """Returns the learning rate of full fine-tuning: a tenth of the small trial's."""
+    import yaml
+
+    files = recipe_files()
+    rates = [
+        yaml.safe_load(files[name].read_text(encoding="utf-8"))["model"]["init_args"].get(
+            "learning_rate"
+        )
+        for name in (f"small/{task_of(recipe)}", recipe)
+    ]
+    return float(next(rate for rate in rates if rate is not None)) * FULL_RATE
+
+
+def trials(names: list[str]) -> list[tuple[str, str]]:
+    """Returns the recipes to run with their methods; full fine-tuning once per task."""
+    recipes = [name for name in recipe_files() if "/" not in name and name != "forkme"]
+    chosen = [name for name in recipes if not names or name in names]
+    found = []
+    for name in chosen:
+        method = name.rpartition("-")[2]
+        found.append((name, method))
+        if method == "lora":
+            found.append((name, "full"))
+    return found
+
+
+def table(content: dict[str, Any]) -> str:
+    """Returns the page about the recipes."""
+    lines = [HEAD.format(**content["conditions"]), *TABLE_HEAD]
+    for row in content["rows"]:
+        start = f"| `{row['recipe']}` | {row['method']} "
+        if "error" in row:
+            lines.append(f"{start}| failed: {row['error']} | | | | | | | |")
+            continue
+        name, before, after = row["metric"], row["before"], row["after"]
+        cells = [
+            name,
+            _number(before.get(name)),
+            _number(after.get(name)),
+            _number(before.get("val_loss")),
+            _number(after.get("val_loss")),
+            str(row["steps"]),
+            f"{row['seconds']:.0f}",
+            f"{row['peak_memory']['process_bytes'] / 1e6:,.0f}",
+        ]
+        lines.append(f"{start}| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def main() -> None:
+    """Runs what was asked for and writes the records and the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    content = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"rows": []}
+    order = trials([])
+    for recipe, method in [] if given.table else trials(given.recipes):
+        started = time.monotonic()
+        record = run(recipe, method)
+        print(f"{recipe} {method}: {time.monotonic() - started:.0f} s, {record.get('error', 'ok')}")
+        rows = [r for r in content["rows"] if (r["recipe"], r["method"]) != (recipe, method)]
+        rows = [r for r in [*rows, record] if (r["recipe"], r["method"]) in order]
+        content["rows"] = sorted(rows, key=lambda r: order.index((r["recipe"], r["method"])))
+        if "hardware" in record:
+            content["conditions"] = {
+                **{name: record["hardware"][name] for name in ("processor", "cores", "threads")},
+                "system": record["hardware"]["system"],
+                "python": platform.python_version(),
+                "torch": record["versions"]["torch"],
+                "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            }
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(table(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
