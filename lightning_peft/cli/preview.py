@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.errors import LightningPeftError
+from lightning_peft.cli.recipes import find_recipe, resolved
+from lightning_peft.errors import ConfigError, LightningPeftError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,10 +22,21 @@ if TYPE_CHECKING:
     from lightning_peft.data.preview import Preview, PreviewedRow
 
 ABOUT = "Show which tokens of your data are trained, and all that is wrong with its rows."
-_MORE = (
-    "exit code: 0 if every row can be trained on (or the others are skipped), 1 if rows have "
-    "problems, 2 for bad input"
-)
+_MORE = """\
+--data FILE            what to look at: a file, a folder, or a dataset on the hub
+--tokenizer NAME       on the hub, or a folder
+--chat-template NAME   chatml, plain, raw, or Jinja source
+--columns JSON         such as '{"prompt": "question", "completion": "answer"}'
+--skip-bad-rows FILE   write rows with problems there, with the reasons
+
+These and all others are the arguments of lightning_peft.SupervisedData; --help-all lists them. With
+--config, they are those of the data module of that recipe: lightning-peft preview --config dpo-lora
+--data pairs.jsonl.
+
+exit code: 0 if every row can be trained on (or the others are skipped), 1 if rows have problems, 2
+for bad input
+"""
+_DEFAULT = "lightning_peft.SupervisedData"
 # What only concerns the order and loading of batches.
 _OF_TRAINING = {"shuffle_seed", "num_workers", "length_grouping", "packing"}
 _BAR = 40
@@ -33,44 +48,103 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the input cannot be used.
     """
-    jsonargparse = import_module("jsonargparse")
-    parser = jsonargparse.ArgumentParser(
-        prog="lightning-peft preview", description=f"{ABOUT}\n\n{_MORE}"
-    )
-    parser.add_argument("--config", action="config", help="YAML file with these arguments.")
-    parser.add_argument("--rows", type=int, default=3, help="Rows that are shown by token.")
-    parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
-    made = import_module("lightning_peft.data.supervised").SupervisedData
-    parser.add_class_arguments(made, skip=_OF_TRAINING)
-    given = parser.parse_args([_underscored(word) for word in arguments]).as_dict()
-    rows, as_json = given.pop("rows"), given.pop("json")
-    given.pop("config", None)
+    given, rest = _parser().parse_known_args(list(arguments))
     try:
         # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            data = made(**given)
-            shown = import_module("lightning_peft.data.preview").preview(data, rows)
-            if shown.numbers["problems"] and given["skip_bad_rows"]:
+        with redirect_stdout(sys.stderr) if given.json else nullcontext():
+            data = _made(given.config, ["--help", *rest] if given.help_all else rest)
+            shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
+            skipping = data.hparams["skip_bad_rows"] is not None
+            if shown.numbers["problems"] and skipping:
                 data.setup("fit")
     except LightningPeftError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 2
-    if as_json:
+    if given.json:
         content = {**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]}
         print(json.dumps(content, indent=2))
     else:
         _show(import_module("rich.console").Console(highlight=False), shown)
-    return 1 if shown.numbers["problems"] and not given["skip_bad_rows"] else 0
+    return 1 if shown.numbers["problems"] and not skipping else 0
 
 
-def _underscored(word: str) -> str:
-    # The options are Python arguments; --skip-bad-rows is how a command line spells them.
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft preview",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="append", default=[], help="recipe, or YAML file; repeatable"
+    )
+    parser.add_argument("--rows", type=int, default=3, help="rows that are shown in full")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--help-all", action="store_true", help="list all arguments of the data")
+    return parser
+
+
+def _made(configs: Sequence[str], words: Sequence[str]) -> Any:
+    """Returns the data module that configs and the command line describe."""
+    path, arguments = _described(configs)
+    module, _, name = path.rpartition(".")
+    cls = getattr(import_module(module), name, None)
+    base = import_module("lightning_peft.data.rows_data").RowsData
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise ConfigError(
+            f"data.class_path={path!r} is no data module of this package, so nothing is known of "
+            "its rows. preview is for those that lightning_peft exports."
+        )
+    jsonargparse = import_module("jsonargparse")
+    parser = jsonargparse.ArgumentParser(
+        prog="lightning-peft preview", description=ABOUT, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these arguments.")
+    parser.add_class_arguments(cls, skip=_OF_TRAINING)
+    kept = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.yaml"
+        file.write_text(import_module("yaml").safe_dump(kept), encoding="utf-8")
+        try:
+            given = parser.parse_args([f"--config={file}", *map(_spelled, words)]).as_dict()
+        except (jsonargparse.ArgumentError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+    given.pop("config", None)
+    return cls(**given)
+
+
+def _described(configs: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Returns the class of the data and its arguments, the last config on top."""
+    path = _DEFAULT
+    arguments: dict[str, Any] = {}
+    for name in configs:
+        content = import_module("yaml").safe_load(resolved(find_recipe(name))) or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"--config {name!r} holds no keys, but {content!r}.")
+        part = content.get("data", content)
+        if not isinstance(part, dict):
+            # A file with the arguments themselves, in which `data` is the place of the rows.
+            part = {"init_args": content}
+        elif "class_path" not in part and "init_args" not in part:
+            part = {"init_args": {key: part[key] for key in part if key not in _OF_CONFIGS}}
+        path = part.get("class_path", path)
+        arguments |= part.get("init_args", {})
+    return path, arguments
+
+
+# Parts of a recipe besides its data.
+_OF_CONFIGS = {"model", "trainer", "seed_everything", "run_dir", "ckpt_path"}
+
+
+def _spelled(word: str) -> str:
+    """Returns an option as the Python argument it is: --skip-bad-rows, --data.init_args.x."""
+    if not word.startswith("--") or word == "--":
+        return word
     name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if _option(word) else word
-
-
-def _option(word: str) -> bool:
-    return word.startswith("--") and word != "--"
+    name = name.removeprefix("--").replace("-", "_")
+    name = name.removeprefix("data.init_args.").removeprefix("data.")
+    return f"--{name}{equals}{value}"
 
 
 def _show(console: Console, shown: Preview) -> None:
@@ -79,7 +153,8 @@ def _show(console: Console, shown: Preview) -> None:
         console.print(line, markup=False, soft_wrap=True)
     for row in shown.rows:
         _show_row(console, row)
-    _show_lengths(console, numbers)
+    if "lengths" in numbers:
+        _show_lengths(console, numbers)
     for problem in numbers["problems"]:
         _show_problem(console, problem)
     if numbers["problems"]:
@@ -94,26 +169,37 @@ def _overview(numbers: dict[str, Any]) -> list[str]:
         ours if ours == theirs else f"{ours} from {theirs!r}"
         for ours, theirs in numbers["columns"].items()
     )
-    template = numbers["template"]
     by = numbers["split_by"]
     how = by["by"] if by["by"] != "content" else f"by content, seed {by['seed']}"
     counts = ", ".join(
         f"{name} {split['rows']:,}" for name, split in numbers["splits"].items() if split["rows"]
     )
+    lines = [f"shape     {numbers['shape']['title']} ({columns})"]
+    if "template" in numbers:
+        template = numbers["template"]
+        lines.append(f"template  {template['name'] if template else 'none: plain text'}")
+    lines.append(f"splits    {counts or 'no rows'} ({how})")
+    if "labels" in numbers:
+        lines.append(f"labels    {', '.join(map(str, numbers['labels']))}")
+    return [*lines, *_counted(numbers)]
+
+
+def _counted(numbers: dict[str, Any]) -> list[str]:
     train = numbers["splits"]["train"]
-    lines = [
-        f"shape     {numbers['shape']['title']} ({columns})",
-        f"template  {template['name'] if template else 'none: plain text'}",
-        f"splits    {counts or 'no rows'} ({how})",
-        f"trained   {train['trained_tokens']:,} of {train['tokens']:,} tokens "
-        f"({numbers['trained_share']:.1%}); the end token in {train['ends_trained']:,} of "
-        f"{train['rows']:,} rows",
-    ]
+    lines = []
+    if "trained_share" in numbers:
+        line = (
+            f"trained   {train['trained_tokens']:,} of {train['tokens']:,} tokens "
+            f"({numbers['trained_share']:.1%})"
+        )
+        if "ends_trained" in train:
+            line += f"; the end token in {train['ends_trained']:,} of {train['rows']:,} rows"
+        lines.append(line)
     if numbers["columns_unused"]:
         lines.append(f"not read  columns {', '.join(numbers['columns_unused'])}")
     if numbers["files_left_out"]:
         lines.append(f"not read  files {', '.join(numbers['files_left_out'])}")
-    if train["ends_added"]:
+    if train.get("ends_added"):
         lines.append(
             f"note      the end token was added to {train['ends_added']:,} rows: what is written "
             "ends without one"
@@ -145,25 +231,26 @@ def _show_row(console: Console, row: PreviewedRow) -> None:
 
 
 def _show_lengths(console: Console, numbers: dict[str, Any]) -> None:
-    lengths, packing = numbers["lengths"], numbers["packing"]
-    train = numbers["splits"]["train"]
-    if not lengths["buckets"]:
-        return
+    lengths, train = numbers["lengths"], numbers["splits"]["train"]
     console.print(
-        f"\ntokens per row: {lengths['mean']:,} on average, {lengths['longest']:,} at most, "
+        f"\nlength per row: {lengths['mean']:,} on average, {lengths['longest']:,} at most, "
         f"{numbers['max_length']:,} allowed"
     )
     most = max(bucket["rows"] for bucket in lengths["buckets"])
     for bucket in lengths["buckets"]:
         bar = "#" * -(-_BAR * bucket["rows"] // most)
         console.print(f"  {bucket['from']:>6,}-{bucket['to']:<6,} {bucket['rows']:>7,} {bar}")
-    console.print(
-        f"truncated: {train['truncated']:,} rows, {train['tokens_cut']:,} tokens cut off\n"
-        f"packing: {train['rows']:,} rows into {packing['rows']:,}, "
-        f"{packing['efficiency']:.1%} full; padded batches are "
-        f"{packing['efficiency_of_padding']:.1%} full",
-        soft_wrap=True,
-    )
+    if "truncated" in train:
+        cut = train.get("tokens_cut", 0)
+        console.print(f"truncated: {train['truncated']:,} rows, {cut:,} tokens cut off")
+    padded = f"padded batches are {numbers['padding']['efficiency']:.1%} full"
+    if "packing" in numbers:
+        packing = numbers["packing"]
+        padded = (
+            f"packing: {train['rows']:,} rows into {packing['rows']:,}, "
+            f"{packing['efficiency']:.1%} full; {padded}"
+        )
+    console.print(padded, soft_wrap=True)
 
 
 def _show_problem(console: Console, problem: dict[str, Any]) -> None:

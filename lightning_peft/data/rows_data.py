@@ -16,6 +16,7 @@ from lightning_peft.data.preparation import DEFAULT_SHARES, REJECTED, Prepared, 
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.shapes import Layout
+from lightning_peft.data.shown import Run
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import PerNamespace
@@ -134,6 +135,10 @@ class RowsData(_Base, metaclass=PerNamespace):
     def sampler(self, split: str) -> Sampler[int] | None:
         """Returns the order of the rows of ``split``, where it is a special one."""
         return None
+
+    def shown(self, row: dict[str, Any]) -> list[Run]:
+        """Returns a prepared row as it is shown to a person: trained or not."""
+        return [Run(False, f"{name}: {row[name]}", []) for name in self.fed]
 
     def prepare_data(self) -> None:
         """Reads, checks and encodes all rows, in one process, unless that was done before."""

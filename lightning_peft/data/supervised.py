@@ -16,6 +16,7 @@ from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
+from lightning_peft.data.shown import Run, token_runs
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
@@ -151,6 +152,10 @@ class SupervisedData(TokenizedData):
         template = getattr(self.tokenizer, "chat_template", None)
         asked = {name: self.hparams[name] for name in names}
         return {**super().encoding(), **asked, "tokenizers_template": template}
+
+    def shown(self, row: dict[str, Any]) -> list[Run]:
+        """Returns the tokens of a row, in runs that are trained or not."""
+        return token_runs(self.tokenizer, row["input_ids"], row["labels"])
 
     def rows(self, split: str) -> Any:
         """Returns the rows, several to a row if packed."""

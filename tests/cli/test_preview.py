@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_peft.cli import main
-from lightning_peft.cli.preview import _underscored
+from lightning_peft.cli.preview import _spelled
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 
 GOOD = [{"q": f"What is {i}?", "a": f"It is {'very ' * i}{i}.", "id": i} for i in range(20)]
@@ -167,7 +167,34 @@ def test_arguments_can_come_from_a_file(here, tmp_path):
     assert "train 2,638, validation 200 (column split)" in done.stdout
 
 
+def test_a_recipe_is_previewed_as_it_would_be_trained(here):
+    done = here(GOOD, "--config=sft-lora", "--config=small/sft", f"--data={INSTRUCTIONS}", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["template"]["name"] == "plain"
+    assert found["splits"]["train"]["rows"] == 2638
+    done = here(GOOD, "--config=sft-lora", "--data.init_args.data=nowhere.jsonl")
+    assert done.returncode == 2
+    assert "nowhere.jsonl" in done.stderr
+
+
+def test_data_of_others_cannot_be_previewed(here, tmp_path):
+    (tmp_path / "own.yaml").write_text("data:\n  class_path: torch.nn.Linear\n")
+    done = here(GOOD, "--config=own.yaml")
+    assert done.returncode == 2
+    assert "is no data module of this package" in done.stderr
+
+
+def test_all_arguments_are_listed(here):
+    done = here(GOOD, "--help-all")
+    assert done.returncode == 0
+    assert "--skip_bad_rows" in done.stdout
+    assert "--packing" not in done.stdout
+
+
 def test_options_are_spelled_either_way():
-    assert _underscored("--skip-bad-rows=a-b") == "--skip_bad_rows=a-b"
-    assert _underscored("--json") == "--json"
-    assert _underscored("a--b-c") == "a--b-c"
+    assert _spelled("--skip-bad-rows=a-b") == "--skip_bad_rows=a-b"
+    assert _spelled("--data.init_args.max-length=9") == "--max_length=9"
+    assert _spelled("--data.data=x") == "--data=x"
+    assert _spelled("--json") == "--json"
+    assert _spelled("a--b-c") == "a--b-c"

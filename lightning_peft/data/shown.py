@@ -1,0 +1,42 @@
+"""How a prepared row is shown to a person: what of it is trained, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.data.encoding import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Run:
+    """A piece of a row that is trained as a whole, or not at all.
+
+    Attributes:
+        trained: Whether it is.
+        text: What it says, special tokens too.
+        tokens: Its tokens in the tokenizer's own spelling; empty for what has none.
+    """
+
+    trained: bool
+    text: str
+    tokens: list[str]
+
+
+def token_runs(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]
+) -> list[Run]:
+    """Returns a row of tokens in runs of those with a label and those without."""
+    reads: Any = tokenizer
+    runs = []
+    pairs = zip(ids, labels, strict=True)
+    for trained, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        tokens = [token for token, _ in group]
+        text = reads.decode(tokens, clean_up_tokenization_spaces=False)
+        runs.append(Run(trained, text, reads.convert_ids_to_tokens(tokens)))
+    return runs
