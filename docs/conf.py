@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version as installed_version
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import command_reference
+
+command_reference.write()
 
 project = "lightning-peft"
 author = "The lightning-peft developers"
