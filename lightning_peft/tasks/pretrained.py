@@ -169,7 +169,9 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
     def _log_results(self, stage: str) -> None:
         for name, value in self.results().items():
             self.log(f"{stage}_{name}", value, prog_bar=name == "loss")
-        self.metrics.reset()
+        # Tensors made in Lightning's inference mode could not be updated when training follows.
+        with torch.inference_mode(False):
+            self.metrics.reset()
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over what requires gradients, with warm-up and schedule by step."""
