@@ -9,6 +9,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.tasks.heads import keep_heads_in_float32
 from lightning_peft.tasks.pairs import PairedTask
 
 
@@ -54,9 +55,13 @@ class RewardModel(PairedTask):
         return {"num_labels": 1}
 
     def configure_model(self) -> None:
-        """Loads the model, and gives it a padding token that ends no answer."""
+        """Loads the model, with its output in float32 and a padding token that ends no answer."""
+        loading = self.model is None
         super().configure_model()
         assert self.model is not None
+        if not loading:
+            return
+        keep_heads_in_float32(self.model)
         config: Any = self.model.config
         chosen = padding_token(config.get_text_config())
         for one in {id(c): c for c in (config, config.get_text_config())}.values():

@@ -127,7 +127,7 @@ def test_checkpointed_activations_are_computed_again_with_the_adapters(kind, tmp
         assert all(torch.equal(without[name], with_[name]) for name in without)
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora and trained layers"])
+@pytest.mark.parametrize("kind", ["lora", "lora and trained layers", "qlora"])
 def test_gradients_are_those_of_two_models(kind, tmp_path):
     """Also under autocast, whose cached casts would mix the weights of policy and reference."""
     pairs = data_in(tmp_path)

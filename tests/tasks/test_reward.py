@@ -108,6 +108,21 @@ def test_adapters_and_the_head_train_and_nothing_else(kind, tmp_path):
     assert all(row["margin"] > 0 for batch in predicted for row in batch)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_the_head_of_a_base_in_16_bits_is_not(precision, tmp_path):
+    fresh = built()
+    fresh.model.model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    task = realize(RewardModel, ROOTS[1])(str(tmp_path / "base"), learning_rate=1e-5)
+    strategy = strategy_of("lora", verify="full")
+    trainer = trainer_of(strategy, precision=precision)
+    trainer.fit(task, data_in(tmp_path))
+    kept = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert task.model.score.weight.dtype == kept
+    assert task.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    trainer.validate(task, data_in(tmp_path), verbose=False)
+    assert torch.isfinite(trainer.callback_metrics["val_loss"])
+
+
 def test_arguments_that_cannot_work():
     with pytest.raises(ConfigError, match="margin=-1 is less than 0"):
         task_of(margin=-1)
