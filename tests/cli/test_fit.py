@@ -55,7 +55,8 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def test_all_recipes_are_tested() -> None:
-    assert RECIPES == ["sft-lora", "sft-qlora"]
+    tasks = ("dpo", "orpo", "reward", "sft")
+    assert RECIPES == [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
