@@ -56,7 +56,7 @@ def only(folder: Path, pattern: str) -> Path:
 
 def test_all_recipes_are_tested() -> None:
     tasks = ("dpo", "orpo", "reward", "sft")
-    assert RECIPES == [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")]
+    assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
