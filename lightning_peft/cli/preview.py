@@ -193,7 +193,8 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
             f"({numbers['trained_share']:.1%})"
         )
         if "ends_trained" in train:
-            line += f"; the end token in {train['ends_trained']:,} of {train['rows']:,} rows"
+            what = "answers" if "answers" in train else "rows"
+            line += f"; the end token in {train['ends_trained']:,} of {train[what]:,} {what}"
         lines.append(line)
     if numbers["columns_unused"]:
         lines.append(f"not read  columns {', '.join(numbers['columns_unused'])}")

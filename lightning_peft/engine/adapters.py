@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -125,7 +126,8 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     """Runs the body with the base model: no adapter, and ``modules_to_save`` as they were.
 
     Heads that injection left alone keep the values they have now. Nests, and restores on
-    exceptions. The reference model of preference tuning is this, without a second copy.
+    exceptions. The reference model of preference tuning is this, without a second copy. Under
+    autocast the body casts weights anew: a cached copy is of other values, or has no gradient.
 
     Raises:
         LifecycleError: If the module has no adapters, or merged ones.
@@ -134,12 +136,15 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     refuse_merged(module, "Disabling adapters")
     layers = list(adapted_layers_of(module, record).values())
     before = [is_enabled(layer) for layer in layers]
+    caching = torch.is_autocast_cache_enabled()
     trained = _exchange(module, record, None)
     try:
+        torch.set_autocast_cache_enabled(False)
         for layer in layers:
             enable(layer, False)
         yield
     finally:
+        torch.set_autocast_cache_enabled(caching)
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
             enable(layer, enabled)

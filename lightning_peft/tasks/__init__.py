@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import LogSamples as LogSamples
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
+    from lightning_peft.tasks.preference import PreferenceTuning as PreferenceTuning
+    from lightning_peft.tasks.reward import RewardModel as RewardModel
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
     "CausalLM": "causal_lm",
     "LogSamples": "callbacks",
+    "PreferenceTuning": "preference",
+    "RewardModel": "reward",
     "StopEarly": "callbacks",
 }
 
@@ -24,6 +28,8 @@ __all__ = [
     "BestCheckpoint",
     "CausalLM",
     "LogSamples",
+    "PreferenceTuning",
+    "RewardModel",
     "StopEarly",
 ]
 

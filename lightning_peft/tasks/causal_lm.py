@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
-from lightning_peft.tasks.samples import GeneratedSample, continue_greedily
+from lightning_peft.tasks.samples import GeneratedSample, answer
 
 # Longest text that predict_step generates.
 MAX_NEW_TOKENS = 256
@@ -73,24 +73,4 @@ class CausalLM(PretrainedTask):
 
         A prompt is what comes before the first token with a label; of plain text, the first half.
         """
-        return [self._sample(row["input_ids"], row["labels"], max_new_tokens) for row in rows]
-
-    def _sample(self, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:
-        assert self.model is not None
-        trainer: Any = self.trainer
-        tokenizer = trainer.datamodule.tokenizer
-        first = next(place for place, label in enumerate(labels) if label != IGNORED)
-        first = first if first > 1 else -(-len(ids) // 2)
-        prompt = torch.tensor([ids[:first]])
-        filler = tokenizer.pad_token_id
-        found = continue_greedily(
-            self.model,
-            {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id if filler is None else filler,
-        )
-        texts = (ids[:first], ids[first:], found[first:].tolist())
-        return GeneratedSample(
-            *(tokenizer.decode(text, skip_special_tokens=True) for text in texts)
-        )
+        return [answer(self, row["input_ids"], row["labels"], max_new_tokens) for row in rows]

@@ -170,7 +170,9 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
         for name, value in self.results().items():
             # The metrics are those of all processes already; Lightning would warn.
             self.log(f"{stage}_{name}", value, prog_bar=name == "loss", sync_dist=True)
-        self.metrics.reset()
+        # Tensors made in Lightning's inference mode could not be updated when training follows.
+        with torch.inference_mode(False):
+            self.metrics.reset()
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over what requires gradients, with warm-up and schedule by step."""

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.tasks.modes import in_eval_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -48,17 +51,39 @@ def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
     Returns:
         Tokens, ``(length,)``; of a causal model with those of the prompt.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        generate: Any = model.generate
+    generate: Any = model.generate
+    with in_eval_mode(model):
         tokens: Tensor = generate(
             **{name: value.to(model.device) for name, value in inputs.items()},
             do_sample=False,
             num_beams=1,
             **options,
         )
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return tokens[0]
+
+
+def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:
+    """Returns what the causal language model of ``task`` answers to the prompt of a row.
+
+    A prompt is what comes before the first token with a label; of plain text, the first half.
+
+    Args:
+        task: A task with a ``model``, while its Trainer runs on a data module with a tokenizer.
+        ids: Tokens of the row.
+        labels: Its labels.
+        max_new_tokens: Longest answer in tokens.
+    """
+    tokenizer = task.trainer.datamodule.tokenizer
+    first = next(place for place, label in enumerate(labels) if label != IGNORED)
+    first = first if first > 1 else -(-len(ids) // 2)
+    prompt = torch.tensor([ids[:first]])
+    filler = tokenizer.pad_token_id
+    found = continue_greedily(
+        task.model,
+        {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if filler is None else filler,
+    )
+    texts = (ids[:first], ids[first:], found[first:].tolist())
+    return GeneratedSample(*(tokenizer.decode(text, skip_special_tokens=True) for text in texts))

@@ -62,7 +62,8 @@ def run_folder(folder: Path, kind: str = "") -> RunFolder:
 
 
 def test_all_recipes_are_tested() -> None:
-    assert RECIPES == ["sft-lora", "sft-qlora"]
+    tasks = ("dpo", "orpo", "reward", "sft")
+    assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

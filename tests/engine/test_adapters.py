@@ -58,6 +58,22 @@ def test_disabled_adapters_are_the_base_exactly(kind: str) -> None:
     assert grads == {name: param.requires_grad for name, param in model.named_parameters()}
 
 
+def test_autocast_keeps_no_weights_of_the_base_for_the_trained_model() -> None:
+    model, batch = trained(**SETTINGS["saved"]), token_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = output_of(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), lightning_peft.disable_adapters(model):
+            base = output_of(model, batch)
+        active = model(**batch)
+        with torch.no_grad(), lightning_peft.disable_adapters(model):
+            assert torch.equal(output_of(model, batch), base)
+    assert torch.equal(active.logits, expected)
+    active.loss.backward()
+    assert model.lm_head.weight.grad.any()
+    assert torch.is_autocast_cache_enabled()
+
+
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_adapters_come_back_after_an_exception(kind: str) -> None:
     model, batch = trained(**SETTINGS[kind]), token_batch()

@@ -1,0 +1,205 @@
+"""Data for preference tuning and reward models: two answers to one prompt, one of them better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from torch import Tensor
+
+from lightning_peft.data.batching import pad
+from lightning_peft.data.encoding import IGNORED, Encoded, Encoder
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.shown import Run, token_runs
+from lightning_peft.data.templates import find_template
+from lightning_peft.data.tokenized import TokenizedData
+from lightning_peft.data.validation import EncodingProblem
+
+ANSWERS = ("chosen", "rejected")
+
+
+class PreferenceRows(RowEncoder):
+    """Tokens of a prompt with each of its two answers, and labels on the answers.
+
+    Args:
+        encoder: What encodes a conversation; it labels the last turn alone.
+        system_prompt: System turn of conversations that have none.
+    """
+
+    features = Features(
+        {
+            **{f"{answer}_input_ids": ListOf(Value("int32")) for answer in ANSWERS},
+            **{f"{answer}_labels": ListOf(Value("int32")) for answer in ANSWERS},
+            "length": Value("int32"),
+            "ends_added": Value("int32"),
+            "tokens_cut": Value("int32"),
+        }
+    )
+    counts = (
+        "answers",
+        "tokens",
+        "trained_tokens",
+        "ends_trained",
+        "ends_added",
+        "truncated",
+        "tokens_cut",
+    )
+
+    def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
+        self.encoder = encoder
+        self.system_prompt = system_prompt
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the row that ``sample`` becomes; its length is that of the longer answer."""
+        sample = sample.with_system(self.system_prompt)
+        if all(message["role"] in ("system", "assistant") for message in sample.messages):
+            raise EncodingProblem(
+                "missing", "has no prompt: nothing says where it ends and the answers begin"
+            )
+        both = self._both(sample)
+        self._check_pair(*both)
+        lengths = [len(row.input_ids) for row in both]
+        return [
+            {
+                **{f"{answer}_input_ids": row.input_ids for answer, row in _named(both)},
+                **{f"{answer}_labels": row.labels for answer, row in _named(both)},
+                "length": max(lengths),
+                "ends_added": sum(row.end_added for row in both),
+                "tokens_cut": sum(row.cut for row in both),
+            }
+        ]
+
+    def _both(self, sample: Sample) -> list[Encoded]:
+        rows, problems = [], []
+        for answer, turns in _named([sample.messages, sample.rejected]):
+            try:
+                rows += self.encoder.encode(Sample(turns))
+            except EncodingProblem as problem:
+                problems.append((problem.kind, f"{problem} ({answer} answer)"))
+        if problems:
+            raise EncodingProblem(problems[0][0], "; ".join(text for _, text in problems))
+        return rows
+
+    def _check_pair(self, chosen: Encoded, rejected: Encoded) -> None:
+        if chosen.input_ids == rejected.input_ids:
+            after = " after cutting" if chosen.cut or rejected.cut else ""
+            raise EncodingProblem("preference", f"has two answers of the same tokens{after}")
+        if _prompt(chosen) != _prompt(rejected):
+            assert self.encoder.template is not None
+            raise EncodingProblem(
+                "template",
+                "has another prompt in front of its chosen than of its rejected answer with the "
+                f"chat template {self.encoder.template.name}, so that they cannot be compared",
+            )
+
+    def count(self, row: dict[str, Any]) -> dict[str, int]:
+        """Returns tokens, trained tokens, end tokens and what was cut, of both answers."""
+        labels = [row[f"{answer}_labels"] for answer in ANSWERS]
+        return {
+            "answers": len(labels),
+            "tokens": sum(map(len, labels)),
+            "trained_tokens": sum(label != IGNORED for one in labels for label in one),
+            "ends_trained": sum(self.encoder.end in one for one in labels),
+            "ends_added": row["ends_added"],
+            "truncated": int(row["tokens_cut"] > 0),
+            "tokens_cut": row["tokens_cut"],
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the template."""
+        template = self.encoder.template
+        return {"template": template and {"name": template.name, "text": template.text}}
+
+
+def _named(both: Sequence[Any]) -> list[tuple[str, Any]]:
+    return list(zip(ANSWERS, both, strict=True))
+
+
+def _prompt(row: Encoded) -> list[int]:
+    first = next(place for place, label in enumerate(row.labels) if label != IGNORED)
+    return row.input_ids[:first]
+
+
+class PreferenceData(TokenizedData):
+    """Prompts with a chosen and a rejected answer, for preference tuning and reward models.
+
+    Every row is checked before training. Rows with problems are an error that lists all of them,
+    unless ``skip_bad_rows`` is given. Labels are on the answer, the last turn, and on its end.
+
+    A batch holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(2 * rows, length)``,
+    int64: first all chosen answers, then the rejected ones in the same order.
+
+    Args:
+        data: File (JSONL, JSON, CSV, TSV, Parquet), folder of such, or dataset on the hub.
+        tokenizer: Name on the hub, or folder.
+        chat_template: ``"chatml"``, ``"plain"``, ``"raw"`` or Jinja source; by default the
+            tokenizer's own.
+        system_prompt: System turn of conversations that have none.
+        **options: Keyword arguments of
+            :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
+            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`; ``batch_size`` counts pairs.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    accepts = ("preference",)
+    fed = tuple(f"{answer}_{kind}" for answer in ANSWERS for kind in ("input_ids", "labels"))
+
+    def __init__(
+        self,
+        data: str,
+        tokenizer: str,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, tokenizer, **options)
+
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns the encoder of pairs."""
+        given = self.hparams
+        template = find_template(self.tokenizer, given["chat_template"])
+        encoder = Encoder(
+            self.tokenizer, template, self.max_length, "completion", given["over_long"]
+        )
+        return PreferenceRows(encoder, given["system_prompt"])
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns all that decides the tokens and labels of a row."""
+        asked = {name: self.hparams[name] for name in ("chat_template", "system_prompt")}
+        template = getattr(self.tokenizer, "chat_template", None)
+        return {**super().encoding(), **asked, "tokenizers_template": template}
+
+    def shown(self, row: dict[str, Any]) -> list[Run]:
+        """Returns both answers with their prompts, in runs that are trained or not."""
+        runs = []
+        for answer in ANSWERS:
+            runs.append(Run(False, f"[{answer}]\n", []))
+            ids, labels = row[f"{answer}_input_ids"], row[f"{answer}_labels"]
+            runs += [*token_runs(self.tokenizer, ids, labels), Run(False, "\n", [])]
+        return runs
+
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what makes one batch of both answers."""
+        return partial(collate, filler=self.filler)
+
+
+def collate(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tensor]:
+    """Returns the chosen answers of ``rows``, then the rejected ones, padded together.
+
+    Args:
+        rows: What :class:`PreferenceData` feeds.
+        filler: Token that fills up short rows.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, each ``(2 * rows, length)``, int64.
+    """
+    kinds = ("input_ids", "labels")
+    both = [{kind: row[f"{name}_{kind}"] for kind in kinds} for name in ANSWERS for row in rows]
+    return pad(both, filler)

@@ -1,0 +1,50 @@
+"""Tasks that compare two answers to one prompt, a chosen and a rejected one."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_peft.tasks.pretrained import PretrainedTask
+
+
+class PairedTask(PretrainedTask):
+    """A model that is trained on batches of :class:`lightning_peft.PreferenceData`.
+
+    The arguments are those of :class:`PretrainedTask
+    <lightning_peft.tasks.pretrained.PretrainedTask>`.
+    """
+
+    @abstractmethod
+    def compared(self) -> tuple[str, ...]:
+        """Returns the names of what :meth:`compare` returns."""
+
+    @abstractmethod
+    def compare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns ``loss`` and what else is measured, by name, each ``(pairs,)``, float32."""
+
+    def make_metrics(self) -> dict[str, Any]:
+        """Returns means over pairs."""
+        return {name: MeanMetric() for name in self.compared()}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the mean loss over the pairs of ``batch``."""
+        means = {name: values.mean() for name, values in self.compare(batch).items()}
+        for name, mean in means.items():
+            self.log(f"train_{name}", mean.detach(), prog_bar=name == "loss")
+        return means["loss"]
+
+    def evaluate(self, batch: dict[str, Tensor]) -> None:
+        """Adds the pairs of ``batch``."""
+        for name, values in self.compare(batch).items():
+            self.metrics[name].update(values)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, float]]:
+        """Returns what is measured of each pair, by name."""
+        found = {name: values.tolist() for name, values in self.compare(batch).items()}
+        return [
+            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
+        ]
