@@ -12,7 +12,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "See it work": ("demo", "doctor"),
     "Choose a recipe and look at your data": ("recipes", "preview"),
     "Train": ("fit", "validate", "test", "predict"),
-    "Prove it": ("verify",),
+    "Prove it": ("verify", "reproduce"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 _TRAINING = GROUPS["Train"]

@@ -74,7 +74,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     try:
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             words = _resumed(words)
-            session = _run(subcommand, words)
+            session = run(subcommand, words)
     except ConfigError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 2
@@ -89,12 +89,21 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(subcommand: str, words: list[str]) -> RunSession:
+def run(subcommand: str, words: Sequence[str]) -> RunSession:
+    """Runs one of the four, and returns what came of it.
+
+    Args:
+        subcommand: Which one.
+        words: LightningCLI's arguments; ``--config`` also takes the name of a recipe.
+
+    Raises:
+        LightningPeftError: If it fails for a reason that it explains.
+    """
     name = Path(_configs(words)[0]).stem if _configs(words) else "run"
     session: RunSession = import_module("lightning_peft.runs.session").RunSession(subcommand, name)
-    run = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
+    run_subcommand = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
     with tempfile.TemporaryDirectory() as folder, session:
-        run(subcommand, _with_files(words, Path(folder)), session)
+        run_subcommand(subcommand, _with_files(words, Path(folder)), session)
     return session
 
 

@@ -1,4 +1,4 @@
-"""``lightning-peft verify``: the checks on the user's own module and data, without training."""
+"""``lightning-peft verify``: the checks on a config before training, or on what a run left."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import BaseMismatchError, ConfigError, LightningPeftError
 
 if TYPE_CHECKING:
     from lightning_peft.engine.verification.result import Verification
 
-ABOUT = "Check the adapters of a LightningCLI config on its first batch, without training."
+ABOUT = "Check the adapters of a config before training, or what a run has left."
 _MORE = """\
-Everything else is passed to LightningCLI: its keys (model, data, trainer, ckpt_path) in the file,
-or as overrides on the command line, such as --trainer.strategy=qlora or --model.lr=0.1.
+With RUN, a folder below `runs`: the hashes of recipe and adapters, whether they belong together,
+whether the data is still the same, whether the base is the one that was trained on, and the checks
+of the engine on the best checkpoint. With an adapter folder outside of a run: its hash.
+
+With --config, everything else is passed to LightningCLI: its keys (model, data, trainer, ckpt_path)
+in the file, or as overrides on the command line, such as --trainer.strategy=qlora or
+--model.lr=0.1.
 
 exit code: 0 if no check failed, 1 if one did or the module cannot be adapted, 2 for bad input
 """
@@ -37,17 +43,16 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("run", nargs="?", type=Path, help="run folder, or adapter folder")
     parser.add_argument(
         "--config", action="append", default=[], help="YAML file as for LightningCLI; repeatable"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given, rest = parser.parse_known_args(list(arguments))
-    lightning_arguments = [f"--config={file}" for file in given.config] + rest
-    run = import_module("lightning_peft.plugin.verification_run")
     try:
         # Whatever the user's own code prints, the result alone goes to the standard output.
         with redirect_stdout(sys.stderr) if given.json else nullcontext():
-            module, verification = run.verify_config(lightning_arguments, announce=not given.json)
+            module, verification = _checked(given, rest)
     except ConfigError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 2
@@ -59,6 +64,39 @@ def main(arguments: Sequence[str]) -> int:
     else:
         _show(module, verification)
     return 0 if verification.passed else 1
+
+
+def _checked(given: argparse.Namespace, rest: list[str]) -> tuple[str, Verification]:
+    configs = [f"--config={file}" for file in given.config]
+    verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
+    if given.run is None:
+        found = verify_config([*configs, *rest], announce=not given.json)
+        return found.module, found.verification
+    if configs:
+        raise ConfigError(
+            f"Both a run ({given.run}) and --config were given. A run has its own recipe: leave "
+            "--config out."
+        )
+    proof = import_module("lightning_peft.runs.proof")
+    engine = import_module("lightning_peft.engine")
+    checks = proof.file_checks(given.run)
+    run = proof.run_of(given.run)
+    if run is None:
+        detail = "there is no run folder around the adapter, so no recipe to build them from"
+        checks.append(engine.Check("base, data and the checks of the engine", None, detail))
+        return given.run.name, engine.Verification(checks)
+    checkpoint = run.newest_checkpoint()
+    best = run.checkpoints / "best.ckpt"
+    words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]
+    try:
+        found = verify_config([*words, *rest], announce=False)
+    except BaseMismatchError as error:
+        checks.append(engine.Check("the base is the one that was trained on", False, str(error)))
+        return run.path.name, engine.Verification(checks)
+    detail = "checksums of every frozen tensor"
+    checks.append(engine.Check("the base is the one that was trained on", True, detail))
+    checks.append(proof.data_check(run, found.datamodule))
+    return run.path.name, engine.Verification([*checks, *found.verification.checks])
 
 
 def _as_json(module: str, verification: Verification) -> str:

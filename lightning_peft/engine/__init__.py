@@ -28,6 +28,9 @@ if TYPE_CHECKING:
         packed_adapters,
         save_adapter,
     )
+    from lightning_peft.engine.files.adapter_format import (
+        read_adapter,
+    )
     from lightning_peft.engine.files.state import (
         check_description,
         describe,
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
         freeze_left_out,
     )
     from lightning_peft.engine.verification.result import (
+        Check,
         Verification,
     )
     from lightning_peft.engine.verification.structure import (
@@ -104,7 +108,8 @@ _HOMES = {
         "set_adapter",
         "trained_parameters",
     ),
-    "verification.result": ("Verification",),
+    "files.adapter_format": ("read_adapter",),
+    "verification.result": ("Check", "Verification"),
     "configuration": (
         "DECISIVE_FIELDS",
         "as_peft_config",
@@ -158,6 +163,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Check",
     "DECISIVE_FIELDS",
     "Verification",
     "adapted_layers",
@@ -185,6 +191,7 @@ __all__ = [
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
+    "read_adapter",
     "record_of",
     "replace_optimizers",
     "report",

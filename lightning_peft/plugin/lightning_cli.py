@@ -42,9 +42,11 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
     """
     import_from_here()
     root = root_for(arguments)
-    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_no_advertisement)
+    quiet(root)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        # Lightning 2.6 with torch 2.13 says so in every run; seen on 2026-11-25.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
         try:
             _recording_cli(root, hooks)(
                 args=[subcommand, *arguments],
@@ -61,6 +63,11 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
             if isinstance(error, LightningPeftError):
                 raise
             raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
+
+
+def quiet(root: str) -> None:
+    """Keeps Lightning's advertisements out of what a command prints."""
+    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_no_advertisement)
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

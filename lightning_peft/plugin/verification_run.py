@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.lifecycle import REFUSED_CALLBACKS, Lifecycle
-from lightning_peft.plugin.lightning_cli import cause, import_from_here, root_for
+from lightning_peft.plugin.lightning_cli import cause, import_from_here, quiet, root_for
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -25,15 +26,29 @@ _SETTINGS = {
     "fast_dev_run": False,
     "profiler": None,
 }
+_GOING_ON = {"max_epochs": 1_000_000, "max_steps": -1, "max_time": None}
+
+
+@dataclass(frozen=True)
+class VerifiedConfig:
+    """What a config was built to, and the verification of it.
+
+    Attributes:
+        module: Name of the module's class.
+        datamodule: The data module, if there is one.
+        verification: What was found.
+    """
+
+    module: str
+    datamodule: Any
+    verification: engine.Verification
 
 
 class _Verified(Exception):
     """Ends the run where the first step would begin."""
 
 
-def verify_config(
-    arguments: Sequence[str], announce: bool = True
-) -> tuple[str, engine.Verification]:
+def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedConfig:
     """Builds module, data and Trainer as LightningCLI does, and verifies on the first batch.
 
     On one device, and without loggers or callbacks besides those of this package. Callbacks that
@@ -45,7 +60,7 @@ def verify_config(
         announce: Print what is adapted.
 
     Returns:
-        The name of the module's class, and the verification.
+        What was built, and the verification.
 
     Raises:
         ConfigError: If the config asks for no adapters, or the data gives no batch.
@@ -54,6 +69,7 @@ def verify_config(
     """
     import_from_here()
     root = root_for(arguments)
+    quiet(root)
     cli = _build(root, list(arguments))
     lifecycle = _lifecycle_of(cli.trainer)
     lifecycle.announce = announce
@@ -69,7 +85,7 @@ def verify_config(
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path"))
     except _Verified:
-        return type(cli.model).__name__, found[0]
+        return VerifiedConfig(type(cli.model).__name__, cli.datamodule, found[0])
     raise ConfigError(
         "The training data gave no batch to verify with: it is empty, or `max_epochs`, `max_steps` "
         "or `limit_train_batches` leave nothing of it."
@@ -85,7 +101,9 @@ def _build(root: str, arguments: list[str]) -> Any:
 
         def before_instantiate_classes(self) -> None:
             settings = self.config["trainer"]
-            for name, value in _SETTINGS.items():
+            # The checkpoint of a finished run leaves no batch.
+            resumed = _GOING_ON if self.config.get("ckpt_path") is not None else {}
+            for name, value in {**_SETTINGS, **resumed}.items():
                 settings[name] = value
             given = settings["callbacks"] or []
             given = given if isinstance(given, list) else [given]

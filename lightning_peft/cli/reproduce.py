@@ -1,0 +1,90 @@
+"""``lightning-peft reproduce``: run a recipe again, and compare with what it gave then."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+if TYPE_CHECKING:
+    from lightning_peft.runs.reproduction import Reproduction
+
+ABOUT = "Run the recipe of a finished run again, and compare losses, metrics and weights."
+_MORE = """\
+The recipe, the data and the model have to be where they were. On the same kind of processor, with
+the same versions, the second run is the first one to the bit; elsewhere the metrics have to be
+within 1 %.
+
+exit code: 0 if it was reproduced, 1 if not, 2 for bad input, 130 after an interrupt
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 if the run was reproduced, 1 if not, 2 if there is none to reproduce.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft reproduce",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    given = parser.parse_args(list(arguments))
+    try:
+        with redirect_stdout(sys.stderr) if given.json else nullcontext():
+            again, found = _reproduced(given.run)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+    if again is None:
+        return 130
+    if given.json:
+        print(json.dumps({"passed": found.passed, "folder": str(again), **asdict(found)}, indent=2))
+    else:
+        _show(found, again)
+    return 0 if found.passed else 1
+
+
+def _reproduced(path: Path) -> tuple[Path | None, Any]:
+    reproduction = import_module("lightning_peft.runs.reproduction")
+    folders = import_module("lightning_peft.runs.folder")
+    first = folders.RunFolder(path)
+    threads = reproduction.finished_result(first)["hardware"]["threads"]
+    # Sums are parted among threads, and their last bits depend on how.
+    import_module("torch").set_num_threads(threads)
+    second = folders.RunFolder.create(path.resolve().parent, f"again {path.name[16:]}")
+    words = [f"--config={first.recipe}", f"--run_dir={second.path}"]
+    session = import_module("lightning_peft.cli.training").run("fit", words)
+    if session.saved is not None:
+        print("lightning-peft: stopped; nothing was compared", file=sys.stderr)
+        return None, None
+    return second.path, reproduction.compare(first, second)
+
+
+def _show(found: Reproduction, again: Path) -> None:
+    print(f"steps compared          {found.steps}")
+    print(f"largest loss difference {found.loss_difference:.3g}")
+    print(f"largest weight difference {found.adapter_difference:.3g}")
+    for name, (then, now) in found.metrics.items():
+        print(f"{name:<24}{then:.6g} then, {now:.6g} now")
+    for name, (then, now) in found.other.items():
+        print(f"other {name}: {then} then, {now} now")
+    verdict = "the same to the bit" if found.identical else "within 1 %"
+    print(f"reproduced: {verdict}" if found.passed else "not reproduced")
+    print(f"second run  {again}")
