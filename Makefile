@@ -33,10 +33,12 @@ setup: $(READY_DEV)  ## Create .venv with everything needed to develop
 demo: $(READY)  ## Fine-tune a tiny model on the CPU, offline, and show what happened
 	$(BIN)/lightning-peft demo $(ARGS)
 
-# pytest comes last, so that its closing line is the last thing printed.
+# pytest comes last, so that its closing line is the last thing printed. Two processes with a thread
+# each: threads of two processes on two cores wait for each other longer than tiny models compute.
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: lint docs  ## Lint, type-check, build the documentation, then run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs
