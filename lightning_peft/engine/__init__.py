@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from lightning_peft.engine.memory.quantized_loading import (
         loading_for_injection,
     )
+    from lightning_peft.engine.memory.weightless import (
+        inject_without_values,
+        quantize_without_values,
+    )
     from lightning_peft.engine.merging import (
         merge,
         unload,
@@ -129,6 +133,10 @@ _HOMES = {
         "quantization_to_dict",
     ),
     "memory.quantized_loading": ("loading_for_injection",),
+    "memory.weightless": (
+        "inject_without_values",
+        "quantize_without_values",
+    ),
     "record": (
         "record_of",
         "require_record",
@@ -176,6 +184,7 @@ __all__ = [
     "freeze_left_out",
     "inject",
     "inject_as_described",
+    "inject_without_values",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",
@@ -185,6 +194,7 @@ __all__ = [
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
+    "quantize_without_values",
     "record_of",
     "replace_optimizers",
     "report",
