@@ -7,7 +7,7 @@ bytes of torch's allocator: on the CPU from the profiler's record of every alloc
 the model was built, on a GPU from ``torch.cuda.max_memory_allocated``.
 
 ``python benchmarks/planner_grid.py table`` predicts every recorded row again and writes the table
-into ``docs/planner.md``.
+into ``docs/planner.md``; the published figures there are those of ``planner_anchors.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "planner.md"
-BEGIN, END = "<!-- table begins -->", "<!-- table ends -->"
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "peft", "bitsandbytes")
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -270,6 +270,53 @@ def errors(records: list[dict[str, Any]], device: str) -> list[float]:
     return [predict(row, device) / row["measured"] - 1 for row in records]
 
 
+def table(device: str) -> str:
+    """Returns the predicted and the measured peaks as a table with its conditions."""
+    content = json.loads((HERE / f"planner_grid_{device}.json").read_text(encoding="utf-8"))
+    rows, versions = content["rows"], content["conditions"]
+    off = errors(rows, device)
+    lines = [
+        f"{len(rows)} runs, median error {statistics.median(map(abs, off)):.2%}, worst "
+        f"{min(off):+.1%} and {max(off):+.1%}. "
+        + ", ".join(f"{name} {value}" for name, value in versions.items())
+        + ".",
+        "",
+        "| model | method | batch | length | checkpointing | else | predicted MB | measured MB | "
+        "error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row, error in zip(rows, off, strict=True):
+        known = ("model", "method", "batch_size", "seq_len", "gradient_checkpointing", "measured")
+        further = {key: value for key, value in row.items() if key not in known}
+        said = ", ".join(f"{key} {value}" for key, value in further.items())
+        image = row["model"].startswith("vit")
+        measured = row["measured"]
+        cells = [
+            row["model"],
+            row["method"],
+            row["batch_size"],
+            "-" if image else row["seq_len"],
+            "on" if row["gradient_checkpointing"] else "off",
+            said.replace("{", "").replace("}", "").replace("'", ""),
+            f"{measured * (1 + error) / 1e6:.1f}",
+            f"{measured / 1e6:.1f}",
+            f"{error:+.2%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def write_between(name: str, text: str) -> None:
+    """Puts ``text`` between the marks called ``name`` in the page."""
+    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    if not rest or not after:
+        sys.exit(f"{PAGE} has no marks {begin} and {end}")
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
 def main() -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -282,6 +329,8 @@ def main() -> None:
         print(json.dumps(train(json.loads(given.row), given.device)))
     elif given.command == "measure":
         measure(given.device, given.only)
+    else:
+        write_between(f"{given.device} table", table(given.device))
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ def batch_maker(model_class: Any, config: Any) -> Maker:
     makers: dict[str, Maker] = {
         "input_ids": _text,
         "pixel_values": lambda rows, length, padded: {"pixel_values": _images(rows, config)},
+        "input_features": lambda rows, length, padded: {"input_features": _frames(rows, config)},
         "input_values": lambda rows, length, padded: {"input_values": torch.zeros(rows, length)},
     }
-    if kind not in makers:
+    other = kind == "input_features" and not hasattr(config, "max_source_positions")
+    if kind not in makers or other:
         raise UnsupportedError(
             f"{name} takes {kind!r}, and sample batches are made for text (input_ids), images "
-            "(pixel_values) and audio (input_values) only. Call plan_memory in Python with the "
-            "model and a `batch` of yours."
+            "(pixel_values), audio (input_values) and Whisper's spectrograms only. Call "
+            "plan_memory in Python with the model and a `batch` of yours."
         )
 
     def make(rows: int, length: int, padded: bool) -> dict[str, Any]:
@@ -55,6 +57,11 @@ def _images(rows: int, config: Any) -> Any:
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return torch.zeros(rows, getattr(config, "num_channels", 3), height, width)
+
+
+def _frames(rows: int, config: Any) -> Any:
+    """Spectrograms of the length that Whisper and its kin always take."""
+    return torch.zeros(rows, config.num_mel_bins, 2 * config.max_source_positions)
 
 
 def _labels(name: str, rows: int, length: int) -> Any:

@@ -18,7 +18,7 @@ NAMES = {
     "activations": "activations",
     "logits": "logits and their gradients",
     "dequantization": "dequantized weights",
-    "overhead": "CUDA context and libraries (assumed)",
+    "overhead": "libraries and device context",
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-# Worst errors over the measured grid (benchmarks/planner_grid_cpu.json), rounded up: predicted
-# over measured, minus one. The tests compare them with the records.
-UNDER = 0.10
-OVER = 0.25
+# Bounds of predicted over measured, minus one. On the CPU from the measured grid
+# (benchmarks/planner_grid_cpu.json), whose worst rows are 1 % under and 0.5 % over; a test compares
+# the two. On a GPU nothing was measured: this is the range in which the published figures on
+# docs/planner.md come out.
+UNDER = {"cpu": 0.02, "cuda": 0.15}
+OVER = {"cpu": 0.02, "cuda": 0.15}
 
-# What a process takes on a device besides torch's tensors: the CUDA context with its libraries and
-# their workspaces. An assumption, not a measurement of this project. On the CPU it is the
-# interpreter with the libraries, which is there before anything is planned.
-OVERHEAD = {"cuda": 800_000_000, "cpu": 0}
+# What a process takes besides torch's tensors. On the CPU the interpreter with torch, Lightning,
+# transformers, PEFT and bitsandbytes, measured as private memory after they are imported (torch
+# 2.13). On a GPU the CUDA context, the libraries and their workspaces: an assumption.
+OVERHEAD = {"cpu": 400_000_000, "cuda": 800_000_000}

@@ -56,13 +56,15 @@ class Prediction:
 
     @property
     def low_bytes(self) -> int:
-        """The lower end of the interval: the planner never predicted more than this is of it."""
-        return round(self.allocated / (1 + OVER)) + self.breakdown["overhead"]
+        """The lower end of the interval."""
+        over = OVER[self.settings.device]
+        return round(self.allocated / (1 + over)) + self.breakdown["overhead"]
 
     @property
     def high_bytes(self) -> int:
         """The upper end of the interval, which has to fit."""
-        return round(self.allocated / (1 - UNDER)) + self.breakdown["overhead"]
+        under = UNDER[self.settings.device]
+        return round(self.allocated / (1 - under)) + self.breakdown["overhead"]
 
     def fits(self, device_bytes: int) -> bool:
         """Says whether even the upper end of the interval fits."""

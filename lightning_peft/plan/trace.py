@@ -6,6 +6,7 @@ A second step is what is traced, so that the optimizer's states exist.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,14 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 
 from lightning_peft import engine
 from lightning_peft.engine.verification.trial import NoLossError
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.ledger import Ledger
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
 from lightning_peft.plan.settings import Settings
@@ -76,8 +73,19 @@ def trace(
 
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
-            the step gives no loss or depends on values.
+            the step gives no loss or cannot run without values.
     """
+    with _explained(type(module).__name__):
+        return _trace(module, batch, settings, step or engine.default_step, vocabulary)
+
+
+def _trace(
+    module: nn.Module,
+    batch: Callable[[], Any],
+    settings: Settings,
+    step: Step,
+    vocabulary: int | None,
+) -> Trace:
     total = sum(param.numel() for param in module.parameters())
     if settings.cast is not None:
         cast(module, settings.cast)
@@ -91,20 +99,36 @@ def trace(
             make_fake(module, mode)
             ledger = Ledger(vocabulary, settings.is_padded)
             _enter_weights(module, quantized, names, settings, ledger)
-            return _run(module, batch(), settings, step or engine.default_step, ledger, total)
+            return _run(module, batch(), settings, step, ledger, total)
+    finally:
+        checkpointing()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what goes wrong without values into errors that say so."""
+    # It prints the trace of every operation that fails.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except LightningPeftError:
+        raise
     except NoLossError as error:
         raise ConfigError(
             f"There is no loss to plan with: {error}. Pass `step`, a function of the module and a "
             "batch that returns one."
         ) from error
-    except (DynamicOutputShapeException, DataDependentOutputException) as error:
+    except Exception as error:
+        # The module's own code runs here, and other libraries', so anything can be raised.
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise UnsupportedError(
-            f"The forward pass of {type(module).__name__} makes tensors whose size depends on "
-            f"values ({error.func}), as models of experts do, so its memory cannot be counted "
-            "without running it."
+            f"A training step of {name} cannot be traced without values: {type(error).__name__}: "
+            f"{reason}. If the step runs with real values, its sizes depend on them (as in some "
+            "models of experts), and its memory is not predicted."
         ) from error
     finally:
-        checkpointing()
+        logger.disabled = before
 
 
 def _adapt(module: nn.Module, settings: Settings) -> list[str]:
