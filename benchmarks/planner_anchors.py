@@ -88,7 +88,8 @@ def anchors() -> list[Anchor]:
     chunked = "without logits: they compute the loss in chunks and never hold all of them"
     return [
         Anchor("LoRA r=16, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
-               Settings("lora", **accumulated), 22.8 * GB, peak, "without checkpointing, which is not said"),
+               Settings("lora", **accumulated), 22.8 * GB, peak,
+               "without checkpointing, which is not said"),
         Anchor("QLoRA r=64, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
                Settings("qlora", **accumulated, lora={"r": 64}), 10.5 * GB, peak,
                "with checkpointing, which is not said"),

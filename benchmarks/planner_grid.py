@@ -241,17 +241,17 @@ def measure(device: str, only: str) -> None:
     """Runs the grid and writes the records after every row."""
     file = HERE / f"planner_grid_{device}.json"
     rows = [row for row in grid() if only in json.dumps(row)]
-    records: list[dict[str, Any]] = []
+    done: list[dict[str, Any]] = []
     for number, row in enumerate(rows, 1):
         command = [sys.executable, __file__, "one", "--device", device, "--row", json.dumps(row)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             sys.exit(f"{row}\n{run.stderr}")
         record = {**row, **json.loads(run.stdout.splitlines()[-1])}
-        records.append(record)
+        done.append(record)
         print(f"{number}/{len(rows)} {json.dumps(record)}", file=sys.stderr, flush=True)
         if not only:
-            content = {"conditions": conditions(device), "rows": records}
+            content = {"conditions": conditions(device), "rows": done}
             file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -265,14 +265,21 @@ def conditions(device: str) -> dict[str, Any]:
     return {"device": where, "threads": threads, "python": platform.python_version(), **versions}
 
 
-def errors(records: list[dict[str, Any]], device: str) -> list[float]:
+def records(device: str) -> dict[str, Any]:
+    """Returns what was measured, and the conditions."""
+    file = HERE / f"planner_grid_{device}.json"
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def errors(rows: list[dict[str, Any]], device: str) -> list[float]:
     """Returns predicted over measured, minus one, for each record."""
-    return [predict(row, device) / row["measured"] - 1 for row in records]
+    return [predict(row, device) / row["measured"] - 1 for row in rows]
 
 
 def table(device: str) -> str:
     """Returns the predicted and the measured peaks as a table with its conditions."""
-    content = json.loads((HERE / f"planner_grid_{device}.json").read_text(encoding="utf-8"))
+    content = records(device)
     rows, versions = content["rows"], content["conditions"]
     off = errors(rows, device)
     lines = [

@@ -133,10 +133,10 @@ def survey(
     if device is not None and limits:
         if source.rows_change:
             progress("the largest batch that fits")
-            batch_size = largest_batch(source, settings, device.bytes)
+            batch_size = largest_batch(source, plan, device.bytes)
         if source.length_changes:
             progress("the longest sequence that fits")
-            seq_len = longest_sequence(source, settings, device.bytes)
+            seq_len = longest_sequence(source, plan, device.bytes)
     return Survey(
         source.name,
         plan,
