@@ -15,11 +15,11 @@ from lightning_peft.errors import ConfigError, near_names
 _GIGABYTES = {
     "p100": 16, "t4": 16, "v100-16": 16, "v100-32": 32, "l4": 24, "l40": 48, "l40s": 48,
     "a10": 24, "a10g": 24, "a16": 16, "a30": 24, "a40": 48, "a100-40": 40, "a100-80": 80,
-    "h100": 80, "h200": 141, "b200": 180, "rtx2080ti": 11, "rtx3060": 12, "rtx3070": 8,
-    "rtx3080": 10, "rtx3080ti": 12, "rtx3090": 24, "rtx3090ti": 24, "rtx4060": 8, "rtx4060ti": 8,
-    "rtx4070": 12, "rtx4070ti": 12, "rtx4080": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12,
-    "rtx5070ti": 16, "rtx5080": 16, "rtx5090": 32, "rtxa4000": 16, "rtxa5000": 24,
-    "rtxa6000": 48, "rtx6000ada": 48,
+    "h100": 80, "h100-80": 80, "h200": 141, "b200": 180,
+    "rtx2080ti": 11, "rtx3060": 12, "rtx3070": 8, "rtx3080": 10, "rtx3080ti": 12,
+    "rtx3090": 24, "rtx3090ti": 24, "rtx4060": 8, "rtx4060ti": 8, "rtx4070": 12, "rtx4070ti": 12,
+    "rtx4080": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12, "rtx5070ti": 16, "rtx5080": 16,
+    "rtx5090": 32, "rtxa4000": 16, "rtxa5000": 24, "rtxa6000": 48, "rtx6000ada": 48,
 }  # fmt: skip
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
@@ -58,14 +58,9 @@ def device_memory(words: str) -> DeviceMemory:
         size = float(amount[1]) * _UNITS[unit if unit.endswith("B") else f"{unit}B"]
         if size > 0:
             return DeviceMemory(words.strip(), round(size), "cuda")
-    plain = re.sub(r"nvidia|geforce|tesla|[\s_]", "", words.lower())
-    for name in (
-        plain,
-        plain.replace("-", ""),
-        f"rtx{plain}",
-        re.sub(r"-?(\d+)gb$", r"-\1", plain),
-    ):
-        if name in _GIGABYTES:
+    plain = re.sub(r"nvidia|geforce|tesla|sxm\d|pcie|hbm\d|[\s_-]|gb$", "", words.lower())
+    for name in _GIGABYTES:
+        if name.replace("-", "") in (plain, f"rtx{plain}"):
             return DeviceMemory(name, _GIGABYTES[name] * 10**9, "cuda")
     raise ConfigError(
         f"--gpu {words!r} is no amount such as 24GB, no GPU of the planner's list"
