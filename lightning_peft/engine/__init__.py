@@ -40,10 +40,12 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
+        is_checkpointed,
     )
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
         check_same_optimizers,
+        name_of_optimizer,
         optimizer_names,
         replace_optimizers,
         restore_paging,
@@ -53,7 +55,10 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.memory.weightless import (
         inject_without_values,
+        quantizable_layers,
         quantize_without_values,
+        quantized_tensors,
+        remade,
     )
     from lightning_peft.engine.merging import (
         merge,
@@ -94,7 +99,10 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "memory.activation_checkpointing": ("checkpoint_activations",),
+    "memory.activation_checkpointing": (
+        "checkpoint_activations",
+        "is_checkpointed",
+    ),
     "files.adapter_files": (
         "load_adapter",
         "packed_adapters",
@@ -124,6 +132,7 @@ _HOMES = {
     "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",
+        "name_of_optimizer",
         "optimizer_names",
         "replace_optimizers",
         "restore_paging",
@@ -135,7 +144,10 @@ _HOMES = {
     "memory.quantized_loading": ("loading_for_injection",),
     "memory.weightless": (
         "inject_without_values",
+        "quantizable_layers",
         "quantize_without_values",
+        "quantized_tensors",
+        "remade",
     ),
     "record": (
         "record_of",
@@ -185,17 +197,22 @@ __all__ = [
     "inject",
     "inject_as_described",
     "inject_without_values",
+    "is_checkpointed",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",
     "lora_config",
     "merge",
+    "name_of_optimizer",
     "optimizer_names",
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
+    "quantizable_layers",
     "quantize_without_values",
+    "quantized_tensors",
     "record_of",
+    "remade",
     "replace_optimizers",
     "report",
     "require_record",

@@ -145,11 +145,13 @@ def from_module(module: nn.Module, batch: Any) -> Source:
             "first, within `with torch.device('meta'):` if the weights are not to be loaded."
         )
     config: Any = getattr(module, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    # A LightningModule holds its model somewhere.
+    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    text: Any = next((c.get_text_config() for c in configs if hasattr(c, "get_text_config")), None)
     if batch is not None:
         rows = rows_of(batch)
         maker: Any = partial(_of_rows, batch, rows)
-    elif text is not None:
+    elif hasattr(config, "get_text_config"):
         rows, maker = None, batch_maker(type(module), config)
     else:
         raise ConfigError(

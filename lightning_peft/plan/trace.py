@@ -64,7 +64,7 @@ def trace(
     """Traces a training step.
 
     Args:
-        module: A twin on the meta device, without adapters; it is changed.
+        module: A twin on the meta device, without adapters or with them; it is changed.
         batch: Makes a batch; called where new tensors have no values.
         settings: What to trace.
         step: Returns the loss of a module on a batch; by default ``training_step``, or what the
@@ -86,9 +86,6 @@ def _trace(
     step: Step,
     vocabulary: int | None,
 ) -> Trace:
-    total = sum(param.numel() for param in module.parameters())
-    if settings.cast is not None:
-        cast(module, settings.cast)
     quantized = _adapt(module, settings)
     adapters = {id(p) for p in engine.all_adapter_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in adapters]
@@ -99,7 +96,7 @@ def _trace(
             make_fake(module, mode)
             ledger = Ledger(vocabulary, settings.is_padded)
             _enter_weights(module, quantized, names, settings, ledger)
-            return _run(module, batch(), settings, step, ledger, total)
+            return _run(module, batch(), settings, step, ledger)
     finally:
         checkpointing()
 
@@ -132,12 +129,19 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _adapt(module: nn.Module, settings: Settings) -> list[str]:
-    if settings.method == "full":
-        module.requires_grad_(True)
-        return []
     quantization = (
         engine.quantization_config(**settings.quantization) if settings.method == "qlora" else None
     )
+    if engine.record_of(module) is not None:
+        # As the strategy left it: adapters and precision are there.
+        if quantization is None or engine.quantized_tensors(module):
+            return []
+        return engine.quantizable_layers(module, quantization)
+    if settings.cast is not None:
+        cast(module, settings.cast)
+    if settings.method == "full":
+        module.requires_grad_(True)
+        return []
     adapt = None if settings.adapt is None else list(settings.adapt)
     return engine.inject_without_values(
         module, engine.lora_config(**settings.lora), quantization, adapt
@@ -146,7 +150,7 @@ def _adapt(module: nn.Module, settings: Settings) -> list[str]:
 
 def _checkpoint(module: Any, settings: Settings) -> Callable[[], None]:
     """Switches checkpointing on; returns how to switch it off."""
-    if not settings.checkpointing:
+    if not settings.checkpointing or engine.is_checkpointed(module):
         return _nothing
     if settings.method != "full":
         wanted = "auto" if settings.gradient_checkpointing == "auto" else True
@@ -187,18 +191,17 @@ def _enter_weights(
     """Quantizes, and enters all weights under what they are."""
     for name in quantized:
         config = engine.quantization_config(**settings.quantization)
-        tensors = engine.quantize_without_values(module.get_submodule(name), config)
-        ledger.enter(tensors, QUANTIZED)
+        engine.quantize_without_values(module.get_submodule(name), config)
+    codes = engine.quantized_tensors(module)
+    ledger.enter(codes, QUANTIZED)
     params = dict(module.named_parameters())
     ledger.enter((params[name] for name in adapters), ADAPTERS)
-    known = {*adapters, *(f"{name}.weight" for name in quantized)}
-    ledger.enter((p for name, p in params.items() if name not in known), DENSE)
+    known = {*map(id, codes), *(id(params[name]) for name in adapters)}
+    ledger.enter((p for p in params.values() if id(p) not in known), DENSE)
     ledger.enter(module.buffers(), DENSE)
 
 
-def _run(
-    module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger, total: int
-) -> Trace:
+def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger) -> Trace:
     trained = [param for param in module.parameters() if param.requires_grad]
     name = settings.optimizer_name
     states, needed = state_bytes(trained, name), step_bytes(trained, name, settings.device)
@@ -232,8 +235,14 @@ def _run(
         optimizer=states,
         paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
         trainable=sum(param.numel() for param in trained),
-        total=total + sum(p.numel() for p in engine.all_adapter_parameters(module)),
+        total=sum(_weights(param) for param in module.parameters()),
     )
+
+
+def _weights(param: Any) -> int:
+    """How many weights a parameter stands for: codes are two in a byte."""
+    state = getattr(param, "quant_state", None)
+    return int(param.numel() if state is None else torch.Size(state.shape).numel())
 
 
 def _loss(module: nn.Module, batch: Any, settings: Settings, step: Step) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lightning_peft import engine
+
 # Fake tensors of other devices need a torch that was built for them.
 _DEVICE = torch.device("cpu")
 
@@ -26,7 +28,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for param in module.parameters():
-        memo[id(param)] = nn.Parameter(_on_meta(param), param.requires_grad)
+        memo[id(param)] = engine.remade(param, _on_meta)
     for buffer in module.buffers():
         memo[id(buffer)] = _on_meta(buffer)
     for child in module.modules():
@@ -38,7 +40,8 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor.detach(), device="meta")
+    # Not through methods of the tensor: those of 4-bit weights quantize.
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
@@ -55,10 +58,9 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
-            value: Any = FakeTensor(mode, tensor.detach().to("meta"), _DEVICE)
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, tensor.requires_grad)
-            made[id(tensor)] = value
+            made[id(tensor)] = engine.remade(
+                tensor, lambda one: FakeTensor(mode, _on_meta(one), _DEVICE)
+            )
         return made[id(tensor)]
 
     for child in module.modules():

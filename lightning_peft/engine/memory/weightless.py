@@ -6,6 +6,8 @@ and the same forward pass as real ones; only the values are missing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,7 +18,12 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.injection import inject
-from lightning_peft.engine.layers.in_place import class_from, parameter, recipe_of
+from lightning_peft.engine.layers.in_place import (
+    Extended,
+    class_from,
+    parameter,
+    recipe_of,
+)
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows
 from lightning_peft.engine.layers.quantization import _fill_linear4bit
 from lightning_peft.engine.layers.quantized import (
@@ -24,8 +31,8 @@ from lightning_peft.engine.layers.quantized import (
     FourBitLayer,
     quantization_constants,
 )
-from lightning_peft.engine.record import Record
-from lightning_peft.engine.selection.planning import Request, make_plans, quantizable
+from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans, quantizable
 from lightning_peft.errors import UnsupportedError
 
 # bitsandbytes' defaults: weights in a block, and blocks whose constants share one of their own.
@@ -73,15 +80,12 @@ def inject_without_values(
     return names
 
 
-def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> list[Tensor]:
+def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> None:
     """Makes a layer without values the 4-bit layer that quantizing would make of it.
 
     Args:
         layer: A layer named by :func:`inject_without_values`.
         config: The same 4-bit settings.
-
-    Returns:
-        Every tensor that the quantized weight consists of, code tables included.
     """
     # PEFT's own wrappers, for adapters that are not in place.
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
@@ -116,5 +120,77 @@ def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> list[Tens
     if linear:
         _fill_linear4bit(layer)
     layer.compute_dtype = config.bnb_4bit_compute_dtype
-    tables = [state.code, *([nested.code, state.offset] if nested else [])]
-    return [codes, *quantization_constants(codes), *tables]
+
+
+def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[str]:
+    """Returns the names of the dense layers that ``config`` would have quantized in ``module``.
+
+    Args:
+        module: A module with adapters.
+        config: 4-bit settings.
+    """
+    found = []
+    for entry in require_record(module).parts.values():
+        info = next(iter(entry.adapters.values()))
+        part = module.get_submodule(entry.name)
+        plan = PartPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
+        # In place, the class of a layer is one that was made for it.
+        with _own_classes(part):
+            found += [entry.qualified(name) for name in quantizable(plan, config)]
+    return found
+
+
+@contextmanager
+def _own_classes(part: nn.Module) -> Iterator[None]:
+    extended: list[Any] = [child for child in part.modules() if isinstance(child, Extended)]
+    before = [type(child) for child in extended]
+    try:
+        for child in extended:
+            child.__class__ = recipe_of(child)[2]
+        yield
+    finally:
+        for child, cls in zip(extended, before, strict=True):
+            child.__class__ = cls
+
+
+def quantized_tensors(module: nn.Module) -> list[Tensor]:
+    """Returns every tensor that 4-bit weights of ``module`` consist of, code tables included."""
+    found: list[Tensor] = []
+    for param in module.parameters():
+        state = getattr(param, "quant_state", None)
+        if state is not None:
+            tables = [state.code, *([state.state2.code, state.offset] if state.nested else [])]
+            found += [param, *quantization_constants(param), *tables]
+    return found
+
+
+def remade(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
+    """Returns a parameter or buffer made anew, with the constants of its quantization.
+
+    Args:
+        tensor: The parameter or buffer.
+        make: Returns a tensor of the same shape, without values.
+    """
+    made: Any = make(tensor)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, tensor.requires_grad)
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:
+        for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
+            setattr(made, name, getattr(tensor, name, None))
+        made.quant_state = _remade_state(state, make)
+    return made
+
+
+def _remade_state(state: Any, make: Callable[[Tensor], Tensor]) -> Any:
+    inner = state.state2
+    return QuantState(
+        absmax=make(state.absmax),
+        shape=state.shape,
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        code=make(state.code),
+        quant_type=state.quant_type,
+        offset=make(state.offset) if state.nested else None,
+        state2=_remade_state(inner, make) if state.nested else None,
+    )
