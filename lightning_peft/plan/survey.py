@@ -30,6 +30,7 @@ class Survey:
         batch_size: The most rows that fit at the run's length, if that was searched.
         seq_len: The longest sequence that fits at the run's batch size, likewise.
         recommendation: Which method to choose.
+        longest: Longest sequence that the model was made for, if its config says so.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Survey:
     batch_size: int | None
     seq_len: int | None
     recommendation: Recommendation
+    longest: int | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -146,6 +148,7 @@ def survey(
         batch_size,
         seq_len,
         recommend(methods, device),
+        source.longest,
     )
 
 

@@ -75,7 +75,8 @@ def trace(
         ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
             the step gives no loss or cannot run without values.
     """
-    with _explained(type(module).__name__):
+    # New adapters draw random numbers, and the user's run must not notice.
+    with _explained(type(module).__name__), torch.random.fork_rng(devices=[]):
         return _trace(module, batch, settings, step or engine.default_step, vocabulary)
 
 

@@ -67,7 +67,9 @@ def really(module, batch, **injection):
 def test_a_step_without_values_takes_what_a_real_one_takes(method):
     module, sample = Attending(), batch()
     before = copy.deepcopy(module.state_dict())
+    random = torch.get_rng_state()
     plan = plan_memory(module, sample, method=method, optimizer="adamw", device="cpu")
+    assert torch.equal(torch.get_rng_state(), random)
     assert type(module.head) is nn.Linear
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     injection = {"full": {}, "lora": {"r": 16}, "qlora": {"r": 16}}[method]

@@ -17,6 +17,7 @@ from torch import Tensor, float32, nn, uint8
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.layers.in_place import (
     Extended,
@@ -134,9 +135,12 @@ def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[st
         info = next(iter(entry.adapters.values()))
         part = module.get_submodule(entry.name)
         plan = PartPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
+        # The factors of adapters are linear layers too.
+        factors = {name.rpartition(".")[0] for name in adapter_parameters(part)}
         # In place, the class of a layer is one that was made for it.
         with _own_classes(part):
-            found += [entry.qualified(name) for name in quantizable(plan, config)]
+            names = [name for name in quantizable(plan, config) if name not in factors]
+        found += [entry.qualified(name) for name in names]
     return found
 
 
