@@ -14,6 +14,8 @@ from lightning_peft.plan.explanation import NAMES
 from lightning_peft.plan.prediction import PARTS
 from lightning_peft.plan.survey import Survey
 
+_SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
+
 
 def show(found: Survey) -> None:
     """Prints the answers."""
@@ -50,7 +52,7 @@ def _parts(found: Survey) -> Iterator[str | tuple[str, list[list[str]]]]:
     yield from _room(found)
     rows = [["method", "trained", "peak", "up to", "fits"]]
     for method, other in found.methods.items():
-        fits = "" if found.device is None else "yes" if other.fits(found.device.bytes) else "no"
+        fits = "" if found.device is None else _SHORT[other.verdict(found.device.bytes)]
         peaks = [readable(other.peak_bytes), readable(other.high_bytes)]
         rows.append([method, f"{other.trace.trainable:,}", *peaks, fits])
     yield "side by side", rows
@@ -71,12 +73,11 @@ def _room(found: Survey) -> Iterator[str]:
     if found.device is None:
         return
     run, device = found.plan.settings, found.device
-    answer = "fits into" if found.fits else "does not fit into"
-    yield f"{answer} {readable(device.bytes)} ({device.name})"
+    yield f"{found.plan.verdict(device.bytes)} into {readable(device.bytes)} ({device.name})"
     if found.batch_size is not None:
-        yield f"largest batch at seq_len={run.seq_len}: {found.batch_size or 'none fits'}"
+        yield f"largest batch at seq_len={run.seq_len}: {found.batch_size or 'none for sure'}"
     if found.seq_len is not None:
-        yield f"longest sequence at batch_size={run.batch_size}: {found.seq_len or 'none fits'}"
+        yield f"longest sequence at batch_size={run.batch_size}: {found.seq_len or 'none for sure'}"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:

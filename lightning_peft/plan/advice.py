@@ -90,7 +90,7 @@ def _qlora(lora: Prediction, qlora: Prediction, device: DeviceMemory, large: boo
         other = f"{why}: it needs about {_range(lora)} of the {readable(device.bytes)}"
     else:
         other = (
-            f"LoRA does not fit into the {readable(device.bytes)} of {device.name}: it needs about "
+            f"LoRA {lora.verdict(device.bytes)} into the {readable(device.bytes)} of {device.name}: it needs about "
             f"{_range(lora)}"
         )
     return f"QLoRA: {other}, and QLoRA about {_range(qlora)}.{_usual_reason(qlora)}"

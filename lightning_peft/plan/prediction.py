@@ -70,6 +70,12 @@ class Prediction:
         """Says whether even the upper end of the interval fits."""
         return self.high_bytes <= device_bytes
 
+    def verdict(self, device_bytes: int) -> str:
+        """Returns ``"fits"``, ``"may not fit"`` or ``"does not fit"`` (not even the lower end)."""
+        if self.fits(device_bytes):
+            return "fits"
+        return "may not fit" if self.low_bytes <= device_bytes else "does not fit"
+
 
 def predict(source: Source, settings: Settings, step: Step | None = None) -> Prediction:
     """Predicts the memory of one run.
