@@ -90,8 +90,8 @@ def _qlora(lora: Prediction, qlora: Prediction, device: DeviceMemory, large: boo
         other = f"{why}: it needs about {_range(lora)} of the {readable(device.bytes)}"
     else:
         other = (
-            f"LoRA {lora.verdict(device.bytes)} into the {readable(device.bytes)} of {device.name}: it needs about "
-            f"{_range(lora)}"
+            f"LoRA {lora.verdict(device.bytes)} into the {readable(device.bytes)} of "
+            f"{device.name}: it needs about {_range(lora)}"
         )
     return f"QLoRA: {other}, and QLoRA about {_range(qlora)}.{_usual_reason(qlora)}"
 
