@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_peft.engine.merging import unmerge as unmerge
     from lightning_peft.engine.reporting import report as report
     from lightning_peft.engine.verification.verify import verify as verify
+    from lightning_peft.plan.prediction import plan_memory as plan_memory
     from lightning_peft.plugin.callbacks import LoRACallback as LoRACallback
     from lightning_peft.plugin.callbacks import QLoRACallback as QLoRACallback
     from lightning_peft.plugin.loading import load_from_checkpoint as load_from_checkpoint
@@ -42,6 +43,7 @@ _HOMES = {
     "engine.merging": ("merge", "unload", "unmerge"),
     "engine.reporting": ("report",),
     "engine.verification.verify": ("verify",),
+    "plan.prediction": ("plan_memory",),
     "plugin.callbacks": ("LoRACallback", "QLoRACallback"),
     "plugin.loading": ("load_from_checkpoint",),
     "plugin.namespace": ("use_namespace",),
@@ -61,6 +63,7 @@ __all__ = [
     "load_adapter",
     "load_from_checkpoint",
     "merge",
+    "plan_memory",
     "report",
     "save_adapter",
     "set_adapter",

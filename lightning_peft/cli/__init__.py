@@ -10,7 +10,7 @@ from importlib import import_module
 # parts load when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
     "See it work": ("demo", "doctor"),
-    "Choose a recipe and look at your data": ("recipes", "preview"),
+    "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Prove it": ("verify", "reproduce"),
 }

@@ -43,16 +43,25 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
+        is_checkpointed,
     )
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
         check_same_optimizers,
+        name_of_optimizer,
         optimizer_names,
         replace_optimizers,
         restore_paging,
     )
     from lightning_peft.engine.memory.quantized_loading import (
         loading_for_injection,
+    )
+    from lightning_peft.engine.memory.weightless import (
+        inject_without_values,
+        quantizable_layers,
+        quantize_without_values,
+        quantized_tensors,
+        remade,
     )
     from lightning_peft.engine.merging import (
         merge,
@@ -94,7 +103,10 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "memory.activation_checkpointing": ("checkpoint_activations",),
+    "memory.activation_checkpointing": (
+        "checkpoint_activations",
+        "is_checkpointed",
+    ),
     "files.adapter_files": (
         "load_adapter",
         "packed_adapters",
@@ -125,6 +137,7 @@ _HOMES = {
     "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",
+        "name_of_optimizer",
         "optimizer_names",
         "replace_optimizers",
         "restore_paging",
@@ -134,6 +147,13 @@ _HOMES = {
         "quantization_to_dict",
     ),
     "memory.quantized_loading": ("loading_for_injection",),
+    "memory.weightless": (
+        "inject_without_values",
+        "quantizable_layers",
+        "quantize_without_values",
+        "quantized_tensors",
+        "remade",
+    ),
     "record": (
         "record_of",
         "require_record",
@@ -182,17 +202,24 @@ __all__ = [
     "freeze_left_out",
     "inject",
     "inject_as_described",
+    "inject_without_values",
+    "is_checkpointed",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",
     "lora_config",
     "merge",
+    "name_of_optimizer",
     "optimizer_names",
     "packed_adapters",
     "quantization_config",
     "quantization_to_dict",
     "read_adapter",
+    "quantizable_layers",
+    "quantize_without_values",
+    "quantized_tensors",
     "record_of",
+    "remade",
     "replace_optimizers",
     "report",
     "require_record",

@@ -6,12 +6,12 @@ they depend on batch and sequence and are about the same for all three methods.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_peft import engine
+from lightning_peft.plan.twin import meta_copy
 
 # Adam keeps two float32 moments for every trained weight.
 _ADAM_BYTES = 8
@@ -48,7 +48,7 @@ def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
         model: A model without adapters; it is not changed.
         r: Rank of the adapters, on all linear layers.
     """
-    twin = copy.deepcopy(model).to("meta")
+    twin = meta_copy(model)
     weights = {name: (p.numel(), p.element_size()) for name, p in twin.named_parameters()}
     count = sum(numel for numel, _ in weights.values())
     dense = sum(numel * size for numel, size in weights.values())

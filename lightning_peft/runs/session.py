@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from lightning_peft.plan.watch import MemoryWatch
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import realize
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
@@ -68,6 +69,8 @@ class RunSession:
         if _is_first_process():
             self._begin_record(config, recipe, root)
         callbacks = [self._recorder] if self._recorder is not None else []
+        if self.kind == "fit":
+            callbacks.append(realize(MemoryWatch, root)())
         return [*callbacks, self._interruption]
 
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:

@@ -111,6 +111,15 @@ def checkpoint_activations(module: nn.Module, wanted: bool | str) -> Checkpointi
     return done
 
 
+def is_checkpointed(module: nn.Module) -> bool:
+    """Says whether some block of ``module`` is checkpointed, by this package or its own switch."""
+    return any(
+        isinstance(child, CheckpointedBlock)
+        or any(getattr(child, flag, False) is True for flag in _FLAGS)
+        for child in module.modules()
+    )
+
+
 def _class_name(block: Any) -> str:
     return str(getattr(type(block), "origin_class", type(block)).__name__)
 

@@ -243,6 +243,11 @@ def optimizer_names(optimizers: Iterable[Any]) -> list[str]:
     return [type(optimizer).__name__ for optimizer in optimizers]
 
 
+def name_of_optimizer(class_name: str) -> str | None:
+    """Returns the name of the bitsandbytes optimizer whose class is called so, if there is one."""
+    return next((name for name, cls in OPTIMIZERS.items() if cls.__name__ == class_name), None)
+
+
 def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) -> None:
     """Compares the optimizers of a checkpoint with those that are to take their states.
 

@@ -1,0 +1,130 @@
+"""``lightning-peft plan``: how much memory a run takes, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+if TYPE_CHECKING:
+    from lightning_peft.plan.survey import Survey
+
+ABOUT = "Predict the memory of a run from the model's config, and say which method to choose."
+_MORE = """\
+Only the config of the model is read, no weights. A run that does not fit is an answer and no error.
+
+exit code: 0 if the question was answered, 1 if the model cannot be planned for, 2 for bad input
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0, or 1 where the model cannot be planned for, or 2 for bad input.
+    """
+    given = _parser().parse_args(list(arguments))
+    try:
+        # Whatever the libraries print, the result alone goes to the standard output.
+        with redirect_stdout(sys.stderr), _progress() as progress:
+            found = _survey(given, progress)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(found.as_dict(), indent=2))
+    else:
+        import_module("lightning_peft.cli.plan_display").show(found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft plan",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="name on the hub, or a folder with a config.json")
+    add("--method", choices=("full", "lora", "qlora"), default="qlora", help="default: qlora")
+    add("--seq-len", type=int, default=512, help="tokens in a row; default: 512")
+    add("--batch-size", type=int, default=1, help="rows in a batch; default: 1")
+    add("--accumulate", type=int, default=1, help="batches for each step; default: 1")
+    add("--gpu", help="an amount such as 24GB, a GPU such as rtx4090 or a100-80, or 'this'")
+    add("--r", type=int, default=16, help="rank of the adapters; default: 16")
+    add("--target-modules", nargs="+", help="layers to adapt; default: all linear layers")
+    add("--modules-to-save", nargs="+", help="modules that are trained in full")
+    add(
+        "--optimizer",
+        default="auto",
+        help="adamw, adamw_torch or a name of bitsandbytes such as paged_adamw_8bit; by default "
+        "what the strategy takes",
+    )
+    add(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="by default what the strategy does: on for qlora",
+    )
+    add("--precision", default="32-true", help="the Trainer's; default: 32-true, as it is loaded")
+    add("--dtype", default="auto", help="dtype of the weights; by default that of the config")
+    add("--revision", help="branch, tag or commit on the hub")
+    add(
+        "--no-limits",
+        action="store_true",
+        help="do not search the largest batch and the longest sequence",
+    )
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Survey:
+    plan = import_module("lightning_peft.plan.survey")
+    devices = import_module("lightning_peft.plan.device_memory")
+    settings = import_module("lightning_peft.plan.settings").Settings
+    device = None if given.gpu is None else devices.device_memory(given.gpu)
+    targets = given.target_modules
+    lora: dict[str, Any] = {"r": given.r}
+    if targets is not None:
+        # One word may be a regular expression, or "all-linear".
+        lora["target_modules"] = targets[0] if targets == ["all-linear"] else targets
+    if given.modules_to_save is not None:
+        lora["modules_to_save"] = given.modules_to_save
+    run = settings(
+        method=given.method,
+        batch_size=given.batch_size,
+        seq_len=given.seq_len,
+        accumulate=given.accumulate,
+        precision=given.precision,
+        optimizer=given.optimizer,
+        gradient_checkpointing={"on": True, "off": False}.get(given.gradient_checkpointing, "auto"),
+        lora=lora,
+        device="cuda" if device is None else device.kind,
+    )
+    source = import_module("lightning_peft.plan.sources").from_name(
+        given.model, given.revision, given.dtype
+    )
+    survey: Survey = plan.survey(source, run, device, limits=not given.no_limits, progress=progress)
+    return survey
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Says what is predicted: in one changing line on a terminal, line by line elsewhere."""
+    console = import_module("rich.console").Console(stderr=True)
+    if console.is_terminal:
+        with console.status("reading the config") as status:
+            yield lambda doing: status.update(f"predicting {doing}")
+        return
+    yield lambda doing: print(f"predicting {doing} ...", file=sys.stderr)

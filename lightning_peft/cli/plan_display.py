@@ -1,0 +1,97 @@
+"""How ``lightning-peft plan`` shows its answers: plain lines, or tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_peft.plan.device_memory import readable
+from lightning_peft.plan.explanation import NAMES
+from lightning_peft.plan.prediction import PARTS
+from lightning_peft.plan.survey import Survey
+
+_SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
+
+
+def show(found: Survey) -> None:
+    """Prints the answers."""
+    console = Console(highlight=False)
+    for part in _parts(found):
+        if isinstance(part, str):
+            console.print(escape(part), soft_wrap=not console.is_terminal)
+        elif console.is_terminal:
+            console.print(_table(*part))
+        else:
+            _print_plain(*part)
+
+
+def _parts(found: Survey) -> Iterator[str | tuple[str, list[list[str]]]]:
+    run, plan, trace = found.plan.settings, found.plan, found.plan.trace
+    share = 100 * trace.trainable / trace.total
+    yield (
+        f"{found.model}: {run.method}, batch_size={run.batch_size}, seq_len={run.seq_len}, "
+        f"gradient checkpointing {'on' if run.checkpointing else 'off'}, "
+        f"optimizer {run.optimizer_name}"
+    )
+    yield f"trainable {trace.trainable:,} of {trace.total:,} parameters ({share:.2f} %)"
+    if found.longest is not None and run.seq_len > found.longest:
+        yield f"seq_len={run.seq_len} is more than the {found.longest} that the model was made for"
+    rows = [["at the fullest moment", "bytes", ""]]
+    for part in PARTS:
+        size = plan.breakdown[part]
+        if size:
+            rows.append([NAMES[part], f"{size:,}", readable(size)])
+    rows.append(["peak", f"{plan.peak_bytes:,}", readable(plan.peak_bytes)])
+    yield "memory", rows
+    yield f"between {readable(plan.low_bytes)} and {readable(plan.high_bytes)}"
+    yield from _activations(found)
+    yield from _room(found)
+    rows = [["method", "trained", "peak", "up to", "fits"]]
+    for method, other in found.methods.items():
+        fits = "" if found.device is None else _SHORT[other.verdict(found.device.bytes)]
+        peaks = [readable(other.peak_bytes), readable(other.high_bytes)]
+        rows.append([method, f"{other.trace.trainable:,}", *peaks, fits])
+    yield "side by side", rows
+    yield found.recommendation.text
+
+
+def _activations(found: Survey) -> Iterator[str]:
+    words = {True: "with", False: "without"}
+    kept = [
+        f"{readable(size)} {words[on]} checkpointing" for on, size in sorted(found.kept.items())
+    ]
+    yield f"kept from forward for backward: {', '.join(kept)}"
+    if found.plan.trace.paged:
+        yield f"of the optimizer, {readable(found.plan.trace.paged)} can be paged out to the CPU"
+
+
+def _room(found: Survey) -> Iterator[str]:
+    if found.device is None:
+        return
+    run, device = found.plan.settings, found.device
+    yield f"{found.plan.verdict(device.bytes)} into {readable(device.bytes)} ({device.name})"
+    if found.batch_size is not None:
+        yield f"largest batch at seq_len={run.seq_len}: {found.batch_size or 'none for sure'}"
+    if found.seq_len is not None:
+        yield f"longest sequence at batch_size={run.batch_size}: {found.seq_len or 'none for sure'}"
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if index else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def _print_plain(title: str, rows: Sequence[Sequence[Any]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first = row[0].ljust(widths[0])
+        rest = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        print("  " + "  ".join([first, *rest]).rstrip())

@@ -1,0 +1,86 @@
+"""How much memory a device has, by the words people use for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+from lightning_peft.errors import ConfigError, near_names
+
+# In the decimal gigabytes that makers print on them, which is never more than the card has.
+_GIGABYTES = {
+    "p100": 16, "t4": 16, "v100-16": 16, "v100-32": 32, "l4": 24, "l40": 48, "l40s": 48,
+    "a10": 24, "a10g": 24, "a16": 16, "a30": 24, "a40": 48, "a100-40": 40, "a100-80": 80,
+    "h100": 80, "h100-80": 80, "h200": 141, "b200": 180,
+    "rtx2080ti": 11, "rtx3060": 12, "rtx3070": 8, "rtx3080": 10, "rtx3080ti": 12,
+    "rtx3090": 24, "rtx3090ti": 24, "rtx4060": 8, "rtx4060ti": 8, "rtx4070": 12, "rtx4070ti": 12,
+    "rtx4080": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12, "rtx5070ti": 16, "rtx5080": 16,
+    "rtx5090": 32, "rtxa4000": 16, "rtxa5000": 24, "rtxa6000": 48, "rtx6000ada": 48,
+}  # fmt: skip
+_UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """A device, as far as a plan is concerned.
+
+    Attributes:
+        name: What to call it.
+        bytes: Memory that a run can have.
+        kind: ``"cuda"`` or ``"cpu"``.
+    """
+
+    name: str
+    bytes: int
+    kind: Literal["cuda", "cpu"]
+
+
+def device_memory(words: str) -> DeviceMemory:
+    """Returns the device that ``words`` mean.
+
+    Args:
+        words: An amount such as ``"24GB"`` or ``"22.5GiB"``; the name of a GPU such as
+            ``"rtx4090"`` or ``"A100-40"``; or ``"this"``: what is free on this machine's first GPU,
+            or in its memory where it has none.
+
+    Raises:
+        ConfigError: If it is none of them.
+    """
+    if words.strip().lower() == "this":
+        return this_device()
+    amount = re.fullmatch(r"\s*([\d.]+)\s*([GM]i?B?)\s*", words, flags=re.IGNORECASE)
+    if amount and amount[1].count(".") <= 1 and amount[1] != ".":
+        unit = amount[2].upper()
+        size = float(amount[1]) * _UNITS[unit if unit.endswith("B") else f"{unit}B"]
+        if size > 0:
+            return DeviceMemory(words.strip(), round(size), "cuda")
+    plain = re.sub(r"nvidia|geforce|tesla|sxm\d|pcie|hbm\d|[\s_-]|gb$", "", words.lower())
+    for name in _GIGABYTES:
+        if name.replace("-", "") in (plain, f"rtx{plain}"):
+            return DeviceMemory(name, _GIGABYTES[name] * 10**9, "cuda")
+    raise ConfigError(
+        f"--gpu {words!r} is no amount such as 24GB, no GPU of the planner's list"
+        f"{near_names(plain, _GIGABYTES)}, and not 'this'. Known: {', '.join(_GIGABYTES)}. Give "
+        "the amount for others."
+    )
+
+
+def this_device() -> DeviceMemory:
+    """Returns what is free on the first GPU that torch sees, or in this machine's memory."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(0)
+        return DeviceMemory(torch.cuda.get_device_name(0), free, "cuda")
+    return DeviceMemory("this machine's memory", psutil.virtual_memory().available, "cpu")
+
+
+def readable(size: float) -> str:
+    """Returns bytes in decimal units, as makers of devices count: ``"7.2 GB"``."""
+    for limit, divisor, unit in ((1e9, 1e9, "GB"), (1e6, 1e6, "MB")):
+        if abs(size) >= limit:
+            shown = size / divisor
+            return f"{shown:,.1f} {unit}" if abs(shown) < 100 else f"{shown:,.0f} {unit}"
+    return f"{size / 1e3:,.0f} kB"

@@ -1,0 +1,72 @@
+"""What to say before a run that will not fit, and after one that did not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_peft.errors import itemize
+from lightning_peft.plan.device_memory import DeviceMemory, readable
+from lightning_peft.plan.prediction import PARTS, Prediction
+from lightning_peft.plan.savings import Change
+
+NAMES = {
+    "weights_quantized": "weights in 4 bits",
+    "weights_dense": "other weights and buffers",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "logits": "logits and their gradients",
+    "dequantization": "dequantized weights",
+    "overhead": "libraries and device context",
+}
+
+
+def breakdown_lines(plan: Prediction) -> list[str]:
+    """Returns what is in memory at the fullest moment, the largest first."""
+    parts = sorted(PARTS, key=lambda part: -plan.breakdown[part])
+    return [
+        f"{NAMES[part]}: {readable(plan.breakdown[part])}" for part in parts if plan.breakdown[part]
+    ]
+
+
+def warning_before(
+    plan: Prediction, device: DeviceMemory, changes: Sequence[Change] = ()
+) -> str | None:
+    """Returns what to warn of before a run starts, or ``None`` where it should fit.
+
+    Args:
+        plan: The prediction.
+        device: What is free where it is to run.
+        changes: What :func:`lightning_peft.plan.savings.best_changes` found.
+    """
+    if plan.fits(device.bytes):
+        return None
+    sure = plan.low_bytes > device.bytes
+    return (
+        f"This run {'will' if sure else 'may'} not fit: it is expected to take "
+        f"{readable(plan.peak_bytes)} (between {readable(plan.low_bytes)} and "
+        f"{readable(plan.high_bytes)}), and {device.name} has {readable(device.bytes)}. At the "
+        f"fullest moment there are:{itemize(breakdown_lines(plan))}" + _ways_out(changes, device)
+    )
+
+
+def out_of_memory(plan: Prediction, device: DeviceMemory, changes: Sequence[Change]) -> str:
+    """Returns what used the memory when it ran out, and what would make the run fit.
+
+    Args:
+        plan: The prediction for the run that failed.
+        device: Where it ran.
+        changes: What :func:`lightning_peft.plan.savings.best_changes` found.
+    """
+    return (
+        f"Out of memory on {device.name} ({readable(device.bytes)}). The run is expected to take "
+        f"{readable(plan.peak_bytes)}, at the fullest moment:{itemize(breakdown_lines(plan))}"
+        + _ways_out(changes, device)
+    )
+
+
+def _ways_out(changes: Sequence[Change], device: DeviceMemory) -> str:
+    if not changes:
+        return "\nNo single change of the settings saves memory; take a larger device."
+    return "\nWhat helps:" + itemize(change.line(device.bytes) for change in changes)

@@ -1,0 +1,123 @@
+"""Counting the bytes that tensors hold while a module runs, by what they are for.
+
+A tensor's storage is counted from the operation that makes it until Python and autograd have let go
+of it, which is what torch's allocators see. With fake tensors nothing is allocated for it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+ACTIVATIONS, LOGITS, DEQUANTIZATION = "activations", "logits", "dequantization"
+
+
+class Ledger(TorchDispatchMode):
+    """Within the body, every new storage is entered, and taken out when it is freed.
+
+    Args:
+        vocabulary: Size of the last dimension by which logits are told from other activations.
+        padded: What a module is told that asks whether a mask is all true. A padded batch needs a
+            mask of ``length x length`` in attention, one that is not needs none.
+
+    Attributes:
+        live: Bytes now, by purpose.
+        total: Their sum.
+        peak: The largest sum so far.
+        at_peak: Bytes at that moment, by purpose.
+    """
+
+    def __init__(self, vocabulary: int | None = None, padded: bool = True) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.total = self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self._vocabulary, self._padded = vocabulary, padded
+        self._entries: dict[int, tuple[str, int, Any]] = {}
+
+    def hold(self, purpose: str, size: int) -> None:
+        """Counts ``size`` bytes that are there for the whole time and belong to no tensor here."""
+        self._add(purpose, size)
+
+    def enter(self, tensors: Iterable[Tensor], purpose: str) -> int:
+        """Counts tensors under ``purpose``, or moves them there; returns their bytes."""
+        return sum(self._enter(tensor, purpose, move=True) for tensor in tensors)
+
+    def _enter(self, tensor: Tensor, purpose: str, move: bool) -> int:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._entries.get(key)
+        if known is not None:
+            if not move or known[0] == purpose:
+                return 0
+            self.live[known[0]] -= size
+            self.live[purpose] += size
+            self._entries[key] = (purpose, size, known[2])
+            return size
+
+        def freed(_: Any) -> None:
+            entry = self._entries.pop(key)
+            self._add(entry[0], -entry[1])
+
+        self._entries[key] = (purpose, size, weakref.ref(storage, freed))
+        self._add(purpose, size)
+        return size
+
+    def _add(self, purpose: str, size: int) -> None:
+        self.live[purpose] += size
+        self.total += size
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.live)
+
+    def _pass(self, purpose: str, size: int) -> None:
+        """Counts what an operation holds only while it runs."""
+        self._add(purpose, size)
+        self._add(purpose, -size)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operation and enters what it made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # Fake tensors have no values; no size in a training step should depend on one.
+            return self._value(args[0])
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            # Asked in half of all calls, and nothing is made.
+            return args[0].fake_device
+        out = func(*args, **(kwargs or {}))
+        for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor, self._purpose(func, tensor), move=False)
+        if func.namespace == "bitsandbytes" and "gemm_4bit" in func.name():
+            self._pass(DEQUANTIZATION, _dense_bytes(args, nested=bool(kwargs)))
+        return out
+
+    def _value(self, tensor: Tensor) -> Any:
+        if tensor.dtype == torch.bool:
+            return not self._padded
+        return 1.0 if tensor.is_floating_point() else 1
+
+    def _purpose(self, func: Any, tensor: Tensor) -> str:
+        if func.namespace == "bitsandbytes" and "dequantize" in func.name():
+            return DEQUANTIZATION
+        if self._vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary:
+            return LOGITS
+        return ACTIVATIONS
+
+
+def _dense_bytes(args: tuple[Any, ...], nested: bool) -> int:
+    """Bytes of the weight that a 4-bit product dequantizes, and of its constants in float32.
+
+    The arguments are those of ``bitsandbytes::gemm_4bit``: input, codes, shape, constants, block.
+    """
+    weights, block = torch.Size(args[2]).numel(), args[4]
+    size: int = weights * args[0].element_size() + (2 * 4 * -(-weights // block) if nested else 0)
+    return size

@@ -1,0 +1,151 @@
+"""The predicted memory of a training run, by what it is for, and how far it may be off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.plan.ledger import ACTIVATIONS, DEQUANTIZATION, LOGITS
+from lightning_peft.plan.margins import OVER, OVERHEAD, UNDER
+from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.sources import Source, from_config, from_module, from_name, rows_of
+from lightning_peft.plan.trace import (
+    ADAPTERS,
+    DENSE,
+    GRADIENTS,
+    OPTIMIZER,
+    QUANTIZED,
+    Step,
+    Trace,
+    trace,
+)
+
+# The order in which a breakdown is shown.
+PARTS = (
+    QUANTIZED, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, DEQUANTIZATION,
+    "overhead",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory of one run.
+
+    Attributes:
+        settings: The run.
+        trace: What its second step holds.
+        breakdown: Bytes at the fullest moment by part; they add up to :attr:`peak_bytes`. What
+            is not in memory at that moment is zero.
+    """
+
+    settings: Settings
+    trace: Trace
+    breakdown: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the run is expected to take at its fullest moment."""
+        return sum(self.breakdown.values())
+
+    @property
+    def allocated(self) -> int:
+        """The same without overhead: what torch's allocator hands out."""
+        return self.peak_bytes - self.breakdown["overhead"]
+
+    @property
+    def low_bytes(self) -> int:
+        """The lower end of the interval."""
+        over = OVER[self.settings.device]
+        return round(self.allocated / (1 + over)) + self.breakdown["overhead"]
+
+    @property
+    def high_bytes(self) -> int:
+        """The upper end of the interval, which has to fit."""
+        under = UNDER[self.settings.device]
+        return round(self.allocated / (1 - under)) + self.breakdown["overhead"]
+
+    def fits(self, device_bytes: int) -> bool:
+        """Says whether even the upper end of the interval fits."""
+        return self.high_bytes <= device_bytes
+
+    def verdict(self, device_bytes: int) -> str:
+        """Returns ``"fits"``, ``"may not fit"`` or ``"does not fit"`` (not even the lower end)."""
+        if self.fits(device_bytes):
+            return "fits"
+        return "may not fit" if self.low_bytes <= device_bytes else "does not fit"
+
+
+def predict(source: Source, settings: Settings, step: Step | None = None) -> Prediction:
+    """Predicts the memory of one run.
+
+    Args:
+        source: The model.
+        settings: The run.
+        step: Returns the loss of a module on a batch; see :func:`plan_memory`.
+
+    Raises:
+        ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
+    """
+    traced = trace(
+        source.twin(),
+        lambda: source.batch(settings.batch_size, settings.seq_len, settings.is_padded),
+        settings,
+        step,
+        source.vocabulary,
+    )
+    found = {part: traced.at_peak.get(part, 0) for part in PARTS}
+    found["overhead"] = OVERHEAD[settings.device]
+    return Prediction(settings, traced, found)
+
+
+def plan_memory(
+    model: Any,
+    batch: Any = None,
+    *,
+    step: Step | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    **settings: Any,
+) -> Prediction:
+    """Predicts how much memory training ``model`` takes, without loading or allocating it.
+
+    A copy without values goes through the real injection, forward and backward pass, and every
+    tensor is counted from when it is made until it is let go.
+
+    Args:
+        model: A hub name or a folder with a ``config.json``, a transformers config, or any
+            ``nn.Module``, such as a LightningModule. It is not changed.
+        batch: For a module, a sample batch; only shapes and dtypes matter. For transformers models
+            one is made from ``batch_size`` and ``seq_len``. Of a sample, ``batch_size`` changes the
+            number of rows.
+        step: Returns a scalar loss of a module on a batch. By default ``training_step``, else the
+            ``loss`` of what the module returns.
+        dtype: Dtype of the weights, for names and configs.
+        revision: Branch, tag or commit, for names.
+        **settings: The fields of :class:`lightning_peft.plan.settings.Settings`: ``method``,
+            ``batch_size``, ``seq_len``, ``gradient_checkpointing``, ``precision``, ``optimizer``,
+            ``lora``, ...
+
+    Returns:
+        The prediction: ``peak_bytes``, ``breakdown``, ``low_bytes`` and ``high_bytes``.
+
+    Raises:
+        ConfigError: If the settings cannot work, or the config cannot be read.
+        UnsupportedError: If the forward pass cannot be traced without values.
+    """
+    rows = None if batch is None else rows_of(batch)
+    chosen = Settings(**({} if rows is None else {"batch_size": rows}) | settings)
+    return predict(source_of(model, batch, dtype, revision), chosen, step)
+
+
+def source_of(
+    model: Any, batch: Any = None, dtype: str = "auto", revision: str | None = None
+) -> Source:
+    """Returns the source for whatever :func:`plan_memory` takes as ``model``."""
+    if isinstance(model, nn.Module):
+        return from_module(model, batch)
+    if hasattr(model, "get_text_config"):
+        return from_config(model, dtype=dtype)
+    return from_name(str(model), revision, dtype)

@@ -1,0 +1,120 @@
+"""Changes to a run that take less memory, and what each of them saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lightning_peft.errors import LightningPeftError
+from lightning_peft.plan.device_memory import readable
+from lightning_peft.plan.prediction import Prediction, predict
+from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.sources import Source
+from lightning_peft.plan.trace import Step
+
+_SHORTEST = 32
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a run.
+
+    Attributes:
+        words: What to change, with the argument's name.
+        settings: The run after it.
+        saved: Predicted bytes that it saves.
+        needed: The upper end of what the run takes after it.
+    """
+
+    words: str
+    settings: Settings
+    saved: int
+    needed: int
+
+    def line(self, device_bytes: int) -> str:
+        """Returns the change as a sentence."""
+        enough = "then it fits" if self.needed <= device_bytes else "not enough alone"
+        return f"{self.words}: saves about {readable(self.saved)}, {enough}"
+
+
+def best_changes(
+    source: Source,
+    plan: Prediction,
+    device_bytes: int,
+    step: Step | None = None,
+    count: int = 3,
+) -> list[Change]:
+    """Returns the changes that help most: those that fit come first, in the order of their cost.
+
+    What costs least is first: checkpointing, then a smaller batch with more accumulation, which
+    train the same; then a base in 4 bits; then shorter sequences, which lose data. Of one kind of
+    change it is the smallest that fits, else the largest.
+
+    Args:
+        source: The model.
+        plan: The run that does not fit.
+        device_bytes: Memory of the device.
+        step: As for :func:`lightning_peft.plan.prediction.plan_memory`.
+        count: How many at most.
+    """
+    kinds = _kinds(source, plan.settings)
+    found = [
+        change
+        for kind in kinds
+        if (change := _of_kind(kind, source, plan, device_bytes, step)) and change.saved > 0
+    ]
+    fitting = [change for change in found if change.needed <= device_bytes]
+    rest = sorted((c for c in found if c not in fitting), key=lambda change: -change.saved)
+    return [*fitting, *rest][:count]
+
+
+def _of_kind(
+    kind: list[tuple[str, Settings]],
+    source: Source,
+    plan: Prediction,
+    device_bytes: int,
+    step: Step | None,
+) -> Change | None:
+    change = None
+    for words, settings in kind:
+        try:
+            after = predict(source, settings, step)
+        except LightningPeftError:
+            # Such as checkpointing in a module where nothing repeats.
+            break
+        saved = plan.peak_bytes - after.peak_bytes
+        change = Change(words, settings, saved, after.high_bytes)
+        if change.needed <= device_bytes:
+            break
+    return change
+
+
+def _kinds(source: Source, run: Settings) -> list[list[tuple[str, Settings]]]:
+    """Returns what can be changed, for each kind from the smallest change to the largest."""
+    kinds: list[list[tuple[str, Settings]]] = []
+    if not run.checkpointing:
+        on = replace(run, gradient_checkpointing=True)
+        kinds.append([("gradient_checkpointing=True", on)])
+    if source.rows_change and run.batch_size > 1:
+        kinds.append([_smaller(run, rows) for rows in _halves(run.batch_size, 1)])
+    if run.method == "full":
+        kinds.append([("LoRA instead of training all weights", replace(run, method="lora"))])
+    if run.method != "qlora":
+        kinds.append([("QLoRA (a base in 4 bits)", replace(run, method="qlora"))])
+    if not run.optimizer_name.endswith("8bit"):
+        small = replace(run, optimizer="paged_adamw_8bit")
+        kinds.append([("optimizer='paged_adamw_8bit'", small)])
+    if source.length_changes and run.seq_len >= 2 * _SHORTEST:
+        lengths = _halves(run.seq_len, _SHORTEST)
+        kinds.append([(f"sequences of {n} tokens", replace(run, seq_len=n)) for n in lengths])
+    return kinds
+
+
+def _halves(size: int, least: int) -> list[int]:
+    """Returns a half, a quarter and the least, as far as they differ."""
+    return list(dict.fromkeys(max(least, part) for part in (size // 2, size // 4, least)))
+
+
+def _smaller(run: Settings, rows: int) -> tuple[str, Settings]:
+    times = -(-run.batch_size // rows) * run.accumulate
+    words = f"batch_size={rows} with accumulate_grad_batches={times}"
+    return words, replace(run, batch_size=rows, accumulate=times)

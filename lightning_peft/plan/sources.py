@@ -1,0 +1,188 @@
+"""Where a twin comes from: a hub name, a folder with a config, a config, or the user's module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map
+
+from lightning_peft.errors import ConfigError, UnsupportedError, near_names
+from lightning_peft.plan.batches import batch_maker
+from lightning_peft.plan.twin import meta_copy
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to plan for.
+
+    Attributes:
+        name: What to call it.
+        twin: Makes a new twin on the meta device, without adapters.
+        batch: Makes a batch of so many rows and tokens, with a mask where rows are padded.
+        vocabulary: Size of the vocabulary, if there is one.
+        longest: Longest sequence that the model was made for, if it says so.
+        rows_change: Whether ``batch`` can make batches of other rows.
+        length_changes: Whether it can make rows of other lengths.
+    """
+
+    name: str
+    twin: Callable[[], nn.Module]
+    batch: Callable[[int, int, bool], Any]
+    vocabulary: int | None = None
+    longest: int | None = None
+    rows_change: bool = True
+    length_changes: bool = True
+
+
+def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Source:
+    """Returns the source for a hub name, or a folder that holds at least ``config.json``.
+
+    No weights are read and no code of the repository is run.
+
+    Raises:
+        ConfigError: If there is no config, or ``dtype`` is none.
+    """
+    transformers = import_module("transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--model {name!r}: no config of transformers could be read there: {reason} Give a "
+            "name on the hub, or a folder with a config.json."
+        ) from error
+    return from_config(config, name, dtype)
+
+
+def from_config(config: Any, name: str = "", dtype: str = "auto") -> Source:
+    """Returns the source for a transformers config.
+
+    Args:
+        config: The config; the class is the first of its ``architectures``, or the causal language
+            model of its kind.
+        name: What to call it.
+        dtype: Dtype of the weights; ``"auto"`` takes that of the config, or float32.
+
+    Raises:
+        ConfigError: If ``dtype`` is no dtype.
+        UnsupportedError: If there is no class for it.
+    """
+    weights = _dtype(dtype, config)
+    model_class = _class_of(config)
+    text = config.get_text_config()
+
+    def twin() -> nn.Module:
+        own = copy.deepcopy(config)
+        own.quantization_config = None
+        with torch.device("meta"):
+            made = model_class._from_config(own, dtype=weights)
+        made.tie_weights()
+        model: nn.Module = made
+        return model
+
+    return Source(
+        name or model_class.__name__,
+        twin,
+        batch_maker(model_class, config),
+        getattr(text, "vocab_size", None),
+        getattr(text, "max_position_embeddings", None),
+        length_changes=model_class.main_input_name != "pixel_values",
+    )
+
+
+def _dtype(wanted: str, config: Any) -> torch.dtype:
+    found = getattr(config, "dtype", None) if wanted == "auto" else wanted
+    known = ("float32", "bfloat16", "float16")
+    name = str(found or "float32").removeprefix("torch.")
+    if name not in known:
+        raise ConfigError(f"dtype={wanted!r}: one of auto, {', '.join(known)}.")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _class_of(config: Any) -> Any:
+    transformers = import_module("transformers")
+    names = list(getattr(config, "architectures", None) or [])
+    if not names:
+        found = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+        if found is None:
+            raise UnsupportedError(
+                f"{type(config).__name__} names no architecture, and there is no causal language "
+                "model of its kind. Put the class into `architectures` of the config.json."
+            )
+        return found
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise UnsupportedError(
+            f"architectures={names} in the config: transformers {transformers.__version__} has no "
+            f"class of that name{near_names(names[0], dir(transformers))}. Code that comes with a "
+            "model is not run to plan; build the model yourself, and call plan_memory with it."
+        )
+    return found
+
+
+def from_module(module: nn.Module, batch: Any) -> Source:
+    """Returns the source for a module and a sample batch.
+
+    Args:
+        module: The module; it is not changed, and no value of it is copied.
+        batch: What its ``training_step``, or itself, takes. For a transformers model it can be
+            ``None``; then batches of any size are made.
+
+    Raises:
+        ConfigError: If the module has no parameters yet, or needs a batch.
+    """
+    if not any(True for _ in module.parameters()):
+        raise ConfigError(
+            f"{type(module).__name__} has no parameters yet. Call its configure_model() or setup() "
+            "first, within `with torch.device('meta'):` if the weights are not to be loaded."
+        )
+    config: Any = getattr(module, "config", None)
+    # A LightningModule holds its model somewhere.
+    configs: list[Any] = [getattr(child, "config", None) for child in module.modules()]
+    text: Any = next((c.get_text_config() for c in configs if hasattr(c, "get_text_config")), None)
+    if batch is not None:
+        rows = rows_of(batch)
+        maker: Any = partial(_of_rows, batch, rows)
+    elif hasattr(config, "get_text_config"):
+        rows, maker = None, batch_maker(type(module), config)
+    else:
+        raise ConfigError(
+            f"{type(module).__name__} is no transformers model, so it is not known what its "
+            "batches look like. Pass one as `batch`."
+        )
+    return Source(
+        type(module).__name__,
+        lambda: meta_copy(module),
+        maker,
+        getattr(text, "vocab_size", None),
+        getattr(text, "max_position_embeddings", None),
+        rows_change=batch is None or rows is not None,
+        length_changes=batch is None,
+    )
+
+
+def rows_of(batch: Any) -> int | None:
+    """Returns the size that the first dimension of all tensors of a batch has, if it is one."""
+    sizes = {t.shape[0] for t in tree_iter(batch) if isinstance(t, Tensor) and t.ndim}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _of_rows(batch: Any, known: int | None, rows: int, length: int, padded: bool) -> Any:
+    """Returns a batch like ``batch`` of so many rows, without its values."""
+    if known is None:
+        return batch
+
+    def resized(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim:
+            return torch.empty((rows, *value.shape[1:]), dtype=value.dtype)
+        return value
+
+    return tree_map(resized, batch)

@@ -1,0 +1,160 @@
+"""Everything that a plan answers about one model: the run asked for, the other methods, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_peft.errors import UnsupportedError
+from lightning_peft.plan.advice import Recommendation, recommend
+from lightning_peft.plan.device_memory import DeviceMemory
+from lightning_peft.plan.limits import largest_batch, longest_sequence
+from lightning_peft.plan.prediction import Prediction, predict
+from lightning_peft.plan.settings import METHODS, Method, Settings
+from lightning_peft.plan.sources import Source
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The answers.
+
+    Attributes:
+        model: The model's name.
+        plan: The run that was asked for.
+        device: Where it is to run, if that was said.
+        methods: The same run with each method.
+        kept: Bytes of activations and logits that are kept for the backward pass, by whether
+            blocks are checkpointed; without an entry where that cannot be done.
+        batch_size: The most rows that fit at the run's length, if that was searched.
+        seq_len: The longest sequence that fits at the run's batch size, likewise.
+        recommendation: Which method to choose.
+        longest: Longest sequence that the model was made for, if its config says so.
+    """
+
+    model: str
+    plan: Prediction
+    device: DeviceMemory | None
+    methods: dict[Method, Prediction]
+    kept: dict[bool, int]
+    batch_size: int | None
+    seq_len: int | None
+    recommendation: Recommendation
+    longest: int | None = None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the run fits; ``None`` without a device."""
+        return None if self.device is None else self.plan.fits(self.device.bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the answers as primitives."""
+        run, plan, device = self.plan.settings, self.plan, self.device
+        return {
+            "model": self.model,
+            "run": {
+                "method": run.method,
+                "batch_size": run.batch_size,
+                "seq_len": run.seq_len,
+                "accumulate": run.accumulate,
+                "precision": run.precision,
+                "optimizer": run.optimizer_name,
+                "gradient_checkpointing": run.checkpointing,
+                "lora": dict(run.lora),
+            },
+            "trainable_parameters": plan.trace.trainable,
+            "total_parameters": plan.trace.total,
+            **_bytes(plan),
+            "breakdown": plan.breakdown,
+            "paged_optimizer_bytes": plan.trace.paged,
+            "kept_for_backward": {
+                "with_checkpointing": self.kept.get(True),
+                "without_checkpointing": self.kept.get(False),
+            },
+            "device": None if device is None else {"name": device.name, "bytes": device.bytes},
+            "fits": self.fits,
+            "largest_batch_size": self.batch_size,
+            "longest_seq_len": self.seq_len,
+            "methods": {
+                method: {
+                    "trainable_parameters": other.trace.trainable,
+                    **_bytes(other),
+                    "breakdown": other.breakdown,
+                    "fits": None if device is None else other.fits(device.bytes),
+                }
+                for method, other in self.methods.items()
+            },
+            "recommended_method": self.recommendation.method,
+            "recommendation": self.recommendation.text,
+        }
+
+
+def _bytes(plan: Prediction) -> dict[str, int]:
+    return {
+        "peak_bytes": plan.peak_bytes,
+        "low_bytes": plan.low_bytes,
+        "high_bytes": plan.high_bytes,
+    }
+
+
+def survey(
+    source: Source,
+    settings: Settings,
+    device: DeviceMemory | None = None,
+    *,
+    limits: bool = True,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Survey:
+    """Predicts a run, the same run by the other methods, and how far it could grow.
+
+    Args:
+        source: The model.
+        settings: The run.
+        device: Where it is to run.
+        limits: Whether to search the largest batch and the longest sequence, which takes most of
+            the time.
+        progress: Told what is being predicted.
+
+    Raises:
+        ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
+    """
+    methods: dict[Method, Prediction] = {}
+    for method in (settings.method, *(m for m in METHODS if m != settings.method)):
+        progress(f"{method} at batch_size={settings.batch_size}, seq_len={settings.seq_len}")
+        run = settings if method == settings.method else _by(method, settings)
+        methods[method] = predict(source, run)
+    plan = methods[settings.method]
+    kept = {settings.checkpointing: plan.trace.kept}
+    other = not settings.checkpointing
+    progress(f"gradient_checkpointing={other}")
+    with suppress(UnsupportedError):
+        changed = replace(settings, gradient_checkpointing=other)
+        kept[other] = predict(source, changed).trace.kept
+    batch_size = seq_len = None
+    if device is not None and limits:
+        if source.rows_change:
+            progress("the largest batch that fits")
+            batch_size = largest_batch(source, plan, device.bytes)
+        if source.length_changes:
+            progress("the longest sequence that fits")
+            seq_len = longest_sequence(source, plan, device.bytes)
+    return Survey(
+        source.name,
+        plan,
+        device,
+        {method: methods[method] for method in METHODS},
+        kept,
+        batch_size,
+        seq_len,
+        recommend(methods, device),
+        source.longest,
+    )
+
+
+def _by(method: Method, settings: Settings) -> Settings:
+    """Returns the run with another method and, where it was left open, that method's optimizer.
+
+    Checkpointing is that of the run asked for, so that the methods are compared and nothing else.
+    """
+    return replace(settings, method=method, gradient_checkpointing=settings.checkpointing)

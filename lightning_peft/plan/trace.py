@@ -1,0 +1,254 @@
+"""One training step of a twin, with every byte counted.
+
+The order is Lightning's: forward, then the old gradients are dropped, then backward, then the step.
+A second step is what is traced, so that the optimizer's states exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft import engine
+from lightning_peft.engine.verification.trial import NoLossError
+from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
+from lightning_peft.plan.ledger import Ledger
+from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
+from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.twin import cast, fake_mode, make_fake
+
+Step = Callable[[nn.Module, Any], Tensor]
+
+QUANTIZED, DENSE, ADAPTERS = "weights_quantized", "weights_dense", "adapters"
+GRADIENTS, OPTIMIZER = "gradients", "optimizer"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a training step holds.
+
+    Attributes:
+        peak: Bytes at the fullest moment.
+        at_peak: The same by purpose.
+        kept: Bytes that are kept from the forward for the backward pass, logits included.
+        gradients: Bytes of all gradients.
+        optimizer: Bytes of all optimizer states.
+        paged: Those of them that a paged optimizer may move to the CPU.
+        trainable: Trained weights.
+        total: All weights, adapters included.
+    """
+
+    peak: int
+    at_peak: dict[str, int]
+    kept: int
+    gradients: int
+    optimizer: int
+    paged: int
+    trainable: int
+    total: int
+
+
+def trace(
+    module: nn.Module,
+    batch: Callable[[], Any],
+    settings: Settings,
+    step: Step | None = None,
+    vocabulary: int | None = None,
+) -> Trace:
+    """Traces a training step.
+
+    Args:
+        module: A twin on the meta device, without adapters or with them; it is changed.
+        batch: Makes a batch; called where new tensors have no values.
+        settings: What to trace.
+        step: Returns the loss of a module on a batch; by default ``training_step``, or what the
+            module returns.
+        vocabulary: Size of the vocabulary, to tell logits from other activations.
+
+    Raises:
+        ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
+            the step gives no loss or cannot run without values.
+    """
+    # New adapters draw random numbers, and the user's run must not notice.
+    with _explained(type(module).__name__), torch.random.fork_rng(devices=[]):
+        return _trace(module, batch, settings, step or engine.default_step, vocabulary)
+
+
+def _trace(
+    module: nn.Module,
+    batch: Callable[[], Any],
+    settings: Settings,
+    step: Step,
+    vocabulary: int | None,
+) -> Trace:
+    quantized = _adapt(module, settings)
+    adapters = {id(p) for p in engine.all_adapter_parameters(module)}
+    names = [name for name, p in module.named_parameters() if id(p) in adapters]
+    checkpointing = _checkpoint(module, settings)
+    module.train()
+    try:
+        with fake_mode() as mode, _default_dtype(settings.cast):
+            make_fake(module, mode)
+            ledger = Ledger(vocabulary, settings.is_padded)
+            _enter_weights(module, quantized, names, settings, ledger)
+            return _run(module, batch(), settings, step, ledger)
+    finally:
+        checkpointing()
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what goes wrong without values into errors that say so."""
+    # It prints the trace of every operation that fails.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except LightningPeftError:
+        raise
+    except NoLossError as error:
+        raise ConfigError(
+            f"There is no loss to plan with: {error}. Pass `step`, a function of the module and a "
+            "batch that returns one."
+        ) from error
+    except Exception as error:
+        # The module's own code runs here, and other libraries', so anything can be raised.
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise UnsupportedError(
+            f"A training step of {name} cannot be traced without values: {type(error).__name__}: "
+            f"{reason}. If the step runs with real values, its sizes depend on them (as in some "
+            "models of experts), and its memory is not predicted."
+        ) from error
+    finally:
+        logger.disabled = before
+
+
+def _adapt(module: nn.Module, settings: Settings) -> list[str]:
+    quantization = (
+        engine.quantization_config(**settings.quantization) if settings.method == "qlora" else None
+    )
+    if engine.record_of(module) is not None:
+        # As the strategy left it: adapters and precision are there.
+        if quantization is None or engine.quantized_tensors(module):
+            return []
+        return engine.quantizable_layers(module, quantization)
+    if settings.cast is not None:
+        cast(module, settings.cast)
+    if settings.method == "full":
+        module.requires_grad_(True)
+        return []
+    adapt = None if settings.adapt is None else list(settings.adapt)
+    return engine.inject_without_values(
+        module, engine.lora_config(**settings.lora), quantization, adapt
+    )
+
+
+def _checkpoint(module: Any, settings: Settings) -> Callable[[], None]:
+    """Switches checkpointing on; returns how to switch it off."""
+    if not settings.checkpointing or engine.is_checkpointed(module):
+        return _nothing
+    if settings.method != "full":
+        wanted = "auto" if settings.gradient_checkpointing == "auto" else True
+        return engine.checkpoint_activations(module, wanted).disable
+    models: list[Any] = [
+        m for m in module.modules() if getattr(m, "supports_gradient_checkpointing", False)
+    ]
+    if not models:
+        raise UnsupportedError(
+            "gradient_checkpointing=True with method='full': only transformers models have a "
+            "switch for it without adapters. Plan without it."
+        )
+    # transformers 5.20 renamed it.
+    switch = getattr(models[0], "activation_checkpointing_enable", None)
+    (switch or models[0].gradient_checkpointing_enable)({"use_reentrant": False})
+    models[0].config.use_cache = False
+    return _nothing
+
+
+def _nothing() -> None:
+    """Undoes nothing."""
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """Lightning's ``*-true`` precisions set it around every step."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _enter_weights(
+    module: nn.Module, quantized: list[str], adapters: list[str], settings: Settings, ledger: Ledger
+) -> None:
+    """Quantizes, and enters all weights under what they are."""
+    for name in quantized:
+        config = engine.quantization_config(**settings.quantization)
+        engine.quantize_without_values(module.get_submodule(name), config)
+    codes = engine.quantized_tensors(module)
+    ledger.enter(codes, QUANTIZED)
+    params = dict(module.named_parameters())
+    ledger.enter((params[name] for name in adapters), ADAPTERS)
+    known = {*map(id, codes), *(id(params[name]) for name in adapters)}
+    ledger.enter((p for p in params.values() if id(p) not in known), DENSE)
+    ledger.enter(module.buffers(), DENSE)
+
+
+def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger) -> Trace:
+    trained = [param for param in module.parameters() if param.requires_grad]
+    name = settings.optimizer_name
+    states, needed = state_bytes(trained, name), step_bytes(trained, name, settings.device)
+    ledger.hold(OPTIMIZER, states)
+
+    def accumulated(param: Tensor) -> None:
+        if param.grad is not None:
+            ledger.enter([param.grad], GRADIENTS)
+
+    for param in trained:
+        param.grad = torch.empty_like(param)
+        param.register_post_accumulate_grad_hook(accumulated)
+    gradients = ledger.enter((p.grad for p in trained if p.grad is not None), GRADIENTS)
+    before = ledger.total
+    kept = 0
+    with ledger:
+        for index in range(min(2, settings.accumulate)):
+            loss = _loss(module, batch, settings, step)
+            kept = max(kept, ledger.total - before)
+            if index == 0:
+                for param in trained:
+                    param.grad = None
+            loss.backward()
+            del loss
+    ledger.hold(OPTIMIZER, needed)
+    return Trace(
+        peak=ledger.peak,
+        at_peak={purpose: size for purpose, size in ledger.at_peak.items() if size},
+        kept=kept,
+        gradients=gradients,
+        optimizer=states,
+        paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
+        trainable=sum(param.numel() for param in trained),
+        total=sum(_weights(param) for param in module.parameters()),
+    )
+
+
+def _weights(param: Any) -> int:
+    """How many weights a parameter stands for: codes are two in a byte."""
+    state = getattr(param, "quant_state", None)
+    return int(param.numel() if state is None else torch.Size(state.shape).numel())
+
+
+def _loss(module: nn.Module, batch: Any, settings: Settings, step: Step) -> Tensor:
+    autocast = (
+        torch.autocast("cpu", settings.autocast) if settings.autocast is not None else nullcontext()
+    )
+    with autocast:
+        return step(module, batch)

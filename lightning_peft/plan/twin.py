@@ -1,0 +1,77 @@
+"""A model's twin without values: built from a config or copied from a module, never loaded.
+
+First on torch's meta device, where the engine injects as it does into a real module; then as fake
+tensors, which take a device's code paths (autocast, attention kernels) without its memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lightning_peft import engine
+
+# Fake tensors of other devices need a torch that was built for them.
+_DEVICE = torch.device("cpu")
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """Returns a copy of ``module`` whose parameters and buffers are on the meta device.
+
+    The values are not copied, and neither is the Trainer that a LightningModule belongs to.
+    """
+    memo: dict[int, Any] = {}
+    for param in module.parameters():
+        memo[id(param)] = engine.remade(param, _on_meta)
+    for buffer in module.buffers():
+        memo[id(buffer)] = _on_meta(buffer)
+    for child in module.modules():
+        for name in ("_trainer", "_fabric"):
+            owner = child.__dict__.get(name)
+            if owner is not None:
+                memo[id(owner)] = None
+    return copy.deepcopy(module, memo)
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    # Not through methods of the tensor: those of 4-bit weights quantize.
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Casts floating-point parameters and buffers, as Lightning's ``*-true`` precisions do."""
+    module.to(dtype)
+
+
+def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Turns every parameter and buffer of a module on the meta device into a fake one, in place.
+
+    Ties stay ties.
+    """
+    made: dict[int, Any] = {}
+
+    def fake(tensor: Tensor) -> Any:
+        if id(tensor) not in made:
+            made[id(tensor)] = engine.remade(
+                tensor, lambda one: FakeTensor(mode, _on_meta(one), _DEVICE)
+            )
+        return made[id(tensor)]
+
+    for child in module.modules():
+        for held in (child._parameters, child._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = fake(tensor)
+
+
+@contextmanager
+def fake_mode() -> Iterator[FakeTensorMode]:
+    """Within the body, new tensors have no values; those that are real come in as fake ones."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode

@@ -1,0 +1,113 @@
+"""``lightning-peft plan`` on a folder that holds only a config."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lightning_peft.cli import main
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """Runs the command in a process of its own; the model is in ``model``."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+
+    def run(*words):
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_peft.cli", "plan", *words],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture
+def here(plan, tmp_path, monkeypatch, capsys):
+    """Runs the same in this process, which is quicker."""
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        code = main(["plan", *words])
+        streams = capsys.readouterr()
+        return subprocess.CompletedProcess(words, code, streams.out, streams.err)
+
+    return run
+
+
+def test_json_alone_is_printed(plan):
+    done = plan("--model", "model", "--method", "lora", "--gpu", "1GB", "--seq-len", "64", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    per_layer = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 192)
+    assert found["trainable_parameters"] == 2 * 16 * per_layer
+    assert found["total_parameters"] > found["trainable_parameters"]
+    assert sum(found["breakdown"].values()) == found["peak_bytes"]
+    assert found["breakdown"]["adapters"] == 4 * found["trainable_parameters"]
+    assert found["low_bytes"] < found["peak_bytes"] < found["high_bytes"]
+    assert found["fits"] is True
+    assert found["device"] == {"name": "1GB", "bytes": 10**9}
+    assert found["largest_batch_size"] > 1
+    assert found["longest_seq_len"] == 256
+    assert set(found["methods"]) == {"full", "lora", "qlora"}
+    kept = found["kept_for_backward"]
+    assert kept["with_checkpointing"] < kept["without_checkpointing"]
+    assert found["recommended_method"] == "lora"
+    assert found["recommendation"].startswith("LoRA")
+    assert "predicting lora" in done.stderr
+
+
+def test_plain_lines_where_there_is_no_terminal(here):
+    words = ["--batch-size", "2", "--seq-len", "32", "--r", "8", "--target-modules", "q_proj"]
+    done = here("--model", "model", *words, "--gradient-checkpointing", "off", "--no-limits")
+    assert done.returncode == 0, done.stderr
+    assert "qlora, batch_size=2, seq_len=32, gradient checkpointing off" in done.stdout
+    assert f"trainable {2 * 8 * (64 + 64):,} of" in done.stdout
+    assert "weights in 4 bits" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_bad_input_is_answered_with_2(plan, here):
+    done = plan("--model", "nowhere", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--model 'nowhere': no config of transformers could be read there" in done.stderr
+    done = here("--model", "model", "--gpu", "rtx4091")
+    assert done.returncode == 2
+    assert "near names: rtx4090" in done.stderr
+    done = here("--model", "model", "--seq-len", "0", "--optimizer", "adam_8bit")
+    assert done.returncode == 2
+    assert "seq_len=0" in done.stderr
+    assert "adamw_8bit" in done.stderr
+
+
+def test_a_layer_that_is_not_there_is_answered_with_1(here):
+    done = here("--model", "model", "--target-modules", "q_prj")
+    assert done.returncode == 1
+    assert "q_prj" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\n"
+        "from lightning_peft.cli import main\n"
+        "try: main(['plan', '--help'])\n"
+        "except SystemExit as stop: print('code', stop.code)\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("code 0\nFalse\n")
+    assert "--gpu" in done.stdout
