@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.injection import (
         inject,
     )
+    from lightning_peft.engine.layers.quantization import (
+        quantize,
+    )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
     )
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.memory.quantized_loading import (
         loading_for_injection,
+        quantized_loading,
     )
     from lightning_peft.engine.merging import (
         merge,
@@ -58,6 +62,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.quantization_settings import (
         quantization_config,
+        quantization_from_dict,
         quantization_to_dict,
     )
     from lightning_peft.engine.record import (
@@ -126,9 +131,14 @@ _HOMES = {
     ),
     "quantization_settings": (
         "quantization_config",
+        "quantization_from_dict",
         "quantization_to_dict",
     ),
-    "memory.quantized_loading": ("loading_for_injection",),
+    "memory.quantized_loading": (
+        "loading_for_injection",
+        "quantized_loading",
+    ),
+    "layers.quantization": ("quantize",),
     "record": (
         "record_of",
         "require_record",
@@ -184,7 +194,10 @@ __all__ = [
     "optimizer_names",
     "packed_adapters",
     "quantization_config",
+    "quantization_from_dict",
     "quantization_to_dict",
+    "quantize",
+    "quantized_loading",
     "record_of",
     "replace_optimizers",
     "report",
