@@ -96,6 +96,9 @@ class StreamedMerge:
         # Plain layers, one of which at a time becomes a real and quantized one.
         self._plain = copy.deepcopy(outline)
         self.quantized = _quantized_in_training(self._plain, fields, self.settings)
+        for name in self.quantized:
+            # Biases are not quantized, and these have no values to move.
+            self._plain.get_submodule(name)._parameters["bias"] = None
         load_adapter(outline, folder, adapter_name=_ADAPTER, check_base=False)
         self.outline = outline
         self._layers = adapted_layers(outline)

@@ -31,8 +31,6 @@ from lightning_peft.export.base import (
 from lightning_peft.export.shards import in_file_order, write_safetensors
 
 REPORT = "merge_report.json"
-# For tensors of the adapter that the base's files do not have, such as a new head.
-_EXTRA = "model-adapter.safetensors"
 WAYS = ("dequantized", "original", "requantized")
 
 # What is going on, how many bytes of it are done, and of how many.
@@ -266,7 +264,9 @@ def _plan(base: Base, merge: StreamedMerge, names: dict[str, str]) -> dict[str, 
         for name, value in replaced.items()
         if name not in there and not there & set(tied.get(name, []))
     }
-    return plan | ({_EXTRA: new} if new else {})
+    # Such as a new head. Not in a file of its own: beside model.safetensors nothing else is read.
+    plan[max(plan)] |= new
+    return plan
 
 
 def _main_dtype(plan: dict[str, dict[str, Stored]]) -> torch.dtype:
@@ -288,19 +288,19 @@ def _write_weights(
     size: int,
 ) -> None:
     replaced, done = merge.replaced(), 0
+    elsewhere = {None, *replaced}
 
     def values(file: str) -> Iterator[Tensor]:
         nonlocal done
         order = in_file_order(plan[file])
-        read = base.tensors(order) if file in base.shards else iter(())
+        of_base = [key for key in order if names.get(key) not in elsewhere]
+        read = base.tensors(of_base)
         for key in order:
-            dense = next(read, None)
             name = names.get(key, key)
             if name in replaced:
                 value = replaced[name].to(plan[file][key].dtype)
             else:
-                assert dense is not None
-                value = merge.merged(name, dense)
+                value = merge.merged(name, next(read))
             done += value.numel() * value.element_size()
             progress("merging", done, size)
             yield value
