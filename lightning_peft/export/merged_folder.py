@@ -66,9 +66,8 @@ class MergedFolder:
 def merge_into_folder(
     adapter: Adapter,
     output: Path,
+    base: Base,
     *,
-    base: str | None = None,
-    revision: str | None = None,
     dtype: torch.dtype | None = None,
     into: Into | None = None,
     check_base: bool = True,
@@ -82,8 +81,7 @@ def merge_into_folder(
     Args:
         adapter: What to merge.
         output: The model folder; it must not exist, or be empty.
-        base: Folder or hub name of the base; by default the one recorded in the adapter.
-        revision: Branch, tag or commit of the base on the hub; by default the recorded one.
+        base: Its base; see :func:`base_of`.
         dtype: Dtype of the weights; by default that of the base, and bfloat16 for a wider one.
         into: See :class:`~lightning_peft.engine.streamed_merging.StreamedMerge`.
         check_base: Refuse a base other than the recorded one.
@@ -99,10 +97,9 @@ def merge_into_folder(
         UnsupportedError: If the adapter cannot be merged.
     """
     _refuse_output(output)
-    found = base_of(adapter, base, revision)
-    merge, names = prepare(adapter, found, into, dtype)
-    checked = check_base and _check_base(adapter, found, merge, names, progress)
-    plan = _plan(found, merge, names)
+    merge, names = prepare(adapter, base, into, dtype)
+    checked = check_base and _check_base(adapter, base, merge, names, progress)
+    plan = _plan(base, merge, names)
     size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
     _refuse_full_disk(output, size)
     unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
@@ -110,11 +107,11 @@ def merge_into_folder(
         shutil.rmtree(left, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write_weights(unfinished, found, merge, names, plan, progress, size)
+        _write_weights(unfinished, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
-        _write_companions(unfinished, found, adapter, written)
+        _write_companions(unfinished, base, adapter, written)
         result = MergedFolder(output, merge.into, written, size, checked, merge.errors)
-        report = report_of(result, adapter, found)
+        report = report_of(result, adapter, base)
         (unfinished / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if output.is_dir():
             output.rmdir()

@@ -63,28 +63,14 @@ def merge(
     source = base_of(found, base, revision)
     wanted = getattr(torch, dtype) if dtype else None
     result = merge_into_folder(
-        found,
-        output,
-        base=base,
-        revision=revision,
-        dtype=wanted,
-        into=into,
-        check_base=check_base,
-        progress=progress,
+        found, output, source, dtype=wanted, into=into, check_base=check_base, progress=progress
     )
     errors: dict[str, LogitError] = {}
     reason: str | None = "it was not asked for"
     if measure:
-        errors, reason = measured(
-            found,
-            source,
-            output,
-            result.into,
-            getattr(torch, result.dtype),
-            prompts=prompts or PROMPTS,
-            check_base=check_base,
-            progress=progress,
-        )
+        stored, texts = getattr(torch, result.dtype), prompts or PROMPTS
+        options = {"prompts": texts, "check_base": check_base, "progress": progress}
+        errors, reason = measured(found, source, output, result.into, stored, **options)
     report = report_of(result, found, source) | {
         "output": str(output),
         "logit_errors": {way: asdict(error) for way, error in errors.items()},
