@@ -105,7 +105,7 @@ def test_help_is_quick_to_come() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    for name in ("merge",):
+    for name in ("merge", "chat"):
         done = subprocess.run(
             [sys.executable, "-c", code.format(name=name)],
             cwd=ROOT,
