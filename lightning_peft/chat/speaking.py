@@ -114,6 +114,11 @@ class Speaker:
         tokenizer, asked = self.loaded.tokenizer, self.asked_template
         return template_for(tokenizer, self.adapters, asked, self.active)
 
+    def template_source(self) -> str | None:
+        """Returns what data should be encoded with, as its ``chat_template``."""
+        known = (adapter.chat_template for adapter in self.adapters)
+        return self.asked_template or next(known, None)
+
     def tokens_of(self, messages: Messages) -> torch.Tensor:
         """Returns the ids of a conversation up to where the answer begins, ``(1, length)``.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from finished import BASE, command
+from trainer_fixtures import _one_thread  # noqa: F401
 
 from lightning_peft.cli import main
 

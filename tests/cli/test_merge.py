@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from finished import BASE, ROOT, adapter_in, command, json_of
+from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_peft.cli import main
@@ -105,7 +106,7 @@ def test_help_is_quick_to_come() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    for name in ("merge", "chat"):
+    for name in ("merge", "chat", "compare"):
         done = subprocess.run(
             [sys.executable, "-c", code.format(name=name)],
             cwd=ROOT,
