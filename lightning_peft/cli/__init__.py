@@ -46,7 +46,7 @@ def demo(
 COMMANDS: dict[str, Callable[..., None]] = {"demo": demo}
 # Their arguments are those of LightningCLI or of a class that is expensive to import, which a
 # parser made from a function cannot have.
-OWN_PARSERS = ("chat", "compare", "doctor", "merge", "preview", "recipes", "verify")
+OWN_PARSERS = ("chat", "compare", "doctor", "export", "merge", "preview", "recipes", "verify")
 TRAINING = ("fit", "validate", "test", "predict")
 
 

@@ -46,7 +46,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
     use = (
         "## Use\n\n```python\nfrom peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({_public(base)!r})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({public_name(base)!r})\n"
         'model = PeftModel.from_pretrained(base, "PATH_OR_NAME_OF_THIS_FOLDER")\n```\n'
     )
     if adapter.bits != 16:
@@ -91,6 +91,22 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
     return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_facts(adapter, license)}"
 
 
+def quantized_section(found: Mapping[str, Any]) -> str:
+    """Returns what the card of a merged model says further when it was quantized."""
+    kind = "NF4 with double quantization" if found["bits"] == 4 else "LLM.int8"
+    text = (
+        f"\n## Quantized\n\nThe linear layers are in {found['bits']} bits ({kind}, bitsandbytes).\n"
+    )
+    error = found["logit_error"]
+    if error is None:
+        return f"{text}The outputs were not compared: {found['not_measured']}.\n"
+    return (
+        f"{text}Difference to the base with the adapter as it was trained: {error['relative']:.2%} "
+        f"of the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
+        "tokens the same.\n"
+    )
+
+
 def _front(adapter: Adapter, license: str | None, tags: list[str], library: str) -> str:
     lines = ["---", f"library_name: {library}"]
     base = adapter.base_name
@@ -106,15 +122,15 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
-def _public(name: str) -> str:
-    """Returns a name without the folders of the machine that it was on."""
+def public_name(name: str) -> str:
+    """Returns the name of a model without the folders of the machine that it was on."""
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if _is_path(name) else name
 
 
 def _about(adapter: Adapter) -> str:
     config = adapter.config
     method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(adapter.bits, "LoRA")
-    base = _public(adapter.base_name or "a base that is not recorded")
+    base = public_name(adapter.base_name or "a base that is not recorded")
     rank = f" of rank {config['r']}" if "r" in config else ""
     return f"{method}{rank}, trained on `{base}` with lightning-peft.\n"
 
@@ -123,7 +139,7 @@ def _facts(adapter: Adapter, license: str | None) -> str:
     facts, base = adapter.facts, adapter.facts.get("base") or {}
     trained = facts.get("config") or adapter.config
     rows = [
-        ("base", _public(adapter.base_name or "not recorded")),
+        ("base", public_name(adapter.base_name or "not recorded")),
         ("revision", adapter.base_revision),
         ("fingerprint of the base", base.get("fingerprint")),
         ("license of the base", license or "not known here: look it up before you pass this on"),

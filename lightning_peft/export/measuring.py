@@ -96,34 +96,33 @@ def measure_merge(
         progress: Is told what is going on.
     """
     tokenizer = load_tokenizer(base)
-    batches = [tokenizer(text, return_tensors="pt")["input_ids"][:, :_LONGEST] for text in prompts]
     settings, found = settings_of(adapter), {}
     steps = 2 if settings is None else 4
     progress("comparing outputs", 0, steps)
     trained = load_as_trained(base, adapter, check_base=check_base)
-    reference = _logits(trained, batches)
+    reference = logits_of(trained, tokenizer, prompts)
     progress("comparing outputs", 1, steps)
     if settings is not None:
         (entry,) = engine.require_record(trained).parts.values()
         quantized = list(entry.quantized)
         _as_stored(trained, dtype)
         if into != "dequantized":
-            found["dequantized"] = _compare(trained, batches, reference)
+            found["dequantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
         for name in quantized:
             engine.quantize(trained.get_submodule(name), settings)
-        found["requantized"] = _compare(trained, batches, reference)
+        found["requantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
         progress("comparing outputs", 2, steps)
         del trained
         if into != "original":
             dense = load_model(base, adapter, dtype_in_training(adapter))
             engine.load_adapter(dense, adapter.folder, check_base=check_base)
             _as_stored(dense, dtype)
-            found["original"] = _compare(dense, batches, reference)
+            found["original"] = compare(logits_of(dense, tokenizer, prompts), reference)
             del dense
         progress("comparing outputs", 3, steps)
     cls: Any = getattr(transformers, base.config.architectures[0])
     written = cls.from_pretrained(merged, dtype=torch.float32).eval()
-    found[into] = _compare(written, batches, reference)
+    found[into] = compare(logits_of(written, tokenizer, prompts), reference)
     progress("comparing outputs", steps, steps)
     return found
 
@@ -135,16 +134,24 @@ def _as_stored(model: Any, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _logits(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    model.float()
-    outputs = [model(input_ids=ids) for ids in batches]
-    return [getattr(output, "logits", output[0]).float() for output in outputs]
+def logits_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Tensor:
+    """Returns the logits of ``model`` after each token of some texts, ``(tokens, vocabulary)``.
+
+    Dense weights are made float32 first; ``model`` is changed.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        model.float()
+    found = []
+    for text in prompts or PROMPTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_LONGEST]
+        output = model(input_ids=ids.to(model.device))
+        logits = getattr(output, "logits", output[0])
+        found.append(logits.float().cpu().reshape(-1, logits.shape[-1]))
+    return torch.cat(found)
 
 
-def _compare(model: Any, batches: Sequence[Tensor], reference: Sequence[Tensor]) -> LogitError:
-    found = _logits(model, batches)
-    mine = torch.cat([x.reshape(-1, x.shape[-1]) for x in found])
-    theirs = torch.cat([x.reshape(-1, x.shape[-1]) for x in reference])
+def compare(mine: Tensor, theirs: Tensor) -> LogitError:
+    """Returns how far the logits ``mine`` are from ``theirs``."""
     kl = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
     same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
     return LogitError(

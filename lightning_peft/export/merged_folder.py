@@ -111,8 +111,6 @@ def merge_into_folder(
         written = str(_main_dtype(plan)).removeprefix("torch.")
         _write_companions(unfinished, base, adapter, written)
         result = MergedFolder(output, merge.into, written, size, checked, merge.errors)
-        report = report_of(result, adapter, base)
-        (unfinished / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if output.is_dir():
             output.rmdir()
         os.replace(unfinished, output)

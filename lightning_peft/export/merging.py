@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from lightning_peft.engine.streamed_merging import Into
-from lightning_peft.export.adapters import find_adapter
+from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import license_of
-from lightning_peft.export.card import merged_card
+from lightning_peft.export.card import merged_card, public_name
 from lightning_peft.export.measuring import PROMPTS, LogitError, measured
 from lightning_peft.export.merged_folder import (
     REPORT,
@@ -26,7 +26,7 @@ from lightning_peft.export.merged_folder import (
 
 
 def merge(
-    adapter: str,
+    adapter: str | Adapter,
     output: Path,
     *,
     base: str | None = None,
@@ -41,7 +41,7 @@ def merge(
     """Merges an adapter into a model folder, compares outputs, and writes the model card.
 
     Args:
-        adapter: An adapter folder, a checkpoint, or the folder of a run.
+        adapter: An adapter folder, a checkpoint, or the folder of a run; or what was found there.
         output: The folder to make.
         base: Folder or hub name of the base; by default the recorded one.
         revision: Branch, tag or commit of the base on the hub.
@@ -59,7 +59,7 @@ def merge(
     Raises:
         LightningPeftError: See :func:`lightning_peft.export.merged_folder.merge_into_folder`.
     """
-    found = find_adapter(adapter)
+    found = find_adapter(adapter) if isinstance(adapter, str) else adapter
     source = base_of(found, base, revision)
     wanted = getattr(torch, dtype) if dtype else None
     result = merge_into_folder(
@@ -72,13 +72,14 @@ def merge(
         options = {"prompts": texts, "check_base": check_base, "progress": progress}
         errors, reason = measured(found, source, output, result.into, stored, **options)
     report = report_of(result, found, source) | {
-        "output": str(output),
         "logit_errors": {way: asdict(error) for way, error in errors.items()},
         "not_measured": reason,
     }
-    _write(output / REPORT, json.dumps(report, indent=2) + "\n")
+    # The folder travels: it does not tell the paths of this machine.
+    public = report | {"adapter": found.name, "base": public_name(source.name)}
+    _write(output / REPORT, json.dumps(public, indent=2) + "\n")
     _write(output / "README.md", merged_card(found, license_of(source.folder), report))
-    return report
+    return {"output": str(output), **report}
 
 
 def _write(file: Path, text: str) -> None:
