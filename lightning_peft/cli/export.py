@@ -180,5 +180,6 @@ def _show_quantized(quantized: dict[str, Any]) -> None:
         return
     print(
         f"in {quantized['bits']} bits the logits are {error['relative']:.2%} from those in "
-        f"training, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next tokens the same"
+        f"training, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
+        "tokens the same"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from lightning_peft.cli import main
 SPEAK = ("--chat-template", "plain", "--max-new-tokens", "8")
 
 
-def test_questions_and_commands_through_a_pipe(qlora_run: Path) -> None:
+def test_questions_and_commands_through_a_pipe(
+    qlora_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = "What does `len` do?\n/base\n/reset\nWhat does `len` do?\n/quit\nnot asked\n"
     done = command("chat", f"mine={qlora_run}", *SPEAK, "--json", given=lines)
     assert done.returncode == 0, done.stderr
@@ -23,9 +26,13 @@ def test_questions_and_commands_through_a_pipe(qlora_run: Path) -> None:
     assert rows[0]["answer"] != rows[1]["answer"]
     assert all(0 < row["tokens"] <= 8 for row in rows)
     assert "base answers" in done.stderr
-    once = command("chat", f"mine={qlora_run}", *SPEAK, "--prompt", "What does `len` do?")
-    assert once.returncode == 0, once.stderr
-    assert once.stdout.strip() == rows[0]["answer"]
+    assert main(["chat", f"mine={qlora_run}", *SPEAK, "--prompt", "What does `len` do?"]) == 0
+    assert capsys.readouterr().out.strip() == rows[0]["answer"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adaptr x\nnot asked\n"))
+    assert main(["chat", "--base", str(BASE), *SPEAK]) == 2
+    streams = capsys.readouterr()
+    assert "There is no command '/adaptr'" in streams.err
+    assert streams.out == ""
 
 
 def test_bad_input(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +48,3 @@ def test_bad_input(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]:
         assert main(["chat", *words]) == 2
         assert message in capsys.readouterr().err
-    bad = command("chat", "--base", BASE, *SPEAK, given="/adaptr x\nnot asked\n")
-    assert bad.returncode == 2
-    assert "There is no command '/adaptr'" in bad.stderr
-    assert bad.stdout == ""

@@ -72,20 +72,22 @@ def test_losses_are_those_of_the_models_apart(
     assert [row["a"]["loss"] for row in written] == pytest.approx(totals["a"], rel=1e-5)
 
 
-def test_answers_side_by_side(qlora_run: Path, tmp_path: Path) -> None:
+def test_answers_side_by_side(
+    qlora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     rows = [{"prompt": "What does `len` do?", "reference": "It counts."}, {"prompt": "And `sum`?"}]
     prompts.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    words = ["compare", f"mine={qlora_run}", "--prompts", prompts, *PLAIN]
-    done = command(*words, "--max-new-tokens", "6", "--output", out)
-    assert done.returncode == 0, done.stderr
+    words = ["compare", f"mine={qlora_run}", "--prompts", str(prompts), *PLAIN]
+    assert main([*words, "--max-new-tokens", "6", "--output", str(out)]) == 0
+    said = capsys.readouterr().out
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
     assert written[0]["reference"] == "It counts."
     assert set(written[0]["answers"]) == {"base", "mine"}
     assert written[0]["answers"]["base"] != written[0]["answers"]["mine"]
-    assert "reference  It counts." in done.stdout
-    assert "mine       " in done.stdout
+    assert "reference  It counts." in said
+    assert "mine       " in said
 
 
 def test_bad_input(

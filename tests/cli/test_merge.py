@@ -40,16 +40,19 @@ def test_a_checkpoint_becomes_a_model_folder(qlora_run: Path, tmp_path: Path) ->
     assert str(ROOT) not in card
 
 
-def test_the_figures_are_printed(lora_run: Path, tmp_path: Path) -> None:
+def test_the_figures_are_printed(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What does `len` do?\n\nWhat is a list?\n")
-    done = command("merge", lora_run, tmp_path / "out", "--prompts", prompts, "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
-    assert "into the original base, 28 layers, float32" in done.stdout
-    assert "original (chosen)" in done.stdout
-    assert "dequantized" not in done.stdout
-    unmeasured = command("merge", lora_run, tmp_path / "other", "--no-measure")
-    assert "outputs were not compared: it was not asked for" in unmeasured.stdout
+    words = ["merge", str(lora_run), str(tmp_path / "out"), "--prompts", str(prompts)]
+    assert main([*words, "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "into the original base, 28 layers, float32" in said
+    assert "original (chosen)" in said
+    assert "dequantized" not in said
+    assert main(["merge", str(lora_run), str(tmp_path / "other"), "--no-measure"]) == 0
+    assert "outputs were not compared: it was not asked for" in capsys.readouterr().out
 
 
 def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +110,7 @@ def test_help_is_quick_to_come() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit('torch' in sys.modules)"
     )
-    for name in ("merge", "chat", "compare"):
+    for name in ("merge", "chat", "compare", "export"):
         done = subprocess.run(
             [sys.executable, "-c", code.format(name=name)],
             cwd=ROOT,
