@@ -111,19 +111,13 @@ def _merge(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_prompts(file: str) -> list[str]:
-    """Returns the lines of a text file that are not empty.
+    """Returns the prompts in a file, as `lightning-peft compare` reads them.
 
     Raises:
         ConfigError: If it cannot be read, or has none.
     """
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {file!r} cannot be read as text: {error}") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise ConfigError(f"--prompts {file!r} has no line with a prompt.")
-    return found
+    read = import_module("lightning_peft.chat.comparing").read_prompts
+    return [prompt.text for prompt in read(file)]
 
 
 def as_text(report: dict[str, Any]) -> str:

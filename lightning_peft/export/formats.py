@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
 from lightning_peft.export.merging import merge
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
+from lightning_peft.export.whole_folder import whole_folder
 
 # The ranks that vLLM lays out memory for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -53,28 +51,6 @@ class Wishes:
     chat_template: str | None = None
     system: str | None = None
     with_adapter: bool = False
-
-
-@contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """Yields an unfinished folder that becomes ``output`` if the body succeeds.
-
-    Raises:
-        ConfigError: If ``output`` is there already.
-    """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(
-            f"The output {str(output)!r} is there already. Remove it, or name another."
-        )
-    unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if output.is_dir():
-            output.rmdir()
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def as_adapter(wishes: Wishes) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -29,6 +28,7 @@ from lightning_peft.export.base import (
     names_in_model,
 )
 from lightning_peft.export.shards import in_file_order, write_safetensors
+from lightning_peft.export.whole_folder import refuse_taken, whole_folder
 
 REPORT = "merge_report.json"
 WAYS = ("dequantized", "original", "requantized")
@@ -96,27 +96,17 @@ def merge_into_folder(
         CheckpointError: If a file is damaged, or adapter and base do not fit.
         UnsupportedError: If the adapter cannot be merged.
     """
-    _refuse_output(output)
+    refuse_taken(output)
     merge, names = prepare(adapter, base, into, dtype)
     checked = check_base and _check_base(adapter, base, merge, names, progress)
     plan = _plan(base, merge, names)
     size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
     _refuse_full_disk(output, size)
-    unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
-    for left in output.parent.glob(f".incomplete-*-{output.name}"):
-        shutil.rmtree(left, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        _write_weights(unfinished, base, merge, names, plan, progress, size)
+    with whole_folder(output) as folder:
+        _write_weights(folder, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
-        _write_companions(unfinished, base, adapter, written)
-        result = MergedFolder(output, merge.into, written, size, checked, merge.errors)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return result
+        _write_companions(folder, base, adapter, written)
+    return MergedFolder(output, merge.into, written, size, checked, merge.errors)
 
 
 def base_of(adapter: Adapter, base: str | None = None, revision: str | None = None) -> Base:
@@ -178,13 +168,6 @@ def _with_ties(outline: Any, names: set[str]) -> set[str]:
     for name, value in outline.state_dict(keep_vars=True).items():
         first.setdefault(id(value), []).append(name)
     return {name for tied in first.values() if names & set(tied) for name in tied} | names
-
-
-def _refuse_output(output: Path) -> None:
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(
-            f"The output {str(output)!r} is there already. Remove it, or name another."
-        )
 
 
 def _refuse_full_disk(output: Path, size: int) -> None:
