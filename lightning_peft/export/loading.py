@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
 
@@ -108,7 +108,8 @@ def load_with_adapters(
 
     Raises:
         ConfigError: If the bits cannot be had.
-        BaseMismatchError, CheckpointError, UnsupportedError: If an adapter does not fit.
+        BaseMismatchError, CheckpointError: If an adapter does not fit.
+        UnsupportedError: If the model generates no text, or adapters cannot share it.
     """
     wanted = bits or (adapters[0].bits if adapters else 16)
     settings = _settings(adapters, wanted)
@@ -116,6 +117,7 @@ def load_with_adapters(
     dense = [name for a in adapters for name in a.config.get("modules_to_save") or []]
     streamed = settings is not None and wanted == 4 and device.type != "cpu"
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
+    _refuse_silent(adapters)
     with (
         engine.quantized_loading(settings, device, dense)
         if streamed and settings is not None
@@ -143,6 +145,17 @@ def load_with_adapters(
         if not (a.facts.get("base") or {}).get("fingerprint")
     ]
     return Loaded(model.eval(), load_tokenizer(base), notes)
+
+
+def _refuse_silent(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        name = str((adapter.facts.get("base") or {}).get("class"))
+        cls: Any = getattr(transformers, name, None)
+        if isinstance(cls, type) and not getattr(cls, "can_generate", lambda: True)():
+            raise UnsupportedError(
+                f"{adapter.name} was trained on a {name}, which generates no text. Use it in "
+                "Python: lightning_peft.load_adapter on the model."
+            )
 
 
 def _settings(adapters: Sequence[Adapter], bits: int) -> BitsAndBytesConfig | None:

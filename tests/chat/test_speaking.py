@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_peft import engine
 from lightning_peft.chat.conversation import Conversation, is_command, question_of
 from lightning_peft.chat.speaking import Sampling, Speaker
-from lightning_peft.errors import BaseMismatchError, ConfigError
+from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter, find_adapters
 from lightning_peft.export.base import find_base
 from lightning_peft.export.loading import load_with_adapters
@@ -155,6 +155,13 @@ def test_where_no_answer_would_end(lora_run: Path) -> None:
     talk.loaded.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="names an end token"):
         talk.answer(QUESTION)
+
+
+def test_a_classifier_has_nothing_to_say(lora_run: Path) -> None:
+    (found,) = find_adapters([str(lora_run)])
+    found.facts["base"]["class"] = "LlamaForSequenceClassification"
+    with pytest.raises(UnsupportedError, match="which generates no text"):
+        load_with_adapters(find_base(str(BASE)), [found], device=CPU)
 
 
 def test_recorded_facts_of_other_programs() -> None:
