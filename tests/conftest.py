@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finished import lora_run, qlora_run  # noqa: F401
 
 torch.set_num_threads(2)
 

@@ -13,6 +13,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Prove it": ("verify", "reproduce"),
+    "Use what was trained": ("chat", "compare", "merge", "export"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 _TRAINING = GROUPS["Train"]

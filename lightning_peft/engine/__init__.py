@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.injection import (
         inject,
     )
+    from lightning_peft.engine.layers.quantization import (
+        quantize,
+    )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
         is_checkpointed,
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.memory.quantized_loading import (
         loading_for_injection,
+        quantized_loading,
     )
     from lightning_peft.engine.memory.weightless import (
         inject_without_values,
@@ -70,6 +74,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.quantization_settings import (
         quantization_config,
+        quantization_from_dict,
         quantization_to_dict,
     )
     from lightning_peft.engine.record import (
@@ -144,9 +149,13 @@ _HOMES = {
     ),
     "quantization_settings": (
         "quantization_config",
+        "quantization_from_dict",
         "quantization_to_dict",
     ),
-    "memory.quantized_loading": ("loading_for_injection",),
+    "memory.quantized_loading": (
+        "loading_for_injection",
+        "quantized_loading",
+    ),
     "memory.weightless": (
         "inject_without_values",
         "quantizable_layers",
@@ -154,6 +163,7 @@ _HOMES = {
         "quantized_tensors",
         "remade",
     ),
+    "layers.quantization": ("quantize",),
     "record": (
         "record_of",
         "require_record",
@@ -165,7 +175,6 @@ _HOMES = {
     ),
     "files.state": (
         "check_description",
-        "default_step",
         "describe",
         "inject_as_described",
         "load_trainable_state_dict",
@@ -213,11 +222,14 @@ __all__ = [
     "optimizer_names",
     "packed_adapters",
     "quantization_config",
+    "quantization_from_dict",
     "quantization_to_dict",
-    "read_adapter",
     "quantizable_layers",
+    "quantize",
     "quantize_without_values",
+    "quantized_loading",
     "quantized_tensors",
+    "read_adapter",
     "record_of",
     "remade",
     "replace_optimizers",

@@ -31,6 +31,7 @@ from lightning_peft.engine.layers.lora import attach, low_rank_factors
 from lightning_peft.engine.layers.quantization import adopt_quantized, quantize
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
+from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import (
     AdapterInfo,
@@ -182,6 +183,8 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
         base_id={
             "name_or_path": getattr(source, "_name_or_path", None) or None,
             "revision": getattr(source, "_commit_hash", None),
+            "class": type(part).__name__,
+            "dtype": _dtype_of(part),
         },
         quantized=quantized,
         quantization=quantization_to_dict(config),
@@ -189,6 +192,11 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
         heads=plan.heads,
         saved=plan.saved,
     )
+
+
+def _dtype_of(part: nn.Module) -> str | None:
+    floats = [param.dtype for param in part.parameters() if param.is_floating_point()]
+    return str(plain(floats[0])) if floats else None
 
 
 def _resolved(plan: PartPlan, config: PeftConfig) -> PeftConfig:

@@ -94,12 +94,17 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
             both), or PEFT's wrapper cannot merge without quantizing again.
     """
     layers = adapted_layers_of(module, require_record(module))
-    _check_mergeable(module, layers)
+    check_mergeable(module, layers)
     merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
     return MergeReport([layer for layer in merged if layer is not None])
 
 
-def _check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
+def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
+    """Refuses layers whose weight is shared, or that PEFT would quantize again.
+
+    Raises:
+        UnsupportedError: With the names of all such layers.
+    """
     holders: dict[int, list[str]] = {}
     for name, child in module.named_modules():
         for param in child._parameters.values():
@@ -133,8 +138,7 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     quantized = is_quantized(layer)
     with without_adapters(layer):
         base = layer.effective_weight()
-    delta = torch.stack([layer.lora_delta(adapter).to(base.device) for adapter in todo]).sum(0)
-    target = base.to(wide_dtype(base)) + delta
+    delta, target = weight_sum(layer, base, todo)
     stored = target.to((dtype or base.dtype) if quantized else base.dtype)
     again = requantized(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
     if quantized:
@@ -145,9 +149,18 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     return MergedLayer(
         name=name,
         was_quantized=quantized,
-        error=_relative(stored.to(target.dtype) - target, delta),
-        requantized_error=None if again is None else _relative(again.float() - target, delta),
+        error=relative_norm(stored.to(target.dtype) - target, delta),
+        requantized_error=None if again is None else relative_norm(again.float() - target, delta),
     )
+
+
+def weight_sum(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+    """Returns ``s B A`` of the adapters ``names`` of ``layer``, and ``base`` plus that.
+
+    Both are in a dtype to add in: float32, or float64 where ``base`` is.
+    """
+    delta = torch.stack([layer.lora_delta(name).to(base.device) for name in names]).sum(0)
+    return delta, base.to(wide_dtype(base)) + delta
 
 
 def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
@@ -160,7 +173,8 @@ def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLa
     return MergedLayer(name=name, was_quantized=quantized, error=None, requantized_error=None)
 
 
-def _relative(difference: Tensor, reference: Tensor) -> float:
+def relative_norm(difference: Tensor, reference: Tensor) -> float:
+    """Returns ``||difference|| / ||reference||``; zero where the reference is zero."""
     scale = reference.norm().item()
     return difference.norm().item() / scale if scale > 0 else 0.0
 

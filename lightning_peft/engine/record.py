@@ -56,7 +56,7 @@ class PartRecord:
     Attributes:
         name: Dotted name inside the module; ``""`` is the module itself.
         base: Fingerprint of the frozen weights, taken before anything changed.
-        base_id: Hub name or path the part was loaded from, and its revision.
+        base_id: Hub name or path the part was loaded from, its revision, class and dtype.
         quantized: Names of the quantized layers.
         quantization: The settings, as primitives, or ``None``.
         dense_bytes: Bytes that the weights of the layers in ``quantized`` took before injection.

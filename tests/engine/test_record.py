@@ -55,7 +55,12 @@ def test_injection_fills_it() -> None:
     assert entry.adapters["default"].targets == ["first"]
     assert entry.adapters["default"].in_place
     assert entry.heads == ["head"]
-    assert entry.base_id == {"name_or_path": None, "revision": None}
+    assert entry.base_id == {
+        "name_or_path": None,
+        "revision": None,
+        "class": "Stack",
+        "dtype": "float32",
+    }
     assert entry.base.names == ("first.weight", "first.bias", "second.weight", "second.bias")
     assert entry.base.shapes == ((64, 96), (64,), (96, 64), (96,))
     assert entry.frozen == {f"model.{name}" for name in entry.base.names}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import (
     adapter_parameters,
@@ -42,6 +43,7 @@ from lightning_peft.errors import (
     CheckpointError,
     ConfigError,
     TargetModulesError,
+    UnsupportedError,
     itemize,
 )
 
@@ -134,6 +136,7 @@ def load_adapter(
     adapt: str | None = None,
     is_trainable: bool = False,
     check_base: bool = True,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> None:
     """Adds an adapter from a folder in PEFT's format, ours or PEFT's own, and makes it active.
 
@@ -146,6 +149,7 @@ def load_adapter(
         adapt: The submodule to put it on; by default the only pretrained part.
         is_trainable: Whether its tensors get gradients.
         check_base: Refuse a base other than the recorded one. Files by plain PEFT record none.
+        quantization_config: Quantizes the linear layers of a module without adapters first.
 
     Raises:
         CheckpointError: If a file is missing, damaged or pickled, or does not fit; every missing
@@ -168,7 +172,9 @@ def load_adapter(
             or name not in record.parts
             or adapter_name not in (record.parts[name].adapters)
         ):
-            _inject_for_file(module, fields, name, adapter_name, folder)
+            if quantization_config is not None:
+                refuse_residual_base(facts, folder)
+            _inject_for_file(module, fields, name, adapter_name, folder, quantization_config)
         entry = require_record(module).parts[name]
         if check_base:
             _check_base(facts, entry, folder)
@@ -214,7 +220,12 @@ def _part_name(module: nn.Module, asked: str | None, folder: Path) -> str:
 
 
 def _inject_for_file(
-    module: nn.Module, fields: Mapping[str, Any], part_name: str, adapter_name: str, folder: Path
+    module: nn.Module,
+    fields: Mapping[str, Any],
+    part_name: str,
+    adapter_name: str,
+    folder: Path,
+    quantization: BitsAndBytesConfig | None,
 ) -> None:
     fields = {key: value for key, value in fields.items() if key != "auto_mapping"}
     init = fields.get("init_lora_weights")
@@ -223,11 +234,34 @@ def _inject_for_file(
         fields["init_lora_weights"] = True
     fields["inference_mode"] = False
     try:
-        inject(module, config_from_dict(fields), adapt=[part_name], adapter_name=adapter_name)
+        inject(
+            module,
+            config_from_dict(fields),
+            quantization_config=quantization,
+            adapt=[part_name],
+            adapter_name=adapter_name,
+        )
     except (ConfigError, TargetModulesError) as error:
         raise CheckpointError(
             f"The adapter in {str(folder)!r} does not fit {type(module).__name__}: {error}"
         ) from error
+
+
+def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to quantize the base of an adapter whose initialisation rewrote that base first.
+
+    Raises:
+        UnsupportedError: If ``facts`` say so.
+    """
+    init = str((facts.get("config") or {}).get("init_lora_weights", ""))
+    if facts.get("quantization") and init.lower().startswith(BASE_CHANGING_INITS):
+        raise UnsupportedError(
+            f"The adapter in {str(folder)!r} was trained with init_lora_weights={init!r} on a "
+            "quantized base: what was quantized was the base less the first factors, and the "
+            "folder is for the base as it was loaded. Quantizing that gives other weights than "
+            "those in training. Use the base in 16 bits, or the checkpoint "
+            "(lightning_peft.load_from_checkpoint)."
+        )
 
 
 def _check_base(facts: Mapping[str, Any], entry: PartRecord, folder: Path) -> None:
@@ -302,7 +336,13 @@ def _fill(part: nn.Module, entry: PartRecord, name: str, tensors: Mapping[str, T
         live = re.sub(r"\.(lora_embedding_[AB])$", lambda m: f".{m[1]}.{name}", live)
         if entry.adapters[name].in_place:
             live = live.replace(".base_layer.", ".")
-        if live in state:
+        if live not in state:
+            continue
+        if state[live].is_meta:
+            # An outline has no memory to copy into.
+            made = {live: value.to(state[live].dtype)}
+            part.load_state_dict(made, strict=False, assign=True)
+        else:
             state[live].copy_(value)
 
 

@@ -114,7 +114,11 @@ def adapter_tensors(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     owners = saved_modules(part, entry)
     tensors |= {k: v for k, v in state.items() if any(k.startswith(f"{o}.") for o in owners)}
     # Cloned: safetensors refuses tensors that are tied, as in a saved embedding and its output.
-    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    values = {key: tensor.detach() for key, tensor in tensors.items()}
+    return {
+        key: (value if value.is_meta else value.cpu()).clone().contiguous()
+        for key, value in values.items()
+    }
 
 
 def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str, Tensor]:

@@ -33,7 +33,12 @@ from lightning_peft.engine.layers.quantized import (
     quantization_constants,
 )
 from lightning_peft.engine.record import Record, require_record
-from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans, quantizable
+from lightning_peft.engine.selection.planning import (
+    PartPlan,
+    Request,
+    layers_to_quantize,
+    make_plans,
+)
 from lightning_peft.errors import UnsupportedError
 
 # bitsandbytes' defaults: weights in a block, and blocks whose constants share one of their own.
@@ -71,7 +76,7 @@ def inject_without_values(
             )
         for plan in make_plans(module, Request(peft_config, None, "default"), adapt, Record()):
             prefix = f"{plan.name}." if plan.name else ""
-            names += [prefix + name for name in quantizable(plan, quantization_config)]
+            names += [prefix + name for name in layers_to_quantize(plan, quantization_config)]
         if not names:
             raise UnsupportedError(
                 f"Nothing to quantize in {type(module).__name__}: there is no linear layer besides "
@@ -139,7 +144,7 @@ def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[st
         factors = {name.rpartition(".")[0] for name in adapter_parameters(part)}
         # In place, the class of a layer is one that was made for it.
         with _own_classes(part):
-            names = [name for name in quantizable(plan, config) if name not in factors]
+            names = [name for name in layers_to_quantize(plan, config) if name not in factors]
         found += [entry.qualified(name) for name in names]
     return found
 

@@ -118,7 +118,7 @@ def make_plans(
         ]
         plan.in_place = _can_be_in_place(plan, request.config)
         if plan.name not in record.parts:
-            plan.quantize = quantizable(plan, request.quantization)
+            plan.quantize = layers_to_quantize(plan, request.quantization)
         _check_layers(plan, request)
     _check_distinct(plans)
     _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
@@ -200,8 +200,13 @@ def _called(plan: PartPlan) -> str:
     return plan.name or type(plan.part).__name__
 
 
-def quantizable(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]:
-    """Returns the names, relative to the part, of the layers that ``config`` quantizes."""
+def layers_to_quantize(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]:
+    """Returns the names of the layers of a part that injection quantizes first.
+
+    Args:
+        plan: The part, with its targets, saved modules and heads; it may be on the meta device.
+        config: How to quantize; ``None`` for nothing.
+    """
     if config is None:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)

@@ -1,0 +1,207 @@
+"""The base against its adapters: answers side by side, or losses on data, with one model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft.chat.speaking import Speaker
+from lightning_peft.data.batching import pad
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.validation import describe
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_peft.data.supervised import SupervisedData
+
+Progress = Callable[[str, int, int], None]
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, and what a good answer would be where that is known."""
+
+    text: str
+    reference: str | None = None
+
+
+def read_prompts(file: str) -> list[Prompt]:
+    """Returns the prompts in a file: one a line, or JSONL with ``prompt`` and ``reference``.
+
+    Raises:
+        ConfigError: If the file cannot be read, or lines are no prompts; all of them at once.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {file!r} cannot be read as text: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise ConfigError(f"--prompts {file!r} has no line with a prompt.")
+    if not file.endswith((".jsonl", ".ndjson")):
+        return [Prompt(line.strip()) for _, line in numbered]
+    found, bad = [], []
+    for number, line in numbered:
+        row = _object(line)
+        text, reference = row.get("prompt"), row.get("reference", row.get("response"))
+        if isinstance(text, str) and text.strip():
+            found.append(Prompt(text, reference if isinstance(reference, str) else None))
+        else:
+            bad.append(str(number))
+    if bad:
+        raise ConfigError(
+            f"--prompts {file!r}: line {', '.join(bad[:12])} is no JSON object with a text called "
+            "`prompt`."
+        )
+    return found
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def answers(
+    speaker: Speaker, prompts: Sequence[Prompt], system: str | None, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Yields, for each prompt, the answers of the base and of every adapter.
+
+    Args:
+        speaker: The model.
+        prompts: The questions; each begins a new conversation.
+        system: System turn.
+        progress: Is told what is going on.
+    """
+    opening = [{"role": "system", "content": system}] if system else []
+    total = len(prompts) * len(speaker.names)
+    for number, prompt in enumerate(prompts):
+        given: dict[str, str] = {}
+        for place, name in enumerate(speaker.names):
+            speaker.switch(name)
+            messages = [*opening, {"role": "user", "content": prompt.text}]
+            given[name] = speaker.answer(messages).text
+            progress("answering", number * len(speaker.names) + place + 1, total)
+        row: dict[str, Any] = {"prompt": prompt.text, "answers": given}
+        yield row | ({"reference": prompt.reference} if prompt.reference else {})
+
+
+@dataclass
+class Score:
+    """How well one of them predicts the answers in data.
+
+    Attributes:
+        name: The base or an adapter.
+        loss: Mean negative log-likelihood per answer token, in nats.
+        perplexity: Its exponential.
+        token_accuracy: Share of the answer tokens that are the likeliest ones, each given those
+            before it.
+        tokens: Answer tokens that were predicted.
+        rows: Loss, hits and tokens of each row.
+    """
+
+    name: str
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the figures without those of the rows."""
+        return {key: value for key, value in asdict(self).items() if key != "rows"}
+
+
+def scores(speaker: Speaker, data: SupervisedData, split: str, progress: Progress) -> list[Score]:
+    """Returns the scores of the base and of every adapter on the trained tokens of data.
+
+    Args:
+        speaker: The model.
+        data: The data; its tokenizer is the base's.
+        split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``.
+        progress: Is told what is going on.
+
+    Raises:
+        ConfigError: If rows have problems, or the split has none.
+    """
+    rows = _rows_of(data, split)
+    size, filler = data.batch_size, data.tokenizer.pad_token_id
+    filler = data.tokenizer.eos_token_id if filler is None else filler
+    # Rows of like length together; where they were is put back at the end.
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    found: list[Score] = []
+    for turn, name in enumerate(speaker.names):
+        speaker.switch(name)
+        per_row: list[dict[str, Any]] = [{} for _ in rows]
+        for number, places in enumerate(batches):
+            batch = pad([rows[place] for place in places], filler)
+            with speaker.speaking() as model, torch.no_grad():
+                measured = _measure(model, {k: v.to(model.device) for k, v in batch.items()})
+            for place, one in zip(places, measured, strict=True):
+                per_row[place] = one
+            done = turn * len(batches) + number + 1
+            progress("scoring", done, len(batches) * len(speaker.names))
+        found.append(_score(name, per_row))
+    return found
+
+
+def _rows_of(data: SupervisedData, split: str) -> list[dict[str, Any]]:
+    prepared = data.read()
+    if prepared.problems:
+        raise ConfigError(
+            "The data cannot be compared on. "
+            + describe(prepared.problems, prepared.summary["rows"])
+        )
+    wanted = SPLITS if split == "all" else (split,)
+    rows = [dict(row) for one in wanted if one in prepared.splits for row in prepared.splits[one]]
+    if not rows:
+        there = ", ".join(f"{name} ({len(prepared.splits[name]):,})" for name in prepared.splits)
+        raise ConfigError(
+            f"The data has no rows for {split!r}; it has {there}. Choose another --split, or 'all'."
+        )
+    return rows
+
+
+def _measure(model: Any, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """Returns summed loss, hits and tokens of each row of a batch."""
+    labels = batch["labels"][:, 1:]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        :, :-1
+    ]
+    counted = labels != IGNORED
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    # Only where there is a label: float32 logits of the rest would be most of the memory.
+    chosen = logits[counted].float()
+    losses[counted] = F.cross_entropy(chosen, labels[counted], reduction="none")
+    hits = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+    hits[counted] = chosen.argmax(-1) == labels[counted]
+    columns = (losses.double().sum(1), hits.sum(1), counted.sum(1))
+    return [
+        {"loss": loss, "hits": int(hit), "tokens": int(tokens)}
+        for loss, hit, tokens in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def _score(name: str, rows: list[dict[str, Any]]) -> Score:
+    tokens = sum(row["tokens"] for row in rows)
+    loss = math.fsum(row["loss"] for row in rows) / max(tokens, 1)
+    return Score(
+        name=name,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        token_accuracy=sum(row["hits"] for row in rows) / max(tokens, 1),
+        tokens=tokens,
+        rows=rows,
+    )

@@ -1,0 +1,249 @@
+"""One model that speaks as its base or as any of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import TextStreamer
+
+from lightning_peft import engine
+from lightning_peft.data.templates import Template, find_template
+from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.loading import Loaded
+
+BASE = "base"
+Messages = Sequence[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 always takes the likeliest token.
+        top_p: Share of the probability from which is drawn.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass
+class Answer:
+    """What was generated.
+
+    Attributes:
+        text: The answer.
+        tokens: How many tokens were generated.
+        ended: Whether the model ended it itself.
+        dropped: Turns of the conversation that were left out, as the model takes no more tokens.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+    dropped: int = 0
+
+
+@dataclass
+class Speaker:
+    """A loaded model, with a choice of who is speaking.
+
+    Attributes:
+        loaded: Model and tokenizer.
+        adapters: The adapters on the model.
+        asked_template: As ``chat_template`` of the data; ``None`` takes that of the adapter's
+            record, or else the tokenizer's.
+        sampling: How tokens are chosen.
+        active: Name of the adapter that speaks, or ``"base"``.
+    """
+
+    loaded: Loaded
+    adapters: Sequence[Adapter]
+    asked_template: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    active: str = BASE
+
+    def __post_init__(self) -> None:
+        if self.adapters and self.active == BASE:
+            self.switch(self.adapters[0].name)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all who can speak, the base first."""
+        return [BASE, *(adapter.name for adapter in self.adapters)]
+
+    def switch(self, name: str) -> None:
+        """Chooses who speaks from now on; the conversation stays.
+
+        Raises:
+            ConfigError: If there is nobody of that name.
+        """
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise ConfigError(
+                f"There is no adapter {name!r}{near_names(name, self.names)}. There are: {known}."
+            )
+        if name != BASE:
+            engine.set_adapter(self.loaded.model, name)
+        self.active = name
+
+    @contextmanager
+    def speaking(self) -> Iterator[Any]:
+        """Within the body, the model computes as the one who is active."""
+        if self.active == BASE and self.adapters:
+            with engine.disable_adapters(self.loaded.model):
+                yield self.loaded.model
+        else:
+            yield self.loaded.model
+
+    def template(self) -> Template:
+        """Returns the chat template of who is active; the base is asked as the first adapter.
+
+        Raises:
+            ConfigError: If none is known.
+        """
+        tokenizer, asked = self.loaded.tokenizer, self.asked_template
+        return template_for(tokenizer, self.adapters, asked, self.active)
+
+    def template_source(self) -> str | None:
+        """Returns what data should be encoded with, as its ``chat_template``."""
+        known = (adapter.chat_template for adapter in self.adapters)
+        return self.asked_template or next(known, None)
+
+    def tokens_of(self, messages: Messages) -> torch.Tensor:
+        """Returns the ids of a conversation up to where the answer begins, ``(1, length)``.
+
+        Raises:
+            ConfigError: If the template refuses the conversation.
+        """
+        template = self.template()
+        try:
+            text = self.loaded.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template.text,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise ConfigError(
+                f"The chat template {template.name} refuses this conversation: {error}"
+            ) from error
+        ids = self.loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        found: torch.Tensor = ids["input_ids"]
+        return found
+
+    def answer(
+        self, messages: Messages, write: Callable[[str], None] = lambda text: None
+    ) -> Answer:
+        """Generates the next turn.
+
+        Args:
+            messages: The conversation so far; the oldest turns are left out where it is too long.
+            write: Takes each piece of the answer as soon as it is there.
+
+        Raises:
+            ConfigError: If even the last turn is too long for the model.
+        """
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        ids, dropped, room = self._fitting(messages)
+        streamer = _Pieces(tokenizer, write)
+        ends = _end_tokens(model, tokenizer)
+        drawing = self.sampling.temperature > 0
+        options: dict[str, Any] = {"do_sample": drawing, "temperature": None, "top_p": None}
+        if drawing:
+            options |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
+        with self.speaking(), torch.no_grad():
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=torch.ones_like(ids).to(model.device),
+                max_new_tokens=min(self.sampling.max_new_tokens, room),
+                eos_token_id=ends,
+                pad_token_id=tokenizer.pad_token_id
+                if tokenizer.pad_token_id is not None
+                else ends[0],
+                top_k=None,
+                streamer=streamer,
+                **options,
+            )
+        new = out[0, ids.shape[1] :].tolist()
+        ended = bool(new) and new[-1] in ends
+        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped)
+
+    def _fitting(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
+        """Returns the ids of the turns that fit, how many turns do not, and the room after them."""
+        limit = _longest(self.loaded)
+        system = [m for m in messages[:1] if m["role"] == "system"]
+        turns = list(messages[len(system) :])
+        dropped = 0
+        while True:
+            ids = self.tokens_of([*system, *turns])
+            room = limit - ids.shape[1]
+            if room > 0 and (
+                room >= min(self.sampling.max_new_tokens, limit // 4) or len(turns) < 3
+            ):
+                return ids, dropped, room
+            if len(turns) < 3:
+                raise ConfigError(
+                    f"The question has {ids.shape[1]:,} tokens with its template, and the model "
+                    f"takes {limit:,} together with its answer. Shorten it."
+                )
+            # A question and its answer.
+            turns, dropped = turns[2:], dropped + 2
+
+
+def template_for(
+    tokenizer: Any, adapters: Sequence[Adapter], asked: str | None, active: str = BASE
+) -> Template:
+    """Returns the template asked for, else that of the active adapter's record, or the tokenizer's.
+
+    The base is asked as the first adapter, so that both answer the same text.
+
+    Raises:
+        ConfigError: If none is known.
+    """
+    known = {adapter.name: adapter.chat_template for adapter in adapters}
+    recorded = known.get(active) if active in known else next(iter(known.values()), None)
+    return find_template(tokenizer, asked or recorded)
+
+
+def _longest(loaded: Loaded) -> int:
+    sizes = (
+        getattr(loaded.model.config, "max_position_embeddings", None),
+        getattr(loaded.tokenizer, "model_max_length", None),
+    )
+    return int(min((size for size in sizes if size), default=1 << 30))
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    listed = model.generation_config.eos_token_id
+    ends = listed if isinstance(listed, list) else [listed]
+    found = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
+    if not found:
+        raise ConfigError(
+            "Neither the generation config nor the tokenizer of the base names an end token, so no "
+            "answer would end. Set eos_token_id in its generation_config.json."
+        )
+    return list(dict.fromkeys(found))
+
+
+class _Pieces(TextStreamer):
+    """Hands finished pieces of text to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.write, self.text = write, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Takes one piece."""
+        self.text += text
+        if text:
+            self.write(text)

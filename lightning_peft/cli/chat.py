@@ -1,0 +1,198 @@
+"""``lightning-peft chat``: talk to a base and its adapters in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout, suppress
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.cli.merge import add_base_options
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+if TYPE_CHECKING:
+    from lightning_peft.chat.conversation import Conversation
+
+ABOUT = "Talk to a base and its adapters, which are switched while you talk."
+_MORE = """\
+ADAPTER is an adapter folder, a .ckpt file, or the folder of a run; NAME=PATH names it.
+
+In the conversation: /adapter NAME, /base, /adapters, /reset, /help, /quit. Where the input is a
+pipe, each line is a question, or a command, and the answers alone go to the standard output.
+
+exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 130 if interrupted
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
+    """
+    given = _parser().parse_args(list(arguments))
+    try:
+        with redirect_stdout(sys.stderr):
+            talk = _load(given)
+        return _answer_all(talk, given)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+
+
+def add_speaking_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
+    """Adds the options that say how the model is loaded and speaks."""
+    add_base_options(parser)
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(16, 8, 4),
+        help="of the base; by default as the first adapter was trained",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where it runs"
+    )
+    parser.add_argument(
+        "--chat-template",
+        help="plain, chatml, raw or Jinja source; by default the one recorded with the adapter, "
+        "else the tokenizer's",
+    )
+    parser.add_argument("--system", help="system turn")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft chat",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
+    add_speaking_options(parser)
+    parser.add_argument("--prompt", help="ask this, print the answer, and end")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 draws nothing")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
+    return parser
+
+
+def make_speaker(given: argparse.Namespace, temperature: float = 0.0, top_p: float = 1.0) -> Any:
+    """Returns the speaker that the options of :func:`add_speaking_options` describe.
+
+    Raises:
+        ConfigError: If options contradict each other, or nothing says what the base is.
+    """
+    problems = []
+    if given.max_new_tokens < 1:
+        problems.append(f"--max-new-tokens {given.max_new_tokens}: at least 1")
+    if temperature < 0:
+        problems.append(f"--temperature {temperature}: 0 or more")
+    if not 0 < top_p <= 1:
+        problems.append(f"--top-p {top_p}: more than 0, and at most 1")
+    if not given.adapters and not given.base:
+        problems.append("neither an ADAPTER nor --base is given")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    import_module("lightning_peft.cli.progress").quiet_libraries()
+    loading = import_module("lightning_peft.export.loading")
+    speaking = import_module("lightning_peft.chat.speaking")
+    adapters = import_module("lightning_peft.export.adapters").find_adapters(given.adapters)
+    if adapters:
+        folders = import_module("lightning_peft.export.merged_folder")
+        base = folders.base_of(adapters[0], given.base, given.revision)
+    else:
+        base = import_module("lightning_peft.export.base").find_base(given.base, given.revision)
+    # Before the model, which can take minutes.
+    speaking.template_for(loading.load_tokenizer(base), adapters, given.chat_template)
+    loaded = loading.load_with_adapters(
+        base,
+        adapters,
+        bits=given.bits,
+        device=loading.find_device(given.device),
+        check_base=given.check_base,
+    )
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+    sampling = speaking.Sampling(given.max_new_tokens, temperature, top_p)
+    return speaking.Speaker(loaded, adapters, given.chat_template, sampling)
+
+
+def _load(given: argparse.Namespace) -> Conversation:
+    speaker = make_speaker(given, given.temperature, given.top_p)
+    import_module("torch").manual_seed(given.seed)
+    made: Conversation = import_module("lightning_peft.chat.conversation").Conversation(
+        speaker, given.system
+    )
+    return made
+
+
+def _answer_all(talk: Conversation, given: argparse.Namespace) -> int:
+    conversation = import_module("lightning_peft.chat.conversation")
+    alone = given.prompt is not None
+    lively = sys.stdin.isatty() and not alone
+    if lively:
+        print(f"{talk.speaker.active} answers. /help lists the commands.", file=sys.stderr)
+    for line in [given.prompt] if alone else _lines(talk, lively):
+        try:
+            if not alone and conversation.is_command(line):
+                told = talk.obey(line)
+                if told is None:
+                    break
+                print(told, file=sys.stderr)
+            elif line.strip():
+                _ask(talk, line if alone else conversation.question_of(line), given.json, lively)
+        except ConfigError as error:
+            # One bad line ends no conversation with a person, but a script must notice it.
+            if not lively:
+                raise
+            print(error, file=sys.stderr)
+    return 0
+
+
+def _lines(talk: Conversation, lively: bool) -> Iterator[str]:
+    if not lively:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+        return
+    # Arrow keys and a history in the prompt, where the module exists.
+    with suppress(ImportError):
+        import_module("readline")
+    while True:
+        try:
+            yield input("\nyou> ")
+        except EOFError:
+            print()
+            return
+
+
+def _ask(talk: Conversation, question: str, as_json: bool, lively: bool) -> None:
+    def write(text: str) -> None:
+        if not as_json:
+            print(text, end="", flush=True)
+
+    if lively and not as_json:
+        print(f"{talk.speaker.active}> ", end="", flush=True)
+    try:
+        found = talk.ask(question, write)
+    except KeyboardInterrupt:
+        if not lively:
+            raise
+        print(" (stopped; not part of the conversation)")
+        return
+    if as_json:
+        row = {"adapter": talk.speaker.active, "prompt": question, "answer": found.text}
+        print(json.dumps(row | {"tokens": found.tokens, "ended": found.ended}), flush=True)
+    else:
+        print(flush=True)
+    if found.dropped:
+        note = f"the first {found.dropped} turns were left out: the model takes no more tokens"
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,188 @@
+"""``lightning-peft compare``: the base against its adapters, on prompts or on data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.cli.chat import add_speaking_options, make_speaker
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+ABOUT = "Compare a base with its adapters: answers side by side, or losses on data."
+_MORE = """\
+ADAPTER is an adapter folder, a .ckpt file, or the folder of a run; NAME=PATH names it. One model
+is loaded; the base is that model with its adapters switched off.
+
+exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 130 if interrupted
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
+    """
+    given = _parser().parse_args(list(arguments))
+    try:
+        with redirect_stdout(sys.stderr):
+            found = _compare(given)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft compare",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapters", metavar="ADAPTER", nargs="+")
+    on = parser.add_mutually_exclusive_group(required=True)
+    on.add_argument("--prompts", help="text file, one a line, or JSONL with prompt and reference")
+    on.add_argument("--data", help="data as for SupervisedData: losses instead of answers")
+    add_speaking_options(parser)
+    data = parser.add_argument_group("with --data")
+    data.add_argument(
+        "--split",
+        choices=("train", "validation", "test", "all"),
+        default="validation",
+        help="which rows; drawn as in training with the same data",
+    )
+    data.add_argument("--columns", nargs="+", metavar="OURS=THEIRS", help="names of columns")
+    data.add_argument("--validation-share", type=float)
+    data.add_argument("--split-seed", type=int, default=0)
+    data.add_argument("--max-length", type=int)
+    data.add_argument("--limit", type=int, help="most rows that are read")
+    data.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output", help="JSONL file to make, with a line for each prompt or row")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _compare(given: argparse.Namespace) -> dict[str, Any]:
+    comparing = import_module("lightning_peft.chat.comparing")
+    if given.output and Path(given.output).exists():
+        raise ConfigError(
+            f"--output {given.output!r} is there already. Remove it, or name another."
+        )
+    prompts = comparing.read_prompts(given.prompts) if given.prompts else None
+    columns = _columns(given.columns)
+    if given.data and not Path(given.data).exists() and "/" not in given.data:
+        raise ConfigError(f"--data {given.data!r} is no file or folder here.")
+    speaker = make_speaker(given)
+    with import_module("lightning_peft.cli.progress").progress_to_stderr() as progress:
+        if prompts is not None:
+            rows = []
+            for row in comparing.answers(speaker, prompts, given.system, progress):
+                rows.append(row)
+                # At once: what is there survives an interrupt.
+                _append(given.output, [row])
+            return {"compared": speaker.names, "answers": rows}
+        found = comparing.scores(speaker, _data(given, speaker, columns), given.split, progress)
+    _append(given.output, _by_row(found))
+    return {
+        "compared": speaker.names,
+        "data": given.data,
+        "split": given.split,
+        "rows": len(found[0].rows),
+        "scores": [score.as_dict() for score in found],
+    }
+
+
+def _columns(given: list[str] | None) -> dict[str, str] | None:
+    pairs = [one.partition("=") for one in given or []]
+    bad = [ours for ours, equals, theirs in pairs if not (equals and theirs)]
+    if bad:
+        raise ConfigError(f"--columns {' '.join(bad)}: write OURS=THEIRS, as in prompt=question.")
+    return {ours: theirs for ours, _, theirs in pairs} or None
+
+
+def _data(given: argparse.Namespace, speaker: Any, columns: dict[str, str] | None) -> Any:
+    made = import_module("lightning_peft.data.supervised").SupervisedData
+    return made(
+        data=given.data,
+        tokenizer=speaker.loaded.tokenizer.name_or_path,
+        columns=columns,
+        chat_template=speaker.template_source(),
+        system_prompt=given.system,
+        validation_share=given.validation_share,
+        split_seed=given.split_seed,
+        max_length=given.max_length,
+        limit=given.limit,
+        batch_size=given.batch_size,
+    )
+
+
+def _by_row(found: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {"row": number, "tokens": found[0].rows[number]["tokens"]}
+        | {
+            score.name: {key: score.rows[number][key] for key in ("loss", "hits")}
+            for score in found
+        }
+        for number in range(len(found[0].rows))
+    ]
+
+
+def _append(file: str | None, rows: list[dict[str, Any]]) -> None:
+    if file:
+        with open(file, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = import_module("rich.console").Console(highlight=False)
+    if "scores" in found:
+        _show_scores(found)
+        return
+    if not console.is_terminal:
+        for row in found["answers"]:
+            print(f"prompt     {row['prompt']}")
+            if "reference" in row:
+                print(f"reference  {row['reference']}")
+            for name, answer in row["answers"].items():
+                print(f"{name:<10} {answer}")
+            print()
+        return
+    table = import_module("rich.table").Table(show_lines=True)
+    escape = import_module("rich.markup").escape
+    reference = any("reference" in row for row in found["answers"])
+    for heading in ["prompt", *(["reference"] if reference else []), *found["compared"]]:
+        table.add_column(escape(heading))
+    for row in found["answers"]:
+        more = [row.get("reference", "")] if reference else []
+        table.add_row(*(escape(x) for x in (row["prompt"], *more, *row["answers"].values())))
+    console.print(table)
+
+
+def _show_scores(found: dict[str, Any]) -> None:
+    scores = found["scores"]
+    print(
+        f"{found['data']}, {found['split']}: {found['rows']:,} rows, {scores[0]['tokens']:,} tokens"
+    )
+    width = max(len(score["name"]) for score in scores) + 2
+    print(f"{'':<{width}}{'loss/token':>12}{'change':>10}{'perplexity':>12}{'token accuracy':>16}")
+    for score in scores:
+        change = f"{score['loss'] - scores[0]['loss']:+.4f}" if score is not scores[0] else ""
+        print(
+            f"{score['name']:<{width}}{score['loss']:>12.4f}{change:>10}"
+            f"{score['perplexity']:>12.3f}{score['token_accuracy']:>16.1%}"
+        )

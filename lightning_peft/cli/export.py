@@ -1,0 +1,185 @@
+"""``lightning-peft export``: the adapter in the forms in which others take it, and to the hub."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.cli.merge import add_base_options, as_text, read_prompts
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+ABOUT = "Export an adapter: PEFT folder, merged or quantized model, for vLLM or Ollama; to the hub."
+_MORE = """\
+adapter    PEFT's format with a model card
+merged     16-bit model folder, as `lightning-peft merge` makes it
+quantized  the merged model in 8 or 4 bits by bitsandbytes
+vllm       PEFT's format, and the command that serves it beside its base
+ollama     Modelfile with the merged model, or with --with-adapter beside its base
+
+exit code: 0 if it was written (and pushed), 1 if it cannot be, 2 for bad input
+"""
+_FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 if all was written, 1 if something cannot be, 2 for bad input.
+    """
+    given = _parser().parse_args(list(arguments))
+    try:
+        # Whatever libraries print, the result alone goes to the standard output.
+        with redirect_stdout(sys.stderr):
+            found = _export(given)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+    if given.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _show(found)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft export",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder, .ckpt file, or run")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
+    parser.add_argument("--format", choices=_FORMATS, default="adapter")
+    add_base_options(parser)
+    parser.add_argument("--base-name", help="what the exported files call the base")
+    parser.add_argument(
+        "--chat-template",
+        help="plain, chatml, raw or Jinja source; by default the one recorded with the adapter",
+    )
+    merged = parser.add_argument_group("with a merged model")
+    merged.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    merged.add_argument("--into", choices=("dequantized", "original"))
+    merged.add_argument("--prompts", help="text file, one prompt a line, to compare on")
+    merged.add_argument("--no-measure", dest="measure", action="store_false")
+    merged.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of --format quantized")
+    ollama = parser.add_argument_group("with --format ollama")
+    ollama.add_argument("--with-adapter", action="store_true", help="keep base and adapter apart")
+    ollama.add_argument("--system", help="system turn")
+    hub = parser.add_argument_group("to the hub")
+    hub.add_argument("--push-to", metavar="NAMESPACE/NAME", help="push the folder there")
+    hub.add_argument(
+        "--private",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="make a new repository private",
+    )
+    hub.add_argument("--dry-run", action="store_true", help="list what would be pushed, and do not")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _export(given: argparse.Namespace) -> dict[str, Any]:
+    if given.dry_run and not given.push_to:
+        raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
+    prompts = read_prompts(given.prompts) if given.prompts else None
+    progress_room = import_module("lightning_peft.cli.progress")
+    progress_room.quiet_libraries()
+    hub = import_module("lightning_peft.export.hub")
+    if given.push_to:
+        hub.check_repo(given.push_to)
+        if not given.dry_run:
+            hub.check_token()
+    formats = import_module("lightning_peft.export.formats")
+    with progress_room.progress_to_stderr() as progress:
+        wishes = _wishes(given, formats, prompts, progress)
+        found = formats.FORMATS[given.format](wishes)
+    found = {"format": given.format, "output": given.output, **found}
+    found["files"] = hub.files_of(Path(given.output))
+    if given.push_to:
+        found["push"] = {"repo": given.push_to, "private": given.private, "pushed": False}
+        if not given.dry_run:
+            url = hub.push(Path(given.output), given.push_to, private=given.private)
+            found["push"] |= {"pushed": True, "url": url}
+    return found
+
+
+def _wishes(given: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
+    adapter = import_module("lightning_peft.export.adapters").find_adapter(given.adapter)
+    folders = import_module("lightning_peft.export.merged_folder")
+    base = folders.base_of(adapter, given.base, given.revision)
+    template = adapter.chat_template
+    if given.chat_template:
+        tokenizer = import_module("lightning_peft.export.loading").load_tokenizer(base)
+        find = import_module("lightning_peft.data.templates").find_template
+        template = find(tokenizer, given.chat_template).text
+        adapter = replace(adapter, facts=adapter.facts | {"chat_template": template})
+    return formats.Wishes(
+        adapter=adapter,
+        base=base,
+        output=Path(given.output),
+        base_name=given.base_name,
+        options={
+            "base": given.base,
+            "revision": given.revision,
+            "dtype": given.dtype,
+            "into": given.into,
+            "prompts": prompts,
+            "measure": given.measure,
+            "check_base": given.check_base,
+            "progress": progress,
+        },
+        bits=given.bits,
+        chat_template=template,
+        system=given.system,
+        with_adapter=given.with_adapter,
+    )
+
+
+def _show(found: dict[str, Any]) -> None:
+    if "merge" in found:
+        print(as_text(found["merge"]))
+    if "quantized" in found:
+        _show_quantized(found["quantized"])
+    print(f"\n{found['output']}")
+    for file in found["files"]:
+        print(f"  {file['bytes'] / 1e6:>12,.3f} MB  {file['path']}")
+    for note in found["notes"]:
+        print(f"note: {note}")
+    if found["commands"]:
+        print("\nThese use other programs, which are not part of this package:")
+        for command in found["commands"]:
+            print(f"  {command}")
+    push = found.get("push")
+    if push:
+        kind = "private" if push["private"] else "public"
+        total = sum(file["bytes"] for file in found["files"]) / 1e6
+        if push["pushed"]:
+            print(f"pushed to {push['url']}")
+        else:
+            count = len(found["files"])
+            print(f"would push {count} files, {total:,.1f} MB, to {push['repo']} ({kind})")
+
+
+def _show_quantized(quantized: dict[str, Any]) -> None:
+    error = quantized["logit_error"]
+    if error is None:
+        print(f"in {quantized['bits']} bits; not compared: {quantized['not_measured']}")
+        return
+    print(
+        f"in {quantized['bits']} bits the logits are {error['relative']:.2%} from those in "
+        f"training, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
+        "tokens the same"
+    )

@@ -1,0 +1,149 @@
+"""``lightning-peft merge``: the adapter built into a 16-bit model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+ABOUT = "Merge an adapter into a 16-bit model folder, tensor by tensor, and say what that costs."
+_MORE = """\
+ADAPTER is an adapter folder, a .ckpt file, or the folder of a run (its newest adapter).
+
+A QLoRA adapter is merged into what its quantized base stands for, on which it was trained. The
+error of that, of merging into the original base, and of quantizing the sum again, is printed.
+
+exit code: 0 if the model was written, 1 if it cannot be merged, 2 for bad input
+"""
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which base is meant."""
+    parser.add_argument("--base", help="folder or hub name; by default the one recorded")
+    parser.add_argument("--revision", help="branch, tag or commit of the base on the hub")
+    parser.add_argument(
+        "--no-check-base",
+        dest="check_base",
+        action="store_false",
+        help="take a base other than the recorded one",
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0 if the model was written, 1 if it cannot be, 2 for bad input.
+    """
+    given = _parser().parse_args(list(arguments))
+    try:
+        # Whatever libraries print, the result alone goes to the standard output.
+        with redirect_stdout(sys.stderr):
+            report = _merge(given)
+    except ConfigError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report, indent=2) if given.json else as_text(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft merge",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("adapter", metavar="ADAPTER")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
+    add_base_options(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of the weights; by default that of the base, and bfloat16 for a wider one",
+    )
+    parser.add_argument(
+        "--into",
+        choices=("dequantized", "original"),
+        help="which base of a QLoRA adapter; by default the dequantized one",
+    )
+    parser.add_argument("--prompts", help="text file, one prompt a line, to compare on")
+    parser.add_argument(
+        "--no-measure",
+        dest="measure",
+        action="store_false",
+        help="do not compare outputs, which loads the model",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _merge(given: argparse.Namespace) -> dict[str, Any]:
+    prompts = read_prompts(given.prompts) if given.prompts else None
+    progress_room = import_module("lightning_peft.cli.progress")
+    progress_room.quiet_libraries()
+    merging = import_module("lightning_peft.export.merging")
+    with progress_room.progress_to_stderr() as progress:
+        report: dict[str, Any] = merging.merge(
+            given.adapter,
+            Path(given.output),
+            base=given.base,
+            revision=given.revision,
+            dtype=given.dtype,
+            into=given.into,
+            prompts=prompts,
+            measure=given.measure,
+            check_base=given.check_base,
+            progress=progress,
+        )
+    return report
+
+
+def read_prompts(file: str) -> list[str]:
+    """Returns the prompts in a file, as `lightning-peft compare` reads them.
+
+    Raises:
+        ConfigError: If it cannot be read, or has none.
+    """
+    read = import_module("lightning_peft.chat.comparing").read_prompts
+    return [prompt.text for prompt in read(file)]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Returns what merging did, in words and a table."""
+    checked = "is the one in training" if report["base_checked"] else "was not compared: no record"
+    lines = [
+        f"adapter  {report['adapter']}",
+        f"base     {report['base']} ({checked})",
+        f"merged   into the {report['into']} base, {len(report['layers'])} layers, "
+        f"{report['dtype']}",
+        f"written  {report['output']} ({report['bytes'] / 1e6:,.1f} MB)",
+        "",
+        "difference to the base with the adapter as it was trained:",
+        f"  {'way':<22}{'weights, of adapter':>24}{'logits':>10}{'KL/token':>12}{'same token':>12}",
+    ]
+    logits = report["logit_errors"]
+    for way, weights in report["weight_errors"].items():
+        if weights is None and way not in logits:
+            continue
+        name = way + (" (chosen)" if way == report["into"] else "")
+        share = f"{weights['median']:.2%}, worst {weights['worst']:.2%}" if weights else ""
+        line = f"  {name:<22}{share:>24}"
+        if way in logits:
+            found = logits[way]
+            line += f"{found['relative']:>10.2%}{found['kl']:>12.2e}{found['same_choice']:>12.1%}"
+        lines.append(line)
+    if report["not_measured"]:
+        lines.append(f"outputs were not compared: {report['not_measured']}")
+    return "\n".join(lines)

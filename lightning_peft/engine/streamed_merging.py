@@ -1,0 +1,240 @@
+"""Merging an adapter into a base of which only one weight is in memory at a time.
+
+The model exists as an outline on the meta device. Each weight of the base is handed in as it is
+read, and what :func:`lightning_peft.merge` would make of it is handed back: the same functions, so
+the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from lightning_peft.engine.adapters import adapted_layers
+from lightning_peft.engine.configuration import config_from_dict
+from lightning_peft.engine.files.adapter_files import load_adapter, refuse_residual_base
+from lightning_peft.engine.files.adapter_format import read_adapter
+from lightning_peft.engine.fingerprint import Fingerprint
+from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.quantization import make_dense, quantize, requantized
+from lightning_peft.engine.layers.quantized import FourBitLayer
+from lightning_peft.engine.merging import check_mergeable, relative_norm, weight_sum
+from lightning_peft.engine.quantization_settings import quantization_from_dict
+from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.selection.planning import Request, layers_to_quantize, make_plans
+from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
+
+Into = Literal["dequantized", "original"]
+_ADAPTER = "default"
+
+
+@dataclass
+class WeightErrors:
+    """How far merged weights of one layer are from what was trained, for each way of merging.
+
+    Each number is ``||merged - (W + s B A)|| / ||s B A||`` with the ``W`` that the adapter was
+    trained on: which share of the adapter's effect is lost.
+
+    Attributes:
+        name: The layer.
+        dequantized: With the dequantized base, as stored; ``None`` if the base was dense.
+        original: With the base as it is in its file, as stored.
+        requantized: With the sum quantized again; ``None`` where there is no such way.
+    """
+
+    name: str
+    dequantized: float | None
+    original: float
+    requantized: float | None
+
+
+class StreamedMerge:
+    """Merges the adapter in a folder into weights that are handed in one by one.
+
+    Args:
+        outline: The base model on the meta device. It is changed.
+        folder: The adapter, in PEFT's format.
+        into: ``"dequantized"`` merges into what the quantized base stands for, which is what the
+            adapter was trained on; ``"original"`` into the weights as they are handed in. By
+            default the first where the adapter's record says that the base was quantized.
+        dtype: Dtype of the merged weights; by default that of those handed in, and bfloat16 for
+            those wider than 16 bits.
+
+    Attributes:
+        outline: The base model on the meta device, with the adapter.
+        into: Which way.
+        settings: How the base was quantized in training; ``None`` where it was not.
+        quantized: Names of the layers that were quantized in training.
+        errors: One entry for each adapted layer that was merged.
+
+    Raises:
+        CheckpointError: If the adapter is damaged or does not fit the outline.
+        ConfigError: If ``into`` asks for what the record does not tell.
+        UnsupportedError: If the adapter cannot be merged weight by weight.
+    """
+
+    def __init__(
+        self,
+        outline: nn.Module,
+        folder: Path,
+        *,
+        into: Into | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        fields, _, facts = read_adapter(folder)
+        self.settings = quantization_from_dict(facts.get("quantization"))
+        self.into: Into = into or ("original" if self.settings is None else "dequantized")
+        self.dtype = dtype
+        self.errors: list[WeightErrors] = []
+        self._check_way(facts, folder)
+        # Plain layers, one of which at a time becomes a real and quantized one.
+        self._plain = copy.deepcopy(outline)
+        self.quantized = _quantized_in_training(self._plain, fields, self.settings)
+        for name in self.quantized:
+            # Biases are not quantized, and these have no values to move.
+            self._plain.get_submodule(name)._parameters["bias"] = None
+        load_adapter(outline, folder, adapter_name=_ADAPTER, check_base=False)
+        self.outline = outline
+        self._layers = adapted_layers(outline)
+        self._check_layers()
+        names = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
+        self._dtype_in_training = names.get((facts.get("base") or {}).get("dtype") or "")
+        self._wide = _kept_wide(outline)
+
+    def _check_way(self, facts: dict[str, Any], folder: Path) -> None:
+        if self.into == "original":
+            return
+        if self.settings is None:
+            raise ConfigError(
+                f"into='dequantized': the record of the adapter in {str(folder)!r} does not say "
+                "that its base was quantized, so there are no dequantized weights to merge into. "
+                "Use 'original'."
+            )
+        refuse_residual_base(facts, folder)
+
+    def _check_layers(self) -> None:
+        others = [name for name, x in self._layers.items() if not isinstance(x, LoraLayer)]
+        if others:
+            raise UnsupportedError(
+                f"{others[0]} has an adapter of another kind than plain LoRA, and only that is "
+                "merged weight by weight. In Python, with the whole model in memory: "
+                "lightning_peft.load_adapter(model, folder), lightning_peft.merge(model), "
+                "lightning_peft.unload(model), model.save_pretrained(output)."
+            )
+        check_mergeable(self.outline, self._layers)
+
+    @property
+    def base(self) -> Fingerprint:
+        """Names and shapes of the frozen weights, in the order of their checksums.
+
+        The checksums themselves are not there: the outline has no values.
+        """
+        return require_record(self.outline).parts[""].base
+
+    def factors(self) -> list[nn.Parameter]:
+        """Returns the low-rank factors, which the outline has beside the parameters of the base."""
+        return [factor for layer in self._layers.values() for factor in layer.factors(_ADAPTER)]
+
+    def replaced(self) -> dict[str, Tensor]:
+        """Returns the parameters and buffers that come from the adapter's file in full, by name."""
+        own = {id(factor) for factor in self.factors()}
+        return {
+            name: value.detach()
+            for name, value in self.outline.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor) and not value.is_meta and id(value) not in own
+        }
+
+    @torch.no_grad()
+    def merged(self, name: str, dense: Tensor) -> Tensor:
+        """Returns what the merged model has in the place of one tensor of the base.
+
+        Args:
+            name: Name of the parameter or buffer in the model.
+            dense: Its value in the base.
+
+        Raises:
+            CheckpointError: If values of the result are infinite or no numbers.
+        """
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and (owner in self._layers or owner in self.quantized):
+            stored = self._merged_weight(owner, dense)
+        else:
+            stored = dense.to(self.dtype_of(name, dense.dtype))
+        if stored.is_floating_point() and not torch.isfinite(stored).all():
+            why = "the base or the adapter has such values itself"
+            if stored.dtype == torch.float16 and dense.dtype != torch.float16:
+                why = "float16 ends at 65504. Use bfloat16"
+            raise CheckpointError(
+                f"{name} would hold values that are not finite in the merged model: {why}."
+            )
+        return stored
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Returns the dtype in which the tensor ``name``, which has ``dtype``, is written."""
+        kept = any(part in self._wide for part in name.split("."))
+        if kept or not dtype.is_floating_point or dtype.itemsize < 2:
+            return dtype
+        return self.dtype or (dtype if dtype.itemsize == 2 else torch.bfloat16)
+
+    def _merged_weight(self, owner: str, dense: Tensor) -> Tensor:
+        layer, dtype = self._layers.get(owner), self.dtype_of(f"{owner}.weight", dense.dtype)
+        if owner not in self.quantized:
+            delta, target = weight_sum(layer, dense, [_ADAPTER])
+            stored = target.to(dtype)
+            error = relative_norm(stored.to(target.dtype) - target, delta)
+            self.errors.append(WeightErrors(owner, None, error, None))
+            return stored
+        assert self.settings is not None
+        plain: Any = self._plain.get_submodule(owner)
+        empty = plain._parameters["weight"]
+        in_training = dense.to(self._dtype_in_training or dense.dtype)
+        plain._parameters["weight"] = nn.Parameter(in_training, requires_grad=False)
+        quantize(plain, self.settings)
+        base = plain.effective_weight()
+        stored = self._sum(layer, plain, owner, base, dense, dtype)
+        make_dense(plain, empty)
+        return stored
+
+    def _sum(
+        self, layer: Any, plain: Any, owner: str, base: Tensor, dense: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        if layer is None:
+            return (base if self.into == "dequantized" else dense).to(dtype)
+        delta, target = weight_sum(layer, base, [_ADAPTER])
+        ways = {
+            "dequantized": target.to(dtype),
+            "original": (dense.to(delta.dtype) + delta).to(dtype),
+        }
+        lost = {way: relative_norm(w.to(delta.dtype) - target, delta) for way, w in ways.items()}
+        again = None
+        if isinstance(plain, FourBitLayer):
+            twice = requantized(plain, target.to(base.dtype))
+            again = relative_norm(twice.to(delta.dtype) - target, delta)
+        self.errors.append(WeightErrors(owner, lost["dequantized"], lost["original"], again))
+        return ways[self.into]
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _quantized_in_training(
+    plain: nn.Module, fields: dict[str, Any], settings: BitsAndBytesConfig | None
+) -> set[str]:
+    if settings is None:
+        return set()
+    known = {key: value for key, value in fields.items() if key != "auto_mapping"}
+    request = Request(config_from_dict(known), None, _ADAPTER)
+    plans = make_plans(plain, request, [""], Record())
+    return {name for plan in plans for name in layers_to_quantize(plan, settings)}
+
+
+def _kept_wide(model: Any) -> set[str]:
+    """Returns parts of names whose tensors transformers keeps in float32."""
+    lists = (getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
+    return {name for names in lists for name in names or ()}

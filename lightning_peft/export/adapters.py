@@ -1,0 +1,164 @@
+"""Finding a finished adapter by what a user has at hand: a folder, a checkpoint, or a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import CheckpointError, ConfigError, itemize
+
+CONFIG, PROVENANCE = "adapter_config.json", "provenance.json"
+# Where a run keeps the adapters of its checkpoints.
+_IN_RUN = ("checkpoints/adapters", "adapters")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter on disk.
+
+    Attributes:
+        name: What it is called in listings: the name of its folder, or the one that was given.
+        folder: Where ``adapter_config.json`` is.
+        config: What is in that.
+        facts: What is in ``provenance.json``; empty where another program wrote the adapter.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def base_name(self) -> str | None:
+        """Folder or hub name of the base that it was trained on, where that is recorded."""
+        recorded = (self.facts.get("base") or {}).get("name_or_path")
+        return recorded or self.config.get("base_model_name_or_path") or None
+
+    @property
+    def base_revision(self) -> str | None:
+        """Commit of that base on the hub, where it is recorded."""
+        return (self.facts.get("base") or {}).get("revision") or self.config.get("revision")
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight of the base in training: 4, 8 or 16 (which stands for dense)."""
+        settings = self.facts.get("quantization") or {}
+        if settings.get("load_in_8bit"):
+            return 8
+        return 4 if settings else 16
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the chat template that it was trained with, where that is recorded."""
+        for place in (self.facts, self.facts.get("data")):
+            for key in ("chat_template", "template"):
+                found = place.get(key) if isinstance(place, dict) else None
+                text = found.get("text") if isinstance(found, dict) else found
+                if isinstance(text, str) and ("{%" in text or "{{" in text):
+                    return text
+        return None
+
+
+def find_adapter(given: str) -> Adapter:
+    """Returns the adapter that ``given`` means.
+
+    Args:
+        given: An adapter folder; a ``.ckpt`` file, beside which the adapter lies; or the folder of
+            a run, whose best adapter is taken, or the newest. ``NAME=PATH`` gives it another name.
+
+    Raises:
+        ConfigError: If there is none, or several parts have one each.
+        CheckpointError: If its files cannot be read.
+    """
+    name, equals, rest = given.partition("=")
+    named = bool(equals) and "/" not in name and not Path(given).exists()
+    folder = _folder_of(Path(rest if named else given))
+    written = folder / PROVENANCE
+    return Adapter(
+        name=name if named else folder.resolve().name,
+        folder=folder,
+        config=_read(folder / CONFIG),
+        facts=_read(written) if written.is_file() else {},
+    )
+
+
+def find_adapters(given: Iterable[str]) -> list[Adapter]:
+    """Returns several adapters; those whose names are the same get numbers.
+
+    Raises:
+        ConfigError, CheckpointError: See :func:`find_adapter`.
+    """
+    found: list[Adapter] = []
+    for one in given:
+        adapter = find_adapter(one)
+        taken = {other.name for other in found}
+        # A name becomes a part of parameter names, in which dots separate.
+        wanted = name = adapter.name.replace(".", "_")
+        number = 2
+        while name in taken:
+            name, number = f"{wanted}-{number}", number + 1
+        found.append(Adapter(name, adapter.folder, adapter.config, adapter.facts))
+    return found
+
+
+def _folder_of(path: Path) -> Path:
+    if path.suffix == ".ckpt":
+        return _beside(path)
+    if not path.is_dir():
+        raise ConfigError(
+            f"{str(path)!r} is no folder and no checkpoint here. Give an adapter folder (with "
+            f"{CONFIG}), a .ckpt file, or the folder of a run."
+        )
+    if (path / CONFIG).is_file():
+        return path
+    for place in _IN_RUN:
+        found = sorted((path / place).glob(f"*/{CONFIG}"), key=_age)
+        # The recipes keep the best one by that name; after it comes the newest.
+        best = [file for file in found if file.parent.name == "best"]
+        if found:
+            return (best or found)[-1].parent
+    _refuse_parts(path)
+    raise ConfigError(
+        f"{str(path)!r} holds no {CONFIG}, and no checkpoints/adapters/ with one: it is neither an "
+        "adapter folder nor the folder of a run that has saved a checkpoint."
+    )
+
+
+def _beside(checkpoint: Path) -> Path:
+    folder = checkpoint.parent / "adapters" / checkpoint.name.removesuffix(".ckpt")
+    if (folder / CONFIG).is_file():
+        return folder
+    _refuse_parts(folder)
+    raise ConfigError(
+        f"There is no adapter folder {str(folder)!r} beside the checkpoint. Checkpoints of "
+        "lightning_peft have one; it may have been moved. In Python, "
+        "lightning_peft.load_from_checkpoint and lightning_peft.save_adapter write it again."
+    )
+
+
+def _refuse_parts(folder: Path) -> None:
+    parts = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+    if parts:
+        raise ConfigError(
+            f"{str(folder)!r} holds several adapters, each for a model of its own. Give one of "
+            "them:" + itemize(str(part) for part in parts)
+        )
+
+
+def _age(file: Path) -> tuple[str, float]:
+    facts = file.with_name(PROVENANCE)
+    written = _read(facts).get("written") if facts.is_file() else None
+    return (str(written or ""), file.stat().st_mtime)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{str(file)!r} holds no JSON object.")
+    return fields

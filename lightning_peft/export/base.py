@@ -1,0 +1,244 @@
+"""The base model on disk: its files, tensor by tensor, and its outline without weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, itemize
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a model folder has besides weights.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass
+class Base:
+    """A base model as files.
+
+    Attributes:
+        name: What the user calls it.
+        folder: Where the files are.
+        config: Its transformers config.
+        shards: By file name, the tensors in it.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    shards: dict[str, dict[str, Stored]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> dict[str, Stored]:
+        """All tensors by their names in the files."""
+        return {key: stored for shard in self.shards.values() for key, stored in shard.items()}
+
+    def tensors(self, keys: list[str]) -> Iterator[Tensor]:
+        """Yields tensors in the order of ``keys``; their memory is the mapped file's."""
+        where = {key: name for name, shard in self.shards.items() for key in shard}
+        with ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for key in keys:
+                name = where[key]
+                if name not in files:
+                    opened = safe_open(self.folder / name, framework="pt")
+                    files[name] = stack.enter_context(opened)
+                yield files[name].get_tensor(key)
+
+
+def find_base(name: str, revision: str | None = None) -> Base:
+    """Returns a base model by folder, or by its name on the hub.
+
+    Raises:
+        ConfigError: If there is none.
+        UnsupportedError: If it is quantized already, or has pickled weights only.
+        CheckpointError: If a file is damaged.
+    """
+    folder = Path(name) if Path(name).is_dir() else _from_hub(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{name!r} is no transformers model that can be read: {reason}"
+        ) from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        raise UnsupportedError(
+            f"The files of {name!r} are quantized already ({_method(quantized)}), and an adapter "
+            "is merged into weights of 16 or 32 bits. Give the model that it was made from by "
+            "--base."
+        )
+    return Base(name, folder, config, {file: _header(folder / file) for file in _files(folder)})
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    patterns = ["*.safetensors", *COMPANIONS]
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"The base {name!r} is no folder here, and the hub did not give it ({reason}). Check "
+            "the name and the network (HF_HUB_OFFLINE must not be set), or give a folder by --base."
+        ) from error
+    return Path(found)
+
+
+def _method(settings: Any) -> Any:
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    return getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{str(index)!r} is no index of shards: {error!r}") from error
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{str(index)!r} names files that are not there:" + itemize(absent)
+            )
+        return names
+    if (folder / WEIGHTS).is_file():
+        return [WEIGHTS]
+    raise UnsupportedError(
+        f"{str(folder)!r} holds no {WEIGHTS} and no index of shards. Pickled weights (.bin) can "
+        "run code when they are read: convert them with transformers' save_pretrained where you "
+        "trust their source."
+    )
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            return {
+                key: Stored(DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                for key, part in slices.items()
+            }
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} is no complete safetensors file ({error}). It was cut short, or is "
+            "another format; fetch it again."
+        ) from error
+
+
+def make_outline(base: Base, class_name: str | None, labels: int | None = None) -> nn.Module:
+    """Returns the model of ``base`` on the meta device.
+
+    Args:
+        base: The files.
+        class_name: Class of transformers that was trained; by default the one that the config
+            names.
+        labels: Outputs of the classification head, where the class has one.
+
+    Raises:
+        UnsupportedError: If the class is none of transformers' own.
+    """
+    listed = list(getattr(base.config, "architectures", None) or [])
+    classes = [getattr(transformers, name, None) for name in (class_name, *listed) if name]
+    cls = next((c for c in classes if isinstance(c, type) and issubclass(c, PreTrainedModel)), None)
+    if cls is None:
+        raise UnsupportedError(
+            f"{base.name!r} is a {class_name or ', '.join(listed) or 'model of an unnamed class'}, "
+            "which transformers itself does not have, so its weights cannot be merged file by "
+            "file. In Python: lightning_peft.load_adapter, lightning_peft.merge and "
+            "lightning_peft.unload on the module."
+        )
+    base.config.architectures = [cls.__name__]
+    if labels is not None and labels != getattr(base.config, "num_labels", None):
+        base.config.num_labels = labels
+    with torch.device("meta"):
+        model: Any = cls(base.config)
+    model.tie_weights()
+    outline: nn.Module = model.eval()
+    return outline
+
+
+def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
+    """Returns what ``outline`` calls the tensors in the files of ``base``, by their keys there.
+
+    Keys that the model does not have keep their names.
+
+    Raises:
+        UnsupportedError: If the model puts tensors together from several in the files.
+    """
+    model: Any = outline
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    state = model.state_dict()
+    names, joined = {}, []
+    for key in base.keys:
+        name, converter = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, state
+        )
+        if converter is not None:
+            joined.append(key)
+        names[key] = name
+    if joined:
+        raise UnsupportedError(
+            f"{type(outline).__name__} puts its weights together from several tensors in the files "
+            f"of {base.name!r}:" + itemize(joined, 3) + "\nSuch a model is not merged file by "
+            "file. In Python, with the whole model in memory: lightning_peft.load_adapter, "
+            "lightning_peft.merge, lightning_peft.unload and model.save_pretrained."
+        )
+    return names
+
+
+def license_of(folder: Path) -> str | None:
+    """Returns the license that a model card in ``folder`` names, if there is one."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
+    found = front and re.search(r"^license:\s*([\w.\-]+)\s*$", front[1], re.M)
+    return found[1] if found else None

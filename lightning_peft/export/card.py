@@ -1,0 +1,172 @@
+"""Model cards, filled from what the adapter's record says and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_peft.export.adapters import Adapter
+
+# Facts of provenance.json that the sections below tell in words.
+_TOLD = {
+    "base",
+    "config",
+    "quantization",
+    "versions",
+    "seed",
+    "written",
+    "adapter_sha256",
+    "chat_template",
+}
+_SETTINGS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "use_dora",
+    "init_lora_weights",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+)
+
+
+def adapter_card(adapter: Adapter, license: str | None) -> str:
+    """Returns the card of an adapter folder.
+
+    Args:
+        adapter: The adapter.
+        license: License of the base, where it is known.
+    """
+    name = adapter.name
+    front = _front(adapter, license, ["lora", "lightning-peft"], "peft")
+    base = adapter.base_name or "BASE"
+    use = (
+        "## Use\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"base = AutoModelForCausalLM.from_pretrained({public_name(base)!r})\n"
+        'model = PeftModel.from_pretrained(base, "PATH_OR_NAME_OF_THIS_FOLDER")\n```\n'
+    )
+    if adapter.bits != 16:
+        use += (
+            f"\nIt was trained on a base of {adapter.bits} bits. On the base in 16 bits its "
+            "answers may differ; `lightning-peft merge` says by how much.\n"
+        )
+    return f"{front}\n# {name}\n\n{_about(adapter)}\n{use}\n{_facts(adapter, license)}"
+
+
+def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]) -> str:
+    """Returns the card of a merged model folder.
+
+    Args:
+        adapter: What was merged.
+        license: License of the base, where it is known.
+        report: What merging did; see :func:`lightning_peft.export.merged_folder.report_of`.
+    """
+    front = _front(adapter, license, ["lightning-peft", "merged"], "transformers")
+    into = {
+        "dequantized": "the dequantized base, on which it was trained",
+        "original": "the base as it is in its files",
+    }[report["into"]]
+    text = f"The adapter `{adapter.name}` is built into the weights: merged into {into}, and "
+    text += f"stored in {report['dtype']}.\n"
+    errors = report.get("logit_errors") or {}
+    if errors:
+        text += (
+            "\nDifference to the base with the adapter as it was trained, in the outputs on a few "
+            "prompts:\n\n| merged into | relative error of logits | KL, nats per token | same next "
+            "token |\n| --- | --- | --- | --- |\n"
+        )
+        for way, found in errors.items():
+            chosen = " (this folder)" if way == report["into"] else ""
+            text += (
+                f"| {way}{chosen} | {found['relative']:.2%} | {found['kl']:.2e} | "
+                f"{found['same_choice']:.1%} |\n"
+            )
+    elif report.get("not_measured"):
+        text += f"\nThe outputs were not compared: {report['not_measured']}.\n"
+    title = f"# {adapter.name}, merged"
+    return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_facts(adapter, license)}"
+
+
+def quantized_section(found: Mapping[str, Any]) -> str:
+    """Returns what the card of a merged model says further when it was quantized."""
+    kind = "NF4 with double quantization" if found["bits"] == 4 else "LLM.int8"
+    text = (
+        f"\n## Quantized\n\nThe linear layers are in {found['bits']} bits ({kind}, bitsandbytes).\n"
+    )
+    error = found["logit_error"]
+    if error is None:
+        return f"{text}The outputs were not compared: {found['not_measured']}.\n"
+    return (
+        f"{text}Difference to the base with the adapter as it was trained: {error['relative']:.2%} "
+        f"of the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the next "
+        "tokens the same.\n"
+    )
+
+
+def _front(adapter: Adapter, license: str | None, tags: list[str], library: str) -> str:
+    lines = ["---", f"library_name: {library}"]
+    base = adapter.base_name
+    if base and not _is_path(base):
+        lines.append(f"base_model: {base}")
+    if license:
+        lines.append(f"license: {license}")
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
+
+
+def _is_path(name: str) -> bool:
+    # A name on the hub has at most one slash, and does not begin with one.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def public_name(name: str) -> str:
+    """Returns the name of a model without the folders of the machine that it was on."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if _is_path(name) else name
+
+
+def _about(adapter: Adapter) -> str:
+    config = adapter.config
+    method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(adapter.bits, "LoRA")
+    base = public_name(adapter.base_name or "a base that is not recorded")
+    rank = f" of rank {config['r']}" if "r" in config else ""
+    return f"{method}{rank}, trained on `{base}` with lightning-peft.\n"
+
+
+def _facts(adapter: Adapter, license: str | None) -> str:
+    facts, base = adapter.facts, adapter.facts.get("base") or {}
+    trained = facts.get("config") or adapter.config
+    rows = [
+        ("base", public_name(adapter.base_name or "not recorded")),
+        ("revision", adapter.base_revision),
+        ("fingerprint of the base", base.get("fingerprint")),
+        ("license of the base", license or "not known here: look it up before you pass this on"),
+        ("quantization", facts.get("quantization") or "none"),
+        *((key, trained[key]) for key in _SETTINGS if trained.get(key) not in (None, [], False)),
+        ("seed", facts.get("seed")),
+        ("written", facts.get("written")),
+        ("sha256 of the adapter", facts.get("adapter_sha256")),
+        *((f"{name}", version) for name, version in (facts.get("versions") or {}).items()),
+    ]
+    text = "## How it was made\n\n| | |\n| --- | --- |\n"
+    text += "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows if value is not None)
+    for key, value in facts.items():
+        if key not in _TOLD and value not in (None, {}, []):
+            text += f"\n### {key.replace('_', ' ').capitalize()}\n\n{_block(value)}"
+    return text
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"`{text}`".replace("|", "\\|").replace("\n", " ")
+
+
+def _block(value: Any) -> str:
+    if isinstance(value, Mapping) and all(
+        not isinstance(v, (Mapping, list)) for v in value.values()
+    ):
+        rows = "".join(f"| {key} | {_cell(v)} |\n" for key, v in value.items())
+        return f"| | |\n| --- | --- |\n{rows}"
+    return f"```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```\n"

@@ -1,0 +1,271 @@
+"""A finished adapter in the forms in which others take it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base, license_of
+from lightning_peft.export.card import adapter_card, quantized_section
+from lightning_peft.export.go_template import translate
+from lightning_peft.export.loading import load_tokenizer
+from lightning_peft.export.merging import merge
+from lightning_peft.export.quantizing import measure_quantized, quantize_folder
+from lightning_peft.export.whole_folder import whole_folder
+
+# The ranks that vLLM lays out memory for.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Architectures that Ollama's documentation lists for safetensors.
+_OLLAMA = ("Llama", "Mistral", "Gemma", "Phi3")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "provenance.json")
+
+
+@dataclass
+class Wishes:
+    """What all formats are told.
+
+    Attributes:
+        adapter: The adapter.
+        base: Its base.
+        output: The folder to make.
+        base_name: What the base is called in exported files, instead of what is recorded.
+        options: Arguments of :func:`lightning_peft.export.merging.merge`.
+        bits: Of a quantized model.
+        chat_template: Jinja source, where one is known.
+        system: System turn for Ollama.
+        with_adapter: Keep base and adapter apart for Ollama.
+    """
+
+    adapter: Adapter
+    base: Base
+    output: Path
+    base_name: str | None
+    options: dict[str, Any]
+    bits: int = 8
+    chat_template: str | None = None
+    system: str | None = None
+    with_adapter: bool = False
+
+
+def as_adapter(wishes: Wishes) -> dict[str, Any]:
+    """Exports the adapter in PEFT's format, with a model card."""
+    with whole_folder(wishes.output) as folder:
+        _copy_adapter(wishes, folder)
+    return {"notes": _notes_on_base(wishes), "commands": []}
+
+
+def as_merged(wishes: Wishes) -> dict[str, Any]:
+    """Exports the merged model."""
+    report = merge(wishes.adapter, wishes.output, **wishes.options)
+    return {"notes": [], "commands": _quantizing_elsewhere(wishes.output), "merge": report}
+
+
+def as_quantized(wishes: Wishes) -> dict[str, Any]:
+    """Exports the merged model, quantized by bitsandbytes."""
+    with whole_folder(wishes.output) as folder:
+        merged = folder / "merged"
+        report = merge(wishes.adapter, merged, **wishes.options)
+        quantize_folder(merged, folder, wishes.bits)
+        error, reason = measure_quantized(wishes.adapter, wishes.base, folder, wishes.options)
+        shutil.rmtree(merged)
+        found = {
+            "bits": wishes.bits,
+            "logit_error": asdict(error) if error else None,
+            "not_measured": reason,
+        }
+        text = json.dumps(found, indent=2) + "\n"
+        (folder / "quantization_report.json").write_text(text, encoding="utf-8")
+        with open(folder / "README.md", "a", encoding="utf-8") as card:
+            card.write(quantized_section(found))
+    report["output"] = str(wishes.output)
+    commands = [f"vllm serve {_quoted(wishes.output)}"]
+    return {"notes": [], "commands": commands, "merge": report, "quantized": found}
+
+
+def as_vllm(wishes: Wishes) -> dict[str, Any]:
+    """Exports the adapter, and says how vLLM serves it beside its base.
+
+    Raises:
+        UnsupportedError: If vLLM does not take such an adapter.
+    """
+    config = wishes.adapter.config
+    full = [name for name in ("modules_to_save", "use_dora") if config.get(name)]
+    biased = ["bias"] if config.get("bias") not in (None, "none") else []
+    if full or biased:
+        raise UnsupportedError(
+            f"The adapter has {', '.join([*full, *biased])}, and vLLM takes low-rank factors "
+            "alone. Export it with --format merged, and serve that folder."
+        )
+    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
+    rank = next((size for size in _VLLM_RANKS if size >= max(ranks)), None)
+    if rank is None:
+        raise UnsupportedError(
+            f"The adapter has rank {max(ranks)}, and vLLM takes at most {_VLLM_RANKS[-1]}. Export "
+            "it with --format merged, and serve that folder."
+        )
+    with whole_folder(wishes.output) as folder:
+        _copy_adapter(wishes, folder)
+    base = wishes.base_name or wishes.base.name
+    serve = (
+        f"vllm serve {_quoted(base)} --enable-lora --max-lora-rank {rank} "
+        f"--lora-modules {_quoted(f'{wishes.adapter.name}={wishes.output}')}"
+    )
+    notes, commands = _notes_on_base(wishes), [serve]
+    if wishes.adapter.bits == 4:
+        commands.append(f"{serve} --quantization bitsandbytes")
+        notes.append(
+            "the adapter was trained on a 4-bit base: the first command serves it on 16 bits, the "
+            "second on vLLM's own 4 bits, and --format merged gives the function in training"
+        )
+    return {"notes": notes, "commands": commands}
+
+
+def as_ollama(wishes: Wishes) -> dict[str, Any]:
+    """Exports a folder with a Modelfile, and the merged model or the adapter."""
+    notes, report = [], None
+    architecture = str((wishes.base.config.architectures or [""])[0])
+    if not architecture.startswith(_OLLAMA):
+        notes.append(
+            f"{architecture} is not among the architectures that Ollama documents for safetensors "
+            f"({', '.join(_OLLAMA)}): if `ollama create` refuses it, convert the model to GGUF "
+            "first (see the commands)"
+        )
+    with whole_folder(wishes.output) as folder:
+        if wishes.with_adapter:
+            _copy_adapter(wishes, folder / "adapter")
+            source = f"FROM {wishes.base_name or wishes.base.folder.resolve()}\nADAPTER ./adapter\n"
+            notes += _notes_on_base(wishes)
+        else:
+            report = merge(wishes.adapter, folder / "model", **wishes.options)
+            source = "FROM ./model\n"
+        text, more = _modelfile(wishes, source)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    name = wishes.adapter.name.lower()
+    commands = [
+        f"cd {_quoted(wishes.output)} && ollama create {_quoted(name)} -f Modelfile",
+        f"ollama run {_quoted(name)}",
+    ]
+    if report is not None:
+        report["output"] = str(wishes.output / "model")
+        commands.append(_gguf(wishes.output / "model"))
+    found = {"notes": [*notes, *more], "commands": commands}
+    return found | ({"merge": report} if report else {})
+
+
+def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
+    tokenizer, notes = load_tokenizer(wishes.base), []
+    template = wishes.chat_template or getattr(tokenizer, "chat_template", None)
+    turns = translate(tokenizer, template) if template else None
+    text = source
+    ends = [tokenizer.eos_token]
+    if turns is not None:
+        text += f'TEMPLATE """{turns.as_go(tokenizer.bos_token)}"""\n'
+        ends.append(turns.around["assistant"][1].strip().split("\n")[0])
+        if turns.opening.startswith(tokenizer.bos_token or "\0"):
+            notes.append(f"{tokenizer.bos_token!r} is left out of TEMPLATE: Ollama begins with it")
+    elif template:
+        notes.append(
+            "the chat template does more than put text around turns, and was not translated: "
+            "write TEMPLATE in the Modelfile by hand, or Ollama sends prompts as they are"
+        )
+    else:
+        notes.append(
+            "no chat template is known (--chat-template gives one): Ollama sends prompts as they "
+            "are"
+        )
+    for end in dict.fromkeys(filter(None, ends)):
+        text += f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
+    if wishes.system:
+        if '"""' in wishes.system:
+            raise ConfigError(
+                'The system turn holds """, which ends a text in a Modelfile. Write it without.'
+            )
+        text += f'SYSTEM """{wishes.system}"""\n'
+    return text, notes
+
+
+def _copy_adapter(wishes: Wishes, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    adapter = wishes.adapter
+    for name in _ADAPTER_FILES:
+        if (adapter.folder / name).is_file():
+            shutil.copyfile(adapter.folder / name, folder / name)
+    if wishes.base_name:
+        adapter = _renamed(adapter, wishes.base_name)
+        for name, fields in zip(_ADAPTER_FILES[::2], (adapter.config, adapter.facts), strict=True):
+            if fields:
+                text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+                (folder / name).write_text(text, encoding="utf-8")
+    card = adapter_card(adapter, license_of(wishes.base.folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if wishes.chat_template:
+        (folder / "chat_template.jinja").write_text(wishes.chat_template, encoding="utf-8")
+
+
+def _renamed(adapter: Adapter, base: str) -> Adapter:
+    config = adapter.config | {"base_model_name_or_path": base}
+    recorded = adapter.facts.get("base")
+    facts = adapter.facts
+    if recorded:
+        facts = facts | {"base": recorded | {"name_or_path": base}}
+    return Adapter(adapter.name, adapter.folder, config, facts)
+
+
+def _notes_on_base(wishes: Wishes) -> list[str]:
+    recorded = wishes.adapter.base_name
+    if wishes.base_name or not recorded or not Path(recorded).is_absolute():
+        return []
+    return [
+        f"the files name the base as a folder of this machine ({recorded}): give the name that "
+        "others know it by with --base-name"
+    ]
+
+
+def _quoted(value: Any) -> str:
+    return shlex.quote(str(value))
+
+
+def _gguf(folder: Path) -> str:
+    return (
+        f"python llama.cpp/convert_hf_to_gguf.py {_quoted(folder)} "
+        f"--outfile {_quoted(f'{folder}-q8_0.gguf')} --outtype q8_0"
+    )
+
+
+def _quantizing_elsewhere(folder: Path) -> list[str]:
+    """Returns how other libraries quantize a merged folder, where the hardware is."""
+    source, into = json.dumps(str(folder)), f"{folder}-gptq"
+    gptq = (
+        "from gptqmodel import GPTQModel, QuantizeConfig; from datasets import load_dataset; "
+        'rows = load_dataset("allenai/c4", data_files="en/c4-train.00001-of-01024.json.gz", '
+        'split="train").select(range(256))["text"]; '
+        f"model = GPTQModel.load({source}, QuantizeConfig(bits=4, group_size=128)); "
+        f"model.quantize(rows); model.save({json.dumps(into)})"
+    )
+    awq = (
+        "from llmcompressor import oneshot; from llmcompressor.modifiers.awq import AWQModifier; "
+        f'oneshot(model={source}, dataset="open_platypus", recipe=[AWQModifier('
+        'targets=["Linear"], scheme="W4A16_ASYM", ignore=["lm_head"])], '
+        f"output_dir={json.dumps(f'{folder}-awq')}, max_seq_length=512, "
+        "num_calibration_samples=256)"
+    )
+    return [
+        f"pip install gptqmodel && python -c {_quoted(gptq)}",
+        f"pip install llmcompressor && python -c {_quoted(awq)}",
+        _gguf(folder),
+    ]
+
+
+FORMATS = {
+    "adapter": as_adapter,
+    "merged": as_merged,
+    "quantized": as_quantized,
+    "ollama": as_ollama,
+    "vllm": as_vllm,
+}

@@ -1,0 +1,88 @@
+"""Pushing an exported folder to the hub, with the token of the environment or of a login."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+
+from lightning_peft.errors import ConfigError, HubError
+
+
+def check_repo(repo: str) -> None:
+    """Refuses what is no name of a repository.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(f"--push-to {repo!r} is no name of a repository: {error}") from error
+    if repo.count("/") != 1:
+        raise ConfigError(f"--push-to {repo!r}: write NAMESPACE/NAME, as in my-name/my-adapter.")
+
+
+def files_of(folder: Path) -> list[dict[str, Any]]:
+    """Returns what would be pushed: paths in the repository, and their bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size}
+        for path in files
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+
+
+def check_token() -> None:
+    """Asks the hub who the token belongs to, before hours of merging.
+
+    Raises:
+        HubError: If there is no token, or the hub does not take it or cannot be reached.
+    """
+    try:
+        HfApi().whoami()
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise HubError(
+            f"The hub does not say whose token this is ({_reason(error)}). Set HF_TOKEN or run "
+            "`hf auth login`, and check the network (HF_HUB_OFFLINE must not be set). Without "
+            "--push-to, or with --dry-run, nothing is pushed."
+        ) from error
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Makes the repository if it is not there, and pushes all files in one commit.
+
+    Args:
+        folder: What to push.
+        repo: ``namespace/name``.
+        private: Whether a new repository is private; one that is there stays as it is.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        HubError: If the hub refuses; the folder stays.
+    """
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=[file["path"] for file in files_of(folder)],
+            commit_message="Upload by lightning-peft export",
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise HubError(
+            f"The hub did not take {repo!r} ({_reason(error)}). Nothing is lost: the export is "
+            f"complete in {str(folder)!r}. Try again with `hf upload {repo} {folder}`."
+        ) from error
+    return str(made)
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]

@@ -1,0 +1,179 @@
+"""Loading a base with adapters on it, the way they were trained or in other bits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """A model with adapters.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        notes: What a user should know, such as bits other than in training.
+    """
+
+    model: Any
+    tokenizer: Any
+    notes: list[str] = field(default_factory=list)
+
+
+def find_device(asked: str) -> torch.device:
+    """Returns the device that ``asked`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch sees no CUDA device here. Use 'cpu' or 'auto'.")
+    cuda = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if cuda else torch.device("cpu")
+
+
+def load_tokenizer(base: Base) -> Any:
+    """Returns the tokenizer of a base.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(base.folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{base.name!r} has no tokenizer that can be read: {reason}") from error
+
+
+def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) -> Any:
+    """Returns the plain base in eval mode, in the class that ``adapter`` was trained on."""
+    recorded = ((adapter.facts if adapter else {}).get("base") or {}).get("class")
+    cls: Any = getattr(transformers, str(recorded), AutoModelForCausalLM)
+    return cls.from_pretrained(base.folder, config=base.config, dtype=dtype).eval()
+
+
+def settings_of(adapter: Adapter) -> BitsAndBytesConfig | None:
+    """Returns how the base of ``adapter`` was quantized in training; ``None`` if it was not."""
+    return engine.quantization_from_dict(adapter.facts.get("quantization"))
+
+
+def dtype_in_training(adapter: Adapter) -> torch.dtype | str:
+    """Returns the dtype in which the base of ``adapter`` was loaded, ``"auto"`` if not recorded."""
+    name = (adapter.facts.get("base") or {}).get("dtype")
+    return getattr(torch, name) if name else "auto"
+
+
+def load_as_trained(base: Base, adapter: Adapter, *, check_base: bool = True) -> nn.Module:
+    """Returns the base, quantized as in training, with the adapter on it, on the CPU."""
+    model: nn.Module = load_model(base, adapter, dtype_in_training(adapter))
+    settings = settings_of(adapter)
+    engine.load_adapter(model, adapter.folder, check_base=check_base, quantization_config=settings)
+    return model
+
+
+def load_with_adapters(
+    base: Base,
+    adapters: Sequence[Adapter],
+    *,
+    bits: int | None = None,
+    device: torch.device,
+    check_base: bool = True,
+) -> Loaded:
+    """Loads a causal language model once, with several adapters between which to switch.
+
+    Args:
+        base: The base.
+        adapters: The adapters; their names become those on the model.
+        bits: 16, or 4 (NF4 with double quantization, or as in training); by default what the
+            first adapter was trained on.
+        device: Where the model goes.
+        check_base: Refuse adapters of other bases.
+
+    Raises:
+        ConfigError: If the bits cannot be had.
+        BaseMismatchError, CheckpointError: If an adapter does not fit.
+        UnsupportedError: If the model generates no text, or adapters cannot share it.
+    """
+    wanted = bits or (adapters[0].bits if adapters else 16)
+    settings = _settings(adapters, wanted)
+    # Everything that is to stay dense, when weights are quantized as they are read.
+    dense = [name for a in adapters for name in a.config.get("modules_to_save") or []]
+    streamed = settings is not None and wanted == 4 and device.type != "cpu"
+    dtype = dtype_in_training(adapters[0]) if adapters else "auto"
+    _refuse_silent(adapters)
+    with (
+        engine.quantized_loading(settings, device, dense)
+        if streamed and settings is not None
+        else nullcontext()
+    ):
+        model = load_model(base, adapters[0] if adapters else None, dtype)
+    for adapter in adapters:
+        engine.load_adapter(
+            model,
+            adapter.folder,
+            adapter_name=adapter.name,
+            check_base=check_base,
+            quantization_config=settings,
+        )
+    model.to(device)
+    notes = [
+        f"{a.name} was trained on a base of {a.bits} bits, and this one has {wanted}: its answers "
+        "may differ from those in training"
+        for a in adapters
+        if a.bits != wanted
+    ]
+    notes += [
+        f"{a.name} does not record its base, so whether it is this one was not checked"
+        for a in adapters
+        if not (a.facts.get("base") or {}).get("fingerprint")
+    ]
+    return Loaded(model.eval(), load_tokenizer(base), notes)
+
+
+def _refuse_silent(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        name = str((adapter.facts.get("base") or {}).get("class"))
+        cls: Any = getattr(transformers, name, None)
+        if isinstance(cls, type) and not getattr(cls, "can_generate", lambda: True)():
+            raise UnsupportedError(
+                f"{adapter.name} was trained on a {name}, which generates no text. Use it in "
+                "Python: lightning_peft.load_adapter on the model."
+            )
+
+
+def _settings(adapters: Sequence[Adapter], bits: int) -> BitsAndBytesConfig | None:
+    if bits == 16:
+        return None
+    if bits not in (4, 8):
+        raise ConfigError(f"bits={bits}: 16, 8 or 4.")
+    same = [a for a in adapters if a.bits == bits]
+    if same:
+        return settings_of(same[0])
+    return engine.quantization_config(load_in_8bit=bits == 8)
+
+
+def needed_bytes(base: Base) -> int:
+    """Returns about how much memory the base and what is computed with it take in float32."""
+    return 2 * 4 * sum(stored.numel for stored in base.keys.values())
+
+
+def free_bytes() -> int:
+    """Returns the memory that is free on this machine."""
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,178 @@
+"""What merging does to the outputs: each way against the model as it was trained, on real prompts.
+
+Weights are those of each way; everything is computed in float32, so that nothing else differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_peft import engine
+from lightning_peft.engine.configuration import BASE_CHANGING_INITS
+from lightning_peft.errors import LightningPeftError
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base
+from lightning_peft.export.loading import (
+    dtype_in_training,
+    free_bytes,
+    load_as_trained,
+    load_model,
+    load_tokenizer,
+    needed_bytes,
+    settings_of,
+)
+
+# A question, prose and code: what tuned models are asked.
+PROMPTS = (
+    "What is the difference between a list and a tuple?",
+    "The report was late again, and this time nobody in the office was surprised, because",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Write a short letter to a friend who has moved to another city.",
+)
+_LONGEST = 256
+
+
+@dataclass
+class LogitError:
+    """How far the outputs of one way of merging are from the model as it was trained.
+
+    Attributes:
+        relative: ``||logits - trained|| / ||trained||`` over all tokens of the prompts.
+        kl: Mean Kullback-Leibler divergence per token in nats, trained against merged.
+        same_choice: Share of the tokens after which both would choose the same next one.
+    """
+
+    relative: float
+    kl: float
+    same_choice: float
+
+
+def why_not_measured(adapter: Adapter, base: Base) -> str | None:
+    """Returns why outputs cannot be compared here, or ``None`` where they can."""
+    needed, free = needed_bytes(base), free_bytes()
+    if needed > free:
+        return (
+            f"comparing outputs takes about {needed / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    init = str((adapter.facts.get("config") or {}).get("init_lora_weights", "")).lower()
+    if settings_of(adapter) is not None and init.startswith(BASE_CHANGING_INITS):
+        return f"with init_lora_weights={init!r} the folder does not hold the base in training"
+    return None
+
+
+def measure_merge(
+    adapter: Adapter,
+    base: Base,
+    merged: Path,
+    into: str,
+    dtype: torch.dtype,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    check_base: bool = True,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, LogitError]:
+    """Returns the error in the logits of each way of merging, by its name.
+
+    The way that was chosen is measured on the folder that was written; of the others, models are
+    made in memory, one at a time.
+
+    Args:
+        adapter: The adapter.
+        base: Its base.
+        merged: The merged folder.
+        into: How that was merged.
+        dtype: Dtype in which weights are stored.
+        prompts: Texts.
+        check_base: As it was for merging.
+        progress: Is told what is going on.
+    """
+    tokenizer = load_tokenizer(base)
+    settings, found = settings_of(adapter), {}
+    steps = 2 if settings is None else 4
+    progress("comparing outputs", 0, steps)
+    trained = load_as_trained(base, adapter, check_base=check_base)
+    reference = logits_of(trained, tokenizer, prompts)
+    progress("comparing outputs", 1, steps)
+    if settings is not None:
+        (entry,) = engine.require_record(trained).parts.values()
+        quantized = list(entry.quantized)
+        _as_stored(trained, dtype)
+        if into != "dequantized":
+            found["dequantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
+        for name in quantized:
+            engine.quantize(trained.get_submodule(name), settings)
+        found["requantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
+        progress("comparing outputs", 2, steps)
+        del trained
+        if into != "original":
+            dense = load_model(base, adapter, dtype_in_training(adapter))
+            engine.load_adapter(dense, adapter.folder, check_base=check_base)
+            _as_stored(dense, dtype)
+            found["original"] = compare(logits_of(dense, tokenizer, prompts), reference)
+            del dense
+        progress("comparing outputs", 3, steps)
+    cls: Any = getattr(transformers, base.config.architectures[0])
+    written = cls.from_pretrained(merged, dtype=torch.float32).eval()
+    found[into] = compare(logits_of(written, tokenizer, prompts), reference)
+    progress("comparing outputs", steps, steps)
+    return found
+
+
+def _as_stored(model: Any, dtype: torch.dtype) -> None:
+    engine.merge(model, dtype=dtype)
+    engine.unload(model)
+    model.to(dtype)
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) -> Tensor:
+    """Returns the logits of ``model`` after each token of some texts, ``(tokens, vocabulary)``.
+
+    Dense weights are made float32 first; ``model`` is changed.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        model.float()
+    found = []
+    for text in prompts or PROMPTS:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_LONGEST]
+        output = model(input_ids=ids.to(model.device))
+        logits = getattr(output, "logits", output[0])
+        found.append(logits.float().cpu().reshape(-1, logits.shape[-1]))
+    return torch.cat(found)
+
+
+def compare(mine: Tensor, theirs: Tensor) -> LogitError:
+    """Returns how far the logits ``mine`` are from ``theirs``."""
+    kl = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
+    same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
+    return LogitError(
+        relative=((mine - theirs).norm() / theirs.norm()).item(),
+        # Rounding can make the sum of tiny terms negative.
+        kl=max(0.0, kl.item() / len(mine)),
+        same_choice=same.item(),
+    )
+
+
+def measured(
+    adapter: Adapter, base: Base, merged: Path, into: str, dtype: torch.dtype, **options: Any
+) -> tuple[dict[str, LogitError], str | None]:
+    """Returns what :func:`measure_merge` finds, or an empty dictionary and the reason.
+
+    The merged folder is complete at this point: nothing that goes wrong here may lose it.
+    """
+    reason = why_not_measured(adapter, base)
+    if reason is not None:
+        return {}, reason
+    try:
+        return measure_merge(adapter, base, merged, into, dtype, **options), None
+    except (LightningPeftError, OSError, RuntimeError, ValueError) as error:
+        return {}, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

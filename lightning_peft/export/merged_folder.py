@@ -1,0 +1,319 @@
+"""Merging an adapter into a model folder, tensor by tensor, so that any size fits in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightErrors
+from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import (
+    COMPANIONS,
+    INDEX,
+    Base,
+    Stored,
+    find_base,
+    make_outline,
+    names_in_model,
+)
+from lightning_peft.export.shards import in_file_order, write_safetensors
+from lightning_peft.export.whole_folder import refuse_taken, whole_folder
+
+REPORT = "merge_report.json"
+WAYS = ("dequantized", "original", "requantized")
+
+# What is going on, how many bytes of it are done, and of how many.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class MergedFolder:
+    """A merged model on disk, with what merging cost.
+
+    Attributes:
+        folder: The model, in transformers' format.
+        into: ``"dequantized"`` or ``"original"``.
+        dtype: Dtype of the weights.
+        bytes: Size of the weights.
+        base_checked: Whether the base was compared with the one recorded in training.
+        weights: The errors of each adapted layer.
+    """
+
+    folder: Path
+    into: Into
+    dtype: str
+    bytes: int
+    base_checked: bool
+    weights: list[WeightErrors] = field(default_factory=list)
+
+    def summary(self, way: str) -> dict[str, float] | None:
+        """Returns median and largest error of the layers, for one way of merging."""
+        found = [value for x in self.weights if (value := getattr(x, way)) is not None]
+        return {"median": median(found), "worst": max(found)} if found else None
+
+
+def merge_into_folder(
+    adapter: Adapter,
+    output: Path,
+    base: Base,
+    *,
+    dtype: torch.dtype | None = None,
+    into: Into | None = None,
+    check_base: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> MergedFolder:
+    """Writes the model with the adapter built in.
+
+    Only one tensor is in memory at a time. Everything is written to a folder beside ``output`` and
+    renamed when complete.
+
+    Args:
+        adapter: What to merge.
+        output: The model folder; it must not exist, or be empty.
+        base: Its base; see :func:`base_of`.
+        dtype: Dtype of the weights; by default that of the base, and bfloat16 for a wider one.
+        into: See :class:`~lightning_peft.engine.streamed_merging.StreamedMerge`.
+        check_base: Refuse a base other than the recorded one.
+        progress: Is told what is going on.
+
+    Returns:
+        Where the model is, and the error of every layer.
+
+    Raises:
+        ConfigError: If the base or the output folder cannot be used.
+        BaseMismatchError: If the base is another one than in training.
+        CheckpointError: If a file is damaged, or adapter and base do not fit.
+        UnsupportedError: If the adapter cannot be merged.
+    """
+    refuse_taken(output)
+    merge, names = prepare(adapter, base, into, dtype)
+    checked = check_base and _check_base(adapter, base, merge, names, progress)
+    plan = _plan(base, merge, names)
+    size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
+    _refuse_full_disk(output, size)
+    with whole_folder(output) as folder:
+        _write_weights(folder, base, merge, names, plan, progress, size)
+        written = str(_main_dtype(plan)).removeprefix("torch.")
+        _write_companions(folder, base, adapter, written)
+    return MergedFolder(output, merge.into, written, size, checked, merge.errors)
+
+
+def base_of(adapter: Adapter, base: str | None = None, revision: str | None = None) -> Base:
+    """Returns the base of an adapter: the one that is named, else the recorded one.
+
+    Raises:
+        ConfigError: If none is named or recorded, or it cannot be had.
+    """
+    name = base or adapter.base_name
+    if name is None:
+        raise ConfigError(
+            f"The adapter in {str(adapter.folder)!r} does not record what it was trained on. Name "
+            "the base by --base, as a folder or by its name on the hub."
+        )
+    return find_base(name, revision or (None if base else adapter.base_revision))
+
+
+def prepare(
+    adapter: Adapter, base: Base, into: Into | None, dtype: torch.dtype | None
+) -> tuple[StreamedMerge, dict[str, str]]:
+    """Returns the merge that is to be streamed, and the model's names by those in the files.
+
+    Raises:
+        CheckpointError, UnsupportedError, ConfigError: If adapter and base do not fit.
+    """
+    recorded = adapter.facts.get("base") or {}
+    outline = make_outline(base, recorded.get("class"), _labels(adapter))
+    names = names_in_model(base, outline)
+    merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
+    here = _with_ties(outline, set(names.values())) | set(merge.replaced())
+    own = {id(factor) for factor in merge.factors()}
+    lacking = [
+        name
+        for name, param in outline.named_parameters()
+        if name not in here and id(param) not in own
+    ]
+    if lacking:
+        raise CheckpointError(
+            f"The files of {base.name!r} lack weights of {type(outline).__name__}, and the adapter "
+            "does not bring them:" + itemize(lacking, 5)
+        )
+    return merge, names
+
+
+def _labels(adapter: Adapter) -> int | None:
+    """Returns the size of a classification head that the adapter brings."""
+    file = adapter.folder / "adapter_model.safetensors"
+    if not file.is_file() or not adapter.config.get("modules_to_save"):
+        return None
+    with safe_open(file, framework="pt") as opened:
+        for key in opened.keys():  # noqa: SIM118
+            if key.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight")):
+                return int(opened.get_slice(key).get_shape()[0])
+    return None
+
+
+def _with_ties(outline: Any, names: set[str]) -> set[str]:
+    first: dict[int, list[str]] = {}
+    for name, value in outline.state_dict(keep_vars=True).items():
+        first.setdefault(id(value), []).append(name)
+    return {name for tied in first.values() if names & set(tied) for name in tied} | names
+
+
+def _refuse_full_disk(output: Path, size: int) -> None:
+    place = next(p for p in output.resolve().parents if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size * 1.02:
+        raise ConfigError(
+            f"The merged model takes {size / 1e9:.2f} GB, and {str(place)!r} has "
+            f"{free / 1e9:.2f} GB free. Make room, or name another output."
+        )
+
+
+def _check_base(
+    adapter: Adapter, base: Base, merge: StreamedMerge, names: dict[str, str], progress: Progress
+) -> bool:
+    """Compares the base with the recorded one; says whether there was a record."""
+    recorded = (adapter.facts.get("base") or {}).get("fingerprint")
+    if recorded is None:
+        return False
+    outline: Any = merge.outline
+    in_files = {name: key for key, name in names.items()}
+    total, done, sums = sum(s.numel for s in base.keys.values()), 0, []
+    aliases = _aliases(outline)
+    for name, shape in zip(merge.base.names, merge.base.shapes, strict=True):
+        key = next((in_files[a] for a in aliases.get(name, [name]) if a in in_files), None)
+        if key is None or base.keys[key].shape != shape:
+            raise CheckpointError(
+                f"{name} has the shape {shape} in {type(outline).__name__}, and in the files of "
+                f"{base.name!r} {base.keys[key].shape if key else 'it is not there'}."
+            )
+        sums.append(checksum(next(base.tensors([key]))))
+        done += base.keys[key].numel
+        progress("checking the base", done, total)
+    found = Fingerprint(merge.base.names, merge.base.shapes, tuple(sums)).digest()
+    if found != recorded:
+        raise BaseMismatchError(
+            f"The adapter in {str(adapter.folder)!r} was trained on other weights "
+            f"({adapter.base_name or 'unnamed'}, fingerprint {recorded[:12]}) than those in "
+            f"{base.name!r} (fingerprint {found[:12]}). The merged model would compute something "
+            "else. Name the base of the run by --base and --revision, or pass --no-check-base if "
+            "they are meant to differ."
+        )
+    return True
+
+
+def _aliases(outline: Any) -> dict[str, list[str]]:
+    """Returns all names of each parameter, by every one of them, as before adapters."""
+    groups: dict[int, list[str]] = {}
+    for name, param in outline.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(param), []).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _plan(base: Base, merge: StreamedMerge, names: dict[str, str]) -> dict[str, dict[str, Stored]]:
+    """Returns what will be in each file."""
+    plan = {
+        file: {
+            key: Stored(merge.dtype_of(names[key], stored.dtype), stored.shape)
+            for key, stored in shard.items()
+        }
+        for file, shard in base.shards.items()
+    }
+    replaced, there = merge.replaced(), set(names.values())
+    for file, shard in plan.items():
+        for key, stored in shard.items():
+            value = replaced.get(names[key])
+            if value is not None:
+                plan[file][key] = Stored(stored.dtype, tuple(value.shape))
+    tied = _aliases(merge.outline)
+    new = {
+        name: Stored(merge.dtype_of(name, value.dtype), tuple(value.shape))
+        for name, value in replaced.items()
+        if name not in there and not there & set(tied.get(name, []))
+    }
+    # Such as a new head. Not in a file of its own: beside model.safetensors nothing else is read.
+    plan[max(plan)] |= new
+    return plan
+
+
+def _main_dtype(plan: dict[str, dict[str, Stored]]) -> torch.dtype:
+    sizes: dict[torch.dtype, int] = {}
+    for shard in plan.values():
+        for stored in shard.values():
+            if stored.dtype.is_floating_point:
+                sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.numel
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _write_weights(
+    folder: Path,
+    base: Base,
+    merge: StreamedMerge,
+    names: dict[str, str],
+    plan: dict[str, dict[str, Stored]],
+    progress: Progress,
+    size: int,
+) -> None:
+    replaced, done = merge.replaced(), 0
+    elsewhere = {None, *replaced}
+
+    def values(file: str) -> Iterator[Tensor]:
+        nonlocal done
+        order = in_file_order(plan[file])
+        of_base = [key for key in order if names.get(key) not in elsewhere]
+        read = base.tensors(of_base)
+        for key in order:
+            name = names.get(key, key)
+            if name in replaced:
+                value = replaced[name].to(plan[file][key].dtype)
+            else:
+                value = merge.merged(name, next(read))
+            done += value.numel() * value.element_size()
+            progress("merging", done, size)
+            yield value
+
+    for file, entries in plan.items():
+        write_safetensors(folder / file, entries, values(file))
+    if len(plan) > 1 or (base.folder / INDEX).is_file():
+        weight_map = {key: file for file, entries in plan.items() for key in entries}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_companions(folder: Path, base: Base, adapter: Adapter, dtype: str) -> None:
+    """Copies tokenizer, generation config and the like as they are, and rewrites the config."""
+    for pattern in COMPANIONS:
+        for file in base.folder.glob(pattern):
+            if file.name not in (INDEX, "config.json", "README.md") and file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    text = json.loads(base.config.to_json_string(use_diff=True)) | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+    template = adapter.chat_template
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def report_of(result: MergedFolder, adapter: Adapter, base: Base) -> dict[str, Any]:
+    """Returns what merging did, as primitives."""
+    return {
+        "base": base.name,
+        "adapter": str(adapter.folder),
+        "adapter_sha256": adapter.facts.get("adapter_sha256"),
+        "into": result.into,
+        "dtype": result.dtype,
+        "bytes": result.bytes,
+        "base_checked": result.base_checked,
+        "weight_errors": {way: result.summary(way) for way in WAYS},
+        "layers": [asdict(layer) for layer in result.weights],
+    }

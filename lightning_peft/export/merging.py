@@ -1,0 +1,88 @@
+"""Merging with everything around it: find, merge, measure, and write the card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_peft.engine.streamed_merging import Into
+from lightning_peft.export.adapters import Adapter, find_adapter
+from lightning_peft.export.base import license_of
+from lightning_peft.export.card import merged_card, public_name
+from lightning_peft.export.measuring import PROMPTS, LogitError, measured
+from lightning_peft.export.merged_folder import (
+    REPORT,
+    Progress,
+    base_of,
+    merge_into_folder,
+    report_of,
+)
+
+
+def merge(
+    adapter: str | Adapter,
+    output: Path,
+    *,
+    base: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    into: Into | None = None,
+    prompts: Sequence[str] | None = None,
+    measure: bool = True,
+    check_base: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Merges an adapter into a model folder, compares outputs, and writes the model card.
+
+    Args:
+        adapter: An adapter folder, a checkpoint, or the folder of a run; or what was found there.
+        output: The folder to make.
+        base: Folder or hub name of the base; by default the recorded one.
+        revision: Branch, tag or commit of the base on the hub.
+        dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``; by default that of the base, and
+            bfloat16 for a wider one.
+        into: ``"dequantized"`` or ``"original"``.
+        prompts: What outputs are compared on.
+        measure: Compare outputs, where the model fits in memory.
+        check_base: Refuse a base other than the recorded one.
+        progress: Is told what is going on.
+
+    Returns:
+        What merging did, as primitives; the folder holds the same as ``merge_report.json``.
+
+    Raises:
+        LightningPeftError: See :func:`lightning_peft.export.merged_folder.merge_into_folder`.
+    """
+    found = find_adapter(adapter) if isinstance(adapter, str) else adapter
+    source = base_of(found, base, revision)
+    wanted = getattr(torch, dtype) if dtype else None
+    result = merge_into_folder(
+        found, output, source, dtype=wanted, into=into, check_base=check_base, progress=progress
+    )
+    errors: dict[str, LogitError] = {}
+    reason: str | None = "it was not asked for"
+    if measure:
+        stored, texts = getattr(torch, result.dtype), prompts or PROMPTS
+        options = {"prompts": texts, "check_base": check_base, "progress": progress}
+        errors, reason = measured(found, source, output, result.into, stored, **options)
+    report = report_of(result, found, source) | {
+        "logit_errors": {way: asdict(error) for way, error in errors.items()},
+        "not_measured": reason,
+    }
+    # The folder travels: it does not tell the paths of this machine.
+    public = report | {"adapter": found.name, "base": public_name(source.name)}
+    _write(output / REPORT, json.dumps(public, indent=2) + "\n")
+    _write(output / "README.md", merged_card(found, license_of(source.folder), report))
+    return {"output": str(output), **report}
+
+
+def _write(file: Path, text: str) -> None:
+    unfinished = file.with_name(f".{file.name}.incomplete")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)

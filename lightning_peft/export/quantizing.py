@@ -1,0 +1,90 @@
+"""Post-training quantization of a merged model, by bitsandbytes through transformers.
+
+bitsandbytes is what the base is quantized with in training, so it is installed; it runs on CPUs
+too, needs no calibration data, and transformers and vLLM load the folders without this package.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import BitsAndBytesConfig
+
+from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import COMPANIONS, INDEX, Base
+from lightning_peft.export.loading import load_as_trained, load_tokenizer
+from lightning_peft.export.measuring import LogitError, compare, logits_of, why_not_measured
+from lightning_peft.export.merged_folder import REPORT
+
+
+def quantize_folder(merged: Path, output: Path, bits: int) -> None:
+    """Writes a merged model again with its linear layers in 8 or 4 bits (NF4).
+
+    Args:
+        merged: The folder of the model in 16 bits.
+        output: The folder to write to; it exists.
+        bits: 8 or 4.
+
+    Raises:
+        ConfigError: If there is no quantization to so many bits.
+    """
+    if bits not in (4, 8):
+        raise ConfigError(f"bits={bits}: 8 or 4.")
+    settings = BitsAndBytesConfig(
+        load_in_8bit=bits == 8,
+        load_in_4bit=bits == 4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    where = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model: Any = _class_of(merged).from_pretrained(
+        merged, quantization_config=settings, dtype="auto", device_map={"": where}
+    )
+    # Before any forward pass: on some CPUs that repacks the codes.
+    model.save_pretrained(output)
+    for pattern in COMPANIONS:
+        for file in merged.glob(pattern):
+            if file.name not in (INDEX, "config.json"):
+                shutil.copyfile(file, output / file.name)
+    assert (output / REPORT).is_file()
+
+
+def _class_of(folder: Path) -> Any:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return getattr(transformers, config["architectures"][0])
+
+
+def measure_quantized(
+    adapter: Adapter, base: Base, folder: Path, options: dict[str, Any]
+) -> tuple[LogitError | None, str | None]:
+    """Returns how far a quantized folder is from the model as it was trained, or why not.
+
+    Args:
+        adapter: What was merged and quantized.
+        base: Its base.
+        folder: The quantized model.
+        options: Arguments of :func:`lightning_peft.export.merging.merge`.
+    """
+    if not options.get("measure", True):
+        return None, "it was not asked for"
+    reason = why_not_measured(adapter, base)
+    if reason is not None:
+        return None, reason
+    try:
+        tokenizer = load_tokenizer(base)
+        trained = load_as_trained(base, adapter, check_base=options.get("check_base", True))
+        reference = logits_of(trained, tokenizer, options.get("prompts"))
+        del trained
+        written = _class_of(folder).from_pretrained(folder, dtype=torch.float32)
+        return compare(
+            logits_of(written.eval(), tokenizer, options.get("prompts")), reference
+        ), None
+    except (LightningPeftError, OSError, RuntimeError, ValueError) as error:
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,174 @@
+"""Who speaks is who was chosen: the base, or one of its adapters, as they are without this room."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from finished import BASE, adapter_in
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lightning_peft import engine
+from lightning_peft.chat.conversation import Conversation, is_command, question_of
+from lightning_peft.chat.speaking import Sampling, Speaker
+from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
+from lightning_peft.export.adapters import Adapter, find_adapters
+from lightning_peft.export.base import find_base
+from lightning_peft.export.loading import load_with_adapters
+
+QUESTION = [{"role": "user", "content": "What does `len` do?"}]
+CPU = torch.device("cpu")
+
+
+def speaker(*adapters: str, tokens: int = 12, template: str = "plain", **options) -> Speaker:
+    found = find_adapters(adapters)
+    loaded = load_with_adapters(find_base(str(BASE)), found, device=CPU, **options)
+    return Speaker(loaded, found, template, Sampling(max_new_tokens=tokens))
+
+
+def greedy(model, ids: torch.Tensor, tokenizer, tokens: int = 12) -> str:
+    out = model.eval().generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: Path) -> None:
+    talk = speaker(str(lora_run))
+    assert talk.names == ["base", talk.active]
+    pieces: list[str] = []
+    tuned = talk.answer(QUESTION, pieces.append)
+    assert "".join(pieces).strip() == tuned.text
+    assert len(pieces) > 1
+    talk.switch("base")
+    base = talk.answer(QUESTION)
+    plain = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    ids, tokenizer = talk.tokens_of(QUESTION), talk.loaded.tokenizer
+    assert base.text == greedy(plain, ids, tokenizer)
+    theirs = PeftModel.from_pretrained(plain, adapter_in(lora_run))
+    assert tuned.text == greedy(theirs, ids, tokenizer)
+    assert tuned.text != base.text
+    talk.switch(talk.names[1])
+    assert talk.answer(QUESTION).text == tuned.text
+
+
+def test_bits_are_those_in_training_or_asked_for(qlora_run: Path, lora_run: Path) -> None:
+    trained = speaker(str(qlora_run))
+    assert not trained.loaded.notes
+    (entry,) = engine.require_record(trained.loaded.model).parts.values()
+    assert len(entry.quantized) == 28
+    dense = speaker(str(qlora_run), bits=16)
+    assert "was trained on a base of 4 bits, and this one has 16" in dense.loaded.notes[0]
+    (entry,) = engine.require_record(dense.loaded.model).parts.values()
+    assert not entry.quantized
+    both = speaker(f"four={qlora_run}", f"full={lora_run}")
+    assert both.names == ["base", "four", "full"]
+    assert "full was trained on a base of 16 bits" in both.loaded.notes[0]
+    with torch.no_grad():
+        both.switch("four")
+        ids = both.tokens_of(QUESTION)
+        assert torch.equal(both.loaded.model(ids).logits, trained.loaded.model(ids).logits)
+
+
+def test_adapters_of_one_name_get_numbers(lora_run: Path) -> None:
+    first, second = find_adapters([str(lora_run), str(adapter_in(lora_run))])
+    assert second.name == f"{first.name}-2"
+    with pytest.raises(ConfigError, match="There is no adapter 'lats'; near names"):
+        speaker(str(lora_run)).switch("lats")
+
+
+def test_another_base_is_refused(lora_run: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(tmp_path)
+    for file in BASE.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = find_adapters([str(lora_run)])
+    with pytest.raises(BaseMismatchError, match="trained on another base"):
+        load_with_adapters(find_base(str(tmp_path)), found, device=CPU)
+
+
+def test_the_recorded_template_is_used(lora_run: Path, tmp_path: Path) -> None:
+    jinja = "Q: {{ messages[-1]['content'] }}\nA:"
+    folder = adapter_in(lora_run)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    facts = json.loads((folder / "provenance.json").read_text())
+    for place in ({"chat_template": jinja}, {"data": {"template": {"name": "x", "text": jinja}}}):
+        (tmp_path / "provenance.json").write_text(json.dumps(facts | place))
+        talk = speaker(str(tmp_path), template=None)
+        text = talk.loaded.tokenizer.decode(talk.tokens_of(QUESTION)[0])
+        assert text == "Q: What does `len` do?\nA:"
+        talk.switch("base")
+        assert talk.template().text == jinja
+    with pytest.raises(ConfigError, match="has no chat template"):
+        speaker(str(lora_run), template=None).template()
+
+
+def test_old_turns_make_room(lora_run: Path) -> None:
+    talk = Conversation(speaker(str(lora_run), tokens=4), system="Be brief.")
+    for number in range(12):
+        found = talk.ask(f"What does `len` do, and for the {number}th time?", lambda text: None)
+    assert found.dropped > 0
+    assert found.dropped % 2 == 0
+    assert len(talk.turns) == 24
+    with pytest.raises(ConfigError, match="the model takes 256 together with its answer"):
+        talk.ask("word " * 400, lambda text: None)
+    assert len(talk.turns) == 24
+
+
+def test_commands(lora_run: Path) -> None:
+    talk = Conversation(speaker(f"mine={lora_run}", tokens=2))
+    talk.ask("hello", lambda text: None)
+    assert talk.obey("/base") == "base answers"
+    assert talk.obey("/adapter mine ") == "mine answers"
+    assert talk.obey("/adapters") == "  base\n* mine"
+    assert len(talk.turns) == 2
+    assert "/adapter NAME" in talk.obey("/help")
+    talk.obey("/reset")
+    assert talk.turns == []
+    assert talk.obey("/quit") is None
+    with pytest.raises(ConfigError, match="There is no command '/adaptr'; near names: /adapter"):
+        talk.obey("/adaptr mine")
+    assert [is_command(x) for x in ("/help", "//help", "help")] == [True, False, False]
+    assert question_of("//etc") == "/etc"
+
+
+def test_without_adapters_the_base_speaks() -> None:
+    talk = speaker()
+    assert talk.names == ["base"]
+    plain = AutoModelForCausalLM.from_pretrained(BASE)
+    ids = talk.tokens_of(QUESTION)
+    assert talk.answer(QUESTION).text == greedy(plain, ids, talk.loaded.tokenizer)
+
+
+def test_where_no_answer_would_end(lora_run: Path) -> None:
+    talk = speaker(str(lora_run))
+    talk.loaded.model.generation_config.eos_token_id = None
+    talk.loaded.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="names an end token"):
+        talk.answer(QUESTION)
+
+
+def test_a_classifier_has_nothing_to_say(lora_run: Path) -> None:
+    (found,) = find_adapters([str(lora_run)])
+    found.facts["base"]["class"] = "LlamaForSequenceClassification"
+    with pytest.raises(UnsupportedError, match="which generates no text"):
+        load_with_adapters(find_base(str(BASE)), [found], device=CPU)
+
+
+def test_recorded_facts_of_other_programs() -> None:
+    bare = Adapter("x", Path(), {"base_model_name_or_path": "org/name"}, {})
+    assert (bare.base_name, bare.base_revision, bare.bits, bare.chat_template) == (
+        "org/name",
+        None,
+        16,
+        None,
+    )

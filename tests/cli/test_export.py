@@ -1,0 +1,303 @@
+"""``lightning-peft export`` in every format, and its push to a stand-in of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from finished import BASE, ROOT, adapter_in, command, json_of
+from peft import PeftModel
+from trainer_fixtures import _one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_peft.cli import main
+
+IDS = torch.arange(5, 40)[None]
+
+
+Export = Callable[..., dict]
+
+
+@pytest.fixture
+def exported(capsys: pytest.CaptureFixture[str]) -> Export:
+    """Runs the command in this process, which has imported all that takes seconds."""
+
+    def run(run: Path, output: Path, kind: str, *words: str) -> dict:
+        capsys.readouterr()
+        given = ["export", f"mine={run}", str(output), "--format", kind, "--json", *words]
+        assert main(given) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_the_adapter_with_its_card(qlora_run: Path, tmp_path: Path, exported: Export) -> None:
+    out = tmp_path / "out"
+    found = exported(qlora_run, out, "adapter", "--base-name", "org/base", "--chat-template", "raw")
+    assert {file["path"] for file in found["files"]} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "provenance.json",
+    }
+    assert found["notes"] == []
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: org/base\ntags:")
+    facts = json.loads((adapter_in(qlora_run) / "provenance.json").read_text())
+    assert facts["adapter_sha256"] in card
+    assert facts["base"]["fingerprint"] in card
+    assert f"| peft | `{facts['versions']['peft']}` |" in card
+    assert "license of the base | `not known here" in card
+    for file in found["files"]:
+        if not file["path"].endswith("safetensors"):
+            assert str(ROOT) not in (out / file["path"]).read_text()
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    assert torch.isfinite(PeftModel.from_pretrained(base, out)(IDS).logits).all()
+
+
+def test_a_license_that_the_base_names(lora_run: Path, tmp_path: Path, exported: Export) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in BASE.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "README.md").write_text("---\ntags: [x]\nlicense: apache-2.0\n---\n# Base\n")
+    exported(lora_run, tmp_path / "out", "adapter", "--base", str(base))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+    assert "| license of the base | `apache-2.0` |" in card
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.08), (4, 0.3)])
+def test_quantized_folders_load_without_this_package(
+    qlora_run: Path, tmp_path: Path, exported: Export, bits: int, most: float
+) -> None:
+    out = tmp_path / "out"
+    found = exported(qlora_run, out, "quantized", "--bits", str(bits))
+    error = found["quantized"]["logit_error"]
+    assert 0 < error["relative"] < most
+    assert not (out / "merged").exists()
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.quantization_config.to_dict()[f"load_in_{bits}bit"] is True
+    assert torch.isfinite(model(IDS).logits).all()
+    assert (out / "model.safetensors").stat().st_size < 0.7 * (
+        BASE / "model.safetensors"
+    ).stat().st_size
+    assert AutoTokenizer.from_pretrained(out).vocab_size == 4096
+    assert f"The linear layers are in {bits} bits" in (out / "README.md").read_text()
+
+
+def test_vllm(
+    qlora_run: Path, tmp_path: Path, exported: Export, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = exported(qlora_run, tmp_path / "out", "vllm", "--base-name", "org/base")
+    assert found["commands"] == [
+        "vllm serve org/base --enable-lora --max-lora-rank 8 "
+        f"--lora-modules mine={tmp_path / 'out'}",
+        "vllm serve org/base --enable-lora --max-lora-rank 8 "
+        f"--lora-modules mine={tmp_path / 'out'} --quantization bitsandbytes",
+    ]
+    folder = tmp_path / "full"
+    folder.mkdir()
+    for file in adapter_in(qlora_run).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in [
+        ({"modules_to_save": ["lm_head"], "bias": "all"}, "has modules_to_save, bias, and vLLM"),
+        ({"r": 1024}, "has rank 1024, and vLLM takes at most 512"),
+    ]:
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        words = ["export", str(folder), str(tmp_path / "other"), "--format", "vllm"]
+        assert main(words) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
+def test_ollama(qlora_run: Path, tmp_path: Path, exported: Export) -> None:
+    out = tmp_path / "out"
+    words = ("--chat-template", "chatml", "--system", "Be brief.", "--no-measure")
+    found = exported(qlora_run, out, "ollama", *words)
+    text = (out / "Modelfile").read_text()
+    assert text.startswith(
+        'FROM ./model\nTEMPLATE """{{ range .Messages }}{{ if eq .Role "system" }}'
+    )
+    assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n' in text
+    assert text.endswith(
+        '<|im_start|>assistant\n"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|im_end|></s>"\n'
+        'SYSTEM """Be brief."""\n'
+    )
+    assert (out / "model" / "chat_template.jinja").is_file()
+    assert AutoModelForCausalLM.from_pretrained(out / "model").dtype == torch.bfloat16
+    assert any("ollama create mine" in line for line in found["commands"])
+    apart = exported(qlora_run, tmp_path / "apart", "ollama", "--with-adapter", "--base-name", "b")
+    text = (tmp_path / "apart" / "Modelfile").read_text()
+    assert text.startswith("FROM b\nADAPTER ./adapter\n")
+    assert any("no chat template is known" in note for note in apart["notes"])
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What a push asks of the hub's HTTP API, with LFS uploads, in memory."""
+
+    token, files, made, commits = "hf_right", {}, [], []
+
+    def reply(self, content: object, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def refused(self) -> bool:
+        right = self.headers.get("Authorization") == f"Bearer {self.token}"
+        if not right:
+            self.reply({"error": "Invalid credentials"}, 401)
+        return not right
+
+    def do_GET(self) -> None:
+        if not self.refused():
+            self.reply({"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
+
+    def do_HEAD(self) -> None:
+        self.reply({}, 404)
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        assert hashlib.sha256(content).hexdigest() == self.path.rpartition("/")[2]
+        self.files[self.path.rpartition("/")[2]] = content
+        self.reply({})
+
+    def do_POST(self) -> None:
+        body = self.body()
+        if self.refused():
+            return
+        host = f"http://{self.headers['Host']}"
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            self.reply({"url": f"{host}/me/mine", "id": "me/mine"})
+        elif "/preupload/" in self.path:
+            rows = json.loads(body)["files"]
+            kind = lambda row: "lfs" if row["path"].endswith(".safetensors") else "regular"  # noqa: E731
+            self.reply(
+                {
+                    "files": [
+                        {"path": r["path"], "uploadMode": kind(r), "shouldIgnore": False}
+                        for r in rows
+                    ]
+                }
+            )
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {
+                    "oid": one["oid"],
+                    "size": one["size"],
+                    "actions": {"upload": {"href": f"{host}/lfs/{one['oid']}"}},
+                }
+                for one in json.loads(body)["objects"]
+            ]
+            self.reply({"transfer": "basic", "objects": objects})
+        elif "/commit/" in self.path:
+            self.commits.append([json.loads(line) for line in body.splitlines() if line.strip()])
+            self.reply(
+                {
+                    "commitUrl": f"{host}/me/mine/commit/{'1' * 40}",
+                    "commitOid": "1" * 40,
+                    "pullRequestUrl": None,
+                }
+            )
+        else:
+            self.reply({"errors": [], "warnings": []})
+
+    def log_message(self, *words: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.files, Hub.made, Hub.commits = {}, [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def online(hub: str, tmp_path: Path, token: str) -> dict[str, str]:
+    return {
+        "HF_ENDPOINT": hub,
+        "HF_TOKEN": token,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+def test_pushing_to_a_stand_in_of_the_hub(lora_run: Path, hub: str, tmp_path: Path) -> None:
+    out, push = tmp_path / "out", ("--push-to", "me/mine", "--json")
+    done = command("export", lora_run, out, *push, **online(hub, tmp_path, "hf_right"))
+    found = json_of(done)
+    assert found["push"]["pushed"] is True
+    assert found["push"]["url"] == f"{hub}/me/mine"
+    (made,) = Hub.made
+    assert made["name"] == "mine"
+    assert made["organization"] == "me"
+    assert made.get("private") is True or made.get("visibility") == "private"
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    assert list(Hub.files.values()) == [weights]
+    (commit,) = Hub.commits
+    pushed = {line["value"]["path"] for line in commit if line["key"] in ("file", "lfsFile")}
+    assert pushed == {file["path"] for file in found["files"]}
+    assert "hf_right" not in done.stdout + done.stderr
+
+
+def test_a_token_that_is_refused_costs_no_merge(
+    lora_run: Path, hub: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ("export", lora_run, out, "--format", "merged", "--push-to", "me/mine")
+    done = command(*words, **online(hub, tmp_path, "hf_wrong"))
+    assert done.returncode == 1
+    assert "The hub does not say whose token this is" in done.stderr
+    assert "hf_wrong" not in done.stdout + done.stderr
+    assert not out.exists()
+    assert Hub.made == []
+    assert main([str(word) for word in words]) == 1
+    assert "HF_HUB_OFFLINE must not be set" in capsys.readouterr().err
+
+
+def test_a_dry_run_pushes_nothing(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(lora_run), str(tmp_path / "out"), "--push-to", "me/mine", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "would push 4 files, 0.6 MB, to me/mine (private)" in said
+    assert "adapter_model.safetensors" in said
+
+
+def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    for words, message in [
+        ([out, "--dry-run"], "--dry-run is for --push-to"),
+        ([out, "--push-to", "a/b/c"], "is no name of a repository"),
+        ([out, "--push-to", "alone"], "write NAMESPACE/NAME"),
+        ([out, "--chat-template", "chatlm"], "chat_template='chatlm'"),
+        ([str(BASE)], "is there already"),
+        ([out, "--format", "ollama", "--with-adapter", "--system", '"""'], "ends a text in a Mod"),
+    ]:
+        assert main(["export", str(lora_run), *words]) == 2, message
+        assert message in capsys.readouterr().err
+    assert not Path(out).exists()

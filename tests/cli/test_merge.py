@@ -1,0 +1,122 @@
+"""``lightning-peft merge`` as a user runs it, on a real run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from finished import BASE, ROOT, adapter_in, command, json_of
+from trainer_fixtures import _one_thread  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lightning_peft.cli import main
+
+
+def test_a_checkpoint_becomes_a_model_folder(qlora_run: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (qlora_run / "checkpoints").glob("*.ckpt")
+    report = json_of(command("merge", checkpoint, tmp_path / "out", "--json"))
+    assert report["adapter"] == str(adapter_in(qlora_run))
+    assert report["into"] == "dequantized"
+    assert report["base_checked"] is True
+    assert report["logit_errors"]["dequantized"]["relative"] < 0.005
+    assert set(report["logit_errors"]) == {"dequantized", "original", "requantized"}
+    assert set(report["weight_errors"]) == {"dequantized", "original", "requantized"}
+    assert len(report["layers"]) == 28
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").vocab_size == 4096
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2
+    kept = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert kept["logit_errors"] == report["logit_errors"]
+    assert str(ROOT) not in json.dumps(kept)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| dequantized (this folder) |" in card
+    assert str(ROOT) not in card
+
+
+def test_the_figures_are_printed(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What does `len` do?\n\nWhat is a list?\n")
+    words = ["merge", str(lora_run), str(tmp_path / "out"), "--prompts", str(prompts)]
+    assert main([*words, "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "into the original base, 28 layers, float32" in said
+    assert "original (chosen)" in said
+    assert "dequantized" not in said
+    assert main(["merge", str(lora_run), str(tmp_path / "other"), "--no-measure"]) == 0
+    assert "outputs were not compared: it was not asked for" in capsys.readouterr().out
+
+
+def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, adapter = str(tmp_path / "out"), str(adapter_in(lora_run))
+    for words, code, message in [
+        (["nowhere", out], 2, "'nowhere' is no folder and no checkpoint here"),
+        ([str(tmp_path), out], 2, "neither an adapter folder nor the folder of a run"),
+        ([str(BASE / "missing.ckpt"), out], 2, "There is no adapter folder"),
+        ([adapter, out, "--base", "no/such-model"], 2, "the hub did not give it"),
+        ([adapter, out, "--into", "dequantized"], 2, "does not say that its base was quantized"),
+        ([adapter, out, "--prompts", "absent.txt"], 2, "absent.txt"),
+        ([adapter, str(BASE)], 2, "is there already"),
+    ]:
+        assert main(["merge", *words]) == code
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", adapter, out, "--dtype", "int4"])
+    assert not Path(out).exists()
+
+
+def test_an_interrupt_says_so_and_leaves_nothing(qlora_run: Path, tmp_path: Path) -> None:
+    words = ["merge", str(qlora_run), str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 100
+    while not list(tmp_path.glob(".incomplete-*/model.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "stopped" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# The command itself, on a disk that is slow.
+SLOW = """
+import sys, time
+from lightning_peft.export import merged_folder
+real = merged_folder.StreamedMerge.merged
+def slow(self, *arguments):
+    time.sleep(0.5)
+    return real(self, *arguments)
+merged_folder.StreamedMerge.merged = slow
+from lightning_peft.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_help_is_quick_to_come() -> None:
+    code = (
+        "import sys\nfrom lightning_peft.cli.{name} import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for name in ("merge", "chat", "compare", "export"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(name=name)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"lightning-peft {name}" in done.stdout

@@ -1,0 +1,104 @@
+"""Finished runs, trained once per session: what tests of merging, exporting and chatting need.
+
+The fixtures are imported by `conftest.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "lightning_peft" / "demo" / "base"
+EXAMPLES = ROOT / "lightning_peft" / "demo" / "instructions.jsonl"
+
+
+def train(folder: Path, method: str, steps: int = 6) -> Path:
+    """Trains a few steps on the shipped base, and returns the folder of the run."""
+    import pytorch_lightning as pl
+    import torch
+
+    from lightning_peft.data.instructions import InstructionData
+    from lightning_peft.plugin.namespace import realize
+    from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
+    from lightning_peft.tasks.causal_lm import CausalLM
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cls = realize({"qlora": QLoRAStrategy, "lora": LoRAStrategy}[method], "pytorch_lightning")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pl.seed_everything(3, verbose=False)
+        checkpoint = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="last-{step}")
+        trainer = pl.Trainer(
+            strategy=cls(r=8, announce=False),
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            callbacks=[checkpoint],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        data = InstructionData(str(EXAMPLES), str(BASE), 4)
+        # A rate at which a few steps change what the model says.
+        trainer.fit(CausalLM(str(BASE), learning_rate=1e-2, dtype="float32"), data.loader("train"))
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qlora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a QLoRA run, with one checkpoint and its adapter."""
+    return train(tmp_path_factory.mktemp("qlora-run"), "qlora")
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a LoRA run."""
+    return train(tmp_path_factory.mktemp("lora-run"), "lora")
+
+
+def adapter_in(run: Path) -> Path:
+    """Returns the adapter folder of a run."""
+    (folder,) = (run / "checkpoints" / "adapters").iterdir()
+    return folder
+
+
+def command(
+    *words: str, given: str | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_peft.cli", *map(str, words)],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "200",
+            **environment,
+        },
+        input=given,
+        stdin=subprocess.DEVNULL if given is None else None,
+        text=True,
+        capture_output=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def json_of(done: subprocess.CompletedProcess[str]) -> dict:
+    """Returns the JSON on the standard output of a command that succeeded."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
