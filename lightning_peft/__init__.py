@@ -13,6 +13,9 @@ from lightning_peft.plugin.registration import register
 
 if TYPE_CHECKING:
     from lightning_peft.data.supervised import SupervisedData as SupervisedData
+    from lightning_peft.data.text_classification import (
+        TextClassificationData as TextClassificationData,
+    )
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
     from lightning_peft.engine.files.adapter_files import load_adapter as load_adapter
@@ -35,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "data.supervised": ("SupervisedData",),
+    "data.text_classification": ("TextClassificationData",),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
     "engine.merging": ("merge", "unload", "unmerge"),
@@ -53,6 +57,7 @@ __all__ = [
     "QLoRACallback",
     "QLoRAStrategy",
     "SupervisedData",
+    "TextClassificationData",
     "disable_adapters",
     "inject",
     "load_adapter",
@@ -73,7 +78,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOME_OF[name]}")
     value = getattr(home, name)
-    if _HOME_OF[name] in ("plugin.callbacks", "data.supervised"):
+    if _HOME_OF[name].startswith(("plugin.callbacks", "data.")):
         # Looked up again each time: which Lightning is imported may have changed.
         return import_module(f"{__name__}.plugin.namespace").for_imported(value)
     return value

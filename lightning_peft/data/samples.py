@@ -24,16 +24,21 @@ class Sample:
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
         label: The class of the text.
+        text_pair: The second of two texts that are classified together.
     """
 
     messages: list[Message] = field(default_factory=list)
     rejected: list[Message] = field(default_factory=list)
     text: str | None = None
     label: str | None = None
+    text_pair: str | None = None
 
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same exactly for rows that say the same."""
-        content = [self.messages, self.rejected, self.text, self.label]
+        content: list[Any] = [self.messages, self.rejected, self.text, self.label]
+        # Only where there is one, so that rows of other shapes keep their digest and their split.
+        if self.text_pair is not None:
+            content.append({"text_pair": self.text_pair})
         return _digest(content)
 
     def with_system(self, prompt: str | None) -> Sample:
@@ -45,7 +50,9 @@ class Sample:
         return replace(self, messages=[first, *self.messages], rejected=rejected)
 
     def prompt_digest(self) -> bytes | None:
-        """Returns 16 bytes for all turns but the last, or ``None`` without turns."""
+        """Returns 16 bytes for all turns but the last, or for what has a label, or ``None``."""
+        if self.label is not None:
+            return _digest([self.text, self.text_pair])
         return _digest(self.messages[:-1]) if self.messages else None
 
 
@@ -172,9 +179,10 @@ def _turns(value: Any, role: str, name: str) -> list[Message]:
     return [{"role": role, "content": _text({name: value}, [name])[0]}]
 
 
-def _all_of(*steps: Callable[[], list[Message]]) -> list[list[Message]]:
+def _all_of(*steps: Callable[[], Any]) -> list[Any]:
     # Every field is tried, so that all that is wrong with a row is told at once.
-    found, problems = [], []
+    found: list[Any] = []
+    problems = []
     for step in steps:
         try:
             found.append(step())
@@ -239,14 +247,25 @@ def parse_text(fields: Mapping[str, Any]) -> Sample:
     return Sample(text=_text(fields, ["text"])[0])
 
 
+def _label(value: Any) -> str:
+    """Returns the name of a class; a whole number is its own name until names are given."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowProblems([("missing", "has no label")])
+    if isinstance(value, (list, dict)):
+        raise RowProblems([("label", f"has {_short(value)} as label, and one label is trained")])
+    if isinstance(value, float) and not value.is_integer():
+        raise RowProblems([("label", f"has the label {value}; labels are names or whole numbers")])
+    if isinstance(value, float):
+        # Tables with a gap in a column of whole numbers hold floats.
+        value = int(value)
+    return str(value).strip()
+
+
 def parse_label(fields: Mapping[str, Any]) -> Sample:
-    """Returns a text and its class."""
-    label = fields.get("label")
-    if label is None or (isinstance(label, str) and not label.strip()):
-        problems = [("missing", "has no label")]
-        try:
-            _text(fields, ["text"])
-        except RowProblems as error:
-            problems = error.problems + problems
-        raise RowProblems(problems)
-    return Sample(text=_text(fields, ["text"])[0], label=str(label))
+    """Returns a text, or two that belong together, and its class."""
+    text, pair, label = _all_of(
+        lambda: _text(fields, ["text"])[0],
+        lambda: _text(fields, ["text_pair"])[0] if "text_pair" in fields else None,
+        lambda: _label(fields.get("label")),
+    )
+    return Sample(text=text, text_pair=pair, label=label)

@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "label": ("label",),
     "system": ("system",),
     "split": ("split",),
+    "text_pair": ("text_pair",),
 }
 
 
@@ -107,7 +108,7 @@ SHAPES: dict[str, Shape] = {
             "text_label",
             "text and label",
             ("text", "label"),
-            (),
+            ("text_pair",),
             parse_label,
             "TextClassificationData",
         ),

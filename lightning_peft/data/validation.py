@@ -23,6 +23,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "preference rows without a preference",
         "the two answers must differ, and only in the last turn",
     ),
+    "label": (
+        "rows whose label cannot be used",
+        "correct them; labels= names all labels that there are",
+    ),
     "template": (
         "rows that the chat template cannot render",
         "change the rows, or choose another template with chat_template=",

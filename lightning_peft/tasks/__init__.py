@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import LogSamples as LogSamples
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
+    from lightning_peft.tasks.text_classification import TextClassifier as TextClassifier
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
     "CausalLM": "causal_lm",
     "LogSamples": "callbacks",
     "StopEarly": "callbacks",
+    "TextClassifier": "text_classification",
 }
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "CausalLM",
     "LogSamples",
     "StopEarly",
+    "TextClassifier",
 ]
 
 
