@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lightning_peft.data.text_classification import (
         TextClassificationData as TextClassificationData,
     )
+    from lightning_peft.data.token_classification import (
+        TokenClassificationData as TokenClassificationData,
+    )
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
     from lightning_peft.engine.files.adapter_files import load_adapter as load_adapter
@@ -39,6 +42,7 @@ _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "data.supervised": ("SupervisedData",),
     "data.text_classification": ("TextClassificationData",),
+    "data.token_classification": ("TokenClassificationData",),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
     "engine.merging": ("merge", "unload", "unmerge"),
@@ -58,6 +62,7 @@ __all__ = [
     "QLoRAStrategy",
     "SupervisedData",
     "TextClassificationData",
+    "TokenClassificationData",
     "disable_adapters",
     "inject",
     "load_adapter",

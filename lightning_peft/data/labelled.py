@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from lightning_peft.data.labels import argument_problems, look_alikes, untrained
+from lightning_peft.data.preparation import Settings
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
 
@@ -26,6 +28,9 @@ class LabelledData(TokenizedData):
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
+    # Our name of the field that holds the labels.
+    label_field: ClassVar[str] = "label"
+
     def __init__(
         self,
         data: str,
@@ -39,6 +44,10 @@ class LabelledData(TokenizedData):
 
     def _argument_problems(self) -> list[str]:
         return [*super()._argument_problems(), *argument_problems(self.hparams["labels"])]
+
+    def _settings(self) -> Settings:
+        # There is no choice of shapes, also where the rows look like another one besides.
+        return replace(super()._settings(), shape=self.accepts[0])
 
     @abstractmethod
     def label_counts(self, split: str) -> dict[str, int]:
@@ -90,7 +99,7 @@ class LabelledData(TokenizedData):
             raise ConfigError(
                 f"Every label to train on in {given['data']!r} is {trained[0]!r}: a model that "
                 "always says the same learns nothing. Add rows of other classes, or say which "
-                'column holds the labels, such as columns={"label": "my_column"}.'
+                f'column holds them, such as columns={{"{self.label_field}": "my_column"}}.'
             )
         alike = look_alikes(self.labels) if given["labels"] is None else []
         if alike:

@@ -25,6 +25,8 @@ class Sample:
         text: Plain text.
         label: The class of the text.
         text_pair: The second of two texts that are classified together.
+        tokens: Words, each with a tag.
+        tags: The tags of the words.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -32,6 +34,8 @@ class Sample:
     text: str | None = None
     label: str | None = None
     text_pair: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same exactly for rows that say the same."""
@@ -39,6 +43,8 @@ class Sample:
         # Only where there is one, so that rows of other shapes keep their digest and their split.
         if self.text_pair is not None:
             content.append({"text_pair": self.text_pair})
+        if self.tokens:
+            content.append({"tokens": self.tokens, "tags": self.tags})
         return _digest(content)
 
     def with_system(self, prompt: str | None) -> Sample:
@@ -50,7 +56,9 @@ class Sample:
         return replace(self, messages=[first, *self.messages], rejected=rejected)
 
     def prompt_digest(self) -> bytes | None:
-        """Returns 16 bytes for all turns but the last, or for what has a label, or ``None``."""
+        """Returns 16 bytes for all turns but the last, or for what has labels, or ``None``."""
+        if self.tokens:
+            return _digest(self.tokens)
         if self.label is not None:
             return _digest([self.text, self.text_pair])
         return _digest(self.messages[:-1]) if self.messages else None
@@ -269,3 +277,31 @@ def parse_label(fields: Mapping[str, Any]) -> Sample:
         lambda: _label(fields.get("label")),
     )
     return Sample(text=text, text_pair=pair, label=label)
+
+
+def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
+    value, wanted = fields.get(name), " or ".join(kind.__name__ for kind in kinds)
+    if value is None or value == []:
+        raise RowProblems([("missing", f"has no {name}" if value is None else f"has empty {name}")])
+    if not isinstance(value, list):
+        raise RowProblems([("missing", f"has no list as {name}: {_short(value)}")])
+    problems = [
+        ("missing", f"has {_short(item)} as number {place} of its {name}, which is no {wanted}")
+        for place, item in enumerate(value)
+        # Python counts True among the numbers.
+        if not isinstance(item, kinds) or isinstance(item, bool) or not str(item).strip()
+    ]
+    if problems:
+        raise RowProblems(problems)
+    return [str(item) for item in value]
+
+
+def parse_tags(fields: Mapping[str, Any]) -> Sample:
+    """Returns words and their tags."""
+    tokens, tags = _all_of(
+        lambda: _list_of(fields, "tokens", (str,)),
+        lambda: _list_of(fields, "tags", (str, int)),
+    )
+    if len(tokens) != len(tags):
+        raise RowProblems([("tags", f"has {len(tokens)} tokens and {len(tags)} tags")])
+    return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])

@@ -16,6 +16,7 @@ from lightning_peft.data.samples import (
     parse_messages,
     parse_pair,
     parse_preference,
+    parse_tags,
     parse_text,
 )
 from lightning_peft.errors import ConfigError
@@ -27,6 +28,7 @@ ShapeName = Literal[
     "prompt_completion",
     "text_label",
     "text",
+    "tokens_tags",
 ]
 
 # Our field -> the column names that stand for it without being told.
@@ -44,6 +46,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "system": ("system",),
     "split": ("split",),
     "text_pair": ("text_pair",),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "labels"),
 }
 
 
@@ -113,6 +117,14 @@ SHAPES: dict[str, Shape] = {
             "TextClassificationData",
         ),
         Shape("text", "plain text", ("text",), (), parse_text, "SupervisedData"),
+        Shape(
+            "tokens_tags",
+            "tokens and their tags",
+            ("tokens", "tags"),
+            (),
+            parse_tags,
+            "TokenClassificationData",
+        ),
     )
 }
 

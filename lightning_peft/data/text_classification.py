@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Features, Value
@@ -114,10 +114,8 @@ class TextClassificationData(LabelledData):
         tokenizer: Name on the hub, or folder.
         labels: All names in the order of their numbers, so that a name that is none of them is
             an error; by default the names in the rows, sorted. Rows may then hold the numbers.
-        over_long: Rows longer than ``max_length`` are an error, or are cut (``"truncate"``): at
-            the end of the text, or of the longer one of two.
-        shape: ``"text_label"`` takes the columns text and label of rows that also look like
-            something else.
+        over_long: Rows longer than ``max_length`` are an error, or are cut (``"truncate"``) where
+            the tokenizer cuts, which is usually the end; of two texts, the longer one.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
             :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
@@ -128,17 +126,6 @@ class TextClassificationData(LabelledData):
 
     accepts = ("text_label",)
     fed = ("input_ids", "token_type_ids", "label")
-
-    def __init__(
-        self,
-        data: str,
-        tokenizer: str,
-        labels: list[str] | None = None,
-        over_long: Literal["error", "truncate"] = "error",
-        shape: Literal["auto", "text_label"] = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(data, tokenizer, labels, over_long, **options)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of texts."""

@@ -27,6 +27,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "rows whose label cannot be used",
         "correct them; labels= names all labels that there are",
     ),
+    "tags": (
+        "rows whose tokens and tags do not fit",
+        "each token is a word with one tag, and the tokenizer makes tokens of each word",
+    ),
     "template": (
         "rows that the chat template cannot render",
         "change the rows, or choose another template with chat_template=",

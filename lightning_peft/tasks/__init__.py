@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
     from lightning_peft.tasks.text_classification import TextClassifier as TextClassifier
+    from lightning_peft.tasks.token_classification import TokenClassifier as TokenClassifier
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
@@ -20,6 +21,7 @@ _HOMES = {
     "LogSamples": "callbacks",
     "StopEarly": "callbacks",
     "TextClassifier": "text_classification",
+    "TokenClassifier": "token_classification",
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "LogSamples",
     "StopEarly",
     "TextClassifier",
+    "TokenClassifier",
 ]
 
 
