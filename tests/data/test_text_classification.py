@@ -61,7 +61,9 @@ def test_unknown_labels_are_all_told_with_near_names(classified, write):
         data.setup("fit")
     told = str(error.value)
     assert "rows whose label cannot be used: 2" in told
-    assert "row 3 has the label 'god', which is none of the 2 that are given; near names: goo" in told
+    assert (
+        "row 3 has the label 'god', which is none of the 2 that are given; near names: goo" in told
+    )
     assert "row 4 has the label '2'" in told
 
 

@@ -193,7 +193,9 @@ class Slow(PythonBackend):
 def test_a_slow_tokenizer_is_refused(tagged, write):
     data = tagged(write([{"tokens": ["a", "b"], "tags": ["O", "B-X"]}]), max_length=4)
     data._tokenizer = Slow()
-    with pytest.raises(ConfigError, match=r"is a slow one \(Slow\), .* Use a model that has a fast"):
+    with pytest.raises(
+        ConfigError, match=r"is a slow one \(Slow\), .* Use a model that has a fast"
+    ):
         data.setup("fit")
 
 

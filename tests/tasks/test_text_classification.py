@@ -30,7 +30,9 @@ LABELS = list(TEXTS)
 
 
 def rows(count=24):
-    made = [(label, f"{TEXTS[label]} {'it ' * (i % 5)}{i}") for i in range(count) for label in TEXTS]
+    made = [
+        (label, f"{TEXTS[label]} {'it ' * (i % 5)}{i}") for i in range(count) for label in TEXTS
+    ]
     return [{"text": text, "label": label} for label, text in made]
 
 
@@ -140,15 +142,18 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tm
     runner.fit(made, found)
     moved = changed(before.before, made)
     heads = {n for n in moved if ".base" not in n and "lora_" not in n}
-    assert heads == {
-        "decoder": {"model.score.weight"},
-        "encoder": {
-            "model.head.dense.weight",
-            "model.head.norm.weight",
-            "model.classifier.weight",
-            "model.classifier.bias",
-        },
-    }[kind]
+    assert (
+        heads
+        == {
+            "decoder": {"model.score.weight"},
+            "encoder": {
+                "model.head.dense.weight",
+                "model.head.norm.weight",
+                "model.classifier.weight",
+                "model.classifier.bias",
+            },
+        }[kind]
+    )
     assert moved - heads == {n for n, p in made.named_parameters() if "lora_" in n}
     assert {name for name, p in made.named_parameters() if p.requires_grad} == moved
     if kind == "decoder":
