@@ -75,8 +75,19 @@ class LabelledData(TokenizedData):
     @property
     def record(self) -> dict[str, Any]:
         """What was prepared, for the record of a run, with the rows of each class."""
-        classes = self.classes
-        return {**super().record, "classes": classes, "notes": untrained(self.labels, classes)}
+        return {**super().record, "classes": self.classes, "notes": self.notes}
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the labels cannot be learnt, or is not measured, as sentences."""
+        splits = self.read().summary["splits"].items()
+        counts = {split: counts.get("contradictions", 0) for split, counts in splits}
+        contradictions = [
+            f"{count:,} rows of {split} have the text of an earlier row and another label."
+            for split, count in counts.items()
+            if count
+        ]
+        return [*untrained(self.labels, self.classes), *contradictions]
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows, and checks that their labels can be told apart.
@@ -89,7 +100,7 @@ class LabelledData(TokenizedData):
         self._check_labels()
         if not self._told and (self.trainer is None or self.trainer.is_global_zero):
             self._told = True
-            for note in untrained(self.labels, self.classes):
+            for note in self.notes:
                 log.warning(note)
 
     def _check_labels(self) -> None:

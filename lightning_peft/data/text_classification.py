@@ -42,7 +42,7 @@ class TextLabelRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
-    counts = ("tokens", "truncated", "tokens_cut")
+    counts = ("tokens", "truncated", "tokens_cut", "contradictions")
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class TextLabelRows(RowEncoder):
         self.max_length = max_length
         self.truncate = truncate
         self.marks = special_tokens_in(tokenizer)
+        self.label_of: dict[int, str] = {}
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         """Returns the row that ``sample`` becomes.
@@ -92,10 +93,20 @@ class TextLabelRows(RowEncoder):
         ]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns tokens and what was cut; the label of the row is one of those there are."""
-        self.names.add([row["label"]])
-        cut = row["tokens_cut"]
-        return {"tokens": row["length"], "truncated": int(cut > 0), "tokens_cut": cut}
+        """Returns tokens, what was cut, and whether an earlier row had the text with another label.
+
+        The label of the row is one of those there are.
+        """
+        label, cut = row["label"], row["tokens_cut"]
+        self.names.add([label])
+        # Of numbers, so that it is the same in every process.
+        before = self.label_of.setdefault(hash(tuple(row["input_ids"])), label)
+        return {
+            "tokens": row["length"],
+            "truncated": int(cut > 0),
+            "tokens_cut": cut,
+            "contradictions": int(before != label),
+        }
 
     def summary(self) -> dict[str, Any]:
         """Returns the names of all labels."""

@@ -25,7 +25,8 @@ KINDS: dict[str, tuple[str, str]] = {
     ),
     "label": (
         "rows whose label cannot be used",
-        "correct them; labels= names all labels that there are",
+        "correct them, or name all labels with labels=; several labels for one row need a "
+        "classifier each",
     ),
     "tags": (
         "rows whose tokens and tags do not fit",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import AutoConfig
 
 from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.tasks.heads import keep_heads_in_float32
 from lightning_peft.tasks.pretrained import PretrainedTask
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class LabelledTask(PretrainedTask):
 
     def _load(self) -> PreTrainedModel:
         model = super()._load()
-        keep_heads_exact(model)
+        keep_heads_in_float32(model)
         return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -155,29 +155,6 @@ class LabelledTask(PretrainedTask):
                 f"names. {_difference(theirs, self.labels)} Give the data module, or the model, "
                 f"labels={list(theirs)}."
             )
-
-
-def keep_heads_exact(model: PreTrainedModel) -> None:
-    """Keeps what is trained in full, beside the base, in float32.
-
-    A head is made in the dtype of the base. In bfloat16 its updates would be rounded away: near
-    0.02, the size of a fresh weight, neighbouring numbers are 1e-4 apart.
-
-    Args:
-        model: A model whose layers beside its base are called with tensors.
-    """
-    for child in model.children():
-        if child is not model.base_model and any(True for _ in child.parameters()):
-            child.float()
-            child.register_forward_pre_hook(_cast)
-
-
-def _cast(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(head.parameters()).dtype
-    return tuple(
-        value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for value in inputs
-    )
 
 
 def _difference(theirs: list[str], ours: list[str]) -> str:

@@ -102,11 +102,13 @@ class TextClassifier(LabelledTask):
             )
 
     def configuration(self) -> dict[str, Any]:
-        """Returns the names of the labels; of a model without weights, also its padding."""
+        """Returns labels and loss; of a model without weights, also its padding."""
+        # A base may come with the loss of a regression, or of several labels for a text.
+        fields = {**super().configuration(), "problem_type": "single_label_classification"}
         built, padding = self.hparams["config"], self.hparams["pad_token_id"]
         if built is None or padding is None or "pad_token_id" in built:
-            return super().configuration()
-        return {**super().configuration(), "pad_token_id": padding}
+            return fields
+        return {**fields, "pad_token_id": padding}
 
     def configure_model(self) -> None:
         """Loads the model, and tells it which token is padding.

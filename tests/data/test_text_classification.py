@@ -183,11 +183,16 @@ def test_a_text_of_which_nothing_is_left_is_refused(classified, write, bert):
         classified(path, tokenizer=bert).setup("fit")
 
 
-def test_equal_texts_with_other_labels_in_two_splits_are_counted(classified, write):
+def test_equal_texts_with_other_labels_are_counted(classified, write):
     found = [{**row, "split": "train"} for row in rows("ab")]
-    found.append({**found[0], "label": "b", "split": "validation"})
+    found += [{**found[0], "label": "b"}, {**found[0], "label": "c", "split": "validation"}]
     data = classified(write(found), validation_share=None)
-    assert data.record["shared_prompts"] == 1
+    record = data.record
+    assert record["shared_prompts"] == 1
+    assert record["splits"]["train"]["contradictions"] == 1
+    assert record["splits"]["validation"]["contradictions"] == 1
+    told = "1 rows of train have the text of an earlier row and another label."
+    assert told in record["notes"]
 
 
 def test_other_shapes_are_refused(classified, write):

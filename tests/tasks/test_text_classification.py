@@ -17,7 +17,7 @@ from short_runs import (  # noqa: F401
     values,
     write,
 )
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
@@ -108,6 +108,15 @@ def test_another_padding_is_refused_unless_it_is_meant(base_with, data):
     assert made.model.config.pad_token_id == 0
 
 
+def test_the_loss_of_the_base_is_not_taken_over(base_with):
+    made = built(model=base_with(problem_type="regression"))
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor([[1, 5], [1, 6]])}
+        output = made(**inputs, labels=torch.tensor([0, 2]))
+    wanted = -output.logits.log_softmax(-1)[[0, 1], [0, 2]].mean()
+    torch.testing.assert_close(output.loss, wanted)
+
+
 def test_metrics_are_those_counted_by_hand():
     made = built()
     wanted = [0, 0, 0, 1, 2]
@@ -184,6 +193,13 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tm
         assert row["label"] == max(row["probabilities"], key=row["probabilities"].get)
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         assert row["probabilities"] == pytest.approx(same["probabilities"], abs=1e-5)
+
+
+def test_texts_without_labels_are_predicted():
+    made, tokenizer = built().eval(), AutoTokenizer.from_pretrained(BASE)
+    found = made.predict_step(tokenizer(["open the file"], return_tensors="pt"), 0)
+    assert [set(row) for row in found] == [{"label", "probabilities"}]
+    assert list(found[0]["probabilities"]) == LABELS
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
