@@ -1,6 +1,8 @@
 """Texts with labels: which labels there are, what is padded and cut, and what is refused."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +205,12 @@ def test_other_shapes_are_refused(classified, write):
 def test_rows_that_also_look_like_another_shape(classified, write):
     found = rows("ab", prompt="p", completion="c")
     assert classified(write(found)).labels == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["docstrings", "names"])
+def test_the_data_of_the_small_recipes_is_what_its_script_makes(name):
+    script = Path(__file__).parents[2] / "recipes" / "small" / "data" / f"{name}.py"
+    made = runpy.run_path(str(script))["rows"]()
+    text = script.with_suffix(".jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line) for line in text.splitlines()] == made
+    assert len(text) < 60_000
