@@ -14,6 +14,12 @@ from lightning_peft.plugin.registration import register
 if TYPE_CHECKING:
     from lightning_peft.data.preference import PreferenceData as PreferenceData
     from lightning_peft.data.supervised import SupervisedData as SupervisedData
+    from lightning_peft.data.text_classification import (
+        TextClassificationData as TextClassificationData,
+    )
+    from lightning_peft.data.token_classification import (
+        TokenClassificationData as TokenClassificationData,
+    )
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
     from lightning_peft.engine.files.adapter_files import load_adapter as load_adapter
@@ -38,6 +44,8 @@ _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "data.preference": ("PreferenceData",),
     "data.supervised": ("SupervisedData",),
+    "data.text_classification": ("TextClassificationData",),
+    "data.token_classification": ("TokenClassificationData",),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
     "engine.merging": ("merge", "unload", "unmerge"),
@@ -58,6 +66,8 @@ __all__ = [
     "QLoRACallback",
     "QLoRAStrategy",
     "SupervisedData",
+    "TextClassificationData",
+    "TokenClassificationData",
     "disable_adapters",
     "inject",
     "load_adapter",
@@ -79,7 +89,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOME_OF[name]}")
     value = getattr(home, name)
-    if _HOME_OF[name] in ("plugin.callbacks", "data.preference", "data.supervised"):
+    if _HOME_OF[name].startswith(("plugin.callbacks", "data.")):
         # Looked up again each time: which Lightning is imported may have changed.
         return import_module(f"{__name__}.plugin.namespace").for_imported(value)
     return value

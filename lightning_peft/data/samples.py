@@ -24,16 +24,27 @@ class Sample:
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
         label: The class of the text.
+        text_pair: The second of two texts that are classified together.
+        tokens: Words, each with a tag.
+        tags: The tags of the words.
     """
 
     messages: list[Message] = field(default_factory=list)
     rejected: list[Message] = field(default_factory=list)
     text: str | None = None
     label: str | None = None
+    text_pair: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
 
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same exactly for rows that say the same."""
-        content = [self.messages, self.rejected, self.text, self.label]
+        content: list[Any] = [self.messages, self.rejected, self.text, self.label]
+        # Only where there is one, so that rows of other shapes keep their digest and their split.
+        if self.text_pair is not None:
+            content.append({"text_pair": self.text_pair})
+        if self.tokens:
+            content.append({"tokens": self.tokens, "tags": self.tags})
         return _digest(content)
 
     def with_system(self, prompt: str | None) -> Sample:
@@ -45,7 +56,11 @@ class Sample:
         return replace(self, messages=[first, *self.messages], rejected=rejected)
 
     def prompt_digest(self) -> bytes | None:
-        """Returns 16 bytes for all turns but the last, or ``None`` without turns."""
+        """Returns 16 bytes for all turns but the last, or for what has labels, or ``None``."""
+        if self.tokens:
+            return _digest(self.tokens)
+        if self.label is not None:
+            return _digest([self.text, self.text_pair])
         return _digest(self.messages[:-1]) if self.messages else None
 
 
@@ -172,9 +187,10 @@ def _turns(value: Any, role: str, name: str) -> list[Message]:
     return [{"role": role, "content": _text({name: value}, [name])[0]}]
 
 
-def _all_of(*steps: Callable[[], list[Message]]) -> list[list[Message]]:
+def _all_of(*steps: Callable[[], Any]) -> list[Any]:
     # Every field is tried, so that all that is wrong with a row is told at once.
-    found, problems = [], []
+    found: list[Any] = []
+    problems = []
     for step in steps:
         try:
             found.append(step())
@@ -239,14 +255,53 @@ def parse_text(fields: Mapping[str, Any]) -> Sample:
     return Sample(text=_text(fields, ["text"])[0])
 
 
+def _label(value: Any) -> str:
+    """Returns the name of a class; a whole number is its own name until names are given."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowProblems([("missing", "has no label")])
+    if isinstance(value, (list, dict)):
+        raise RowProblems([("label", f"has {_short(value)} as label, and one label is trained")])
+    if isinstance(value, float) and not value.is_integer():
+        raise RowProblems([("label", f"has the label {value}; labels are names or whole numbers")])
+    if isinstance(value, float):
+        # Tables with a gap in a column of whole numbers hold floats.
+        value = int(value)
+    return str(value).strip()
+
+
 def parse_label(fields: Mapping[str, Any]) -> Sample:
-    """Returns a text and its class."""
-    label = fields.get("label")
-    if label is None or (isinstance(label, str) and not label.strip()):
-        problems = [("missing", "has no label")]
-        try:
-            _text(fields, ["text"])
-        except RowProblems as error:
-            problems = error.problems + problems
+    """Returns a text, or two that belong together, and its class."""
+    text, pair, label = _all_of(
+        lambda: _text(fields, ["text"])[0],
+        lambda: _text(fields, ["text_pair"])[0] if "text_pair" in fields else None,
+        lambda: _label(fields.get("label")),
+    )
+    return Sample(text=text, text_pair=pair, label=label)
+
+
+def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
+    value, wanted = fields.get(name), " or ".join(kind.__name__ for kind in kinds)
+    if value is None or value == []:
+        raise RowProblems([("missing", f"has no {name}" if value is None else f"has empty {name}")])
+    if not isinstance(value, list):
+        raise RowProblems([("missing", f"has no list as {name}: {_short(value)}")])
+    problems = [
+        ("missing", f"has {_short(item)} as number {place} of its {name}, which is no {wanted}")
+        for place, item in enumerate(value)
+        # Python counts True among the numbers.
+        if not isinstance(item, kinds) or isinstance(item, bool) or not str(item).strip()
+    ]
+    if problems:
         raise RowProblems(problems)
-    return Sample(text=_text(fields, ["text"])[0], label=str(label))
+    return [str(item) for item in value]
+
+
+def parse_tags(fields: Mapping[str, Any]) -> Sample:
+    """Returns words and their tags."""
+    tokens, tags = _all_of(
+        lambda: _list_of(fields, "tokens", (str,)),
+        lambda: _list_of(fields, "tags", (str, int)),
+    )
+    if len(tokens) != len(tags):
+        raise RowProblems([("tags", f"has {len(tokens)} tokens and {len(tags)} tags")])
+    return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])

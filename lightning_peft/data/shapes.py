@@ -16,6 +16,7 @@ from lightning_peft.data.samples import (
     parse_messages,
     parse_pair,
     parse_preference,
+    parse_tags,
     parse_text,
 )
 from lightning_peft.errors import ConfigError
@@ -27,6 +28,7 @@ ShapeName = Literal[
     "prompt_completion",
     "text_label",
     "text",
+    "tokens_tags",
 ]
 
 # Our field -> the column names that stand for it without being told.
@@ -43,6 +45,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "label": ("label",),
     "system": ("system",),
     "split": ("split",),
+    "text_pair": ("text_pair",),
+    "tokens": ("tokens", "words"),
+    "tags": ("tags", "ner_tags", "labels"),
 }
 
 
@@ -107,11 +112,19 @@ SHAPES: dict[str, Shape] = {
             "text_label",
             "text and label",
             ("text", "label"),
-            (),
+            ("text_pair",),
             parse_label,
             "TextClassificationData",
         ),
         Shape("text", "plain text", ("text",), (), parse_text, "SupervisedData"),
+        Shape(
+            "tokens_tags",
+            "tokens and their tags",
+            ("tokens", "tags"),
+            (),
+            parse_tags,
+            "TokenClassificationData",
+        ),
     )
 }
 

@@ -23,6 +23,15 @@ KINDS: dict[str, tuple[str, str]] = {
         "preference rows without a preference",
         "the two answers must differ, and only in the last turn",
     ),
+    "label": (
+        "rows whose label cannot be used",
+        "correct them, or name all labels with labels=; several labels for one row need a "
+        "classifier each",
+    ),
+    "tags": (
+        "rows whose tokens and tags do not fit",
+        "each token is a word with one tag, and the tokenizer makes tokens of each word",
+    ),
     "template": (
         "rows that the chat template cannot render",
         "change the rows, or choose another template with chat_template=",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
     from lightning_peft.tasks.preference import PreferenceTuning as PreferenceTuning
     from lightning_peft.tasks.reward import RewardModel as RewardModel
+    from lightning_peft.tasks.text_classification import TextClassifier as TextClassifier
+    from lightning_peft.tasks.token_classification import TokenClassifier as TokenClassifier
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
@@ -22,6 +24,8 @@ _HOMES = {
     "PreferenceTuning": "preference",
     "RewardModel": "reward",
     "StopEarly": "callbacks",
+    "TextClassifier": "text_classification",
+    "TokenClassifier": "token_classification",
 }
 
 __all__ = [
@@ -31,6 +35,8 @@ __all__ = [
     "PreferenceTuning",
     "RewardModel",
     "StopEarly",
+    "TextClassifier",
+    "TokenClassifier",
 ]
 
 

@@ -62,7 +62,14 @@ def run_folder(folder: Path, kind: str = "") -> RunFolder:
 
 
 def test_all_recipes_are_tested() -> None:
-    tasks = ("dpo", "orpo", "reward", "sft")
+    tasks = (
+        "dpo",
+        "orpo",
+        "reward",
+        "sft",
+        "text-classification",
+        "token-classification",
+    )
     assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 
 

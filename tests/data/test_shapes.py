@@ -47,6 +47,7 @@ ROWS = [
     ),
     ("preference", {"chosen": "b", "rejected": "c"}, [ANSWER]),
 ]
+OTHERS = {"text", "text_label", "tokens_tags"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)
@@ -61,7 +62,7 @@ def test_a_shape_is_recognised_and_read(shape, row, turns):
 
 
 def test_every_shape_is_tested():
-    assert {shape for shape, _, _ in ROWS} | {"text", "text_label"} == set(SHAPES)
+    assert {shape for shape, _, _ in ROWS} | OTHERS == set(SHAPES)
 
 
 def test_texts_and_labels():
@@ -73,6 +74,60 @@ def test_texts_and_labels():
         ("missing", "has an empty text"),
         ("missing", "has no label"),
     ]
+
+
+def test_two_texts_and_their_label():
+    row = {"text": "x", "text_pair": "y", "label": "a"}
+    layout = recognise([row], None, "auto")
+    sample = layout.parse(row)
+    assert sample == Sample(text="x", text_pair="y", label="a")
+    assert sample.digest() != Sample(text="x", label="a").digest()
+    # Where there is a second text, a row without it is no row with one text.
+    assert layout.parse({"text": "x", "label": "a"}) == [("missing", "has no text_pair")]
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (" a ", "a"),
+        (3, "3"),
+        (3.0, "3"),
+        (True, "True"),
+        (0.5, [("label", "has the label 0.5; labels are names or whole numbers")]),
+        (["a", "b"], [("label", "has ['a', 'b'] as label, and one label is trained")]),
+        (" ", [("missing", "has no label")]),
+    ],
+)
+def test_labels_are_names_or_whole_numbers(label, found):
+    layout = recognise([{"text": "x", "label": "a"}], None, "text_label")
+    parsed = layout.parse({"text": "x", "label": label})
+    assert parsed == (found if isinstance(found, list) else Sample(text="x", label=found))
+
+
+@pytest.mark.parametrize("column", ["tags", "ner_tags", "labels"])
+def test_tokens_and_tags(column):
+    row = {"tokens": ["a", "b"], column: [0, "B-X"]}
+    layout = recognise([row], None, "auto")
+    assert layout.shape.name == "tokens_tags"
+    assert layout.parse(row) == Sample(tokens=["a", "b"], tags=["0", "B-X"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tags", "kind", "message"),
+    [
+        (["a", "b"], ["O"], "tags", "has 2 tokens and 1 tags"),
+        ([], ["O"], "missing", "has empty tokens"),
+        ("a b", ["O"], "missing", "has no list as tokens: 'a b'"),
+        (["a", " "], ["O", "O"], "missing", "' ' as number 1 of its tokens, which is no str"),
+        (["a"], [None], "missing", "None as number 0 of its tags, which is no str or int"),
+        (["a"], [True], "missing", "True as number 0 of its tags"),
+    ],
+)
+def test_wrong_tokens_and_tags_are_told(tokens, tags, kind, message):
+    layout = recognise([{"tokens": ["a"], "tags": ["O"]}], None, "auto")
+    ((found, text),) = layout.parse({"tokens": tokens, "tags": tags})
+    assert found == kind
+    assert message in text
 
 
 def test_most_rows_decide_and_columns_can_be_mapped():

@@ -1,0 +1,122 @@
+"""Tokenized rows whose labels have names: which there are, and how often each comes."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from lightning_peft.data.labels import argument_problems, look_alikes, untrained
+from lightning_peft.data.preparation import Settings
+from lightning_peft.data.tokenized import TokenizedData
+from lightning_peft.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class LabelledData(TokenizedData):
+    """Rows with named labels, which a tokenizer encodes.
+
+    Args:
+        data: As of :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+        tokenizer: As of :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>`.
+        labels: All names in the order of their numbers; by default those in the rows, sorted.
+        **options: Keyword arguments of both.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    # Our name of the field that holds the labels.
+    label_field: ClassVar[str] = "label"
+
+    def __init__(
+        self,
+        data: str,
+        tokenizer: str,
+        labels: list[str] | None = None,
+        over_long: Literal["error", "truncate"] = "error",
+        **options: Any,
+    ) -> None:
+        self._told = False
+        super().__init__(data, tokenizer, over_long=over_long, **options)
+
+    def _argument_problems(self) -> list[str]:
+        return [*super()._argument_problems(), *argument_problems(self.hparams["labels"])]
+
+    def _settings(self) -> Settings:
+        # There is no choice of shapes, also where the rows look like another one besides.
+        return replace(super()._settings(), shape=self.accepts[0])
+
+    @abstractmethod
+    def label_counts(self, split: str) -> dict[str, int]:
+        """Returns how often each label is in a split with rows."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of all labels, in the order of their numbers."""
+        found: list[str] = self.read().summary["labels"]
+        return found
+
+    @property
+    def classes(self) -> dict[str, dict[str, int]]:
+        """How often each label is in each split with rows."""
+        splits = {split: self.label_counts(split) for split in self.read().splits}
+        return {
+            split: {name: counts.get(name, 0) for name in self.labels}
+            for split, counts in splits.items()
+        }
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns the names that are given as well."""
+        return {**super().encoding(), "labels": self.hparams["labels"]}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was prepared, for the record of a run, with the rows of each class."""
+        return {**super().record, "classes": self.classes, "notes": self.notes}
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the labels cannot be learnt, or is not measured, as sentences."""
+        splits = self.read().summary["splits"].items()
+        counts = {split: counts.get("contradictions", 0) for split, counts in splits}
+        contradictions = [
+            f"{count:,} rows of {split} have the text of an earlier row and another label."
+            for split, count in counts.items()
+            if count
+        ]
+        return [*untrained(self.labels, self.classes), *contradictions]
+
+    def setup(self, stage: str) -> None:
+        """Opens the prepared rows, and checks that their labels can be told apart.
+
+        Raises:
+            ConfigError: With all that is wrong with the rows, unless they are to be skipped, or
+                if their labels leave nothing to learn.
+        """
+        super().setup(stage)
+        self._check_labels()
+        if not self._told and (self.trainer is None or self.trainer.is_global_zero):
+            self._told = True
+            for note in self.notes:
+                log.warning(note)
+
+    def _check_labels(self) -> None:
+        given = self.hparams
+        trained = [name for name, count in self.classes["train"].items() if count]
+        if len(trained) < 2:
+            raise ConfigError(
+                f"Every label to train on in {given['data']!r} is {trained[0]!r}: a model that "
+                "always says the same learns nothing. Add rows of other classes, or say which "
+                f'column holds them, such as columns={{"{self.label_field}": "my_column"}}.'
+            )
+        alike = look_alikes(self.labels) if given["labels"] is None else []
+        if alike:
+            groups = "; ".join(" and ".join(map(repr, group)) for group in alike)
+            raise ConfigError(
+                f"Some labels in {given['data']!r} differ in case or blanks only, and would be "
+                f"classes of their own: {groups}. Write them alike in the rows, or name all labels "
+                "with labels= if they are meant."
+            )

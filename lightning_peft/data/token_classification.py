@@ -1,0 +1,292 @@
+"""Data for tagging the words of sentences, as a LightningDataModule."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.labelled import LabelledData
+from lightning_peft.data.labels import LabelNames
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.shown import Run
+from lightning_peft.data.text_classification import check_marks, padded_tokens, special_tokens_in
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Of a token that belongs to no word.
+NO_WORD = -1
+
+
+class TagRows(RowEncoder):
+    """Tokens of a sentence, the word that each belongs to, and the tags of the words.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        names: Finds tags, and collects them.
+        max_length: Longest row in tokens.
+        truncate: Whether longer rows are cut at the end, instead of refused.
+    """
+
+    features = Features(
+        {
+            "input_ids": ListOf(Value("int32")),
+            "token_type_ids": ListOf(Value("int8")),
+            "word_of": ListOf(Value("int32")),
+            "words": ListOf(Value("string")),
+            "tags": ListOf(Value("string")),
+            "length": Value("int32"),
+            "tokens_cut": Value("int32"),
+            "words_cut": Value("int32"),
+        }
+    )
+    counts = ("tokens", "words", "truncated", "tokens_cut", "words_cut")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        names: LabelNames,
+        max_length: int,
+        truncate: bool,
+    ) -> None:
+        self.tokenizer: Any = tokenizer
+        self.names = names
+        self.max_length = max_length
+        self.truncate = truncate
+        self.marks = special_tokens_in(tokenizer)
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the row that ``sample`` becomes.
+
+        Raises:
+            EncodingProblem: If a tag is unknown, a word has no token of its own, or there are
+                too many tokens.
+        """
+        words = sample.tokens
+        tags = [self.names.find(tag, "tag") for tag in sample.tags]
+        check_marks(self.marks, words)
+        found = self.tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)
+        word_of = words_of_tokens(words, found["offset_mapping"], found.sequence_ids(0))
+        absent = sorted(set(range(len(words))) - set(word_of))
+        if absent:
+            raise EncodingProblem(
+                "tags",
+                f"has the word {words[absent[0]]!r} as number {absent[0]}, of which the tokenizer "
+                "makes no token",
+            )
+        ids, length = found["input_ids"], len(found["input_ids"])
+        kept = range(length)
+        if length > self.max_length:
+            kept = self._kept(word_of)
+        places = [word_of[place] for place in kept]
+        # A word that is cut within is kept: its first token is there.
+        count = max(places) + 1
+        types = found.get("token_type_ids", [])
+        return [
+            {
+                "input_ids": [ids[place] for place in kept],
+                "token_type_ids": [types[place] for place in kept] if types else [],
+                "word_of": places,
+                "words": words[:count],
+                "tags": tags[:count],
+                "length": len(kept),
+                "tokens_cut": length - len(kept),
+                "words_cut": len(words) - count,
+            }
+        ]
+
+    def _kept(self, word_of: Sequence[int]) -> Any:
+        """Returns the places of the tokens that fit, with the special ones at the end."""
+        length = len(word_of)
+        end = max(place for place in range(length) if word_of[place] != NO_WORD) + 1
+        room = self.max_length - (length - end)
+        if not self.truncate or set(word_of[: max(0, room)]) <= {NO_WORD}:
+            raise EncodingProblem(
+                "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
+            )
+        return [*range(room), *range(end, length)]
+
+    def count(self, row: dict[str, Any]) -> dict[str, int]:
+        """Returns tokens, words and what was cut; the tags of the row are among those there are."""
+        self.names.add(row["tags"])
+        counts = {name: row[name] for name in ("tokens_cut", "words_cut")}
+        cut = int(row["tokens_cut"] > 0)
+        return {"tokens": row["length"], "words": len(row["words"]), "truncated": cut, **counts}
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the names of all tags."""
+        return {"labels": self.names.names()}
+
+
+def words_of_tokens(
+    words: Sequence[str],
+    offsets: Sequence[tuple[int, int]],
+    sequence_ids: Sequence[int | None],
+) -> list[int]:
+    """Returns the number of the word that each token of a sentence belongs to.
+
+    Words are joined by blanks and tokenized as running text, which is what the model has read,
+    and found again by the characters of each token. Tokenizers that are given words one by one
+    write them as if they stood at the beginning of a text.
+
+    Args:
+        words: The words.
+        offsets: Begin and end of each token in the joined text, in characters.
+        sequence_ids: ``None`` for special tokens.
+
+    Returns:
+        For each token the number of its word, or -1 where it has none.
+
+    Raises:
+        EncodingProblem: If a token belongs to two words.
+    """
+    text = " ".join(words)
+    starts = [0, *accumulate(len(word) + 1 for word in words)][:-1]
+    found = []
+    for (begin, end), sequence in zip(offsets, sequence_ids, strict=True):
+        piece = text[begin:end]
+        if sequence is None or not piece.strip():
+            found.append(NO_WORD)
+            continue
+        begin += len(piece) - len(piece.lstrip())
+        end -= len(piece) - len(piece.rstrip())
+        first, last = (bisect_right(starts, place) - 1 for place in (begin, end - 1))
+        if first != last:
+            raise EncodingProblem(
+                "tags",
+                f"has the words {words[first]!r} and {words[last]!r} in one token {piece!r}",
+            )
+        found.append(first)
+    return found
+
+
+class TokenClassificationData(LabelledData):
+    """Sentences whose words have tags, to train a tagger on.
+
+    Rows have ``tokens``, a list of words, and ``tags`` (or ``ner_tags``, ``labels``), a list of as
+    many names or numbers. The tag of a word is on its first token; the others have none, unless
+    asked for. Every row is checked before training, and a tag that is in no training row is told.
+
+    Args:
+        data: File (JSONL, JSON, Parquet), folder of such, or dataset on the hub.
+        tokenizer: Name on the hub, or folder; it has to be a fast one.
+        labels: The names of all tags in the order of their numbers, so that a name that is none
+            of them is an error; by default the names in the rows, sorted. Rows may then hold the
+            numbers.
+        over_long: Rows longer than ``max_length`` are an error, or are cut at the end
+            (``"truncate"``); the words that this costs are counted.
+        label_all_subwords: Also train the other tokens of a word: on ``I-X`` where the word has
+            the tag ``B-X`` and there is such a tag, else on the tag of the word.
+        **options: Keyword arguments of
+            :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
+            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    accepts = ("tokens_tags",)
+    fed = ("input_ids", "token_type_ids", "word_of", "words", "tags")
+    label_field = "tags"
+
+    def __init__(
+        self,
+        data: str,
+        tokenizer: str,
+        labels: list[str] | None = None,
+        over_long: Literal["error", "truncate"] = "error",
+        label_all_subwords: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, tokenizer, labels, over_long, **options)
+
+    def shown(self, row: dict[str, Any]) -> list[Run]:
+        """Returns the words, each with its tag."""
+        pairs = zip(row["words"], row["tags"], strict=False)
+        return [Run(True, " ".join(f"{word}/{tag}" for word, tag in pairs), [])]
+
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns the encoder of sentences.
+
+        Raises:
+            ConfigError: If the tokenizer does not say which characters a token stands for.
+        """
+        given = self.hparams
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                f"The tokenizer {given['tokenizer']!r} is a slow one "
+                f"({type(self.tokenizer).__name__}), which does not say which word a token belongs "
+                "to. Use a model that has a fast tokenizer (a file tokenizer.json)."
+            )
+        names = LabelNames(given["labels"])
+        truncate = given["over_long"] == "truncate"
+        return TagRows(self.tokenizer, names, self.max_length, truncate)
+
+    def label_counts(self, split: str) -> dict[str, int]:
+        """Returns the number of words of each tag."""
+        column = self.read().splits[split].data.column("tags")
+        counts: Counter[str] = Counter()
+        for chunk in column.chunks:
+            for pair in chunk.flatten().value_counts().to_pylist():
+                counts[pair["values"]] += pair["counts"]
+        return dict(counts)
+
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what pads rows to a batch and puts the numbers of their tags on tokens."""
+        return partial(
+            collate_tags,
+            filler=self.filler,
+            numbers={name: number for number, name in enumerate(self.labels)},
+            all_subwords=self.hparams["label_all_subwords"],
+        )
+
+
+def collate_tags(
+    rows: Sequence[dict[str, Any]], filler: int, numbers: dict[str, int], all_subwords: bool
+) -> dict[str, Any]:
+    """Returns a batch of sentences.
+
+    Args:
+        rows: ``input_ids``, ``token_type_ids`` (empty where the tokenizer has none), ``word_of``,
+            ``words`` and ``tags``.
+        filler: Token that fills up short rows, which is neither attended to nor trained.
+        numbers: Name of each tag to its number.
+        all_subwords: Whether the tokens after the first of a word have labels.
+
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` (-100 where there is none), ``word_starts``
+        (1 on the first token of each word) and, if the tokenizer has them, ``token_type_ids``,
+        each ``(batch, length)``, int64; and ``words``, the words of each row.
+    """
+    batch: dict[str, Any] = dict(padded_tokens(rows, filler))
+    batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
+    batch["word_starts"] = torch.zeros_like(batch["input_ids"])
+    for number, row in enumerate(rows):
+        before = NO_WORD
+        for place, word in enumerate(row["word_of"]):
+            # Tokens of blanks between words belong to none.
+            if word == NO_WORD:
+                continue
+            tag = row["tags"][word]
+            if word != before:
+                batch["word_starts"][number, place] = 1
+                batch["labels"][number, place] = numbers[tag]
+            elif all_subwords:
+                inside = f"I-{tag[2:]}" if tag.startswith("B-") else tag
+                batch["labels"][number, place] = numbers.get(inside, numbers[tag])
+            before = word
+    batch["words"] = [row["words"] for row in rows]
+    return batch

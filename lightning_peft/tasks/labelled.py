@@ -1,0 +1,172 @@
+"""What the classifiers have in common: labels with names, which model, data and file agree on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torchmetrics import MeanMetric
+from transformers import AutoConfig
+
+from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.tasks.heads import keep_heads_in_float32
+from lightning_peft.tasks.pretrained import PretrainedTask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+class LabelledTask(PretrainedTask):
+    """A transformers model with a head that tells labels apart.
+
+    The names of the labels come from the data when the model is loaded, unless they are given.
+    They are kept in the model's configuration and in the hyperparameters, so that a checkpoint
+    can be loaded without the data. Data, or a checkpoint, with other names or another order of
+    them is refused: every answer would be given the wrong name.
+
+    Args:
+        model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+        labels: The names of the labels in the order of their numbers; by default those of the
+            data module.
+        **options: Keyword arguments of
+            :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data.
+    """
+
+    # What transformers calls models with such a head, after the name of the base.
+    architecture: ClassVar[str]
+
+    def __init__(self, model: str, labels: list[str] | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the labels, in the order of their numbers.
+
+        Raises:
+            ConfigError: If they are not known yet.
+        """
+        if self.hparams["labels"] is None:
+            raise ConfigError(
+                f"{type(self).__name__} does not know its labels. Train it on a data module of "
+                "this package, which does, or give their names in order with labels=."
+            )
+        return list(self.hparams["labels"])
+
+    def make_metrics(self) -> dict[str, Any]:
+        """Returns the mean loss; the others follow when the labels are known."""
+        return {"loss": MeanMetric()}
+
+    def make_label_metrics(self) -> dict[str, Any]:
+        """Returns the metrics that depend on the labels."""
+        return {}
+
+    def configuration(self) -> dict[str, Any]:
+        """Returns the names of the labels, by number and by name."""
+        labels = self.labels
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: number for number, name in enumerate(labels)},
+        }
+
+    def configure_model(self) -> None:
+        """Loads the model with a head for the labels of the data, or of the arguments; once.
+
+        Raises:
+            ConfigError: If data, arguments and the head of the base name different labels.
+        """
+        # No data module when a checkpoint is loaded, and no Trainer either.
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None:
+            self.follow(data)
+        if self.model is None:
+            if self.hparams["config"] is None:
+                names = ("revision", "trust_remote_code")
+                options = {name: self.hparams[name] for name in names}
+                self.check_base(AutoConfig.from_pretrained(self.hparams["model"], **options))
+            super().configure_model()
+            self.metrics.add_metrics(self.make_label_metrics())
+
+    def follow(self, data: Any) -> None:
+        """Takes over what the data module says, or checks that it says the same.
+
+        Args:
+            data: A data module; only one with ``labels`` says anything.
+
+        Raises:
+            ConfigError: If it names other labels.
+        """
+        found = getattr(data, "labels", None)
+        if found is None:
+            return
+        if self.hparams["labels"] is None:
+            self.hparams["labels"] = list(found)
+        elif self.labels != list(found):
+            raise ConfigError(
+                "The labels of the data are not those of the model. "
+                f"{_difference(self.labels, list(found))} Give the data module "
+                f"labels={self.labels}, so that it numbers them in this order, or make the "
+                "model for the labels of the data."
+            )
+
+    def check_base(self, config: PretrainedConfig) -> None:
+        """Refuses a base whose own head would be taken over for labels of other names.
+
+        Args:
+            config: The configuration of the base, as it is.
+
+        Raises:
+            ConfigError: If it has such a head.
+        """
+        if not any(name.endswith(self.architecture) for name in config.architectures or []):
+            return
+        names: dict[Any, str] = dict(config.id2label or {})
+        theirs = [names[number] for number in sorted(names)]
+        unnamed = all(name.startswith("LABEL_") for name in theirs)
+        if theirs == self.labels or (unnamed and len(theirs) == len(self.labels)):
+            return
+        same = sorted(theirs) == sorted(self.labels)
+        way_out = (
+            f"Give labels={theirs} to the data module, so that it numbers them in this order."
+            if same
+            else "Begin with the model that it was tuned from, whose head is made anew."
+        )
+        raise ConfigError(
+            f"{self.hparams['model']!r} has a head that was trained for other labels, which would "
+            f"be taken over. {_difference(theirs, self.labels)} {way_out}"
+        )
+
+    def _load(self) -> PreTrainedModel:
+        model = super()._load()
+        keep_heads_in_float32(model)
+        return model
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose labels have other names or another order.
+
+        Raises:
+            CheckpointError: If they have.
+        """
+        theirs = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).get("labels")
+        if theirs is not None and list(theirs) != self.labels:
+            raise CheckpointError(
+                "The checkpoint was trained for other labels, so that its answers would get wrong "
+                f"names. {_difference(theirs, self.labels)} Give the data module, or the model, "
+                f"labels={list(theirs)}."
+            )
+
+
+def _difference(theirs: list[str], ours: list[str]) -> str:
+    """Returns in what two lists of names differ, as sentences."""
+    if sorted(theirs) == sorted(ours):
+        place = next(
+            i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]
+        )
+        return (
+            f"They are in another order: number {place} is {theirs[place]!r}, not {ours[place]!r}."
+        )
+    lacking = [name for name in theirs if name not in ours]
+    new = [name for name in ours if name not in theirs]
+    parts = [f"only there: {lacking}"] * bool(lacking) + [f"only here: {new}"] * bool(new)
+    return f"There are {len(theirs)} there and {len(ours)} here; {'; '.join(parts)}."

@@ -1,0 +1,158 @@
+"""Classification of texts, or of pairs of texts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import AutoModelForSequenceClassification
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.tasks.labelled import LabelledTask
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class TextClassifier(LabelledTask):
+    """A transformers model that gives each text one of some labels.
+
+    Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most
+    likely label is the right one) and ``val_f1`` (macro: the mean over labels of 2 TP / (2 TP + FP
+    + FN), without labels that are neither in the rows nor among the answers), and the same as
+    ``test_...``. The head on top of the base is new, and is trained in full beside the adapters.
+
+    A decoder reads its answer at the last token that is no padding, so its configuration has to
+    know the padding. It is taken from the data; a base that says otherwise is refused.
+
+    Args:
+        model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+        labels: The names of the labels in the order of their numbers; by default those of the
+            data module.
+        pad_token_id: The token that fills up short rows; by default that of the data module.
+        **options: Keyword arguments of
+            :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+    architecture = "ForSequenceClassification"
+
+    def __init__(
+        self,
+        model: str,
+        labels: list[str] | None = None,
+        pad_token_id: int | None = None,
+        **options: Any,
+    ) -> None:
+        # Whether it is the data that says what padding is.
+        self._padding_of_data = False
+        super().__init__(model, labels, **options)
+
+    def make_label_metrics(self) -> dict[str, Any]:
+        """Returns accuracy and macro F1."""
+        count = len(self.labels)
+        return {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "f1": MulticlassF1Score(count, average="macro"),
+        }
+
+    def follow(self, data: Any) -> None:
+        """Takes over labels and padding of the data module, or checks that they are the same.
+
+        Args:
+            data: A data module; only one with ``labels`` or ``filler`` says anything.
+
+        Raises:
+            ConfigError: If it says something else than the arguments.
+        """
+        super().follow(data)
+        filler = getattr(data, "filler", None)
+        if filler is None or filler == self.hparams["pad_token_id"]:
+            return
+        if self.hparams["pad_token_id"] is not None:
+            raise ConfigError(
+                f"The data fills up short rows with token {filler}, and the model has "
+                f"pad_token_id={self.hparams['pad_token_id']}: it would read its answer at "
+                "padding. Use the tokenizer that it was trained with, or leave pad_token_id out."
+            )
+        self.hparams["pad_token_id"] = filler
+        self._padding_of_data = True
+
+    def check_base(self, config: PretrainedConfig) -> None:
+        """Refuses a base that takes another token for padding, or has other labels.
+
+        Args:
+            config: The configuration of the base, as it is.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        super().check_base(config)
+        theirs, ours = config.get_text_config().pad_token_id, self.hparams["pad_token_id"]
+        if self._padding_of_data and theirs not in (None, ours):
+            raise ConfigError(
+                f"The tokenizer fills up short rows with token {ours}, and "
+                f"{self.hparams['model']!r} takes token {theirs} for padding: a decoder would read "
+                "its answer at padding. Use the tokenizer of the model, or, if the tokenizer is "
+                f"right, say so with pad_token_id={ours}."
+            )
+
+    def configuration(self) -> dict[str, Any]:
+        """Returns labels and loss; of a model without weights, also its padding."""
+        # A base may come with the loss of a regression, or of several labels for a text.
+        fields = {**super().configuration(), "problem_type": "single_label_classification"}
+        built, padding = self.hparams["config"], self.hparams["pad_token_id"]
+        if built is None or padding is None or "pad_token_id" in built:
+            return fields
+        return {**fields, "pad_token_id": padding}
+
+    def configure_model(self) -> None:
+        """Loads the model, and tells it which token is padding.
+
+        Raises:
+            ConfigError: If data, arguments and base contradict each other.
+        """
+        known = self.model is not None
+        super().configure_model()
+        if known or self.hparams["pad_token_id"] is None:
+            return
+        assert self.model is not None
+        # Models of several parts read it from the part for text.
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = self.hparams["pad_token_id"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the mean cross-entropy over the rows of ``batch``."""
+        loss: Tensor = self(**batch).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def evaluate(self, batch: dict[str, Tensor]) -> None:
+        """Adds the rows of ``batch``."""
+        output, labels = self(**batch), batch["labels"]
+        self.metrics["loss"].update(output.loss, len(labels))
+        for name in ("accuracy", "f1"):
+            self.metrics[name].update(output.logits.argmax(-1), labels)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Returns for each row the most likely label, and the probability of each label.
+
+        A row of ``batch`` that has a label gets it as ``expected``.
+        """
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        probabilities = self(**inputs).logits.float().softmax(-1)
+        found = []
+        for row, chances in enumerate(probabilities.tolist()):
+            best = max(range(len(chances)), key=chances.__getitem__)
+            said = {
+                "label": self.labels[best],
+                "probabilities": dict(zip(self.labels, chances, strict=True)),
+            }
+            if "labels" in batch:
+                said["expected"] = self.labels[int(batch["labels"][row])]
+            found.append(said)
+        return found

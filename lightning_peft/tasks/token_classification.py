@@ -1,0 +1,89 @@
+"""Tagging of words, such as the recognition of names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import AutoModelForTokenClassification
+
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.spans import SpanScores, are_spans
+
+# What a batch says of its words, which is not for the model.
+_OF_WORDS = ("word_starts", "words")
+
+
+class TokenClassifier(LabelledTask):
+    """A transformers model that gives each word a tag.
+
+    Logs ``val_loss`` (cross-entropy in nats per token with a label) and ``val_accuracy`` (share of
+    words whose most likely tag is the right one). Where the tags write spans (IOB2: ``O``,
+    ``B-X``, ``I-X``) it logs ``val_f1``, ``val_precision`` and ``val_recall`` of whole spans, as
+    :class:`SpanScores <lightning_peft.tasks.spans.SpanScores>` defines them, and elsewhere
+    ``val_macro_f1``, the mean over tags of 2 TP / (2 TP + FP + FN) in words. The same as
+    ``test_...``. A word gets the tag of its first token. The head on top of the base is new, and
+    is trained in full beside the adapters.
+
+    The arguments are those of :class:`LabelledTask <lightning_peft.tasks.labelled.LabelledTask>`
+    and :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+    """
+
+    auto_class = AutoModelForTokenClassification
+    architecture = "ForTokenClassification"
+
+    def make_label_metrics(self) -> dict[str, Any]:
+        """Returns accuracy in words, and F1 of spans or of tags."""
+        count = len(self.labels)
+        accuracy = {"accuracy": MulticlassAccuracy(count, average="micro")}
+        if are_spans(self.labels):
+            return {**accuracy, "spans": SpanScores()}
+        return {**accuracy, "macro_f1": MulticlassF1Score(count, average="macro")}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Returns the mean cross-entropy over the tokens of ``batch`` that have a label."""
+        loss: Tensor = self(**_for_model(batch)).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["words"]))
+        return loss
+
+    def evaluate(self, batch: dict[str, Any]) -> None:
+        """Adds the words of ``batch``."""
+        output = self(**_for_model(batch))
+        predicted, labels = output.logits.argmax(-1), batch["labels"]
+        starts = batch["word_starts"].bool()
+        self.metrics["loss"].update(output.loss, (labels != IGNORED).sum())
+        self.metrics["accuracy"].update(predicted[starts], labels[starts])
+        if are_spans(self.labels):
+            said, right = (self._tags(numbers, starts) for numbers in (predicted, labels))
+            self.metrics["spans"].update(said, right)
+        else:
+            self.metrics["macro_f1"].update(predicted[starts], labels[starts])
+
+    def _tags(self, numbers: Tensor, starts: Tensor) -> list[list[str]]:
+        names = self.labels
+        rows = zip(numbers, starts, strict=True)
+        return [[names[number] for number in row[first].tolist()] for row, first in rows]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Returns for each row its words and their most likely tags.
+
+        A row of ``batch`` that has tags gets them as ``expected``. Words that were cut off, since
+        the row was too long, are not among them.
+        """
+        inputs = {name: value for name, value in _for_model(batch).items() if name != "labels"}
+        starts = batch["word_starts"].bool()
+        tags = self._tags(self(**inputs).logits.argmax(-1), starts)
+        found = [
+            {"words": list(words), "tags": said}
+            for words, said in zip(batch["words"], tags, strict=True)
+        ]
+        if "labels" in batch:
+            for row, right in zip(found, self._tags(batch["labels"], starts), strict=True):
+                row["expected"] = right
+        return found
+
+
+def _for_model(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name not in _OF_WORDS}
