@@ -12,6 +12,7 @@ from lightning_peft.data.samples import (
     RowProblems,
     Sample,
     parse_alpaca,
+    parse_image,
     parse_label,
     parse_messages,
     parse_pair,
@@ -27,6 +28,7 @@ ShapeName = Literal[
     "prompt_completion",
     "text_label",
     "text",
+    "image_label",
 ]
 
 # Our field -> the column names that stand for it without being told.
@@ -43,6 +45,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "label": ("label",),
     "system": ("system",),
     "split": ("split",),
+    "image": ("image", "img", "file_name"),
 }
 
 
@@ -112,6 +115,7 @@ SHAPES: dict[str, Shape] = {
             "TextClassificationData",
         ),
         Shape("text", "plain text", ("text",), (), parse_text, "SupervisedData"),
+        Shape("image_label", "image and label", ("image", "label"), (), parse_image, "ImageData"),
     )
 }
 

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import LogSamples as LogSamples
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
+    from lightning_peft.tasks.image_classification import ImageClassifier as ImageClassifier
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
     "CausalLM": "causal_lm",
+    "ImageClassifier": "image_classification",
     "LogSamples": "callbacks",
     "StopEarly": "callbacks",
 }
@@ -23,6 +25,7 @@ _HOMES = {
 __all__ = [
     "BestCheckpoint",
     "CausalLM",
+    "ImageClassifier",
     "LogSamples",
     "StopEarly",
 ]

@@ -1,0 +1,123 @@
+"""Where images come from: lists that name or hold them, or a folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from datasets.utils import tqdm
+
+from lightning_peft.data.image_files import SUFFIXES
+from lightning_peft.data.reading import Row, Source, is_data_file, split_named, visible_files
+from lightning_peft.data.shapes import FIELDS
+from lightning_peft.errors import ConfigError, itemize
+
+_TEXTS = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class ImageSource(Source):
+    """Rows of an image and its class.
+
+    A folder that holds files of rows (JSONL, CSV, Parquet ...) is read as these; any other folder
+    holds one folder for each class, or ``train`` and ``validation`` with those in them.
+
+    Attributes:
+        image_column: The column that holds or names the image; ``None`` for one that is
+            recognised by its name.
+    """
+
+    image_column: str | None = None
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        """The images of a folder of classes, sorted; none if ``data`` is anything else."""
+        folder = Path(self.data)
+        inside = visible_files(folder) if folder.is_dir() else []
+        if any(is_data_file(path) and path.suffix.lower() not in _TEXTS for path in inside):
+            return []
+        found = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        if folder.is_dir() and not found:
+            names = [path.relative_to(folder).as_posix() for path in inside]
+            raise ConfigError(
+                f"The folder {folder.name!r} holds no images ({', '.join(SUFFIXES)}) and no files "
+                "that list some. In it:" + (itemize(names) or " nothing")
+            )
+        return found
+
+    def files(self) -> list[Path]:
+        """Returns the lists or, of a folder of classes, the images."""
+        return self._pictures or super().files()
+
+    def content(self) -> list[tuple[str, Path]]:
+        """Returns the files and, of lists, the images that they name, each with its name."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> list[tuple[str, Path]]:
+        found = super().content()
+        if self._pictures:
+            return found
+        folder = Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
+        named = [self._named_image(row) for row in self.rows()] if found else []
+        there = sorted({path for path in named if path is not None and path.is_file()})
+        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in there)]
+
+    def _named_image(self, row: Row) -> Path | None:
+        value = None if row.value is None else row.value.get(self._column(row.value) or "")
+        return Path(value) if isinstance(value, str) else None
+
+    def left_out(self) -> list[str]:
+        """Returns the names of the files in the folder that are neither read nor named."""
+        folder = Path(self.data)
+        if not folder.is_dir():
+            return []
+        used = {path.resolve() for _, path in self.content()}
+        unused = [path for path in visible_files(folder) if path.resolve() not in used]
+        return [path.relative_to(folder).as_posix() for path in unused]
+
+    def rows(self) -> Iterator[Row]:
+        """Yields every row; of a folder of classes, its images by name."""
+        found = self._rows_of_classes() if self._pictures else super().rows()
+        # A bar, where it takes long and somebody watches.
+        yield from tqdm(found, desc="Reading images", delay=2, disable=None)
+
+    def _rows_of_classes(self) -> Iterator[Row]:
+        folder = Path(self.data)
+        numbered = enumerate(self._pictures, start=1)
+        for _, group in groupby(numbered, key=lambda one: one[1].parent):
+            for number, path in islice(group, self.limit):
+                *above, label = path.relative_to(folder).parent.parts or ("",)
+                split = self.split or next(filter(None, map(split_named, above)), None)
+                if not above and split_named(label):
+                    # Images right below train/ are in no class.
+                    split, label = self.split or split_named(label), ""
+                name = path.relative_to(folder).as_posix()
+                yield Row(number, name, {"image": str(path), "label": label}, split=split)
+
+    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
+        for row in super()._file_rows(path, name, split):
+            column = None if row.value is None else self._column(row.value)
+            if row.value is not None and column is not None:
+                row.value[column] = _placed(row.value[column], path.parent)
+            yield row
+
+    def _column(self, value: dict[str, Any]) -> str | None:
+        if self.image_column is not None:
+            return self.image_column if self.image_column in value else None
+        return next((name for name in FIELDS["image"] if name in value), None)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    """Returns what a column says of an image: its bytes, or its path seen from ``folder``."""
+    if isinstance(value, dict):
+        # An Image column of the hub: with bytes, the path is the name it once had.
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.strip():
+        return str(folder / value)
+    return value
