@@ -87,18 +87,33 @@ class ImageSource(Source):
         # A bar, where it takes long and somebody watches.
         yield from tqdm(found, desc="Reading images", delay=2, disable=None)
 
+    @cached_property
+    def _by_split(self) -> bool:
+        """Whether the folders in ``data`` are splits, with the folders of classes in them."""
+        above = [path.relative_to(self.data).parent.parts for path in self._pictures]
+        tops = {parts[0] for parts in above if parts}
+        # A folder called train may also hold pictures of trains.
+        deep = sorted({parts[0] for parts in above if len(parts) > 1 and split_named(parts[0])})
+        others = sorted(top for top in tops if not split_named(top))
+        if deep and others:
+            raise ConfigError(
+                f"The folder {Path(self.data).name!r} holds folders of classes in "
+                f"{', '.join(deep)}, and beside them {', '.join(others)}, which is no split. Move "
+                "it into one of them, or name the folders apart with data= and validation_data=."
+            )
+        return bool(tops) and not others
+
     def _rows_of_classes(self) -> Iterator[Row]:
-        folder = Path(self.data)
         numbered = enumerate(self._pictures, start=1)
         for _, group in groupby(numbered, key=lambda one: one[1].parent):
             for number, path in islice(group, self.limit):
-                *above, label = path.relative_to(folder).parent.parts or ("",)
-                split = self.split or next(filter(None, map(split_named, above)), None)
-                if not above and split_named(label):
-                    # Images right below train/ are in no class.
-                    split, label = self.split or split_named(label), ""
-                name = path.relative_to(folder).as_posix()
-                yield Row(number, name, {"image": str(path), "label": label}, split=split)
+                name = path.relative_to(self.data)
+                split, parts = self.split, name.parent.parts
+                if self._by_split and parts:
+                    split, parts = split or split_named(parts[0]), parts[1:]
+                label = parts[0] if parts else ""
+                value = {"image": str(path), "label": label}
+                yield Row(number, name.as_posix(), value, split=split)
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for row in super()._file_rows(path, name, split):

@@ -9,9 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
-from lightning_peft.tasks.labels import agreed_labels, check_labels_of, label_configuration
+from lightning_peft.tasks.labels import (
+    agreed_labels,
+    check_labels_of,
+    check_labels_of_model,
+    label_configuration,
+)
 from lightning_peft.tasks.pretrained import PretrainedTask
 
 
@@ -74,6 +79,19 @@ class ImageClassifier(PretrainedTask):
         """Returns the names of the classes."""
         labels = self.hparams["labels"]
         return {} if labels is None else label_configuration(labels)
+
+    def configure_model(self) -> None:
+        """Loads the model; once.
+
+        Raises:
+            ConfigError: If its head is for the same labels in another order.
+        """
+        given = self.hparams
+        if self.model is None and given["config"] is None and given["labels"] is not None:
+            options = {name: given[name] for name in ("revision", "trust_remote_code")}
+            pretrained = AutoConfig.from_pretrained(given["model"], **options)
+            check_labels_of_model(pretrained.id2label, given["labels"], given["model"])
+        super().configure_model()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean cross-entropy over the images of ``batch``."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_peft.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def label_configuration(labels: Sequence[str]) -> dict[str, Any]:
@@ -62,6 +65,36 @@ def check_labels_of(checkpoint: dict[str, Any], own: Sequence[str]) -> None:
             f"The checkpoint was trained with the labels {_difference(trained, own, 'this run')}. "
             "Give labels=[...] in the order of the checkpoint, or train anew."
         )
+
+
+def check_labels_of_model(pretrained: Mapping[int, str], own: Sequence[str], model: str) -> None:
+    """Refuses a model whose head says the same labels in another order.
+
+    A head for as many other labels is kept as the start of training, which is told.
+
+    Args:
+        pretrained: ``id2label`` of the configuration that the model comes with.
+        own: Labels of this run.
+        model: Name of the model.
+
+    Raises:
+        ConfigError: If only the order differs.
+    """
+    names = [str(pretrained[place]) for place in sorted(pretrained)]
+    unnamed = [f"LABEL_{place}" for place in range(len(names))]
+    if names in (list(own), unnamed) or len(names) != len(own):
+        return
+    if sorted(names) == sorted(own):
+        raise ConfigError(
+            f"{model!r} was trained with the labels {_difference(names, own, 'the data')}. Its "
+            "head would be read the wrong way round: give labels=[...] to the data in the order "
+            "of the model."
+        )
+    log.warning(
+        f"The head of {model!r} is for {_listed(names)}. It has as many outputs as there are "
+        f"labels here, so its weights are kept as the start of training for {_listed(own)}; until "
+        "then its answers mean nothing."
+    )
 
 
 def _difference(one: Sequence[str], other: Sequence[str], owner: str) -> str:

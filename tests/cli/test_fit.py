@@ -46,7 +46,7 @@ def run(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def small(recipe: str) -> str:
-    return f"--config=small/{recipe.partition('-')[0]}"
+    return f"--config=small/{recipe.rpartition('-')[0]}"
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -55,7 +55,8 @@ def only(folder: Path, pattern: str) -> Path:
 
 
 def test_all_recipes_are_tested() -> None:
-    assert RECIPES == ["sft-lora", "sft-qlora"]
+    tasks = ["image-classification", "sft"]
+    assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -63,11 +64,11 @@ def test_a_recipe_trains_saves_and_validates(recipe, tmp_path) -> None:
     config = [f"--config={recipe}", small(recipe), *QUIET]
     code, _, err = run(tmp_path, "fit", *config)
     assert code == 0, err[-3000:]
-    checkpoint = only(tmp_path, "*.ckpt")
-    adapter = only(tmp_path, "adapter_config.json")
+    checkpoint = only(tmp_path, "best.ckpt")
+    adapter = only(tmp_path, "best/adapter_config.json")
     assert json.loads(adapter.read_text())["r"] == 16
     step = torch.load(checkpoint, weights_only=True)["global_step"]
-    assert step == 12
+    assert step > 0
     saved = yaml.safe_load(only(tmp_path, "config.yaml").read_text())
     assert saved["trainer"]["strategy"]["class_path"].endswith("LoRAStrategy")
     code, out, err = run(tmp_path, "validate", *config, f"--ckpt_path={checkpoint}")
@@ -154,4 +155,6 @@ def test_the_defaults_of_recipes_are_models_of_the_hub() -> None:
     for name in RECIPES:
         content = yaml.safe_load(recipe_files()[name].read_text())
         assert content["model"]["init_args"]["model"].count("/") == 1
-        assert content["data"]["init_args"]["tokenizer"] == content["model"]["init_args"]["model"]
+        given = content["data"]["init_args"]
+        (reads,) = (given[name] for name in ("tokenizer", "processor") if name in given)
+        assert reads == content["model"]["init_args"]["model"]
