@@ -13,6 +13,7 @@ from lightning_peft.plugin.registration import register
 
 if TYPE_CHECKING:
     from lightning_peft.data.images import ImageData as ImageData
+    from lightning_peft.data.series import SeriesData as SeriesData
     from lightning_peft.data.supervised import SupervisedData as SupervisedData
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "data.images": ("ImageData",),
+    "data.series": ("SeriesData",),
     "data.supervised": ("SupervisedData",),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
@@ -55,6 +57,7 @@ __all__ = [
     "LoRAStrategy",
     "QLoRACallback",
     "QLoRAStrategy",
+    "SeriesData",
     "SupervisedData",
     "disable_adapters",
     "inject",
@@ -76,7 +79,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = import_module(f"{__name__}.{_HOME_OF[name]}")
     value = getattr(home, name)
-    if _HOME_OF[name] in ("plugin.callbacks", "data.images", "data.supervised"):
+    if _HOME_OF[name] == "plugin.callbacks" or _HOME_OF[name].startswith("data."):
         # Looked up again each time: which Lightning is imported may have changed.
         return import_module(f"{__name__}.plugin.namespace").for_imported(value)
     return value

@@ -60,6 +60,14 @@ KINDS: dict[str, tuple[str, str]] = {
         "images that come with two labels",
         "keep the right one: the other would teach the opposite",
     ),
+    "value": (
+        "steps without a number",
+        "fill them in: a window cannot leave out a step",
+    ),
+    "time": (
+        "steps out of order, repeated, or missing",
+        "sort the rows by time, with one for each step",
+    ),
     "duplicate": (
         "exact duplicates of other rows",
         'remove them, or train on them as often as they come with duplicates="keep"',

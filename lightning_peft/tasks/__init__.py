@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
     from lightning_peft.tasks.image_classification import ImageClassifier as ImageClassifier
+    from lightning_peft.tasks.time_series import Forecaster as Forecaster
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
     "CausalLM": "causal_lm",
+    "Forecaster": "time_series",
     "ImageClassifier": "image_classification",
     "LogSamples": "callbacks",
     "StopEarly": "callbacks",
@@ -25,6 +27,7 @@ _HOMES = {
 __all__ = [
     "BestCheckpoint",
     "CausalLM",
+    "Forecaster",
     "ImageClassifier",
     "LogSamples",
     "StopEarly",
