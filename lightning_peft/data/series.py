@@ -29,7 +29,7 @@ class Statistics:
 
     Attributes:
         mean: Of each column, ``(columns,)``, float32.
-        std: Standard deviation of each column, ``(columns,)``.
+        std: Sample standard deviation of each column, ``(columns,)``.
         naive_error: Mean absolute error, over these steps, of the forecast that each value is that
             of one season before, ``(columns,)``: the denominator of MASE (Hyndman and Koehler,
             2006, https://doi.org/10.1016/j.ijforecast.2006.03.001).
