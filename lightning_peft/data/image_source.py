@@ -73,13 +73,18 @@ class ImageSource(Source):
         return Path(value) if isinstance(value, str) else None
 
     def left_out(self) -> list[str]:
-        """Returns the names of the files in the folder that are neither read nor named."""
+        """Returns the names of files in the folder that are not read, and of empty folders."""
         folder = Path(self.data)
         if not folder.is_dir():
             return []
         used = {path.resolve() for _, path in self.content()}
         unused = [path for path in visible_files(folder) if path.resolve() not in used]
-        return [path.relative_to(folder).as_posix() for path in unused]
+        # A class without a file would be missing from the labels without a word.
+        empty = sorted(
+            path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
+        )
+        names = [path.relative_to(folder).as_posix() for path in unused]
+        return names + [f"{path.relative_to(folder).as_posix()}/ (empty)" for path in empty]
 
     def rows(self) -> Iterator[Row]:
         """Yields every row; of a folder of classes, its images by name."""

@@ -136,6 +136,7 @@ def test_folders_of_classes_say_label_and_split(make, folder):
     train = {f"train/{name}": image for name, image in classes(labels=("10", "2")).items()}
     held = {f"val/{name}": i for name, i in classes(1, ("10", "2"), start=500).items()}
     path = folder({**train, **held, "train/2/deep/er.png": picture(999), "train/2/notes.txt": b"-"})
+    (path / "train" / "3").mkdir()
     data = make(path)
     assert data.labels == ["2", "10"]
     assert {split: rows.num_rows for split, rows in data.read().splits.items()} == {
@@ -146,7 +147,7 @@ def test_folders_of_classes_say_label_and_split(make, folder):
     by_file = dict(zip(train_rows["file"], train_rows["label"], strict=True))
     assert by_file["train/2/deep/er.png"] == "2"
     assert by_file["train/10/0.png"] == "10"
-    assert data.record["files_left_out"] == ["train/2/notes.txt"]
+    assert data.record["files_left_out"] == ["train/2/notes.txt", "train/3/ (empty)"]
 
 
 def test_images_in_no_class_and_leaks_are_told_by_their_file(make, folder):
