@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.plugin.registration import register
 
 if TYPE_CHECKING:
+    from lightning_peft.data.images import ImageData as ImageData
     from lightning_peft.data.preference import PreferenceData as PreferenceData
+    from lightning_peft.data.series import SeriesData as SeriesData
     from lightning_peft.data.supervised import SupervisedData as SupervisedData
     from lightning_peft.data.text_classification import (
         TextClassificationData as TextClassificationData,
@@ -43,6 +45,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
     "data.preference": ("PreferenceData",),
+    "data.images": ("ImageData",),
+    "data.series": ("SeriesData",),
     "data.supervised": ("SupervisedData",),
     "data.text_classification": ("TextClassificationData",),
     "data.token_classification": ("TokenClassificationData",),
@@ -60,11 +64,13 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ImageData",
     "LoRACallback",
     "LoRAStrategy",
     "PreferenceData",
     "QLoRACallback",
     "QLoRAStrategy",
+    "SeriesData",
     "SupervisedData",
     "TextClassificationData",
     "TokenClassificationData",

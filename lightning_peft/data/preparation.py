@@ -140,11 +140,9 @@ def prepare(
 
 
 def _content(source: Source) -> str:
-    files = source.files()
+    files = source.content()
     if files:
-        root = Path(source.data)
-        names = [(p.relative_to(root).as_posix() if root.is_dir() else p.name) for p in files]
-        return cache.digest_of_files(zip(names, files, strict=True))
+        return cache.digest_of_files(files)
     return cache.digest_of_rows(asdict(row) for row in source.rows())
 
 
@@ -200,7 +198,11 @@ class _Pass:
         self.encoder = self.encoder_for(self.layout)
         features = Features({**self.encoder.features, **_ORIGIN})
         writers = {
-            split: ArrowWriter(features=features, path=str(self.working / f"{split}.arrow"))
+            split: ArrowWriter(
+                features=features,
+                path=str(self.working / f"{split}.arrow"),
+                writer_batch_size=self.encoder.rows_in_memory,
+            )
             for split in SPLITS
         }
         with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
@@ -209,7 +211,7 @@ class _Pass:
                 reasons = self._take(row, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    rejected.write(json.dumps(_rejection(row, reasons), default=repr) + "\n")
+                    rejected.write(json.dumps(_rejection(row, reasons), default=_told) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()
@@ -325,3 +327,8 @@ class _Pass:
 def _rejection(row: Row, reasons: list[tuple[str, str]]) -> dict[str, Any]:
     told = [{"kind": kind, "detail": detail} for kind, detail in reasons]
     return {"file": row.file, "row": row.number, "reasons": told, "value": row.value}
+
+
+def _told(value: object) -> str:
+    # The bytes of an image are of no use to a reader.
+    return f"<{len(value):,} bytes>" if isinstance(value, bytes) else repr(value)

@@ -8,14 +8,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import fsspec
-from datasets import Features, Value, load_dataset
+from datasets import ClassLabel, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from lightning_peft.errors import ConfigError, itemize
@@ -89,16 +89,22 @@ class Source:
         if path.is_file():
             _suffix(path)
             return [path]
-        if path.is_absolute() or self.data.startswith(".") or _known(path):
+        if path.is_absolute() or self.data.startswith(".") or is_data_file(path):
             raise ConfigError(_no_such_file(path))
         return []
+
+    def content(self) -> list[tuple[str, Path]]:
+        """Returns every file that decides what the rows are, with its name in the folder."""
+        root = Path(self.data)
+        whole = root.is_dir()
+        return [(p.relative_to(root).as_posix() if whole else p.name, p) for p in self.files()]
 
     def left_out(self) -> list[str]:
         """Returns the names of the files in the folder that are not read."""
         folder = Path(self.data)
         if not folder.is_dir():
             return []
-        names = {path: path.relative_to(folder).as_posix() for path in _inside(folder)}
+        names = {path: path.relative_to(folder).as_posix() for path in visible_files(folder)}
         return [name for path, name in names.items() if path not in self.files()]
 
     def rows(self) -> Iterator[Row]:
@@ -135,9 +141,9 @@ class Source:
             found = load_dataset(
                 builder, data_files=str(path), split="train", streaming=True, **options
             )
-            for number, value in enumerate(found, start=1):
+            for number, value in enumerate(_as_stored(found), start=1):
                 if builder != "text" or str(value["text"]).strip():
-                    yield Row(number, name, dict(value), split=split)
+                    yield Row(number, name, value, split=split)
         except (ValueError, OSError, DatasetGenerationError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ConfigError(
@@ -157,8 +163,8 @@ class Source:
                 "be set), hub_config, hub_revision, and `hf auth login` for a gated dataset."
             ) from error
         for name, split in self._hub_names(list(found)).items():
-            rows = enumerate(islice(found[name], self.limit), start=1)
-            yield from (Row(number, name, dict(value), split=split) for number, value in rows)
+            rows = enumerate(islice(_as_stored(found[name]), self.limit), start=1)
+            yield from (Row(number, name, value, split=split) for number, value in rows)
 
     def _hub_names(self, offered: list[str]) -> dict[str, str | None]:
         if self.hub_splits is None:
@@ -181,18 +187,33 @@ class Source:
         return {name: split if len(ours) > 1 else None for name, split in names.items()}
 
 
+def _as_stored(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yields rows with images and sounds as the bytes they are kept as, and classes by name."""
+    features = dict(dataset.features or {})
+    for name, feature in features.items():
+        if getattr(feature, "decode", False) is True:
+            dataset = dataset.cast_column(name, replace(feature, decode=False))
+    classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
+    for row in dataset:
+        # -1 stands for a class that is kept secret, as in the test rows of a competition.
+        secret = {name for name in classes if row[name] is None or row[name] < 0}
+        named = {n: None if n in secret else kind.int2str(row[n]) for n, kind in classes.items()}
+        yield {**row, **named}
+
+
 def split_named(name: object) -> str | None:
     """Returns the split that ``name`` stands for: ``"dev"`` is ``"validation"``."""
     return _SPLIT_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
-def _known(path: Path) -> bool:
+def is_data_file(path: Path) -> bool:
+    """Says whether rows can be read from a file of this name."""
     bare = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
     return bare.suffix.lower() in SUFFIXES
 
 
 def _suffix(path: Path) -> str:
-    if not _known(path):
+    if not is_data_file(path):
         raise ConfigError(
             f"{path.name!r} is of no kind that can be read. Kinds: {', '.join(SUFFIXES)}, and "
             f"JSONL and JSON with {', '.join(sorted(_COMPRESSED))} after that."
@@ -201,7 +222,8 @@ def _suffix(path: Path) -> str:
     return bare.suffix.lower()
 
 
-def _inside(folder: Path) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
+    """Returns the files in ``folder`` and below it, sorted, without hidden ones."""
     return sorted(
         path
         for path in folder.rglob("*")
@@ -211,10 +233,10 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    inside = _inside(folder)
+    inside = visible_files(folder)
     # A folder of data often holds a page about it, which is no data.
     pages = [path for path in inside if path.suffix.lower() == ".md"]
-    data = [path for path in inside if _known(path) and path not in pages]
+    data = [path for path in inside if is_data_file(path) and path not in pages]
     if not data:
         names = [path.relative_to(folder).as_posix() for path in inside]
         raise ConfigError(

@@ -17,10 +17,13 @@ class RowEncoder(ABC):
         features: Columns of a prepared row. A column ``length`` (int32) is needed for grouping and
             packing by length, and for the histogram of ``preview``.
         counts: Names of the numbers that :meth:`count` returns.
+        rows_in_memory: Prepared rows that are held before they are written: few, where each holds
+            a file. ``None`` leaves it to the library.
     """
 
     features: ClassVar[Features]
     counts: ClassVar[tuple[str, ...]] = ()
+    rows_in_memory: ClassVar[int | None] = None
 
     @abstractmethod
     def encode(self, sample: Sample) -> list[dict[str, Any]]:

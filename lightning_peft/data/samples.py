@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
@@ -23,10 +24,11 @@ class Sample:
         messages: Turns with ``role`` and ``content``; empty for plain text.
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
-        label: The class of the text.
+        label: The class of the text or image.
         text_pair: The second of two texts that are classified together.
         tokens: Words, each with a tag.
         tags: The tags of the words.
+        image: The bytes of an image file.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -36,9 +38,16 @@ class Sample:
     text_pair: str | None = None
     tokens: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
+    image: bytes | None = None
 
     def digest(self) -> bytes:
-        """Returns 16 bytes that are the same exactly for rows that say the same."""
+        """Returns 16 bytes that are the same exactly for rows that say the same.
+
+        Images are the same whatever their label: neither a second label nor a place in two splits
+        goes unnoticed then.
+        """
+        if self.image is not None:
+            return hashlib.sha256(self.image).digest()[:16]
         content: list[Any] = [self.messages, self.rejected, self.text, self.label]
         # Only where there is one, so that rows of other shapes keep their digest and their split.
         if self.text_pair is not None:
@@ -305,3 +314,30 @@ def parse_tags(fields: Mapping[str, Any]) -> Sample:
     if len(tokens) != len(tags):
         raise RowProblems([("tags", f"has {len(tokens)} tokens and {len(tags)} tags")])
     return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])
+
+
+def parse_image(fields: Mapping[str, Any]) -> Sample:
+    """Returns the image, read from its file where the row names one, and its class."""
+    image, label = _all_of(
+        lambda: _image(fields.get("image")),
+        lambda: _label(fields.get("label")),
+    )
+    return Sample(label=label, image=image)
+
+
+def _image(image: Any) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if image is None or image in ("", b""):
+        raise RowProblems([("missing", "has no image")])
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        kind = type(image).__name__
+        raise RowProblems([("missing", f"has a {kind} as image, neither a path nor bytes")])
+    try:
+        return Path(image).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        problem = f"names {image!r}, which cannot be read: {reason}"
+        raise RowProblems([("image", problem)]) from error

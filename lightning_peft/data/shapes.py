@@ -12,6 +12,7 @@ from lightning_peft.data.samples import (
     RowProblems,
     Sample,
     parse_alpaca,
+    parse_image,
     parse_label,
     parse_messages,
     parse_pair,
@@ -29,6 +30,7 @@ ShapeName = Literal[
     "text_label",
     "text",
     "tokens_tags",
+    "image_label",
 ]
 
 # Our field -> the column names that stand for it without being told.
@@ -48,6 +50,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "text_pair": ("text_pair",),
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
+    "image": ("image", "img", "file_name"),
 }
 
 
@@ -125,6 +128,7 @@ SHAPES: dict[str, Shape] = {
             parse_tags,
             "TokenClassificationData",
         ),
+        Shape("image_label", "image and label", ("image", "label"), (), parse_image, "ImageData"),
     )
 }
 

@@ -57,6 +57,22 @@ KINDS: dict[str, tuple[str, str]] = {
         "rows whose end-of-sequence token is not trained",
         "the model would not learn to stop: give another template with chat_template=",
     ),
+    "image": (
+        "rows whose image cannot be used",
+        "repair or replace these files; a path is seen from the file that names it",
+    ),
+    "two_labels": (
+        "images that come with two labels",
+        "keep the right one: the other would teach the opposite",
+    ),
+    "value": (
+        "steps without a number",
+        "fill them in: a window cannot leave out a step",
+    ),
+    "time": (
+        "steps out of order, repeated, or missing",
+        "sort the rows by time, with one for each step",
+    ),
     "duplicate": (
         "exact duplicates of other rows",
         'remove them, or train on them as often as they come with duplicates="keep"',
@@ -111,7 +127,9 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
             by their numbers.
     """
     bad = len({(problem.file, problem.row) for problem in problems})
-    several = len({problem.file for problem in problems}) > 1
+    files = {problem.file for problem in problems}
+    # In a folder, a number alone does not say which file is meant.
+    several = len(files) > 1 or any("/" in file for file in files)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
     for kind, (title, way_out) in KINDS.items():
         found = [problem for problem in problems if problem.kind == kind]

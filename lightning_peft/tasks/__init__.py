@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.callbacks import LogSamples as LogSamples
     from lightning_peft.tasks.callbacks import StopEarly as StopEarly
     from lightning_peft.tasks.causal_lm import CausalLM as CausalLM
+    from lightning_peft.tasks.image_classification import ImageClassifier as ImageClassifier
     from lightning_peft.tasks.preference import PreferenceTuning as PreferenceTuning
     from lightning_peft.tasks.reward import RewardModel as RewardModel
     from lightning_peft.tasks.text_classification import TextClassifier as TextClassifier
+    from lightning_peft.tasks.time_series import Forecaster as Forecaster
     from lightning_peft.tasks.token_classification import TokenClassifier as TokenClassifier
 
 _HOMES = {
     "BestCheckpoint": "callbacks",
     "CausalLM": "causal_lm",
+    "Forecaster": "time_series",
+    "ImageClassifier": "image_classification",
     "LogSamples": "callbacks",
     "PreferenceTuning": "preference",
     "RewardModel": "reward",
@@ -31,6 +35,8 @@ _HOMES = {
 __all__ = [
     "BestCheckpoint",
     "CausalLM",
+    "Forecaster",
+    "ImageClassifier",
     "LogSamples",
     "PreferenceTuning",
     "RewardModel",

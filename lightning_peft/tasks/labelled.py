@@ -126,6 +126,17 @@ class LabelledTask(PretrainedTask):
         unnamed = all(name.startswith("LABEL_") for name in theirs)
         if theirs == self.labels or (unnamed and len(theirs) == len(self.labels)):
             return
+        self.refuse_head(theirs)
+
+    def refuse_head(self, theirs: list[str]) -> None:
+        """Refuses the trained head of a base, which is for other labels.
+
+        Args:
+            theirs: Its labels.
+
+        Raises:
+            ConfigError: Always; a task that can begin from such a head overrides this.
+        """
         same = sorted(theirs) == sorted(self.labels)
         way_out = (
             f"Give labels={theirs} to the data module, so that it numbers them in this order."

@@ -53,6 +53,8 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
     lightning_base = "core.module.LightningModule"
     # transformers' class that loads the model.
     auto_class: ClassVar[Any]
+    # What else its from_pretrained is told.
+    loading: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -119,7 +121,7 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
     def _load(self) -> PreTrainedModel:
         given = self.hparams
         names = ("dtype", "revision", "trust_remote_code")
-        options = {name: given[name] for name in names} | self.configuration()
+        options = {name: given[name] for name in names} | self.loading | self.configuration()
         model: PreTrainedModel = self.auto_class.from_pretrained(given["model"], **options)
         return model
 

@@ -47,7 +47,7 @@ ROWS = [
     ),
     ("preference", {"chosen": "b", "rejected": "c"}, [ANSWER]),
 ]
-OTHERS = {"text", "text_label", "tokens_tags"}
+OTHERS = {"text", "text_label", "tokens_tags", "image_label"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)
@@ -63,6 +63,18 @@ def test_a_shape_is_recognised_and_read(shape, row, turns):
 
 def test_every_shape_is_tested():
     assert {shape for shape, _, _ in ROWS} | OTHERS == set(SHAPES)
+
+
+def test_images_and_labels(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"bytes")
+    path = str(tmp_path / "one.png")
+    for image in (b"bytes", path, {"bytes": b"bytes", "path": "x"}, {"bytes": None, "path": path}):
+        row = {"img": image, "label": 3}
+        layout = recognise([row], None, "auto")
+        assert layout.shape.name == "image_label"
+        assert layout.parse(row) == Sample(image=b"bytes", label="3")
+    assert Sample(image=b"a", label="x").digest() == Sample(image=b"a", label="y").digest()
+    assert Sample(image=b"a", label="x").digest() != Sample(image=b"b", label="x").digest()
 
 
 def test_texts_and_labels():

@@ -1,0 +1,143 @@
+"""Where images come from: lists that name or hold them, or a folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from datasets.utils import tqdm
+
+from lightning_peft.data.image_files import SUFFIXES
+from lightning_peft.data.reading import Row, Source, is_data_file, split_named, visible_files
+from lightning_peft.data.shapes import FIELDS
+from lightning_peft.errors import ConfigError, itemize
+
+_TEXTS = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class ImageSource(Source):
+    """Rows of an image and its class.
+
+    A folder that holds files of rows (JSONL, CSV, Parquet ...) is read as these; any other folder
+    holds one folder for each class, or ``train`` and ``validation`` with those in them.
+
+    Attributes:
+        image_column: The column that holds or names the image; ``None`` for one that is
+            recognised by its name.
+    """
+
+    image_column: str | None = None
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        """The images of a folder of classes, sorted; none if ``data`` is anything else."""
+        folder = Path(self.data)
+        inside = visible_files(folder) if folder.is_dir() else []
+        if any(is_data_file(path) and path.suffix.lower() not in _TEXTS for path in inside):
+            return []
+        found = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        if folder.is_dir() and not found:
+            names = [path.relative_to(folder).as_posix() for path in inside]
+            raise ConfigError(
+                f"The folder {folder.name!r} holds no images ({', '.join(SUFFIXES)}) and no files "
+                "that list some. In it:" + (itemize(names) or " nothing")
+            )
+        return found
+
+    def files(self) -> list[Path]:
+        """Returns the lists or, of a folder of classes, the images."""
+        return self._pictures or super().files()
+
+    def content(self) -> list[tuple[str, Path]]:
+        """Returns the files and, of lists, the images that they name, each with its name."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> list[tuple[str, Path]]:
+        found = super().content()
+        if self._pictures:
+            return found
+        folder = Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
+        named = [self._named_image(row) for row in self.rows()] if found else []
+        there = sorted({path for path in named if path is not None and path.is_file()})
+        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in there)]
+
+    def _named_image(self, row: Row) -> Path | None:
+        value = None if row.value is None else row.value.get(self._column(row.value) or "")
+        return Path(value) if isinstance(value, str) else None
+
+    def left_out(self) -> list[str]:
+        """Returns the names of files in the folder that are not read, and of empty folders."""
+        folder = Path(self.data)
+        if not folder.is_dir():
+            return []
+        used = {path.resolve() for _, path in self.content()}
+        unused = [path for path in visible_files(folder) if path.resolve() not in used]
+        # A class without a file would be missing from the labels without a word.
+        empty = sorted(
+            path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
+        )
+        names = [path.relative_to(folder).as_posix() for path in unused]
+        return names + [f"{path.relative_to(folder).as_posix()}/ (empty)" for path in empty]
+
+    def rows(self) -> Iterator[Row]:
+        """Yields every row; of a folder of classes, its images by name."""
+        found = self._rows_of_classes() if self._pictures else super().rows()
+        # A bar, where it takes long and somebody watches.
+        yield from tqdm(found, desc="Reading images", delay=2, disable=None)
+
+    @cached_property
+    def _by_split(self) -> bool:
+        """Whether the folders in ``data`` are splits, with the folders of classes in them."""
+        above = [path.relative_to(self.data).parent.parts for path in self._pictures]
+        tops = {parts[0] for parts in above if parts}
+        # A folder called train may also hold pictures of trains.
+        deep = sorted({parts[0] for parts in above if len(parts) > 1 and split_named(parts[0])})
+        others = sorted(top for top in tops if not split_named(top))
+        if deep and others:
+            raise ConfigError(
+                f"The folder {Path(self.data).name!r} holds folders of classes in "
+                f"{', '.join(deep)}, and beside them {', '.join(others)}, which is no split. Move "
+                "it into one of them, or name the folders apart with data= and validation_data=."
+            )
+        return bool(tops) and not others
+
+    def _rows_of_classes(self) -> Iterator[Row]:
+        numbered = enumerate(self._pictures, start=1)
+        for _, group in groupby(numbered, key=lambda one: one[1].parent):
+            for number, path in islice(group, self.limit):
+                name = path.relative_to(self.data)
+                split, parts = self.split, name.parent.parts
+                if self._by_split and parts:
+                    split, parts = split or split_named(parts[0]), parts[1:]
+                label = parts[0] if parts else ""
+                value = {"image": str(path), "label": label}
+                yield Row(number, name.as_posix(), value, split=split)
+
+    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
+        for row in super()._file_rows(path, name, split):
+            column = None if row.value is None else self._column(row.value)
+            if row.value is not None and column is not None:
+                row.value[column] = _placed(row.value[column], path.parent)
+            yield row
+
+    def _column(self, value: dict[str, Any]) -> str | None:
+        if self.image_column is not None:
+            return self.image_column if self.image_column in value else None
+        return next((name for name in FIELDS["image"] if name in value), None)
+
+
+def _placed(value: Any, folder: Path) -> Any:
+    """Returns what a column says of an image: its bytes, or its path seen from ``folder``."""
+    if isinstance(value, dict):
+        # An Image column of the hub: with bytes, the path is the name it once had.
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.strip():
+        return str(folder / value)
+    return value

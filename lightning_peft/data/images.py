@@ -1,0 +1,254 @@
+"""Data for image classification, as a LightningDataModule."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from datasets import Features, Value
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from lightning_peft.data import image_files
+from lightning_peft.data.image_source import ImageSource
+from lightning_peft.data.labels import LabelNames, argument_problems
+from lightning_peft.data.preparation import Settings
+from lightning_peft.data.reading import Source
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.rows_data import RowsData
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.shown import Run
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers.image_processing_utils import BaseImageProcessor
+
+log = logging.getLogger(__name__)
+
+
+class ImageRows(RowEncoder):
+    """The bytes of an image, which was decoded once to see that it can be, and its class.
+
+    Args:
+        labels: What collects the names of the classes.
+    """
+
+    features = Features(
+        {"image": Value("binary"), "label": Value("string"), "conversion": Value("string")}
+    )
+    counts = ("converted",)
+    rows_in_memory: ClassVar[int | None] = 32
+
+    def __init__(self, labels: LabelNames) -> None:
+        self.labels = labels
+        self.conversions: Counter[str] = Counter()
+        self.label_of: dict[bytes, str] = {}
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the one row that ``sample`` becomes."""
+        content = sample.image
+        assert content is not None
+        assert sample.label is not None
+        try:
+            conversion = image_files.how_converted(image_files.decoded(content))
+        except image_files.ImageProblem as problem:
+            raise EncodingProblem("image", str(problem)) from problem
+        label = self.labels.find(sample.label)
+        before = self.label_of.setdefault(sample.digest(), label)
+        if before != label:
+            raise EncodingProblem(
+                "two_labels", f"has the label {label!r}, and another row with this image {before!r}"
+            )
+        return [{"image": content, "label": label, "conversion": conversion}]
+
+    def count(self, row: dict[str, Any]) -> dict[str, int]:
+        """Returns whether the image is converted, and keeps count of classes."""
+        self.labels.add([row["label"]])
+        if row["conversion"] is not None:
+            self.conversions[row["conversion"]] += 1
+        return {"converted": int(row["conversion"] is not None)}
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the names of the classes, in order, and how many images were converted how."""
+        return {"labels": self.labels.names(), "conversions": dict(self.conversions)}
+
+
+class ImageBatch:
+    """Makes a batch of prepared rows: decodes the images and hands them to the processor.
+
+    Args:
+        processor: The model's image processor.
+        labels: The names of all classes, in the order of the model's outputs.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, labels: Sequence[str]) -> None:
+        self.processor = processor
+        self.places = {label: place for place, label in enumerate(labels)}
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Returns a batch.
+
+        Args:
+            rows: ``image`` and ``label`` of each.
+
+        Returns:
+            ``pixel_values``, ``(batch, 3, height, width)``, float32, and ``labels``, ``(batch,)``,
+            int64.
+        """
+        images = [image_files.as_rgb(image_files.decoded(row["image"])) for row in rows]
+        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
+        labels = torch.tensor([self.places[row["label"]] for row in rows])
+        return {"pixel_values": pixels, "labels": labels}
+
+
+class ImageData(RowsData):
+    """Images to fine-tune a classifier on.
+
+    Every image is opened and decoded before training. Rows with problems are an error that lists
+    all of them, unless ``skip_bad_rows`` is given. The cache holds a copy of every image.
+
+    Args:
+        data: Folder with a folder of images for each class (also below ``train``, ``validation``
+            and ``test``); file, or folder of files (JSONL, JSON, CSV, TSV, Parquet), with columns
+            ``image`` and ``label``, where an image is a path seen from the file, or its bytes; or
+            dataset on the hub.
+        processor: Name on the hub, or folder, of an image processor; or its settings, with their
+            ``image_processor_type``.
+        labels: Names of all classes, in the order of the model's outputs; by default those that
+            occur, sorted, with numbers by their value.
+        processor_revision: Branch, tag or commit of the processor on the hub.
+        **options: Keyword arguments of
+            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, the data cannot be used, or Pillow is not
+            installed.
+    """
+
+    accepts = ("image_label",)
+    fed = ("image", "label")
+
+    def __init__(
+        self,
+        data: str,
+        processor: str | dict[str, Any],
+        labels: list[str] | None = None,
+        processor_revision: str | None = None,
+        **options: Any,
+    ) -> None:
+        image_files.require_pillow()
+        self._processor: BaseImageProcessor | None = None
+        super().__init__(data, **options)
+
+    def _argument_problems(self) -> list[str]:
+        problems = super()._argument_problems()
+        problems += argument_problems(self.hparams["labels"])
+        processor = self.hparams["processor"]
+        if isinstance(processor, dict) and "image_processor_type" not in processor:
+            problems.append(
+                f"processor={processor!r} has no image_processor_type, such as 'ViTImageProcessor'"
+            )
+        return problems
+
+    @property
+    def image_processor(self) -> BaseImageProcessor:
+        """The processor, loaded on first use.
+
+        Raises:
+            ConfigError: If it cannot be had.
+        """
+        if self._processor is None:
+            asked, revision = self.hparams["processor"], self.hparams["processor_revision"]
+            try:
+                self._processor = _processor(asked, revision)
+            except (OSError, ValueError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"processor={asked!r} is no folder with an image processor, no name that the "
+                    f"hub gives one for, and no settings of one ({reason}). Check the name, the "
+                    "settings, and the network (HF_HUB_OFFLINE must not be set)."
+                ) from error
+        return self._processor
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of all classes, in the order of the model's outputs."""
+        found: list[str] = self.read().summary["labels"]
+        return found
+
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns what checks and keeps the images."""
+        return ImageRows(LabelNames(self.hparams["labels"]))
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns the labels: all else is done to the images when they are loaded."""
+        return {"labels": self.hparams["labels"]}
+
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what decodes and processes the images of a batch."""
+        return ImageBatch(self.image_processor, self.labels)
+
+    def shown(self, row: dict[str, Any]) -> list[Run]:
+        """Returns the size of the image, and its label."""
+        width, height = image_files.decoded(row["image"]).size
+        size = f"image of {width} x {height}, {len(row['image']):,} bytes\n"
+        return [Run(False, size, []), Run(True, row["label"], [])]
+
+    def prepare_data(self) -> None:
+        """Reads and checks all images, in one process, and says what becomes of odd ones."""
+        for kind, count in self.read().summary["conversions"].items():
+            told = image_files.CONVERSIONS.get(kind)
+            level = logging.INFO if told is None else logging.WARNING
+            log.log(level, f"{count:,} images ({kind}) become RGB" + (f": {told}" if told else ""))
+
+    def setup(self, stage: str) -> None:
+        """Opens the prepared rows.
+
+        Raises:
+            ConfigError: With all that is wrong with the rows, unless they are to be skipped; if
+                there is one class only, or a class without a training row.
+        """
+        super().setup(stage)
+        train = self.read().splits["train"]
+        if len(self.labels) < 2:
+            raise ConfigError(
+                f"All images have the label {self.labels[0]!r}: there is nothing to tell apart. "
+                "Add another class."
+            )
+        untaught = sorted(set(self.labels) - set(train.unique("label")))
+        if untaught:
+            raise ConfigError(
+                f"No training row has the label {', '.join(untaught)}, so the model would be "
+                "tested on what it was never shown. Add training rows, take the class out of "
+                "labels=, or share the rows out by another split_seed."
+            )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was prepared, for the record of a run."""
+        return {**super().record, "processor": self.hparams["processor"]}
+
+    def _sources(self) -> list[Source]:
+        column = (self.hparams["columns"] or {}).get("image")
+        return [ImageSource(**vars(source), image_column=column) for source in super()._sources()]
+
+    def _settings(self) -> Settings:
+        return replace(super()._settings(), shape="image_label")
+
+
+def _processor(asked: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
+    if isinstance(asked, str):
+        found: BaseImageProcessor = AutoImageProcessor.from_pretrained(asked, revision=revision)
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(asked), encoding="utf-8")
+        return _processor(folder, None)
