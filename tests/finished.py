@@ -49,9 +49,11 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        data = InstructionData(str(EXAMPLES), str(BASE), 4)
+        data = realize(InstructionData, "pytorch_lightning")(str(EXAMPLES), str(BASE), 4)
+        task = realize(CausalLM, "pytorch_lightning")
         # A rate at which a few steps change what the model says.
-        trainer.fit(CausalLM(str(BASE), learning_rate=1e-2, dtype="float32"), data.loader("train"))
+        module = task(str(BASE), learning_rate=1e-2, dtype="float32")
+        trainer.fit(module, data.loader("train"))
     torch.set_num_threads(threads)
     return folder
 

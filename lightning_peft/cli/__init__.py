@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+
 # What each group of commands is for, and the commands, which are modules of this room. Their heavy
 # parts load when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -35,13 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        near = import_module("lightning_peft.errors").near_names(name, COMMANDS)
-        print(f"lightning-peft: there is no command {name!r}{near}.", file=sys.stderr)
+        hint = near_names(name, COMMANDS)
+        print(f"lightning-peft: there is no command {name!r}{hint}.", file=sys.stderr)
         return 2
     try:
         if name in _TRAINING:
             return int(import_module("lightning_peft.cli.training").main(name, rest))
         return int(import_module(f"lightning_peft.cli.{name}").main(rest))
+    except LightningPeftError as error:
+        print(f"lightning-peft: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("lightning-peft: stopped", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.merge import add_base_options
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_peft.chat.conversation import Conversation
@@ -34,16 +34,9 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
-    try:
-        with redirect_stdout(sys.stderr):
-            talk = _load(given)
-        return _answer_all(talk, given)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    with redirect_stdout(sys.stderr):
+        talk = _load(given)
+    return _answer_all(talk, given)
 
 
 def add_speaking_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.chat import add_speaking_options, make_speaker
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 ABOUT = "Compare a base with its adapters: answers side by side, or losses on data."
 _MORE = """\
@@ -30,15 +30,8 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
-    try:
-        with redirect_stdout(sys.stderr):
-            found = _compare(given)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    with redirect_stdout(sys.stderr):
+        found = _compare(given)
     if given.json:
         print(json.dumps(found, indent=2))
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.merge import add_base_options, as_text, read_prompts
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 ABOUT = "Export an adapter: PEFT folder, merged or quantized model, for vLLM or Ollama; to the hub."
 _MORE = """\
@@ -35,16 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if all was written, 1 if something cannot be, 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
-    try:
-        # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr):
-            found = _export(given)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    # Whatever libraries print, the result alone goes to the standard output.
+    with redirect_stdout(sys.stderr):
+        found = _export(given)
     if given.json:
         print(json.dumps(found, indent=2))
     else:

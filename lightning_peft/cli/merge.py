@@ -11,8 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.errors import ConfigError, LightningPeftError
-
 ABOUT = "Merge an adapter into a 16-bit model folder, tensor by tensor, and say what that costs."
 _MORE = """\
 ADAPTER is an adapter folder, a .ckpt file, or the folder of a run (its newest adapter).
@@ -43,16 +41,9 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if the model was written, 1 if it cannot be, 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
-    try:
-        # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr):
-            report = _merge(given)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    # Whatever libraries print, the result alone goes to the standard output.
+    with redirect_stdout(sys.stderr):
+        report = _merge(given)
     print(json.dumps(report, indent=2) if given.json else as_text(report))
     return 0
 

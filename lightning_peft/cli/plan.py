@@ -10,8 +10,6 @@ from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.errors import ConfigError, LightningPeftError
-
 if TYPE_CHECKING:
     from lightning_peft.plan.survey import Survey
 
@@ -30,16 +28,9 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0, or 1 where the model cannot be planned for, or 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
-    try:
-        # Whatever the libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr), _progress() as progress:
-            found = _survey(given, progress)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    # Whatever the libraries print, the result alone goes to the standard output.
+    with redirect_stdout(sys.stderr), _progress() as progress:
+        found = _survey(given, progress)
     if given.json:
         print(json.dumps(found.as_dict(), indent=2))
     else:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.recipes import find_recipe, resolved
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,17 +49,13 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the input cannot be used.
     """
     given, rest = _parser().parse_known_args(list(arguments))
-    try:
-        # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr) if given.json else nullcontext():
-            data = _made(given.config, ["--help", *rest] if given.help_all else rest)
-            shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
-            skipping = data.hparams["skip_bad_rows"] is not None
-            if shown.numbers["problems"] and skipping:
-                data.setup("fit")
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
+    # Whatever libraries print, the result alone goes to the standard output.
+    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+        data = _made(given.config, ["--help", *rest] if given.help_all else rest)
+        shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
+        skipping = data.hparams["skip_bad_rows"] is not None
+        if shown.numbers["problems"] and skipping:
+            data.setup("fit")
     if given.json:
         content = {**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]}
         print(json.dumps(content, indent=2))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -102,16 +101,12 @@ def main(arguments: Sequence[str]) -> int:
     copy.add_argument("name")
     copy.add_argument("file", type=Path)
     given = parser.parse_args(list(arguments))
-    try:
-        if given.command == "show":
-            print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
-        elif given.command == "copy":
-            _copy(find_recipe(given.name), given.file)
-        else:
-            _list(given.json)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
+    if given.command == "show":
+        print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
+    elif given.command == "copy":
+        _copy(find_recipe(given.name), given.file)
+    else:
+        _list(given.json)
     return 0
 
 

@@ -12,8 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.errors import ConfigError, LightningPeftError
-
 if TYPE_CHECKING:
     from lightning_peft.runs.reproduction import Reproduction
 
@@ -43,15 +41,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given = parser.parse_args(list(arguments))
-    try:
-        with redirect_stdout(sys.stderr) if given.json else nullcontext():
-            again, found = _reproduced(given.run)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+        again, found = _reproduced(given.run)
     if again is None:
         return 130
     if given.json:

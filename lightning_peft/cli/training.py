@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.recipes import find_recipe, resolved
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_peft.runs.session import RunSession
@@ -71,16 +71,9 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     words = [word for word in arguments if word != "--json"]
     words = ["--help" if word == "--help-all" else word for word in words]
-    try:
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
-            words = _resumed(words)
-            session = run(subcommand, words)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        words = _resumed(words)
+        session = run(subcommand, words)
     if session.saved is not None:
         _tell_how_to_go_on(subcommand, words, session)
         return 130

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_peft.errors import BaseMismatchError, ConfigError, LightningPeftError
+from lightning_peft.errors import BaseMismatchError, ConfigError
 
 if TYPE_CHECKING:
     from lightning_peft.engine.verification.result import Verification
@@ -38,27 +38,23 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="lightning-peft verify",
+        usage="lightning-peft verify (RUN | --config FILE ...) [--json] [--KEY VALUE ...]",
         description=ABOUT,
         epilog=_MORE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", nargs="?", type=Path, help="run folder, or adapter folder")
     parser.add_argument(
         "--config", action="append", default=[], help="YAML file as for LightningCLI; repeatable"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    given, rest = parser.parse_known_args(list(arguments))
-    try:
-        # Whatever the user's own code prints, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr) if given.json else nullcontext():
-            module, verification = _checked(given, rest)
-    except ConfigError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 2
-    except LightningPeftError as error:
-        print(f"lightning-peft: {error}", file=sys.stderr)
-        return 1
+    words = list(arguments)
+    # No argument of the parser: it would take the values of LightningCLI's options for the run.
+    run = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    given, rest = parser.parse_known_args(words)
+    # Whatever the user's own code prints, the result alone goes to the standard output.
+    with redirect_stdout(sys.stderr) if given.json else nullcontext():
+        module, verification = _checked(run, given.config, rest, announce=not given.json)
     if given.json:
         print(_as_json(module, verification))
     else:
@@ -66,25 +62,27 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if verification.passed else 1
 
 
-def _checked(given: argparse.Namespace, rest: list[str]) -> tuple[str, Verification]:
-    configs = [f"--config={file}" for file in given.config]
+def _checked(
+    path: Path | None, files: list[str], rest: list[str], announce: bool
+) -> tuple[str, Verification]:
+    configs = [f"--config={file}" for file in files]
     verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
-    if given.run is None:
-        found = verify_config([*configs, *rest], announce=not given.json)
+    if path is None:
+        found = verify_config([*configs, *rest], announce=announce)
         return found.module, found.verification
     if configs:
         raise ConfigError(
-            f"Both a run ({given.run}) and --config were given. A run has its own recipe: leave "
+            f"Both a run ({path}) and --config were given. A run has its own recipe: leave "
             "--config out."
         )
     proof = import_module("lightning_peft.runs.proof")
     engine = import_module("lightning_peft.engine")
-    checks = proof.file_checks(given.run)
-    run = proof.run_of(given.run)
+    checks = proof.file_checks(path)
+    run = proof.run_of(path)
     if run is None:
         detail = "there is no run folder around the adapter, so no recipe to build them from"
         checks.append(engine.Check("base, data and the checks of the engine", None, detail))
-        return given.run.name, engine.Verification(checks)
+        return path.name, engine.Verification(checks)
     checkpoint = run.newest_checkpoint()
     best = run.checkpoints / "best.ckpt"
     words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.files.adapter_format import (
         read_adapter,
+        read_json,
     )
     from lightning_peft.engine.files.state import (
         check_description,
@@ -125,7 +126,7 @@ _HOMES = {
         "set_adapter",
         "trained_parameters",
     ),
-    "files.adapter_format": ("read_adapter",),
+    "files.adapter_format": ("read_adapter", "read_json"),
     "verification.result": ("Check", "Verification"),
     "configuration": (
         "DECISIVE_FIELDS",
@@ -230,6 +231,7 @@ __all__ = [
     "quantized_loading",
     "quantized_tensors",
     "read_adapter",
+    "read_json",
     "record_of",
     "remade",
     "replace_optimizers",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.errors import CheckpointError, ConfigError, itemize
+from lightning_peft import engine
+from lightning_peft.errors import ConfigError, itemize
 
 CONFIG, PROVENANCE = "adapter_config.json", "provenance.json"
 # Where a run keeps the adapters of its checkpoints.
@@ -80,8 +80,8 @@ def find_adapter(given: str) -> Adapter:
     return Adapter(
         name=name if named else folder.resolve().name,
         folder=folder,
-        config=_read(folder / CONFIG),
-        facts=_read(written) if written.is_file() else {},
+        config=engine.read_json(folder / CONFIG),
+        facts=engine.read_json(written) if written.is_file() else {},
     )
 
 
@@ -150,15 +150,5 @@ def _refuse_parts(folder: Path) -> None:
 
 def _age(file: Path) -> tuple[str, float]:
     facts = file.with_name(PROVENANCE)
-    written = _read(facts).get("written") if facts.is_file() else None
+    written = engine.read_json(facts).get("written") if facts.is_file() else None
     return (str(written or ""), file.stat().st_mtime)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{str(file)!r} holds no JSON object.")
-    return fields

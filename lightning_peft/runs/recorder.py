@@ -185,6 +185,13 @@ class RunRecorder(_Base, metaclass=PerNamespace):
         if trainer.state.fn != "fit":
             return
         self.validations[trainer.global_step] = found
+        # Checkpoint callbacks come after the others, so the adapter they save knows its metrics.
+        lifecycle = getattr(trainer.strategy, "lifecycle", None)
+        if lifecycle is not None:
+            lifecycle.facts = {
+                **lifecycle.facts,
+                "metrics": {"before": self.before, "after": found},
+            }
         losses = [row["val_loss"] for row in self.validations.values() if "val_loss" in row]
         self._alert(trainer, validation_alert(losses))
         self._report_progress(trainer, phase="training")

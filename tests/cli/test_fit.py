@@ -100,6 +100,7 @@ def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, tmp_path) -> None
     assert facts["run"] == result["run"]
     assert facts["recipe_sha256"] == provenance["recipe_sha256"] == result["recipe_sha256"]
     assert facts["data"] == provenance["data"] is not None
+    assert facts["metrics"] == {"before": result["before"], "after": result["after"]}
     recipe_text = folder.recipe.read_text()
     assert hashlib.sha256(recipe_text.encode()).hexdigest() == result["recipe_sha256"]
     content = yaml.safe_load(recipe_text)

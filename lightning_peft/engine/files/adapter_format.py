@@ -208,7 +208,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
                 else "."
             )
         )
-    fields = _read_json(folder / CONFIG_FILE)
+    fields = read_json(folder / CONFIG_FILE)
     if "peft_type" not in fields:
         raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} does not say `peft_type`.")
     blob = weights.read_bytes()
@@ -220,7 +220,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
             "another format; nothing of it was executed."
         ) from error
     written = folder / PROVENANCE_FILE
-    facts = _read_json(written) if written.is_file() else {}
+    facts = read_json(written) if written.is_file() else {}
     if facts.get("adapter_sha256") not in (None, hashlib.sha256(blob).hexdigest()):
         raise CheckpointError(
             f"{str(weights)!r} is not the file that {PROVENANCE_FILE} beside it describes: its "
@@ -230,7 +230,12 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     return fields, {key.removeprefix(PREFIX): value for key, value in tensors.items()}, facts
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file of an adapter folder.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
