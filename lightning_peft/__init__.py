@@ -14,7 +14,9 @@ from lightning_peft.plugin.registration import register
 if TYPE_CHECKING:
     from lightning_peft.data.images import ImageData as ImageData
     from lightning_peft.data.preference import PreferenceData as PreferenceData
+    from lightning_peft.data.sequence_to_sequence import Seq2SeqData as Seq2SeqData
     from lightning_peft.data.series import SeriesData as SeriesData
+    from lightning_peft.data.speech import SpeechData as SpeechData
     from lightning_peft.data.supervised import SupervisedData as SupervisedData
     from lightning_peft.data.text_classification import (
         TextClassificationData as TextClassificationData,
@@ -44,6 +46,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "engine.files.adapter_files": ("load_adapter", "save_adapter"),
+    "data.sequence_to_sequence": ("Seq2SeqData",),
+    "data.speech": ("SpeechData",),
     "data.preference": ("PreferenceData",),
     "data.images": ("ImageData",),
     "data.series": ("SeriesData",),
@@ -71,6 +75,8 @@ __all__ = [
     "QLoRACallback",
     "QLoRAStrategy",
     "SeriesData",
+    "Seq2SeqData",
+    "SpeechData",
     "SupervisedData",
     "TextClassificationData",
     "TokenClassificationData",

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    WhisperTokenizer,
+)
 
 VOCABULARY = 61
 
@@ -64,3 +71,12 @@ def token_batch(rows: int = 2, length: int = 7) -> dict[str, Tensor]:
     """Token ids, mask and labels, as transformers' causal language models take them."""
     ids = torch.randint(0, VOCABULARY, (rows, length))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def whisper_tokenizer() -> WhisperTokenizer:
+    """A tokenizer as Whisper's, for bytes, three languages and two tasks."""
+    words = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = WhisperTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    names = ("startoftranscript", "en", "zh", "de", "translate", "transcribe", "notimestamps")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    return tokenizer

@@ -75,8 +75,7 @@ class Encoder:
         self.max_length = max_length
         self.loss_on = loss_on
         self.over_long = over_long
-        marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-        self._marks = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._marks = special_tokens(tokenizer)
 
     def encode(self, sample: Sample) -> list[Encoded]:
         """Returns the row that ``sample`` becomes, or several where a long text is split.
@@ -265,6 +264,12 @@ class Encoder:
             )
         ids = row.input_ids[: self.max_length]
         return Encoded(ids, labels, length - self.max_length, row.end_added)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Returns what finds the special tokens of ``tokenizer`` in a text, if it has some."""
+    marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, marks))) if marks else None
 
 
 def _inside(offsets: Sequence[Span], first: int, last: int) -> Span:

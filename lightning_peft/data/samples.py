@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.data.audio import Recording
+
 Message = dict[str, Any]
 _ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -29,6 +31,8 @@ class Sample:
         tokens: Words, each with a tag.
         tags: The tags of the words.
         image: The bytes of an image file.
+        translation: Language to text, where a row says the same in several.
+        audio: What ``text`` is said in.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -39,6 +43,8 @@ class Sample:
     tokens: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     image: bytes | None = None
+    translation: dict[str, str] | None = None
+    audio: Recording | None = None
 
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same exactly for rows that say the same.
@@ -54,7 +60,8 @@ class Sample:
             content.append({"text_pair": self.text_pair})
         if self.tokens:
             content.append({"tokens": self.tokens, "tags": self.tags})
-        return _digest(content)
+        sound = self.audio and self.audio.digest()
+        return _digest([*content, *filter(None, [self.translation, sound])])
 
     def with_system(self, prompt: str | None) -> Sample:
         """Returns the same with ``prompt`` as system turn, where there are turns and none."""
@@ -341,3 +348,42 @@ def _image(image: Any) -> bytes:
         reason = getattr(error, "strerror", None) or error
         problem = f"names {image!r}, which cannot be read: {reason}"
         raise RowProblems([("image", problem)]) from error
+
+
+def parse_source(fields: Mapping[str, Any]) -> Sample:
+    """Returns a source as the user's turn, and its target as the answer."""
+    source, target = _text(fields, ["source", "target"])
+    return Sample(
+        [{"role": "user", "content": source}, {"role": "assistant", "content": target}],
+    )
+
+
+def parse_translation(fields: Mapping[str, Any]) -> Sample:
+    """Returns the texts of a row by their language."""
+    found = fields.get("translation")
+    if not isinstance(found, dict) or not found:
+        what = "no" if found is None else f"{_short(found)} as"
+        raise RowProblems([("missing", f"has {what} translation, not texts by language")])
+    # Which of the languages are asked for is not known here; the others may be empty.
+    return Sample(translation={str(name): text for name, text in found.items()})
+
+
+def parse_speech(fields: Mapping[str, Any]) -> Sample:
+    """Returns a recording and its transcript."""
+    problems, found = [], fields.get("audio")
+    if isinstance(found, Mapping) and ("bytes" in found or "path" in found):
+        recording = Recording(found.get("path"), found.get("bytes"))
+    else:
+        recording = Recording(
+            found if isinstance(found, str) else None, found if isinstance(found, bytes) else None
+        )
+    if recording.content is None and not recording.path:
+        what = "no" if found in (None, "") else f"{_short(found)}, neither a path nor a file, as"
+        problems.append(("audio", f"has {what} audio"))
+    try:
+        text = _text(fields, ["transcript"])[0]
+    except RowProblems as error:
+        problems += error.problems
+    if problems:
+        raise RowProblems(problems)
+    return Sample(text=text, audio=recording)

@@ -17,8 +17,11 @@ from lightning_peft.data.samples import (
     parse_messages,
     parse_pair,
     parse_preference,
+    parse_source,
+    parse_speech,
     parse_tags,
     parse_text,
+    parse_translation,
 )
 from lightning_peft.errors import ConfigError
 
@@ -31,6 +34,9 @@ ShapeName = Literal[
     "text",
     "tokens_tags",
     "image_label",
+    "source_target",
+    "translation",
+    "speech",
 ]
 
 # Our field -> the column names that stand for it without being told.
@@ -51,6 +57,11 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
     "image": ("image", "img", "file_name"),
+    "source": ("source", "document", "article", "dialogue", "src"),
+    "target": ("target", "summary", "highlights", "tgt"),
+    "translation": ("translation",),
+    "audio": ("audio", "file_name", "audio_path", "audio_filepath", "path"),
+    "transcript": ("transcript", "transcription", "sentence", "text"),
 }
 
 
@@ -129,6 +140,30 @@ SHAPES: dict[str, Shape] = {
             "TokenClassificationData",
         ),
         Shape("image_label", "image and label", ("image", "label"), (), parse_image, "ImageData"),
+        Shape(
+            "source_target",
+            "source and target",
+            ("source", "target"),
+            (),
+            parse_source,
+            "Seq2SeqData",
+        ),
+        Shape(
+            "translation",
+            "translations by language",
+            ("translation",),
+            (),
+            parse_translation,
+            "Seq2SeqData",
+        ),
+        Shape(
+            "speech",
+            "recordings and transcripts",
+            ("audio", "transcript"),
+            (),
+            parse_speech,
+            "SpeechData",
+        ),
     )
 }
 

@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 LONGEST_DEFAULT = 2048
 
 
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model.
+
+    Args:
+        name: Name on the hub, or folder.
+
+    Raises:
+        ConfigError: If it cannot be had.
+    """
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
+            f"it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
+            "network (HF_HUB_OFFLINE must not be set)."
+        ) from error
+    return found
+
+
 class TokenizedData(RowsData):
     """Rows that a tokenizer encodes.
 
@@ -56,15 +76,7 @@ class TokenizedData(RowsData):
             ConfigError: If it cannot be had.
         """
         if self._tokenizer is None:
-            name = self.hparams["tokenizer"]
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
-                    f"it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
-                    "network (HF_HUB_OFFLINE must not be set)."
-                ) from error
+            self._tokenizer = load_tokenizer(self.hparams["tokenizer"])
         return self._tokenizer
 
     @property

@@ -85,6 +85,19 @@ KINDS: dict[str, tuple[str, str]] = {
         "rows with an unknown or missing split",
         "the column split holds train, validation or test",
     ),
+    "unknown": (
+        "rows whose target the tokenizer cannot write",
+        "the model would learn the unknown token in its place: choose a model that knows these "
+        'characters, take them out, or train on them as they are with unknown="keep"',
+    ),
+    "audio": (
+        "rows whose recording cannot be used",
+        "repair or replace the files; paths are relative to the file that names them",
+    ),
+    "audio_long": (
+        "rows whose recording is longer than the model hears at once",
+        "cut recording and transcript into shorter ones",
+    ),
 }
 
 

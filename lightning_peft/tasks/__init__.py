@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_peft.tasks.image_classification import ImageClassifier as ImageClassifier
     from lightning_peft.tasks.preference import PreferenceTuning as PreferenceTuning
     from lightning_peft.tasks.reward import RewardModel as RewardModel
+    from lightning_peft.tasks.sequence_to_sequence import Seq2SeqLM as Seq2SeqLM
+    from lightning_peft.tasks.speech_recognition import SpeechRecognizer as SpeechRecognizer
     from lightning_peft.tasks.text_classification import TextClassifier as TextClassifier
     from lightning_peft.tasks.time_series import Forecaster as Forecaster
     from lightning_peft.tasks.token_classification import TokenClassifier as TokenClassifier
@@ -25,6 +27,8 @@ _HOMES = {
     "Forecaster": "time_series",
     "ImageClassifier": "image_classification",
     "LogSamples": "callbacks",
+    "Seq2SeqLM": "sequence_to_sequence",
+    "SpeechRecognizer": "speech_recognition",
     "PreferenceTuning": "preference",
     "RewardModel": "reward",
     "StopEarly": "callbacks",
@@ -38,6 +42,8 @@ __all__ = [
     "Forecaster",
     "ImageClassifier",
     "LogSamples",
+    "Seq2SeqLM",
+    "SpeechRecognizer",
     "PreferenceTuning",
     "RewardModel",
     "StopEarly",

@@ -40,16 +40,16 @@ class Generates(Protocol):
 
 
 @torch.no_grad()
-def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Returns what ``model`` generates for one row, greedily and in eval mode.
+def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """Returns what ``model`` generates, greedily and in eval mode.
 
     Args:
         model: A model that generates; its modes are as before when this returns.
-        inputs: What ``generate`` takes, of one row.
+        inputs: What ``generate`` takes.
         **options: For ``generate``, such as ``max_new_tokens``.
 
     Returns:
-        Tokens, ``(length,)``; of a causal model with those of the prompt.
+        Tokens, ``(batch, length)``; of a causal model with those of the prompt.
     """
     generate: Any = model.generate
     with in_eval_mode(model):
@@ -59,7 +59,18 @@ def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
             num_beams=1,
             **options,
         )
-    return tokens[0]
+    return tokens
+
+
+def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
+    """Returns what ``model`` generates for one row, ``(length,)``: see :func:`generate_greedily`.
+
+    Args:
+        model: A model that generates.
+        inputs: What ``generate`` takes, of one row.
+        **options: For ``generate``.
+    """
+    return generate_greedily(model, inputs, **options)[0]
 
 
 def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:

@@ -48,7 +48,7 @@ def run(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def small(recipe: str) -> str:
-    return f"--config=small/{recipe.partition('-')[0]}"
+    return f"--config=small/{recipe.rpartition('-')[0]}"
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -68,9 +68,12 @@ def test_all_recipes_are_tested() -> None:
         "orpo",
         "reward",
         "sft",
+        "speech-recognition",
+        "summarization",
         "text-classification",
         "time-series",
         "token-classification",
+        "translation",
     )
     assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 

@@ -46,8 +46,12 @@ ROWS = [
         TALK,
     ),
     ("preference", {"chosen": "b", "rejected": "c"}, [ANSWER]),
+    ("source_target", {"source": "a", "target": "b"}, TALK),
+    ("source_target", {"document": "a", "summary": "b", "id": "1"}, TALK),
+    ("source_target", {"article": "a", "highlights": "b"}, TALK),
 ]
-OTHERS = {"text", "text_label", "tokens_tags", "image_label"}
+# What these hold is tested where they are used.
+OTHERS = {"text", "text_label", "tokens_tags", "image_label", "translation", "speech"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)

@@ -1,0 +1,276 @@
+"""Data for speech recognition: recordings, and what is said in them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from transformers import AutoFeatureExtractor
+from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+from lightning_peft.data import cache
+from lightning_peft.data.audio import Recording
+from lightning_peft.data.preparation import Settings
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.rows_data import RowsData
+from lightning_peft.data.sequence_to_sequence import pad_labels
+from lightning_peft.data.shapes import Layout
+from lightning_peft.data.speech_rows import AudioSource, SpeechRows
+from lightning_peft.data.tokenized import load_tokenizer
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError, near_names
+
+# Whisper's decoder has so many places; others have more.
+LONGEST_TRANSCRIPT = 448
+# Where the feature extractor does not say what its model hears at once.
+LONGEST_SECONDS = 30.0
+
+
+class SpeechData(RowsData):
+    """Recordings and their transcripts to train a speech recognizer on.
+
+    Every row is checked before training, and every recording is read once for that. What the model
+    hears is computed when a batch is loaded, by the feature extractor.
+
+    Args:
+        data: File (JSONL, JSON, CSV, TSV, Parquet) with paths relative to it, a folder with such a
+            file (``metadata.csv``), or dataset on the hub.
+        processor: Name on the hub, or folder, of the model whose feature extractor and tokenizer
+            are used.
+        feature_extractor: Settings of a feature extractor, with its ``feature_extractor_type``,
+            where ``processor`` has a tokenizer alone.
+        language: What is spoken, for Whisper in many languages: ``"en"`` or ``"english"``.
+        task: ``"transcribe"``, or ``"translate"`` for transcripts in English, for Whisper.
+        max_seconds: Longest recording; by default what the model hears at once: 30 for Whisper.
+        max_length: Longest transcript in tokens; 448, which is Whisper's, by default.
+        **options: Keyword arguments of :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+
+    Raises:
+        ConfigError: If arguments contradict each other, or the data cannot be used.
+    """
+
+    accepts = ("speech",)
+    fed = ("path", "content", "seconds", "labels", "target")
+
+    def __init__(
+        self,
+        data: str,
+        processor: str,
+        feature_extractor: dict[str, Any] | None = None,
+        language: str | None = None,
+        task: Literal["transcribe", "translate"] | None = None,
+        max_seconds: float | None = None,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._extractor: Any = None
+        self._tokenizer: Any = None
+        super().__init__(data, **options)
+
+    def _argument_problems(self) -> list[str]:
+        problems = super()._argument_problems()
+        if self.hparams["max_seconds"] is not None and self.hparams["max_seconds"] <= 0:
+            problems.append(f"max_seconds={self.hparams['max_seconds']} is not above 0")
+        return problems
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, set to language and task where it has tokens for them.
+
+        Raises:
+            ConfigError: If it cannot be had, or has no such tokens.
+        """
+        if self._tokenizer is None:
+            tokenizer: Any = load_tokenizer(self.hparams["processor"])
+            asked = self.generation
+            if hasattr(tokenizer, "set_prefix_tokens"):
+                _set_language(tokenizer, asked)
+            elif asked:
+                raise ConfigError(
+                    f"{asked} is given, and the tokenizer {self.hparams['processor']!r} has no "
+                    "tokens for languages and tasks. Leave them out."
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What ``generate`` has to be told, so that it begins as the labels do."""
+        language, task = self.hparams["language"], self.hparams["task"]
+        if language is None:
+            return {} if task is None else {"task": task}
+        return {"language": language, "task": task or "transcribe"}
+
+    @property
+    def extractor(self) -> Any:
+        """The feature extractor, loaded on first use.
+
+        Raises:
+            ConfigError: If it cannot be had.
+        """
+        if self._extractor is None:
+            given = self.hparams["feature_extractor"]
+            self._extractor = self._load_extractor() if given is None else _made(given)
+        return self._extractor
+
+    def _load_extractor(self) -> Any:
+        name = self.hparams["processor"]
+        try:
+            return AutoFeatureExtractor.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"processor={name!r} is no folder with a feature extractor, and the hub did not "
+                f"give it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
+                "network (HF_HUB_OFFLINE must not be set), or give feature_extractor=."
+            ) from error
+
+    @property
+    def max_length(self) -> int:
+        """Longest transcript in tokens."""
+        limit, asked = int(self.tokenizer.model_max_length), self.hparams["max_length"]
+        return min(limit, LONGEST_TRANSCRIPT if asked is None else asked)
+
+    @property
+    def max_seconds(self) -> float:
+        """Longest recording.
+
+        Raises:
+            ConfigError: If more is asked for than the model hears at once.
+        """
+        extractor, asked = self.extractor, self.hparams["max_seconds"]
+        heard = getattr(extractor, "n_samples", None)
+        limit = LONGEST_SECONDS if heard is None else heard / extractor.sampling_rate
+        if asked is not None and heard is not None and asked > limit:
+            raise ConfigError(
+                f"max_seconds={asked:g} is more than the {limit:g} seconds that the model hears at "
+                "once: it would be trained on a transcript of what it never heard. Lower it."
+            )
+        return limit if asked is None else float(asked)
+
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns the encoder of recordings and transcripts."""
+        rate = int(self.extractor.sampling_rate)
+        return SpeechRows(self.tokenizer, self.max_length, rate, self.max_seconds)
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns all that decides labels and problems, the recordings' files among it."""
+        stamps = [source.stamps() for source in self._sources()]
+        return {
+            "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            "max_length": self.max_length,
+            **self.generation,
+            "max_seconds": self.max_seconds,
+            "rate": int(self.extractor.sampling_rate),
+            "recordings": cache.digest_of_rows(stamps),
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was prepared, for the record of a run."""
+        return {**super().record, "processor": self.hparams["processor"]}
+
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns what reads recordings and makes a batch."""
+        return SpeechBatch(self.extractor)
+
+    def _sources(self) -> list[AudioSource]:  # type: ignore[override]
+        column = (self.hparams["columns"] or {}).get("audio")
+        return [AudioSource(**vars(source), column=column) for source in super()._sources()]
+
+    def _settings(self) -> Settings:
+        # A text beside a recording would be recognised as plain text.
+        return replace(super()._settings(), shape="speech")
+
+
+class SpeechBatch:
+    """Reads recordings and makes a batch of them.
+
+    Args:
+        extractor: The feature extractor of the model.
+    """
+
+    def __init__(self, extractor: Any) -> None:
+        self.extractor = extractor
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Returns a batch.
+
+        Args:
+            rows: ``path``, ``content``, ``seconds``, ``labels`` and ``target`` of each.
+
+        Returns:
+            What the feature extractor makes of the sounds (Whisper: ``input_features``, float32,
+            ``(batch, mel bins, frames)``), ``labels``, int64, ``(batch, length)``, with -100 where
+            there is no label; and the lists ``source``, names of recordings, and ``target``.
+        """
+        rate = int(self.extractor.sampling_rate)
+        # Whisper fills up to what it hears at once; others are filled up to the longest.
+        padding = {} if hasattr(self.extractor, "n_samples") else {"padding": True}
+        features = self.extractor(
+            [self._sound(row, rate) for row in rows],
+            sampling_rate=rate,
+            return_tensors="pt",
+            **padding,
+        )
+        return {
+            **features,
+            "labels": pad_labels([row["labels"] for row in rows]),
+            "source": [row["path"] or "" for row in rows],
+            "target": [row["target"] for row in rows],
+        }
+
+    def _sound(self, row: dict[str, Any], rate: int) -> Any:
+        try:
+            sound = Recording(row["path"], row["content"]).samples(rate)
+        except EncodingProblem as error:
+            raise ConfigError(f"A row that was prepared {error} now. {_CHANGED}") from error
+        if not np.isclose(len(sound) / rate, row["seconds"], atol=2 / rate):
+            raise ConfigError(
+                f"{row['path']!r} has {len(sound) / rate:.2f} seconds, and had "
+                f"{row['seconds']:.2f} when it was prepared. {_CHANGED}"
+            )
+        return sound
+
+
+_CHANGED = "Recordings must stay as they are while a run goes on; start it again."
+
+
+def _set_language(tokenizer: Any, asked: dict[str, Any]) -> None:
+    language, task = asked.get("language"), asked.get("task")
+    code = TO_LANGUAGE_CODE.get(str(language).lower(), str(language).lower())
+    wanted = [f"<|{token}|>" for token in (language and code, task) if token is not None]
+    try:
+        tokenizer.set_prefix_tokens(language=language, task=task, predict_timestamps=False)
+        there = tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)
+    except (ValueError, TypeError):
+        there = []
+    # The tokenizer counts places in a list, and takes whatever token is there.
+    lacking = [token for token in wanted if token not in there]
+    if lacking:
+        known = [token[2:-2] for token in tokenizer.all_special_tokens if token.startswith("<|")]
+        raise ConfigError(
+            f"{asked} cannot be used: the tokenizer {tokenizer.name_or_path!r} has no token "
+            f"{' and '.join(lacking)}{near_names(str(language), [*known, *TO_LANGUAGE_CODE])}. "
+            "Name what the model was trained on."
+        )
+
+
+def _made(settings: dict[str, Any]) -> Any:
+    given = dict(settings)
+    name = given.pop("feature_extractor_type", None)
+    kind = feature_extractor_class_from_name(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ConfigError(
+            f"feature_extractor={settings!r} has no feature_extractor_type that transformers "
+            "knows, such as 'WhisperFeatureExtractor'."
+        )
+    known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
+    strange = sorted(set(given) - known)
+    if strange:
+        hints = "; ".join(f"{word!r}{near_names(word, known)}" for word in strange)
+        raise ConfigError(f"feature_extractor: {name} has no setting {hints}. Correct the name.")
+    return kind(**given)

@@ -1,0 +1,187 @@
+"""What tasks with an encoder and a decoder share: loss, generation, and metrics of text."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.tasks.pretrained import PretrainedTask
+from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
+from lightning_peft.tasks.text_metrics import METRICS, TextMetric, named, update
+
+# Trained in bfloat16 or float32: their activations are larger than float16 can hold.
+_NO_FLOAT16 = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+_FLOAT16 = ("16-mixed", "16-true", "float16", "torch.float16", "half")
+
+
+class EncoderDecoderTask(PretrainedTask):
+    """A model whose decoder writes a text of what its encoder takes in.
+
+    Args:
+        model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+        metrics: Metrics of generated text, any of ``"rouge"``, ``"bleu"``, ``"chrf"``, ``"wer"``
+            and ``"cer"``; by default what is usual for the task.
+        generate_limit: Rows of each evaluation for which text is generated, the first ones, on
+            each device: generating takes far longer than the loss. 0 leaves these metrics out.
+        max_new_tokens: Longest generation in tokens.
+        **options: Keyword arguments of ``PretrainedTask``.
+
+    Raises:
+        ConfigError: If arguments contradict each other.
+    """
+
+    # What of a batch the encoder takes.
+    encoder_inputs: ClassVar[tuple[str, ...]]
+    metrics_by_default: ClassVar[tuple[TextMetric, ...]]
+
+    def __init__(
+        self,
+        model: str,
+        metrics: list[TextMetric] | None = None,
+        generate_limit: int = 64,
+        max_new_tokens: int = 128,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self._generated = 0
+
+    def _argument_problems(self) -> list[str]:
+        problems = super()._argument_problems()
+        given = self.hparams
+        unknown = [name for name in given["metrics"] or () if name not in METRICS]
+        if unknown:
+            problems.append(f"metrics={unknown} are none of {', '.join(METRICS)}")
+        if given["generate_limit"] < 0:
+            problems.append(f"generate_limit={given['generate_limit']} is less than 0")
+        if given["max_new_tokens"] < 1:
+            problems.append(f"max_new_tokens={given['max_new_tokens']} is less than 1")
+        return problems
+
+    @property
+    def text_metrics(self) -> list[TextMetric]:
+        """The metrics of generated text that are evaluated."""
+        asked = self.hparams["metrics"]
+        names = self.metrics_by_default if asked is None else asked
+        limit: int = self.hparams["generate_limit"]
+        return [name for name in names if name in METRICS and limit > 0]
+
+    def generation(self) -> dict[str, Any]:
+        """Returns what the data tells ``generate`` beside the encoder's input: a language."""
+        found: dict[str, Any] = getattr(self._datamodule, "generation", {})
+        return found
+
+    def make_metrics(self) -> dict[str, Any]:
+        """Returns means over labelled tokens, and the metrics of text."""
+        made: dict[str, Any] = {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+        return made | {name: METRICS[name]() for name in self.text_metrics}
+
+    def setup(self, stage: str) -> None:
+        """Checks what would cost a run, before anything is loaded.
+
+        Raises:
+            ConfigError: If there is no tokenizer to write generated tokens with.
+            UnsupportedError: If the model overflows in the precision of the run.
+        """
+        kind = self.model_config().model_type
+        narrow = [p for p in (self.trainer.precision, self.hparams["dtype"]) if p in _FLOAT16]
+        if kind in _NO_FLOAT16 and narrow:
+            raise UnsupportedError(
+                f"{self.hparams['model']!r} is a {kind} model, and the run is in {narrow[0]!r}: "
+                "activations of T5 overflow float16, and the loss becomes NaN or wrong. Use "
+                "Trainer(precision='bf16-mixed'), or '32-true' where the GPU has no bfloat16."
+            )
+        if self.text_metrics and not hasattr(self._datamodule, "tokenizer"):
+            raise ConfigError(
+                f"metrics={self.text_metrics} are of generated text, and the Trainer has no "
+                "datamodule with a tokenizer to write it with. Fit with a data module of this "
+                "package, or set generate_limit=0."
+            )
+
+    @property
+    def _datamodule(self) -> Any:
+        # Lightning's property raises where there is no Trainer.
+        trainer: Any = self._trainer
+        return getattr(trainer, "datamodule", None)
+
+    def forward(self, **batch: Any) -> Any:
+        """Returns the model's output; tokens that are all there need no cache of earlier ones."""
+        return super().forward(use_cache=False, **batch)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Returns the mean loss over the labelled tokens of ``batch``."""
+        loss: Tensor = self(**_tensors(batch)).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins to count the rows that text is generated for."""
+        self._generated = 0
+
+    def on_test_epoch_start(self) -> None:
+        """Begins to count the rows that text is generated for."""
+        self._generated = 0
+
+    def evaluate(self, batch: dict[str, Any]) -> None:
+        """Adds the labelled tokens of ``batch``, and texts for as many rows as are asked for."""
+        output = self(**_tensors(batch))
+        labels = batch["labels"]
+        labelled = labels != IGNORED
+        correct = output.logits.argmax(-1)[labelled] == labels[labelled]
+        self.metrics["loss"].update(output.loss, labelled.sum())
+        self.metrics["token_accuracy"].update(correct)
+        left = self.hparams["generate_limit"] - self._generated
+        if not self.text_metrics or left <= 0:
+            return
+        first = {name: batch[name][:left] for name in (*self._inputs_of(batch), "target")}
+        texts = self.generate_texts(first, self.hparams["max_new_tokens"])
+        self._generated += len(texts)
+        for name in self.text_metrics:
+            update(self.metrics[name], texts, first["target"])
+
+    def results(self) -> dict[str, Any]:
+        """Returns loss, perplexity, token accuracy, and the metrics of text."""
+        found = named(super().results())
+        return {**found, "perplexity": torch.exp(found["loss"])}
+
+    def _inputs_of(self, batch: dict[str, Any]) -> list[str]:
+        return [name for name in self.encoder_inputs if name in batch]
+
+    def generate_texts(self, batch: dict[str, Any], max_new_tokens: int) -> list[str]:
+        """Returns what the model writes for each row of ``batch``, greedily."""
+        assert self.model is not None
+        tokenizer = self._datamodule.tokenizer
+        tokens = generate_greedily(
+            self.model,
+            {name: batch[name] for name in self._inputs_of(batch)},
+            max_new_tokens=max_new_tokens,
+            **{"eos_token_id": tokenizer.eos_token_id, **self.generation()},
+        )
+        texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def generate_samples(
+        self, rows: list[dict[str, Any]], max_new_tokens: int
+    ) -> list[GeneratedSample]:
+        """Returns what the model writes for ``rows`` of the data module."""
+        batch = self._datamodule.collator()(rows)
+        texts = self.generate_texts(batch, max_new_tokens)
+        return [
+            GeneratedSample(source, target, text)
+            for source, target, text in zip(batch["source"], batch["target"], texts, strict=True)
+        ]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Returns source, target and what the model writes, for each row."""
+        texts = self.generate_texts(batch, self.hparams["max_new_tokens"])
+        rows = zip(batch["source"], batch["target"], texts, strict=True)
+        return [dict(zip(("source", "target", "prediction"), row, strict=True)) for row in rows]
+
+
+def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:
+    # The texts of the rows are for metrics and samples, not for the model.
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
