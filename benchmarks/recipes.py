@@ -63,12 +63,11 @@ Made by `python benchmarks/recipes.py` from the records in `results.json`; do no
 are tiny and most start from random weights: the table shows that each recipe learns, not how well a
 real model does. Before is the first validation, without a step; adapters do nothing then. Full is
 full fine-tuning at a tenth of the learning rate, in the same steps: in so few it is no upper bound.
-Time is that of a whole run
-without imports, one run each. Memory is the most that the process held, libraries included, most of
-it; `benchmarks/` and the [planner](../docs/planner.md) measure what methods need.
+Time is that of a whole run without imports, one run each. Memory is the most that the process held,
+most of it libraries; the [planner](../docs/planner.md) says what methods need.
 
-{processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}. No
-GPU was used.
+{processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
+No GPU was used.
 """
 TABLE_HEAD = (
     "| recipe | method | metric | before | after | val_loss before | after | steps | s | MB |",

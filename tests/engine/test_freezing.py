@@ -36,7 +36,7 @@ HEAD = {"head.weight", "head.bias"}
         ({"modules_to_save": ["head"]}, HEAD),
         ({"target_modules": ["first", "head"]}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_trains_in_a_stack(settings: dict, besides: set[str]) -> None:
     model = stack()
