@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lightning_peft.data.samples import (
-    RowProblems,
-    Sample,
+from lightning_peft.data.conversations import (
     parse_alpaca,
-    parse_image,
-    parse_label,
     parse_messages,
     parse_pair,
     parse_preference,
     parse_source,
+)
+from lightning_peft.data.plain_rows import (
+    parse_image,
+    parse_label,
     parse_speech,
     parse_tags,
     parse_text,
     parse_translation,
 )
+from lightning_peft.data.samples import RowProblems, Sample
 from lightning_peft.errors import ConfigError
 
 ShapeName = Literal[

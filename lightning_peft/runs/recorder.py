@@ -18,7 +18,7 @@ from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import peak_memory
 from lightning_peft.runs.pace import Pace
-from lightning_peft.runs.provenance import provenance
+from lightning_peft.runs.provenance import digest_of, provenance
 from lightning_peft.runs.result import result
 from lightning_peft.runs.status import StatusFile
 
@@ -266,7 +266,18 @@ class RunRecorder(_Base, metaclass=PerNamespace):
             module: The LightningModule.
             after: Metrics after training, of the checkpoint that is recommended.
         """
-        record = result(self, trainer, module, after)
+        known = {
+            "run": self.folder.path.name,
+            "kind": self.kind,
+            "before": self.before,
+            "after": after,
+            "rows": self.pace.rows,
+            "tokens": self.pace.tokens,
+            "seconds": round(time.time() - self.started, 1),
+            "seed": self.seed,
+            "recipe_sha256": digest_of(self.recipe),
+        }
+        record = result(trainer, module, known)
         self.folder.write(self.folder.result, record)
         self.say(state="finished", phase="finished", checkpoint=self._newest(), eta_seconds=None)
         return record

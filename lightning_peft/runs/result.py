@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.runs.machine import hardware, peak_memory, versions
-from lightning_peft.runs.provenance import digest_of
-
-if TYPE_CHECKING:
-    from lightning_peft.runs.recorder import RunRecorder
 
 
-def result(
-    recorder: RunRecorder, trainer: Any, module: Any, after: dict[str, float]
-) -> dict[str, Any]:
+def result(trainer: Any, module: Any, known: dict[str, Any]) -> dict[str, Any]:
     """Returns the record of a finished run, ready for JSON.
 
     Args:
-        recorder: What kept the run's folder.
         trainer: Its Trainer.
         module: Its LightningModule.
-        after: Metrics after it.
+        known: What whoever kept the record knows: name, kind, metrics before and after, seconds.
     """
     cls = getattr(type(module), "written_class", type(module))
     trained = [param for param in module.parameters() if param.requires_grad]
-    checkpoint = best_checkpoint(trainer)
     return {
-        "run": recorder.folder.path.name,
-        "kind": recorder.kind,
+        **known,
         "task": cls.__name__,
         "method": method_of(module),
         "model": module.hparams.get("model"),
-        "before": recorder.before,
-        "after": after,
         "steps": trainer.global_step,
         "epochs": trainer.current_epoch,
-        "rows": recorder.pace.rows,
-        "tokens": recorder.pace.tokens,
-        "seconds": round(time.time() - recorder.started, 1),
         "trainable_parameters": sum(param.numel() for param in trained),
         "peak_memory": peak_memory(),
         "precision": str(trainer.precision),
         "devices": trainer.world_size,
-        "seed": recorder.seed,
-        "checkpoint": checkpoint and str(checkpoint),
-        "recipe_sha256": digest_of(recorder.recipe),
+        "checkpoint": best_checkpoint(trainer),
         "versions": versions(),
         "hardware": hardware(),
     }

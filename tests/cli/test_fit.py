@@ -48,7 +48,8 @@ def run(folder: Path, *words: str) -> tuple[int, str, str]:
 
 
 def small(recipe: str) -> str:
-    return f"--config=small/{recipe.rpartition('-')[0]}"
+    task = "sft" if recipe == "forkme" else recipe.rpartition("-")[0]
+    return f"--config=small/{task}"
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -78,7 +79,7 @@ def test_all_recipes_are_tested() -> None:
     assert [f"{task}-{method}" for task in tasks for method in ("lora", "qlora")] == RECIPES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "forkme"])
 def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, tmp_path) -> None:
     code, out, err = run(tmp_path, "fit", f"--config={recipe}", small(recipe), *QUIET, "--json")
     assert code == 0, err[-3000:]
@@ -89,7 +90,7 @@ def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, tmp_path) -> None
     assert recipe in folder.path.name
     assert folder.status.state == "finished"
     assert folder.status.step == folder.status.total_steps == result["steps"] > 0
-    assert result["method"] == ("qlora" if recipe.endswith("qlora") else "lora")
+    assert result["method"] == ("lora" if recipe.endswith("-lora") else "qlora")
     assert result["after"].keys() == result["before"].keys() >= {"val_loss"}
     assert result["after"]["val_loss"] < result["before"]["val_loss"]
     rows = list(folder.rows(folder.metrics))
@@ -205,6 +206,25 @@ def test_another_program_saves_and_stops_a_run(tmp_path) -> None:
     process.communicate(timeout=100)
     assert process.returncode == 130
     assert folder.status.state == "stopped"
+
+
+def test_two_processes_keep_one_record(tmp_path) -> None:
+    devices = [
+        "--trainer.devices=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.limit_train_batches=4",
+    ]
+    config = ["--config=sft-lora", "--config=small/sft", *QUIET, *devices]
+    code, out, err = run(tmp_path, "fit", *config, "--json")
+    assert code == 0, err[-3000:]
+    result = json.loads(out)
+    assert (result["devices"], result["steps"]) == (2, 4)
+    folder = run_folder(tmp_path)
+    steps = [row["step"] for row in folder.rows(folder.metrics) if "train_loss" in row]
+    assert steps == [1, 2, 3, 4]
+    assert folder.status.state == "finished"
+    assert len(list(folder.rows(folder.samples))) == 6
+    assert result["after"]["val_loss"] < result["before"]["val_loss"]
 
 
 def test_a_killed_run_is_found_out(tmp_path) -> None:

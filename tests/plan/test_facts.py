@@ -47,7 +47,9 @@ def test_one_layer():
     assert 1 - found / 45_088_768 == pytest.approx(0.9946, abs=5e-5)
 
 
-@pytest.mark.parametrize(("billions", "sixteen", "four"), [(7, 14, 3.5), (13, 26, 6.5)])
+@pytest.mark.parametrize(
+    ("billions", "sixteen", "four"), [(7, 14, 3.5), (13, 26, 6.5), (65, 130, 32.5)]
+)
 def test_sixteen_and_four_bits(billions, sixteen, four):
     assert billions * 16 / 8 == sixteen
     constants = four_bit_bytes(billions * 10**9) / 1e9 - four
@@ -57,3 +59,12 @@ def test_sixteen_and_four_bits(billions, sixteen, four):
 def test_double_quantization_saves_3_gigabytes_at_65b():
     single = 65e9 * 4.5 / 8
     assert (single - four_bit_bytes(65 * 10**9)) / 1e9 == pytest.approx(3.03, abs=0.01)
+
+
+def test_one_constant_of_32_bits_for_64_weights_is_half_a_bit():
+    import bitsandbytes.functional as F
+
+    weights = torch.randn(4096, 64)
+    codes, state = F.quantize_4bit(weights, blocksize=64, quant_type="nf4")
+    stored = codes.numel() * codes.element_size() + state.absmax.numel() * 4
+    assert 8 * stored / weights.numel() == 4.5

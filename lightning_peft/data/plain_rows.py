@@ -1,0 +1,125 @@
+"""Rows without turns: texts, labels, tags, images, translations and recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.audio import Recording
+from lightning_peft.data.samples import RowProblems, Sample, all_of, shortened, texts
+
+
+def parse_text(fields: Mapping[str, Any]) -> Sample:
+    """Returns plain text."""
+    return Sample(text=texts(fields, ["text"])[0])
+
+
+def _label(value: Any) -> str:
+    """Returns the name of a class; a whole number is its own name until names are given."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowProblems([("missing", "has no label")])
+    if isinstance(value, (list, dict)):
+        raise RowProblems([("label", f"has {shortened(value)} as label, and one label is trained")])
+    if isinstance(value, float) and not value.is_integer():
+        raise RowProblems([("label", f"has the label {value}; labels are names or whole numbers")])
+    if isinstance(value, float):
+        # Tables with a gap in a column of whole numbers hold floats.
+        value = int(value)
+    return str(value).strip()
+
+
+def parse_label(fields: Mapping[str, Any]) -> Sample:
+    """Returns a text, or two that belong together, and its class."""
+    text, pair, label = all_of(
+        lambda: texts(fields, ["text"])[0],
+        lambda: texts(fields, ["text_pair"])[0] if "text_pair" in fields else None,
+        lambda: _label(fields.get("label")),
+    )
+    return Sample(text=text, text_pair=pair, label=label)
+
+
+def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
+    value, wanted = fields.get(name), " or ".join(kind.__name__ for kind in kinds)
+    if value is None or value == []:
+        raise RowProblems([("missing", f"has no {name}" if value is None else f"has empty {name}")])
+    if not isinstance(value, list):
+        raise RowProblems([("missing", f"has no list as {name}: {shortened(value)}")])
+    problems = [
+        ("missing", f"has {shortened(item)} as number {place} of its {name}, which is no {wanted}")
+        for place, item in enumerate(value)
+        # Python counts True among the numbers.
+        if not isinstance(item, kinds) or isinstance(item, bool) or not str(item).strip()
+    ]
+    if problems:
+        raise RowProblems(problems)
+    return [str(item) for item in value]
+
+
+def parse_tags(fields: Mapping[str, Any]) -> Sample:
+    """Returns words and their tags."""
+    tokens, tags = all_of(
+        lambda: _list_of(fields, "tokens", (str,)),
+        lambda: _list_of(fields, "tags", (str, int)),
+    )
+    if len(tokens) != len(tags):
+        raise RowProblems([("tags", f"has {len(tokens)} tokens and {len(tags)} tags")])
+    return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])
+
+
+def parse_image(fields: Mapping[str, Any]) -> Sample:
+    """Returns the image, read from its file where the row names one, and its class."""
+    image, label = all_of(
+        lambda: _image(fields.get("image")),
+        lambda: _label(fields.get("label")),
+    )
+    return Sample(label=label, image=image)
+
+
+def _image(image: Any) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if image is None or image in ("", b""):
+        raise RowProblems([("missing", "has no image")])
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str):
+        kind = type(image).__name__
+        raise RowProblems([("missing", f"has a {kind} as image, neither a path nor bytes")])
+    try:
+        return Path(image).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        problem = f"names {image!r}, which cannot be read: {reason}"
+        raise RowProblems([("image", problem)]) from error
+
+
+def parse_translation(fields: Mapping[str, Any]) -> Sample:
+    """Returns the texts of a row by their language."""
+    found = fields.get("translation")
+    if not isinstance(found, dict) or not found:
+        what = "no" if found is None else f"{shortened(found)} as"
+        raise RowProblems([("missing", f"has {what} translation, not texts by language")])
+    # Which of the languages are asked for is not known here; the others may be empty.
+    return Sample(translation={str(name): text for name, text in found.items()})
+
+
+def parse_speech(fields: Mapping[str, Any]) -> Sample:
+    """Returns a recording and its transcript."""
+    problems, found = [], fields.get("audio")
+    if isinstance(found, Mapping) and ("bytes" in found or "path" in found):
+        recording = Recording(found.get("path"), found.get("bytes"))
+    else:
+        recording = Recording(
+            found if isinstance(found, str) else None, found if isinstance(found, bytes) else None
+        )
+    if recording.content is None and not recording.path:
+        what = "no" if found in (None, "") else f"{shortened(found)}, neither a path nor a file, as"
+        problems.append(("audio", f"has {what} audio"))
+    try:
+        text = texts(fields, ["transcript"])[0]
+    except RowProblems as error:
+        problems += error.problems
+    if problems:
+        raise RowProblems(problems)
+    return Sample(text=text, audio=recording)
