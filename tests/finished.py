@@ -37,6 +37,10 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pl.seed_everything(3, verbose=False)
+        # A fixture of the session is made outside of what puts the environment back, and later
+        # tests would seed their processes by it.
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            os.environ.pop(name, None)
         checkpoint = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="last-{step}")
         trainer = pl.Trainer(
             strategy=cls(r=8, announce=False),

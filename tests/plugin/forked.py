@@ -39,9 +39,10 @@ print(json.dumps(results))
 
 
 def environment() -> dict[str, str]:
-    """Environment in which scripts find ``modules``."""
+    """Environment in which scripts find ``modules``, and seed themselves."""
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    kept = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run_forked(scenarios: dict[str, str], folder: Path) -> dict[str, tuple[int, str]]:
