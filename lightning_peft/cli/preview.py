@@ -89,8 +89,8 @@ def _made(configs: Sequence[str], words: Sequence[str]) -> Any:
     base = import_module("lightning_peft.data.rows_data").RowsData
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise ConfigError(
-            f"data.class_path={path!r} is no data module of this package, so nothing is known of "
-            "its rows. preview is for those that lightning_peft exports."
+            f"data.class_path={path!r} is no data module of this package that reads row by row, so "
+            "there are none to show. preview is for lightning_peft.SupervisedData and its like."
         )
     jsonargparse = import_module("jsonargparse")
     parser = jsonargparse.ArgumentParser(

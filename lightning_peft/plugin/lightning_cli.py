@@ -57,6 +57,11 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
                     subcommand: {"exit_on_error": False},
                 },
             )
+        except SystemExit as stop:
+            # Lightning ends an interrupted process like a failed one.
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from stop
+            raise
         except argparse.ArgumentError as error:
             raise ConfigError(_explained(cause(error), root)) from error
         except ValueError as error:

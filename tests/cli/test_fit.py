@@ -208,6 +208,26 @@ def test_another_program_saves_and_stops_a_run(tmp_path) -> None:
     assert folder.status.state == "stopped"
 
 
+def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
+    # One step takes the whole epoch, so that the first interrupt is still waiting for its end.
+    long = ["--trainer.limit_train_batches=300", "--trainer.accumulate_grad_batches=300"]
+    process = start(
+        tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET, *long, "--run_dir=mine"
+    )
+    folder = RunFolder(tmp_path / "mine")
+    while process.poll() is None and not (folder.status and folder.status.state == "running"):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err[-3000:]
+    assert "Press Ctrl-C again to stop at once" in err
+    assert folder.status.state == "stopped"
+    assert folder.newest_checkpoint() is None
+
+
 def test_two_processes_keep_one_record(tmp_path) -> None:
     devices = [
         "--trainer.devices=2",
