@@ -11,7 +11,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError, near_names
 # What each group of commands is for, and the commands, which are modules of this room. Their heavy
 # parts load when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "See it work": ("demo", "doctor"),
+    "See it work": ("demo", "doctor", "app"),
     "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Prove it": ("verify", "reproduce"),

@@ -1,0 +1,37 @@
+// What a page does in the browser besides Gradio: its title, its language, light or dark.
+(() => {
+  const path = () => window.location.pathname.replace(/\/+$/, "").split("/").pop();
+  const setTitle = () => {
+    const title = window.studioTitles[path()] ?? window.studioTitles[""];
+    const news = document.querySelector("[data-title]")?.dataset.title;
+    const wanted = news ? `${news} - ${title}` : title;
+    if (document.title !== wanted) document.title = wanted;
+  };
+  const setLanguage = () => {
+    const current = document.querySelector(".languages [aria-current]");
+    if (current && document.documentElement.lang !== current.lang) {
+      document.documentElement.lang = current.lang;
+    }
+  };
+  const theme = localStorage.getItem("studio-theme");
+  const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest("[data-keeps-query]");
+    if (link) link.search = window.location.search;
+    if (event.target.closest("#light-or-dark")) {
+      const name = document.body.classList.contains("dark") ? "light" : "dark";
+      localStorage.setItem("studio-theme", name);
+      setTheme(name);
+    }
+    const copied = event.target.closest("[data-copies]");
+    if (copied) navigator.clipboard?.writeText(copied.dataset.copies);
+  });
+  const watch = () => {
+    if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);
+    new MutationObserver(() => { setTitle(); setLanguage(); })
+      .observe(document.documentElement, { childList: true, subtree: true });
+    setTitle();
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
+  else watch();
+})();

@@ -1,0 +1,105 @@
+"""What stands around every page: its head with the links and the run that is going on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.guards import escaped
+from gradio_app.studio import Studio
+from gradio_app.texts import LANGUAGES, Texts
+
+# How often the head asks whether a run is going on. Nothing is sent where nothing has changed.
+HEAD_SECONDS = 5.0
+LINKS = ("", "new", "compare", "help")
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of the site.
+
+    Attributes:
+        name: As in its address: ``""``, ``"new"``, ``"run"``, ``"compare"`` or ``"help"``.
+        build: Makes its components, within the open Blocks, and binds its handlers.
+    """
+
+    name: str
+    build: Callable[[Studio, Texts], None]
+
+
+@contextmanager
+def framed(studio: Studio, t: Texts, page: str) -> Iterator[None]:
+    """Makes the head of a page; the body goes into the page's main part."""
+    gr.HTML(head(t, page), elem_id="head", padding=False)
+    now = gr.HTML("", elem_id="now", padding=False)
+    with gr.Column(elem_id="page"):
+        yield
+    news = gr.Timer(HEAD_SECONDS)
+    seen = gr.State("")
+
+    def look(before: str, request: gr.Request) -> tuple[object, object]:
+        text = going_on(studio, t, request)
+        return (gr.skip(), gr.skip()) if text == before else (text, text)
+
+    news.tick(look, seen, [now, seen], **quiet())
+    # Without triggers: when the page loads.
+    gr.on(None, look, seen, [now, seen], **quiet())
+
+
+def quiet() -> dict[str, Any]:
+    """Returns the options of an event that a timer sets off.
+
+    Outside the queue it is one request instead of two, and no visitor waits for another.
+    """
+    return {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def private() -> dict[str, Any]:
+    """Returns the options of an event that a visitor sets off: it is no part of the API."""
+    return {"api_visibility": "private"}
+
+
+def head(t: Texts, page: str) -> str:
+    """Returns the HTML of the head: name, links, language, and light or dark."""
+    links = "".join(
+        f'<a href="{t.url(name)}"{_current(name == page)}>{t("frame.to_" + (name or "home"))}</a>'
+        for name in LINKS
+    )
+    languages = "".join(
+        f'<a href="{Texts(code).url(page)}" lang="{code}" hreflang="{code}" data-keeps-query'
+        f"{_current(code == t.language)}>{name}</a>"
+        for code, name in LANGUAGES.items()
+    )
+    return (
+        f'<a class="skip" href="#page">{t("frame.skip")}</a>'
+        f'<nav class="head" aria-label="{t("frame.navigation")}">'
+        f'<a class="brand" href="{t.url()}"><span aria-hidden="true">\u26a1</span> '
+        f"{t('frame.name')}</a>"
+        f'<div class="links">{links}</div>'
+        f'<div class="side"><div class="languages">{languages}</div>'
+        f'<button type="button" id="light-or-dark">{t("frame.light_or_dark")}</button></div></nav>'
+    )
+
+
+def _current(is_current: bool) -> str:
+    return ' aria-current="page"' if is_current else ""
+
+
+def going_on(studio: Studio, t: Texts, request: gr.Request) -> str:
+    """Returns the HTML that says which run of this visitor is going on; empty if there is none."""
+    return ""
+
+
+def title(t: Texts, page: str) -> str:
+    """Returns what the browser calls a page."""
+    return f"{t('frame.title_' + (page or 'home'))} - {t('frame.name')}"
+
+
+def heading(text: str, below: str = "") -> None:
+    """Shows the heading of a page, and a sentence below it."""
+    more = f"<p>{escaped(below)}</p>" if below else ""
+    gr.HTML(f"<h1>{escaped(text)}</h1>{more}", elem_classes="heading", padding=False)

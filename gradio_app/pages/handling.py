@@ -1,0 +1,69 @@
+"""What every handler of a page does: check who asks, and say in words what went wrong."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import redacted
+from gradio_app.texts import Texts
+
+_log = logging.getLogger(__name__)
+Handler = TypeVar("Handler", bound=Callable[..., Any])
+
+
+def told(t: Texts) -> Callable[[Handler], Handler]:
+    """Returns a decorator for handlers whose errors the visitor is told.
+
+    A :class:`Refused` becomes its text. Anything else is logged under a number, which is all that
+    the visitor sees of it: messages of Python hold paths, and sometimes more.
+
+    Handlers of timers must not raise, since Gradio shows nothing of them.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        if inspect.isgeneratorfunction(handler):
+
+            @functools.wraps(handler)
+            def generating(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    yield from handler(*args, **kwargs)
+                except Exception as error:
+                    raise as_shown(error, t) from None
+
+            return generating  # type: ignore[return-value]
+
+        @functools.wraps(handler)
+        def calling(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return handler(*args, **kwargs)
+            except Exception as error:
+                raise as_shown(error, t) from None
+
+        return calling  # type: ignore[return-value]
+
+    return decorate
+
+
+def as_shown(error: Exception, t: Texts) -> gr.Error:
+    """Returns the error that a visitor sees."""
+    if isinstance(error, gr.Error):
+        return error
+    if isinstance(error, Refused):
+        return gr.Error(sentence(error, t), title=t("frame.refused"), print_exception=False)
+    number = secrets.token_hex(3)
+    _log.error("error %s: %s", number, redacted(repr(error)), exc_info=error)
+    text = t("errors.unexpected", number=number)
+    return gr.Error(text, title=t("frame.failed"), print_exception=False)
+
+
+def sentence(error: Refused, t: Texts) -> str:
+    """Returns a refusal in the visitor's language."""
+    return t(error.key, **error.values)

@@ -1,0 +1,164 @@
+"""The site: all pages in all languages, and how it is served."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gradio_app.settings import Settings
+from gradio_app.studio import Studio
+from gradio_app.texts import LANGUAGES, Texts, route
+
+# Pages are modules of `pages` with a function `build`; home is the first.
+PAGES = ("home", "new", "run", "compare", "help")
+_LOOK = Path(__file__).parent / "look"
+
+
+def prepare_environment() -> None:
+    """Sets what Gradio reads while it is imported: no telemetry, and no proxy to itself."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Such a path would be served whatever this page allows.
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = {host for host in os.environ.get(name, "").split(",") if host}
+        os.environ[name] = ",".join(sorted(hosts | {"localhost", "127.0.0.1"}))
+
+
+def build(studio: Studio) -> Any:
+    """Returns ``gr.Blocks`` with every page in every language."""
+    gr = import_module("gradio")
+    frame = import_module("gradio_app.pages.frame")
+    first = Texts()
+    demo = gr.Blocks(title=first("frame.name"), analytics_enabled=False, delete_cache=(3600, 86400))
+    for language in LANGUAGES:
+        t = Texts(language)
+        for module in PAGES:
+            page = "" if module == "home" else module
+            path = route(page, language)
+            # Gradio's own bar would list every page in every language.
+            with demo.route(path, path, show_in_navbar=False) if path else demo:
+                gr.Navbar(main_page_name=False, visible=False)
+                with frame.framed(studio, t, page):
+                    import_module(f"gradio_app.pages.{module}").build(studio, t)
+    demo.queue(max_size=200, default_concurrency_limit=4, api_open=False)
+    return demo
+
+
+def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict[str, Any]:
+    """Returns the arguments of ``Blocks.launch`` that make the page safe and its look its own."""
+    look = import_module("gradio_app.look")
+    options: dict[str, Any] = {
+        "share": False,
+        "show_error": False,
+        "footer_links": [],
+        # Else every input, passwords included, is kept in the browser's storage.
+        "run_history": False,
+        "enable_monitoring": False,
+        "max_file_size": settings.limits.upload_bytes,
+        "allowed_paths": [],
+        "blocked_paths": [str(settings.runs), str(settings.uploads)],
+        "strict_cors": True,
+        "state_session_capacity": 200,
+        "ssr_mode": False,
+        "pwa": False,
+        "mcp_server": False,
+        "theme": look.theme(),
+        "css_paths": sorted(_LOOK.glob("*.css")),
+        "head": look.head(titles()),
+        "auth": password,
+        "root_path": os.environ.get("GRADIO_ROOT_PATH"),
+    }
+    if settings.space:
+        starlette = import_module("starlette.middleware")
+        cookie = import_module("gradio_app.visitors").VisitorCookie
+        options["app_kwargs"] = {"middleware": [starlette.Middleware(cookie)]}
+    return options
+
+
+def titles() -> dict[str, str]:
+    """Returns what the browser calls each page, by path."""
+    frame = import_module("gradio_app.pages.frame")
+    pages = ["", *PAGES[1:]]
+    return {
+        route(page, language): frame.title(Texts(language), page)
+        for language in LANGUAGES
+        for page in pages
+    }
+
+
+def is_loopback(host: str) -> bool:
+    """Says whether only this machine can reach a server on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(
+    settings: Settings,
+    host: str,
+    port: int,
+    password: tuple[str, str] | None = None,
+    open_browser: bool = False,
+) -> int:
+    """Serves the page until it is interrupted.
+
+    Args:
+        settings: What the page may do.
+        host: Address to listen on.
+        port: Port; 0 takes a free one.
+        password: Name and password that are asked for, if any.
+        open_browser: Whether to open the page in a browser.
+
+    Returns:
+        The exit code: 0, or 1 if the port is taken.
+    """
+    prepare_environment()
+    if port == 0:
+        port = free_port(host)
+    studio = Studio(settings)
+    demo = build(studio)
+    try:
+        demo.launch(
+            server_name=host,
+            server_port=port,
+            inbrowser=open_browser,
+            quiet=True,
+            prevent_thread_lock=True,
+            **launch_options(settings, password),
+        )
+    except OSError:
+        studio.close()
+        print(
+            f"lightning-peft: port {port} of {host} is taken. Name another with --port.",
+            file=sys.stderr,
+        )
+        return 1
+    print(
+        f"The page is at http://{host}:{port}/ (runs in {settings.runs}). Ctrl-C stops the page; "
+        "runs go on.",
+        flush=True,
+    )
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("The page is closed. Runs that were going on go on.", file=sys.stderr)
+    finally:
+        demo.close(verbose=False)
+        studio.close()
+    return 0
+
+
+def free_port(host: str) -> int:
+    """Returns a port that nobody listens on now."""
+    with socket.socket() as opened:
+        opened.bind((host, 0))
+        return int(opened.getsockname()[1])

@@ -1,0 +1,58 @@
+"""What the page says, by language: ``texts/<language>/<area>.json``, the same keys in each."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlencode
+
+LANGUAGES = {"en": "English", "de": "Deutsch"}
+DEFAULT = "en"
+
+
+@cache
+def _loaded(language: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for file in sorted((Path(__file__).parent / language).glob("*.json")):
+        area = json.loads(file.read_text(encoding="utf-8"))
+        found |= {f"{file.stem}.{key}": text for key, text in area.items()}
+    return found
+
+
+class Texts:
+    """The texts of one language.
+
+    ``t("run.step", step=3)`` is the text ``step`` of ``run.json`` with ``{step}`` filled in.
+    """
+
+    def __init__(self, language: str = DEFAULT) -> None:
+        self.language = language
+        self._texts = _loaded(language)
+
+    def __call__(self, key: str, **values: object) -> str:
+        """Returns a text.
+
+        Raises:
+            KeyError: If there is none of that name: the programmer's mistake.
+        """
+        return self._texts[key].format(**values) if values else self._texts[key]
+
+    def has(self, key: str) -> bool:
+        """Says whether there is a text of that name."""
+        return key in self._texts
+
+    def url(self, page: str = "", **query: str) -> str:
+        """Returns the address of a page in this language, relative to every page.
+
+        Args:
+            page: ``""`` (home), ``"new"``, ``"run"``, ``"compare"`` or ``"help"``.
+            **query: What follows the question mark.
+        """
+        path = route(page, self.language)
+        return f"./{path}" + (f"?{urlencode(query)}" if query else "")
+
+
+def route(page: str, language: str) -> str:
+    """Returns the path of a page; Gradio's routes hold no slash."""
+    return page if language == DEFAULT else "-".join(filter(None, (language, page)))

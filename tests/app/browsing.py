@@ -1,0 +1,86 @@
+"""Looking at the page as a person would, with Chromium, and with axe for accessibility."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Page, Playwright
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
+# What `make screenshots` sets: the folder in which docs keep them.
+SCREENSHOTS = "LIGHTNING_PEFT_SCREENSHOTS"
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+
+
+def chromium() -> str | None:
+    """Returns the path of the machine's Chromium or Chrome, if it has one."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+def launch(playwright: Playwright) -> Browser:
+    return playwright.chromium.launch(executable_path=chromium(), args=ARGUMENTS)
+
+
+def open_context(browser: Browser, **options: Any) -> BrowserContext:
+    """Returns a visitor of their own: cookies and storage are theirs alone."""
+    made = {"viewport": DESKTOP, "locale": "en-US", "accept_downloads": True, **options}
+    context = browser.new_context(**made)
+    context.set_default_timeout(20_000)
+    return context
+
+
+class Watch:
+    """Keeps what a page must not do: errors in its scripts, requests to other hosts."""
+
+    def __init__(self, page: Page) -> None:
+        self.errors: list[str] = []
+        self.foreign: list[str] = []
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", self._requested)
+
+    def _requested(self, request: Any) -> None:
+        here = ("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:", "about:")
+        if not request.url.startswith(here):
+            self.foreign.append(request.url)
+
+
+def violations(page: Page) -> list[str]:
+    """Returns what axe calls serious or critical on the page as it is, one line each."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    options = {"runOnly": {"type": "tag", "values": RULES}}
+    found = Axe().run(page, options=options).response["violations"]
+    return [
+        f"{one['id']} ({one['impact']}): {one['help']}: "
+        + " | ".join(node["html"][:160] for node in one["nodes"][:4])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def overflow(page: Page) -> int:
+    """Returns by how many pixels the page is wider than its window."""
+    return int(page.evaluate("document.documentElement.scrollWidth - window.innerWidth"))
+
+
+def screenshot(page: Page, name: str) -> None:
+    """Keeps a picture of the page for the docs, where the caller of the tests wants some."""
+    folder = os.environ.get(SCREENSHOTS)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", animations="disabled")
