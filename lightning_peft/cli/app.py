@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from lightning_peft.errors import ConfigError
 
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _site() -> object:
+def _site() -> Any:
     try:
         import_module("gradio_app.site").prepare_environment()
         import_module("gradio")
