@@ -38,22 +38,20 @@ def owner_of(request: Any, space: bool) -> str:
 
 def signed_in_as(request: Any) -> str | None:
     """Returns the name on the hub of who is asking, as the hub's sign-in left it."""
-    session = _scope(request).get("session")
-    info = session.get("oauth_info") if isinstance(session, dict) else None
+    inner = getattr(request, "request", None)
+    scope = getattr(inner, "scope", None)
+    # Starlette refuses to read a session where nothing keeps one.
+    session = scope.get("session") if isinstance(scope, dict) else None
+    info = session.get("oauth_info") if session else None
     name = info.get("userinfo", {}).get("preferred_username") if isinstance(info, dict) else None
     return name if isinstance(name, str) and name else None
 
 
 def _cookie(request: Any) -> str:
-    given = dict(request.cookies or {}).get(COOKIE, "")
+    inner = getattr(request, "request", None)
+    given = dict(inner.cookies).get(COOKIE, "") if inner is not None else ""
     # Without a cookie, a request is a stranger of its own and sees nothing of anyone.
     return given if _VALUE.fullmatch(given) else secrets.token_hex(16)
-
-
-def _scope(request: Any) -> dict[str, Any]:
-    inner = getattr(request, "request", None)
-    scope = getattr(inner, "scope", None)
-    return scope if isinstance(scope, dict) else {}
 
 
 class VisitorCookie:
