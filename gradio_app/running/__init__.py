@@ -1,0 +1,1 @@
+"""Runs: where they are kept, how they are started, and what they have to say."""

@@ -1,0 +1,222 @@
+"""Runs on the hub, in the account of the visitor, who pays for them: Hugging Face Jobs.
+
+The job outlives the page, the tab and the visitor. Its log carries the folder of the run
+(``job_script``), which is rebuilt here, so that the page of the run shows it as any other. The
+visitor's token is never written down: it is used while they look at the page, and the job gets its
+own as a secret of the hub.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradio_app.errors import Refused
+from gradio_app.guards import checked_hub_name, redacted
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import Status, write_json
+
+JOB_FILE = "job.json"
+MARK = "@run-file "
+# An image that has uv, which installs the rest into a container of its own.
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+_SCRIPT = Path(__file__).with_name("job_script.py")
+_ROWS = {"metrics.jsonl", "events.jsonl", "samples.jsonl"}
+_WHOLE = {"status.json", "provenance.json", "result.json", "error.json"}
+# How the hub calls the states of jobs, and what the page calls them.
+_ENDED = {"COMPLETED": "finished", "CANCELED": "stopped", "ERROR": "failed", "DELETED": "stopped"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine on the hub.
+
+    Attributes:
+        flavor: What the hub calls it.
+        title: For people.
+        dollars_per_hour: Price.
+    """
+
+    flavor: str
+    title: str
+    dollars_per_hour: float
+
+
+@dataclass
+class Job:
+    """A run on the hub, as ``job.json`` in its folder keeps it.
+
+    Attributes:
+        id: The hub's id of the job.
+        namespace: Account that it runs in and that pays.
+        flavor: The machine.
+        minutes: After how many minutes the hub ends it.
+        repository: Where the adapter is pushed.
+        lines: Lines of the log that were read.
+    """
+
+    id: str
+    namespace: str
+    flavor: str
+    minutes: float
+    repository: str
+    lines: int = 0
+
+
+def _api(token: str) -> Any:
+    # Half a second of import, which a page without jobs never needs.
+    return import_module("huggingface_hub").HfApi(token=token)
+
+
+def machines(token: str) -> list[Machine]:
+    """Returns the machines that the hub lends, the cheapest first, with what they cost now."""
+    found = []
+    for one in _api(token).list_jobs_hardware():
+        per_hour = one.unit_cost_usd * (60 if one.unit_label == "minute" else 1)
+        graphics = one.accelerator
+        more = f", {graphics.quantity} x {graphics.model}" if graphics else ""
+        found.append(Machine(one.name, f"{one.pretty_name}{more}, {one.ram}", per_hour))
+    return sorted(found, key=lambda machine: machine.dollars_per_hour)
+
+
+def most_dollars(machine: Machine, minutes: float) -> float:
+    """Returns what a job costs at most."""
+    return machine.dollars_per_hour * minutes / 60
+
+
+def start(
+    folder: RunFolder, token: str, flavor: str, minutes: float, repository: str, package: str
+) -> Job:
+    """Hands a run to the hub.
+
+    Args:
+        folder: Folder of the run, with its recipe.
+        token: The visitor's, with the scopes ``jobs`` and ``contribute-repos``.
+        flavor: One of :func:`machines`.
+        minutes: After how many minutes the hub ends it.
+        repository: ``namespace/name`` on the hub for the adapter.
+        package: What the job installs, as pip takes it.
+
+    Raises:
+        Refused: If the recipe needs files of this machine, which the job does not have.
+    """
+    repository = checked_hub_name(repository)
+    recipe = folder.recipe.read_text(encoding="utf-8")
+    local = sorted(paths_of_this_machine(yaml.safe_load(recipe)))
+    if local:
+        raise Refused("errors.only_here", paths=", ".join(Path(path).name for path in local))
+    api = _api(token)
+    namespace = str(api.whoami()["name"])
+    info = api.run_job(
+        image=IMAGE,
+        command=["uv", "run", "--with", package, "python", "-c", _SCRIPT.read_text("utf-8")],
+        env={"RECIPE": recipe, "PUSH_TO": repository},
+        secrets={"HF_TOKEN": token},
+        flavor=flavor,
+        timeout=f"{round(minutes * 60)}s",
+        labels={"lightning-peft-run": folder.path.name},
+        namespace=namespace,
+        token=token,
+    )
+    job = Job(info.id, namespace, flavor, minutes, repository)
+    _keep(folder, job)
+    write_json(folder.status_file, asdict(Status(phase="waiting for a machine on the hub")))
+    return job
+
+
+def paths_of_this_machine(recipe: Any) -> set[str]:
+    """Returns what in a recipe names files that only this machine has.
+
+    What comes with the package (``package:``, ``recipe:``) is on every machine.
+    """
+    if isinstance(recipe, dict):
+        return {path for value in recipe.values() for path in paths_of_this_machine(value)}
+    if isinstance(recipe, list):
+        return {path for value in recipe for path in paths_of_this_machine(value)}
+    is_path = isinstance(recipe, str) and (Path(recipe).is_absolute() or Path(recipe).exists())
+    return {recipe} if is_path else set()
+
+
+def job_of(folder: RunFolder) -> Job | None:
+    """Returns the job that a run is, or ``None`` for a run on this machine."""
+    file = folder.path / JOB_FILE
+    if not file.is_file():
+        return None
+    return Job(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def status_of(folder: RunFolder) -> Status | None:
+    """Returns what the job last said; its process is on no machine where one could look for it."""
+    try:
+        content = json.loads(folder.status_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    known = set(asdict(Status()))
+    return Status(**{key: value for key, value in content.items() if key in known})
+
+
+def refresh(folder: RunFolder, token: str) -> None:
+    """Brings the folder of a run up to what its job has said."""
+    job = job_of(folder)
+    if job is None:
+        raise Refused("errors.no_such_run", run=folder.path.name)
+    api = _api(token)
+    where = {"job_id": job.id, "namespace": job.namespace}
+    # The stage first: what a job says before it ends is then in the lines that follow.
+    stage = api.inspect_job(**where).status.stage
+    stage = str(getattr(stage, "value", stage))
+    lines = list(api.fetch_job_logs(**where))
+    rebuild(folder, lines[job.lines :])
+    job.lines = max(job.lines, len(lines))
+    _keep(folder, job)
+    said = status_of(folder) or Status()
+    if stage in _ENDED and said.state in ("queued", "preparing", "running", "stopping"):
+        ended = asdict(said) | {"state": _ENDED[stage], "eta_seconds": None}
+        write_json(folder.status_file, ended)
+
+
+def cancel(folder: RunFolder, token: str) -> None:
+    """Ends the job of a run."""
+    job = job_of(folder)
+    if job is None:
+        raise Refused("errors.no_such_run", run=folder.path.name)
+    _api(token).cancel_job(job_id=job.id, namespace=job.namespace)
+
+
+def rebuild(folder: RunFolder, lines: Iterable[str]) -> None:
+    """Writes into the folder what lines of the log hold of it; others are the log of the run.
+
+    The log is text that a program on another machine has printed: only known names are written,
+    and only JSON.
+    """
+    for line in lines:
+        text = line.rstrip("\n")
+        name, content = _parsed(text)
+        if name in _ROWS:
+            folder.append(folder.path / name, content)
+        elif name in _WHOLE:
+            write_json(folder.path / name, content)
+        else:
+            with folder.log.open("a", encoding="utf-8") as log:
+                log.write(redacted(text) + "\n")
+
+
+def _parsed(text: str) -> tuple[str, Any]:
+    if not text.startswith(MARK):
+        return "", None
+    try:
+        row = json.loads(text[len(MARK) :])
+        content = json.loads(row["line"])
+    except (ValueError, KeyError, TypeError):
+        return "", None
+    return (str(row.get("file")), content) if isinstance(content, dict) else ("", None)
+
+
+def _keep(folder: RunFolder, job: Job) -> None:
+    write_json(folder.path / JOB_FILE, asdict(job))
