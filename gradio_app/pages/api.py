@@ -12,7 +12,6 @@ from typing import Any
 
 import gradio as gr
 import yaml
-from lightning_peft.cli.recipes import recipe_files, resolved
 
 from gradio_app.guards import checked_run_id
 from gradio_app.pages.handling import told
@@ -20,6 +19,7 @@ from gradio_app.recipe.checking import checked_recipe
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
+from lightning_peft.cli.recipes import recipe_files, resolved
 
 # Most rows that one call returns; the next one asks for those after them.
 MOST_ROWS = 1000

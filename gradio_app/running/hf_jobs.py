@@ -9,6 +9,10 @@ own as a secret of the hub.
 from __future__ import annotations
 
 import json
+import logging
+import math
+import threading
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -22,6 +26,7 @@ from gradio_app.guards import checked_hub_name, redacted
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import Status, write_json
 
+_log = logging.getLogger(__name__)
 JOB_FILE = "job.json"
 MARK = "@run-file "
 # An image that has uv, which installs the rest into a container of its own.
@@ -220,3 +225,36 @@ def _parsed(text: str) -> tuple[str, Any]:
 
 def _keep(folder: RunFolder, job: Job) -> None:
     write_json(folder.path / JOB_FILE, asdict(job))
+
+
+class Mirror:
+    """Keeps the folders of jobs up to date while somebody looks at them.
+
+    Reading a log takes seconds, so a page never waits for it: each look starts it in a thread,
+    unless the last one is still going on or not long ago.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next: dict[Path, float] = {}
+
+    def look(self, folder: RunFolder, token: str | None) -> None:
+        """Brings the folder up to date, soon; without a token nothing new can be seen."""
+        now = time.monotonic()
+        with self._lock:
+            if token is None or now < self._next.get(folder.path, 0.0):
+                return
+            self._next[folder.path] = math.inf
+        threading.Thread(target=self._refresh, args=(folder, token), daemon=True).start()
+
+    def _refresh(self, folder: RunFolder, token: str) -> None:
+        try:
+            refresh(folder, token)
+        except Exception as error:
+            # The hub may be away for a while; the next look asks again.
+            _log.warning("job of %s: %s", folder.path.name, redacted(repr(error)))
+        finally:
+            with self._lock:
+                self._next[folder.path] = time.monotonic() + self.SECONDS

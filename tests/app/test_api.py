@@ -25,7 +25,9 @@ def client(site) -> Client:
 
 @pytest.fixture(scope="module")
 def recipe(client) -> str:
-    return client.predict(api_name="/recipes")["forkme"].replace("data.jsonl", "package:demo/instructions.jsonl")
+    return client.predict(api_name="/recipes")["forkme"].replace(
+        "data.jsonl", "package:demo/instructions.jsonl"
+    )
 
 
 def test_the_endpoints_are_these_and_no_others(client):
@@ -37,7 +39,9 @@ def test_the_endpoints_are_these_and_no_others(client):
 
 def test_a_run_from_start_to_stop(client, recipe):
     run = client.predict(recipe, "By a program", api_name="/start")
-    assert {"run": run, "name": "By a program"}.items() <= client.predict(api_name="/runs")[0].items()
+    assert {"run": run, "name": "By a program"}.items() <= client.predict(api_name="/runs")[
+        0
+    ].items()
     wait_for(client, run, "running")
     client.predict(run, api_name="/stop")
     ended = wait_for(client, run, "stopped")
@@ -85,7 +89,11 @@ def test_runs_that_are_not_there_are_refused(client, run):
 
 def test_a_private_handler_is_not_in_the_list(site):
     with httpx.Client(base_url=site.url, trust_env=False) as client:
-        assert client.post("/gradio_api/call/look", json={"data": []}).status_code in (404, 422, 500)
+        assert client.post("/gradio_api/call/look", json={"data": []}).status_code in (
+            404,
+            422,
+            500,
+        )
 
 
 def test_yaml_that_comes_back_is_plain(client, recipe):
