@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -13,6 +13,7 @@ from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
 from gradio_app.recipe.checking import checked_recipe
 from gradio_app.running import hf_jobs
+from gradio_app.settings import Limits
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, signed_in_as, token_of
@@ -131,7 +132,8 @@ def _starter(studio: Studio) -> Any:
         machine, asked = _chosen(flavor, token), _minutes(minutes)
         repository = checked_hub_name(repository)
         owner = owner_of(request, studio.settings.space)
-        checked_recipe(str(recipe), studio.settings, owner)
+        # What the visitor pays for needs no limits of this machine.
+        checked_recipe(str(recipe), replace(studio.settings, limits=Limits()), owner)
         run = studio.store.create(owner, str(recipe), shortened(name))
         try:
             hf_jobs.start(run.folder, token, machine.flavor, asked, repository, PACKAGE)
