@@ -137,11 +137,13 @@ class Line:
         return [run for run in self.store.all() if run.active and self.store.executor(run).here]
 
     def stop(self, owner: str, run_id: str) -> Run:
-        """Asks a run to finish its step, save, and end.
+        """Asks a run to finish its step, save, and end; one that waits leaves the line.
 
         Raises:
-            Refused: If it is not at work.
+            Refused: If it rests.
         """
+        if self.store.get(owner, run_id).waiting:
+            return self.cancel(owner, run_id)
         run = self._at_work(owner, run_id)
         self.store.executor(run).stop(run)
         return self.store.note(run, stop_asked=run.facts.stop_asked or time.time())
