@@ -197,7 +197,7 @@ def test_words():
     assert ago(100, t, now=110) == "just now"
     assert ago(100, t, now=400) == "5 min ago"
     assert [size(n) for n in (12, 991_117_312, 16e9)] == ["12 B", "991 MB", "16.0 GB"]
-    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-04", "0"]
+    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-4", "0"]
     assert [amount(n) for n in (2_100, 12.3, 1.25, 2e6)] == ["2.1k", "12", "1.2", "2.0M"]
 
 

@@ -10,6 +10,7 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
+from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, View, html
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
@@ -62,7 +63,7 @@ class Actions:
             self._rename = gr.Button(
                 t("run.rename"), elem_id="run-rename", size="md", visible=False, scale=0
             )
-            self._duplicate = gr.HTML("", elem_id="run-duplicate", padding=False)
+            self._duplicate = markup("", elem_id="run-duplicate")
         self._sure = {name: self._asked(name) for name in ("kill", "delete")}
         with gr.Row(elem_id="run-renaming", visible=False) as self._renaming:
             self._name = gr.Textbox(
@@ -75,7 +76,7 @@ class Actions:
     def _asked(self, what: str) -> tuple[Any, gr.Button, gr.Button]:
         with gr.Row(elem_id=f"run-sure-{what}", elem_classes="sure", visible=False) as row:
             text = escaped(self.t(f"run.sure_{what}"))
-            gr.HTML(f'<p role="alert">{text}</p>', padding=False)
+            markup(f'<p role="alert">{text}</p>')
             yes = gr.Button(self.t(f"run.yes_{what}"), variant="stop", scale=0)
             no = gr.Button(self.t("run.no"), scale=0)
         return row, yes, no

@@ -11,6 +11,7 @@ import gradio as gr
 
 from gradio_app.errors import Refused
 from gradio_app.pages.frame import quiet
+from gradio_app.pages.markup import markup
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -80,7 +81,7 @@ class View:
         self.run_id = gr.State("")
         self._seen = gr.State(())
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
-        self._notice = gr.HTML("", elem_id="run-notice", padding=False)
+        self._notice = markup("", elem_id="run-notice")
         self._parts: list[Part] = []
         self.choices: list[Any] = []
 
