@@ -43,7 +43,7 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     row = page.get_by_role("row", name="Two-minute demo")
     row.get_by_text("Finished").wait_for()
     assert row.get_by_text("CausalLM QLoRA").is_visible()
-    assert row.get_by_text("0.7134").is_visible()
+    assert row.get_by_text("0.7634").is_visible()
     (run,) = store.list("local")
     page.once("dialog", lambda dialog: dialog.dismiss())
     row.get_by_role("button", name="Delete").click()
