@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 
+from gradio_app.pages.run.view import asked_for
 from gradio_app.running.store import RunStore
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import queued, recipe, settings, until
@@ -192,3 +194,13 @@ def test_who_waits_sees_the_place_and_who_stops_at_once_is_asked(site, store, vi
     other.get_by_role("button", name="Ja, sofort anhalten").click()
     state(other).get_by_text("Angehalten bei Schritt").wait_for()
     state(page).get_by_text("Finished").wait_for()
+
+
+def test_a_server_that_has_forgotten_a_page_reads_its_address():
+    def request(referer):
+        return SimpleNamespace(headers={"referer": referer})
+
+    assert asked_for("known", request("http://x/run?run=other")) == "known"
+    assert asked_for("", request("http://x/de-run?__theme=dark&run=a-b")) == "a-b"
+    assert asked_for("", request("http://x/run")) == ""
+    assert asked_for("", SimpleNamespace(headers={})) == ""

@@ -11,7 +11,7 @@ from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
-from gradio_app.pages.run.view import Choices, Shown, View, html
+from gradio_app.pages.run.view import Choices, Shown, View, asked_for, html
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -32,7 +32,7 @@ def offered(run: Run) -> set[str]:
         steps = {"save_now"} if run.status.state == "running" and not asked else set()
         return {"stop_now"} | (set() if asked else {"stop"}) | steps
     found = {"delete"}
-    if run.status.state == "queued":
+    if run.status.state == "queued" or not run.folder.status_file.is_file():
         return found | {"start"}
     if run.status.state == "crashed":
         found.add("mark")
@@ -121,6 +121,7 @@ class Actions:
         def act(
             run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
+            run_id = asked_for(run_id, request)
             do(owner_of(request, self.studio.settings.space), run_id)
             if said:
                 gr.Info(said)
@@ -140,13 +141,15 @@ class Actions:
 
         @told(self.t)
         def ask(run_id: str, request: gr.Request) -> tuple[Any, Any]:
-            run = studio.store.get(owner_of(request, studio.settings.space), run_id)
+            owner = owner_of(request, studio.settings.space)
+            run = studio.store.get(owner, asked_for(run_id, request))
             return gr.Row(visible=True), run.name
 
         @told(self.t)
         def rename(
             name: str, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
+            run_id = asked_for(run_id, request)
             studio.store.rename(owner_of(request, studio.settings.space), run_id, name)
             shown = view.update(run_id, seen, (smoothing, logarithmic), request)
             return [gr.Row(visible=False), *shown]

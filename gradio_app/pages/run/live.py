@@ -15,6 +15,7 @@ from gradio_app.running.local import START_LOG
 from gradio_app.running.metrics import Metrics, MetricsCache
 from gradio_app.running.reading import LOG_LINES, rows_of, tail
 from gradio_app.running.store import Run
+from gradio_app.running.watch import Watch
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -44,7 +45,7 @@ class Live:
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
-        self._metrics = MetricsCache()
+        self._metrics, self._watch = MetricsCache(), Watch()
         self._alerts = markup("", elem_id="run-alerts")
         self._numbers = markup("", elem_id="run-numbers")
         self._build_curves()
@@ -129,9 +130,10 @@ class Live:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         key = (run.id, metrics.version)
+        events = list(rows_of(run.folder.events, 200_000))
         log = tail(run.folder.log) or tail(run.folder.path / START_LOG)
         return [
-            html(live_html.alerts(list(rows_of(run.folder.events, 200_000)), t)),
+            html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),
             Shown(self._loss_plot(metrics, choices), (*key, choices)),
             html(live_html.summary(metrics, t)),
