@@ -10,6 +10,7 @@ from gradio_app.errors import Refused
 from gradio_app.pages import home_html
 from gradio_app.pages.frame import heading, private, quiet
 from gradio_app.pages.handling import told
+from gradio_app.pages.markup import markup
 from gradio_app.running.demo import demo_recipe
 from gradio_app.running.machine import this_machine
 from gradio_app.studio import Studio
@@ -32,10 +33,10 @@ def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
     below = "home.below_space" if studio.settings.space else "home.below"
     heading(t("home.heading"), t(below))
-    machine = gr.HTML("", elem_id="machine", padding=False)
-    now = gr.HTML("", elem_id="running-now", padding=False)
+    machine = markup("", elem_id="machine")
+    now = markup("", elem_id="running-now")
     _cards(studio, t)
-    lists = gr.HTML("", elem_id="runs", padding=False, js_on_load=_CLICKS)
+    lists = markup("", elem_id="runs", js_on_load=_CLICKS)
     page, seen = gr.State(1), gr.State(())
     outputs = [now, lists, page, seen]
 
@@ -89,12 +90,12 @@ def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
 def _cards(studio: Studio, t: Texts) -> None:
     with gr.Row(elem_id="cards", equal_height=True):
         with gr.Column(elem_classes="card", min_width=260):
-            gr.HTML(home_html.card("try", t), padding=False)
+            markup(home_html.card("try", t))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
         for name, query in (("own", {}), ("big", {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):
                 link = t.url("new", **query)
-                gr.HTML(home_html.card(name, t, link, this_machine().gpu), padding=False)
+                markup(home_html.card(name, t, link, this_machine().gpu))
     to = gr.Textbox(visible=False)
 
     @told(t)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -45,6 +46,8 @@ class LocalExecutor:
         self.settings, self.grace = settings, grace
         # The server's own children must be waited for, or they stay as zombies.
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        # Of runs that rest nothing changes unless their file does.
+        self._resting: dict[Path, tuple[tuple[int, int], Status]] = {}
 
     def start(self, run: Run) -> None:
         """Starts a run, or lets it go on; returns at once."""
@@ -111,9 +114,19 @@ class LocalExecutor:
         """Returns what a run wrote last, ``"crashed"`` if its process is gone."""
         self._reap()
         try:
-            return folder.status
+            found = folder.status_file.stat()
+            stamp = (found.st_mtime_ns, found.st_ino)
+            kept = self._resting.get(folder.path)
+            if kept is not None and kept[0] == stamp:
+                return kept[1]
+            status = folder.status
+        except FileNotFoundError:
+            return None
         except (ValueError, TypeError, AttributeError, OSError):
             return Status(state="failed", phase="status.json cannot be read")
+        if status is not None and status.state in ("stopped", "finished", "failed"):
+            self._resting[folder.path] = (stamp, status)
+        return status
 
     def _process(self, folder: RunFolder) -> psutil.Process | None:
         """Returns the process that runs in a folder; never another that has its number now."""

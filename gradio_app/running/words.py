@@ -38,7 +38,10 @@ def size(count: float) -> str:
 
 def number(value: float) -> str:
     """Returns a value of a metric with as many digits as are worth reading."""
-    return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+    if value and abs(value) < 1e-3:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:.4g}"
 
 
 def amount(value: float) -> str:

@@ -96,7 +96,7 @@ class FakeRun:
     def validated(self, step: int) -> None:
         self.status.update(phase="validating" if step else "evaluating before training")
         rising = self.fake.get("alert") == "overfitting" and step > self.validate_every
-        self.log(step, {"val_loss": loss_at(step) + (0.1 * step if rising else 0.05)})
+        self.log(step, {"val_loss": loss_at(step) + (0.01 * step if rising else 0.05)})
         words = "blue, as all know" if step > self.steps / 2 else f"gren bleu {step}"
         row = {
             "step": step,

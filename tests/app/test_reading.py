@@ -7,12 +7,14 @@ import math
 
 import pytest
 
+from gradio_app.pages.run import live_html
 from gradio_app.running.curves import direction, logarithmic, smoothed, thinned
 from gradio_app.running.failures import failure_of, report
 from gradio_app.running.machine import Machine, parsed
 from gradio_app.running.metrics import MOST_POINTS, Metrics, MetricsCache
 from gradio_app.running.reading import Files, json_object, rows_of, tail
 from gradio_app.running.store import RunStore
+from gradio_app.running.watch import Warned, Watch
 from gradio_app.running.words import ago, amount, duration, number, size
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.status import write_json
@@ -197,7 +199,7 @@ def test_words():
     assert ago(100, t, now=110) == "just now"
     assert ago(100, t, now=400) == "5 min ago"
     assert [size(n) for n in (12, 991_117_312, 16e9)] == ["12 B", "991 MB", "16.0 GB"]
-    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-04", "0"]
+    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-4", "0"]
     assert [amount(n) for n in (2_100, 12.3, 1.25, 2e6)] == ["2.1k", "12", "1.2", "2.0M"]
 
 
@@ -209,3 +211,50 @@ def test_what_fits_on_a_machine():
     assert parsed("NVIDIA H200, 143771\nNVIDIA H200, 143771\n") == ("NVIDIA H200", 143771 * 2**20)
     assert parsed("NVIDIA X, [N/A]") == ("NVIDIA X", 0)
     assert parsed("") is None
+
+
+def test_a_run_without_steps_is_told(tmp_path):
+    store, clock = RunStore(settings(tmp_path)), [0.0]
+    watch = Watch(now=lambda: clock[0])
+
+    def kinds(**changes):
+        written(store.root / "a", phase="training", steps_per_second=0.05, **changes)
+        found = watch.warnings(store.get("local", "a"))
+        return [one.kind for one in found if one.kind == "stuck"]
+
+    assert kinds(step=3) == []
+    clock[0] = 99.0
+    # A step of twenty seconds has five times as long.
+    assert kinds(step=3) == []
+    clock[0] = 101.0
+    assert kinds(step=3) == ["stuck"]
+    assert kinds(step=4) == []
+    clock[0] = 900.0
+    assert kinds(step=4, state="finished") == []
+
+
+def test_the_numbers_of_a_run_in_words(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    append(file, line(0, val_loss=3.0) + line(1, train_loss=float("nan"), tokens_per_second=2_100))
+    append(file, line(2, val_loss=1.0, val_token_accuracy=0.75) + line(4, val_loss=2.0))
+    metrics, t = Metrics(file).refresh(), Texts()
+    shown = live_html.numbers(metrics, t)
+    for text in ("no number", "best 1 at step 2", "2.1k", "Token accuracy", "0.75"):
+        assert text in shown
+    assert "least 1 at step 2" in live_html.summary(metrics, t)
+    assert '<th scope="row">4</th>' in live_html.table(metrics, t)
+    warned = [Warned("stuck", 120), Warned("disk", 10**9), Warned("memory", 97)]
+    for language in LANGUAGES:
+        assert live_html.alerts([{"kind": "nan"}], warned, Texts(language)).count("<strong>") == 4
+
+
+def test_samples_are_those_of_few_steps_and_escaped():
+    rows = [
+        {"step": step, "sample": 0, "prompt": "<i>", "expected": "e", "generated": f"<{step}>"}
+        for step in range(0, 100, 10)
+    ]
+    shown = live_html.samples([*rows, {"step": "x", "sample": 0}], Texts())
+    assert shown.count("<td>") == 5
+    assert "&lt;i&gt;" in shown
+    assert "&lt;90&gt;" in shown
+    assert "LogSamples" in live_html.samples([], Texts())

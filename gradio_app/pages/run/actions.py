@@ -10,7 +10,8 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
-from gradio_app.pages.run.view import Choices, Shown, View, html
+from gradio_app.pages.markup import markup
+from gradio_app.pages.run.view import Choices, Shown, View, asked_for, html
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -31,7 +32,7 @@ def offered(run: Run) -> set[str]:
         steps = {"save_now"} if run.status.state == "running" and not asked else set()
         return {"stop_now"} | (set() if asked else {"stop"}) | steps
     found = {"delete"}
-    if run.status.state == "queued":
+    if run.status.state == "queued" or not run.folder.status_file.is_file():
         return found | {"start"}
     if run.status.state == "crashed":
         found.add("mark")
@@ -62,7 +63,7 @@ class Actions:
             self._rename = gr.Button(
                 t("run.rename"), elem_id="run-rename", size="md", visible=False, scale=0
             )
-            self._duplicate = gr.HTML("", elem_id="run-duplicate", padding=False)
+            self._duplicate = markup("", elem_id="run-duplicate")
         self._sure = {name: self._asked(name) for name in ("kill", "delete")}
         with gr.Row(elem_id="run-renaming", visible=False) as self._renaming:
             self._name = gr.Textbox(
@@ -75,7 +76,7 @@ class Actions:
     def _asked(self, what: str) -> tuple[Any, gr.Button, gr.Button]:
         with gr.Row(elem_id=f"run-sure-{what}", elem_classes="sure", visible=False) as row:
             text = escaped(self.t(f"run.sure_{what}"))
-            gr.HTML(f'<p role="alert">{text}</p>', padding=False)
+            markup(f'<p role="alert">{text}</p>')
             yes = gr.Button(self.t(f"run.yes_{what}"), variant="stop", scale=0)
             no = gr.Button(self.t("run.no"), scale=0)
         return row, yes, no
@@ -120,6 +121,7 @@ class Actions:
         def act(
             run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
+            run_id = asked_for(run_id, request)
             do(owner_of(request, self.studio.settings.space), run_id)
             if said:
                 gr.Info(said)
@@ -139,13 +141,15 @@ class Actions:
 
         @told(self.t)
         def ask(run_id: str, request: gr.Request) -> tuple[Any, Any]:
-            run = studio.store.get(owner_of(request, studio.settings.space), run_id)
+            owner = owner_of(request, studio.settings.space)
+            run = studio.store.get(owner, asked_for(run_id, request))
             return gr.Row(visible=True), run.name
 
         @told(self.t)
         def rename(
             name: str, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
+            run_id = asked_for(run_id, request)
             studio.store.rename(owner_of(request, studio.settings.space), run_id, name)
             shown = view.update(run_id, seen, (smoothing, logarithmic), request)
             return [gr.Row(visible=False), *shown]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import gradio as gr
-
 from gradio_app.guards import escaped
+from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.pages.states import badge, left, name_of, percent, phase
 from gradio_app.running.failures import failure_of, report
@@ -25,11 +24,11 @@ class Head:
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
         self.outputs: list[Any] = [
-            gr.HTML("", elem_id="run-name", padding=False),
-            gr.HTML("", elem_id="run-state", padding=False),
-            gr.HTML("", elem_id="run-progress", padding=False),
-            gr.HTML("", elem_id="run-note", padding=False),
-            gr.HTML("", elem_id="run-failure", padding=False),
+            markup("", elem_id="run-name"),
+            markup("", elem_id="run-state"),
+            markup("", elem_id="run-progress"),
+            markup("", elem_id="run-note"),
+            markup("", elem_id="run-failure"),
         ]
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:

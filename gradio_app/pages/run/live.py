@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
+from gradio_app.pages.markup import markup
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.running.curves import Points, finite, logarithmic, smoothed, thinned
@@ -14,6 +15,7 @@ from gradio_app.running.local import START_LOG
 from gradio_app.running.metrics import Metrics, MetricsCache
 from gradio_app.running.reading import LOG_LINES, rows_of, tail
 from gradio_app.running.store import Run
+from gradio_app.running.watch import Watch
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -43,12 +45,12 @@ class Live:
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
-        self._metrics = MetricsCache()
-        self._alerts = gr.HTML("", elem_id="run-alerts", padding=False)
-        self._numbers = gr.HTML("", elem_id="run-numbers", padding=False)
+        self._metrics, self._watch = MetricsCache(), Watch()
+        self._alerts = markup("", elem_id="run-alerts")
+        self._numbers = markup("", elem_id="run-numbers")
         self._build_curves()
-        gr.HTML(f"<h2>{t('run.samples')}</h2>", padding=False)
-        self._samples = gr.HTML("", elem_id="run-samples", padding=False)
+        markup(f"<h2>{t('run.samples')}</h2>")
+        self._samples = markup("", elem_id="run-samples")
         self._build_log()
         self.outputs: list[Any] = [
             self._alerts,
@@ -64,7 +66,7 @@ class Live:
     def _build_curves(self) -> None:
         t = self.t
         with gr.Row(elem_id="curve-choices", equal_height=True):
-            gr.HTML(f"<h2>{t('run.curves')}</h2>", padding=False)
+            markup(f"<h2>{t('run.curves')}</h2>")
             weights = [(t(f"run.smooth_{name}"), name) for name in ("none", "light", "strong")]
             smoothing = gr.Radio(
                 weights,
@@ -80,9 +82,9 @@ class Live:
             )
         self.choices = [smoothing, log]
         self._loss = self._plot("loss-plot", t("run.axis_loss"), [TRAINING, VALIDATION])
-        self._text = gr.HTML("", elem_id="curve-text", padding=False)
+        self._text = markup("", elem_id="curve-text")
         with gr.Accordion(t("run.as_table"), open=False, elem_id="curve-table"):
-            self._table = gr.HTML("", padding=False)
+            self._table = markup("")
         with gr.Accordion(t("run.rate"), open=False, elem_id="rate"):
             self._rate = self._plot("rate-plot", t("run.axis_rate"), [TRAINING])
 
@@ -109,19 +111,18 @@ class Live:
     def _build_log(self) -> None:
         t = self.t
         with gr.Row(elem_id="log-choices", equal_height=True):
-            gr.HTML(f"<h2>{t('run.log')}</h2>", padding=False)
+            markup(f"<h2>{t('run.log')}</h2>")
             gr.Checkbox(
                 True, label=t("run.follow"), elem_id="log-follow", interactive=True, scale=0
             )
-        self._log = gr.HTML(
+        self._log = markup(
             t("run.log_empty"),
             html_template=_LOG.format(label=t("run.log_label")),
             js_on_load=_FOLLOW,
             elem_id="run-log",
-            padding=False,
         )
         note = t("run.log_note", lines=LOG_LINES)
-        gr.HTML(f'<p class="note">{note}</p>', padding=False)
+        markup(f'<p class="note">{note}</p>')
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
         """Returns how a run is shown."""
@@ -129,9 +130,10 @@ class Live:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         key = (run.id, metrics.version)
+        events = list(rows_of(run.folder.events, 200_000))
         log = tail(run.folder.log) or tail(run.folder.path / START_LOG)
         return [
-            html(live_html.alerts(list(rows_of(run.folder.events, 200_000)), t)),
+            html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),
             Shown(self._loss_plot(metrics, choices), (*key, choices)),
             html(live_html.summary(metrics, t)),

@@ -9,22 +9,25 @@ from typing import Any
 from gradio_app.guards import escaped
 from gradio_app.running.curves import Points, direction, finite, thinned
 from gradio_app.running.metrics import Metrics
-from gradio_app.running.words import amount, number, size
+from gradio_app.running.watch import Warned
+from gradio_app.running.words import amount, duration, number, size
 from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
 WORDS = {-1: "falling", 0: "steady", 1: "rising"}
 ALERTS = ("nan", "diverging", "overfitting")
 TABLE_ROWS = 40
+MOST_OTHERS = 3
 SAMPLE_COLUMNS = 4
 SAMPLE_ROWS = 12
 _CELL = 400
 
 
-def alerts(events: Sequence[Mapping[str, Any]], t: Texts) -> str:
+def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[Warned], t: Texts) -> str:
     """Returns what the visitor should look at."""
     found = [event for event in events if event.get("kind") in ALERTS]
-    items = "".join(_alert(event, t) for event in found)
+    items = "".join(_warned(one, t) for one in warned)
+    items += "".join(_alert(event, t) for event in found)
     return f'<section aria-label="{t("run.alerts")}">{items}</section>' if items else ""
 
 
@@ -35,6 +38,15 @@ def _alert(event: Mapping[str, Any], t: Texts) -> str:
     return (
         f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> {title}'
         f"</strong> <span>({step})</span><p>{escaped(event.get('text', ''))} {link}</p></div>"
+    )
+
+
+def _warned(one: Warned, t: Texts) -> str:
+    values = {"stuck": duration(one.value, t), "disk": size(one.value)}
+    more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, f"{one.value:g}"))
+    return (
+        f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> '
+        f"{t(f'run.warn_{one.kind}')}</strong><p>{more}</p></div>"
     )
 
 
@@ -49,6 +61,7 @@ def numbers(metrics: Metrics, t: Texts) -> str:
         if speed:
             cards.append((t(f"run.speed_{name}"), amount(speed), ""))
             break
+    cards += _others(latest)
     memory = latest.get("peak_cuda_bytes") or latest.get("peak_process_bytes")
     if memory:
         cards.append((t("run.memory"), size(memory), ""))
@@ -59,6 +72,13 @@ def numbers(metrics: Metrics, t: Texts) -> str:
         for title, value, more in cards
     )
     return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
+
+
+def _others(latest: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Returns what else is measured on the validation rows, under the name that the task gives."""
+    names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
+    titles = {name: name.removeprefix("val_").replace("_", " ").capitalize() for name in names}
+    return [(escaped(titles[name]), number(latest[name]), "") for name in names[:MOST_OTHERS]]
 
 
 def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:

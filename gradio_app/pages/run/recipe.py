@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.guards import escaped
+from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.running.failures import versions
 from gradio_app.running.reading import json_object
@@ -26,18 +27,17 @@ class RecipeTab:
         self.studio, self.t = studio, t
         # The folder of runs is never served: what is downloaded is copied here first.
         self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-")
-        gr.HTML(
+        markup(
             f'<h2>{t("run.recipe")}</h2><p class="note">{_code(t("run.recipe_note"))}</p>',
-            padding=False,
         )
-        self._text = gr.HTML("", elem_id="recipe-text", padding=False)
+        self._text = markup("", elem_id="recipe-text")
         self._download = gr.DownloadButton(
             t("run.recipe_download"), elem_id="recipe-download", size="md", scale=0
         )
-        gr.HTML(f"<h2>{t('run.command')}</h2>", padding=False)
-        self._command = gr.HTML("", elem_id="recipe-command", padding=False)
-        gr.HTML(f"<h2>{t('run.facts')}</h2>", padding=False)
-        self._facts = gr.HTML("", elem_id="recipe-facts", padding=False)
+        markup(f"<h2>{t('run.command')}</h2>")
+        self._command = markup("", elem_id="recipe-command")
+        markup(f"<h2>{t('run.facts')}</h2>")
+        self._facts = markup("", elem_id="recipe-facts")
         self.outputs: list[Any] = [self._text, self._download, self._command, self._facts]
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
 
 from gradio_app.errors import Refused
 from gradio_app.pages.frame import quiet
+from gradio_app.pages.markup import markup
 from gradio_app.running.hf_jobs import JobsExecutor
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
@@ -81,7 +83,7 @@ class View:
         self.run_id = gr.State("")
         self._seen = gr.State(())
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
-        self._notice = gr.HTML("", elem_id="run-notice", padding=False)
+        self._notice = markup("", elem_id="run-notice")
         self._parts: list[Part] = []
         self.choices: list[Any] = []
 
@@ -108,6 +110,7 @@ class View:
         self, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
     ) -> list[Any]:
         """Shows what has changed."""
+        run_id = asked_for(run_id, request)
         return self.update(run_id, seen, (smoothing, logarithmic), request)
 
     def update(
@@ -170,6 +173,20 @@ class View:
 
     def _body(self, run: Run | None) -> Shown:
         return Shown(gr.Tabs(visible=run is not None), run is not None)
+
+
+def asked_for(run_id: str, request: gr.Request) -> str:
+    """Returns the run that a page shows, also to a server that has forgotten that page.
+
+    Args:
+        run_id: What the server remembers: nothing, if it was started again, or after long.
+        request: Who asks; the address of their page names the run. Whatever it names is checked
+            like any other id.
+    """
+    if run_id:
+        return run_id
+    query = parse_qs(urlsplit(str(request.headers.get("referer", ""))).query)
+    return (query.get("run") or [""])[0]
 
 
 def _checked(choices: Any) -> Choices:

@@ -1,0 +1,133 @@
+"""The first page, as a person uses it: start the demo, see the runs, put the line in order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from gradio_app.pages import home_html
+from gradio_app.running.demo import demo_recipe, laid_over
+from gradio_app.running.machine import Machine
+from gradio_app.running.store import RunStore
+from gradio_app.texts import LANGUAGES, Texts
+from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.runs import queued, recipe, settings
+
+HOSTILE = '<img src=x onerror="window.hacked=1">'
+
+
+@pytest.fixture(scope="module")
+def site(serve):
+    return serve(trainer="fake")
+
+
+@pytest.fixture(scope="module")
+def store(site):
+    return RunStore(settings(site.folder))
+
+
+def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
+    page = visit(site.url)
+    page.get_by_text("No runs yet.").wait_for()
+    page.get_by_text("No NVIDIA GPU").or_(page.get_by_text("of GPU memory")).first.wait_for()
+    screenshot(page, "home-empty")
+    page.get_by_role("button", name="Start the demo").click()
+    page.wait_for_url(re.compile(r"/run\?run="))
+    page.get_by_role("status").get_by_text("Finished").wait_for()
+    page.get_by_role("heading", name="Two-minute demo").wait_for()
+    page.get_by_role("button", name="Try it").wait_for()
+    page.wait_for_function("document.title.startsWith('100 %')")
+    page.get_by_role("link", name="Runs", exact=True).click()
+    row = page.get_by_role("row", name="Two-minute demo")
+    row.get_by_text("Finished").wait_for()
+    assert row.get_by_text("CausalLM QLoRA").is_visible()
+    assert row.get_by_text("0.7634").is_visible()
+    (run,) = store.list("local")
+    page.once("dialog", lambda dialog: dialog.dismiss())
+    row.get_by_role("button", name="Delete").click()
+    page.once("dialog", lambda dialog: dialog.accept())
+    row.get_by_role("button", name="Delete").click()
+    page.get_by_text("No runs yet.").wait_for()
+    assert not run.folder.path.exists()
+
+
+def test_the_line_is_put_in_order_and_left(site, store, visit):
+    first = queued(store, "long", steps=4_000)
+    names = ["second", HOSTILE, "fourth"]
+    for name in names:
+        queued(store, name, steps=4_000)
+    page = visit(site.url)
+    page.locator("#running-now").get_by_role("link", name="long").wait_for()
+    items = page.locator("ol.line li")
+    items.nth(2).wait_for()
+    screenshot(page, "home-line")
+    assert violations(page) == []
+    page.get_by_role("button", name="Move fourth forward").click()
+    items.nth(1).get_by_text("fourth").wait_for()
+    assert items.nth(2).get_by_text(HOSTILE).is_visible()
+    page.get_by_role("button", name="Take second out").click()
+    items.nth(0).get_by_text("fourth").wait_for()
+    assert items.count() == 2
+    page.get_by_role("row", name="second").get_by_text("Waiting").wait_for()
+    assert page.evaluate("window.hacked") is None
+    # Every other page says it in its head.
+    page.get_by_role("link", name="Help").click()
+    page.locator("#now").get_by_text("1 running, 2 waiting").wait_for()
+    page.locator("#now").get_by_role("link", name=re.compile("long, ")).click()
+    page.get_by_role("heading", name="long").wait_for()
+    for run in store.list("local"):
+        if run.waiting:
+            store.note(run, waiting=None)
+    page.get_by_role("button", name="Stop & save").click()
+    page.get_by_role("status").get_by_text(re.compile(r"Stopped at step \d+")).wait_for()
+    assert store.get("local", first.id).can_resume
+
+
+def test_other_languages_phones_and_the_dark(site, store, visit):
+    store.create("local", recipe(), "a name that is so long that it has to be broken into lines")
+    page = visit(f"{site.url}/de?__theme=dark", viewport=PHONE)
+    page.get_by_role("link", name="Mit QLoRA beginnen").wait_for()
+    page.get_by_text("Wartet").first.wait_for()
+    assert overflow(page) <= 0
+    assert violations(page) == []
+    screenshot(page, "home-phone-dark")
+    link = page.get_by_role("link", name="Mit QLoRA beginnen").get_attribute("href")
+    assert link == "./de-new?method=qlora"
+
+
+def test_the_demos_recipe_is_one_that_lies_over_the_other():
+    content = yaml.safe_load(demo_recipe())
+    assert content["trainer"]["strategy"]["class_path"] == "lightning_peft.QLoRAStrategy"
+    assert content["trainer"]["limit_train_batches"] == 12
+    assert content["model"]["class_path"] == "lightning_peft.tasks.CausalLM"
+    assert content["model"]["init_args"]["model"].endswith("/demo/base")
+    assert laid_over({"a": {"b": 1, "c": [1]}}, {"a": {"c": [], "d": 0}}) == {
+        "a": {"b": 1, "c": [], "d": 0}
+    }
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_is_said_of_machines(language):
+    t = Texts(language)
+    card = Machine("NVIDIA <b>", 24 * 10**9, 64 * 10**9, 32 * 10**9, 16)
+    assert "NVIDIA &lt;b&gt;" in home_html.machine(card, t)
+    assert "24.0 GB" in home_html.machine(card, t)
+    unknown = Machine("NVIDIA", 0, 64 * 10**9, 32 * 10**9, 16)
+    assert t("home.fits_unknown") in home_html.machine(unknown, t)
+    assert t("home.fits_little") in home_html.machine(Machine(None, 0, 10**9, 10**8, 1), t)
+    assert "why-not" in home_html.card("big", t, "./new", None)
+    assert "why-not" not in home_html.card("big", t, "./new", "NVIDIA")
+
+
+def test_the_list_comes_in_pages(tmp_path):
+    store = RunStore(settings(tmp_path))
+    for place in range(23):
+        store.create("local", recipe(), f"run {place}")
+    runs, t = store.list("local"), Texts()
+    assert [len(home_html.Listed.of(runs, page).runs) for page in (1, 2, 3)] == [10, 10, 3]
+    assert home_html.Listed.of(runs, 99).number == 3
+    assert home_html.Listed.of(runs, -1).number == 1
+    assert "Page 2 of 3" in home_html.lists(home_html.Listed.of(runs, 2), [], t)
+    assert "Someone else" in home_html.lists(home_html.Listed.of([], 1), [None], t)
