@@ -38,7 +38,9 @@ def launch(playwright: Playwright) -> Browser:
 
 def open_context(browser: Browser, **options: Any) -> BrowserContext:
     """Returns a visitor of their own: cookies and storage are theirs alone."""
-    made = {"viewport": DESKTOP, "locale": "en-US", "accept_downloads": True, **options}
+    # Colours on their way from light to dark would be judged halfway.
+    still = {"reduced_motion": "reduce", "accept_downloads": True}
+    made = {"viewport": DESKTOP, "locale": "en-US", **still, **options}
     context = browser.new_context(**made)
     context.set_default_timeout(20_000)
     return context
