@@ -8,7 +8,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-published lint docs clean
+.PHONY: help setup demo app test test-published screenshots browser lint docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,6 +21,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 # One stamp per set of extras; it is out of date as soon as a requirement changes.
 REQUIREMENTS := pyproject.toml constraints.txt
 READY := $(VENV)/.ready
+READY_APP := $(VENV)/.ready-app
 READY_DEV := $(VENV)/.ready-dev
 READY_PUBLISHED := $(VENV)/.ready-published
 
@@ -33,16 +34,37 @@ setup: $(READY_DEV)  ## Create .venv with everything needed to develop
 demo: $(READY)  ## Fine-tune a tiny model on the CPU, offline, and show what happened
 	$(BIN)/lightning-peft demo $(ARGS)
 
+app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, export
+	$(BIN)/lightning-peft app $(ARGS)
+
 # pytest comes last, so that its closing line is the last thing printed. Two processes with a thread
 # each: threads of two processes on two cores wait for each other longer than tiny models compute.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
-test: lint docs  ## Lint, type-check, build the documentation, then run the tests
+test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs
 	$(BIN)/python -m pytest tests/published $(ARGS)
+
+screenshots: export HF_HUB_OFFLINE = 1
+screenshots: export LIGHTNING_PEFT_SCREENSHOTS = $(CURDIR)/docs/pictures
+screenshots: $(READY_DEV) browser  ## Take the pictures of the web page that the documentation shows
+	$(BIN)/python -m pytest tests/app -q $(ARGS)
+
+# A system package, since Playwright's own download is 150 MB more and has no fonts.
+browser:  ## Install Chromium, which the tests of the web page need, where apt and root are there
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null 2>&1 && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		install='apt-get install -y -q --no-install-recommends chromium'; \
+		$$install >/dev/null 2>&1 || { apt-get update -q && $$install; }; \
+	else \
+		echo "warning: no Chromium or Chrome was found, so the tests of the web page will fail." \
+			"On Debian or Ubuntu: sudo apt install chromium. Without them:" \
+			"make test ARGS=--ignore=tests/app" >&2; \
+	fi
 
 lint: $(READY_DEV)  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -64,10 +86,15 @@ $(READY): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) -e .
 	@touch $@
 
+$(READY_APP): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[app]'
+	@touch $(READY) $@
+
 $(READY_DEV): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev,docs]'
-	@touch $(READY) $@
+	@touch $(READY) $(READY_APP) $@
 
 $(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch

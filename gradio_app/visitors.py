@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
+import time
 from typing import Any
 
 LOCAL = "local"
@@ -38,22 +39,32 @@ def owner_of(request: Any, space: bool) -> str:
 
 def signed_in_as(request: Any) -> str | None:
     """Returns the name on the hub of who is asking, as the hub's sign-in left it."""
-    session = _scope(request).get("session")
-    info = session.get("oauth_info") if isinstance(session, dict) else None
-    name = info.get("userinfo", {}).get("preferred_username") if isinstance(info, dict) else None
+    name = _sign_in(request).get("userinfo", {}).get("preferred_username")
     return name if isinstance(name, str) and name else None
 
 
-def _cookie(request: Any) -> str:
-    given = dict(request.cookies or {}).get(COOKIE, "")
-    # Without a cookie, a request is a stranger of its own and sees nothing of anyone.
-    return given if _VALUE.fullmatch(given) else secrets.token_hex(16)
+def token_of(request: Any) -> str | None:
+    """Returns the token that the hub gave for who is asking; it is kept nowhere."""
+    found = _sign_in(request)
+    token = found.get("access_token")
+    valid = isinstance(token, str) and float(found.get("expires_at") or 0) > time.time()
+    return token if valid else None
 
 
-def _scope(request: Any) -> dict[str, Any]:
+def _sign_in(request: Any) -> dict[str, Any]:
     inner = getattr(request, "request", None)
     scope = getattr(inner, "scope", None)
-    return scope if isinstance(scope, dict) else {}
+    # Starlette refuses to read a session where nothing keeps one.
+    session = scope.get("session") if isinstance(scope, dict) else None
+    found = session.get("oauth_info") if session else None
+    return found if isinstance(found, dict) else {}
+
+
+def _cookie(request: Any) -> str:
+    inner = getattr(request, "request", None)
+    given = dict(inner.cookies).get(COOKIE, "") if inner is not None else ""
+    # Without a cookie, a request is a stranger of its own and sees nothing of anyone.
+    return given if _VALUE.fullmatch(given) else secrets.token_hex(16)
 
 
 class VisitorCookie:

@@ -145,9 +145,9 @@ class ImportCollector(ast.NodeVisitor):
 class Package(dict[str, Source]):
     """All modules of the package below ``folder``, by dotted name."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = PACKAGE) -> None:
         super().__init__()
-        for path in sorted((folder / PACKAGE).rglob("*.py")):
+        for path in sorted((folder / name).rglob("*.py")):
             parts = path.relative_to(folder).with_suffix("").parts
             name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
             text = path.read_text(encoding="utf-8")

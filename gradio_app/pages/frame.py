@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import gradio as gr
 
 from gradio_app.guards import escaped
 from gradio_app.pages.states import SIGNS, left, percent, phase
+from gradio_app.settings import is_space
 from gradio_app.studio import Studio
 from gradio_app.texts import LANGUAGES, Texts
 from gradio_app.visitors import owner_of
@@ -37,6 +39,9 @@ class Page:
 def framed(studio: Studio, t: Texts, page: str) -> Iterator[None]:
     """Makes the head of a page; the body goes into the page's main part."""
     gr.HTML(head(t, page), elem_id="head", padding=False)
+    # Elsewhere Gradio's sign-in would act as the owner of the machine.
+    if is_space() and os.environ.get("OAUTH_CLIENT_ID"):
+        gr.LoginButton(t("frame.sign_in"), size="sm", elem_id="sign-in")
     now = gr.HTML("", elem_id="now", padding=False)
     with gr.Column(elem_id="page"):
         yield

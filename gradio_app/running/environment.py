@@ -57,4 +57,5 @@ def trainer_environment(
             kept.pop(name, None)
         # Or the library would look for the token in a file of the owner's.
         kept["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
-    return {**kept, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    # Or a file called like a library, where the data lies, would be imported in its place.
+    return {**kept, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}

@@ -55,4 +55,9 @@ class Executor(Protocol):
 def executors_of(settings: Settings) -> dict[str, Executor]:
     """Returns the executors of a server by name, the one for new runs first."""
     # Not at the top: an executor reads the store's types.
-    return {"local": import_module("gradio_app.running.local").LocalExecutor(settings)}
+    local = import_module("gradio_app.running.local").LocalExecutor(settings)
+    found: dict[str, Executor] = {"local": local}
+    if settings.space:
+        jobs = import_module("gradio_app.running.hf_jobs")
+        found[jobs.WHERE] = jobs.JobsExecutor()
+    return found

@@ -165,9 +165,8 @@ class Line:
             Refused: If it is not at work.
         """
         run = self._at_work(owner, run_id)
-        run = self.store.note(run, kill_asked=time.time())
         self.store.executor(run).kill(run)
-        return run
+        return self.store.note(run, kill_asked=time.time())
 
     def _at_work(self, owner: str, run_id: str) -> Run:
         run = self.store.get(owner, run_id)

@@ -70,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _site() -> Any:
     try:
-        import_module("gradio_app.site").prepare_environment()
+        import_module("gradio_app.serving").prepare_environment()
         import_module("gradio")
     except ImportError as error:
         raise ConfigError(
             f"The page needs Gradio, which is not installed ({error}). Install it with: "
             "pip install 'lightning-peft[app]'"
         ) from error
-    return import_module("gradio_app.site")
+    return import_module("gradio_app.serving")
 
 
 def _password(host: str) -> tuple[str, str]:

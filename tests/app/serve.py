@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from gradio_app.serving import serve
 from gradio_app.settings import Limits, Settings
-from gradio_app.site import serve
 
 
 def main() -> int:

@@ -79,7 +79,7 @@ def test_the_web_process_never_imports_torch(tmp_path):
 import sys
 from pathlib import Path
 from gradio_app.settings import Settings
-from gradio_app.site import build, prepare_environment
+from gradio_app.serving import build, prepare_environment
 from gradio_app.studio import Studio
 prepare_environment()
 build(Studio(Settings.on_this_machine(Path("runs"), Path("."), None)))

@@ -13,10 +13,11 @@ import gradio as gr
 from gradio_app.errors import Refused
 from gradio_app.pages.frame import quiet
 from gradio_app.pages.markup import markup
+from gradio_app.running.hf_jobs import JobsExecutor
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
+from gradio_app.visitors import owner_of, token_of
 
 # Seconds since the start of a run after which its page asks for news less often, and how much less.
 SLOWER = ((60.0, 1.0), (600.0, 2.0))
@@ -141,9 +142,13 @@ class View:
     def _found(self, run_id: str, request: gr.Request) -> Run | None:
         try:
             owner = owner_of(request, self.studio.settings.space)
-            return self.studio.store.get(owner, run_id)
+            run = self.studio.store.get(owner, run_id)
         except Refused:
             return None
+        executor = self.studio.store.executor(run)
+        if isinstance(executor, JobsExecutor):
+            executor.look(run.folder, token_of(request))
+        return run
 
     def _clock(self, run: Run | None) -> Shown:
         going = run is not None and (run.active or run.waiting)

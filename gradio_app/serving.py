@@ -1,4 +1,4 @@
-"""The site: all pages in all languages, and how it is served."""
+"""All pages in all languages, and how they are served."""
 
 from __future__ import annotations
 

@@ -1,0 +1,83 @@
+"""What programs may call: a few endpoints of plain values, for ``gradio_client`` or plain HTTP.
+
+Everything else that the pages do is private to them. An endpoint checks what it gets as a page
+does, and sees the runs of whoever calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+import yaml
+
+from gradio_app.guards import checked_run_id
+from gradio_app.pages.handling import told
+from gradio_app.recipe.checking import checked_recipe
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of
+from lightning_peft.cli.recipes import recipe_files, resolved
+
+# Most rows that one call returns; the next one asks for those after them.
+MOST_ROWS = 1000
+
+
+def declare(studio: Studio, t: Texts) -> None:
+    """Declares the endpoints, within the open Blocks."""
+    for endpoint in (*_about_recipes(studio), *_about_runs(studio)):
+        gr.api(told(t)(endpoint), api_name=endpoint.__name__)
+
+
+def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
+    def recipes() -> dict[str, str]:
+        """Returns the YAML of every recipe, by name."""
+        return {name: resolved(file) for name, file in recipe_files().items()}
+
+    def check(recipe: str, request: gr.Request) -> dict[str, Any]:
+        """Returns a recipe as it would be run, or says all that is wrong with it."""
+        return checked_recipe(recipe, studio.settings, owner_of(request, studio.settings.space))
+
+    def start(recipe: str, name: str, request: gr.Request) -> str:
+        """Puts a run of a recipe into the line, and returns its id."""
+        owner = owner_of(request, studio.settings.space)
+        content = checked_recipe(recipe, studio.settings, owner)
+        run = studio.store.create(owner, yaml.safe_dump(content, sort_keys=False), name)
+        studio.line.add(run)
+        return run.id
+
+    return recipes, check, start
+
+
+def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
+    def found(run: str, request: gr.Request) -> Any:
+        return studio.store.get(owner_of(request, studio.settings.space), checked_run_id(run))
+
+    def runs(request: gr.Request) -> list[dict[str, Any]]:
+        """Returns the runs of the caller, the newest first."""
+        owner = owner_of(request, studio.settings.space)
+        return [
+            {"run": one.id, "name": one.name, "state": one.status.state}
+            for one in studio.store.list(owner)
+        ]
+
+    def status(run: str, request: gr.Request) -> dict[str, Any]:
+        """Returns where a run is, as docs/runs.md describes ``status.json``."""
+        return asdict(found(run, request).status)
+
+    def metrics(run: str, after: int, request: gr.Request) -> list[dict[str, Any]]:
+        """Returns logged rows of a run from row ``after`` on, at most a thousand."""
+        folder = found(run, request).folder
+        rows = list(folder.rows(folder.metrics))
+        start = max(int(after), 0)
+        return rows[start : start + MOST_ROWS]
+
+    def stop(run: str, request: gr.Request) -> dict[str, Any]:
+        """Ends a run after its step and saves it; takes a waiting one out of the line."""
+        one = found(run, request)
+        one = studio.line.stop(one.owner, one.id)
+        return asdict(one.status)
+
+    return runs, status, metrics, stop

@@ -1,0 +1,100 @@
+"""What programs may call, through Gradio's own client and by plain HTTP."""
+
+from __future__ import annotations
+
+import time
+
+import httpx
+import pytest
+import yaml
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+
+from tests.app.servers import Server
+
+
+@pytest.fixture(scope="module")
+def site(serve) -> Server:
+    return serve(trainer="fake")
+
+
+@pytest.fixture(scope="module")
+def client(site) -> Client:
+    return Client(site.url, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def recipe(client) -> str:
+    return client.predict(api_name="/recipes")["forkme"].replace(
+        "data.jsonl", "package:demo/instructions.jsonl"
+    )
+
+
+def test_the_endpoints_are_these_and_no_others(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {
+        f"/{name}" for name in ("recipes", "check", "start", "runs", "status", "metrics", "stop")
+    }
+
+
+def test_a_run_from_start_to_stop(client, recipe):
+    run = client.predict(recipe, "By a program", api_name="/start")
+    assert {"run": run, "name": "By a program"}.items() <= client.predict(api_name="/runs")[
+        0
+    ].items()
+    wait_for(client, run, "running")
+    client.predict(run, api_name="/stop")
+    ended = wait_for(client, run, "stopped")
+    rows = client.predict(run, 0, api_name="/metrics")
+    assert rows
+    assert client.predict(run, len(rows), api_name="/metrics") == []
+    assert ended["step"] >= max(row["step"] for row in rows)
+
+
+def wait_for(client: Client, run: str, state: str) -> dict:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        status = client.predict(run, api_name="/status")
+        if status["state"] == state:
+            return status
+        time.sleep(0.1)
+    raise AssertionError(f"{state} was not reached: {status}")
+
+
+def test_a_checked_recipe_is_the_one_that_is_run(client, recipe):
+    checked = client.predict(recipe, api_name="/check")
+    assert checked["model"]["class_path"] == "lightning_peft.tasks.CausalLM"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model: {class_path: os.system}", "os.system"),
+        ("!!python/object/apply:os.system [id]", "python/object"),
+        ("just text", "just text"),
+    ],
+)
+def test_a_hostile_recipe_is_refused_with_the_reason(client, text, told):
+    with pytest.raises(AppError) as refusal:
+        client.predict(text, api_name="/check")
+    assert told in str(refusal.value)
+
+
+@pytest.mark.parametrize("run", ["", "../..", "20200101-000000-none-0000", "a\nb"])
+def test_runs_that_are_not_there_are_refused(client, run):
+    for name, more in (("/status", []), ("/metrics", [0]), ("/stop", [])):
+        with pytest.raises(AppError, match="There is no run"):
+            client.predict(run, *more, api_name=name)
+
+
+def test_a_private_handler_is_not_in_the_list(site):
+    with httpx.Client(base_url=site.url, trust_env=False) as client:
+        assert client.post("/gradio_api/call/look", json={"data": []}).status_code in (
+            404,
+            422,
+            500,
+        )
+
+
+def test_yaml_that_comes_back_is_plain(client, recipe):
+    assert yaml.safe_load(recipe)["trainer"]["strategy"]["class_path"].startswith("lightning_peft")

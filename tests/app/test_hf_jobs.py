@@ -1,0 +1,247 @@
+"""Runs in the visitor's own account: against a stand-in of the hub, and the job's script for real.
+
+No real job could be run: what the stand-in answers is what the client library reads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from huggingface_hub import HfApi
+
+from gradio_app.errors import Refused
+from gradio_app.running import hf_jobs
+from gradio_app.running.store import RunStore
+from gradio_app.settings import Settings
+from lightning_peft.runs.folder import RunFolder
+from tests.app.servers import ROOT, environment
+
+TOKEN = "hf_aTokenOfTheVisitor"
+RECIPE = "model: {class_path: lightning_peft.tasks.CausalLM, init_args: {model: a/b}}\n"
+SCRIPT = ROOT / "gradio_app/running/job_script.py"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that jobs need."""
+
+    posted: ClassVar[list[tuple[str, Any]]] = []
+    tokens: ClassVar[list[str]] = []
+    logs: ClassVar[list[str]] = []
+    stage: ClassVar[str] = "RUNNING"
+
+    def job(self) -> dict[str, Any]:
+        owner = {"id": "1", "name": "visitor", "type": "user"}
+        return {"id": "job1", "owner": owner, "status": {"stage": Hub.stage}}
+
+    def do_GET(self) -> None:
+        Hub.tokens.append(self.headers.get("authorization", ""))
+        if self.path.startswith("/api/whoami"):
+            self.answer({"name": "visitor", "type": "user"})
+        elif self.path == "/api/jobs/hardware":
+            self.answer(HARDWARE)
+        elif "/logs" in self.path:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for line in Hub.logs:
+                self.wfile.write(f"data: {json.dumps({'data': line})}\n\n".encode())
+        else:
+            self.answer(self.job())
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        Hub.posted.append((self.path, json.loads(body) if body else None))
+        self.answer(self.job())
+
+    def answer(self, content: Any) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def _machine(name: str, cost: float, accelerator: Any = None) -> dict[str, Any]:
+    return {
+        "name": name,
+        "prettyName": name.upper(),
+        "cpu": "2 vCPU",
+        "ram": "16 GB",
+        "accelerator": accelerator,
+        "unitCostMicroUSD": round(cost * 1e6),
+        "unitCostUSD": cost,
+        "unitLabel": "minute",
+    }
+
+
+GRAPHICS = {
+    "type": "gpu",
+    "model": "T4",
+    "quantity": "1",
+    "vram": "16 GB",
+    "manufacturer": "NVIDIA",
+}
+HARDWARE = [_machine("t4-small", 0.01, GRAPHICS), _machine("cpu-basic", 0.001)]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    Hub.posted, Hub.tokens, Hub.logs, Hub.stage = [], [], [], "RUNNING"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf_jobs, "_api", lambda token: HfApi(endpoint=url, token=token))
+    yield Hub
+    server.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder.at(tmp_path / "runs/20260101-000000-mine-0000")
+    made.recipe.write_text(RECIPE)
+    return made
+
+
+def start(folder: RunFolder) -> hf_jobs.Job:
+    return hf_jobs.start(folder, TOKEN, "t4-small", 45, "visitor/mine", "lightning-peft")
+
+
+def test_machines_come_with_their_price(hub):
+    found = hf_jobs.machines(TOKEN)
+    assert [one.flavor for one in found] == ["cpu-basic", "t4-small"]
+    assert found[1].title == "T4-SMALL, 1 x T4, 16 GB"
+    assert found[1].dollars_per_hour == pytest.approx(0.6)
+    assert hf_jobs.most_dollars(found[1], 45) == pytest.approx(0.45)
+
+
+def test_a_run_is_handed_over_with_its_recipe_and_a_secret_token(hub, folder):
+    job = start(folder)
+    path, body = hub.posted[0]
+    assert path == "/api/jobs/visitor"
+    assert body["flavor"] == "t4-small"
+    assert body["timeoutSeconds"] == 45 * 60
+    assert body["environment"] == {"RECIPE": RECIPE, "PUSH_TO": "visitor/mine"}
+    assert body["secrets"] == {"HF_TOKEN": TOKEN}
+    assert body["command"][:5] == ["uv", "run", "--with", "lightning-peft", "python"]
+    assert body["command"][-1] == SCRIPT.read_text()
+    assert hf_jobs.job_of(folder) == job
+    assert hf_jobs.status_of(folder).state == "preparing"
+    for file in folder.path.rglob("*"):
+        assert file.is_dir() or TOKEN not in file.read_text()
+
+
+def test_files_of_this_machine_are_refused(hub, folder, tmp_path):
+    data = tmp_path / "mine.jsonl"
+    data.write_text("{}")
+    folder.recipe.write_text(f"data: {{init_args: {{data: {data}}}}}\n")
+    with pytest.raises(Refused, match=r"mine\.jsonl"):
+        start(folder)
+    assert not hub.posted
+
+
+def test_the_folder_is_rebuilt_from_the_log_and_each_line_counts_once(hub, folder):
+    start(folder)
+
+    def told(name: str, content: Any) -> str:
+        return hf_jobs.MARK + json.dumps({"file": name, "line": json.dumps(content)})
+
+    status = {"state": "running", "step": 3, "total_steps": 9, "pid": 1, "unknown": 1}
+    hub.logs[:] = ["installing", told("status.json", status), told("metrics.jsonl", {"step": 3})]
+    hf_jobs.refresh(folder, TOKEN)
+    hub.logs += [told("metrics.jsonl", {"step": 4}), "token hf_abcdefghijklmno"]
+    hf_jobs.refresh(folder, TOKEN)
+    assert [row["step"] for row in folder.rows(folder.metrics)] == [3, 4]
+    assert hf_jobs.status_of(folder).step == 3
+    assert folder.log.read_text() == "installing\ntoken [hidden]\n"
+    hub.stage = "CANCELED"
+    hf_jobs.refresh(folder, TOKEN)
+    assert hf_jobs.status_of(folder).state == "stopped"
+    assert set(hub.tokens) == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("name", ["../../evil", "app.json", "job.json", "recipe.yaml", 3, None])
+def test_a_log_writes_no_other_files(folder, name):
+    before = sorted(folder.path.rglob("*"))
+    line = hf_jobs.MARK + json.dumps({"file": name, "line": '{"a": 1}'})
+    hf_jobs.rebuild(folder, [line, hf_jobs.MARK + "no json", hf_jobs.MARK + "[]"])
+    assert sorted(folder.path.rglob("*")) == sorted([*before, folder.log])
+    assert folder.recipe.read_text() == RECIPE
+    assert not (folder.path.parent.parent / "evil").exists()
+
+
+def test_a_job_can_be_cancelled(hub, folder):
+    start(folder)
+    hf_jobs.cancel(folder, TOKEN)
+    assert hub.posted[-1][0] == "/api/jobs/visitor/job1/cancel"
+
+
+def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
+    settings = Settings.on_a_space(tmp_path)
+    settings.runs.mkdir(parents=True)
+    store = RunStore(settings)
+    run = store.create("hf-visitor", RECIPE, "Mine")
+    start(run.folder)
+    run = store.note(run, where=hf_jobs.WHERE, launched=run.created)
+    assert run.status.state == "preparing"
+    assert run.active
+    executor = store.executor(run)
+    with pytest.raises(Refused, match=r"elsewhere\.sign_in"):
+        executor.stop(run)
+    status = {"state": "running", "step": 5, "pid": 1, "process_started": 1.0, "started": 9e9}
+    hub.logs[:] = [hf_jobs.MARK + json.dumps({"file": "status.json", "line": json.dumps(status)})]
+    executor.look(run.folder, TOKEN)
+    wait(lambda: store.get("hf-visitor", run.id).status.step == 5)
+    # Its process is on no machine of ours, which is no reason to call it crashed.
+    assert store.get("hf-visitor", run.id).status.state == "running"
+    executor.stop(run)
+    wait(lambda: hub.posted[-1][0].endswith("/cancel"))
+    with pytest.raises(Refused, match=r"errors\.no_such_run"):
+        store.get("v-somebody", run.id)
+
+
+def wait(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_the_script_of_the_job_trains_and_its_log_holds_the_run(tmp_path):
+    """As the hub runs it: text given to Python, in an empty folder, with two variables."""
+    recipes = ROOT / "recipes"
+    recipe = tmp_path / "both.yaml"
+    words = ["fit", f"--config={recipes}/sft-lora.yaml", f"--config={recipes}/small/sft.yaml"]
+    words += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--print_config"]
+    env = environment(tmp_path) | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_peft.cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    recipe.write_text(done.stdout)
+    there = tmp_path / "there"
+    there.mkdir()
+    env |= {"RECIPE": recipe.read_text(), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT.read_text()]
+    done = subprocess.run(command, env=env, cwd=there, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rebuilt = RunFolder.at(tmp_path / "rebuilt")
+    hf_jobs.rebuild(rebuilt, done.stdout.splitlines())
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"):
+        assert (rebuilt.path / name).read_text() == (there / "run" / name).read_text()
+    for name in ("status.json", "result.json", "provenance.json"):
+        assert json.loads((rebuilt.path / name).read_text()) == json.loads(
+            (there / "run" / name).read_text()
+        )
+    assert hf_jobs.status_of(rebuilt).state == "finished"
+    assert os.listdir(there / "run/checkpoints")

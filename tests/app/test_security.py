@@ -1,0 +1,277 @@
+"""Attacks on a real server by raw HTTP: files, uploads, handlers, sign-in, what browsers keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from gradio_app.serving import is_loopback, launch_options
+from gradio_app.settings import Settings
+from tests.app.servers import ROOT, Server, environment
+
+SECRET = "hf_thisIsASecretOfTheVisitor"
+HOSTILE = [
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    "'; touch /tmp/pwned; '",
+    "$(touch /tmp/pwned)",
+    "--config=/etc/passwd",
+    "!!python/object/apply:os.system ['touch /tmp/pwned']",
+    "model: {class_path: os.system, init_args: {command: 'touch /tmp/pwned'}}",
+    "<img src=x onerror=alert(1)>",
+    "\0",
+    SECRET,
+    None,
+    -1,
+    1e308,
+    [],
+    {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+]
+
+
+@pytest.fixture(scope="module")
+def site(serve) -> Server:
+    return serve(trainer="fake", limits={"upload_bytes": 200_000})
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    with httpx.Client(base_url=site.url, timeout=30, trust_env=False) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def config(client) -> dict[str, Any]:
+    return client.get("/config").json()
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../../etc/passwd", "server.log", "runs/x/status.json", "%2e%2e/server.log"],
+)
+def test_no_file_of_the_machine_is_served(client, site, path):
+    for name in (path, str(site.folder / path)):
+        answer = client.get(f"/gradio_api/file={name}")
+        assert answer.status_code in (403, 404), name
+
+
+def test_a_run_is_not_served_as_a_file_even_to_those_who_know_its_path(client, site):
+    run = site.runs / "20260101-000000-mine-0000"
+    run.mkdir(exist_ok=True)
+    (run / "train.log").write_text("secret")
+    answer = client.get(f"/gradio_api/file={run}/train.log")
+    assert answer.status_code == 403
+    assert "secret" not in answer.text
+
+
+def test_an_address_is_not_fetched_for_a_visitor(client):
+    answer = client.get("/gradio_api/file=http://127.0.0.1:1/secret")
+    assert answer.status_code in (400, 403, 404)
+
+
+# Uploads
+
+
+def test_an_upload_above_the_limit_is_refused(client):
+    answer = client.post("/gradio_api/upload", files={"files": ("a.jsonl", b"x" * 300_000)})
+    assert answer.status_code == 413
+
+
+def test_an_upload_never_leaves_the_folder_for_uploads(client, site):
+    name = "../../../../pwned.jsonl"
+    answer = client.post("/gradio_api/upload", files={"files": (name, b"{}")})
+    if answer.status_code == 200:
+        stored = Path(answer.json()[0]).resolve()
+        assert stored.is_relative_to(site.folder / "tmp")
+    assert not list(site.folder.parent.glob("**/../pwned.jsonl"))
+
+
+# Handlers
+
+
+def call(client: httpx.Client, fn_index: int, data: list[Any]) -> str:
+    """Calls a handler as its page would, but with anything, and returns all that comes back."""
+    session = uuid.uuid4().hex
+    body = {"data": data, "fn_index": fn_index, "session_hash": session}
+    joined = client.post("/gradio_api/queue/join", json=body)
+    text = joined.text
+    if joined.status_code != 200:
+        return text
+    url = f"/gradio_api/queue/data?session_hash={session}"
+    with client.stream("GET", url) as stream:
+        for line in stream.iter_lines():
+            text += line + "\n"
+            if "process_completed" in line or "close_stream" in line:
+                break
+    return text
+
+
+def test_no_handler_reads_a_file_or_shows_its_inside_to_an_attacker(client, config, site):
+    """Every handler of every page, called with hostile values in every place."""
+    # Timers and loads take nothing from the visitor; the second language has the same handlers.
+    handlers = [
+        one
+        for one in config["dependencies"]
+        if one["inputs"] and one["backend_fn"] and not one.get("js_only")
+    ]
+    assert handlers
+    half = handlers[: len(handlers) // 2 + 1]
+    for number, one in enumerate(half):
+        values = [HOSTILE[(number + k) % len(HOSTILE)] for k in range(len(one["inputs"]))]
+        text = call(client, one["id"], values)
+        assert "root:" not in text, one
+        assert "Traceback" not in text, one
+        assert str(site.folder) not in text, one
+        assert str(ROOT) not in text, one
+    assert not Path("/tmp/pwned").exists()
+    assert client.get("/").status_code == 200
+
+
+def test_only_the_declared_endpoints_are_public(client):
+    named = client.get("/gradio_api/info").json()["named_endpoints"]
+    assert set(named) <= {f"/{name}" for name in API}
+
+
+API = {"recipes", "check", "start", "runs", "status", "metrics", "stop"}
+
+
+# Sign-in and reach
+
+
+def test_with_a_password_nothing_is_shown_without_it(serve):
+    server = serve(trainer="fake", password="correct horse battery")
+    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+        for path in ("/config", "/gradio_api/info", "/gradio_api/file=x"):
+            assert client.get(path).status_code == 401, path
+        body = {"data": [], "fn_index": 0, "session_hash": "x"}
+        assert client.post("/gradio_api/queue/join", json=body).status_code == 401
+        upload = client.post("/gradio_api/upload", files={"files": ("a.jsonl", b"{}")})
+        assert upload.status_code == 401
+        form = {"username": "studio", "password": "wrong"}
+        assert client.post("/login", data=form).status_code == 400
+        form["password"] = "correct horse battery"
+        assert client.post("/login", data=form).status_code == 200
+        assert client.get("/config").status_code == 200
+
+
+@pytest.mark.parametrize("word", ["", "short"])
+def test_other_machines_need_a_password_to_be_let_in(tmp_path, word):
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_peft.cli", "app", "--host", "0.0.0.0", "--no-open"],
+        env=environment(tmp_path) | {"LIGHTNING_PEFT_PASSWORD": word},
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"it has {len(word)}" in done.stderr
+    assert "LIGHTNING_PEFT_PASSWORD" in done.stderr
+
+
+def test_what_is_loopback():
+    assert all(is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "localhost"))
+    assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.0.1", "example.org"))
+
+
+def test_the_server_listens_to_this_machine_alone(site):
+    ports = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    wanted = f"{site.port:04X}"
+    listening = {line[1].split(":")[0] for line in ports if line[1].endswith(f":{wanted}")}
+    assert listening == {"0100007F"}
+
+
+def test_the_launch_is_closed_where_gradio_is_open(tmp_path):
+    options = launch_options(Settings.on_this_machine(tmp_path, tmp_path, None), None)
+    assert options["share"] is False
+    assert options["show_error"] is False
+    assert options["run_history"] is False
+    assert options["enable_monitoring"] is False
+    assert options["mcp_server"] is False
+    assert options["strict_cors"] is True
+    assert options["allowed_paths"] == []
+    assert options["max_file_size"] == 500_000_000
+
+
+def test_other_sites_cannot_act_through_the_visitors_browser(client):
+    answer = client.get("/config", headers={"Origin": "https://evil.example"})
+    assert answer.headers.get("access-control-allow-origin") != "https://evil.example"
+    assert client.get("/monitoring/summary").status_code in (401, 403, 404)
+
+
+def test_no_telemetry_and_no_paths_from_the_environment(tmp_path):
+    source = (
+        "import os; from gradio_app.serving import prepare_environment; prepare_environment();"
+        "print(os.environ['GRADIO_ANALYTICS_ENABLED'], 'GRADIO_ALLOWED_PATHS' in os.environ)"
+    )
+    env = {**os.environ, "GRADIO_ALLOWED_PATHS": "/", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "False"]
+
+
+# What the known holes of such pages teach: each name is that of the advisory.
+
+
+def _sources() -> list[Path]:
+    return [file for file in (ROOT / "gradio_app").rglob("*.py") if "__pycache__" not in str(file)]
+
+
+@pytest.mark.parametrize(
+    ("advisory", "words"),
+    [
+        ("CVE-2024-52803, CVE-2024-32022: a shell", ["shell=True", "os.system", "os.popen"]),
+        ("CVE-2025-53002, CVE-2025-46567: pickle", ["pickle", "torch.load", "joblib"]),
+        ("CVE-2025-61784: fetching for a visitor", ["requests.get", "urlopen", "httpx.get"]),
+        ("CVE-2026-28416: other people's Spaces", ["gr.load("]),
+        ("GHSA-j36p-7w88-g82j: the file explorer", ["FileExplorer"]),
+        ("CVE-2025-48889: flagging copies files", ["flagging"]),
+        ("yaml that makes objects", ["yaml.load(", "unsafe_load", "full_load"]),
+        ("evaluating what a visitor wrote", ["eval(", "exec("]),
+    ],
+)
+def test_what_opened_other_pages_is_not_used_here(advisory, words):
+    for file in _sources():
+        text = file.read_text(encoding="utf-8").replace("exec_module(", "")
+        for word in words:
+            assert word not in text, f"{advisory}: {file.name} has {word}"
+
+
+def test_sign_in_exists_on_a_space_alone(config):
+    """CVE-2026-27167: off a Space, Gradio's sign-in would hand out the token of the machine."""
+    assert not any(one["type"] == "loginbutton" for one in config["components"])
+
+
+def test_versions_are_past_the_known_holes():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'app = ["gradio>=6.31,<7"]' in text
+    pins = dict(
+        line.split(";")[0].strip().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    # CVE-2026-24747 of torch, CVE-2026-9856 of transformers.
+    assert tuple(map(int, pins["torch"].split(".")[:2])) >= (2, 10)
+    assert tuple(map(int, pins["transformers"].split(".")[:2])) >= (5, 10)
+
+
+def test_a_browser_keeps_no_secret(site, visit):
+    page = visit(site.url)
+    page.locator("h1").wait_for()
+    stored = json.dumps(page.evaluate("({...localStorage, ...sessionStorage})"))
+    assert "run-history" not in stored
+    assert "hf_" not in stored
