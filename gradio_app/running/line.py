@@ -68,7 +68,7 @@ class Line:
                 run,
                 waiting=max([time.time(), *(place + 1 for place in waiting)]),
                 resume=resume,
-                from_step=run.status.step if resume else 0,
+                from_step=run.checkpoint_step if resume else 0,
                 stop_asked=None,
                 kill_asked=None,
                 out_of_time=False,
