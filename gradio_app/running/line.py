@@ -68,7 +68,7 @@ class Line:
                 run,
                 waiting=max([time.time(), *(place + 1 for place in waiting)]),
                 resume=resume,
-                from_step=run.status.step if resume else 0,
+                from_step=run.checkpoint_step if resume else 0,
                 stop_asked=None,
                 kill_asked=None,
                 out_of_time=False,
@@ -165,9 +165,8 @@ class Line:
             Refused: If it is not at work.
         """
         run = self._at_work(owner, run_id)
-        run = self.store.note(run, kill_asked=time.time())
         self.store.executor(run).kill(run)
-        return run
+        return self.store.note(run, kill_asked=time.time())
 
     def _at_work(self, owner: str, run_id: str) -> Run:
         run = self.store.get(owner, run_id)

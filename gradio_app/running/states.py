@@ -29,9 +29,9 @@ def state_of(folder: RunFolder, facts: Facts, executor: Executor) -> Status:
         return written or Status(state="queued", phase="not started")
     if written is None or written.started < facts.launched:
         return _unspoken(folder, facts, executor)
-    if written.state in ("preparing", "crashed"):
-        # A run that goes on starts to count at its checkpoint, when it trains.
-        written = replace(written, step=max(written.step, facts.from_step))
+    if facts.resume and not written.step:
+        # A run that goes on begins to count from its checkpoint with its first step.
+        written = replace(written, step=facts.from_step)
     if written.state == "crashed" and (facts.kill_asked or facts.stop_asked):
         return replace(written, state="stopped", phase="stopped at once")
     return written

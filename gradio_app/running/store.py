@@ -83,6 +83,14 @@ class Run:
         resting = self.status.state in ("stopped", "failed", "crashed")
         return resting and self.status.kind == "fit" and self.folder.newest_checkpoint() is not None
 
+    @property
+    def checkpoint_step(self) -> int:
+        """After which step it would go on."""
+        newest = self.folder.newest_checkpoint()
+        names = {one.name: one.step for one in self.checkpoints()}
+        step = names.get(newest.stem) if newest is not None else None
+        return self.status.step if step is None else step
+
     def checkpoints(self) -> list[Checkpoint]:
         """Returns the adapters it has saved: the best ones first, then the newest."""
         root = self.folder.checkpoints / "adapters"

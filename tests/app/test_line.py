@@ -68,7 +68,8 @@ def test_stop_and_go_on_where_it_stopped(store, lines):
     until(lambda: state(store, run) == "stopped")
     stopped = store.get("local", run.id)
     assert stopped.can_resume
-    line.add(stopped, resume=True)
+    assert stopped.checkpoint_step == stopped.status.step
+    assert line.add(stopped, resume=True).facts.from_step == stopped.status.step
     until(lambda: state(store, run) == "running")
     assert store.get("local", run.id).status.step >= stopped.status.step
     events = (run.folder.path / "events.jsonl").read_text()

@@ -32,7 +32,8 @@ def offered(run: Run) -> set[str]:
         steps = {"save_now"} if run.status.state == "running" and not asked else set()
         return {"stop_now"} | (set() if asked else {"stop"}) | steps
     found = {"delete"}
-    if run.status.state == "queued" or not run.folder.status_file.is_file():
+    if run.status.state == "queued" or not (run.status.step or run.can_resume):
+        # Nothing was learnt yet: it can begin again in its folder.
         return found | {"start"}
     if run.status.state == "crashed":
         found.add("mark")
@@ -89,7 +90,9 @@ class Actions:
         link = ""
         if run is not None:
             url = escaped(self.t.url("new", **{"from": run.id}))
-            link = f'<a class="as-button" href="{url}">{self.t("run.duplicate")}</a>'
+            # Where there is no other next step, it is this one.
+            looks = "as-button" if names & _PRIMARY else "as-button primary"
+            link = f'<a class="{looks}" href="{url}">{self.t("run.duplicate")}</a>'
         return [*shown, Shown(gr.Button(visible=there), there), html(link)]
 
     def bind(self, view: View) -> None:

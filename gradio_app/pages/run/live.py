@@ -38,6 +38,9 @@ document.addEventListener('change', (event) => {
 });
 show();
 """
+_COPY = (
+    "() => { navigator.clipboard?.writeText(document.querySelector('#run-log pre').textContent); }"
+)
 
 
 class Live:
@@ -115,6 +118,8 @@ class Live:
             gr.Checkbox(
                 True, label=t("run.follow"), elem_id="log-follow", interactive=True, scale=0
             )
+            copy = gr.Button(t("run.copy_log"), size="sm", elem_id="log-copy", scale=0)
+            copy.click(None, None, None, js=_COPY)
         self._log = markup(
             t("run.log_empty"),
             html_template=_LOG.format(label=t("run.log_label")),
