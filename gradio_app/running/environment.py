@@ -58,4 +58,7 @@ def trainer_environment(
         # Or the library would look for the token in a file of the owner's.
         kept["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
     # Or a file called like a library, where the data lies, would be imported in its place.
+    # Threads that wait for each other with their cores held make a run many times slower where the
+    # page, a chat or another program uses the cores too.
+    kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return {**kept, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}

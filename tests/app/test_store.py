@@ -167,6 +167,9 @@ def test_the_token_of_a_spaces_owner_stays_with_the_server(store, tmp_path):
     local = trainer_environment(settings(tmp_path), outer)
     assert (local["HF_TOKEN"], local["WANDB_API_KEY"]) == ("x", "z")
     assert "AWS_SECRET" not in local
+    assert local["OMP_WAIT_POLICY"] == "PASSIVE"
+    chosen = trainer_environment(settings(tmp_path), {"OMP_WAIT_POLICY": "ACTIVE"})
+    assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
     space = trainer_environment(settings(tmp_path, space=True), outer)
     assert space["HF_HOME"] == "/h"
     assert not {"HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET"} & set(space)
