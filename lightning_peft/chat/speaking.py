@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
 from lightning_peft.data.templates import Template, find_template
@@ -45,12 +45,14 @@ class Answer:
         tokens: How many tokens were generated.
         ended: Whether the model ended it itself.
         dropped: Turns of the conversation that were left out, as the model takes no more tokens.
+        stopped: Whether it was stopped before its end.
     """
 
     text: str
     tokens: int
     ended: bool
     dropped: int = 0
+    stopped: bool = False
 
 
 @dataclass
@@ -142,13 +144,17 @@ class Speaker:
         return found
 
     def answer(
-        self, messages: Messages, write: Callable[[str], None] = lambda text: None
+        self,
+        messages: Messages,
+        write: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Generates the next turn.
 
         Args:
             messages: The conversation so far; the oldest turns are left out where it is too long.
             write: Takes each piece of the answer as soon as it is there.
+            stop: Is asked after each token whether the answer is to end there.
 
         Raises:
             ConfigError: If even the last turn is too long for the model.
@@ -172,11 +178,13 @@ class Speaker:
                 else ends[0],
                 top_k=None,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
                 **options,
             )
         new = out[0, ids.shape[1] :].tolist()
         ended = bool(new) and new[-1] in ends
-        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped)
+        stopped = not ended and stop()
+        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
 
     def _fitting(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
         """Returns the ids of the turns that fit, how many turns do not, and the room after them."""
@@ -247,3 +255,14 @@ class _Pieces(TextStreamer):
         self.text += text
         if text:
             self.write(text)
+
+
+class _Asked(StoppingCriteria):
+    """Ends a generation when a function says so."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Says for each row, ``(rows,)``, whether it ends."""
+        return torch.full((input_ids.shape[0],), self.stop(), device=input_ids.device)
