@@ -36,9 +36,7 @@ class ModelProcess:
         environment: All that it sees of the server's environment.
     """
 
-    def __init__(
-        self, words: Sequence[str], folder: Path, environment: Mapping[str, str]
-    ) -> None:
+    def __init__(self, words: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         # A file: nobody reads what it prints while it lives, and a full pipe would stop it.
         self._errors = tempfile.NamedTemporaryFile(prefix="lightning-peft-chat-")  # noqa: SIM115
         self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()

@@ -206,7 +206,7 @@ class Speakers:
             elif isinstance(row.get("ready"), dict):
                 held.ready, held.phase, held.used = row["ready"], "ready", time.monotonic()
             elif "error" in row:
-                raise Refused("trying.refused_loading", why=said(row["error"], self.settings))
+                raise Refused("trying.refused_load", why=said(row["error"], self.settings))
             yield self.standing(held.owner)
 
     def answer(
@@ -248,7 +248,11 @@ class Speakers:
         with self._lock:
             self._check(owner)
             held = self._held
-            if held is None or held.owner != owner or not held.serves(run, checkpoint or _any(held)):
+            if (
+                held is None
+                or held.owner != owner
+                or not held.serves(run, checkpoint or _any(held))
+            ):
                 raise Refused("trying.was_unloaded")
             held.phase, held.answering = "answering", next(self._keys)
             return held, held.answering
@@ -269,6 +273,13 @@ class Speakers:
             facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
             yield Piece(text.strip(), done=True, **facts)
             return
+
+    def around_question(self, owner: str) -> list[str] | None:
+        """Returns what the template puts before and after a first question."""
+        held = self._held
+        ready = held.ready if held is not None and held.owner == owner else None
+        found = (ready or {}).get("around_question")
+        return found if isinstance(found, list) and len(found) == 2 else None
 
     def stop(self, owner: str) -> None:
         """Ends the answer that a visitor is being given, if there is one."""

@@ -136,6 +136,7 @@ class Server:
             "active": speaker.active,
             "device": model.device.type,
             "template": speaker.template().name,
+            "around_question": speaker.around_question(),
             "memory_bytes": model.get_memory_footprint(),
             "notes": list(speaker.loaded.notes),
         }

@@ -19,6 +19,8 @@ from lightning_peft.export.loading import Loaded
 
 BASE = "base"
 Messages = Sequence[dict[str, str]]
+# Nothing that a template would say itself.
+_MARK = "question7240"
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,20 @@ class Speaker:
         ids = self.loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         found: torch.Tensor = ids["input_ids"]
         return found
+
+    def around_question(self) -> tuple[str, str] | None:
+        """Returns what stands before and after a first question, without special tokens.
+
+        Texts of the record, such as those in ``samples.jsonl``, have it around their questions.
+        ``None`` where the template takes no question alone.
+        """
+        try:
+            ids = self.tokens_of([{"role": "user", "content": _MARK}])
+        except ConfigError:
+            return None
+        text = self.loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
+        before, found, after = text.partition(_MARK)
+        return (before, after) if found else None
 
     def answer(
         self,

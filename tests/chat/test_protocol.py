@@ -61,7 +61,9 @@ def client(lora_run: Path) -> Iterator[Client]:
     opened = Client(f"mine={lora_run}", *SPEAK)
     yield opened
     opened.process.kill()
-    opened.process.communicate()
+    opened.process.wait()
+    for stream in (opened.process.stdin, opened.process.stdout, opened.process.stderr):
+        stream.close()
 
 
 def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
@@ -72,7 +74,8 @@ def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
     assert client.ready["names"] == ["base", "mine"]
     assert client.ready["active"] == "mine"
     assert client.ready["device"] == "cpu"
-    assert client.ready["template"]
+    assert client.ready["template"] == "plain"
+    assert client.ready["around_question"] == ["### User:\n", "\n\n### Assistant:\n"]
     # 4.26 million float32 weights of the demo's base, and the adapter's.
     assert client.ready["memory_bytes"] > 4 * 4_000_000
 
@@ -89,10 +92,10 @@ def test_the_stream_is_what_the_command_line_says(client: Client, lora_run: Path
     }
     base, _ = client.ask("two", adapter="base")
     assert base != tuned
-    for name, said in (("mine", tuned), ("base", base)):
-        lines = f"/adapter {name}\n{QUESTION[0]['content']}\n"
-        shown = command("chat", f"mine={lora_run}", *SPEAK, given=lines)
-        assert shown.stdout.strip() == said, name
+    question = QUESTION[0]["content"]
+    lines = f"{question}\n/reset\n/base\n{question}\n"
+    shown = command("chat", f"mine={lora_run}", *SPEAK, "--json", given=lines)
+    assert [json.loads(line)["answer"] for line in shown.stdout.splitlines()] == [tuned, base]
 
 
 def test_the_seed_decides_what_is_drawn(client: Client) -> None:
