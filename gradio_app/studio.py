@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradio_app.running.line import Line
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
+from gradio_app.speaking.speakers import Speakers
 
 
 class Studio:
@@ -17,6 +18,7 @@ class Studio:
         settings: The same.
         store: All runs.
         line: The runs that wait, and the one that is carried out.
+        speakers: The model that is talked to, if one is loaded.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -25,7 +27,9 @@ class Studio:
             folder.mkdir(parents=True, exist_ok=True)
         self.store = RunStore(settings)
         self.line = Line(settings, self.store)
+        self.speakers = Speakers(settings, self.line.active)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
+        self.speakers.close()
         self.line.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
 from lightning_peft.data.templates import Template, find_template
@@ -19,6 +19,8 @@ from lightning_peft.export.loading import Loaded
 
 BASE = "base"
 Messages = Sequence[dict[str, str]]
+# Nothing that a template would say itself.
+_MARK = "question7240"
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,14 @@ class Answer:
         tokens: How many tokens were generated.
         ended: Whether the model ended it itself.
         dropped: Turns of the conversation that were left out, as the model takes no more tokens.
+        stopped: Whether it was stopped before its end.
     """
 
     text: str
     tokens: int
     ended: bool
     dropped: int = 0
+    stopped: bool = False
 
 
 @dataclass
@@ -141,14 +145,32 @@ class Speaker:
         found: torch.Tensor = ids["input_ids"]
         return found
 
+    def around_question(self) -> tuple[str, str] | None:
+        """Returns what stands before and after a first question, without special tokens.
+
+        Texts of the record, such as those in ``samples.jsonl``, have it around their questions.
+        ``None`` where the template takes no question alone.
+        """
+        try:
+            ids = self.tokens_of([{"role": "user", "content": _MARK}])
+        except ConfigError:
+            return None
+        text = self.loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
+        before, found, after = text.partition(_MARK)
+        return (before, after) if found else None
+
     def answer(
-        self, messages: Messages, write: Callable[[str], None] = lambda text: None
+        self,
+        messages: Messages,
+        write: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Generates the next turn.
 
         Args:
             messages: The conversation so far; the oldest turns are left out where it is too long.
             write: Takes each piece of the answer as soon as it is there.
+            stop: Is asked after each token whether the answer is to end there.
 
         Raises:
             ConfigError: If even the last turn is too long for the model.
@@ -172,11 +194,13 @@ class Speaker:
                 else ends[0],
                 top_k=None,
                 streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
                 **options,
             )
         new = out[0, ids.shape[1] :].tolist()
         ended = bool(new) and new[-1] in ends
-        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped)
+        stopped = not ended and stop()
+        return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
 
     def _fitting(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
         """Returns the ids of the turns that fit, how many turns do not, and the room after them."""
@@ -247,3 +271,14 @@ class _Pieces(TextStreamer):
         self.text += text
         if text:
             self.write(text)
+
+
+class _Asked(StoppingCriteria):
+    """Ends a generation when a function says so."""
+
+    def __init__(self, stop: Callable[[], bool]) -> None:
+        self.stop = stop
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Says for each row, ``(rows,)``, whether it ends."""
+        return torch.full((input_ids.shape[0],), self.stop(), device=input_ids.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ _MORE = """\
 ADAPTER is an adapter folder, a .ckpt file, or the folder of a run; NAME=PATH names it.
 
 In the conversation: /adapter NAME, /base, /adapters, /reset, /help, /quit. Where the input is a
-pipe, each line is a question, or a command, and the answers alone go to the standard output.
+pipe, each line is a question, or a command, and the answers alone go to the standard output. With
+--serve another program asks, in lines of JSON that docs/chat-and-compare.md describes.
 
 exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 130 if interrupted
 """
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
     """
     given = _parser().parse_args(list(arguments))
+    if given.serve:
+        return _serve(given)
     with redirect_stdout(sys.stderr):
         talk = _load(given)
     return _answer_all(talk, given)
@@ -70,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
     add_speaking_options(parser)
-    parser.add_argument("--prompt", help="ask this, print the answer, and end")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", help="ask this, print the answer, and end")
+    asked.add_argument(
+        "--serve", action="store_true", help="answer another program, in lines of JSON"
+    )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 draws nothing")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -78,8 +85,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_speaker(given: argparse.Namespace, temperature: float = 0.0, top_p: float = 1.0) -> Any:
+def make_speaker(
+    given: argparse.Namespace,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    say: Callable[[str], None] = lambda what: None,
+) -> Any:
     """Returns the speaker that the options of :func:`add_speaking_options` describe.
+
+    Args:
+        given: Options.
+        temperature: How its tokens are drawn.
+        top_p: Likewise.
+        say: Is told what is going on.
 
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.
@@ -95,9 +113,11 @@ def make_speaker(given: argparse.Namespace, temperature: float = 0.0, top_p: flo
         problems.append("neither an ADAPTER nor --base is given")
     if problems:
         raise ConfigError("; ".join(problems))
+    say("loading the libraries")
     import_module("lightning_peft.cli.progress").quiet_libraries()
     loading = import_module("lightning_peft.export.loading")
     speaking = import_module("lightning_peft.chat.speaking")
+    say("finding the base")
     adapters = import_module("lightning_peft.export.adapters").find_adapters(given.adapters)
     if adapters:
         folders = import_module("lightning_peft.export.merged_folder")
@@ -106,6 +126,7 @@ def make_speaker(given: argparse.Namespace, temperature: float = 0.0, top_p: flo
         base = import_module("lightning_peft.export.base").find_base(given.base, given.revision)
     # Before the model, which can take minutes.
     speaking.template_for(loading.load_tokenizer(base), adapters, given.chat_template)
+    say("loading the model")
     loaded = loading.load_with_adapters(
         base,
         adapters,
@@ -126,6 +147,19 @@ def _load(given: argparse.Namespace) -> Conversation:
         speaker, given.system
     )
     return made
+
+
+def _serve(given: argparse.Namespace) -> int:
+    protocol = import_module("lightning_peft.chat.protocol")
+    out = sys.stdout
+
+    def make(say: Callable[[str], None]) -> Any:
+        return make_speaker(given, given.temperature, given.top_p, say)
+
+    # Nothing else may get between the lines of the protocol.
+    with redirect_stdout(sys.stderr):
+        protocol.Server(sys.stdin, out, given.system, given.seed).serve(make)
+    return 0
 
 
 def _answer_all(talk: Conversation, given: argparse.Namespace) -> int:

@@ -1,0 +1,190 @@
+"""Talking to what was trained, beside its base, and voting without knowing which is which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import escaped
+from gradio_app.pages.frame import private, quiet
+from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.run import trying_html
+from gradio_app.pages.run.trying_parts import Parts
+from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_of
+from gradio_app.running.store import Run
+from gradio_app.speaking import votes
+from gradio_app.speaking.samples import held_out, labels
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of
+
+# How often the tab looks whether the model, the checkpoints or the machine have changed.
+LOOK_SECONDS = 2.0
+
+
+def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
+    """Makes the tab."""
+    Trying(studio, t, run_id).bind()
+
+
+class Trying:
+    """The tab, and what its buttons do."""
+
+    def __init__(self, studio: Studio, t: Texts, run_id: gr.State) -> None:
+        self.studio, self.t, self.run_id = studio, t, run_id
+        self.talk = gr.State(Talk())
+        self._seen = gr.State(())
+        self._timer = gr.Timer(LOOK_SECONDS)
+        self.parts = Parts(t)
+
+    def bind(self) -> None:
+        """Binds what the buttons do."""
+        p, t = self.parts, self.t
+        given = [self.run_id, self.talk, *p.settings]
+        shown = [self.talk, *p.talking, p.standing]
+        every = {**private(), "concurrency_limit": None}
+        for event in (p.ask.click, p.question.submit):
+            event(told(t)(self._ask), [p.question, *given], [p.question, *shown], **every)
+        for place, button in enumerate(p.prompts):
+            button.click(told(t)(self._placed(place)), given, shown, **every)
+        p.load.click(told(t)(self._load), [self.run_id, p.checkpoint], p.standing, **every)
+        for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
+            button.click(told(t)(act), self.run_id, p.standing, **every)
+        for event in (p.anew.click, p.mode.input, p.checkpoint.input):
+            event(told(t)(self._anew), p.settings, [self.talk, *p.talking], **private())
+        for name, button in p.votes.items():
+            given = [self.run_id, self.talk]
+            voted = [self.talk, *p.talking, p.tally]
+            button.click(told(t)(self._vote(name)), given, voted, **every)
+        looked = [self.run_id, p.checkpoint, self._seen]
+        changing = [self._seen, *p.changing]
+        self._timer.tick(self._look, looked, changing, **quiet())
+        self.run_id.change(self._look, looked, changing, **quiet())
+
+    def _run(self, run_id: Any, request: gr.Request) -> Run:
+        owner = owner_of(request, self.studio.settings.space)
+        return self.studio.store.get(owner, run_id)
+
+    # Asking
+
+    def _ask(
+        self, request: gr.Request, question: Any, run_id: Any, talk: Any, *values: Any
+    ) -> Iterator[Any]:
+        text = question if isinstance(question, str) else ""
+        for number, shown in enumerate(self._asking(request, text, run_id, talk, values)):
+            # What was written stays until it is sure that it can be asked.
+            yield ("" if number == 1 else gr.skip(), *shown)
+
+    def _placed(self, place: int) -> Callable[..., Iterator[Any]]:
+        def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
+            yield from self._asking(request, place, run_id, talk, values)
+
+        return ask
+
+    def _asking(
+        self, request: gr.Request, question: Any, run_id: Any, talk: Any, values: tuple[Any, ...]
+    ) -> Iterator[tuple[Any, ...]]:
+        run = self._run(run_id, request)
+        asked = checked(run, question, values)
+        talk = talk if isinstance(talk, Talk) else Talk()
+        skips = (gr.skip(),) * len(self.parts.talking)
+        try:
+            for _ in self.studio.speakers.load(run.owner, run, asked.checkpoint):
+                yield (gr.skip(), *skips, self._standing(run))
+            now = talk
+            for now in answers(self.studio.speakers, run, talk, asked):
+                shown = self.parts.shown(now, asked.mode, going_on=True)
+                yield (now, *shown, self._standing(run))
+        except Refused:
+            # The conversation is as before the question.
+            yield (talk, *self.parts.shown(talk, asked.mode), self._standing(run))
+            raise
+        yield (now, *self.parts.shown(now, asked.mode), self._standing(run))
+
+    def _anew(self, *values: Any) -> tuple[Any, ...]:
+        mode, checkpoint = str(values[0]), str(values[1] or "")
+        talk = Talk(checkpoint=checkpoint, blind=mode == "blind")
+        return (talk, *self.parts.shown(talk, mode))
+
+    # The model
+
+    def _load(self, run_id: Any, checkpoint: Any, request: gr.Request) -> Iterator[str]:
+        run = self._run(run_id, request)
+        try:
+            for _ in self.studio.speakers.load(run.owner, run, checkpoint_of(run, checkpoint)):
+                yield self._standing(run)
+        except Refused:
+            yield self._standing(run)
+            raise
+        yield self._standing(run)
+
+    def _unload(self, run_id: Any, request: gr.Request) -> str:
+        run = self._run(run_id, request)
+        self.studio.speakers.unload(run.owner)
+        gr.Info(self.t("trying.unloaded"))
+        return self._standing(run)
+
+    def _stop(self, run_id: Any, request: gr.Request) -> str:
+        run = self._run(run_id, request)
+        self.studio.speakers.stop(run.owner)
+        return self._standing(run)
+
+    def _standing(self, run: Run) -> str:
+        speakers = self.studio.speakers
+        reason = speakers.reason(run.owner)
+        said = sentence(reason, self.t) if reason is not None else ""
+        minutes = round(speakers.patience.idle / 60)
+        return trying_html.standing(speakers.standing(run.owner), said, minutes, self.t)
+
+    # Voting
+
+    def _vote(self, vote: str) -> Callable[..., tuple[Any, ...]]:
+        def act(request: gr.Request, run_id: Any, talk: Any) -> tuple[Any, ...]:
+            return self._voted(request, vote, run_id, talk)
+
+        return act
+
+    def _voted(self, request: gr.Request, vote: str, run_id: Any, talk: Any) -> tuple[Any, ...]:
+        run = self._run(run_id, request)
+        ballot = talk.ballot if isinstance(talk, Talk) else None
+        if ballot is None:
+            raise Refused("trying.refused_vote")
+        outcome = votes.record(run, ballot, vote)
+        told_now = trying_html.revealed(outcome, ballot.who, self.t)
+        talk = Talk(talk.checkpoint, True, talk.left, talk.right, talk.ends, talk.reference)
+        shown = self.parts.shown(talk, "blind", revealed=told_now, who=ballot.who)
+        return (talk, *shown, self._tally(run, ballot.checkpoint))
+
+    def _tally(self, run: Run, checkpoint: str) -> str:
+        return trying_html.tally(votes.tally(run, checkpoint), checkpoint, self.t)
+
+    # What changes by itself
+
+    def _look(self, run_id: Any, checkpoint: Any, seen: Any, request: gr.Request) -> list[Any]:
+        try:
+            run = self._run(run_id, request)
+        except Refused:
+            return [gr.skip()] * (1 + len(self.parts.changing))
+        known = run.checkpoints()
+        names = [one.name for one in known]
+        chosen = checkpoint if checkpoint in names else next(iter(names), None)
+        rows = held_out(run)
+        texts = [trying_html.sentences([text]) for text in labels(rows)]
+        standing = self._standing(run) if names else ""
+        free = bool(names) and self.studio.speakers.reason(run.owner) is None
+        phase = self.studio.speakers.standing(run.owner).phase
+        tally = self._tally(run, chosen) if chosen else ""
+        choices = [
+            (escaped(one.name) if one.step is None else self._stepped(one.name, one.step), one.name)
+            for one in known
+        ]
+        key = (run.id, chosen, tuple(choices), tuple(texts), standing, free, phase, tally)
+        if key == seen:
+            return [gr.skip()] * (1 + len(self.parts.changing))
+        return [key, *self.parts.changed(choices, chosen, texts, standing, free, phase, tally)]
+
+    def _stepped(self, name: str, step: int) -> str:
+        return self.t("trying.checkpoint_step", name=name, step=step)

@@ -1,0 +1,105 @@
+"""What the tab for trying a model says, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from gradio_app.guards import escaped
+from gradio_app.running.words import duration, size
+from gradio_app.speaking.speakers import Piece, Standing
+from gradio_app.texts import Texts
+
+_WHATS = {
+    "loading the libraries": "libraries",
+    "finding the base": "base",
+    "loading the model": "model",
+}
+
+
+def empty(t: Texts) -> str:
+    """Returns what stands there before the first checkpoint."""
+    return f'<div class="nothing"><h2>{t("trying.empty")}</h2><p>{t("trying.empty_more")}</p></div>'
+
+
+def standing(now: Standing, reason: str, minutes: int, t: Texts) -> str:
+    """Returns how the model is.
+
+    Args:
+        now: How it is.
+        reason: Why it cannot be used now; empty if it can.
+        minutes: After how many without a question it is unloaded.
+        t: Texts.
+    """
+    note = ""
+    if reason:
+        sign, text = "\u26a0", reason
+    elif now.phase == "loading":
+        what = t(f"trying.what_{_WHATS.get(now.what, 'starting')}")
+        sign, text = "\u25cc", t("trying.loading", what=what, time=duration(now.seconds, t))
+    elif now.phase == "none":
+        sign, text = "\u25cb", t("trying.none")
+    else:
+        device = t("trying.device_cpu" if now.device == "cpu" else "trying.device_cuda")
+        memory = size(now.memory_bytes)
+        sign, text = "\u25cf", t(f"trying.{now.phase}", device=device, memory=memory)
+        note = t("trying.idle_note", minutes=minutes)
+    more = "".join(f'<p class="note">{escaped(line)}</p>' for line in (note, *now.notes) if line)
+    name = "blocked" if reason else now.phase
+    return (
+        f'<div class="model {name}" role="status"><p><span aria-hidden="true">{sign}</span> '
+        f"{escaped(text)}</p>{more}</div>"
+    )
+
+
+def reference(text: str, t: Texts) -> str:
+    """Returns the answer that the data has; empty where it has none."""
+    if not text:
+        return ""
+    return (
+        f'<figure class="reference"><figcaption>{t("trying.reference")}</figcaption>'
+        f"<blockquote>{escaped(text)}</blockquote></figure>"
+    )
+
+
+def notes(ends: Mapping[str, Piece], t: Texts) -> str:
+    """Returns how answers ended, by who gave them."""
+    lines = []
+    for who, piece in ends.items():
+        kind = "stopped" if piece.stopped else "whole" if piece.ended else "cut"
+        lines.append(t(f"trying.note_{kind}", who=who, tokens=piece.tokens))
+    dropped = max((piece.dropped for piece in ends.values()), default=0)
+    if dropped:
+        lines.append(t("trying.note_dropped", n=dropped))
+    inner = "".join(f"<span>{escaped(line)}</span>" for line in lines)
+    return f'<p class="note ends" role="status">{inner}</p>'
+
+
+def revealed(outcome: str, who: Mapping[str, str], t: Texts) -> str:
+    """Returns whom a vote was for, and who was who."""
+    sides = [
+        t("trying.side_is", side=t(f"trying.side_{side}"), who=t(f"trying.who_{name}"))
+        for side, name in who.items()
+    ]
+    said = f"{t(f'trying.voted_{outcome}')} {', '.join(sides)}."
+    return f'<p class="revealed" role="status">{escaped(said)}</p>'
+
+
+def tally(counts: Mapping[str, int], checkpoint: str, t: Texts) -> str:
+    """Returns the votes so far."""
+    title = f"<h2>{escaped(t('trying.votes', name=checkpoint))}</h2>"
+    total = sum(counts.values())
+    if not total:
+        return f'{title}<p class="note">{t("trying.votes_none")}</p>'
+    rows = "".join(
+        f'<div class="{name}"><dt>{t(f"trying.tally_{name}")}</dt>'
+        f'<dd><strong>{count}</strong><span class="part" aria-hidden="true">'
+        f'<span style="width:{100 * count / total:.0f}%"></span></span></dd></div>'
+        for name, count in counts.items()
+    )
+    return f'{title}<dl class="tally">{rows}</dl>'
+
+
+def sentences(lines: Sequence[str]) -> str:
+    """Returns text on one line, short enough for a button."""
+    text = " ".join(" ".join(lines).split())
+    return text if len(text) <= 90 else text[:89] + "\u2026"

@@ -1,0 +1,262 @@
+"""The components of the tab for trying a model, and how a conversation is shown in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.pages.run import trying_html
+from gradio_app.pages.run.trying_talk import MODES, Talk, Turns
+from gradio_app.speaking.asking import LONGEST_TEXT, MOST_TEMPERATURE, MOST_TOKENS, Sampling
+from gradio_app.speaking.samples import MOST
+from gradio_app.speaking.votes import VOTES
+from gradio_app.texts import Texts
+
+_HEIGHT = 340
+
+
+class Parts:
+    """The components.
+
+    Attributes:
+        settings: What a question is asked with: mode, checkpoint, system turn, and sampling.
+        talking: What shows a conversation.
+        changing: What changes by itself.
+    """
+
+    def __init__(self, t: Texts) -> None:
+        self.t = t
+        self.empty = gr.HTML(trying_html.empty(t), elem_id="try-empty", padding=False)
+        with gr.Column(elem_id="try-body", visible=False) as self.body:
+            self._build_model()
+            self._build_columns()
+            self._build_question()
+            sampling = self._build_settings()
+            self.tally = gr.HTML("", elem_id="try-tally", padding=False)
+        self.settings: list[Any] = [self.mode, self.checkpoint, *sampling]
+        self.talking: list[Any] = [
+            self.left,
+            self.right,
+            self.notes,
+            self.reference,
+            self.ballot,
+            self.revealed,
+            self.stop,
+        ]
+        self.changing: list[Any] = [
+            self.empty,
+            self.body,
+            self.standing,
+            self.load,
+            self.unload,
+            self.checkpoint,
+            self.held_out,
+            *self.prompts,
+            self.ask,
+            self.tally,
+        ]
+
+    def _build_model(self) -> None:
+        t = self.t
+        gr.HTML(f"<h2>{t('trying.state')}</h2>", padding=False)
+        with gr.Row(elem_id="try-model", equal_height=True):
+            self.standing = gr.HTML("", elem_id="try-state", padding=False)
+            self.load = gr.Button(t("trying.load"), elem_id="try-load", size="md", scale=0)
+            self.unload = gr.Button(
+                t("trying.unload"), elem_id="try-unload", size="md", scale=0, visible=False
+            )
+        with gr.Row(elem_id="try-choices"):
+            self.mode = gr.Radio(
+                [(t(f"trying.mode_{mode}"), mode) for mode in MODES],
+                value="both",
+                label=t("trying.mode"),
+                info=t("trying.mode_info"),
+                elem_id="try-mode",
+                interactive=True,
+                scale=2,
+            )
+            self.checkpoint = gr.Dropdown(
+                [],
+                label=t("trying.checkpoint"),
+                elem_id="try-checkpoint",
+                interactive=True,
+                filterable=False,
+                scale=1,
+            )
+
+    def _build_columns(self) -> None:
+        t = self.t
+        with gr.Column(elem_id="try-held-out", visible=False) as self.held_out:
+            gr.HTML(f"<h2>{t('trying.held_out')}</h2>", padding=False)
+            with gr.Row(elem_id="try-prompts"):
+                self.prompts = [
+                    gr.Button("", visible=False, size="md", elem_id=f"try-prompt-{place}")
+                    for place in range(MOST)
+                ]
+        with gr.Row(elem_id="try-columns"):
+            self.left = self._column("try-left", t("trying.base"))
+            self.right = self._column("try-right", t("trying.mode_tuned"))
+        self.notes = gr.HTML("", elem_id="try-notes", padding=False)
+        self.reference = gr.HTML("", elem_id="try-reference", padding=False)
+        with gr.Column(elem_id="try-ballot", visible=False) as self.ballot:
+            gr.HTML(f"<h2>{t('trying.which_better')}</h2>", padding=False)
+            with gr.Row(elem_id="try-votes"):
+                self.votes = {
+                    vote: gr.Button(
+                        t(f"trying.vote_{vote}"),
+                        elem_id=f"try-vote-{vote.replace('_', '-')}",
+                        size="md",
+                    )
+                    for vote in VOTES
+                }
+        self.revealed = gr.HTML("", elem_id="try-revealed", padding=False)
+
+    def _column(self, name: str, label: str) -> gr.Chatbot:
+        # As text: what a model says could be Markdown that fetches images from anywhere.
+        return gr.Chatbot(
+            [],
+            label=label,
+            elem_id=name,
+            buttons=["copy"],
+            render_markdown=False,
+            placeholder=self.t("trying.nothing_said"),
+            height=_HEIGHT,
+            layout="bubble",
+            min_width=280,
+        )
+
+    def _build_question(self) -> None:
+        t = self.t
+        self.question = gr.Textbox(
+            label=t("trying.question"),
+            info=t("trying.question_hint"),
+            elem_id="try-question",
+            max_lines=8,
+            max_length=LONGEST_TEXT,
+            interactive=True,
+        )
+        with gr.Row(elem_id="try-actions"):
+            self.ask = gr.Button(
+                t("trying.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
+            )
+            self.stop = gr.Button(
+                t("trying.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
+            )
+            self.anew = gr.Button(t("trying.anew"), elem_id="try-anew", size="lg", scale=0)
+
+    def _build_settings(self) -> list[Any]:
+        t, usual = self.t, Sampling()
+        with gr.Accordion(t("trying.settings"), open=False, elem_id="try-settings"):
+            system = gr.Textbox(
+                label=t("trying.system"),
+                info=t("trying.system_info"),
+                max_lines=6,
+                max_length=LONGEST_TEXT,
+                interactive=True,
+            )
+            with gr.Row():
+                temperature = self._number("temperature", usual.temperature, 0, MOST_TEMPERATURE)
+                top_p = self._number("top_p", usual.top_p, 0.05, 1)
+            with gr.Row():
+                length = gr.Number(
+                    usual.max_new_tokens,
+                    label=t("trying.length"),
+                    minimum=1,
+                    maximum=MOST_TOKENS,
+                    precision=0,
+                    interactive=True,
+                )
+                seed = gr.Number(
+                    usual.seed,
+                    label=t("trying.seed"),
+                    info=t("trying.seed_info"),
+                    minimum=0,
+                    precision=0,
+                    interactive=True,
+                )
+        return [system, temperature, top_p, length, seed]
+
+    def _number(self, name: str, value: float, least: float, most: float) -> gr.Number:
+        return gr.Number(
+            value,
+            label=self.t(f"trying.{name}"),
+            info=self.t(f"trying.{name}_info"),
+            minimum=least,
+            maximum=most,
+            step=0.05,
+            interactive=True,
+        )
+
+    def shown(
+        self,
+        talk: Talk,
+        mode: str,
+        going_on: bool = False,
+        revealed: str = "",
+        who: Mapping[str, str] | None = None,
+    ) -> tuple[Any, ...]:
+        """Returns the values of ``talking``.
+
+        Args:
+            talk: The conversation.
+            mode: Who answers.
+            going_on: Whether more is to come.
+            revealed: What is told after a vote.
+            who: Who was A and B, once that is told.
+        """
+        t, tuned = self.t, self.t("trying.tuned", name=talk.checkpoint)
+        names = {"base": t("trying.base"), "tuned": tuned}
+        left, right = names["base"], names["tuned"]
+        if talk.blind:
+            left, right = t("trying.side_a"), t("trying.side_b")
+            if who is not None:
+                left, right = f"{left}: {names[who['a']]}", f"{right}: {names[who['b']]}"
+        ends = {{"left": left, "right": right}[side]: end for side, end in talk.ends.items()}
+        voting = talk.ballot is not None and not going_on
+        return (
+            gr.Chatbot(_turns(talk.left), label=left, visible=mode != "tuned"),
+            gr.Chatbot(_turns(talk.right), label=right, visible=mode != "base"),
+            trying_html.notes(ends, t) if ends and not going_on else "",
+            trying_html.reference(talk.reference, t),
+            gr.Column(visible=voting),
+            revealed,
+            gr.Button(interactive=going_on),
+        )
+
+    def changed(
+        self,
+        choices: Sequence[tuple[str, str]],
+        chosen: str | None,
+        texts: Sequence[str],
+        standing: str,
+        free: bool,
+        phase: str,
+        tally: str,
+    ) -> list[Any]:
+        """Returns the values of ``changing``."""
+        there, resting = bool(choices), free and phase in ("none", "ready")
+        prompts = [
+            gr.Button(texts[place], visible=True, interactive=resting)
+            if place < len(texts)
+            else gr.Button(visible=False)
+            for place in range(MOST)
+        ]
+        return [
+            gr.HTML(visible=not there),
+            gr.Column(visible=there),
+            standing,
+            gr.Button(visible=phase == "none", interactive=free),
+            gr.Button(visible=phase != "none"),
+            gr.Dropdown(choices=list(choices), value=chosen),
+            gr.Column(visible=bool(texts)),
+            *prompts,
+            gr.Button(interactive=resting),
+            tally,
+        ]
+
+
+def _turns(turns: Turns) -> list[Any]:
+    """Returns turns as Gradio shows them; an answer without a word is told, not left empty."""
+    return [turn if turn["content"] else {**turn, "content": "\u2026"} for turn in turns]

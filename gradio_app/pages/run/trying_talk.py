@@ -1,0 +1,181 @@
+"""One question and its answers: the base, the tuned model, or both without saying which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.running.store import Run
+from gradio_app.speaking.asking import Sampling, checked_sampling, checked_text, conversation
+from gradio_app.speaking.samples import HeldOut, held_out, question_of
+from gradio_app.speaking.speakers import Piece, Speakers
+from gradio_app.speaking.votes import SIDES, Ballot, drawn_sides
+
+MODES = ("both", "tuned", "base", "blind")
+Turns = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What was said in a tab so far; it stays on the server.
+
+    Attributes:
+        checkpoint: Whose answers the tuned ones are.
+        blind: Whether it is hidden who is who.
+        left: Turns of the left column: the base, or A.
+        right: Turns of the right column: the tuned model, or B.
+        ends: How the last answers ended, by column.
+        reference: The answer in the data, where that is known.
+        ballot: What can be voted on.
+    """
+
+    checkpoint: str = ""
+    blind: bool = False
+    left: Turns = field(default_factory=list)
+    right: Turns = field(default_factory=list)
+    ends: Mapping[str, Piece] = field(default_factory=dict)
+    reference: str = ""
+    ballot: Ballot | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with its settings, checked.
+
+    Attributes:
+        question: A text, or a row of the data.
+        mode: Who answers.
+        checkpoint: Whose answers the tuned ones are.
+        system: System turn, or empty.
+        sampling: How tokens are drawn.
+    """
+
+    question: str | HeldOut
+    mode: str
+    checkpoint: str
+    system: str
+    sampling: Sampling
+
+
+def checked(run: Run, question: Any, values: tuple[Any, ...]) -> Asked:
+    """Returns what a visitor has asked.
+
+    Args:
+        run: The run.
+        question: A text, or the place of a held-out row.
+        values: Mode, checkpoint, system turn, temperature, top-p, length and seed.
+
+    Raises:
+        Refused: If it cannot be asked.
+    """
+    mode, checkpoint, system, *numbers = values
+    rows = held_out(run)
+    asked: str | HeldOut
+    if isinstance(question, int):
+        if not 0 <= question < len(rows):
+            raise Refused("trying.refused_empty")
+        asked = rows[question]
+    else:
+        asked = checked_text(question)
+    return Asked(
+        question=asked,
+        mode=mode if mode in MODES else "both",
+        checkpoint=checkpoint_of(run, checkpoint),
+        system=checked_text(system, "system"),
+        sampling=checked_sampling(*numbers),
+    )
+
+
+def checkpoint_of(run: Run, name: Any) -> str:
+    """Returns the name of a checkpoint of a run, by default the first one.
+
+    Raises:
+        Refused: If it has none of that name.
+    """
+    names = [one.name for one in run.checkpoints()]
+    found = name if name else next(iter(names), "")
+    if found not in names:
+        raise Refused("trying.refused_checkpoint", name=str(name)[:80])
+    return str(found)
+
+
+def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[Talk]:
+    """Yields a conversation while it goes on.
+
+    Args:
+        speakers: The model, loaded.
+        run: The run.
+        talk: The conversation before.
+        asked: The question.
+
+    Raises:
+        Refused: If the model cannot answer.
+    """
+    blind = asked.mode == "blind"
+    if blind or talk.blind or talk.checkpoint != asked.checkpoint:
+        # Answers that are judged must not lean on what one of them has said before.
+        talk = Talk(checkpoint=asked.checkpoint, blind=blind)
+    question, reference = _question(speakers, run, asked)
+    talk = replace(talk, ends={}, reference=reference, ballot=None)
+    who = drawn_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
+    columns = dict(zip(SIDES, ("left", "right"), strict=True))
+    for side, name in who.items():
+        if asked.mode in ("base", "tuned") and name != asked.mode:
+            continue
+        part = (columns[side], name, question)
+        for now in _answer(speakers, run, talk, asked, part):
+            yield now
+        talk = now
+        if talk.ends[columns[side]].stopped:
+            return
+    if blind:
+        yield replace(talk, ballot=_ballot(run, talk, asked, who, question))
+
+
+def _question(speakers: Speakers, run: Run, asked: Asked) -> tuple[str, str]:
+    """Returns the question, and the answer in the data if it is one of its rows."""
+    around = speakers.around_question(run.owner)
+    if isinstance(asked.question, HeldOut):
+        return question_of(asked.question, around), asked.question.reference
+    for row in held_out(run):
+        try:
+            if question_of(row, around) == asked.question:
+                return asked.question, row.reference
+        except Refused:
+            continue
+    return asked.question, ""
+
+
+def _answer(
+    speakers: Speakers, run: Run, talk: Talk, asked: Asked, part: tuple[str, str, str]
+) -> Iterator[Talk]:
+    column, name, question = part
+    before: Turns = getattr(talk, column)
+    messages = conversation(asked.system, before, question)
+    said = [*before, {"role": "user", "content": question}]
+    yield _changed(talk, column, said, talk.ends)
+    checkpoint = None if name == "base" else asked.checkpoint
+    pieces = speakers.answer(run.owner, run, checkpoint, messages, asked.sampling)
+    for piece in pieces:
+        turns = [*said, {"role": "assistant", "content": piece.text}]
+        ends = {**talk.ends, column: piece} if piece.done else talk.ends
+        yield _changed(talk, column, turns, ends)
+
+
+def _changed(talk: Talk, column: str, turns: Turns, ends: Mapping[str, Piece]) -> Talk:
+    if column == "left":
+        return replace(talk, left=turns, ends=ends)
+    return replace(talk, right=turns, ends=ends)
+
+
+def _ballot(run: Run, talk: Talk, asked: Asked, who: dict[str, str], question: str) -> Ballot:
+    return Ballot(
+        run_id=run.id,
+        checkpoint=asked.checkpoint,
+        prompt=question,
+        who=who,
+        answers={"a": talk.left[-1]["content"], "b": talk.right[-1]["content"]},
+        settings={"system": asked.system, **asked.sampling.as_dict()},
+    )

@@ -1,0 +1,68 @@
+"""The command that talks for the adapters of a run, and what of its words a visitor sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradio_app.errors import Refused
+from gradio_app.guards import redacted
+from gradio_app.running.environment import trainer_environment
+from gradio_app.running.reading import json_object
+from gradio_app.running.store import Checkpoint, Run
+from gradio_app.settings import Settings
+from gradio_app.speaking.process import ModelProcess
+
+# Adapters take memory too; which others are loaded beside the one that is asked for.
+MOST_ADAPTERS = 4
+_LONGEST = 600
+
+
+def chat_process(
+    settings: Settings, run: Run, checkpoint: str
+) -> tuple[ModelProcess, dict[str, str]]:
+    """Starts the process for a run.
+
+    Args:
+        settings: What the server was started with.
+        run: The run.
+        checkpoint: Name of the checkpoint that is to be there.
+
+    Returns:
+        The process, and what each checkpoint is called in it.
+
+    Raises:
+        Refused: If there is no such checkpoint, or the process cannot be started.
+    """
+    chosen = _chosen(run, checkpoint)
+    # Names of our own: those of folders could hold what a command line or a module cannot.
+    names = {one.name: f"checkpoint-{number}" for number, one in enumerate(chosen, 1)}
+    words = [*settings.command, "chat", "--serve"]
+    words += [f"{names[one.name]}={one.folder.resolve()}" for one in chosen]
+    folder = settings.data_root or run.folder.path
+    try:
+        return ModelProcess(words, folder, trainer_environment(settings)), names
+    except OSError as error:
+        raise Refused("run.refused_start", why=error.strerror or type(error).__name__) from None
+
+
+def _chosen(run: Run, checkpoint: str) -> list[Checkpoint]:
+    known = run.checkpoints()
+    wanted = [one for one in known if one.name == checkpoint]
+    if not wanted:
+        raise Refused("trying.refused_checkpoint", name=checkpoint)
+    # Copies of trained layers cannot share a base.
+    whole = any(
+        json_object(one.folder / "adapter_config.json").get("modules_to_save") for one in known
+    )
+    others = [] if whole else [one for one in known if one.name != checkpoint]
+    return [*wanted, *others[: MOST_ADAPTERS - 1]]
+
+
+def said(text: object, settings: Settings) -> str:
+    """Returns what the process said for a visitor: no secrets, no places, not long."""
+    found = redacted(str(text))
+    places = {settings.runs: "runs", settings.data_root: "data", Path.home(): "~"}
+    for place, name in places.items():
+        if place is not None and len(str(place)) > 1:
+            found = found.replace(str(place), name)
+    return found if len(found) <= _LONGEST else found[: _LONGEST - 1] + "\u2026"

@@ -1,0 +1,241 @@
+"""The protocol of ``chat --serve``: a program asks in lines of JSON, and is answered in them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import import_module
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+
+if TYPE_CHECKING:
+    from lightning_peft.chat.speaking import Speaker
+
+Say = Callable[[str], None]
+ROLES = ("system", "user", "assistant")
+FIELDS = ("id", "adapter", "messages", "max_new_tokens", "temperature", "top_p", "seed")
+# A program that waits for a model wants to know that it is still being loaded.
+_HEARTBEAT_SECONDS = 2.0
+
+
+class Server:
+    """Answers the requests that come in as lines.
+
+    Lines are read in a thread of their own, so that an answer can be stopped while it is given.
+
+    Args:
+        lines: Requests.
+        out: Where answers go.
+        system: System turn of the conversations that bring none.
+        seed: Of requests that name none.
+    """
+
+    def __init__(
+        self, lines: Iterable[str], out: TextIO, system: str | None = None, seed: int = 0
+    ) -> None:
+        self._lines, self._out, self._system, self._seed = lines, out, system, seed
+        self._lock = threading.Lock()
+        self._waiting: SimpleQueue[str | None] = SimpleQueue()
+        # Ids of requests that are not answered yet, and of those of them that are to stop.
+        self._open: set[Any] = set()
+        self._stopped: set[Any] = set()
+
+    def serve(self, make: Callable[[Say], Speaker]) -> None:
+        """Loads the model, and answers until the lines end.
+
+        Args:
+            make: Returns the model; it gets a function to tell what is going on.
+
+        Raises:
+            LightningPeftError: If the model cannot be loaded, which is also said in a line.
+        """
+        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            with self._loading() as say:
+                speaker = make(say)
+                ready = self._described(speaker)
+        except LightningPeftError as error:
+            self._write({"error": str(error)})
+            raise
+        self._write({"ready": ready})
+        while (line := self._waiting.get()) is not None:
+            self._take(speaker, line)
+
+    def _read(self) -> None:
+        try:
+            for line in self._lines:
+                row = _object(line)
+                if row is not None and set(row) == {"stop"}:
+                    self._stop(row["stop"])
+                elif line.strip():
+                    self._begin(row)
+                    self._waiting.put(line)
+        finally:
+            self._waiting.put(None)
+
+    def _begin(self, row: Mapping[str, Any] | None) -> None:
+        key = _id_of(row)
+        with self._lock:
+            if key is not None:
+                self._open.add(key)
+
+    def _stop(self, key: Any) -> None:
+        with self._lock:
+            # An answer may end while the wish to stop it is on its way.
+            if isinstance(key, (str, int)) and key in self._open:
+                self._stopped.add(key)
+
+    def _take(self, speaker: Speaker, line: str) -> None:
+        row = _object(line)
+        key = _id_of(row)
+        try:
+            self._answer(speaker, key, _checked(row, key, speaker.names))
+        except BrokenPipeError:
+            raise
+        except LightningPeftError as error:
+            self._write({"id": key, "error": str(error)})
+        except Exception as error:
+            # Such as memory that runs out: the next question may be a shorter one.
+            self._write({"id": key, "error": f"{type(error).__name__}: {error}"})
+        with self._lock:
+            self._open.discard(key)
+            self._stopped.discard(key)
+
+    def _answer(self, speaker: Speaker, key: Any, row: Mapping[str, Any]) -> None:
+        usual = speaker.sampling
+        messages = row["messages"]
+        if self._system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._system}, *messages]
+        speaker.switch(row.get("adapter", speaker.active))
+        import_module("torch").manual_seed(row.get("seed", self._seed))
+        asked = {
+            name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
+        }
+        speaker.sampling = replace(usual, **asked)
+        try:
+            found = speaker.answer(
+                messages,
+                lambda text: self._write({"id": key, "text": text}),
+                lambda: key in self._stopped,
+            )
+        finally:
+            speaker.sampling = usual
+        done = {"tokens": found.tokens, "ended": found.ended, "stopped": found.stopped}
+        self._write({"id": key, "done": True, **done, "dropped": found.dropped})
+
+    def _described(self, speaker: Speaker) -> dict[str, Any]:
+        model = speaker.loaded.model
+        return {
+            "names": speaker.names,
+            "active": speaker.active,
+            "device": model.device.type,
+            "template": speaker.template().name,
+            "around_question": speaker.around_question(),
+            "memory_bytes": model.get_memory_footprint(),
+            "notes": list(speaker.loaded.notes),
+        }
+
+    @contextmanager
+    def _loading(self) -> Iterator[Say]:
+        begun, ended, current = time.monotonic(), threading.Event(), ["starting"]
+
+        def tell() -> None:
+            seconds = round(time.monotonic() - begun, 1)
+            self._write({"progress": {"what": current[0], "seconds": seconds}})
+
+        def say(what: str) -> None:
+            current[0] = what
+            tell()
+
+        def beat() -> None:
+            # Where nobody reads any more, who loads the model finds out.
+            with suppress(OSError):
+                while not ended.wait(_HEARTBEAT_SECONDS):
+                    tell()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield say
+        finally:
+            ended.set()
+            # What it says must not come after what the caller says next.
+            thread.join()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        with self._lock:
+            print(json.dumps(row), file=self._out, flush=True)
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _id_of(row: Mapping[str, Any] | None) -> str | int | None:
+    key = (row or {}).get("id")
+    return key if isinstance(key, (str, int)) and not isinstance(key, bool) else None
+
+
+def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str, Any]:
+    """Returns a request whose values can be used.
+
+    Raises:
+        ConfigError: If they cannot; all that is wrong at once.
+    """
+    if row is None:
+        raise ConfigError("The line is no JSON object. A request is one, on a line of its own.")
+    unknown = [name for name in row if name not in FIELDS]
+    problems = [f"there is no field {name!r}{near_names(name, FIELDS)}" for name in unknown]
+    if key is None:
+        problems.append(f"id={row.get('id')!r}: a text or a whole number, to tell answers apart")
+    adapter = row.get("adapter", names[0])
+    if adapter not in names:
+        problems.append(f"adapter={adapter!r}: there are {', '.join(names)}")
+    problems += [*_problems_of_messages(row.get("messages")), *_problems_of_numbers(row)]
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return row
+
+
+def _problems_of_messages(messages: Any) -> Iterator[str]:
+    if not isinstance(messages, list) or not messages:
+        yield 'messages: a list of turns, each {"role": ..., "content": ...}'
+        return
+    for place, turn in enumerate(messages):
+        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+            yield f"messages[{place}]: an object of `role` and `content`"
+        elif turn["role"] not in ROLES or not isinstance(turn["content"], str):
+            yield f"messages[{place}]: role is one of {', '.join(ROLES)}, and content a text"
+    last = messages[-1]
+    if isinstance(last, dict) and last.get("role") in ("system", "assistant"):
+        yield f"messages: the last turn is of {last['role']!r}; it is the user's that is answered"
+
+
+def _problems_of_numbers(row: Mapping[str, Any]) -> Iterator[str]:
+    rules: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        ("max_new_tokens", "a whole number, 1 at least", lambda n: _whole(n) and n >= 1),
+        ("temperature", "0 or more", lambda n: _number(n) and 0 <= n < float("inf")),
+        ("top_p", "more than 0, and at most 1", lambda n: _number(n) and 0 < n <= 1),
+        ("seed", "a whole number from 0 to 2**63 - 1", lambda n: _whole(n) and 0 <= n < 1 << 63),
+    )
+    for name, rule, holds in rules:
+        if name in row and not holds(row[name]):
+            yield f"{name}={row[name]!r}: {rule}"
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,182 @@
+"""Trying a real, small model on the page: answers side by side, blind votes, and who may do what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gradio_app.running.store import Run, RunStore
+from gradio_app.settings import Settings
+from gradio_app.visitors import COOKIE, owner_of
+from lightning_peft.data.templates import NAMED
+from lightning_peft.runs.status import write_json
+from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.servers import Server
+from tests.app.test_security import call
+from tests.app.test_visitors import HERS, HIS, _Request
+
+QUESTION = "What does `len` do?"
+ANSWER = "Return the number of items in a container."
+
+
+def tried(store: RunStore, owner: str, trained: Path) -> Run:
+    """Makes a finished run of adapters that were really trained."""
+    run = store.create(owner, "seed_everything: 0\n", "Tiny model")
+    for name, step in (("best", 6), ("last", 8)):
+        adapter = run.folder.checkpoints / "adapters" / name
+        shutil.copytree(next((trained / "checkpoints" / "adapters").iterdir()), adapter)
+        facts = json.loads((adapter / "provenance.json").read_text())
+        facts |= {"global_step": step, "chat_template": NAMED["plain"]}
+        write_json(adapter / "provenance.json", facts)
+    sample = {"step": 0, "sample": 0, "expected": ANSWER, "generated": ""}
+    prompts = (QUESTION, "What is `decimal.Context`?", "Which module provides `Decimal`?")
+    for prompt in prompts:
+        text = f"### User:\n{prompt}\n\n### Assistant:\n"
+        run.folder.append(run.folder.samples, {**sample, "prompt": text})
+    now = run.status.updated
+    status = {"state": "finished", "phase": "finished", "step": 8, "total_steps": 8}
+    write_json(run.folder.status_file, {**status, "kind": "fit", "started": now, "updated": now})
+    return store.get(owner, run.id)
+
+
+@pytest.fixture(scope="module")
+def space(serve) -> Server:
+    return serve(space=True)
+
+
+@pytest.fixture(scope="module")
+def store(space) -> RunStore:
+    return RunStore(Settings.on_a_space(space.folder))
+
+
+@pytest.fixture(scope="module")
+def run(store, lora_run) -> Run:
+    return tried(store, owner_of(_Request({COOKIE: HERS}), space=True), lora_run)
+
+
+def opened(visit, space: Server, run: Run, cookie: str, **options):
+    page = visit("about:blank", **options)
+    page.context.add_cookies([{"name": COOKIE, "value": cookie, "url": space.url}])
+    page.goto(f"{space.url}/run?run={run.id}")
+    page.locator("h1").first.wait_for()
+    page.get_by_role("tab", name="Try & compare").click()
+    return page
+
+
+def said(page, side: str) -> str:
+    return page.locator(f"#try-{side} .bot").last.inner_text()
+
+
+def test_ask_compare_vote_and_unload(space, store, run, visit):
+    page = opened(visit, space, run, HERS)
+    page.set_default_timeout(60_000)
+    page.get_by_text("No model is loaded").wait_for()
+    page.get_by_role("button", name=QUESTION).click()
+    page.get_by_text("Loading:").wait_for()
+    # Both have answered, differently, beside the answer of the data.
+    page.get_by_text("Tuned: best:").wait_for()
+    page.locator("#try-reference").get_by_text(ANSWER).wait_for()
+    assert page.locator("#try-left").get_by_text(QUESTION).count()
+    first = {side: said(page, side) for side in ("left", "right")}
+    assert first["left"] != first["right"]
+    page.get_by_text("of memory").wait_for()
+    screenshot(page, "trying")
+    assert violations(page) == []
+    # Somebody else waits until she is done.
+    their_own = tried(store, owner_of(_Request({COOKIE: HIS}), space=True), _adapters(run))
+    other = opened(visit, space, their_own, HIS)
+    other.get_by_text("Somebody else talks to a model here now").wait_for()
+    assert other.get_by_role("button", name="Ask", exact=True).is_disabled()
+    # Another checkpoint, in a conversation of its own, and by the keyboard.
+    page.get_by_label("Checkpoint").click()
+    page.get_by_role("option", name="last (step 8)").click()
+    page.get_by_label("Your question").fill("And `max`?")
+    page.get_by_label("Your question").press("Enter")
+    page.get_by_text("Tuned: last:").wait_for()
+    blind(page, run)
+    page.get_by_role("button", name="Unload").click()
+    page.get_by_text("No model is loaded").wait_for()
+
+
+def blind(page, run: Run) -> None:
+    page.get_by_label("Blind", exact=True).check()
+    page.get_by_label("Your question").fill(QUESTION)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("heading", name="Which answer is better?").wait_for()
+    shown = page.locator("#try-columns").inner_text() + page.locator("#try-notes").inner_text()
+    assert "Base" not in shown
+    assert "Tuned" not in shown
+    answers = {"a": said(page, "left"), "b": said(page, "right")}
+    screenshot(page, "trying-blind")
+    page.get_by_role("button", name="A is better").click()
+    page.get_by_text("You chose the").wait_for()
+    (vote,) = map(json.loads, (run.folder.path / "votes.jsonl").read_text().splitlines())
+    assert vote["prompt"] == QUESTION
+    assert vote["vote"] == "a"
+    assert vote["outcome"] == vote["shown"]["a"]
+    assert vote["checkpoint"] == "last"
+    for side, who in vote["shown"].items():
+        assert " ".join(answers[side].split()) == " ".join(vote["answers"][who].split())
+    names = {"base": "the base", "tuned": "the tuned model"}
+    page.get_by_text(f"A is {names[vote['shown']['a']]}").wait_for()
+    assert page.locator(f"#try-tally .{vote['outcome']} strong").inner_text() == "1"
+
+
+def _adapters(run: Run) -> Path:
+    return run.folder.path
+
+
+def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit, tmp_path):
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    busy = store.create(owner, "seed_everything: 0\n", "Training now")
+    page = opened(visit, space, run, HERS, viewport=PHONE, color_scheme="dark")
+    page.get_by_role("button", name="Ask", exact=True).wait_for()
+    assert overflow(page) == 0
+    assert violations(page) == []
+    screenshot(page, "trying-phone")
+    import os
+
+    import psutil
+
+    status = {"state": "running", "phase": "training", "step": 1, "total_steps": 9, "kind": "fit"}
+    me = {"pid": os.getpid(), "process_started": psutil.Process().create_time()}
+    write_json(busy.folder.status_file, {**status, **me, "started": 1.0, "updated": 1.0})
+    page.get_by_text("Training now uses this machine now").wait_for()
+    assert page.get_by_role("button", name="Ask", exact=True).is_disabled()
+    assert page.get_by_role("button", name="Load", exact=True).is_disabled()
+    write_json(busy.folder.status_file, {**status, "state": "finished"})
+    page.get_by_text("No model is loaded").wait_for()
+
+
+def test_before_the_first_checkpoint(space, store, visit):
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    page = opened(visit, space, store.create(owner, "seed_everything: 0\n", "New"), HERS)
+    page.get_by_text("available when the first checkpoint is saved").wait_for()
+    assert page.get_by_role("button", name="Ask", exact=True).count() == 0
+
+
+def test_nobody_asks_a_model_of_another(space, run):
+    """Called as a page would, with the id of a run that belongs to someone else."""
+    with httpx.Client(
+        base_url=space.url, cookies={COOKIE: HIS}, timeout=30, trust_env=False
+    ) as client:
+        config = client.get("/config").json()
+        names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
+        tab = [
+            one
+            for one in config["dependencies"]
+            if any(str(names.get(target)).startswith("try-") for target, _ in one["targets"])
+        ]
+        assert len(tab) > 10
+        for one in tab[: len(tab) // 2]:
+            text = call(client, one["id"], [run.id] * len(one["inputs"]))
+            assert "Tiny model" not in text
+            assert ANSWER not in text
+    assert (
+        not (run.folder.path / "votes.jsonl").exists()
+        or len((run.folder.path / "votes.jsonl").read_text().splitlines()) == 1
+    )

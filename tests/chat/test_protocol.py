@@ -1,0 +1,171 @@
+"""``chat --serve`` in a process of its own: what another program asks, and what it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finished import ROOT, command
+
+SPEAK = ("--chat-template", "plain", "--max-new-tokens", "12")
+QUESTION = [{"role": "user", "content": "What does `len` do?"}]
+
+
+class Client:
+    """A program that talks to the command."""
+
+    def __init__(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_peft.cli", "chat", *words, "--serve"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.loading: list[dict[str, Any]] = []
+        while "progress" in (row := self.read()):
+            self.loading.append(row["progress"])
+        self.ready = row["ready"]
+
+    def read(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr.read()
+        return json.loads(line)
+
+    def send(self, row: Any) -> None:
+        self.process.stdin.write((row if isinstance(row, str) else json.dumps(row)) + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, key: Any, **more: Any) -> tuple[str, dict[str, Any]]:
+        self.send({"id": key, "messages": QUESTION, **more})
+        return self.answer(key)
+
+    def answer(self, key: Any) -> tuple[str, dict[str, Any]]:
+        text = ""
+        while "text" in (row := self.read()):
+            assert row["id"] == key
+            text += row["text"]
+        assert row["id"] == key
+        return text.strip(), row
+
+
+@pytest.fixture(scope="module")
+def client(lora_run: Path) -> Iterator[Client]:
+    opened = Client(f"mine={lora_run}", *SPEAK)
+    yield opened
+    opened.process.kill()
+    opened.process.wait()
+    for stream in (opened.process.stdin, opened.process.stdout, opened.process.stderr):
+        stream.close()
+
+
+def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
+    whats = [one["what"] for one in client.loading]
+    assert whats[0] == "loading the libraries"
+    assert whats[-1] == "loading the model"
+    assert all(one["seconds"] >= 0 for one in client.loading)
+    assert client.ready["names"] == ["base", "mine"]
+    assert client.ready["active"] == "mine"
+    assert client.ready["device"] == "cpu"
+    assert client.ready["template"] == "plain"
+    assert client.ready["around_question"] == ["### User:\n", "\n\n### Assistant:\n"]
+    # 4.26 million float32 weights of the demo's base, and the adapter's.
+    assert client.ready["memory_bytes"] > 4 * 4_000_000
+
+
+def test_the_stream_is_what_the_command_line_says(client: Client, lora_run: Path) -> None:
+    tuned, done = client.ask(1, adapter="mine")
+    assert done == {
+        "id": 1,
+        "done": True,
+        "tokens": done["tokens"],
+        "ended": done["tokens"] < 12,
+        "stopped": False,
+        "dropped": 0,
+    }
+    base, _ = client.ask("two", adapter="base")
+    assert base != tuned
+    question = QUESTION[0]["content"]
+    lines = f"{question}\n/reset\n/base\n{question}\n"
+    shown = command("chat", f"mine={lora_run}", *SPEAK, "--json", given=lines)
+    assert [json.loads(line)["answer"] for line in shown.stdout.splitlines()] == [tuned, base]
+
+
+def test_the_seed_decides_what_is_drawn(client: Client) -> None:
+    drawn = {"adapter": "base", "temperature": 1.5, "max_new_tokens": 8}
+    first, _ = client.ask(3, seed=1, **drawn)
+    again, _ = client.ask(4, seed=1, **drawn)
+    other, _ = client.ask(5, seed=2, **drawn)
+    assert first == again != other
+    # What one request asks for is not kept for the next.
+    assert client.ask(6, adapter="base")[0] == client.ask(7, adapter="base", temperature=0)[0]
+
+
+def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
+    long = {"adapter": "base", "max_new_tokens": 400, "temperature": 3.0, "messages": QUESTION}
+    client.send({"id": 8, **long})
+    client.send({"id": 9, **long})
+    client.send({"stop": 9})
+    assert "text" in client.read()
+    client.send({"stop": 8})
+    for key, most in ((8, 399), (9, 1)):
+        _, done = client.answer(key)
+        assert done["stopped"], key
+        assert done["tokens"] <= most, key
+        assert not done["ended"]
+    # One that is not there, and the ids can be used again.
+    client.send({"stop": 8})
+    _, done = client.ask(8, adapter="mine")
+    assert not done["stopped"]
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "said"),
+    [
+        ("no JSON", None, "is no JSON object"),
+        ([1], None, "is no JSON object"),
+        ({"messages": QUESTION}, None, "id=None"),
+        ({"id": True, "messages": QUESTION}, None, "id=True"),
+        ({"id": 1}, 1, "messages: a list"),
+        ({"id": 1, "messages": [{"role": "user"}]}, 1, "messages[0]: an object of `role`"),
+        ({"id": 1, "messages": [{"role": "x", "content": "x"}]}, 1, "messages[0]: role is one of"),
+        ({"id": 1, "messages": [{"role": "assistant", "content": "x"}]}, 1, "of 'assistant'"),
+        ({"id": 1, "messages": QUESTION, "adapter": "min"}, 1, "adapter='min': there are base, m"),
+        ({"id": 1, "messages": QUESTION, "adapter": []}, 1, "adapter=[]"),
+        ({"id": 1, "messages": QUESTION, "top_k": 1}, 1, "no field 'top_k'; near names: top_p"),
+        (
+            {"id": 1, "messages": QUESTION, "temperature": -1, "top_p": 0, "seed": 0.5},
+            1,
+            "temperature=-1: 0 or more; top_p=0: more than 0, and at most 1; seed=0.5: a whole",
+        ),
+        ({"id": 1, "messages": [{"role": "user", "content": "x " * 9_000}]}, 1, "Shorten it"),
+    ],
+)
+def test_a_bad_request_is_answered_and_ends_nothing(client: Client, row, key, said) -> None:
+    client.send(row)
+    answered = client.read()
+    assert answered["id"] == key
+    assert said in answered["error"]
+
+
+def test_it_still_answers_and_ends_with_its_input(client: Client) -> None:
+    client.send({"id": "last", "messages": QUESTION, "max_new_tokens": 2})
+    client.process.stdin.close()
+    assert client.answer("last")[1]["done"]
+    assert client.process.wait(20) == 0
+    assert client.process.stdout.read() == ""
+
+
+def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path: Path) -> None:
+    done = command("chat", str(tmp_path / "none"), "--serve", given="")
+    assert done.returncode == 2
+    *_, last = map(json.loads, done.stdout.splitlines())
+    assert "is no folder and no checkpoint here" in last["error"]
+    assert last["error"] in done.stderr
