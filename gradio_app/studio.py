@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradio_app.exporting.exports import Exports
 from gradio_app.running.line import Line
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
@@ -17,6 +18,7 @@ class Studio:
         settings: The same.
         store: All runs.
         line: The runs that wait, and the one that is carried out.
+        exports: What is taken along of runs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -25,6 +27,7 @@ class Studio:
             folder.mkdir(parents=True, exist_ok=True)
         self.store = RunStore(settings)
         self.line = Line(settings, self.store)
+        self.exports = Exports(settings, self.store, self.line.active)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
