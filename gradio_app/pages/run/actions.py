@@ -90,6 +90,8 @@ class Actions:
         if run is not None:
             url = escaped(self.t.url("new", **{"from": run.id}))
             link = f'<a class="as-button" href="{url}">{self.t("run.duplicate")}</a>'
+            other = escaped(self.t.url("compare", runs=run.id))
+            link += f' <a class="as-button" href="{other}">{self.t("compare.with_another")}</a>'
         return [*shown, Shown(gr.Button(visible=there), there), html(link)]
 
     def bind(self, view: View) -> None:

@@ -34,6 +34,8 @@ _LOOKS = {
     "pushed": "finished",
 }
 _MOST_FILES = 40
+# What the command line says where the page has a field for it.
+_BASE_NOTE = "the files name the base as a folder of this machine"
 # Absolute paths of this machine; a stranger is told the last part alone.
 _PATH = re.compile(r"(?<![\w:/.])(?:/[\w.+-]+){2,}")
 
@@ -122,10 +124,9 @@ def asks(export: Export, space: bool, t: Texts) -> str:
     warning = (
         "" if export.wish.private else f'<p class="not-now">{t("exporting.public_warning")}</p>'
     )
-    notes = "".join(f'<p class="note">{escaped(public(note, space))}</p>' for note in export.notes)
     return (
         f'<h3>{t("exporting.confirm")}</h3><p role="status">{escaped(said)}</p>{warning}'
-        f"{_files(export)}{notes}"
+        f"{_files(export)}{_notes(export, space, t)}"
     )
 
 
@@ -170,9 +171,7 @@ def _done(run: Run, export: Export, found: Checkpoint | None, space: bool, t: Te
         parts.append(f'<p>{t("exporting.is_at")} <a href="{url}" rel="noopener">{url}</a></p>')
     if export.whole:
         parts.append(_error(export, t))
-        parts += [f'<p class="note">{escaped(public(note, space))}</p>' for note in export.notes]
-        parts.append(_files(export))
-        parts += [_commands(export, space, t)]
+        parts += [_notes(export, space, t), _files(export), _commands(export, space, t)]
         code = loading_code(export, found.folder) if found is not None else ""
         parts.append(_code(public(code, space), t) if code else "")
     buttons = [_button("download", export, t)] if export.whole else []
@@ -236,6 +235,15 @@ def _error(export: Export, t: Texts) -> str:
         return ""
     text = t("exporting.error", relative=f"{relative:.2%}", same=f"{same:.1%}")
     return f"<p>{escaped(text)}</p>"
+
+
+def _notes(export: Export, space: bool, t: Texts) -> str:
+    told = [
+        t("exporting.note_base") if _BASE_NOTE in note else public(note, space)
+        for note in export.notes
+    ]
+    title = f"<strong>{t('exporting.note')}</strong>"
+    return "".join(f'<p class="note">{title} {escaped(note)}</p>' for note in told)
 
 
 def _files(export: Export) -> str:
