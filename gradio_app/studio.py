@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradio_app.exporting.exports import Exports
 from gradio_app.running.line import Line
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
@@ -19,6 +20,7 @@ class Studio:
         store: All runs.
         line: The runs that wait, and the one that is carried out.
         speakers: The model that is talked to, if one is loaded.
+        exports: What is taken along of runs.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -28,6 +30,7 @@ class Studio:
         self.store = RunStore(settings)
         self.line = Line(settings, self.store)
         self.speakers = Speakers(settings, self.line.active)
+        self.exports = Exports(settings, self.store, self.line.active)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""

@@ -64,15 +64,15 @@ def failure_of(run: Run) -> Failure | None:
     kind, message = str(error.get("error", "")), str(error.get("message", ""))
     log = tail(run.folder.log, REPORT_LINES)
     if run.status.state == "crashed":
-        return Failure(_kind_of(log) or "killed", "", log or _start(run))
+        return Failure(kind_of(log) or "killed", "", log or _start(run))
     if not error:
         start = _start(run)
         said = start.rpartition("lightning-peft: ")[2] if "lightning-peft: " in start else ""
-        return Failure(_kind_of(start) or ("explained" if said else "start"), said, start)
+        return Failure(kind_of(start) or ("explained" if said else "start"), said, start)
     trace = error.get("traceback")
     details = "".join(map(str, trace)) if isinstance(trace, list) else message
     # What this package refuses, it explains itself.
-    found = _kind_of(f"{kind} {message}") or ("explained" if kind in _OWN else "other")
+    found = kind_of(f"{kind} {message}") or ("explained" if kind in _OWN else "other")
     return Failure(found, redacted(f"{kind}: {message}" if kind else message), redacted(details))
 
 
@@ -80,7 +80,8 @@ def _start(run: Run) -> str:
     return tail(run.folder.path / START_LOG, REPORT_LINES)
 
 
-def _kind_of(text: str) -> str | None:
+def kind_of(text: str) -> str | None:
+    """Returns the kind of cause that a text shows, if it shows one."""
     return next((kind for kind, sign in _SIGNS if re.search(sign, text)), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -230,4 +231,6 @@ class Line:
             last = max(run.created, run.status.updated)
             old = time.time() - last > hours * 3600
             if old and run.owner != LOCAL and not run.active and not run.waiting:
-                self.store.delete(run.owner, run.id)
+                # What is being exported is deleted at a later round.
+                with contextlib.suppress(Refused):
+                    self.store.delete(run.owner, run.id)

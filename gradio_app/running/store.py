@@ -167,11 +167,14 @@ class RunStore:
         """Deletes a run and everything it has saved.
 
         Raises:
-            Refused: If it is at work.
+            Refused: If it is at work, or something of it is being exported.
         """
         run = self.get(owner, run_id)
         if run.active or self.executor(run).active(run):
             raise Refused("run.refused_active", name=run.name)
+        here = self.executors[LOCAL]
+        if any(here.working(RunFolder(path)) for path in (run.folder.path / "exports").glob("*")):
+            raise Refused("exporting.refused_delete", name=run.name)
         path = inside(self.root, run.id)
         # A link in place of a folder would lead out of the root.
         if path.parent != self.root.resolve() or (self.root / run.id).is_symlink():

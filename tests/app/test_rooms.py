@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe": set(),
     "speaking": {"running"},
     "exporting": {"running"},
+    "comparing": {"running"},
 }
 # Of the library, what costs nothing to import.
 LIGHT = {

@@ -93,6 +93,8 @@ class Actions:
             # Where there is no other next step, it is this one.
             looks = "as-button" if names & _PRIMARY else "as-button primary"
             link = f'<a class="{looks}" href="{url}">{self.t("run.duplicate")}</a>'
+            other = escaped(self.t.url("compare", runs=run.id))
+            link += f' <a class="as-button" href="{other}">{self.t("compare.with_another")}</a>'
         return [*shown, Shown(gr.Button(visible=there), there), html(link)]
 
     def bind(self, view: View) -> None:

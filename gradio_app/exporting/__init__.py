@@ -1,0 +1,1 @@
+"""Adapters of a run in the forms in which others take them."""

@@ -1,0 +1,69 @@
+"""What can be downloaded of an export: one file, made of what is in its folder and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from gradio_app.errors import Refused
+from gradio_app.exporting.export import Export
+from gradio_app.guards import inside
+
+# Weights are as good as random: packing them would cost time and save nothing.
+_PACKED = frozenset({".json", ".md", ".yaml", ".txt", ".jinja", ".model", ".tiktoken", ""})
+# Files that were staged before have been copied by now.
+_STAGED_SECONDS = 600
+
+
+def archive(export: Export, recipe: Path, staging: Path) -> Path:
+    """Returns a new zip of an export, with the recipe of its run.
+
+    Args:
+        export: The export.
+        recipe: ``recipe.yaml`` of the run.
+        staging: Folder for such files.
+
+    Raises:
+        Refused: If there is nothing, or no room for it.
+    """
+    if not export.whole:
+        raise Refused("exporting.refused_not_whole")
+    _sweep(staging)
+    files = list(members(export.output))
+    needed, free = sum(file.stat().st_size for file, _ in files), shutil.disk_usage(staging).free
+    # The page keeps a copy of what is fetched from it.
+    if 2 * needed > free:
+        raise Refused(
+            "exporting.refused_disk", needed=f"{2 * needed / 1e9:.1f}", free=f"{free / 1e9:.1f}"
+        )
+    place = staging / export.name
+    place.mkdir(exist_ok=True)
+    target = place / f"{export.run_name}-{export.wish.format}.zip"
+    with zipfile.ZipFile(target, "w") as made:
+        for file, name in files:
+            kind = zipfile.ZIP_DEFLATED if file.suffix in _PACKED else zipfile.ZIP_STORED
+            made.write(file, f"{export.run_name}/{name}", kind)
+        if recipe.is_file() and not recipe.is_symlink():
+            made.write(recipe, f"{export.run_name}/recipe.yaml", zipfile.ZIP_DEFLATED)
+    return target
+
+
+def members(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yields the files below a folder and their names in it; links are passed over."""
+    for place, folders, files in os.walk(folder, followlinks=False):
+        folders.sort()
+        for name in sorted(files):
+            file = Path(place) / name
+            if not file.is_symlink() and file.is_file():
+                relative = file.relative_to(folder).as_posix()
+                yield inside(folder, relative), relative
+
+
+def _sweep(staging: Path) -> None:
+    for place in staging.iterdir():
+        if time.time() - place.stat().st_mtime > _STAGED_SECONDS:
+            shutil.rmtree(place, ignore_errors=True)

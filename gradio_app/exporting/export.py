@@ -1,0 +1,160 @@
+"""One export on disk: what was asked for, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.exporting.wishes import Wish
+from gradio_app.guards import shortened
+from gradio_app.running.failures import kind_of
+from gradio_app.running.reading import json_object, tail
+
+# Folder of all exports of a run, and what is in the folder of one.
+FOLDER = "exports"
+FACTS, RESULT, LOG, OUTPUT = "export.json", "result.json", "log", "output"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
+_PROGRESS = re.compile(r"(?P<what>[^\n:]{1,60}): (?P<percent>\d{1,3})%")
+_OWN_WORDS = "lightning-peft: "
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export as it is at a moment.
+
+    Attributes:
+        name: Name of its folder, made by the server.
+        folder: The folder.
+        run_name: What the run's adapter is called.
+        wish: What was asked for.
+        created: When, in seconds since 1970.
+        state: ``"going"``, ``"cancelling"``, ``"cancelled"``, ``"failed"``, ``"finished"``,
+            ``"asks"`` (whether what it lists is to be pushed), or ``"pushed"``.
+        result: What the command printed.
+    """
+
+    name: str
+    folder: Path
+    run_name: str
+    wish: Wish
+    created: float
+    state: str
+    result: dict[str, Any]
+
+    @property
+    def active(self) -> bool:
+        """Whether its process is there."""
+        return self.state in ("going", "cancelling")
+
+    @property
+    def output(self) -> Path:
+        """The folder that was made."""
+        return self.folder / OUTPUT
+
+    @property
+    def whole(self) -> bool:
+        """Whether the folder is there: a push can fail after it."""
+        return not self.active and self.output.is_dir()
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        """What is being done, and how much of it in percent, where that is known."""
+        lines = list(_PROGRESS.finditer(tail(self.folder / LOG)))
+        if not lines:
+            return "", None
+        return lines[-1]["what"].strip(), min(100, int(lines[-1]["percent"]))
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Paths in the folder, and their bytes."""
+        return [
+            (str(file["path"]), int(file["bytes"]))
+            for file in _dicts(self.result.get("files"))
+            if isinstance(file.get("bytes"), int) and "path" in file
+        ]
+
+    @property
+    def commands(self) -> list[str]:
+        """Commands of other programs that take it."""
+        return _strings(self.result.get("commands"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the command wants known."""
+        return _strings(self.result.get("notes"))
+
+    @property
+    def address(self) -> str:
+        """Where it was pushed to; empty if it was not."""
+        push = self.result.get("push")
+        url = str(push.get("url", "")) if isinstance(push, dict) else ""
+        return url if url.startswith(("https://", "http://")) else ""
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        """Which texts say why it failed, and what the command itself said."""
+        log = tail(self.folder / LOG)
+        said = log.rpartition(_OWN_WORDS)[2].strip() if _OWN_WORDS in log else ""
+        kind = kind_of(said or log) or ("explained" if said else "other" if log else "killed")
+        return kind, said or "\n".join(log.splitlines()[-6:])
+
+
+def read(folder: Path, working: bool) -> Export | None:
+    """Returns the export in a folder; ``None`` if there is none.
+
+    Args:
+        folder: The folder.
+        working: Whether its process was there just before.
+    """
+    facts = json_object(folder / FACTS)
+    if not _NAME.fullmatch(folder.name) or not facts:
+        return None
+    known = {field.name for field in fields(Wish)}
+    given = facts.get("wish")
+    given = given if isinstance(given, dict) else {}
+    wish = Wish(**{name: value for name, value in given.items() if name in known})
+    result = {} if working else json_object(folder / RESULT)
+    return Export(
+        name=folder.name,
+        folder=folder,
+        run_name=str(facts.get("run_name", "adapter")),
+        wish=wish,
+        created=float(facts.get("created", 0.0)),
+        state=_state(facts, result, working),
+        result=result,
+    )
+
+
+def _state(facts: dict[str, Any], result: dict[str, Any], working: bool) -> str:
+    if working:
+        return "cancelling" if facts.get("cancelled") else "going"
+    push = result.get("push")
+    if isinstance(push, dict):
+        return "pushed" if push.get("pushed") else "asks"
+    if result:
+        return "finished"
+    return "cancelled" if facts.get("cancelled") else "failed"
+
+
+def checked_name(text: object) -> str:
+    """Returns ``text`` if it can be the name of an export.
+
+    Raises:
+        Refused: If it cannot.
+    """
+    if not isinstance(text, str) or not _NAME.fullmatch(text):
+        raise Refused("exporting.refused_name", name=shortened(text))
+    return text
+
+
+def _dicts(found: object) -> list[dict[str, Any]]:
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _strings(found: object) -> list[str]:
+    rows: Sequence[object] = found if isinstance(found, list) else ()
+    return [one for one in rows if isinstance(one, str)]

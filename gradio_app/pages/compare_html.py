@@ -1,0 +1,220 @@
+"""The HTML of runs beside each other. Everything that a run has written is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from gradio_app.comparing.chosen import MOST, Chosen
+from gradio_app.comparing.outcomes import Outcome, outcome_of
+from gradio_app.comparing.recipes import differences
+from gradio_app.comparing.samples import side_by_side
+from gradio_app.guards import escaped
+from gradio_app.pages.states import badge
+from gradio_app.running.metrics import Metrics
+from gradio_app.running.words import duration, number, size
+from gradio_app.texts import Texts
+
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+TABLE_ROWS = 12
+_CELL = 400
+_MOST_DIFFERENCES = 60
+_NOTHING = "\u2013"
+
+
+def notice(found: Chosen, offered: int, t: Texts) -> str:
+    """Returns what is said of runs that cannot be compared, and where there are too few."""
+    parts = []
+    if found.missing:
+        names = ", ".join(found.missing)
+        parts.append(
+            f'<p class="not-now" role="alert">{escaped(t("compare.missing", runs=names))}</p>'
+        )
+    if found.too_many:
+        parts.append(f'<p class="not-now" role="alert">{t("compare.too_many", most=MOST)}</p>')
+    if len(found.runs) < 2:
+        parts.append(_empty(len(found.runs), offered, t))
+    return "".join(parts)
+
+
+def _empty(chosen: int, offered: int, t: Texts) -> str:
+    title, more, link = t("compare.empty"), t("compare.empty_more"), ""
+    if offered < 2:
+        title, more = t("compare.none"), t("compare.none_more")
+        link = f'<p><a class="as-button" href="{t.url("new")}">{t("compare.to_new")}</a></p>'
+    elif chosen == 1:
+        title = t("compare.one_more")
+    text = f"<p><strong>{title}</strong></p><p>{more}</p>{link}"
+    return f'<div class="nothing" role="status">{text}</div>'
+
+
+def summary(curves: Curves, loss: str, axis: str, t: Texts) -> str:
+    """Returns in sentences what the curves show."""
+    said, ends = [], {}
+    for label, points in curves.items():
+        if not points:
+            said.append(t("compare.no_curve", run=label, loss=t(f"run.{loss}")))
+            continue
+        ends[label] = points[-1][1]
+        least = min(value for _, value in points)
+        said.append(
+            t(
+                "compare.curve",
+                run=label,
+                first=number(points[0][1]),
+                last=number(points[-1][1]),
+                at=_place(points[-1][0], axis, t),
+                least=number(least),
+            )
+        )
+    if len(ends) > 1:
+        best = min(ends, key=lambda label: ends[label])
+        said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=number(ends[best])))
+    items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in said)
+    return f'<div role="status"><ul class="said">{items}</ul></div>'
+
+
+def _place(x: float, axis: str, t: Texts) -> str:
+    return (
+        t("compare.at_step", step=int(x))
+        if axis == "step"
+        else t("compare.at_minute", n=f"{x:.3g}")
+    )
+
+
+def table(curves: Curves, axis: str, t: Texts) -> str:
+    """Returns the curves as a table: of each run some points, the last one among them."""
+    chosen = {label: _some(points) for label, points in curves.items()}
+    places = sorted({x for points in chosen.values() for x in points})
+    head = [t(f"compare.axis_{axis}"), *curves]
+    rows = [
+        (f"{x:.4g}", [number(points[x]) if x in points else "" for points in chosen.values()])
+        for x in places
+    ]
+    return _table(t("run.as_table"), head, rows)
+
+
+def _some(points: Sequence[tuple[float, float]]) -> dict[float, float]:
+    if len(points) <= TABLE_ROWS:
+        return dict(points)
+    last = len(points) - 1
+    return dict(points[round(last * place / (TABLE_ROWS - 1))] for place in range(TABLE_ROWS))
+
+
+def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
+    """Returns what came of the runs."""
+    known = [outcome_of(run, one) for run, one in zip(found.runs, metrics, strict=True)]
+    names = dict.fromkeys(name for one in known for name in one.after)
+    rows: list[tuple[str, list[str]]] = [
+        (_metric(name, t), [_change(one, name) for one in known]) for name in names
+    ]
+    for key, values in (
+        ("steps", [_plain(one.steps) for one in known]),
+        ("time", [duration(one.seconds, t) if one.seconds else "" for one in known]),
+        ("memory", [size(one.memory) if one.memory else "" for one in known]),
+        ("trainable", [_plain(one.trainable) for one in known]),
+    ):
+        rows.append((t(f"compare.{key}"), values))
+    links = [
+        f'<a href="{escaped(t.url("run", run=run.id))}">{escaped(label)}</a> {badge(run, t)}'
+        for run, label in zip(found.runs, found.labels, strict=True)
+    ]
+    title = t("compare.outcomes")
+    note = f'<p class="note">{t("compare.outcomes_note")}</p>'
+    return f"<h2>{title}</h2>{note}" + _table(title, [""], rows, heads=links)
+
+
+def _metric(name: str, t: Texts) -> str:
+    return t("run.val_loss") if name == "val_loss" else name.removeprefix("val_").replace("_", " ")
+
+
+def _change(one: Outcome, name: str) -> str:
+    if name not in one.after:
+        return ""
+    after = number(one.after[name])
+    return f"{number(one.before[name])} \u2192 {after}" if name in one.before else after
+
+
+def _plain(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def differing(found: Chosen, t: Texts) -> str:
+    """Returns the settings that differ."""
+    seen = differences([run.recipe_text for run in found.runs])
+    parts = [f"<h2>{t('compare.settings')}</h2>"]
+    for place in seen.unreadable:
+        text = t("compare.unreadable", run=found.labels[place])
+        parts.append(f'<p class="note">{escaped(text)}</p>')
+    rows = [
+        (name, [_NOTHING if value is None else _short(value) for value in values])
+        for name, values in seen.rows[:_MOST_DIFFERENCES]
+    ]
+    if rows:
+        head = [t("compare.setting"), *found.labels]
+        parts.append(_table(t("compare.settings"), head, rows, code=True))
+    else:
+        parts.append(f"<p>{t('compare.no_difference')}</p>")
+    rest = len(seen.rows) - len(rows)
+    more = t("compare.more_differ", n=rest) if rest > 0 else ""
+    parts.append(f'<p class="note">{more} {t("compare.same", n=seen.same)}</p>')
+    return "".join(parts)
+
+
+def samples(found: Chosen, t: Texts) -> str:
+    """Returns what the runs said to the same prompts."""
+    title, said = t("compare.samples"), side_by_side(found.runs)
+    if not said:
+        return f'<h2>{title}</h2><p class="note">{t("compare.no_samples")}</p>'
+    head = [t("run.prompt"), t("run.expected"), *found.labels]
+    rows = [
+        (
+            _short(one.prompt),
+            [
+                _short(one.expected),
+                *(
+                    t("compare.not_asked") if answer is None else _short(answer)
+                    for answer in one.answers
+                ),
+            ],
+        )
+        for one in said
+    ]
+    note = f'<p class="note">{t("compare.samples_note")}</p>'
+    return f"<h2>{title}</h2>{note}" + _table(title, head, rows, kind="samples")
+
+
+def _short(text: str) -> str:
+    words = text.strip()
+    return words if len(words) <= _CELL else words[:_CELL] + "\u2026"
+
+
+def _table(
+    label: str,
+    head: Iterable[str],
+    rows: Iterable[tuple[str, Sequence[str]]],
+    *,
+    heads: Iterable[str] = (),
+    kind: str = "",
+    code: bool = False,
+) -> str:
+    """Returns a table that scrolls inside itself.
+
+    Args:
+        label: What it is called.
+        head: Titles of columns.
+        rows: Title and cells of each row.
+        heads: Titles that are HTML already, after the others.
+        kind: CSS class.
+        code: Whether the titles of rows are names of settings.
+    """
+    titles = [*map(escaped, head), *heads]
+    top = "".join(f'<th scope="col">{title}</th>' if title else "<td></td>" for title in titles)
+    body = ""
+    for title, cells in rows:
+        name = f"<code>{escaped(title)}</code>" if code else escaped(title)
+        body += f'<tr><th scope="row">{name}</th>'
+        body += "".join(f"<td>{escaped(cell) or _NOTHING}</td>" for cell in cells) + "</tr>"
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escaped(label)}">'
+        f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -1,0 +1,355 @@
+"""The tab that takes a run's adapter along: as files, for other programs, or to the hub."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.exporting.archive import archive
+from gradio_app.exporting.wishes import BITS, FORMATS, checked_wish
+from gradio_app.pages.frame import private, quiet
+from gradio_app.pages.handling import told
+from gradio_app.pages.run import exporting_html
+from gradio_app.pages.run.view import Shown, html
+from gradio_app.running.store import Run
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of, token_of
+
+# While an export is going on, and while there is none.
+SECONDS, SLOW_SECONDS = 1.0, 5.0
+# Buttons of a list tell which export they belong to; what arrives is checked like all that arrives.
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-act]');
+  if (!button || button.disabled) return;
+  if (button.dataset.asks && !window.confirm(button.dataset.asks)) return;
+  trigger('click', { act: button.dataset.act, export: button.dataset.export });
+});
+"""
+_SAVE = """
+(file) => {
+  if (!file) return;
+  const link = document.createElement('a');
+  link.href = file.url;
+  link.download = file.orig_name ?? '';
+  link.click();
+}
+"""
+
+
+def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
+    """Makes the tab."""
+    ExportTab(studio, t, run_id).bind()
+
+
+class ExportTab:
+    """The tab of what can be taken along.
+
+    Args:
+        studio: Shared parts of the server.
+        t: Texts.
+        run_id: The run of the page.
+    """
+
+    def __init__(self, studio: Studio, t: Texts, run_id: gr.State) -> None:
+        self.studio, self.t, self._run_id = studio, t, run_id
+        # The folder of runs is never served: what is downloaded is packed here first.
+        self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-exports-")
+        self._seen, self._asked = gr.State(()), gr.State("")
+        self._timer = gr.Timer(SLOW_SECONDS)
+        text = f"<h2>{t('exporting.heading')}</h2><p class='note'>{t('exporting.below')}</p>"
+        gr.HTML(text, padding=False)
+        self._empty = gr.HTML("", elem_id="export-empty", padding=False)
+        with gr.Column(elem_id="export-form", visible=False) as self._form:
+            self._build_form()
+            self._build_hub()
+        self._build_confirmation()
+        self._now = gr.HTML("", elem_id="export-now", padding=False, js_on_load=_CLICKS)
+        self._list = gr.HTML("", elem_id="export-list", padding=False, js_on_load=_CLICKS)
+        self._file = gr.DownloadButton(visible=False)
+        self._chosen: list[Any] = [self._kind, self._checkpoint, self._bits, self._measure]
+        self._inputs = [run_id, self._seen, *self._chosen]
+        self._outputs = [
+            self._seen,
+            self._asked,
+            self._timer,
+            self._empty,
+            self._form,
+            self._checkpoint,
+            self._about,
+            self._bits,
+            self._measure,
+            self._confirmation,
+            self._listed,
+            self._now,
+            self._list,
+        ]
+
+    def _build_form(self) -> None:
+        t = self.t
+        self._kind = gr.Radio(
+            [(t(f"exporting.format_{name}"), name) for name in FORMATS],
+            value="adapter",
+            label=t("exporting.format"),
+            elem_id="export-format",
+            interactive=True,
+        )
+        self._about = gr.HTML("", elem_id="export-about", padding=False)
+        with gr.Row(elem_id="export-choices"):
+            self._checkpoint = gr.Dropdown(
+                [], label=t("exporting.checkpoint"), elem_id="export-checkpoint", interactive=True
+            )
+            self._base = gr.Textbox(
+                label=t("exporting.base_name"),
+                info=t("exporting.base_name_more"),
+                max_length=200,
+                elem_id="export-base-name",
+                interactive=True,
+            )
+            self._bits = gr.Radio(
+                [(t("exporting.bits_of", n=bits), bits) for bits in BITS],
+                value=BITS[0],
+                label=t("exporting.bits"),
+                elem_id="export-bits",
+                interactive=True,
+                visible=False,
+            )
+        self._measure = gr.Checkbox(
+            label=t("exporting.measure"),
+            info=t("exporting.measure_more"),
+            elem_id="export-measure",
+            interactive=True,
+            visible=False,
+        )
+        self._start = gr.Button(
+            t("exporting.start"), variant="primary", elem_id="export-start", scale=0
+        )
+
+    def _build_hub(self) -> None:
+        t = self.t
+        with gr.Accordion(t("exporting.hub"), open=False, elem_id="export-hub"):
+            gr.HTML(f'<p class="note">{t("exporting.hub_below")}</p>', padding=False)
+            self._repository = gr.Textbox(
+                label=t("exporting.repository"),
+                placeholder="my-name/my-adapter",
+                max_length=200,
+                elem_id="export-repository",
+                interactive=True,
+            )
+            self._private = gr.Checkbox(
+                True,
+                label=t("exporting.private"),
+                info=t("exporting.private_more"),
+                elem_id="export-private",
+                interactive=True,
+            )
+            self._preview = gr.Button(t("exporting.preview"), elem_id="export-preview", scale=0)
+
+    def _build_confirmation(self) -> None:
+        t = self.t
+        # No form: no browser offers to keep what is typed here.
+        with gr.Column(elem_id="export-confirm", visible=False) as self._confirmation:
+            self._listed = gr.HTML("", padding=False)
+            here = "space" if self.studio.settings.space else "here"
+            self._token = gr.Textbox(
+                label=t("exporting.token"),
+                info=t(f"exporting.token_{here}"),
+                type="password",
+                max_length=200,
+                autofocus=False,
+                elem_id="export-token",
+                interactive=True,
+            )
+            with gr.Row(elem_id="export-answers"):
+                self._push = gr.Button(
+                    t("exporting.push"), variant="primary", elem_id="export-push", scale=0
+                )
+                self._not = gr.Button(t("exporting.do_not_push"), elem_id="export-not", scale=0)
+
+    def bind(self) -> None:
+        """Binds what happens."""
+        for event in (self._run_id.change, self._timer.tick, *(c.input for c in self._chosen)):
+            event(self.looked, self._inputs, self._outputs, **quiet())
+        self._bind_start()
+        self._bind_push()
+        for part in (self._now, self._list):
+            part.click(
+                told(self.t)(self._act), self._inputs, [self._file, *self._outputs], **private()
+            ).success(None, self._file, None, js=_SAVE)
+
+    def looked(
+        self,
+        run_id: str,
+        seen: Any,
+        kind: Any,
+        checkpoint: Any,
+        bits: Any,
+        measure: Any,
+        request: gr.Request,
+    ) -> list[Any]:
+        """Shows what has changed."""
+        try:
+            run = self.studio.store.get(self._owner(request), run_id)
+        except Refused:
+            run = None
+        items = self._items(run, (kind, checkpoint, bits, measure))
+        keys = tuple(hash(item.key) for item in items)
+        before = seen if isinstance(seen, tuple) and len(seen) == len(keys) else (None,) * len(keys)
+        values = [
+            gr.skip() if key == old else item.value
+            for item, key, old in zip(items, keys, before, strict=True)
+        ]
+        return [gr.skip() if keys == before else keys, *values]
+
+    def _owner(self, request: gr.Request) -> str:
+        return owner_of(request, self.studio.settings.space)
+
+    def _items(self, run: Run | None, chosen: tuple[Any, ...]) -> list[Shown]:
+        """Returns how everything is shown, in the order of the outputs after the first."""
+        t, (kind, wanted, bits, measure) = self.t, chosen
+        exports = self.studio.exports.list(run) if run is not None else []
+        checkpoints = run.checkpoints() if run is not None else []
+        names = [one.name for one in checkpoints]
+        chosen_name = wanted if wanted in names else next(iter(names), None)
+        checkpoint = next((one for one in checkpoints if one.name == chosen_name), None)
+        labels = [(exporting_html.checkpoint(one, t), one.name) for one in checkpoints]
+        form = exporting_html.Form(kind, checkpoint, bits, measure is True)
+        asks = next((one for one in exports if one.state == "asks"), None)
+        going = any(one.active for one in exports)
+        seconds = SECONDS if going else SLOW_SECONDS
+        about = exporting_html.about(self.studio, run, form, t) if run and checkpoint else ""
+        space = self.studio.settings.space
+        text = exporting_html.asks(asks, space, t) if asks else ""
+        return [
+            Shown(asks.name if asks else "", asks.name if asks else ""),
+            Shown(gr.Timer(seconds), seconds),
+            html("" if checkpoints or run is None else exporting_html.empty(run, t)),
+            Shown(gr.Column(visible=bool(checkpoints)), bool(checkpoints)),
+            Shown(gr.Dropdown(choices=labels, value=chosen_name), (tuple(labels), chosen_name)),
+            html(about),
+            Shown(gr.Radio(visible=kind == "quantized"), kind == "quantized"),
+            Shown(gr.Checkbox(visible=form.heavy), form.heavy),
+            Shown(gr.Column(visible=asks is not None), asks is not None),
+            html(text),
+            html(exporting_html.going([one for one in exports if one.active], t)),
+            html(exporting_html.done(run, [one for one in exports if not one.active], space, t)),
+        ]
+
+    def _bind_start(self) -> None:
+        studio, t = self.studio, self.t
+
+        @told(t)
+        def start(
+            run_id: str,
+            seen: Any,
+            kind: Any,
+            checkpoint: Any,
+            bits: Any,
+            measure: Any,
+            base: Any,
+            request: gr.Request,
+        ) -> list[Any]:
+            owner = self._owner(request)
+            run = studio.store.get(owner, run_id)
+            wish = checked_wish(run, kind, checkpoint, bits=bits, measure=measure, base_name=base)
+            studio.exports.start(owner, run_id, wish)
+            return self.looked(run_id, seen, kind, checkpoint, bits, measure, request)
+
+        @told(t)
+        def preview(
+            run_id: str,
+            seen: Any,
+            kind: Any,
+            checkpoint: Any,
+            bits: Any,
+            measure: Any,
+            base: Any,
+            repository: Any,
+            hidden: Any,
+            request: gr.Request,
+        ) -> list[Any]:
+            owner = self._owner(request)
+            run = studio.store.get(owner, run_id)
+            wish = checked_wish(
+                run,
+                kind,
+                checkpoint,
+                bits=bits,
+                measure=measure,
+                base_name=base,
+                push_to=str(repository or ""),
+                private=hidden,
+            )
+            studio.exports.start(owner, run_id, wish)
+            return self.looked(run_id, seen, kind, checkpoint, bits, measure, request)
+
+        given = [*self._inputs, self._base]
+        self._start.click(start, given, self._outputs, **private())
+        to_hub = [*given, self._repository, self._private]
+        self._preview.click(preview, to_hub, self._outputs, **private())
+
+    def _bind_push(self) -> None:
+        studio = self.studio
+
+        @told(self.t)
+        def push(
+            token: Any,
+            asked: str,
+            run_id: str,
+            seen: Any,
+            kind: Any,
+            checkpoint: Any,
+            bits: Any,
+            measure: Any,
+            request: gr.Request,
+        ) -> list[Any]:
+            given = str(token or "").strip() or token_of(request)
+            studio.exports.push(self._owner(request), run_id, asked, given)
+            return ["", *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]
+
+        @told(self.t)
+        def leave(
+            asked: str,
+            run_id: str,
+            seen: Any,
+            kind: Any,
+            checkpoint: Any,
+            bits: Any,
+            measure: Any,
+            request: gr.Request,
+        ) -> list[Any]:
+            studio.exports.delete(self._owner(request), run_id, asked)
+            return ["", *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]
+
+        given, shown = [self._asked, *self._inputs], [self._token, *self._outputs]
+        self._push.click(push, [self._token, *given], shown, **private())
+        self._not.click(leave, given, shown, **private())
+
+    def _act(
+        self,
+        run_id: str,
+        seen: Any,
+        kind: Any,
+        checkpoint: Any,
+        bits: Any,
+        measure: Any,
+        request: gr.Request,
+        event: gr.EventData,
+    ) -> list[Any]:
+        """Does what a button of the list asks for."""
+        owner, exports = self._owner(request), self.studio.exports
+        data = event._data if isinstance(event._data, dict) else {}
+        act, name, file = data.get("act"), data.get("export"), None
+        if act == "download":
+            run, export = exports.get(owner, run_id, name)
+            file = str(archive(export, run.folder.recipe, Path(self._staging.name)))
+        elif act == "cancel":
+            exports.cancel(owner, run_id, name)
+        elif act == "delete":
+            exports.delete(owner, run_id, name)
+        return [file, *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]

@@ -1,0 +1,295 @@
+"""The HTML of what can be taken along, and of what has been. All that a run wrote is escaped."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from gradio_app.errors import Refused
+from gradio_app.exporting.export import Export
+from gradio_app.exporting.loading_code import loading_code
+from gradio_app.exporting.sizes import BaseSize, base_size
+from gradio_app.exporting.wishes import BITS, FORMATS, HEAVY, Wish
+from gradio_app.guards import escaped
+from gradio_app.pages.handling import sentence
+from gradio_app.pages.states import SIGNS
+from gradio_app.running.store import Checkpoint, Run
+from gradio_app.running.words import size
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+
+# States of an export as those of runs look.
+_LOOKS = {
+    "going": "running",
+    "cancelling": "stopping",
+    "cancelled": "stopped",
+    "failed": "failed",
+    "finished": "finished",
+    "asks": "queued",
+    "pushed": "finished",
+}
+_MOST_FILES = 40
+# What the command line says where the page has a field for it.
+_BASE_NOTE = "the files name the base as a folder of this machine"
+# Absolute paths of this machine; a stranger is told the last part alone.
+_PATH = re.compile(r"(?<![\w:/.])(?:/[\w.+-]+){2,}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is chosen; a browser can send anything.
+
+    Attributes:
+        kind: What is wanted.
+        checkpoint: Of which checkpoint.
+        bits: Bits of a quantized model.
+        measure: Whether outputs are compared.
+    """
+
+    kind: Any
+    checkpoint: Checkpoint | None
+    bits: Any
+    measure: bool
+
+    heavy = property(lambda self: self.kind in HEAVY)
+
+
+def checkpoint(one: Checkpoint, t: Texts) -> str:
+    """Returns what a checkpoint is called."""
+    if one.step is None:
+        return one.name
+    return t("exporting.at_step", name=one.name, step=one.step)
+
+
+def empty(run: Run, t: Texts) -> str:
+    """Returns what is said before there is anything to take along."""
+    going = run.active or run.waiting
+    text = t("exporting.empty_going" if going else "exporting.empty")
+    title = t("exporting.empty_title")
+    return f'<div class="nothing"><p><strong>{title}</strong></p><p>{text}</p></div>'
+
+
+def about(studio: Studio, run: Run, form: Form, t: Texts) -> str:
+    """Returns what an export is, how large, what it takes, and why it is refused now."""
+    if form.kind not in FORMATS or form.checkpoint is None:
+        return ""
+    parts = [t(f"exporting.about_{form.kind}")]
+    if form.heavy:
+        found = base_size(form.checkpoint.folder, studio.settings.data_root)
+        parts.append(_takes(form, found, t))
+    else:
+        weights = form.checkpoint.folder / "adapter_model.safetensors"
+        parts.append(t("exporting.takes_adapter", size=size(weights.stat().st_size)))
+    text = f'<p class="note">{" ".join(map(escaped, parts))}</p>'
+    try:
+        studio.exports.check(run, Wish(format=form.kind, checkpoint=form.checkpoint.name))
+    except Refused as refusal:
+        # The one that is being made stands below.
+        if refusal.key == "exporting.refused_one":
+            return text
+        why = f"<strong>{t('exporting.not_now')}</strong> {escaped(sentence(refusal, t))}"
+        return f'{text}<p class="not-now" role="status">{why}</p>'
+    return text
+
+
+def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
+    if found is None:
+        return t("exporting.takes_unknown")
+    bits = form.bits if form.bits in BITS else BITS[0]
+    disk = found.quantized(bits) if form.kind == "quantized" else found.merged
+    memory = found.memory(form.kind, form.measure)
+    free = psutil.virtual_memory().available
+    # Rounded, so that the sentence does not change at every look.
+    words = t(
+        "exporting.takes",
+        size=size(disk),
+        memory=size(memory),
+        free=f"{round(free / 1e9)} GB",
+    )
+    return words + (" " + t("exporting.takes_more") if memory > free else "")
+
+
+def asks(export: Export, space: bool, t: Texts) -> str:
+    """Returns what would be pushed, before it is."""
+    kind = t("exporting.is_private" if export.wish.private else "exporting.is_public")
+    total = size(sum(count for _, count in export.files))
+    said = t(
+        "exporting.would_push", n=len(export.files), size=total, to=export.wish.push_to, kind=kind
+    )
+    warning = (
+        "" if export.wish.private else f'<p class="not-now">{t("exporting.public_warning")}</p>'
+    )
+    return (
+        f'<h3>{t("exporting.confirm")}</h3><p role="status">{escaped(said)}</p>{warning}'
+        f"{_files(export)}{_notes(export, space, t)}"
+    )
+
+
+def going(exports: Sequence[Export], t: Texts) -> str:
+    """Returns the exports that are going on."""
+    return "".join(_going(export, t) for export in exports)
+
+
+def _going(export: Export, t: Texts) -> str:
+    what, percent = export.progress
+    # Reading files one by one is said in the words of the command line.
+    said = f"{what}, {percent} %" if percent is not None else t("exporting.begins")
+    width = f' style="width: {percent}%"' if percent is not None else ""
+    known = f' aria-valuenow="{percent}"' if percent is not None else ""
+    stop = "" if export.state == "cancelling" else _button("cancel", export, t)
+    return (
+        f'<article class="export">{_head(export, t)}'
+        f'<div class="bar {"running" if percent is not None else "unknown"}" role="progressbar" '
+        f'aria-label="{t("exporting.progress")}" aria-valuemin="0" aria-valuemax="100"{known}>'
+        f"<span{width}></span></div>"
+        f'<p class="note" role="status">{escaped(said)}. {t("exporting.goes_on")}</p>'
+        f'<div class="acts">{stop}</div></article>'
+    )
+
+
+def done(run: Run | None, exports: Sequence[Export], space: bool, t: Texts) -> str:
+    """Returns the exports that have come to an end."""
+    if run is None or not exports:
+        return ""
+    known = {one.name: one for one in run.checkpoints()}
+    items = "".join(_done(run, one, known.get(one.wish.checkpoint), space, t) for one in exports)
+    title = t("exporting.list")
+    return f'<section aria-label="{title}"><h2>{title}</h2>{items}</section>'
+
+
+def _done(run: Run, export: Export, found: Checkpoint | None, space: bool, t: Texts) -> str:
+    parts = [_head(export, t)]
+    if export.state == "failed":
+        parts.append(_failure(export, space, t))
+    if export.address:
+        url = escaped(export.address)
+        parts.append(f'<p>{t("exporting.is_at")} <a href="{url}" rel="noopener">{url}</a></p>')
+    if export.whole:
+        parts.append(_error(export, t))
+        parts += [_notes(export, space, t), _files(export), _commands(export, space, t)]
+        code = loading_code(export, found.folder) if found is not None else ""
+        parts.append(_code(public(code, space), t) if code else "")
+    buttons = [_button("download", export, t)] if export.whole else []
+    buttons.append(_button("delete", export, t, asks=t("exporting.sure_delete")))
+    parts.append(f'<div class="acts">{"".join(buttons)}</div>')
+    return f'<article class="export">{"".join(parts)}</article>'
+
+
+def public(text: str, space: bool) -> str:
+    """Returns a text; for strangers, without the folders of this machine."""
+    return _PATH.sub(lambda found: found[0].rpartition("/")[2], text) if space else text
+
+
+def _head(export: Export, t: Texts) -> str:
+    look = _LOOKS[export.state]
+    title = t(f"exporting.format_{export.wish.format}")
+    if export.wish.format == "quantized":
+        title += f", {t('exporting.bits_of', n=export.wish.bits)}"
+    facts = [
+        export.wish.checkpoint,
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(export.created)),
+    ]
+    if export.wish.push_to:
+        facts.append(export.wish.push_to)
+    return (
+        f'<div class="about"><h3>{title}</h3><span class="badge {look}"><span aria-hidden="true">'
+        f"{SIGNS[look]}</span> {t(f'exporting.state_{export.state}')}</span>"
+        f'<span class="note">{escaped(" | ".join(facts))}</span></div>'
+    )
+
+
+def _failure(export: Export, space: bool, t: Texts) -> str:
+    kind, said = export.failure
+    key = kind if t.has(f"exporting.why_{kind}") else "other"
+    if export.whole:
+        key = "push" if kind == "explained" else key
+    words = escaped(public(said, space))
+    details = (
+        f'<details><summary>{t("run.details")}</summary><pre tabindex="0">{words}</pre></details>'
+        if said
+        else ""
+    )
+    return (
+        f'<div class="why" role="status"><p><strong>{t(f"exporting.why_{key}")}</strong> '
+        f"{t(f'exporting.todo_{key}')}</p>{details}</div>"
+    )
+
+
+def _error(export: Export, t: Texts) -> str:
+    """Returns how far the outputs are from the model as it was trained, where that is known."""
+    result = export.result
+    found: Any = (result.get("quantized") or {}).get("logit_error")
+    merge = result.get("merge") or {}
+    if "quantized" not in result:
+        found = (merge.get("logit_errors") or {}).get(merge.get("into"))
+    if not isinstance(found, dict):
+        return ""
+    try:
+        relative, same = float(found["relative"]), float(found["same_choice"])
+    except (KeyError, TypeError, ValueError):
+        return ""
+    text = t("exporting.error", relative=f"{relative:.2%}", same=f"{same:.1%}")
+    return f"<p>{escaped(text)}</p>"
+
+
+def _notes(export: Export, space: bool, t: Texts) -> str:
+    told = [
+        t("exporting.note_base") if _BASE_NOTE in note else public(note, space)
+        for note in export.notes
+    ]
+    title = f"<strong>{t('exporting.note')}</strong>"
+    return "".join(f'<p class="note">{title} {escaped(note)}</p>' for note in told)
+
+
+def _files(export: Export) -> str:
+    rows = "".join(
+        f"<li><code>{escaped(path)}</code> <span>{size(count)}</span></li>"
+        for path, count in export.files[:_MOST_FILES]
+    )
+    rest = len(export.files) - _MOST_FILES
+    return (
+        f'<ul class="files">{rows}{f"<li>+ {rest}</li>" if rest > 0 else ""}</ul>' if rows else ""
+    )
+
+
+def _commands(export: Export, space: bool, t: Texts) -> str:
+    if not export.commands:
+        return ""
+    rows = "".join(_copied(public(command, space), t) for command in export.commands)
+    title = t("exporting.commands")
+    shown = " open" if export.wish.format in ("vllm", "ollama") else ""
+    return f"<details{shown}><summary>{title}</summary>{rows}</details>"
+
+
+def _copied(command: str, t: Texts) -> str:
+    words = escaped(command)
+    return (
+        f'<div class="command"><code tabindex="0">{words}</code><button type="button" '
+        f'class="as-button" data-copies="{words}">{t("run.copy")}</button></div>'
+    )
+
+
+def _code(code: str, t: Texts) -> str:
+    words = escaped(code)
+    return (
+        f"<details><summary>{t('exporting.code')}</summary>"
+        f'<pre tabindex="0" role="region" aria-label="{t("exporting.code")}">{words}</pre>'
+        f'<button type="button" class="as-button" data-copies="{words}">{t("run.copy")}</button>'
+        "</details>"
+    )
+
+
+def _button(act: str, export: Export, t: Texts, asks: str = "") -> str:
+    more = f' data-asks="{escaped(asks)}"' if asks else ""
+    label = t(f"exporting.{act}")
+    if act == "download":
+        label = t("exporting.download", size=size(sum(count for _, count in export.files)))
+    return (
+        f'<button type="button" class="as-button {act}" data-act="{act}" '
+        f'data-export="{escaped(export.name)}"{more}>{label}</button>'
+    )
