@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from finished import lora_run, qlora_run  # noqa: F401
+from program import program  # noqa: F401
 
 # What is computed here is so small that threads would only wait for each other.
 torch.set_num_threads(1)
