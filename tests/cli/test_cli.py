@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.cli import COMMANDS, main
-from lightning_peft.demo.run import BASE
+from lightning_peft.demo.run import BASE, INSTRUCTIONS
 
 
 def run(*arguments, cwd, **environment):
@@ -62,38 +62,62 @@ def test_a_wrong_option_and_a_wrong_value_are_named(capsys):
     assert "dora" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_had_is_an_error_in_words(tmp_path):
-    done = run("demo", "--model", "nobody/no-such-model", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "nobody/no-such-model" in done.stderr
-    assert "HF_HUB_OFFLINE" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_model_that_cannot_be_had_is_an_error_in_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--model", "nobody/no-such-model"]) == 1
+    said = capsys.readouterr().err
+    assert "nobody/no-such-model" in said
+    assert "HF_HUB_OFFLINE" in said
+    assert "Traceback" not in said
     assert not (tmp_path / "demo-output").exists()
 
 
-@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
-def test_the_demo_runs_and_tunes(tmp_path, method):
-    done = run(
-        "demo", "--method", method, "--steps", "30", "--seed", "3", cwd=tmp_path, COLUMNS="100"
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "demo-output" / "result.json").read_text())
+@pytest.fixture
+def few_rows(tmp_path, monkeypatch):
+    """Leaves so few examples and words that evaluating before and after takes no time."""
+    rows = [json.loads(line) for line in INSTRUCTIONS.read_text().splitlines()]
+    kept = [
+        *[row for row in rows if row["split"] == "train"][:120],
+        *[row for row in rows if row["split"] == "validation"][:30],
+    ]
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    monkeypatch.setattr("lightning_peft.demo.run.INSTRUCTIONS", tmp_path / "few.jsonl")
+    monkeypatch.setattr("lightning_peft.demo.run.NEW_TOKENS", 8)
+    monkeypatch.chdir(tmp_path)
+
+
+def assert_the_demo_tuned(folder, said, method, steps):
+    record = json.loads((folder / "demo-output" / "result.json").read_text())
     assert record["seed"] == 3
-    assert record["steps"] == 30
+    assert record["steps"] == steps
     before, after = record["held_out_loss"]
     assert after < 0.9 * before
     assert record["train_loss"][1] < record["train_loss"][0]
     assert len(record["samples"]) == 3
     for words in ("memory without activations", "held-out rows", "Files", "Next"):
-        assert words in done.stdout
-    checkpoint = tmp_path / "demo-output" / "checkpoints" / "demo.ckpt"
+        assert words in said
+    checkpoint = folder / "demo-output" / "checkpoints" / "demo.ckpt"
     assert checkpoint.is_file()
-    folder = tmp_path / "demo-output" / "checkpoints" / "adapters" / "demo"
-    assert folder.is_dir() == (method != "full")
-    assert ("q_proj" in done.stdout) == (method != "full")
-    assert ("nf4, double quantization" in done.stdout) == (method == "qlora")
+    adapter = folder / "demo-output" / "checkpoints" / "adapters" / "demo"
+    assert adapter.is_dir() == (method != "full")
+    assert ("q_proj" in said) == (method != "full")
+    assert ("nf4, double quantization" in said) == (method == "qlora")
+
+
+def test_the_demo_runs_and_tunes(tmp_path):
+    done = run("demo", "--steps", "30", "--seed", "3", cwd=tmp_path, COLUMNS="100")
+    assert done.returncode == 0, done.stderr
+    assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 30)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_demo_of_other_methods(tmp_path, monkeypatch, capsys, method):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["demo", "--method", method, "--steps", "12", "--seed", "3"]) == 0
+    assert_the_demo_tuned(tmp_path, capsys.readouterr().out, method, 12)
     if method == "lora":
-        assert_plain_peft_reads(folder)
+        assert_plain_peft_reads(tmp_path / "demo-output" / "checkpoints" / "adapters" / "demo")
 
 
 def assert_plain_peft_reads(folder):
@@ -106,9 +130,9 @@ def assert_plain_peft_reads(folder):
     assert all(name.startswith("base_model.model.model.layers.") for name in names)
 
 
+@pytest.mark.usefixtures("few_rows")
 def test_arguments_can_come_from_a_file(tmp_path):
     (tmp_path / "demo.yaml").write_text("method: lora\nsteps: 2\noutput: elsewhere\n")
-    done = run("demo", "--config", "demo.yaml", "--steps", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert main(["demo", "--config", "demo.yaml", "--steps", "3"]) == 0
     record = json.loads((tmp_path / "elsewhere" / "result.json").read_text())
     assert (record["method"], record["steps"]) == ("lora", 3)

@@ -80,8 +80,8 @@ def test_plain_lines_where_there_is_no_terminal(here):
     assert "\x1b" not in done.stdout
 
 
-def test_bad_input_is_answered_with_2(plan, here):
-    done = plan("--model", "nowhere", "--json")
+def test_bad_input_is_answered_with_2(here):
+    done = here("--model", "nowhere", "--json")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--model 'nowhere': no config of transformers could be read there" in done.stderr
     done = here("--model", "model", "--gpu", "rtx4091")

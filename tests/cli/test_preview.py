@@ -1,7 +1,6 @@
 """``lightning-peft preview`` on real files, with the demo's tokenizer."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -29,8 +28,10 @@ def write(folder, rows, arguments):
 def here(tmp_path, monkeypatch, capsys):
     """Runs the same in this process, which is quicker."""
 
-    def run(rows, *arguments):
+    def run(rows, *arguments, **environment):
         monkeypatch.chdir(tmp_path)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
         try:
             code = main(write(tmp_path, rows, arguments))
         except SystemExit as stop:
@@ -45,12 +46,11 @@ def here(tmp_path, monkeypatch, capsys):
 def preview(tmp_path):
     """Runs the command in a folder of its own, on rows that are written there first."""
 
-    def run(rows, *arguments, **environment):
+    def run(rows, *arguments):
         words = write(tmp_path, rows, arguments)
         return subprocess.run(
             [sys.executable, "-m", "lightning_peft.cli", *words],
             cwd=tmp_path,
-            env={**os.environ, **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -59,8 +59,8 @@ def preview(tmp_path):
     return run
 
 
-def test_trained_tokens_are_marked_and_everything_is_counted(preview):
-    done = preview(GOOD, *COLUMNS, "--chat-template", "plain", "--validation-share", "0")
+def test_trained_tokens_are_marked_and_everything_is_counted(here):
+    done = here(GOOD, *COLUMNS, "--chat-template", "plain", "--validation-share", "0")
     assert done.returncode == 0, done.stderr
     out = done.stdout
     assert "prompt and completion (prompt from 'q', completion from 'a')" in out
@@ -78,8 +78,8 @@ def test_trained_tokens_are_marked_and_everything_is_counted(preview):
     assert "\x1b" not in out
 
 
-def test_a_terminal_gets_colours(preview):
-    done = preview(
+def test_a_terminal_gets_colours(here):
+    done = here(
         GOOD, *COLUMNS, "--chat-template=plain", "--rows=1", FORCE_COLOR="1", TERM="xterm-256color"
     )
     assert done.returncode == 0, done.stderr
@@ -87,10 +87,10 @@ def test_a_terminal_gets_colours(preview):
     assert "\x1b[2mWhat is 0?\x1b[0m" in done.stdout
 
 
-def test_bad_rows_are_an_exit_code_and_can_be_skipped(preview, tmp_path):
+def test_bad_rows_are_an_exit_code_and_can_be_skipped(here, tmp_path):
     rows = [*GOOD, "{broken", {"q": "?"}, GOOD[0], *[{"q": "a", "a": ""}] * 14]
     arguments = [*COLUMNS, "--chat-template", "plain", "--validation-share", "0"]
-    done = preview(rows, *arguments)
+    done = here(rows, *arguments)
     assert done.returncode == 1
     assert "rows that are no JSON objects in UTF-8: 1" in done.stdout
     assert "rows.jsonl row 21 is no JSON" in done.stdout
@@ -98,7 +98,7 @@ def test_bad_rows_are_an_exit_code_and_can_be_skipped(preview, tmp_path):
     assert "rows.jsonl row 23 is the same as row 1" in done.stdout
     assert "all rows: 22, 24-37" in done.stdout
     assert "17 of 37 rows have problems." in done.stdout
-    done = preview(rows, *arguments, "--skip-bad-rows", "rejected.jsonl")
+    done = here(rows, *arguments, "--skip-bad-rows", "rejected.jsonl")
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "rejected.jsonl").read_text().splitlines()) == 17
 

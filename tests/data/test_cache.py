@@ -115,19 +115,23 @@ def test_a_folder_that_cannot_be_written_to_is_named(make, write, tmp_path):
 
 def test_processes_at_the_same_time_get_the_same(write, tmp_path):
     path = write(pairs(40))
+    # Forked when everything is imported, so that neither has finished when the other begins.
     code = (
-        "import sys; from lightning_peft.data.supervised import SupervisedData\n"
+        "import os; from lightning_peft.data.supervised import SupervisedData\n"
+        "import torch, transformers\n"
+        "child = os.fork()\n"
         f"data = SupervisedData({path!r}, {str(BASE)!r}, chat_template='plain',"
         f" cache_dir={str(tmp_path / 'cache')!r})\n"
         "data.prepare_data(); data.setup('fit'); print(len(data.read().splits['train']))\n"
+        "if child: assert os.waitpid(child, 0)[1] == 0\n"
     )
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    counts = {process.communicate(timeout=120)[0] for process in running}
-    assert [process.returncode for process in running] == [0, 0]
-    assert len(counts) == 1
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    counts = done.stdout.split()
+    assert len(counts) == 2
+    assert len(set(counts)) == 1
     (name,) = entries(tmp_path)
     summary = json.loads((tmp_path / "cache" / name / cache.SUMMARY).read_text())
-    assert summary["splits"]["train"]["rows"] == int(counts.pop())
+    assert summary["splits"]["train"]["rows"] == int(counts[0])

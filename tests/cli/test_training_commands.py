@@ -1,0 +1,112 @@
+"""``lightning-peft fit`` and its relatives: what they take, and what they say to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from trials import QUIET, TASKS, recipes_of, small
+
+from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.runs.folder import RunFolder
+
+RECIPES = [name for name in recipe_files() if not name.startswith("small/") and name != "forkme"]
+
+
+def run_folder(folder: Path, kind: str = "") -> RunFolder:
+    (found,) = [path for path in (folder / "runs").iterdir() if f"-{kind}" in path.name]
+    return RunFolder(found)
+
+
+def test_all_recipes_are_tested() -> None:
+    assert sorted(name for file in TASKS for name in recipes_of(file)) == sorted(RECIPES)
+    here = Path(__file__).parent
+    assert sorted(TASKS) == sorted(path.name for path in here.glob("test_trials_of_*.py"))
+
+
+def test_a_checkpoint_is_evaluated_and_predicts(program, tmp_path) -> None:
+    """The recipe that a run leaves is a config like any other."""
+    code, _, err = program.run(
+        tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET, fresh=True
+    )
+    assert code == 0, err[-3000:]
+    trained = run_folder(tmp_path)
+    again = [f"--config={trained.recipe}", f"--ckpt_path={trained.checkpoints / 'best.ckpt'}"]
+    code, out, err = program.run(tmp_path, "validate", *again, *QUIET, "--json")
+    assert code == 0, err[-3000:]
+    after = json.loads(trained.result.read_text())["after"]
+    assert json.loads(out)["after"] == pytest.approx(after)
+    assert "lightning_peft" in (folder := run_folder(tmp_path, "validate")).recipe.read_text()
+    assert folder.status.kind == "validate"
+    assert folder.status.state == "finished"
+    more = ["--trainer.limit_predict_batches=2", "--data.batch_size=3"]
+    code, out, err = program.run(tmp_path, "predict", *again, *QUIET, *more)
+    assert code == 0, err[-3000:]
+    folder = run_folder(tmp_path, "predict")
+    predictions = list(folder.rows(folder.predictions))
+    assert len(predictions) == 6
+    assert all(row["generated"] != row["prompt"] for row in predictions)
+    assert str(folder.predictions.relative_to(tmp_path)) in out
+
+
+WRONG = {
+    "--model.init_args.learning_rat=1": "near names: learning_rate",
+    "--trainr.max_steps=1": "near names: trainer.max_steps",
+    "--data.init_args.data=nowhere.jsonl": "no file or folder 'nowhere.jsonl'",
+    "--config=sft-qlorra": "Near names: sft-qlora",
+    "--resume=nowhere": "'nowhere': that is no folder of a run that can go on",
+    "--trainer.limit_val_batches=0": "needs validation rows, and there are none",
+}
+
+
+@pytest.mark.parametrize("word", WRONG)
+def test_bad_input_is_named_and_costs_nothing(word, program, tmp_path) -> None:
+    code, out, err = program.run(tmp_path, "fit", "--config=sft-lora", "--config=small/sft", word)
+    assert code == 2
+    assert WRONG[word] in err
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.ckpt"))
+    if "nowhere.jsonl" in word:
+        folder = run_folder(tmp_path)
+        assert folder.status.state == "failed"
+        assert WRONG[word] in json.loads(folder.error.read_text())["message"]
+
+
+def test_a_wrong_key_in_a_file(program, tmp_path) -> None:
+    (tmp_path / "own.yaml").write_text("trainer:\n  max_step: 3\n")
+    code, _, err = program.run(tmp_path, "fit", "--config=sft-lora", "--config=own.yaml")
+    assert code == 2
+    assert "near names: trainer.max_steps" in err
+
+
+def test_recipes_are_listed_shown_and_copied(program, tmp_path) -> None:
+    code, out, _ = program.run(tmp_path, "recipes", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert list(rows) == list(recipe_files())
+    assert rows["sft-qlora"]["method"] == "QLoRAStrategy"
+    code, out, _ = program.run(tmp_path, "recipes", "show", "sft-qlora")
+    assert code == 0
+    assert out == recipe_files()["sft-qlora"].read_text()
+    code, _, _ = program.run(tmp_path, "recipes", "copy", "small/sft", "mine.yaml")
+    assert code == 0
+    assert "package:" not in (tmp_path / "mine.yaml").read_text().partition("model:")[2]
+    code, _, err = program.run(tmp_path, "recipes", "copy", "small/sft", "mine.yaml")
+    assert code == 2
+    assert "left alone" in err
+    assert program.run(tmp_path, "recipes", "show", "sft-qlorra")[0] == 2
+
+
+def test_the_defaults_of_recipes_are_models_of_the_hub() -> None:
+    for name in RECIPES:
+        content = yaml.safe_load(recipe_files()[name].read_text())
+        model, given = content["model"]["init_args"], content["data"]["init_args"]
+        if name.startswith("time-series"):
+            # There is no hub for LightningModules.
+            assert model["horizon"] == given["horizon"]
+            continue
+        assert model["model"].count("/") == 1
+        (reads,) = (given[name] for name in ("tokenizer", "processor") if name in given)
+        assert reads == model["model"]

@@ -1,0 +1,131 @@
+"""The program ``lightning-peft`` in real processes, most of which need not wait for imports.
+
+Each has its own streams, signals and end. Most are forked from one that has imported the packages
+of others (forking.py). A fresh one shows what only a fresh interpreter can: its very first import,
+another order of its sets, and what libraries read of the environment when they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+# A fork cannot use a CUDA device that an import has looked at, and not every system forks safely.
+FORKS = sys.platform == "linux" and not torch.cuda.is_available()
+
+
+class Forked:
+    """What tests need of ``subprocess.Popen``, for a process that has another parent."""
+
+    def __init__(self, parent: subprocess.Popen[bytes], streams: list[Path]) -> None:
+        self._answers, self._streams = parent.stdout, streams
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def poll(self, timeout: float = 0) -> int | None:
+        """Returns the exit code, or ``None`` while it runs."""
+        if self.returncode is None and select.select([self._answers], [], [], timeout)[0]:
+            self.returncode = int(self._answers.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends the process at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Returns what was written to both streams, once the process has ended."""
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired("lightning-peft", timeout)
+        out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)
+        return out, err
+
+
+class Program:
+    """Starts the program, one process at a time; they share a cache of prepared data."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._parent: subprocess.Popen[bytes] | None = None
+        self._last: Forked | None = None
+
+    def start(
+        self, folder: Path, *words: str, fresh: bool = False
+    ) -> Forked | subprocess.Popen[str]:
+        """Starts it in a folder, in a fresh interpreter if that is asked for."""
+        if fresh or not FORKS:
+            return subprocess.Popen(
+                [sys.executable, "-m", "lightning_peft.cli", *words],
+                cwd=folder,
+                env=self._environment(),
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        self._end_last()
+        self._count += 1
+        streams = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
+        job = {"words": words, "folder": str(folder), "environment": self._environment()}
+        parent = self._forking()
+        parent.stdin.write(json.dumps({**job, "streams": list(map(str, streams))}).encode() + b"\n")
+        self._last = Forked(parent, streams)
+        return self._last
+
+    def run(self, folder: Path, *words: str, fresh: bool = False) -> tuple[int, str, str]:
+        """Runs it to its end, and returns its exit code, output and errors."""
+        process = self.start(folder, *words, fresh=fresh)
+        out, err = process.communicate(timeout=200)
+        return process.returncode, out, err
+
+    def _environment(self) -> dict[str, str]:
+        own = {"PYTHONPATH": str(HERE.parent), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+        own |= {"XDG_CACHE_HOME": str(self._folder / "cache"), "COLUMNS": "200"}
+        return {**os.environ, **own}
+
+    def _forking(self) -> subprocess.Popen[bytes]:
+        if self._parent is None:
+            self._parent = subprocess.Popen(
+                [sys.executable, str(HERE / "forking.py")],
+                cwd=self._folder,
+                env=self._environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+            )
+        return self._parent
+
+    def _end_last(self) -> None:
+        if self._last is not None:
+            self._last.kill()
+            self._last.poll(timeout=60)
+
+    def close(self) -> None:
+        """Ends what still runs."""
+        self._end_last()
+        if self._parent is not None:
+            self._parent.stdin.close()
+            self._parent.wait(timeout=60)
+            self._parent.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """Starts ``lightning-peft`` in processes of its own."""
+    made = Program(tmp_path_factory.mktemp("program"))
+    yield made
+    made.close()
