@@ -1,4 +1,4 @@
-"""Trying a real, small model on the page: answers side by side, blind votes, and who may do what."""
+"""Trying a real, small model on the page: answers side by side, blind votes, who may do what."""
 
 from __future__ import annotations
 
