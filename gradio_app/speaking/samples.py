@@ -32,8 +32,9 @@ def held_out(run: Run) -> list[HeldOut]:
     found: dict[str, HeldOut] = {}
     for row in rows_of(run.folder.samples):
         prompt, reference = row.get("prompt"), row.get("expected")
-        texts = isinstance(prompt, str) and isinstance(reference, str)
-        if texts and prompt.strip() and len(prompt) <= LONGEST_TEXT:
+        if not isinstance(prompt, str) or not isinstance(reference, str):
+            continue
+        if prompt.strip() and len(prompt) <= LONGEST_TEXT:
             found.setdefault(prompt, HeldOut(prompt, reference))
         if len(found) == MOST:
             break
