@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from gradio_app.running.store import Run, RunStore
@@ -85,9 +87,10 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     assert first["left"] != first["right"]
     page.get_by_text("of memory").wait_for()
     screenshot(page, "trying")
+    page.locator("#try-columns").scroll_into_view_if_needed()
     assert violations(page) == []
     # Somebody else waits until she is done.
-    their_own = tried(store, owner_of(_Request({COOKIE: HIS}), space=True), _adapters(run))
+    their_own = tried(store, owner_of(_Request({COOKIE: HIS}), space=True), run.folder.path)
     other = opened(visit, space, their_own, HIS)
     other.get_by_text("Somebody else talks to a model here now").wait_for()
     assert other.get_by_role("button", name="Ask", exact=True).is_disabled()
@@ -126,11 +129,7 @@ def blind(page, run: Run) -> None:
     assert page.locator(f"#try-tally .{vote['outcome']} strong").inner_text() == "1"
 
 
-def _adapters(run: Run) -> Path:
-    return run.folder.path
-
-
-def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit, tmp_path):
+def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     busy = store.create(owner, "seed_everything: 0\n", "Training now")
     page = opened(visit, space, run, HERS, viewport=PHONE, color_scheme="dark")
@@ -138,10 +137,6 @@ def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit,
     assert overflow(page) == 0
     assert violations(page) == []
     screenshot(page, "trying-phone")
-    import os
-
-    import psutil
-
     status = {"state": "running", "phase": "training", "step": 1, "total_steps": 9, "kind": "fit"}
     me = {"pid": os.getpid(), "process_started": psutil.Process().create_time()}
     write_json(busy.folder.status_file, {**status, **me, "started": 1.0, "updated": 1.0})

@@ -53,7 +53,8 @@ class Trying:
         p.load.click(told(t)(self._load), [self.run_id, p.checkpoint], p.standing, **every)
         for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
             button.click(told(t)(act), self.run_id, p.standing, **every)
-        for event in (p.anew.click, p.mode.input, p.checkpoint.input):
+        anew = (p.anew.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
+        for event in anew:
             event(told(t)(self._anew), p.settings, [self.talk, *p.talking], **private())
         for name, button in p.votes.items():
             given = [self.run_id, self.talk]
