@@ -89,7 +89,10 @@ class Program:
     def run(self, folder: Path, *words: str, fresh: bool = False) -> tuple[int, str, str]:
         """Runs it to its end, and returns its exit code, output and errors."""
         process = self.start(folder, *words, fresh=fresh)
-        out, err = process.communicate(timeout=200)
+        try:
+            out, err = process.communicate(timeout=200)
+        finally:
+            process.kill()
         return process.returncode, out, err
 
     def _environment(self) -> dict[str, str]:

@@ -1,10 +1,7 @@
 """``verify RUN`` and ``reproduce RUN`` on a run of their own, whole and tampered with."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,31 +10,17 @@ from lightning_peft.cli import main
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.runs.folder import RunFolder
 
-ROOT = Path(__file__).parents[2]
 STEPS = 4
 
 
-def command(folder, *words):
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", *words],
-        cwd=folder,
-        env={**os.environ, **environment, "XDG_CACHE_HOME": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, program):
     """A folder with a run below it, with data and a base that can be tampered with."""
     folder = tmp_path_factory.mktemp("trained")
     rows = INSTRUCTIONS.read_text().splitlines()
     (folder / "rows.jsonl").write_text("\n".join(rows[:60] + rows[-10:]) + "\n")
     shutil.copytree(BASE, folder / "base")
-    code, _, err = command(
+    code, _, err = program.run(
         folder,
         "fit",
         "--config=sft-qlora",
@@ -47,6 +30,7 @@ def trained(tmp_path_factory):
         f"--model.init_args.model={folder / 'base'}",
         f"--trainer.limit_train_batches={STEPS}",
         "--trainer.enable_progress_bar=false",
+        fresh=True,
     )
     assert code == 0, err[-3000:]
     return folder
@@ -70,8 +54,8 @@ def failed(capsys, *words):
     return found
 
 
-def test_a_run_is_proven(trained):
-    code, out, err = command(trained, "verify", "runs/one")
+def test_a_run_is_proven(trained, program):
+    code, out, err = program.run(trained, "verify", "runs/one")
     assert code == 0, err[-3000:]
     lines = out.splitlines()
     assert len(lines) == 16
@@ -87,8 +71,8 @@ def test_a_run_is_proven(trained):
     assert not [line for line in lines if line.startswith("FAIL")]
 
 
-def test_a_run_is_reproduced_to_the_bit(trained):
-    code, out, err = command(trained, "reproduce", "runs/one", "--json")
+def test_a_run_is_reproduced_to_the_bit(trained, program):
+    code, out, err = program.run(trained, "reproduce", "runs/one", "--json", fresh=True)
     assert code == 0, err[-3000:]
     found = json.loads(out)
     assert found["identical"]
@@ -102,7 +86,7 @@ def test_a_run_is_reproduced_to_the_bit(trained):
     recipe = second.recipe.read_text().replace("learning_rate: 0.005", "learning_rate: 0.004")
     assert recipe != second.recipe.read_text()
     second.recipe.write_text(recipe)
-    code, out, err = command(trained, "reproduce", str(second.path), "--json")
+    code, out, err = program.run(trained, "reproduce", str(second.path), "--json")
     assert code == 1
     assert json.loads(out)["adapter_difference"] > 1e-5
 

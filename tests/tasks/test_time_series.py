@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -228,18 +225,11 @@ trainer:
 """
 
 
-def test_a_module_of_the_users_own_needs_a_config_and_nothing_else(tmp_path):
+def test_a_module_of_the_users_own_needs_a_config_and_nothing_else(program, tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "own.yaml").write_text(CONFIG % (SHIPPED / "el_nino.csv"))
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", "fit", "--config=own.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, _, err = program.run(tmp_path, "fit", "--config=own.yaml")
+    assert code == 0, err[-3000:]
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     names = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert {"head.weight", "net.0.lora_A.default.weight"} <= set(names)
