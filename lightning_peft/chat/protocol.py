@@ -45,6 +45,7 @@ class Server:
         # Ids of requests that are not answered yet, and of those of them that are to stop.
         self._open: set[Any] = set()
         self._stopped: set[Any] = set()
+        self._first = ""
 
     def serve(self, make: Callable[[Say], Speaker]) -> None:
         """Loads the model, and answers until the lines end.
@@ -63,6 +64,7 @@ class Server:
         except LightningPeftError as error:
             self._write({"error": str(error)})
             raise
+        self._first = speaker.active
         self._write({"ready": ready})
         while (line := self._waiting.get()) is not None:
             self._take(speaker, line)
@@ -112,7 +114,8 @@ class Server:
         messages = row["messages"]
         if self._system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
-        speaker.switch(row.get("adapter", speaker.active))
+        # Not who answered last: a request means the same whatever came before it.
+        speaker.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
         asked = {
             name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
@@ -176,7 +179,8 @@ class Server:
 def _object(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # The second of a line that nests a thousand times: no request, and no reason to end.
         return None
     return row if isinstance(row, dict) else None
 
@@ -216,6 +220,10 @@ def _problems_of_messages(messages: Any) -> Iterator[str]:
             yield f"messages[{place}]: an object of `role` and `content`"
         elif turn["role"] not in ROLES or not isinstance(turn["content"], str):
             yield f"messages[{place}]: role is one of {', '.join(ROLES)}, and content a text"
+        elif turn["role"] == "system" and place:
+            yield f"messages[{place}]: a system turn comes first or not at all"
+        elif turn["role"] == "user" and not turn["content"].strip():
+            yield f"messages[{place}]: content is empty"
     last = messages[-1]
     if isinstance(last, dict) and last.get("role") in ("system", "assistant"):
         yield f"messages: the last turn is of {last['role']!r}; it is the user's that is answered"

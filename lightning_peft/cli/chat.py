@@ -156,6 +156,8 @@ def _serve(given: argparse.Namespace) -> int:
     def make(say: Callable[[str], None]) -> Any:
         return make_speaker(given, given.temperature, given.top_p, say)
 
+    # A byte that is no UTF-8 makes a bad request, and no end.
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     # Nothing else may get between the lines of the protocol.
     with redirect_stdout(sys.stderr):
         protocol.Server(sys.stdin, out, given.system, given.seed).serve(make)

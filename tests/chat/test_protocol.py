@@ -28,6 +28,8 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # So that a test can send bytes that are no UTF-8.
+            errors="surrogateescape",
         )
         self.loading: list[dict[str, Any]] = []
         while "progress" in (row := self.read()):
@@ -98,6 +100,13 @@ def test_the_stream_is_what_the_command_line_says(client: Client, lora_run: Path
     assert [json.loads(line)["answer"] for line in shown.stdout.splitlines()] == [tuned, base]
 
 
+def test_who_answers_does_not_depend_on_who_did_before(client: Client) -> None:
+    tuned, _ = client.ask("first")
+    client.ask("second", adapter="base")
+    again, _ = client.ask("third")
+    assert again == tuned == client.ask("fourth", adapter="mine")[0]
+
+
 def test_the_seed_decides_what_is_drawn(client: Client) -> None:
     drawn = {"adapter": "base", "temperature": 1.5, "max_new_tokens": 8}
     first, _ = client.ask(3, seed=1, **drawn)
@@ -131,6 +140,14 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
     [
         ("no JSON", None, "is no JSON object"),
         ([1], None, "is no JSON object"),
+        ("[" * 100_000, None, "is no JSON object"),
+        ("\udcff", None, "is no JSON object"),
+        ({"id": 1, "messages": [{"role": "user", "content": " "}]}, 1, "content is empty"),
+        (
+            {"id": 1, "messages": [*QUESTION, {"role": "system", "content": "x"}, *QUESTION]},
+            1,
+            "a system turn comes first",
+        ),
         ({"messages": QUESTION}, None, "id=None"),
         ({"id": True, "messages": QUESTION}, None, "id=True"),
         ({"id": 1}, 1, "messages: a list"),
