@@ -105,9 +105,9 @@ def assert_the_demo_tuned(folder, said, method, steps):
 
 
 def test_the_demo_runs_and_tunes(tmp_path):
-    done = run("demo", "--steps", "30", "--seed", "3", cwd=tmp_path, COLUMNS="100")
+    done = run("demo", "--steps", "12", "--seed", "3", cwd=tmp_path, COLUMNS="100")
     assert done.returncode == 0, done.stderr
-    assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 30)
+    assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 12)
 
 
 @pytest.mark.usefixtures("few_rows")
