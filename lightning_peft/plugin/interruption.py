@@ -35,9 +35,14 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Listens from here on."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._interrupted)
+        self.listen()
+
+    def listen(self) -> None:
+        """Listens from here on; does nothing where it does already."""
+        if self._handlers or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._interrupted)
 
     def ask(self, stop: bool = False, save: bool = False) -> None:
         """Asks for the same from the program itself, from any thread.

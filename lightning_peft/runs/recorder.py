@@ -125,6 +125,9 @@ class RunRecorder(_Base, metaclass=PerNamespace):
         self.pace.step(trainer.global_step)
         place = f" at step {trainer.global_step}" if trainer.global_step else ""
         self._event(trainer, "started", f"Training starts{place}.")
+        # Whoever reads that it runs may interrupt it at once.
+        for callback in self._interruptions(trainer):
+            callback.listen()
         self.say(state="running", phase="training", total_steps=steps)
 
     def _remember(self) -> None:
@@ -338,9 +341,11 @@ class RunRecorder(_Base, metaclass=PerNamespace):
         self.folder.control.unlink(missing_ok=True)
         if asked.get("stop"):
             self.say(state="stopping", phase="stopping after this step")
-        for callback in trainer.callbacks:
-            if isinstance(callback, SaveOnInterrupt):
-                callback.ask(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
+        for callback in self._interruptions(trainer):
+            callback.ask(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
+
+    def _interruptions(self, trainer: Any) -> list[Any]:
+        return [one for one in trainer.callbacks if isinstance(one, SaveOnInterrupt)]
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:
