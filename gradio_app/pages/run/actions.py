@@ -86,6 +86,9 @@ class Actions:
         """Returns which buttons a run has."""
         names = offered(run) if run is not None else set()
         shown = [Shown(gr.Button(visible=name in names), name in names) for name in BUTTONS]
+        if run is not None and "resume" in names:
+            label = self.t("run.resume_from", step=run.checkpoint_step)
+            shown[BUTTONS.index("resume")] = Shown(gr.Button(label, visible=True), label)
         there = run is not None
         link = ""
         if run is not None:
