@@ -137,7 +137,7 @@ def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
     assert page.url.endswith(f"/compare?runs={other.id},{one.id}")
     page.reload()
     page.get_by_role("row", name="fake.steps").get_by_role("cell", name="12").wait_for()
-    page.get_by_text("Lowest at the end: B one").wait_for()
+    page.get_by_text("Lowest at the end: A other").wait_for()
     page.get_by_role("heading", name="What they say").wait_for()
     assert page.get_by_role("cell", name=HOSTILE).count() == 2
     page.get_by_role("radio", name="Minutes").check()
