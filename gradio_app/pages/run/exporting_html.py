@@ -171,7 +171,10 @@ def _done(run: Run, export: Export, found: Checkpoint | None, space: bool, t: Te
         parts.append(f'<p>{t("exporting.is_at")} <a href="{url}" rel="noopener">{url}</a></p>')
     if export.whole:
         parts.append(_error(export, t))
-        parts += [_notes(export, space, t), _files(export), _commands(export, space, t)]
+        # What waits to be uploaded is listed where that is asked.
+        if export.state != "asks":
+            parts += [_notes(export, space, t), _files(export)]
+        parts.append(_commands(export, space, t))
         code = loading_code(export, found.folder) if found is not None else ""
         parts.append(_code(public(code, space), t) if code else "")
     buttons = [_button("download", export, t)] if export.whole else []

@@ -1,0 +1,164 @@
+"""Runs beside each other, on the page and in numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from gradio_app.comparing.chosen import MOST, choose, ids_in
+from gradio_app.comparing.outcomes import outcome_of
+from gradio_app.comparing.recipes import differences
+from gradio_app.comparing.samples import side_by_side
+from gradio_app.comparing.series import curve
+from gradio_app.running.metrics import Metrics
+from gradio_app.running.store import RunStore
+from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.runs import FAKE, recipe, settings
+from tests.app.servers import environment
+
+HOSTILE = "<img src=x onerror=document.title='taken'>"
+
+
+def finished(store, folder, name, owner="local", **fake):
+    """Returns a run that the fake has carried out."""
+    run = store.create(owner, recipe(seconds=0.001, **fake), name)
+    words = [sys.executable, FAKE, "fit", f"--run_dir={run.folder.path}"]
+    subprocess.run(words, check=True, capture_output=True, env=environment(folder))
+    return store.note(run, launched=0.0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(settings(tmp_path))
+
+
+# --- in numbers --------------------------------------------------------------------------------
+
+
+def test_settings_that_differ_are_told_by_path():
+    one = "run_dir: a\ntrainer: {max_steps: 5, callbacks: [{class_path: x.Stop}]}\nseed: 1\n"
+    other = (
+        "run_dir: b\ntrainer: {max_steps: 9, callbacks: [{class_path: x.Log, init_args: {n: 2}}, "
+        "{class_path: y.Stop}]}\nseed: true\n"
+    )
+    found = differences([one, other])
+    assert dict(found.rows) == {
+        "trainer.max_steps": ("5", "9"),
+        "trainer.callbacks.Stop.class_path": ("x.Stop", "y.Stop"),
+        "trainer.callbacks.Log.class_path": (None, "x.Log"),
+        "trainer.callbacks.Log.init_args.n": (None, "2"),
+        # One and true are equal to Python, and not to a recipe.
+        "seed": ("1", "true"),
+    }
+    assert found.same == 0
+    assert differences([one, one]).same == 3
+    broken = differences([one, "a: [", "- a list"])
+    assert broken.unreadable == (1, 2)
+
+
+def test_what_an_address_names_is_looked_up_for_its_owner(store):
+    mine = [store.create("local", recipe(), f"mine {n}").id for n in range(MOST + 1)]
+    foreign = store.create("v-somebody", recipe(), "secret").id
+    named = ids_in(f"{mine[0]}, {mine[0]},,{foreign},../{mine[1]},")
+    found = choose(store, "local", named)
+    assert [run.id for run in found.runs] == [mine[0]]
+    assert found.missing == (foreign, f"../{mine[1]}")
+    assert not found.too_many
+    many = choose(store, "local", mine)
+    assert len(many.runs) == MOST
+    assert many.too_many
+    assert choose(store, "local", [{"a": 1}, None]).runs == ()
+
+
+def test_curves_outcomes_and_samples(store, tmp_path):
+    one = finished(store, tmp_path, "one", steps=20, validate_every=5)
+    other = finished(store, tmp_path, "other", steps=30, prompt="Why?")
+    metrics = Metrics(one.folder.metrics).refresh()
+    steps = curve(metrics, "val_loss", "step")
+    assert [x for x, _ in steps] == [0, 5, 10, 15, 20]
+    minutes = curve(metrics, "val_loss", "minutes")
+    assert [value for _, value in minutes] == [value for _, value in steps]
+    assert minutes[0][0] == 0
+    assert sorted(minutes) == minutes
+    outcome = outcome_of(one, metrics)
+    assert outcome.before == {"val_loss": 3.15}
+    assert outcome.after["val_loss"] == pytest.approx(steps[-1][1])
+    assert (outcome.steps, outcome.seconds) == (20, 2.5)
+    said = side_by_side([one, other])
+    assert [row.prompt for row in said] == ["What colour is the sky?", "Why?"]
+    assert said[0].answers == ("blue, as all know", None)
+    # A run that is going on has no result yet, and its last validation counts.
+    one.folder.result.unlink()
+    assert outcome_of(one, metrics).before == {"val_loss": 3.15}
+    assert outcome_of(one, metrics).after == {"val_loss": steps[-1][1]}
+
+
+def test_long_curves_are_thinned(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = "".join(
+        f'{{"step": {n}, "train_loss": {n % 7}, "time": {1000 + n}}}\n' for n in range(3000)
+    )
+    file.write_text(rows)
+    for axis, last in (("step", 2999), ("minutes", 2999 / 60)):
+        points = curve(Metrics(file).refresh(), "train_loss", axis)
+        assert len(points) <= 500
+        assert points[-1][0] == pytest.approx(last)
+
+
+# --- on the page -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(serve):
+    return serve(trainer="fake")
+
+
+def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
+    page = visit(f"{site.url}/compare")
+    page.get_by_text("There are not two runs yet").wait_for()
+    store = RunStore(settings(site.folder))
+    one = finished(store, site.folder, f"one {HOSTILE}", steps=12, generated=HOSTILE)
+    other = finished(store, site.folder, "other", steps=20, alert="overfitting", validate_every=4)
+    secret = store.create("v-somebody", recipe(), "secret name")
+    page.reload()
+    page.get_by_text("Pick two runs", exact=True).wait_for()
+    assert violations(page) == []
+    screenshot(page, "compare-empty")
+    picker = page.get_by_label("Runs", exact=True)
+    picker.click()
+    page.get_by_role("option", name="other").click()
+    page.get_by_text("Pick one more run").wait_for()
+    picker.click()
+    page.get_by_role("option", name="one").click()
+    page.get_by_role("heading", name="Settings that differ").wait_for()
+    page.keyboard.press("Escape")
+    assert page.url.endswith(f"/compare?runs={other.id},{one.id}")
+    page.reload()
+    page.get_by_role("row", name="fake.steps").get_by_role("cell", name="12").wait_for()
+    page.get_by_text("Lowest at the end: A other").wait_for()
+    page.get_by_role("heading", name="What they say").wait_for()
+    assert page.get_by_role("cell", name=HOSTILE).count() == 2
+    page.get_by_role("radio", name="Minutes").check()
+    page.get_by_text("at minute").first.wait_for()
+    page.get_by_role("radio", name="Training loss").check()
+    page.get_by_text("Training loss 0.").wait_for()
+    page.locator("#compare-plot svg.marks").wait_for()
+    screenshot(page, "compare-runs")
+    page.set_viewport_size(PHONE)
+    for theme in ("light", "dark"):
+        query = f"{one.id},{other.id},{secret.id}"
+        page.goto(f"{site.url}/compare?runs={query}&__theme={theme}")
+        page.get_by_role("alert").get_by_text(f"cannot be shown: {secret.id}").wait_for()
+        page.locator("#compare-plot svg.marks").wait_for()
+        assert violations(page) == []
+        assert overflow(page) <= 0
+        screenshot(page, f"compare-phone-{theme}")
+    assert "secret name" not in page.content()
+    assert page.title() != "taken"
+    page.goto(f"{site.url}/de-compare?runs={one.id}")
+    page.get_by_text("Wählen Sie noch einen Lauf").wait_for()
+    page.goto(f"{site.url}/run?run={one.id}")
+    page.get_by_role("link", name="Compare with another").click()
+    page.get_by_text("Pick one more run").wait_for()

@@ -1,0 +1,376 @@
+"""Exports of runs: real ones through the page, and what must never be: paths, tokens, strangers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from finished import BASE, adapter_in
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from gradio_app.errors import Refused
+from gradio_app.exporting import export as exports_room
+from gradio_app.exporting.archive import archive, members
+from gradio_app.exporting.exports import Exports, pusher_environment
+from gradio_app.exporting.loading_code import loading_code
+from gradio_app.exporting.sizes import base_size
+from gradio_app.exporting.wishes import checked_wish
+from gradio_app.running.store import RunStore
+from gradio_app.settings import DEMO_LIMITS, Settings
+from tests.app import servers
+from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.runs import recipe, settings, until
+from tests.app.test_security import call
+from tests.cli.test_export import Hub
+
+TOKEN = "hf_right"
+# Writes what an export does, slowly or not: it is given the same words.
+STAND_IN = """
+import json, os, pathlib, sys, time
+words = sys.argv[1:]
+output = pathlib.Path(words[-1])
+wait = pathlib.Path.cwd() / "wait"
+(output.parent / f".incomplete-1-{output.name}").mkdir()
+print("merging: 40%", file=sys.stderr, flush=True)
+while wait.exists():
+    time.sleep(0.02)
+if words[-2].endswith("/fail"):
+    sys.exit("lightning-peft: No space left on device")
+output.mkdir()
+(output / "adapter_config.json").write_text("{}")
+push = {"pushed": "--dry-run" not in words, "url": "https://hub.example/me/mine"}
+found = {"words": words, "files": [{"path": "adapter_config.json", "bytes": 2}], "notes": []}
+found |= {"commands": ["serve <b>it</b>"], "token": bool(os.environ.get("HF_TOKEN"))}
+print(json.dumps(found | ({"push": push} if any("push-to" in word for word in words) else {})))
+"""
+
+
+def run_of(store, source, name="mine", owner="local"):
+    """Returns a finished run of the page that has the checkpoint of another one."""
+    run = store.create(owner, recipe(), name)
+    shutil.copytree(adapter_in(source), run.folder.checkpoints / "adapters" / "best")
+    run.folder.write(run.folder.status_file, {"state": "finished", "kind": "fit"})
+    return store.get(owner, run.id)
+
+
+def fake_run(store, name="mine", owner="local"):
+    run = store.create(owner, recipe(), name)
+    folder = run.folder.checkpoints / "adapters" / "best"
+    folder.mkdir(parents=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    (folder / "adapter_config.json").write_text("{}")
+    run.folder.write(run.folder.status_file, {"state": "finished", "kind": "fit"})
+    return store.get(owner, run.id)
+
+
+@pytest.fixture
+def room(tmp_path) -> Exports:
+    """Exports by a stand-in of the command line; nobody uses the machine."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    made = replace(settings(tmp_path), command=(sys.executable, str(script)))
+    return Exports(made, RunStore(made), lambda: None)
+
+
+def ended(room, run):
+    (export,) = until(lambda: [one for one in room.list(run) if not one.active])
+    return export
+
+
+# --- without a page ----------------------------------------------------------------------------
+
+
+def test_an_export_is_made_downloaded_and_deleted(room, tmp_path):
+    run = fake_run(room.store, "My <b>run</b>")
+    room.start("local", run.id, checked_wish(run, "adapter", "best", base_name="org/base"))
+    export = ended(room, run)
+    assert export.state == "finished"
+    assert export.result["words"] == [
+        "export",
+        "--format=adapter",
+        "--json",
+        "--base-name=org/base",
+        "--",
+        f"my-b-run-b={run.checkpoints()[0].folder}",
+        str(export.output),
+    ]
+    assert not list(export.folder.glob(".incomplete*"))
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (export.output / "link").symlink_to(secret)
+    (export.output / "folder").symlink_to(tmp_path)
+    assert [name for _, name in members(export.output)] == ["adapter_config.json"]
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    with zipfile.ZipFile(archive(export, run.folder.recipe, staging)) as packed:
+        assert packed.namelist() == ["my-b-run-b/adapter_config.json", "my-b-run-b/recipe.yaml"]
+    room.delete("local", run.id, export.name)
+    assert room.list(run) == []
+    assert secret.is_file()
+
+
+def test_an_export_that_is_cancelled_leaves_nothing(room):
+    run = fake_run(room.store)
+    wait = room.settings.data_root / "wait"
+    wait.touch()
+    export = room.start("local", run.id, checked_wish(run, "merged", "best"))
+    until(lambda: room.list(run)[0].progress == ("merging", 40))
+    for refused, key in (
+        (lambda: room.start("local", run.id, export.wish), "exporting.refused_one"),
+        (lambda: room.delete("local", run.id, export.name), "exporting.refused_going"),
+        (lambda: room.store.delete("local", run.id), "exporting.refused_delete"),
+    ):
+        with pytest.raises(Refused, match=key):
+            refused()
+    other = fake_run(room.store, "other")
+    with pytest.raises(Refused, match="refused_heavy"):
+        room.start("local", other.id, export.wish)
+    # Another server sees the same, and can end it.
+    second = Exports(room.settings, room.store, lambda: None)
+    assert second.list(run)[0].state == "going"
+    second.cancel("local", run.id, export.name)
+    assert ended(room, run).state == "cancelled"
+    assert not list(export.folder.glob(".incomplete*"))
+    assert not export.output.exists()
+    with pytest.raises(Refused, match="refused_over"):
+        room.cancel("local", run.id, export.name)
+    wait.unlink()
+    failing = fake_run(room.store, "fail")
+    (failing.folder.checkpoints / "adapters" / "best").rename(
+        failing.folder.checkpoints / "adapters" / "fail"
+    )
+    room.start("local", failing.id, checked_wish(failing, "adapter", "fail"))
+    assert ended(room, failing).failure == ("disk", "No space left on device")
+
+
+def test_nothing_is_pushed_before_it_was_shown_and_the_token_is_kept_nowhere(room):
+    run = fake_run(room.store)
+    wish = checked_wish(run, "adapter", "best", push_to="me/mine", private="yes")
+    assert wish.private is True
+    room.start("local", run.id, wish)
+    export = ended(room, run)
+    assert export.state == "asks"
+    assert "--dry-run" in export.result["words"]
+    assert export.result["token"] is bool(os.environ.get("HF_TOKEN"))
+    wait = room.settings.data_root / "wait"
+    wait.touch()
+    room.push("local", run.id, export.name, TOKEN)
+    until(lambda: room.list(run)[0].progress == ("merging", 40))
+    pid = json.loads((export.folder / "proc.json").read_text())["pid"]
+    process = psutil.Process(pid)
+    assert TOKEN not in " ".join(process.cmdline())
+    assert process.environ()["HF_TOKEN"] == TOKEN
+    wait.unlink()
+    export = ended(room, run)
+    assert (export.state, export.result["token"]) == ("pushed", True)
+    assert "--dry-run" not in export.result["words"]
+    assert export.address == "https://hub.example/me/mine"
+    assert "me/mine" in loading_code(export, run.checkpoints()[0].folder)
+    with pytest.raises(Refused, match="nothing_listed"):
+        room.push("local", run.id, export.name, TOKEN)
+    for file in room.settings.runs.rglob("*"):
+        assert not file.is_file() or TOKEN not in file.read_text(errors="replace")
+
+
+def test_what_cannot_be_had_is_refused(room, tmp_path, lora_run):
+    run = run_of(room.store, lora_run)
+    for given, key in (
+        ({"kind": "gguf"}, "refused_format"),
+        ({"kind": "vllm", "push_to": "a/b"}, "refused_format"),
+        ({"checkpoint": "../best"}, "refused_checkpoint"),
+        ({"bits": 3}, "refused_bits"),
+        ({"base_name": "/etc/passwd"}, "errors.hub_name"),
+        ({"push_to": "--private"}, "errors.hub_name"),
+        ({"push_to": "alone"}, "errors.hub_name"),
+    ):
+        given = {"kind": "adapter", "checkpoint": "best", **given}
+        with pytest.raises(Refused, match=key):
+            checked_wish(run, given.pop("kind"), given.pop("checkpoint"), **given)
+    wish = checked_wish(run, "merged", "best")
+    room._busy = lambda: run
+    with pytest.raises(Refused, match=r"refused_busy \{"):
+        room.start("local", run.id, wish)
+    room._busy = lambda: replace(run, facts=replace(run.facts, owner="v-1", name="secret"))
+    with pytest.raises(Refused, match="refused_busy_other") as refusal:
+        room.start("local", run.id, wish)
+    assert "secret" not in str(refusal.value)
+    room._busy = lambda: None
+    limits = replace(DEMO_LIMITS, parameters=1_000_000)
+    room.settings = replace(room.settings, space=True, limits=limits)
+    with pytest.raises(Refused, match="refused_large"):
+        room.start("local", run.id, wish)
+    size = base_size(run.checkpoints()[0].folder)
+    assert size is not None
+    assert 1_000_000 < size.parameters < size.merged < size.memory("merged", False)
+    for name in ("nothing", "../best", "", None):
+        with pytest.raises(Refused, match="refused_name"):
+            room.get("local", run.id, name)
+    with pytest.raises(Refused, match="no_such_run"):
+        room.start("v-else", run.id, wish)
+
+
+def test_on_a_space_a_token_is_used_only_if_it_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_owner")
+    on_space = Settings.on_a_space(tmp_path)
+    without, given = pusher_environment(on_space, None), pusher_environment(on_space, TOKEN)
+    assert "hf_of_the_owner" not in {*without.values(), *given.values()}
+    assert without["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
+    assert given["HF_TOKEN"] == TOKEN
+    assert "HF_HUB_DISABLE_IMPLICIT_TOKEN" not in given
+
+
+def test_files_of_other_versions_are_no_exports(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for text in ("", "[]", "{"):
+        (folder / exports_room.FACTS).write_text(text)
+        assert exports_room.read(folder, working=False) is None
+
+
+# --- on the page -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    Hub.files, Hub.made, Hub.commits = {}, [], []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def site(serve, hub):
+    """A page whose hub is the stand-in; nobody is signed in there."""
+    with pytest.MonkeyPatch.context() as patch:
+        before = servers.environment
+
+        def online(folder: Path) -> dict[str, str]:
+            given = before(folder) | {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0"}
+            given |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "hf")}
+            return given | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+        patch.setattr(servers, "environment", online)
+        patch.delenv("HF_TOKEN", raising=False)
+        yield serve()
+
+
+@pytest.fixture(scope="module")
+def store(site):
+    return RunStore(settings(site.folder))
+
+
+def open_tab(page, site, run, query=""):
+    page.goto(f"{site.url}/run?run={run.id}{query}")
+    page.get_by_role("tab", name="Export").click()
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """Returns what the base says with an adapter, loaded as anyone would who has PEFT alone."""
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(base, folder)(torch.arange(5, 40)[None]).logits
+
+
+def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run, tmp_path):
+    """The whole way with the real command line; what is downloaded computes what was trained."""
+    run = run_of(store, lora_run, "My adapter")
+    page = visit(site.url)
+    open_tab(page, site, run)
+    page.get_by_role("button", name="To the Hugging Face Hub").click()
+    page.get_by_label("Repository").fill("../mine")
+    page.get_by_role("button", name="Show what would be uploaded").click()
+    page.get_by_text("is no name on the hub").wait_for()
+    page.get_by_label("Repository").fill("me/mine")
+    page.get_by_role("button", name="Show what would be uploaded").click()
+    page.get_by_text("Being made").wait_for()
+    screenshot(page, "export-going")
+    open_tab(page, site, run)
+    page.get_by_text("It goes on if you close this tab").wait_for()
+    page.get_by_role("heading", name="Upload this?").wait_for(timeout=60_000)
+    page.get_by_text("to me/mine (private, if it is new)").wait_for()
+    assert Hub.made == []
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download zip").click()
+    assert download.value.suggested_filename == "my-adapter-adapter.zip"
+    download.value.save_as(tmp_path / "got.zip")
+    with zipfile.ZipFile(tmp_path / "got.zip") as packed:
+        assert all(name.startswith("my-adapter/") for name in packed.namelist())
+        assert {"my-adapter/README.md", "my-adapter/recipe.yaml"} <= set(packed.namelist())
+        packed.extractall(tmp_path)
+    assert torch.equal(logits_of(tmp_path / "my-adapter"), logits_of(adapter_in(lora_run)))
+    screenshot(page, "export-asks")
+    token = page.get_by_label("Token of your account")
+    token.fill(TOKEN)
+    page.get_by_role("button", name="Upload", exact=True).click()
+    page.get_by_text("Being made").wait_for()
+    token.wait_for(state="detached")
+    page.locator("#export-list").get_by_text("Uploaded").wait_for(timeout=60_000)
+    (made,) = Hub.made
+    assert made.get("private") is True or made.get("visibility") == "private"
+    assert len(Hub.commits) == 1
+    for file in (*site.runs.rglob("*"), site.folder / "server.log"):
+        assert not file.is_file() or TOKEN.encode() not in file.read_bytes()
+    kept = page.evaluate("JSON.stringify({...localStorage, ...sessionStorage})")
+    assert TOKEN not in kept
+    screenshot(page, "export-pushed")
+
+
+def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store, visit, lora_run):
+    page = visit(site.url)
+    open_tab(page, site, store.create("local", recipe(), "no checkpoint"))
+    page.get_by_text("Nothing to export yet").wait_for()
+    run = run_of(store, lora_run)
+    page.set_viewport_size(PHONE)
+    for theme in ("light", "dark"):
+        open_tab(page, site, run, f"&__theme={theme}")
+        page.get_by_role("radio", name="Quantized model").check()
+        page.get_by_text("of memory while it is made").wait_for()
+        assert violations(page) == []
+        assert overflow(page) <= 0
+        screenshot(page, f"export-phone-{theme}")
+    page.get_by_role("button", name="Export", exact=True).click()
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    page.locator("#export-list").get_by_text("Cancelled").wait_for()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.locator("#export-list").get_by_role("button", name="Delete").click()
+    page.locator("#export-list article").wait_for(state="detached")
+    assert list((run.folder.path / "exports").iterdir()) == []
+
+
+def test_a_foreign_run_is_shown_to_no_handler(site, store):
+    foreign = fake_run(store, "a name", owner="v-somebody")
+    foreign = store.rename("v-somebody", foreign.id, "secret")
+    names = {"export-start", "export-preview", "export-push", "export-list", "compare-runs"}
+    with httpx.Client(base_url=site.url, timeout=30, trust_env=False) as client:
+        config = client.get("/config").json()
+        ids = {
+            one["id"]: one["props"]["elem_id"]
+            for one in config["components"]
+            if one["props"].get("elem_id") in names
+        }
+        handlers = [
+            one
+            for one in config["dependencies"]
+            if one["backend_fn"] and any(place in ids for place, _ in one["targets"])
+        ]
+        assert {ids[place] for one in handlers for place, _ in one["targets"]} == names
+        for one in handlers:
+            for given in (foreign.id, [foreign.id]):
+                answer = call(client, one["id"], [given] * len(one["inputs"]))
+                assert "secret" not in answer
+    assert not (foreign.folder.path / "exports").exists()
