@@ -147,7 +147,7 @@ class _Check:
         """Checks that no text among the arguments is a path."""
         for name, value in arguments.items():
             for text in _texts(value):
-                if not _WORD.fullmatch(text) or ".." in text:
+                if not _WORD.fullmatch(text) or ".." in text or text.startswith("-"):
                     self._refuse("checks.at_value", where=f"{where}.{name}", value=shortened(text))
 
     def _model(self, model: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from gradio_app.recipe.content import MISSING, laid_over, value_at, with_value
 from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.parsing import parsed
-from gradio_app.recipe.places import portable
+from gradio_app.recipe.places import Places
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, TASK_NAMES, task_named
 from lightning_peft.cli.recipes import recipe_files
 
@@ -70,7 +70,7 @@ def recipe_named_alone(name: str) -> dict[str, Any]:
     return parsed(recipe_files()[name].read_text(encoding="utf-8"))
 
 
-def of_a_run(content: dict[str, Any]) -> dict[str, Any]:
+def of_a_run(content: dict[str, Any], places: Places) -> dict[str, Any]:
     """Returns the recipe of a run as one to start from: without what belonged to that run."""
     content = copy.deepcopy(content)
     trainer = content.get("trainer")
@@ -84,7 +84,7 @@ def of_a_run(content: dict[str, Any]) -> dict[str, Any]:
             arguments.pop("cache_dir", None)
             for key, value in arguments.items():
                 if isinstance(value, str):
-                    arguments[key] = portable(value)
+                    arguments[key] = places.portable(value)
     return content
 
 

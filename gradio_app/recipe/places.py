@@ -10,9 +10,12 @@ from pathlib import Path
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, inside, shortened
 from gradio_app.settings import Settings
+from gradio_app.uploads import Uploads
 from lightning_peft.cli.recipes import recipes_folder
 
 _MARKS = ("package:", "recipe:")
+# Stands for a file that the owner of a recipe has uploaded, wherever this server keeps them.
+UPLOAD = "upload:"
 _FILE = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz))?")
 _PLAIN = re.compile(r"[\w-][\w.-]{0,99}")
 
@@ -49,6 +52,8 @@ class Places:
             Refused: If it is no file or folder that this page may read, and no name on the hub.
         """
         text = _text(value)
+        if text.startswith(UPLOAD):
+            return Uploads(self.settings, self.owner).get(text.removeprefix(UPLOAD)).path.as_posix()
         found = _bundled(text) or _below(text, self.uploads)
         root = self.settings.data_root
         if found is None and root is not None:
@@ -81,6 +86,15 @@ class Places:
             raise Refused("checks.no_model", path=shortened(text))
         return _hub(text)
 
+    def portable(self, value: str) -> str:
+        """Returns a place with the mark that stands for its folder, if there is one."""
+        folders = bundled_folders() | {UPLOAD: self.uploads.resolve()}
+        path = Path(value)
+        for mark, folder in folders.items():
+            if path.is_absolute() and path.is_relative_to(folder):
+                return f"{mark}{path.relative_to(folder).as_posix()}"
+        return value
+
     def written(self, value: object) -> str:
         """Returns where a run may write rows that it leaves out: a file of the page's making.
 
@@ -94,14 +108,6 @@ class Places:
         if not _PLAIN.fullmatch(text) or ".." in text:
             raise Refused("checks.written", path=shortened(text))
         return (self.uploads / "left-out" / text).as_posix()
-
-
-def portable(value: str) -> str:
-    """Returns the place of something bundled as it is on every machine, others as they are."""
-    for mark, folder in bundled_folders().items():
-        if Path(value).is_absolute() and Path(value).is_relative_to(folder):
-            return f"{mark}{Path(value).relative_to(folder).as_posix()}"
-    return value
 
 
 def _text(value: object) -> str:
