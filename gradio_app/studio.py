@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from gradio_app.running.line import Line
+from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
 
 
@@ -13,12 +15,17 @@ class Studio:
 
     Attributes:
         settings: The same.
+        store: All runs.
+        line: The runs that wait, and the one that is carried out.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         for folder in (settings.runs, settings.uploads):
             folder.mkdir(parents=True, exist_ok=True)
+        self.store = RunStore(settings)
+        self.line = Line(settings, self.store)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
+        self.line.close()

@@ -77,7 +77,7 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""
         one = found(run, request)
-        studio.line.stop(one)
+        one = studio.line.stop(one.owner, one.id)
         return asdict(one.status)
 
     return runs, status, metrics, stop

@@ -137,6 +137,7 @@ def _starter(studio: Studio) -> Any:
         run = studio.store.create(owner, str(recipe), shortened(name))
         try:
             hf_jobs.start(run.folder, token, machine.flavor, asked, repository, PACKAGE)
+            studio.store.note(run, where=hf_jobs.WHERE, launched=run.created)
         except Exception as error:
             studio.store.delete(owner, run.id)
             if isinstance(error, Refused):

@@ -11,9 +11,11 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.guards import escaped
+from gradio_app.pages.states import SIGNS, left, percent, phase
 from gradio_app.settings import is_space
 from gradio_app.studio import Studio
 from gradio_app.texts import LANGUAGES, Texts
+from gradio_app.visitors import owner_of
 
 # How often the head asks whether a run is going on. Nothing is sent where nothing has changed.
 HEAD_SECONDS = 5.0
@@ -96,7 +98,24 @@ def _current(is_current: bool) -> str:
 
 def going_on(studio: Studio, t: Texts, request: gr.Request) -> str:
     """Returns the HTML that says which run of this visitor is going on; empty if there is none."""
-    return ""
+    runs = studio.store.list(owner_of(request, studio.settings.space))
+    active, waiting = [run for run in runs if run.active], [run for run in runs if run.waiting]
+    if not active and not waiting:
+        return ""
+    first = (active or waiting)[0]
+    count = t("run.going_on", n=len(active)) if active else ""
+    queue = t("run.waiting_count", n=len(waiting)) if waiting else ""
+    done = percent(first)
+    facts = [first.name]
+    if active:
+        facts += [t("run.percent", percent=done) if done is not None else phase(first, t)]
+        facts += filter(None, [left(first, t)])
+    url = escaped(t.url("run", run=first.id))
+    said = ", ".join(filter(None, [count, queue]))
+    return (
+        f'<div class="now"><span aria-hidden="true">{SIGNS[first.status.state]}</span>'
+        f'<span>{said}</span><a href="{url}">{escaped(", ".join(facts))}</a></div>'
+    )
 
 
 def title(t: Texts, page: str) -> str:

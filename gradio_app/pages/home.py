@@ -1,12 +1,112 @@
-"""The page ``home``."""
+"""The first page: what this machine can do, three ways to begin, and the runs so far."""
 
 from __future__ import annotations
 
-from gradio_app.pages.frame import heading
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.pages import home_html
+from gradio_app.pages.frame import heading, private, quiet
+from gradio_app.pages.handling import told
+from gradio_app.running.demo import demo_recipe
+from gradio_app.running.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of
+
+SECONDS = 2.0
+# Buttons of a list tell which run they belong to; what arrives is checked like all that arrives.
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-act]');
+  if (!button || button.disabled) return;
+  if (button.dataset.asks && !window.confirm(button.dataset.asks)) return;
+  trigger('click', { act: button.dataset.act, run: button.dataset.run });
+});
+"""
 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("home.heading"))
+    below = "home.below_space" if studio.settings.space else "home.below"
+    heading(t("home.heading"), t(below))
+    machine = gr.HTML("", elem_id="machine", padding=False)
+    now = gr.HTML("", elem_id="running-now", padding=False)
+    _cards(studio, t)
+    lists = gr.HTML("", elem_id="runs", padding=False, js_on_load=_CLICKS)
+    page, seen = gr.State(1), gr.State(())
+    outputs = [now, lists, page, seen]
+
+    def look(number: Any, before: Any, request: gr.Request) -> list[Any]:
+        owner = owner_of(request, studio.settings.space)
+        return _changed(studio, t, owner, number, before)
+
+    def first(request: gr.Request) -> list[Any]:
+        return [home_html.machine(this_machine(), t), *look(1, (), request)]
+
+    @told(t)
+    def act(number: Any, before: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
+        owner = owner_of(request, studio.settings.space)
+        number = _act(studio, owner, number, event)
+        return _changed(studio, t, owner, number, before)
+
+    gr.on(None, first, None, [machine, *outputs], **quiet())
+    gr.Timer(SECONDS).tick(look, [page, seen], outputs, **quiet())
+    lists.click(act, [page, seen], outputs, **private())
+
+
+def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
+    """Returns what a browser does not have yet."""
+    runs = studio.store.list(owner)
+    page = home_html.Listed.of(runs, number if isinstance(number, int) else 1)
+    line = [(run if run.owner == owner else None) for run in studio.line.order()]
+    shown = (home_html.running(runs, t), home_html.lists(page, line, t))
+    keys = tuple(map(hash, shown))
+    old = before if isinstance(before, tuple) and len(before) == len(keys) else (None, None)
+    values = [
+        gr.skip() if key == was else text for text, key, was in zip(shown, keys, old, strict=True)
+    ]
+    return [*values, page.number, gr.skip() if keys == before else keys]
+
+
+def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
+    """Does what a button of a list asks for, and returns the page to show."""
+    data = event._data if isinstance(event._data, dict) else {}
+    act, run = data.get("act"), str(data.get("run"))
+    if act == "page":
+        return int(run) if run.isdecimal() and len(run) < 6 else 1
+    if act == "delete":
+        studio.store.delete(owner, run)
+    elif act in ("earlier", "later"):
+        studio.line.move(owner, run, -1 if act == "earlier" else 1)
+    elif act == "leave":
+        studio.line.cancel(owner, run)
+    return number
+
+
+def _cards(studio: Studio, t: Texts) -> None:
+    with gr.Row(elem_id="cards", equal_height=True):
+        with gr.Column(elem_classes="card", min_width=260):
+            gr.HTML(home_html.card("try", t), padding=False)
+            start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
+        for name, query in (("own", {}), ("big", {"method": "qlora"})):
+            with gr.Column(elem_classes="card", min_width=260):
+                link = t.url("new", **query)
+                gr.HTML(home_html.card(name, t, link, this_machine().gpu), padding=False)
+    to = gr.Textbox(visible=False)
+
+    @told(t)
+    def begin(request: gr.Request) -> str:
+        owner = owner_of(request, studio.settings.space)
+        run = studio.store.create(owner, demo_recipe(), t("home.try_name"))
+        try:
+            studio.line.add(run)
+        except Refused:
+            studio.store.delete(owner, run.id)
+            raise
+        return t.url("run", run=run.id)
+
+    go = "(url) => { if (url) window.location.href = url; }"
+    start.click(begin, None, to, **private()).success(None, to, None, js=go)

@@ -1,1 +1,1 @@
-"""Runs: where they are kept, how they are started, and what they have to say."""
+"""Runs: their store on disk, the processes that train, the line of those that wait, and reading."""

@@ -17,17 +17,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, redacted
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.status import Status, write_json
+from lightning_peft.runs.status import ACTIVE, Status, write_json
+
+if TYPE_CHECKING:
+    from gradio_app.running.store import Run
 
 _log = logging.getLogger(__name__)
 JOB_FILE = "job.json"
+# Where such a run is, in what the page knows of it.
+WHERE = "hf_jobs"
+# A token is forgotten so long after its owner last looked.
+KEPT_SECONDS = 120.0
 MARK = "@run-file "
 # An image that has uv, which installs the rest into a container of its own.
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
@@ -131,7 +138,9 @@ def start(
     )
     job = Job(info.id, namespace, flavor, minutes, repository)
     _keep(folder, job)
-    write_json(folder.status_file, asdict(Status(phase="waiting for a machine on the hub")))
+    now = time.time()
+    first = Status(phase="waiting for a machine on the hub", started=now, updated=now)
+    write_json(folder.status_file, asdict(first))
     return job
 
 
@@ -227,23 +236,28 @@ def _keep(folder: RunFolder, job: Job) -> None:
     write_json(folder.path / JOB_FILE, asdict(job))
 
 
-class Mirror:
-    """Keeps the folders of jobs up to date while somebody looks at them.
+class JobsExecutor:
+    """Runs that are jobs on the hub, kept up to date while somebody looks at them.
 
     Reading a log takes seconds, so a page never waits for it: each look starts it in a thread,
-    unless the last one is still going on or not long ago.
+    unless the last one is still going on or not long ago. Tokens are kept in memory alone, for as
+    long as their owner looks.
     """
 
+    here = False
     SECONDS = 10.0
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._next: dict[Path, float] = {}
+        self._tokens: dict[Path, tuple[str, float]] = {}
 
     def look(self, folder: RunFolder, token: str | None) -> None:
         """Brings the folder up to date, soon; without a token nothing new can be seen."""
         now = time.monotonic()
         with self._lock:
+            fresh = {p: kept for p, kept in self._tokens.items() if now - kept[1] < KEPT_SECONDS}
+            self._tokens = fresh | ({folder.path: (token, now)} if token else {})
             if token is None or now < self._next.get(folder.path, 0.0):
                 return
             self._next[folder.path] = math.inf
@@ -258,3 +272,35 @@ class Mirror:
         finally:
             with self._lock:
                 self._next[folder.path] = time.monotonic() + self.SECONDS
+
+    def start(self, run: Run) -> None:
+        """Refuses: a job is started with its owner's token and consent, by :func:`start`."""
+        raise Refused("elsewhere.not_from_line")
+
+    def stop(self, run: Run) -> None:
+        """Ends the job; it saves what it has, as far as the hub lets it."""
+        with self._lock:
+            token = self._tokens.get(run.folder.path, ("", 0.0))[0]
+        if not token:
+            raise Refused("elsewhere.sign_in")
+        threading.Thread(target=cancel, args=(run.folder, token), daemon=True).start()
+
+    def save(self, run: Run) -> None:
+        """Refuses: nothing can be sent to a job."""
+        raise Refused("elsewhere.not_saved")
+
+    def kill(self, run: Run) -> None:
+        """The same as :meth:`stop`: the hub knows one way to end a job."""
+        self.stop(run)
+
+    def active(self, run: Run) -> bool:
+        """Says whether the job goes on, as far as is known."""
+        return run.status.state in ACTIVE
+
+    def working(self, folder: RunFolder) -> bool:
+        """Says whether there is a job of which nothing was heard yet."""
+        return job_of(folder) is not None
+
+    def status(self, folder: RunFolder) -> Status | None:
+        """Returns what the job last said."""
+        return status_of(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or 1 where a command failed for a reason it can explain, or 2 for bad
-        input, or 130 after an interrupt.
+        input, or 130 after an interrupt, or 141 where nobody reads any more.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -42,14 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if name in _TRAINING:
-            return int(import_module("lightning_peft.cli.training").main(name, rest))
-        return int(import_module(f"lightning_peft.cli.{name}").main(rest))
+            code = int(import_module("lightning_peft.cli.training").main(name, rest))
+        else:
+            code = int(import_module(f"lightning_peft.cli.{name}").main(rest))
+        sys.stdout.flush()
+        return code
     except LightningPeftError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("lightning-peft: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as `head` does. Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def about(name: str) -> str:

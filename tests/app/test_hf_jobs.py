@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +21,8 @@ from huggingface_hub import HfApi
 
 from gradio_app.errors import Refused
 from gradio_app.running import hf_jobs
+from gradio_app.running.store import RunStore
+from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
 from tests.app.servers import ROOT, environment
 
@@ -183,6 +186,37 @@ def test_a_job_can_be_cancelled(hub, folder):
     start(folder)
     hf_jobs.cancel(folder, TOKEN)
     assert hub.posted[-1][0] == "/api/jobs/visitor/job1/cancel"
+
+
+def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
+    settings = Settings.on_a_space(tmp_path)
+    settings.runs.mkdir(parents=True)
+    store = RunStore(settings)
+    run = store.create("hf-visitor", RECIPE, "Mine")
+    start(run.folder)
+    run = store.note(run, where=hf_jobs.WHERE, launched=run.created)
+    assert run.status.state == "preparing"
+    assert run.active
+    executor = store.executor(run)
+    with pytest.raises(Refused, match=r"elsewhere\.sign_in"):
+        executor.stop(run)
+    status = {"state": "running", "step": 5, "pid": 1, "process_started": 1.0, "started": 9e9}
+    hub.logs[:] = [hf_jobs.MARK + json.dumps({"file": "status.json", "line": json.dumps(status)})]
+    executor.look(run.folder, TOKEN)
+    wait(lambda: store.get("hf-visitor", run.id).status.step == 5)
+    # Its process is on no machine of ours, which is no reason to call it crashed.
+    assert store.get("hf-visitor", run.id).status.state == "running"
+    executor.stop(run)
+    wait(lambda: hub.posted[-1][0].endswith("/cancel"))
+    with pytest.raises(Refused, match=r"errors\.no_such_run"):
+        store.get("v-somebody", run.id)
+
+
+def wait(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_the_script_of_the_job_trains_and_its_log_holds_the_run(tmp_path):

@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -98,3 +101,14 @@ def test_the_list_shows_what_was_measured(capsys):
         assert " to " in rows[name]["small trial"]
         assert rows[name]["task"]
         assert rows[name]["about"].endswith(".")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "lightning_peft.cli", "recipes", "show", "forkme"]
+    reader, writer = os.pipe()
+    # Closed before anything is written, so that the first write finds nobody.
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == ""

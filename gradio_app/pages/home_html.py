@@ -1,0 +1,189 @@
+"""The HTML of the first page: the machine, the cards, the runs and the line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradio_app.guards import escaped
+from gradio_app.pages.states import badge, left, name_of, percent, phase
+from gradio_app.running.machine import Machine
+from gradio_app.running.store import Run
+from gradio_app.running.summaries import summary_of
+from gradio_app.running.words import ago, number, size
+from gradio_app.texts import Texts
+
+PER_PAGE = 10
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One page of the list of runs.
+
+    Attributes:
+        runs: The runs on it.
+        number: Which page it is, from 1.
+        pages: How many there are.
+    """
+
+    runs: Sequence[Run]
+    number: int
+    pages: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], wanted: int) -> Listed:
+        """Returns a page of the runs that do not wait, the nearest to the one that is wanted."""
+        resting = [run for run in runs if not run.waiting]
+        pages = max(1, -(-len(resting) // PER_PAGE))
+        page = min(max(wanted, 1), pages)
+        return cls(resting[(page - 1) * PER_PAGE : page * PER_PAGE], page, pages)
+
+
+def machine(found: Machine, t: Texts) -> str:
+    """Returns in sentences what a machine can do."""
+    lora, qlora = found.most_billions(quantized=False), found.most_billions(quantized=True)
+    if found.gpu and found.gpu_bytes:
+        has = t("home.machine_gpu", gpu=found.gpu, memory=size(found.gpu_bytes))
+        can = t("home.fits_gpu", lora=f"{lora:g}", qlora=f"{qlora:g}")
+    elif found.gpu:
+        has, can = t("home.machine_gpu_alone", gpu=found.gpu), t("home.fits_unknown")
+    else:
+        has = t("home.machine_no_gpu")
+        can = t("home.fits_cpu", lora=f"{lora:g}") if lora else t("home.fits_little")
+    memory, free = size(found.memory_bytes), size(found.free_bytes)
+    rest = t("home.machine_rest", cores=found.cores, memory=memory, free=free)
+    return (
+        f'<p class="machine"><strong>{t("home.machine")}:</strong> '
+        f"{escaped(has)} {escaped(rest)} {escaped(can)}</p>"
+    )
+
+
+def card(name: str, t: Texts, link: str = "", gpu: str | None = None) -> str:
+    """Returns one of the ways to begin.
+
+    Args:
+        name: Which one: ``"try"``, ``"own"`` or ``"big"``.
+        t: Texts.
+        link: Where it leads; the demo has a button of its own.
+        gpu: Name of the machine's GPU, if it has one.
+    """
+    text = f"<h2>{t(f'home.{name}_title')}</h2><p>{t(f'home.{name}_text')}</p>"
+    if name == "big" and not gpu:
+        text += f'<p class="why-not">{t("home.big_why_not")}</p>'
+    if link:
+        text += f'<a class="as-button" href="{escaped(link)}">{t(f"home.{name}_button")}</a>'
+    return f'<div class="way">{text}</div>'
+
+
+def running(runs: Sequence[Run], t: Texts) -> str:
+    """Returns the runs that are at work."""
+    items = "".join(_at_work(run, t) for run in runs if run.active)
+    return f'<section aria-label="{t("home.running_now")}">{items}</section>' if items else ""
+
+
+def _at_work(run: Run, t: Texts) -> str:
+    done = percent(run)
+    facts = [phase(run, t)]
+    if done is not None:
+        facts = [t("run.percent", percent=done), *filter(None, [left(run, t)])]
+    return (
+        f'<div class="at-work">{badge(run, t)} <a href="{_url(run, t)}">{name_of(run)}</a>'
+        f'<span>{escaped(", ".join(facts))}</span><div class="bar {run.status.state}" '
+        f'aria-hidden="true"><span style="width: {done or 0}%"></span></div></div>'
+    )
+
+
+def lists(page: Listed, line: Sequence[Run | None], t: Texts) -> str:
+    """Returns the line, and a page of the runs.
+
+    Args:
+        page: The page.
+        line: The runs that wait; ``None`` for those of others.
+        t: Texts.
+    """
+    return _line(line, t) + _runs(page, bool(line), t)
+
+
+def _line(line: Sequence[Run | None], t: Texts) -> str:
+    if not line:
+        return ""
+    own = [run.id for run in line if run is not None]
+    items = "".join(_waiting(run, own, t) for run in line)
+    return (
+        f"<section><h2>{t('home.line')}</h2><p>{t('home.line_note')}</p>"
+        f'<ol class="line">{items}</ol></section>'
+    )
+
+
+def _waiting(run: Run | None, own: Sequence[str], t: Texts) -> str:
+    if run is None:
+        return f"<li><span>{t('home.someone')}</span></li>"
+    place = own.index(run.id)
+    ends = {"earlier": place == 0, "later": place == len(own) - 1, "leave": False}
+    buttons = "".join(_button(act, run, t, off) for act, off in ends.items())
+    return (
+        f'<li><a href="{_url(run, t)}">{name_of(run)}</a><span class="does">{buttons}</span></li>'
+    )
+
+
+def _runs(page: Listed, waiting: bool, t: Texts) -> str:
+    title = f"<h2>{t('home.runs')}</h2>"
+    if not page.runs:
+        if waiting:
+            return ""
+        return (
+            f'<section>{title}<div class="empty"><strong>{t("home.no_runs")}</strong>'
+            f"<p>{t('home.no_runs_more')}</p></div></section>"
+        )
+    names = ("name", "state", "task", "loss", "when", "what_to_do")
+    head = "".join(f'<th scope="col">{t(f"home.{name}")}</th>' for name in names)
+    rows = "".join(_row(run, t) for run in page.runs)
+    return (
+        f'<section>{title}<table class="runs"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table>{_pages(page, t)}</section>"
+    )
+
+
+def _row(run: Run, t: Texts) -> str:
+    found = summary_of(run)
+    loss = ""
+    if found.loss is not None:
+        kind = "validation" if found.validated else "training"
+        loss = t(f"home.loss_{kind}", value=number(found.loss))
+    task = " ".join(filter(None, [found.task, found.method]))
+    moment = ago(run.created, t) if run.created else ""
+    cells = {"state": badge(run, t), "task": escaped(task), "loss": loss, "when": moment}
+    middle = "".join(
+        f'<td data-label="{t(f"home.{name}")}">{cell}</td>' for name, cell in cells.items()
+    )
+    delete = "" if run.active else _button("delete", run, t, asks=t("home.sure_delete"))
+    return (
+        f'<tr><th scope="row"><a href="{_url(run, t)}">{name_of(run)}</a></th>{middle}'
+        f'<td class="does">{delete}</td></tr>'
+    )
+
+
+def _pages(page: Listed, t: Texts) -> str:
+    if page.pages == 1:
+        return ""
+    ways = (("newer", page.number - 1), ("older", page.number + 1))
+    newer, older = (
+        f'<button type="button" class="as-button" data-act="page" data-run="{to}"'
+        f"{'' if 1 <= to <= page.pages else ' disabled'}>{t(f'home.{name}')}</button>"
+        for name, to in ways
+    )
+    said = t("home.page_of", page=page.number, pages=page.pages)
+    return f'<div class="pages">{newer}<span>{said}</span>{older}</div>'
+
+
+def _button(act: str, run: Run, t: Texts, off: bool = False, asks: str = "") -> str:
+    label = escaped(t(f"home.{act}_named", name=run.name))
+    asked = f' data-asks="{escaped(asks)}"' if asks else ""
+    return (
+        f'<button type="button" class="as-button" data-act="{act}" data-run="{run.id}"{asked} '
+        f'aria-label="{label}"{" disabled" if off else ""}>{t(f"home.{act}")}</button>'
+    )
+
+
+def _url(run: Run, t: Texts) -> str:
+    return escaped(t.url("run", run=run.id))

@@ -1,0 +1,50 @@
+"""The page of one run: its head with the next thing to do, and a tab for each use of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module, util
+
+import gradio as gr
+
+from gradio_app.pages.frame import quiet
+from gradio_app.pages.run.actions import Actions
+from gradio_app.pages.run.head import Head
+from gradio_app.pages.run.live import Live
+from gradio_app.pages.run.recipe import RecipeTab
+from gradio_app.pages.run.view import View
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+
+TABS = {"try": "trying", "export": "exporting"}
+
+
+def build(studio: Studio, t: Texts) -> None:
+    """Makes the page."""
+    view = View(studio, t)
+    view.add(Head(studio, t))
+    actions = Actions(studio, t)
+    view.add(actions)
+    with gr.Tabs(elem_id="run-tabs", visible=False, overflow_behavior="wrap") as tabs:
+        with gr.Tab(t("run.tab_live"), id="live", elem_id="tab-live"):
+            view.add(Live(studio, t))
+        for tab, module in TABS.items():
+            with gr.Tab(t(f"run.tab_{tab}"), id=tab, elem_id=f"tab-{tab}"):
+                _built_by(module)(studio, t, view.run_id)
+        with gr.Tab(t("run.tab_recipe"), id="recipe", elem_id="tab-recipe"):
+            view.add(RecipeTab(studio, t))
+    view.bind(tabs)
+    actions.bind(view)
+    gr.on(None, view.opened, None, view.outputs, **quiet())
+
+
+def _built_by(module: str) -> Callable[[Studio, Texts, gr.State], None]:
+    name = f"gradio_app.pages.run.{module}"
+    if util.find_spec(name) is None:
+        return _placeholder
+    found: Callable[[Studio, Texts, gr.State], None] = import_module(name).build
+    return found
+
+
+def _placeholder(studio: Studio, t: Texts, run_id: gr.State) -> None:
+    gr.Markdown(t("run.not_yet"))

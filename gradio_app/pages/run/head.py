@@ -1,0 +1,135 @@
+"""The head of a run's page: name, state, progress, and what happened if it ended early."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.guards import escaped
+from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.pages.states import badge, left, name_of, percent, phase
+from gradio_app.running.failures import failure_of, report
+from gradio_app.running.local import GRACE_SECONDS
+from gradio_app.running.reading import json_object
+from gradio_app.running.store import Run
+from gradio_app.running.words import duration, number
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+
+
+class Head:
+    """The head of a run's page."""
+
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
+        self.outputs: list[Any] = [
+            gr.HTML("", elem_id="run-name", padding=False),
+            gr.HTML("", elem_id="run-state", padding=False),
+            gr.HTML("", elem_id="run-progress", padding=False),
+            gr.HTML("", elem_id="run-note", padding=False),
+            gr.HTML("", elem_id="run-failure", padding=False),
+        ]
+
+    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+        """Returns how a run is shown."""
+        if run is None:
+            return [html("")] * len(self.outputs)
+        title = f"<h1>{name_of(run)}</h1>"
+        return [
+            html(title),
+            html(self._state(run)),
+            html(self._progress(run)),
+            html(self._note(run)),
+            html(self._failure(run)),
+        ]
+
+    def _state(self, run: Run) -> str:
+        t, status = self.t, run.status
+        words = phase(run, t)
+        if run.waiting:
+            place = self.studio.line.place(run)
+            words = t("run.place", place=place or 1, all=len(self.studio.line.order()))
+        elif status.state == "queued":
+            words = t("run.not_started")
+        elif status.state in ("stopped", "crashed", "failed") and status.step:
+            words = t(f"run.{status.state}_at", step=status.step)
+        elif status.state == "finished":
+            words = self._outcome(run)
+        return f'<p class="state" role="status">{badge(run, t)} <span>{escaped(words)}</span></p>'
+
+    def _outcome(self, run: Run) -> str:
+        t, result = self.t, json_object(run.folder.result)
+        before, after = (
+            (result.get(part) or {}).get("val_loss") if isinstance(result.get(part), dict) else None
+            for part in ("before", "after")
+        )
+        if not isinstance(after, (int, float)):
+            return t("run.outcome_none")
+        if not isinstance(before, (int, float)):
+            return t("run.outcome_plain", after=number(after))
+        return t("run.outcome_loss", before=number(before), after=number(after))
+
+    def _progress(self, run: Run) -> str:
+        t, status = self.t, run.status
+        done = percent(run)
+        shown = done if done is not None else 0
+        title = (
+            t("run.percent", percent=done) if done is not None else t(f"run.state_{status.state}")
+        )
+        facts = []
+        if status.total_steps and done is not None:
+            facts.append(t("run.step_of", step=status.step, total=status.total_steps))
+        elif status.step:
+            facts.append(t("run.step", step=status.step))
+        if done is not None:
+            facts.append(f"<strong>{t('run.percent', percent=done)}</strong>")
+        seconds = json_object(run.folder.result).get("seconds")
+        if status.state == "finished" and isinstance(seconds, (int, float)):
+            facts.append(t("run.took", time=duration(seconds, t)))
+        elif left(run, t):
+            facts.append(left(run, t))
+        kind = "unknown" if done is None and run.active else status.state
+        news = escaped(f"{title} - {run.name}")
+        return (
+            f'<div data-title="{news}">'
+            f'<p class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</p>'
+            f'<div class="bar {kind}" role="progressbar" aria-label="{t("run.progress")}" '
+            f'aria-valuemin="0" aria-valuemax="100"'
+            + (f' aria-valuenow="{shown}"' if done is not None else "")
+            + f'><span style="width: {shown}%"></span></div></div>'
+        )
+
+    def _note(self, run: Run) -> str:
+        t, facts = self.t, run.facts
+        if run.waiting:
+            text = t("run.waits")
+        elif run.active and facts.kill_asked:
+            text = t("run.killing", seconds=round(GRACE_SECONDS))
+        elif run.active and facts.stop_asked:
+            # In tens, so that the sentence is not read out every second.
+            asked = (time.time() - facts.stop_asked) // 10 * 10
+            text = t("run.stopping_since", time=duration(asked, t))
+        elif run.active:
+            text = t("run.close_tab")
+        elif facts.out_of_time and run.status.state == "stopped":
+            minutes = self.studio.settings.limits.minutes or 0
+            text = t("run.out_of_time", minutes=f"{minutes:g}")
+        else:
+            return ""
+        return f'<p class="note">{escaped(text)}</p>'
+
+    def _failure(self, run: Run) -> str:
+        failure, t = failure_of(run), self.t
+        if failure is None:
+            return ""
+        said = f"<pre>{escaped(failure.said)}</pre>" if failure.said else ""
+        return (
+            f'<section class="failure" aria-label="{t("run.why")}"><div role="alert">'
+            f"<h2>{t(f'run.why_{failure.kind}')}</h2><p>{t(f'run.todo_{failure.kind}')}</p></div>"
+            f"{said}<details><summary>{t('run.details')}</summary>"
+            f'<pre tabindex="0">{escaped(failure.details)}</pre></details>'
+            f'<button type="button" class="as-button" data-copies="{escaped(report(run))}">'
+            f"{t('run.copy_report')}</button></section>"
+        )

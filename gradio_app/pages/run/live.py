@@ -1,0 +1,163 @@
+"""What a run does now: numbers, curves, samples, alerts, and its log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from gradio_app.pages.run import live_html
+from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.running.curves import Points, finite, logarithmic, smoothed, thinned
+from gradio_app.running.local import START_LOG
+from gradio_app.running.metrics import Metrics, MetricsCache
+from gradio_app.running.reading import LOG_LINES, rows_of, tail
+from gradio_app.running.store import Run
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+
+# Readable on white and on the dark ground; the series also have names.
+TRAINING, VALIDATION = "#6366f1", "#d97706"
+_HEIGHT = 280
+# The text of the log is set as text, so that nothing in it is taken for HTML, and the place that a
+# reader has scrolled to, and the focus, stay.
+_LOG = '<pre role="log" tabindex="0" aria-live="off" aria-label="{label}"></pre>'
+_FOLLOW = """
+const log = element.querySelector('[role=log]');
+const show = () => {
+  const box = document.querySelector('#log-follow input');
+  if (log.textContent !== props.value) log.textContent = props.value;
+  if (!box || box.checked) log.scrollTop = log.scrollHeight;
+};
+watch('value', show);
+document.addEventListener('change', (event) => {
+  if (event.target.closest('#log-follow')) show();
+});
+show();
+"""
+
+
+class Live:
+    """The tab of what a run does now."""
+
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
+        self._metrics = MetricsCache()
+        self._alerts = gr.HTML("", elem_id="run-alerts", padding=False)
+        self._numbers = gr.HTML("", elem_id="run-numbers", padding=False)
+        self._build_curves()
+        gr.HTML(f"<h2>{t('run.samples')}</h2>", padding=False)
+        self._samples = gr.HTML("", elem_id="run-samples", padding=False)
+        self._build_log()
+        self.outputs: list[Any] = [
+            self._alerts,
+            self._numbers,
+            self._loss,
+            self._text,
+            self._table,
+            self._rate,
+            self._samples,
+            self._log,
+        ]
+
+    def _build_curves(self) -> None:
+        t = self.t
+        with gr.Row(elem_id="curve-choices", equal_height=True):
+            gr.HTML(f"<h2>{t('run.curves')}</h2>", padding=False)
+            weights = [(t(f"run.smooth_{name}"), name) for name in ("none", "light", "strong")]
+            smoothing = gr.Radio(
+                weights,
+                value="none",
+                label=t("run.smoothing"),
+                elem_id="curve-smoothing",
+                interactive=True,
+                scale=0,
+                min_width=280,
+            )
+            log = gr.Checkbox(
+                label=t("run.log_scale"), elem_id="curve-log", interactive=True, scale=0
+            )
+        self.choices = [smoothing, log]
+        self._loss = self._plot("loss-plot", t("run.axis_loss"), [TRAINING, VALIDATION])
+        self._text = gr.HTML("", elem_id="curve-text", padding=False)
+        with gr.Accordion(t("run.as_table"), open=False, elem_id="curve-table"):
+            self._table = gr.HTML("", padding=False)
+        with gr.Accordion(t("run.rate"), open=False, elem_id="rate"):
+            self._rate = self._plot("rate-plot", t("run.axis_rate"), [TRAINING])
+
+    def _plot(self, name: str, y_title: str, colors: list[str]) -> gr.LinePlot:
+        t = self.t
+        series = [t("run.training"), t("run.validation")][: len(colors)]
+        return gr.LinePlot(
+            _frame({}),
+            x="step",
+            y="value",
+            color="series",
+            color_map=dict(zip(series, colors, strict=True)),
+            colors_in_legend=series if len(series) > 1 else None,
+            x_title=t("run.axis_step"),
+            y_title=y_title,
+            color_title=t("run.series"),
+            height=_HEIGHT,
+            show_label=False,
+            tooltip="all",
+            buttons=["fullscreen", "export"],
+            elem_id=name,
+        )
+
+    def _build_log(self) -> None:
+        t = self.t
+        with gr.Row(elem_id="log-choices", equal_height=True):
+            gr.HTML(f"<h2>{t('run.log')}</h2>", padding=False)
+            gr.Checkbox(
+                True, label=t("run.follow"), elem_id="log-follow", interactive=True, scale=0
+            )
+        self._log = gr.HTML(
+            t("run.log_empty"),
+            html_template=_LOG.format(label=t("run.log_label")),
+            js_on_load=_FOLLOW,
+            elem_id="run-log",
+            padding=False,
+        )
+        note = t("run.log_note", lines=LOG_LINES)
+        gr.HTML(f'<p class="note">{note}</p>', padding=False)
+
+    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+        """Returns how a run is shown."""
+        if run is None:
+            return [Shown(gr.skip(), None)] * len(self.outputs)
+        metrics, t = self._metrics.of(run.folder.metrics), self.t
+        key = (run.id, metrics.version)
+        log = tail(run.folder.log) or tail(run.folder.path / START_LOG)
+        return [
+            html(live_html.alerts(list(rows_of(run.folder.events, 200_000)), t)),
+            html(live_html.numbers(metrics, t)),
+            Shown(self._loss_plot(metrics, choices), (*key, choices)),
+            html(live_html.summary(metrics, t)),
+            html(live_html.table(metrics, t)),
+            Shown(self._rate_plot(metrics), key),
+            html(live_html.samples(list(rows_of(run.folder.samples)), t)),
+            html(log or t("run.log_empty")),
+        ]
+
+    def _loss_plot(self, metrics: Metrics, choices: Choices) -> Any:
+        t = self.t
+        training = smoothed(metrics.curve("train_loss"), choices.smoothing)
+        curves = {t("run.training"): training, t("run.validation"): metrics.curve("val_loss")}
+        if choices.logarithmic:
+            curves = {name: logarithmic(points) for name, points in curves.items()}
+        name = "run.axis_log_loss" if choices.logarithmic else "run.axis_loss"
+        return gr.LinePlot(_frame(curves), y_title=t(name))
+
+    def _rate_plot(self, metrics: Metrics) -> Any:
+        return _frame({self.t("run.training"): metrics.curve("learning_rate")})
+
+
+def _frame(curves: dict[str, Points]) -> pd.DataFrame:
+    rows = [
+        (step, value, name)
+        for name, points in curves.items()
+        for step, value in thinned(finite(points))
+    ]
+    return pd.DataFrame(rows, columns=["step", "value", "series"])

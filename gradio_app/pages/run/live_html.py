@@ -1,0 +1,179 @@
+"""The HTML of what a run does now. Everything that a run has written is escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradio_app.guards import escaped
+from gradio_app.running.curves import Points, direction, finite, thinned
+from gradio_app.running.metrics import Metrics
+from gradio_app.running.words import amount, number, size
+from gradio_app.texts import Texts
+
+ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
+WORDS = {-1: "falling", 0: "steady", 1: "rising"}
+ALERTS = ("nan", "diverging", "overfitting")
+TABLE_ROWS = 40
+SAMPLE_COLUMNS = 4
+SAMPLE_ROWS = 12
+_CELL = 400
+
+
+def alerts(events: Sequence[Mapping[str, Any]], t: Texts) -> str:
+    """Returns what the visitor should look at."""
+    found = [event for event in events if event.get("kind") in ALERTS]
+    items = "".join(_alert(event, t) for event in found)
+    return f'<section aria-label="{t("run.alerts")}">{items}</section>' if items else ""
+
+
+def _alert(event: Mapping[str, Any], t: Texts) -> str:
+    kind = str(event["kind"])
+    title, step = t(f"run.alert_{kind}"), escaped(t("run.alert_at", step=event.get("step", 0)))
+    link = f'<a href="{t.url("help")}#{kind}">{t("run.what_does_it_mean")}</a>'
+    return (
+        f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> {title}'
+        f"</strong> <span>({step})</span><p>{escaped(event.get('text', ''))} {link}</p></div>"
+    )
+
+
+def numbers(metrics: Metrics, t: Texts) -> str:
+    """Returns the latest numbers, as a list of terms."""
+    latest = metrics.latest
+    cards = [_training(metrics, t), _validation(metrics, t)]
+    if "learning_rate" in latest:
+        cards.append((t("run.learning_rate"), number(latest["learning_rate"]), ""))
+    for name in ("tokens", "steps"):
+        speed = latest.get(f"{name}_per_second")
+        if speed:
+            cards.append((t(f"run.speed_{name}"), amount(speed), ""))
+            break
+    memory = latest.get("peak_cuda_bytes") or latest.get("peak_process_bytes")
+    if memory:
+        cards.append((t("run.memory"), size(memory), ""))
+    items = "".join(
+        f"<div><dt>{title}</dt><dd><strong>{value}</strong>"
+        + (f"<span>{more}</span>" if more else "")
+        + "</dd></div>"
+        for title, value, more in cards
+    )
+    return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
+
+
+def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
+    points = metrics.curve("train_loss")
+    if not points:
+        return t("run.train_loss"), "\u2013", ""
+    way = direction(points)
+    word = t(f"run.{WORDS[way]}")
+    return t("run.train_loss"), _value(points[-1][1], t), f"{ARROWS[way]} {word}"
+
+
+def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
+    points = finite(metrics.curve("val_loss"))
+    if not points:
+        return t("run.val_loss"), "\u2013", t("run.no_validation")
+    if len(points) == 1:
+        return t("run.val_loss"), number(points[0][1]), ""
+    step, least = min(points, key=lambda point: point[1])
+    best = t("run.best", value=number(least), step=step)
+    first = t("run.before", value=number(points[0][1])) if points[0][0] == 0 else ""
+    last_is_best = step == points[-1][0]
+    return t("run.val_loss"), number(points[-1][1]), first if last_is_best and first else best
+
+
+def _value(value: float, t: Texts) -> str:
+    return number(value) if math.isfinite(value) else t("run.no_number")
+
+
+def summary(metrics: Metrics, t: Texts) -> str:
+    """Returns in sentences what the curves show."""
+    training, validation = finite(metrics.curve("train_loss")), finite(metrics.curve("val_loss"))
+    if not training and not validation:
+        return f'<p class="note">{t("run.curves_empty")}</p>'
+    said = []
+    if training:
+        way = t(f"run.{WORDS[direction(training)]}")
+        said.append(t("run.curves_text", direction=way, **_ends(training)))
+    if validation:
+        step, least = min(validation, key=lambda point: point[1])
+        ends = _ends(validation)
+        said.append(t("run.curves_validation", best=number(least), best_step=step, **ends))
+    else:
+        said.append(t("run.curves_no_validation"))
+    return f'<p class="note">{" ".join(said)}</p>'
+
+
+def _ends(points: Points) -> dict[str, Any]:
+    (begin, first), (end, last) = points[0], points[-1]
+    return {
+        "first": number(first),
+        "from_step": begin,
+        "last": number(last),
+        "to_step": end,
+    }
+
+
+def table(metrics: Metrics, t: Texts) -> str:
+    """Returns the numbers of the curves as a table."""
+    names = ("train_loss", "val_loss", "learning_rate")
+    curves = {name: dict(thinned(metrics.curve(name), TABLE_ROWS)) for name in names}
+    steps = sorted({step for curve in curves.values() for step in curve})
+    head = "".join(f'<th scope="col">{t(f"run.{name}")}</th>' for name in names)
+    body = "".join(
+        f'<tr><th scope="row">{step}</th>'
+        + "".join(
+            f"<td>{_value(curve[step], t) if step in curve else ''}</td>"
+            for curve in curves.values()
+        )
+        + "</tr>"
+        for step in steps
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{t("run.as_table")}">'
+        f'<table><thead><tr><th scope="col">{t("run.axis_step")}</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def samples(rows: Sequence[Mapping[str, Any]], t: Texts) -> str:
+    """Returns what the model said to the same prompts at different steps."""
+    said: dict[tuple[Any, Any], Mapping[str, Any]] = {}
+    for row in rows:
+        if isinstance(row.get("step"), int) and isinstance(row.get("sample"), int):
+            said[row["step"], row["sample"]] = row
+    if not said:
+        return f'<p class="note">{t("run.samples_empty")}</p>'
+    steps = _chosen(sorted({step for step, _ in said}))
+    places = sorted({place for _, place in said})[:SAMPLE_ROWS]
+    titles = [
+        t("run.after_step", step=step) if step else t("run.before_training") for step in steps
+    ]
+    head = "".join(
+        f'<th scope="col">{title}</th>' for title in (t("run.prompt"), t("run.expected"), *titles)
+    )
+    body = ""
+    for place in places:
+        known = next(row for (_, sample), row in said.items() if sample == place)
+        cells = [known.get("expected", "")]
+        cells += [said.get((step, place), {}).get("generated", "") for step in steps]
+        body += f'<tr><th scope="row">{_cell(known.get("prompt", ""))}</th>'
+        body += "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{t("run.samples")}">'
+        f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _chosen(steps: list[int]) -> list[int]:
+    """Returns the first step, the last one, and those evenly between."""
+    if len(steps) <= SAMPLE_COLUMNS:
+        return steps
+    last = len(steps) - 1
+    return [steps[round(last * place / (SAMPLE_COLUMNS - 1))] for place in range(SAMPLE_COLUMNS)]
+
+
+def _cell(text: object) -> str:
+    words = str(text).strip()
+    return escaped(words if len(words) <= _CELL else words[:_CELL] + "\u2026")

@@ -1,0 +1,128 @@
+"""What a run is made of: its recipe, the command to run it again, and its provenance."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.guards import escaped
+from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.running.failures import versions
+from gradio_app.running.reading import json_object
+from gradio_app.running.store import Run
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+
+
+class RecipeTab:
+    """The tab of what a run is made of."""
+
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
+        # The folder of runs is never served: what is downloaded is copied here first.
+        self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-")
+        gr.HTML(
+            f'<h2>{t("run.recipe")}</h2><p class="note">{_code(t("run.recipe_note"))}</p>',
+            padding=False,
+        )
+        self._text = gr.HTML("", elem_id="recipe-text", padding=False)
+        self._download = gr.DownloadButton(
+            t("run.recipe_download"), elem_id="recipe-download", size="md", scale=0
+        )
+        gr.HTML(f"<h2>{t('run.command')}</h2>", padding=False)
+        self._command = gr.HTML("", elem_id="recipe-command", padding=False)
+        gr.HTML(f"<h2>{t('run.facts')}</h2>", padding=False)
+        self._facts = gr.HTML("", elem_id="recipe-facts", padding=False)
+        self.outputs: list[Any] = [self._text, self._download, self._command, self._facts]
+
+    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+        """Returns how a run is shown."""
+        if run is None:
+            return [Shown(gr.skip(), None)] * len(self.outputs)
+        t = self.t
+        text = run.recipe_text
+        code = (
+            f'<pre tabindex="0" role="region" aria-label="{t("run.recipe_code")}">'
+            f"{escaped(text)}</pre>"
+        )
+        return [
+            html(code),
+            Shown(self._staged(run, text), (run.id, text)),
+            html(self._command_of(run)),
+            html(self._facts_of(run)),
+        ]
+
+    def _staged(self, run: Run, text: str) -> str:
+        file = Path(self._staging.name) / run.id / "recipe.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+        return str(file)
+
+    def _command_of(self, run: Run) -> str:
+        # A path of the server is no business of a stranger's.
+        file = "recipe.yaml" if self.studio.settings.space else str(run.folder.recipe)
+        command = f"lightning-peft {run.facts.command} --config {shlex.quote(file)}"
+        return (
+            f'<div class="command"><code tabindex="0">{escaped(command)}</code>'
+            f'<button type="button" class="as-button" data-copies="{escaped(command)}">'
+            f"{self.t('run.copy')}</button></div>"
+        )
+
+    def _facts_of(self, run: Run) -> str:
+        t, known = self.t, json_object(run.folder.provenance)
+        facts = [(t("run.fact_run"), run.id)]
+        if not self.studio.settings.space:
+            facts.append((t("run.fact_folder"), str(run.folder.path)))
+        if run.created:
+            moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created))
+            facts.append((t("run.fact_created"), moment))
+        for name, key in (("task", "task"), ("seed", "seed"), ("recipe", "recipe_sha256")):
+            if known.get(key) is not None:
+                facts.append((t(f"run.fact_{name}"), str(known[key])))
+        facts += [(t("run.fact_base"), line) for line in _base(known.get("base"))]
+        facts += [(t("run.fact_data"), line) for line in _data(known.get("data"))]
+        if known:
+            listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
+            facts.append((t("run.fact_versions"), listed))
+            facts.append((t("run.fact_machine"), _machine(known.get("hardware"))))
+        rows = "".join(f"<dt>{title}</dt><dd>{escaped(value)}</dd>" for title, value in facts)
+        note = "" if known else f'<p class="note">{t("run.facts_empty")}</p>'
+        return f'<dl class="facts-list">{rows}</dl>{note}'
+
+
+def _code(text: str) -> str:
+    """Returns a text of ours with what stands between backticks as code."""
+    parts = text.split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+def _base(base: object) -> list[str]:
+    if not isinstance(base, dict):
+        return []
+    lines = []
+    for part, entry in base.items():
+        found = entry if isinstance(entry, dict) else {}
+        words = [str(found[key]) for key in ("name", "model", "revision") if found.get(key)]
+        words.append(f"fingerprint {str(found.get('fingerprint', ''))[:16]}")
+        lines.append(f"{part}: {', '.join(words)}")
+    return lines
+
+
+def _data(data: object) -> list[str]:
+    if not isinstance(data, dict):
+        return []
+    plain = {key: value for key, value in data.items() if isinstance(value, (str, int, float))}
+    return [", ".join(f"{key} {value}" for key, value in list(plain.items())[:8])]
+
+
+def _machine(hardware: object) -> str:
+    if not isinstance(hardware, dict):
+        return ""
+    gpus = hardware.get("gpus") or []
+    words = [str(hardware.get("processor", "")), f"{hardware.get('cores', '?')} cores"]
+    return ", ".join([*words, *map(str, gpus)])

@@ -1,0 +1,180 @@
+"""What is shown of a run, part by part, and sent to a browser only where it has changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.pages.frame import quiet
+from gradio_app.running.hf_jobs import JobsExecutor
+from gradio_app.running.store import Run
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of, token_of
+
+# Seconds since the start of a run after which its page asks for news less often, and how much less.
+SLOWER = ((60.0, 1.0), (600.0, 2.0))
+SLOWEST = 5.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One component as it is to be shown.
+
+    Attributes:
+        value: What Gradio takes.
+        key: Changes with it.
+    """
+
+    value: Any
+    key: Hashable
+
+
+def html(text: str) -> Shown:
+    """Returns text to be shown, which is its own key."""
+    return Shown(text, text)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a visitor has chosen to see; a browser can send anything.
+
+    Attributes:
+        smoothing: Weight of the past in the curves, 0 to 1.
+        logarithmic: Whether the loss is on a log scale.
+    """
+
+    smoothing: float = 0.0
+    logarithmic: bool = False
+
+
+class Part(Protocol):
+    """A part of the page."""
+
+    # Its components, in the order of what `shown` returns.
+    outputs: list[Any]
+
+    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+        """Returns how a run is shown; ``None`` where there is none."""
+
+
+class View:
+    """All parts of the page of a run, for whoever looks at it.
+
+    Args:
+        studio: Shared parts of the server.
+        t: Texts.
+
+    Attributes:
+        run_id: The run that is looked at; empty where there is none.
+        inputs: What handlers take: run, what the browser has, and choices.
+        outputs: What handlers return.
+    """
+
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
+        self.run_id = gr.State("")
+        self._seen = gr.State(())
+        self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
+        self._notice = gr.HTML("", elem_id="run-notice", padding=False)
+        self._parts: list[Part] = []
+        self.choices: list[Any] = []
+
+    def add(self, part: Part) -> None:
+        """Adds a part."""
+        self._parts.append(part)
+
+    def bind(self, tabs: gr.Tabs) -> None:
+        """Binds the clock, once all parts are there."""
+        self._tabs = tabs
+        self.choices = [choice for part in self._parts for choice in getattr(part, "choices", ())]
+        self.inputs = [self.run_id, self._seen, *self.choices]
+        shown = [output for part in self._parts for output in part.outputs]
+        self.outputs = [self.run_id, self._seen, self._timer, self._notice, tabs, *shown]
+        self._timer.tick(self.ticked, self.inputs, self.outputs, **quiet())
+        for choice in self.choices:
+            choice.change(self.ticked, self.inputs, self.outputs, **quiet())
+
+    def opened(self, request: gr.Request) -> list[Any]:
+        """Shows the run that the address names."""
+        return self.update(str(request.query_params.get("run") or ""), (), (), request)
+
+    def ticked(
+        self, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
+    ) -> list[Any]:
+        """Shows what has changed."""
+        return self.update(run_id, seen, (smoothing, logarithmic), request)
+
+    def update(
+        self, run_id: str, seen: Any, choices: Any, request: gr.Request, notice: str = "unknown"
+    ) -> list[Any]:
+        """Returns what the browser does not have yet.
+
+        Args:
+            run_id: Which run.
+            seen: Keys of what the browser has.
+            choices: Values of the choices.
+            request: Who asks.
+            notice: What is said where there is no such run.
+        """
+        run = self._found(run_id, request)
+        chosen = _checked(choices)
+        items = [self._clock(run), self._said(run, run_id, notice), self._body(run)]
+        for part in self._parts:
+            items += part.shown(run, chosen)
+        keys = tuple(hash(item.key) for item in items)
+        before = seen if isinstance(seen, tuple) and len(seen) == len(keys) else (None,) * len(keys)
+        values = [
+            gr.skip() if key == old else item.value
+            for item, key, old in zip(items, keys, before, strict=True)
+        ]
+        same = keys == before
+        return [run.id if run is not None else "", gr.skip() if same else keys, *values]
+
+    def _found(self, run_id: str, request: gr.Request) -> Run | None:
+        try:
+            owner = owner_of(request, self.studio.settings.space)
+            run = self.studio.store.get(owner, run_id)
+        except Refused:
+            return None
+        executor = self.studio.store.executor(run)
+        if isinstance(executor, JobsExecutor):
+            executor.look(run.folder, token_of(request))
+        return run
+
+    def _clock(self, run: Run | None) -> Shown:
+        going = run is not None and (run.active or run.waiting)
+        seconds = self.studio.settings.tick_seconds
+        if run is not None and going:
+            begun = run.facts.launched or run.status.started
+            passed = 0.0 if run.waiting else time.time() - begun
+            factor = next((slow for limit, slow in SLOWER if passed < limit), SLOWEST)
+            seconds *= factor
+        return Shown(gr.Timer(seconds, active=going), (seconds, going))
+
+    def _said(self, run: Run | None, run_id: str, notice: str) -> Shown:
+        if run is not None:
+            return html("")
+        name = notice if run_id else "none_chosen"
+        t = self.t
+        return html(
+            f'<div class="notice" role="alert"><h1>{t(f"run.{name}")}</h1>'
+            f"<p>{t(f'run.{name}_more')}</p>"
+            f'<a class="as-button" href="{t.url()}">{t("run.to_runs")}</a></div>'
+        )
+
+    def _body(self, run: Run | None) -> Shown:
+        return Shown(gr.Tabs(visible=run is not None), run is not None)
+
+
+def _checked(choices: Any) -> Choices:
+    if len(choices) < 2:
+        return Choices()
+    smoothing, logarithmic = choices[:2]
+    weights = {"none": 0.0, "light": 0.6, "strong": 0.9}
+    return Choices(weights.get(str(smoothing), 0.0), logarithmic is True)

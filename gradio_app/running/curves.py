@@ -1,0 +1,83 @@
+"""Curves as they are drawn: few points that keep the extremes, smoothed, or on a log scale."""
+
+from __future__ import annotations
+
+import math
+
+Points = list[tuple[int, float]]
+# More make a browser slow, and no screen shows them.
+DRAWN = 500
+
+
+def thinned(points: Points, most: int = DRAWN) -> Points:
+    """Returns at most ``most`` of the points: of each stretch the least and the greatest.
+
+    A peak of a single step is still there, and so are the first point and the last. Values that
+    are no numbers stay if a stretch has nothing else.
+    """
+    if len(points) <= most:
+        return list(points)
+    inner = points[1:-1]
+    stretches = max(1, (most - 2) // 2)
+    kept = [points[0]]
+    for place in range(stretches):
+        begin = place * len(inner) // stretches
+        end = (place + 1) * len(inner) // stretches
+        stretch = inner[begin:end]
+        finite = [point for point in stretch if math.isfinite(point[1])] or stretch[:1]
+        extremes = {min(finite, key=_value), max(finite, key=_value)} if finite else set()
+        kept += sorted(extremes)
+    return [*kept, points[-1]]
+
+
+def _value(point: tuple[int, float]) -> float:
+    return point[1]
+
+
+def smoothed(points: Points, weight: float) -> Points:
+    """Returns the exponential moving average of the points.
+
+    Args:
+        points: The points.
+        weight: How much of the average so far stays, 0 to 1; corrected at the beginning, so that
+            the first point is not pulled to zero (as in Adam, arXiv:1412.6980, section 3).
+    """
+    if not 0 < weight < 1:
+        return list(points)
+    made: Points = []
+    mean, seen = 0.0, 0
+    for step, value in points:
+        if math.isfinite(value):
+            mean = weight * mean + (1 - weight) * value
+            seen += 1
+        made.append((step, mean / (1 - weight**seen) if seen else value))
+    return made
+
+
+def logarithmic(points: Points) -> Points:
+    """Returns the points with log10 of their values; those that have none are left out."""
+    return [
+        (step, math.log10(value)) for step, value in points if math.isfinite(value) and value > 0
+    ]
+
+
+def finite(points: Points) -> Points:
+    """Returns the points whose values are numbers."""
+    return [point for point in points if math.isfinite(point[1])]
+
+
+def direction(points: Points) -> int:
+    """Returns -1 if the values have been falling lately, 1 if they have been rising, else 0.
+
+    The mean of the last fifth is held against that of the fifth before; differences below one
+    percent are none.
+    """
+    values = [value for _, value in finite(points)]
+    part = max(1, len(values) // 5)
+    if len(values) < 2:
+        return 0
+    last, before = values[-part:], values[-2 * part : -part]
+    now, then = sum(last) / len(last), sum(before) / len(before)
+    if abs(now - then) <= 0.01 * abs(then):
+        return 0
+    return 1 if now > then else -1

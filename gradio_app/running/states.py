@@ -1,0 +1,48 @@
+"""In which state a run is: what it says itself, and what its process and its place in line say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gradio_app.running.executors import Executor
+from gradio_app.running.facts import Facts
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import Status
+
+
+def state_of(folder: RunFolder, facts: Facts, executor: Executor) -> Status:
+    """Returns the status of a run.
+
+    What ``status.json`` says is of the last process that spoke. One that waits, or was just
+    started, has not spoken yet.
+
+    Args:
+        folder: Its folder.
+        facts: What the page knows of it.
+        executor: What it was, or will be, started by.
+    """
+    written = executor.status(folder)
+    if facts.waiting is not None:
+        before = written or Status()
+        return replace(before, state="queued", phase="waiting in line", eta_seconds=None)
+    if facts.launched is None:
+        return written or Status(state="queued", phase="not started")
+    if written is None or written.started < facts.launched:
+        return _unspoken(folder, facts, executor)
+    if written.state in ("preparing", "crashed"):
+        # A run that goes on starts to count at its checkpoint, when it trains.
+        written = replace(written, step=max(written.step, facts.from_step))
+    if written.state == "crashed" and (facts.kill_asked or facts.stop_asked):
+        return replace(written, state="stopped", phase="stopped at once")
+    return written
+
+
+def _unspoken(folder: RunFolder, facts: Facts, executor: Executor) -> Status:
+    """Returns the status of a run whose process has not written its status."""
+    assert facts.launched is not None
+    here = Status(step=facts.from_step, started=facts.launched, updated=facts.launched)
+    if executor.working(folder):
+        return replace(here, state="preparing", phase="starting")
+    if facts.kill_asked or facts.stop_asked:
+        return replace(here, state="stopped", phase="stopped at once")
+    return replace(here, state="failed", phase="failed before it began")

@@ -1,0 +1,50 @@
+"""Times, sizes and numbers as people say them, in the visitor's language."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+Say = Callable[..., str]
+_MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
+
+
+def duration(seconds: float, t: Say) -> str:
+    """Returns a length of time in one unit, or two where one would be too rough."""
+    whole = max(0, round(seconds))
+    if whole < _MINUTE:
+        return t("run.seconds", n=whole)
+    if whole < _HOUR:
+        return t("run.minutes", n=round(whole / _MINUTE))
+    if whole < _DAY:
+        return t("run.hours", n=whole // _HOUR, more=whole % _HOUR // _MINUTE)
+    return t("run.days", n=whole // _DAY, more=whole % _DAY // _HOUR)
+
+
+def ago(moment: float, t: Say, now: float | None = None) -> str:
+    """Returns how long ago something was."""
+    passed = (time.time() if now is None else now) - moment
+    return t("run.just_now") if passed < 45 else t("run.ago", time=duration(passed, t))
+
+
+def size(count: float) -> str:
+    """Returns a number of bytes, in units of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}"
+        count /= 1_000
+    return f"{count:.1f} GB"
+
+
+def number(value: float) -> str:
+    """Returns a value of a metric with as many digits as are worth reading."""
+    return f"{value:.1e}" if value and abs(value) < 1e-3 else f"{value:.4g}"
+
+
+def amount(value: float) -> str:
+    """Returns a count or a rate, short: ``2.1k``."""
+    if abs(value) >= 999_500:
+        return f"{value / 1e6:.1f}M"
+    if abs(value) >= 1_000:
+        return f"{value / 1e3:.1f}k"
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}"

@@ -1,0 +1,211 @@
+"""Reading a run while it is written: numbers, curves, logs, and why it failed."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from gradio_app.running.curves import direction, logarithmic, smoothed, thinned
+from gradio_app.running.failures import failure_of, report
+from gradio_app.running.machine import Machine, parsed
+from gradio_app.running.metrics import MOST_POINTS, Metrics, MetricsCache
+from gradio_app.running.reading import Files, json_object, rows_of, tail
+from gradio_app.running.store import RunStore
+from gradio_app.running.words import ago, amount, duration, number, size
+from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.runs.status import write_json
+from tests.app.runs import recipe, settings
+from tests.app.test_store import written
+
+
+def line(step, **values):
+    return json.dumps({"step": step, "epoch": 0, "time": 1.0, **values}) + "\n"
+
+
+def append(file, text):
+    with file.open("a") as opened:
+        opened.write(text)
+
+
+def test_only_what_is_new_is_read_and_no_half_lines(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    metrics = Metrics(file)
+    assert metrics.refresh().curve("train_loss") == []
+    append(file, line(1, train_loss=2.0) + line(1, val_loss=3.0) + '{"step": 2, "train')
+    assert metrics.refresh().curve("train_loss") == [(1, 2.0)]
+    before = metrics.version
+    assert metrics.refresh().version == before
+    append(file, '_loss": 1.5}\n' + "no json\n[1]\n" + line("x", train_loss=9.0))
+    assert metrics.refresh().curve("train_loss") == [(1, 2.0), (2, 1.5)]
+    assert metrics.curve("val_loss") == [(1, 3.0)]
+    assert metrics.version > before
+
+
+def test_the_last_line_of_a_step_counts_and_what_was_given_up_goes(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    rows = [line(step, train_loss=float(step)) for step in range(1, 6)]
+    append(file, "".join(rows) + line(5, val_loss=5.0))
+    metrics = Metrics(file).refresh()
+    append(file, line(3, train_loss=30.0) + line(4, train_loss=40.0))
+    metrics.refresh()
+    assert metrics.curve("train_loss") == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert metrics.curve("val_loss") == []
+
+
+def test_a_file_that_is_replaced_is_read_anew(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    append(file, line(1, train_loss=2.0) + line(2, train_loss=1.0))
+    metrics = Metrics(file).refresh()
+    (tmp_path / "other").write_text(line(7, train_loss=0.5))
+    (tmp_path / "other").replace(file)
+    assert metrics.refresh().curve("train_loss") == [(7, 0.5)]
+    file.unlink()
+    assert metrics.refresh().curve("train_loss") == []
+
+
+def test_long_runs_take_bounded_memory_and_keep_their_peaks(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    peak = 9_000
+    rows = [line(step, train_loss=99.0 if step == peak else 1.0) for step in range(20_000)]
+    append(file, "".join(rows))
+    points = Metrics(file).refresh().curve("train_loss")
+    assert len(points) <= MOST_POINTS
+    assert (peak, 99.0) in points
+    cache = MetricsCache(most=1)
+    first = cache.of(file)
+    assert cache.of(file) is first
+    cache.of(tmp_path / "another")
+    assert cache.of(file) is not first
+
+
+@pytest.mark.parametrize("count", [3, 500, 501, 1_234])
+def test_thinning_keeps_ends_extremes_and_order(count):
+    points = [
+        (step, math.sin(step / 40) + (5 if step == count // 3 else 0)) for step in range(count)
+    ]
+    drawn = thinned(points, 500)
+    assert len(drawn) <= 500
+    assert (drawn[0], drawn[-1]) == (points[0], points[-1])
+    assert max(drawn, key=lambda p: p[1]) == max(points, key=lambda p: p[1])
+    assert drawn == sorted(set(drawn))
+    assert set(drawn) <= set(points)
+
+
+def test_smoothing_is_the_corrected_moving_average():
+    points = [(1, 4.0), (2, 2.0), (3, float("nan")), (4, 0.0)]
+    # By hand: 0.5*4/(1-0.5); (0.25*4+0.5*2)/(1-0.25); the same; (1*0.5+0)/(1-0.125)
+    values = [value for _, value in smoothed(points, 0.5)]
+    assert values == pytest.approx([4.0, 2 / 0.75, 2 / 0.75, 1 / 0.875])
+    assert smoothed(points[:2], 0.0) == points[:2]
+
+
+def test_a_log_scale_has_no_place_for_what_is_not_above_zero():
+    assert logarithmic([(1, 100.0), (2, 0.0), (3, -1.0), (4, float("inf"))]) == [(1, 2.0)]
+
+
+def test_direction():
+    assert direction([(s, 3.0 - s / 10) for s in range(20)]) == -1
+    assert direction([(s, 1.0 + s) for s in range(20)]) == 1
+    assert direction([(s, 1.0) for s in range(20)]) == 0
+    assert direction([(1, 1.0)]) == 0
+
+
+def test_the_tail_of_a_log_is_short_plain_and_without_secrets(tmp_path):
+    file = tmp_path / "train.log"
+    long = "".join(f"line {n}\n" for n in range(30_000))
+    file.write_text(long + "\x1b[31mred\x1b[0m 1%\r50%\r100%\n\x07token=abc hf_abcdefghijkl\nlast")
+    lines = tail(file, 200).split("\n")
+    assert len(lines) == 200
+    assert lines[-3:] == ["100%", "token=[hidden] [hidden]", "last"]
+    assert tail(tmp_path / "none") == ""
+
+
+def test_rows_and_objects_of_strange_files(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n[2]\nx\n{"a": 3}\n{"a": 4')
+    assert [row["a"] for row in rows_of(file)] == [1, 3]
+    assert [row["a"] for row in rows_of(file, most_bytes=20)] == [3]
+    assert json_object(file) == {}
+    assert list(rows_of(tmp_path / "none")) == []
+
+
+def test_small_files_are_read_again_when_they_have_changed(tmp_path):
+    files, file = Files(), tmp_path / "a"
+    assert files.text(file) is None
+    file.write_text("one")
+    assert files.text(file) == "one"
+    file.write_text("two!")
+    assert files.text(file) == "two!"
+
+
+FAILURES = {
+    "gpu_memory": ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "memory": ("RuntimeError", "[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    "disk": ("OSError", "[Errno 28] No space left on device"),
+    "gated": ("OSError", "You are trying to access a gated repo."),
+    "offline": ("OSError", "We couldn't connect to 'https://huggingface.co'"),
+    "rows": ("ConfigError", "2 problems: row 3 has no completion"),
+    "explained": ("ConfigError", "learning_rate=-1 is negative"),
+    "other": ("KeyError", "'messages'"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failures_are_told_apart(tmp_path, kind):
+    store = RunStore(settings(tmp_path))
+    run = store.create("local", recipe(), "a")
+    written(run.folder.path, state="failed")
+    error, message = FAILURES[kind]
+    secret = f"{message} hf_abcdefghijkl"
+    content = {"error": error, "message": secret, "traceback": ["Traceback\n", f"{secret}\n"]}
+    write_json(run.folder.error, content)
+    failure = failure_of(store.get("local", run.id))
+    assert failure.kind == kind
+    assert message in failure.said
+    assert "hf_" not in failure.said + failure.details + report(run)
+    assert "fake:" in report(run)
+    for language in LANGUAGES:
+        t = Texts(language)
+        assert t.has(f"run.why_{kind}")
+        assert t.has(f"run.todo_{kind}")
+
+
+def test_a_start_that_failed_is_told_by_what_it_printed(tmp_path):
+    store = RunStore(settings(tmp_path))
+    run = store.note(store.create("local", recipe(), "a"), launched=1.0)
+    (run.folder.path / "start.log").write_text("noise\nlightning-peft: 'x' is no recipe.\n")
+    failure = failure_of(run)
+    assert (failure.kind, failure.said) == ("explained", "'x' is no recipe.")
+
+
+def test_a_process_that_was_killed(tmp_path):
+    store = RunStore(settings(tmp_path))
+    written(store.root / "a", pid=2**22 + 1)
+    assert failure_of(store.get("local", "a")).kind == "killed"
+
+
+def test_words():
+    t = Texts()
+    assert [duration(s, t) for s in (5.4, 90, 3_700, 90_000)] == [
+        "5 s",
+        "2 min",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]
+    assert ago(100, t, now=110) == "just now"
+    assert ago(100, t, now=400) == "5 min ago"
+    assert [size(n) for n in (12, 991_117_312, 16e9)] == ["12 B", "991 MB", "16.0 GB"]
+    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-04", "0"]
+    assert [amount(n) for n in (2_100, 12.3, 1.25, 2e6)] == ["2.1k", "12", "1.2", "2.0M"]
+
+
+def test_what_fits_on_a_machine():
+    card = Machine("NVIDIA RTX 4090", 24 * 10**9, 64 * 10**9, 32 * 10**9, 16)
+    assert (card.most_billions(quantized=False), card.most_billions(quantized=True)) == (8, 14)
+    laptop = Machine(None, 0, 16 * 10**9, 8 * 10**9, 4)
+    assert laptop.most_billions(quantized=True) == 0.5
+    assert parsed("NVIDIA H200, 143771\nNVIDIA H200, 143771\n") == ("NVIDIA H200", 143771 * 2**20)
+    assert parsed("NVIDIA X, [N/A]") == ("NVIDIA X", 0)
+    assert parsed("") is None

@@ -1,0 +1,115 @@
+"""Two visitors of a Space at once: neither sees nor touches what the other has started."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from gradio_app.running.store import RunStore
+from gradio_app.settings import Settings
+from gradio_app.visitors import COOKIE, owner_of
+from tests.app.runs import queued, until
+from tests.app.servers import Server
+from tests.app.test_security import call
+
+HERS, HIS = "a" * 32, "b" * 32
+NAME = "Nobody else knows"
+
+
+@pytest.fixture(scope="module")
+def space(serve) -> Server:
+    return serve(space=True, trainer="fake")
+
+
+@pytest.fixture(scope="module")
+def store(space) -> RunStore:
+    return RunStore(Settings.on_a_space(space.folder))
+
+
+@pytest.fixture(scope="module")
+def hers(store) -> str:
+    """The id of a run that the first visitor has started and that goes on."""
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    run = queued(store, NAME, owner, steps=100_000, seconds=0.05)
+    until(lambda: store.get(owner, run.id).status.state == "running")
+    return run.id
+
+
+def test_the_second_visitor_sees_nothing_of_the_first(space, hers, browser):
+    context = browser.new_context()
+    context.add_cookies([{"name": COOKIE, "value": HIS, "url": space.url}])
+    page = context.new_page()
+    for address in ("", f"run?run={hers}", f"compare?runs={hers},{hers}", f"new?from={hers}"):
+        page.goto(f"{space.url}/{address}")
+        page.locator("h1").first.wait_for()
+        page.wait_for_load_state()
+        page.wait_for_timeout(500)
+        assert NAME not in page.inner_text("body"), address
+        assert "Running" not in page.inner_text("body"), address
+    context.close()
+
+
+def test_the_first_visitor_finds_it_again(space, hers, browser):
+    context = browser.new_context()
+    context.add_cookies([{"name": COOKIE, "value": HERS, "url": space.url}])
+    page = context.new_page()
+    page.goto(space.url)
+    page.get_by_role("link", name=NAME).first.wait_for()
+    context.close()
+
+
+def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers):
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    folder = store.get(owner, hers).folder
+    before = {path.name for path in folder.path.iterdir()}
+    cookies = {COOKIE: HIS}
+    with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
+        config = client.get("/config").json()
+        handlers = [one for one in config["dependencies"] if one["inputs"] and one["backend_fn"]]
+        assert len(handlers) > 10
+        for one in handlers[: len(handlers) // 2 + 1]:
+            data = [hers] * len(one["inputs"])
+            assert NAME not in call(client, one["id"], data), one
+            for act in ("stop", "kill", "delete", "cancel"):
+                body = {"data": data, "fn_index": one["id"], "session_hash": "x"}
+                event = {"event_data": {"act": act, "run": hers}}
+                client.post("/gradio_api/queue/join", json=body | event)
+    step = store.get(owner, hers).status.step
+    until(lambda: store.get(owner, hers).status.step > step)
+    new = {path.name for path in folder.path.iterdir()} - before
+    assert not new & {"control.json", "votes.jsonl", "exports"}
+
+
+def test_its_owner_stops_it(space, store, hers, browser):
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    context = browser.new_context()
+    context.add_cookies([{"name": COOKIE, "value": HERS, "url": space.url}])
+    page = context.new_page()
+    page.goto(f"{space.url}/run?run={hers}")
+    page.get_by_role("button", name="Stop & save").click()
+    until(lambda: store.get(owner, hers).status.state == "stopped")
+    context.close()
+
+
+class _Request:
+    """What of a request tells who asks."""
+
+    def __init__(self, cookies: dict[str, str], session: dict | None = None) -> None:
+        self.request = self
+        self.cookies = cookies
+        self.scope = {} if session is None else {"session": session}
+
+
+def test_who_asks():
+    first, second = _Request({COOKIE: HERS}), _Request({COOKIE: HIS})
+    assert owner_of(first, space=False) == "local"
+    assert owner_of(first, space=True) == owner_of(first, space=True)
+    assert owner_of(first, space=True) != owner_of(second, space=True)
+    # The cookie itself is in no file of a run.
+    assert HERS not in owner_of(first, space=True)
+    strangers = {owner_of(_Request({}), space=True) for _ in range(3)}
+    strangers |= {owner_of(_Request({COOKIE: value}), space=True) for value in ("x", HERS * 2)}
+    assert len(strangers) == 5
+    info = {"userinfo": {"preferred_username": "someone"}}
+    assert owner_of(_Request({}, {"oauth_info": info}), space=True) == "hf-someone"
+    assert owner_of(_Request({COOKIE: HERS}, {"oauth_info": "junk"}), space=True).startswith("v-")
