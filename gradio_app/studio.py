@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradio_app.recipe.warm import WarmCommands
 from gradio_app.running.line import Line
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
@@ -17,6 +18,7 @@ class Studio:
         settings: The same.
         store: All runs.
         line: The runs that wait, and the one that is carried out.
+        warm: A process that answers commands at once, once somebody has asked for one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -25,7 +27,9 @@ class Studio:
             folder.mkdir(parents=True, exist_ok=True)
         self.store = RunStore(settings)
         self.line = Line(settings, self.store)
+        self.warm = WarmCommands(settings)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
         self.line.close()
+        self.warm.close()
