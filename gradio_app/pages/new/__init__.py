@@ -49,6 +49,7 @@ def build(studio: Studio, t: Texts) -> None:
             make(editor)
             if step != STEPS[-1]:
                 gr.HTML(_next(STEPS[number], t), padding=False)
+    editor.finish()
     choosing.bind_load(editor)
     gr.on(None, None, None, None, js=_STEPPING)
 

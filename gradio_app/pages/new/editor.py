@@ -60,6 +60,7 @@ class Editor:
         self.session = gr.State(Session(first, first))
         self.draft = gr.BrowserState("", storage_key=_DRAFT, secret=_DRAFT)
         self._shown: list[tuple[list[Any], Show]] = []
+        self._bindings: list[Callable[[], Any]] = []
         self._follows: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []
 
     def show(self, components: Sequence[Any], update: Show) -> None:
@@ -87,7 +88,16 @@ class Editor:
             found += values
         return found
 
-    def bind(self, event: Callable[..., Any], change: Change, inputs: Sequence[Any] = ()) -> Any:
+    def later(self, binding: Callable[[], Any]) -> None:
+        """Adds an event that is bound when all components are made."""
+        self._bindings.append(binding)
+
+    def finish(self) -> None:
+        """Binds all events."""
+        for binding in self._bindings:
+            binding()
+
+    def bind(self, event: Callable[..., Any], change: Change, inputs: Sequence[Any] = ()) -> None:
         """Makes an event change the recipe, and everything that shows it follow.
 
         Args:
@@ -103,13 +113,11 @@ class Editor:
             _take(session, content)
             return self.updates(session)
 
-        return self.then(
-            event(
-                handle, [self.session, *inputs], self.outputs, trigger_mode="multiple", **private()
-            )
-        )
+        given = [self.session, *inputs]
+        options = {"trigger_mode": "multiple", **private()}
+        self.later(lambda: self.then(event(handle, given, self.outputs, **options)))
 
-    def bind_event(self, event: Callable[..., Any], change: Change) -> Any:
+    def bind_event(self, event: Callable[..., Any], change: Change) -> None:
         """Does the same for an event that tells what it is about: a click in HTML of the page."""
 
         @told(self.t)
@@ -118,7 +126,7 @@ class Editor:
             _take(session, change(session, data))
             return self.updates(session)
 
-        return self.then(event(handle, self.session, self.outputs, **private()))
+        self.later(lambda: self.then(event(handle, self.session, self.outputs, **private())))
 
     def then(self, event: Any) -> Any:
         """Lets everything follow an event that has changed the session."""

@@ -130,14 +130,16 @@ def _bind_fields(editor: Editor, made: dict[str, Any], others: list[Any]) -> Non
             changed_html(session, editor.t),
         ]
 
-    editor.then(
-        gr.on(
-            triggers,
-            touched,
-            [editor.session, *made.values()],
-            [editor.session, editor.draft, *others],
-            trigger_mode="multiple",
-            **private(),
+    editor.later(
+        lambda: editor.then(
+            gr.on(
+                triggers,
+                touched,
+                [editor.session, *made.values()],
+                [editor.session, editor.draft, *others],
+                trigger_mode="multiple",
+                **private(),
+            )
         )
     )
 
