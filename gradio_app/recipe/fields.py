@@ -42,6 +42,7 @@ class Field:
         optional: Whether it can be empty: ``null``.
         tasks: Names of the tasks that have it.
         method: ``"qlora"`` if only that has it.
+        others: Defaults of methods or tasks that have another, by name.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Field:
     optional: bool = False
     tasks: tuple[str, ...] = ALL
     method: str | None = None
+    others: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:
@@ -101,7 +103,7 @@ def _training() -> tuple[Field, ...]:
 def _adapter() -> tuple[Field, ...]:
     group = "adapter"
     return (
-        Field(_STRATEGY + "r", group, "integer", 8, least=1, most=4096),
+        Field(_STRATEGY + "r", group, "integer", 16, least=1, most=4096),
         Field(_STRATEGY + "lora_alpha", group, "number", None, least=0, above=True, optional=True),
         Field(_STRATEGY + "lora_dropout", group, "number", 0.0, least=0, most=0.99),
         Field(_STRATEGY + "target_modules", group, "words", None, optional=True),
@@ -166,8 +168,16 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             None,
             (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
+            others=(("qlora", "auto"),),
         ),
-        Field(_STRATEGY + "gradient_checkpointing", group, "choice", False, ("auto", True, False)),
+        Field(
+            _STRATEGY + "gradient_checkpointing",
+            group,
+            "choice",
+            False,
+            ("auto", True, False),
+            others=(("qlora", "auto"),),
+        ),
         Field(
             _MODEL + "dtype",
             group,

@@ -43,9 +43,16 @@ def applies(field: Field, content: Mapping[str, Any]) -> bool:
     return known and field.method in (None, method_of(content))
 
 
+def default_of(field: Field, content: Mapping[str, Any]) -> Any:
+    """Returns the value of a setting where the recipe does not have it."""
+    task = task_of(content)
+    names = (method_of(content), task.name if task else "")
+    return next((value for name, value in field.others if name in names), field.default)
+
+
 def shown(field: Field, content: Mapping[str, Any]) -> Any:
     """Returns what the form shows of a setting: a bool for a switch, else text."""
-    value = value_at(content, field.path, field.default)
+    value = value_at(content, field.path, default_of(field, content))
     if field.kind == "switch":
         return value if isinstance(value, bool) else value is not None
     return text_of(value)
@@ -86,6 +93,8 @@ def read(field: Field, given: object) -> Any:
         if not isinstance(given, bool):
             raise Refused("checks.switch", value=shortened(given))
         return given
+    if not isinstance(given, (str, int, float, type(None))):
+        raise Refused("checks.at_value", where=field.key, value=shortened(given))
     text = given.strip() if isinstance(given, str) else text_of(given)
     if field.kind == "choice":
         return _choice(field, text)

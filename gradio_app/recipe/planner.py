@@ -111,7 +111,7 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
         "batch-size": batch,
         "accumulate": value_at(content, _ACCUMULATE, 1),
         "gpu": device,
-        "r": strategy["r"] or 8,
+        "r": strategy["r"] or 16,
         "precision": precision if precision in _PRECISIONS else "32-true",
         "dtype": value_at(content, "model.init_args.dtype", "auto"),
         "gradient-checkpointing": {True: "on", False: "off"}.get(checkpointing, "auto"),
