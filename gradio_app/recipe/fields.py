@@ -7,66 +7,7 @@ place there can be written in the YAML (:data:`ONLY_YAML`). A test compares thes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
-
-Kind = Literal[
-    "integer", "number", "switch", "choice", "text", "words", "numbers", "pairs", "batches"
-]
-_LANGUAGE = ("sft", "dpo", "orpo", "reward")
-_TOKENS = (
-    *_LANGUAGE,
-    "text-classification",
-    "token-classification",
-    "summarization",
-    "translation",
-)
-_SERIES = "time-series"
-ROWS = (*_TOKENS, "speech-recognition", "image-classification")
-ALL = (*ROWS, _SERIES)
-
-
-@dataclass(frozen=True)
-class Field:
-    """One setting.
-
-    Attributes:
-        path: Its place in a recipe, as in ``content``.
-        group: Part of the form.
-        kind: What its value is.
-        default: The value where a recipe does not have it.
-        choices: What a ``"choice"`` can be.
-        least: Smallest number.
-        most: Largest number.
-        above: Whether ``least`` itself is too small.
-        optional: Whether it can be empty: ``null``.
-        tasks: Names of the tasks that have it.
-        method: ``"qlora"`` if only that has it.
-        others: Defaults of methods or tasks that have another, by name.
-    """
-
-    path: str
-    group: str
-    kind: Kind
-    default: Any = None
-    choices: tuple[Any, ...] = ()
-    least: float | None = None
-    most: float | None = None
-    above: bool = False
-    optional: bool = False
-    tasks: tuple[str, ...] = ALL
-    method: str | None = None
-    others: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def key(self) -> str:
-        """Name of its texts: the last word of the path, with the callback's where it is one's."""
-        words = self.path.split(".")
-        if "callbacks" in words:
-            place = words.index("callbacks") + 1
-            return "_".join(word for word in words[place:] if word != "init_args").lower()
-        return words[-1]
-
+from gradio_app.recipe.setting import LANGUAGE, ROWS, TOKENS, Field
 
 _MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
     "model.init_args.",
@@ -75,24 +16,32 @@ _MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
     "trainer.",
     "trainer.callbacks.",
 )
-_PRETRAINED = ROWS
 
 
 def _training() -> tuple[Field, ...]:
     group = "training"
     return (
         Field(_TRAINER + "max_epochs", group, "integer", None, least=1, most=10_000, optional=True),
-        Field(_MODEL + "learning_rate", group, "number", 2e-4, least=0, above=True, most=1),
+        Field(
+            _MODEL + "learning_rate",
+            group,
+            "number",
+            2e-4,
+            least=0,
+            above=True,
+            most=1,
+            others=(("dpo", 5e-6), ("orpo", 5e-6), ("reward", 1e-4), ("time-series", 1e-3)),
+        ),
         Field(
             _MODEL + "schedule",
             group,
             "choice",
             "cosine",
             ("cosine", "linear", "constant"),
-            tasks=_PRETRAINED,
+            tasks=ROWS,
         ),
-        Field(_MODEL + "warmup", group, "number", 0.03, least=0, most=0.99, tasks=_PRETRAINED),
-        Field(_MODEL + "weight_decay", group, "number", 0.001, least=0, most=10, tasks=_PRETRAINED),
+        Field(_MODEL + "warmup", group, "number", 0.03, least=0, most=0.99, tasks=ROWS),
+        Field(_MODEL + "weight_decay", group, "number", 0.001, least=0, most=10, tasks=ROWS),
         Field(_TRAINER + "gradient_clip_val", group, "number", None, least=0, optional=True),
         Field(_TRAINER + "max_steps", group, "integer", -1, least=-1, most=100_000_000),
         Field(_TRAINER + "max_time", group, "text", None, optional=True),
@@ -184,7 +133,7 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             "auto",
             ("auto", "float32", "bfloat16", "float16"),
-            tasks=_PRETRAINED,
+            tasks=ROWS,
         ),
     )
 
@@ -192,7 +141,15 @@ def _memory() -> tuple[Field, ...]:
 def _batches() -> tuple[Field, ...]:
     group = "batches"
     return (
-        Field(_DATA + "batch_size", group, "integer", 8, least=1, most=65_536),
+        Field(
+            _DATA + "batch_size",
+            group,
+            "integer",
+            8,
+            least=1,
+            most=65_536,
+            others=(("time-series", 64),),
+        ),
         Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, least=1, most=65_536),
         Field(
             _DATA + "max_length",
@@ -202,7 +159,7 @@ def _batches() -> tuple[Field, ...]:
             least=1,
             most=1_000_000,
             optional=True,
-            tasks=(*_TOKENS, "speech-recognition"),
+            tasks=(*TOKENS, "speech-recognition"),
         ),
         Field(
             _DATA + "over_long",
@@ -210,11 +167,11 @@ def _batches() -> tuple[Field, ...]:
             "choice",
             "error",
             ("error", "truncate", "split"),
-            tasks=_TOKENS,
+            tasks=TOKENS,
         ),
-        Field(_DATA + "length_grouping", group, "switch", False, tasks=_TOKENS),
+        Field(_DATA + "length_grouping", group, "switch", False, tasks=TOKENS),
         Field(_DATA + "packing", group, "switch", False, tasks=("sft",)),
-        Field(_DATA + "shuffle_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=_TOKENS),
+        Field(_DATA + "shuffle_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=TOKENS),
         Field(_DATA + "num_workers", group, "integer", 0, least=0, most=64),
     )
 
@@ -225,8 +182,8 @@ def _rows() -> tuple[Field, ...]:
     shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
     return (
         Field(_DATA + "shape", group, "choice", "auto", shapes, tasks=("sft",)),
-        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=_LANGUAGE),
-        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=_LANGUAGE),
+        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=LANGUAGE),
+        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=LANGUAGE),
         Field(
             _DATA + "loss_on",
             group,
@@ -343,7 +300,7 @@ def _validation() -> tuple[Field, ...]:
 def _keeping() -> tuple[Field, ...]:
     group = "keeping"
     best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
-    talk = (*_LANGUAGE[:3], "summarization", "translation", "speech-recognition")
+    talk = (*LANGUAGE[:3], "summarization", "translation", "speech-recognition")
     return (
         Field(best + "monitor", group, "text", "val_loss"),
         Field(best + "mode", group, "choice", "min", ("min", "max")),
