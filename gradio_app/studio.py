@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradio_app.exporting.exports import Exports
+from gradio_app.recipe.warm import WarmCommands
 from gradio_app.running.line import Line
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
@@ -21,6 +22,7 @@ class Studio:
         line: The runs that wait, and the one that is carried out.
         speakers: The model that is talked to, if one is loaded.
         exports: What is taken along of runs.
+        warm: A process that answers commands at once, once somebody has asked for one.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -31,8 +33,10 @@ class Studio:
         self.line = Line(settings, self.store)
         self.speakers = Speakers(settings, self.line.active)
         self.exports = Exports(settings, self.store, self.line.active)
+        self.warm = WarmCommands(settings)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
         self.speakers.close()
         self.line.close()
+        self.warm.close()

@@ -65,5 +65,9 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
 
 
 def sentence(error: Refused, t: Texts) -> str:
-    """Returns a refusal in the visitor's language."""
-    return t(error.key, **error.values)
+    """Returns a refusal in the visitor's language; a list among its values is of refusals."""
+    values = {
+        name: "\n".join(sentence(one, t) for one in value) if isinstance(value, list) else value
+        for name, value in error.values.items()
+    }
+    return t(error.key, **values)

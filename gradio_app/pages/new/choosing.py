@@ -1,0 +1,173 @@
+"""What a recipe is started from: a task, a recipe of the package, a file, or a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import escaped
+from gradio_app.pages.frame import quiet
+from gradio_app.pages.handling import sentence
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import checked_content
+from gradio_app.recipe.choices import of_a_run, recipe_named, started, with_method
+from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.parsing import MOST_CHARACTERS, parsed
+from gradio_app.recipe.presets import TASK_NAMES
+from gradio_app.texts import Texts
+from lightning_peft.cli.recipes import recipe_files
+
+
+def build(editor: Editor) -> None:
+    """Makes the part, and what happens when the page is opened."""
+    t = editor.t
+    notice = gr.HTML("", elem_id="new-notice", padding=False)
+    task = gr.Radio(
+        [(t(f"new.task_{_key(name)}"), name) for name in TASK_NAMES],
+        label=t("new.task"),
+        info=t("new.task_hint"),
+        value="sft",
+        interactive=True,
+        elem_id="new-task",
+    )
+    with gr.Accordion(t("new.start_from"), open=False, elem_id="new-start-from"):
+        named = gr.Dropdown(
+            [(f"{name}: {_about(name)}", name) for name in recipe_files()],
+            label=t("new.recipe"),
+            value=None,
+            interactive=True,
+            elem_id="new-recipe",
+        )
+        file = gr.File(
+            label=t("new.recipe_file"),
+            file_types=[".yaml", ".yml"],
+            height=120,
+            elem_id="new-recipe-file",
+        )
+    editor.show([task, notice], lambda session: _shown(session, t))
+    editor.bind(task.input, _task, [task])
+    editor.bind(named.input, _named, [named])
+
+    def read(session: Session, given: Any) -> dict[str, Any]:
+        session.since = checked(editor, session, read_recipe(given))
+        return session.since
+
+    editor.bind(file.upload, read, [file])
+
+
+def bind_load(editor: Editor) -> None:
+    """Fills the page when it is opened: from its address, from the draft, or anew."""
+
+    def load(draft: Any, request: gr.Request) -> list[Any]:
+        first = started("sft")
+        session = editor.of(Session(first, first), request)
+        try:
+            session.content = _asked_for(editor, session, draft, request)
+            session.since = session.content
+        except Refused as refused:
+            session.told = sentence(refused, editor.t)
+        editor.studio.warm.start()
+        return editor.updates(session)
+
+    loaded = gr.on(None, load, editor.draft, editor.outputs, **quiet())
+    editor.then(loaded)
+
+
+def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request) -> dict[str, Any]:
+    asked = dict(request.query_params)
+    places = editor.places(session)
+    if asked.get("from"):
+        run = editor.studio.store.get(session.owner, asked["from"])
+        content = of_a_run(parsed(run.recipe_text), places)
+    elif asked.get("recipe"):
+        content = recipe_named(asked["recipe"])
+    elif asked.get("method"):
+        return with_method(started("sft"), asked["method"])
+    elif draft:
+        content = parsed(draft)
+    else:
+        return session.content
+    return recognised(content)
+
+
+def recognised(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe that the form can show.
+
+    Raises:
+        Refused: If it is for no task of this page.
+    """
+    if task_of(content) is None:
+        raise Refused("checks.no_task")
+    return content
+
+
+def checked(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe that somebody wrote, checked but for the presence of its data.
+
+    Raises:
+        Refused: With all that is wrong with it.
+    """
+    try:
+        checked_content(content, editor.studio.settings, session.owner)
+    except Refused as refused:
+        problems = refused.values.get("problems")
+        left = [one for one in problems if not _of_places(one)] if isinstance(problems, list) else 0
+        if left or not isinstance(problems, list):
+            raise
+    return recognised(content)
+
+
+def _of_places(problem: Refused) -> bool:
+    """Says whether a problem is one that the steps of the form can solve."""
+    inner = problem.values.get("problem")
+    keys = {one.key for one in inner} if isinstance(inner, list) else set()
+    return bool(keys & {"checks.no_data", "checks.no_paths", "checks.no_model"})
+
+
+def _shown(session: Session, t: Texts) -> list[Any]:
+    task = task_of(session.content)
+    notice = ""
+    if session.told:
+        notice = f'<div class="alert" role="alert"><p>{escaped(session.told)}</p></div>'
+        session.told = ""
+    return [task.name if task else None, notice]
+
+
+def _task(session: Session, name: Any) -> dict[str, Any]:
+    session.since = started(name, method_of(session.content))
+    return session.since
+
+
+def _named(session: Session, name: Any) -> dict[str, Any]:
+    if not name:
+        return session.content
+    session.since = recipe_named(name)
+    return session.since
+
+
+def read_recipe(file: Any) -> dict[str, Any]:
+    """Returns the recipe in a file that was uploaded.
+
+    Raises:
+        Refused: If it is none.
+    """
+    path = Path(str(file))
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4 * MOST_CHARACTERS:
+        raise Refused("checks.upload_gone")
+    try:
+        return parsed(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refused("checks.yaml", line="?", reason="UTF-8") from error
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _about(name: str) -> str:
+    for line in recipe_files()[name].read_text(encoding="utf-8").splitlines():
+        return line.removeprefix("# ").partition(". ")[0].rstrip(".")
+    return ""

@@ -1,0 +1,316 @@
+"""The step in which data is chosen, looked at, and put right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import checked_hub_name, checked_revision, shortened
+from gradio_app.pages.frame import private
+from gradio_app.pages.handling import as_shown, sentence
+from gradio_app.pages.new import data_html
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import checked_content
+from gradio_app.recipe.choices import started, with_data
+from gradio_app.recipe.content import MISSING, value_at, with_value
+from gradio_app.recipe.data import DataReport, looked_at
+from gradio_app.recipe.form import task_of
+from gradio_app.recipe.places import UPLOAD
+from gradio_app.uploads import KINDS, Uploads
+
+SOURCES = ("example", "upload", "path", "hub")
+# Most fields that rows of any shape have.
+FIELDS = 5
+_DATA = "data.init_args."
+_LEFT_OUT = "left-out.jsonl"
+
+
+def build(editor: Editor) -> None:
+    """Makes the step."""
+    t = editor.t
+    sources = [name for name in SOURCES if name != "path" or editor.studio.settings.data_root]
+    source = gr.Radio(
+        [(t(f"new.data_{name}"), name) for name in sources],
+        value="example",
+        label=t("new.data_source"),
+        interactive=True,
+        elem_id="data-source",
+    )
+    columns = {}
+    for name in SOURCES:
+        with gr.Column(visible=name == "example", elem_id=f"data-{name}") as columns[name]:
+            _BUILDERS[name](editor)
+    facts = gr.HTML("", elem_id="data-facts", padding=False)
+    editor.show([source, *columns.values(), facts], lambda session: _shown(session, editor))
+    source.input(
+        lambda name: [gr.update(visible=name == one) for one in SOURCES],
+        source,
+        list(columns.values()),
+        **private(),
+    )
+    _report(editor)
+
+
+def _shown(session: Session, editor: Editor) -> list[Any]:
+    place = str(value_at(session.content, _DATA + "data", ""))
+    source = source_of(session, place)
+    shown = [gr.update(visible=source == one) for one in SOURCES]
+    return [source, *shown, data_html.chosen(place, editor.t)]
+
+
+def source_of(session: Session, place: str) -> str:
+    """Returns where rows are from: one of :data:`SOURCES`."""
+    if place.startswith(("package:", "recipe:")):
+        return "example"
+    if place.startswith(UPLOAD):
+        return "upload"
+    return "path" if place.startswith(("/", ".")) or "." in place.rpartition("/")[2] else "hub"
+
+
+def _example(editor: Editor) -> None:
+    use = gr.Button(editor.t("new.use_example"), elem_id="use-example")
+
+    def chosen(session: Session) -> dict[str, Any]:
+        task = task_of(session.content)
+        example = started(task.name if task else "")
+        content = with_data(session.content, value_at(example, _DATA + "data"))
+        return with_value(content, _DATA + "skip_bad_rows", MISSING)
+
+    editor.bind(use.click, chosen)
+
+
+def _upload(editor: Editor) -> None:
+    t, settings = editor.t, editor.studio.settings
+    most = f"{settings.limits.upload_bytes / 1e6:,.0f} MB"
+    file = gr.File(
+        label=t("new.upload", kinds=", ".join(KINDS), most=most),
+        file_types=list(KINDS),
+        height=140,
+        elem_id="data-file",
+    )
+    earlier = gr.Dropdown(
+        [], label=t("new.uploaded"), value=None, interactive=True, elem_id="data-uploaded"
+    )
+
+    def kept(session: Session, given: Any) -> dict[str, Any]:
+        upload = Uploads(settings, session.owner).keep(given, time.strftime("%Y%m%d"))
+        return with_data(session.content, f"{UPLOAD}{upload.name}")
+
+    def again(session: Session, name: Any) -> dict[str, Any]:
+        upload = Uploads(settings, session.owner).get(name)
+        return with_data(session.content, f"{UPLOAD}{upload.name}")
+
+    def listed(session: Session) -> list[Any]:
+        own = Uploads(settings, session.owner).list()
+        place = str(value_at(session.content, _DATA + "data", ""))
+        current = place.removeprefix(UPLOAD) if place.startswith(UPLOAD) else None
+        rows = [(f"{one.title} ({one.size / 1e6:,.1f} MB)", one.name) for one in own]
+        known = current if current in [one.name for one in own] else None
+        return [gr.update(choices=rows, value=known, visible=bool(rows))]
+
+    editor.show([earlier], listed)
+    editor.bind(file.upload, kept, [file])
+    editor.bind(earlier.input, again, [earlier])
+
+
+def _path(editor: Editor) -> None:
+    t = editor.t
+    path = gr.Textbox(
+        label=t("new.path"),
+        info=t("new.path_hint"),
+        max_length=400,
+        interactive=True,
+        elem_id="data-path-name",
+    )
+    use = gr.Button(t("new.use_data"), elem_id="use-path")
+
+    def chosen(session: Session, given: Any) -> dict[str, Any]:
+        place = editor.places(session).data(given)
+        if "/" not in place.strip("/") or not place.startswith("/"):
+            raise Refused("checks.no_data", path=shortened(given))
+        return with_data(session.content, place)
+
+    editor.bind(use.click, chosen, [path])
+
+
+def _hub(editor: Editor) -> None:
+    t = editor.t
+    with gr.Row():
+        name = gr.Textbox(
+            label=t("new.hub_data"),
+            info=t("new.hub_data_hint"),
+            max_length=200,
+            interactive=True,
+            elem_id="data-hub-name",
+        )
+        config = gr.Textbox(
+            label=t("new.hub_config"),
+            info=t("new.hub_config_hint"),
+            max_length=100,
+            interactive=True,
+            elem_id="data-hub-config",
+        )
+        split = gr.Textbox(
+            label=t("new.hub_split"),
+            info=t("new.hub_split_hint"),
+            max_length=100,
+            interactive=True,
+            elem_id="data-hub-split",
+        )
+        revision = gr.Textbox(
+            label=t("new.revision"),
+            info=t("new.revision_hint"),
+            max_length=100,
+            interactive=True,
+            elem_id="data-revision",
+        )
+    use = gr.Button(t("new.use_data"), elem_id="use-hub-data")
+
+    def chosen(session: Session, given: Any, part: Any, rows: Any, at: Any) -> dict[str, Any]:
+        place = editor.places(session).data(checked_hub_name(given))
+        splits = {"train": rows.strip()} if isinstance(rows, str) and rows.strip() else None
+        return with_data(
+            session.content,
+            place,
+            hub_config=str(part).strip() if part else None,
+            hub_splits=splits,
+            hub_revision=checked_revision(at),
+        )
+
+    editor.bind(use.click, chosen, [name, config, split, revision])
+
+
+_BUILDERS = {"example": _example, "upload": _upload, "path": _path, "hub": _hub}
+
+
+def _report(editor: Editor) -> None:
+    t = editor.t
+    gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
+    report = gr.HTML("", elem_id="data-report", padding=False)
+    skip = gr.Checkbox(
+        label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"
+    )
+    with gr.Accordion(t("new.mapping"), open=True, visible=False, elem_id="mapping") as mapping:
+        gr.HTML(f"<p class='note'>{t('new.mapping_hint')}</p>", padding=False)
+        shape = gr.Radio([], label=t("new.shape"), interactive=True, elem_id="mapping-shape")
+        with gr.Row(elem_id="mapping-columns"):
+            columns = [
+                gr.Dropdown([], label=str(place), interactive=True, elem_id=f"mapping-{place}")
+                for place in range(FIELDS)
+            ]
+        use = gr.Button(t("new.use_mapping"), elem_id="use-mapping")
+    again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
+    editor.show(
+        [skip],
+        lambda session: [value_at(session.content, _DATA + "skip_bad_rows", None) is not None],
+    )
+    outputs = [editor.session, report, mapping, shape, *columns]
+
+    def look(session: Any, request: gr.Request) -> Iterator[list[Any]]:
+        yield from _looked(editor, session, request)
+
+    editor.follow(look, [], outputs)
+    editor.bind(skip.input, _skip, [skip])
+    editor.bind(use.click, _mapped, [shape, *columns])
+    shape.input(
+        lambda session, name: _dropdowns(session, name, editor),
+        [editor.session, shape],
+        columns,
+        **private(),
+    )
+
+    def forget(session: Session) -> dict[str, Any]:
+        session.report = None
+        return session.content
+
+    editor.bind(again.click, forget)
+
+
+def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
+    """Yields what the step shows while the data is looked at, and then of it."""
+    session = editor.of(session, request)
+    quiet = [gr.skip()] * (2 + FIELDS)
+    if session.report is None:
+        yield [gr.skip(), data_html.checking(editor.t), *quiet]
+        asked = session.content
+        session.report = report_of(editor, session)
+        if session.content is not asked:
+            # Other data was chosen meanwhile, and is looked at next.
+            session.report = None
+            yield [gr.skip()] * (4 + FIELDS)
+            return
+    task = task_of(session.content)
+    shapes = task.shapes if task else ()
+    current = session.report.numbers.get("shape", {}).get("name")
+    names = [(editor.t(f"new.shape_{name}"), name) for name, _ in shapes]
+    chosen = current or (shapes[0][0] if shapes else None)
+    yield [
+        session,
+        data_html.report(session.report, editor.t),
+        gr.update(visible=bool(shapes and session.report.columns)),
+        gr.update(choices=names, value=chosen),
+        *_dropdowns(session, chosen, editor),
+    ]
+
+
+def report_of(editor: Editor, session: Session) -> DataReport:
+    """Returns what is known of the data of a session; never raises."""
+    settings = editor.studio.settings
+    try:
+        content = _only_data(session, editor)
+        return looked_at(content, editor.studio.warm, settings.space)
+    except Refused as refused:
+        return DataReport(refusal=sentence(refused, editor.t))
+    except Exception as error:
+        return DataReport(refusal=str(as_shown(error, editor.t).message))
+
+
+def _only_data(session: Session, editor: Editor) -> dict[str, Any]:
+    """Returns a checked recipe; what is wrong with other parts is told elsewhere."""
+    example = started("sft")
+    content = {**example, "data": session.content.get("data")}
+    return checked_content(content, editor.studio.settings, session.owner)
+
+
+def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
+    task = task_of(session.content)
+    shapes = dict(task.shapes) if task else {}
+    fields = shapes.get(str(shape), ())
+    report = session.report or DataReport()
+    mapped = value_at(session.content, _DATA + "columns", None) or {}
+    found = report.numbers.get("columns", {})
+    updates = []
+    for place in range(FIELDS):
+        if place >= len(fields):
+            updates.append(gr.update(visible=False, value=""))
+            continue
+        name = fields[place]
+        rows = [(editor.t("new.no_column"), ""), *((one, one) for one in report.columns)]
+        value = mapped.get(name) or found.get(name, "")
+        value = value if value in report.columns else ""
+        label = editor.t(f"new.field_{name}")
+        updates.append(gr.update(visible=True, label=label, choices=rows, value=value))
+    return updates
+
+
+def _skip(session: Session, on: Any) -> dict[str, Any]:
+    return with_value(session.content, _DATA + "skip_bad_rows", _LEFT_OUT if on else MISSING)
+
+
+def _mapped(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
+    task = task_of(session.content)
+    fields = dict(task.shapes).get(str(shape), ()) if task else ()
+    known = session.report.columns if session.report else []
+    chosen = {
+        field: str(column)
+        for field, column in zip(fields, columns, strict=False)
+        if column and column in known
+    }
+    content = session.content
+    if task is not None and len(task.shapes) > 1:
+        content = with_value(content, _DATA + "shape", str(shape))
+    return with_value(content, _DATA + "columns", chosen or MISSING)

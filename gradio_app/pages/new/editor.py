@@ -1,0 +1,164 @@
+"""The recipe that a page edits, and everything on the page that shows some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import shortened
+from gradio_app.pages.frame import private
+from gradio_app.pages.handling import told
+from gradio_app.recipe.choices import started
+from gradio_app.recipe.parsing import dumped
+from gradio_app.recipe.places import Places
+from gradio_app.studio import Studio
+from gradio_app.texts import Texts
+from gradio_app.visitors import owner_of
+
+# Browsers keep the draft under it; a fixed one, or a server that was restarted could not read it.
+_DRAFT = "lightning-peft-studio-draft"
+Show = Callable[["Session"], Sequence[Any]]
+Change = Callable[..., dict[str, Any]]
+
+
+@dataclass
+class Session:
+    """What one open page edits; kept by the server.
+
+    Attributes:
+        content: The recipe.
+        since: What it was made of, to which settings can be reset.
+        owner: Whose it is.
+        refused: What is typed in settings and cannot be, by path.
+        report: What is known of its data; ``None`` before that was asked, or for other data.
+        told: Something the visitor should read.
+    """
+
+    content: dict[str, Any]
+    since: dict[str, Any]
+    owner: str = "local"
+    refused: dict[str, Refused] = field(default_factory=dict)
+    report: Any = None
+    told: str = ""
+
+
+class Editor:
+    """The parts of the page that belong together.
+
+    Args:
+        studio: The shared parts of the server.
+        t: The texts.
+    """
+
+    def __init__(self, studio: Studio, t: Texts) -> None:
+        self.studio, self.t = studio, t
+        first = started("sft")
+        self.session = gr.State(Session(first, first))
+        self.draft = gr.BrowserState("", storage_key=_DRAFT, secret=_DRAFT)
+        self._shown: list[tuple[list[Any], Show]] = []
+        self._bindings: list[Callable[[], Any]] = []
+        self._follows: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []
+
+    def show(self, components: Sequence[Any], update: Show) -> None:
+        """Adds components that show some of the recipe, and what they then show."""
+        self._shown.append((list(components), update))
+
+    def follow(self, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+        """Adds a handler that is called after every change, with the session first.
+
+        The first one that is added looks at the data; the others wait for what it finds.
+        """
+        self._follows.append((handler, [self.session, *inputs], outputs))
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Everything that changes with the recipe."""
+        return [self.session, self.draft, *(one for ones, _ in self._shown for one in ones)]
+
+    def updates(self, session: Session) -> list[Any]:
+        """Returns what all components show."""
+        found: list[Any] = [session, dumped(session.content)]
+        for components, update in self._shown:
+            values = list(update(session))
+            assert len(values) == len(components)
+            found += values
+        return found
+
+    def later(self, binding: Callable[[], Any]) -> None:
+        """Adds an event that is bound when all components are made."""
+        self._bindings.append(binding)
+
+    def finish(self) -> None:
+        """Binds all events."""
+        for binding in self._bindings:
+            binding()
+
+    def bind(self, event: Callable[..., Any], change: Change, inputs: Sequence[Any] = ()) -> None:
+        """Makes an event change the recipe, and everything that shows it follow.
+
+        Args:
+            event: Such as ``button.click``.
+            change: Takes the session and the values of ``inputs``, and returns the new recipe.
+            inputs: Components.
+        """
+
+        @told(self.t)
+        def handle(session: Any, *given: Any, request: gr.Request) -> list[Any]:
+            session = self.of(session, request)
+            content = change(session, *given)
+            _take(session, content)
+            return self.updates(session)
+
+        given = [self.session, *inputs]
+        options = {"trigger_mode": "multiple", **private()}
+        self.later(lambda: self.then(event(handle, given, self.outputs, **options)))
+
+    def bind_event(self, event: Callable[..., Any], change: Change) -> None:
+        """Does the same for an event that tells what it is about: a click in HTML of the page."""
+
+        @told(self.t)
+        def handle(session: Any, request: gr.Request, data: gr.EventData) -> list[Any]:
+            session = self.of(session, request)
+            _take(session, change(session, data))
+            return self.updates(session)
+
+        self.later(lambda: self.then(event(handle, self.session, self.outputs, **private())))
+
+    def then(self, event: Any) -> Any:
+        """Lets everything follow an event that has changed the session."""
+        look, *others = self._follows
+        looked = self._success(event, look)
+        for other in others:
+            self._success(looked, other)
+        return event
+
+    def _success(self, event: Any, follows: tuple[Any, list[Any], list[Any]]) -> Any:
+        handler, inputs, outputs = follows
+        return event.success(handler, inputs, outputs, trigger_mode="always_last", **private())
+
+    def of(self, session: Any, request: gr.Request) -> Session:
+        """Returns the session of who asks.
+
+        Raises:
+            Refused: If it is another's: then only its owner's page can change it.
+        """
+        owner = owner_of(request, self.studio.settings.space)
+        if not isinstance(session, Session):
+            raise Refused("checks.session", value=shortened(type(session).__name__))
+        session.owner = owner
+        return session
+
+    def places(self, session: Session) -> Places:
+        """Returns what the owner of a session may read."""
+        return Places(self.studio.settings, session.owner)
+
+
+def _take(session: Session, content: dict[str, Any]) -> None:
+    """Makes a session's recipe another one; what was found of other data counts no more."""
+    if content.get("data") != session.content.get("data"):
+        session.report = None
+    session.content, session.refused = content, {}

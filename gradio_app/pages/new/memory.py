@@ -1,0 +1,178 @@
+"""The memory bar: what a run needs, what the machine has, and what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import escaped
+from gradio_app.pages.frame import private
+from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import checked_content
+from gradio_app.recipe.choices import started
+from gradio_app.recipe.planner import Fix, Plan, checked_device, fixes, planned, with_fix
+from gradio_app.recipe.presets import GPUS, THIS
+from gradio_app.texts import Texts
+
+# The planner's parts, as few as a person wants to tell apart.
+PARTS = {
+    "weights": ("weights_quantized", "weights_dense", "dequantization"),
+    "adapter": ("adapters", "gradients", "optimizer"),
+    "activations": ("activations", "logits"),
+    "overhead": ("overhead",),
+}
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-fix]');
+  if (button) trigger('click', { fix: button.dataset.fix });
+});
+"""
+
+
+def build(editor: Editor) -> None:
+    """Makes the part."""
+    t = editor.t
+    device = gr.Dropdown(
+        [(t("new.this_machine"), THIS), *((name, name) for name in GPUS)],
+        value=THIS,
+        label=t("new.device"),
+        info=t("new.device_hint"),
+        allow_custom_value=True,
+        interactive=True,
+        elem_id="memory-device",
+    )
+    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=_CLICKS)
+
+    def plan(session: Any, name: Any, request: gr.Request) -> Iterator[str]:
+        yield from _planned(editor, editor.of(session, request), name)
+
+    editor.follow(plan, [device], [bar])
+    device.input(
+        told(t)(plan), [editor.session, device], bar, trigger_mode="always_last", **private()
+    )
+
+    def fix(session: Session, event: gr.EventData) -> dict[str, Any]:
+        data = getattr(event, "_data", None)
+        name = data.get("fix") if isinstance(data, dict) else None
+        longest = session.report.longest if session.report else None
+        return with_fix(session.content, name, longest)
+
+    editor.bind_event(bar.click, fix)
+
+
+def _planned(editor: Editor, session: Session, device: Any) -> Iterator[str]:
+    t = editor.t
+    longest = session.report.longest if session.report else None
+    yield f'<p class="busy" role="status">{escaped(t("new.calculating"))}</p>'
+    try:
+        name = checked_device(device)
+        # Data is looked at elsewhere; that it is missing changes nothing here.
+        content = {**session.content, "data": {**session.content["data"]}}
+        arguments = dict(content["data"].get("init_args") or {})
+        arguments["data"] = started("sft")["data"]["init_args"]["data"]
+        content["data"]["init_args"] = arguments
+        content = checked_content(content, editor.studio.settings, session.owner)
+    except Refused as refused:
+        yield f'<p class="careful" role="status">{escaped(sentence(refused, t))}</p>'
+        return
+    warm = editor.studio.warm
+    plan = planned(content, name, warm, longest)
+    if plan.fits is not False:
+        yield shown(plan, t)
+        return
+    found: list[Fix] = []
+    yield shown(plan, t, found, more=True)
+    for fix in fixes(content, name, warm, longest):
+        found.append(fix)
+        yield shown(plan, t, found, more=True)
+    yield shown(plan, t, found)
+
+
+def gigabytes(size: float) -> str:
+    """Returns bytes as makers of devices count."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"
+
+
+def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:
+    """Returns the bar with its words, and the changes that were found."""
+    if plan.refusal:
+        reason = f"<pre>{escaped(plan.reason)}</pre>" if plan.reason else ""
+        return f'<p class="careful" role="status">{escaped(t(f"new.{plan.refusal}"))}</p>{reason}'
+    has = plan.has or plan.needs
+    full = max(has, plan.needs)
+    pieces, words = "", []
+    for part, names in PARTS.items():
+        size = sum(plan.numbers["breakdown"].get(name, 0) for name in names)
+        width = 100 * size / full
+        pieces += f'<span class="{part}" style="width:{width:.2f}%"></span>'
+        label = escaped(t(f"new.part_{part}"))
+        words.append(f'<li><span class="dot {part}"></span>{label} {gigabytes(size)}</li>')
+    low, high = plan.numbers["low_bytes"], plan.numbers["high_bytes"]
+    device = plan.numbers.get("device") or {}
+    state = {True: "fine", False: "bad"}.get(bool(plan.fits), "careful")
+    maybe = plan.fits is False and low <= has
+    verdict = t("new.fits") if plan.fits else t("new.may_not_fit" if maybe else "new.fits_not")
+    state = "careful" if maybe else state
+    name = device.get("name", "")
+    if name == "this machine's memory":
+        name = t("new.main_memory")
+    said = t(
+        "new.needs",
+        needs=gigabytes(plan.needs),
+        low=gigabytes(low),
+        high=gigabytes(high),
+        has=gigabytes(has),
+        name=name,
+    )
+    line = 100 * has / full
+    return (
+        f'<div class="memory"><p class="{state}" role="status"><strong>{_mark(state)} '
+        f"{escaped(verdict)}</strong> {escaped(said)}</p>"
+        f'<div class="pieces" aria-hidden="true">{pieces}<i style="left:{line:.2f}%"></i></div>'
+        f'<ul class="parts">{"".join(words)}</ul>'
+        f'<p class="note">{escaped(_length(plan, t))}</p>{_fixes(plan, t, found, more)}'
+        f"{_recommendation(plan, t)}</div>"
+    )
+
+
+def _mark(state: str) -> str:
+    return {"fine": "\u2713", "bad": "\u2717"}.get(state, "!")
+
+
+def _length(plan: Plan, t: Texts) -> str:
+    run = plan.numbers["run"]
+    return t(f"new.length_{plan.length_is}", length=f"{plan.length:,}", batch=run["batch_size"])
+
+
+def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
+    if found is None:
+        return ""
+    buttons = ""
+    for fix in found:
+        fits = t("new.then_fits") if fix.plan.fits else t("new.then_not")
+        total = t("new.fix_total", needs=gigabytes(fix.plan.needs), fits=fits)
+        kind = "as-button fits" if fix.plan.fits else "as-button"
+        buttons += (
+            f'<button type="button" class="{kind}" data-fix="{fix.name}">'
+            f"<span>{escaped(t(f'new.fix_{fix.name}'))}</span> "
+            f"<small>{escaped(total)}</small></button>"
+        )
+    busy = f'<p class="busy">{escaped(t("new.looking_for_fixes"))}</p>' if more else ""
+    none = "" if buttons or more else f"<p>{escaped(t('new.no_fixes'))}</p>"
+    heading = f"<h4>{escaped(t('new.fixes'))}</h4>"
+    return f'{heading}<div class="fixes">{buttons}</div>{busy}{none}'
+
+
+def _recommendation(plan: Plan, t: Texts) -> str:
+    methods = plan.numbers.get("methods", {})
+    if not methods:
+        return ""
+    lora, qlora = (gigabytes(methods[name]["peak_bytes"]) for name in ("lora", "qlora"))
+    best = plan.numbers.get("recommended_method")
+    advice = t(f"new.recommend_{best}" if best in ("lora", "qlora") else "new.recommend_none")
+    compared = t("new.compared", lora=lora, qlora=qlora)
+    return f'<p class="advice"><strong>{escaped(advice)}</strong> {escaped(compared)}</p>'

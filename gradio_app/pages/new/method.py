@@ -1,0 +1,200 @@
+"""The step for method, amount of training, memory, and every other setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import escaped, shortened
+from gradio_app.pages.frame import private
+from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.new import memory
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.choices import amount_of, with_amount, with_method
+from gradio_app.recipe.content import with_value
+from gradio_app.recipe.fields import BY_PATH, FIELDS, FIRST, GROUPS, Field
+from gradio_app.recipe.form import applies, changed, method_of, read, reset, shown, text_of
+from gradio_app.recipe.parsing import dumped
+from gradio_app.recipe.presets import AMOUNTS
+from gradio_app.texts import Texts
+
+# Of the data, what says nothing of its rows.
+_OF_BATCHES = {
+    f"data.init_args.{name}"
+    for name in ("batch_size", "num_workers", "length_grouping", "packing", "shuffle_seed")
+}
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-reset]');
+  if (button) trigger('click', { path: button.dataset.reset });
+});
+"""
+
+
+def build(editor: Editor) -> None:
+    """Makes the step."""
+    t = editor.t
+    method = gr.Radio(
+        [(t(f"new.method_{name}"), name) for name in ("lora", "qlora")],
+        value="lora",
+        label=t("new.method"),
+        info=t("new.method_hint"),
+        interactive=True,
+        elem_id="method",
+    )
+    amount = gr.Radio(
+        [(t(f"new.amount_{name}"), name) for name in AMOUNTS],
+        value=None,
+        label=t("new.amount"),
+        info=t("new.amount_hint"),
+        interactive=True,
+        elem_id="amount",
+    )
+    made: dict[str, Any] = {}
+    with gr.Row(elem_id="first-settings", elem_classes="settings"):
+        for path in FIRST:
+            made[path] = component(BY_PATH[path], t)
+    gr.HTML(f"<h3>{escaped(t('new.memory'))}</h3>", padding=False)
+    memory.build(editor)
+    gr.HTML(f"<h3>{escaped(t('new.all_settings'))}</h3>", padding=False)
+    marks = gr.HTML("", elem_id="changed-settings", padding=False, js_on_load=_CLICKS)
+    for group in GROUPS:
+        with (
+            gr.Accordion(t(f"fields.group_{group}"), open=False, elem_id=f"group-{group}"),
+            gr.Row(elem_classes="settings"),
+        ):
+            for field in FIELDS:
+                if field.group == group and field.path not in made:
+                    made[field.path] = component(field, t)
+    editor.show([method, amount], lambda s: [method_of(s.content), amount_of(s.content)])
+    editor.show(list(made.values()), lambda s: [_update(BY_PATH[path], s) for path in made])
+    editor.show([marks], lambda s: [changed_html(s, t)])
+    editor.bind(method.input, lambda s, name: with_method(s.content, name), [method])
+    editor.bind(amount.input, lambda s, name: with_amount(s.content, name), [amount])
+    editor.bind_event(marks.click, _reset)
+    _bind_fields(editor, made, [amount, marks])
+
+
+def component(field: Field, t: Texts) -> Any:
+    """Returns the input for a setting."""
+    options: dict[str, Any] = {
+        "label": t(f"fields.{field.key}"),
+        "info": t(f"fields.{field.key}_hint"),
+        "interactive": True,
+        "elem_id": f"f-{field.key.replace('_', '-')}",
+    }
+    if field.kind == "switch":
+        return gr.Checkbox(value=bool(field.default), **options)
+    if field.kind == "choice":
+        names = [(_name(choice, field, t), text_of(choice)) for choice in field.choices]
+        return gr.Dropdown(names, value=text_of(field.default), min_width=200, **options)
+    placeholder = t("fields.unset") if field.optional else ""
+    return gr.Textbox(
+        text_of(field.default), max_length=10_000, placeholder=placeholder, min_width=200, **options
+    )
+
+
+def _name(choice: Any, field: Field, t: Texts) -> str:
+    key = f"fields.{field.key}_{text_of(choice) or 'null'}"
+    if t.has(key):
+        return t(key)
+    words = {"true": "fields.yes", "false": "fields.no", "": "fields.unset"}
+    return t(words[text_of(choice)]) if text_of(choice) in words else text_of(choice)
+
+
+def _update(field: Field, session: Session) -> Any:
+    return gr.update(value=shown(field, session.content), visible=applies(field, session.content))
+
+
+def _bind_fields(editor: Editor, made: dict[str, Any], others: list[Any]) -> None:
+    """Lets every setting change the recipe, by itself: the values of others may be older."""
+    ids = {part._id: path for path, part in made.items()}
+    triggers = []
+    for part in made.values():
+        typed = isinstance(part, gr.Textbox)
+        triggers += [part.blur, part.submit] if typed else [part.input]
+
+    @told(editor.t)
+    def touched(session: Any, *values: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
+        session = editor.of(session, request)
+        path = ids.get(getattr(event.target, "_id", None))
+        if path is None:
+            raise Refused("checks.unknown", where=shortened(event.target))
+        set_field(session, path, values[list(made).index(path)])
+        return [
+            session,
+            dumped(session.content),
+            amount_of(session.content),
+            changed_html(session, editor.t),
+        ]
+
+    editor.later(
+        lambda: editor.then(
+            gr.on(
+                triggers,
+                touched,
+                [editor.session, *made.values()],
+                [editor.session, editor.draft, *others],
+                trigger_mode="multiple",
+                **private(),
+            )
+        )
+    )
+
+
+def set_field(session: Session, path: str, typed: Any) -> None:
+    """Changes a setting of a session, or remembers why what is typed cannot be one."""
+    field = BY_PATH[path]
+    session.refused.pop(path, None)
+    if not applies(field, session.content) or typed == shown(field, session.content):
+        return
+    try:
+        value = read(field, typed)
+    except Refused as refused:
+        session.refused[path] = refused
+        return
+    if path.startswith("data.") and path not in _OF_BATCHES:
+        session.report = None
+    session.content = with_value(session.content, path, value)
+
+
+def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
+    data = getattr(event, "_data", None)
+    path = data.get("path") if isinstance(data, dict) else None
+    return reset(session.content, session.since, str(path))
+
+
+def changed_html(session: Session, t: Texts) -> str:
+    """Returns the settings that are not those of the recipe it was started from."""
+    rows, styles = "", []
+    for path in changed(session.content, session.since):
+        field = BY_PATH[path]
+        label = t(f"fields.{field.key}")
+        before, now = (_said(shown(field, one), t) for one in (session.since, session.content))
+        styles.append(f"#f-{field.key.replace('_', '-')}")
+        rows += (
+            f"<li><span>{escaped(t('new.was', label=label, before=before, now=now))}</span> "
+            f'<button type="button" class="as-button small" data-reset="{escaped(path)}" '
+            f'aria-label="{escaped(t("new.reset_named", label=label))}">{escaped(t("new.reset"))}'
+            "</button></li>"
+        )
+    problems = "".join(
+        f"<li>{escaped(t(f'fields.{BY_PATH[path].key}'))}: {escaped(sentence(refused, t))}</li>"
+        for path, refused in session.refused.items()
+    )
+    alert = f'<div class="failure" role="alert"><ul>{problems}</ul></div>' if problems else ""
+    if not rows:
+        return f'{alert}<p class="note">{escaped(t("new.nothing_changed"))}</p>'
+    style = (
+        f"<style>{', '.join(styles)} {{ box-shadow: inset 3px 0 0 var(--primary-500); }}</style>"
+    )
+    said = f'<p class="note">{escaped(t("new.changed"))}</p>'
+    return f'{alert}{said}<ul class="changed">{rows}</ul>{style}'
+
+
+def _said(value: Any, t: Texts) -> str:
+    if isinstance(value, bool):
+        return t("fields.yes" if value else "fields.no")
+    return str(value) or t("fields.unset")

@@ -1,0 +1,209 @@
+"""The step in which a model is chosen: of a list, on the hub, or in a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside
+from gradio_app.pages.frame import private
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.choices import with_model
+from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.form import task_of
+from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
+from gradio_app.texts import Texts
+
+SOURCES = ("preset", "hub", "folder")
+
+
+def build(editor: Editor) -> None:
+    """Makes the step."""
+    t = editor.t
+    settings = editor.studio.settings
+    sources = [name for name in SOURCES if name != "folder" or settings.models_root]
+    if settings.limits.parameters is not None:
+        sources = ["preset"]
+    source = gr.Radio(
+        [(t(f"new.model_{name}"), name) for name in sources],
+        value="preset",
+        label=t("new.model_source"),
+        interactive=True,
+        visible=len(sources) > 1,
+        elem_id="model-source",
+    )
+    preset = gr.Dropdown([], label=t("new.model_list"), interactive=True, elem_id="model-preset")
+    with gr.Column(visible=False, elem_id="model-hub") as hub:
+        _hub(editor)
+    with gr.Column(visible=False, elem_id="model-folder") as folder:
+        _folder(editor)
+    facts = gr.HTML("", elem_id="model-facts", padding=False)
+    editor.show([preset, facts], lambda session: [_preset(session, editor), _facts(session, t)])
+    editor.bind(preset.input, lambda session, name: _chosen(session, name), [preset])
+
+    def reveal(name: Any) -> list[Any]:
+        return [gr.update(visible=name == one) for one in SOURCES]
+
+    source.input(reveal, source, [preset, hub, folder], **private())
+
+
+def _hub(editor: Editor) -> None:
+    t = editor.t
+    with gr.Row():
+        name = gr.Textbox(
+            label=t("new.hub_name"),
+            info=t("new.hub_name_hint"),
+            max_length=200,
+            interactive=True,
+            elem_id="model-hub-name",
+        )
+        revision = gr.Textbox(
+            label=t("new.revision"),
+            info=t("new.revision_hint"),
+            max_length=100,
+            interactive=True,
+            elem_id="model-revision",
+        )
+    trust: Any = gr.State(False)
+    confirmed: Any = gr.State("")
+    if not editor.studio.settings.space:
+        trust = gr.Checkbox(
+            label=t("new.trust"),
+            info=t("new.trust_hint"),
+            value=False,
+            interactive=True,
+            elem_id="model-trust",
+        )
+        confirmed = gr.Textbox(
+            label=t("new.trust_confirm"), interactive=True, visible=False, elem_id="trust-confirm"
+        )
+        trust.input(lambda on: gr.update(visible=bool(on)), trust, confirmed, **private())
+    use = gr.Button(t("new.use_model"), elem_id="use-model")
+
+    def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
+        hub_name = checked_hub_name(given)
+        at = checked_revision(at, commit=code is True)
+        content = with_model(session.content, editor.places(session).model(hub_name), at)
+        if code is True:
+            if editor.studio.settings.space:
+                raise Refused("checks.remote_here")
+            if again != hub_name:
+                raise Refused("checks.remote_confirm", name=hub_name)
+            content = with_value(content, "model.init_args.trust_remote_code", True)
+        return content
+
+    editor.bind(use.click, chosen, [name, revision, trust, confirmed])
+
+
+def _folder(editor: Editor) -> None:
+    t, root = editor.t, editor.studio.settings.models_root
+    folders = model_folders(root) if root else []
+    if not folders:
+        gr.HTML(f"<p class='note'>{escaped(t('new.no_folders'))}</p>", padding=False)
+        return
+    folder = gr.Dropdown(
+        folders, label=t("new.folder"), value=None, interactive=True, elem_id="model-folder-name"
+    )
+
+    def chosen(session: Session, name: Any) -> dict[str, Any]:
+        assert root is not None
+        if name not in model_folders(root):
+            raise Refused("checks.no_model", path=str(name))
+        return with_model(session.content, inside(root, str(name)).as_posix(), None)
+
+    editor.bind(folder.input, chosen, [folder])
+
+
+def model_folders(root: Path) -> list[str]:
+    """Returns the names of the subfolders of ``root`` that hold a model."""
+    found = {path.parent for path in (*root.glob("*/config.json"), *root.glob("*/*/config.json"))}
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
+def offered(session: Session, editor: Editor) -> list[Model]:
+    """Returns the models that are offered for the task of a recipe."""
+    task = task_of(session.content)
+    most = editor.studio.settings.limits.parameters
+    return [
+        model
+        for model in MODELS
+        if task is not None
+        and task.name in model.tasks
+        and (most is None or model.parameters <= most)
+    ]
+
+
+def _chosen(session: Session, name: Any) -> dict[str, Any]:
+    if not any(model.name == name for model in MODELS):
+        raise Refused("checks.no_model", path=str(name)[:60])
+    return with_model(session.content, name, None)
+
+
+def _preset(session: Session, editor: Editor) -> Any:
+    models = offered(session, editor)
+    current = value_at(session.content, "model.init_args.model", None)
+    drawn = value_at(session.content, "model.init_args.config", None) is not None
+    rows = [(_row(model, editor.t), model.name) for model in models]
+    known = current if not drawn and current in [model.name for model in models] else None
+    return gr.update(choices=rows, value=known)
+
+
+def _row(model: Model, t: Texts) -> str:
+    title = t("new.demo_base") if model.name == DEMO_BASE else model.name
+    row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
+    if model.name != DEMO_BASE:
+        row += ", " + t("new.here" if on_this_machine(model.name) else "new.not_here")
+    return row
+
+
+def weights(number: int) -> str:
+    """Returns a number of weights as people say it."""
+    if number >= 999_500_000:
+        return f"{number / 1e9:.1f} B"
+    return f"{number / 1e6:.0f} M"
+
+
+def on_this_machine(name: str) -> bool:
+    """Says whether the hub's cache of this machine has files of a model."""
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    return (cache / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def offline() -> bool:
+    """Says whether nothing is fetched from the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def _facts(session: Session, t: Texts) -> str:
+    name = value_at(session.content, "model.init_args.model", None)
+    lines = []
+    if value_at(session.content, "model.init_args.config", None) is not None:
+        lines.append(t("new.model_random"))
+    elif name is None:
+        lines.append(t("new.model_none"))
+    else:
+        model = next((one for one in MODELS if one.name == name), None)
+        shown = t("new.demo_base") if name == DEMO_BASE else name
+        lines.append(t("new.model_chosen", name=shown))
+        if model is not None:
+            size = f"{model.weight_bytes / 1e9:.1f} GB"
+            if model.weight_bytes < 1e8:
+                size = f"{model.weight_bytes / 1e6:.0f} MB"
+            lines.append(t("new.model_weighs", size=size))
+        if name == DEMO_BASE:
+            lines.append(t("new.demo_about"))
+        elif not Path(name).is_absolute():
+            lines.append(t("new.model_here" if on_this_machine(name) else "new.model_fetched"))
+        if model is not None and model.gated:
+            lines.append(t("new.model_gated"))
+        if value_at(session.content, "model.init_args.trust_remote_code", None):
+            revision = value_at(session.content, "model.init_args.revision", "")
+            lines.append(t("new.model_trusted", commit=revision))
+    text = " ".join(escaped(line) for line in lines)
+    away = f'<p class="note">{escaped(t("new.offline"))}</p>' if offline() else ""
+    return f'<p class="chosen" role="status">{text}</p>{away}'

@@ -1,0 +1,179 @@
+"""The last step: what will happen in words, the recipe in three forms, and the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.errors import Refused
+from gradio_app.guards import escaped, shortened
+from gradio_app.pages import elsewhere
+from gradio_app.pages.frame import private
+from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.new import review_html
+from gradio_app.pages.new.choosing import checked
+from gradio_app.pages.new.data import report_of
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import checked_content
+from gradio_app.recipe.choices import dry
+from gradio_app.recipe.complete import completed_problem
+from gradio_app.recipe.content import value_at
+from gradio_app.recipe.parsing import dumped, parsed
+
+_GO = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
+
+
+def build(editor: Editor) -> None:
+    """Makes the step."""
+    t = editor.t
+    name = gr.Textbox(
+        label=t("new.name"),
+        info=t("new.name_hint"),
+        max_length=80,
+        interactive=True,
+        elem_id="run-title",
+    )
+    overview = gr.HTML("", elem_id="overview", padding=False)
+    with gr.Row(elem_id="start-row"):
+        start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
+        trial = gr.Button(t("new.dry_run"), size="lg", elem_id="dry-run")
+    gone = gr.Textbox(visible="hidden", elem_id="gone-to")
+    forms = gr.HTML("", elem_id="forms", padding=False)
+    with gr.Accordion(t("new.edit_yaml"), open=False, elem_id="edit-yaml"):
+        text = gr.Textbox(
+            label=t("new.yaml"),
+            info=t("new.yaml_hint"),
+            lines=18,
+            max_lines=30,
+            interactive=True,
+            elem_id="yaml-text",
+            elem_classes="code",
+        )
+        apply = gr.Button(t("new.apply_yaml"), elem_id="apply-yaml")
+    editor.show(
+        [text, forms], lambda session: [shown_yaml(editor, session), _forms(editor, session)]
+    )
+    editor.follow(_refresher(editor), [], [overview, text, forms])
+
+    def edited(session: Session, given: Any) -> dict[str, Any]:
+        return checked(editor, session, parsed(given))
+
+    editor.bind(apply.click, edited, [text])
+    for button, steps in ((start, None), (trial, 5)):
+        button.click(told(t)(_starter(editor, steps)), [editor.session, name], gone, **private())
+    elsewhere.build(editor.studio, t, text, name, gone)
+    url = t.url("run", run="")
+    gone.change(None, gone, None, js=_GO.replace("{url}", url))
+
+
+def content_of(editor: Editor, session: Session) -> dict[str, Any]:
+    """Returns the recipe as it would be run.
+
+    Raises:
+        Refused: With all that is wrong with it, what is typed in settings included.
+    """
+    problems: list[Refused] = []
+    for path, refused in session.refused.items():
+        problems.append(Refused("checks.at", where=path.rpartition(".")[2], problem=[refused]))
+    content = session.content
+    try:
+        content = checked_content(session.content, editor.studio.settings, session.owner)
+    except Refused as refused:
+        problems += refused.values.get("problems", [refused])  # type: ignore[arg-type]
+    if problems:
+        raise Refused("checks.all", problems=problems)
+    return content
+
+
+def shown_yaml(editor: Editor, session: Session) -> str:
+    """Returns the recipe as it is read and downloaded: on a Space, without its places."""
+    return dumped(_shown_content(editor, session))
+
+
+def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
+    if editor.studio.settings.space:
+        return session.content
+    try:
+        return checked_content(session.content, editor.studio.settings, session.owner)
+    except Refused:
+        return session.content
+
+
+def _forms(editor: Editor, session: Session) -> str:
+    return review_html.forms(_shown_content(editor, session), editor.t)
+
+
+def _refresher(editor: Editor) -> Any:
+    def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
+        session = editor.of(session, request)
+        yield [
+            _overview(editor, session, ""),
+            shown_yaml(editor, session),
+            _forms(editor, session),
+        ]
+        try:
+            content = content_of(editor, session)
+        except Refused:
+            return
+        problem = completed_problem(content, editor.studio.warm)
+        if problem:
+            yield [_overview(editor, session, problem), gr.skip(), gr.skip()]
+
+    return refresh
+
+
+def _overview(editor: Editor, session: Session, problem: str) -> str:
+    t = editor.t
+    blocking: list[tuple[str, str]] = []
+    try:
+        content_of(editor, session)
+    except Refused as refused:
+        problems = refused.values.get("problems", [refused])
+        assert isinstance(problems, list)
+        blocking += [(review_html.step_of(one), sentence(one, t)) for one in problems]
+    report = session.report
+    if report is not None and not report.fine:
+        key = "new.blocked_refused" if report.refusal or not report.numbers else "new.blocked_rows"
+        reason = shortened(report.refusal, 300)
+        blocking.append(("data", t(key, reason=reason, rows=report.numbers.get("rejected", 0))))
+    if problem:
+        blocking.append(("all", problem))
+    return review_html.overview(session, blocking, editor.studio.settings, t)
+
+
+def _starter(editor: Editor, steps: int | None) -> Any:
+    def start(session: Any, name: Any, request: gr.Request) -> str:
+        session = editor.of(session, request)
+        content = content_of(editor, session)
+        if steps is not None:
+            content = dry(content, steps)
+        report = session.report or report_of(editor, session)
+        session.report = report
+        if not report.fine:
+            key = "new.blocked_rows" if report.numbers else "new.blocked_refused"
+            reason = shortened(report.refusal, 300)
+            raise Refused(key, reason=reason, rows=report.numbers.get("rejected", 0))
+        problem = completed_problem(content, editor.studio.warm)
+        if problem:
+            raise Refused("new.blocked_refused", reason=shortened(problem, 400), rows=0)
+        title = str(name or "").strip() or _title(content)
+        run = editor.studio.store.create(session.owner, dumped(content), title)
+        try:
+            editor.studio.line.add(run)
+        except Refused:
+            editor.studio.store.delete(session.owner, run.id)
+            raise
+        return str(run.id)
+
+    return start
+
+
+def _title(content: dict[str, Any]) -> str:
+    """Returns what a run is called if its owner calls it nothing: data and model."""
+    data = str(value_at(content, "data.init_args.data", "")).rpartition("/")[2]
+    model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]
+    words = data.split("-")
+    data = "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else data
+    return escaped(f"{data.partition('.')[0]} {model}".strip())[:80] or "run"

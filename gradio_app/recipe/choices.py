@@ -1,0 +1,226 @@
+"""What the steps of the form make of a recipe: another task, model, data, method or amount."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.guards import shortened
+from gradio_app.recipe.content import MISSING, laid_over, value_at, with_value
+from gradio_app.recipe.fields import FIELDS
+from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.parsing import parsed
+from gradio_app.recipe.places import Places
+from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, TASK_NAMES, task_named
+from lightning_peft.cli.recipes import recipe_files
+
+METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}
+_MODEL, _DATA = "model.init_args.", "data.init_args."
+# What a small trial sets for its own data, and for its own model.
+_OF_SMALL_DATA = (
+    *(f"{_DATA}{name}" for name in ("columns", "validation_share", "test_share", "max_length")),
+    *(f"{_DATA}{name}" for name in ("max_target_length", "over_long", "time", "season")),
+    *("trainer.limit_train_batches", "trainer.limit_val_batches"),
+)
+_OF_SMALL_MODEL = (
+    *(f"{_MODEL}{name}" for name in ("learning_rate", "config", "generate_limit")),
+    *(f"{_MODEL}{name}" for name in ("max_new_tokens", "checkpoint")),
+    *(f"{_DATA}{name}" for name in ("chat_template", "feature_extractor")),
+    "trainer.precision",
+)
+_OF_BOTH = (
+    *("trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.val_check_interval"),
+    *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
+)
+
+
+def recipe_named(name: object) -> dict[str, Any]:
+    """Returns a recipe; one for small trials is laid over the recipe that it belongs to.
+
+    Raises:
+        Refused: If there is none of that name.
+    """
+    files = recipe_files()
+    if not isinstance(name, str) or name not in files:
+        raise Refused("checks.no_recipe", name=shortened(name))
+    content = parsed(files[name].read_text(encoding="utf-8"))
+    if name.startswith("small/"):
+        return laid_over(recipe_named(f"{name.removeprefix('small/')}-lora"), content)
+    return content
+
+
+def started(task: object, method: str = "lora", small: bool = True) -> dict[str, Any]:
+    """Returns the recipe of a task; the small trial has a model and data that are here already.
+
+    Raises:
+        Refused: If there is no such task.
+    """
+    if task not in TASK_NAMES or method not in METHODS:
+        raise Refused("checks.no_recipe", name=shortened(task))
+    content = recipe_named(f"{task}-{method}")
+    if not small:
+        return content
+    return laid_over(content, recipe_named_alone(f"small/{task_named(str(task)).small}"))
+
+
+def recipe_named_alone(name: str) -> dict[str, Any]:
+    """Returns what a recipe's own file says."""
+    return parsed(recipe_files()[name].read_text(encoding="utf-8"))
+
+
+def of_a_run(content: dict[str, Any], places: Places) -> dict[str, Any]:
+    """Returns the recipe of a run as one to start from: without what belonged to that run."""
+    content = copy.deepcopy(content)
+    trainer = content.get("trainer")
+    if isinstance(trainer, dict):
+        for key in ("default_root_dir", "logger"):
+            trainer.pop(key, None)
+        trainer.pop("enable_progress_bar", None)
+    for part in ("model", "data"):
+        arguments = value_at(content, f"{part}.init_args", None)
+        if isinstance(arguments, dict):
+            arguments.pop("cache_dir", None)
+            for key, value in arguments.items():
+                if isinstance(value, str):
+                    arguments[key] = places.portable(value)
+    return content
+
+
+def with_model(content: dict[str, Any], model: str, revision: str | None) -> dict[str, Any]:
+    """Returns the recipe for another model, with the settings that go with its size.
+
+    Args:
+        content: The recipe.
+        model: What has been checked to be one.
+        revision: Branch, tag or commit on the hub.
+    """
+    before = value_at(content, _MODEL + "model", None)
+    task = task_of(content) or task_named("")
+    content = with_value(content, _MODEL + "revision", revision or MISSING)
+    if revision is None or model != before:
+        content = with_value(content, _MODEL + "trust_remote_code", MISSING)
+    if model == before and value_at(content, _MODEL + "config", None) is None:
+        return content
+    small = model == DEMO_BASE
+    source = started(task.name, method_of(content), small)
+    content = _taken_from(source, content, _OF_SMALL_MODEL)
+    if small is not _is_small(content):
+        content = _taken_from(source, content, _OF_BOTH)
+    content = with_value(content, _MODEL + "model", model)
+    if task.reads is not None:
+        content = with_value(content, _DATA + task.reads, model)
+    return content
+
+
+def with_data(content: dict[str, Any], data: str, **hub: Any) -> dict[str, Any]:
+    """Returns the recipe for other rows, without what was said of the rows before.
+
+    Args:
+        content: The recipe.
+        data: What has been checked to be readable.
+        **hub: ``hub_config``, ``hub_splits`` and ``hub_revision`` of a data set on the hub.
+    """
+    task = task_of(content) or task_named("")
+    before = value_at(content, _DATA + "data", None)
+    for name in ("hub_config", "hub_splits", "hub_revision"):
+        content = with_value(content, _DATA + name, hub.get(name) or MISSING)
+    if data == before:
+        return content
+    for name in ("validation_data", "test_data"):
+        content = with_value(content, _DATA + name, MISSING)
+    example = started(task.name)
+    own = data != value_at(example, _DATA + "data", None)
+    source = started(task.name, small=not own)
+    content = _taken_from(source, content, _OF_SMALL_DATA)
+    if own is not (before != value_at(example, _DATA + "data", None)):
+        content = _taken_from(source, content, ("trainer.max_epochs",))
+    return with_value(content, _DATA + "data", data)
+
+
+def _is_small(content: dict[str, Any]) -> bool:
+    model = value_at(content, _MODEL + "model", None)
+    return model == DEMO_BASE or value_at(content, _MODEL + "config", None) is not None
+
+
+def _taken_from(
+    source: Mapping[str, Any], content: dict[str, Any], paths: tuple[str, ...]
+) -> dict[str, Any]:
+    for path in paths:
+        value = value_at(source, path, MISSING)
+        if value is not MISSING or value_at(content, path, MISSING) is not MISSING:
+            content = with_value(content, path, value)
+    return content
+
+
+def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
+    """Returns the recipe with LoRA or QLoRA; what only one of them takes is left out.
+
+    Raises:
+        Refused: If it is neither.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise Refused("checks.no_method", name=shortened(method))
+    if method == method_of(content):
+        return content
+    strategy = value_at(content, "trainer.strategy", None)
+    arguments = strategy.get("init_args") if isinstance(strategy, dict) else None
+    only = {field.path.rpartition(".")[2] for field in FIELDS if field.method == "qlora"}
+    kept = {key: value for key, value in (arguments or {}).items() if key not in only}
+    # Both have their own default.
+    for name in ("optimizer", "gradient_checkpointing"):
+        kept.pop(name, None)
+    made = {"class_path": METHODS[method], "init_args": kept}
+    return with_value(content, "trainer.strategy", made)
+
+
+def with_amount(content: dict[str, Any], amount: object) -> dict[str, Any]:
+    """Returns the recipe with epochs, rank and learning rate of a preset.
+
+    Raises:
+        Refused: If there is no such preset.
+    """
+    if not isinstance(amount, str) or amount not in AMOUNTS:
+        raise Refused("checks.no_amount", name=shortened(amount))
+    epochs, rank, factor = AMOUNTS[amount]
+    rate = usual_rate(content)
+    strategy = "trainer.strategy.init_args."
+    values = {
+        "trainer.max_epochs": epochs,
+        f"{strategy}r": rank,
+        f"{strategy}lora_alpha": 2 * rank,
+        f"{_MODEL}learning_rate": rate * factor,
+    }
+    for path, value in values.items():
+        content = with_value(content, path, value)
+    return content
+
+
+def amount_of(content: dict[str, Any]) -> str | None:
+    """Returns the preset that a recipe's settings are those of, if they are one's."""
+    paths = [
+        *("trainer.max_epochs", "trainer.strategy.init_args.r"),
+        *("trainer.strategy.init_args.lora_alpha", f"{_MODEL}learning_rate"),
+    ]
+
+    def settings(one: dict[str, Any]) -> list[Any]:
+        return [value_at(one, path, None) for path in paths]
+
+    return next(
+        (name for name in AMOUNTS if settings(with_amount(content, name)) == settings(content)),
+        None,
+    )
+
+
+def usual_rate(content: dict[str, Any]) -> float:
+    """Returns the learning rate of the recipe for this task, and for a model of this size."""
+    task = task_of(content)
+    name = task.name if task else TASK_NAMES[0]
+    source = started(name, small=_is_small(content))
+    return float(value_at(source, f"{_MODEL}learning_rate", 2e-4))
+
+
+def dry(content: dict[str, Any], steps: int = 5) -> dict[str, Any]:
+    """Returns the same run, ended after a few steps."""
+    return with_value(content, "trainer.max_steps", steps)

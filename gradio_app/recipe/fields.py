@@ -1,0 +1,364 @@
+"""The settings of a recipe that the form has: where each stands, of what kind, and its default.
+
+What a model, its data and places are is chosen elsewhere in the form (:data:`CHOSEN`); what has no
+place there can be written in the YAML (:data:`ONLY_YAML`). A test compares these tables with
+``recipes/forkme.yaml`` and the signatures of the classes.
+"""
+
+from __future__ import annotations
+
+from gradio_app.recipe.setting import LANGUAGE, ROWS, TOKENS, Field
+
+_MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
+    "model.init_args.",
+    "data.init_args.",
+    "trainer.strategy.init_args.",
+    "trainer.",
+    "trainer.callbacks.",
+)
+
+
+def _training() -> tuple[Field, ...]:
+    group = "training"
+    return (
+        Field(_TRAINER + "max_epochs", group, "integer", None, least=1, most=10_000, optional=True),
+        Field(
+            _MODEL + "learning_rate",
+            group,
+            "number",
+            2e-4,
+            least=0,
+            above=True,
+            most=1,
+            others=(("dpo", 5e-6), ("orpo", 5e-6), ("reward", 1e-4), ("time-series", 1e-3)),
+        ),
+        Field(
+            _MODEL + "schedule",
+            group,
+            "choice",
+            "cosine",
+            ("cosine", "linear", "constant"),
+            tasks=ROWS,
+        ),
+        Field(_MODEL + "warmup", group, "number", 0.03, least=0, most=0.99, tasks=ROWS),
+        Field(_MODEL + "weight_decay", group, "number", 0.001, least=0, most=10, tasks=ROWS),
+        Field(_TRAINER + "gradient_clip_val", group, "number", None, least=0, optional=True),
+        Field(_TRAINER + "max_steps", group, "integer", -1, least=-1, most=100_000_000),
+        Field(_TRAINER + "max_time", group, "text", None, optional=True),
+        Field("seed_everything", group, "integer", 0, least=0, most=2**32 - 1),
+    )
+
+
+def _adapter() -> tuple[Field, ...]:
+    group = "adapter"
+    return (
+        Field(_STRATEGY + "r", group, "integer", 16, least=1, most=4096),
+        Field(_STRATEGY + "lora_alpha", group, "number", None, least=0, above=True, optional=True),
+        Field(_STRATEGY + "lora_dropout", group, "number", 0.0, least=0, most=0.99),
+        Field(_STRATEGY + "target_modules", group, "words", None, optional=True),
+        Field(_STRATEGY + "exclude_modules", group, "words", None, optional=True),
+        Field(_STRATEGY + "modules_to_save", group, "words", None, optional=True),
+        Field(_STRATEGY + "layers_to_transform", group, "numbers", None, optional=True),
+        Field(_STRATEGY + "rank_pattern", group, "pairs", None, optional=True),
+        Field(_STRATEGY + "alpha_pattern", group, "pairs", None, optional=True),
+        Field(_STRATEGY + "use_rslora", group, "switch", False),
+        Field(_STRATEGY + "use_dora", group, "switch", False),
+        Field(
+            _STRATEGY + "init_lora_weights",
+            group,
+            "choice",
+            True,
+            (True, False, "gaussian", "pissa", "olora", "orthogonal"),
+        ),
+        Field(_STRATEGY + "bias", group, "choice", "none", ("none", "all", "lora_only")),
+        Field(_STRATEGY + "adapt", group, "words", None, optional=True),
+    )
+
+
+def _quantization() -> tuple[Field, ...]:
+    group = "quantization"
+    return (
+        Field(
+            _STRATEGY + "bnb_4bit_quant_type",
+            group,
+            "choice",
+            "nf4",
+            ("nf4", "fp4"),
+            method="qlora",
+        ),
+        Field(_STRATEGY + "bnb_4bit_use_double_quant", group, "switch", True, method="qlora"),
+        Field(
+            _STRATEGY + "bnb_4bit_compute_dtype",
+            group,
+            "choice",
+            None,
+            (None, "bfloat16", "float16", "float32"),
+            method="qlora",
+        ),
+        Field(_STRATEGY + "load_in_8bit", group, "switch", False, method="qlora"),
+    )
+
+
+def _memory() -> tuple[Field, ...]:
+    group = "memory"
+    return (
+        Field(
+            _TRAINER + "precision",
+            group,
+            "choice",
+            None,
+            (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
+        ),
+        Field(_TRAINER + "accelerator", group, "choice", "auto", ("auto", "cpu", "gpu", "mps")),
+        Field(_TRAINER + "devices", group, "text", "auto"),
+        Field(
+            _STRATEGY + "optimizer",
+            group,
+            "choice",
+            None,
+            (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
+            others=(("qlora", "auto"),),
+        ),
+        Field(
+            _STRATEGY + "gradient_checkpointing",
+            group,
+            "choice",
+            False,
+            ("auto", True, False),
+            others=(("qlora", "auto"),),
+        ),
+        Field(
+            _MODEL + "dtype",
+            group,
+            "choice",
+            "auto",
+            ("auto", "float32", "bfloat16", "float16"),
+            tasks=ROWS,
+        ),
+    )
+
+
+def _batches() -> tuple[Field, ...]:
+    group = "batches"
+    return (
+        Field(
+            _DATA + "batch_size",
+            group,
+            "integer",
+            8,
+            least=1,
+            most=65_536,
+            others=(("time-series", 64),),
+        ),
+        Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, least=1, most=65_536),
+        Field(
+            _DATA + "max_length",
+            group,
+            "integer",
+            None,
+            least=1,
+            most=1_000_000,
+            optional=True,
+            tasks=(*TOKENS, "speech-recognition"),
+        ),
+        Field(
+            _DATA + "over_long",
+            group,
+            "choice",
+            "error",
+            ("error", "truncate", "split"),
+            tasks=TOKENS,
+        ),
+        Field(_DATA + "length_grouping", group, "switch", False, tasks=TOKENS),
+        Field(_DATA + "packing", group, "switch", False, tasks=("sft",)),
+        Field(_DATA + "shuffle_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=TOKENS),
+        Field(_DATA + "num_workers", group, "integer", 0, least=0, most=64),
+    )
+
+
+def _rows() -> tuple[Field, ...]:
+    group = "rows"
+    seq2seq = ("summarization", "translation")
+    shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
+    return (
+        Field(_DATA + "shape", group, "choice", "auto", shapes, tasks=("sft",)),
+        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=LANGUAGE),
+        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=LANGUAGE),
+        Field(
+            _DATA + "loss_on",
+            group,
+            "choice",
+            "assistant",
+            ("assistant", "completion"),
+            tasks=("sft",),
+        ),
+        Field(_DATA + "prefix", group, "text", "", tasks=seq2seq),
+        Field(
+            _DATA + "validation_share",
+            group,
+            "number",
+            None,
+            least=0,
+            most=0.99,
+            optional=True,
+            tasks=ROWS,
+        ),
+        Field(
+            _DATA + "test_share",
+            group,
+            "number",
+            None,
+            least=0,
+            most=0.99,
+            optional=True,
+            tasks=ROWS,
+        ),
+        Field(_DATA + "split_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=ROWS),
+        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks=ROWS),
+        Field(
+            _DATA + "limit", group, "integer", None, least=1, most=10**9, optional=True, tasks=ROWS
+        ),
+        Field(
+            _DATA + "text_unit",
+            group,
+            "choice",
+            "line",
+            ("line", "paragraph", "document"),
+            tasks=ROWS,
+        ),
+        Field(_DATA + "streaming", group, "switch", False, tasks=ROWS),
+    )
+
+
+def _validation() -> tuple[Field, ...]:
+    group = "validation"
+    return (
+        Field(
+            _TRAINER + "val_check_interval",
+            group,
+            "batches",
+            None,
+            least=0,
+            above=True,
+            optional=True,
+        ),
+        Field(
+            _TRAINER + "check_val_every_n_epoch",
+            group,
+            "integer",
+            1,
+            least=1,
+            most=10_000,
+            optional=True,
+        ),
+        Field(
+            _TRAINER + "num_sanity_val_steps",
+            group,
+            "integer",
+            None,
+            least=-1,
+            most=10**6,
+            optional=True,
+        ),
+        Field(
+            _TRAINER + "limit_train_batches",
+            group,
+            "batches",
+            None,
+            least=0,
+            above=True,
+            optional=True,
+        ),
+        Field(
+            _TRAINER + "limit_val_batches",
+            group,
+            "batches",
+            None,
+            least=0,
+            above=True,
+            optional=True,
+        ),
+        Field(
+            _TRAINER + "log_every_n_steps",
+            group,
+            "integer",
+            None,
+            least=1,
+            most=10**6,
+            optional=True,
+        ),
+        Field(_CALLBACKS + "StopEarly", group, "switch", False),
+        Field(
+            _CALLBACKS + "StopEarly.init_args.patience", group, "integer", 3, least=1, most=10**4
+        ),
+        Field(_CALLBACKS + "StopEarly.init_args.min_delta", group, "number", 0.0, least=0),
+        Field(_CALLBACKS + "StopEarly.init_args.monitor", group, "text", "val_loss"),
+        Field(_CALLBACKS + "StopEarly.init_args.mode", group, "choice", "min", ("min", "max")),
+    )
+
+
+def _keeping() -> tuple[Field, ...]:
+    group = "keeping"
+    best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
+    talk = (*LANGUAGE[:3], "summarization", "translation", "speech-recognition")
+    return (
+        Field(best + "monitor", group, "text", "val_loss"),
+        Field(best + "mode", group, "choice", "min", ("min", "max")),
+        Field(best + "save_top_k", group, "integer", 1, least=-1, most=1000),
+        Field(best + "save_last", group, "switch", True),
+        Field(best + "save_every", group, "integer", None, least=1, most=10**8, optional=True),
+        Field(samples, group, "switch", False, tasks=talk),
+        Field(samples + ".init_args.count", group, "integer", 3, least=1, most=50, tasks=talk),
+        Field(
+            samples + ".init_args.max_new_tokens",
+            group,
+            "integer",
+            64,
+            least=1,
+            most=4096,
+            tasks=talk,
+        ),
+        Field(_STRATEGY + "verify", group, "choice", "cheap", ("off", "cheap", "full")),
+        Field(_STRATEGY + "announce", group, "switch", True),
+    )
+
+
+FIELDS: tuple[Field, ...] = (
+    *_training(),
+    *_adapter(),
+    *_quantization(),
+    *_batches(),
+    *_memory(),
+    *_rows(),
+    *_validation(),
+    *_keeping(),
+)
+BY_PATH = {field.path: field for field in FIELDS}
+GROUPS = tuple(dict.fromkeys(field.group for field in FIELDS))
+# Shown without opening anything.
+FIRST = (
+    "trainer.max_epochs",
+    "model.init_args.learning_rate",
+    "trainer.strategy.init_args.r",
+    "data.init_args.batch_size",
+    "trainer.accumulate_grad_batches",
+    "data.init_args.max_length",
+)
+# Chosen in the steps for model, data and method.
+CHOSEN = frozenset(
+    {
+        *("model.class_path", "data.class_path", "trainer.strategy.class_path"),
+        *(f"{_MODEL}{name}" for name in ("model", "revision", "trust_remote_code")),
+        *(f"{_DATA}{name}" for name in ("data", "tokenizer", "columns", "skip_bad_rows")),
+        *(f"{_DATA}{name}" for name in ("hub_config", "hub_splits", "hub_revision")),
+    }
+)
+# In the YAML alone.
+ONLY_YAML = frozenset(
+    {
+        *(f"{_MODEL}config",),
+        *(f"{_DATA}{name}" for name in ("validation_data", "test_data", "cache_dir")),
+        *(f"{_STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
+        *("trainer.logger", "trainer.callbacks.BestCheckpoint.init_args.filename"),
+    }
+)

@@ -1,0 +1,149 @@
+"""Where data and models of a visitor's recipe may lie: in the package, below a root, on the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from gradio_app.errors import Refused
+from gradio_app.guards import checked_hub_name, inside, shortened
+from gradio_app.settings import Settings
+from gradio_app.uploads import Uploads
+from lightning_peft.cli.recipes import recipes_folder
+
+_MARKS = ("package:", "recipe:")
+# Stands for a file that the owner of a recipe has uploaded, wherever this server keeps them.
+UPLOAD = "upload:"
+_FILE = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz))?")
+_PLAIN = re.compile(r"[\w-][\w.-]{0,99}")
+
+
+def bundled_folders() -> dict[str, Path]:
+    """Returns the folders of what comes with the package, by the mark that stands for them."""
+    spec = find_spec("lightning_peft")
+    assert spec is not None
+    assert spec.origin is not None
+    return {"package:": Path(spec.origin).resolve().parent, "recipe:": recipes_folder().resolve()}
+
+
+@dataclass(frozen=True)
+class Places:
+    """What one owner may read and write on a server.
+
+    Args:
+        settings: What the server was started with.
+        owner: Whose recipe it is.
+    """
+
+    settings: Settings
+    owner: str
+
+    @property
+    def uploads(self) -> Path:
+        """Folder of what the owner has uploaded."""
+        return self.settings.uploads / self.owner
+
+    def data(self, value: object) -> str:
+        """Returns the place of some rows as the run is told it.
+
+        Raises:
+            Refused: If it is no file or folder that this page may read, and no name on the hub.
+        """
+        text = _text(value)
+        if text.startswith(UPLOAD):
+            return Uploads(self.settings, self.owner).get(text.removeprefix(UPLOAD)).path.as_posix()
+        found = _bundled(text) or _below(text, self.uploads)
+        root = self.settings.data_root
+        if found is None and root is not None:
+            found = _below(text, root)
+            if found is None and not Path(text).is_absolute() and (root / text).exists():
+                found = inside(root, text).as_posix()
+        if found is not None:
+            return found
+        path_like = Path(text).is_absolute() or text.startswith((".", "~"))
+        if path_like or "\\" in text or _FILE.fullmatch(text.lower()):
+            raise Refused("checks.no_data" if root else "checks.no_paths", path=shortened(text))
+        return _hub(text)
+
+    def model(self, value: object) -> str:
+        """Returns the place of a model, tokenizer or processor as the run is told it.
+
+        Raises:
+            Refused: If it is none that this page may read, and no name on the hub.
+        """
+        text = _text(value)
+        found = _bundled(text)
+        root = self.settings.models_root
+        if found is None and root is not None:
+            found = _below(text, root)
+            if found is None and not Path(text).is_absolute() and (root / text).is_dir():
+                found = inside(root, text).as_posix()
+        if found is not None:
+            return found
+        if Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text:
+            raise Refused("checks.no_model", path=shortened(text))
+        return _hub(text)
+
+    def portable(self, value: str) -> str:
+        """Returns a place with the mark that stands for its folder, if there is one."""
+        folders = bundled_folders() | {UPLOAD: self.uploads.resolve()}
+        path = Path(value)
+        for mark, folder in folders.items():
+            if path.is_absolute() and path.is_relative_to(folder):
+                return f"{mark}{path.relative_to(folder).as_posix()}"
+        return value
+
+    def written(self, value: object) -> str:
+        """Returns where a run may write rows that it leaves out: a file of the page's making.
+
+        Raises:
+            Refused: If it is more than a name.
+        """
+        text = _text(value)
+        below = _below(text, self.uploads)
+        if below is not None:
+            return below
+        if not _PLAIN.fullmatch(text) or ".." in text:
+            raise Refused("checks.written", path=shortened(text))
+        return (self.uploads / "left-out" / text).as_posix()
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > 500:
+        raise Refused("checks.place", value=shortened(value))
+    return value.strip()
+
+
+def _bundled(text: str) -> str | None:
+    """Returns ``text`` with its mark if it stands for a file or folder of the package."""
+    for mark, folder in bundled_folders().items():
+        if text.startswith(mark) or _below(text, folder) is not None:
+            path = inside(folder, text.removeprefix(mark))
+            if not path.exists():
+                raise Refused("checks.not_bundled", path=shortened(text.removeprefix(mark)))
+            return f"{mark}{path.relative_to(folder).as_posix()}"
+    if text.startswith(_MARKS) or re.match(r"\w+:", text):
+        raise Refused("errors.hub_name", name=shortened(text))
+    return None
+
+
+def _below(text: str, root: Path) -> str | None:
+    """Returns an absolute path below ``root`` that exists; ``None`` for everything else."""
+    path = Path(text)
+    if not path.is_absolute():
+        return None
+    resolved = path.resolve()
+    below = resolved.is_relative_to(root.resolve())
+    return (
+        resolved.as_posix() if below and (resolved.exists() or resolved.parent.is_dir()) else None
+    )
+
+
+def _hub(text: str) -> str:
+    name = checked_hub_name(text)
+    # Libraries take a folder of that name in the working directory before they ask the hub.
+    if Path(name).exists():
+        raise Refused("checks.shadowed", name=name)
+    return name

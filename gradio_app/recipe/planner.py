@@ -1,0 +1,207 @@
+"""The memory of a recipe: ``lightning-peft plan`` for it, and changes that make it fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.guards import shortened
+from gradio_app.recipe.choices import with_method
+from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.data import local, said
+from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.presets import GPUS, THIS
+from gradio_app.recipe.warm import WarmCommands
+
+SECONDS = 120.0
+# Where neither the recipe nor the data says how long rows are.
+USUAL_LENGTH = 512
+_AMOUNT = re.compile(r"\d{1,4}(\.\d{1,3})?\s?[GM]i?B", re.IGNORECASE)
+_STRATEGY = "trainer.strategy.init_args."
+_LENGTH = "data.init_args.max_length"
+_BATCH, _ACCUMULATE = "data.init_args.batch_size", "trainer.accumulate_grad_batches"
+_PRECISIONS = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        numbers: What ``plan --json`` printed; empty where it could not be said.
+        length: Tokens in a row that it was counted with.
+        length_is: ``"set"``, ``"data"`` or ``"usual"``: where that is from.
+        refusal: Why nothing could be said: key of a text.
+        reason: The words of the command, where it could not.
+    """
+
+    numbers: dict[str, Any]
+    length: int = 0
+    length_is: str = ""
+    refusal: str = ""
+    reason: str = ""
+
+    @property
+    def needs(self) -> int:
+        """Bytes at the fullest moment."""
+        return int(self.numbers.get("peak_bytes", 0))
+
+    @property
+    def has(self) -> int | None:
+        """Bytes of the device."""
+        device = self.numbers.get("device")
+        return int(device["bytes"]) if device else None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits for sure; ``None`` where that is not known."""
+        found = self.numbers.get("fits")
+        return None if found is None else bool(found)
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A change that needs less memory.
+
+    Attributes:
+        name: Key of its text: ``"qlora"``, ``"checkpointing"``, ``"batch"``, ``"length"`` or
+            ``"all"``.
+        plan: The plan with it.
+    """
+
+    name: str
+    plan: Plan
+
+
+def checked_device(text: object) -> str:
+    """Returns what a run is planned for, as the command takes it.
+
+    Raises:
+        Refused: If it is no GPU of the list, and no amount.
+    """
+    name = text.strip() if isinstance(text, str) else ""
+    if name in (THIS, *GPUS) or _AMOUNT.fullmatch(name):
+        return name
+    raise Refused("checks.device", name=shortened(text))
+
+
+def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | str:
+    """Returns the arguments of the command, or the key of the text that says why there are none."""
+    task = task_of(content)
+    model = value_at(content, "model.init_args.model", None)
+    if task is None or not task.planned or model is None:
+        return "plan_not_this_task"
+    if value_at(content, "model.init_args.config", None) is not None:
+        return "plan_not_random"
+    batch = value_at(content, _BATCH, 8) * task.planned
+    precision = value_at(content, "trainer.precision", None)
+    strategy = {
+        name: value_at(content, _STRATEGY + name, None)
+        for name in ("r", "optimizer", "gradient_checkpointing", "target_modules")
+    }
+    revision = value_at(content, "model.init_args.revision", None)
+    checkpointing = strategy["gradient_checkpointing"]
+    words = {
+        "model": str(local(str(model))),
+        "method": method_of(content),
+        "seq-len": length,
+        "batch-size": batch,
+        "accumulate": value_at(content, _ACCUMULATE, 1),
+        "gpu": device,
+        "r": strategy["r"] or 16,
+        "precision": precision if precision in _PRECISIONS else "32-true",
+        "dtype": value_at(content, "model.init_args.dtype", "auto"),
+        "gradient-checkpointing": {True: "on", False: "off"}.get(checkpointing, "auto"),
+        "optimizer": strategy["optimizer"] or "auto",
+    }
+    made = ["plan", "--json", *(f"--{name}={value}" for name, value in words.items())]
+    made += [f"--revision={revision}"] if revision else []
+    targets = strategy["target_modules"]
+    if targets:
+        made += ["--target-modules", *(targets if isinstance(targets, list) else [targets])]
+    return made
+
+
+def planned(
+    content: dict[str, Any], device: str, warm: WarmCommands, longest: int | None = None
+) -> Plan:
+    """Returns what the run of a checked recipe needs.
+
+    Args:
+        content: The recipe.
+        device: As :func:`checked_device` returns it.
+        warm: What runs the command.
+        longest: Tokens of the longest row of its data, where that is known.
+    """
+    length, length_is = length_of(content, longest)
+    words = arguments(content, device, length)
+    if isinstance(words, str):
+        return Plan({}, length, length_is, refusal=words)
+    answer = warm.run([*words, "--no-limits"], SECONDS)
+    numbers = answer.json() if answer.code == 0 else None
+    if numbers is None:
+        return Plan({}, length, length_is, refusal="plan_failed", reason=said(answer))
+    return Plan(numbers, length, length_is)
+
+
+def length_of(content: dict[str, Any], longest: int | None) -> tuple[int, str]:
+    """Returns how many tokens rows are planned with, and where that is from."""
+    most = value_at(content, _LENGTH, None)
+    if longest is not None:
+        return (min(longest, most), "data") if most else (longest, "data")
+    return (most, "set") if most else (USUAL_LENGTH, "usual")
+
+
+def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict[str, Any]:
+    """Returns a recipe that needs less memory.
+
+    Raises:
+        Refused: If there is no such change.
+    """
+    if name == "qlora":
+        return with_method(content, "qlora")
+    if name == "checkpointing":
+        return with_value(content, f"{_STRATEGY}gradient_checkpointing", True)
+    if name == "batch":
+        rows = value_at(content, _BATCH, 8) * value_at(content, _ACCUMULATE, 1)
+        content = with_value(content, _BATCH, 1)
+        return with_value(content, _ACCUMULATE, rows)
+    if name == "length":
+        length, _ = length_of(content, longest)
+        content = with_value(content, _LENGTH, max(64, length // 2))
+        return with_value(content, "data.init_args.over_long", "truncate")
+    if name == "all":
+        for one in candidates(content, longest):
+            content = with_fix(content, one, longest)
+        return content
+    raise Refused("checks.no_fix", name=shortened(name))
+
+
+def candidates(content: dict[str, Any], longest: int | None) -> list[str]:
+    """Returns the names of the changes that would need less memory, the mildest first."""
+    found = []
+    checkpointing = value_at(content, f"{_STRATEGY}gradient_checkpointing", None)
+    quantized = method_of(content) == "qlora"
+    if checkpointing is False or checkpointing is None and not quantized:
+        found.append("checkpointing")
+    if value_at(content, _BATCH, 8) > 1:
+        found.append("batch")
+    if not quantized:
+        found.append("qlora")
+    if length_of(content, longest)[0] > 128:
+        found.append("length")
+    return found
+
+
+def fixes(
+    content: dict[str, Any], device: str, warm: WarmCommands, longest: int | None
+) -> Iterator[Fix]:
+    """Yields changes with what the run would then need, as each is known; last all together."""
+    names = candidates(content, longest)
+    for name in [*names, *(["all"] if len(names) > 1 else [])]:
+        plan = planned(with_fix(content, name, longest), device, warm, longest)
+        if plan.numbers:
+            yield Fix(name, plan)

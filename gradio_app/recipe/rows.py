@@ -1,0 +1,125 @@
+"""The first rows of a data file as they stand in it, without the libraries that train on them."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+SHOWN_ROWS = 20
+SHOWN_CHARACTERS = 200
+# Longer lines are no examples.
+LONGEST_LINE = 1_000_000
+_DOCUMENT_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some rows of a file.
+
+    Attributes:
+        columns: Names of all their columns, in order.
+        rows: Their values as text, a row of the same length each.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def first_rows(path: Path, most: int = SHOWN_ROWS) -> Table | None:
+    """Returns the first rows of a file; ``None`` where nothing of it can be read.
+
+    Args:
+        path: The file, of a kind that the library reads; of a folder, its first file.
+        most: How many.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
+        return first_rows(files[0], most) if files else None
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        return None
+    try:
+        rows = list(itertools.islice(reader(path), most))
+    except (OSError, ValueError, csv.Error, ImportError):
+        return None
+    columns = list(dict.fromkeys(str(name) for row in rows for name in row))
+    return Table(columns, [[_shown(row.get(name)) for name in columns] for row in rows])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else _json(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 1] + "\u2026"
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return _json(value["bytes"])
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        while line := file.readline(LONGEST_LINE):
+            yield line
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _lines(path):
+        if line.strip():
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+def _document(path: Path) -> Iterator[dict[str, Any]]:
+    if path.stat().st_size > _DOCUMENT_BYTES:
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+    except RecursionError:
+        return
+    if isinstance(found, dict):
+        found = next((rows for rows in found.values() if isinstance(rows, list)), [])
+    yield from (row for row in found if isinstance(row, dict))
+
+
+def _table(path: Path) -> Iterator[dict[str, Any]]:
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    for row in csv.DictReader(_lines(path), delimiter=separator):
+        yield {name: value for name, value in row.items() if isinstance(name, str)}
+
+
+def _text(path: Path) -> Iterator[dict[str, Any]]:
+    yield from ({"text": line.rstrip("\r\n")} for line in _lines(path) if line.strip())
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    parquet: Any = import_module("pyarrow.parquet")
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=SHOWN_ROWS):
+            yield from batch.to_pylist()
+
+
+_READERS = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _document,
+    ".csv": _table,
+    ".tsv": _table,
+    ".txt": _text,
+    ".md": _text,
+    ".parquet": _parquet,
+}

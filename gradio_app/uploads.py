@@ -1,0 +1,195 @@
+"""Files that visitors upload: checked, and kept under names of the page's making."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+import unicodedata
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from gradio_app.errors import Refused
+from gradio_app.guards import inside, shortened
+from gradio_app.settings import Settings
+
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+MOST_FILES = 50
+_OWNER = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
+_NAME = re.compile(r"\d{8}-[0-9a-f]{8}-[a-z0-9-]{1,40}\.[a-z]{3,7}")
+_LOOKED_AT = 1_000_000
+# How archives, programs and pickles begin; a text file with such bytes is none.
+_OTHERS = (
+    b"PK\x03\x04",
+    b"\x7fELF",
+    b"MZ",
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"7z\xbc\xaf",
+    b"Rar!",
+)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that was uploaded.
+
+    Attributes:
+        name: That of the file here; it begins with the day and ends with the visitor's own.
+        title: What its owner calls it.
+        path: Where it is.
+        size: Its bytes.
+    """
+
+    name: str
+    title: str
+    path: Path
+    size: int
+
+
+class Uploads:
+    """The uploads of one owner.
+
+    Args:
+        settings: What the server was started with.
+        owner: Whose they are.
+    """
+
+    def __init__(self, settings: Settings, owner: str) -> None:
+        if not _OWNER.fullmatch(owner):
+            raise ValueError(f"{owner!r} is no owner")
+        self.settings = settings
+        self.folder = settings.uploads / owner
+
+    def keep(self, file: object, day: str) -> Upload:
+        """Checks a file that Gradio has received and keeps it.
+
+        Args:
+            file: Its path in Gradio's own folder, as the component gives it.
+            day: Today, as ``"20261126"``.
+
+        Raises:
+            Refused: If it is of no kind that is read, too large, or not what its name says.
+        """
+        path = Path(str(file))
+        suffix = path.suffix.lower()
+        if suffix not in KINDS:
+            raise Refused("checks.upload_kind", name=shortened(path.name), kinds=", ".join(KINDS))
+        if path.is_symlink() or not path.is_file():
+            raise Refused("checks.upload_gone")
+        size, most = path.stat().st_size, self.settings.limits.upload_bytes
+        if size > most:
+            has = f"{size / 1e6:,.1f}"
+            raise Refused("checks.upload_size", has=has, most=f"{most / 1e6:,.1f}")
+        if size == 0:
+            raise Refused("checks.upload_empty", name=shortened(path.name))
+        check_content(path, suffix)
+        if len(self.list()) >= MOST_FILES:
+            raise Refused("checks.upload_many", most=MOST_FILES)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"{day}-{secrets.token_hex(4)}-{_plain(path.stem)}{suffix}"
+        target = self.folder / name
+        shutil.copyfile(path, target)
+        target.chmod(0o600)
+        return _upload(target)
+
+    def list(self) -> list[Upload]:
+        """Returns the files, the newest first."""
+        if not self.folder.is_dir():
+            return []
+        paths = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
+        found = [path for path in paths if path.is_file() and not path.is_symlink()]
+        return [_upload(path) for path in sorted(found, key=_age, reverse=True)]
+
+    def get(self, name: object) -> Upload:
+        """Returns a file by its name here.
+
+        Raises:
+            Refused: If the owner has none of that name.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise Refused("checks.no_upload", name=shortened(name))
+        path = inside(self.folder, name)
+        if not path.is_file():
+            raise Refused("checks.no_upload", name=shortened(name))
+        return _upload(path)
+
+    def delete(self, name: object) -> None:
+        """Deletes a file.
+
+        Raises:
+            Refused: If the owner has none of that name.
+        """
+        self.get(name).path.unlink()
+
+
+def check_content(path: Path, suffix: str) -> None:
+    """Checks that a file is what its name says, as far as its beginning tells.
+
+    Raises:
+        Refused: If it is not.
+    """
+    with path.open("rb") as file:
+        head = file.read(_LOOKED_AT)
+    if suffix == ".parquet":
+        _check_parquet(path, head)
+        return
+    told = {"name": shortened(path.name), "kind": suffix}
+    if head.startswith(_OTHERS) or b"\0" in head:
+        raise Refused("checks.upload_binary", **told)
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # A letter may be cut in half at the end of what was read.
+        if error.start < len(head) - 4 or len(head) < _LOOKED_AT:
+            raise Refused("checks.upload_text", place=error.start + 1, **told) from error
+        text = head[: error.start].decode("utf-8-sig")
+    first = text.lstrip()[:1]
+    if suffix == ".json" and first not in ("[", "{"):
+        raise Refused("checks.upload_json", **told)
+    if suffix == ".jsonl" and not _has_an_object(text):
+        raise Refused("checks.upload_jsonl", **told)
+
+
+def _has_an_object(text: str) -> bool:
+    """Says whether a line is a JSON object; bad ones among them are told by the data check."""
+    lines = text.splitlines()
+    # The last one may be cut; if it is the only one, its beginning tells.
+    if len(lines) <= 1 and len(text) > _LOOKED_AT // 2:
+        return text.lstrip().startswith("{")
+    for line in lines[:1000]:
+        try:
+            if isinstance(json.loads(line), dict):
+                return True
+        except (ValueError, RecursionError):
+            continue
+    return False
+
+
+def _check_parquet(path: Path, head: bytes) -> None:
+    parquet = import_module("pyarrow.parquet")
+    try:
+        if not head.startswith(b"PAR1"):
+            raise ValueError
+        parquet.ParquetFile(path).close()
+    except (ValueError, OSError) as error:
+        name = shortened(path.name)
+        raise Refused("checks.upload_binary", name=name, kind=".parquet") from error
+
+
+def _plain(text: str) -> str:
+    """Returns what is left of a file's name: letters and digits, since it becomes one here."""
+    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", ascii_only.lower()).strip("-")[:40].strip("-") or "rows"
+
+
+def _upload(path: Path) -> Upload:
+    title = "-".join(path.name.split("-")[2:])
+    return Upload(path.name, title, path, path.stat().st_size)
+
+
+def _age(path: Path) -> tuple[float, str]:
+    return path.stat().st_mtime, path.name

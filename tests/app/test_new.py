@@ -1,0 +1,221 @@
+"""The page on which a recipe is made, used as a person would, with the real checks and planner."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tests.app.browsing import PHONE, overflow, screenshot, violations
+from tests.app.servers import Server
+
+STEPS = ("model", "data", "method", "review")
+GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
+
+
+@pytest.fixture(scope="module")
+def site(serve) -> Server:
+    return serve(trainer="fake")
+
+
+def opened(visit, site, place="", **options):
+    page = visit(f"{site.url}/new{place}", **options)
+    page.set_default_timeout(60_000)
+    page.locator("#model-facts .chosen").wait_for(state="attached")
+    return page
+
+
+def looked_at(page):
+    page.locator("#data-report .fine, #data-report .bad, #data-report .failure").first.wait_for()
+
+
+def shown_recipe(page) -> dict:
+    return yaml.safe_load(page.locator("#form-yaml pre").inner_text())
+
+
+def lines(rows) -> bytes:
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def upload(page, name, content):
+    page.locator("#data-upload input[type=file]").set_input_files(
+        {"name": name, "mimeType": "application/json", "buffer": content}
+    )
+
+
+def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
+    page = opened(visit, site, "#data")
+    looked_at(page)
+    page.get_by_label("Upload", exact=True).check()
+    bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
+    upload(page, "mine <b>.jsonl", lines(bad) + b"\nno json at all")
+    page.get_by_text("mine-b.jsonl").first.wait_for()
+    # Neither column has a known name.
+    page.locator("#data-report .failure").wait_for()
+    page.get_by_label("Prompt and completion").check()
+    for label, column in (("Prompt", "question"), ("Completion", "reply")):
+        page.locator("#mapping-columns").get_by_label(label, exact=True).click()
+        page.get_by_role("option", name=column).click()
+    page.get_by_role("button", name="Read the rows so").click()
+    report = page.locator("#data-report")
+    report.get_by_text("3 of 63 rows have problems").wait_for()
+    assert {"Row 4", "Row 63"} <= set(report.locator(".problem strong").all_inner_texts())
+    screenshot(page, "new-data-problems")
+    page.get_by_role("link", name="Next: Method").click()
+    page.get_by_role("link", name="Next: Review").click()
+    page.locator("#overview [role=alert]").wait_for()
+    page.get_by_role("button", name="Start training").click()
+    page.locator(".toast-body").get_by_text("rows have problems").wait_for()
+    assert list(site.runs.glob("*/recipe.yaml")) == []
+    page.locator("#overview").get_by_role("link", name="To the data").first.click()
+    upload(page, "mine.jsonl", lines(GOOD)) if False else page.get_by_label("Leave rows").check()
+    report.get_by_text("are left out").wait_for()
+    page.get_by_role("link", name="4 Review").click()
+    page.locator("#overview .fine").wait_for()
+    recipe = shown_recipe(page)
+    assert recipe["data"]["init_args"]["columns"] == {"prompt": "question", "completion": "reply"}
+    assert "limit_train_batches" not in recipe["trainer"]
+    page.get_by_label("Name of the run").fill("My own data")
+    page.get_by_role("button", name="Start training").click()
+    page.wait_for_url(re.compile(r"/run\?run="))
+    page.get_by_role("heading", name="My own data").wait_for()
+
+
+def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
+    page = opened(visit, site, "#data")
+    page.get_by_label("Upload", exact=True).check()
+    rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
+    upload(page, "bad.jsonl", lines([*rows, {"prompt": "x", "completion": ""}]))
+    page.locator("#data-report .problem").wait_for()
+    page.locator("#data-upload").get_by_role("button", name="Clear").click()
+    upload(page, "good.jsonl", lines(rows))
+    page.locator("#data-report .fine").wait_for()
+    page.locator("#data-facts").get_by_text("good.jsonl").wait_for()
+    mark = page.locator("#data-report .tokens mark").first
+    assert "trained:" in mark.inner_text() or "trained:" in mark.text_content()
+    assert (
+        page.evaluate("e => getComputedStyle(e).textDecorationLine", mark.element_handle())
+        == "underline"
+    )
+    screenshot(page, "new-data")
+
+
+def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
+    page = opened(visit, site, "#method")
+    looked_at_memory = page.locator("#memory .memory")
+    looked_at_memory.wait_for()
+    page.get_by_label("Batch size").fill("512")
+    page.get_by_label("Batch size").press("Tab")
+    page.get_by_label("Plan for").fill("1.5GB")
+    page.get_by_label("Plan for").press("Enter")
+    memory = page.locator("#memory")
+    memory.get_by_text("It does not fit.").wait_for()
+    fix = memory.get_by_role("button", name="Batch of 1")
+    fix.wait_for()
+    screenshot(page, "new-memory")
+    fix.click()
+    memory.get_by_text("It fits.").wait_for()
+    assert page.get_by_label("Batch size").input_value() == "1"
+    assert page.get_by_label("Accumulate").input_value() == "512"
+    changed = page.locator("#changed-settings")
+    changed.get_by_role("button", name="Reset Batch size").click()
+    page.wait_for_function(
+        "document.querySelector('#f-batch-size input, #f-batch-size textarea').value === '8'"
+    )
+
+
+def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
+    site = serve(trainer="fake")
+    page = opened(visit, site)
+    page.get_by_role("button", name="Start from a recipe or a file").click()
+    text = "model: {class_path: os.system, init_args: {command: id}}\ndata: {}\ntrainer: {}"
+    hostile = {"name": "a.yaml", "mimeType": "text/yaml", "buffer": text.encode()}
+    file = page.locator("#new-recipe-file input[type=file]")
+    file.set_input_files(hostile)
+    page.locator(".toast-body").get_by_text("os.system").first.wait_for()
+    page.goto(f"{site.url}/new?recipe=small/text-classification#review")
+    page.locator("#form-yaml pre").get_by_text("TextClassifier").wait_for()
+    page.get_by_role("button", name="Edit the YAML").click()
+    area = page.get_by_label("Recipe (YAML)", exact=True).last
+    good = area.input_value()
+    area.fill(good.replace("r: 16", "r: !!python/name:os.system"))
+    page.get_by_role("button", name="Check and use it").click()
+    page.locator(".toast-body").get_by_text("no YAML").first.wait_for()
+    area.fill(good.replace("r: 16", "r: 5").replace("learning_rate: 0.003", "learning_rate: 1e-3"))
+    page.get_by_role("button", name="Check and use it").click()
+    page.wait_for_function(
+        "document.querySelector('#form-yaml pre').innerText.includes('learning_rate: 0.001')"
+    )
+    assert shown_recipe(page)["trainer"]["strategy"]["init_args"]["r"] == 5
+    page.goto(f"{site.url}/new#review")
+    site.stop()
+    site.start()
+    page.goto(f"{site.url}/new?again#review")
+    page.locator("#form-yaml pre").get_by_text("TextClassifier").wait_for()
+    assert shown_recipe(page)["trainer"]["strategy"]["init_args"]["r"] == 5
+    page.goto(f"{site.url}/new?from=no-such-run")
+    page.locator("#new-notice [role=alert]").wait_for()
+
+
+def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
+    page = opened(visit, site, "?recipe=forkme#method")
+    page.get_by_role("button", name="Validation", exact=True).click()
+    field = page.get_by_label("Validate every", exact=True)
+    field.wait_for()
+    assert field.input_value() == "0.25"
+    assert page.get_by_label("Rank", exact=True).input_value() == "16"
+    assert page.locator("#method").get_by_label("QLoRA").is_checked()
+    field.fill("often")
+    field.press("Tab")
+    page.locator("#changed-settings [role=alert]").get_by_text("often").wait_for()
+    field.fill("100")
+    field.press("Tab")
+    page.locator("#changed-settings").get_by_text("Validate every: 0.25").wait_for()
+    page.goto(page.url.replace("#method", "#review"))
+    page.wait_for_function(
+        "document.querySelector('#form-yaml pre').innerText.includes('val_check_interval: 100')"
+    )
+
+
+def test_the_keyboard_is_enough(visit, site):
+    page = opened(visit, site)
+    seen = []
+    for step in STEPS[1:]:
+        for _ in range(120):
+            page.keyboard.press("Tab")
+            text = page.evaluate("document.activeElement.innerText || ''").strip()
+            if text.startswith("Next:"):
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"document.activeElement.id === 'heading-{step}'")
+        seen.append(step)
+        assert page.locator(f"#step-{step}").is_visible()
+    page.go_back()
+    page.wait_for_function("document.getElementById('page').dataset.step === 'method'")
+    assert seen == list(STEPS[1:])
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
+    page = opened(visit, site, f"?__theme={theme}#all")
+    looked_at(page)
+    page.locator("#memory .memory").wait_for()
+    assert violations(page) == []
+    for step in STEPS:
+        page.goto(page.url.partition("#")[0] + f"#{step}")
+        screenshot(page, f"new-{step}-{theme}")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
+    page = opened(visit, site, f"#{step}", viewport=PHONE)
+    looked_at(page) if step == "data" else None
+    assert overflow(page) <= 0
+
+
+def test_german_says_the_same(visit, site):
+    page = visit(f"{site.url}/de-new#review")
+    page.locator("#overview .fine").wait_for(timeout=90_000)
+    page.get_by_role("button", name="Training starten").wait_for()

@@ -1,0 +1,387 @@
+"""The form and the recipe say the same: fields, their defaults, choices, commands and Python."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lightning_peft
+from gradio_app.errors import Refused
+from gradio_app.pages.new.editor import Session
+from gradio_app.pages.new.method import set_field
+from gradio_app.recipe import choices
+from gradio_app.recipe.choices import (
+    amount_of,
+    dry,
+    recipe_named,
+    started,
+    with_amount,
+    with_data,
+    with_method,
+    with_model,
+)
+from gradio_app.recipe.commands import command_line, python_code
+from gradio_app.recipe.content import MISSING, class_name, laid_over, value_at, with_value
+from gradio_app.recipe.fields import BY_PATH, CHOSEN, FIELDS, FIRST, GROUPS, ONLY_YAML
+from gradio_app.recipe.form import (
+    applies,
+    changed,
+    default_of,
+    method_of,
+    read,
+    reset,
+    shown,
+    task_of,
+    text_of,
+    with_fields,
+)
+from gradio_app.recipe.planner import arguments, candidates, checked_device, with_fix
+from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS, TASK_NAMES, TASKS
+from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.cli.recipes import recipe_files
+
+DATA, MODEL, TRAINER = "data.init_args.", "model.init_args.", "trainer."
+STRATEGY = "trainer.strategy.init_args."
+FIELD = {field.path: field for field in FIELDS}
+
+
+def leaves(content: object, path: str = "") -> set[str]:
+    """Returns the paths of all arguments of a recipe."""
+    if isinstance(content, list):
+        return {leaf for one in content for leaf in leaves(one, f"{path}.{class_name(one)}")}
+    if not isinstance(content, dict):
+        return {path}
+    found = set()
+    for key, value in content.items():
+        place = f"{path}.{key}" if path else key
+        parts = ("model", "data", "trainer", "strategy", "callbacks", "init_args")
+        found |= leaves(value, place) if key in parts else {place}
+    return found
+
+
+def test_every_key_of_the_explained_recipe_has_its_place_in_the_form():
+    content = yaml.safe_load(recipe_files()["forkme"].read_text())
+    keys = {leaf for leaf in leaves(content) if not leaf.endswith("class_path")}
+    known = {*FIELD, *CHOSEN, *ONLY_YAML}
+    assert keys - known == set()
+
+
+def test_fields_are_arguments_of_the_real_classes_with_their_defaults():
+    wrong = []
+    trainer = inspect.signature(import_module("lightning.pytorch").Trainer.__init__).parameters
+    for task in TASKS:
+        for method in ("lora", "qlora"):
+            content = started(task.name, method)
+            for field in FIELDS:
+                if not applies(field, content):
+                    continue
+                owner, _, name = field.path.rpartition(".")
+                if owner == "trainer":
+                    assert trainer[name].default == field.default, field.path
+                elif owner == "trainer.callbacks" or not owner:
+                    continue
+                else:
+                    part = value_at(content, owner.removesuffix(".init_args"), None)
+                    cls = _class(part, name, field.path)
+                    default = _parameters(cls)[name]
+                    if default != default_of(field, content):
+                        wrong.append((task.name, method, field.path, default))
+    assert wrong == []
+
+
+def _class(part: object, name: str, path: str) -> type:
+    class_path = part["class_path"] if isinstance(part, dict) else path
+    if part is None:
+        class_path = f"lightning_peft.tasks.{path.split('.')[2]}"
+    module, _, word = class_path.rpartition(".")
+    return getattr(import_module(module), word)
+
+
+def _parameters(cls: type) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for base in reversed(cls.__mro__):
+        if base is object or "__init__" not in vars(base):
+            continue
+        for name, one in inspect.signature(base.__init__).parameters.items():
+            found[name] = one.default
+    return found
+
+
+def test_every_field_is_explained_in_every_language():
+    for language in LANGUAGES:
+        t = Texts(language)
+        for field in FIELDS:
+            assert t(f"fields.{field.key}")
+            assert t(f"fields.{field.key}_hint")
+        assert all(t(f"fields.group_{group}") for group in GROUPS)
+    assert len({field.key for field in FIELDS}) == len(FIELDS)
+    assert set(FIRST) <= set(BY_PATH)
+
+
+@pytest.mark.parametrize("name", recipe_files())
+def test_a_recipe_that_is_opened_and_left_as_it_is_stays_as_it_is(name):
+    content = recipe_named(name)
+    typed = {field.path: shown(field, content) for field in FIELDS}
+    made, problems = with_fields(content, typed)
+    assert made == content
+    assert problems == {}
+    assert changed(made, content) == []
+
+
+ANOTHER = {
+    "integer": "7",
+    "number": "3e-3",
+    "batches": "0.5",
+    "text": "chatml",
+    "words": "q_proj, v_proj",
+    "numbers": "0, 2",
+    "pairs": "down_proj: 32, up_proj: 8",
+}
+VALUES = {"7": 7, "3e-3": 3e-3, "0.5": 0.5, "chatml": "chatml"}
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.path)
+def test_every_field_goes_into_the_recipe_and_back(field):
+    task = field.tasks[0]
+    content = started(task, field.method or "lora")
+    if field.kind == "switch":
+        typed = not shown(field, content)
+    elif field.kind == "choice":
+        typed = next(text_of(one) for one in field.choices if text_of(one) != shown(field, content))
+    else:
+        typed = ANOTHER[field.kind]
+    made, problems = with_fields(content, {field.path: typed})
+    assert problems == {}
+    again = yaml.safe_load(yaml.safe_dump(made))
+    assert shown(field, again) == typed
+    assert changed(made, content)
+    back = reset(made, content, field.path)
+    if field.path.count("init_args") or not field.path.startswith("trainer.callbacks"):
+        assert back == content or shown(field, back) == shown(field, content)
+
+
+def test_callbacks_are_switched_on_and_off():
+    content = started("sft")
+    off = with_value(content, "trainer.callbacks.StopEarly", False)
+    assert [class_name(one) for one in off["trainer"]["callbacks"]] == [
+        "BestCheckpoint",
+        "LogSamples",
+    ]
+    assert with_value(off, "trainer.callbacks.StopEarly.init_args.patience", 9) == off
+    on = with_value(off, "trainer.callbacks.StopEarly", True)
+    assert class_name(on["trainer"]["callbacks"][-1]) == "StopEarly"
+
+
+@pytest.mark.parametrize(
+    ("path", "typed", "key"),
+    [
+        (f"{MODEL}learning_rate", "fast", "checks.number"),
+        (f"{MODEL}learning_rate", "0", "checks.range"),
+        (f"{MODEL}learning_rate", "nan", "checks.number"),
+        (f"{MODEL}learning_rate", "", "checks.needed"),
+        (f"{STRATEGY}r", "1.5", "checks.integer"),
+        (f"{STRATEGY}r", "0", "checks.range"),
+        (f"{STRATEGY}r", "1e999", "checks.integer"),
+        (f"{STRATEGY}lora_dropout", "1", "checks.range"),
+        (f"{STRATEGY}layers_to_transform", "a, b", "checks.numbers"),
+        (f"{STRATEGY}rank_pattern", "x", "checks.pairs"),
+        (f"{STRATEGY}rank_pattern", "x: -1", "checks.pairs"),
+        (f"{STRATEGY}rank_pattern", "!!python/name:os.system", "checks.pairs"),
+        (f"{STRATEGY}bias", "some", "checks.choice"),
+        (f"{STRATEGY}use_dora", "yes", "checks.switch"),
+        (f"{DATA}chat_template", "x" * 20_000, "checks.long_text"),
+        (f"{DATA}batch_size", ["8"], "checks.at_value"),
+        (f"{DATA}batch_size", None, "checks.needed"),
+    ],
+)
+def test_what_cannot_be_a_value_is_said_and_the_recipe_stays(path, typed, key):
+    with pytest.raises(Refused) as caught:
+        read(FIELD[path], typed)
+    assert caught.value.key == key
+    content = started("sft")
+    session = Session(content, content)
+    set_field(session, path, typed)
+    assert session.content == content
+    assert session.refused[path].key == key
+    set_field(session, path, shown(FIELD[path], content))
+    assert session.refused == {}
+
+
+@pytest.mark.parametrize("typed", ["2e-4", "0.0002", "2E-4", "0,0002", " 2e-4 "])
+def test_a_learning_rate_is_text(typed):
+    assert read(FIELD[f"{MODEL}learning_rate"], typed) == pytest.approx(2e-4)
+    assert text_of(2e-4) == "2e-4"
+    assert text_of(0.00025) == "2.5e-4"
+    assert text_of(0.05) == "0.05"
+
+
+# Choices
+
+
+def test_lora_and_qlora_change_places_without_a_trace():
+    lora, qlora = recipe_named("sft-lora"), recipe_named("sft-qlora")
+    assert with_method(lora, "qlora") == qlora
+    assert with_method(qlora, "lora") == lora
+    full = with_value(qlora, f"{STRATEGY}bnb_4bit_quant_type", "fp4")
+    assert with_method(full, "lora") == lora
+    assert [method_of(one) for one in (lora, qlora)] == ["lora", "qlora"]
+
+
+def test_another_model_brings_what_goes_with_its_size():
+    small = started("sft")
+    made = with_model(small, "Qwen/Qwen2.5-0.5B-Instruct", "main")
+    assert value_at(made, f"{DATA}tokenizer") == value_at(made, f"{MODEL}model")
+    assert value_at(made, f"{MODEL}revision") == "main"
+    assert value_at(made, f"{MODEL}learning_rate") == 2e-4
+    assert value_at(made, f"{TRAINER}precision") == "bf16-mixed"
+    assert value_at(made, f"{DATA}chat_template") is MISSING
+    back = with_model(made, DEMO_BASE, None)
+    for path in (f"{MODEL}learning_rate", f"{DATA}chat_template", f"{TRAINER}precision"):
+        assert value_at(back, path) == value_at(small, path)
+    assert value_at(back, f"{MODEL}revision") is MISSING
+    t5 = with_model(started("summarization"), "google-t5/t5-small", None)
+    assert value_at(t5, f"{MODEL}config") is MISSING
+
+
+def test_code_of_a_model_is_trusted_for_that_model_alone():
+    trusted = with_value(started("sft"), f"{MODEL}trust_remote_code", True)
+    assert value_at(with_model(trusted, "a/b", None), f"{MODEL}trust_remote_code") is MISSING
+
+
+def test_own_data_is_trained_on_whole_and_read_anew():
+    small = started("sft")
+    made = with_data(small, "/data/mine.jsonl", hub_config="x")
+    assert value_at(made, f"{DATA}columns") is MISSING
+    assert value_at(made, f"{TRAINER}limit_train_batches") is MISSING
+    assert value_at(made, f"{TRAINER}limit_val_batches") is MISSING
+    assert value_at(made, f"{DATA}hub_config") == "x"
+    back = with_data(made, value_at(small, f"{DATA}data"))
+    assert value_at(back, f"{DATA}columns") == value_at(small, f"{DATA}columns")
+    assert value_at(back, f"{DATA}hub_config") is MISSING
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_amounts_are_recognised(amount):
+    for name in ("sft-lora", "dpo-qlora", "small/sft"):
+        made = with_amount(recipe_named(name), amount)
+        assert amount_of(made) == amount
+        assert value_at(made, f"{TRAINER}max_epochs") == AMOUNTS[amount][0]
+        assert value_at(made, f"{STRATEGY}lora_alpha") == 2 * value_at(made, f"{STRATEGY}r")
+    assert amount_of(recipe_named("sft-lora")) == "balanced"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda c: with_method(c, "full"), "checks.no_method"),
+        (lambda c: with_amount(c, None), "checks.no_amount"),
+        (lambda c: started("../sft"), "checks.no_recipe"),
+        (lambda c: recipe_named("../../etc/passwd"), "checks.no_recipe"),
+        (lambda c: with_fix(c, "sell", None), "checks.no_fix"),
+        (lambda c: reset(c, c, "model.class_path"), "checks.unknown"),
+    ],
+)
+def test_what_was_not_offered_is_refused(change, key):
+    with pytest.raises(Refused) as caught:
+        change(started("sft"))
+    assert caught.value.key == key
+
+
+def test_recipes_are_laid_over_each_other_as_the_command_line_does():
+    below = {"a": {"class_path": "x", "init_args": {"k": 1, "columns": {"p": 1}}}, "l": [1]}
+    above = {"a": {"init_args": {"j": 2, "columns": {"q": 2}}}, "l": [2]}
+    made = laid_over(below, above)
+    assert made["a"]["init_args"] == {"k": 1, "j": 2, "columns": {"q": 2}}
+    assert made["l"] == [2]
+    assert laid_over(below, {"a": {"class_path": "y"}})["a"] == {"class_path": "y"}
+
+
+def test_tasks_are_recognised():
+    assert [task_of(started(name)).name for name in TASK_NAMES] == list(TASK_NAMES)
+    for task in TASKS:
+        assert getattr(import_module("lightning_peft.tasks"), task.module)
+    assert task_of({"model": {"class_path": "mine.Model"}}) is None
+
+
+# Commands
+
+
+def test_the_command_is_that_of_the_downloaded_file():
+    assert command_line({}) == "lightning-peft fit --config recipe.yaml"
+    assert dry(started("sft"))["trainer"]["max_steps"] == 5
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_the_python_makes_what_the_recipe_makes(name, method):
+    content = started(name, method)
+    made: dict[str, object] = {}
+    tree = ast.parse(python_code(content))
+    # All but the last line, which trains.
+    tree.body.pop()
+    exec(compile(tree, "recipe.py", "exec"), made)
+    for part in ("model", "data"):
+        assert type(made[part]).__name__ == class_name(content[part])
+        for key, value in value_at(content, f"{part}.init_args").items():
+            found = made[part].hparams.get(key, MISSING)
+            if found is MISSING:
+                continue
+            if isinstance(value, str) and value.startswith(("package:", "recipe:")):
+                assert Path(str(found)).exists()
+                continue
+            assert found == value, key
+    trainer = made["trainer"]
+    assert type(trainer.strategy).__name__ == class_name(content["trainer"]["strategy"])
+    assert trainer.max_epochs == content["trainer"]["max_epochs"]
+    names = [type(one).__name__ for one in trainer.callbacks]
+    assert {class_name(one) for one in content["trainer"]["callbacks"]} <= set(names)
+
+
+# Memory
+
+
+def test_gpus_are_those_of_the_planner():
+    device_memory = import_module("lightning_peft.plan.device_memory").device_memory
+    for name in GPUS:
+        assert device_memory(checked_device(name)).name == name
+    for name in ("24GB", "22.5 GiB", "100MB", "this"):
+        assert checked_device(name) == name
+    for name in ("--json", "x", "", None, "1e9GB", "24GB; rm"):
+        with pytest.raises(Refused, match=r"checks\.device"):
+            checked_device(name)
+
+
+def test_the_plan_is_asked_for_what_the_recipe_says():
+    words = arguments(started("sft", "qlora"), "rtx4090", 100)
+    assert isinstance(words, list)
+    base = Path(lightning_peft.__file__).parent / "demo" / "base"
+    assert {f"--model={base}", "--method=qlora", "--seq-len=100", "--batch-size=8"} <= set(words)
+    assert "--gpu=rtx4090" in words
+    assert "--batch-size=16" in arguments(started("dpo"), "this", 100)
+    assert arguments(started("image-classification"), "this", 1) == "plan_not_this_task"
+    random = with_value(started("sft"), f"{MODEL}config", {"model_type": "llama"})
+    assert arguments(random, "this", 1) == "plan_not_random"
+
+
+def test_fixes_need_less_and_learn_the_same_where_they_can():
+    content = recipe_named("sft-lora")
+    assert candidates(content, 300) == ["checkpointing", "batch", "qlora", "length"]
+    batch = with_fix(content, "batch", 300)
+    assert value_at(batch, f"{DATA}batch_size") == 1
+    assert value_at(batch, f"{TRAINER}accumulate_grad_batches") == 16
+    everything = with_fix(content, "all", 300)
+    assert candidates(everything, 150) == ["length"]
+    assert value_at(everything, f"{DATA}max_length") == 150
+    assert method_of(everything) == "qlora"
+
+
+def test_models_are_told_once_and_each_task_knows_its_own():
+    names = [model.name for model in MODELS]
+    assert len(set(names)) == len(names)
+    assert all(set(model.tasks) <= set(TASK_NAMES) for model in MODELS)
+    assert choices.METHODS.keys() == {"lora", "qlora"}

@@ -1,0 +1,165 @@
+"""Uploads: only data, only what their names say, each owner's apart, under names of the page's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gradio_app.errors import Refused
+from gradio_app.recipe.rows import first_rows
+from gradio_app.settings import Limits, Settings
+from gradio_app.uploads import MOST_FILES, Uploads
+
+DAY = "20261126"
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(uploads=tmp_path / "uploads", limits=Limits(upload_bytes=200_000))
+
+
+@pytest.fixture
+def uploads(settings) -> Uploads:
+    return Uploads(settings, "local")
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def parquet(folder: Path) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    table = pytest.importorskip("pyarrow.parquet")
+    table.write_table(arrow.Table.from_pylist(ROWS), folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", LINES),
+        ("bad-rows.jsonl", f"{LINES}\nno json\n"),
+        ("rows.json", json.dumps(ROWS)),
+        ("rows.csv", "prompt,completion\na,b\nc,\n"),
+        ("rows.tsv", "prompt\tcompletion\na\tb\nc\t\n"),
+        ("UPPER.JSONL", LINES),
+        ("with bom.jsonl", "\ufeff" + LINES),
+    ],
+)
+def test_data_is_kept_and_its_first_rows_are_shown(name, content, uploads, tmp_path):
+    upload = uploads.keep(written(tmp_path, name, content), DAY)
+    assert upload.path.parent == uploads.folder
+    assert upload.path.read_bytes() == (tmp_path / name).read_bytes()
+    table = first_rows(upload.path)
+    assert table.columns == ["prompt", "completion"]
+    assert table.rows == [["a", "b"], ["c", ""]]
+    assert uploads.get(upload.name) == upload
+    assert uploads.list() == [upload]
+
+
+def test_parquet_is_kept_and_shown(uploads, tmp_path):
+    upload = uploads.keep(parquet(tmp_path), DAY)
+    assert first_rows(upload.path).rows == [["a", "b"], ["c", ""]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "key"),
+    [
+        ("rows.pkl", pickle.dumps(ROWS), "checks.upload_kind"),
+        ("rows.jsonl", pickle.dumps(ROWS), "checks.upload_binary"),
+        ("rows.csv", pickle.dumps(ROWS, protocol=5), "checks.upload_binary"),
+        ("rows.parquet", pickle.dumps(ROWS), "checks.upload_binary"),
+        ("rows.parquet", b"PAR1" + b"x" * 100, "checks.upload_binary"),
+        ("rows.zip", b"PK\x03\x04", "checks.upload_kind"),
+        ("rows.csv", b"PK\x03\x04abc", "checks.upload_binary"),
+        ("rows.txt", b"\x7fELF", "checks.upload_binary"),
+        ("rows.txt", b"caf\xe9", "checks.upload_text"),
+        ("rows.jsonl", "<html>", "checks.upload_jsonl"),
+        ("rows.jsonl", "[1]\n2\n", "checks.upload_jsonl"),
+        ("rows.json", "x", "checks.upload_json"),
+        ("rows.jsonl", "", "checks.upload_empty"),
+        ("rows.jsonl", "{}" * 200_000, "checks.upload_size"),
+        ("rows.html", "<script>", "checks.upload_kind"),
+        ("rows.jsonl.py", "print(1)", "checks.upload_kind"),
+    ],
+)
+def test_everything_else_is_refused(name, content, key, uploads, tmp_path):
+    with pytest.raises(Refused) as caught:
+        uploads.keep(written(tmp_path, name, content), DAY)
+    assert caught.value.key == key
+    assert uploads.list() == []
+
+
+def test_archives_and_links_are_not_opened(uploads, tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.jsonl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x", b"0" * 1_000_000)
+    with pytest.raises(Refused, match=r"checks\.upload_binary"):
+        uploads.keep(tmp_path / "bomb.jsonl", DAY)
+    (tmp_path / "link.jsonl").symlink_to("/etc/passwd")
+    for path in (tmp_path / "link.jsonl", tmp_path / "no-such.jsonl", tmp_path):
+        with pytest.raises(Refused):
+            uploads.keep(path, DAY)
+
+
+@pytest.mark.parametrize(
+    "name", ["..jsonl", "../../x.jsonl", "a b;rm -rf.jsonl", "\u00fcmlaut \u2013.jsonl", "-x.jsonl"]
+)
+def test_names_here_are_the_pages_own(name, uploads, tmp_path):
+    path = written(tmp_path / "gradio" / "deep", name, LINES)
+    if path.suffix != ".jsonl":
+        return
+    upload = uploads.keep(path, DAY)
+    assert upload.path.parent == uploads.folder
+    assert all(c.isalnum() and c.isascii() or c in "-." for c in upload.name)
+    assert upload.name.startswith(DAY)
+
+
+@pytest.mark.parametrize(
+    "name", ["../local/x", "/etc/passwd", "", None, ["a"], "20261126-00000000-x.jsonl", "a\0b"]
+)
+def test_only_own_files_are_given_out(name, uploads, settings, tmp_path):
+    mine = uploads.keep(written(tmp_path, "rows.jsonl", LINES), DAY)
+    with pytest.raises(Refused, match=r"checks\.no_upload"):
+        uploads.get(name)
+    other = Uploads(settings, "v-other")
+    assert other.list() == []
+    with pytest.raises(Refused, match=r"checks\.no_upload"):
+        other.get(mine.name)
+    with pytest.raises(ValueError, match="no owner"):
+        Uploads(settings, "../local")
+    uploads.delete(mine.name)
+    assert uploads.list() == []
+
+
+def test_an_owner_cannot_fill_the_disk_with_many_files(uploads, settings, tmp_path):
+    path = written(tmp_path, "rows.jsonl", LINES)
+    for _ in range(MOST_FILES):
+        uploads.keep(path, DAY)
+    with pytest.raises(Refused, match=r"checks\.upload_many"):
+        uploads.keep(path, DAY)
+    larger = dataclasses.replace(settings, limits=Limits(upload_bytes=1))
+    with pytest.raises(Refused, match=r"checks\.upload_size"):
+        Uploads(larger, "v-2").keep(path, DAY)
+
+
+def test_rows_that_hold_much_are_shown_short(tmp_path):
+    long = json.dumps({"text": "x" * 10_000, "n": {"deep": [1]}, "none": None})
+    table = first_rows(written(tmp_path, "a.jsonl", "\n".join([long] * 100)))
+    assert len(table.rows) == 20
+    assert len(table.rows[0][0]) == 200
+    assert table.rows[0][1:] == ['{"deep": [1]}', ""]
+    assert first_rows(tmp_path / "no.jsonl") is None
+    assert first_rows(written(tmp_path, "a.pkl", b"x")) is None
+    assert first_rows(tmp_path).columns == ["text", "n", "none"]
