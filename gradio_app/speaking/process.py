@@ -69,6 +69,11 @@ class ModelProcess:
         except psutil.Error:
             return 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether it has said more than was taken."""
+        return not self._rows.empty()
+
     def said_last(self) -> str:
         """Returns the last lines that it printed for people, without secrets."""
         return tail(Path(self._errors.name), _LAST_LINES)

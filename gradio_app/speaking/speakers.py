@@ -268,7 +268,9 @@ class Speakers:
                 raise Refused("trying.refused_answer", why=said(row["error"], self.settings))
             if not row.get("done"):
                 text += str(row.get("text", ""))
-                yield Piece(text)
+                # Who reads slower than the model writes gets more at a time, and can still stop it.
+                if not held.process.waiting:
+                    yield Piece(text)
                 continue
             facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
             yield Piece(text.strip(), done=True, **facts)

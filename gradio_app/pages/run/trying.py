@@ -45,7 +45,9 @@ class Trying:
         p, t = self.parts, self.t
         given = [self.run_id, self.talk, *p.settings]
         shown = [self.talk, *p.talking, p.standing]
-        every = {**private(), "concurrency_limit": None}
+        # What goes on stands in words beside the model. Who has to wait is told so at once.
+        calm = {**private(), "show_progress": "hidden"}
+        every = {**calm, "concurrency_limit": None}
         for event in (p.ask.click, p.question.submit):
             event(told(t)(self._ask), [p.question, *given], [p.question, *shown], **every)
         for place, button in enumerate(p.prompts):
@@ -55,7 +57,7 @@ class Trying:
             button.click(told(t)(act), self.run_id, p.standing, **every)
         anew = (p.anew.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
         for event in anew:
-            event(told(t)(self._anew), p.settings, [self.talk, *p.talking], **private())
+            event(told(t)(self._anew), p.settings, [self.talk, *p.talking], **calm)
         for name, button in p.votes.items():
             given = [self.run_id, self.talk]
             voted = [self.talk, *p.talking, p.tally]
