@@ -47,6 +47,8 @@ def build(studio: Studio) -> Any:
                 gr.Navbar(main_page_name=False, visible=False)
                 with frame.framed(studio, t, page):
                     import_module(f"gradio_app.pages.{module}").build(studio, t)
+                if not path:
+                    import_module("gradio_app.pages.api").declare(studio, t)
     demo.queue(max_size=200, default_concurrency_limit=4, api_open=False)
     return demo
 

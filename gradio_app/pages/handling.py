@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import inspect
 import logging
 import secrets
@@ -57,7 +58,9 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, Refused):
-        return gr.Error(sentence(error, t), title=t("frame.refused"), print_exception=False)
+        # A toast shows HTML, and what is refused may be somebody's idea of it.
+        text = html.escape(sentence(error, t), quote=False)
+        return gr.Error(text, title=t("frame.refused"), print_exception=False)
     number = secrets.token_hex(3)
     _log.error("error %s: %s", number, redacted(repr(error)), exc_info=error)
     text = t("errors.unexpected", number=number)

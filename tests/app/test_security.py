@@ -235,7 +235,10 @@ def _sources() -> list[Path]:
     ("advisory", "words"),
     [
         ("CVE-2024-52803, CVE-2024-32022: a shell", ["shell=True", "os.system", "os.popen"]),
-        ("CVE-2025-53002, CVE-2025-46567: pickle", ["pickle", "torch.load", "joblib"]),
+        (
+            "CVE-2025-53002, CVE-2025-46567: pickle",
+            ["import pickle", "pickle.load", "torch.load", "joblib"],
+        ),
         ("CVE-2025-61784: fetching for a visitor", ["requests.get", "urlopen", "httpx.get"]),
         ("CVE-2026-28416: other people's Spaces", ["gr.load("]),
         ("GHSA-j36p-7w88-g82j: the file explorer", ["FileExplorer"]),
