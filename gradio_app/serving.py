@@ -37,20 +37,28 @@ def build(studio: Studio) -> Any:
     frame = import_module("gradio_app.pages.frame")
     first = Texts()
     demo = gr.Blocks(title=first("frame.name"), analytics_enabled=False, delete_cache=(3600, 86400))
-    for language in LANGUAGES:
-        t = Texts(language)
-        for module in PAGES:
-            page = "" if module == "home" else module
-            path = route(page, language)
-            # Gradio's own bar would list every page in every language.
-            with demo.route(path, path, show_in_navbar=False) if path else demo:
-                gr.Navbar(main_page_name=False, visible=False)
-                with frame.framed(studio, t, page):
-                    import_module(f"gradio_app.pages.{module}").build(studio, t)
-                if not path:
-                    import_module("gradio_app.pages.api").declare(studio, t)
+    with demo:
+        for language in LANGUAGES:
+            for module in PAGES:
+                _build_page(studio, demo, Texts(language), module)
     demo.queue(max_size=200, default_concurrency_limit=4, api_open=False)
     return demo
+
+
+def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
+    frame = import_module("gradio_app.pages.frame")
+    page = "" if module == "home" else module
+    path = route(page, t.language)
+    if path:
+        # What `demo.route` does, which must be called outside of the Blocks: each time they are
+        # left, Gradio builds its whole server anew. Its bar would list every language.
+        demo.pages.append((path, path, False))
+        demo.current_page = path
+    import_module("gradio").Navbar(main_page_name=False, visible=False)
+    with frame.framed(studio, t, page):
+        import_module(f"gradio_app.pages.{module}").build(studio, t)
+    if not path:
+        import_module("gradio_app.pages.api").declare(studio, t)
 
 
 def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import httpx
 import pytest
 import yaml
 from gradio_client import Client
@@ -85,15 +84,6 @@ def test_runs_that_are_not_there_are_refused(client, run):
     for name, more in (("/status", []), ("/metrics", [0]), ("/stop", [])):
         with pytest.raises(AppError, match="There is no run"):
             client.predict(run, *more, api_name=name)
-
-
-def test_a_private_handler_is_not_in_the_list(site):
-    with httpx.Client(base_url=site.url, trust_env=False) as client:
-        assert client.post("/gradio_api/call/look", json={"data": []}).status_code in (
-            404,
-            422,
-            500,
-        )
 
 
 def test_yaml_that_comes_back_is_plain(client, recipe):
