@@ -77,35 +77,43 @@ class Trying:
         self, request: gr.Request, question: Any, run_id: Any, talk: Any, *values: Any
     ) -> Iterator[Any]:
         text = question if isinstance(question, str) else ""
-        for number, shown in enumerate(self._asking(request, text, run_id, talk, values)):
-            # What was written stays until it is sure that it can be asked.
-            yield ("" if number == 1 else gr.skip(), *shown)
+        for taken, shown in self._asking(request, text, run_id, talk, values):
+            # What was written stays there if it cannot be asked.
+            yield ("" if taken else text, *shown)
 
     def _placed(self, place: int) -> Callable[..., Iterator[Any]]:
         def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
-            yield from self._asking(request, place, run_id, talk, values)
+            for _, shown in self._asking(request, place, run_id, talk, values):
+                yield shown
 
         return ask
 
     def _asking(
         self, request: gr.Request, question: Any, run_id: Any, talk: Any, values: tuple[Any, ...]
-    ) -> Iterator[tuple[Any, ...]]:
-        run = self._run(run_id, request)
-        asked = checked(run, question, values)
-        talk = talk if isinstance(talk, Talk) else Talk()
-        skips = (gr.skip(),) * len(self.parts.talking)
+    ) -> Iterator[tuple[bool, tuple[Any, ...]]]:
+        """Yields whether a question was taken, and what is shown."""
+        now = talk = talk if isinstance(talk, Talk) else Talk()
+        mode, standing = str(values[0]), gr.skip()
         try:
+            run = self._run(run_id, request)
+            asked = checked(run, question, values)
             for _ in self.studio.speakers.load(run.owner, run, asked.checkpoint):
-                yield (gr.skip(), *skips, self._standing(run))
-            now = talk
+                skips = (gr.skip(),) * len(self.parts.talking)
+                yield True, (gr.skip(), *skips, self._standing(run))
             for now in answers(self.studio.speakers, run, talk, asked):
                 shown = self.parts.shown(now, asked.mode, going_on=True)
-                yield (now, *shown, self._standing(run))
-        except Refused:
+                yield True, (now, *shown, self._standing(run))
+            standing = self._standing(run)
+        except Refused as refusal:
+            self._warn(refusal)
             # The conversation is as before the question.
-            yield (talk, *self.parts.shown(talk, asked.mode), self._standing(run))
-            raise
-        yield (now, *self.parts.shown(now, asked.mode), self._standing(run))
+            yield False, (talk, *self.parts.shown(talk, mode), standing)
+            return
+        yield True, (now, *self.parts.shown(now, asked.mode), standing)
+
+    def _warn(self, refusal: Refused) -> None:
+        # An error would lie upon the conversation until it is clicked away.
+        gr.Warning(sentence(refusal, self.t), title=self.t("frame.refused"))
 
     def _anew(self, *values: Any) -> tuple[Any, ...]:
         mode, checkpoint = str(values[0]), str(values[1] or "")
@@ -119,9 +127,8 @@ class Trying:
         try:
             for _ in self.studio.speakers.load(run.owner, run, checkpoint_of(run, checkpoint)):
                 yield self._standing(run)
-        except Refused:
-            yield self._standing(run)
-            raise
+        except Refused as refusal:
+            self._warn(refusal)
         yield self._standing(run)
 
     def _unload(self, run_id: Any, request: gr.Request) -> str:
@@ -153,9 +160,13 @@ class Trying:
     def _voted(self, request: gr.Request, vote: str, run_id: Any, talk: Any) -> tuple[Any, ...]:
         run = self._run(run_id, request)
         ballot = talk.ballot if isinstance(talk, Talk) else None
-        if ballot is None:
-            raise Refused("trying.refused_vote")
-        outcome = votes.record(run, ballot, vote)
+        try:
+            if ballot is None:
+                raise Refused("trying.refused_vote")
+            outcome = votes.record(run, ballot, vote)
+        except Refused as refusal:
+            self._warn(refusal)
+            return (gr.skip(),) * (2 + len(self.parts.talking))
         told_now = trying_html.revealed(outcome, ballot.who, self.t)
         talk = Talk(talk.checkpoint, True, talk.left, talk.right, talk.ends, talk.reference)
         shown = self.parts.shown(talk, "blind", revealed=told_now, who=ballot.who)
