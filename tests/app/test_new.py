@@ -161,12 +161,12 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
 
 def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
     page = opened(visit, site, "?recipe=forkme#method")
-    page.get_by_role("button", name="Validation", exact=True).click()
+    page.locator("#group-validation > button").click()
     field = page.get_by_label("Validate every", exact=True)
     field.wait_for()
     assert field.input_value() == "0.25"
     assert page.get_by_label("Rank", exact=True).input_value() == "16"
-    assert page.locator("#method").get_by_label("QLoRA").is_checked()
+    assert page.locator("#method input[value=qlora]").is_checked()
     field.fill("often")
     field.press("Tab")
     page.locator("#changed-settings [role=alert]").get_by_text("often").wait_for()

@@ -107,7 +107,7 @@ class Editor:
         """
 
         @told(self.t)
-        def handle(session: Any, *given: Any, request: gr.Request) -> list[Any]:
+        def handle(session: Any, request: gr.Request, *given: Any) -> list[Any]:
             session = self.of(session, request)
             content = change(session, *given)
             _take(session, content)

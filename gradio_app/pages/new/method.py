@@ -117,7 +117,7 @@ def _bind_fields(editor: Editor, made: dict[str, Any], others: list[Any]) -> Non
         triggers += [part.blur, part.submit] if typed else [part.input]
 
     @told(editor.t)
-    def touched(session: Any, *values: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
+    def touched(session: Any, request: gr.Request, event: gr.EventData, *values: Any) -> list[Any]:
         session = editor.of(session, request)
         path = ids.get(getattr(event.target, "_id", None))
         if path is None:
