@@ -33,10 +33,9 @@ def prepare_environment() -> None:
 
 def build(studio: Studio) -> Any:
     """Returns ``gr.Blocks`` with every page in every language."""
-    gr = import_module("gradio")
-    frame = import_module("gradio_app.pages.frame")
-    first = Texts()
-    demo = gr.Blocks(title=first("frame.name"), analytics_enabled=False, delete_cache=(3600, 86400))
+    blocks = import_module("gradio").Blocks
+    title = Texts()("frame.name")
+    demo = blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400))
     with demo:
         for language in LANGUAGES:
             for module in PAGES:
