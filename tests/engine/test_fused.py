@@ -1,4 +1,4 @@
-"""The layer and its adapter as one step of autograd: PEFT's numbers, and nothing else is changed."""
+"""The layer and its adapter as one step of autograd: PEFT's numbers, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ def by_hand(layer: LoraLayer, x: Tensor, mask: Tensor | None = None, p: float = 
     kept = x.double() if mask is None else x.double() * mask / (1 - p)
     a, b = (factor.double() for factor in layer.factors("default"))
     stored = layer._parameters["weight"]
-    if isinstance(layer, FourBitLayer):
-        weight = FourBitLayer.effective_weight(layer)
-    else:
-        weight = stored
+    four_bit = isinstance(layer, FourBitLayer)
+    weight = FourBitLayer.effective_weight(layer) if four_bit else stored
     rows = fused.as_rows(layer, weight).double()
     bias = None if layer.bias is None else layer.bias.double()
     scaling = layer.lora_adapters["default"].scaling
