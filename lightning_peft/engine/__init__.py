@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         quantized_loading,
     )
     from lightning_peft.engine.memory.weightless import (
+        has_values,
         inject_without_values,
         quantizable_layers,
         quantize_without_values,
@@ -158,6 +159,7 @@ _HOMES = {
         "quantized_loading",
     ),
     "memory.weightless": (
+        "has_values",
         "inject_without_values",
         "quantizable_layers",
         "quantize_without_values",
@@ -210,6 +212,7 @@ __all__ = [
     "describe",
     "disable_adapters",
     "freeze_left_out",
+    "has_values",
     "inject",
     "inject_as_described",
     "inject_without_values",

@@ -92,7 +92,11 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             # Asked in half of all calls, and nothing is made.
             return args[0].fake_device
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default and isinstance(args[0], FakeTensor):
+            # Such as the tokens that have a label: it may be all of them.
+            out = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        else:
+            out = func(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor, self._purpose(func, tensor), move=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, answer
+from lightning_peft.tasks.token_loss import TokenLoss
 
 # Longest text that predict_step generates.
 MAX_NEW_TOKENS = 256
@@ -25,11 +26,19 @@ class CausalLM(PretrainedTask):
     ``val_token_accuracy`` (share of labelled tokens that are the most likely one), and the same
     as ``test_...``.
 
+    Logits exist only where there is a label, a few at a time, if a trial on the first batch shows
+    that the model's own loss is the same; else the model computes its loss.
+
     The arguments are those of :class:`PretrainedTask
     <lightning_peft.tasks.pretrained.PretrainedTask>`.
     """
 
     auto_class = AutoModelForCausalLM
+
+    @cached_property
+    def token_loss(self) -> TokenLoss:
+        """Computes the loss without the logits of tokens that have no label, where it can."""
+        return TokenLoss()
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns means over labelled tokens."""
@@ -37,19 +46,18 @@ class CausalLM(PretrainedTask):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean loss over the labelled tokens of ``batch``."""
-        loss: Tensor = self(**batch).loss
+        assert self.model is not None
+        loss = self.token_loss.train(self, self.model, batch)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:
         """Adds the labelled tokens of ``batch``."""
-        output = self(**batch)
-        # Position 0 is predicted by nothing, so its label does not count.
-        labels = batch["labels"][:, 1:]
-        labelled = labels != IGNORED
-        correct = output.logits[:, :-1].argmax(-1)[labelled] == labels[labelled]
-        self.metrics["loss"].update(output.loss, labelled.sum())
-        self.metrics["token_accuracy"].update(correct)
+        assert self.model is not None
+        scored = self.token_loss.evaluate(self, self.model, batch)
+        if scored.tokens:
+            self.metrics["loss"].update(scored.loss, scored.tokens)
+            self.metrics["token_accuracy"].update(scored.correct / scored.tokens, scored.tokens)
 
     def results(self) -> dict[str, Any]:
         """Returns loss, perplexity and token accuracy."""

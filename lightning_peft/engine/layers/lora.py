@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine.layers.convolution import convolve, mix_channels
+from lightning_peft.engine.layers.fused import fused_output
 from lightning_peft.engine.layers.in_place import InPlace, extend, parameter, retract
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED, from_rows, is_plain
 from lightning_peft.engine.layers.quantization import QuantizedWeight
@@ -154,6 +155,11 @@ _STATE = (
 
 class LoraLinear(LoraLayer):
     """``nn.Linear`` or ``Conv1D``: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns ``W x + s B A x`` for ``x`` of shape ``(..., in)``, in one step where it can."""
+        fused = fused_output(self, self.running(), args, kwargs)
+        return super().forward(*args, **kwargs) if fused is None else fused
 
     def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``s B A x`` for ``x`` of shape ``(..., in)``."""

@@ -14,6 +14,7 @@ import bitsandbytes as bnb
 from bitsandbytes.functional import QuantState
 from peft import PeftConfig
 from torch import Tensor, float32, nn, uint8
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -160,6 +161,11 @@ def _own_classes(part: nn.Module) -> Iterator[None]:
     finally:
         for child, cls in zip(extended, before, strict=True):
             child.__class__ = cls
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Says whether ``tensor`` has numbers that can be looked at."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def quantized_tensors(module: nn.Module) -> list[Tensor]:

@@ -1,0 +1,262 @@
+"""``W x + s B A x`` as one step for autograd, for the layers where that is all that happens.
+
+Autograd left to itself keeps the dropped input of every adapter beside the input, and adds up two
+outputs and two input gradients that can be accumulated into one. Here the low-rank products come
+first and go into the result of the large one, in the dtype of the activations over float32
+adapters; a 4-bit weight is dequantized once in each direction; and only the input, what dropout
+kept of it, and the ``r`` numbers per row between ``A`` and ``B`` wait for the backward pass.
+
+What :func:`fused_output` does not cover is left to :mod:`.lora`, which gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from lightning_peft.engine.layers.in_place import InPlace
+from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, is_plain
+from lightning_peft.engine.layers.quantized import FourBitLayer, output_dtype
+
+# Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FOUR_BIT_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+_COVERED: dict[type, bool] = {}
+
+
+class Frozen(NamedTuple):
+    """How the frozen weight takes part.
+
+    Attributes:
+        layer: The layer.
+        dtype: What the result and the adapters are computed in.
+        compute: What the product with the frozen weight is computed in.
+        state: bitsandbytes' constants of a 4-bit weight.
+    """
+
+    layer: Any
+    dtype: torch.dtype
+    compute: torch.dtype
+    state: Any
+
+    def product(self, rows: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+        """Returns ``rows @ W.T + bias`` for ``rows`` of shape ``(n, in)``; a new tensor."""
+        rows = rows.to(self.compute)
+        bias = None if bias is None else bias.to(self.compute)
+        if self.state is None:
+            return F.linear(rows, self.weight(stored), bias)
+        product = bnb.matmul_4bit(rows, stored, bias=bias, quant_state=self.state)
+        return product.to(self.dtype)
+
+    def weight(self, stored: Tensor) -> Tensor:
+        """Returns the weight as ``(out, in)`` in the dtype that it is multiplied in."""
+        if self.state is None:
+            return as_rows(self.layer, stored).to(self.compute)
+        # The codes become numbers of the dtype that is needed at once: bitsandbytes would make
+        # those of the weight before quantization, and they would be copied.
+        state = copy.copy(self.state)
+        state.dtype = self.compute
+        return dequantize_4bit(stored, state)
+
+
+def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor | None:
+    """Returns the output of a linear layer with one adapter, or ``None`` where it is not covered.
+
+    Not covered are several adapters at once, base weights that are trained, computed or in 8 bits,
+    classes with a forward pass of their own, dropout with hooks or of another kind,
+    ``torch.compile``, ``torch.func`` and forward-mode differentiation.
+
+    Args:
+        layer: A layer with adapters on it.
+        names: The adapters that take part.
+        args: Positional arguments of the call; one, of shape ``(..., in)``.
+        kwargs: The others.
+    """
+    x = args[0] if len(args) == 1 and not kwargs else None
+    if len(names) != 1 or not isinstance(x, Tensor) or not _covers(type(layer), layer):
+        return None
+    dropout = layer.lora_dropout[names[0]]
+    stored = layer._parameters.get("weight")
+    if _is_transformed() or not _drops_plainly(dropout) or stored is None or stored.requires_grad:
+        return None
+    frozen = _frozen(layer, stored, x)
+    if frozen is None:
+        return None
+    a, b = layer.factors(names[0])
+    p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    scaling = layer.lora_adapters[names[0]].scaling
+    with _without_autocast(x):
+        out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
+    return out
+
+
+class FusedLora(torch.autograd.Function):
+    """The product with a frozen weight and one adapter, and its gradients.
+
+    With ``G`` the gradient of the output, ``D`` the input after dropout and ``s`` the scaling: that
+    of ``B`` is ``G^T (s A D)``, that of ``A`` is ``s (B^T G)^T D``, and that of the input is
+    ``G W`` plus ``s (B^T G) A`` where dropout kept the input.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None,
+        stored: Tensor,
+        frozen: Frozen,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        """Returns the output, ``(..., out)``.
+
+        Args:
+            ctx: Autograd's.
+            x: ``(..., in)``.
+            a: ``(r, in)``.
+            b: ``(out, r)``.
+            bias: ``(out,)`` or ``None``.
+            stored: The frozen weight or its codes.
+            frozen: How it takes part.
+            scaling: The factor in front of ``B A``.
+            p: Probability that dropout takes an input away.
+        """
+        mask = draw_mask(x, p) if p else None
+        rows = _rows(x, frozen)
+        out = frozen.product(rows, stored, bias)
+        ctx.factor, ctx.frozen = scaling / (1 - p), frozen
+        low = _low(rows, mask, a, ctx.factor)
+        out.addmm_(low, b.to(out.dtype).t())
+        # The input as it came: layers that share it keep one tensor, not a cast copy each.
+        ctx.save_for_backward(x, mask, low, a, b, bias, stored)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients of input, ``A``, ``B`` and a bias that is trained."""
+        x, mask, low, a, b, bias, stored = ctx.saved_tensors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        rows = _rows(x, ctx.frozen)
+        for_x, for_a, for_b, for_bias = ctx.needs_input_grad[:4]
+        with _without_autocast(rows):
+            if torch.is_grad_enabled():
+                # For gradients of gradients: what was kept does not know where it came from.
+                low = _low(rows, mask, a, ctx.factor)
+            of_low = gradient @ b.to(gradient.dtype)
+            of_x = of_a = of_b = of_bias = None
+            if for_x:
+                of_x = _of_input(ctx, gradient, of_low, mask, a, stored)
+                of_x = of_x.view(x.shape).to(x.dtype)
+            if for_a:
+                of_a = (of_low.t() @ _kept(rows, mask)).to(a.dtype) * ctx.factor
+            if for_b:
+                of_b = (gradient.t() @ low).to(b.dtype)
+            if for_bias:
+                of_bias = gradient.sum(0, dtype=bias.dtype)
+        return of_x, of_a, of_b, of_bias, *[None] * 4
+
+
+def _of_input(
+    ctx: Any, gradient: Tensor, of_low: Tensor, mask: Tensor | None, a: Tensor, stored: Tensor
+) -> Tensor:
+    frozen: Frozen = ctx.frozen
+    of_x = (gradient.to(frozen.compute) @ frozen.weight(stored)).to(gradient.dtype)
+    scaled = (a * ctx.factor).to(gradient.dtype)
+    if mask is None:
+        return of_x.addmm_(of_low, scaled)
+    return of_x.add_(_kept(of_low @ scaled, mask))
+
+
+def _rows(x: Tensor, frozen: Frozen) -> Tensor:
+    return x.to(frozen.dtype).reshape(-1, x.shape[-1])
+
+
+def _low(rows: Tensor, mask: Tensor | None, a: Tensor, factor: float) -> Tensor:
+    """Returns ``s A`` times what dropout kept, ``(n, r)``."""
+    return _kept(rows, mask) @ (a * factor).to(rows.dtype).t()
+
+
+def draw_mask(x: Tensor, p: float) -> Tensor:
+    """Returns where dropout keeps ``x``, from the random numbers that ``nn.Dropout`` would use."""
+    if x.device.type == "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    return torch.native_dropout(x, p, True)[1]
+
+
+def _kept(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns ``rows`` with zeros where ``mask``, of as many elements, is false."""
+    if mask is None:
+        return rows
+    mask = mask.reshape(rows.shape)
+    if torch.is_grad_enabled():
+        return rows * mask
+    # A product of a number and a truth value makes torch convert one element after the other.
+    bits = rows.view(_BITS[rows.dtype.itemsize]) * mask.view(torch.uint8)
+    return bits.view(rows.dtype)
+
+
+def _frozen(layer: Any, stored: Any, x: Tensor) -> Frozen | None:
+    """Returns how the weight takes part, or ``None`` where ``x`` does not fit it."""
+    dtype, autocast = output_dtype(x), torch.is_autocast_enabled(x.device.type)
+    if isinstance(layer, FourBitLayer):
+        frozen = Frozen(layer, dtype, layer.compute_dtype or dtype, stored.quant_state)
+        width = frozen.state.shape[1]
+        known = {x.dtype, frozen.compute} <= _FOUR_BIT_DTYPES
+    else:
+        frozen = Frozen(layer, dtype, dtype, None)
+        width = as_rows(layer, stored).shape[1]
+        # Two dtypes without autocast are an error that torch words best.
+        known = x.is_floating_point() and (autocast or x.dtype == stored.dtype)
+    if autocast and x.dtype == torch.float64:
+        # Which autocast leaves as it is.
+        return None
+    return frozen if known and x.shape[-1:] == (width,) and x.numel() else None
+
+
+def _is_transformed() -> bool:
+    """Says whether more is asked of the computation than its values and gradients."""
+    compiled = torch.compiler.is_compiling()
+    functional = torch._C._are_functorch_transforms_active()
+    return compiled or functional or forward_ad._current_level >= 0
+
+
+def _covers(cls: type, layer: Any) -> bool:
+    if cls not in _COVERED:
+        known = [m for m in layer.mixins if issubclass(m, InPlace)]
+        four_bit = isinstance(layer, FourBitLayer)
+        overriding = [m for m in layer.mixins if "forward" in vars(m) and m not in known]
+        _COVERED[cls] = (
+            isinstance(layer, LINEAR_LIKE)
+            and is_plain(layer)
+            and len(known) == (2 if four_bit else 1)
+            and not overriding
+        )
+    return _COVERED[cls]
+
+
+def _drops_plainly(dropout: Any) -> bool:
+    hooked = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks
+    if hooked or dropout._backward_pre_hooks:
+        return False
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and 0 < dropout.p < 1)
+
+
+@contextmanager
+def _without_autocast(x: Tensor) -> Iterator[None]:
+    """Within the body, products are computed in the dtypes that are given."""
+    if not torch.is_autocast_enabled(x.device.type):
+        yield
+        return
+    with torch.autocast(x.device.type, enabled=False):
+        yield

@@ -1,0 +1,330 @@
+"""The loss of a causal language model, from logits only where there is a label.
+
+A vocabulary of 128k makes the logits of a thousand tokens larger than all else that a step keeps,
+and of instruction data most have no label. Here the model runs up to its head, the head sees the
+positions with a label, a few at a time, and each time the gradients are taken at once, so that no
+more logits than those of one chunk ever exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from lightning_peft import engine
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.tasks.modes import in_eval_mode
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+# Logits that exist at a time: 64 MB in float32.
+CHUNK = 1 << 24
+# What a batch may have for the loss to be taken apart; more may mean another loss.
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
+# The trial of a model takes so many rows and tokens.
+_ROWS, _TOKENS = 2, 32
+
+
+@dataclass
+class Scored:
+    """What a batch gave.
+
+    Attributes:
+        loss: Mean over the labelled tokens, float32.
+        tokens: How many those are.
+        correct: How many of them are the most likely token.
+    """
+
+    loss: Tensor
+    tokens: int
+    correct: Tensor
+
+
+class TokenLoss:
+    """The loss of one model, by parts where that is the model's own loss, else the model's own.
+
+    What a model does to its logits is read from its config, and tried before it is relied on: on
+    a corner of the first batch, logits and loss must be those that the model computes by itself.
+    """
+
+    def __init__(self) -> None:
+        # None: not tried yet. No reference to the model, which may be copied with this.
+        self._by_parts: bool | None = None
+
+    def train(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Tensor:
+        """Returns the loss of a batch, a mean over its labelled tokens, with gradients.
+
+        Args:
+            call: Runs the model on a batch.
+            model: The model, for its head.
+            batch: ``input_ids``, ``labels`` and what else the model takes.
+        """
+        if not self._goes_by_parts(call, model, batch):
+            own: Tensor = call(**batch).loss
+            return own
+        hidden, targets = _labelled(call, model, batch)
+        head, after = model.get_output_embeddings(), after_head(model)
+        trained = [param for param in head.parameters() if param.requires_grad]
+        loss: Tensor = ChunkedLoss.apply(hidden, targets, _rows(model), head, after, *trained)
+        return loss
+
+    def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Scored:
+        """Returns loss and accuracy of a batch, without gradients.
+
+        Args:
+            call: As of :meth:`train`.
+            model: The same.
+            batch: The same.
+        """
+        with torch.no_grad():
+            if not self._goes_by_parts(call, model, batch):
+                return _scored(call(**batch), shifted(batch["labels"]))
+            hidden, targets = _labelled(call, model, batch)
+            head, after = model.get_output_embeddings(), after_head(model)
+            total = hidden.new_zeros((), dtype=torch.float32)
+            correct = hidden.new_zeros((), dtype=torch.int64)
+            for rows, wanted in _chunks(hidden, targets, _rows(model)):
+                logits = after(head(rows))
+                correct += (logits.argmax(-1) == wanted).sum()
+                total += _consume(logits.to(torch.float32, copy=True), wanted)[0]
+            return Scored(total / len(targets), len(targets), correct)
+
+    def _goes_by_parts(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
+        if not batch.keys() <= _KNOWN or batch["input_ids"].shape[1] < 2:
+            return False
+        if self._by_parts is None:
+            reason = _why_whole(model)
+            if reason is None and not engine.has_values(batch["input_ids"]):
+                # A prediction of memory: there are no numbers to compare.
+                return True
+            reason = reason or _trial(call, model, batch)
+            self._by_parts = reason is None
+            if reason is not None:
+                log.info(
+                    "%s computes its own loss, with the logits of all tokens: %s.",
+                    type(model).__name__,
+                    reason,
+                )
+        return self._by_parts
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy behind a head; gradients are taken in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        rows: int,
+        head: nn.Module,
+        after: Callable[[Tensor], Tensor],
+        *trained: Tensor,
+    ) -> Tensor:
+        """Returns the mean, float32.
+
+        Args:
+            ctx: Autograd's.
+            hidden: What the head gets, ``(tokens, width)``.
+            targets: ``(tokens,)``, int64.
+            rows: Tokens in a chunk.
+            head: Makes logits.
+            after: What the model does to logits.
+            *trained: The parameters of the head that are trained.
+        """
+        total = hidden.new_zeros((), dtype=torch.float32)
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None] * len(trained)
+        start = 0
+        for some, wanted in _chunks(hidden, targets, rows):
+            part = some.detach().requires_grad_(of_hidden is not None)
+            with torch.enable_grad():
+                logits = after(head(part))
+            wide = logits.detach().to(torch.float32, copy=True)
+            loss, gradient = _consume(wide, wanted)
+            total += loss
+            sources = [part, *trained] if of_hidden is not None else [*trained]
+            found = _gradients(logits, sources, gradient)
+            if of_hidden is not None:
+                of_hidden[start : start + len(part)] = found.pop(0)
+            sums = [_added(held, more) for held, more in zip(sums, found, strict=True)]
+            start += len(part)
+        ctx.count, ctx.dtypes = max(1, len(targets)), [param.dtype for param in trained]
+        ctx.save_for_backward(of_hidden, *sums)
+        return total / len(targets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """Returns the gradients of the head's input and of its trained parameters."""
+        # Sums until here: in float16, the shares of a mean over thousands of tokens vanish.
+        scale = gradients[0] / ctx.count
+        of_hidden, *sums = (
+            None if held is None else held * scale.to(held.device) for held in ctx.saved_tensors
+        )
+        of_trained = [
+            None if held is None else held.to(dtype)
+            for held, dtype in zip(sums, ctx.dtypes, strict=True)
+        ]
+        return of_hidden, None, None, None, None, *of_trained
+
+
+def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[Any]:
+    if not sources:
+        return []
+    # An adapter that does not run is among the parameters of the head too.
+    given = gradient.to(logits.dtype)
+    return list(torch.autograd.grad(logits, sources, given, allow_unused=True))
+
+
+def _added(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Returns the sum, in float32 or more: that of many chunks in 16 bits would lose the last."""
+    if more is None:
+        return held
+    more = more.to(torch.promote_types(more.dtype, torch.float32))
+    return more if held is None else held.add_(more)
+
+
+def _consume(wide: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the summed cross-entropy and its gradient; ``wide`` becomes the gradient."""
+    at = torch.arange(len(targets), device=targets.device)
+    wide.sub_(wide.amax(-1, keepdim=True))
+    picked = wide[at, targets]
+    total = wide.exp_().sum(-1, keepdim=True)
+    loss = (total.log().squeeze(-1) - picked).sum()
+    wide.div_(total)
+    wide[at, targets] -= 1
+    return loss, wide
+
+
+def _rows(model: PreTrainedModel) -> int:
+    """Returns how many tokens a chunk has."""
+    classes = getattr(model.get_output_embeddings(), "out_features", None)
+    return max(1, CHUNK // int(classes or model.config.get_text_config().vocab_size))
+
+
+def _chunks(hidden: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    if len(targets):
+        yield from zip(hidden.split(rows), targets.split(rows), strict=True)
+
+
+def _labelled(
+    call: Callable[..., Any], model: PreTrainedModel, batch: Any
+) -> tuple[Tensor, Tensor]:
+    """Returns what the head would get where there is a label, and the labels."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with _head_input(model, first_only=True) as seen:
+        call(**inputs)
+    (hidden,) = seen
+    targets = shifted(batch["labels"]).to(hidden.device)
+    places = (targets != IGNORED).nonzero().squeeze(-1)
+    return hidden.flatten(0, 1).index_select(0, places), targets.index_select(0, places)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Returns the label of the token that each position predicts, ``(batch * length,)``."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+@contextmanager
+def _head_input(model: PreTrainedModel, first_only: bool) -> Iterator[list[Tensor]]:
+    """Notes what the head of ``model`` is given; it may then be made to see one position only."""
+    seen: list[Tensor] = []
+
+    def note(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        seen.append(args[0])
+        return (args[0][:, :1], *args[1:]) if first_only else None
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Returns what ``model`` does to the output of its head, by the names of its config."""
+    config: Any = model.config.get_text_config()
+    times = getattr(config, "logit_scale", None)
+    over = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def after(logits: Tensor) -> Tensor:
+        if times is not None:
+            logits = logits * times
+        if over is not None:
+            logits = logits / over
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return after
+
+
+def _why_whole(model: PreTrainedModel) -> str | None:
+    """Returns why the loss of ``model`` is known not to be the mean over tokens, or ``None``."""
+    if model.get_output_embeddings() is None:
+        return "it names no output embeddings"
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        return "it is compiled as a whole"
+    if model.loss_function is not ForCausalLMLoss:
+        return "it has a loss function of its own"
+    return None
+
+
+def _trial(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str | None:
+    """Returns in what the model differs from what :class:`TokenLoss` computes, or ``None``."""
+    corner = _corner(batch)
+    head, after = model.get_output_embeddings(), after_head(model)
+    devices = [model.device] if model.device.type == "cuda" else []
+    inputs = {name: value for name, value in corner.items() if name != "labels"}
+    try:
+        with torch.no_grad(), in_eval_mode(head):
+            # Twice the same random numbers, and none that the run would notice.
+            with torch.random.fork_rng(devices):
+                output = call(**corner)
+            with torch.random.fork_rng(devices), _head_input(model, first_only=True) as seen:
+                call(**inputs)
+            (hidden,) = seen
+            mine, logits = after(head(hidden)).float(), output.logits.float()
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        return f"it cannot be run without its last layer ({str(error).partition(chr(10))[0]})"
+    precision = max(1e-4, 4 * torch.finfo(output.logits.dtype).eps)
+    if mine.shape != logits.shape or not (mine - logits).norm() <= precision * logits.norm():
+        return "it does more to its logits than its config says"
+    loss = F.cross_entropy(logits.flatten(0, 1), shifted(corner["labels"]), ignore_index=IGNORED)
+    # From the same logits, so that even a small term of its own shows.
+    if not (loss - output.loss).abs() <= 1e-6 * loss.abs():
+        return f"its loss is no mean over tokens ({output.loss:.6f}, which would be {loss:.6f})"
+    return None
+
+
+def _corner(batch: Any) -> dict[str, Tensor]:
+    """Returns the first tokens of the first rows, with labels on two of three tokens."""
+    corner = {name: value[:_ROWS, :_TOKENS] for name, value in batch.items()}
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 4:
+        corner["attention_mask"] = mask[:_ROWS, :, :_TOKENS, :_TOKENS]
+    elif mask is not None:
+        corner["attention_mask"] = torch.ones_like(corner["attention_mask"])
+    labels = corner["input_ids"].clone()
+    labels[:, ::3] = IGNORED
+    return {**corner, "labels": labels}
+
+
+def _scored(output: Any, targets: Tensor) -> Scored:
+    """Returns loss and accuracy from the logits of all tokens."""
+    targets = targets.to(output.logits.device)
+    labelled = targets != IGNORED
+    correct = (output.logits.argmax(-1).flatten() == targets) & labelled
+    return Scored(output.loss, int(labelled.sum()), correct.sum())
