@@ -155,12 +155,11 @@ def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
 
 def changed_html(session: Session, t: Texts) -> str:
     """Returns the settings that are not those of the recipe it was started from."""
-    rows, styles = "", []
+    rows = ""
     for path in changed(session.content, session.since):
         field = BY_PATH[path]
         label = t(f"fields.{field.key}")
         before, now = (_said(shown(field, one), t) for one in (session.since, session.content))
-        styles.append(f"#f-{field.key.replace('_', '-')}")
         rows += (
             f"<li><span>{escaped(t('new.was', label=label, before=before, now=now))}</span> "
             f'<button type="button" class="as-button small" data-reset="{escaped(path)}" '
@@ -174,11 +173,8 @@ def changed_html(session: Session, t: Texts) -> str:
     alert = f'<div class="failure" role="alert"><ul>{problems}</ul></div>' if problems else ""
     if not rows:
         return f'{alert}<p class="note">{escaped(t("new.nothing_changed"))}</p>'
-    style = (
-        f"<style>{', '.join(styles)} {{ box-shadow: inset 3px 0 0 var(--primary-500); }}</style>"
-    )
     said = f'<p class="note">{escaped(t("new.changed"))}</p>'
-    return f'{alert}{said}<ul class="changed">{rows}</ul>{style}'
+    return f'{alert}{said}<ul class="changed">{rows}</ul>'
 
 
 def _said(value: Any, t: Texts) -> str:
