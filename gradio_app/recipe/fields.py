@@ -287,6 +287,12 @@ def _validation() -> tuple[Field, ...]:
             most=10**6,
             optional=True,
         ),
+    )
+
+
+def _stopping() -> tuple[Field, ...]:
+    group = "validation"
+    return (
         Field(_CALLBACKS + "StopEarly", group, "switch", False),
         Field(
             _CALLBACKS + "StopEarly.init_args.patience", group, "integer", 3, least=1, most=10**4
@@ -331,6 +337,7 @@ FIELDS: tuple[Field, ...] = (
     *_memory(),
     *_rows(),
     *_validation(),
+    *_stopping(),
     *_keeping(),
 )
 BY_PATH = {field.path: field for field in FIELDS}
