@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from gradio_app.errors import Refused
-from gradio_app.guards import escaped, shortened
+from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import memory
@@ -110,38 +111,24 @@ def _update(field: Field, session: Session) -> Any:
 
 def _bind_fields(editor: Editor, made: dict[str, Any], others: list[Any]) -> None:
     """Lets every setting change the recipe, by itself: the values of others may be older."""
-    ids = {part._id: path for path, part in made.items()}
-    triggers = []
-    for part in made.values():
-        typed = isinstance(part, gr.Textbox)
-        triggers += [part.blur, part.submit] if typed else [part.input]
+    for path, part in made.items():
+        triggers = [part.blur, part.submit] if isinstance(part, gr.Textbox) else [part.input]
+        editor.later(partial(_bind_field, editor, path, part, triggers, others))
 
+
+def _bind_field(
+    editor: Editor, path: str, part: Any, triggers: list[Any], others: list[Any]
+) -> None:
     @told(editor.t)
-    def touched(session: Any, request: gr.Request, event: gr.EventData, *values: Any) -> list[Any]:
+    def touched(session: Any, value: Any, request: gr.Request) -> list[Any]:
         session = editor.of(session, request)
-        path = ids.get(getattr(event.target, "_id", None))
-        if path is None:
-            raise Refused("checks.unknown", where=shortened(event.target))
-        set_field(session, path, values[list(made).index(path)])
-        return [
-            session,
-            dumped(session.content),
-            amount_of(session.content),
-            changed_html(session, editor.t),
-        ]
+        set_field(session, path, value)
+        draft = dumped(session.content)
+        return [session, draft, amount_of(session.content), changed_html(session, editor.t)]
 
-    editor.later(
-        lambda: editor.then(
-            gr.on(
-                triggers,
-                touched,
-                [editor.session, *made.values()],
-                [editor.session, editor.draft, *others],
-                trigger_mode="multiple",
-                **private(),
-            )
-        )
-    )
+    outputs = [editor.session, editor.draft, *others]
+    options = {"trigger_mode": "multiple", **private()}
+    editor.then(gr.on(triggers, touched, [editor.session, part], outputs, **options))
 
 
 def set_field(session: Session, path: str, typed: Any) -> None:
@@ -168,12 +155,11 @@ def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
 
 def changed_html(session: Session, t: Texts) -> str:
     """Returns the settings that are not those of the recipe it was started from."""
-    rows, styles = "", []
+    rows = ""
     for path in changed(session.content, session.since):
         field = BY_PATH[path]
         label = t(f"fields.{field.key}")
         before, now = (_said(shown(field, one), t) for one in (session.since, session.content))
-        styles.append(f"#f-{field.key.replace('_', '-')}")
         rows += (
             f"<li><span>{escaped(t('new.was', label=label, before=before, now=now))}</span> "
             f'<button type="button" class="as-button small" data-reset="{escaped(path)}" '
@@ -187,11 +173,8 @@ def changed_html(session: Session, t: Texts) -> str:
     alert = f'<div class="failure" role="alert"><ul>{problems}</ul></div>' if problems else ""
     if not rows:
         return f'{alert}<p class="note">{escaped(t("new.nothing_changed"))}</p>'
-    style = (
-        f"<style>{', '.join(styles)} {{ box-shadow: inset 3px 0 0 var(--primary-500); }}</style>"
-    )
     said = f'<p class="note">{escaped(t("new.changed"))}</p>'
-    return f'{alert}{said}<ul class="changed">{rows}</ul>{style}'
+    return f'{alert}{said}<ul class="changed">{rows}</ul>'
 
 
 def _said(value: Any, t: Texts) -> str:
