@@ -1,8 +1,8 @@
 """Held-out loss of full fine-tuning, LoRA and QLoRA at equal tokens, and the error of 4-bit types.
 
-``python benchmarks/quality.py [--steps N] [--seeds N] [--quick]`` trains the base that is shipped in
-the package on the instructions that are shipped beside it, once for each method and seed, with the
-same batches; each method takes the best of ``--rates`` by the validation loss of the first seed.
+``python benchmarks/quality.py [--steps N] [--seeds N] [--quick]`` trains the base that is in the
+package on the instructions beside it, once for each method and seed, with the same batches; each
+method takes the best of its learning rates by the validation loss of the first seed.
 Then it quantizes the weights of that base to NF4, FP4 and plain int4 (round to nearest, one scale
 for a block of 64, as the other two), and compares their errors. ``--model`` is a folder of another
 pretrained model; without one, the record says that there was none. The record is

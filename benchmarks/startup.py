@@ -2,8 +2,8 @@
 
 ``python benchmarks/startup.py [--repeats N] [--quick]`` starts fresh processes, the ways in turn,
 and writes ``benchmarks/records/startup.json``. Times are those of whole processes; ``nothing`` is
-an empty one. ``import lightning_peft`` loads Lightning on first use only; ``first_strategy`` imports
-both and makes the first strategy, which is what a training script pays.
+an empty one. ``import lightning_peft`` loads Lightning on first use only; ``first_strategy``
+imports both and makes the first strategy, which is what a training script pays.
 """
 
 from __future__ import annotations
