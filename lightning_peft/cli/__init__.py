@@ -17,6 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Train": ("fit", "validate", "test", "predict"),
     "Prove it": ("verify", "reproduce"),
     "Use what was trained": ("chat", "compare", "merge", "export"),
+    "Tidy up": ("cache",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 _TRAINING = GROUPS["Train"]

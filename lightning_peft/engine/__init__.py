@@ -61,6 +61,9 @@ if TYPE_CHECKING:
         loading_for_injection,
         quantized_loading,
     )
+    from lightning_peft.engine.memory.watched_loads import (
+        keep_quantized,
+    )
     from lightning_peft.engine.memory.weightless import (
         has_values,
         inject_without_values,
@@ -158,6 +161,7 @@ _HOMES = {
         "loading_for_injection",
         "quantized_loading",
     ),
+    "memory.watched_loads": ("keep_quantized",),
     "memory.weightless": (
         "has_values",
         "inject_without_values",
@@ -217,6 +221,7 @@ __all__ = [
     "inject_as_described",
     "inject_without_values",
     "is_checkpointed",
+    "keep_quantized",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",

@@ -31,6 +31,7 @@ from lightning_peft.engine.layers.lora import attach, low_rank_factors
 from lightning_peft.engine.layers.quantization import adopt_quantized, quantize
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
+from lightning_peft.engine.memory.streamed_quantizer import late_dtype
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import (
@@ -168,8 +169,10 @@ def _inject_part(
 def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartRecord:
     part = plan.part
     source = getattr(part, "config", None)
-    already = [name for name, child in part.named_modules() if is_quantized(child)]
-    quantized = [*already, *plan.quantize]
+    planned = set(plan.quantize)
+    quantized = [
+        name for name, child in part.named_modules() if name in planned or is_quantized(child)
+    ]
     return PartRecord(
         name=plan.name,
         base=base_fingerprint(
@@ -247,6 +250,12 @@ class _InPlaceLoraModel(LoraModel):
             # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
             target = stand_in(target)
         made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        dtype = late_dtype(target)
+        if dtype is not None:
+            # As if the weight were quantized after this.
+            for factors in (made.lora_A, made.lora_B):
+                for param in factors[adapter_name].parameters():  # type: ignore[index,union-attr]
+                    param.data = param.data.to(dtype).to(param.dtype)
         return made
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:

@@ -132,8 +132,8 @@ class Report:
         return capture.get()
 
 
-def show(what: Report) -> None:
-    """Prints a report to the terminal, in colour where it can be."""
+def show(what: Report | str) -> None:
+    """Prints a report or a sentence to the terminal, in colour where it can be."""
     Console(soft_wrap=False).print(what)
 
 

@@ -110,6 +110,9 @@ class QLoRAArguments:
             of 4.5.
         bnb_4bit_compute_dtype: Dtype of the products with quantized weights; ``None`` follows the
             activations, and so the Trainer's ``precision``.
+        cache_quantized_base: Keep the codes of a base that ``from_pretrained`` loads in
+            ``configure_model`` on disk, about half a byte for each weight, and take them from
+            there when the same files are loaded again. ``lightning-peft cache`` lists and clears.
         adapt: Names of the submodules that get adapters; by default the pretrained ones.
         optimizer: A bitsandbytes optimizer by transformers' name, such as ``"paged_adamw_8bit"``
             or ``"adamw_8bit"``, that takes the place of those that ``configure_optimizers``
@@ -151,6 +154,7 @@ class QLoRAArguments:
         bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4",
         bnb_4bit_use_double_quant: bool = True,
         bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        cache_quantized_base: bool = True,
         adapt: str | list[str] | None = None,
         optimizer: str | None = "auto",
         gradient_checkpointing: bool | Literal["auto"] = "auto",
@@ -210,6 +214,7 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
         chosen=chosen,
         optimizer=arguments["optimizer"],
         gradient_checkpointing=_switch(arguments["gradient_checkpointing"]),
+        cache_quantized_base=bool(arguments.get("cache_quantized_base", False)),
     )
 
 

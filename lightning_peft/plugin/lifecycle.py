@@ -43,6 +43,7 @@ class Injection:
         chosen: Whether the user chose any setting of the adapters.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
         gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass.
+        cache_quantized_base: Whether the cache of quantized bases is used.
     """
 
     peft_config: Any
@@ -51,6 +52,7 @@ class Injection:
     chosen: bool = True
     optimizer: str | None = None
     gradient_checkpointing: bool | str = False
+    cache_quantized_base: bool = False
 
 
 class Lifecycle:
@@ -95,12 +97,14 @@ class Lifecycle:
                 asked.quantization_config,
                 asked.adapt,
                 strategy.root_device,
-            ):
+                asked.cache_quantized_base,
+            ) as loading:
                 module.configure_model()
             # Again: the module may have brought callbacks of its own since.
             self._refuse(module, strategy)
             with _default_dtype_and_device():
                 self._inject(module, strategy)
+            self._keep(module, strategy, loading)
 
         self._waiting = module
         module.__dict__["configure_model"] = configure_model
@@ -170,6 +174,14 @@ class Lifecycle:
             if self.announce and strategy.is_global_zero:
                 self.announce = False
                 engine.show(engine.report(module))
+
+    def _keep(self, module: Any, strategy: Any, loading: Any) -> None:
+        for entry in engine.keep_quantized(module, loading):
+            if strategy.is_global_zero:
+                engine.show(
+                    f"The quantized base is kept for the next start: {entry.size / 1e9:.2f} GB in "
+                    f"{entry.folder} (lightning-peft cache lists and clears)."
+                )
 
     def _check_same(self, module: nn.Module) -> None:
         """Compares adapters that are there already with the ones that were asked for."""

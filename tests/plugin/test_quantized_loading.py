@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lightning_peft import QLoRACallback, engine, load_from_checkpoint
+from lightning_peft import QLoRACallback, QLoRAStrategy, engine, load_from_checkpoint
 from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.memory import quantized_cache
 from lightning_peft.errors import BaseMismatchError
 
 VOCABULARY, LENGTH = 64, 8
@@ -180,3 +181,35 @@ def test_from_pretrained_is_put_back_when_building_fails(folder, tmp_path):
     with pytest.raises(RuntimeError, match="stop here"):
         fit(Failing(str(folder)), tmp_path)
     assert PreTrainedModel.__dict__["from_pretrained"] is method
+
+
+@pytest.mark.parametrize("by", ["strategy", "callback"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_second_start_is_the_first(by, precision, folder, tmp_path, monkeypatch, capsys):
+    """Lightning changes the default dtype around ``configure_model`` under ``bf16-true``."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(quantized_cache, "SMALLEST", 0)
+
+    def run(cached):
+        module = Loaded(str(folder))
+        if by == "strategy":
+            how = (QLoRAStrategy(r=4, announce=False, cache_quantized_base=cached), [])
+        else:
+            how = ("auto", [QLoRACallback(r=4, announce=False, cache_quantized_base=cached)])
+        torch.manual_seed(2)
+        made = trainer(tmp_path, how[0], max_epochs=1, callbacks=how[1], precision=precision)
+        torch.manual_seed(3)
+        made.fit(module, data(), data())
+        return module
+
+    bases = tmp_path / "cache" / "lightning-peft" / "bases"
+    plain = run(False)
+    assert not bases.exists()
+    first = run(True)
+    assert f"in {bases}" in "".join(capsys.readouterr().out.split("\n")).replace("  ", " ")
+    second = run(True)
+    assert len(list(bases.iterdir())) == 1
+    assert "kept for the next start" not in capsys.readouterr().out
+    assert plain.losses == first.losses == second.losses
+    for module in (first, second):
+        assert not differing(weights(plain), weights(module))

@@ -121,6 +121,16 @@ def _to_4bit(
     # Through the dictionary here and below: it keeps the order of parameters, which is part of
     # every optimizer state that is saved by position.
     layer._parameters["weight"] = packed.to(device)
+    become_4bit(layer, config)
+
+
+def become_4bit(layer: Any, config: BitsAndBytesConfig) -> None:
+    """Gives a layer whose stored weight is codes already the class that computes with them.
+
+    Args:
+        layer: A layer whose weight is a ``bitsandbytes.nn.Params4bit``.
+        config: 4-bit settings; ``bnb_4bit_compute_dtype`` holds for the product.
+    """
     if isinstance(layer, CONVOLUTION_LIKE):
         extend(layer, FourBitConvolution)
     elif isinstance(layer, Conv1D):

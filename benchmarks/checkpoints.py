@@ -1,0 +1,114 @@
+"""Adapter checkpoints against Lightning's full ones of the same module: time and size.
+
+``python benchmarks/checkpoints.py [--layers N] [--repeats N] [--quick]`` builds a random Llama with
+more than 100M parameters, trains one step with LoRA and one with full fine-tuning, and then saves
+and loads the checkpoints of the two in turn, through ``Trainer.save_checkpoint`` and
+``Trainer.strategy``, in one process. Times of saving include getting the bytes to the disk
+(``fsync``). The record is ``benchmarks/records/checkpoints.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from record import conditions, interleaved, ratio, summary, write
+
+
+def trained(way: str, layers: int, folder: Path) -> tuple[Any, Any]:
+    """Returns a Trainer after one step, and its module."""
+    import pytorch_lightning
+    import torch
+    from torch.utils.data import DataLoader
+
+    from lightning_peft import LoRAStrategy
+    from lightning_peft.tasks.causal_lm import CausalLM
+
+    config = {
+        "model_type": "llama",
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+    }
+    ids = torch.arange(16).view(2, 8)
+    rows = [{"input_ids": row, "labels": row, "attention_mask": row * 0 + 1} for row in ids]
+    trainer = pytorch_lightning.Trainer(
+        strategy=LoRAStrategy(announce=False) if way == "adapter" else "auto",
+        max_steps=1,
+        devices=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    task = CausalLM("random", config=config)
+    trainer.fit(task, DataLoader(rows, batch_size=2))
+    return trainer, task
+
+
+def saved_and_loaded(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that saves, loads, and says what it took."""
+
+    def run() -> Mapping[str, float]:
+        started = time.perf_counter()
+        trainer.save_checkpoint(path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        saved = time.perf_counter()
+        checkpoint = trainer.strategy.load_checkpoint(path)
+        trainer.strategy.load_model_state_dict(checkpoint)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        loaded = time.perf_counter()
+        return {
+            "save_seconds": saved - started,
+            "load_seconds": loaded - saved,
+            "bytes": path.stat().st_size,
+        }
+
+    return run
+
+
+def main() -> None:
+    """Measures and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    where = conditions()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        made = {
+            way: trained(way, 1 if given.quick else given.layers, folder)
+            for way in ("adapter", "full")
+        }
+        ways = {
+            way: saved_and_loaded(trainer, folder / f"{way}.ckpt")
+            for way, (trainer, _) in made.items()
+        }
+        runs = interleaved(ways, 1 if given.quick else given.repeats)
+    measures = ("save_seconds", "load_seconds", "bytes")
+    full = made["full"][1]
+    content = {
+        "conditions": where,
+        "parameters": sum(param.numel() for param in full.parameters()),
+        "repeats": len(runs["full"]),
+        "measured": summary(runs),
+        "ratios": {measure: ratio(runs, "adapter", "full", measure) for measure in measures},
+        "runs": runs,
+    }
+    write("checkpoints", content, quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Held-out loss of full fine-tuning, LoRA and QLoRA at equal tokens, and the error of 4-bit types.
+
+``python benchmarks/quality.py [--steps N] [--seeds N] [--quick]`` trains the base that is in the
+package on the instructions beside it, once for each method and seed, with the same batches; each
+method takes the best of its learning rates by the validation loss of the first seed.
+Then it quantizes the weights of that base to NF4, FP4 and plain int4 (round to nearest, one scale
+for a block of 64, as the other two), and compares their errors. ``--model`` is a folder of another
+pretrained model; without one, the record says that there was none. The record is
+``benchmarks/records/quality.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from record import conditions, spread, write
+
+METHODS = ("full", "lora", "qlora")
+RATES = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3), "qlora": (3e-4, 1e-3, 3e-3)}
+BLOCK = 64
+
+
+def held_out(method: str, model: str, data: str, rate: float, seed: int, steps: int) -> float:
+    """Returns the validation loss after training."""
+    import pytorch_lightning
+    from lightning_fabric.utilities.seed import seed_everything
+
+    from lightning_peft import LoRAStrategy, QLoRAStrategy, SupervisedData
+    from lightning_peft.tasks.causal_lm import CausalLM
+
+    strategies: dict[str, Any] = {
+        "full": lambda: "auto",
+        "lora": lambda: LoRAStrategy(r=16, announce=False),
+        # AdamW of torch, as for the others.
+        "qlora": lambda: QLoRAStrategy(r=16, announce=False, optimizer=None),
+    }
+    seed_everything(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pytorch_lightning.Trainer(
+            strategy=strategies[method](),
+            max_steps=steps,
+            max_epochs=-1,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        # The split is that of `split_seed`, the same for all.
+        rows = SupervisedData(data, model, chat_template="chatml", max_length=256, batch_size=8)
+        task = CausalLM(model, learning_rate=rate, dtype="float32")
+        trainer.fit(task, rows)
+        found = trainer.validate(task, rows, verbose=False)
+    return float(found[0]["val_loss"])
+
+
+def weight_errors(model: str) -> dict[str, float]:
+    """Returns the relative root mean square error of the linear weights for each 4-bit type."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from transformers import AutoModelForCausalLM
+
+    total, wrong = 0.0, {"nf4": 0.0, "fp4": 0.0, "int4": 0.0}
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    for layer in base.modules():
+        if not isinstance(layer, torch.nn.Linear) or layer is base.get_output_embeddings():
+            continue
+        weight = layer.weight.detach()
+        total += weight.square().sum().item()
+        for kind in ("nf4", "fp4"):
+            codes, state = quantize_4bit(weight, blocksize=BLOCK, quant_type=kind)
+            wrong[kind] += (dequantize_4bit(codes, state) - weight).square().sum().item()
+        flat = weight.flatten()
+        blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+        scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
+        rounded = (blocks / scale).round().clamp(-7, 7) * scale
+        wrong["int4"] += (rounded - blocks).square().sum().item()
+    return {kind: (value / total) ** 0.5 for kind, value in wrong.items()}
+
+
+def measured(model: str, data: str, steps: int, seeds: int, quick: bool) -> dict[str, Any]:
+    """Returns the losses of all methods on one model, and the errors of its weights."""
+    losses: dict[str, list[float]] = {}
+    chosen: dict[str, float] = {}
+    for method in METHODS:
+        rates = RATES[method][:1] if quick else RATES[method]
+        first = {rate: held_out(method, model, data, rate, 0, steps) for rate in rates}
+        chosen[method] = min(first, key=lambda rate: first[rate])
+        losses[method] = [first[chosen[method]]]
+    # Seeds in turn, so that nothing that changes meanwhile falls on one method.
+    for seed in range(1, seeds):
+        for method in METHODS:
+            losses[method].append(held_out(method, model, data, chosen[method], seed, steps))
+            print(f"seed {seed} {method}: {losses[method][-1]:.4f}", flush=True)
+    ratios = {
+        f"{one}_to_{other}": spread(
+            [a / b for a, b in zip(losses[one], losses[other], strict=True)]
+        )
+        for one, other in (("lora", "full"), ("qlora", "lora"))
+    }
+    return {
+        "rates": chosen,
+        "held_out_loss": losses,
+        "spread": {method: spread(values) for method, values in losses.items()},
+        "ratios": ratios,
+        "relative_weight_error": weight_errors(model),
+    }
+
+
+def main() -> None:
+    """Measures and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--model", help="folder of a pretrained model of another family")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    from lightning_peft.demo.run import BASE
+
+    data = str(Path(BASE).parent / "instructions.jsonl")
+    steps, seeds = (2, 1) if given.quick else (given.steps, given.seeds)
+    where = conditions()
+    content: dict[str, Any] = {
+        "conditions": where,
+        "steps": steps,
+        "seeds": seeds,
+        "shipped_base": measured(str(BASE), data, steps, seeds, given.quick),
+        "another_family": "none was on the machine; no installed package ships one",
+    }
+    if given.model:
+        content["another_family"] = measured(given.model, data, steps, seeds, given.quick)
+    write("quality", content, quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What importing costs, and how soon the command line answers, against Lightning alone.
+
+``python benchmarks/startup.py [--repeats N] [--quick]`` starts fresh processes, the ways in turn,
+and writes ``benchmarks/records/startup.json``. Times are those of whole processes; ``nothing`` is
+an empty one. ``import lightning_peft`` loads Lightning on first use only; ``first_strategy``
+imports both and makes the first strategy, which is what a training script pays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from record import conditions, interleaved, ratio, summary, write
+
+COMMANDS = {
+    "nothing": ["-c", "pass"],
+    "lightning": ["-c", "import pytorch_lightning"],
+    "ours": ["-c", "import lightning_peft"],
+    "ours_and_lightning": ["-c", "import pytorch_lightning, lightning_peft"],
+    "first_strategy": [
+        "-c",
+        "import pytorch_lightning, lightning_peft; lightning_peft.QLoRAStrategy()",
+    ],
+    "help": ["-m", "lightning_peft.cli", "--help"],
+}
+
+
+def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that runs Python with ``command`` and says how long it took."""
+
+    def run() -> Mapping[str, float]:
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, timeout=300)
+        return {"seconds": time.perf_counter() - started}
+
+    return run
+
+
+def main() -> None:
+    """Measures and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    ways = {name: timed(command) for name, command in COMMANDS.items()}
+    where = conditions()
+    for way in ways.values():
+        # Compiled files and the page cache, for all alike.
+        way()
+    runs = interleaved(ways, 1 if given.quick else given.repeats)
+    pairs = {
+        "import_both_to_lightning": ("ours_and_lightning", "lightning"),
+        "import_to_lightning": ("ours", "lightning"),
+        "first_strategy_to_lightning": ("first_strategy", "lightning"),
+        "help_to_lightning": ("help", "lightning"),
+    }
+    content = {
+        "conditions": where,
+        "repeats": len(runs["ours"]),
+        "seconds": summary(runs),
+        "ratios": {name: ratio(runs, *pair, "seconds") for name, pair in pairs.items()},
+        "runs": runs,
+    }
+    write("startup", content, quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()

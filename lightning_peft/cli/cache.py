@@ -1,0 +1,160 @@
+"""``lightning-peft cache``: what is kept on disk to start faster, listed and cleared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from lightning_peft.engine.cache_entries import Entry, cache_root, entries, remove
+from lightning_peft.errors import ConfigError
+
+ABOUT = "List and clear what is kept on disk: quantized bases and prepared data."
+_MORE = """\
+Everything here is made anew when it is needed. A run that is going on keeps what it has loaded.
+Folders that an interrupted run left behind are listed as such; one that is a few minutes old may
+belong to a run that is writing it.
+
+exit code: 0, or 2 for a name that is none
+"""
+# Kind of entry, by the folder that it is in.
+KINDS = {"bases": "quantized base", "data": "prepared data"}
+_SHOWN = 12
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit code: 0, or 2 for a name that is none.
+    """
+    given = _parser().parse_args(list(arguments))
+    found = [(kind, item) for kind in KINDS for item in entries(cache_root() / kind)]
+    if given.command == "clear":
+        _clear(_chosen(found, given.name, given.all), given.json)
+    else:
+        _list(found, given.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-peft cache",
+        description=ABOUT,
+        epilog=_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    commands = parser.add_subparsers(dest="command")
+    clear = commands.add_parser("clear", help="remove entries", allow_abbrev=False)
+    clear.add_argument("name", nargs="?", help="one entry; its first letters are enough")
+    clear.add_argument("--all", action="store_true", help="all of them")
+    # Not to overwrite the one in front of the subcommand.
+    text = "print the result as JSON"
+    clear.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=text)
+    return parser
+
+
+def _chosen(found: list[tuple[str, Entry]], name: str | None, every: bool) -> list[Entry]:
+    if every == (name is not None):
+        raise ConfigError("Name one entry, or pass --all: lightning-peft cache clear NAME")
+    if every:
+        return [item for _, item in found]
+    names = [item.folder.name for _, item in found]
+    fitting = [item for _, item in found if item.folder.name.startswith(str(name))]
+    if len(fitting) != 1 or not name:
+        known = f"The names are: {', '.join(names)}" if names else "There is no entry at all"
+        problem = "is the start of several names" if fitting and name else "is no entry"
+        raise ConfigError(f"{name!r} {problem} in {str(cache_root())!r}. {known}.")
+    return fitting
+
+
+def _clear(chosen: list[Entry], as_json: bool) -> None:
+    gone = []
+    for item in chosen:
+        remove(item.folder)
+        if item.folder.exists():
+            print(f"lightning-peft: {item.folder} cannot be removed", file=sys.stderr)
+        else:
+            gone.append(item)
+    freed = sum(item.size for item in gone)
+    if as_json:
+        names = [item.folder.name for item in gone]
+        print(json.dumps({"removed": names, "bytes": freed}, indent=2))
+    else:
+        print(f"{len(gone)} removed, {_size(freed)} freed")
+
+
+def _list(found: list[tuple[str, Entry]], as_json: bool) -> None:
+    rows = [_row(kind, item) for kind, item in found]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        print(f"Nothing is kept in {cache_root()}.")
+        return
+    total = f"{_size(sum(item.size for _, item in found))} in {cache_root()}"
+    table = [_words(row) for row in rows]
+    console = import_module("rich.console").Console()
+    if not console.is_terminal:
+        for words in table:
+            print("\t".join(words.values()))
+        print(total)
+        return
+    grid = import_module("rich.table").Table(caption=total)
+    for heading in table[0]:
+        grid.add_column(heading)
+    for words in table:
+        grid.add_row(*words.values())
+    console.print(grid)
+
+
+def _row(kind: str, item: Entry) -> dict[str, Any]:
+    summary = item.summary
+    return {
+        "name": item.folder.name,
+        "kind": KINDS[kind],
+        "model": summary.get("model"),
+        "settings": summary.get("settings") if kind == "bases" else None,
+        "device": summary.get("device"),
+        "versions": summary.get("versions"),
+        "bytes": item.size,
+        "age_seconds": round(item.age),
+        "unused_seconds": round(item.unused),
+        "whole": item.whole,
+        "folder": str(item.folder),
+    }
+
+
+def _words(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "name": row["name"][:_SHOWN],
+        "kind": row["kind"] if row["whole"] else f"{row['kind']}, left behind",
+        "of": str(row["model"] or "-"),
+        "how": _how(row),
+        "size": _size(row["bytes"]),
+        "age": _time(row["age_seconds"]),
+        "last use": _time(row["unused_seconds"]) + " ago",
+    }
+
+
+def _how(row: dict[str, Any]) -> str:
+    settings = row["settings"]
+    if not settings:
+        return "-"
+    double = ", double" if settings.get("bnb_4bit_use_double_quant") else ""
+    return f"{settings.get('bnb_4bit_quant_type')}{double}, {row['device']}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _time(seconds: int) -> str:
+    length, unit = next((each for each in _UNITS if seconds >= each[0]), _UNITS[-1])
+    return f"{seconds // length} {unit}"

@@ -1,0 +1,346 @@
+"""The cache of quantized bases: the second start from the same files loads codes.
+
+Kept are the codes and constants of quantized layers. All else of a model, the dense parts, comes
+from its own files as always, so that an entry can never be taken for the model of other files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.utils import unpack_tensor_to_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+
+from lightning_peft.engine import cache_entries
+from lightning_peft.engine.layers.quantized import storage_bytes
+from lightning_peft.engine.memory.weight_files import find_weight_files, hashes, stamps
+from lightning_peft.engine.quantization_settings import quantization_to_dict
+
+# Raised whenever an entry is written, or its layers are chosen, in another way.
+FORMAT = 1
+KIND = "quantized base"
+# Bytes of codes below which a second start would gain nothing that a user could notice.
+SMALLEST = 16 << 20
+# safetensors copies what it writes to memory, so not all at once.
+_SHARD = 128 << 20
+# What these do is not in the key, or not with these files.
+_NOT_COVERED = (
+    "subfolder",
+    "variant",
+    "key_mapping",
+    "output_loading_info",
+    "ignore_mismatched_sizes",
+    "force_download",
+    "from_tf",
+    "from_flax",
+)
+# Where files come from, which their hash makes up for.
+_WHERE = ("cache_dir", "token", "local_files_only", "revision", "code_revision", "_commit_hash")
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DenseFacts:
+    """What the record of a base wants to know of a weight that is dense no more."""
+
+    checksum: int
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KnownWeight:
+    """A quantized weight.
+
+    Attributes:
+        stored: ``bitsandbytes.nn.Params4bit``.
+        facts: What it was.
+        late: Whether it would be dense after loading, and quantized when adapters are added.
+    """
+
+    stored: Any
+    facts: DenseFacts
+    late: bool
+
+
+@dataclass
+class CachedLoad:
+    """One call of ``from_pretrained``, and the entry that it decides.
+
+    Attributes:
+        final: Folder of the entry.
+        name: What the user calls the model.
+        options: Other arguments of the call.
+        files: The weight files.
+        stamps: What those looked like before they were hashed.
+        about: What a list of entries says.
+        weights: The weights of the entry by the names of their layers; empty if there is none.
+    """
+
+    final: Path
+    name: str
+    options: dict[str, Any]
+    files: list[Path]
+    stamps: list[Any]
+    about: dict[str, Any]
+    weights: dict[str, KnownWeight] = field(default_factory=dict)
+
+    def unchanged(self, files: Iterable[Any] | None = None) -> bool:
+        """Says whether a load reads the files that were hashed, as they were then.
+
+        Args:
+            files: Those that it reads; by default those that it would.
+        """
+        wanted = find_weight_files(self.name, self.options) if files is None else files
+        try:
+            return [Path(file).resolve() for file in wanted] == self.files and (
+                stamps(self.files) == self.stamps
+            )
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A new entry: where it is, and its bytes."""
+
+    folder: Path
+    size: int
+
+
+def look_up(
+    cls: type, name: Any, options: Mapping[str, Any], settings: dict[str, Any], where: torch.device
+) -> CachedLoad | None:
+    """Finds the entry that a call decides, and reads it if it is there.
+
+    Args:
+        cls: Class of the model.
+        name: Folder or name on the hub.
+        options: Further arguments of ``from_pretrained``.
+        settings: What else decides which layers become which codes, ready for JSON.
+        where: Device that quantizes.
+
+    Returns:
+        ``None`` for calls that the cache does not cover, and where it cannot be used.
+    """
+    plain = _plain_options(options)
+    files = find_weight_files(name, options) if plain is not None else []
+    if plain is None or not files:
+        return None
+    folder = cache_entries.cache_root() / "bases"
+    try:
+        before = stamps(files)
+        sums = hashes(files, folder.with_name("hashes"))
+        config, _ = PreTrainedConfig.get_config_dict(name, **_given(options, "revision", "token"))
+    except OSError as error:
+        log.warning("No quantized base can be kept for %s: %s.", name, error)
+        return None
+    packages = ("bitsandbytes", "torch", "transformers")
+    about = {
+        "model": str(name),
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "settings": settings,
+        "device": _device_name(where),
+        "versions": {package: version(package) for package in packages},
+    }
+    decisive = {key: value for key, value in about.items() if key != "model"}
+    key = cache_entries.key_of(
+        format=FORMAT,
+        **decisive,
+        options=plain,
+        config=config,
+        files=sums,
+    )
+    load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
+    load.weights = _read(load.final, where)
+    return load
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the arguments that decide what is loaded; ``None`` where that cannot be said."""
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        if key == "adapter_kwargs":
+            # Always there; it says something where adapters are loaded as well.
+            value = {name: given for name, given in (value or {}).items() if name not in _WHERE}
+            if any(given is not None for given in value.values()):
+                return None
+            continue
+        if key in _NOT_COVERED and value:
+            return None
+        if key == "use_safetensors" and value is False:
+            return None
+        if isinstance(value, PreTrainedConfig):
+            found[key] = json.loads(value.to_json_string(use_diff=False))
+            # The name under which it was found.
+            found[key].pop("_name_or_path", None)
+        elif key not in _WHERE and value is not None:
+            if not isinstance(value, _PLAIN):
+                return None
+            found[key] = str(value)
+    return found
+
+
+def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
+def settings_for(settings: BitsAndBytesConfig, dense: Iterable[str], way: str) -> dict[str, Any]:
+    """Returns what decides which layers become which codes, ready for JSON.
+
+    Args:
+        settings: 4-bit settings.
+        dense: Names of modules that stay dense.
+        way: How a model is loaded that is not in the cache.
+    """
+    fields = dict(quantization_to_dict(settings) or {})
+    # That is for the product, not for the codes.
+    fields.pop("bnb_4bit_compute_dtype", None)
+    return {**fields, "dense": sorted(dense), "way": way}
+
+
+def _device_name(device: torch.device) -> str:
+    # Kernels of another card may round in another way.
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _read(final: Path, device: torch.device) -> dict[str, KnownWeight]:
+    summary = cache_entries.find(final, KIND)
+    if summary is None:
+        return {}
+    try:
+        return _weights(final, summary["layers"], device)
+    except (OSError, ValueError, KeyError, AssertionError, SafetensorError) as error:
+        cache_entries.discard(final, KIND, str(error))
+        return {}
+
+
+def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[str, KnownWeight]:
+    stored: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for path in sorted(final.glob("*.safetensors")):
+        # Memory-mapped: several processes share the pages.
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118
+                name, _, part = key.partition("|")
+                stored[name][part] = file.get_tensor(key)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        sums = dict(zip(stored, pool.map(_crc_of_parts, stored.values()), strict=True))
+    wrong = [name for name, facts in layers.items() if sums[name] != facts["crc"]]
+    if wrong:
+        raise ValueError(f"the codes of {wrong[0]} are not those that were written")
+    return {
+        name: KnownWeight(
+            _restored(stored[name], device),
+            DenseFacts(facts["checksum"], tuple(facts["shape"]), facts["bytes"]),
+            facts["late"],
+        )
+        for name, facts in layers.items()
+    }
+
+
+def _restored(parts: dict[str, Tensor], device: torch.device) -> Any:
+    rest = {f"weight.{part}": tensor for part, tensor in parts.items() if part != "codes"}
+    made = bnb.nn.Params4bit.from_prequantized(parts["codes"], rest, device=device)
+    if made.quant_state.nested:
+        # bitsandbytes makes it in the default dtype, which Lightning changes for configure_model.
+        offset = unpack_tensor_to_dict(parts[_rest_of(parts)])["nested_offset"]
+        made.quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=device)
+    return made
+
+
+def _rest_of(parts: Mapping[str, Tensor]) -> str:
+    return next(name for name in parts if name.startswith("quant_state."))
+
+
+def keep(load: CachedLoad, weights: Mapping[str, KnownWeight]) -> Kept | None:
+    """Writes the entry of a load, if it is worth its place and there is room.
+
+    Args:
+        load: The load.
+        weights: Its weights that are quantized now, by the names of their layers.
+
+    Returns:
+        What was written, or ``None``. Nothing that goes wrong here stops a run.
+    """
+    size = sum(storage_bytes(weight.stored) for weight in weights.values())
+    if size < SMALLEST or load.final.exists() or not load.unchanged():
+        return None
+    folder = load.final.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not cache_entries.has_room(folder, size):
+            log.warning(
+                "The quantized base of %s (%.1f GB) is not kept for the next start: the disk of "
+                "%s would be nearly full.",
+                load.name,
+                size / 1e9,
+                folder,
+            )
+            return None
+        cache_entries.make(load.final, lambda working: _write(working, load, weights))
+    except OSError as error:
+        log.warning("The quantized base of %s is not kept: %s.", load.name, error)
+        return None
+    return Kept(load.final, size)
+
+
+def _write(working: Path, load: CachedLoad, weights: Mapping[str, KnownWeight]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for number, shard in enumerate(_shards(weights)):
+        tensors: dict[str, Tensor] = {}
+        for name, parts in shard.items():
+            weight = weights[name]
+            facts[name] = {
+                **asdict(weight.facts),
+                "late": weight.late,
+                "crc": _crc_of_parts(parts),
+            }
+            tensors |= {f"{name}|{part}": tensor for part, tensor in parts.items()}
+        save_file(tensors, working / f"codes-{number:05d}.safetensors")
+    return {**load.about, "layers": facts}
+
+
+def _shards(
+    weights: Mapping[str, KnownWeight],
+) -> Iterator[dict[str, dict[str, Tensor]]]:
+    shard: dict[str, dict[str, Tensor]] = {}
+    size = 0
+    for name, weight in weights.items():
+        stored = weight.stored
+        parts = {"codes": stored.data, **stored.quant_state.as_dict(packed=True)}
+        shard[name] = {part: tensor.cpu().contiguous() for part, tensor in parts.items()}
+        size += storage_bytes(stored)
+        if size >= _SHARD:
+            yield shard
+            shard, size = {}, 0
+    if shard:
+        yield shard
+
+
+def crc(tensor: Tensor, start: int = 0) -> int:
+    """Returns a checksum of the bits of a tensor."""
+    octets = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+    return zlib.crc32(octets.numpy().data, start)
+
+
+def _crc_of_parts(parts: Mapping[str, Tensor]) -> int:
+    total = 0
+    for name in sorted(parts):
+        total = crc(parts[name], zlib.crc32(name.encode(), total))
+    return total

@@ -1,0 +1,291 @@
+"""transformers' extension point for quantization methods, used to quantize one tensor at a time.
+
+Where the cache has the codes of a layer, its tensor in the file is not read at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lightning_peft.engine.fingerprint import checksum
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.kinds import LINEAR_LIKE
+from lightning_peft.engine.layers.quantization import (
+    _return_freed_memory,
+    become_4bit,
+    make_dense,
+)
+from lightning_peft.engine.layers.quantized import storage_bytes
+from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, KnownWeight
+from lightning_peft.engine.selection.parts import (
+    find_heads,
+    inside,
+    output_embeddings,
+    parameter_holders,
+)
+
+_METHOD = "lightning_peft_4bit"
+_FACTS = "_dense_facts"
+_LATE = "_quantized_late"
+
+
+@dataclass
+class Loading:
+    """What is loaded how, while it is.
+
+    Attributes:
+        settings: 4-bit settings.
+        device: Where the model ends up.
+        dense: Names, relative to the model, of modules that stay dense.
+        cached: Whether the cache of quantized bases is used.
+        layers: The layers that were quantized while they were loaded, by their names.
+        loads: The calls that the cache may serve, in order, with their models.
+    """
+
+    settings: BitsAndBytesConfig
+    device: torch.device
+    dense: list[str]
+    cached: bool = False
+    layers: list[tuple[str, nn.Module]] = field(default_factory=list)
+    loads: list[WatchedLoad] = field(default_factory=list)
+
+
+@dataclass
+class WatchedLoad:
+    """A model that may go into the cache when it is quantized.
+
+    Attributes:
+        cached: The entry that the call decides.
+        model: What it returned.
+        late: Checksums of weights that are dense after loading, by the names of their layers.
+        early: The quantized weights that it came with, by the same.
+        again: Loads the same dense, for layers that turn out to be no part of what is adapted.
+    """
+
+    cached: CachedLoad
+    model: PreTrainedModel
+    late: dict[str, int]
+    early: dict[str, Any]
+    again: Callable[[], PreTrainedModel]
+
+
+@register_quantization_config(_METHOD)
+class StreamedConfig(QuantizationConfigMixin):
+    """Carries a :class:`Loading` through ``from_pretrained``.
+
+    Args:
+        loading: What is loaded how.
+        streams: Whether tensors are quantized as they are read.
+        cached: What the cache knows of the call.
+    """
+
+    def __init__(self, loading: Loading, streams: bool, cached: CachedLoad | None) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]
+        self.loading, self.streams, self.cached = loading, streams, cached
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamedConfig:
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a model's config may say of it while it is being loaded."""
+        return {"quant_method": _METHOD}
+
+
+@register_quantizer(_METHOD)
+class _StreamedQuantizer(HfQuantizer):
+    """Quantizes each chosen weight when it is read, and its layer in place at the end."""
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.loading: Loading = quantization_config.loading
+        self.streams: bool = quantization_config.streams
+        self.cached: CachedLoad | None = quantization_config.cached
+        self.facts: dict[str, DenseFacts] = {}
+        self.chosen: set[str] = set()
+        self.known: dict[str, KnownWeight] = {}
+        self.undo: list[Callable[[], None]] = []
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes for each weight."""
+        return 0.5
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = (), **kwargs: Any
+    ) -> None:
+        candidates = quantizable(model, self.loading.dense)
+        cached = self.cached
+        # A load may read newer files of the hub than those that were hashed.
+        if cached is None or converts(model) or not cached.unchanged(checkpoint_files or ()):
+            known = {}
+        else:
+            known = cached.weights
+        self.known = {
+            name: known[name]
+            for name in candidates
+            if name in known and _shape(model.get_submodule(name)) == known[name].facts.shape
+        }
+        if self.known:
+            self._leave_unread(model)
+        if self.streams:
+            linear = [n for n in candidates if not isinstance(model.get_submodule(n), Conv1D)]
+            self.chosen = {f"{name}.weight" for name in linear if name not in self.known}
+
+    def _leave_unread(self, model: Any) -> None:
+        """Makes transformers pass over the tensors of the file whose codes are known."""
+        hidden = {f"{name}.weight" for name in self.known}
+        for name in hidden:
+            # Nothing is to make random values for it.
+            model.get_parameter(name)._is_hf_initialized = True
+
+        def hide(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            for name in hidden:
+                state.pop(prefix + name, None)
+
+        ignored = model._keys_to_ignore_on_load_unexpected
+        inner = f"{model.base_model_prefix}."
+        model._keys_to_ignore_on_load_unexpected = {
+            *(ignored or ()),
+            *(rf"(^|\.){re.escape(name.removeprefix(inner))}$" for name in hidden),
+        }
+        hook = model.register_state_dict_post_hook(hide)
+
+        def undo() -> None:
+            hook.remove()
+            model._keys_to_ignore_on_load_unexpected = ignored
+
+        self.undo.append(undo)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Says whether a tensor of the file becomes codes."""
+        return param_name in self.chosen
+
+    def get_quantize_ops(self) -> Any:
+        """Returns what quantizes one tensor."""
+        return _QuantizeOne(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        while self.undo:
+            self.undo.pop()()
+        for name, weight in self.known.items():
+            layer = model.get_submodule(name)
+            layer._parameters["weight"] = weight.stored
+            self._note(name, layer, weight.facts)
+            if weight.late:
+                layer.__dict__[_LATE] = weight.stored.quant_state.dtype
+        for name, facts in self.facts.items():
+            self._note(name, model.get_submodule(name), facts)
+        # The model is what it would be had it been quantized after loading.
+        self.remove_quantization_config(model)
+        model.__dict__.pop("is_quantized", None)
+        for child in model.modules():
+            if isinstance(child, PreTrainedModel):
+                child.config.__dict__.pop("_is_quantized", None)
+
+    def _note(self, name: str, layer: nn.Module, facts: DenseFacts) -> None:
+        become_4bit(layer, self.loading.settings)
+        layer.__dict__[_FACTS] = facts
+        self.loading.layers.append((name, layer))
+
+    def is_serializable(self) -> bool:
+        """Nothing is serialized by this class."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters are trained on it."""
+        return True
+
+
+class _QuantizeOne(ConversionOps):
+    def __init__(self, quantizer: _StreamedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the 4-bit parameter for a dense tensor, and notes what that was."""
+        settings = self.quantizer.loading.settings
+        result: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            dense = value[0] if isinstance(value, list) else value
+            if name in self.quantizer.chosen:
+                facts = DenseFacts(checksum(dense), tuple(dense.shape), storage_bytes(dense))
+                self.quantizer.facts[name.removesuffix(".weight")] = facts
+                packed: Any = bnb.nn.Params4bit(
+                    dense.contiguous(),
+                    requires_grad=False,
+                    compress_statistics=settings.bnb_4bit_use_double_quant,
+                    quant_type=settings.bnb_4bit_quant_type,
+                )
+                dense = packed.to(self.quantizer.loading.device)
+            result[name] = dense
+        if self.quantizer.loading.device.type == "cpu":
+            _return_freed_memory()
+        return result
+
+
+def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
+    """Returns the names of the linear layers that injection would quantize whatever is trained.
+
+    Args:
+        model: The model, as it comes out of its class.
+        dense: Names of further modules that stay dense; parts of names count too.
+    """
+    output, holders = output_embeddings(model), parameter_holders(model)
+    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {name.removesuffix(".weight") for pair in dict(tied).items() for name in pair}
+    heads = list(find_heads(model))
+    return [
+        name
+        for name, child in model.named_modules()
+        if type(child) in LINEAR_LIKE
+        and child is not output
+        and name not in shared
+        and not inside(name, heads)
+        and not any(f".{part}." in f".{name}." for part in dense)
+        and len(holders[id(child._parameters["weight"])]) == 1
+    ]
+
+
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    return tuple(parameter(layer, "weight").shape)
+
+
+def converts(model: PreTrainedModel) -> bool:
+    """Says whether tensors of the file are merged or split when this model is loaded."""
+    return any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model))
+
+
+def dense_facts(layer: nn.Module) -> DenseFacts | None:
+    """Returns what a layer's weight was before it was quantized on loading, if it was."""
+    return layer.__dict__.get(_FACTS)
+
+
+def late_dtype(layer: nn.Module) -> torch.dtype | None:
+    """Returns the dtype of a weight that would be dense still if the cache had not had its codes.
+
+    PEFT makes factors in the dtype of a dense weight, so that they are rounded to it.
+    """
+    return layer.__dict__.get(_LATE)
+
+
+def as_loaded_dense(layer: Any, weight: Tensor) -> None:
+    """Makes a layer whose codes came from the cache the dense one that was loaded without it."""
+    make_dense(layer, weight)
+    layer._parameters["weight"].requires_grad_(True)
+    for mark in (_FACTS, _LATE):
+        layer.__dict__.pop(mark, None)

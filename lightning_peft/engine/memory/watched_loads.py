@@ -1,0 +1,168 @@
+"""What becomes of loaded models until their adapters are there, and what of them may be kept.
+
+Codes go into the cache only if they are certainly those of the file: nobody changed the weight
+between loading and quantizing. Where codes came out of it, what the user does to the layers until
+the injection must be what it would be without them, or be refused.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.quantized import FourBitLayer
+from lightning_peft.engine.memory import quantized_cache
+from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, Kept, KnownWeight
+from lightning_peft.engine.memory.streamed_quantizer import (
+    Loading,
+    WatchedLoad,
+    as_loaded_dense,
+    converts,
+    dense_facts,
+    late_dtype,
+    quantizable,
+)
+from lightning_peft.engine.record import require_record
+from lightning_peft.errors import UnsupportedError, itemize
+
+
+def watched(
+    cached: CachedLoad,
+    model: PreTrainedModel,
+    early: dict[str, nn.Module],
+    absent: set[str],
+    loading: Loading,
+    again: Any,
+) -> WatchedLoad:
+    """Notes what came out of a load, so that changes before the injection are seen.
+
+    Args:
+        cached: The entry that the call decides.
+        model: What it returned.
+        early: The layers that it came with quantized, by name.
+        absent: Names of the parameters that were not in the file.
+        loading: How it was loaded.
+        again: Loads the same dense.
+    """
+    stored = {name: layer._parameters["weight"] for name, layer in early.items()}
+    watched = WatchedLoad(cached, model, {}, stored, again)
+    if converts(model):
+        # Not every tensor of the file becomes one of the model.
+        return WatchedLoad(cached, model, {}, {}, again)
+    for name in quantizable(model, loading.dense):
+        if not cached.weights and f"{name}.weight" not in absent:
+            weight = model.get_submodule(name)._parameters["weight"]
+            watched.late[name] = quantized_cache.crc(weight)  # type: ignore[arg-type]
+    return watched
+
+
+def check_replaced(loading: Loading) -> None:
+    """Checks that nobody took the codes out of layers that would have been dense.
+
+    Raises:
+        UnsupportedError: If somebody did.
+    """
+    changed = [
+        name
+        for load in loading.loads
+        for name, stored in load.early.items()
+        if (layer := _layer(load.model, name)) is not None
+        and late_dtype(layer) is not None
+        and parameter(layer, "weight") is not stored
+    ]
+    if changed:
+        raise UnsupportedError(
+            "configure_model replaced weights that came out of the cache quantized already, so "
+            "that the change was made to rounded numbers:"
+            + itemize(changed, 5)
+            + "\nPass cache_quantized_base=False to the strategy or callback: then they are "
+            "quantized afterwards."
+        )
+
+
+def forget_changed(loading: Loading) -> None:
+    """Strikes out dense weights that are not those of the file any more."""
+    for load in loading.loads:
+        for name, total in list(load.late.items()):
+            layer = _layer(load.model, name)
+            if layer is None or quantized_cache.crc(parameter(layer, "weight")) != total:
+                del load.late[name]
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def left_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
+    """Gives dense weights back to layers that have codes only because the cache had them.
+
+    Returns:
+        The names of the others that injection would not have quantized.
+    """
+    wrong = [(name, layer) for name, layer in loading.layers if id(layer) not in quantizable_layers]
+    for load in loading.loads:
+        mine = [(name, layer) for name, layer in wrong if _layer(load.model, name) is layer]
+        late = {name: layer for name, layer in mine if late_dtype(layer) is not None}
+        dense = load.again() if late else None
+        for name, layer in late.items():
+            as_loaded_dense(layer, parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
+    return [name for name, layer in wrong if dense_facts(layer) is not None]
+
+
+def keep_quantized(module: nn.Module, loading: Loading | None) -> list[Kept]:
+    """Puts what was loaded and is quantized now into the cache, for the next start.
+
+    Args:
+        module: The module, after the injection.
+        loading: From :func:`loading_for_injection`.
+
+    Returns:
+        The new entries. One process for each machine writes them.
+    """
+    if loading is None or os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
+        return []
+    sums = _checksums(module)
+    kept = []
+    for load in loading.loads:
+        if not load.cached.weights:
+            entry = quantized_cache.keep(load.cached, _known_weights(load, sums))
+            kept += [entry] if entry else []
+    return kept
+
+
+def _known_weights(load: WatchedLoad, sums: dict[int, int]) -> dict[str, KnownWeight]:
+    known: dict[str, KnownWeight] = {}
+    for name in (*load.early, *load.late):
+        layer = _layer(load.model, name)
+        if not isinstance(layer, FourBitLayer):
+            continue
+        stored = parameter(layer, "weight")
+        late = name in load.late
+        facts = dense_facts(layer)
+        if late and id(layer) in sums:
+            shape, dtype = layer.weight_kind()
+            size = shape.numel() * dtype.itemsize
+            known[name] = KnownWeight(stored, DenseFacts(sums[id(layer)], tuple(shape), size), late)
+        elif facts is not None and stored is load.early.get(name):
+            known[name] = KnownWeight(stored, facts, late)
+    return known
+
+
+def _checksums(module: nn.Module) -> dict[int, int]:
+    """Returns the checksums of weights as they were before the injection, by their layers' ids."""
+    found = {}
+    for name, entry in require_record(module).parts.items():
+        part = module.get_submodule(name)
+        for tensor, total in zip(entry.base.names, entry.base.sums, strict=True):
+            owner, _, leaf = tensor.rpartition(".")
+            layer = _layer(part, owner)
+            if leaf == "weight" and layer is not None:
+                found[id(layer)] = total
+    return found

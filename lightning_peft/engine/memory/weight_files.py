@@ -1,0 +1,139 @@
+"""The files that ``from_pretrained`` reads weights from, and what is in them.
+
+A hash of all bytes says what a file holds, wherever it is and whenever it was copied there. It is
+remembered for a file of this path, size, inode, and times of modification and of change to the
+nanosecond. No program can set the last one, so a file that was written over with its old time is
+read again; and nothing is remembered of a file that changed so short a time before it was read that
+the clock of the file system could show the next change as the same moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+# Arguments that say where a file is.
+_WHERE = ("revision", "cache_dir", "token")
+# Coarser than the clock of any file system that weights are on.
+_SETTLED_NS = 2_000_000_000
+_BLOCK = 1 << 22
+_AT_ONCE = 4
+
+Stamp = tuple[str, int, int, int, int]
+
+
+def find_weight_files(name: Any, options: Mapping[str, Any]) -> list[Path]:
+    """Returns the safetensors files of a model that are on this machine, in order.
+
+    Args:
+        name: Folder, or name on the hub, as ``from_pretrained`` takes it.
+        options: Its other arguments.
+
+    Returns:
+        Their real paths; an empty list where it is not certain that these would be read.
+    """
+    where = {key: options[key] for key in _WHERE if options.get(key) is not None}
+    try:
+        index = _on_this_machine(name, SAFE_WEIGHTS_INDEX_NAME, where)
+        single = _on_this_machine(name, SAFE_WEIGHTS_NAME, where)
+        if single is not None:
+            return [single.resolve()]
+        if index is None:
+            return []
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = [_on_this_machine(name, part, where) for part in parts]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    return [path.resolve() for path in found if path is not None] if None not in found else []
+
+
+def _on_this_machine(name: Any, file: str, where: Mapping[str, Any]) -> Path | None:
+    if os.path.isdir(name):
+        path = Path(name) / file
+        return path if path.is_file() else None
+    found = cached_file(
+        str(name),
+        file,
+        local_files_only=True,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+    return None if found is None else Path(found)
+
+
+def stamps(files: Iterable[Path]) -> list[Stamp]:
+    """Returns what changes when a file does, for each file.
+
+    Raises:
+        OSError: If a file is not there.
+    """
+    return [_stamp(path) for path in files]
+
+
+def _stamp(path: Path) -> Stamp:
+    facts = path.stat()
+    return (str(path), facts.st_size, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+def hashes(files: Iterable[Path], memory: Path) -> list[str]:
+    """Returns the sha256 of each file.
+
+    Args:
+        files: Real paths.
+        memory: Folder in which hashes are remembered.
+
+    Raises:
+        OSError: If a file cannot be read, or changes while it is read.
+    """
+    # hashlib lets other threads run.
+    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda path: _hash(path, memory), files))
+
+
+def _hash(path: Path, memory: Path) -> str:
+    before = _stamp(path)
+    note = memory / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    known = _remembered(note)
+    if known.get("stamp") == list(before):
+        return str(known["sha256"])
+    started = time.time_ns()
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            total.update(block)
+    if _stamp(path) != before:
+        raise OSError(f"{path} changed while it was read")
+    if started - max(before[3:]) > _SETTLED_NS:
+        _remember(note, {"stamp": before, "sha256": total.hexdigest()})
+    return total.hexdigest()
+
+
+def _remembered(note: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) and isinstance(known.get("sha256"), str) else {}
+
+
+def _remember(note: Path, known: dict[str, Any]) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    handle, beside = tempfile.mkstemp(dir=note.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(known, file)
+        os.replace(beside, note)
+    except OSError:
+        Path(beside).unlink(missing_ok=True)
+        raise
