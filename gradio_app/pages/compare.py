@@ -10,7 +10,7 @@ import pandas as pd
 from gradio_app.comparing.chosen import MOST, Chosen, choose, ids_in
 from gradio_app.comparing.series import AXES, LOSSES, curve
 from gradio_app.pages import compare_html
-from gradio_app.pages.frame import heading, private, quiet
+from gradio_app.pages.frame import heading, private, when_opened
 from gradio_app.running.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -113,7 +113,7 @@ class ComparePage:
     def bind(self) -> None:
         """Binds what happens."""
         given: list[Any] = [self._runs, self._loss, self._axis]
-        gr.on(None, self._opened, given[1:], [self._runs, *self._outputs], **quiet())
+        when_opened(self._opened, given[1:], [self._runs, *self._outputs])
         self._runs.input(None, self._runs, None, js=_FOLLOW)
         for choice in given:
             choice.input(self._changed, given, self._outputs, **private())

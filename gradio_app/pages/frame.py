@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.context import Context
 
 from gradio_app.guards import escaped
 from gradio_app.pages.states import SIGNS, left, percent, phase
@@ -53,8 +54,17 @@ def framed(studio: Studio, t: Texts, page: str) -> Iterator[None]:
         return (gr.skip(), gr.skip()) if text == before else (text, text)
 
     news.tick(look, seen, [now, seen], **quiet())
-    # Without triggers: when the page loads.
-    gr.on(None, look, seen, [now, seen], **quiet())
+    when_opened(look, seen, [now, seen])
+
+
+def when_opened(handler: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
+    """Calls a handler when the page that is being built is opened, and returns that event.
+
+    ``gr.on`` without triggers would call it after each change of its inputs too.
+    """
+    root = Context.root_block
+    assert root is not None
+    return root.load(handler, inputs, outputs, **quiet())
 
 
 def quiet() -> dict[str, Any]:

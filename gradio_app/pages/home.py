@@ -8,7 +8,7 @@ import gradio as gr
 
 from gradio_app.errors import Refused
 from gradio_app.pages import home_html
-from gradio_app.pages.frame import heading, private, quiet
+from gradio_app.pages.frame import heading, private, quiet, when_opened
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
 from gradio_app.running.demo import demo_recipe
@@ -53,7 +53,7 @@ def build(studio: Studio, t: Texts) -> None:
         number = _act(studio, owner, number, event)
         return _changed(studio, t, owner, number, before)
 
-    gr.on(None, first, None, [machine, *outputs], **quiet())
+    when_opened(first, None, [machine, *outputs])
     gr.Timer(SECONDS).tick(look, [page, seen], outputs, **quiet())
     lists.click(act, [page, seen], outputs, **private())
 

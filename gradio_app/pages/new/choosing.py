@@ -9,7 +9,7 @@ import gradio as gr
 
 from gradio_app.errors import Refused
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import quiet
+from gradio_app.pages.frame import when_opened
 from gradio_app.pages.handling import sentence
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.checking import checked_content
@@ -72,7 +72,7 @@ def bind_load(editor: Editor) -> None:
         editor.studio.warm.start()
         return editor.updates(session)
 
-    loaded = gr.on(None, load, editor.draft, editor.outputs, **quiet())
+    loaded = when_opened(load, editor.draft, editor.outputs)
     editor.then(loaded)
 
 

@@ -7,7 +7,7 @@ from importlib import import_module, util
 
 import gradio as gr
 
-from gradio_app.pages.frame import quiet
+from gradio_app.pages.frame import when_opened
 from gradio_app.pages.run.actions import Actions
 from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
@@ -35,7 +35,7 @@ def build(studio: Studio, t: Texts) -> None:
             view.add(RecipeTab(studio, t))
     view.bind(tabs)
     actions.bind(view)
-    gr.on(None, view.opened, None, view.outputs, **quiet())
+    when_opened(view.opened, None, view.outputs)
 
 
 def _built_by(module: str) -> Callable[[Studio, Texts, gr.State], None]:
