@@ -16,6 +16,12 @@
   const theme = localStorage.getItem("studio-theme");
   const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
   document.addEventListener("click", (event) => {
+    // Gradio's base address would turn a link within the page into one to the first page.
+    const jump = event.target.closest('a[href^="#"]');
+    if (jump) {
+      event.preventDefault();
+      window.location.hash = jump.getAttribute("href");
+    }
     const link = event.target.closest("[data-keeps-query]");
     if (link) link.search = window.location.search;
     if (event.target.closest("#light-or-dark")) {
