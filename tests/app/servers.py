@@ -81,7 +81,7 @@ class Server:
     def log(self) -> str:
         return (self.folder / "server.log").read_text(errors="replace")
 
-    def stop(self, how: int = signal.SIGINT) -> int:
+    def stop(self, how: int = signal.SIGTERM) -> int:
         if self.process is None:
             return 0
         self.process.send_signal(how)

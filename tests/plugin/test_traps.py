@@ -340,8 +340,10 @@ def compiled_losses(method, backend, tmp_path):
 def test_a_compiled_module_trains_the_same(method, tmp_path):
     plain, compiled = (compiled_losses(method, b, tmp_path) for b in (None, "eager"))
     assert len(plain[0]) == 12
-    assert compiled[0] == plain[0]
-    assert not differing(compiled[1], plain[1])
+    # Compiled, a layer and its adapter are added up apart: the same numbers, rounded elsewhere.
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-6)
+    for name, tensor in plain[1].items():
+        torch.testing.assert_close(compiled[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
