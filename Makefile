@@ -8,7 +8,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-published screenshots browser lint docs clean
+.PHONY: help setup demo app test test-page test-published screenshots browser lint docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -42,7 +42,12 @@ app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, 
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not page' $(ARGS)
+
+test-page: export HF_HUB_OFFLINE = 1
+test-page: export OMP_NUM_THREADS = 1
+test-page: $(READY_DEV) browser  ## Run the long flows on the web page, in a browser, one after the other
+	$(BIN)/python -m pytest tests/app -m page $(ARGS)
 
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs

@@ -96,6 +96,7 @@ def _quantization() -> tuple[Field, ...]:
             method="qlora",
         ),
         Field(_STRATEGY + "load_in_8bit", group, "switch", False, method="qlora"),
+        Field(_STRATEGY + "cache_quantized_base", group, "switch", True, method="qlora"),
     )
 
 

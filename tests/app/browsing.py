@@ -42,7 +42,8 @@ def open_context(browser: Browser, **options: Any) -> BrowserContext:
     still = {"reduced_motion": "reduce", "accept_downloads": True}
     made = {"viewport": DESKTOP, "locale": "en-US", **still, **options}
     context = browser.new_context(**made)
-    context.set_default_timeout(20_000)
+    # Generous: on a busy machine everything takes longer, and only a failure waits to the end.
+    context.set_default_timeout(60_000)
     return context
 
 

@@ -11,6 +11,8 @@ import yaml
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
 
+pytestmark = pytest.mark.page
+
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
 

@@ -21,6 +21,8 @@ from tests.app.servers import Server
 from tests.app.test_security import call
 from tests.app.test_visitors import HERS, HIS, _Request
 
+pytestmark = pytest.mark.page
+
 QUESTION = "What does `len` do?"
 ANSWER = "Return the number of items in a container."
 

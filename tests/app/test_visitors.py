@@ -58,6 +58,7 @@ def test_the_first_visitor_finds_it_again(space, hers, browser):
     context.close()
 
 
+@pytest.mark.page
 def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     folder = store.get(owner, hers).folder
@@ -69,7 +70,7 @@ def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers
         assert len(handlers) > 10
         for one in handlers[: len(handlers) // 2 + 1]:
             data = [hers] * len(one["inputs"])
-            assert NAME not in call(client, one["id"], data), one
+            assert NAME not in call(client, one, data), one
             for act in ("stop", "kill", "delete", "cancel"):
                 body = {"data": data, "fn_index": one["id"], "session_hash": "x"}
                 event = {"event_data": {"act": act, "run": hers}}
