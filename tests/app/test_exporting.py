@@ -374,6 +374,6 @@ def test_a_foreign_run_is_shown_to_no_handler(site, store):
         assert {ids[place] for one in handlers for place, _ in one["targets"]} == names
         for one in handlers:
             for given in (foreign.id, [foreign.id]):
-                answer = call(client, one["id"], [given] * len(one["inputs"]))
+                answer = call(client, one, [given] * len(one["inputs"]))
                 assert "secret" not in answer
     assert not (foreign.folder.path / "exports").exists()

@@ -170,7 +170,7 @@ def test_nobody_asks_a_model_of_another(space, run):
         ]
         assert len(tab) > 10
         for one in tab[: len(tab) // 2]:
-            text = call(client, one["id"], [run.id] * len(one["inputs"]))
+            text = call(client, one, [run.id] * len(one["inputs"]))
             assert "Tiny model" not in text
             assert ANSWER not in text
     assert (
