@@ -56,7 +56,6 @@ class Settings:
         uploads: Folder for what visitors upload, a folder for each owner.
         limits: What one visitor may use.
         space: Whether the page is a Hugging Face Space, open to strangers.
-        zero_gpu: Whether that Space lends a GPU for a call at a time (ZeroGPU).
         command: How the command line is started, as a list of arguments.
         tick_seconds: How often the page of an active run asks for news at first.
         at_once: How many runs this machine carries out at a time; others wait in line.
@@ -68,7 +67,6 @@ class Settings:
     uploads: Path = Path("runs/uploads")
     limits: Limits = field(default_factory=Limits)
     space: bool = False
-    zero_gpu: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "lightning_peft.cli")
     tick_seconds: float = 1.0
     at_once: int = 1
@@ -96,7 +94,6 @@ class Settings:
             uploads=storage.resolve() / "uploads",
             limits=DEMO_LIMITS,
             space=True,
-            zero_gpu=bool(os.environ.get("SPACES_ZERO_GPU")),
         )
 
 

@@ -11,7 +11,7 @@ from gradio_app.pages import home_html
 from gradio_app.pages.frame import heading, private, quiet, when_opened
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
-from gradio_app.running.demo import demo_recipe
+from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from gradio_app.pages import home_html
-from gradio_app.running.demo import demo_recipe, laid_over
+from gradio_app.recipe.content import laid_over
+from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.machine import Machine
 from gradio_app.running.store import RunStore
 from gradio_app.texts import LANGUAGES, Texts
