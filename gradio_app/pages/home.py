@@ -37,7 +37,8 @@ def build(studio: Studio, t: Texts) -> None:
     now = markup("", elem_id="running-now")
     _cards(studio, t)
     lists = markup("", elem_id="runs", js_on_load=_CLICKS)
-    page, seen = gr.State(1), gr.State(())
+    # The browser keeps what it has been sent, as the page of a run does.
+    page, seen = gr.State(1), gr.Textbox(visible=False)
     outputs = [now, lists, page, seen]
 
     def look(number: Any, before: Any, request: gr.Request) -> list[Any]:
@@ -45,17 +46,17 @@ def build(studio: Studio, t: Texts) -> None:
         return _changed(studio, t, owner, number, before)
 
     def first(request: gr.Request) -> list[Any]:
-        return [home_html.machine(this_machine(), t), *look(1, (), request)]
+        return [home_html.machine(this_machine(), t), *look(1, "", request)]
 
     @told(t)
-    def act(number: Any, before: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
+    def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
         owner = owner_of(request, studio.settings.space)
         number = _act(studio, owner, number, event)
-        return _changed(studio, t, owner, number, before)
+        return _changed(studio, t, owner, number, "")
 
     when_opened(first, None, [machine, *outputs])
     gr.Timer(SECONDS).tick(look, [page, seen], outputs, **quiet())
-    lists.click(act, [page, seen], outputs, **private())
+    lists.click(act, page, outputs, **private())
 
 
 def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
@@ -64,12 +65,14 @@ def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> 
     page = home_html.Listed.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.line.order()]
     shown = (home_html.running(runs, t), home_html.lists(page, line, t))
-    keys = tuple(map(hash, shown))
-    old = before if isinstance(before, tuple) and len(before) == len(keys) else (None, None)
+    keys = [format(hash(text) & 0xFFFFFFFF, "x") for text in shown]
+    old = str(before).split()
+    if len(old) != len(keys):
+        old = [""] * len(keys)
     values = [
         gr.skip() if key == was else text for text, key, was in zip(shown, keys, old, strict=True)
     ]
-    return [*values, page.number, gr.skip() if keys == before else keys]
+    return [*values, page.number, gr.skip() if keys == old else " ".join(keys)]
 
 
 def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,21 @@ import pytest
 
 from tests.app import browsing
 from tests.app.servers import Server
+
+_PAGES = pytest.StashKey[list[tuple[Any, browsing.Watch]]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tells of a test that fails what its pages showed."""
+    report = yield
+    if report.when == "call" and report.failed:
+        for page, _ in item.stash.get(_PAGES, []):
+            with contextlib.suppress(Exception):
+                report.sections.append((f"page {page.url}", page.inner_text("body")))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +59,10 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Callable[..., Any]]:
+def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Opens pages, each as a new visitor; afterwards, none may have done what it must not."""
     opened: list[tuple[Any, browsing.Watch]] = []
+    request.node.stash[_PAGES] = opened
 
     def visit(url: str, **options: Any) -> Any:
         page = browsing.open_context(browser, **options).new_page()

@@ -197,6 +197,16 @@ def test_who_waits_sees_the_place_and_who_stops_at_once_is_asked(site, store, vi
     state(page).get_by_text("Finished").wait_for()
 
 
+def test_a_run_that_rests_is_seen_to_go_on_elsewhere(site, store, visit, running):
+    run = running("in two tabs")
+    pages = [visit(address(site, run)) for _ in range(2)]
+    pages[0].get_by_role("button", name="Stop & save").click()
+    for page in pages:
+        state(page).get_by_text(re.compile(r"Stopped at step \d+")).wait_for()
+    pages[0].get_by_role("button", name="Resume").click()
+    state(pages[1]).get_by_text("Running").wait_for()
+
+
 def test_a_server_that_has_forgotten_a_page_reads_its_address():
     def request(referer):
         return SimpleNamespace(headers={"referer": referer})

@@ -126,17 +126,15 @@ class Actions:
         view = self._view
 
         @told(self.t)
-        def act(
-            run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
-        ) -> list[Any]:
+        def act(run_id: str, smoothing: Any, logarithmic: Any, request: gr.Request) -> list[Any]:
             run_id = asked_for(run_id, request)
             do(owner_of(request, self.studio.settings.space), run_id)
             if said:
                 gr.Info(said)
             notice = "gone" if do == self.studio.store.delete else "unknown"
-            return view.update(run_id, seen, (smoothing, logarithmic), request, notice)
+            return view.update(run_id, "", (smoothing, logarithmic), request, notice)
 
-        return button.click(act, view.inputs, view.outputs, **private())
+        return button.click(act, view.asked, view.outputs, **private())
 
     def _bind_sure(self, name: str, button: gr.Button, do: Callable[[str, str], Any]) -> None:
         row, yes, no = self._sure[name]
@@ -155,15 +153,15 @@ class Actions:
 
         @told(self.t)
         def rename(
-            name: str, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
+            name: str, run_id: str, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
             run_id = asked_for(run_id, request)
             studio.store.rename(owner_of(request, studio.settings.space), run_id, name)
-            shown = view.update(run_id, seen, (smoothing, logarithmic), request)
+            shown = view.update(run_id, "", (smoothing, logarithmic), request)
             return [gr.Row(visible=False), *shown]
 
         self._rename.click(ask, view.run_id, [self._renaming, self._name], **private())
         self._keep_name.click(lambda: gr.Row(visible=False), None, self._renaming, **private())
-        given = [self._name, *view.inputs]
+        given = [self._name, *view.asked]
         for event in (self._save_name.click, self._name.submit):
             event(rename, given, [self._renaming, *view.outputs], **private())

@@ -19,9 +19,12 @@ from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of
 
-# Seconds since the start of a run after which its page asks for news less often, and how much less.
+# Seconds since the start of a run after which its page asks for news less often: how many ticks
+# apart.
 SLOWER = ((60.0, 1.0), (600.0, 2.0))
 SLOWEST = 5.0
+# A run that rests may be resumed in another tab, or by the command line.
+RESTING = 10.0
 
 
 @dataclass(frozen=True)
@@ -74,14 +77,17 @@ class View:
 
     Attributes:
         run_id: The run that is looked at; empty where there is none.
-        inputs: What handlers take: run, what the browser has, and choices.
+        asked: What a click sends: run and choices. It is answered with everything.
+        inputs: What the clock sends: run, what the browser has, and choices.
         outputs: What handlers return.
     """
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
         self.run_id = gr.State("")
-        self._seen = gr.State(())
+        # The browser keeps it: what it was sent last is what it shows, also where the answers to
+        # a click and to the clock have overtaken each other.
+        self._seen = gr.Textbox(visible=False, elem_id="run-seen")
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
         self._notice = markup("", elem_id="run-notice")
         self._parts: list[Part] = []
@@ -95,6 +101,7 @@ class View:
         """Binds the clock, once all parts are there."""
         self._tabs = tabs
         self.choices = [choice for part in self._parts for choice in getattr(part, "choices", ())]
+        self.asked = [self.run_id, *self.choices]
         self.inputs = [self.run_id, self._seen, *self.choices]
         shown = [output for part in self._parts for output in part.outputs]
         self.outputs = [self.run_id, self._seen, self._timer, self._notice, tabs, *shown]
@@ -104,7 +111,7 @@ class View:
 
     def opened(self, request: gr.Request) -> list[Any]:
         """Shows the run that the address names."""
-        return self.update(str(request.query_params.get("run") or ""), (), (), request)
+        return self.update(str(request.query_params.get("run") or ""), "", (), request)
 
     def ticked(
         self, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
@@ -120,7 +127,7 @@ class View:
 
         Args:
             run_id: Which run.
-            seen: Keys of what the browser has.
+            seen: Keys of what the browser has; empty if it is to be sent everything.
             choices: Values of the choices.
             request: Who asks.
             notice: What is said where there is no such run.
@@ -130,14 +137,16 @@ class View:
         items = [self._clock(run), self._said(run, run_id, notice), self._body(run)]
         for part in self._parts:
             items += part.shown(run, chosen)
-        keys = tuple(hash(item.key) for item in items)
-        before = seen if isinstance(seen, tuple) and len(seen) == len(keys) else (None,) * len(keys)
+        keys = [format(hash(item.key) & 0xFFFFFFFF, "x") for item in items]
+        before = str(seen).split()
+        if len(before) != len(keys):
+            before = [""] * len(keys)
         values = [
             gr.skip() if key == old else item.value
             for item, key, old in zip(items, keys, before, strict=True)
         ]
-        same = keys == before
-        return [run.id if run is not None else "", gr.skip() if same else keys, *values]
+        known = gr.skip() if keys == before else " ".join(keys)
+        return [run.id if run is not None else "", known, *values]
 
     def _found(self, run_id: str, request: gr.Request) -> Run | None:
         try:
@@ -151,14 +160,15 @@ class View:
         return run
 
     def _clock(self, run: Run | None) -> Shown:
-        going = run is not None and (run.active or run.waiting)
         seconds = self.studio.settings.tick_seconds
-        if run is not None and going:
+        if run is None or not (run.active or run.waiting):
+            seconds *= RESTING
+        else:
             begun = run.facts.launched or run.status.started
             passed = 0.0 if run.waiting else time.time() - begun
-            factor = next((slow for limit, slow in SLOWER if passed < limit), SLOWEST)
-            seconds *= factor
-        return Shown(gr.Timer(seconds, active=going), (seconds, going))
+            seconds *= next((slow for limit, slow in SLOWER if passed < limit), SLOWEST)
+        there = run is not None
+        return Shown(gr.Timer(seconds, active=there), (seconds, there))
 
     def _said(self, run: Run | None, run_id: str, notice: str) -> Shown:
         if run is not None:
