@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 MEGABYTE = 1_000_000
@@ -43,6 +43,8 @@ DEMO_LIMITS = Limits(
     waiting=2,
     keep_hours=24,
 )
+# The GPU is lent for two minutes; a run that is stopped before saves what it has.
+ZERO_GPU_LIMITS = replace(DEMO_LIMITS, minutes=1.5)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Settings:
         uploads: Folder for what visitors upload, a folder for each owner.
         limits: What one visitor may use.
         space: Whether the page is a Hugging Face Space, open to strangers.
+        zero_gpu: Whether that Space has ZeroGPU, so that runs are lent a GPU for a short time.
         command: How the command line is started, as a list of arguments.
         tick_seconds: How often the page of an active run asks for news at first.
         at_once: How many runs this machine carries out at a time; others wait in line.
@@ -67,6 +70,7 @@ class Settings:
     uploads: Path = Path("runs/uploads")
     limits: Limits = field(default_factory=Limits)
     space: bool = False
+    zero_gpu: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "lightning_peft.cli")
     tick_seconds: float = 1.0
     at_once: int = 1
@@ -92,11 +96,17 @@ class Settings:
             runs=storage.resolve() / "runs",
             data_root=None,
             uploads=storage.resolve() / "uploads",
-            limits=DEMO_LIMITS,
+            limits=ZERO_GPU_LIMITS if has_zero_gpu() else DEMO_LIMITS,
             space=True,
+            zero_gpu=has_zero_gpu(),
         )
 
 
 def is_space() -> bool:
     """Says whether this process is a Hugging Face Space."""
     return bool(os.environ.get("SPACE_ID"))
+
+
+def has_zero_gpu() -> bool:
+    """Says whether this process is a Space with ZeroGPU."""
+    return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")

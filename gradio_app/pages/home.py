@@ -46,7 +46,8 @@ def build(studio: Studio, t: Texts) -> None:
         return _changed(studio, t, owner, number, before)
 
     def first(request: gr.Request) -> list[Any]:
-        return [home_html.machine(this_machine(), t), *look(1, "", request)]
+        lent = studio.settings.limits.minutes if studio.settings.zero_gpu else None
+        return [home_html.machine(this_machine(), t, lent), *look(1, "", request)]
 
     @told(t)
     def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:

@@ -39,14 +39,22 @@ class Listed:
         return cls(resting[(page - 1) * PER_PAGE : page * PER_PAGE], page, pages)
 
 
-def machine(found: Machine, t: Texts) -> str:
-    """Returns in sentences what a machine can do."""
+def machine(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
+    """Returns in sentences what a machine can do.
+
+    Args:
+        found: What it has of its own.
+        t: Texts.
+        lent_minutes: For how long a run may use a GPU that is lent to it, if one is.
+    """
     lora, qlora = found.most_billions(quantized=False), found.most_billions(quantized=True)
     if found.gpu and found.gpu_bytes:
         has = t("home.machine_gpu", gpu=found.gpu, memory=size(found.gpu_bytes))
         can = t("home.fits_gpu", lora=f"{lora:g}", qlora=f"{qlora:g}")
     elif found.gpu:
         has, can = t("home.machine_gpu_alone", gpu=found.gpu), t("home.fits_unknown")
+    elif lent_minutes is not None:
+        has, can = t("home.machine_lent", seconds=round(60 * lent_minutes)), ""
     else:
         has = t("home.machine_no_gpu")
         can = t("home.fits_cpu", lora=f"{lora:g}") if lora else t("home.fits_little")

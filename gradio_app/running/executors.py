@@ -23,6 +23,9 @@ class Executor(Protocol):
     # Whether runs here share this machine, so that they wait for one another.
     here: bool
 
+    def asked(self, run: Run) -> None:
+        """Told of a run that is put into the line, in the event of the visitor who asks for it."""
+
     def start(self, run: Run) -> None:
         """Starts a run, or lets it go on if ``run.facts.resume``; returns at once.
 
@@ -56,7 +59,11 @@ def executors_of(settings: Settings) -> dict[str, Executor]:
     """Returns the executors of a server by name, the one for new runs first."""
     # Not at the top: an executor reads the store's types.
     local = import_module("gradio_app.running.local").LocalExecutor(settings)
-    found: dict[str, Executor] = {"local": local}
+    found: dict[str, Executor] = {}
+    if settings.zero_gpu:
+        zero = import_module("gradio_app.running.zero_gpu")
+        found[zero.WHERE] = zero.ZeroGpuExecutor(settings)
+    found["local"] = local
     if settings.space:
         jobs = import_module("gradio_app.running.hf_jobs")
         found[jobs.WHERE] = jobs.JobsExecutor()

@@ -273,6 +273,9 @@ class JobsExecutor:
             with self._lock:
                 self._next[folder.path] = time.monotonic() + self.SECONDS
 
+    def asked(self, run: Run) -> None:
+        """Keeps nothing: a job does not wait in the line."""
+
     def start(self, run: Run) -> None:
         """Refuses: a job is started with its owner's token and consent, by :func:`start`."""
         raise Refused("elsewhere.not_from_line")

@@ -74,6 +74,7 @@ class Line:
                 kill_asked=None,
                 out_of_time=False,
             )
+            self.store.executor(run).asked(run)
         self._changed.set()
         return run
 

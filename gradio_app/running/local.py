@@ -49,18 +49,14 @@ class LocalExecutor:
         # Of runs that rest nothing changes unless their file does.
         self._resting: dict[Path, tuple[tuple[int, int], Status]] = {}
 
+    def asked(self, run: Run) -> None:
+        """Keeps nothing: whoever asks, the process is the same."""
+
     def start(self, run: Run) -> None:
         """Starts a run, or lets it go on; returns at once."""
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
-        words = [*self.settings.command, run.facts.command]
-        if run.facts.resume:
-            words += [f"--resume={folder}"]
-        else:
-            words += [f"--config={run.folder.recipe}", f"--run_dir={folder}"]
-        if "ProgressBar" not in run.recipe_text:
-            # A bar would be written to the file some times a second.
-            words += ["--trainer.enable_progress_bar=false"]
+        words = [*self.settings.command, *self.words_of(run)]
         try:
             with (folder / START_LOG).open("wb") as log:
                 process = subprocess.Popen(
@@ -77,6 +73,19 @@ class LocalExecutor:
         self._children[process.pid] = process
         created = _created(process.pid)
         write_json(folder / PROCESS, {"pid": process.pid, "created": created})
+
+    def words_of(self, run: Run) -> list[str]:
+        """Returns what the command line is called with."""
+        folder = run.folder.path
+        words = [run.facts.command]
+        if run.facts.resume:
+            words += [f"--resume={folder}"]
+        else:
+            words += [f"--config={run.folder.recipe}", f"--run_dir={folder}"]
+        if "ProgressBar" not in run.recipe_text:
+            # A bar would be written to the file some times a second.
+            words += ["--trainer.enable_progress_bar=false"]
+        return words
 
     def stop(self, run: Run) -> None:
         """Asks a run to finish its step, save, and end; before its first step, to end."""
