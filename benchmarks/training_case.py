@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from profiles import shares, torch_profiler
+
 IGNORED = -100
 # So large that a few steps of random weights show in the loss.
 RATE = 1e-3
@@ -71,7 +73,7 @@ class Pace:
         self.losses: list[float] = []
         self.tokens = 0
         self.profile: Any = None
-        self.measures_memory = False
+        self.order = ""
         self._began = 0.0
 
     def before(self) -> None:
@@ -79,8 +81,11 @@ class Pace:
         if not self.times:
             self._wait()
         self._synchronize()
-        if self.measures_memory:
+        if self.order == "memory":
             self._begin_memory()
+        elif self.order == "profile":
+            self.profile = torch_profiler()
+            self.profile.__enter__()
         self._began = time.perf_counter()
 
     def after(self, tokens: int, loss: Any = None) -> None:
@@ -95,22 +100,26 @@ class Pace:
         self.tokens += tokens
         if loss is not None:
             self.losses.append(float(loss))
-        if self.measures_memory:
+        if self.order == "memory":
             self._tell({"peak": self._end_memory()})
-            raise Finished
-        if len(self.times) == self.block:
+        elif self.order == "profile":
+            self.profile.__exit__(None, None, None)
+            self._tell(shares(self.profile.events()))
+        if self.order != "block":
+            self._clear()
+        elif len(self.times) == self.block:
             told = {"seconds": self.times, "tokens": self.tokens, "losses": self.losses}
             self._tell(told)
-            self.times, self.losses, self.tokens = [], [], 0
+            self._clear()
+
+    def _clear(self) -> None:
+        self.times, self.losses, self.tokens = [], [], 0
 
     def _wait(self) -> None:
-        order, _, steps = sys.stdin.readline().strip().partition(" ")
-        if order == "memory":
-            self.measures_memory = True
-        elif order == "block":
-            self.block = int(steps)
-        else:
+        self.order, _, steps = sys.stdin.readline().strip().partition(" ")
+        if self.order not in ("block", "memory", "profile"):
             raise Finished
+        self.block = int(steps or 1)
 
     @staticmethod
     def _tell(answer: dict[str, Any]) -> None:
@@ -130,8 +139,7 @@ class Pace:
             torch.cuda.reset_peak_memory_stats()
             return
         self.held = held_bytes()
-        cpu = [torch.profiler.ProfilerActivity.CPU]
-        self.profile = torch.profiler.profile(activities=cpu, profile_memory=True)
+        self.profile = torch_profiler(profile_memory=True)
         self.profile.__enter__()
 
     def _end_memory(self) -> int:
