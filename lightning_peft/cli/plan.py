@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="by default what the strategy does: on for qlora",
     )
+    add(
+        "--loss",
+        choices=("recipe", "model"),
+        default="recipe",
+        help="of a causal language model: as in the recipes, with the logits of some tokens at a "
+        "time (the default), or the model's own, with those of all tokens",
+    )
     add("--precision", default="32-true", help="the Trainer's; default: 32-true, as it is loaded")
     add("--dtype", default="auto", help="dtype of the weights; by default that of the config")
     add("--revision", help="branch, tag or commit on the hub")
@@ -106,6 +114,9 @@ def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Surve
     source = import_module("lightning_peft.plan.sources").from_name(
         given.model, given.revision, given.dtype
     )
+    if given.loss == "recipe" and source.causal:
+        step = import_module("lightning_peft.tasks.token_loss").loss_by_parts
+        source = replace(source, step=step)
     survey: Survey = plan.survey(source, run, device, limits=not given.no_limits, progress=progress)
     return survey
 
