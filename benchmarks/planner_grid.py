@@ -79,16 +79,16 @@ def grid() -> list[dict[str, Any]]:
     rows.append({**base, "method": "qlora", "optimizer": "paged_adamw_8bit"})
     # Logits four times as large as a chunk of them, in the task of the recipes and without it.
     wide = {"model": "llama-wide", "batch_size": 4, "seq_len": 512}
-    for method, loss, checkpointing in (
-        ("full", "recipe", False),
-        ("lora", "recipe", False),
-        ("lora", "recipe", True),
-        ("qlora", "recipe", False),
-        ("qlora", "recipe", True),
-        ("qlora", "model", True),
+    for method, logits, checkpointing in (
+        ("full", "chunked", False),
+        ("lora", "chunked", False),
+        ("lora", "chunked", True),
+        ("qlora", "chunked", False),
+        ("qlora", "chunked", True),
+        ("qlora", "all", True),
     ):
         rows.append(
-            {**wide, "method": method, "loss": loss, "gradient_checkpointing": checkpointing}
+            {**wide, "method": method, "logits": logits, "gradient_checkpointing": checkpointing}
         )
     return rows
 
@@ -126,7 +126,7 @@ def predict(row: dict[str, Any], device: str) -> int:
     from lightning_peft.plan.sources import from_config
     from lightning_peft.tasks.token_loss import loss_by_parts
 
-    step = loss_by_parts if row.get("loss") == "recipe" else None
+    step = loss_by_parts if row.get("logits") == "chunked" else None
     source = from_config(config_of(row["model"]))
     return planned(source, settings_of(row, device), step).allocated
 
@@ -211,7 +211,7 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
             enable_model_summary=False,
         )  # fmt: skip
         batches = batches_of(row, config, 2 * accumulate)
-        task = recipe() if row.get("loss") == "recipe" else Task()
+        task = recipe() if row.get("logits") == "chunked" else Task()
         trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return {"measured": meter.peak}
 

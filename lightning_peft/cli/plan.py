@@ -70,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         help="by default what the strategy does: on for qlora",
     )
     add(
-        "--loss",
-        choices=("recipe", "model"),
-        default="recipe",
-        help="of a causal language model: as in the recipes, with the logits of some tokens at a "
-        "time (the default), or the model's own, with those of all tokens",
+        "--logits",
+        choices=("chunked", "all"),
+        default="chunked",
+        help="of a causal language model: of some tokens at a time, as in the task CausalLM (the "
+        "default), or of all, as in preference tuning and in modules that call their model",
     )
     add("--precision", default="32-true", help="the Trainer's; default: 32-true, as it is loaded")
     add("--dtype", default="auto", help="dtype of the weights; by default that of the config")
@@ -114,7 +114,7 @@ def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Surve
     source = import_module("lightning_peft.plan.sources").from_name(
         given.model, given.revision, given.dtype
     )
-    if given.loss == "recipe" and source.causal:
+    if given.logits == "chunked" and source.causal:
         step = import_module("lightning_peft.tasks.token_loss").loss_by_parts
         source = replace(source, step=step)
     survey: Survey = plan.survey(source, run, device, limits=not given.no_limits, progress=progress)
