@@ -3,7 +3,8 @@
 ``python benchmarks/all.py`` runs every script of :data:`SCRIPTS` and writes the tables from their
 records. ``--quick`` tries the scripts on next to nothing and writes no table; ``--check`` measures
 a few ratios in about three minutes and fails where one is above its bound in ``targets.py``;
-``--table`` only writes the tables. ``--only NAME`` runs one script.
+``--table`` only writes the tables. ``--only NAME`` runs one script. ``--second-base FOLDER`` is a
+pretrained model of another family for ``quality.py``.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="a few ratios against their bounds")
     parser.add_argument("--table", action="store_true", help="write the tables from the records")
     parser.add_argument("--only", choices=[name for name, *_ in SCRIPTS], help="one script")
+    parser.add_argument("--second-base", help="a model of another family, for quality.py")
     given = parser.parse_args()
     failed: list[str] = []
     busy = conditions()["load_at_start"]
@@ -93,6 +95,8 @@ def main() -> None:
         elif given.quick:
             words = tuple(word for word in words if word == "measure") + ("--quick",)
         else:
+            if name == "quality" and given.second_base:
+                words, minutes = (*words, "--model", given.second_base), 2 * minutes
             print(f"{name}: about {minutes:g} minutes", flush=True)
         if not run(name, words):
             failed.append(name)

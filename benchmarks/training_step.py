@@ -56,7 +56,7 @@ CASES: list[tuple[Case, tuple[str, ...], int]] = [
     ),
 ]
 CHECKED: list[tuple[Case, tuple[str, ...], int]] = [
-    (replace(CASES[0][0], rows=1), STEP, 3),
+    (CASES[0][0], STEP, 3),
     (
         Case("instructions", "40M", True, rows=4, length=256, data="instructions"),
         ("recipe", "by hand"),
