@@ -8,7 +8,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-page test-published screenshots browser lint docs clean
+.PHONY: help setup demo app test test-page test-published bench bench-check screenshots browser \
+	lint docs clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +25,7 @@ READY := $(VENV)/.ready
 READY_APP := $(VENV)/.ready-app
 READY_DEV := $(VENV)/.ready-dev
 READY_PUBLISHED := $(VENV)/.ready-published
+READY_BENCH := $(VENV)/.ready-bench
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +54,14 @@ test-page: $(READY_DEV) browser  ## Run the long flows on the web page, in a bro
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs
 	$(BIN)/python -m pytest tests/published $(ARGS)
+
+bench: export HF_HUB_OFFLINE = 1
+bench: $(READY_BENCH)  ## Measure everything beside its peers, and write docs/performance.md
+	$(BIN)/python benchmarks/all.py $(ARGS)
+
+bench-check: export HF_HUB_OFFLINE = 1
+bench-check: $(READY_BENCH)  ## Measure a few ratios, and fail where one has become worse
+	$(BIN)/python benchmarks/all.py --check $(ARGS)
 
 screenshots: export HF_HUB_OFFLINE = 1
 screenshots: export LIGHTNING_PEFT_SCREENSHOTS = $(CURDIR)/docs/pictures
@@ -104,6 +114,11 @@ $(READY_DEV): $(REQUIREMENTS) | $(BIN)/python
 $(READY_PUBLISHED): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev,published]'
+	@touch $(READY) $@
+
+$(READY_BENCH): $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e '.[dev,bench]'
 	@touch $(READY) $@
 
 $(BIN)/python:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from loading_memory import write_model
-from record import conditions, interleaved, ratio, summary, write
+from record import conditions, interleaved, ratio, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
 
@@ -144,10 +144,14 @@ def main() -> None:
         ways = {way: started(way, folder, given.dtype) for way in WAYS}
         runs = interleaved(ways, 1 if given.quick else given.repeats)
         kept = sum(file.stat().st_size for file in (folder / "cache").rglob("*.safetensors"))
+    largest = weights["largest_tensor"]
+    for run in [run for turns in runs.values() for run in turns]:
+        run["peak_to_allowed"] = run["peak_bytes"] / (1.25 * run["final_bytes"] + largest)
     pairs = {
         "second_to_first": ("second", "first"),
         "second_to_uncached": ("second", "uncached"),
         "first_to_transformers": ("first", "transformers"),
+        "first_to_transformers_alone": ("first", "transformers_alone"),
         "uncached_to_transformers_alone": ("uncached", "transformers_alone"),
     }
     content = {
@@ -160,6 +164,10 @@ def main() -> None:
             f"{name}_{measure}": ratio(runs, *pair, measure)
             for name, pair in pairs.items()
             for measure in ("seconds", "peak_bytes")
+        }
+        | {
+            f"{way}_peak_to_allowed": spread([run["peak_to_allowed"] for run in runs[way]])
+            for way in ("first", "uncached")
         },
         "runs": runs,
     }

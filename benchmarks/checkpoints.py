@@ -83,20 +83,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="once, to try the script")
+    parser.add_argument("--check", action="store_true", help="a few times, for `all.py check`")
     given = parser.parse_args()
     where = conditions()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         made = {
-            way: trained(way, 1 if given.quick else given.layers, folder)
+            way: trained(way, 1 if given.quick else 4 if given.check else given.layers, folder)
             for way in ("adapter", "full")
         }
         ways = {
             way: saved_and_loaded(trainer, folder / f"{way}.ckpt")
             for way, (trainer, _) in made.items()
         }
-        runs = interleaved(ways, 1 if given.quick else given.repeats)
+        runs = interleaved(ways, 1 if given.quick else 3 if given.check else given.repeats)
     measures = ("save_seconds", "load_seconds", "bytes")
     full = made["full"][1]
     content = {
@@ -107,7 +108,7 @@ def main() -> None:
         "ratios": {measure: ratio(runs, "adapter", "full", measure) for measure in measures},
         "runs": runs,
     }
-    write("checkpoints", content, quick=given.quick)
+    write("checkpoints", content, quick=given.quick, check=given.check)
 
 
 if __name__ == "__main__":

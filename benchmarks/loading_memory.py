@@ -51,6 +51,7 @@ def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
         "16_bit": 2 * sum(p.numel() for p in model.parameters()),
         # 4 bits and a double-quantized constant for each 64 weights.
         "4_bit": round(linear * 4.127 / 8),
+        "largest_tensor": 2 * max(p.numel() for p in model.parameters()),
     }
 
 
@@ -118,7 +119,7 @@ def main() -> None:
             ratios = {
                 f"{name}_of_{size}": round(value / weights[size], 2)
                 for name, value in measured.items()
-                for size in weights
+                for size in ("16_bit", "4_bit")
             }
             print(json.dumps({"method": method, **weights, **measured, **ratios}))
 

@@ -36,6 +36,10 @@ SIZES: dict[str, dict[str, Any]] = {
         "kind": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408,
         "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4,
     },
+    "llama-wide": {
+        "kind": "llama", "vocab_size": 32768, "hidden_size": 256, "intermediate_size": 704,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+    },
     "gpt2-10M": {
         "kind": "gpt2", "vocab_size": 8192, "hidden_size": 320, "num_hidden_layers": 6,
         "num_attention_heads": 8, "max_position_embeddings": 1024,
@@ -73,6 +77,19 @@ def grid() -> list[dict[str, Any]]:
         rows.append({**base, "method": method, "lora": {"r": 64}})
     rows.append({**base, "method": "lora", "optimizer": "adamw_8bit"})
     rows.append({**base, "method": "qlora", "optimizer": "paged_adamw_8bit"})
+    # Logits four times as large as a chunk of them, in the task of the recipes and without it.
+    wide = {"model": "llama-wide", "batch_size": 4, "seq_len": 512}
+    for method, logits, checkpointing in (
+        ("full", "chunked", False),
+        ("lora", "chunked", False),
+        ("lora", "chunked", True),
+        ("qlora", "chunked", False),
+        ("qlora", "chunked", True),
+        ("qlora", "all", True),
+    ):
+        rows.append(
+            {**wide, "method": method, "logits": logits, "gradient_checkpointing": checkpointing}
+        )
     return rows
 
 
@@ -107,8 +124,11 @@ def predict(row: dict[str, Any], device: str) -> int:
     """Returns the predicted peak of a row, in bytes."""
     from lightning_peft.plan.prediction import predict as planned
     from lightning_peft.plan.sources import from_config
+    from lightning_peft.tasks.token_loss import loss_by_parts
 
-    return planned(from_config(config_of(row["model"])), settings_of(row, device)).allocated
+    step = loss_by_parts if row.get("logits") == "chunked" else None
+    source = from_config(config_of(row["model"]))
+    return planned(source, settings_of(row, device), step).allocated
 
 
 def batches_of(row: dict[str, Any], config: Any, count: int) -> list[dict[str, Any]]:
@@ -159,6 +179,13 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
+    def recipe() -> Any:
+        from lightning_peft.plugin.namespace import realize
+        from lightning_peft.tasks.causal_lm import CausalLM
+
+        fields = {**config.to_diff_dict(), "model_type": config.model_type}
+        return realize(CausalLM, "pytorch_lightning")("random", dtype="float32", config=fields)
+
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             meter.before(index)
@@ -184,7 +211,8 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
             enable_model_summary=False,
         )  # fmt: skip
         batches = batches_of(row, config, 2 * accumulate)
-        trainer.fit(Task(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        task = recipe() if row.get("logits") == "chunked" else Task()
+        trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     return {"measured": meter.peak}
 
 

@@ -102,12 +102,15 @@ def measured(model: str, data: str, steps: int, seeds: int, quick: bool) -> dict
         )
         for one, other in (("lora", "full"), ("qlora", "lora"))
     }
+    errors = weight_errors(model)
+    for one, other in (("nf4", "fp4"), ("fp4", "int4")):
+        ratios[f"{one}_to_{other}"] = spread([errors[one] / errors[other]])
     return {
         "rates": chosen,
         "held_out_loss": losses,
         "spread": {method: spread(values) for method, values in losses.items()},
         "ratios": ratios,
-        "relative_weight_error": weight_errors(model),
+        "relative_weight_error": errors,
     }
 
 

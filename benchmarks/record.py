@@ -6,14 +6,19 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "pytorch-lightning", "safetensors")
+PAGE = RECORDS.parent.parent / "docs" / "performance.md"
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "pytorch-lightning", "safetensors", "trl",
+)  # fmt: skip
 
 
 def conditions() -> dict[str, Any]:
@@ -31,9 +36,35 @@ def conditions() -> dict[str, Any]:
         "load_at_start": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": _versions(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _commit() -> str | None:
+    """Returns the commit that is measured; ``+`` is for what is not committed."""
+    words = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(words, cwd=RECORDS.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def said(where: Mapping[str, Any]) -> str:
+    """Returns conditions as one sentence."""
+    flat = {**where, **where.get("versions", {})}
+    flat.pop("versions", None)
+    return "; ".join(f"{k} {v}".replace("_", " ") for k, v in flat.items() if v is not None) + "."
 
 
 def interleaved(
@@ -73,10 +104,30 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
     }
 
 
-def write(name: str, content: dict[str, Any], *, quick: bool) -> Path:
-    """Writes a record; a smoke run never takes the place of a real one."""
+def write(name: str, content: dict[str, Any], *, quick: bool, check: bool = False) -> Path:
+    """Writes a record; one of a smoke run or of a check never takes the place of a real one."""
     RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / (f"{name}.quick.json" if quick else f"{name}.json")
+    kind = ".quick" if quick else ".check" if check else ""
+    path = RECORDS / f"{name}{kind}.json"
     path.write_text(json.dumps({"quick": quick, **content}, indent=1) + "\n", encoding="utf-8")
-    print(path.relative_to(RECORDS.parent.parent))
+    print(path.relative_to(RECORDS.parent.parent), flush=True)
     return path
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """Returns a record, or ``None`` where there is none."""
+    path = RECORDS / f"{name}.json"
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_between(name: str, text: str) -> None:
+    """Puts ``text`` between the marks called ``name`` in ``docs/performance.md``."""
+    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{PAGE} has no marks {begin} and {end}")
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

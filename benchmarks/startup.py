@@ -27,6 +27,7 @@ COMMANDS = {
     ],
     "help": ["-m", "lightning_peft.cli", "--help"],
 }
+CHECKED = ("lightning", "ours_and_lightning", "help")
 
 
 def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
@@ -43,15 +44,18 @@ def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="once, to try the script")
+    parser.add_argument("--check", action="store_true", help="a few times, for `all.py check`")
     given = parser.parse_args()
-    ways = {name: timed(command) for name, command in COMMANDS.items()}
+    names = CHECKED if given.check else tuple(COMMANDS)
+    ways = {name: timed(COMMANDS[name]) for name in names}
     where = conditions()
     for way in ways.values():
         # Compiled files and the page cache, for all alike.
         way()
-    runs = interleaved(ways, 1 if given.quick else given.repeats)
+    repeats = 1 if given.quick else 3 if given.check else given.repeats
+    runs = interleaved(ways, repeats)
     pairs = {
         "import_both_to_lightning": ("ours_and_lightning", "lightning"),
         "import_to_lightning": ("ours", "lightning"),
@@ -60,12 +64,16 @@ def main() -> None:
     }
     content = {
         "conditions": where,
-        "repeats": len(runs["ours"]),
+        "repeats": repeats,
         "seconds": summary(runs),
-        "ratios": {name: ratio(runs, *pair, "seconds") for name, pair in pairs.items()},
+        "ratios": {
+            name: ratio(runs, *pair, "seconds")
+            for name, pair in pairs.items()
+            if all(way in runs for way in pair)
+        },
         "runs": runs,
     }
-    write("startup", content, quick=given.quick)
+    write("startup", content, quick=given.quick, check=given.check)
 
 
 if __name__ == "__main__":

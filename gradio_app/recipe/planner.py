@@ -116,6 +116,8 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
         "dtype": value_at(content, "model.init_args.dtype", "auto"),
         "gradient-checkpointing": {True: "on", False: "off"}.get(checkpointing, "auto"),
         "optimizer": strategy["optimizer"] or "auto",
+        # Preference tuning asks the model for those of all tokens.
+        "logits": "chunked" if task.module == "CausalLM" else "all",
     }
     made = ["plan", "--json", *(f"--{name}={value}" for name, value in words.items())]
     made += [f"--revision={revision}"] if revision else []

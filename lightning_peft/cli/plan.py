@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="by default what the strategy does: on for qlora",
     )
+    add(
+        "--logits",
+        choices=("chunked", "all"),
+        default="chunked",
+        help="of a causal language model: of some tokens at a time, as in the task CausalLM (the "
+        "default), or of all, as in preference tuning and in modules that call their model",
+    )
     add("--precision", default="32-true", help="the Trainer's; default: 32-true, as it is loaded")
     add("--dtype", default="auto", help="dtype of the weights; by default that of the config")
     add("--revision", help="branch, tag or commit on the hub")
@@ -106,6 +114,9 @@ def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Surve
     source = import_module("lightning_peft.plan.sources").from_name(
         given.model, given.revision, given.dtype
     )
+    if given.logits == "chunked" and source.causal:
+        step = import_module("lightning_peft.tasks.token_loss").loss_by_parts
+        source = replace(source, step=step)
     survey: Survey = plan.survey(source, run, device, limits=not given.no_limits, progress=progress)
     return survey
 

@@ -38,6 +38,8 @@ def _parts(found: Survey) -> Iterator[str | tuple[str, list[list[str]]]]:
         f"optimizer {run.optimizer_name}"
     )
     yield f"trainable {trace.trainable:,} of {trace.total:,} parameters ({share:.2f} %)"
+    if found.logits == "chunked":
+        yield "logits of some tokens at a time, as in the task CausalLM; --logits all: of all"
     if found.longest is not None and run.seq_len > found.longest:
         yield f"seq_len={run.seq_len} is more than the {found.longest} that the model was made for"
     rows = [["at the fullest moment", "bytes", ""]]

@@ -83,7 +83,8 @@ def predict(source: Source, settings: Settings, step: Step | None = None) -> Pre
     Args:
         source: The model.
         settings: The run.
-        step: Returns the loss of a module on a batch; see :func:`plan_memory`.
+        step: Returns the loss of a module on a batch; by default that of the source, and see
+            :func:`plan_memory`.
 
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
@@ -92,7 +93,7 @@ def predict(source: Source, settings: Settings, step: Step | None = None) -> Pre
         source.twin(),
         lambda: source.batch(settings.batch_size, settings.seq_len, settings.is_padded),
         settings,
-        step,
+        step or source.step,
         source.vocabulary,
     )
     found = {part: traced.at_peak.get(part, 0) for part in PARTS}

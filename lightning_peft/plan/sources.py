@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from lightning_peft.errors import ConfigError, UnsupportedError, near_names
 from lightning_peft.plan.batches import batch_maker
+from lightning_peft.plan.trace import Step
 from lightning_peft.plan.twin import meta_copy
 
 
@@ -28,6 +29,8 @@ class Source:
         batch: Makes a batch of so many rows and tokens, with a mask where rows are padded.
         vocabulary: Size of the vocabulary, if there is one.
         longest: Longest sequence that the model was made for, if it says so.
+        causal: Whether it is a causal language model of transformers.
+        step: Returns the loss of a module on a batch, where it is not the module's own.
         rows_change: Whether ``batch`` can make batches of other rows.
         length_changes: Whether it can make rows of other lengths.
     """
@@ -37,6 +40,8 @@ class Source:
     batch: Callable[[int, int, bool], Any]
     vocabulary: int | None = None
     longest: int | None = None
+    causal: bool = False
+    step: Step | None = None
     rows_change: bool = True
     length_changes: bool = True
 
@@ -93,6 +98,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> Source:
         batch_maker(model_class, config),
         getattr(text, "vocab_size", None),
         getattr(text, "max_position_embeddings", None),
+        causal=model_class is _causal_class(config),
         length_changes=model_class.main_input_name != "pixel_values",
     )
 
@@ -111,7 +117,7 @@ def _class_of(config: Any) -> Any:
     transformers = import_module("transformers")
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        found = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+        found = _causal_class(config)
         if found is None:
             raise UnsupportedError(
                 f"{type(config).__name__} names no architecture, and there is no causal language "
@@ -126,6 +132,12 @@ def _class_of(config: Any) -> Any:
             "model is not run to plan; build the model yourself, and call plan_memory with it."
         )
     return found
+
+
+def _causal_class(config: Any) -> Any:
+    """Returns the causal language model of a config's kind, or ``None``."""
+    transformers = import_module("transformers")
+    return transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def from_module(module: nn.Module, batch: Any) -> Source:

@@ -31,6 +31,7 @@ class Survey:
         seq_len: The longest sequence that fits at the run's batch size, likewise.
         recommendation: Which method to choose.
         longest: Longest sequence that the model was made for, if its config says so.
+        logits: ``"chunked"`` if they are those of some tokens at a time, else ``"all"``.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Survey:
     seq_len: int | None
     recommendation: Recommendation
     longest: int | None = None
+    logits: str = "all"
 
     @property
     def fits(self) -> bool | None:
@@ -62,6 +64,7 @@ class Survey:
                 "optimizer": run.optimizer_name,
                 "gradient_checkpointing": run.checkpointing,
                 "lora": dict(run.lora),
+                "logits": self.logits,
             },
             "trainable_parameters": plan.trace.trainable,
             "total_parameters": plan.trace.total,
@@ -149,6 +152,7 @@ def survey(
         seq_len,
         recommend(methods, device),
         source.longest,
+        "all" if source.step is None else "chunked",
     )
 
 

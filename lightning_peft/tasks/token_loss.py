@@ -120,6 +120,16 @@ class TokenLoss:
         return self._by_parts
 
 
+def loss_by_parts(model: PreTrainedModel, batch: Any) -> Tensor:
+    """Returns the loss of a model that no task holds, as the tasks compute it.
+
+    Args:
+        model: The model.
+        batch: As of :meth:`TokenLoss.train`.
+    """
+    return TokenLoss().train(model, model, batch)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """Mean cross-entropy behind a head; gradients are taken in the forward pass."""
 
@@ -161,6 +171,8 @@ class ChunkedLoss(torch.autograd.Function):
                 of_hidden[start : start + len(part)] = found.pop(0)
             sums = [_added(held, more) for held, more in zip(sums, found, strict=True)]
             start += len(part)
+            # Else they would still be there when those of the next chunk are made.
+            del logits, wide, gradient
         ctx.count, ctx.dtypes = max(1, len(targets)), [param.dtype for param in trained]
         ctx.save_for_backward(of_hidden, *sums)
         return total / len(targets)

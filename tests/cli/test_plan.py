@@ -70,6 +70,25 @@ def test_json_alone_is_printed(plan):
     assert "predicting lora" in done.stderr
 
 
+def test_the_loss_of_the_task_has_no_logits_of_all_tokens(here, tmp_path):
+    wide = {**CONFIG, "vocab_size": 1 << 16}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(wide))
+    words = ["--model", "model", "--batch-size", "8", "--seq-len", "256", "--no-limits", "--json"]
+    by_parts, whole = (json.loads(here(*words, *more).stdout) for more in ([], ["--logits", "all"]))
+    assert (by_parts["run"]["logits"], whole["run"]["logits"]) == ("chunked", "all")
+    # 256 of 2,048 tokens at a time: in bfloat16, their gradient in float32, and in bfloat16.
+    assert by_parts["breakdown"]["logits"] == 256 * (1 << 16) * (2 + 4 + 2)
+    assert whole["breakdown"]["logits"] >= 2048 * (1 << 16) * (2 + 4)
+
+
+def test_the_loss_of_a_model_that_is_no_language_model_is_its_own(here, tmp_path):
+    classes = {**CONFIG, "architectures": ["LlamaForSequenceClassification"], "pad_token_id": 0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(classes))
+    done = here("--model", "model", "--seq-len", "32", "--no-limits", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["run"]["logits"] == "all"
+
+
 def test_plain_lines_where_there_is_no_terminal(here):
     words = ["--batch-size", "2", "--seq-len", "32", "--r", "8", "--target-modules", "q_proj"]
     done = here("--model", "model", *words, "--gradient-checkpointing", "off", "--no-limits")
@@ -77,6 +96,7 @@ def test_plain_lines_where_there_is_no_terminal(here):
     assert "qlora, batch_size=2, seq_len=32, gradient checkpointing off" in done.stdout
     assert f"trainable {2 * 8 * (64 + 64):,} of" in done.stdout
     assert "weights in 4 bits" in done.stdout
+    assert "logits of some tokens at a time, as in the task CausalLM" in done.stdout
     assert "\x1b" not in done.stdout
 
 

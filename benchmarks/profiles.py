@@ -1,0 +1,61 @@
+"""Where the time of a training step goes, in a few groups, from torch's profiler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+# By the names of operations; the first that fits.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "dequantize": ("bitsandbytes::",),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
+    "matmul": ("::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "mkldnn", "gemm"),
+    "cross-entropy": ("log_softmax", "nll_loss", "logsumexp"),
+}
+# By what an operation runs in, for those that could be anywhere.
+WITHIN: dict[str, str] = {
+    "Optimizer.step": "optimizer",
+    "Optimizer.zero_grad": "optimizer",
+    "ChunkedLoss": "cross-entropy",
+}
+REST = "rest"
+
+
+def torch_profiler(**more: Any) -> Any:
+    """Returns torch's profiler for this machine's devices."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities, **more)
+
+
+def shares(events: Any) -> dict[str, Any]:
+    """Returns shares of the self times: ``groups``, and the eight largest ``operations``."""
+    groups: Counter[str] = Counter()
+    operations: Counter[str] = Counter()
+    for event in events:
+        # On a GPU the time of its kernels, which the operation that launched them is told.
+        spent = float(event.self_device_time_total or event.self_cpu_time_total)
+        groups[group_of(event)] += spent
+        operations[event.name] += spent
+    total = sum(groups.values()) or 1.0
+    return {
+        "groups": {name: groups[name] / total for name in (*GROUPS, "optimizer", REST)},
+        "operations": {name: spent / total for name, spent in operations.most_common(8)},
+    }
+
+
+def group_of(event: Any) -> str:
+    """Returns the group of an operation."""
+    for group, names in GROUPS.items():
+        if any(name in event.name for name in names):
+            return group
+    place = event
+    while place is not None:
+        for start, group in WITHIN.items():
+            if place.name.startswith(start):
+                return group
+        place = place.cpu_parent
+    return REST

@@ -1,0 +1,235 @@
+"""What ``training_step.py`` trains, and the pace at which each of its methods does so.
+
+Models are random Llamas in bfloat16; adapters have rank 16 on all linear layers of the blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from profiles import shares, torch_profiler
+
+IGNORED = -100
+# So large that a few steps of random weights show in the loss.
+RATE = 1e-3
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32}
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128,
+             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "40M": {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
+            "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "wide vocabulary": {"vocab_size": 128256, "hidden_size": 512, "intermediate_size": 1408,
+                        "num_hidden_layers": 4, "num_attention_heads": 8,
+                        "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained.
+
+    Attributes:
+        name: For the record.
+        size: Of :data:`SIZES`.
+        quantized: Whether the base is in NF4 with double quantization.
+        dropout: Of the adapters.
+        rows: In a batch.
+        length: Tokens of a row; of ``"instructions"``, the most.
+        data: ``"full"`` (a label on every token), ``"prompts"`` (on the last tenth), or
+            ``"instructions"`` (lengths log-normal with median 100, prompts of half of that).
+    """
+
+    name: str
+    size: str
+    quantized: bool
+    dropout: float = 0.0
+    rows: int = 2
+    length: int = 256
+    data: str = "full"
+
+
+class Finished(Exception):
+    """The pace has ended."""
+
+
+class Pace:
+    """Times steps in blocks; the parent process says when each block may begin.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.block = device, 0
+        self.times: list[float] = []
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.profile: Any = None
+        self.order = ""
+        self._began = 0.0
+
+    def before(self) -> None:
+        """Called before each step."""
+        if not self.times:
+            self._wait()
+        self._synchronize()
+        if self.order == "memory":
+            self._begin_memory()
+        elif self.order == "profile":
+            self.profile = torch_profiler()
+            self.profile.__enter__()
+        self._began = time.perf_counter()
+
+    def after(self, tokens: int, loss: Any = None) -> None:
+        """Called after each step.
+
+        Args:
+            tokens: Tokens of the step that were no padding.
+            loss: Of the step, where the method trains.
+        """
+        self._synchronize()
+        self.times.append(time.perf_counter() - self._began)
+        self.tokens += tokens
+        if loss is not None:
+            self.losses.append(float(loss))
+        if self.order == "memory":
+            self._tell({"peak": self._end_memory()})
+        elif self.order == "profile":
+            self.profile.__exit__(None, None, None)
+            self._tell(shares(self.profile.events()))
+        if self.order != "block":
+            self._clear()
+        elif len(self.times) == self.block:
+            told = {"seconds": self.times, "tokens": self.tokens, "losses": self.losses}
+            self._tell(told)
+            self._clear()
+
+    def _clear(self) -> None:
+        self.times, self.losses, self.tokens = [], [], 0
+
+    def _wait(self) -> None:
+        self.order, _, steps = sys.stdin.readline().strip().partition(" ")
+        if self.order not in ("block", "memory", "profile"):
+            raise Finished
+        self.block = int(steps or 1)
+
+    @staticmethod
+    def _tell(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=sys.__stdout__, flush=True)
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def _begin_memory(self) -> None:
+        import torch
+
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        self.held = held_bytes()
+        self.profile = torch_profiler(profile_memory=True)
+        self.profile.__enter__()
+
+    def _end_memory(self) -> int:
+        import torch
+
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        self.profile.__exit__(None, None, None)
+        events = self.profile.profiler.kineto_results.events()
+        sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        live = most = 0
+        for _, size in sizes:
+            live += size
+            most = max(most, live)
+        return self.held + most
+
+
+def held_bytes() -> int:
+    """Returns the bytes of all tensors that exist, each storage once."""
+    import torch
+
+    sizes = {}
+    for thing in gc.get_objects():
+        # By type: isinstance would ask lazy and deprecated things what they are.
+        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                storage = thing.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def config_of(case: Case) -> Any:
+    """Returns the configuration of the model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**SIZES[case.size], max_position_embeddings=4096, use_cache=False)
+
+
+def model_of(case: Case) -> Any:
+    """Returns the model in bfloat16, with the same random weights each time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(case), dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    return model.train()
+
+
+def examples(case: Case, count: int) -> list[dict[str, list[int]]]:
+    """Returns ``count`` examples of random tokens with labels; the same for every method.
+
+    Small tokens are more likely (evenly in their logarithm), so that there is something to learn.
+    """
+    source = random.Random(0)
+    vocabulary = SIZES[case.size]["vocab_size"]
+    made = []
+    for _ in range(count):
+        length = case.length
+        if case.data == "instructions":
+            length = max(8, min(case.length, round(source.lognormvariate(4.6, 0.8))))
+        ids = [2 + int((vocabulary - 2) ** source.random()) for _ in range(length)]
+        prompt = {"full": 0, "prompts": length * 9 // 10, "instructions": length // 2}[case.data]
+        made.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:]})
+    return made
+
+
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Returns a batch, filled up at the end."""
+    import torch
+
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, Any] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        missing = longest - len(row["input_ids"])
+        batch["input_ids"].append(row["input_ids"] + [0] * missing)
+        batch["attention_mask"].append([1] * (longest - missing) + [0] * missing)
+        batch["labels"].append(row["labels"] + [IGNORED] * missing)
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+def batches(case: Case) -> Iterator[dict[str, Any]]:
+    """Yields batches for ever, in the order of the examples."""
+    rows = examples(case, case.rows * 64)
+    while True:
+        for start in range(0, len(rows), case.rows):
+            yield padded(rows[start : start + case.rows])
+
+
+def real_tokens(batch: dict[str, Any]) -> int:
+    """Returns how many tokens of a batch are no padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())

@@ -1,0 +1,126 @@
+"""The tables of ``training_step.py``: what was measured, the losses, the ladder, its profiles."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from record import said
+
+# Of the ladder, what each rung changes.
+CHANGES = {
+    "by hand": "PEFT and bitsandbytes in a loop, padded rows",
+    "engine": "+ a linear layer and its adapter are one step for autograd",
+    "labelled": "+ logits only where there is a label",
+    "packed": "+ packed rows",
+    "checkpointed": "+ blocks keep their inputs only",
+}
+
+
+def tables(content: dict[str, Any], ladder: Sequence[str]) -> list[str]:
+    """Returns all of them, under the conditions.
+
+    Args:
+        content: The record.
+        ladder: Its methods in order.
+    """
+    cases = {entry["case"]: entry["methods"] for entry in content["cases"]}
+    lines = [said(content["conditions"]), "", *_measured(cases)]
+    lines += ["", "Ratios, round by round:", "", *_ratios(content["ratios"])]
+    lines += ["", *_losses(cases)]
+    rungs: dict[str, Any] = cases.get("instructions", {})
+    present = [name for name in ladder if "blocks" in rungs.get(name, {})]
+    if present:
+        lines += ["", *_ladder(rungs, present), "", *_profiles(rungs, present)]
+    return lines
+
+
+def _measured(cases: dict[str, Any]) -> list[str]:
+    lines = [
+        "| case | method | ms per step | from | to | tokens per second | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, methods in cases.items():
+        for method, record in methods.items():
+            if "skipped" in record:
+                lines.append(f"| {case} | {method} | skipped: {record['skipped']} | | | | |")
+                continue
+            blocks = [1e3 * seconds for seconds in record["blocks"]]
+            cells = [f"{ms:.1f}" for ms in (statistics.median(blocks), min(blocks), max(blocks))]
+            cells += [f"{statistics.median(record['tokens']):,.0f}", f"{record['peak'] / 1e6:,.1f}"]
+            lines.append(f"| {case} | {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratios(ratios: dict[str, dict[str, float]]) -> list[str]:
+    lines = ["| ratio | median | from | to |", "| --- | --- | --- | --- |"]
+    for name, found in ratios.items():
+        cells = [f"{found[part]:.3f}" for part in ("median", "min", "max")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _losses(cases: dict[str, Any]) -> list[str]:
+    """The loss of each method over the second half of its steps, against the first one's."""
+    lines = [
+        "Loss of the first step, and mean over the second half of all steps with its standard",
+        "error over their batches. Equal within noise: the mean differs from that of the case's",
+        "first method by at most three standard errors of the difference.",
+        "",
+        "| case | method | first | mean | standard error | equal within noise |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, methods in cases.items():
+        first: tuple[float, float] | None = None
+        for method, record in methods.items():
+            losses = record.get("losses", [])
+            if len(losses) < 4:
+                continue
+            half = losses[len(losses) // 2 :]
+            mean = statistics.mean(half)
+            error = statistics.stdev(half) / math.sqrt(len(half))
+            first = first or (mean, error)
+            equal = abs(mean - first[0]) <= 3 * math.hypot(error, first[1])
+            cells = [f"{losses[0]:.4f}", f"{mean:.4f}", f"{error:.4f}", "yes" if equal else "no"]
+            lines.append(f"| {case} | {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ladder(rungs: dict[str, Any], present: list[str]) -> list[str]:
+    lines = [
+        "The ladder, one change in each row, on `instructions`:",
+        "",
+        "| rung | change | ms per step | tokens per second | peak MB | times the first |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    first = statistics.median(rungs[present[0]]["tokens"])
+    for name in present:
+        record = rungs[name]
+        tokens = statistics.median(record["tokens"])
+        cells = [
+            f"{1e3 * statistics.median(record['blocks']):.1f}",
+            f"{tokens:,.0f}",
+            f"{record['peak'] / 1e6:,.1f}",
+            f"{tokens / first:.2f}",
+        ]
+        lines.append(f"| {name} | {CHANGES[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+def _profiles(rungs: dict[str, Any], present: list[str]) -> list[str]:
+    groups = list(rungs[present[0]]["profile"]["groups"])
+    lines = [
+        "Where the time of one step goes, by torch's profiler. Some 4-bit products of bitsandbytes",
+        "dequantize and multiply in one operation; they count as dequantize.",
+        "",
+        f"| rung | {' | '.join(groups)} | largest operations |",
+        "| --- " * (len(groups) + 2) + "|",
+    ]
+    for name in present:
+        profile = rungs[name]["profile"]
+        cells = [f"{profile['groups'][group]:.0%}" for group in groups]
+        most = [f"`{op}` {share:.0%}" for op, share in list(profile["operations"].items())[:4]]
+        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(most)} |")
+    return lines

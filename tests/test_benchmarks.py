@@ -1,0 +1,89 @@
+"""What the benchmarks write, from records; nothing is measured here."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def between(name):
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"<!-- {name} begins -->\n\n")
+    text, found, _ = rest.partition(f"\n\n<!-- {name} ends -->")
+    assert found
+    return text
+
+
+def test_the_page_says_what_the_records_say(load):
+    assert between("summary") == "\n".join(load("targets").summary())
+    assert between("other records") == "\n".join(load("all").others())
+
+
+def test_every_target_has_its_row_and_every_ratio_is_measured_somewhere(load):
+    targets, steps = load("targets"), load("training_step")
+    assert [line.split("|")[1].strip() for line in targets.summary()[2:]] == [
+        str(number) for number in range(1, 13)
+    ]
+    made = {f"{case}: {one} / {other}, {what}" for case, one, other, what in steps.RATIOS}
+    bounds = [*targets.CHECKS, *(bound for target in targets.TARGETS for bound in target.bounds)]
+    named = {bound.ratio for bound in bounds if bound.record == "training_step"}
+    assert named <= made
+
+
+def test_a_median_above_its_bound_is_named(load, monkeypatch, capsys):
+    targets, record = load("targets"), load("record")
+    first, *others = targets.CHECKS
+    found = {bound.record: {"ratios": {}} for bound in targets.CHECKS}
+    for bound in targets.CHECKS:
+        value = bound.most * (1.5 if bound is first else 0.5)
+        found[bound.record]["ratios"][bound.ratio] = record.spread([value, value, 9.0])
+    monkeypatch.setattr(targets, "read", lambda name: found[name.removesuffix(".check")])
+    assert targets.broken() == [first.label]
+    monkeypatch.setattr(targets, "read", lambda name: None)
+    assert targets.broken() == [first.label, *(bound.label for bound in others)]
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_time_of_a_profile_is_shared_out(load):
+    profiles = load("profiles")
+    weight = torch.nn.Parameter(torch.randn(256, 256))
+    optimizer = torch.optim.AdamW([weight])
+    with profiles.torch_profiler() as profile:
+        (torch.randn(64, 256) @ weight).log_softmax(-1).sum().backward()
+        optimizer.step()
+    groups = profiles.shares(profile.events())["groups"]
+    assert sum(groups.values()) == pytest.approx(1)
+    assert all(groups[name] > 0 for name in ("matmul", "cross-entropy", "optimizer", "rest"))
+    assert groups["dequantize"] == groups["attention"] == 0
+
+
+def test_methods_of_a_case_differ_where_their_losses_do(load):
+    tables = load("training_tables")
+    near = [6.0, 5.9, 5.8, 5.71, 5.69, 5.72]
+    rows = tables._losses({"case": {
+        "by hand": {"losses": near},
+        "same": {"losses": [loss + 0.001 for loss in near]},
+        "other": {"losses": [loss + 1 for loss in near]},
+        "floor": {"losses": []},
+    }})  # fmt: skip
+    verdicts = [row.split("|")[6].strip() for row in rows if row.startswith("| case |")][1:]
+    assert verdicts == ["yes", "yes", "no"]
+
+
+def test_packs_hold_every_example_once(load):
+    cases, methods = load("training_case"), load("training_methods")
+    case = cases.Case("", "tiny", True, rows=2, length=128, data="instructions")
+    packs = methods.packs(case)
+    flat = sorted(str(row["input_ids"]) for pack in packs for row in pack)
+    assert flat == sorted(str(row["input_ids"]) for row in cases.examples(case, 128))
+    assert max(map(methods.tokens_of, packs)) <= 128
