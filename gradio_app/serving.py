@@ -24,6 +24,9 @@ _LOOK = Path(__file__).parent / "look"
 def prepare_environment() -> None:
     """Sets what Gradio reads while it is imported: no telemetry, and no proxy to itself."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # It sums up all events there were, for a page of the owner's that is closed here: by default
+    # after each event, which takes longer than most of our handlers.
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1000000000"
     # Such a path would be served whatever this page allows.
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     for name in ("NO_PROXY", "no_proxy"):

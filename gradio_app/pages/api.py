@@ -19,7 +19,7 @@ from gradio_app.recipe.checking import checked_recipe
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
-from lightning_peft.cli.recipes import recipe_files, resolved
+from lightning_peft.cli.recipes import recipe_files
 
 # Most rows that one call returns; the next one asks for those after them.
 MOST_ROWS = 1000
@@ -34,7 +34,7 @@ def declare(studio: Studio, t: Texts) -> None:
 def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def recipes() -> dict[str, str]:
         """Returns the YAML of every recipe, by name."""
-        return {name: resolved(file) for name, file in recipe_files().items()}
+        return {name: file.read_text("utf-8") for name, file in recipe_files().items()}
 
     def check(recipe: str, request: gr.Request) -> dict[str, Any]:
         """Returns a recipe as it would be run, or says all that is wrong with it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import Refused
@@ -42,10 +44,9 @@ def recipe_named(name: object) -> dict[str, Any]:
     Raises:
         Refused: If there is none of that name.
     """
-    files = recipe_files()
-    if not isinstance(name, str) or name not in files:
+    if not isinstance(name, str) or name not in _files():
         raise Refused("checks.no_recipe", name=shortened(name))
-    content = parsed(files[name].read_text(encoding="utf-8"))
+    content = recipe_named_alone(name)
     if name.startswith("small/"):
         return laid_over(recipe_named(f"{name.removeprefix('small/')}-lora"), content)
     return content
@@ -67,7 +68,16 @@ def started(task: object, method: str = "lora", small: bool = True) -> dict[str,
 
 def recipe_named_alone(name: str) -> dict[str, Any]:
     """Returns what a recipe's own file says."""
-    return parsed(recipe_files()[name].read_text(encoding="utf-8"))
+    return copy.deepcopy(_in_file(name))
+
+
+# The form asks for them after each change of a setting, and files of the package stay as they are.
+_files = cache(recipe_files)
+
+
+@cache
+def _in_file(name: str) -> dict[str, Any]:
+    return parsed(_files()[name].read_text(encoding="utf-8"))
 
 
 def of_a_run(content: dict[str, Any], places: Places) -> dict[str, Any]:
@@ -82,6 +92,10 @@ def of_a_run(content: dict[str, Any], places: Places) -> dict[str, Any]:
         arguments = value_at(content, f"{part}.init_args", None)
         if isinstance(arguments, dict):
             arguments.pop("cache_dir", None)
+            left_out = arguments.get("skip_bad_rows")
+            if isinstance(left_out, str):
+                # The file of that run is not written over.
+                arguments["skip_bad_rows"] = Path(left_out).name
             for key, value in arguments.items():
                 if isinstance(value, str):
                     arguments[key] = places.portable(value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradio_app.guards import redacted
-from gradio_app.recipe.content import value_at
+from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.places import bundled_folders
 from gradio_app.recipe.rows import Table, first_rows
@@ -74,10 +74,12 @@ def looked_at(content: dict[str, Any], warm: WarmCommands, space: bool) -> DataR
     if value_at(content, "data.class_path", "").endswith("SeriesData"):
         # A table of numbers is no rows of examples; the run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)
-    if skipping is not None:
-        Path(skipping).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"
+        if skipping is not None:
+            # The file is the run's; here it is only asked what would be in it.
+            left_out = str(Path(folder) / "left-out.jsonl")
+            content = with_value(content, "data.init_args.skip_bad_rows", left_out)
         file.write_text(dumped({"data": content["data"]}), encoding="utf-8")
         words = ["preview", "--json", f"--rows={SHOWN}", f"--config={file}"]
         answer = warm.run(words, SECONDS_HERE if space else SECONDS)

@@ -96,18 +96,20 @@ class Places:
         return value
 
     def written(self, value: object) -> str:
-        """Returns where a run may write rows that it leaves out: a file of the page's making.
+        """Returns the name of the file that rows are written to which a run leaves out.
+
+        The folder is that of the run, which is only known when it starts; a path that an earlier
+        run had there stands for the name.
 
         Raises:
             Refused: If it is more than a name.
         """
         text = _text(value)
-        below = _below(text, self.uploads)
-        if below is not None:
-            return below
+        if _below(text, self.settings.runs) is not None:
+            text = Path(text).name
         if not _PLAIN.fullmatch(text) or ".." in text:
             raise Refused("checks.written", path=shortened(text))
-        return (self.uploads / "left-out" / text).as_posix()
+        return text
 
 
 def _text(value: object) -> str:

@@ -15,6 +15,7 @@ import psutil
 
 from gradio_app.errors import Refused
 from gradio_app.running.environment import trainer_environment
+from gradio_app.running.left_out import leaves_out, left_out
 from gradio_app.running.reading import json_object
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
@@ -85,6 +86,8 @@ class LocalExecutor:
         if "ProgressBar" not in run.recipe_text:
             # A bar would be written to the file some times a second.
             words += ["--trainer.enable_progress_bar=false"]
+        if leaves_out(run.recipe_text):
+            words += [f"--data.init_args.skip_bad_rows={left_out(run.folder)}"]
         return words
 
     def stop(self, run: Run) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from gradio_app.serving import serve
+from gradio_app import serving
 from gradio_app.settings import Limits, Settings
 
 
@@ -26,7 +27,30 @@ def main() -> int:
         settings = dataclasses.replace(settings, limits=Limits(**dataclasses.asdict(limits)))
     password = options.pop("password", None)
     settings = dataclasses.replace(settings, **options)
-    return serve(settings, "127.0.0.1", port, ("studio", password) if password else None)
+    serving.build = _telling(serving.build, folder / "handlers.json")
+    return serving.serve(settings, "127.0.0.1", port, ("studio", password) if password else None)
+
+
+def _telling(build: Any, file: Path) -> Any:
+    """Returns what builds the pages and writes down which of their handlers are one function."""
+
+    def built(studio: Any) -> Any:
+        demo = build(studio)
+        rows = [
+            {
+                "number": number,
+                "function": id(one.fn),
+                "name": one.fn.__qualname__,
+                "page": one.page,
+                "given": sum(not block.stateful for block in one.inputs),
+            }
+            for number, one in demo.fns.items()
+            if one.fn is not None
+        ]
+        file.write_text(json.dumps(rows), encoding="utf-8")
+        return demo
+
+    return built
 
 
 if __name__ == "__main__":

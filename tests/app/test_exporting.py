@@ -31,9 +31,9 @@ from gradio_app.exporting.wishes import checked_wish
 from gradio_app.running.store import RunStore
 from gradio_app.settings import DEMO_LIMITS, Settings
 from tests.app import servers
+from tests.app.attacking import call
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import recipe, settings, until
-from tests.app.test_security import call
 from tests.cli.test_export import Hub
 
 TOKEN = "hf_right"

@@ -74,7 +74,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page.locator("#overview").get_by_role("link", name="To the data").first.click()
     page.get_by_label("Leave rows").check()
     report.get_by_text("are left out").wait_for()
-    page.get_by_role("link", name="4 Review").click()
+    page.get_by_role("link", name="Review", exact=True).click()
     page.locator("#overview .fine").wait_for()
     recipe = shown_recipe(page)
     assert recipe["data"]["init_args"]["columns"] == {"prompt": "question", "completion": "reply"}

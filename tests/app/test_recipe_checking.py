@@ -247,10 +247,11 @@ def test_a_folder_of_models_can_be_named(here):
     assert checked["model"]["init_args"]["model"] == str(here.models_root / "mine")
 
 
-def test_rows_left_out_are_written_where_the_page_says(here):
-    checked = checked_content(changed(f"{DATA}skip_bad_rows", "bad.jsonl"), here, "local")
-    written = Path(checked["data"]["init_args"]["skip_bad_rows"])
-    assert written.parent == here.uploads / "local" / "left-out"
+def test_rows_left_out_have_a_name_and_no_place(here):
+    for value in ("bad.jsonl", str(here.runs / "some-run" / "bad.jsonl")):
+        (here.runs / "some-run").mkdir(parents=True, exist_ok=True)
+        checked = checked_content(changed(f"{DATA}skip_bad_rows", value), here, "local")
+        assert checked["data"]["init_args"]["skip_bad_rows"] == "bad.jsonl"
     for value in ("/etc/passwd", "../x", "a/b", str(here.data_root / "rows.jsonl")):
         assert problems(changed(f"{DATA}skip_bad_rows", value), here) == ["checks.written"]
 

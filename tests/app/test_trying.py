@@ -16,9 +16,9 @@ from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
 from lightning_peft.data.templates import NAMED
 from lightning_peft.runs.status import write_json
+from tests.app.attacking import call
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
-from tests.app.test_security import call
 from tests.app.test_visitors import HERS, HIS, _Request
 
 pytestmark = pytest.mark.page

@@ -8,12 +8,13 @@ import pytest
 from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
+from tests.app.attacking import Call, Handler, attack, handlers_of
 from tests.app.runs import queued, until
 from tests.app.servers import Server
-from tests.app.test_security import call
 
 HERS, HIS = "a" * 32, "b" * 32
 NAME = "Nobody else knows"
+ACTS = ("delete", "earlier", "later", "leave", "download", "cancel")
 
 
 @pytest.fixture(scope="module")
@@ -58,27 +59,51 @@ def test_the_first_visitor_finds_it_again(space, hers, browser):
     context.close()
 
 
-@pytest.mark.page
 def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     folder = store.get(owner, hers).folder
     before = {path.name for path in folder.path.iterdir()}
+    asked = {"run": hers, "from": hers, "runs": f"{hers},{hers}"}
+    clicks = [{"act": act, "run": hers, "export": "x"} for act in ACTS]
+
+    def calls(one: Handler, number: int) -> list[Call]:
+        return [Call([hers] * one.inputs, event, asked) for event in clicks if one.event] or [
+            Call([hers] * one.inputs, None, asked)
+        ]
+
+    def check(one: Handler, text: str) -> None:
+        assert NAME not in text, one
+
     cookies = {COOKIE: HIS}
     with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
-        config = client.get("/config").json()
-        handlers = [one for one in config["dependencies"] if one["inputs"] and one["backend_fn"]]
-        assert len(handlers) > 10
-        for one in handlers[: len(handlers) // 2 + 1]:
-            data = [hers] * len(one["inputs"])
-            assert NAME not in call(client, one, data), one
-            for act in ("stop", "kill", "delete", "cancel"):
-                body = {"data": data, "fn_index": one["id"], "session_hash": "x"}
-                event = {"event_data": {"act": act, "run": hers}}
-                client.post("/gradio_api/queue/join", json=body | event)
+        groups = handlers_of(space, client)
+        assert sum(map(len, groups)) > 100
+        attack(client, groups, calls, check)
     step = store.get(owner, hers).status.step
     until(lambda: store.get(owner, hers).status.step > step)
+    assert store.get(owner, hers).name == NAME
     new = {path.name for path in folder.path.iterdir()} - before
     assert not new & {"control.json", "votes.jsonl", "exports"}
+
+
+def test_her_own_recipe_shows_no_folder_of_the_server(space, store, hers):
+    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    folder = store.get(owner, hers).folder
+    upload = space.folder / "uploads" / owner / "rows.jsonl"
+    said = [upload, folder.path / "left-out.jsonl", folder.path]
+    before = folder.recipe.read_text()
+    folder.recipe.write_text(before + "".join(f"# {path}\n" for path in said))
+    shown = []
+    cookies = {COOKIE: HERS}
+    with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
+        groups = [group for group in handlers_of(space, client) if group[0].name == "View.opened"]
+        query = {"run": hers}
+        attack(client, groups, lambda one, _: [Call([], None, query)], lambda _, t: shown.append(t))
+    (text,) = shown
+    assert "# upload:rows.jsonl" in text
+    assert "# left-out.jsonl" in text
+    # Gradio keeps what it offers for download in a folder of its own.
+    assert not any(str(space.folder / name) in text for name in ("runs", "uploads"))
 
 
 def test_its_owner_stops_it(space, store, hers, browser):

@@ -286,7 +286,8 @@ def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
     updates = []
     for place in range(FIELDS):
         if place >= len(fields):
-            updates.append(gr.update(visible=False, value=""))
+            # Not "": a value that is none of the choices would be refused with all that is sent.
+            updates.append(gr.update(visible=False, choices=[], value=None))
             continue
         name = fields[place]
         rows = [(editor.t("new.no_column"), ""), *((one, one) for one in report.columns)]

@@ -36,6 +36,7 @@ class Session:
         refused: What is typed in settings and cannot be, by path.
         report: What is known of its data; ``None`` before that was asked, or for other data.
         told: Something the visitor should read.
+        planning: Which calculation of memory is the last one; those before it show nothing more.
     """
 
     content: dict[str, Any]
@@ -44,6 +45,7 @@ class Session:
     refused: dict[str, Refused] = field(default_factory=dict)
     report: Any = None
     told: str = ""
+    planning: object = None
 
 
 class Editor:

@@ -26,10 +26,11 @@ _OF_BATCHES = {
     f"data.init_args.{name}"
     for name in ("batch_size", "num_workers", "length_grouping", "packing", "shuffle_seed")
 }
+# Not `path`: Gradio takes what comes under that name for a file, and refuses it.
 _CLICKS = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-reset]');
-  if (button) trigger('click', { path: button.dataset.reset });
+  if (button) trigger('click', { setting: button.dataset.reset });
 });
 """
 
@@ -149,7 +150,7 @@ def set_field(session: Session, path: str, typed: Any) -> None:
 
 def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
     data = getattr(event, "_data", None)
-    path = data.get("path") if isinstance(data, dict) else None
+    path = data.get("setting") if isinstance(data, dict) else None
     return reset(session.content, session.since, str(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +14,9 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.recipe.places import UPLOAD, bundled_folders
 from gradio_app.running.failures import versions
+from gradio_app.running.left_out import left_out
 from gradio_app.running.reading import json_object
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
@@ -38,14 +41,23 @@ class RecipeTab:
         self._command = markup("", elem_id="recipe-command")
         markup(f"<h2>{t('run.facts')}</h2>")
         self._facts = markup("", elem_id="recipe-facts")
-        self.outputs: list[Any] = [self._text, self._download, self._command, self._facts]
+        self._left_out = gr.DownloadButton(
+            t("run.left_out"), elem_id="left-out", size="md", scale=0, visible=False
+        )
+        self.outputs: list[Any] = [
+            self._text,
+            self._download,
+            self._command,
+            self._facts,
+            self._left_out,
+        ]
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
         """Returns how a run is shown."""
         if run is None:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         t = self.t
-        text = run.recipe_text
+        text = self._recipe_of(run)
         code = (
             f'<pre tabindex="0" role="region" aria-label="{t("run.recipe_code")}">'
             f"{escaped(text)}</pre>"
@@ -55,13 +67,38 @@ class RecipeTab:
             Shown(self._staged(run, text), (run.id, text)),
             html(self._command_of(run)),
             html(self._facts_of(run)),
+            self._rows_of(run),
         ]
+
+    def _recipe_of(self, run: Run) -> str:
+        """Returns the recipe of a run; for strangers, without the folders of this machine."""
+        settings, text = self.studio.settings, run.recipe_text
+        if not settings.space:
+            return text
+        marks = {mark: str(folder) for mark, folder in bundled_folders().items()}
+        marks[UPLOAD] = str(settings.uploads / run.owner)
+        for mark, folder in marks.items():
+            text = text.replace(f"{folder}/", mark)
+        return text.replace(f"{run.folder.path}/", "").replace(str(run.folder.path), ".")
 
     def _staged(self, run: Run, text: str) -> str:
         file = Path(self._staging.name) / run.id / "recipe.yaml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
         return str(file)
+
+    def _rows_of(self, run: Run) -> Shown:
+        """Returns the button for the rows that were left out, which few runs have."""
+        source = left_out(run.folder)
+        try:
+            stamp = source.stat().st_mtime_ns
+        except OSError:
+            return Shown(gr.DownloadButton(visible=False), None)
+        file = Path(self._staging.name) / run.id / source.name
+        file.parent.mkdir(exist_ok=True)
+        if not file.is_file() or file.stat().st_mtime_ns != stamp:
+            shutil.copy2(source, file)
+        return Shown(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
 
     def _command_of(self, run: Run) -> str:
         # A path of the server is no business of a stranger's.
