@@ -160,7 +160,7 @@ def provenance() -> dict[str, Any]:
         "recipe_sha256": "0" * 64,
         "seed": 0,
         "task": "lightning_peft.tasks.causal_lm.CausalLM",
-        "base": {"model": {"name": "demo/base", "fingerprint": "f" * 16}},
+        "base": {"model": {"name_or_path": "demo/base", "fingerprint": "f" * 16}},
         "data": {"class": "lightning_peft.SupervisedData", "rows": 96},
         "versions": {"python": "3.11.0", "torch": "2.13.0"},
         "hardware": {"processor": "AMD EPYC", "cores": 2, "gpus": []},

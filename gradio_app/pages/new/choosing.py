@@ -127,7 +127,9 @@ def _confirmed(editor: Editor, session: Session, content: dict[str, Any]) -> dic
     wanted = [value_at(content, name, None) for name in names]
     if not wanted[-1] or wanted == [value_at(session.content, name, None) for name in names]:
         return content
-    session.told = editor.t("checks.code_left_out", name=shortened(wanted[0]))
+    # Beside the page: whoever edits the text does not see the step of the model.
+    told = editor.t("checks.code_left_out", name=shortened(wanted[0]))
+    gr.Warning(escaped(told), title=editor.t("frame.refused"), duration=None)
     return with_value(content, names[-1], MISSING)
 
 
