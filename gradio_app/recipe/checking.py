@@ -6,11 +6,13 @@ import copy
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_revision, shortened
 from gradio_app.recipe import allowed
+from gradio_app.recipe.model_files import cached, checked_folder, own_code
 from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.places import Places
 from gradio_app.recipe.presets import MODELS
@@ -151,20 +153,29 @@ class _Check:
                     self._refuse("checks.at_value", where=f"{where}.{name}", value=shortened(text))
 
     def _model(self, model: dict[str, Any]) -> None:
+        before = len(self.problems)
         for key in ("model", "checkpoint"):
             self._try(model, key, self.places.model)
         self._try(model, "revision", checked_revision)
         self._fields(model, "config", "model.config")
-        if model.get("trust_remote_code"):
+        trusted = model.get("trust_remote_code")
+        if trusted:
             if self.settings.space:
                 self._refuse("checks.remote_here")
-            elif model.get("trust_remote_code") is not True:
+            elif trusted is not True:
                 self._refuse("checks.remote")
             else:
                 try:
                     checked_revision(model.get("revision"), commit=True)
                 except Refused:
                     self._refuse("checks.remote")
+        # Of a place that was refused, nothing is told.
+        known = len(self.problems) == before and isinstance(model.get("model"), str)
+        if known and model.get("config") is None:
+            try:
+                check_files(model["model"], model.get("revision"), bool(trusted))
+            except Refused as refused:
+                self.problems.append(Refused("checks.at", where="model", problem=[refused]))
 
     def _data(self, data: dict[str, Any]) -> None:
         for key in ("data", "validation_data", "test_data"):
@@ -227,6 +238,30 @@ class _Check:
             holder[key] = most
         elif not isinstance(value, int) or not 0 < value <= most:
             self._refuse("checks.limit", where=key, value=shortened(value), most=most)
+
+
+def check_files(name: str, revision: object, trusted: bool) -> None:
+    """Refuses what the files on this machine show to be no model that a run can load.
+
+    Args:
+        name: Where the model lies, as :meth:`Places.model` returns it.
+        revision: Branch, tag or commit on the hub.
+        trusted: Whether the code that comes with it may be run.
+
+    Raises:
+        Refused: If a folder holds no whole model, or a model needs code of its own that nobody
+            has allowed to be run.
+    """
+    if Path(name).is_absolute():
+        checked_folder(Path(name))
+        if trusted or own_code(Path(name)):
+            # A folder has no commit that could be named, and changes without a trace.
+            raise Refused("checks.remote_folder", path=shortened(Path(name).name))
+    elif ":" not in name and not trusted:
+        found = cached(name, revision if isinstance(revision, str) else None)
+        files = own_code(found) if found is not None else []
+        if files:
+            raise Refused("checks.own_code", name=name, files=", ".join(files))
 
 
 def _makes_a_class(value: Any) -> bool:

@@ -96,6 +96,9 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
         return "plan_not_this_task"
     if value_at(content, "model.init_args.config", None) is not None:
         return "plan_not_random"
+    if value_at(content, "model.init_args.trust_remote_code", None):
+        # Planning builds the model, and only the run itself may run its code.
+        return "plan_not_own_code"
     batch = value_at(content, _BATCH, 8) * task.planned
     precision = value_at(content, "trainer.precision", None)
     strategy = {

@@ -92,6 +92,7 @@ class Model:
         tasks: Names of the tasks that it is offered for.
         gated: Whether its authors must first be asked on the hub.
         chats: Whether it has a chat template of its own.
+        stored: Bytes that a weight takes in its files on the hub.
     """
 
     name: str
@@ -100,6 +101,12 @@ class Model:
     tasks: tuple[str, ...]
     gated: bool = False
     chats: bool = True
+    stored: int = 2
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that are fetched from the hub; what is not weights is little."""
+        return self.stored * self.parameters
 
     @property
     def weight_bytes(self) -> int:
@@ -120,17 +127,32 @@ MODELS = (
     Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, "Apache 2.0", _TALKS),
     Model("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, "Apache 2.0", _TALKS),
     Model("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1", _TALKS, gated=True),
-    Model("answerdotai/ModernBERT-base", 149_014_272, "Apache 2.0", _READS, chats=False),
-    Model("google-t5/t5-small", 60_506_624, "Apache 2.0", _WRITES, chats=False),
-    Model("google/flan-t5-base", 247_577_856, "Apache 2.0", _WRITES, chats=False),
-    Model("openai/whisper-tiny", 37_760_640, "Apache 2.0", ("speech-recognition",), chats=False),
-    Model("openai/whisper-small", 241_734_912, "Apache 2.0", ("speech-recognition",), chats=False),
+    Model("answerdotai/ModernBERT-base", 149_014_272, "Apache 2.0", _READS, chats=False, stored=4),
+    Model("google-t5/t5-small", 60_506_624, "Apache 2.0", _WRITES, chats=False, stored=4),
+    Model("google/flan-t5-base", 247_577_856, "Apache 2.0", _WRITES, chats=False, stored=4),
+    Model(
+        "openai/whisper-tiny",
+        37_760_640,
+        "Apache 2.0",
+        ("speech-recognition",),
+        chats=False,
+        stored=4,
+    ),
+    Model(
+        "openai/whisper-small",
+        241_734_912,
+        "Apache 2.0",
+        ("speech-recognition",),
+        chats=False,
+        stored=4,
+    ),
     Model(
         "facebook/dinov2-small",
         22_056_576,
         "Apache 2.0",
         ("image-classification",),
         chats=False,
+        stored=4,
     ),
 )
 

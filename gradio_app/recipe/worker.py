@@ -70,7 +70,11 @@ def main() -> None:
     sys.path[:] = [path for path in sys.path if str(Path(path or ".").resolve()) != here]
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    lines = os.fdopen(os.dup(0), encoding="utf-8")
+    # A library that asks a question is answered with nothing, and not with the next command.
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    serve(lines, answers)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from gradio_app.settings import Settings
 from gradio_app.speaking.asking import Sampling, Turns
 from gradio_app.speaking.command import chat_process, said
 from gradio_app.speaking.process import Gone, ModelProcess
+from gradio_app.speaking.talkable import silent
 
 _log = logging.getLogger(__name__)
 TEND_SECONDS = 1.0
@@ -176,8 +177,10 @@ class Speakers:
 
         Raises:
             Refused: If a run uses the machine, or another visitor the model; if there is no such
-                checkpoint; if it cannot be loaded, and why.
+                checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
         """
+        if silent(run):
+            raise Refused("trying.refused_silent", name=run.name)
         with self._lock:
             self._check(owner)
             held = self._held

@@ -247,7 +247,9 @@ class ImageData(RowsData):
 
 def _processor(asked: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
     if isinstance(asked, str):
-        found: BaseImageProcessor = AutoImageProcessor.from_pretrained(asked, revision=revision)
+        found: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+            asked, revision=revision, trust_remote_code=False
+        )
         return found
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "preprocessor_config.json").write_text(json.dumps(asked), encoding="utf-8")

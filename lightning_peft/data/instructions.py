@@ -89,7 +89,7 @@ class InstructionData(_Base, metaclass=PerNamespace):
     ) -> None:
         super().__init__()
         self.path = Path(path)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
         self.batch_size = batch_size
         self.max_length = max_length
         self.splits: dict[str, list[Example]] = {}

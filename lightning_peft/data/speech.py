@@ -120,7 +120,7 @@ class SpeechData(RowsData):
     def _load_extractor(self) -> Any:
         name = self.hparams["processor"]
         try:
-            return AutoFeatureExtractor.from_pretrained(name)
+            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"processor={name!r} is no folder with a feature extractor, and the hub did not "

@@ -28,7 +28,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ConfigError: If it cannot be had.
     """
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        # Unless it is told not to, transformers asks whoever sits there whether to run its code.
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "

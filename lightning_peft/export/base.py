@@ -98,7 +98,7 @@ def find_base(name: str, revision: str | None = None) -> Base:
     """
     folder = Path(name) if Path(name).is_dir() else _from_hub(name, revision)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(

@@ -18,6 +18,8 @@ _TOLD = {
     "written",
     "adapter_sha256",
     "chat_template",
+    "data",
+    "metrics",
 }
 _SETTINGS = (
     "peft_type",
@@ -152,10 +154,68 @@ def _facts(adapter: Adapter, license: str | None) -> str:
     ]
     text = "## How it was made\n\n| | |\n| --- | --- |\n"
     text += "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows if value is not None)
-    for key, value in facts.items():
-        if key not in _TOLD and value not in (None, {}, []):
-            text += f"\n### {key.replace('_', ' ').capitalize()}\n\n{_block(value)}"
+    others = {
+        key.replace("_", " "): value
+        for key, value in facts.items()
+        if key not in _TOLD and value not in (None, {}, [])
+    }
+    plain = {key: value for key, value in others.items() if not isinstance(value, (Mapping, list))}
+    text += "".join(f"| {key} | {_cell(public(value))} |\n" for key, value in plain.items())
+    text += _data(facts.get("data")) + _metrics(facts.get("metrics"))
+    for key, value in others.items():
+        if key not in plain:
+            text += f"\n### {key.capitalize()}\n\n{_block(public(value))}"
     return text
+
+
+def _data(record: Any) -> str:
+    """Returns what it was trained on, as the data module has recorded it."""
+    if not isinstance(record, Mapping) or not record:
+        return ""
+    splits = record.get("splits")
+    counts = {
+        f"rows for {split}": found.get("rows")
+        for split, found in (splits.items() if isinstance(splits, Mapping) else ())
+        if isinstance(found, Mapping)
+    }
+    plain = {
+        key.replace("_", " "): value
+        for key, value in record.items()
+        if isinstance(value, (str, int, float)) and key != "class"
+    }
+    rows = {**plain, **{split: count for split, count in counts.items() if count}}
+    table = "".join(f"| {key} | {_cell(public(value))} |\n" for key, value in rows.items())
+    return f"\n### Data\n\n| | |\n| --- | --- |\n{table}" if table else ""
+
+
+def _metrics(record: Any) -> str:
+    """Returns the metrics before and after training, where both were measured."""
+    if not isinstance(record, Mapping) or not record:
+        return ""
+    order = sorted(record, key=lambda name: name != "before")
+    stages = {name: record[name] for name in order if isinstance(record[name], Mapping)}
+    if len(stages) < len(record):
+        return f"\n### Metrics\n\n{_block(public(record))}"
+    names = dict.fromkeys(name for found in stages.values() for name in found)
+    lines = [["", *stages], ["---"] * (1 + len(stages))]
+    lines += [[name, *(_number(found.get(name)) for found in stages.values())] for name in names]
+    return "\n### Metrics\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _number(value: Any) -> str:
+    return (
+        f"{value:.4g}" if isinstance(value, (int, float)) else "" if value is None else str(value)
+    )
+
+
+def public(value: Any) -> Any:
+    """Returns a record without the folders of the machine that it was written on."""
+    if isinstance(value, Mapping):
+        return {key: public(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [public(one) for one in value]
+    absolute = isinstance(value, str) and "\n" not in value and value.startswith(("/", "~"))
+    return public_name(value) if absolute else value
 
 
 def _cell(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base, license_of
-from lightning_peft.export.card import adapter_card, quantized_section
+from lightning_peft.export.card import adapter_card, public, quantized_section
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
 from lightning_peft.export.merging import merge
@@ -214,6 +214,8 @@ def _renamed(adapter: Adapter, base: str) -> Adapter:
     facts = adapter.facts
     if recorded:
         facts = facts | {"base": recorded | {"name_or_path": base}}
+    if facts.get("data"):
+        facts = facts | {"data": public(facts["data"])}
     return Adapter(adapter.name, adapter.folder, config, facts)
 
 

@@ -56,7 +56,7 @@ def load_tokenizer(base: Base) -> Any:
         ConfigError: If it has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(base.folder)
+        return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{base.name!r} has no tokenizer that can be read: {reason}") from error

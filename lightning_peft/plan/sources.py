@@ -56,7 +56,9 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> So
     """
     transformers = import_module("transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

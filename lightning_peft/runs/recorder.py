@@ -320,15 +320,15 @@ class RunRecorder(_Base, metaclass=PerNamespace):
             place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
             self.folder.append(self.folder.metrics, {**place, **values, "time": time.time()})
 
-    def _event(self, trainer: Any, kind: str, text: str) -> None:
+    def _event(self, trainer: Any, kind: str, text: str, **more: Any) -> None:
         if self.status is not None:
             row = {"step": trainer.global_step, "kind": kind, "text": text, "time": time.time()}
-            self.folder.append(self.folder.events, row)
+            self.folder.append(self.folder.events, {**row, **more})
 
     def _alert(self, trainer: Any, alert: Any) -> None:
         if alert is not None and alert.kind not in self._alerted:
             self._alerted.add(alert.kind)
-            self._event(trainer, alert.kind, alert.text)
+            self._event(trainer, alert.kind, alert.text, alert=dict(alert.seen))
 
     def _follow_control(self, trainer: Any) -> None:
         """Passes on what another program asks for in ``control.json``: stop, or save now."""

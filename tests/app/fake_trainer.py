@@ -107,8 +107,9 @@ class FakeRun:
         }
         self.folder.append(self.folder.samples, row)
         if rising and step == 3 * self.validate_every:
-            alert = Alert("overfitting", "The validation loss has risen 2 times in a row.")
-            self.event(alert.kind, alert.text)
+            seen = {"of": "val_loss", "first": 0.9, "last": 1.125, "times": 2}
+            alert = Alert("overfitting", "The validation loss has risen 2 times in a row.", seen)
+            self.event(alert.kind, alert.text, alert=seen)
         if step:
             self.status.update(phase="training")
 
@@ -116,9 +117,9 @@ class FakeRun:
         row = {"step": step, "epoch": 0, **values, "time": time.time()}
         self.folder.append(self.folder.metrics, row)
 
-    def event(self, kind: str, text: str) -> None:
+    def event(self, kind: str, text: str, **more: Any) -> None:
         row = {"step": self.status.status.step, "kind": kind, "text": text, "time": time.time()}
-        self.folder.append(self.folder.events, row)
+        self.folder.append(self.folder.events, {**row, **more})
 
     def save(self, name: str, step: int) -> str:
         adapter = self.folder.checkpoints / "adapters" / name
@@ -159,7 +160,7 @@ def provenance() -> dict[str, Any]:
         "recipe_sha256": "0" * 64,
         "seed": 0,
         "task": "lightning_peft.tasks.causal_lm.CausalLM",
-        "base": {"model": {"name": "demo/base", "fingerprint": "f" * 16}},
+        "base": {"model": {"name_or_path": "demo/base", "fingerprint": "f" * 16}},
         "data": {"class": "lightning_peft.SupervisedData", "rows": 96},
         "versions": {"python": "3.11.0", "torch": "2.13.0"},
         "hardware": {"processor": "AMD EPYC", "cores": 2, "gpus": []},

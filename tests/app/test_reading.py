@@ -17,6 +17,7 @@ from gradio_app.running.store import RunStore
 from gradio_app.running.watch import Warned, Watch
 from gradio_app.running.words import ago, amount, duration, number, size
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.status import write_json
 from tests.app.runs import recipe, settings
 from tests.app.test_store import written
@@ -246,6 +247,36 @@ def test_the_numbers_of_a_run_in_words(tmp_path):
     warned = [Warned("stuck", 120), Warned("disk", 10**9), Warned("memory", 97)]
     for language in LANGUAGES:
         assert live_html.alerts([{"kind": "nan"}], warned, Texts(language)).count("<strong>") == 4
+
+
+def test_alerts_are_told_in_the_language_of_the_page():
+    found = [
+        training_alert([2.0, math.inf]),
+        training_alert([1.0] * 10 + [1.6] * 10),
+        validation_alert([math.nan]),
+        validation_alert([0.9, 1.0, 1.125]),
+    ]
+    rows = [
+        {"step": 3, "kind": one.kind, "text": one.text, "alert": dict(one.seen)} for one in found
+    ]
+    # What a trainer writes is read as JSON again.
+    rows = json.loads(json.dumps(rows))
+    german = live_html.alerts(rows, [], Texts("de"))
+    for text in ("Der Trainingsverlust ist unendlich", "von 1 auf 1.6", "Der Validierungsverlust"):
+        assert text in german
+    assert "2-mal in Folge gestiegen, von 0.9 auf 1.125" in german
+    assert "2 times in a row, from 0.9 to 1.125" in live_html.alerts(rows, [], Texts())
+    for text in ("learning rate", "The training", "risen"):
+        assert text not in german
+    # One that this page does not know, and what older or broken runs have written.
+    unknown = {"kind": "cold", "text": "It is <b>cold</b>.", "alert": {"of": 3}}
+    shown = live_html.alerts([unknown], [], Texts("de"))
+    assert "It is &lt;b&gt;cold" in shown
+    assert 'href="' not in shown
+    for seen in (None, [], {}, {"of": "x", "first": "y"}):
+        old = [{"kind": kind, "text": "old", "alert": seen} for kind in live_html.ALERTS]
+        assert "old" not in live_html.alerts(old, [], Texts())
+    assert live_html.alerts([{"kind": "started", "text": "Training starts."}], [], Texts()) == ""
 
 
 def test_samples_are_those_of_few_steps_and_escaped():

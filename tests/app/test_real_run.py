@@ -1,15 +1,22 @@
-"""The two-minute card with the real trainer: QLoRA of the tiny model, from the click to the end."""
+"""The two-minute card with the real trainer: QLoRA of the tiny model, and what is taken along."""
 
 from __future__ import annotations
 
 import json
 import re
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
+from finished import BASE
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gradio_app.running.store import RunStore
+from gradio_app.running.words import size
 from gradio_app.settings import Settings
-from tests.app.browsing import screenshot
+from tests.app.browsing import open_context, screenshot, violations
 
 # The trainer loads torch, measures the base, trains and measures again; the machine may be busy.
 MINUTES = 3 * 60_000
@@ -20,14 +27,26 @@ def site(serve):
     return serve(trainer="real")
 
 
-def test_the_card_trains_a_model(site, visit):
-    page = visit(site.url)
+@pytest.fixture(scope="module")
+def trained(site, browser):
+    """The run of the card, from the click to the end."""
+    context = open_context(browser)
+    page = context.new_page()
+    page.goto(site.url)
     page.get_by_role("button", name="Start the demo").click()
     page.wait_for_url(re.compile(r"/run\?run="))
     status = page.get_by_role("status")
     status.get_by_text("Preparing").first.wait_for()
     status.get_by_text(re.compile("Training|Finished")).first.wait_for(timeout=MINUTES)
     status.get_by_text("Finished").wait_for(timeout=MINUTES)
+    context.close()
+    (run,) = RunStore(Settings.on_this_machine(site.runs, site.data, None)).list("local")
+    return run
+
+
+def test_the_card_trains_a_model(site, visit, trained):
+    page = visit(f"{site.url}/run?run={trained.id}")
+    page.get_by_role("status").get_by_text("Finished").wait_for()
     page.get_by_text("step 12 of 12").wait_for()
     said = page.locator("#run-state").inner_text()
     before, after = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", said).groups())
@@ -39,8 +58,7 @@ def test_the_card_trains_a_model(site, visit):
     page.get_by_role("tab", name="Recipe").click()
     page.locator("#recipe-text").get_by_text("lightning_peft.QLoRAStrategy").wait_for()
     page.locator("#recipe-facts").get_by_text(re.compile("fingerprint")).wait_for()
-    settings = Settings.on_this_machine(site.runs, site.data, None)
-    (run,) = RunStore(settings).list("local")
+    run = trained
     result = json.loads(run.folder.result.read_text())
     assert (result["method"], result["steps"]) == ("qlora", 12)
     names = [checkpoint.name for checkpoint in run.checkpoints()]
@@ -48,3 +66,113 @@ def test_the_card_trains_a_model(site, visit):
     assert (run.checkpoints()[0].folder / "adapter_config.json").is_file()
     # Nothing but the start is in the log of the start: no bar that grows with the run.
     assert (run.folder.path / "start.log").stat().st_size < 20_000
+
+
+IDS = torch.arange(5, 45)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+@pytest.fixture(scope="module")
+def expected(trained):
+    """What the model says as it was trained: the base in NF4, loaded by plain PEFT."""
+    adapter = trained.checkpoints()[0].folder
+    given = json.loads((adapter / "provenance.json").read_text())["quantization"]
+    base = AutoModelForCausalLM.from_pretrained(
+        BASE, quantization_config=BitsAndBytesConfig(**given)
+    )
+    before = logits(base)
+    after = logits(PeftModel.from_pretrained(base, adapter))
+    return before, after
+
+
+def exported(page, site, run, kind, folder: Path, measured: bool = False) -> Path:
+    """Makes an export on the page, downloads it, and returns the folder in the zip."""
+    page.get_by_role("radio", name=kind, exact=True).check()
+    if measured:
+        page.get_by_label("Compare its outputs").check()
+    page.get_by_role("button", name="Export", exact=True).click()
+    page.get_by_text("Being made").wait_for()
+    article = page.locator("#export-list article", has=page.get_by_role("heading", name=kind))
+    article.get_by_text("Ready").wait_for(timeout=MINUTES)
+    with page.expect_download() as download:
+        article.get_by_role("button", name="Download zip").click()
+    folder.mkdir(exist_ok=True)
+    download.value.save_as(folder / "got.zip")
+    with zipfile.ZipFile(folder / "got.zip") as packed:
+        packed.extractall(folder / "got")
+    (made,) = (folder / "got").iterdir()
+    # The button says how large that is.
+    files = [file for file in made.rglob("*") if file.is_file() and file.name != "recipe.yaml"]
+    total = sum(file.stat().st_size for file in files)
+    assert f"Download zip ({size(total)})" in article.inner_text()
+    return made
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.page
+def test_the_merged_model_is_the_base_with_its_adapter(site, visit, trained, expected, tmp_path):
+    page = visit(f"{site.url}/run?run={trained.id}")
+    page.get_by_role("tab", name="Export").click()
+    made = exported(page, site, trained, "Merged model", tmp_path, measured=True)
+    page.get_by_text("from the model as it was trained").wait_for()
+    screenshot(page, "export-merged")
+    before, after = expected
+    found = logits(AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32))
+    assert difference(found, after) < 0.02
+    assert difference(before, after) > 0.1
+    card = (made / "README.md").read_text()
+    assert_told(card, trained)
+    assert "| dequantized (this folder) |" in card
+
+
+def assert_told(card: str, run) -> None:
+    """Holds that a card says base, data and numbers, and no place of this machine."""
+    facts = json.loads((run.checkpoints()[0].folder / "provenance.json").read_text())
+    metrics = facts["metrics"]
+    before, after = metrics["before"]["val_loss"], metrics["after"]["val_loss"]
+    rows = [
+        ("base", "`base`"),
+        ("fingerprint of the base", f"`{facts['base']['fingerprint']}`"),
+        ("data", "`instructions.jsonl`"),
+        ("rows", "`2838`"),
+        ("rows for train", "`2638`"),
+        ("tokenizer", "`base`"),
+        ("val_loss", f"{before:.4g} | {after:.4g}"),
+        ("recipe sha256", f"`{facts['recipe_sha256']}`"),
+    ]
+    for name, value in rows:
+        assert f"| {name} | {value} |" in card
+    assert str(BASE.parent) not in card
+    assert str(run.folder.path) not in card
+
+
+@pytest.mark.page
+def test_a_smaller_model_and_what_other_programs_take(site, visit, trained, expected, tmp_path):
+    page = visit(f"{site.url}/run?run={trained.id}")
+    page.get_by_role("tab", name="Export").click()
+    before, after = expected
+    made = exported(page, site, trained, "Quantized model", tmp_path / "8", measured=True)
+    found = logits(AutoModelForCausalLM.from_pretrained(made))
+    assert difference(found, after) < 0.1 < difference(before, after)
+    assert "The linear layers are in 8 bits" in (made / "README.md").read_text()
+    page.get_by_label("Name of the base on the hub").fill("org/base")
+    made = exported(page, site, trained, "For vLLM", tmp_path / "vllm")
+    page.locator("#export-list code").get_by_text("vllm serve org/base").first.wait_for()
+    for file in made.rglob("*"):
+        # The recipe is that of the run, as it was run here.
+        if file.suffix in (".json", ".md"):
+            assert str(BASE.parent) not in file.read_text()
+    (card,) = made.rglob("README.md")
+    assert_told(card.read_text().replace("`org/base`", "`base`"), trained)
+    made = exported(page, site, trained, "For Ollama", tmp_path / "ollama")
+    assert "FROM" in (made / "Modelfile").read_text()
+    page.locator("#export-list code").get_by_text("ollama create").first.wait_for()
+    assert violations(page) == []
+    screenshot(page, "export-programs")

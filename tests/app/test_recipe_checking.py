@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
+import own_code
 import pytest
 import yaml
+from finished import BASE
 
 from gradio_app.errors import Refused
 from gradio_app.pages.handling import sentence
@@ -27,8 +31,9 @@ DATA, MODEL, TRAINER = "data.init_args.", "model.init_args.", "trainer."
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
     made = Settings.on_this_machine(tmp_path / "runs", tmp_path / "data", tmp_path / "models")
-    for folder in (made.runs, made.uploads, tmp_path / "data", tmp_path / "models" / "mine"):
+    for folder in (made.runs, made.uploads, tmp_path / "data", tmp_path / "models"):
         folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(BASE, tmp_path / "models" / "mine")
     (tmp_path / "data" / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "secret.jsonl").write_text("secret")
     (tmp_path / "data" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
@@ -265,6 +270,54 @@ def test_code_of_others_needs_a_commit_and_a_machine_of_ones_own(here, space):
     assert problems(content, here) == []
     assert "checks.remote_here" in problems(content, space)
     assert problems(changed(f"{MODEL}trust_remote_code", "yes"), here) == ["checks.remote"]
+
+
+def test_a_model_that_needs_code_is_told_before_it_runs(here, tmp_path, monkeypatch):
+    marker = tmp_path / "ran"
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    own_code.fetched(tmp_path / "hub", "me/our", marker)
+    content = changed(f"{MODEL}model", "me/our")
+    for revision in (None, own_code.COMMIT):
+        assert problems(with_value(content, f"{MODEL}revision", revision), here) == [
+            "checks.own_code"
+        ]
+    content = with_value(content, f"{MODEL}revision", own_code.COMMIT)
+    content = with_value(content, f"{MODEL}trust_remote_code", True)
+    assert problems(content, here) == []
+    # A folder has no commit, and what its revision says would be a lie.
+    own_code.write(here.models_root / "our", marker)
+    for name in ("our", "mine"):
+        assert problems(with_value(content, f"{MODEL}model", name), here) == [
+            "checks.remote_folder"
+        ]
+    assert problems(changed(f"{MODEL}model", "our"), here) == ["checks.remote_folder"]
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "harm"),
+    [
+        ("config", lambda folder: (folder / "config.json").write_text("{")),
+        ("kind", lambda folder: (folder / "config.json").write_text('{"model_type": "x<b>"}')),
+        ("empty", lambda folder: (folder / "model.safetensors").unlink()),
+        ("pickled", lambda folder: (folder / "model.safetensors").rename(folder / "model.bin")),
+        ("damaged", lambda folder: shorten(folder / "model.safetensors")),
+        ("missing", lambda folder: index(folder, "model-00002-of-00002.safetensors")),
+    ],
+)
+def test_a_folder_that_holds_no_whole_model_is_refused(here, key, harm):
+    harm(here.models_root / "mine")
+    assert problems(changed(f"{MODEL}model", "mine"), here) == [f"checks.folder_{key}"]
+
+
+def shorten(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 100)
+
+
+def index(folder: Path, file: str) -> None:
+    content = {"weight_map": {"a": "model.safetensors", "b": file}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
 # Limits

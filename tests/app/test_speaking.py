@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +18,14 @@ import psutil
 import pytest
 
 from gradio_app.errors import Refused
+from gradio_app.recipe.allowed import TASKS
 from gradio_app.running.store import Run, RunStore
 from gradio_app.settings import Settings
-from gradio_app.speaking import asking, votes
+from gradio_app.speaking import asking, talkable, votes
 from gradio_app.speaking.samples import HeldOut, held_out, labels, question_of
 from gradio_app.speaking.speakers import Patience, Piece, Speakers
+from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.runs.status import write_json
 from tests.app.runs import settings, until
 
 FAKE = str(Path(__file__).with_name("fake_speaker.py"))
@@ -238,6 +242,27 @@ def test_a_run_has_the_machine_to_itself(speak, store):
         loaded(speakers, run)
     # Its name is for its owner.
     assert speakers.reason("somebody else").key == "trying.refused_active_other"
+
+
+def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
+    tasks = {name.rpartition(".")[2] for name in TASKS}
+    assert tasks == talkable.TALKS | set(talkable.SILENT)
+    assert not talkable.TALKS & set(talkable.SILENT)
+    speakers, run = speak(), with_adapters(store)
+    for task, kind in talkable.SILENT.items():
+        known = getattr(import_module("lightning_peft.tasks"), task)
+        write_json(run.folder.provenance, {"task": f"{known.__module__}.{known.__name__}"})
+        assert talkable.silent(run) == kind
+        for language in LANGUAGES:
+            assert Texts(language).has(f"trying.silent_{kind}")
+    with refused("refused_silent"):
+        loaded(speakers, run)
+    for task in ("lightning_peft.tasks.causal_lm.CausalLM", "mine.TextClassifier"):
+        write_json(run.folder.provenance, {"task": task})
+        assert talkable.silent(run) == ""
+    run.folder.provenance.unlink()
+    run.folder.recipe.write_text("model:\n  class_path: lightning_peft.tasks.RewardModel\n")
+    assert talkable.silent(run) == "reward_model"
 
 
 def test_visitors_take_turns(speak, store):

@@ -131,6 +131,17 @@ def blind(page, run: Run) -> None:
     assert page.locator(f"#try-tally .{vote['outcome']} strong").inner_text() == "1"
 
 
+def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
+    run = tried(store, owner_of(_Request({COOKIE: HERS}), space=True), lora_run)
+    task = "lightning_peft.tasks.text_classification.TextClassifier"
+    write_json(run.folder.provenance, {"task": task})
+    page = opened(visit, space, run, HERS)
+    page.get_by_role("heading", name="There is nobody to talk to here").wait_for()
+    page.get_by_text("gives texts a label").wait_for()
+    assert not page.get_by_role("button", name="Ask", exact=True).is_visible()
+    screenshot(page, "trying-silent")
+
+
 def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     busy = store.create(owner, "seed_everything: 0\n", "Training now")

@@ -97,3 +97,4 @@ def test_a_loss_that_is_no_number_is_told_once(tmp_path, monkeypatch):
     assert len(alerts) == 1
     assert alerts[0]["step"] == 1
     assert "learning rate" in alerts[0]["text"]
+    assert alerts[0]["alert"] == {"of": "train_loss"}

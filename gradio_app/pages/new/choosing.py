@@ -8,12 +8,13 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import Refused
-from gradio_app.guards import escaped
+from gradio_app.guards import escaped, shortened
 from gradio_app.pages.frame import when_opened
 from gradio_app.pages.handling import sentence
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.checking import checked_content
 from gradio_app.recipe.choices import of_a_run, recipe_named, started, with_method
+from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.parsing import MOST_CHARACTERS, parsed
 from gradio_app.recipe.presets import TASK_NAMES
@@ -117,7 +118,19 @@ def checked(editor: Editor, session: Session, content: dict[str, Any]) -> dict[s
         left = [one for one in problems if not _of_places(one)] if isinstance(problems, list) else 0
         if left or not isinstance(problems, list):
             raise
-    return recognised(content)
+    return _confirmed(editor, session, recognised(content))
+
+
+def _confirmed(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without leave to run code that was not given on this page."""
+    names = [f"model.init_args.{name}" for name in ("model", "revision", "trust_remote_code")]
+    wanted = [value_at(content, name, None) for name in names]
+    if not wanted[-1] or wanted == [value_at(session.content, name, None) for name in names]:
+        return content
+    # Beside the page: whoever edits the text does not see the step of the model.
+    told = editor.t("checks.code_left_out", name=shortened(wanted[0]))
+    gr.Warning(escaped(told), title=editor.t("frame.refused"), duration=None)
+    return with_value(content, names[-1], MISSING)
 
 
 def _of_places(problem: Refused) -> bool:

@@ -9,13 +9,16 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import Refused
-from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside
+from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import check_files
 from gradio_app.recipe.choices import with_model
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.form import task_of
+from gradio_app.recipe.model_files import free_bytes, on_this_machine, weight_bytes
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
+from gradio_app.running.words import size
 from gradio_app.texts import Texts
 
 SOURCES = ("preset", "hub", "folder")
@@ -87,7 +90,9 @@ def _hub(editor: Editor) -> None:
     def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
         hub_name = checked_hub_name(given)
         at = checked_revision(at, commit=code is True)
-        content = with_model(session.content, editor.places(session).model(hub_name), at)
+        place = editor.places(session).model(hub_name)
+        check_files(place, at, trusted=code is True)
+        content = with_model(session.content, place, at)
         if code is True:
             if editor.studio.settings.space:
                 raise Refused("checks.remote_here")
@@ -101,20 +106,31 @@ def _hub(editor: Editor) -> None:
 
 def _folder(editor: Editor) -> None:
     t, root = editor.t, editor.studio.settings.models_root
-    folders = model_folders(root) if root else []
-    if not folders:
-        gr.HTML(f"<p class='note'>{escaped(t('new.no_folders'))}</p>", padding=False)
+    if root is None:
         return
+    none = gr.HTML(f"<p class='note'>{escaped(t('new.no_folders'))}</p>", padding=False)
     folder = gr.Dropdown(
-        folders, label=t("new.folder"), value=None, interactive=True, elem_id="model-folder-name"
+        [], label=t("new.folder"), value=None, interactive=True, elem_id="model-folder-name"
     )
 
-    def chosen(session: Session, name: Any) -> dict[str, Any]:
-        assert root is not None
-        if name not in model_folders(root):
-            raise Refused("checks.no_model", path=str(name))
-        return with_model(session.content, inside(root, str(name)).as_posix(), None)
+    def shown(session: Session) -> list[Any]:
+        # Looked up each time: folders come and go while the page is open.
+        folders, name = model_folders(root), None
+        chosen = value_at(session.content, "model.init_args.model", None)
+        if isinstance(chosen, str) and Path(chosen).is_absolute():
+            name = next((one for one in folders if (root / one).resolve() == Path(chosen)), None)
+        there = bool(folders)
+        choices = gr.update(choices=folders, value=name, visible=there)
+        return [gr.update(visible=not there), choices]
 
+    def chosen(session: Session, name: Any) -> dict[str, Any]:
+        if name not in model_folders(root):
+            raise Refused("checks.no_model", path=shortened(name))
+        place = inside(root, str(name))
+        check_files(place.as_posix(), None, trusted=False)
+        return with_model(session.content, place.as_posix(), None)
+
+    editor.show([none, folder], shown)
     editor.bind(folder.input, chosen, [folder])
 
 
@@ -156,7 +172,8 @@ def _row(model: Model, t: Texts) -> str:
     title = t("new.demo_base") if model.name == DEMO_BASE else model.name
     row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
     if model.name != DEMO_BASE:
-        row += ", " + t("new.here" if on_this_machine(model.name) else "new.not_here")
+        fetched = t("new.not_here", size=size(model.download_bytes))
+        row += ", " + (t("new.here") if on_this_machine(model.name) else fetched)
     return row
 
 
@@ -165,13 +182,6 @@ def weights(number: int) -> str:
     if number >= 999_500_000:
         return f"{number / 1e9:.1f} B"
     return f"{number / 1e6:.0f} M"
-
-
-def on_this_machine(name: str) -> bool:
-    """Says whether the hub's cache of this machine has files of a model."""
-    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    return (cache / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
 
 
 def offline() -> bool:
@@ -191,14 +201,16 @@ def _facts(session: Session, t: Texts) -> str:
         shown = t("new.demo_base") if name == DEMO_BASE else name
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
-            size = f"{model.weight_bytes / 1e9:.1f} GB"
-            if model.weight_bytes < 1e8:
-                size = f"{model.weight_bytes / 1e6:.0f} MB"
-            lines.append(t("new.model_weighs", size=size))
+            lines.append(t("new.model_weighs", size=size(model.weight_bytes)))
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
-        elif not Path(name).is_absolute():
-            lines.append(t("new.model_here" if on_this_machine(name) else "new.model_fetched"))
+        elif Path(name).is_absolute():
+            lines.append(t("new.model_files", size=size(weight_bytes(Path(name)))))
+        elif on_this_machine(name):
+            lines.append(t("new.model_here"))
+        else:
+            lines.append(t("new.model_fetched"))
+            lines += _download(model, t)
         if model is not None and model.gated:
             lines.append(t("new.model_gated"))
         if value_at(session.content, "model.init_args.trust_remote_code", None):
@@ -207,3 +219,12 @@ def _facts(session: Session, t: Texts) -> str:
     text = " ".join(escaped(line) for line in lines)
     away = f'<p class="note">{escaped(t("new.offline"))}</p>' if offline() else ""
     return f'<p class="chosen" role="status">{text}</p>{away}'
+
+
+def _download(model: Model | None, t: Texts) -> list[str]:
+    """Returns how much is fetched for a model, as far as that is known, and how much room is."""
+    free = free_bytes()
+    if model is None:
+        return [t("new.download_unknown", free=size(free))]
+    key = "new.download" if model.download_bytes < free else "new.download_no_room"
+    return [t(key, size=size(model.download_bytes), free=size(free))]

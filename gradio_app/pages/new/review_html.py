@@ -17,6 +17,11 @@ from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 
+_OF_MODEL = {
+    *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
+    *("checks.remote_folder", "checks.own_code"),
+}
+
 
 def step_of(problem: Refused) -> str:
     """Returns the step in which a problem can be solved."""
@@ -25,7 +30,7 @@ def step_of(problem: Refused) -> str:
     where = str(problem.values.get("where", ""))
     if keys & {"checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"}:
         return "data"
-    if keys & {"checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"}:
+    if keys & _OF_MODEL or any(key.startswith("checks.folder_") for key in keys):
         return "model"
     if where.startswith(("model", "tokenizer", "revision")):
         return "model"

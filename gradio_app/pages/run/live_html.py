@@ -15,7 +15,9 @@ from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
 WORDS = {-1: "falling", 0: "steady", 1: "rising"}
-ALERTS = ("nan", "diverging", "overfitting")
+# Kinds of alerts, with the numbers that their sentence needs.
+ALERTS = {"nan": (), "diverging": ("first", "last"), "overfitting": ("times", "first", "last")}
+METRICS = ("train_loss", "val_loss")
 TABLE_ROWS = 40
 MOST_OTHERS = 3
 SAMPLE_COLUMNS = 4
@@ -25,20 +27,39 @@ _CELL = 400
 
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[Warned], t: Texts) -> str:
     """Returns what the visitor should look at."""
-    found = [event for event in events if event.get("kind") in ALERTS]
+    found = [event for event in events if event.get("kind") in ALERTS or "alert" in event]
     items = "".join(_warned(one, t) for one in warned)
     items += "".join(_alert(event, t) for event in found)
     return f'<section aria-label="{t("run.alerts")}">{items}</section>' if items else ""
 
 
 def _alert(event: Mapping[str, Any], t: Texts) -> str:
-    kind = str(event["kind"])
-    title, step = t(f"run.alert_{kind}"), escaped(t("run.alert_at", step=event.get("step", 0)))
-    link = f'<a href="{t.url("help")}#{kind}">{t("run.what_does_it_mean")}</a>'
+    kind = str(event.get("kind"))
+    known = kind in ALERTS
+    title = t(f"run.alert_{kind if known else 'other'}")
+    step = escaped(t("run.alert_at", step=event.get("step", 0)))
+    link = f'<a href="{t.url("help")}#{kind}">{t("run.what_does_it_mean")}</a>' if known else ""
     return (
         f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> {title}'
-        f"</strong> <span>({step})</span><p>{escaped(event.get('text', ''))} {link}</p></div>"
+        f"</strong> <span>({step})</span><p>{escaped(_said(event, t))} {link}</p></div>"
     )
+
+
+def _said(event: Mapping[str, Any], t: Texts) -> str:
+    """Returns an alert in the language of the page; the trainer's own words if it is a new one."""
+    kind, seen = str(event.get("kind")), event.get("alert")
+    if kind not in ALERTS:
+        return str(event.get("text", ""))
+    seen = seen if isinstance(seen, dict) else {}
+    values = {name: seen.get(name) for name in ALERTS[kind]}
+    said = {name: number(one) for name, one in values.items() if isinstance(one, (int, float))}
+    if len(said) < len(values):
+        # A run of a version that wrote words alone.
+        return t(f"run.alert_{kind}_plain")
+    if kind == "nan":
+        of = seen.get("of")
+        return t(f"run.alert_nan_{of}" if of in METRICS else "run.alert_nan_plain")
+    return t(f"run.alert_{kind}_more", **said)
 
 
 def _warned(one: Warned, t: Texts) -> str:

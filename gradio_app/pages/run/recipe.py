@@ -121,7 +121,10 @@ class RecipeTab:
         for name, key in (("task", "task"), ("seed", "seed"), ("recipe", "recipe_sha256")):
             if known.get(key) is not None:
                 facts.append((t(f"run.fact_{name}"), str(known[key])))
-        facts += [(t("run.fact_base"), line) for line in _base(known.get("base"))]
+        facts += [
+            (t("run.fact_base"), line)
+            for line in _base(known.get("base"), self.studio.settings.space)
+        ]
         facts += [(t("run.fact_data"), line) for line in _data(known.get("data"))]
         if known:
             listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
@@ -138,13 +141,16 @@ def _code(text: str) -> str:
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def _base(base: object) -> list[str]:
+def _base(base: object, space: bool) -> list[str]:
     if not isinstance(base, dict):
         return []
     lines = []
     for part, entry in base.items():
         found = entry if isinstance(entry, dict) else {}
-        words = [str(found[key]) for key in ("name", "model", "revision") if found.get(key)]
+        name = str(found.get("name_or_path") or "")
+        # A folder of the server is no business of a stranger's.
+        name = Path(name).name if space and Path(name).is_absolute() else name
+        words = [word for word in (name, str(found.get("revision") or "")) if word]
         words.append(f"fingerprint {str(found.get('fingerprint', ''))[:16]}")
         lines.append(f"{part}: {', '.join(words)}")
     return lines

@@ -17,6 +17,7 @@ from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_
 from gradio_app.running.store import Run
 from gradio_app.speaking import votes
 from gradio_app.speaking.samples import held_out, labels
+from gradio_app.speaking.talkable import silent
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -182,10 +183,13 @@ class Trying:
             run = self._run(run_id, request)
         except Refused:
             return [gr.skip()] * (1 + len(self.parts.changing))
-        known = run.checkpoints()
+        kind = silent(run)
+        # Of a task that cannot be talked to, nothing is offered.
+        known = [] if kind else run.checkpoints()
+        nothing = trying_html.silent(kind, self.t) if kind else trying_html.empty(self.t)
         names = [one.name for one in known]
         chosen = checkpoint if checkpoint in names else next(iter(names), None)
-        rows = held_out(run)
+        rows = held_out(run) if names else []
         texts = [trying_html.sentences([text]) for text in labels(rows)]
         standing = self._standing(run) if names else ""
         free = bool(names) and self.studio.speakers.reason(run.owner) is None
@@ -195,10 +199,11 @@ class Trying:
             (escaped(one.name) if one.step is None else self._stepped(one.name, one.step), one.name)
             for one in known
         ]
-        key = (run.id, chosen, tuple(choices), tuple(texts), standing, free, phase, tally)
+        key = (run.id, chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
         if key == seen:
             return [gr.skip()] * (1 + len(self.parts.changing))
-        return [key, *self.parts.changed(choices, chosen, texts, standing, free, phase, tally)]
+        parts = self.parts.changed(choices, chosen, texts, standing, free, phase, tally, nothing)
+        return [key, *parts]
 
     def _stepped(self, name: str, step: int) -> str:
         return self.t("trying.checkpoint_step", name=name, step=step)

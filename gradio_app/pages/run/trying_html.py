@@ -21,6 +21,16 @@ def empty(t: Texts) -> str:
     return f'<div class="nothing"><h2>{t("trying.empty")}</h2><p>{t("trying.empty_more")}</p></div>'
 
 
+def silent(kind: str, t: Texts) -> str:
+    """Returns what is said of a run whose task cannot be talked to."""
+    what = t(f"trying.silent_{kind}")
+    more = "".join(
+        f"<code>{escaped(part)}</code>" if place % 2 else escaped(part)
+        for place, part in enumerate(t("trying.silent_more").split("`"))
+    )
+    return f'<div class="nothing"><h2>{t("trying.silent")}</h2><p>{what}</p><p>{more}</p></div>'
+
+
 def standing(now: Standing, reason: str, minutes: int, t: Texts) -> str:
     """Returns how the model is.
 

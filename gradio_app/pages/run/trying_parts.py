@@ -234,8 +234,9 @@ class Parts:
         free: bool,
         phase: str,
         tally: str,
+        nothing: str,
     ) -> list[Any]:
-        """Returns the values of ``changing``."""
+        """Returns the values of ``changing``; ``nothing`` is said where there are no choices."""
         there, resting = bool(choices), free and phase in ("none", "ready")
         prompts = [
             gr.Button(texts[place], visible=True, interactive=resting)
@@ -244,7 +245,7 @@ class Parts:
             for place in range(MOST)
         ]
         return [
-            gr.HTML(visible=not there),
+            gr.HTML(nothing, visible=not there),
             gr.Column(visible=there),
             standing,
             gr.Button(visible=phase == "none", interactive=free),

@@ -1,0 +1,153 @@
+"""What a model's files tell without loading them: what is wrong, how large it is, whose code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.guards import shortened
+
+# A header of more is none.
+_HEADER = 100_000_000
+_INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def hub_cache() -> Path:
+    """Returns the folder in which models of the hub are kept."""
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+
+
+def cached(name: str, revision: str | None = None) -> Path | None:
+    """Returns the folder of a model of the hub; ``None`` if it is not on this machine.
+
+    Args:
+        name: Its name, checked to be one.
+        revision: Branch, tag or commit, checked; by default the newest that was fetched.
+    """
+    place = hub_cache() / f"models--{name.replace('/', '--')}"
+    at = revision or "main"
+    reference = place / "refs" / at
+    try:
+        commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else at
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = place / "snapshots" / commit
+    return folder if re.fullmatch(r"[\w.-]+", commit) and folder.is_dir() else None
+
+
+def on_this_machine(name: str) -> bool:
+    """Says whether the hub's cache of this machine has files of a model."""
+    return (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def free_bytes() -> int:
+    """Returns how much of the disk is free on which models of the hub are kept."""
+    place = hub_cache()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def own_code(folder: Path) -> list[str]:
+    """Returns the files of code that a model cannot do without; none if transformers knows it."""
+    config = _object(folder / "config.json")
+    named = config.get("auto_map")
+    if not isinstance(named, dict) or _known(config.get("model_type")):
+        return []
+    values = [one for value in named.values() for one in _listed(value) if isinstance(one, str)]
+    # `namespace/name--module.Class` is in another repository.
+    files = {value.rpartition("--")[2].partition(".")[0] + ".py" for value in values}
+    return sorted(shortened(file) for file in files) or ["auto_map"]
+
+
+def checked_folder(folder: Path) -> None:
+    """Refuses a folder that holds no whole model.
+
+    Raises:
+        Refused: With what is missing or damaged.
+    """
+    name = folder.name
+    config = _object(folder / "config.json")
+    kind = config.get("model_type")
+    if not config:
+        raise Refused("checks.folder_config", path=shortened(name))
+    if not own_code(folder) and not _known(kind):
+        raise Refused("checks.folder_kind", path=shortened(name), kind=shortened(kind))
+    missing = [file for file in _needed(folder) if not (folder / file).is_file()]
+    if missing:
+        raise Refused("checks.folder_missing", path=shortened(name), file=shortened(missing[0]))
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        pickled = any(file for pattern in _PICKLED for file in folder.glob(pattern))
+        key = "checks.folder_pickled" if pickled else "checks.folder_empty"
+        raise Refused(key, path=shortened(name))
+    for file in found:
+        if not _whole(file):
+            raise Refused("checks.folder_damaged", path=shortened(name), file=shortened(file.name))
+
+
+def weight_bytes(folder: Path) -> int:
+    """Returns how large the files with a model's weights are."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _needed(folder: Path) -> list[str]:
+    """Returns the files that the weights are said to be in; none where nothing is said."""
+    files = _object(folder / _INDEX).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) else set()
+    return sorted(name for name in names if isinstance(name, str) and "/" not in name)
+
+
+def _whole(file: Path) -> bool:
+    """Says whether a file of weights is as long as its header says."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length)) if length <= _HEADER else None
+        ends = [
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        ]
+        return bool(8 + length + max(ends, default=0) == file.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def _object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _known(kind: object) -> bool:
+    """Says whether transformers has code of its own for a kind of model."""
+    return isinstance(kind, str) and (kind in _kinds() or not _kinds())
+
+
+@cache
+def _kinds() -> frozenset[str]:
+    """Returns the kinds of models that stand in transformers' tables, which is not imported.
+
+    A few words that are no kinds are among them.
+    """
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    folder = Path(spec.origin).parent / "models" / "auto"
+    files = [folder / name for name in ("configuration_auto.py", "auto_mappings.py")]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    return frozenset(re.findall(r'"([a-z][\w.-]*)"', "".join(texts)))
