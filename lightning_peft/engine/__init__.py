@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.layers.quantization import (
         quantize,
     )
+    from lightning_peft.engine.memory.activation_budget import (
+        read_budget,
+    )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
         is_checkpointed,
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "memory.activation_budget": ("read_budget",),
     "memory.activation_checkpointing": (
         "checkpoint_activations",
         "is_checkpointed",
