@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
         is_checkpointed,
+        keeps_a_budget,
     )
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
@@ -120,6 +121,7 @@ _HOMES = {
     "memory.activation_checkpointing": (
         "checkpoint_activations",
         "is_checkpointed",
+        "keeps_a_budget",
     ),
     "files.adapter_files": (
         "load_adapter",
@@ -226,6 +228,7 @@ __all__ = [
     "inject_without_values",
     "is_checkpointed",
     "keep_quantized",
+    "keeps_a_budget",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",
@@ -243,6 +246,7 @@ __all__ = [
     "quantized_loading",
     "quantized_tensors",
     "read_adapter",
+    "read_budget",
     "read_json",
     "record_of",
     "remade",

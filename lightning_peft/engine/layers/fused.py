@@ -140,7 +140,9 @@ class FusedLora(torch.autograd.Function):
         out.addmm_(low, b.to(out.dtype).t())
         # The input as it came: layers that share it keep one tensor, not a cast copy each.
         ctx.save_for_backward(x, mask, low, a, b, bias, stored)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # No view, as autograd sees it: the output of a layer may be changed in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

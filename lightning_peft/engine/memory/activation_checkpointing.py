@@ -136,6 +136,15 @@ def is_checkpointed(module: nn.Module) -> bool:
     )
 
 
+def keeps_a_budget(module: nn.Module) -> bool:
+    """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
+    functions = (child.__dict__.get("_gradient_checkpointing_func") for child in module.modules())
+    return any(
+        isinstance(function, functools.partial) and isinstance(function.args[0], ActivationBudget)
+        for function in functions
+    ) or any(child.__dict__.get(_BUDGET) is not None for child in module.modules())
+
+
 def _class_name(block: Any) -> str:
     return str(getattr(type(block), "origin_class", type(block)).__name__)
 

@@ -260,7 +260,10 @@ class Recorder(TorchDispatchMode):
                 recipe.arguments = ((), {})
             else:
                 recipe.tensor = None
+        # Autograd keeps the hooks, and they this object.
         self._made.clear()
+        self._recorded.clear()
+        self._opaque.clear()
 
     def _collect(self, recipe: Recipe, needed: dict[int, int], seen: set[int]) -> bool:
         """Collects what a recipe needs beside what is kept; ``False`` where it was changed."""
