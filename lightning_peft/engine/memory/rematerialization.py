@@ -182,6 +182,9 @@ class Recorder(TorchDispatchMode):
         kept: Bytes by storage of what has to be kept; after :meth:`decide`.
     """
 
+    # By which layers know it that are better noted as a whole.
+    notes_operations = True
+
     def __init__(self, call: Call, weights: set[int]) -> None:
         super().__init__()
         self.call, self.weights = call, weights
