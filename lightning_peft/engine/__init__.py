@@ -45,9 +45,13 @@ if TYPE_CHECKING:
     from lightning_peft.engine.layers.quantization import (
         quantize,
     )
+    from lightning_peft.engine.memory.activation_budget import (
+        read_budget,
+    )
     from lightning_peft.engine.memory.activation_checkpointing import (
         checkpoint_activations,
         is_checkpointed,
+        keeps_a_budget,
     )
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
@@ -113,9 +117,11 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "memory.activation_budget": ("read_budget",),
     "memory.activation_checkpointing": (
         "checkpoint_activations",
         "is_checkpointed",
+        "keeps_a_budget",
     ),
     "files.adapter_files": (
         "load_adapter",
@@ -222,6 +228,7 @@ __all__ = [
     "inject_without_values",
     "is_checkpointed",
     "keep_quantized",
+    "keeps_a_budget",
     "load_adapter",
     "load_trainable_state_dict",
     "loading_for_injection",
@@ -239,6 +246,7 @@ __all__ = [
     "quantized_loading",
     "quantized_tensors",
     "read_adapter",
+    "read_budget",
     "read_json",
     "record_of",
     "remade",

@@ -204,6 +204,9 @@ def _enter_weights(
 
 def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger) -> Trace:
     trained = [param for param in module.parameters() if param.requires_grad]
+    if engine.keeps_a_budget(module):
+        # It measures first, and keeps less than allowed meanwhile.
+        _loss(module, batch, settings, step).backward()
     name = settings.optimizer_name
     states, needed = state_bytes(trained, name), step_bytes(trained, name, settings.device)
     ledger.hold(OPTIMIZER, states)

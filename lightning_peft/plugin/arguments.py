@@ -42,7 +42,9 @@ class LoRAArguments:
             ``None`` leaves all.
         gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
             compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
-            ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
+            ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
+            such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
+            keep: what costs most time for its bytes is kept first.
         announce: Print what is adapted when training starts.
         verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
             and at the gradients of the first step, ``"full"`` also runs
@@ -75,7 +77,7 @@ class LoRAArguments:
         bias: Literal["none", "all", "lora_only"] = "none",
         adapt: str | list[str] | None = None,
         optimizer: str | None = None,
-        gradient_checkpointing: bool | Literal["auto"] = False,
+        gradient_checkpointing: bool | Literal["auto"] | float | str = False,
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -121,7 +123,9 @@ class QLoRAArguments:
             ``None`` leaves all.
         gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
             compute the rest again (arXiv 1604.06174): the same numbers, less memory, more time.
-            ``"auto"`` where the model has such blocks; ``True`` raises where it has none.
+            ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
+            such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
+            keep: what costs most time for its bytes is kept first.
         announce: Print what is adapted and quantized when training starts.
         verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
@@ -157,7 +161,7 @@ class QLoRAArguments:
         cache_quantized_base: bool = True,
         adapt: str | list[str] | None = None,
         optimizer: str | None = "auto",
-        gradient_checkpointing: bool | Literal["auto"] = "auto",
+        gradient_checkpointing: bool | Literal["auto"] | float | str = "auto",
         announce: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
@@ -207,21 +211,16 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
     adapt = arguments["adapt"]
     chosen = bool(changed & {*_LORA, "peft_config"})
     engine.check_optimizer_name(arguments["optimizer"])
+    engine.read_budget(arguments["gradient_checkpointing"])
     return Injection(
         config,
         quantization,
         [adapt] if isinstance(adapt, str) else adapt,
         chosen=chosen,
         optimizer=arguments["optimizer"],
-        gradient_checkpointing=_switch(arguments["gradient_checkpointing"]),
+        gradient_checkpointing=arguments["gradient_checkpointing"],
         cache_quantized_base=bool(arguments.get("cache_quantized_base", False)),
     )
-
-
-def _switch(value: Any) -> bool | str:
-    if value is True or value is False or value == "auto":
-        return value
-    raise ConfigError(f"gradient_checkpointing={value!r}: it is True, False or 'auto'.")
 
 
 def _not_both(name: str, config: Any, fields: set[str]) -> None:

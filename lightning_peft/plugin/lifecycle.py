@@ -42,7 +42,8 @@ class Injection:
         adapt: Names of the submodules to adapt, or ``None``.
         chosen: Whether the user chose any setting of the adapters.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
-        gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass.
+        gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass, or
+            how much the blocks may keep.
         cache_quantized_base: Whether the cache of quantized bases is used.
     """
 
@@ -51,7 +52,7 @@ class Injection:
     adapt: list[str] | None
     chosen: bool = True
     optimizer: str | None = None
-    gradient_checkpointing: bool | str = False
+    gradient_checkpointing: bool | float | str = False
     cache_quantized_base: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -33,7 +34,7 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
         say(strategy, f"optimizer={name!r}: {'; '.join(told)}.")
 
 
-def start_checkpointing(strategy: Any, wanted: bool | str) -> None:
+def start_checkpointing(strategy: Any, wanted: bool | float | str) -> None:
     """Switches activation checkpointing on for a fit, and says where.
 
     Args:
@@ -41,7 +42,7 @@ def start_checkpointing(strategy: Any, wanted: bool | str) -> None:
         wanted: The ``gradient_checkpointing`` argument.
 
     Raises:
-        UnsupportedError: If ``wanted`` is ``True`` and there is nothing to checkpoint.
+        UnsupportedError: If ``wanted`` is ``True`` or a budget, and there is nothing to checkpoint.
     """
     stop_checkpointing(strategy)
     module = strategy.lightning_module
@@ -50,7 +51,7 @@ def start_checkpointing(strategy: Any, wanted: bool | str) -> None:
     if wanted == "auto" and getattr(module, "_compiler_ctx", None) is not None:
         say(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
         return
-    strategy._checkpointing = engine.checkpoint_activations(module, wanted)
+    strategy._checkpointing = engine.checkpoint_activations(module, wanted, partial(say, strategy))
     if strategy._checkpointing.described:
         where = "; ".join(strategy._checkpointing.described)
         say(strategy, f"gradient_checkpointing={wanted!r}: {where}.")

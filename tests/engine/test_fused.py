@@ -361,3 +361,19 @@ def test_gpt2_and_a_copy_of_it_compute_the_same(taken):
     batch = token_batch()
     assert torch.equal(model(**batch).logits, copy.deepcopy(model)(**batch).logits)
     assert all(taken)
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 5, 32)])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As by the ``ReLU(inplace=True)`` of many vision models."""
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(32, 64), nn.ReLU(inplace=inplace), nn.Linear(64, 8))
+        engine.inject(module, r=4, target_modules=["0", "2"])
+        randomize(module)
+        output = module(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+        output.square().sum().backward()
+        results.append([output, *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert len(results[0]) == 5
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -75,6 +75,17 @@ def test_a_run_that_does_not_fit_is_warned_of(small_device, strategy, caplog):
     assert warning.message.count("saves about") == 3
 
 
+def test_a_budget_is_planned_with(monkeypatch):
+    found = []
+    original = watch._planned
+    monkeypatch.setattr(watch, "_planned", lambda *g: found.append(original(*g)) or found[-1])
+    kept = {}
+    for checkpointing in (False, 0.9, 0.5, True):
+        fit(LoRAStrategy(announce=False, gradient_checkpointing=checkpointing))
+        kept[checkpointing] = found.pop()[1].trace.kept
+    assert kept[False] > kept[0.9] > kept[0.5] > kept[True]
+
+
 def test_a_plan_of_the_running_module_is_that_of_the_config(monkeypatch):
     found = []
     original = watch._planned

@@ -71,6 +71,24 @@ def test_a_fit_computes_the_same(kind, method, given, tmp_path):
     assert not differing(weights(other), weights(kept))
     assert second.callback_metrics["val_loss"] == first.callback_metrics["val_loss"]
     assert not extended(other)
+    budget, third = fit(tmp_path, method, kind, 0.6, **given)
+    assert budget.losses == kept.losses
+    assert not differing(weights(budget), weights(kept))
+    assert third.callback_metrics["val_loss"] == first.callback_metrics["val_loss"]
+
+
+def test_a_budget_says_what_it_decided(tmp_path, said):
+    trainer(tmp_path, strategy(gradient_checkpointing=0.6)).fit(task(kind="llama"), loader("llama"))
+    first, second = [text for text in said if "gradient_checkpointing" in text]
+    assert first == "gradient_checkpointing=0.6: 2 LlamaDecoderLayer of model."
+    assert second.startswith("gradient_checkpointing=0.6: for the backward pass the blocks keep ")
+
+
+def test_a_budget_that_nothing_fits_into_ends_the_first_step(tmp_path):
+    module = task(kind="llama")
+    with pytest.raises(UnsupportedError, match=r"='1kB': the inputs of the blocks alone are"):
+        trainer(tmp_path, strategy(gradient_checkpointing="1kB")).fit(module, loader("llama"))
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
 
 
 def test_qlora_does_it_by_itself_and_says_so(tmp_path, said):
@@ -129,7 +147,7 @@ def test_a_compiled_module_is_left_to_the_compiler(tmp_path, said):
 
 @pytest.mark.parametrize("cls", [LoRAStrategy, QLoRAStrategy])
 def test_other_values_are_refused(cls):
-    with pytest.raises(ConfigError, match=r"gradient_checkpointing='yes': it is True, False or 'a"):
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing='yes': it is True, False, 'a"):
         realize(cls, ROOTS[0])(gradient_checkpointing="yes")
 
 

@@ -179,3 +179,18 @@ def test_a_checkpoint_of_the_cli_loads_again(root, tmp_path):
     with pytest.raises(CheckpointError, match=r"'antigravity\.Anything', which is no imported"):
         load_from_checkpoint(task_class(root), file)
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("true", True), ("false", False), ("auto", "auto"), ("0.5", 0.5), ("2GB", "2GB")],
+)
+def test_gradient_checkpointing_has_several_kinds_of_values(given, value):
+    flags = [f"--trainer.{key}={str(value).lower()}" for key, value in TRAINER.items()]
+    strategy = "--trainer.strategy=lightning_peft.QLoRAStrategy"
+    cli = make_cli(
+        ROOTS[0], [*flags, strategy, f"--trainer.strategy.gradient_checkpointing={given}"]
+    )
+    read = cli.trainer.strategy.lifecycle.injection.gradient_checkpointing
+    assert read == value
+    assert type(read) is type(value)

@@ -22,6 +22,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
 from lightning_peft.engine.layers.in_place import InPlace
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, is_plain
@@ -94,7 +95,7 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     scaling = layer.lora_adapters[names[0]].scaling
-    with _without_autocast(x):
+    with _without_autocast(x), _unnoted():
         out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
     return out
 
@@ -140,7 +141,9 @@ class FusedLora(torch.autograd.Function):
         out.addmm_(low, b.to(out.dtype).t())
         # The input as it came: layers that share it keep one tensor, not a cast copy each.
         ctx.save_for_backward(x, mask, low, a, b, bias, stored)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        # No view, as autograd sees it: the output of a layer may be changed in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -250,6 +253,16 @@ def _drops_plainly(dropout: Any) -> bool:
     if hooked or dropout._backward_pre_hooks:
         return False
     return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and 0 < dropout.p < 1)
+
+
+@contextmanager
+def _unnoted() -> Iterator[None]:
+    """Within the body, operations are not noted in order to be repeated: their result is kept."""
+    if not getattr(_get_current_dispatch_mode(), "notes_operations", False):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.in_place import Extended, extend, retract
+from lightning_peft.engine.memory.activation_budget import ActivationBudget, read_budget
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import UnsupportedError
 
@@ -31,6 +33,7 @@ _NEARLY_ALL = 0.8
 _SMALL = 1 << 16
 _FLAGS = ("gradient_checkpointing", "grad_checkpointing")
 _ABSENT = object()
+_BUDGET = "_activation_budget"
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Checkpointing:
                 setattr(owner, name, before)
 
 
-def checkpoint_activations(module: nn.Module, wanted: bool | str) -> Checkpointing:
+def checkpoint_activations(
+    module: nn.Module, wanted: bool | float | str, tell: Callable[[str], None] | None = None
+) -> Checkpointing:
     """Switches activation checkpointing on in the adapted parts of ``module``.
 
     In transformers models by their own switch, with the key-value cache off; elsewhere around each
@@ -73,14 +78,19 @@ def checkpoint_activations(module: nn.Module, wanted: bool | str) -> Checkpointi
 
     Args:
         module: A module with adapters.
-        wanted: ``True``, ``False``, or ``"auto"`` for where there is something to checkpoint.
+        wanted: ``True``, ``False``, ``"auto"`` for where there is something to checkpoint, or what
+            the blocks may keep: an amount such as ``"2GB"``, or a share such as ``0.5``.
+        tell: Shows a line to the user, such as what is kept under a budget.
 
     Returns:
         What was done and its inverse.
 
     Raises:
-        UnsupportedError: If ``wanted`` is ``True`` and nothing repeats in any adapted part.
+        UnsupportedError: If ``wanted`` is ``True`` or a budget, and nothing repeats in any adapted
+            part; or with a budget, if the user checkpoints some part.
+        ConfigError: If ``wanted`` is something else.
     """
+    budget = None if read_budget(wanted) is None else ActivationBudget(wanted, tell)
     done = Checkpointing()
     if wanted is False:
         return done
@@ -88,21 +98,27 @@ def checkpoint_activations(module: nn.Module, wanted: bool | str) -> Checkpointi
     for name in record.parts:
         part, label = module.get_submodule(name), name or type(module).__name__
         on = [m for m in part.modules() if any(getattr(m, flag, False) is True for flag in _FLAGS)]
+        if on and budget is not None:
+            raise UnsupportedError(
+                f"gradient_checkpointing={wanted!r}: {label} keeps the inputs of its blocks only, "
+                "by your own switch, so there is nothing to decide. Remove one of the two."
+            )
         if on:
             done.described.append(f"{label} does it already, by your own switch")
             continue
-        library = _switch_transformers(part, done)
+        library = _switch_transformers(part, done, budget)
         own = _own_blocks(part)
         for block in own:
             extend(block, CheckpointedBlock)
             done.blocks.append(block)
+            done.set(block, _BUDGET, budget)
         counts = Counter(_class_name(block) for block in [*library, *own])
         if counts:
             blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
             done.described.append(f"{blocks} of {label}")
-    if not done.described and wanted is True:
+    if not done.described and wanted != "auto":
         raise UnsupportedError(
-            "gradient_checkpointing=True: no block repeats in "
+            f"gradient_checkpointing={wanted!r}: no block repeats in "
             f"{', '.join(name or type(module).__name__ for name in record.parts)}. Two or more "
             "modules of one class that hold adapters, in one ModuleList or Sequential, are "
             "needed, or a transformers model that supports it. Use 'auto' or False, or call "
@@ -120,11 +136,22 @@ def is_checkpointed(module: nn.Module) -> bool:
     )
 
 
+def keeps_a_budget(module: nn.Module) -> bool:
+    """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
+    functions = (child.__dict__.get("_gradient_checkpointing_func") for child in module.modules())
+    return any(
+        isinstance(function, functools.partial) and isinstance(function.args[0], ActivationBudget)
+        for function in functions
+    ) or any(child.__dict__.get(_BUDGET) is not None for child in module.modules())
+
+
 def _class_name(block: Any) -> str:
     return str(getattr(type(block), "origin_class", type(block)).__name__)
 
 
-def _switch_transformers(part: nn.Module, done: Checkpointing) -> list[nn.Module]:
+def _switch_transformers(
+    part: nn.Module, done: Checkpointing, budget: ActivationBudget | None
+) -> list[nn.Module]:
     """Does what ``gradient_checkpointing_enable`` does, without its hooks on the embeddings.
 
     Those let gradients flow into frozen layers, which only reentrant checkpointing needs.
@@ -139,7 +166,9 @@ def _switch_transformers(part: nn.Module, done: Checkpointing) -> list[nn.Module
             if not hasattr(child, "gradient_checkpointing"):
                 continue
             done.set(child, "gradient_checkpointing", True)
-            done.set(child, "_gradient_checkpointing_func", run_checkpointed)
+            done.set(
+                child, "_gradient_checkpointing_func", functools.partial(run_checkpointed, budget)
+            )
             switched.append(child)
     configs = {id(m.config): m.config for m in part.modules() if hasattr(m, "config")}
     for config in configs.values():
@@ -206,14 +235,17 @@ class CheckpointedBlock(Extended):
         forward: Any = super().forward  # type: ignore[misc]
         if not block.training or not _worthwhile():
             return forward(*args, **kwargs)
-        return _checkpointed(block, forward, args, kwargs)
+        return _run(block.__dict__.get(_BUDGET), block, forward, args, kwargs)
 
 
 @torch._disable_dynamo
-def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_checkpointed(
+    budget: ActivationBudget | None, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     """Checkpoints a call the way transformers models ask for it.
 
     Args:
+        budget: Decides what is kept; without one, the inputs are.
         function: Bound method of the block, or a partial whose first argument is the block.
         *args: Its positional arguments.
         **kwargs: Its keyword arguments.
@@ -225,7 +257,20 @@ def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) ->
         owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
         kwargs = {**function.keywords, **kwargs}
         function = functools.partial(function.func, *function.args)
-    return _checkpointed(owner, function, args, kwargs)
+    return _run(budget, owner, function, args, kwargs)
+
+
+def _run(
+    budget: ActivationBudget | None,
+    block: Any,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    block = block if isinstance(block, nn.Module) else nn.Module()
+    if budget is None:
+        return _checkpointed(block, forward, args, kwargs)
+    return budget.run(block, forward, args, kwargs, _checkpointed)
 
 
 def _worthwhile() -> bool:
@@ -237,8 +282,13 @@ def _worthwhile() -> bool:
 
 
 def _checkpointed(
-    block: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kept: tuple[Any, AbstractContextManager[None] | None] = (None, None),
 ) -> Any:
+    """Calls a block so that its inputs are kept only, and ``kept[0]`` as long as they are."""
     # Every tensor is positional for checkpoint: it looks there only for the devices whose random
     # state it keeps, and for tensors that are changed in place before backward.
     leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -251,16 +301,18 @@ def _checkpointed(
         )
         return forward(*own_args, **own_kwargs)
 
-    state = _BlockState(block if isinstance(block, nn.Module) else nn.Module())
+    state = _BlockState(block, kept[0])
+    noted = _Noted(state, kept[1] or nullcontext())
     return checkpoint(
-        call, *leaves, use_reentrant=False, context_fn=lambda: (_Noted(state), _Replayed(state))
+        call, *leaves, use_reentrant=False, context_fn=lambda: (noted, _Replayed(state))
     )
 
 
 class _BlockState:
     """What a block was like when its forward pass began."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, companion: Any) -> None:
+        self.companion = companion
         self.modules = list(block.modules())
         self.modes: list[bool] = []
         self.buffers: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -269,8 +321,8 @@ class _BlockState:
 class _Noted:
     """Around the forward pass: notes the modes, and the buffers that may be changed in it."""
 
-    def __init__(self, state: _BlockState) -> None:
-        self.state = state
+    def __init__(self, state: _BlockState, inner: AbstractContextManager[None]) -> None:
+        self.state, self.inner = state, inner
         self.before: list[tuple[nn.Module, str, Any, Any, int]] = []
 
     def __enter__(self) -> None:
@@ -280,8 +332,10 @@ class _Noted:
             for module in self.state.modules
             for name, buffer in module._buffers.items()
         ]
+        self.inner.__enter__()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self.inner.__exit__(*error)
         self.state.buffers = [
             (module, name, copy)
             for module, name, buffer, copy, version in self.before

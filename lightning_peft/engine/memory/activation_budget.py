@@ -1,0 +1,321 @@
+"""A budget for activations: which blocks keep everything, what is cheap is left out of, or inputs.
+
+A pass is everything from the first call of a block until the backward pass has let go of the
+activations of all calls. The first pass of a size keeps only the inputs of blocks and measures, for
+each call, what it would keep otherwise. Later passes that are not larger know enough: they take
+from as few calls as possible what is computed again at little cost, and if that does not do, keep
+of as few calls as possible their inputs only. The first blocks of a model come first in this: when
+backward reaches them, the activations of the others are gone, and there is room.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from lightning_peft.engine.memory.rematerialization import Call, Kept, Recorder, unpack
+from lightning_peft.errors import ConfigError, UnsupportedError
+
+log = logging.getLogger(__name__)
+
+WHOLE, LEAN, INPUTS = "everything", "what is costly", "inputs"
+_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", re.IGNORECASE)
+Shape = tuple[str, tuple[tuple[int, ...], ...]]
+
+
+def read_budget(value: Any) -> int | float | None:
+    """Returns what ``gradient_checkpointing`` says about memory.
+
+    Args:
+        value: The argument.
+
+    Returns:
+        Bytes, a share between 0 and 1, or ``None`` where it is ``True``, ``False`` or ``"auto"``.
+
+    Raises:
+        ConfigError: If it is nothing of all that.
+    """
+    if value is True or value is False or value == "auto":
+        return None
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    found = _AMOUNT.fullmatch(value) if isinstance(value, str) else None
+    if found is not None:
+        number, prefix, binary = found.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** _UNITS[prefix.upper()])
+        if size:
+            return size
+    raise ConfigError(
+        f"gradient_checkpointing={value!r}: it is True, False, 'auto', or how much the blocks may "
+        "keep for the backward pass: an amount such as '2GB' or '512MiB', or a share of everything "
+        "between 0 and 1 such as 0.5."
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One call of a block, as it was measured.
+
+    Attributes:
+        shape: Class of the block and shapes of its inputs.
+        whole: Bytes that it keeps by itself.
+        lean: Bytes without what is cheap to compute again.
+        inputs: Bytes of the inputs.
+    """
+
+    shape: Shape
+    whole: int
+    lean: int
+    inputs: int
+
+    def of(self, level: str) -> int:
+        """Returns what is kept at a level."""
+        return {WHOLE: self.whole, LEAN: self.lean, INPUTS: self.inputs}[level]
+
+    def covers(self, shape: Shape) -> bool:
+        """Says whether a call is of the same kind and not larger."""
+        kind, sizes = self.shape
+        return (
+            kind == shape[0]
+            and len(sizes) == len(shape[1])
+            and all(
+                len(known) == len(size) and all(a >= b for a, b in zip(known, size, strict=True))
+                for known, size in zip(sizes, shape[1], strict=True)
+            )
+        )
+
+
+def choose_levels(calls: list[Sizes], most: float) -> list[str]:
+    """Returns a level for each call so that together they keep at most ``most`` bytes.
+
+    Where that is impossible, the levels that keep least.
+    """
+    levels, total = [WHOLE] * len(calls), sum(call.whole for call in calls)
+    for level in (LEAN, INPUTS):
+        for index, call in enumerate(calls):
+            gain = call.of(levels[index]) - call.of(level)
+            if total > most and gain > 0:
+                levels[index], total = level, total - gain
+    # What the last step gave too much.
+    for index in reversed(range(len(calls))):
+        loss = calls[index].whole - calls[index].of(levels[index])
+        if levels[index] == LEAN and total + loss <= most:
+            levels[index], total = WHOLE, total + loss
+    return levels
+
+
+class ActivationBudget:
+    """Decides for each call of a block what of it is kept.
+
+    Args:
+        wanted: The ``gradient_checkpointing`` argument: an amount or a share.
+        tell: Shows a line to the user.
+    """
+
+    def __init__(self, wanted: Any, tell: Callable[[str], None] | None = None) -> None:
+        self.wanted, self.tell = wanted, tell
+        limit = read_budget(wanted)
+        assert limit is not None
+        self.limit = limit
+        self._plans: dict[Any, list[Sizes]] = {}
+        self._calls: list[Sizes] = []
+        self._levels: list[str] = []
+        self._seen: dict[int, Any] = {}
+        self._alive = self._index = self._told = self._inputs = 0
+        self._is_first = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a module measures for itself, and says nothing.
+        return type(self), (self.wanted,)
+
+    def most(self, calls: list[Sizes]) -> float:
+        """Returns the budget in bytes."""
+        everything = sum(call.whole for call in calls)
+        return self.limit * everything if isinstance(self.limit, float) else self.limit
+
+    def run(
+        self,
+        block: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs_only: Callable[..., Any],
+    ) -> Any:
+        """Calls a block.
+
+        Args:
+            block: The block.
+            forward: What computes it.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            inputs_only: Calls a block in the way that keeps its inputs only. Its last argument is
+                something to keep with them and, or ``None``, a context for the forward pass.
+        """
+        leaves = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        kind = str(getattr(type(block), "origin_class", type(block)).__name__)
+        shape = (kind, tuple(tuple(leaf.shape) for leaf in leaves))
+        if not self._alive:
+            self._begin(shape)
+        index, self._index = self._index, self._index + 1
+        known = index < len(self._calls) and self._calls[index].covers(shape)
+        level = self._levels[index] if known and index < len(self._levels) else INPUTS
+        self._alive += 1
+        call = Call(self._ended)
+        if level == INPUTS:
+            context = None if known else self._measuring(index, shape, block, leaves, call)
+            return inputs_only(block, forward, args, kwargs, (call, context))
+        if level == LEAN:
+            recorder = Recorder(call, _weights(block))
+            with torch.autograd.graph.saved_tensors_hooks(recorder.pack, unpack), recorder:
+                output = forward(*args, **kwargs)
+            recorder.decide()
+            return output
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: Kept(saved, call), unpack):
+            return forward(*args, **kwargs)
+
+    def _ended(self) -> None:
+        self._alive -= 1
+
+    def _begin(self, shape: Shape) -> None:
+        """Begins a pass."""
+        self._index, self._inputs, self._seen = 0, 0, {}
+        self._calls = self._plans.setdefault(_rounded(shape), [])
+        self._levels = []
+        if not self._calls:
+            return
+        most = self.most(self._calls)
+        self._levels = choose_levels(self._calls, most)
+        kept = sum(c.of(level) for c, level in zip(self._calls, self._levels, strict=True))
+        if kept > most:
+            self._too_small(kept, most)
+        self._is_first = False
+        self._say(kept)
+
+    def _say(self, kept: int) -> None:
+        everything = sum(call.whole for call in self._calls)
+        if everything <= self._told or self.tell is None:
+            return
+        self._told = everything
+        counts = Counter(self._levels)
+        how = [f"{counts[level]} {level}" for level in (WHOLE, LEAN, INPUTS) if counts[level]]
+        self.tell(
+            f"gradient_checkpointing={self.wanted!r}: for the backward pass the blocks keep "
+            f"{_readable(kept)} of {_readable(everything)}: {', '.join(how)}."
+        )
+
+    def _too_small(self, least: float, most: float) -> None:
+        message = (
+            f"gradient_checkpointing={self.wanted!r}: the inputs of the blocks alone are "
+            f"{_readable(least)}, and the blocks may keep {_readable(most)}. Allow more, or make "
+            "the batch or its rows smaller."
+        )
+        if self._is_first:
+            raise UnsupportedError(message)
+        # Hours into a run: it goes on with the least that there is.
+        if self._told < least:
+            self._told = int(least)
+            log.warning("%s This batch keeps the least that is possible.", message)
+
+    @contextmanager
+    def _measuring(
+        self, index: int, shape: Shape, block: nn.Module, leaves: list[Tensor], call: Call
+    ) -> Iterator[None]:
+        """Within the forward pass of a call whose inputs are kept: measures what it saves."""
+        recorder = Recorder(call, _weights(block))
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        assert hooks is not None
+        outer_pack, outer_unpack = hooks[0], hooks[1]
+
+        def pack(saved: Tensor) -> Any:
+            recorder.note(saved)
+            return outer_pack(saved)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack), recorder:
+            yield
+        whole = dict(recorder.saved)
+        recorder.decide()
+        given = {}
+        for leaf in leaves:
+            storage = leaf.untyped_storage()
+            given[storage._cdata] = storage.nbytes()
+        new = [
+            sum(size for key, size in one.items() if key not in self._seen)
+            for one in (whole, recorder.kept, given)
+        ]
+        # References, so that no key is used again during the pass.
+        references = [StorageWeakRef(leaf.untyped_storage()) for leaf in leaves]
+        self._seen.update((reference.cdata, reference) for reference in references)
+        self._enter(index, Sizes(shape, *new))
+
+    def _enter(self, index: int, sizes: Sizes) -> None:
+        self._inputs += sizes.inputs
+        if self._is_first and isinstance(self.limit, int) and self._inputs > self.limit:
+            self._too_small(self._inputs, self.limit)
+        if index < len(self._calls):
+            known = self._calls[index]
+            if sizes.covers(known.shape) or not _alike(known.shape, sizes.shape):
+                self._calls[index] = sizes
+            else:
+                self._calls[index] = _larger(known, sizes)
+        elif index == len(self._calls):
+            self._calls.append(sizes)
+
+
+def _alike(one: Shape, other: Shape) -> bool:
+    return one[0] == other[0] and [len(s) for s in one[1]] == [len(s) for s in other[1]]
+
+
+def _larger(one: Sizes, other: Sizes) -> Sizes:
+    """Returns a call that covers two of the same kind, of which each is larger in something."""
+    pairs = zip(one.shape[1], other.shape[1], strict=True)
+    shape = tuple(tuple(map(max, zip(a, b, strict=True))) for a, b in pairs)
+    # Nobody measured it: with the square of what the inputs grow by, attention is covered.
+    growth = [
+        max(
+            (
+                math.prod(new) / max(1, math.prod(old))
+                for new, old in zip(shape, way.shape[1], strict=True)
+            )
+        )
+        for way in (one, other)
+    ]
+    whole, lean, inputs = (
+        math.ceil(max(one.of(level) * growth[0] ** 2, other.of(level) * growth[1] ** 2))
+        for level in (WHOLE, LEAN, INPUTS)
+    )
+    return Sizes((one.shape[0], shape), whole, lean, inputs)
+
+
+def _rounded(shape: Shape) -> Shape:
+    """Returns a key that sizes share which differ by up to a quarter."""
+    return shape[0], tuple(tuple(map(_rounded_up, size)) for size in shape[1])
+
+
+def _rounded_up(size: int) -> int:
+    step = max(1, 1 << max(0, size.bit_length() - 3))
+    return -(-size // step) * step
+
+
+def _weights(block: nn.Module) -> set[int]:
+    """Returns the keys of storages that are there whether or not they are saved."""
+    tensors = [*block.parameters(), *block.buffers()]
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _readable(size: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
