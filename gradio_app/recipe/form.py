@@ -55,7 +55,9 @@ def shown(field: Field, content: Mapping[str, Any]) -> Any:
     value = value_at(content, field.path, default_of(field, content))
     if field.kind == "switch":
         return value if isinstance(value, bool) else value is not None
-    return text_of(value)
+    # A run writes 32.0 where 32 was typed; of batches, 1.0 are all, and 1 is one.
+    whole = isinstance(value, float) and value.is_integer() and field.kind != "batches"
+    return text_of(int(value) if whole else value)
 
 
 def text_of(value: Any) -> str:
