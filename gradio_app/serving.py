@@ -146,6 +146,7 @@ def serve(
             prevent_thread_lock=True,
             **launch_options(settings, password),
         )
+        import_module("gradio_app.pages.sessions").keep_lean(demo)
     except OSError:
         studio.close()
         print(

@@ -112,7 +112,7 @@ def _whole(file: Path) -> bool:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length)) if length <= _HEADER else None
+            header: dict[str, Any] = json.loads(opened.read(length)) if length <= _HEADER else {}
         ends = [
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         ]

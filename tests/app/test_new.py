@@ -161,6 +161,19 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     page.locator("#new-notice [role=alert]").wait_for()
 
 
+def test_a_download_has_a_size_before_it_begins(visit, site):
+    page = opened(visit, site)
+    facts = page.locator("#model-facts")
+    page.locator("#model-preset").get_by_role("combobox").click()
+    page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M weights").click()
+    facts.get_by_text(re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")).wait_for()
+    page.get_by_label("By name on the hub", exact=True).check()
+    page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
+    page.get_by_role("button", name="Use this model").click()
+    facts.get_by_text("unknown until it is downloaded").wait_for()
+    screenshot(page, "new-model-download")
+
+
 def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
     page = opened(visit, site, "?recipe=forkme#method")
     page.locator("#group-validation > button").click()

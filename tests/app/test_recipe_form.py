@@ -40,6 +40,7 @@ from gradio_app.recipe.form import (
     text_of,
     with_fields,
 )
+from gradio_app.recipe.model_files import free_bytes
 from gradio_app.recipe.planner import arguments, candidates, checked_device, with_fix
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS, TASK_NAMES, TASKS
 from gradio_app.texts import LANGUAGES, Texts
@@ -385,3 +386,11 @@ def test_models_are_told_once_and_each_task_knows_its_own():
     assert len(set(names)) == len(names)
     assert all(set(model.tasks) <= set(TASK_NAMES) for model in MODELS)
     assert choices.METHODS.keys() == {"lora", "qlora"}
+
+
+def test_downloads_are_as_large_as_the_files_on_the_hub():
+    sizes = {model.name: model.download_bytes for model in MODELS}
+    assert sizes["Qwen/Qwen2.5-0.5B-Instruct"] == 988_065_536
+    # Kept in 32 bits there.
+    assert sizes["google-t5/t5-small"] == 242_026_496
+    assert free_bytes() > 0
