@@ -1,0 +1,224 @@
+"""What a budget for activations costs: no checkpointing, half of the activations, inputs only.
+
+``python benchmarks/activation_budget.py measure [--device cuda] [--rounds N] [--quick]`` trains the
+same random Llama in bfloat16 in the three ways, with QLoRA and with LoRA, in one process; the ways
+take turns, some steps each. Before that, one forward pass of each is profiled, up to the last
+hidden states: what torch's allocator holds after it and did not before is what waits for the
+backward pass. ``losses_equal``
+says whether all ways had the same losses to the last bit. The record is
+``benchmarks/records/activation_budget.json`` (``..._cuda.json``), and
+``python benchmarks/activation_budget.py table`` writes the table into ``docs/performance.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from record import RECORDS, conditions, interleaved, ratio, summary, write
+from scaling import put_between_marks
+
+# What `gradient_checkpointing` is in each way.
+WAYS: dict[str, Any] = {"none": False, "half": 0.5, "inputs": True}
+WORDS = {"none": "no checkpointing", "half": "a budget of half", "inputs": "inputs only"}
+MOST = 1.15
+RATE = 2e-4
+SIZE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
+        "num_attention_heads": 8, "num_key_value_heads": 4}  # fmt: skip
+QUICK = {**SIZE, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4}
+
+
+class Trained:
+    """A model that is trained in one way.
+
+    Args:
+        wanted: The ``gradient_checkpointing`` argument.
+        quantized: Whether the base is in NF4.
+        given: The arguments of the command line.
+
+    Attributes:
+        told: What the engine says about the budget.
+        losses: Of all steps.
+    """
+
+    def __init__(self, wanted: Any, quantized: bool, given: argparse.Namespace) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        from lightning_peft import engine
+
+        size = QUICK if given.quick else SIZE
+        self.rows, self.length, self.device = 2, given.length, given.device
+        self.told: list[str] = []
+        self.losses: list[float] = []
+        torch.manual_seed(0)
+        config = LlamaConfig(**size, max_position_embeddings=4096, use_cache=False)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+        quantization = engine.quantization_config() if quantized else None
+        engine.inject(self.model, r=16, quantization_config=quantization)
+        engine.checkpoint_activations(self.model, wanted, self.told.append)
+        self.model.to(given.device)
+        trained = [param for param in self.model.parameters() if param.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=RATE)
+        self.draw = torch.Generator().manual_seed(1)
+
+    def tokens(self) -> Any:
+        """Returns a batch of random tokens."""
+        import torch
+
+        shape = (self.rows, self.length)
+        return torch.randint(SIZE["vocab_size"], shape, generator=self.draw).to(self.device)
+
+    def loss(self) -> Any:
+        """Returns the loss of a batch."""
+        ids = self.tokens()
+        return self.model(input_ids=ids, labels=ids).loss
+
+    def finish(self, loss: Any) -> None:
+        """Takes the rest of a step."""
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+
+    def kept(self) -> int:
+        """Returns the bytes that wait for the backward pass, without logits and loss."""
+        import torch
+
+        for _ in range(2):
+            self.finish(self.loss())
+        ids = self.tokens()
+        if self.device == "cuda":
+            before = torch.cuda.memory_allocated()
+            hidden = self.model.model(input_ids=ids).last_hidden_state
+            kept = torch.cuda.memory_allocated() - before
+        else:
+            cpu = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+                hidden = self.model.model(input_ids=ids).last_hidden_state
+            results: Any = profile.profiler
+            events = results.kineto_results.events()
+            kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
+        self.finish(hidden.float().square().mean())
+        return kept
+
+    def timed(self, steps: int) -> Callable[[], Mapping[str, float]]:
+        """Returns a function that takes steps and says how long one took."""
+
+        def run() -> Mapping[str, float]:
+            times = []
+            for _ in range(steps):
+                self.synchronize()
+                started = time.perf_counter()
+                self.finish(self.loss())
+                self.synchronize()
+                times.append(time.perf_counter() - started)
+            return {"seconds": statistics.median(times)}
+
+        return run
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+
+def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
+    """Returns the record of one case."""
+    models = {way: Trained(wanted, quantized, given) for way, wanted in WAYS.items()}
+    kept = {way: model.kept() for way, model in models.items()}
+    ways = {way: model.timed(given.block) for way, model in models.items()}
+    runs = interleaved(ways, given.rounds)
+    return {
+        "kept_bytes": kept,
+        "told": models["half"].told,
+        "losses_equal": all(model.losses == models["none"].losses for model in models.values()),
+        "seconds": summary(runs),
+        "ratios": {way: ratio(runs, way, "none", "seconds") for way in ("half", "inputs")},
+        "runs": runs,
+    }
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Measures and writes the record."""
+    if given.quick:
+        given.rounds, given.block, given.length = 2, 2, 64
+    content = {
+        "conditions": conditions(),
+        "device": device_name(given.device),
+        "rows": 2,
+        "length": given.length,
+        "rounds": given.rounds,
+        "steps_in_a_round": given.block,
+        "cases": {name: measured(name == "QLoRA", given) for name in ("QLoRA", "LoRA")},
+    }
+    print("\n".join(table(content)))
+    write(record_of(given.device), content, quick=given.quick)
+
+
+def device_name(device: str) -> str:
+    """Returns what the device is, in words."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def record_of(device: str) -> str:
+    """Returns the name of the record."""
+    return "activation_budget" if device == "cpu" else f"activation_budget_{device}"
+
+
+def table(content: dict[str, Any]) -> list[str]:
+    """Returns the table of a record."""
+    where = content["conditions"]
+    lines = [
+        f"{content['device']}, {where['threads'] or 'default'} threads, torch "
+        f"{where['versions']['torch']}, {where['date']}; {content['rounds']} rounds of "
+        f"{content['steps_in_a_round']} steps, {content['rows']} rows of {content['length']} "
+        "tokens. Times: median (smallest to largest round); ratios: of rounds side by side.",
+        "",
+        "| case | kept | ms per step | to no checkpointing | kept MB | target | met |",
+        "| --- " * 7 + "|",
+    ]
+    for case, found in content["cases"].items():
+        for way, words in WORDS.items():
+            time_of = {k: 1e3 * v for k, v in found["seconds"][way]["seconds"].items()}
+            shown = f"{time_of['median']:.0f} ({time_of['min']:.0f} to {time_of['max']:.0f})"
+            factor = found["ratios"].get(way, {"median": 1.0})["median"]
+            kept = f"{found['kept_bytes'][way] / 1e6:.1f}"
+            aim = [f"{MOST:.2f}", "yes" if factor <= MOST else "no"] if way == "half" else ["", ""]
+            cells = [case, words, shown, f"{factor:.3f}", kept, *aim]
+            lines.append(f"| {' | '.join(cells)} |")
+    for case, found in content["cases"].items():
+        equal = "the same" if found["losses_equal"] else "**not the same**"
+        said = found["told"][-1].partition(": ")[2]
+        lines += ["", f"{case}: {said} The losses of all steps are {equal} in the three ways."]
+    return lines
+
+
+def main() -> None:
+    """Runs one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["measure", "table"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--block", type=int, default=4, help="steps between two turns")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    if given.command == "measure":
+        measure(given)
+        return
+    file = RECORDS / f"{record_of(given.device)}.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    put_between_marks(f"{given.device} activation budget", table(content))
+
+
+if __name__ == "__main__":
+    main()
