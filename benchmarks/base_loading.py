@@ -42,6 +42,7 @@ def load(way: str, folder: str, dtype: str) -> None:
     """Loads in this process and prints what it took."""
     import pytorch_lightning
     from transformers import AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
 
     from lightning_peft import QLoRAStrategy, engine
     from lightning_peft.engine.memory import quantized_cache
@@ -49,7 +50,9 @@ def load(way: str, folder: str, dtype: str) -> None:
 
     # Small models are measured too when trying the script.
     quantized_cache.SMALLEST = 0
+    # Loaded on first use otherwise, which is no part of loading weights.
     assert engine.inject
+    assert modeling_llama.LlamaForCausalLM
     own: dict[str, Any] = {"dtype": dtype}
     if way.startswith("transformers"):
         own["device_map"] = {"": "cpu"}
