@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import gradio as gr
 from gradio.state_holder import SessionState, StateHolder
 
@@ -26,6 +24,9 @@ class LeanStates(StateHolder):
 
 def keep_lean(demo: gr.Blocks) -> None:
     """Makes the sessions of a server that was just started lean ones."""
-    states: Any = LeanStates()
+    before, states = demo.app.state_holder, LeanStates()
+    # Whoever came first keeps what they have.
+    states.session_data, states.time_last_used = before.session_data, before.time_last_used
+    states.lock = before.lock
     states.set_blocks(demo)
     demo.app.state_holder = states
