@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] = (
     ("startup", ("--repeats", "5"), 2, ("--check",)),
     ("checkpoints", (), 1, ("--check",)),
-    ("training_step", ("measure",), 9, ("measure", "--check", "--rounds", "3")),
+    ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
     ("base_loading", ("--repeats", "3"), 3, None),
     ("scaling", ("measure",), 2, None),
     ("activation_budget", ("measure",), 2, None),

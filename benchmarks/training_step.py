@@ -47,7 +47,7 @@ CASES: list[tuple[Case, tuple[str, ...], int]] = [
     (
         Case("instructions", "40M", True, rows=8, length=1024, data="instructions"),
         (*LADDER, "recipe", "trl", "trl packed"),
-        3,
+        2,
     ),
     (
         Case("wide vocabulary", "wide vocabulary", True, rows=1, length=1024, data="prompts"),
