@@ -19,8 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from record import RECORDS, conditions, interleaved, ratio, summary, write
-from scaling import put_between_marks
+from record import RECORDS, conditions, interleaved, ratio, summary, write, write_between
 
 # What `gradient_checkpointing` is in each way.
 WAYS: dict[str, Any] = {"none": False, "half": 0.5, "inputs": True}
@@ -217,7 +216,7 @@ def main() -> None:
         return
     file = RECORDS / f"{record_of(given.device)}.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    put_between_marks(f"{given.device} activation budget", table(content))
+    write_between(f"{given.device} activation budget", "\n".join(table(content)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import RECORDS, conditions, write
-from training_methods import Finished, Pace
+from record import RECORDS, conditions, write, write_between
+from training_case import Finished, Pace
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = {"length": 256, "rows": 2, "layers": 8, "rank": 16}
@@ -49,7 +49,7 @@ class Step(Pace):
     """Two steps, and the memory of the third."""
 
     def __init__(self, device: str) -> None:
-        super().__init__(device, block=3)
+        super().__init__(device)
         self.steps, self.peak = 0, 0
 
     def before(self) -> None:
@@ -57,7 +57,7 @@ class Step(Pace):
         if self.steps == 2:
             self._begin_memory()
 
-    def after(self, tokens: int = 0) -> None:
+    def after(self, tokens: int = 0, loss: Any = None) -> None:
         """Called after each step."""
         self.steps += 1
         if self.steps == 3:
@@ -207,18 +207,6 @@ def plot(content: dict[str, Any]) -> str:
     )
 
 
-def put_between_marks(name: str, lines: list[str]) -> None:
-    """Puts lines between the marks of ``docs/performance.md`` that bear a name."""
-    page = DOCS / "performance.md"
-    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        sys.exit(f"{page} has no marks {begin} and {end}")
-    text = "\n".join(lines)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
-
-
 def write_page(device: str) -> None:
     """Puts the table of a record into the page, and its plot beside it."""
     file = RECORDS / f"{record_of(device)}.json"
@@ -226,7 +214,7 @@ def write_page(device: str) -> None:
     picture = DOCS / "pictures" / f"{record_of(device)}.svg"
     picture.write_text(plot(content), encoding="utf-8")
     shown = f"![Peak memory against what grows](pictures/{picture.name})"
-    put_between_marks(f"{device} scaling", [*table(content), "", shown])
+    write_between(f"{device} scaling", "\n".join([*table(content), "", shown]))
 
 
 def main() -> None:

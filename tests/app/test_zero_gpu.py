@@ -150,9 +150,10 @@ def test_what_the_lender_refuses_is_told(store, line, lender):
     lender.refuses = True
     run = store.create("local", yaml.safe_dump({"fake": LONG}), "no quota")
     line.add(run)
+    log = run.folder.path / "start.log"
+    until(log.is_file)
     until(lambda: state(store, run) == "failed")
-    said = (run.folder.path / "start.log").read_text()
-    assert said == "ZeroGPU quota exceeded Sign in for more.\n"
+    assert log.read_text() == "ZeroGPU quota exceeded Sign in for more.\n"
 
 
 def test_a_space_with_zero_gpu_lends_for_less_than_two_minutes(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ class Session:
         refused: What is typed in settings and cannot be, by path.
         report: What is known of its data; ``None`` before that was asked, or for other data.
         told: Something the visitor should read.
+        written: The YAML that the page was given last.
         planning: Which calculation of memory is the last one; those before it show nothing more.
     """
 
@@ -45,6 +46,7 @@ class Session:
     refused: dict[str, Refused] = field(default_factory=dict)
     report: Any = None
     told: str = ""
+    written: str = ""
     planning: object = None
 
 

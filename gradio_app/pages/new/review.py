@@ -52,9 +52,7 @@ def build(editor: Editor) -> None:
             elem_classes="code",
         )
         apply = gr.Button(t("new.apply_yaml"), elem_id="apply-yaml")
-    editor.show(
-        [text, forms], lambda session: [shown_yaml(editor, session), _forms(editor, session)]
-    )
+    editor.show([text, forms], lambda session: _written(editor, session))
     editor.follow(_refresher(editor), [], [overview, text, forms])
 
     def edited(session: Session, given: Any) -> dict[str, Any]:
@@ -101,6 +99,11 @@ def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
         return session.content
 
 
+def _written(editor: Editor, session: Session) -> list[Any]:
+    session.written = shown_yaml(editor, session)
+    return [session.written, _forms(editor, session)]
+
+
 def _forms(editor: Editor, session: Session) -> str:
     return review_html.forms(_shown_content(editor, session), editor.t)
 
@@ -108,11 +111,10 @@ def _forms(editor: Editor, session: Session) -> str:
 def _refresher(editor: Editor) -> Any:
     def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
-        yield [
-            _overview(editor, session, ""),
-            shown_yaml(editor, session),
-            _forms(editor, session),
-        ]
+        # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
+        same = shown_yaml(editor, session) == session.written
+        forms = [gr.skip(), gr.skip()] if same else _written(editor, session)
+        yield [_overview(editor, session, ""), *forms]
         try:
             content = content_of(editor, session)
         except Refused:

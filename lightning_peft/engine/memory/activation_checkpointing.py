@@ -140,7 +140,8 @@ def keeps_a_budget(module: nn.Module) -> bool:
     """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
     functions = (child.__dict__.get("_gradient_checkpointing_func") for child in module.modules())
     return any(
-        isinstance(function, functools.partial) and isinstance(function.args[0], ActivationBudget)
+        isinstance(function, functools.partial)
+        and any(isinstance(argument, ActivationBudget) for argument in function.args)
         for function in functions
     ) or any(child.__dict__.get(_BUDGET) is not None for child in module.modules())
 
