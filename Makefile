@@ -8,7 +8,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo app test test-page test-published bench bench-check screenshots browser \
+.PHONY: help setup demo app test test-long test-published bench bench-check screenshots browser \
 	lint docs clean
 
 PYTHON ?= python3
@@ -44,12 +44,12 @@ app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, 
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not page' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
 
-test-page: export HF_HUB_OFFLINE = 1
-test-page: export OMP_NUM_THREADS = 1
-test-page: $(READY_DEV) browser  ## Run the long flows on the web page, in a browser, one after the other
-	$(BIN)/python -m pytest tests/app -m page $(ARGS)
+test-long: export HF_HUB_OFFLINE = 1
+test-long: export OMP_NUM_THREADS = 1
+test-long: $(READY_DEV) browser  ## Run what takes too long for `make test`, one after the other
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-published: export HF_HUB_OFFLINE = 1
 test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages, which it installs

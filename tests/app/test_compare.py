@@ -115,7 +115,6 @@ def site(serve):
     return serve(trainer="fake")
 
 
-@pytest.mark.page
 def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
     page = visit(f"{site.url}/compare")
     page.get_by_text("There are not two runs yet").wait_for()

@@ -286,7 +286,6 @@ def logits_of(folder: Path) -> torch.Tensor:
         return PeftModel.from_pretrained(base, folder)(torch.arange(5, 40)[None]).logits
 
 
-@pytest.mark.page
 def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run, tmp_path):
     """The whole way with the real command line; what is downloaded computes what was trained."""
     run = run_of(store, lora_run, "My adapter")
@@ -331,7 +330,7 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     screenshot(page, "export-pushed")
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store, visit, lora_run):
     page = visit(site.url)
     open_tab(page, site, store.create("local", recipe(), "no checkpoint"))
@@ -354,7 +353,7 @@ def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store
     assert list((run.folder.path / "exports").iterdir()) == []
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_a_foreign_run_is_shown_to_no_handler(site, store):
     foreign = fake_run(store, "a name", owner="v-somebody")
     foreign = store.rename("v-somebody", foreign.id, "secret")

@@ -219,7 +219,7 @@ def wait(condition):
         time.sleep(0.05)
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_the_script_of_the_job_trains_and_its_log_holds_the_run(tmp_path):
     """As the hub runs it: text given to Python, in an empty folder, with two variables."""
     recipes = ROOT / "recipes"

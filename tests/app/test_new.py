@@ -11,8 +11,6 @@ import yaml
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
 
-pytestmark = pytest.mark.page
-
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
 
@@ -85,6 +83,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page.get_by_role("heading", name="My own data").wait_for()
 
 
+@pytest.mark.long
 def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
     page = opened(visit, site, "#data")
     page.get_by_label("Upload", exact=True).check()
@@ -161,6 +160,7 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     page.locator("#new-notice [role=alert]").wait_for()
 
 
+@pytest.mark.long
 def test_a_download_has_a_size_before_it_begins(visit, site):
     page = opened(visit, site)
     facts = page.locator("#model-facts")
@@ -174,6 +174,7 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
     screenshot(page, "new-model-download")
 
 
+@pytest.mark.long
 def test_settings_in_closed_parts_are_those_of_the_recipe(visit, site):
     page = opened(visit, site, "?recipe=forkme#method")
     page.locator("#group-validation > button").click()
@@ -212,6 +213,7 @@ def test_the_keyboard_is_enough(visit, site):
     assert seen == list(STEPS[1:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
     page = opened(visit, site, f"?__theme={theme}#all")
@@ -223,6 +225,7 @@ def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
         screenshot(page, f"new-{step}-{theme}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("step", STEPS)
 def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
     page = opened(visit, site, f"#{step}", viewport=PHONE)
@@ -230,6 +233,7 @@ def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
     assert overflow(page) <= 0
 
 
+@pytest.mark.long
 def test_german_says_the_same(visit, site):
     page = visit(f"{site.url}/de-new#review")
     page.locator("#overview .fine").wait_for(timeout=90_000)

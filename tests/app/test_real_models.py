@@ -18,7 +18,7 @@ from lightning_peft.data.templates import NAMED
 from tests.app import servers
 from tests.app.browsing import screenshot, violations
 
-pytestmark = pytest.mark.page
+pytestmark = pytest.mark.long
 
 MINUTES = 3 * 60_000
 NAME = "me/our"

@@ -13,7 +13,7 @@ from gradio_app.running.store import RunStore
 from gradio_app.settings import Settings
 from tests.app.test_real_run import MINUTES
 
-pytestmark = pytest.mark.page
+pytestmark = pytest.mark.long
 
 GOOD = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
 ROWS = [*GOOD[:3], {"prompt": "empty?", "completion": ""}, *GOOD[3:]]

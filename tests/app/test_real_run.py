@@ -116,7 +116,7 @@ def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_the_merged_model_is_the_base_with_its_adapter(site, visit, trained, expected, tmp_path):
     page = visit(f"{site.url}/run?run={trained.id}")
     page.get_by_role("tab", name="Export").click()
@@ -153,7 +153,7 @@ def assert_told(card: str, run) -> None:
     assert str(run.folder.path) not in card
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_a_smaller_model_and_what_other_programs_take(site, visit, trained, expected, tmp_path):
     page = visit(f"{site.url}/run?run={trained.id}")
     page.get_by_role("tab", name="Export").click()

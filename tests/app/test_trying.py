@@ -21,8 +21,6 @@ from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
 from tests.app.test_visitors import HERS, HIS, _Request
 
-pytestmark = pytest.mark.page
-
 QUESTION = "What does `len` do?"
 ANSWER = "Return the number of items in a container."
 
@@ -131,6 +129,7 @@ def blind(page, run: Run) -> None:
     assert page.locator(f"#try-tally .{vote['outcome']} strong").inner_text() == "1"
 
 
+@pytest.mark.long
 def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
     run = tried(store, owner_of(_Request({COOKIE: HERS}), space=True), lora_run)
     task = "lightning_peft.tasks.text_classification.TextClassifier"
@@ -142,6 +141,7 @@ def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
     screenshot(page, "trying-silent")
 
 
+@pytest.mark.long
 def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     busy = store.create(owner, "seed_everything: 0\n", "Training now")
@@ -160,6 +160,7 @@ def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit)
     page.get_by_text("No model is loaded").wait_for()
 
 
+@pytest.mark.long
 def test_before_the_first_checkpoint(space, store, visit):
     owner = owner_of(_Request({COOKIE: HERS}), space=True)
     page = opened(visit, space, store.create(owner, "seed_everything: 0\n", "New"), HERS)
@@ -167,6 +168,7 @@ def test_before_the_first_checkpoint(space, store, visit):
     assert page.get_by_role("button", name="Ask", exact=True).count() == 0
 
 
+@pytest.mark.long
 def test_nobody_asks_a_model_of_another(space, run):
     """Called as a page would, with the id of a run that belongs to someone else."""
     with httpx.Client(

@@ -14,7 +14,7 @@ from gradio_app.recipe.warm import WarmCommands, environment
 from gradio_app.settings import Settings
 from tests.app.servers import environment as server_environment
 
-pytestmark = pytest.mark.page
+pytestmark = pytest.mark.long
 
 PREVIEW = ["preview", "--json", "--config", "sft-lora", "--config", "small/sft", "--limit=40"]
 

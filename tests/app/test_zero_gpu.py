@@ -164,7 +164,7 @@ def test_a_space_with_zero_gpu_lends_for_less_than_two_minutes(tmp_path, monkeyp
     assert not Settings.on_a_space(tmp_path).zero_gpu
 
 
-@pytest.mark.page
+@pytest.mark.long
 def test_the_real_command_line_trains_in_a_lent_call(tmp_path, lender):
     made = replace(settings(tmp_path), command=Settings().command)
     store = RunStore(made, executors(made, lender))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from trials import check_trial, recipes_of
+from trials import check_trial, trials_of
 
 
-@pytest.mark.parametrize("recipe", recipes_of(__file__))
+@pytest.mark.parametrize("recipe", trials_of(__file__))
 def test_a_recipe_trains_and_leaves_a_whole_run_folder(recipe, program, tmp_path) -> None:
     check_trial(recipe, program, tmp_path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 from program import Program
 
@@ -30,6 +32,14 @@ QUIET += ["--trainer.strategy.init_args.announce=false"]
 def recipes_of(file: str) -> list[str]:
     """Returns the recipes that a file tests."""
     return [f"{task}-{method}" for task in TASKS[Path(file).name] for method in METHODS]
+
+
+def trials_of(file: str) -> list[Any]:
+    """Returns the same for parametrization. With LoRA they are long: QLoRA is the harder case."""
+    return [
+        pytest.param(name, marks=[] if name.endswith("-qlora") else pytest.mark.long)
+        for name in recipes_of(file)
+    ]
 
 
 def small(recipe: str) -> str:
