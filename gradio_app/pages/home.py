@@ -11,6 +11,7 @@ from gradio_app.pages import home_html
 from gradio_app.pages.frame import heading, private, quiet, when_opened
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
+from gradio_app.pages.news import news
 from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.machine import this_machine
 from gradio_app.studio import Studio
@@ -37,7 +38,6 @@ def build(studio: Studio, t: Texts) -> None:
     now = markup("", elem_id="running-now")
     _cards(studio, t)
     lists = markup("", elem_id="runs", js_on_load=_CLICKS)
-    # The browser keeps what it has been sent, as the page of a run does.
     page, seen = gr.State(1), gr.Textbox(visible=False)
     outputs = [now, lists, page, seen]
 
@@ -66,14 +66,8 @@ def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> 
     page = home_html.Listed.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.line.order()]
     shown = (home_html.running(runs, t), home_html.lists(page, line, t))
-    keys = [format(hash(text) & 0xFFFFFFFF, "x") for text in shown]
-    old = str(before).split()
-    if len(old) != len(keys):
-        old = [""] * len(keys)
-    values = [
-        gr.skip() if key == was else text for text, key, was in zip(shown, keys, old, strict=True)
-    ]
-    return [*values, page.number, gr.skip() if keys == old else " ".join(keys)]
+    known, values = news([(text, text) for text in shown], before)
+    return [*values, page.number, known]
 
 
 def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:

@@ -15,3 +15,9 @@ def markup(value: str = "", **options: Any) -> gr.HTML:
         **options: Arguments of ``gr.HTML``.
     """
     return gr.HTML(value, padding=False, apply_default_css=False, **options)
+
+
+def with_code(text: str) -> str:
+    """Returns a text of ours with what stands between backticks as code."""
+    parts = text.split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))

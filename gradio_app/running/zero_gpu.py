@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from gradio_app.errors import Refused
 from gradio_app.guards import redacted
 from gradio_app.running.environment import trainer_environment
 from gradio_app.running.local import PROCESS, START_LOG, LocalExecutor
@@ -30,26 +29,20 @@ if TYPE_CHECKING:
     from gradio_app.running.store import Run
 
 WHERE = "zero_gpu"
-# More is beyond what visitors who are not signed in may ask for at once.
-MOST_SECONDS = 120
+# For how long a GPU is asked for: visitors who are not signed in may have no more at once.
+SECONDS = 120
 Call = Callable[..., int]
-# Like `spaces.GPU`: takes how many seconds a call needs, and returns a decorator.
+# Like `spaces.GPU`: takes how many seconds each call needs, and returns a decorator.
 Lender = Callable[..., Callable[[Call], Call]]
 
 
-def seconds_of(folder: str, words: list[str], environment: dict[str, str], seconds: int) -> int:
-    """Returns for how long a call of :func:`train` needs the GPU; it takes the same arguments."""
-    return min(seconds, MOST_SECONDS)
-
-
-def train(folder: str, words: list[str], environment: dict[str, str], seconds: int) -> int:
+def train(folder: str, words: list[str], environment: dict[str, str]) -> int:
     """Runs the command line; called in the process that has the GPU.
 
     Args:
         folder: The run's folder; what is printed goes into a file in it.
         words: The command line.
         environment: All that the run may see of this process's environment.
-        seconds: For how long the GPU is lent.
 
     Returns:
         The exit code of the command.
@@ -84,9 +77,9 @@ class ZeroGpuExecutor(LocalExecutor):
         super().__init__(settings)
         # Here and not later: a Space with ZeroGPU must have such a function when it starts.
         lend = lender if lender is not None else import_module("spaces").GPU
-        self._train = lend(duration=seconds_of)(train)
+        self._train = lend(duration=SECONDS)(train)
         self._asked: dict[str, Context] = {}
-        self._going: dict[Path, threading.Thread] = {}
+        self._going: set[Path] = set()
 
     def asked(self, run: Run) -> None:
         """Keeps who asks: the quota that pays is that of the visitor whose event this is."""
@@ -99,14 +92,13 @@ class ZeroGpuExecutor(LocalExecutor):
         (folder.path / PROCESS).unlink(missing_ok=True)
         context = self._asked.pop(run.id, None) or copy_context()
         given = (folder, self.words_of(run))
-        thread = threading.Thread(target=context.run, args=(self._call, *given), daemon=True)
-        self._going[folder.path] = thread
-        thread.start()
+        self._going.add(folder.path)
+        threading.Thread(target=context.run, args=(self._call, *given), daemon=True).start()
 
     def _call(self, folder: RunFolder, words: list[str]) -> None:
         environment = trainer_environment(self.settings)
         try:
-            self._train(str(folder.path), words, environment, MOST_SECONDS)
+            self._train(str(folder.path), words, environment)
         except Exception as error:
             # No quota is left, no GPU is free, or the time was over. What the lender says is for
             # the visitor, and may come as a title and a message.
@@ -114,12 +106,10 @@ class ZeroGpuExecutor(LocalExecutor):
             with suppress(OSError), (folder.path / START_LOG).open("a", encoding="utf-8") as log:
                 log.write(redacted(f"{said or type(error).__name__}\n"))
         finally:
-            self._going.pop(folder.path, None)
+            self._going.discard(folder.path)
 
     def stop(self, run: Run) -> None:
         """Asks a run to finish its step, save, and end."""
-        if run.status.state == "preparing" and not self.working(run.folder):
-            raise Refused("run.refused_rests", name=run.name)
         # No signal: the process that has the GPU would take it for its own end.
         run.folder.write(run.folder.control, {"stop": True})
 

@@ -42,7 +42,7 @@ class Lender:
             def lent(*given):
                 if self.refuses:
                     raise NoQuota("Sign in for more.")
-                self.paid.append((visitor.get(), duration(*given)))
+                self.paid.append((visitor.get(), duration))
                 here, there = multiprocessing.Pipe()
                 process = multiprocessing.get_context("fork").Process(
                     target=self.work, args=(there, call, given), daemon=True

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.guards import escaped
-from gradio_app.pages.markup import markup
+from gradio_app.pages.markup import markup, with_code
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.recipe.places import UPLOAD, bundled_folders
 from gradio_app.running.failures import versions
@@ -31,7 +31,7 @@ class RecipeTab:
         # The folder of runs is never served: what is downloaded is copied here first.
         self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-")
         markup(
-            f'<h2>{t("run.recipe")}</h2><p class="note">{_code(t("run.recipe_note"))}</p>',
+            f'<h2>{t("run.recipe")}</h2><p class="note">{with_code(t("run.recipe_note"))}</p>',
         )
         self._text = markup("", elem_id="recipe-text")
         self._download = gr.DownloadButton(
@@ -133,12 +133,6 @@ class RecipeTab:
         rows = "".join(f"<dt>{title}</dt><dd>{escaped(value)}</dd>" for title, value in facts)
         note = "" if known else f'<p class="note">{t("run.facts_empty")}</p>'
         return f'<dl class="facts-list">{rows}</dl>{note}'
-
-
-def _code(text: str) -> str:
-    """Returns a text of ours with what stands between backticks as code."""
-    parts = text.split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
 def _base(base: object, space: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gradio_app.guards import escaped
+from gradio_app.pages.markup import with_code
 from gradio_app.running.words import duration, size
 from gradio_app.speaking.speakers import Piece, Standing
 from gradio_app.texts import Texts
@@ -24,10 +25,7 @@ def empty(t: Texts) -> str:
 def silent(kind: str, t: Texts) -> str:
     """Returns what is said of a run whose task cannot be talked to."""
     what = t(f"trying.silent_{kind}")
-    more = "".join(
-        f"<code>{escaped(part)}</code>" if place % 2 else escaped(part)
-        for place, part in enumerate(t("trying.silent_more").split("`"))
-    )
+    more = with_code(t("trying.silent_more"))
     return f'<div class="nothing"><h2>{t("trying.silent")}</h2><p>{what}</p><p>{more}</p></div>'
 
 

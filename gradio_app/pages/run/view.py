@@ -13,6 +13,7 @@ import gradio as gr
 from gradio_app.errors import Refused
 from gradio_app.pages.frame import quiet
 from gradio_app.pages.markup import markup
+from gradio_app.pages.news import news
 from gradio_app.running.hf_jobs import JobsExecutor
 from gradio_app.running.store import Run
 from gradio_app.studio import Studio
@@ -85,8 +86,6 @@ class View:
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
         self.run_id = gr.State("")
-        # The browser keeps it: what it was sent last is what it shows, also where the answers to
-        # a click and to the clock have overtaken each other.
         self._seen = gr.Textbox(visible=False, elem_id="run-seen")
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
         self._notice = markup("", elem_id="run-notice")
@@ -137,15 +136,7 @@ class View:
         items = [self._clock(run), self._said(run, run_id, notice), self._body(run)]
         for part in self._parts:
             items += part.shown(run, chosen)
-        keys = [format(hash(item.key) & 0xFFFFFFFF, "x") for item in items]
-        before = str(seen).split()
-        if len(before) != len(keys):
-            before = [""] * len(keys)
-        values = [
-            gr.skip() if key == old else item.value
-            for item, key, old in zip(items, keys, before, strict=True)
-        ]
-        known = gr.skip() if keys == before else " ".join(keys)
+        known, values = news([(item.value, item.key) for item in items], seen)
         return [run.id if run is not None else "", known, *values]
 
     def _found(self, run_id: str, request: gr.Request) -> Run | None:
