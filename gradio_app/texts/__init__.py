@@ -34,9 +34,10 @@ class Texts:
         """Returns a text.
 
         Raises:
-            KeyError: If there is none of that name: the programmer's mistake.
+            KeyError: If there is none of that name, or a value of it is missing: the programmer's
+                mistake.
         """
-        return self._texts[key].format(**values) if values else self._texts[key]
+        return self._texts[key].format(**values)
 
     def has(self, key: str) -> bool:
         """Says whether there is a text of that name."""

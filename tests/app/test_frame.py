@@ -54,13 +54,17 @@ def test_all_languages_have_the_same_texts_with_the_same_values():
     def fields(text: str) -> set[str]:
         return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
 
+    def once(pairs: list[tuple[str, str]]) -> dict[str, str]:
+        assert len({key for key, _ in pairs}) == len(pairs), pairs
+        return dict(pairs)
+
     areas = {file.name for file in (TEXTS / "en").glob("*.json")}
     for language in LANGUAGES:
         assert {file.name for file in (TEXTS / language).glob("*.json")} == areas
     for area in areas:
-        english = json.loads((TEXTS / "en" / area).read_text())
+        english = json.loads((TEXTS / "en" / area).read_text(), object_pairs_hook=once)
         for language in set(LANGUAGES) - {"en"}:
-            other = json.loads((TEXTS / language / area).read_text())
+            other = json.loads((TEXTS / language / area).read_text(), object_pairs_hook=once)
             assert list(other) == list(english), area
             for key, text in english.items():
                 assert text.strip(), (area, key)

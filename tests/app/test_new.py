@@ -8,6 +8,7 @@ import re
 import pytest
 import yaml
 
+from gradio_app.pages.new.editor import Session
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
 
@@ -43,6 +44,23 @@ def upload(page, name, content):
     page.locator("#data-upload input[type=file]").set_input_files(
         {"name": name, "mimeType": "application/json", "buffer": content}
     )
+
+
+@pytest.mark.parametrize("change", ["content", "asked again"])
+def test_what_was_found_of_an_older_recipe_is_not_shown(change):
+    session, nothing = Session({}, {}), ["nothing"]
+
+    def answers():
+        yield ["busy"]
+        if change == "content":
+            session.content = {"model": 1}
+        else:
+            list(session.while_current("review", iter([["newer"]]), nothing))
+
+    shown = list(session.while_current("review", answers(), nothing))
+    # Gradio sends the last value again when a generator ends.
+    assert shown == [["busy"], nothing]
+    assert list(session.while_current("review", iter([["a"], ["b"]]), nothing)) == [["a"], ["b"]]
 
 
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):

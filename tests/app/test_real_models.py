@@ -108,7 +108,7 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
     base = json.loads(run.folder.provenance.read_text())["base"]["model"]
     assert Path(base["name_or_path"]) == site.folder / "models" / "mine"
     page.get_by_role("tab", name="Recipe").click()
-    page.locator("#recipe-facts").get_by_text(base["name_or_path"]).wait_for()
+    page.locator("#recipe-facts").get_by_text(base["name_or_path"]).first.wait_for()
 
 
 def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):

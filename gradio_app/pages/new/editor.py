@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class Session:
         report: What is known of its data; ``None`` before that was asked, or for other data.
         told: Something the visitor should read.
         written: The YAML that the page was given last.
-        planning: Which calculation of memory is the last one; those before it show nothing more.
+        asked: Which call of a handler is the last one, by handler; those before it show nothing.
     """
 
     content: dict[str, Any]
@@ -47,7 +47,29 @@ class Session:
     report: Any = None
     told: str = ""
     written: str = ""
-    planning: object = None
+    asked: dict[str, object] = field(default_factory=dict)
+
+    def while_current(self, name: str, updates: Iterator[Any], nothing: Any) -> Iterator[Any]:
+        """Yields what a handler shows, until the recipe changes or the handler is called again.
+
+        Args:
+            name: Of the handler.
+            updates: What it shows.
+            nothing: What changes nothing of what is shown.
+        """
+        this, content = object(), self.content
+        self.asked[name] = this
+
+        def current() -> bool:
+            return self.asked[name] is this and self.content is content
+
+        for shown in updates:
+            if not current():
+                break
+            yield shown
+        if not current():
+            # When a generator ends, Gradio sends its last value once more.
+            yield nothing
 
 
 class Editor:

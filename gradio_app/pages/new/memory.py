@@ -47,15 +47,11 @@ def build(editor: Editor) -> None:
     )
     bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=_CLICKS)
 
-    def plan(session: Any, name: Any, request: gr.Request) -> Iterator[str]:
+    def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
         session = editor.of(session, request)
-        session.planning = this = object()
-        asked = session.content
-        for text in _planned(editor, session, name):
-            # Changes that would fit are looked for one by one; meanwhile one may have been made.
-            if session.planning is not this or session.content is not asked:
-                return
-            yield text
+        # Changes that would fit are looked for one by one; meanwhile one may have been made.
+        texts = _planned(editor, session, name)
+        yield from session.while_current("memory", texts, gr.skip())
 
     editor.follow(plan, [device], [bar])
     device.input(

@@ -226,5 +226,5 @@ def _download(model: Model | None, t: Texts) -> list[str]:
     free = free_bytes()
     if model is None:
         return [t("new.download_unknown", free=size(free))]
-    key = "new.download" if model.download_bytes < free else "new.download_no_room"
+    key = "new.download_fits" if model.download_bytes < free else "new.download_no_room"
     return [t(key, size=size(model.download_bytes), free=size(free))]

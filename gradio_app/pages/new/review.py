@@ -111,22 +111,25 @@ def _forms(editor: Editor, session: Session) -> str:
 def _refresher(editor: Editor) -> Any:
     def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
+        yield from session.while_current("review", refreshed(session), [gr.skip()] * 3)
+
+    def refreshed(session: Session) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
         same = shown_yaml(editor, session) == session.written
         forms = [gr.skip(), gr.skip()] if same else _written(editor, session)
-        yield [_overview(editor, session, ""), *forms]
+        yield [_overview(editor, session, None), *forms]
         try:
             content = content_of(editor, session)
         except Refused:
             return
         problem = completed_problem(content, editor.studio.warm)
-        if problem:
-            yield [_overview(editor, session, problem), gr.skip(), gr.skip()]
+        yield [_overview(editor, session, problem), gr.skip(), gr.skip()]
 
     return refresh
 
 
-def _overview(editor: Editor, session: Session, problem: str) -> str:
+def _overview(editor: Editor, session: Session, problem: str | None) -> str:
+    """Returns what will happen; ``problem`` is ``None`` until the command line has answered."""
     t = editor.t
     blocking: list[tuple[str, str]] = []
     try:
@@ -142,7 +145,8 @@ def _overview(editor: Editor, session: Session, problem: str) -> str:
         blocking.append(("data", t(key, reason=reason, rows=report.numbers.get("rejected", 0))))
     if problem:
         blocking.append(("all", problem))
-    return review_html.overview(session, blocking, editor.studio.settings, t)
+    asked = problem is not None
+    return review_html.overview(session, blocking, editor.studio.settings, t, asked)
 
 
 def _starter(editor: Editor, steps: int | None) -> Any:

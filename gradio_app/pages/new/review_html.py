@@ -38,9 +38,17 @@ def step_of(problem: Refused) -> str:
 
 
 def overview(
-    session: Session, blocking: list[tuple[str, str]], settings: Settings, t: Texts
+    session: Session, blocking: list[tuple[str, str]], settings: Settings, t: Texts, asked: bool
 ) -> str:
-    """Returns what will happen, or what is in the way, each with a link to its step."""
+    """Returns what will happen, or what is in the way, each with a link to its step.
+
+    Args:
+        session: What the page edits.
+        blocking: The step in which something can be solved, and what that is.
+        settings: What the server was started with.
+        t: The texts.
+        asked: Whether the command line has said that it takes the recipe.
+    """
     text = f'<p class="plain">{escaped(in_words(session, t))}</p>'
     limits = settings.limits
     if limits.steps is not None:
@@ -54,8 +62,9 @@ def overview(
         heading = escaped(t("new.blocked"))
         alert = f'<section class="failure" role="alert"><h3>{heading}</h3><ul>{items}</ul>'
         return f"{text}{alert}</section>"
-    if session.report is None:
-        return f'{text}<p class="busy" role="status">{escaped(t("new.not_looked"))}</p>'
+    if session.report is None or not asked:
+        waits = t("new.not_looked" if session.report is None else "new.not_asked")
+        return f'{text}<p class="busy" role="status">{escaped(waits)}</p>'
     return f'{text}<p class="fine" role="status">\u2713 {escaped(t("new.ready"))}</p>'
 
 
@@ -105,7 +114,7 @@ def forms(content: dict[str, Any], t: Texts) -> str:
     address = f"data:text/yaml;charset=utf-8,{quote(text)}"
     download = (
         f'<a class="as-button small" download="{FILE}" href="{address}">'
-        f"{escaped(t('new.download'))}</a>"
+        f"{escaped(t('new.download_yaml'))}</a>"
     )
     try:
         code = python_code(content)

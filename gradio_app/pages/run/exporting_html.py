@@ -289,9 +289,8 @@ def _code(code: str, t: Texts) -> str:
 
 def _button(act: str, export: Export, t: Texts, asks: str = "") -> str:
     more = f' data-asks="{escaped(asks)}"' if asks else ""
-    label = t(f"exporting.{act}")
-    if act == "download":
-        label = t("exporting.download", size=size(sum(count for _, count in export.files)))
+    whole = size(sum(count for _, count in export.files))
+    label = t(f"exporting.{act}", size=whole)
     return (
         f'<button type="button" class="as-button {act}" data-act="{act}" '
         f'data-export="{escaped(export.name)}"{more}>{label}</button>'
