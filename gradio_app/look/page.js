@@ -13,6 +13,14 @@
       document.documentElement.lang = current.lang;
     }
   };
+  // Several notices share a header that Gradio makes a button with a button in it, which nobody can
+  // use who cannot see it. It only folds them up, so it need be none.
+  const mendNotices = () => {
+    for (const head of document.querySelectorAll('.toast-header[role="button"]')) {
+      head.removeAttribute("role");
+      head.removeAttribute("tabindex");
+    }
+  };
   const theme = localStorage.getItem("studio-theme");
   const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
   document.addEventListener("click", (event) => {
@@ -34,7 +42,7 @@
   });
   const watch = () => {
     if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);
-    new MutationObserver(() => { setTitle(); setLanguage(); })
+    new MutationObserver(() => { setTitle(); setLanguage(); mendNotices(); })
       .observe(document.documentElement, { childList: true, subtree: true });
     setTitle();
   };
