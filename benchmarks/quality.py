@@ -19,7 +19,7 @@ from typing import Any
 from record import conditions, spread, write
 
 METHODS = ("full", "lora", "qlora")
-RATES = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3), "qlora": (3e-4, 1e-3, 3e-3)}
+RATES = {"full": (1e-4, 3e-4, 1e-3), "lora": (1e-3, 3e-3, 1e-2), "qlora": (1e-3, 3e-3, 1e-2)}
 BLOCK = 64
 
 
@@ -86,11 +86,14 @@ def measured(model: str, data: str, steps: int, seeds: int, quick: bool) -> dict
     """Returns the losses of all methods on one model, and the errors of its weights."""
     losses: dict[str, list[float]] = {}
     chosen: dict[str, float] = {}
+    tried: dict[str, dict[str, float]] = {}
     for method in METHODS:
         rates = RATES[method][:1] if quick else RATES[method]
         first = {rate: held_out(method, model, data, rate, 0, steps) for rate in rates}
         chosen[method] = min(first, key=lambda rate: first[rate])
         losses[method] = [first[chosen[method]]]
+        tried[method] = {f"{rate:g}": loss for rate, loss in first.items()}
+        print(f"seed 0 {method}: {tried[method]}", flush=True)
     # Seeds in turn, so that nothing that changes meanwhile falls on one method.
     for seed in range(1, seeds):
         for method in METHODS:
@@ -107,6 +110,7 @@ def measured(model: str, data: str, steps: int, seeds: int, quick: bool) -> dict
         ratios[f"{one}_to_{other}"] = spread([errors[one] / errors[other]])
     return {
         "rates": chosen,
+        "by_rate": tried,
         "held_out_loss": losses,
         "spread": {method: spread(values) for method, values in losses.items()},
         "ratios": ratios,
@@ -117,8 +121,8 @@ def measured(model: str, data: str, steps: int, seeds: int, quick: bool) -> dict
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--model", help="folder of a pretrained model of another family")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.loading_code import adapter_code, labels_of
 
 # Facts of provenance.json that the sections below tell in words.
 _TOLD = {
@@ -45,12 +46,14 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
     name = adapter.name
     front = _front(adapter, license, ["lora", "lightning-peft"], "peft")
     base = adapter.base_name or "BASE"
-    use = (
-        "## Use\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({public_name(base)!r})\n"
-        'model = PeftModel.from_pretrained(base, "PATH_OR_NAME_OF_THIS_FOLDER")\n```\n'
+    code = adapter_code(
+        adapter.facts,
+        "PATH_OR_NAME_OF_THIS_FOLDER",
+        public_name(base),
+        adapter.base_revision,
+        labels_of(adapter.folder),
     )
+    use = f"## Use\n\n```python\n{code}\n```\n"
     if adapter.bits != 16:
         use += (
             f"\nIt was trained on a base of {adapter.bits} bits. On the base in 16 bits its "

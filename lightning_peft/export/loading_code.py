@@ -1,0 +1,119 @@
+"""Python that loads an adapter, or a model merged with one, where only the usual libraries are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+# Ends of the names of models' classes, and what transformers loads any model of that kind with.
+_AUTO = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+_LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
+_READERS = {
+    "lightning_peft.data.images.ImageData": "AutoImageProcessor",
+    "lightning_peft.data.speech.SpeechData": "AutoProcessor",
+    "lightning_peft.data.series.SeriesData": None,
+}
+
+
+def adapter_code(
+    facts: Mapping[str, Any], adapter: str, base: str, revision: str | None, labels: int | None
+) -> str:
+    """Returns code that loads a base as an adapter was trained on it, and the adapter with PEFT.
+
+    Args:
+        facts: What ``provenance.json`` of the adapter says.
+        adapter: Its folder, or its name on the hub, as the code shall name it.
+        base: Name of the base, likewise.
+        revision: Commit of the base on the hub, if one is recorded.
+        labels: How many labels its head tells apart, see :func:`labels_of`.
+    """
+    model, reader = model_class(facts), reader_class(facts)
+    settings = _settings(facts.get("quantization"))
+    names = [model, *([reader] if reader else []), *(["BitsAndBytesConfig"] if settings else [])]
+    given = repr(base) + (f", revision={revision!r}" if revision else "")
+    more = ", quantization_config=settings" if settings else ""
+    if labels is not None and model.endswith(_LABELLED):
+        more = f", num_labels={labels}{more}"
+    lines = ["from peft import PeftModel", f"from transformers import {', '.join(sorted(names))}"]
+    lines.append("")
+    if settings:
+        lines += ["# The adapter was trained on the base in fewer bits.", settings]
+    lines += [
+        f"base = {model}.from_pretrained({given}{more})",
+        f"model = PeftModel.from_pretrained(base, {adapter!r})",
+    ]
+    return "\n".join([*lines, *_reader_line(reader, given)])
+
+
+def whole_code(facts: Mapping[str, Any], place: str) -> str:
+    """Returns code that loads a merged model.
+
+    Args:
+        facts: What ``provenance.json`` of the adapter says that was merged.
+        place: Folder of the model, or its name on the hub.
+    """
+    model, reader = model_class(facts), reader_class(facts)
+    names = sorted([model, *([reader] if reader else [])])
+    lines = [f"from transformers import {', '.join(names)}", ""]
+    lines.append(f"model = {model}.from_pretrained({place!r})")
+    return "\n".join([*lines, *_reader_line(reader, repr(place))])
+
+
+def _reader_line(reader: str | None, given: str) -> list[str]:
+    if reader is None:
+        return []
+    name = "tokenizer" if reader == "AutoTokenizer" else "processor"
+    return [f"{name} = {reader}.from_pretrained({given})"]
+
+
+def model_class(facts: Mapping[str, Any]) -> str:
+    """Returns the class of transformers with which the base of an adapter is loaded.
+
+    That is an ``Auto`` class where one loads every model of the kind, and else the base's own.
+    """
+    base = facts.get("base")
+    name = str(base.get("class", "")) if isinstance(base, Mapping) else ""
+    auto = next((auto for end, auto in _AUTO.items() if name.endswith(end)), None)
+    return auto or (name if name.isidentifier() else "AutoModel")
+
+
+def reader_class(facts: Mapping[str, Any]) -> str | None:
+    """Returns the class that makes inputs of text, pictures or sound; ``None`` if none does."""
+    data = facts.get("data")
+    name = str(data.get("class", "")) if isinstance(data, Mapping) else ""
+    return _READERS.get(name, "AutoTokenizer")
+
+
+def labels_of(folder: Path) -> int | None:
+    """Returns how many rows the head has that is in an adapter folder; ``None`` without one."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="numpy") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            if name.endswith((".score.weight", ".classifier.weight")):
+                return int(weights.get_slice(name).get_shape()[0])
+    return None
+
+
+def _settings(quantization: object) -> str:
+    if not isinstance(quantization, Mapping):
+        return ""
+    plain = {
+        name: value
+        for name, value in quantization.items()
+        if isinstance(value, (str, bool, int, float)) and name.isidentifier()
+    }
+    if not plain:
+        return ""
+    given = "".join(f"    {name}={value!r},\n" for name, value in sorted(plain.items()))
+    return f"settings = BitsAndBytesConfig(\n{given})"
