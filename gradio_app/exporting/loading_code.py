@@ -7,7 +7,7 @@ from pathlib import Path
 from gradio_app.exporting.export import Export
 from gradio_app.exporting.sizes import base_of
 from gradio_app.running.reading import json_object
-from lightning_peft.export import loading_code as written
+from lightning_peft.export.loading_code import adapter_code, labels_of, whole_code
 
 
 def loading_code(export: Export, checkpoint: Path) -> str:
@@ -22,8 +22,8 @@ def loading_code(export: Export, checkpoint: Path) -> str:
     if export.wish.format == "ollama":
         return ""
     if export.wish.format in ("merged", "quantized"):
-        return written.whole_code(facts, place)
+        return whole_code(facts, place)
     base, revision = base_of(checkpoint)
     name = export.wish.base_name or base
-    labels = written.labels_of(checkpoint)
-    return written.adapter_code(facts, place, name, revision, labels)
+    labels = labels_of(checkpoint)
+    return adapter_code(facts, place, name, revision, labels)

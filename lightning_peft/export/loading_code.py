@@ -1,4 +1,4 @@
-"""Python that loads an adapter, or a model merged with one, where only the usual libraries are installed."""
+"""Python that loads adapters and merged models where only the usual libraries are installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def adapter_code(
     given = repr(base) + (f", revision={revision!r}" if revision else "")
     more = ", quantization_config=settings" if settings else ""
     if labels is not None and model.endswith(_LABELLED):
-        more = f", num_labels={labels}{more}"
+        # Bases for pictures mostly come with a head for other labels.
+        other = ", ignore_mismatched_sizes=True" if "Image" in model else ""
+        more = f", num_labels={labels}{other}{more}"
     lines = ["from peft import PeftModel", f"from transformers import {', '.join(sorted(names))}"]
     lines.append("")
     if settings:

@@ -34,6 +34,7 @@ LIGHT = {
     "lightning_peft.cli.recipes",
     "lightning_peft.errors",
     "lightning_peft.runs.folder",
+    "lightning_peft.export.loading_code",
     "lightning_peft.runs.status",
 }
 

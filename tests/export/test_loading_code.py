@@ -1,0 +1,118 @@
+"""The code of a card is run, and gives the model that was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_llama, token_batch
+from transformers import (
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.export.adapters import find_adapter
+from lightning_peft.export.card import adapter_card
+from lightning_peft.export.loading_code import (
+    adapter_code,
+    labels_of,
+    model_class,
+    whole_code,
+)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    for layer in engine.adapted_layers(model).values():
+        layer.factors("default")[1].data.normal_(0, 0.05)
+
+
+def tiny_vit(folder: Path) -> ViTForImageClassification:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_labels=7,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    # Its head is for other labels than those of the pretrained one.
+    return ViTForImageClassification.from_pretrained(
+        folder, num_labels=3, ignore_mismatched_sizes=True
+    )
+
+
+def tiny_classifier(cls, labels):
+    def build(folder: Path) -> torch.nn.Module:
+        tiny_llama().save_pretrained(folder)
+        model = cls.from_pretrained(folder, num_labels=labels)
+        model.config.pad_token_id = 0
+        return model
+
+    return build
+
+
+def ids() -> dict[str, torch.Tensor]:
+    return {"input_ids": token_batch(1)["input_ids"].clamp(min=1)}
+
+
+CASES = {
+    "sequences": (tiny_classifier(LlamaForSequenceClassification, 3), ids),
+    # A reward model.
+    "one label": (tiny_classifier(LlamaForSequenceClassification, 1), ids),
+    "tokens": (tiny_classifier(LlamaForTokenClassification, 4), ids),
+    "pictures": (tiny_vit, lambda: {"pixel_values": torch.randn(2, 3, 8, 8)}),
+}
+
+
+def run(code: str, replaced: dict[str, Path]) -> torch.nn.Module:
+    for name, place in replaced.items():
+        assert repr(name) in code
+        code = code.replace(repr(name), repr(str(place)))
+    # The bases here have no tokenizer and no processor.
+    lines = [line for line in code.splitlines() if "AutoTokenizer.from" not in line]
+    found: dict[str, object] = {}
+    exec("\n".join(line for line in lines if "Processor.from" not in line), found)
+    return found["model"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_code_of_a_card_loads_what_was_trained(case, tmp_path):
+    build, inputs = CASES[case]
+    model = build(tmp_path / "base")
+    lightning_peft.inject(model, r=2)
+    randomize(model)
+    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    adapter = find_adapter(str(tmp_path / "adapter"))
+    card = adapter_card(adapter, None)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    places = {"base": tmp_path / "base", "PATH_OR_NAME_OF_THIS_FOLDER": tmp_path / "adapter"}
+    loaded = run(code, places)
+    loaded.config.pad_token_id = 0
+    batch = inputs()
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_what_has_no_auto_class_is_named_and_what_reads_the_inputs_too():
+    whisper = {
+        "base": {"class": "WhisperForConditionalGeneration"},
+        "data": {"class": "lightning_peft.data.speech.SpeechData"},
+    }
+    code = whole_code(whisper, "mine")
+    assert "WhisperForConditionalGeneration.from_pretrained('mine')" in code
+    assert "processor = AutoProcessor.from_pretrained('mine')" in code
+    series = {
+        "base": {"class": "PatchTSTForPrediction"},
+        "data": {"class": "lightning_peft.data.series.SeriesData"},
+    }
+    assert "Auto" not in adapter_code(series, "mine", "base", "abc", None)
+    assert "revision='abc'" in adapter_code(series, "mine", "base", "abc", None)
+    # A class is not taken at its word: the file is somebody's.
+    assert model_class({"base": {"class": "os; import x"}}) == "AutoModel"
+    assert labels_of(Path("nowhere")) is None
