@@ -21,6 +21,14 @@
       head.removeAttribute("tabindex");
     }
   };
+  // A machine that has slept has lost its connections, and the server may have forgotten the page.
+  const ASLEEP = 5 * 60_000;
+  let awake = Date.now();
+  setInterval(() => {
+    const before = awake;
+    awake = Date.now();
+    if (awake - before > ASLEEP) window.location.reload();
+  }, 20_000);
   const theme = localStorage.getItem("studio-theme");
   const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
   document.addEventListener("click", (event) => {

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gradio as gr
 import pytest
 
 from gradio_app.pages.frame import title
+from gradio_app.pages.sessions import KEPT, MOST_SESSIONS, LeanStates
 from gradio_app.texts import LANGUAGES, Texts
 from tests.app.browsing import PHONE, overflow, violations
 from tests.app.servers import environment
@@ -92,3 +94,20 @@ print(sorted({"torch", "transformers", "lightning", "pytorch_lightning"} & set(s
         check=True,
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_pages_that_were_closed_are_forgotten_and_others_are_not():
+    with gr.Blocks() as demo:
+        gr.State("")
+    states = LeanStates()
+    states.set_blocks(demo)
+    for name in ("closed", "open", "just closed"):
+        states[name].is_closed = "closed" in name
+    for name in ("closed", "open"):
+        states.time_last_used[name] -= 2 * KEPT
+    states.delete_all_expired_state()
+    assert list(states.session_data) == ["open", "just closed"]
+    assert set(states.time_last_used) == set(states.session_data)
+    for number in range(MOST_SESSIONS + 10):
+        assert states[f"caller {number}"].config_values == {}
+    assert len(states.session_data) == MOST_SESSIONS

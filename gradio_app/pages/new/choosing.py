@@ -21,6 +21,12 @@ from gradio_app.recipe.presets import TASK_NAMES
 from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
 
+_FORGET = """() => {
+  const address = new URL(window.location.href);
+  for (const name of ['from', 'recipe', 'method']) address.searchParams.delete(name);
+  window.history.replaceState(window.history.state, '', address);
+}"""
+
 
 def build(editor: Editor) -> None:
     """Makes the part, and what happens when the page is opened."""
@@ -64,7 +70,7 @@ def bind_load(editor: Editor) -> None:
 
     def load(draft: Any, request: gr.Request) -> list[Any]:
         first = started("sft")
-        session = editor.of(Session(first, first), request)
+        session = editor.of(Session(first, first, opened=True), request)
         try:
             session.content = _asked_for(editor, session, draft, request)
             session.since = session.content
@@ -74,6 +80,8 @@ def bind_load(editor: Editor) -> None:
         return editor.updates(session)
 
     loaded = when_opened(load, editor.draft, editor.outputs)
+    # From now on the draft counts: opened again, the address would take all changes back.
+    loaded.then(None, None, None, js=_FORGET)
     editor.then(loaded)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import Refused
-from gradio_app.guards import shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
 from gradio_app.recipe.choices import started
@@ -37,6 +36,8 @@ class Session:
         report: What is known of its data; ``None`` before that was asked, or for other data.
         told: Something the visitor should read.
         written: The YAML that the page was given last.
+        opened: Whether the page was opened since the server knows it. Otherwise the server was
+            started again meanwhile, or has forgotten it, and what the page shows is not this.
         asked: Which call of a handler is the last one, by handler; those before it show nothing.
     """
 
@@ -47,6 +48,7 @@ class Session:
     report: Any = None
     told: str = ""
     written: str = ""
+    opened: bool = False
     asked: dict[str, object] = field(default_factory=dict)
 
     def while_current(self, name: str, updates: Iterator[Any], nothing: Any) -> Iterator[Any]:
@@ -170,12 +172,11 @@ class Editor:
         """Returns the session of who asks.
 
         Raises:
-            Refused: If it is another's: then only its owner's page can change it.
+            Refused: If the server does not know what the page shows.
         """
-        owner = owner_of(request, self.studio.settings.space)
-        if not isinstance(session, Session):
-            raise Refused("checks.session", value=shortened(type(session).__name__))
-        session.owner = owner
+        if not isinstance(session, Session) or not session.opened:
+            raise Refused("checks.session")
+        session.owner = owner_of(request, self.studio.settings.space)
         return session
 
     def places(self, session: Session) -> Places:
