@@ -144,11 +144,13 @@ class Line:
         Raises:
             Refused: If it rests.
         """
-        if self.store.get(owner, run_id).waiting:
-            return self.cancel(owner, run_id)
-        run = self._at_work(owner, run_id)
-        self.store.executor(run).stop(run)
-        return self.store.note(run, stop_asked=run.facts.stop_asked or time.time())
+        # Not between its launch and its process, which would not hear of it.
+        with self._lock:
+            if self.store.get(owner, run_id).waiting:
+                return self.cancel(owner, run_id)
+            run = self._at_work(owner, run_id)
+            self.store.executor(run).stop(run)
+            return self.store.note(run, stop_asked=run.facts.stop_asked or time.time())
 
     def save(self, owner: str, run_id: str) -> Run:
         """Asks a run to save after its step, and go on.
@@ -166,9 +168,10 @@ class Line:
         Raises:
             Refused: If it is not at work.
         """
-        run = self._at_work(owner, run_id)
-        self.store.executor(run).kill(run)
-        return self.store.note(run, kill_asked=time.time())
+        with self._lock:
+            run = self._at_work(owner, run_id)
+            self.store.executor(run).kill(run)
+            return self.store.note(run, kill_asked=time.time())
 
     def _at_work(self, owner: str, run_id: str) -> Run:
         run = self.store.get(owner, run_id)

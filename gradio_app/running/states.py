@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from gradio_app.running.executors import Executor
 from gradio_app.running.facts import Facts
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import Status
+
+# A run is said to be launched just before its process is there.
+_LAUNCHING_SECONDS = 3.0
 
 
 def state_of(folder: RunFolder, facts: Facts, executor: Executor) -> Status:
@@ -41,7 +45,8 @@ def _unspoken(folder: RunFolder, facts: Facts, executor: Executor) -> Status:
     """Returns the status of a run whose process has not written its status."""
     assert facts.launched is not None
     here = Status(step=facts.from_step, started=facts.launched, updated=facts.launched)
-    if executor.working(folder):
+    launching = time.time() - facts.launched < _LAUNCHING_SECONDS
+    if executor.working(folder) or (launching and not facts.kill_asked):
         return replace(here, state="preparing", phase="starting")
     if facts.kill_asked or facts.stop_asked:
         return replace(here, state="stopped", phase="stopped at once")

@@ -93,7 +93,10 @@ def test_a_stop_at_once_that_left_no_word_is_no_crash(store):
 
 def test_a_start_that_left_no_word_has_failed(store):
     run = store.create("local", recipe(), "a")
+    # It is launched, and its process is not there yet; then it never comes.
     run = store.note(run, launched=time.time())
+    assert (run.status.state, run.status.phase) == ("preparing", "starting")
+    run = store.note(run, launched=time.time() - 10)
     assert (run.status.state, run.status.phase) == ("failed", "failed before it began")
 
 
@@ -104,7 +107,7 @@ def test_a_run_that_goes_on_is_not_taken_for_what_it_was(store):
     assert (run.status.state, run.status.step) == ("queued", 7)
     me = {"pid": os.getpid(), "created": psutil.Process().create_time()}
     write_json(run.folder.path / "proc.json", me)
-    run = store.note(run, waiting=None, launched=time.time())
+    run = store.note(run, waiting=None, launched=time.time() - 10)
     assert (run.status.state, run.status.step) == ("preparing", 7)
 
 
