@@ -2,10 +2,9 @@
 
 ``python benchmarks/activation_budget.py measure [--device cuda] [--rounds N] [--quick]`` trains the
 same random Llama in bfloat16 in the three ways, with QLoRA and with LoRA, in one process; the ways
-take turns, some steps each. Before that, one forward pass of each is profiled, up to the last
-hidden states: what torch's allocator holds after it and did not before is what waits for the
-backward pass. ``losses_equal``
-says whether all ways had the same losses to the last bit. The record is
+take turns, some steps each. Before that, one forward pass of each is watched from the first block
+to the last: what torch's allocator holds after it and did not before is what the blocks keep for
+the backward pass, which is what a budget is for. ``losses_equal`` says whether all ways had the same losses to the last bit. The record is
 ``benchmarks/records/activation_budget.json`` (``..._cuda.json``), and
 ``python benchmarks/activation_budget.py table`` writes the table into ``docs/performance.md``.
 """
@@ -85,25 +84,24 @@ class Trained:
         self.losses.append(loss.item())
 
     def kept(self) -> int:
-        """Returns the bytes that wait for the backward pass, without logits and loss."""
-        import torch
+        """Returns the bytes that the blocks keep for the backward pass.
 
+        Each keeps its input; what the last one puts out is as large as that of the first, and is
+        counted in its place.
+        """
         for _ in range(2):
             self.finish(self.loss())
-        ids = self.tokens()
-        if self.device == "cuda":
-            before = torch.cuda.memory_allocated()
-            hidden = self.model.model(input_ids=ids).last_hidden_state
-            kept = torch.cuda.memory_allocated() - before
-        else:
-            cpu = [torch.profiler.ProfilerActivity.CPU]
-            with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-                hidden = self.model.model(input_ids=ids).last_hidden_state
-            results: Any = profile.profiler
-            events = results.kineto_results.events()
-            kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
-        self.finish(hidden.float().square().mean())
-        return kept
+        watch = _Allocated(self.device)
+        # Blocks that are computed again call their own hooks again; these are called once.
+        hooks = [
+            self.model.model.rotary_emb.register_forward_hook(lambda *_: watch.start()),
+            self.model.model.norm.register_forward_pre_hook(lambda *_: watch.stop()),
+        ]
+        loss = self.loss()
+        for hook in hooks:
+            hook.remove()
+        self.finish(loss)
+        return watch.kept
 
     def timed(self, steps: int) -> Callable[[], Mapping[str, float]]:
         """Returns a function that takes steps and says how long one took."""
@@ -126,6 +124,37 @@ class Trained:
             import torch
 
             torch.cuda.synchronize()
+
+
+class _Allocated:
+    """What torch's allocator holds at one moment and did not at another."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.kept = 0
+        self._cuda = device == "cuda"
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        self._profile = torch.profiler.profile(activities=cpu, profile_memory=True)
+
+    def start(self) -> None:
+        import torch
+
+        if self._cuda:
+            self.kept = -torch.cuda.memory_allocated()
+        else:
+            self._profile.start()
+
+    def stop(self) -> None:
+        import torch
+
+        if self._cuda:
+            self.kept += torch.cuda.memory_allocated()
+            return
+        self._profile.stop()
+        results: Any = self._profile.profiler
+        events = results.kineto_results.events()
+        self.kept = sum(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
