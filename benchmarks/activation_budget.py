@@ -4,7 +4,8 @@
 same random Llama in bfloat16 in the three ways, with QLoRA and with LoRA, in one process; the ways
 take turns, some steps each. Before that, one forward pass of each is watched from the first block
 to the last: what torch's allocator holds after it and did not before is what the blocks keep for
-the backward pass, which is what a budget is for. ``losses_equal`` says whether all ways had the same losses to the last bit. The record is
+the backward pass, which is what a budget is for. ``losses_equal`` says
+whether all ways had the same losses to the last bit. The record is
 ``benchmarks/records/activation_budget.json`` (``..._cuda.json``), and
 ``python benchmarks/activation_budget.py table`` writes the table into ``docs/performance.md``.
 """
