@@ -12,6 +12,7 @@ from typing import Any
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_revision, shortened
 from gradio_app.recipe import allowed
+from gradio_app.recipe.content import value_at
 from gradio_app.recipe.model_files import cached, checked_folder, own_code
 from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.places import Places
@@ -238,6 +239,14 @@ class _Check:
             holder[key] = most
         elif not isinstance(value, int) or not 0 < value <= most:
             self._refuse("checks.limit", where=key, value=shortened(value), most=most)
+
+
+def code_of(content: dict[str, Any]) -> str | None:
+    """Returns the model whose own code a recipe lets be run; ``None`` if it lets none."""
+    arguments = value_at(content, "model.init_args", None)
+    if not isinstance(arguments, dict) or not arguments.get("trust_remote_code"):
+        return None
+    return str(arguments.get("model"))
 
 
 def check_files(name: str, revision: object, trusted: bool) -> None:
