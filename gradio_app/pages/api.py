@@ -16,6 +16,7 @@ import yaml
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_run_id, shortened
 from gradio_app.pages.handling import told
+from gradio_app.public import Public
 from gradio_app.recipe.checking import checked_recipe, code_of
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -51,7 +52,9 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
         One that runs the code of a model needs the name of the model in the last argument.
         """
         owner = owner_of(request, studio.settings.space)
-        return checked(recipe, trust_remote_code_of, owner)
+        content = checked(recipe, trust_remote_code_of, owner)
+        public = Public(studio.settings)
+        return public.value(content, public.portable)
 
     def start(recipe: str, name: str, request: gr.Request, trust_remote_code_of: str = "") -> str:
         """Puts a run of a recipe into the line, and returns its id.
@@ -85,10 +88,10 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
 
     def metrics(run: str, after: int, request: gr.Request) -> list[dict[str, Any]]:
         """Returns logged rows of a run from row ``after`` on, at most a thousand."""
-        folder = found(run, request).folder
-        rows = list(folder.rows(folder.metrics))
+        one = found(run, request)
+        rows = list(one.folder.rows(one.folder.metrics))
         start = max(int(after), 0)
-        return rows[start : start + MOST_ROWS]
+        return one.public.value(rows[start : start + MOST_ROWS])
 
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""
