@@ -12,19 +12,27 @@ from pathlib import Path
 from gradio_app.errors import Refused
 from gradio_app.exporting.export import Export
 from gradio_app.guards import inside
+from gradio_app.running.store import Run
 
 # Weights are as good as random: packing them would cost time and save nothing.
 _PACKED = frozenset({".json", ".md", ".yaml", ".txt", ".jinja", ".model", ".tiktoken", ""})
+# What export writes down of a run besides its weights.
+_RECORDS = frozenset(
+    {
+        *("README.md", "adapter_config.json", "provenance.json", "config.json", "Modelfile"),
+        *("merge_report.json", "quantization_report.json"),
+    }
+)
 # Files that were staged before have been copied by now.
 _STAGED_SECONDS = 600
 
 
-def archive(export: Export, recipe: Path, staging: Path) -> Path:
+def archive(export: Export, run: Run, staging: Path) -> Path:
     """Returns a new zip of an export, with the recipe of its run.
 
     Args:
         export: The export.
-        recipe: ``recipe.yaml`` of the run.
+        run: Its run.
         staging: Folder for such files.
 
     Raises:
@@ -46,9 +54,15 @@ def archive(export: Export, recipe: Path, staging: Path) -> Path:
     with zipfile.ZipFile(target, "w") as made:
         for file, name in files:
             kind = zipfile.ZIP_DEFLATED if file.suffix in _PACKED else zipfile.ZIP_STORED
-            made.write(file, f"{export.run_name}/{name}", kind)
-        if recipe.is_file() and not recipe.is_symlink():
-            made.write(recipe, f"{export.run_name}/recipe.yaml", zipfile.ZIP_DEFLATED)
+            place_in = f"{export.run_name}/{name}"
+            if file.name in _RECORDS and run.public.settings.space:
+                text = run.public.record(file.read_text(encoding="utf-8"))
+                made.writestr(place_in, text, kind)
+            else:
+                made.write(file, place_in, kind)
+        if run.recipe_text and not run.folder.recipe.is_symlink():
+            text = run.public.portable(run.recipe_text)
+            made.writestr(f"{export.run_name}/recipe.yaml", text, zipfile.ZIP_DEFLATED)
     return target
 
 

@@ -18,7 +18,7 @@ from gradio_app.errors import Refused
 from gradio_app.exporting import rules
 from gradio_app.exporting.export import FACTS, FOLDER, LOG, OUTPUT, RESULT, Export, checked_name
 from gradio_app.exporting.export import read as read_export
-from gradio_app.exporting.sizes import base_size
+from gradio_app.exporting.sizes import base_of, base_size
 from gradio_app.exporting.wishes import Wish, checkpoint_of, slug
 from gradio_app.guards import inside
 from gradio_app.running.environment import trainer_environment
@@ -169,7 +169,8 @@ class Exports:
         for left in (RESULT, PROCESS):
             (folder / left).unlink(missing_ok=True)
         adapter = f"{slug(run)}={checkpoint_of(run, wish.checkpoint).folder}"
-        words = [*self.settings.command, *wish.words(adapter, folder / OUTPUT, dry)]
+        told = replace(wish, base_name=self._base_name(run, wish))
+        words = [*self.settings.command, *told.words(adapter, folder / OUTPUT, dry)]
         facts = {"wish": asdict(wish), "run_name": slug(run), "created": time.time()}
         try:
             with (folder / LOG).open("wb") as log, (folder / RESULT).open("wb") as result:
@@ -190,6 +191,13 @@ class Exports:
             created = psutil.Process(process.pid).create_time()
             write_json(folder / PROCESS, {"pid": process.pid, "created": created})
         write_json(folder / FACTS, facts)
+
+    def _base_name(self, run: Run, wish: Wish) -> str:
+        """Returns what the files call the base: on a Space, never a folder of the server."""
+        base, _ = base_of(checkpoint_of(run, wish.checkpoint).folder)
+        if wish.base_name or not (self.settings.space and Path(base).is_absolute()):
+            return wish.base_name
+        return run.public.text(base)
 
     def _read(self, folder: Path) -> Export | None:
         working = self._local.working(RunFolder(folder))

@@ -13,9 +13,11 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from gradio_app.guards import checked_run_id
+from gradio_app.errors import Refused
+from gradio_app.guards import checked_run_id, shortened
 from gradio_app.pages.handling import told
-from gradio_app.recipe.checking import checked_recipe
+from gradio_app.public import Public
+from gradio_app.recipe.checking import checked_recipe, code_of
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -32,18 +34,35 @@ def declare(studio: Studio, t: Texts) -> None:
 
 
 def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
+    def checked(recipe: str, confirmed: object, owner: str) -> dict[str, Any]:
+        content = checked_recipe(recipe, studio.settings, owner)
+        name = code_of(content)
+        # As on the page: what somebody else wrote is no leave to run code.
+        if name is not None and confirmed != name:
+            raise Refused("checks.remote_named", name=shortened(name))
+        return content
+
     def recipes() -> dict[str, str]:
         """Returns the YAML of every recipe, by name."""
         return {name: file.read_text("utf-8") for name, file in recipe_files().items()}
 
-    def check(recipe: str, request: gr.Request) -> dict[str, Any]:
-        """Returns a recipe as it would be run, or says all that is wrong with it."""
-        return checked_recipe(recipe, studio.settings, owner_of(request, studio.settings.space))
+    def check(recipe: str, request: gr.Request, trust_remote_code_of: str = "") -> dict[str, Any]:
+        """Returns a recipe as it would be run, or says all that is wrong with it.
 
-    def start(recipe: str, name: str, request: gr.Request) -> str:
-        """Puts a run of a recipe into the line, and returns its id."""
+        One that runs the code of a model needs the name of the model in the last argument.
+        """
         owner = owner_of(request, studio.settings.space)
-        content = checked_recipe(recipe, studio.settings, owner)
+        content = checked(recipe, trust_remote_code_of, owner)
+        public = Public(studio.settings)
+        return public.value(content, public.portable)
+
+    def start(recipe: str, name: str, request: gr.Request, trust_remote_code_of: str = "") -> str:
+        """Puts a run of a recipe into the line, and returns its id.
+
+        One that runs the code of a model needs the name of the model in the last argument.
+        """
+        owner = owner_of(request, studio.settings.space)
+        content = checked(recipe, trust_remote_code_of, owner)
         run = studio.store.create(owner, yaml.safe_dump(content, sort_keys=False), name)
         studio.line.add(run)
         return run.id
@@ -69,10 +88,10 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
 
     def metrics(run: str, after: int, request: gr.Request) -> list[dict[str, Any]]:
         """Returns logged rows of a run from row ``after`` on, at most a thousand."""
-        folder = found(run, request).folder
-        rows = list(folder.rows(folder.metrics))
+        one = found(run, request)
+        rows = list(one.folder.rows(one.folder.metrics))
         start = max(int(after), 0)
-        return rows[start : start + MOST_ROWS]
+        return one.public.value(rows[start : start + MOST_ROWS])
 
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""

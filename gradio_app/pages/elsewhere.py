@@ -11,6 +11,7 @@ from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, escaped, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
+from gradio_app.public import Public
 from gradio_app.recipe.checking import checked_recipe
 from gradio_app.running import hf_jobs
 from gradio_app.settings import Limits
@@ -142,7 +143,7 @@ def _starter(studio: Studio) -> Any:
             studio.store.delete(owner, run.id)
             if isinstance(error, Refused):
                 raise
-            reason = shortened(error, 300)
+            reason = shortened(Public(studio.settings).text(str(error)), 300)
             raise Refused("elsewhere.refused", reason=reason) from error
         return str(run.id)
 

@@ -12,6 +12,7 @@ from typing import Any
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_revision, shortened
 from gradio_app.recipe import allowed
+from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.model_files import cached, checked_folder, own_code
 from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.places import Places
@@ -20,6 +21,7 @@ from gradio_app.settings import Settings
 from lightning_peft.cli.recipes import recipe_files
 
 _WORD = re.compile(r"[\w.{}=:,%+*()|\\^$\[\] -]{0,300}")
+_MODEL, _DATA = "model.init_args.", "data.init_args."
 _TEMPLATES = (None, "chatml", "plain", "raw")
 
 
@@ -43,7 +45,7 @@ def checked_content(content: dict[str, Any], settings: Settings, owner: str) -> 
     check.everything()
     if check.problems:
         raise Refused("checks.all", problems=check.problems)
-    return check.content
+    return with_revision(check.content)
 
 
 class _Check:
@@ -187,7 +189,7 @@ class _Check:
                 self._fields(data, key, f"data.{key}")
             else:
                 self._try(data, key, self.places.model)
-        for key in ("hub_revision", "processor_revision"):
+        for key in ("hub_revision", "tokenizer_revision", "processor_revision"):
             self._try(data, key, checked_revision)
         self._try(data, "skip_bad_rows", self.places.written)
         for key in ("hub_config", "hub_splits"):
@@ -238,6 +240,27 @@ class _Check:
             holder[key] = most
         elif not isinstance(value, int) or not 0 < value <= most:
             self._refuse("checks.limit", where=key, value=shortened(value), most=most)
+
+
+def with_revision(content: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe whose tokenizer or processor is read at the revision of its model.
+
+    That is where both have the same name, the model has a revision, and the data names none.
+    """
+    model, revision = (value_at(content, f"{_MODEL}{key}", None) for key in ("model", "revision"))
+    for key in ("tokenizer", "processor"):
+        same = model is not None and value_at(content, f"{_DATA}{key}", None) == model
+        if revision and same and value_at(content, f"{_DATA}{key}_revision", None) is None:
+            content = with_value(content, f"{_DATA}{key}_revision", revision)
+    return content
+
+
+def code_of(content: dict[str, Any]) -> str | None:
+    """Returns the model whose own code a recipe lets be run; ``None`` if it lets none."""
+    arguments = value_at(content, "model.init_args", None)
+    if not isinstance(arguments, dict) or not arguments.get("trust_remote_code"):
+        return None
+    return str(arguments.get("model"))
 
 
 def check_files(name: str, revision: object, trusted: bool) -> None:

@@ -116,7 +116,7 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
     if revision is None or model != before:
         content = with_value(content, _MODEL + "trust_remote_code", MISSING)
     if model == before and value_at(content, _MODEL + "config", None) is None:
-        return content
+        return _read_at(content, task.reads, model, revision)
     small = model == DEMO_BASE
     source = started(task.name, method_of(content), small)
     content = _taken_from(source, content, _OF_SMALL_MODEL)
@@ -125,7 +125,16 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
     content = with_value(content, _MODEL + "model", model)
     if task.reads is not None:
         content = with_value(content, _DATA + task.reads, model)
-    return content
+    return _read_at(content, task.reads, model, revision)
+
+
+def _read_at(
+    content: dict[str, Any], reads: str | None, model: str, revision: str | None
+) -> dict[str, Any]:
+    """Returns the recipe with the model's own tokenizer or processor at the same revision."""
+    if reads is None or value_at(content, _DATA + reads, None) != model:
+        return content
+    return with_value(content, f"{_DATA}{reads}_revision", revision or MISSING)
 
 
 def with_data(content: dict[str, Any], data: str, **hub: Any) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gradio_app.guards import redacted
+from gradio_app.public import bundled_folders
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.parsing import dumped
-from gradio_app.recipe.places import bundled_folders
 from gradio_app.recipe.rows import Table, first_rows
 from gradio_app.recipe.warm import Completed, WarmCommands
 
@@ -86,7 +86,9 @@ def looked_at(content: dict[str, Any], warm: WarmCommands, space: bool) -> DataR
     numbers = answer.json() if answer.code in (0, 1) else None
     if numbers is None:
         return DataReport(table=table, refusal=said(answer), skipping=skipping is not None)
-    return DataReport(numbers, table, skipping=skipping is not None)
+    # Of the rows themselves nothing is changed.
+    told = {"problems": warm.public.value(numbers.get("problems", []), warm.public.record)}
+    return DataReport(numbers | told, table, skipping=skipping is not None)
 
 
 def local(place: str) -> Path:
@@ -102,6 +104,4 @@ def said(answer: Completed) -> str:
     text = redacted(answer.err)
     place = text.rfind("lightning-peft: ")
     found = text[place:].removeprefix("lightning-peft: ") if place >= 0 else text[-600:]
-    for folder in bundled_folders().values():
-        found = found.replace(f"{folder}/", "")
     return found.strip()

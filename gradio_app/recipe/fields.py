@@ -359,6 +359,7 @@ CHOSEN = frozenset(
         *(f"{_MODEL}{name}" for name in ("model", "revision", "trust_remote_code")),
         *(f"{_DATA}{name}" for name in ("data", "tokenizer", "columns", "skip_bad_rows")),
         *(f"{_DATA}{name}" for name in ("hub_config", "hub_splits", "hub_revision")),
+        *(f"{_DATA}{name}_revision" for name in ("tokenizer", "processor")),
     }
 )
 # In the YAML alone.

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, inside, shortened
+from gradio_app.public import UPLOAD, Public, bundled_folders
 from gradio_app.settings import Settings
 from gradio_app.uploads import Uploads
-from lightning_peft.cli.recipes import recipes_folder
 
 _MARKS = ("package:", "recipe:")
-# Stands for a file that the owner of a recipe has uploaded, wherever this server keeps them.
-UPLOAD = "upload:"
 _FILE = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz))?")
 _PLAIN = re.compile(r"[\w-][\w.-]{0,99}")
-
-
-def bundled_folders() -> dict[str, Path]:
-    """Returns the folders of what comes with the package, by the mark that stands for them."""
-    spec = find_spec("lightning_peft")
-    assert spec is not None
-    assert spec.origin is not None
-    return {"package:": Path(spec.origin).resolve().parent, "recipe:": recipes_folder().resolve()}
 
 
 @dataclass(frozen=True)
@@ -88,12 +77,7 @@ class Places:
 
     def portable(self, value: str) -> str:
         """Returns a place with the mark that stands for its folder, if there is one."""
-        folders = bundled_folders() | {UPLOAD: self.uploads.resolve()}
-        path = Path(value)
-        for mark, folder in folders.items():
-            if path.is_absolute() and path.is_relative_to(folder):
-                return f"{mark}{path.relative_to(folder).as_posix()}"
-        return value
+        return Public(self.settings).portable(value)
 
     def written(self, value: object) -> str:
         """Returns the name of the file that rows are written to which a run leaves out.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradio_app.public import Public
 from gradio_app.recipe.worker import IMPORT
 from gradio_app.settings import Settings
 
@@ -44,7 +45,7 @@ class Completed:
     Attributes:
         code: Its exit code; ``None`` if it took too long, or its process died.
         out: What it wrote to its standard output.
-        err: What it wrote to its error output.
+        err: What it wrote to its error output, as it is given out.
     """
 
     code: int | None
@@ -69,10 +70,14 @@ class WarmCommands:
     Args:
         settings: What the server was started with.
         idle_seconds: After how long without a command the process ends.
+
+    Attributes:
+        public: How what commands say is given out.
     """
 
     def __init__(self, settings: Settings, idle_seconds: float = IDLE_SECONDS) -> None:
         self._space = settings.space
+        self.public = Public(settings)
         self._idle_seconds = idle_seconds
         # One command at a time: a second thread waits for its turn.
         self._turn = threading.Lock()
@@ -145,7 +150,8 @@ class WarmCommands:
             self._end()
             return None
         self._rest()
-        return Completed(answer["code"], answer["out"], answer["err"])
+        err = self.public.text(self.public.portable(answer["err"]))
+        return Completed(answer["code"], answer["out"], err)
 
     def _answer(self, number: int, timeout: float) -> dict[str, Any] | None:
         """Returns the answer of that number; ``None`` if the process has ended.

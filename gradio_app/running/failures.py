@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +58,13 @@ class Failure:
 
 def failure_of(run: Run) -> Failure | None:
     """Returns why a run ended, ``None`` if it did not fail."""
+    found = _failure_of(run)
+    if found is None:
+        return None
+    return replace(found, said=run.public.text(found.said), details=run.public.text(found.details))
+
+
+def _failure_of(run: Run) -> Failure | None:
     if run.status.state not in ("failed", "crashed"):
         return None
     error = json_object(run.folder.error)
@@ -96,15 +103,16 @@ def report(run: Run) -> str:
     if failure is not None and failure.said:
         parts.append(f"error:\n{failure.said}")
     lines = tail(run.folder.log, REPORT_LINES) or _start(run)
-    parts.append(f"last lines:\n{lines}")
-    return redacted("\n\n".join(parts)).replace(str(Path.home()), "~")
+    parts.append(f"last lines:\n{run.public.text(lines)}")
+    text = run.public.record(redacted("\n\n".join(parts)))
+    return text.replace(str(Path.home()), "~")
 
 
 def versions(run: Run) -> dict[str, str]:
     """Returns the versions that a run had, or those that are installed, without importing them."""
     known = json_object(run.folder.provenance).get("versions")
     if isinstance(known, dict) and known:
-        return {str(name): str(version) for name, version in known.items()}
+        return {str(name): run.public.text(str(version)) for name, version in known.items()}
     found = {}
     for package in _PACKAGES:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_run_id, inside, redacted
+from gradio_app.public import Public
 from gradio_app.running import facts as app_facts
 from gradio_app.running.executors import Executor, executors_of
 from gradio_app.running.facts import FILE, LOCAL, Facts
@@ -48,12 +49,14 @@ class Run:
         folder: The folder.
         facts: What the page knows of it.
         status: What it says of itself; ``"queued"`` while it waits, ``"crashed"`` if it is gone.
+        public: How what it has written is given out.
     """
 
     id: str
     folder: RunFolder
     facts: Facts
     status: Status
+    public: Public = Public()
 
     name = property(lambda self: self.facts.name or self.id)
     owner = property(lambda self: self.facts.owner)
@@ -71,11 +74,12 @@ class Run:
 
     @property
     def recipe_text(self) -> str:
-        """Its recipe: as it was resolved, once it has begun."""
+        """Its recipe as it is given out: as it was resolved, once it has begun."""
         try:
-            return self.folder.recipe.read_text(encoding="utf-8", errors="replace")
+            text = self.folder.recipe.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
+        return self.public.record(text)
 
     @property
     def can_resume(self) -> bool:
@@ -219,7 +223,9 @@ class RunStore:
             facts = Facts(name=name) if text is None else app_facts.parsed(text)
             executor = self.executors.get(facts.where) or self.executors[LOCAL]
             checked_run_id(name)
-            return Run(name, folder, facts, state_of(folder, facts, executor))
+            public = Public(self.settings, path)
+            status = public.status(state_of(folder, facts, executor))
+            return Run(name, folder, facts, status, public)
         except (Refused, ValueError, TypeError, KeyError):
             # Somebody else's folder, or a file that no version of this page writes.
             return None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from gradio_app.errors import Refused
 from gradio_app.guards import redacted
+from gradio_app.public import Public
 from gradio_app.running.environment import trainer_environment
 from gradio_app.running.reading import json_object
 from gradio_app.running.store import Checkpoint, Run
@@ -59,10 +58,6 @@ def _chosen(run: Run, checkpoint: str) -> list[Checkpoint]:
 
 
 def said(text: object, settings: Settings) -> str:
-    """Returns what the process said for a visitor: no secrets, no places, not long."""
-    found = redacted(str(text))
-    places = {settings.runs: "runs", settings.data_root: "data", Path.home(): "~"}
-    for place, name in places.items():
-        if place is not None and len(str(place)) > 1:
-            found = found.replace(str(place), name)
+    """Returns what the process said for a visitor: no secrets, not long, no places on a Space."""
+    found = Public(settings).text(redacted(str(text)))
     return found if len(found) <= _LONGEST else found[: _LONGEST - 1] + "\u2026"

@@ -150,7 +150,7 @@ class Speakers:
             seconds=held.seconds,
             device=device,
             memory_bytes=memory,
-            notes=tuple(map(str, ready.get("notes", ()))),
+            notes=tuple(said(note, self.settings) for note in ready.get("notes", ())),
         )
 
     def reason(self, owner: str) -> Refused | None:

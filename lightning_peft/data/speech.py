@@ -47,6 +47,7 @@ class SpeechData(RowsData):
         task: ``"transcribe"``, or ``"translate"`` for transcripts in English, for Whisper.
         max_seconds: Longest recording; by default what the model hears at once: 30 for Whisper.
         max_length: Longest transcript in tokens; 448, which is Whisper's, by default.
+        processor_revision: Branch, tag or commit of the processor on the hub.
         **options: Keyword arguments of :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
 
     Raises:
@@ -65,6 +66,7 @@ class SpeechData(RowsData):
         task: Literal["transcribe", "translate"] | None = None,
         max_seconds: float | None = None,
         max_length: int | None = None,
+        processor_revision: str | None = None,
         **options: Any,
     ) -> None:
         self._extractor: Any = None
@@ -85,7 +87,8 @@ class SpeechData(RowsData):
             ConfigError: If it cannot be had, or has no such tokens.
         """
         if self._tokenizer is None:
-            tokenizer: Any = load_tokenizer(self.hparams["processor"])
+            name, revision = self.hparams["processor"], self.hparams["processor_revision"]
+            tokenizer: Any = load_tokenizer(name, revision)
             asked = self.generation
             if hasattr(tokenizer, "set_prefix_tokens"):
                 _set_language(tokenizer, asked)
@@ -118,9 +121,11 @@ class SpeechData(RowsData):
         return self._extractor
 
     def _load_extractor(self) -> Any:
-        name = self.hparams["processor"]
+        name, revision = self.hparams["processor"], self.hparams["processor_revision"]
         try:
-            return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+            return AutoFeatureExtractor.from_pretrained(
+                name, revision=revision, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"processor={name!r} is no folder with a feature extractor, and the hub did not "
@@ -159,8 +164,10 @@ class SpeechData(RowsData):
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides labels and problems, the recordings' files among it."""
         stamps = [source.stamps() for source in self._sources()]
+        revision = self.hparams["processor_revision"]
         return {
             "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            **({"processor_revision": revision} if revision else {}),
             "max_length": self.max_length,
             **self.generation,
             "max_seconds": self.max_seconds,

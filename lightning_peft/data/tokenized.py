@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 LONGEST_DEFAULT = 2048
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a model.
 
     Args:
         name: Name on the hub, or folder.
+        revision: Branch, tag or commit on the hub.
 
     Raises:
         ConfigError: If it cannot be had.
@@ -30,13 +31,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         # Unless it is told not to, transformers asks whoever sits there whether to run its code.
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False
+            name, revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
+        at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
             f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
-            f"it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
-            "network (HF_HUB_OFFLINE must not be set)."
+            f"it{at} ({str(error).strip().partition(chr(10))[0]}). Check the name"
+            f"{', the revision' if revision else ''} and the network (HF_HUB_OFFLINE must not be "
+            "set)."
         ) from error
     return found
 
@@ -52,6 +55,8 @@ class TokenizedData(RowsData):
         over_long: Rows longer than that are an error, or are cut at the end (``"truncate"``).
         length_grouping: Put rows of like length in a batch, against padding.
         shuffle_seed: Seed of the order of length groups.
+        tokenizer_revision: Branch, tag or commit of the tokenizer on the hub; where the model has
+            a ``revision``, usually the same.
         **options: Keyword arguments of :class:`RowsData`.
 
     Raises:
@@ -66,6 +71,7 @@ class TokenizedData(RowsData):
         over_long: Literal["error", "truncate"] = "error",
         length_grouping: bool = False,
         shuffle_seed: int = 0,
+        tokenizer_revision: str | None = None,
         **options: Any,
     ) -> None:
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -79,7 +85,8 @@ class TokenizedData(RowsData):
             ConfigError: If it cannot be had.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hparams["tokenizer"])
+            given = self.hparams
+            self._tokenizer = load_tokenizer(given["tokenizer"], given["tokenizer_revision"])
         return self._tokenizer
 
     @property
@@ -103,9 +110,10 @@ class TokenizedData(RowsData):
         return int(tokenizer.eos_token_id if filler is None else filler)
 
     def encoding(self) -> dict[str, Any]:
-        """Returns the tokenizer's content, and the longest row."""
+        """Returns the tokenizer's content and revision, and the longest row."""
         return {
             "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            **self._revision,
             "max_length": self.max_length,
             "over_long": self.hparams["over_long"],
         }
@@ -113,7 +121,13 @@ class TokenizedData(RowsData):
     @property
     def record(self) -> dict[str, Any]:
         """What was prepared, for the record of a run."""
-        return {**super().record, "tokenizer": self.hparams["tokenizer"]}
+        return {**super().record, "tokenizer": self.hparams["tokenizer"], **self._revision}
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        # Only where there is one: what was prepared without it stays prepared.
+        revision = self.hparams["tokenizer_revision"]
+        return {"tokenizer_revision": revision} if revision else {}
 
     def sampler(self, split: str) -> Sampler[int] | None:
         """Returns the training rows in groups of like length, if asked for."""

@@ -123,8 +123,8 @@ def _front(adapter: Adapter, license: str | None, tags: list[str], library: str)
 
 
 def _is_path(name: str) -> bool:
-    # A name on the hub has at most one slash, and does not begin with one.
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    # A name on the hub has at most one slash, does not begin with one, and has no mark before it.
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or bool({"\\", ":"} & set(name))
 
 
 def public_name(name: str) -> str:

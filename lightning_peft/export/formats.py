@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,10 +198,14 @@ def _copy_adapter(wishes: Wishes, folder: Path) -> None:
             shutil.copyfile(adapter.folder / name, folder / name)
     if wishes.base_name:
         adapter = _renamed(adapter, wishes.base_name)
-        for name, fields in zip(_ADAPTER_FILES[::2], (adapter.config, adapter.facts), strict=True):
-            if fields:
-                text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-                (folder / name).write_text(text, encoding="utf-8")
+    if adapter.facts.get("data"):
+        # The folder travels, and the data stays where it was.
+        facts = adapter.facts | {"data": public(adapter.facts["data"])}
+        adapter = replace(adapter, facts=facts)
+    for name, fields in zip(_ADAPTER_FILES[::2], (adapter.config, adapter.facts), strict=True):
+        if fields:
+            text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
     card = adapter_card(adapter, license_of(wishes.base.folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if wishes.chat_template:
@@ -214,17 +218,16 @@ def _renamed(adapter: Adapter, base: str) -> Adapter:
     facts = adapter.facts
     if recorded:
         facts = facts | {"base": recorded | {"name_or_path": base}}
-    if facts.get("data"):
-        facts = facts | {"data": public(facts["data"])}
     return Adapter(adapter.name, adapter.folder, config, facts)
 
 
 def _notes_on_base(wishes: Wishes) -> list[str]:
-    recorded = wishes.adapter.base_name
-    if wishes.base_name or not recorded or not Path(recorded).is_absolute():
+    named = wishes.base_name or wishes.adapter.base_name
+    # A mark, such as of the shipped base, stands for a folder too.
+    if not named or not (Path(named).is_absolute() or ":" in named):
         return []
     return [
-        f"the files name the base as a folder of this machine ({recorded}): give the name that "
+        f"the files name the base as a folder of this machine ({named}): give the name that "
         "others know it by with --base-name"
     ]
 

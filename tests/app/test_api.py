@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import own_code
 import pytest
 import yaml
 from gradio_client import Client
@@ -84,6 +85,24 @@ def test_runs_that_are_not_there_are_refused(client, run):
     for name, more in (("/status", []), ("/metrics", [0]), ("/stop", [])):
         with pytest.raises(AppError, match="There is no run"):
             client.predict(run, *more, api_name=name)
+
+
+def test_code_of_a_model_is_run_only_for_a_caller_who_names_the_model(client, recipe):
+    content = yaml.safe_load(recipe)
+    given = {"model": "me/our", "revision": own_code.COMMIT, "trust_remote_code": True}
+    content["model"]["init_args"] |= given
+    trusting = yaml.safe_dump(content)
+    before = client.predict(api_name="/runs")
+    for words in ([], [""], ["me/other"], ["yes"], ["ME/OUR"]):
+        for name, more in (("/check", []), ("/start", ["coded"])):
+            with pytest.raises(AppError, match='trust_remote_code_of="me/our"'):
+                client.predict(trusting, *more, *words, api_name=name)
+    assert client.predict(api_name="/runs") == before
+    checked = client.predict(trusting, trust_remote_code_of="me/our", api_name="/check")
+    assert checked["model"]["init_args"]["trust_remote_code"] is True
+    run = client.predict(trusting, "coded", "me/our", api_name="/start")
+    assert client.predict(api_name="/runs")[0]["run"] == run
+    wait_for(client, run, "finished")
 
 
 def test_yaml_that_comes_back_is_plain(client, recipe):

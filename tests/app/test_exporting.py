@@ -115,7 +115,7 @@ def test_an_export_is_made_downloaded_and_deleted(room, tmp_path):
     assert [name for _, name in members(export.output)] == ["adapter_config.json"]
     staging = tmp_path / "staging"
     staging.mkdir()
-    with zipfile.ZipFile(archive(export, run.folder.recipe, staging)) as packed:
+    with zipfile.ZipFile(archive(export, run, staging)) as packed:
         assert packed.namelist() == ["my-b-run-b/adapter_config.json", "my-b-run-b/recipe.yaml"]
     room.delete("local", run.id, export.name)
     assert room.list(run) == []

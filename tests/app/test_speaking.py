@@ -61,8 +61,10 @@ def store(given: Settings) -> RunStore:
 def speak(given: Settings) -> Iterator[Callable[..., Speakers]]:
     made: list[Speakers] = []
 
-    def make(using: Callable[[], Run | None] = lambda: None, **patience: float) -> Speakers:
-        fake = replace(given, command=(sys.executable, FAKE))
+    def make(
+        using: Callable[[], Run | None] = lambda: None, space: bool = False, **patience: float
+    ) -> Speakers:
+        fake = replace(given, command=(sys.executable, FAKE), space=space)
         made.append(Speakers(fake, using, Patience(**patience)))
         return made[-1]
 
@@ -204,8 +206,8 @@ def test_one_that_hangs_is_ended(speak, store):
         loaded(speakers, with_adapters(store, loading="hang"))
 
 
-def test_what_cannot_be_loaded_is_told_without_places_and_secrets(speak, store, given):
-    speakers = speak()
+def test_what_cannot_be_loaded_is_told_a_stranger_without_places_and_secrets(speak, store, given):
+    speakers = speak(space=True)
     with refused("refused_load") as caught:
         loaded(speakers, with_adapters(store, loading="error"))
     assert "is another one" in str(caught.value)

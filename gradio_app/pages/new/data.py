@@ -14,12 +14,12 @@ from gradio_app.pages.frame import private
 from gradio_app.pages.handling import as_shown, sentence
 from gradio_app.pages.new import data_html
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.checking import checked_content
+from gradio_app.public import UPLOAD
+from gradio_app.recipe.checking import checked_content, with_revision
 from gradio_app.recipe.choices import started, with_data
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.data import DataReport, looked_at
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.places import UPLOAD
 from gradio_app.uploads import KINDS, Uploads
 
 SOURCES = ("example", "upload", "path", "hub")
@@ -272,7 +272,7 @@ def report_of(editor: Editor, session: Session) -> DataReport:
 def _only_data(session: Session, editor: Editor) -> dict[str, Any]:
     """Returns a checked recipe; what is wrong with other parts is told elsewhere."""
     example = started("sft")
-    content = {**example, "data": session.content.get("data")}
+    content = {**example, "data": with_revision(session.content).get("data")}
     return checked_content(content, editor.studio.settings, session.owner)
 
 

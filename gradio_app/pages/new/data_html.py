@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradio_app.guards import escaped
+from gradio_app.public import UPLOAD
 from gradio_app.recipe.data import DataReport
-from gradio_app.recipe.places import UPLOAD
 from gradio_app.recipe.rows import Table
 from gradio_app.texts import Texts
 

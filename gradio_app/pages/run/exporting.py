@@ -223,8 +223,7 @@ class ExportTab:
         going = any(one.active for one in exports)
         seconds = SECONDS if going else SLOW_SECONDS
         about = exporting_html.about(self.studio, run, form, t) if run and checkpoint else ""
-        space = self.studio.settings.space
-        text = exporting_html.asks(asks, space, t) if asks else ""
+        text = exporting_html.asks(run, asks, t) if run and asks else ""
         return [
             Shown(asks.name if asks else "", asks.name if asks else ""),
             Shown(gr.Timer(seconds), seconds),
@@ -236,8 +235,8 @@ class ExportTab:
             Shown(gr.Checkbox(visible=form.heavy), form.heavy),
             Shown(gr.Column(visible=asks is not None), asks is not None),
             html(text),
-            html(exporting_html.going([one for one in exports if one.active], t)),
-            html(exporting_html.done(run, [one for one in exports if not one.active], space, t)),
+            html(exporting_html.going(run, [one for one in exports if one.active], t)),
+            html(exporting_html.done(run, [one for one in exports if not one.active], t)),
         ]
 
     def _bind_start(self) -> None:
@@ -347,7 +346,7 @@ class ExportTab:
         act, name, file = data.get("act"), data.get("export"), None
         if act == "download":
             run, export = exports.get(owner, run_id, name)
-            file = str(archive(export, run.folder.recipe, Path(self._staging.name)))
+            file = str(archive(export, run, Path(self._staging.name)))
         elif act == "cancel":
             exports.cancel(owner, run_id, name)
         elif act == "delete":

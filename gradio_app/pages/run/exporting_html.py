@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +35,6 @@ _LOOKS = {
 _MOST_FILES = 40
 # What the command line says where the page has a field for it.
 _BASE_NOTE = "the files name the base as a folder of this machine"
-# Absolute paths of this machine; a stranger is told the last part alone.
-_PATH = re.compile(r"(?<![\w:/.])(?:/[\w.+-]+){2,}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
     return words + (" " + t("exporting.takes_more") if memory > free else "")
 
 
-def asks(export: Export, space: bool, t: Texts) -> str:
+def asks(run: Run, export: Export, t: Texts) -> str:
     """Returns what would be pushed, before it is."""
     kind = t("exporting.is_private" if export.wish.private else "exporting.is_public")
     total = size(sum(count for _, count in export.files))
@@ -126,17 +123,18 @@ def asks(export: Export, space: bool, t: Texts) -> str:
     )
     return (
         f'<h3>{t("exporting.confirm")}</h3><p role="status">{escaped(said)}</p>{warning}'
-        f"{_files(export)}{_notes(export, space, t)}"
+        f"{_files(export)}{_notes(run, export, t)}"
     )
 
 
-def going(exports: Sequence[Export], t: Texts) -> str:
+def going(run: Run | None, exports: Sequence[Export], t: Texts) -> str:
     """Returns the exports that are going on."""
-    return "".join(_going(export, t) for export in exports)
+    return "".join(_going(run, export, t) for export in exports) if run is not None else ""
 
 
-def _going(export: Export, t: Texts) -> str:
+def _going(run: Run, export: Export, t: Texts) -> str:
     what, percent = export.progress
+    what = _given(what, run, export)
     # Reading files one by one is said in the words of the command line.
     said = f"{what}, {percent} %" if percent is not None else t("exporting.begins")
     width = f' style="width: {percent}%"' if percent is not None else ""
@@ -152,20 +150,20 @@ def _going(export: Export, t: Texts) -> str:
     )
 
 
-def done(run: Run | None, exports: Sequence[Export], space: bool, t: Texts) -> str:
+def done(run: Run | None, exports: Sequence[Export], t: Texts) -> str:
     """Returns the exports that have come to an end."""
     if run is None or not exports:
         return ""
     known = {one.name: one for one in run.checkpoints()}
-    items = "".join(_done(run, one, known.get(one.wish.checkpoint), space, t) for one in exports)
+    items = "".join(_done(run, one, known.get(one.wish.checkpoint), t) for one in exports)
     title = t("exporting.list")
     return f'<section aria-label="{title}"><h2>{title}</h2>{items}</section>'
 
 
-def _done(run: Run, export: Export, found: Checkpoint | None, space: bool, t: Texts) -> str:
+def _done(run: Run, export: Export, found: Checkpoint | None, t: Texts) -> str:
     parts = [_head(export, t)]
     if export.state == "failed":
-        parts.append(_failure(export, space, t))
+        parts.append(_failure(run, export, t))
     if export.address:
         url = escaped(export.address)
         parts.append(f'<p>{t("exporting.is_at")} <a href="{url}" rel="noopener">{url}</a></p>')
@@ -173,19 +171,21 @@ def _done(run: Run, export: Export, found: Checkpoint | None, space: bool, t: Te
         parts.append(_error(export, t))
         # What waits to be uploaded is listed where that is asked.
         if export.state != "asks":
-            parts += [_notes(export, space, t), _files(export)]
-        parts.append(_commands(export, space, t))
+            parts += [_notes(run, export, t), _files(export)]
+        parts.append(_commands(run, export, t))
         code = loading_code(export, found.folder) if found is not None else ""
-        parts.append(_code(public(code, space), t) if code else "")
+        parts.append(_code(_given(code, run, export), t) if code else "")
     buttons = [_button("download", export, t)] if export.whole else []
     buttons.append(_button("delete", export, t, asks=t("exporting.sure_delete")))
     parts.append(f'<div class="acts">{"".join(buttons)}</div>')
     return f'<article class="export">{"".join(parts)}</article>'
 
 
-def public(text: str, space: bool) -> str:
-    """Returns a text; for strangers, without the folders of this machine."""
-    return _PATH.sub(lambda found: found[0].rpartition("/")[2], text) if space else text
+def _given(text: str, run: Run, export: Export) -> str:
+    """Returns what is said of an export; strangers have the folder that is in the zip."""
+    if run.public.settings.space:
+        text = text.replace(str(export.output), export.run_name)
+    return run.public.text(text)
 
 
 def _head(export: Export, t: Texts) -> str:
@@ -206,12 +206,12 @@ def _head(export: Export, t: Texts) -> str:
     )
 
 
-def _failure(export: Export, space: bool, t: Texts) -> str:
+def _failure(run: Run, export: Export, t: Texts) -> str:
     kind, said = export.failure
     key = kind if t.has(f"exporting.why_{kind}") else "other"
     if export.whole:
         key = "push" if kind == "explained" else key
-    words = escaped(public(said, space))
+    words = escaped(_given(said, run, export))
     details = (
         f'<details><summary>{t("run.details")}</summary><pre tabindex="0">{words}</pre></details>'
         if said
@@ -240,9 +240,9 @@ def _error(export: Export, t: Texts) -> str:
     return f"<p>{escaped(text)}</p>"
 
 
-def _notes(export: Export, space: bool, t: Texts) -> str:
+def _notes(run: Run, export: Export, t: Texts) -> str:
     told = [
-        t("exporting.note_base") if _BASE_NOTE in note else public(note, space)
+        t("exporting.note_base") if _BASE_NOTE in note else _given(note, run, export)
         for note in export.notes
     ]
     title = f"<strong>{t('exporting.note')}</strong>"
@@ -260,10 +260,10 @@ def _files(export: Export) -> str:
     )
 
 
-def _commands(export: Export, space: bool, t: Texts) -> str:
+def _commands(run: Run, export: Export, t: Texts) -> str:
     if not export.commands:
         return ""
-    rows = "".join(_copied(public(command, space), t) for command in export.commands)
+    rows = "".join(_copied(_given(command, run, export), t) for command in export.commands)
     title = t("exporting.commands")
     shown = " open" if export.wish.format in ("vllm", "ollama") else ""
     return f"<details{shown}><summary>{title}</summary>{rows}</details>"

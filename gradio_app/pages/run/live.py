@@ -135,8 +135,8 @@ class Live:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         key = (run.id, metrics.version)
-        events = list(rows_of(run.folder.events, 200_000))
-        log = tail(run.folder.log) or tail(run.folder.path / START_LOG)
+        events = run.public.value(list(rows_of(run.folder.events, 200_000)))
+        log = run.public.text(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         return [
             html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),

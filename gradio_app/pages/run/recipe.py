@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import tempfile
@@ -14,7 +15,6 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup, with_code
 from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.recipe.places import UPLOAD, bundled_folders
 from gradio_app.running.failures import versions
 from gradio_app.running.left_out import left_out
 from gradio_app.running.reading import json_object
@@ -57,7 +57,7 @@ class RecipeTab:
         if run is None:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         t = self.t
-        text = self._recipe_of(run)
+        text = run.recipe_text
         code = (
             f'<pre tabindex="0" role="region" aria-label="{t("run.recipe_code")}">'
             f"{escaped(text)}</pre>"
@@ -69,17 +69,6 @@ class RecipeTab:
             html(self._facts_of(run)),
             self._rows_of(run),
         ]
-
-    def _recipe_of(self, run: Run) -> str:
-        """Returns the recipe of a run; for strangers, without the folders of this machine."""
-        settings, text = self.studio.settings, run.recipe_text
-        if not settings.space:
-            return text
-        marks = {mark: str(folder) for mark, folder in bundled_folders().items()}
-        marks[UPLOAD] = str(settings.uploads / run.owner)
-        for mark, folder in marks.items():
-            text = text.replace(f"{folder}/", mark)
-        return text.replace(f"{run.folder.path}/", "").replace(str(run.folder.path), ".")
 
     def _staged(self, run: Run, text: str) -> str:
         file = Path(self._staging.name) / run.id / "recipe.yaml"
@@ -98,6 +87,10 @@ class RecipeTab:
         file.parent.mkdir(exist_ok=True)
         if not file.is_file() or file.stat().st_mtime_ns != stamp:
             shutil.copy2(source, file)
+            if self.studio.settings.space:
+                text = run.public.record(source.read_text(encoding="utf-8"))
+                file.write_text(text, encoding="utf-8")
+                os.utime(file, ns=(stamp, stamp))
         return Shown(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
 
     def _command_of(self, run: Run) -> str:
@@ -111,7 +104,7 @@ class RecipeTab:
         )
 
     def _facts_of(self, run: Run) -> str:
-        t, known = self.t, json_object(run.folder.provenance)
+        t, known = self.t, run.public.value(json_object(run.folder.provenance))
         facts = [(t("run.fact_run"), run.id)]
         if not self.studio.settings.space:
             facts.append((t("run.fact_folder"), str(run.folder.path)))
@@ -121,10 +114,7 @@ class RecipeTab:
         for name, key in (("task", "task"), ("seed", "seed"), ("recipe", "recipe_sha256")):
             if known.get(key) is not None:
                 facts.append((t(f"run.fact_{name}"), str(known[key])))
-        facts += [
-            (t("run.fact_base"), line)
-            for line in _base(known.get("base"), self.studio.settings.space)
-        ]
+        facts += [(t("run.fact_base"), line) for line in _base(known.get("base"))]
         facts += [(t("run.fact_data"), line) for line in _data(known.get("data"))]
         if known:
             listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
@@ -135,15 +125,13 @@ class RecipeTab:
         return f'<dl class="facts-list">{rows}</dl>{note}'
 
 
-def _base(base: object, space: bool) -> list[str]:
+def _base(base: object) -> list[str]:
     if not isinstance(base, dict):
         return []
     lines = []
     for part, entry in base.items():
         found = entry if isinstance(entry, dict) else {}
         name = str(found.get("name_or_path") or "")
-        # A folder of the server is no business of a stranger's.
-        name = Path(name).name if space and Path(name).is_absolute() else name
         words = [word for word in (name, str(found.get("revision") or "")) if word]
         words.append(f"fingerprint {str(found.get('fingerprint', ''))[:16]}")
         lines.append(f"{part}: {', '.join(words)}")
