@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,6 +61,26 @@ def test_the_adapter_with_its_card(qlora_run: Path, tmp_path: Path, exported: Ex
             assert str(ROOT) not in (out / file["path"]).read_text()
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     assert torch.isfinite(PeftModel.from_pretrained(base, out)(IDS).logits).all()
+
+
+def test_a_folder_that_travels_names_no_place_of_its_data(
+    lora_run: Path, tmp_path: Path, exported: Export
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(adapter_in(lora_run), trained)
+    facts = json.loads((trained / "provenance.json").read_text())
+    facts["data"] = {"data": str(tmp_path / "rows.jsonl"), "tokenizer": str(BASE), "rows": 2}
+    (trained / "provenance.json").write_text(json.dumps(facts))
+    notes = []
+    for name, words in (("path", []), ("mark", ["--base-name", "package:demo/base"])):
+        notes += exported(trained, tmp_path / name, "adapter", *words)["notes"]
+        facts = json.loads((tmp_path / name / "provenance.json").read_text())
+        assert facts["data"] == {"data": "rows.jsonl", "tokenizer": BASE.name, "rows": 2}
+    # A mark is no name that the hub has, and the card does not say it were one.
+    assert "(package:demo/base): give the name" in notes[1]
+    card = (tmp_path / "mark" / "README.md").read_text()
+    assert "base_model:" not in card
+    assert "from_pretrained('base')" in card
 
 
 def test_a_license_that_the_base_names(lora_run: Path, tmp_path: Path, exported: Export) -> None:
