@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 # Weights at once: many blocks of any size, and few enough that all of it stays in the caches.
-PIECE = 1 << 16
+PIECE = 1 << 17
 # Of the constants of blocks, with double quantization; bitsandbytes has no setting for it.
 _NESTED_BLOCK = 256
 
