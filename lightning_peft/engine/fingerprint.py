@@ -21,6 +21,11 @@ from lightning_peft.engine.layers.quantized import quantization_constants
 NO_VALUES = -1
 _CHUNK = 1 << 22
 _MASK = (1 << 63) - 1
+# Of the weights of words: the first, and from one to the next.
+_FIRST, _STEP = 0x632BE59BD9B4E01, 0x9E3779B97F4A7C1
+# Words that stay in the caches of a core, with what is made of them; fewer than torch would share
+# between threads, which wait for one another.
+_CACHED = 24 << 10
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,28 @@ def exact_checksum(tensor: Tensor) -> int:
 
 
 def _weighed(values: Tensor, start: int = 0) -> int:
-    octets = values.reshape(-1).contiguous().view(torch.uint8)
     # Words of 32 bits: the highest bit of a 64-bit word, which is the sign of every fourth weight,
     # would stay where it is when multiplied, and an even number of changes would cancel.
-    words = F.pad(octets, (0, -octets.numel() % 4)).view(torch.int32).to(torch.int64)
-    index = torch.arange(start, start + words.numel(), device=words.device)
-    weights = (index * 0x9E3779B97F4A7C1 + 0x632BE59BD9B4E01) | 1
-    return int((words * weights).sum().item())
+    words = _words(values.reshape(-1).contiguous().view(torch.uint8))
+    at_once = _CACHED if words.is_cpu else words.numel()
+    steps = torch.arange(min(at_once, words.numel()), device=words.device) * _STEP
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for done in range(0, words.numel(), at_once):
+        some = words[done : done + at_once]
+        weights = steps[: len(some)] + _signed((start + done) * _STEP + _FIRST)
+        total += weights.bitwise_or_(1).mul_(some).sum()
+    return int(total.item())
+
+
+def _words(octets: Tensor) -> Tensor:
+    if octets.numel() % 4 or octets.storage_offset() % 4:
+        octets = F.pad(octets, (0, -octets.numel() % 4))
+    return octets.view(torch.int32)
+
+
+def _signed(number: int) -> int:
+    """Returns ``number`` modulo 2**64 as torch would wrap it around."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:

@@ -28,7 +28,11 @@ from lightning_peft.engine.layers.convolution_adapters import TransposedFactors,
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from lightning_peft.engine.layers.lora import attach, low_rank_factors
-from lightning_peft.engine.layers.quantization import adopt_quantized, quantize
+from lightning_peft.engine.layers.quantization import (
+    adopt_quantized,
+    quantize,
+    return_freed_memory,
+)
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.memory.streamed_quantizer import late_dtype
@@ -130,6 +134,8 @@ def _inject(
         entry = _inject_part(plan, request, record, device)
         freeze_base(module, entry, request.biases, plan.targets, as_left)
         activate(plan.part, record.active)
+    if request.quantization is not None:
+        return_freed_memory()
     record.twins = [twin for twin in twins if _is_adapted(module, twin.follower)]
     follow(module, record.twins, record.frozen, request.adapter_name)
     set_record(module, record)

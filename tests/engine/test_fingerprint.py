@@ -69,6 +69,17 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checksum(tensor) == whole
 
 
+def test_sums_are_those_that_earlier_checkpoints_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = torch.arange(300001, dtype=torch.int32)
+    values = torch.arange(300001) % 251 - 125.0
+    for at_once in (1 << 10, 1 << 16, 1 << 20):
+        monkeypatch.setattr(module, "_CACHED", at_once)
+        assert checksum(words) == 3417738129841430080
+        assert checksum(values) == 4673113130888597236
+        # Not at the start of a word of the storage.
+        assert checksum(torch.cat([values[:1], values]).bfloat16()[1:]) == checksum(values)
+
+
 def test_kinds_of_tensors() -> None:
     for tensor in (
         torch.arange(10),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -12,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.layers import codes
 from lightning_peft.engine.layers.quantization import (
     adopt_quantized,
     make_dense,
@@ -45,6 +48,36 @@ def test_codes_are_those_of_bitsandbytes(kind: str, double: bool, dtype: torch.d
     assert (layer.weight + 0).dtype == dtype
     assert isinstance(layer, (FourBitLayer, bnb.nn.Linear4bit))
     assert not stored.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(64, 96), (33, 97), (3, 131)], ids=str)
+def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, kind: str, double: bool, shape: tuple[int, int]
+) -> None:
+    # The last piece is whole, ends within a block, or has an odd number of weights.
+    monkeypatch.setattr(codes, "PIECE", 128)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        dense = torch.randn(shape).to(dtype)
+        dense[0] = 0
+        config = engine.quantization_config(
+            bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
+        )
+        made = codes.four_bit(dense, config, torch.device("cpu"))
+        theirs: Any = bnb.nn.Params4bit(
+            dense, requires_grad=False, quant_type=kind, compress_statistics=double
+        )
+        theirs = theirs.to("cpu")
+        assert type(made) is type(theirs)
+        assert torch.equal(made.data, theirs.data)
+        mine, wanted = dict(vars(made)), dict(vars(theirs))
+        state, other = mine.pop("quant_state"), wanted.pop("quant_state")
+        assert mine == wanted
+        assert state.nested is other.nested is double
+        assert str(state.as_dict()) == str(other.as_dict())
+        for name, value in other.as_dict(packed=True).items():
+            assert torch.equal(state.as_dict(packed=True)[name], value)
 
 
 def test_nf4_loses_less_than_fp4() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.layers.codes import four_bit
 from lightning_peft.engine.layers.in_place import Recipe, class_from, extend, parameter, recipe_of
 from lightning_peft.engine.layers.kinds import (
     CONVOLUTION_LIKE,
@@ -34,8 +35,8 @@ from lightning_peft.engine.layers.quantized import (
 from lightning_peft.errors import UnsupportedError
 
 QUANTIZABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
-# Packed bytes from which a layer is worth a call to the allocator.
-_TRIM_FROM = 1 << 18
+# Weights from which an 8-bit layer is worth a call to the allocator.
+_TRIM_FROM = 1 << 19
 
 
 def quantize(
@@ -63,9 +64,9 @@ def quantize(
     bias = layer._parameters.get("bias")
     if bias is not None:
         bias.data = bias.data.to(device)
-    if device.type == "cpu" and dense.numel() >= 2 * _TRIM_FROM:
+    if config.load_in_8bit and device.type == "cpu" and dense.numel() >= _TRIM_FROM:
         del dense
-        _return_freed_memory()
+        return_freed_memory()
 
 
 def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
@@ -95,12 +96,12 @@ def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
     return None
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Gives freed heap pages back to the system.
 
-    bitsandbytes' CPU quantization allocates and frees several times a layer's size in between
-    results that stay, and glibc keeps such pages: a quantized model then holds as much memory as
-    a 16-bit one (measured: 381 MB instead of 122 MB for 394 MB of 16-bit weights).
+    Dense weights, and what bitsandbytes' quantization needs besides, are freed in between results
+    that stay, and glibc keeps such pages: a quantized model then could hold as much memory as a
+    16-bit one. Each call costs time, also later, when the pages are taken anew.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -112,15 +113,9 @@ def _to_4bit(
     layer: Any, dense: nn.Parameter, config: BitsAndBytesConfig, device: torch.device
 ) -> None:
     rows = as_rows(layer, dense.data)
-    packed: Any = bnb.nn.Params4bit(
-        rows.contiguous(),
-        requires_grad=False,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-    )
     # Through the dictionary here and below: it keeps the order of parameters, which is part of
     # every optimizer state that is saved by position.
-    layer._parameters["weight"] = packed.to(device)
+    layer._parameters["weight"] = four_bit(rows, config, device)
     become_4bit(layer, config)
 
 

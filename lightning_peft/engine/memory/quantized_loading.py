@@ -1,6 +1,6 @@
 """Loading a transformers model that is quantized as its file is read, tensor by tensor.
 
-transformers' own 4-bit loading keeps freed memory (see ``_return_freed_memory``), replaces layers,
+transformers' own 4-bit loading keeps freed memory (see ``return_freed_memory``), replaces layers,
 and forgets what a base fingerprint is made of. This is its extension point for other methods.
 """
 
@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 from lightning_peft.engine.layers.in_place import parameter
-from lightning_peft.engine.layers.quantization import _return_freed_memory
+from lightning_peft.engine.layers.quantization import return_freed_memory
 from lightning_peft.engine.layers.quantized import storage_bytes
 from lightning_peft.engine.memory import quantized_cache
 from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts
@@ -193,7 +193,7 @@ def _load(
 
         loading.loads.append(watched(cached, result, early, absent, loading, again))
     if streams and loading.device.type == "cpu":
-        _return_freed_memory()
+        return_freed_memory()
     return result
 
 
@@ -282,7 +282,7 @@ def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> 
     found |= {name: (known.shape, known.checksum) for name, known in facts.items()}
     if facts:
         # Nothing is quantized after this, which would do it.
-        _return_freed_memory()
+        return_freed_memory()
     return Fingerprint(
         names=tuple(name for name, _ in named),
         shapes=tuple(found[name][0] for name, _ in named),

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -22,12 +21,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.engine.fingerprint import checksum
+from lightning_peft.engine.layers.codes import four_bit
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.quantization import (
-    _return_freed_memory,
     become_4bit,
     make_dense,
+    return_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import storage_bytes
 from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, KnownWeight
@@ -225,16 +225,10 @@ class _QuantizeOne(ConversionOps):
             if name in self.quantizer.chosen:
                 facts = DenseFacts(checksum(dense), tuple(dense.shape), storage_bytes(dense))
                 self.quantizer.facts[name.removesuffix(".weight")] = facts
-                packed: Any = bnb.nn.Params4bit(
-                    dense.contiguous(),
-                    requires_grad=False,
-                    compress_statistics=settings.bnb_4bit_use_double_quant,
-                    quant_type=settings.bnb_4bit_quant_type,
-                )
-                dense = packed.to(self.quantizer.loading.device)
+                dense = four_bit(dense, settings, self.quantizer.loading.device)
             result[name] = dense
         if self.quantizer.loading.device.type == "cpu":
-            _return_freed_memory()
+            return_freed_memory()
         return result
 
 
