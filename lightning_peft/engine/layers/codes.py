@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 # Weights at once: many blocks of any size, and few enough that all of it stays in the caches.
-PIECE = 1 << 16
-# Pieces at once; each needs about 2 MB besides.
+PIECE = 1 << 15
+# Pieces at once; each needs about 1 MB besides.
 _AT_ONCE = 8
 # Of the constants of blocks, with double quantization; bitsandbytes has no setting for it.
 _NESTED_BLOCK = 256
