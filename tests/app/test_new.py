@@ -142,6 +142,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     memory.get_by_text("It does not fit.").wait_for()
     fix = memory.get_by_role("button", name="Batch of 1")
     fix.wait_for()
+    page.locator("#memory .fixes").scroll_into_view_if_needed()
     screenshot(page, "new-memory")
     fix.click()
     memory.get_by_text("It fits.").wait_for()
