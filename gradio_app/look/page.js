@@ -27,7 +27,9 @@
   setInterval(() => {
     const before = awake;
     awake = Date.now();
-    if (awake - before > ASLEEP) window.location.reload();
+    // What somebody is typing would be lost.
+    const typing = document.activeElement?.matches("input, textarea");
+    if (awake - before > ASLEEP && !typing) window.location.reload();
   }, 20_000);
   const theme = localStorage.getItem("studio-theme");
   const setTheme = (name) => document.body.classList.toggle("dark", name === "dark");
