@@ -20,7 +20,7 @@ _PACKED = frozenset({".json", ".md", ".yaml", ".txt", ".jinja", ".model", ".tikt
 _RECORDS = frozenset(
     {
         *("README.md", "adapter_config.json", "provenance.json", "config.json", "Modelfile"),
-        *("merge_report.json", "quantization_report.json", "training_record.json"),
+        *("merge_report.json", "quantization_report.json"),
     }
 )
 # Files that were staged before have been copied by now.
