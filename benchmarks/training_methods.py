@@ -102,6 +102,15 @@ def engine_loop(pace: Pace, case: Case) -> None:
     loop(pace, case, engine_model(case))
 
 
+def layers_loop(pace: Pace, case: Case) -> None:
+    """Trains with this project's layers, and the loss as transformers computes it."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    model = engine_model(case)
+    model.loss_function = ForCausalLMLoss
+    loop(pace, case, model)
+
+
 def labelled(pace: Pace, case: Case, *, in_packs: bool = False, checkpointed: bool = False) -> None:
     """The same, with logits only where there is a label."""
     from lightning_peft import engine
@@ -354,6 +363,7 @@ def trl_packed(pace: Pace, case: Case) -> None:
 
 METHODS: dict[str, Callable[[Pace, Case], None]] = {
     "by hand": by_hand,
+    "layers": layers_loop,
     "engine": engine_loop,
     "labelled": labelled,
     "packed": packed_loop,

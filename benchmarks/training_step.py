@@ -33,9 +33,9 @@ from training_methods import METHODS
 from training_tables import tables
 
 NEEDS = {"trl": "trl", "trl packed": "trl", "hugging face": "accelerate"}
-STEP = ("engine", "strategy", "by hand", "floor")
+STEP = ("engine", "layers", "strategy", "by hand", "floor")
 # One change each; the recipe is the last one under the Trainer.
-LADDER = ("by hand", "engine", "labelled", "packed", "checkpointed")
+LADDER = ("by hand", "layers", "engine", "labelled", "packed", "checkpointed")
 
 # With the steps of a block.
 CASES: list[tuple[Case, tuple[str, ...], int]] = [
@@ -70,6 +70,11 @@ RATIOS: list[tuple[str, str, str, str]] = [
         for name in ("QLoRA", "LoRA")
         for p in (0.0, 0.05)
         for measure in ("seconds", "peak")
+    ),
+    *(
+        (f"{name}, dropout {p:g}", "layers", "by hand", "seconds")
+        for name in ("QLoRA", "LoRA")
+        for p in (0.0, 0.05)
     ),
     *((f"{name}, dropout 0", "engine", "floor", "seconds") for name in ("QLoRA", "LoRA")),
     *((f"{name}, dropout 0", "strategy", "engine", "seconds") for name in ("QLoRA", "LoRA")),

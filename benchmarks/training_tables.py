@@ -12,7 +12,8 @@ from record import said
 # Of the ladder, what each rung changes.
 CHANGES = {
     "by hand": "PEFT and bitsandbytes in a loop, padded rows",
-    "engine": "+ a linear layer and its adapter are one step for autograd",
+    "layers": "+ a linear layer and its adapter are one step for autograd",
+    "engine": "+ the loss without float32 copies of all logits",
     "labelled": "+ logits only where there is a label",
     "packed": "+ packed rows",
     "checkpointed": "+ blocks keep their inputs only",

@@ -53,6 +53,11 @@ if TYPE_CHECKING:
         is_checkpointed,
         keeps_a_budget,
     )
+    from lightning_peft.engine.memory.causal_lm_loss import (
+        cross_entropy_and_gradient,
+        is_own_loss,
+        summed_cross_entropy,
+    )
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
         check_same_optimizers,
@@ -150,6 +155,11 @@ _HOMES = {
         "unload",
         "unmerge",
     ),
+    "memory.causal_lm_loss": (
+        "cross_entropy_and_gradient",
+        "is_own_loss",
+        "summed_cross_entropy",
+    ),
     "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",
@@ -218,6 +228,7 @@ __all__ = [
     "check_same_optimizers",
     "checkpoint_activations",
     "config_to_dict",
+    "cross_entropy_and_gradient",
     "default_step",
     "describe",
     "disable_adapters",
@@ -227,6 +238,7 @@ __all__ = [
     "inject_as_described",
     "inject_without_values",
     "is_checkpointed",
+    "is_own_loss",
     "keep_quantized",
     "keeps_a_budget",
     "load_adapter",
@@ -260,6 +272,7 @@ __all__ = [
     "set_record",
     "show",
     "structural_problems",
+    "summed_cross_entropy",
     "trainable_state_dict",
     "trained_parameters",
     "unload",

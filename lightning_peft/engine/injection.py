@@ -34,6 +34,7 @@ from lightning_peft.engine.layers.quantization import (
     return_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.memory.causal_lm_loss import use_narrow_losses
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.memory.streamed_quantizer import late_dtype
 from lightning_peft.engine.primitives import plain
@@ -134,6 +135,7 @@ def _inject(
         entry = _inject_part(plan, request, record, device)
         freeze_base(module, entry, request.biases, plan.targets, as_left)
         activate(plan.part, record.active)
+    use_narrow_losses(module, [plan.part for plan in plans])
     if request.quantization is not None:
         return_freed_memory()
     record.twins = [twin for twin in twins if _is_adapted(module, twin.follower)]

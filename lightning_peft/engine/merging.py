@@ -19,6 +19,7 @@ from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.lora import LoraLayer, detach, wide_dtype, without_adapters
 from lightning_peft.engine.layers.quantization import make_dense, make_quantized, requantized
 from lightning_peft.engine.layers.quantized import FourBitLayer, QuantizedLayer, is_quantized
+from lightning_peft.engine.memory.causal_lm_loss import restore_losses
 from lightning_peft.engine.record import require_record, set_record
 from lightning_peft.engine.twins import unfollow
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
@@ -235,6 +236,7 @@ def unload(module: nn.Module) -> nn.Module:
             detach(layer)
     _unwrap(module)
     unfollow(module, record.twins)
+    restore_losses(module)
     if merged:
         for child in list(module.modules()):
             if isinstance(child, QuantizedLayer):

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_peft import engine
 from lightning_peft.data.encoding import IGNORED
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Logits that exist at a time: 64 MB in float32.
+# Logits that exist at a time: 32 MB in 16 bits, and as many for their gradient.
 CHUNK = 1 << 24
 # What a batch may have for the loss to be taken apart; more may mean another loss.
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
@@ -98,7 +97,7 @@ class TokenLoss:
             for rows, wanted in _chunks(hidden, targets, _rows(model)):
                 logits = after(head(rows))
                 correct += (logits.argmax(-1) == wanted).sum()
-                total += _consume(logits.to(torch.float32, copy=True), wanted)[0]
+                total += engine.summed_cross_entropy(logits, wanted)
             return Scored(total / len(targets), len(targets), correct)
 
     def _goes_by_parts(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
@@ -162,8 +161,7 @@ class ChunkedLoss(torch.autograd.Function):
             part = some.detach().requires_grad_(of_hidden is not None)
             with torch.enable_grad():
                 logits = after(head(part))
-            wide = logits.detach().to(torch.float32, copy=True)
-            loss, gradient = _consume(wide, wanted)
+            loss, gradient = engine.cross_entropy_and_gradient(logits.detach(), wanted)
             total += loss
             sources = [part, *trained] if of_hidden is not None else [*trained]
             found = _gradients(logits, sources, gradient)
@@ -172,7 +170,7 @@ class ChunkedLoss(torch.autograd.Function):
             sums = [_added(held, more) for held, more in zip(sums, found, strict=True)]
             start += len(part)
             # Else they would still be there when those of the next chunk are made.
-            del logits, wide, gradient
+            del logits, gradient
         ctx.count, ctx.dtypes = max(1, len(targets)), [param.dtype for param in trained]
         ctx.save_for_backward(of_hidden, *sums)
         return total / len(targets)
@@ -197,8 +195,7 @@ def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[
     if not sources:
         return []
     # An adapter that does not run is among the parameters of the head too.
-    given = gradient.to(logits.dtype)
-    return list(torch.autograd.grad(logits, sources, given, allow_unused=True))
+    return list(torch.autograd.grad(logits, sources, gradient, allow_unused=True))
 
 
 def _added(held: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -207,18 +204,6 @@ def _added(held: Tensor | None, more: Tensor | None) -> Tensor | None:
         return held
     more = more.to(torch.promote_types(more.dtype, torch.float32))
     return more if held is None else held.add_(more)
-
-
-def _consume(wide: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy and its gradient; ``wide`` becomes the gradient."""
-    at = torch.arange(len(targets), device=targets.device)
-    wide.sub_(wide.amax(-1, keepdim=True))
-    picked = wide[at, targets]
-    total = wide.exp_().sum(-1, keepdim=True)
-    loss = (total.log().squeeze(-1) - picked).sum()
-    wide.div_(total)
-    wide[at, targets] -= 1
-    return loss, wide
 
 
 def _rows(model: PreTrainedModel) -> int:
@@ -289,7 +274,7 @@ def _why_whole(model: PreTrainedModel) -> str | None:
         return "it names no output embeddings"
     if getattr(model, "_compiled_call_impl", None) is not None:
         return "it is compiled as a whole"
-    if model.loss_function is not ForCausalLMLoss:
+    if not engine.is_own_loss(model):
         return "it has a loss function of its own"
     return None
 

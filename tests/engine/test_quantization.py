@@ -80,6 +80,27 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
             assert torch.equal(state.as_dict(packed=True)[name], value)
 
 
+def test_what_comparing_does_not_cover_is_left_to_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert codes.agrees("nf4")
+    assert not codes.agrees("fp4")
+    dense = torch.randn(64, 64)
+    dense[3, 5], dense[40, 1] = float("nan"), float("inf")
+    theirs, state = quantize_4bit(dense, quant_type="nf4")
+    made = codes.four_bit(dense, NF4, torch.device("cpu"))
+    assert torch.equal(made.data, theirs)
+    assert str(made.quant_state.absmax.tolist()) == str(state.absmax.tolist())
+    # A bitsandbytes with other levels than those that are compared with.
+    bounds = codes._bounds()
+    monkeypatch.setattr(codes, "_bounds", lambda: [bounds[0] + 1e-6, *bounds[1:]])
+    codes.agrees.cache_clear()
+    try:
+        assert not codes.agrees("nf4")
+    finally:
+        codes.agrees.cache_clear()
+
+
 def test_nf4_loses_less_than_fp4() -> None:
     errors = {}
     for kind in ("nf4", "fp4"):

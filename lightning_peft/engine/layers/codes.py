@@ -1,25 +1,29 @@
 """Turning a dense matrix into the 4-bit codes that bitsandbytes makes of it.
 
-bitsandbytes' CPU quantization works on all of a matrix at once, with temporary memory of about ten
-times the codes, which each layer takes from the system anew. Its blocks do not depend on one
-another, so that a matrix can be quantized some blocks at a time, within the caches of a core.
+On CPUs bitsandbytes searches the code of each weight by bisection, one weight after the other, on
+all of a matrix at once, with temporary memory of about ten times the codes. Here some blocks at a
+time are compared with the 15 bounds between codes, which torch does for many weights at once: a
+sixth of the time on a matrix of 2.9M, and the same codes.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import get_4bit_type, quantize_4bit, quantize_blockwise
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 
-# Weights at once: enough that calls cost nothing, and few enough to stay near a core (measured on a
-# matrix of 2.9M: 0.8 of the time of all at once).
+# Weights at once: enough that calls cost nothing, and few enough to stay near a core.
 PIECE = 1 << 19
-# Of the constants of blocks, with double quantization; bitsandbytes has no setting for it.
-_NESTED_BLOCK = 256
+# Of the weights and of their constants, with double quantization; bitsandbytes' defaults.
+_BLOCK, _NESTED_BLOCK = 64, 256
+# bitsandbytes' lower limit for the constant of a block.
+_SMALLEST = 1e-38
 
 
 def four_bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
@@ -33,7 +37,7 @@ def four_bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> 
     double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
     rows = rows.contiguous()
     kept: dict[str, Any] = {"requires_grad": False, "compress_statistics": double}
-    if device.type != "cpu" or rows.numel() <= PIECE:
+    if device.type != "cpu":
         packed: Any = bnb.nn.Params4bit(rows, quant_type=kind, **kept)
         return packed.to(device)
     codes, state = _by_pieces(rows.to(device), kind)
@@ -45,15 +49,87 @@ def four_bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> 
 def _by_pieces(rows: Tensor, kind: str) -> tuple[Tensor, Any]:
     """Returns what ``quantize_4bit`` does without double quantization, bit for bit."""
     flat = rows.detach().view(-1)
-    codes = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=rows.device)
-    constants: list[Tensor] = []
-    for number, piece in enumerate(flat.split(PIECE)):
-        packed, state = quantize_4bit(piece, quant_type=kind)
-        start = number * PIECE // 2
-        codes[start : start + len(packed)] = packed
-        constants.append(state.absmax)
-    state.absmax, state.shape = torch.cat(constants), rows.shape
+    codes = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+    constants = torch.empty(-(-flat.numel() // _BLOCK), dtype=torch.float32)
+    quick = _Comparison(min(PIECE, flat.numel())) if agrees(kind) else None
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE]
+        end = start + len(piece)
+        codes_of_it = codes[start // 2 : (end + 1) // 2]
+        constants_of_it = constants[start // _BLOCK : -(-end // _BLOCK)]
+        if quick is None or not quick.quantize(piece, codes_of_it.view(-1), constants_of_it):
+            packed, state = quantize_4bit(piece, blocksize=_BLOCK, quant_type=kind)
+            codes_of_it.copy_(packed)
+            constants_of_it.copy_(state.absmax)
+    # All but the numbers, as bitsandbytes makes it.
+    state = quantize_4bit(flat[:1], blocksize=_BLOCK, quant_type=kind)[1]
+    state.absmax, state.shape = constants, rows.shape
     return codes, state
+
+
+class _Comparison:
+    """Quantizes to NF4 by comparing with all bounds; holds the memory that this takes.
+
+    Args:
+        size: The most weights at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.scaled, self.above, self.place = torch.empty(3, size).unbind()
+        self.codes = torch.empty(size, dtype=torch.uint8)
+
+    def quantize(self, piece: Tensor, codes: Tensor, constants: Tensor) -> bool:
+        """Fills in codes and constants, or returns ``False`` for what it does not cover.
+
+        Args:
+            piece: ``(n,)``, as they come.
+            codes: ``(n / 2,)``, uint8.
+            constants: ``(n / 64,)``, float32.
+        """
+        size = len(piece)
+        if size % _BLOCK:
+            return False
+        scaled, above, place = self.scaled[:size], self.above[:size], self.place[:size]
+        scaled.copy_(piece)
+        torch.abs(scaled, out=above)
+        torch.amax(above.view(-1, _BLOCK), dim=1, out=constants)
+        if not constants.isfinite().all():
+            return False
+        scaled.view(-1, _BLOCK).mul_((1.0 / constants.clamp(min=_SMALLEST)).unsqueeze(1))
+        place.zero_()
+        for bound in _bounds():
+            # As numbers: torch writes truth values one after the other.
+            place.add_(torch.gt(scaled, bound, out=above))
+        pairs = self.codes[:size].copy_(place).view(torch.int16)
+        # The first of two weights is the low byte there, and the high half in bitsandbytes.
+        codes.copy_((pairs << 4) | (pairs >> 8))
+        return True
+
+
+@cache
+def _bounds() -> list[float]:
+    """Returns the values between neighbours of NF4."""
+    levels = get_4bit_type("nf4", device="cpu")
+    return list(((levels[:-1] + levels[1:]) / 2).tolist())
+
+
+@cache
+def agrees(kind: str) -> bool:
+    """Says whether comparing gives the codes of the bitsandbytes that is installed.
+
+    Tried once on the bounds themselves, their neighbours among the numbers, and values in between.
+    """
+    if kind != "nf4":
+        return False
+    bounds = torch.tensor(_bounds())
+    edges = [bounds.nextafter(torch.tensor(to)) for to in (-2.0, 2.0)]
+    values = torch.cat([bounds, *edges, torch.linspace(-1, 1, 16 * (_BLOCK - 1) - 45)])
+    # The largest of a block is 1, so that scaling changes nothing.
+    blocks = F.pad(values.view(-1, _BLOCK - 1), (0, 1), value=1.0).view(-1)
+    theirs, state = quantize_4bit(blocks, blocksize=_BLOCK, quant_type=kind)
+    mine, constants = torch.empty_like(theirs.view(-1)), torch.empty_like(state.absmax)
+    made = _Comparison(len(blocks)).quantize(blocks, mine, constants)
+    return made and torch.equal(mine, theirs.view(-1)) and torch.equal(constants, state.absmax)
 
 
 def _compress(state: Any) -> None:

@@ -87,7 +87,7 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
         return None
     dropout = layer.lora_dropout[names[0]]
     stored = layer._parameters.get("weight")
-    if _is_transformed() or not _drops_plainly(dropout) or stored is None or stored.requires_grad:
+    if is_transformed() or not _drops_plainly(dropout) or stored is None or stored.requires_grad:
         return None
     frozen = _frozen(layer, stored, x)
     if frozen is None:
@@ -227,7 +227,7 @@ def _frozen(layer: Any, stored: Any, x: Tensor) -> Frozen | None:
     return frozen if known and x.shape[-1:] == (width,) and x.numel() else None
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Says whether more is asked of the computation than its values and gradients."""
     compiled = torch.compiler.is_compiling()
     functional = torch._C._are_functorch_transforms_active()
