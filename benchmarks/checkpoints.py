@@ -1,10 +1,11 @@
 """Adapter checkpoints against Lightning's full ones of the same module: time and size.
 
-``python benchmarks/checkpoints.py [--layers N] [--repeats N] [--quick]`` builds a random Llama with
-more than 100M parameters, trains one step with LoRA and one with full fine-tuning, and then saves
+``python benchmarks/checkpoints.py [--repeats N] [--quick]`` builds two random Llamas with more than
+100M parameters, trains one step of each with LoRA and one with full fine-tuning, and then saves
 and loads the checkpoints of the two in turn, through ``Trainer.save_checkpoint`` and
 ``Trainer.strategy``, in one process. Times of saving include getting the bytes to the disk
-(``fsync``). The record is ``benchmarks/records/checkpoints.json``.
+(``fsync``); those of loading are from the system's cache. Both kinds are read with
+``weights_only=True``. The record is ``benchmarks/records/checkpoints.json``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from typing import Any
 
 from record import conditions, interleaved, ratio, summary, write
 
+# Width of the model, of its feed-forward layers, and layers.
+SIZES = {"137M": (1024, 2816, 12), "379M": (2048, 5632, 8)}
+MEASURES = ("save_seconds", "load_seconds", "bytes")
 
-def trained(way: str, layers: int, folder: Path) -> tuple[Any, Any]:
+
+def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, Any]:
     """Returns a Trainer after one step, and its module."""
     import pytorch_lightning
     import torch
@@ -32,9 +37,9 @@ def trained(way: str, layers: int, folder: Path) -> tuple[Any, Any]:
     config = {
         "model_type": "llama",
         "vocab_size": 8192,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": layers,
+        "hidden_size": size[0],
+        "intermediate_size": size[1],
+        "num_hidden_layers": size[2],
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
     }
@@ -65,7 +70,7 @@ def saved_and_loaded(trainer: Any, path: Path) -> Callable[[], Mapping[str, floa
         with path.open("rb") as file:
             os.fsync(file.fileno())
         saved = time.perf_counter()
-        checkpoint = trainer.strategy.load_checkpoint(path)
+        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
         trainer.strategy.load_model_state_dict(checkpoint)
         trainer.strategy.load_optimizer_state_dict(checkpoint)
         loaded = time.perf_counter()
@@ -78,36 +83,43 @@ def saved_and_loaded(trainer: Any, path: Path) -> Callable[[], Mapping[str, floa
     return run
 
 
+def measured(size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
+    """Returns the record of a size."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        made = {way: trained(way, size, folder) for way in ("adapter", "full")}
+        ways = {
+            way: saved_and_loaded(trainer, folder / f"{way}.ckpt")
+            for way, (trainer, _) in made.items()
+        }
+        runs = interleaved(ways, repeats)
+        parameters = sum(param.numel() for param in made["full"][1].parameters())
+    return {
+        "parameters": parameters,
+        "measured": summary(runs),
+        "ratios": {measure: ratio(runs, "adapter", "full", measure) for measure in MEASURES},
+        "runs": runs,
+    }
+
+
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="once, to try the script")
     parser.add_argument("--check", action="store_true", help="a few times, for `all.py check`")
     given = parser.parse_args()
     where = conditions()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        made = {
-            way: trained(way, 1 if given.quick else 4 if given.check else given.layers, folder)
-            for way in ("adapter", "full")
-        }
-        ways = {
-            way: saved_and_loaded(trainer, folder / f"{way}.ckpt")
-            for way, (trainer, _) in made.items()
-        }
-        runs = interleaved(ways, 1 if given.quick else 3 if given.check else given.repeats)
-    measures = ("save_seconds", "load_seconds", "bytes")
-    full = made["full"][1]
-    content = {
-        "conditions": where,
-        "parameters": sum(param.numel() for param in full.parameters()),
-        "repeats": len(runs["full"]),
-        "measured": summary(runs),
-        "ratios": {measure: ratio(runs, "adapter", "full", measure) for measure in measures},
-        "runs": runs,
+    sizes, repeats = SIZES, given.repeats
+    if given.quick or given.check:
+        sizes, repeats = {"137M": (1024, 2816, 1 if given.quick else 4)}, 1 if given.quick else 3
+    found = {name: measured(size, repeats) for name, size in sizes.items()}
+    ratios = {
+        f"{name}, {measure}": value
+        for name, record in found.items()
+        for measure, value in record["ratios"].items()
     }
+    content = {"conditions": where, "repeats": repeats, "ratios": ratios, "sizes": found}
     write("checkpoints", content, quick=given.quick, check=given.check)
 
 

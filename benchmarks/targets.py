@@ -159,9 +159,15 @@ TARGETS: tuple[Target, ...] = (
         "adapter checkpoint against Lightning's full one, 100M parameters and more",
         "at most 0.1 of time and size",
         (
-            Bound("checkpoints", "save_seconds", 0.1, "save"),
-            Bound("checkpoints", "load_seconds", 0.1, "load"),
-            Bound("checkpoints", "bytes", 0.1, "size"),
+            *(
+                Bound("checkpoints", f"{size}, {measure}", 0.1, f"{size} {label}")
+                for size in ("137M", "379M")
+                for measure, label in (
+                    ("save_seconds", "save"),
+                    ("load_seconds", "load"),
+                    ("bytes", "size"),
+                )
+            ),
         ),
         "checkpoints.py",
     ),
@@ -239,9 +245,9 @@ CHECKS: tuple[Bound, ...] = (
     _step("instructions: recipe / by hand, peak", 0.60, "peak, recipe / by hand"),
     Bound("startup", "import_both_to_lightning", 1.25, "import, with Lightning / Lightning"),
     Bound("startup", "help_to_lightning", 0.50, "help / import of Lightning"),
-    Bound("checkpoints", "bytes", 0.20, "size, adapter / full"),
-    Bound("checkpoints", "save_seconds", 0.40, "saving, adapter / full"),
-    Bound("checkpoints", "load_seconds", 0.40, "loading, adapter / full"),
+    Bound("checkpoints", "137M, bytes", 0.20, "size, adapter / full"),
+    Bound("checkpoints", "137M, save_seconds", 0.40, "saving, adapter / full"),
+    Bound("checkpoints", "137M, load_seconds", 0.40, "loading, adapter / full"),
 )
 
 

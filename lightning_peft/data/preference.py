@@ -40,6 +40,7 @@ class PreferenceRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
+    in_processes = True
     counts = (
         "answers",
         "tokens",

@@ -14,13 +14,16 @@ from typing import Any, Literal
 
 from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
+from datasets.utils import tqdm
 
 from lightning_peft.data import cache
+from lightning_peft.data.encoding_in_processes import encoded
+from lightning_peft.data.encoding_worker import Outcome
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, recognise
-from lightning_peft.data.validation import EncodingProblem, Problem
+from lightning_peft.data.validation import Problem
 from lightning_peft.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -155,6 +158,27 @@ def _read_problems(file: Path) -> list[Problem]:
     ]
 
 
+@dataclass(frozen=True)
+class _Taken:
+    """A row that was read.
+
+    Attributes:
+        row: The row.
+        sample: What it says; ``None`` where that is not known.
+        split: Where it goes.
+        problems: Kind and text of all that is wrong with it so far.
+    """
+
+    row: Row
+    sample: Sample | None
+    split: str
+    problems: list[tuple[str, str]]
+
+
+def _sample(taken: _Taken) -> Sample | None:
+    return taken.sample
+
+
 class _Pass:
     """One pass over all rows, which writes the good ones and the rejected ones to a folder."""
 
@@ -206,12 +230,12 @@ class _Pass:
             for split in SPLITS
         }
         with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
-            for row in rows:
-                self.counts["rows"] += 1
-                reasons = self._take(row, writers)
+            read = encoded(self.encoder, map(self._read, self._shown(rows)), _sample)
+            for taken, outcome in read:
+                reasons = self._take(taken, outcome, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    rejected.write(json.dumps(_rejection(row, reasons), default=_told) + "\n")
+                    rejected.write(json.dumps(_rejection(taken.row, reasons), default=_told) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()
@@ -236,26 +260,37 @@ class _Pass:
                 "the shares out, or name one file of rows to share out."
             )
 
-    def _take(self, row: Row, writers: dict[str, ArrowWriter]) -> list[tuple[str, str]]:
-        """Writes a row, or returns why it cannot be used."""
+    def _shown(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yields the rows; in a terminal, a bar says how far they are once it takes seconds."""
+        name = Path(str(self.sources[0].data)).name
+        yield from tqdm(rows, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
+
+    def _read(self, row: Row) -> _Taken:
+        """Returns what a row says, and what of it is known before it is encoded."""
+        self.counts["rows"] += 1
         if row.value is None:
-            return [("unreadable", row.problem or "")]
+            return _Taken(row, None, "", [("unreadable", row.problem or "")])
         sample = self.layout.parse(row.value)
         split, problems = self._split(row)
         if not isinstance(sample, Sample):
-            return [*problems, *sample]
+            return _Taken(row, None, "", [*problems, *sample])
         digest = sample.digest()
         split = split or split_of(digest, self.settings.split_seed, self._shares())
         problems += self._repetition(row, digest, split)
-        try:
-            encoded = self.encoder.encode(sample)
-        except EncodingProblem as problem:
-            return [*problems, (problem.kind, str(problem))]
-        if not problems:
-            self._count(sample, split, encoded)
-            for one in encoded:
-                writers[split].write({**one, "file": row.file, "row": row.number})
-        return problems
+        return _Taken(row, sample, split, problems)
+
+    def _take(
+        self, taken: _Taken, outcome: Outcome, writers: dict[str, ArrowWriter]
+    ) -> list[tuple[str, str]]:
+        """Writes a row, or returns why it cannot be used."""
+        if isinstance(outcome, tuple):
+            return [*taken.problems, outcome]
+        if not taken.problems:
+            assert taken.sample is not None
+            self._count(taken.sample, taken.split, outcome)
+            for one in outcome:
+                writers[taken.split].write({**one, "file": taken.row.file, "row": taken.row.number})
+        return taken.problems
 
     def _shares(self) -> dict[str, float]:
         if self.given:

@@ -19,11 +19,14 @@ class RowEncoder(ABC):
         counts: Names of the numbers that :meth:`count` returns.
         rows_in_memory: Prepared rows that are held before they are written: few, where each holds
             a file. ``None`` leaves it to the library.
+        in_processes: Whether rows may be encoded in several processes, with copies of this object:
+            only where ``encode`` changes nothing of it.
     """
 
     features: ClassVar[Features]
     counts: ClassVar[tuple[str, ...]] = ()
     rows_in_memory: ClassVar[int | None] = None
+    in_processes: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, sample: Sample) -> list[dict[str, Any]]:

@@ -50,6 +50,7 @@ class PairRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
+    in_processes = True
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added"),
         *("truncated", "tokens_cut", "unknown_tokens"),

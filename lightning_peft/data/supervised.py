@@ -39,6 +39,7 @@ class SupervisedRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
+    in_processes = True
     counts = ("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut")
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:

@@ -76,8 +76,9 @@ def test_the_loss_of_the_task_has_no_logits_of_all_tokens(here, tmp_path):
     words = ["--model", "model", "--batch-size", "8", "--seq-len", "256", "--no-limits", "--json"]
     by_parts, whole = (json.loads(here(*words, *more).stdout) for more in ([], ["--logits", "all"]))
     assert (by_parts["run"]["logits"], whole["run"]["logits"]) == ("chunked", "all")
-    # 256 of 2,048 tokens at a time: in bfloat16, their gradient in float32, and in bfloat16.
-    assert by_parts["breakdown"]["logits"] == 256 * (1 << 16) * (2 + 4 + 2)
+    # 256 of 2,048 tokens at a time: in bfloat16, as their gradient; and a piece of them in float32.
+    logits = by_parts["breakdown"]["logits"] - 256 * (1 << 16) * (2 + 2)
+    assert 0 < logits <= 8 << 20
     assert whole["breakdown"]["logits"] >= 2048 * (1 << 16) * (2 + 4)
 
 

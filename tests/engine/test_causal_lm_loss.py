@@ -109,6 +109,18 @@ def test_logits_that_are_a_slice_of_others() -> None:
     assert causal_lm_loss(sliced, labels, WORDS) == causal_lm_loss(logits, labels, WORDS)
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    logits, labels = made(torch.bfloat16)
+    loss, gradient = both(logits, labels, WORDS)[2:]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again, of_again = both(logits, labels, WORDS)[2:]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again, loss)
+    assert torch.equal(of_again, gradient)
+
+
 def test_gradients_of_gradients() -> None:
     logits, labels = made()
     found = []

@@ -80,6 +80,19 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
             assert torch.equal(state.as_dict(packed=True)[name], value)
 
 
+def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
+    dense = torch.randn(64, 64).bfloat16()
+    theirs, _ = quantize_4bit(dense, quant_type="nf4")
+    codes.agrees.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert codes.agrees("nf4")
+        made = codes.four_bit(dense, NF4, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(made.data, theirs)
+
+
 def test_what_comparing_does_not_cover_is_left_to_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

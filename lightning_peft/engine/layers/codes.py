@@ -75,7 +75,9 @@ class _Comparison:
     """
 
     def __init__(self, size: int) -> None:
-        self.scaled, self.above, self.place = torch.empty(3, size).unbind()
+        # Their dtype is said wherever memory is made: the default one may be the model's.
+        memory = torch.empty(3, size, dtype=torch.float32)
+        self.scaled, self.above, self.place = memory.unbind()
         self.codes = torch.empty(size, dtype=torch.uint8)
 
     def quantize(self, piece: Tensor, codes: Tensor, constants: Tensor) -> bool:
@@ -121,9 +123,11 @@ def agrees(kind: str) -> bool:
     """
     if kind != "nf4":
         return False
-    bounds = torch.tensor(_bounds())
-    edges = [bounds.nextafter(torch.tensor(to)) for to in (-2.0, 2.0)]
-    values = torch.cat([bounds, *edges, torch.linspace(-1, 1, 16 * (_BLOCK - 1) - 45)])
+    single: dict[str, Any] = {"dtype": torch.float32}
+    bounds = torch.tensor(_bounds(), **single)
+    edges = [bounds.nextafter(torch.full_like(bounds, to)) for to in (-2.0, 2.0)]
+    between = torch.linspace(-1, 1, 16 * (_BLOCK - 1) - 45, **single)
+    values = torch.cat([bounds, *edges, between])
     # The largest of a block is 1, so that scaling changes nothing.
     blocks = F.pad(values.view(-1, _BLOCK - 1), (0, 1), value=1.0).view(-1)
     theirs, state = quantize_4bit(blocks, blocksize=_BLOCK, quant_type=kind)

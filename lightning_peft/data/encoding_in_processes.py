@@ -1,0 +1,178 @@
+"""Encodes many rows in several processes, in their order.
+
+The processes are programs of their own that read pickles. A forked one would inherit the locks of
+torch's and the tokenizer's threads, and one that ``multiprocessing`` spawns would run the user's
+script once more. Where they cannot be had, or fail, rows are encoded in this process, with the same
+result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from lightning_peft.data.encoding_worker import Outcome, outcome, outcomes
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.samples import Sample
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# So many rows take about as long as starting the processes, which import transformers.
+ALONE = 4096
+# Rows that go to a process at once, and how often: the next ones lie ready when it is done.
+CHUNK, CHUNKS = 128, 2
+# The one that reads and writes encodes too, so this makes eight.
+MOST_PROCESSES = 7
+
+
+def encoded(
+    encoder: RowEncoder, items: Iterable[T], sample_of: Callable[[T], Sample | None]
+) -> Iterator[tuple[T, Outcome]]:
+    """Yields every item, in order, with what becomes of its sample.
+
+    Args:
+        encoder: What encodes; used in other processes if it says that it can be.
+        items: Read some chunks ahead.
+        sample_of: Returns the sample of an item; ``None`` becomes no rows.
+    """
+
+    def here(item: T) -> tuple[T, Outcome]:
+        sample = sample_of(item)
+        return item, [] if sample is None else outcome(encoder, sample)
+
+    iterator = iter(items)
+    yield from map(here, itertools.islice(iterator, ALONE))
+    first = list(itertools.islice(iterator, 1))
+    rest = itertools.chain(first, iterator)
+    count = min(usable_cores() - 1, MOST_PROCESSES)
+    given = pickled(encoder) if first and count > 0 and encoder.in_processes else None
+    if given is None:
+        yield from map(here, rest)
+        return
+    processes = [_Process(encoder, given) for _ in range(count)]
+    waiting: deque[tuple[list[T], Future[list[Outcome]]]] = deque()
+    try:
+        while chunk := list(itertools.islice(rest, CHUNK)):
+            samples = [sample for sample in map(sample_of, chunk) if sample is not None]
+            free = [process for process in processes if process.takes_more()]
+            if free:
+                asked = min(free, key=_Process.load).submit(samples)
+            else:
+                # All have enough to do, so this one takes part meanwhile.
+                asked = Future()
+                asked.set_result(outcomes(encoder, samples))
+            waiting.append((chunk, asked))
+            while waiting and (waiting[0][1].done() or len(waiting) > 2 * CHUNKS * (count + 1)):
+                yield from _paired(*waiting.popleft(), sample_of)
+        while waiting:
+            yield from _paired(*waiting.popleft(), sample_of)
+    finally:
+        for process in processes:
+            process.end()
+
+
+def _paired(
+    chunk: list[T], asked: Future[list[Outcome]], sample_of: Callable[[T], Sample | None]
+) -> Iterator[tuple[T, Outcome]]:
+    made = iter(asked.result())
+    for item in chunk:
+        yield item, [] if sample_of(item) is None else next(made)
+
+
+def usable_cores() -> int:
+    """Returns on how many cores this process may run."""
+    affinity: Any = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def pickled(encoder: RowEncoder) -> bytes | None:
+    """Returns the encoder as bytes, or ``None`` where something in it cannot travel."""
+    try:
+        return pickle.dumps(encoder)
+    except Exception as error:  # Whatever the classes of a tokenizer raise.
+        log.debug("Rows are encoded in one process: %s", error)
+        return None
+
+
+class _Process:
+    """A process that encodes, asked by a thread of its own.
+
+    Args:
+        encoder: What encodes here where the process fails.
+        given: The same as bytes.
+    """
+
+    def __init__(self, encoder: RowEncoder, given: bytes) -> None:
+        self.encoder = encoder
+        self.thread = ThreadPoolExecutor(1, "encoding")
+        self.asked: list[Future[list[Outcome]]] = []
+        self.ready = self.ended = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_peft.data.encoding_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                "TOKENIZERS_PARALLELISM": "false",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+        self.thread.submit(self._start, given)
+
+    def _start(self, given: bytes) -> None:
+        try:
+            self._ask(given)
+            self.ready = True
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            log.debug("A process that encodes rows did not start: %s", error)
+
+    def _ask(self, question: bytes) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(question)
+        self.process.stdin.flush()
+        return pickle.load(self.process.stdout)
+
+    def load(self) -> int:
+        """Returns how many chunks it has yet to answer."""
+        self.asked = [future for future in self.asked if not future.done()]
+        return len(self.asked)
+
+    def takes_more(self) -> bool:
+        """Says whether it is there, and has less to do than it may have at once."""
+        return self.ready and self.load() < CHUNKS
+
+    def submit(self, samples: list[Sample]) -> Future[list[Outcome]]:
+        """Returns what becomes of samples, later."""
+        future = self.thread.submit(self._outcomes, samples)
+        self.asked.append(future)
+        return future
+
+    def _outcomes(self, samples: list[Sample]) -> list[Outcome]:
+        if self.ready:
+            try:
+                made: list[Outcome] = self._ask(pickle.dumps(samples, pickle.HIGHEST_PROTOCOL))
+                return made
+            except (OSError, EOFError, pickle.PickleError) as error:
+                self.ready = False
+                log.debug("A process that encodes rows ended: %s", error)
+        # Also what fails there: it does so here again, and can be seen.
+        return [] if self.ended else outcomes(self.encoder, samples)
+
+    def end(self) -> None:
+        """Ends the process, whatever it does."""
+        self.ended, self.ready = True, False
+        self.process.kill()
+        self.thread.shutdown(wait=True, cancel_futures=True)
+        self.process.communicate()
