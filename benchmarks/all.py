@@ -23,12 +23,13 @@ HERE = Path(__file__).parent
 # and arguments for a check (None: it has none).
 SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] = (
     ("startup", ("--repeats", "5"), 2, ("--check",)),
-    ("checkpoints", (), 1, ("--check",)),
+    ("checkpoints", (), 3, ("--check",)),
     ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
-    ("base_loading", ("--repeats", "3"), 3, None),
+    ("base_loading", (), 3, None),
+    ("data_path", (), 5, None),
     ("scaling", ("measure",), 5, None),
     ("activation_budget", ("measure",), 3, None),
-    ("quality", ("--steps", "100", "--seeds", "3"), 5, None),
+    ("quality", (), 30, None),
 )
 # Scripts that write tables of their own.
 TABLES = ("training_step", "scaling", "activation_budget")

@@ -111,7 +111,7 @@ def test_the_demo_runs_and_tunes(tmp_path):
 
 
 @pytest.mark.usefixtures("few_rows")
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_the_demo_of_other_methods(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["demo", "--method", method, "--steps", "12", "--seed", "3"]) == 0

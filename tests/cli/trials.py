@@ -14,6 +14,9 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
+# The module and the data of dpo, and those of translation.
+NEAR = {"orpo-qlora", "summarization-qlora"}
+LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {
     "test_trials_of_language.py": ("dpo", "orpo", "reward", "sft"),
@@ -35,9 +38,12 @@ def recipes_of(file: str) -> list[str]:
 
 
 def trials_of(file: str) -> list[Any]:
-    """Returns the same for parametrization. With LoRA they are long: QLoRA is the harder case."""
+    """Returns the same for parametrization; trials that are near to another one are long.
+
+    With LoRA all are: QLoRA is the harder case.
+    """
     return [
-        pytest.param(name, marks=[] if name.endswith("-qlora") else pytest.mark.long)
+        pytest.param(name, marks=[] if name.endswith("-qlora") and name not in NEAR else LONG)
         for name in recipes_of(file)
     ]
 

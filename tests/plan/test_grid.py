@@ -21,11 +21,16 @@ def grid():
     return module
 
 
-def test_predictions_are_as_near_to_the_records_as_is_said(grid):
+def test_the_records_are_those_of_the_grid(grid):
     rows = grid.records("cpu")["rows"]
     assert len(rows) == len(grid.grid()) >= 24
     assert [{k: v for k, v in row.items() if k != "measured"} for row in rows] == grid.grid()
-    off = grid.errors(rows, "cpu")
+
+
+# The grid changes one thing after the other, so that every fifth row still has all of them.
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_predictions_are_as_near_to_the_records_as_is_said(grid, every):
+    off = grid.errors(grid.records("cpu")["rows"][::every], "cpu")
     assert statistics.median(map(abs, off)) <= 0.10
     assert max(map(abs, off)) <= 0.25
     assert min(off) >= -0.10

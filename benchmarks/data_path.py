@@ -1,0 +1,200 @@
+"""What data costs: preparing it, waiting for it in training, and how soon the first step is done.
+
+``python benchmarks/data_path.py [--repeats N] [--quick]`` writes made-up conversations and prepares
+them with the tokenizer of the package in fresh processes, the ways in turn: ``one`` encodes in one
+process, ``several`` in as many as there are cores, and ``cached`` finds them prepared. Times start
+after the imports. ``first_step`` is ``lightning-peft fit`` with the small recipe ``sft-qlora``,
+from the start of the command to the end of its first step, with the validation of the base before
+it. ``waiting`` trains the base of the package and takes the time from the end of a step to the
+beginning of the next, which is the loader's. The record is ``benchmarks/records/data_path.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from record import conditions, interleaved, ratio, spread, summary, write
+
+WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "was", "with", "not", "this", "from")
+WAYS = ("one", "several", "cached")
+
+
+def write_rows(file: Path, count: int) -> None:
+    """Writes conversations of about 70 words."""
+    drawn = random.Random(0)
+
+    def words(most: int) -> str:
+        return " ".join(drawn.choices(WORDS, k=drawn.randint(5, most)))
+
+    with file.open("w", encoding="utf-8") as rows:
+        for number in range(count):
+            turns = [("user", f"{number} {words(50)}"), ("assistant", words(80))]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            rows.write(json.dumps({"messages": messages}) + "\n")
+
+
+def prepare(way: str, file: Path, cache: Path) -> None:
+    """Prepares in this process and prints the seconds."""
+    from lightning_peft import SupervisedData
+    from lightning_peft.data.supervised import SupervisedRows
+    from lightning_peft.demo.run import BASE
+
+    SupervisedRows.in_processes = way != "one"
+    data = SupervisedData(
+        str(file), str(BASE), chat_template="plain", max_length=256, cache_dir=str(cache)
+    )
+    # Reading the tokenizer is no part of it.
+    assert data.tokenizer
+    started = time.perf_counter()
+    data.prepare_data()
+    print(json.dumps({"seconds": time.perf_counter() - started}))
+
+
+def wait(steps: int) -> None:
+    """Trains, and prints the share of the time that steps wait for their batches."""
+    import pytorch_lightning
+
+    from lightning_peft import QLoRAStrategy, SupervisedData
+    from lightning_peft.demo.run import BASE
+    from lightning_peft.tasks.causal_lm import CausalLM
+
+    class Watch(pytorch_lightning.Callback):
+        waits: list[float] = []
+        wholes: list[float] = []
+        began = ended = 0.0
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            now = time.perf_counter()
+            if self.ended:
+                self.waits.append(now - self.ended)
+                self.wholes.append(now - self.began)
+            self.began = now
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.ended = time.perf_counter()
+
+    watch = Watch()
+    trainer = pytorch_lightning.Trainer(
+        strategy=QLoRAStrategy(announce=False),
+        max_steps=steps,
+        devices=1,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    rows = Path(BASE).parent / "instructions.jsonl"
+    data = SupervisedData(str(rows), str(BASE), chat_template="plain", batch_size=8)
+    trainer.fit(CausalLM(str(BASE)), data)
+    # The first one starts what is started once.
+    share = sum(watch.waits[1:]) / sum(watch.wholes[1:])
+    print(json.dumps({"share": share, "step_seconds": sum(watch.wholes[1:]) / len(watch.wholes)}))
+
+
+def asked(words: list[str], environment: Mapping[str, str]) -> dict[str, float]:
+    """Returns what a fresh process of this script prints."""
+    done = subprocess.run(
+        [sys.executable, __file__, *words],
+        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=900,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def prepared(way: str, file: Path, caches: Path) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that prepares in a fresh process."""
+
+    def run() -> Mapping[str, float]:
+        with tempfile.TemporaryDirectory(dir=caches) as fresh:
+            cache = str(caches / "kept") if way == "cached" else fresh
+            return asked(["--prepare", way, "--file", str(file), "--cache", cache], {})
+
+    return run
+
+
+def first_step(cache: Path) -> dict[str, float]:
+    """Returns the seconds to the end of the first step of a recipe."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        words = ["fit", "--config=sft-qlora", "--config=small/sft", "--trainer.max_steps=2"]
+        subprocess.run(
+            [sys.executable, "-m", "lightning_peft.cli", *words],
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(cache)},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+        (file,) = Path(folder).glob("runs/*/metrics.jsonl")
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {"seconds": next(row["time"] for row in rows if "train_loss" in row) - started}
+
+
+def main() -> None:
+    """Measures and writes the record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=40_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--prepare", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--wait", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.prepare:
+        prepare(given.prepare, given.file, given.cache)
+        return
+    if given.wait:
+        wait(given.wait)
+        return
+    where, rows = conditions(), 200 if given.quick else given.rows
+    repeats = 1 if given.quick else given.repeats
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_rows(folder / "rows.jsonl", rows)
+        ways = {way: prepared(way, folder / "rows.jsonl", folder) for way in WAYS}
+        # Fills the cache.
+        ways["cached"]()
+        steps = "4" if given.quick else "40"
+        own = {"XDG_CACHE_HOME": str(folder / "own")}
+        ways["first_step"] = lambda: first_step(folder / "own")
+        ways["waiting"] = lambda: asked(["--wait", steps], own)
+        runs = interleaved(ways, repeats)
+    content = {
+        "conditions": where,
+        "rows": rows,
+        "repeats": repeats,
+        "measured": summary(runs),
+        "ratios": {
+            "preparing: several processes / one": ratio(runs, "several", "one", "seconds"),
+            "preparing: found in the cache / one process": ratio(runs, "cached", "one", "seconds"),
+            "training: waiting for a batch / step": spread([r["share"] for r in runs["waiting"]]),
+            "rows a second, several processes": spread(
+                [rows / run["seconds"] for run in runs["several"]]
+            ),
+            "seconds to the end of the first step of sft-qlora, small": spread(
+                [run["seconds"] for run in runs["first_step"]]
+            ),
+        },
+        "runs": runs,
+    }
+    write("data_path", content, quick=given.quick)
+
+
+if __name__ == "__main__":
+    main()
