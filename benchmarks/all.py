@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 # and arguments for a check (None: it has none).
 SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] = (
     ("startup", ("--repeats", "5"), 2, ("--check",)),
-    ("checkpoints", (), 3, ("--check",)),
+    ("checkpoints", (), 5, ("--check",)),
     ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
     ("base_loading", (), 3, None),
     ("data_path", (), 5, None),

@@ -1,17 +1,20 @@
 """Adapter checkpoints against Lightning's full ones of the same module: time and size.
 
 ``python benchmarks/checkpoints.py [--repeats N] [--quick]`` builds two random Llamas with more than
-100M parameters, trains one step of each with LoRA and one with full fine-tuning, and then saves
-and loads the checkpoints of the two in turn, through ``Trainer.save_checkpoint`` and
-``Trainer.strategy``, in one process. Times of saving include getting the bytes to the disk
-(``fsync``); those of loading are from the system's cache. Both kinds are read with
-``weights_only=True``. The record is ``benchmarks/records/checkpoints.json``.
+100M parameters, trains one step of each with LoRA and one with full fine-tuning, and then saves the
+checkpoints of the two in turn, through ``Trainer.save_checkpoint``, in one process. Times of saving
+include getting the bytes to the disk (``fsync``). They are loaded as by a run that goes on: each
+time in a fresh process that has taken a step, through ``Trainer.strategy``, from the system's
+cache, both with ``weights_only=True``. The record is ``benchmarks/records/checkpoints.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -61,24 +64,44 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
     return trainer, task
 
 
-def saved_and_loaded(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that saves, loads, and says what it took."""
+def saved(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that saves, and says what it took."""
 
     def run() -> Mapping[str, float]:
         started = time.perf_counter()
         trainer.save_checkpoint(path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        saved = time.perf_counter()
-        checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
-        trainer.strategy.load_model_state_dict(checkpoint)
-        trainer.strategy.load_optimizer_state_dict(checkpoint)
-        loaded = time.perf_counter()
-        return {
-            "save_seconds": saved - started,
-            "load_seconds": loaded - saved,
-            "bytes": path.stat().st_size,
-        }
+        return {"save_seconds": time.perf_counter() - started, "bytes": path.stat().st_size}
+
+    return run
+
+
+def load(way: str, size: tuple[int, int, int], path: Path) -> None:
+    """Loads in this process, and prints the seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = trained(way, size, Path(folder))
+    started = time.perf_counter()
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    trainer.strategy.load_model_state_dict(checkpoint)
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    print(json.dumps({"load_seconds": time.perf_counter() - started}))
+
+
+def loaded(way: str, size: tuple[int, int, int], path: Path) -> Callable[[], Mapping[str, float]]:
+    """Returns a function that loads in a fresh process."""
+    words = ["--load", way, "--size", *map(str, size), "--file", str(path)]
+
+    def run() -> Mapping[str, float]:
+        done = subprocess.run(
+            [sys.executable, __file__, *words],
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            timeout=600,
+        )
+        return dict(json.loads(done.stdout.splitlines()[-1]))
 
     return run
 
@@ -88,12 +111,14 @@ def measured(size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         made = {way: trained(way, size, folder) for way in ("adapter", "full")}
-        ways = {
-            way: saved_and_loaded(trainer, folder / f"{way}.ckpt")
-            for way, (trainer, _) in made.items()
-        }
-        runs = interleaved(ways, repeats)
+        files = {way: folder / f"{way}.ckpt" for way in made}
+        runs = interleaved({way: saved(made[way][0], files[way]) for way in made}, repeats)
         parameters = sum(param.numel() for param in made["full"][1].parameters())
+        del made
+        loads = interleaved({way: loaded(way, size, files[way]) for way in files}, repeats)
+    for way, turns in runs.items():
+        for turn, other in zip(turns, loads[way], strict=True):
+            turn |= other
     return {
         "parameters": parameters,
         "measured": summary(runs),
@@ -105,10 +130,16 @@ def measured(size: tuple[int, int, int], repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="once, to try the script")
     parser.add_argument("--check", action="store_true", help="a few times, for `all.py check`")
+    parser.add_argument("--load", choices=["adapter", "full"], help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--file", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.load:
+        load(given.load, tuple(given.size), given.file)
+        return
     where = conditions()
     sizes, repeats = SIZES, given.repeats
     if given.quick or given.check:

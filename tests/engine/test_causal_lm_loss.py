@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import Stack, tiny_gpt2, tiny_llama, token_batch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForSequenceClassification
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -136,6 +137,17 @@ def test_under_a_transform_transformers_computes() -> None:
     logits, labels = made()
     wanted = torch.func.grad(lambda x: ForCausalLMLoss(x, labels, WORDS))(logits)
     assert torch.equal(torch.func.grad(lambda x: causal_lm_loss(x, labels, WORDS))(logits), wanted)
+
+
+def test_a_plan_counts_what_is_run() -> None:
+    """The planner runs a step with fake tensors, which are of another class."""
+    with FakeTensorMode():
+        logits = torch.empty(ROWS, LENGTH, WORDS, dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+        loss = causal_lm_loss(logits, labels, WORDS)
+        loss.backward()
+    assert loss.grad_fn.next_functions[0][0].name() == "SummedCrossEntropyBackward"
+    assert logits.grad.shape == logits.shape
 
 
 def test_only_the_logits_themselves_wait_for_the_backward_pass() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -20,7 +21,7 @@ from lightning_peft.engine.layers.fused import is_transformed
 from lightning_peft.engine.selection.parts import output_embeddings
 
 # Logits that are widened at a time: near a core on CPUs, and enough for a kernel elsewhere.
-_PIECE, _PIECE_ELSEWHERE = 1 << 19, 1 << 24
+_PIECE, _PIECE_ELSEWHERE = 1 << 19, 1 << 22
 _IGNORED = -100
 
 
@@ -86,7 +87,9 @@ def causal_lm_loss(
             ``labels``.
         **kwargs: Passed on where transformers' own function computes.
     """
-    if type(logits) is not Tensor or not logits.is_floating_point() or is_transformed():
+    # Other subclasses than the planner's, such as those of tensor parallelism, compute otherwise.
+    known = type(logits) in (Tensor, FakeTensor) and logits.is_floating_point()
+    if not known or is_transformed():
         theirs: Any = ForCausalLMLoss
         own: Tensor = theirs(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
