@@ -25,7 +25,7 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("startup", ("--repeats", "5"), 2, ("--check",)),
     ("checkpoints", (), 5, ("--check",)),
     ("training_step", ("measure",), 11, ("measure", "--check", "--rounds", "3")),
-    ("base_loading", (), 3, None),
+    ("base_loading", (), 3, ("--check", "--repeats", "2")),
     ("data_path", (), 5, None),
     ("scaling", ("measure",), 5, None),
     ("activation_budget", ("measure",), 3, None),

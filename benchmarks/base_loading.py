@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--file-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--check", action="store_true", help="few layers, for `all.py check`")
     parser.add_argument("--load", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
@@ -140,7 +141,7 @@ def main() -> None:
     where = conditions()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        layers = 1 if given.quick else given.layers
+        layers = 1 if given.quick else 8 if given.check else given.layers
         weights = write_model(folder / "model", layers, given.file_dtype)
         # A file that is two seconds old has its hash remembered.
         time.sleep(3)
@@ -174,7 +175,7 @@ def main() -> None:
         },
         "runs": runs,
     }
-    write("base_loading", content, quick=given.quick)
+    write("base_loading", content, quick=given.quick, check=given.check)
 
 
 if __name__ == "__main__":

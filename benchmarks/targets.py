@@ -237,12 +237,14 @@ TARGETS: tuple[Target, ...] = (
 
 # Looser than what is aimed at: few steps on whatever machine, and only a regression shall fail.
 CHECKS: tuple[Bound, ...] = (
-    _step("QLoRA, dropout 0: engine / by hand, seconds", 1.00, "step, engine / by hand"),
-    _step("QLoRA, dropout 0: engine / by hand, peak", 0.95, "peak, engine / by hand"),
-    _step("QLoRA, dropout 0: engine / floor, seconds", 1.40, "step, engine / floor"),
+    _step("QLoRA, dropout 0: engine / by hand, seconds", 0.95, "step, engine / by hand"),
+    _step("QLoRA, dropout 0: engine / by hand, peak", 0.70, "peak, engine / by hand"),
+    _step("QLoRA, dropout 0: engine / floor, seconds", 1.20, "step, engine / floor"),
     _step("QLoRA, dropout 0: strategy / engine, seconds", 1.15, "step, strategy / engine"),
     _step("instructions: recipe / by hand, seconds per token", 0.60, "token, recipe / by hand"),
     _step("instructions: recipe / by hand, peak", 0.60, "peak, recipe / by hand"),
+    Bound("base_loading", "uncached_to_transformers_alone_seconds", 0.9, "loading / transformers"),
+    Bound("base_loading", "second_to_first_seconds", 0.6, "second start / first"),
     Bound("startup", "import_both_to_lightning", 1.25, "import, with Lightning / Lightning"),
     Bound("startup", "help_to_lightning", 0.50, "help / import of Lightning"),
     Bound("checkpoints", "137M, bytes", 0.20, "size, adapter / full"),
