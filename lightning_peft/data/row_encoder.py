@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
-
-from datasets import Features
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_peft.data.samples import Sample
+
+if TYPE_CHECKING:
+    # Processes that encode import this module, and need not wait for that one.
+    from datasets import Features
 
 
 class RowEncoder(ABC):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Features
 
 from lightning_peft.data import encoding_in_processes as home
 from lightning_peft.data import encoding_worker
@@ -22,6 +21,7 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.supervised import SupervisedRows
 
 from .conftest import pairs
+from .doubling import Doubled
 
 
 @pytest.fixture
@@ -88,17 +88,6 @@ def test_what_is_prepared_is_the_same(make, write, at_once, tmp_path, monkeypatc
     assert len(several[0]) >= 3
     assert several[1] == alone[1]
     assert several[1]["rejected"] == 4
-
-
-class Doubled(RowEncoder):
-    """Gives back what a prompt says, and how often it was asked."""
-
-    features = Features({})
-    in_processes = True
-
-    def encode(self, sample: Any) -> list[dict[str, Any]]:
-        """Returns the number twice."""
-        return [{"number": 2 * sample}]
 
 
 def through(encoder: RowEncoder, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
