@@ -32,6 +32,12 @@ ALONE = 4096
 CHUNK, CHUNKS = 128, 2
 # The one that reads and writes encodes too, so this makes eight.
 MOST_PROCESSES = 7
+# With the path of this process before the first import: `-m` would look into the current folder
+# first, which may be somebody's data.
+_START = """import sys
+sys.path[:] = sys.argv[1].split("\\n")
+from lightning_peft.data.encoding_worker import main
+main()"""
 
 
 def encoded(
@@ -117,16 +123,11 @@ class _Process:
         self.asked: list[Future[list[Outcome]]] = []
         self.ready = self.ended = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lightning_peft.data.encoding_worker"],
+            [sys.executable, "-c", _START, "\n".join(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "TOKENIZERS_PARALLELISM": "false",
-                "OMP_NUM_THREADS": "1",
-            },
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
         )
         self.thread.submit(self._start, given)
 

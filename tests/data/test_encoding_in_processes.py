@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 
 from lightning_peft.data import encoding_in_processes as home
-from lightning_peft.data import encoding_worker
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.supervised import SupervisedRows
@@ -157,12 +155,14 @@ def test_few_rows_start_nothing(at_once) -> None:
     assert at_once == []
 
 
-def test_it_ends_with_who_asks() -> None:
+def test_it_ends_with_who_asks_and_imports_nothing_from_where_it_is(tmp_path: Path) -> None:
+    hostile = tmp_path
+    (hostile / "pickle.py").write_text("raise SystemExit(3)")
     worker = subprocess.Popen(
-        [sys.executable, "-m", encoding_worker.__name__],
+        [sys.executable, "-c", home._START, "\n".join(sys.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        cwd=hostile,
     )
     assert worker.stdin is not None
     assert worker.stdout is not None
