@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loading_memory import write_model
-from record import conditions, interleaved, ratio, spread, summary, write
+from record import asked, conditions, interleaved, ratio, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
 
@@ -107,18 +104,8 @@ def started(way: str, folder: Path, dtype: str) -> Callable[[], Mapping[str, flo
         elif way == "second" and not list((bases / "bases").glob("*")):
             # Odd turns go backwards.
             started("first", folder, dtype)()
-        command = [sys.executable, __file__, "--load", way, "--folder", str(folder / "model")]
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*command, "--dtype", dtype],
-            env=environment,
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=1800,
-        )
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        words = ["--load", way, "--folder", str(folder / "model"), "--dtype", dtype]
+        return asked(__file__, *words, XDG_CACHE_HOME=str(cache))
 
     return run
 

@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import conditions, interleaved, ratio, summary, write
+from record import asked, conditions, interleaved, ratio, summary, write
 
 # Width of the model, of its feed-forward layers, and layers.
 SIZES = {"137M": (1024, 2816, 12), "379M": (2048, 5632, 8)}
@@ -91,19 +89,7 @@ def load(way: str, size: tuple[int, int, int], path: Path) -> None:
 def loaded(way: str, size: tuple[int, int, int], path: Path) -> Callable[[], Mapping[str, float]]:
     """Returns a function that loads in a fresh process."""
     words = ["--load", way, "--size", *map(str, size), "--file", str(path)]
-
-    def run() -> Mapping[str, float]:
-        done = subprocess.run(
-            [sys.executable, __file__, *words],
-            check=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            timeout=600,
-        )
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-
-    return run
+    return lambda: asked(__file__, *words)
 
 
 def measured(size: tuple[int, int, int], repeats: int) -> dict[str, Any]:

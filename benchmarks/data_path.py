@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import conditions, interleaved, ratio, spread, summary, write
+from record import asked, conditions, interleaved, ratio, spread, summary, write
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "was", "with", "not", "this", "from")
 WAYS = ("one", "several", "cached")
@@ -102,27 +102,13 @@ def wait(steps: int) -> None:
     print(json.dumps({"share": share, "step_seconds": sum(watch.wholes[1:]) / len(watch.wholes)}))
 
 
-def asked(words: list[str], environment: Mapping[str, str]) -> dict[str, float]:
-    """Returns what a fresh process of this script prints."""
-    done = subprocess.run(
-        [sys.executable, __file__, *words],
-        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        timeout=900,
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def prepared(way: str, file: Path, caches: Path) -> Callable[[], Mapping[str, float]]:
     """Returns a function that prepares in a fresh process."""
 
     def run() -> Mapping[str, float]:
         with tempfile.TemporaryDirectory(dir=caches) as fresh:
             cache = str(caches / "kept") if way == "cached" else fresh
-            return asked(["--prepare", way, "--file", str(file), "--cache", cache], {})
+            return asked(__file__, "--prepare", way, "--file", str(file), "--cache", cache)
 
     return run
 
@@ -171,9 +157,10 @@ def main() -> None:
         # Fills the cache.
         ways["cached"]()
         steps = "4" if given.quick else "40"
-        own = {"XDG_CACHE_HOME": str(folder / "own")}
         ways["first_step"] = lambda: first_step(folder / "own")
-        ways["waiting"] = lambda: asked(["--wait", steps], own)
+        ways["waiting"] = lambda: asked(
+            __file__, "--wait", steps, XDG_CACHE_HOME=str(folder / "own")
+        )
         runs = interleaved(ways, repeats)
     content = {
         "conditions": where,

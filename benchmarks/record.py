@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -82,6 +83,26 @@ def interleaved(
             found[name].append(dict(ways[name]()))
             print(f"{turn + 1}/{repeats} {name}: {found[name][-1]}", flush=True)
     return found
+
+
+def asked(script: str, *words: str, **environment: str) -> dict[str, float]:
+    """Runs a script in a fresh process, offline, and returns the JSON object that it prints last.
+
+    Args:
+        script: Its file.
+        *words: Its arguments.
+        **environment: Variables besides those of this process.
+    """
+    done = subprocess.run(
+        [sys.executable, script, *words],
+        env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=1800,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -54,8 +54,10 @@ if TYPE_CHECKING:
         keeps_a_budget,
     )
     from lightning_peft.engine.memory.causal_lm_loss import (
-        cross_entropy_and_gradient,
         is_own_loss,
+    )
+    from lightning_peft.engine.memory.cross_entropy import (
+        cross_entropy_and_gradient,
         summed_cross_entropy,
     )
     from lightning_peft.engine.memory.optimizers import (
@@ -155,11 +157,8 @@ _HOMES = {
         "unload",
         "unmerge",
     ),
-    "memory.causal_lm_loss": (
-        "cross_entropy_and_gradient",
-        "is_own_loss",
-        "summed_cross_entropy",
-    ),
+    "memory.causal_lm_loss": ("is_own_loss",),
+    "memory.cross_entropy": ("cross_entropy_and_gradient", "summed_cross_entropy"),
     "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",

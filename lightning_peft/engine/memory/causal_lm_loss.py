@@ -2,15 +2,13 @@
 
 transformers turns the logits into float32, lets cross-entropy keep their logarithms, and makes the
 gradient in float32 again before it becomes 16 bits: three tensors of four bytes for each token and
-word of the vocabulary, in most steps the largest that exist. Here some rows at a time are widened,
-and only the logits, which the model holds anyway, wait for the backward pass.
+word of the vocabulary, in most steps the largest that exist. In its place, :mod:`.cross_entropy`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
@@ -18,10 +16,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lightning_peft.engine.layers.fused import is_transformed
+from lightning_peft.engine.memory.cross_entropy import summed_cross_entropy
 from lightning_peft.engine.selection.parts import output_embeddings
 
-# Logits that are widened at a time: near a core on CPUs, and enough for a kernel elsewhere.
-_PIECE, _PIECE_ELSEWHERE = 1 << 19, 1 << 22
 _IGNORED = -100
 
 
@@ -105,95 +102,3 @@ def causal_lm_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor, ignored: int = _IGNORED) -> Tensor:
-    """Returns the cross-entropy, float32, summed over the rows whose target counts.
-
-    Args:
-        logits: ``(rows, classes)``.
-        targets: ``(rows,)``, int64.
-        ignored: The target that does not count.
-    """
-    total: Tensor = SummedCrossEntropy.apply(logits, targets, ignored)
-    return total
-
-
-class SummedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy, summed over the rows whose target counts."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
-        """Returns the sum, float32.
-
-        Args:
-            ctx: Autograd's.
-            logits: ``(rows, classes)``.
-            targets: ``(rows,)``, int64.
-            ignored: The target that does not count.
-        """
-        counts = targets != ignored
-        # A class that exists, for rows that do not count.
-        places = targets.where(counts, 0).unsqueeze(1)
-        # Apart, as in log_softmax: in their sum, large logits would swallow the logarithm.
-        largest, totals, picked = logits.new_empty(3, len(logits), 1, dtype=torch.float32).unbind()
-        for rows, (some, at) in _pieces(logits, places):
-            wide = some.to(torch.float32, copy=True)
-            torch.amax(wide, 1, keepdim=True, out=largest[rows])
-            torch.gather(wide.sub_(largest[rows]), 1, at, out=picked[rows])
-            torch.sum(wide.exp_(), 1, keepdim=True, out=totals[rows])
-        ctx.save_for_backward(logits, targets, places, largest, totals)
-        ctx.ignored = ignored
-        return (totals.log() - picked).squeeze(1).where(counts, 0).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        """Returns the gradient of the logits, in their dtype."""
-        logits, targets, places, largest, totals = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # For gradients of gradients.
-            total = F.cross_entropy(
-                logits.float(), targets, ignore_index=ctx.ignored, reduction="sum"
-            )
-            return *torch.autograd.grad(total, logits, gradients[0], create_graph=True), None, None
-        scales = gradients[0] * (targets != ctx.ignored).unsqueeze(1) / totals
-        of_logits = torch.empty_like(logits)
-        for rows, (some, at, scale) in _pieces(logits, places, scales):
-            wide = some.to(torch.float32, copy=True).sub_(largest[rows]).exp_()
-            wide.scatter_add_(1, at, -totals[rows])
-            torch.mul(wide, scale, out=of_logits[rows])
-        return of_logits, None, None
-
-
-@torch.no_grad()
-def cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the summed cross-entropy, float32, and its gradient in the dtype of the logits.
-
-    Args:
-        logits: ``(rows, classes)``; no gradient is recorded.
-        targets: ``(rows,)``, int64; all of them count.
-    """
-    total = logits.new_zeros((), dtype=torch.float32)
-    gradient = torch.empty_like(logits)
-    for rows, (some, at) in _pieces(logits, targets.unsqueeze(1)):
-        wide = some.to(torch.float32, copy=True)
-        wide.sub_(wide.amax(1, keepdim=True))
-        picked = wide.gather(1, at)
-        sums = wide.exp_().sum(1, keepdim=True)
-        total += (sums.log() - picked).sum()
-        wide.scatter_add_(1, at, -sums)
-        torch.div(wide, sums, out=gradient[rows])
-    return total, gradient
-
-
-def _pieces(logits: Tensor, *others: Tensor) -> Any:
-    """Yields some rows at a time: where they are, and theirs of each tensor."""
-    piece = _PIECE if logits.device.type == "cpu" else _PIECE_ELSEWHERE
-    step = max(1, piece // max(1, logits.shape[1]))
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        yield rows, [tensor[rows] for tensor in (logits, *others)]
-        if start and isinstance(logits, FakeTensor):
-            # A plan: others than these two, of which one is there when the next is made, take as
-            # much and have no values either.
-            return
