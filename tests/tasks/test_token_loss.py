@@ -249,7 +249,9 @@ def test_other_models_compute_their_own_loss_and_it_is_said_once(make, said, cap
         parts = compared(model, batch_of())
         parts.train(model, model, batch_of())
     assert parts._by_parts is False
-    assert [said in record.message for record in caplog.records] == [True]
+    # transformers warns of a class once, in whichever test makes the first one.
+    ours = [record for record in caplog.records if record.name.startswith("lightning_peft")]
+    assert [said in record.message for record in ours] == [True]
 
 
 def test_a_batch_with_more_in_it_is_the_models_own_affair():
