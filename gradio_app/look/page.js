@@ -49,6 +49,44 @@
     }
     const copied = event.target.closest("[data-copies]");
     if (copied) navigator.clipboard?.writeText(copied.dataset.copies);
+    const plot = event.target.closest(".plot");
+    if (event.target.closest("[data-plot-full]")) plot.requestFullscreen?.();
+    if (event.target.closest("[data-plot-save]")) save(plot.querySelector("svg.marks"));
+  });
+  // A plot as a file: its text and grid fall back on colours for white ground.
+  const save = (svg) => {
+    const { width, height } = svg.getBoundingClientRect();
+    const inner = svg.cloneNode(true);
+    for (const [name, value] of Object.entries({ x: 70, y: 20, width, height })) {
+      inner.setAttribute(name, value);
+    }
+    const text = `<svg xmlns="http://www.w3.org/2000/svg" width="${width + 90}" ` +
+      `height="${height + 60}" font-family="sans-serif">` +
+      `<rect width="100%" height="100%" fill="white"/>${inner.outerHTML}</svg>`;
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" }));
+    link.download = "plot.svg";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+  };
+  // What a plot has where the pointer is.
+  document.addEventListener("pointermove", (event) => {
+    const area = event.target.closest?.(".plot-area");
+    for (const shown of document.querySelectorAll(".plot-said")) {
+      if (shown.parentElement !== area) shown.style.display = "none";
+    }
+    if (!area) return;
+    const { left, width } = area.getBoundingClientRect();
+    const at = (event.clientX - left) / width;
+    const points = JSON.parse(area.dataset.points);
+    const near = points.reduce((a, b) => (Math.abs(b[0] - at) < Math.abs(a[0] - at) ? b : a));
+    const said = area.querySelector(".plot-said");
+    said.textContent = near[1];
+    said.style.display = "block";
+    const place = near[0] * width;
+    const begin = Math.max(0, Math.min(place + 8, width - said.offsetWidth));
+    said.style.left = `${begin}px`;
+    said.style.setProperty("--at", `${place - begin}px`);
   });
   const watch = () => {
     if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);

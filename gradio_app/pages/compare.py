@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from gradio_app.comparing.chosen import MOST, Chosen, choose, ids_in
 from gradio_app.comparing.series import AXES, LOSSES, curve
 from gradio_app.pages import compare_html
 from gradio_app.pages.frame import heading, private, when_opened
+from gradio_app.pages.plot import Series, plot
 from gradio_app.running.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -18,7 +18,6 @@ from gradio_app.visitors import owner_of
 
 # Readable on white and on the dark ground; legend, letters and table tell the runs apart too.
 COLORS = ("#6366f1", "#d97706", "#0d9488", "#db2777")
-_HEIGHT = 320
 # The address follows the choice, so that a reload, or whoever gets the link, sees the same.
 _FOLLOW = """
 (ids) => {
@@ -92,20 +91,7 @@ class ComparePage:
                 elem_id="compare-axis",
                 interactive=True,
             )
-        self._plot = gr.LinePlot(
-            _frame({}),
-            x="x",
-            y="value",
-            color="run",
-            x_title=t("compare.axis_step"),
-            y_title=t("run.val_loss"),
-            color_title=t("compare.run"),
-            height=_HEIGHT,
-            show_label=False,
-            tooltip="all",
-            buttons=["fullscreen", "export"],
-            elem_id="compare-plot",
-        )
+        self._plot = gr.HTML("", elem_id="compare-plot", padding=False)
         self._text = gr.HTML("", elem_id="compare-text", padding=False)
         with gr.Accordion(t("run.as_table"), open=False, elem_id="compare-table"):
             self._table = gr.HTML("", padding=False)
@@ -148,24 +134,25 @@ class ComparePage:
         curves = {
             label: curve(one, loss, axis) for label, one in zip(found.labels, metrics, strict=True)
         }
-        plot = gr.LinePlot(
-            _frame(curves),
-            color_map=dict(zip(found.labels, COLORS, strict=False)),
+        series = [
+            Series(label, color, points)
+            for (label, points), color in zip(curves.items(), COLORS, strict=False)
+        ]
+        drawn = plot(
+            series,
+            t,
             x_title=t(f"compare.axis_{axis}"),
             y_title=t(f"run.{loss}"),
+            empty=t("run.curves_empty"),
+            whole_x=axis == "step",
         )
         return [
             notice,
             gr.Column(visible=True),
-            plot,
+            drawn,
             compare_html.summary(curves, loss, axis, t),
             compare_html.table(curves, axis, t),
             compare_html.outcomes(found, metrics, t),
             compare_html.differing(found, t),
             compare_html.samples(found, t),
         ]
-
-
-def _frame(curves: dict[str, list[tuple[float, float]]]) -> pd.DataFrame:
-    rows = [(x, value, name) for name, points in curves.items() for x, value in points]
-    return pd.DataFrame(rows, columns=["x", "value", "run"])

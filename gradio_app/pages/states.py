@@ -6,6 +6,7 @@ import re
 
 from gradio_app.guards import escaped
 from gradio_app.running.store import Run
+from gradio_app.running.verdict import ended_worse
 from gradio_app.running.words import duration
 from gradio_app.texts import Texts
 
@@ -19,12 +20,15 @@ SIGNS = {
     "finished": "\u2713",
     "failed": "\u2715",
     "crashed": "\u26a0",
+    "worse": "\u26a0",
 }
 
 
 def badge(run: Run, t: Texts) -> str:
     """Returns the HTML of a run's state."""
-    state = run.status.state if run.status.state in SIGNS else "failed"
+    state: str = run.status.state if run.status.state in SIGNS else "failed"
+    if ended_worse(run):
+        state = "worse"
     return (
         f'<span class="badge {state}"><span aria-hidden="true">{SIGNS[state]}</span> '
         f"{t(f'run.state_{state}')}</span>"

@@ -1,12 +1,15 @@
-"""Curves as they are drawn: few points that keep the extremes, smoothed, or on a log scale."""
+"""Curves as they are drawn: few points that keep the extremes, or smoothed."""
 
 from __future__ import annotations
 
 import math
+from statistics import fmean, variance
 
 Points = list[tuple[int, float]]
 # More make a browser slow, and no screen shows them.
 DRAWN = 500
+# Of fewer points nobody can tell a trend from noise.
+LEAST = 20
 
 
 def thinned(points: Points, most: int = DRAWN) -> Points:
@@ -54,30 +57,39 @@ def smoothed(points: Points, weight: float) -> Points:
     return made
 
 
-def logarithmic(points: Points) -> Points:
-    """Returns the points with log10 of their values; those that have none are left out."""
-    return [
-        (step, math.log10(value)) for step, value in points if math.isfinite(value) and value > 0
-    ]
-
-
 def finite(points: Points) -> Points:
     """Returns the points whose values are numbers."""
     return [point for point in points if math.isfinite(point[1])]
 
 
-def direction(points: Points) -> int:
-    """Returns -1 if the values have been falling lately, 1 if they have been rising, else 0.
+def trend(points: Points) -> int | None:
+    """Returns -1 if the values have been falling lately, 1 if rising, 0 if neither can be said.
 
-    The mean of the last fifth is held against that of the fifth before; differences below one
-    percent are none.
+    The mean of the last quarter is held against that of the quarter before. A difference counts
+    where it is more than one percent, and more than twice its standard error: losses of single
+    batches jump. Of fewer than ``LEAST`` points nothing is said: ``None``.
     """
     values = [value for _, value in finite(points)]
-    part = max(1, len(values) // 5)
-    if len(values) < 2:
-        return 0
+    if len(values) < LEAST:
+        return None
+    part = len(values) // 4
     last, before = values[-part:], values[-2 * part : -part]
-    now, then = sum(last) / len(last), sum(before) / len(before)
-    if abs(now - then) <= 0.01 * abs(then):
+    now, then = fmean(last), fmean(before)
+    error = math.sqrt((variance(last) + variance(before)) / part)
+    if abs(now - then) <= max(0.01 * abs(then), 2 * error):
         return 0
     return 1 if now > then else -1
+
+
+def risen(points: Points) -> tuple[float, float] | None:
+    """Returns first and last level of values that end well above where they began.
+
+    Both are means over a quarter of the points; ``None`` where they have not risen by a tenth, or
+    there are fewer than ``LEAST`` points.
+    """
+    values = [value for _, value in finite(points)]
+    if len(values) < LEAST:
+        return None
+    part = len(values) // 4
+    first, last = fmean(values[:part]), fmean(values[-part:])
+    return (first, last) if last > first + 0.1 * abs(first) else None

@@ -90,6 +90,10 @@ class Metrics:
         with self._lock:
             return list(self.curves.get(name, ()))
 
+    def most(self, name: str) -> float | None:
+        """Returns the greatest value of a metric, over all sessions of the run."""
+        return max((value for _, value in self.curve(name)), default=None)
+
 
 class MetricsCache:
     """The numbers of the runs that are being looked at."""

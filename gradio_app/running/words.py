@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -42,6 +43,11 @@ def number(value: float) -> str:
         digits, _, power = f"{value:.1e}".partition("e")
         return f"{digits}e{int(power)}"
     return f"{value:.4g}"
+
+
+def value(found: float, t: Say) -> str:
+    """Returns a value of a metric, or that it is not a number any more."""
+    return number(found) if math.isfinite(found) else t("run.no_number")
 
 
 def amount(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 import subprocess
 import sys
@@ -111,3 +112,16 @@ def test_pages_that_were_closed_are_forgotten_and_others_are_not():
     for number in range(MOST_SESSIONS + 10):
         assert states[f"caller {number}"].config_values == {}
     assert len(states.session_data) == MOST_SESSIONS
+
+
+def test_each_rule_for_the_dark_has_one_selector():
+    """Gradio sets the ``.dark`` of a list's first selector before its own, and of no other."""
+    rules = [
+        (file.name, selectors.strip())
+        for file in (TEXTS.parent / "look").glob("*.css")
+        for selectors in re.findall(
+            r"([^{}]+)\{", re.sub(r"/\*.*?\*/", "", file.read_text(), flags=re.S)
+        )
+    ]
+    assert len(rules) > 200
+    assert not [rule for rule in rules if ".dark" in rule[1] and "," in rule[1]]

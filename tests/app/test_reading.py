@@ -8,7 +8,7 @@ import math
 import pytest
 
 from gradio_app.pages.run import live_html
-from gradio_app.running.curves import direction, logarithmic, smoothed, thinned
+from gradio_app.running.curves import risen, smoothed, thinned, trend
 from gradio_app.running.failures import failure_of, report
 from gradio_app.running.machine import Machine, parsed
 from gradio_app.running.metrics import MOST_POINTS, Metrics, MetricsCache
@@ -104,15 +104,21 @@ def test_smoothing_is_the_corrected_moving_average():
     assert smoothed(points[:2], 0.0) == points[:2]
 
 
-def test_a_log_scale_has_no_place_for_what_is_not_above_zero():
-    assert logarithmic([(1, 100.0), (2, 0.0), (3, -1.0), (4, float("inf"))]) == [(1, 2.0)]
-
-
-def test_direction():
-    assert direction([(s, 3.0 - s / 10) for s in range(20)]) == -1
-    assert direction([(s, 1.0 + s) for s in range(20)]) == 1
-    assert direction([(s, 1.0) for s in range(20)]) == 0
-    assert direction([(1, 1.0)]) == 0
+def test_a_trend_is_said_of_enough_points_and_not_of_noise():
+    assert trend([(s, 3.0 - s / 10) for s in range(20)]) == -1
+    assert trend([(s, 1.0 + s) for s in range(20)]) == 1
+    assert trend([(s, 1.0) for s in range(20)]) == 0
+    assert trend([(s, 3.0 - s / 10) for s in range(19)]) is None
+    # A fall from 3.1 whose last batch is a hard one, and one that has settled.
+    assert trend([*((s, 3.1 - s / 20) for s in range(39)), (39, 1.6)]) == -1
+    assert trend([(s, 1.0 + 0.3 * (s % 3)) for s in range(40)]) == 0
+    # From 3 to 9, and then a little down: lately it falls, and it is far above its start.
+    ruined = [(s, min(3.0 + s, 9.0) - s / 50) for s in range(40)]
+    assert trend(ruined) == -1
+    first, last = risen(ruined)
+    assert (round(first, 1), round(last, 1)) == (6.8, 8.3)
+    assert risen([(s, 3.0 - s / 10) for s in range(20)]) is None
+    assert risen(ruined[:19]) is None
 
 
 def test_the_tail_of_a_log_is_short_plain_and_without_secrets(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -27,21 +28,96 @@ def site(serve):
     return serve(trainer="real")
 
 
+# How many points each line of the loss plot has, a few times a second.
+COUNT = """
+() => {
+  window.grown = [];
+  setInterval(() => {
+    const lines = [...document.querySelectorAll('#loss-plot path.line')];
+    window.grown.push(lines.map((line) => line.getAttribute('d').split('L').length));
+  }, 200);
+}
+"""
+
+
 @pytest.fixture(scope="module")
-def trained(site, browser):
-    """The run of the card, from the click to the end."""
+def opened(site, browser):
+    """The page of the card's run, open from the click to the end."""
     context = open_context(browser)
     page = context.new_page()
     page.goto(site.url)
     page.get_by_role("button", name="Start the demo").click()
     page.wait_for_url(re.compile(r"/run\?run="))
+    page.evaluate(COUNT)
     status = page.get_by_role("status")
     status.get_by_text("Preparing").first.wait_for()
+    page.locator("#loss-plot .empty").wait_for()
     status.get_by_text(re.compile("Training|Finished")).first.wait_for(timeout=MINUTES)
     status.get_by_text("Finished").wait_for(timeout=MINUTES)
+    yield page
     context.close()
+
+
+@pytest.fixture(scope="module")
+def trained(site, opened):
+    """The run of the card."""
     (run,) = RunStore(Settings.on_this_machine(site.runs, site.data, None)).list("local")
     return run
+
+
+def ticks(page, axis):
+    return [float(one) for one in page.locator(f"#loss-plot .{axis}-tick").all_text_contents()]
+
+
+def test_a_page_opened_before_the_first_step_draws_the_loss(opened, trained):
+    page, plot = opened, opened.locator("#loss-plot")
+    metrics = list(trained.folder.rows(trained.folder.metrics))
+    losses = [row["train_loss"] for row in metrics if "train_loss" in row]
+    validations = [row["val_loss"] for row in metrics if "val_loss" in row]
+    grown = [counts for counts in page.evaluate("window.grown") if counts]
+    # The base is measured first: a point of one line, before the other has any.
+    assert grown[0] == [1]
+    assert len(set(map(tuple, grown))) > 2
+    assert page.locator("#loss-plot path.line").count() == 2
+    assert grown[-1] == [len(losses), len(validations)] == [12, len(validations)]
+    across, up = ticks(page, "x"), ticks(page, "y")
+    assert across == [0, 2, 4, 6, 8, 10, 12]
+    assert up == sorted(up, reverse=True) or up == sorted(up)
+    assert min(up) <= min(losses + validations) < max(losses + validations) <= max(up)
+    linear = plot.locator("path.line").first.get_attribute("d")
+    page.get_by_label("Logarithmic").check()
+    page.wait_for_function(
+        f"document.querySelector('#loss-plot path.line').getAttribute('d') !== '{linear}'"
+    )
+    # The title is still that of the numbers, and so are the ticks; equal ratios are equally far.
+    assert plot.locator(".y-title").inner_text() == "Loss"
+    up = ticks(page, "y")
+    assert {1.0, 2.0} <= set(up)
+    assert min(up) > 0
+    first = float(plot.locator("path.line").first.get_attribute("d")[1:].split("L")[0].split()[1])
+    low, high = math.log(min(up)), math.log(max(up))
+    assert first / 1000 == pytest.approx(1 - (math.log(losses[0]) - low) / (high - low), abs=2e-3)
+    page.get_by_label("Logarithmic").uncheck()
+    page.wait_for_function(
+        f"document.querySelector('#loss-plot path.line').getAttribute('d') === '{linear}'"
+    )
+    # Twelve points are no trend.
+    assert not re.search("falling|rising", page.locator("#run-numbers").inner_text())
+    # The button in the head turns the whole page dark, plot and log with it.
+    tick = plot.locator(".y-tick").first
+    light = {where: looks(where) for where in (tick, page.locator("#run-log pre"))}
+    page.get_by_role("button", name="Light or dark").click()
+    page.wait_for_function("document.body.classList.contains('dark')")
+    dark = {where: looks(where) for where in light}
+    for where in light:
+        assert light[where] != dark[where]
+    assert violations(page) == []
+
+
+def looks(where):
+    return where.evaluate(
+        "(one) => { const s = getComputedStyle(one); return s.fill + s.color + s.backgroundColor; }"
+    )
 
 
 def test_the_card_trains_a_model(site, visit, trained):

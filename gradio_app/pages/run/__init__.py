@@ -13,6 +13,7 @@ from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
 from gradio_app.pages.run.recipe import RecipeTab
 from gradio_app.pages.run.view import View
+from gradio_app.running.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -22,12 +23,13 @@ TABS = {"try": "trying", "export": "exporting"}
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
     view = View(studio, t)
-    view.add(Head(studio, t))
+    metrics = MetricsCache()
+    view.add(Head(studio, t, metrics))
     actions = Actions(studio, t)
     view.add(actions)
     with gr.Tabs(elem_id="run-tabs", visible=False, overflow_behavior="wrap") as tabs:
         with gr.Tab(t("run.tab_live"), id="live", elem_id="tab-live"):
-            view.add(Live(studio, t))
+            view.add(Live(studio, t, metrics))
         for tab, module in TABS.items():
             with gr.Tab(t(f"run.tab_{tab}"), id=tab, elem_id=f"tab-{tab}"):
                 _built_by(module)(studio, t, view.run_id)

@@ -11,9 +11,11 @@ from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.pages.states import badge, left, name_of, percent, phase
 from gradio_app.running.failures import failure_of, report
 from gradio_app.running.local import GRACE_SECONDS
+from gradio_app.running.metrics import MetricsCache
 from gradio_app.running.reading import json_object
 from gradio_app.running.store import Run
-from gradio_app.running.words import duration, number
+from gradio_app.running.verdict import ended_worse, got_worse
+from gradio_app.running.words import duration, number, value
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -21,14 +23,15 @@ from gradio_app.texts import Texts
 class Head:
     """The head of a run's page."""
 
-    def __init__(self, studio: Studio, t: Texts) -> None:
-        self.studio, self.t = studio, t
+    def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
+        self.studio, self.t, self._metrics = studio, t, metrics
         self.outputs: list[Any] = [
             markup("", elem_id="run-name"),
             markup("", elem_id="run-state"),
             markup("", elem_id="run-progress"),
             markup("", elem_id="run-note"),
             markup("", elem_id="run-failure"),
+            markup("", elem_id="run-verdict"),
         ]
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
@@ -42,6 +45,7 @@ class Head:
             html(self._progress(run)),
             html(self._note(run)),
             html(self._failure(run)),
+            html(self._verdict(run)),
         ]
 
     def _state(self, run: Run) -> str:
@@ -67,8 +71,8 @@ class Head:
         if not isinstance(after, (int, float)):
             return t("run.outcome_none")
         if not isinstance(before, (int, float)):
-            return t("run.outcome_plain", after=number(after))
-        return t("run.outcome_loss", before=number(before), after=number(after))
+            return t("run.outcome_plain", after=value(after, t))
+        return t("run.outcome_loss", before=value(before, t), after=value(after, t))
 
     def _progress(self, run: Run) -> str:
         t, status = self.t, run.status
@@ -89,7 +93,9 @@ class Head:
             facts.append(t("run.took", time=duration(seconds, t)))
         elif left(run, t):
             facts.append(left(run, t))
-        kind = "unknown" if done is None and run.active else status.state
+        kind: str = "unknown" if done is None and run.active else status.state
+        if ended_worse(run):
+            kind = "worse"
         news = escaped(f"{title} - {run.name}")
         return (
             f'<div data-title="{news}">'
@@ -131,4 +137,23 @@ class Head:
             f'<pre tabindex="0">{escaped(failure.details)}</pre></details>'
             f'<button type="button" class="as-button" data-copies="{escaped(report(run))}">'
             f"{t('run.copy_report')}</button></section>"
+        )
+
+    def _verdict(self, run: Run) -> str:
+        """Returns that the model is worse than before training, and what helps."""
+        t, found = self.t, got_worse(run, self._metrics.of(run.folder.metrics))
+        if found is None:
+            return ""
+        name = "worse_so_far" if run.active else "worse"
+        loss, before = t(f"run.{found.metric}"), number(found.before)
+        title = t(f"run.{name}", loss=loss, before=before, after=value(found.after, t))
+        advice = t("run.worse_advice")
+        if found.rate:
+            rates = {"rate": number(found.rate), "lower": number(found.rate / 10)}
+            advice = t("run.worse_rate", **rates)
+        link = escaped(t.url("new", **{"from": run.id}) + "#method")
+        return (
+            f'<section aria-label="{t("run.verdict")}"><div class="alert" role="alert"><strong>'
+            f'<span aria-hidden="true">\u26a0</span> {escaped(title)}</strong><p>{advice} '
+            f'<a href="{link}">{t("run.duplicate")}</a></p></div></section>'
         )

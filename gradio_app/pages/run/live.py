@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from gradio_app.pages.markup import markup
+from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.running.curves import Points, finite, logarithmic, smoothed, thinned
+from gradio_app.running.curves import Points, finite, smoothed, thinned
 from gradio_app.running.local import START_LOG
 from gradio_app.running.metrics import Metrics, MetricsCache
 from gradio_app.running.reading import LOG_LINES, rows_of, tail
@@ -21,7 +21,6 @@ from gradio_app.texts import Texts
 
 # Readable on white and on the dark ground; the series also have names.
 TRAINING, VALIDATION = "#6366f1", "#d97706"
-_HEIGHT = 280
 # The text of the log is set as text, so that nothing in it is taken for HTML, and the place that a
 # reader has scrolled to, and the focus, stay.
 _LOG = '<pre role="log" tabindex="0" aria-live="off" aria-label="{label}"></pre>'
@@ -46,9 +45,9 @@ _COPY = (
 class Live:
     """The tab of what a run does now."""
 
-    def __init__(self, studio: Studio, t: Texts) -> None:
+    def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
         self.studio, self.t = studio, t
-        self._metrics, self._watch = MetricsCache(), Watch()
+        self._metrics, self._watch = metrics, Watch()
         self._alerts = markup("", elem_id="run-alerts")
         self._numbers = markup("", elem_id="run-numbers")
         self._build_curves()
@@ -84,32 +83,12 @@ class Live:
                 label=t("run.log_scale"), elem_id="curve-log", interactive=True, scale=0
             )
         self.choices = [smoothing, log]
-        self._loss = self._plot("loss-plot", t("run.axis_loss"), [TRAINING, VALIDATION])
+        self._loss = markup("", elem_id="loss-plot")
         self._text = markup("", elem_id="curve-text")
         with gr.Accordion(t("run.as_table"), open=False, elem_id="curve-table"):
             self._table = markup("")
         with gr.Accordion(t("run.rate"), open=False, elem_id="rate"):
-            self._rate = self._plot("rate-plot", t("run.axis_rate"), [TRAINING])
-
-    def _plot(self, name: str, y_title: str, colors: list[str]) -> gr.LinePlot:
-        t = self.t
-        series = [t("run.training"), t("run.validation")][: len(colors)]
-        return gr.LinePlot(
-            _frame({}),
-            x="step",
-            y="value",
-            color="series",
-            color_map=dict(zip(series, colors, strict=True)),
-            colors_in_legend=series if len(series) > 1 else None,
-            x_title=t("run.axis_step"),
-            y_title=y_title,
-            color_title=t("run.series"),
-            height=_HEIGHT,
-            show_label=False,
-            tooltip="all",
-            buttons=["fullscreen", "export"],
-            elem_id=name,
-        )
+            self._rate = markup("", elem_id="rate-plot")
 
     def _build_log(self) -> None:
         t = self.t
@@ -134,37 +113,45 @@ class Live:
         if run is None:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
-        key = (run.id, metrics.version)
         events = run.public.value(list(rows_of(run.folder.events, 200_000)))
         log = run.public.text(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         return [
             html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),
-            Shown(self._loss_plot(metrics, choices), (*key, choices)),
+            html(self._loss_plot(metrics, choices)),
             html(live_html.summary(metrics, t)),
             html(live_html.table(metrics, t)),
-            Shown(self._rate_plot(metrics), key),
+            html(self._rate_plot(metrics)),
             html(live_html.samples(list(rows_of(run.folder.samples)), t)),
             html(log or t("run.log_empty")),
         ]
 
-    def _loss_plot(self, metrics: Metrics, choices: Choices) -> Any:
+    def _loss_plot(self, metrics: Metrics, choices: Choices) -> str:
         t = self.t
         training = smoothed(metrics.curve("train_loss"), choices.smoothing)
-        curves = {t("run.training"): training, t("run.validation"): metrics.curve("val_loss")}
-        if choices.logarithmic:
-            curves = {name: logarithmic(points) for name, points in curves.items()}
-        name = "run.axis_log_loss" if choices.logarithmic else "run.axis_loss"
-        return gr.LinePlot(_frame(curves), y_title=t(name))
+        curves = [
+            _series(t("run.training"), TRAINING, training),
+            _series(t("run.validation"), VALIDATION, metrics.curve("val_loss")),
+        ]
+        return plot(
+            curves,
+            t,
+            x_title=t("run.axis_step"),
+            y_title=t("run.axis_loss"),
+            empty=t("run.curves_empty"),
+            log_y=choices.logarithmic,
+        )
 
-    def _rate_plot(self, metrics: Metrics) -> Any:
-        return _frame({self.t("run.training"): metrics.curve("learning_rate")})
+    def _rate_plot(self, metrics: Metrics) -> str:
+        t = self.t
+        return plot(
+            [_series(t("run.training"), TRAINING, metrics.curve("learning_rate"))],
+            t,
+            x_title=t("run.axis_step"),
+            y_title=t("run.axis_rate"),
+            empty=t("run.curves_empty"),
+        )
 
 
-def _frame(curves: dict[str, Points]) -> pd.DataFrame:
-    rows = [
-        (step, value, name)
-        for name, points in curves.items()
-        for step, value in thinned(finite(points))
-    ]
-    return pd.DataFrame(rows, columns=["step", "value", "series"])
+def _series(name: str, color: str, points: Points) -> Series:
+    return Series(name, color, thinned(finite(points)))

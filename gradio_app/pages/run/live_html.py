@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradio_app.guards import escaped
-from gradio_app.running.curves import Points, direction, finite, thinned
+from gradio_app.running.curves import Points, finite, risen, thinned, trend
 from gradio_app.running.metrics import Metrics
 from gradio_app.running.watch import Warned
-from gradio_app.running.words import amount, duration, number, size
+from gradio_app.running.words import amount, duration, number, size, value
 from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
@@ -83,7 +82,7 @@ def numbers(metrics: Metrics, t: Texts) -> str:
             cards.append((t(f"run.speed_{name}"), amount(speed), ""))
             break
     cards += _others(latest)
-    memory = latest.get("peak_cuda_bytes") or latest.get("peak_process_bytes")
+    memory = metrics.most("peak_cuda_bytes") or metrics.most("peak_process_bytes")
     if memory:
         cards.append((t("run.memory"), size(memory), ""))
     items = "".join(
@@ -106,9 +105,21 @@ def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     points = metrics.curve("train_loss")
     if not points:
         return t("run.train_loss"), "\u2013", ""
-    way = direction(points)
-    word = t(f"run.{WORDS[way]}")
-    return t("run.train_loss"), _value(points[-1][1], t), f"{ARROWS[way]} {word}"
+    word = _trend(points, t)
+    known = finite(points)
+    if not word and len(known) > 1:
+        word = t("run.first", value=number(known[0][1]), step=known[0][0])
+    return t("run.train_loss"), value(points[-1][1], t), word
+
+
+def _trend(points: Points, t: Texts) -> str:
+    """Returns where a curve goes, with its sign; nothing where that cannot be said yet."""
+    way = trend(points)
+    if way is None:
+        return ""
+    if risen(points) and way < 1:
+        return f"{ARROWS[1]} {t('run.above_start')}"
+    return f"{ARROWS[way]} {t(f'run.{WORDS[way]}')}"
 
 
 def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
@@ -124,10 +135,6 @@ def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     return t("run.val_loss"), number(points[-1][1]), first if last_is_best and first else best
 
 
-def _value(value: float, t: Texts) -> str:
-    return number(value) if math.isfinite(value) else t("run.no_number")
-
-
 def summary(metrics: Metrics, t: Texts) -> str:
     """Returns in sentences what the curves show."""
     training, validation = finite(metrics.curve("train_loss")), finite(metrics.curve("val_loss"))
@@ -135,8 +142,9 @@ def summary(metrics: Metrics, t: Texts) -> str:
         return f'<p class="note">{t("run.curves_empty")}</p>'
     said = []
     if training:
-        way = t(f"run.{WORDS[direction(training)]}")
-        said.append(t("run.curves_text", direction=way, **_ends(training)))
+        said.append(t("run.curves_text", **_ends(training)))
+        way = _trend(training, t).partition(" ")[2]
+        said += [t("run.curves_trend", direction=way)] if way else []
     if validation:
         step, least = min(validation, key=lambda point: point[1])
         ends = _ends(validation)
@@ -165,7 +173,7 @@ def table(metrics: Metrics, t: Texts) -> str:
     body = "".join(
         f'<tr><th scope="row">{step}</th>'
         + "".join(
-            f"<td>{_value(curve[step], t) if step in curve else ''}</td>"
+            f"<td>{value(curve[step], t) if step in curve else ''}</td>"
             for curve in curves.values()
         )
         + "</tr>"

@@ -1,0 +1,217 @@
+"""Curves as SVG that the server draws.
+
+Text and grid take their colours from the page, so that light and dark need no new picture; axes
+are numbers whatever the data is, linear or logarithmic; and the first point is seen, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradio_app.guards import escaped
+from gradio_app.running.words import number
+from gradio_app.texts import Texts
+
+Curve = Sequence[tuple[float, float]]
+# Inside, lengths are thousandths of the plot's width and height.
+_WHOLE = 1000
+_TICKS = 6
+# Curves with more points show as lines alone.
+_MARKED = 60
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve.
+
+    Attributes:
+        name: As in the legend.
+        color: CSS color, readable on white and on the dark ground.
+        points: Pairs of x and y, x rising; both are finite.
+    """
+
+    name: str
+    color: str
+    points: Curve
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis reaches, and its ticks; a logarithmic one is as long as its powers of ten."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    logarithmic: bool = False
+
+    def place(self, value: float) -> float:
+        """Returns where a value is, from 0 (least) to 1."""
+        low, high = self.low, self.high
+        if self.logarithmic:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return (value - low) / (high - low)
+
+
+def linear(values: Sequence[float], whole: bool = False) -> Axis:
+    """Returns an axis with round ticks around values.
+
+    Args:
+        values: What is drawn; at least one.
+        whole: Whether only whole numbers have ticks.
+    """
+    low, high = min(values), max(values)
+    if low == high:
+        margin = 1.0 if whole else abs(low) / 10 or 1.0
+        low, high = (max(0.0, low - margin) if low >= 0 else low - margin), high + margin
+    step = _round_step((high - low) / _TICKS)
+    step = max(1.0, math.ceil(step)) if whole else step
+    if not whole:
+        low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    first = math.ceil(low / step - 1e-9)
+    count = int(math.floor(high / step + 1e-9)) - first + 1
+    return Axis(low, high, tuple((first + place) * step for place in range(count)))
+
+
+def logarithmic(values: Sequence[float]) -> Axis:
+    """Returns a logarithmic axis around values above zero; its ticks are 1, 2 and 5 times 10^n."""
+    low, high = min(values), max(values)
+    steps = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+        for factor in (1, 2, 5)
+    ]
+    bottom = max(one for one in steps if one <= low * (1 + 1e-9))
+    top = min(one for one in steps if one >= high * (1 - 1e-9) and one > bottom)
+    ticks = [one for one in steps if bottom <= one <= top]
+    if len(ticks) > 2 * _TICKS:
+        ticks = [one for one in ticks if math.log10(one).is_integer()] or ticks
+    return Axis(bottom, top, tuple(ticks), logarithmic=True)
+
+
+def _round_step(step: float) -> float:
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+
+
+def plot(
+    series: Sequence[Series],
+    t: Texts,
+    *,
+    x_title: str,
+    y_title: str,
+    empty: str,
+    log_y: bool = False,
+    whole_x: bool = True,
+) -> str:
+    """Returns the HTML of a plot.
+
+    Args:
+        series: Its curves. On a logarithmic axis, values that are not above zero are left out.
+        t: Texts.
+        x_title: What x is.
+        y_title: What y is.
+        empty: What is said where there are no points.
+        log_y: Whether y is logarithmic.
+        whole_x: Whether x are whole numbers.
+    """
+    drawn = [
+        Series(one.name, one.color, [(x, y) for x, y in one.points if y > 0 or not log_y])
+        for one in series
+    ]
+    drawn = [one for one in drawn if one.points]
+    if not drawn:
+        return f'<p class="plot empty">{escaped(empty)}</p>'
+    xs = [x for one in drawn for x, _ in one.points]
+    ys = [y for one in drawn for _, y in one.points]
+    across, up = linear(xs, whole_x), logarithmic(ys) if log_y else linear(ys)
+    said = f"{y_title}, {x_title}: " + ", ".join(one.name for one in drawn)
+    return (
+        f'<div class="plot">{_head(drawn, y_title, t)}'
+        f'<div class="plot-area" data-points="{escaped(_said(drawn, across, x_title))}">'
+        f'<svg class="marks" role="img" aria-label="{escaped(said)}" overflow="visible">'
+        f"{_grid(across, up)}{_curves(drawn, across, up)}</svg>"
+        f'<div class="plot-said" aria-hidden="true"></div></div>'
+        f'<div class="x-title">{escaped(x_title)}</div></div>'
+    )
+
+
+def _head(drawn: Sequence[Series], y_title: str, t: Texts) -> str:
+    legend = "".join(
+        f'<span><i style="background: {one.color}" aria-hidden="true"></i>'
+        f"{escaped(one.name)}</span>"
+        for one in drawn
+    )
+    buttons = "".join(
+        f'<button type="button" class="as-button" data-plot-{act}>{t(f"run.plot_{act}")}</button>'
+        for act in ("full", "save")
+    )
+    return (
+        f'<div class="plot-head"><span class="y-title">{escaped(y_title)}</span>'
+        f'<span class="legend">{legend}</span><span class="acts">{buttons}</span></div>'
+    )
+
+
+def _grid(across: Axis, up: Axis) -> str:
+    text = 'fill="var(--body-text-color-subdued, #475569)" font-size="12"'
+    line = 'stroke="var(--border-color-primary, #cbd5e1)" stroke-width="1"'
+    parts = []
+    for tick in up.ticks:
+        y = f"{100 * (1 - up.place(tick)):.2f}%"
+        parts.append(
+            f'<line x1="0" x2="100%" y1="{y}" y2="{y}" {line}/><text class="y-tick" x="0" dx="-8" '
+            f'dy="4" y="{y}" text-anchor="end" {text}>{number(tick)}</text>'
+        )
+    for tick in across.ticks:
+        x = f"{100 * across.place(tick):.2f}%"
+        parts.append(
+            f'<line x1="{x}" x2="{x}" y1="0" y2="100%" {line} stroke-opacity=".5"/>'
+            f'<text class="x-tick" x="{x}" y="100%" dy="18" text-anchor="middle" {text}>'
+            f"{_whole(tick)}</text>"
+        )
+    return "".join(parts)
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
+
+
+def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
+    """Returns the lines; a point is a line without length, which stays round however it is bent."""
+    paths = []
+    for one in drawn:
+        places = [
+            (round(_WHOLE * across.place(x), 1), round(_WHOLE * (1 - up.place(y)), 1))
+            for x, y in one.points
+        ]
+        looks = f'fill="none" stroke="{one.color}" vector-effect="non-scaling-stroke"'
+        line = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
+        paths.append(
+            f'<path class="line" data-series="{escaped(one.name)}" d="{line}" {looks} '
+            f'stroke-width="2" stroke-linejoin="round"/>'
+        )
+        if len(places) <= _MARKED:
+            dots = "".join(f"M{x:g} {y:g}h0" for x, y in places)
+            paths.append(
+                f'<path class="points" d="{dots}" {looks} stroke-width="7" stroke-linecap="round"/>'
+            )
+    return (
+        f'<svg viewBox="0 0 {_WHOLE} {_WHOLE}" width="100%" height="100%" overflow="visible" '
+        f'preserveAspectRatio="none">{"".join(paths)}</svg>'
+    )
+
+
+def _said(drawn: Sequence[Series], across: Axis, x_title: str) -> str:
+    """Returns as JSON what is said where the pointer is: the place of each x, and its values."""
+    rows: dict[float, list[str]] = {}
+    for one in drawn:
+        for x, y in one.points:
+            rows.setdefault(x, []).append(f"{one.name} {number(y)}")
+    place: Callable[[float], float] = across.place
+    found = [
+        [round(place(x), 4), f"{x_title} {_whole(round(x, 2))}: {', '.join(rows[x])}"]
+        for x in sorted(rows)
+    ]
+    return json.dumps(found, ensure_ascii=False)
