@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
+from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, answer
 from lightning_peft.tasks.token_loss import TokenLoss
@@ -48,7 +49,9 @@ class CausalLM(PretrainedTask):
         """Returns the mean loss over the labelled tokens of ``batch``."""
         assert self.model is not None
         loss = self.token_loss.train(self, self.model, batch)
-        self.log("train_loss", loss, prog_bar=True)
+        labels = batch["labels"]
+        tokens = (labels[:, 1:] != IGNORED).sum()
+        self.log_training(batch_idx, {"loss": loss}, tokens, len(labels))
         return loss
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:

@@ -115,7 +115,8 @@ class EncoderDecoderTask(PretrainedTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean loss over the labelled tokens of ``batch``."""
         loss: Tensor = self(**_tensors(batch)).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        labels = batch["labels"]
+        self.log_training(batch_idx, {"loss": loss}, (labels != IGNORED).sum(), len(labels))
         return loss
 
     def on_validation_epoch_start(self) -> None:

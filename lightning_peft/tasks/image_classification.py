@@ -68,7 +68,8 @@ class ImageClassifier(LabelledTask):
         """Returns the mean cross-entropy over the images of ``batch``."""
         logits = self(pixel_values=batch["pixel_values"]).logits
         loss = cross_entropy(logits.float(), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True)
+        rows = len(batch["labels"])
+        self.log_training(batch_idx, {"loss": loss}, loss.new_tensor(rows), rows)
         return loss
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:

@@ -32,9 +32,10 @@ class PairedTask(PretrainedTask):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean loss over the pairs of ``batch``."""
-        means = {name: values.mean() for name, values in self.compare(batch).items()}
-        for name, mean in means.items():
-            self.log(f"train_{name}", mean.detach(), prog_bar=name == "loss")
+        found = self.compare(batch)
+        pairs = len(found["loss"])
+        means = {name: values.mean() for name, values in found.items()}
+        self.log_training(batch_idx, means, means["loss"].new_tensor(pairs), pairs)
         return means["loss"]
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:

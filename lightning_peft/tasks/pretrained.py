@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.tasks.step_mean import StepMean
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule as _Base
@@ -45,6 +46,9 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
         config: Fields of a transformers configuration with its ``model_type``. The model is then
             built from it with random weights, the same each time, and ``model`` is not loaded: for
             trials and tests without a network.
+        average_across_step: Make gradients and ``train_...`` values one mean over all tokens (or
+            rows, where the loss is a mean over rows) of an optimizer step. ``False`` leaves
+            accumulated batches and processes to Lightning, which takes the mean of their means.
 
     Raises:
         ConfigError: If arguments contradict each other.
@@ -67,9 +71,11 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
         revision: str | None = None,
         trust_remote_code: bool = False,
         config: dict[str, Any] | None = None,
+        average_across_step: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.step_mean = StepMean()
         self.model: PreTrainedModel | None = None
         self.metrics = MetricCollection(self.make_metrics(), compute_groups=False)
         problems = self._argument_problems()
@@ -151,6 +157,43 @@ class PretrainedTask(_Base, metaclass=PerNamespace):
         """Returns the model's output."""
         assert self.model is not None
         return self.model(**batch)
+
+    def log_training(
+        self, batch_idx: int, means: dict[str, Tensor], items: Tensor, rows: int
+    ) -> None:
+        """Logs ``train_...`` values of a batch, and weights its gradient by its items.
+
+        Args:
+            batch_idx: Number of the batch in the epoch.
+            means: Means over the items, by name, ``loss`` among them; scalars.
+            items: Labelled tokens, or rows, that they are means over; a scalar.
+            rows: Rows of the batch.
+        """
+        trainer: Any = self._trainer
+        found = means
+        if trainer is not None and self.hparams["average_across_step"]:
+            # By the rule by which Lightning sets gradients to zero.
+            if batch_idx % trainer.accumulate_grad_batches == 0:
+                self.step_mean.reset()
+            found = self.step_mean.add(
+                items, means, lambda t: trainer.strategy.reduce(t, None, "sum")
+            )
+        for name, value in found.items():
+            self.log(
+                f"train_{name}", value.detach().float(), prog_bar=name == "loss", batch_size=rows
+            )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Propagates the loss, weighted by the items of its batch."""
+        super().backward(self.step_mean.weighted(loss), *args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Steps with the mean gradient over all items of the step."""
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        closure = self.step_mean.around(optimizer_closure, optimizer, shares)
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates a batch."""

@@ -128,7 +128,8 @@ class TextClassifier(LabelledTask):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean cross-entropy over the rows of ``batch``."""
         loss: Tensor = self(**batch).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        rows = len(batch["labels"])
+        self.log_training(batch_idx, {"loss": loss}, loss.new_tensor(rows), rows)
         return loss
 
     def evaluate(self, batch: dict[str, Tensor]) -> None:

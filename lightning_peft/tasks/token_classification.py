@@ -45,7 +45,8 @@ class TokenClassifier(LabelledTask):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Returns the mean cross-entropy over the tokens of ``batch`` that have a label."""
         loss: Tensor = self(**_for_model(batch)).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["words"]))
+        tokens = (batch["labels"] != IGNORED).sum()
+        self.log_training(batch_idx, {"loss": loss}, tokens, len(batch["words"]))
         return loss
 
     def evaluate(self, batch: dict[str, Any]) -> None:

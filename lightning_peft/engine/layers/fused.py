@@ -30,6 +30,9 @@ from lightning_peft.engine.layers.quantized import FourBitLayer, output_dtype
 
 # Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_16 = (torch.float16, torch.bfloat16)
+# So many rows are converted to float32 at a time: they stay in the cache of a CPU.
+_ROWS = 512
 _FOUR_BIT_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 _COVERED: dict[type, bool] = {}
 
@@ -162,12 +165,28 @@ class FusedLora(torch.autograd.Function):
                 of_x = _of_input(ctx, gradient, of_low, mask, a, stored)
                 of_x = of_x.view(x.shape).to(x.dtype)
             if for_a:
-                of_a = (of_low.t() @ _kept(rows, mask)).to(a.dtype) * ctx.factor
+                of_a = _summed(of_low, _kept(rows, mask), a.dtype) * ctx.factor
             if for_b:
-                of_b = (gradient.t() @ low).to(b.dtype)
+                of_b = _summed(gradient, low, b.dtype)
             if for_bias:
                 of_bias = gradient.sum(0, dtype=bias.dtype)
         return of_x, of_a, of_b, of_bias, *[None] * 4
+
+
+def _summed(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``left.T @ right`` in ``dtype``, summed over the rows in float32 or more.
+
+    Rounded to 16 bits, gradients of accumulated batches would differ from that of one batch by
+    the rounding of each.
+    """
+    if torch.is_grad_enabled() or left.dtype not in _BITS_16 or dtype in _BITS_16:
+        return (left.t() @ right).to(dtype)
+    if left.device.type == "cuda" and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(left.t(), right, out_dtype=torch.float32).to(dtype)
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=torch.float32)
+    for some, others in zip(left.split(_ROWS), right.split(_ROWS), strict=True):
+        total.addmm_(some.t().float(), others.float())
+    return total.to(dtype)
 
 
 def _of_input(
