@@ -21,6 +21,7 @@ from lightning_peft.plugin.checkpoint_io import (
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
 from lightning_peft.plugin.optimization import (
+    real_optimizers,
     replace_optimizers,
     start_checkpointing,
     stop_checkpointing,
@@ -76,6 +77,7 @@ class AdapterStrategy(_Base):
         Under ``bf16-true`` and ``16-true`` Lightning casts the module after the restore.
         """
         self.lifecycle.check_restored(self._restored)
+        self.lifecycle.checks.new_run()
         start_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
         self._masters = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
         super().setup(trainer)
@@ -94,7 +96,8 @@ class AdapterStrategy(_Base):
         replace_optimizers(self, self.lifecycle.injection.optimizer)
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         engine.freeze_left_out(self._module, {id(p) for group in groups for p in group["params"]})
-        self.lifecycle.check_optimizers(self._module, self.optimizers)
+        if self.lifecycle.checks.mode != "off":
+            self.lifecycle.check_optimizers(self._module, real_optimizers(self))
         self.lifecycle.check_frozen(self._module)
         engine.check_followers(self._module)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given, injection_from
+from lightning_peft.plugin.extension import extended
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.namespace import PerNamespace
 from lightning_peft.plugin.training_checks import TrainingChecks
@@ -25,7 +26,6 @@ _REFUSED = {
     "SingleDeviceXLAStrategy": "bitsandbytes has no kernels for it",
 }
 _SERVED = ("SingleDeviceStrategy", "DDPStrategy")
-_extended: dict[type, type] = {}
 
 
 class _AdapterCallback(_Base, metaclass=PerNamespace):
@@ -56,10 +56,7 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
         strategy = trainer.strategy
         if not isinstance(strategy, AdapterStrategy):
             _check_served(strategy, type(self).__name__)
-            cls = type(strategy)
-            if cls not in _extended:
-                _extended[cls] = type(f"Adapter{cls.__name__}", (AdapterStrategy, cls), {})
-            strategy.__class__ = _extended[cls]
+            strategy.__class__ = extended(AdapterStrategy, type(strategy))
             strategy.lifecycle = self.lifecycle
         if strategy.lifecycle is not self.lifecycle:
             raise UnsupportedError(

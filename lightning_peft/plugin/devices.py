@@ -6,6 +6,8 @@ import sys
 from abc import ABC
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.errors import itemize
+from lightning_peft.plugin.extension import extended
 from lightning_peft.plugin.namespace import PerNamespace
 
 if TYPE_CHECKING:
@@ -13,6 +15,21 @@ if TYPE_CHECKING:
 else:
     # As AdapterStrategy does: else this class would come after Lightning's own.
     _Base = ABC
+
+
+# What torch says at the second step.
+_UNREACHED = "Expected to have finished reduction in the prior iteration"
+
+
+def _explained(module: Any) -> str:
+    unreached = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    return (
+        "In the step before, the loss did not reach all parameters that train, and DDP waits for "
+        "the gradients of each:"
+        + itemize(unreached or ["those of the step before are not known any more"], 5)
+        + "\nWhere that is right, give the strategy ddp_kwargs={'find_unused_parameters': True}. "
+        "Layers that no step uses are left out of the adapters by `exclude_modules`."
+    )
 
 
 class OneOrMany(_Base, metaclass=PerNamespace):
@@ -28,6 +45,33 @@ class OneOrMany(_Base, metaclass=PerNamespace):
     def on_one_device(self) -> bool:
         """Whether this process is the only one."""
         return self.num_nodes * self.num_processes <= 1
+
+    # A process on one device has no ranks to ask for: a job scheduler may have set only part of the
+    # variables that they are read from, or those of another job.
+    @property
+    def global_rank(self) -> int:
+        """Rank among all processes; 0 on one device."""
+        return 0 if self.on_one_device else super().global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """Rank among the processes of this node; 0 on one device."""
+        return 0 if self.on_one_device else super().local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Rank of this node; 0 on one device."""
+        return 0 if self.on_one_device else super().node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes; 1 on one device."""
+        return 1 if self.on_one_device else super().world_size
+
+    def set_world_ranks(self) -> None:
+        """Gives the ranks to whoever asks the environment for them; not on one device."""
+        if not self.on_one_device:
+            super().set_world_ranks()
 
     def _configure_launcher(self) -> None:
         if self.on_one_device:
@@ -50,9 +94,7 @@ class OneOrMany(_Base, metaclass=PerNamespace):
 
     def setup_distributed(self) -> None:
         """Joins the other processes, if there are any."""
-        if self.on_one_device:
-            self.set_world_ranks()
-        else:
+        if not self.on_one_device:
             super().setup_distributed()
 
     def setup(self, trainer: Any) -> None:
@@ -66,6 +108,12 @@ class OneOrMany(_Base, metaclass=PerNamespace):
     def _setup_model(self, model: Any) -> Any:
         return model if self.on_one_device else super()._setup_model(model)
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Explains an error of DDP before Lightning does, whose advice is another strategy."""
+        if any(isinstance(arg, str) and _UNREACHED in arg for arg in exception.args):
+            exception.args = (_explained(self.lightning_module),)
+        super().on_exception(exception)
+
 
 class _Alone:
     """Extension of a Trainer's accelerator connector, which asks for the strategy's class only.
@@ -76,12 +124,6 @@ class _Alone:
     is_distributed = False
 
 
-_EXTENDED: dict[type, type] = {}
-
-
 def _be_alone(connector: Any) -> None:
-    cls = type(connector)
-    if not issubclass(cls, _Alone):
-        if cls not in _EXTENDED:
-            _EXTENDED[cls] = type(f"Alone{cls.__name__}", (_Alone, cls), {})
-        connector.__class__ = _EXTENDED[cls]
+    if not isinstance(connector, _Alone):
+        connector.__class__ = extended(_Alone, type(connector))

@@ -7,6 +7,7 @@ without a Lightning base; the base is added when an instance is made, from the t
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from abc import ABCMeta
 from collections.abc import Callable
@@ -135,6 +136,16 @@ def realize(cls: type, root: str) -> Any:
         }
         _realized[key] = type(cls)(cls.__name__, (cls, base), body)
     return _realized[key]
+
+
+def _recipe(cls: Any) -> Any:
+    """Returns how pickle finds a class: one made at run time by what it was made of."""
+    if cls.__dict__.get("lightning_root") is None:
+        return cls.__qualname__
+    return realize, (cls.written_class, cls.lightning_root)
+
+
+copyreg.pickle(PerNamespace, _recipe)
 
 
 def for_imported(cls: Any) -> Any:

@@ -10,6 +10,11 @@ from lightning_peft import engine
 from lightning_peft.plugin.namespace import root_of
 
 
+def real_optimizers(strategy: Any) -> list[Any]:
+    """Returns the optimizers of ``strategy`` without Lightning's stand-in for none."""
+    return [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
+
+
 def replace_optimizers(strategy: Any, name: str | None) -> None:
     """Replaces the optimizers of ``strategy`` in place, and says so in one line.
 
@@ -20,8 +25,7 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
     Raises:
         ConfigError: If an optimizer asked for by name cannot stand in.
     """
-    # Lightning's stand-in where configure_optimizers returned None.
-    optimizers = [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
+    optimizers = real_optimizers(strategy)
     if name is None or not optimizers:
         return
     module = strategy.lightning_module

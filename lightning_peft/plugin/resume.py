@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_peft.plugin.extension import extended
+
 T = TypeVar("T")
 
 
@@ -141,9 +143,6 @@ class ResumableLoader(Generic[T]):
         """Does nothing, as there is nothing in ``state``."""
 
 
-_CLASSES: dict[type, type] = {}
-
-
 def make_resumable(loader: Any) -> Any:
     """Returns a copy of a ``DataLoader`` that can resume; other loaders are returned as they are.
 
@@ -151,11 +150,8 @@ def make_resumable(loader: Any) -> Any:
     """
     if not isinstance(loader, DataLoader) or hasattr(loader, "load_state_dict"):
         return loader
-    cls = type(loader)
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"Resumable{cls.__name__}", (ResumableLoader, cls), {})
     resumable = copy.copy(loader)
-    resumable.__class__ = _CLASSES[cls]
+    resumable.__class__ = extended(ResumableLoader, type(loader))
     # Workers that outlive an epoch belong to one loader.
     resumable._iterator = None
     return resumable

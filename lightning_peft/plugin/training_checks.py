@@ -31,10 +31,19 @@ class TrainingChecks:
             raise ConfigError(f"verify={mode!r}: choose one of {', '.join(get_args(Mode))}.")
         self.mode = mode
         self._full_is_due = False
+        self._began = False
+        self._first_step_is_due = True
         self._first_step: FirstStep | None = None
+
+    def new_run(self) -> None:
+        """Called when a run is set up, before training starts in it."""
+        self._began, self._first_step_is_due = False, True
 
     def start(self, strategy: Any) -> None:
         """Checks the structure, and arranges for the rest.
+
+        The values are looked at once in a run. Where training starts again in it, Lightning's tuner
+        makes one trial after another from whatever the last one left, and restores the weights.
 
         Raises:
             LifecycleError: If adapters are lost, switched off or spoilt.
@@ -42,11 +51,14 @@ class TrainingChecks:
         self.stop()
         if self.mode == "off":
             return
-        problems = engine.structural_problems(strategy.lightning_module)
-        if problems:
-            raise LifecycleError("The adapters cannot train as they are:" + itemize(problems))
-        self._full_is_due = self.mode == "full"
-        self._first_step = FirstStep(strategy)
+        if not self._began:
+            problems = engine.structural_problems(strategy.lightning_module)
+            if problems:
+                raise LifecycleError("The adapters cannot train as they are:" + itemize(problems))
+            self._full_is_due = self.mode == "full"
+        self._began = True
+        if self._first_step_is_due:
+            self._first_step = FirstStep(strategy)
 
     def before_batch(self, strategy: Any, batch: Any) -> None:
         """Runs the full verification before the first batch.
@@ -68,6 +80,7 @@ class TrainingChecks:
         """Takes away whatever still waits for a first step."""
         self._full_is_due = False
         if self._first_step is not None:
+            self._first_step_is_due = self._first_step.is_due
             self._first_step.stop()
         self._first_step = None
 
@@ -112,8 +125,11 @@ class FirstStep:
 
     An optimizer is judged when it has stepped, for the layers whose adapters it holds: with
     gradient accumulation, manual optimization or a GradScaler that skips, this may be many batches
-    later. Of a fresh adapter one factor is zero, and the gradient of the other one with it, so
-    layers are judged and not tensors.
+    later. A step at which no parameter of any optimizer has a gradient is waited out: training_step
+    returned None, which skips the batch, or a closure was not run, which Lightning finds.
+
+    Of a fresh adapter one factor is zero, and the gradient of the other one with it, so layers are
+    judged and not tensors.
     """
 
     def __init__(self, strategy: Any) -> None:
@@ -133,12 +149,18 @@ class FirstStep:
             self._parts[name] = {n: params for n, params in tensors.items() if params}
         self._found: dict[str, str] = {}
         self._told: set[str] = set()
+        self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
         self._handles = {
             index: optimizer.register_step_post_hook(self._after_step)
             for index, optimizer in enumerate(strategy.optimizers)
-            if self._layers_of(optimizer)
+            # Lightning takes whatever has groups and states for an optimizer.
+            if isinstance(optimizer, torch.optim.Optimizer) and self._layers_of(optimizer)
         }
-        self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether an optimizer is still waited for."""
+        return bool(self._handles)
 
     def _layers_of(self, optimizer: torch.optim.Optimizer) -> dict[str, list[torch.nn.Parameter]]:
         held = {id(param) for group in optimizer.param_groups for param in group["params"]}
@@ -150,6 +172,8 @@ class FirstStep:
         }
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not any(_has_gradient(one) for one in self._strategy.optimizers):
+            return
         handle = self._handles.pop(self._indices[id(optimizer)], None)
         if handle is None:
             return
@@ -205,8 +229,8 @@ class FirstStep:
                 for index in self._handles
             ]
             log.warning(
-                "Training ended before the first step of optimizer %s: the adapters in it are as "
-                "they were.",
+                "Training ended before the first step with a gradient of optimizer %s: the "
+                "adapters in it are as they were.",
                 ", ".join(names),
             )
 
@@ -215,3 +239,7 @@ class FirstStep:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+
+
+def _has_gradient(optimizer: Any) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

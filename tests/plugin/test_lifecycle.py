@@ -341,6 +341,28 @@ def test_one_device_needs_no_ceremony(method, root, tmp_path):
     assert isinstance(run.strategy, lightning(root).strategies.DDPStrategy)
 
 
+SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}
+
+
+@pytest.mark.parametrize("more", [{}, {"SLURM_LOCALID": "3", "SLURM_PROCID": "5"}])
+@pytest.mark.parametrize("method", METHODS)
+def test_one_device_asks_no_scheduler_for_ranks(method, more, tmp_path, monkeypatch):
+    """A job may set part of the variables only, or those of a step that started this process."""
+    for name in ("SLURM_NODEID", "SLURM_LOCALID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**SLURM, **more}.items():
+        monkeypatch.setenv(name, value)
+    run = trainer(tmp_path, method)
+    module = task()
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    assert (tmp_path / "one.ckpt").is_file()
+    assert len(module.losses) == 6
+    ours = run.strategy
+    assert (ours.global_rank, ours.local_rank, ours.node_rank, ours.world_size) == (0, 0, 0, 1)
+    assert run.is_global_zero
+
+
 @pytest.mark.parametrize("root", ROOTS)
 def test_devices_are_those_of_the_trainer(root, tmp_path):
     run = trainer(tmp_path, "lora", root, devices=2)

@@ -55,7 +55,6 @@ class Second(task_class(ROOTS[0])):
         (Early, [r"4 of 4 trainable tensors of Early .*'model\.layers\.0\.lora_A\.default"]),
         (ByName, ["4 of 4 trainable", r"optimizer 0 \(SGD\) holds only frozen parameters"]),
         (Half, [r"2 of 4 trainable .*layers\.1\.lora_A"]),
-        (Without, ["4 of 4 trainable"]),
         (Second, [r"optimizer 1 \(SGD\) holds only frozen"]),
     ],
 )
@@ -64,6 +63,66 @@ def test_optimizers_without_the_adapters_are_refused(cls, messages, method, tmp_
         trainer(tmp_path, method).fit(cls(), loader())
     for message in [*messages, "inside\nconfigure_optimizers|inside configure_optimizers"]:
         caught.match(message)
+
+
+@pytest.mark.parametrize("verify", ["cheap", "full", "off"])
+@pytest.mark.parametrize("method", METHODS)
+def test_without_an_optimizer_nothing_trains_as_lightning_says(method, verify, tmp_path):
+    """Lightning warns and runs on with a stand-in."""
+    module = Without()
+    run = trainer(tmp_path, strategy(method, verify=verify))
+    run.fit(module, loader())
+    assert run.global_step == len(module.losses) == 6
+    assert not any(p.any() for n, p in module.named_parameters() if "lora_B" in n)
+    file = tmp_path / "last.ckpt"
+    run.save_checkpoint(file)
+    resumed = trainer(tmp_path, strategy(method, verify=verify), max_epochs=2)
+    resumed.fit(Without(), loader(), ckpt_path=file)
+    assert resumed.global_step == 12
+
+
+class Sparse:
+    """What Lightning takes for an optimizer: groups and states, of no class of torch."""
+
+    def __init__(self, params):
+        self.param_groups = [{"params": list(params), "lr": 0.1}]
+        self.defaults, self.state = {}, {}
+
+    def state_dict(self):
+        return {"state": {}, "param_groups": []}
+
+    def load_state_dict(self, state):
+        pass
+
+    def zero_grad(self, set_to_none=True):
+        for param in self.param_groups[0]["params"]:
+            param.grad = None
+
+    def step(self, closure=None):
+        loss = closure()
+        for param in self.param_groups[0]["params"]:
+            if param.grad is not None:
+                param.data -= 0.1 * param.grad
+        return loss
+
+
+@pytest.mark.parametrize("verify", ["cheap", "off"])
+@pytest.mark.parametrize("method", METHODS)
+def test_optimizers_of_no_class_of_torch(method, verify, tmp_path):
+    class Odd(task_class(ROOTS[0])):
+        def configure_optimizers(self):
+            return Sparse(self.parameters())
+
+    module = Odd()
+    trainer(tmp_path, strategy(method, verify=verify)).fit(module, loader())
+    assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
+
+
+def test_unchecked_optimizers_are_the_users_own_choice(tmp_path):
+    module = Half()
+    trainer(tmp_path, strategy("lora", verify="off")).fit(module, loader())
+    idle = [n for n, p in module.named_parameters() if "lora_B" in n and not p.any()]
+    assert idle == ["model.layers.1.lora_B.default.weight"]
 
 
 @pytest.mark.parametrize("method", METHODS)

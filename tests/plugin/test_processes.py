@@ -46,6 +46,17 @@ def test_ranks_train_one_model(name, ranks):
     assert first["losses"] != second["losses"]
 
 
+def test_a_layer_that_the_loss_does_not_reach(ranks):
+    for rank in ranks:
+        message, steps = rank["idle"]
+        assert message.startswith("In the step before, the loss did not reach all parameters")
+        assert "\n  - model.spare.lora_A.default.weight\n  - model.spare.lora_B.default" in message
+        assert "ddp_kwargs={'find_unused_parameters': True}" in message
+        assert "ddp_find_unused_parameters_true" not in message
+        assert steps == 1
+        assert rank["idle allowed"] == ("", 3)
+
+
 def test_the_table_is_printed_by_one_rank(folder):
     # Two of the script's runs announce.
     assert (folder / "printed").read_text().count("trainable ") == 2

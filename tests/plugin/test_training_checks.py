@@ -155,7 +155,7 @@ def test_each_optimizer_is_judged_by_its_own_first_step(method, tmp_path, told):
     assert not any(o._optimizer_step_post_hooks for o in run.optimizers)
     fit(Adversarial(), tmp_path, method, adapt=["model.first", "model.second"], max_steps=2)
     (text,) = told()
-    assert text.startswith("Training ended before the first step of optimizer 1 (")
+    assert text.startswith("Training ended before the first step with a gradient of optimizer 1 (")
     assert text.endswith("): the adapters in it are as they were.")
 
 
@@ -185,6 +185,54 @@ def test_a_loss_that_is_scaled_and_skipped(tmp_path, told):
 
     fit(Scaled(), tmp_path)
     assert told() == []
+
+
+class Skipping(task_class(ROOTS[0])):
+    """Skips batches the way Lightning offers."""
+
+    skipped = (0, 1, 3)
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_skipped_batches_are_waited_out(method, tmp_path, told):
+    module = Skipping()
+    run = fit(module, tmp_path, method)
+    assert len(module.losses) == 3
+    assert told() == []
+    assert run.strategy.lifecycle.checks._first_step_is_due is False
+
+    class Dead(Parts):
+        """The part that nothing reaches is found at the first batch that is not skipped."""
+
+        used = ("second",)
+
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx < 2 else super().training_step(batch, batch_idx)
+
+    dead = Dead()
+    with pytest.raises(LifecycleError, match=r"any adapter on:\n  - model\.first\nThe loss d"):
+        fit(dead, tmp_path, method, adapt=["model.first", "model.second"])
+    assert len(dead.losses) == 1
+
+
+def test_batches_that_are_all_skipped_are_one_warning(tmp_path, told):
+    module = Skipping()
+    module.skipped = range(6)
+    fit(module, tmp_path)
+    (text,) = told()
+    assert text.startswith("Training ended before the first step with a gradient of optimizer 0 (")
+
+
+def test_lightnings_own_error_about_closures_is_seen(tmp_path):
+    class Forgetful(task_class(ROOTS[0])):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            optimizer.step()
+
+    with pytest.raises(Exception, match="closure hasn't been executed"):
+        fit(Forgetful(), tmp_path)
 
 
 def test_several_fits_and_interrupted_ones(tmp_path, told):

@@ -48,6 +48,20 @@ def fit_residuals(folder, wanted):
     return {"losses": module.losses, "weights": weights(module)}
 
 
+def fit_idle(folder, **given):
+    """Trains a module with a layer that its loss does not reach; returns what was raised."""
+    torch.manual_seed(7)
+    module = task(ROOT)
+    module.model.spare = torch.nn.Linear(8, 8)
+    ours = strategy("lora", ROOT, target_modules=["layers.0", "spare"], **given)
+    data = DataLoader(loader().dataset, batch_size=4)
+    try:
+        trainer(folder / "root", ours, ROOT, devices=2).fit(module, data)
+    except RuntimeError as error:
+        return str(error), len(module.losses)
+    return "", len(module.losses)
+
+
 def callback(**given):
     return realize(QLoRACallback, ROOT)(r=4, announce=False, **given)
 
@@ -79,6 +93,9 @@ def main(folder: Path) -> None:
     seen["resumed"] = {"losses": resumed.losses, "weights": weights(resumed)}
 
     seen["kept"], seen["checkpointed"] = (fit_residuals(folder, on) for on in (False, True))
+
+    seen["idle"] = fit_idle(folder)
+    seen["idle allowed"] = fit_idle(folder, ddp_kwargs={"find_unused_parameters": True})
 
     other = task(ROOT, kind="llama")
     if rank == 1:
