@@ -32,12 +32,17 @@ if TYPE_CHECKING:
         read_adapter,
         read_json,
     )
+    from lightning_peft.engine.files.module_state import (
+        adapter_names_of,
+        load_trainable_state_dict,
+        own_tensors,
+        trainable_state_dict,
+        without_base,
+    )
     from lightning_peft.engine.files.state import (
         check_description,
         describe,
         inject_as_described,
-        load_trainable_state_dict,
-        trainable_state_dict,
     )
     from lightning_peft.engine.injection import (
         inject,
@@ -199,8 +204,13 @@ _HOMES = {
         "check_description",
         "describe",
         "inject_as_described",
+    ),
+    "files.module_state": (
+        "adapter_names_of",
         "load_trainable_state_dict",
+        "own_tensors",
         "trainable_state_dict",
+        "without_base",
     ),
     "verification.structure": ("structural_problems",),
     "selection.targets": ("resolve_targets",),
@@ -218,6 +228,7 @@ __all__ = [
     "DECISIVE_FIELDS",
     "Verification",
     "adapted_layers",
+    "adapter_names_of",
     "adapter_parameters",
     "all_adapter_parameters",
     "as_peft_config",
@@ -247,6 +258,7 @@ __all__ = [
     "merge",
     "name_of_optimizer",
     "optimizer_names",
+    "own_tensors",
     "packed_adapters",
     "quantization_config",
     "quantization_from_dict",
@@ -277,6 +289,7 @@ __all__ = [
     "unload",
     "unmerge",
     "verify",
+    "without_base",
 ]
 
 

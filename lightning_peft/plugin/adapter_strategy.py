@@ -26,6 +26,7 @@ from lightning_peft.plugin.optimization import (
     start_checkpointing,
     stop_checkpointing,
 )
+from lightning_peft.plugin.own_hooks import KEY, as_written, load, with_adapters
 from lightning_peft.plugin.resume import (
     ResumableLoader,
     make_resumable,
@@ -43,12 +44,6 @@ else:
 
 log = logging.getLogger(__name__)
 
-# Key of the checkpoint dictionary under which everything of this package is.
-KEY = "lightning_peft"
-# The name of an entry of every checkpoint's state_dict: whoever loads the file without this
-# package is stopped and reads it, instead of getting the bare base.
-GUARD = "adapters only: load this file with lightning_peft.load_from_checkpoint"
-
 
 class AdapterStrategy(_Base):
     """Injection, adapter-only checkpoints, strict restore and exact resume for any strategy."""
@@ -59,6 +54,7 @@ class AdapterStrategy(_Base):
     _resume_from: Any = None
     _masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     _checkpointing: Any = None
+    _names_before_hooks: tuple[str, ...] = ()
 
     @property
     def _module(self) -> Any:
@@ -190,10 +186,13 @@ class AdapterStrategy(_Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns everything but the frozen base."""
+        state: dict[str, Any]
         if engine.record_of(self._module) is None:
-            state: dict[str, Any] = super().lightning_module_state_dict()
-            return state
-        return engine.trainable_state_dict(self._module)
+            state = super().lightning_module_state_dict()
+        else:
+            state = engine.trainable_state_dict(self._module)
+        self._names_before_hooks = tuple(state)
+        return state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
@@ -228,14 +227,7 @@ class AdapterStrategy(_Base):
                 ", ".join(names),
                 names,
             )
-        # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
-        record = engine.require_record(self._module)
-        described["guard"] = next(
-            part.qualified(name) for part in record.parts.values() for name in part.base.names
-        )
-        guards = {GUARD: torch.empty(0), described["guard"]: torch.empty(0)}
-        state = {**checkpoint["state_dict"], **guards}
-        return {**checkpoint, "state_dict": state, KEY: described}
+        return with_adapters(self._module, checkpoint, described, self._names_before_hooks)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Removes a checkpoint and its adapter folder."""
@@ -249,10 +241,12 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the file is damaged or unsafe.
         """
-        return unguarded(read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only))
+        return as_written(read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
+
+        Where ``strict`` is false, what hooks of the module took out of the file may be missing.
 
         Raises:
             CheckpointError: If the checkpoint does not fit; everything that differs is named.
@@ -265,7 +259,7 @@ class AdapterStrategy(_Base):
                 "module first (load_from_checkpoint), and give that module to the Trainer."
             )
         engine.check_description(self._module, checkpoint[KEY])
-        engine.load_trainable_state_dict(self._module, checkpoint["state_dict"])
+        load(self._module, checkpoint, strict)
         self._restored = True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -286,12 +280,3 @@ class AdapterStrategy(_Base):
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
         super().teardown()
-
-
-def unguarded(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``checkpoint`` without the entries that stop others from loading it."""
-    if KEY not in checkpoint:
-        return checkpoint
-    guards = (GUARD, checkpoint[KEY].get("guard"))
-    state = {k: v for k, v in checkpoint["state_dict"].items() if k not in guards}
-    return {**checkpoint, "state_dict": state}

@@ -12,9 +12,9 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import CheckpointError, ConfigError, LightningPeftError
-from lightning_peft.plugin.adapter_strategy import KEY, unguarded
 from lightning_peft.plugin.checkpoint_io import WholeFileCheckpointIO, read_checkpoint
 from lightning_peft.plugin.namespace import PerNamespace, namespace_in_use, realize, tree_of
+from lightning_peft.plugin.own_hooks import KEY, as_written, load
 
 
 def load_from_checkpoint(
@@ -53,7 +53,7 @@ def load_from_checkpoint(
     if root is None:
         raise ConfigError(f"{cls.__name__} is no LightningModule.")
     io = realize(WholeFileCheckpointIO, root)()
-    checkpoint = unguarded(read_checkpoint(io.load_checkpoint, path, weights_only))
+    checkpoint = as_written(read_checkpoint(io.load_checkpoint, path, weights_only))
     if KEY not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} was not written with adapters. Load it with "
@@ -65,7 +65,7 @@ def load_from_checkpoint(
     device = None if map_location is None else torch.device(map_location)
     engine.inject_as_described(module, described, device)
     module.on_load_checkpoint(checkpoint)
-    engine.load_trainable_state_dict(module, checkpoint["state_dict"])
+    load(module, checkpoint, module.strict_loading)
     return module.to(device or torch.device("cpu")).eval()
 
 

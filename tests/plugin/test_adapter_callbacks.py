@@ -22,8 +22,8 @@ from modules import (
 
 import lightning_peft
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plugin.adapter_strategy import KEY
 from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.own_hooks import KEY
 
 CALLBACKS = {"lora": lightning_peft.LoRACallback, "qlora": lightning_peft.QLoRACallback}
 

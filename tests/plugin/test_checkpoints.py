@@ -26,7 +26,7 @@ from modules import (
 from peft import PeftModel
 
 from lightning_peft.errors import BaseMismatchError, CheckpointError
-from lightning_peft.plugin.adapter_strategy import KEY
+from lightning_peft.plugin.own_hooks import KEY
 
 
 def size_of(tensors) -> int:

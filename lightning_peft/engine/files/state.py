@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a module: everything but the frozen base; and its strict way back."""
+"""What a checkpoint says of the injection, and the comparison of that with a module."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_peft.engine.adapters import refuse_merged, set_adapter
+from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.primitives import plain
@@ -24,74 +24,6 @@ from lightning_peft.errors import (
 )
 
 FORMAT = 1
-
-
-def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
-    """Returns ``module.state_dict()`` without the frozen base parameters.
-
-    What stays: adapters, heads, modules trained in full, every parameter outside the adapted
-    parts, and all persistent buffers. Decided by the names recorded at injection, not by
-    ``requires_grad``, which optimizers and callbacks toggle.
-    """
-    return _without_base(module.state_dict(), require_record(module).frozen)
-
-
-def _without_base(state: Mapping[str, Any], frozen: set[str]) -> dict[str, Any]:
-    # "a.weight.absmax" and "a.SCB" are constants of the quantized weight "a.weight".
-    scales = {
-        f"{name.removesuffix('weight')}{leaf}"
-        for name in frozen
-        for leaf in ("SCB", "weight_format")
-        if name.endswith("weight")
-    }
-    return {
-        key: value
-        for key, value in state.items()
-        if key not in scales and not any(prefix in frozen for prefix in _dotted_prefixes(key))
-    }
-
-
-def _dotted_prefixes(key: str) -> list[str]:
-    pieces = key.split(".")
-    return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
-
-
-def load_trainable_state_dict(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Loads what :func:`trainable_state_dict` returned, strictly.
-
-    Raises:
-        CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
-            is named.
-        LifecycleError: If the module has no adapters, or merged ones.
-    """
-    record = require_record(module)
-    refuse_merged(module, "Loading other values")
-    expected = trainable_state_dict(module)
-    full = set(record.frozen) & set(state)
-    if full:
-        raise CheckpointError(
-            f"The checkpoint holds the base model too ({len(full)} frozen tensors such as "
-            f"{min(full)!r}): it was not written by a strategy or callback of lightning_peft. Load "
-            "it into the LightningModule before training (load_from_checkpoint), and let the "
-            "strategy add adapters to that."
-        )
-    problems = [f"missing: {key}" for key in expected if key not in state]
-    problems += [f"unexpected: {key}" for key in state if key not in expected]
-    problems += [
-        f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the module"
-        for key, value in expected.items()
-        if isinstance(value, Tensor)
-        and isinstance(state.get(key), Tensor)
-        and value.shape != state[key].shape
-    ]
-    if problems:
-        raise CheckpointError(
-            f"The checkpoint does not fit the adapted {type(module).__name__}:"
-            + itemize(problems)
-            + "\nThe module, `target_modules`, `r` and `modules_to_save` must be those of the run "
-            "that wrote it."
-        )
-    module.load_state_dict(state, strict=False)
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""The tensors of a checkpoint: everything but the frozen base, and its strict way back.
+
+A module may override ``state_dict()`` or ``load_state_dict()``, and hooks may filter or rename
+keys, to leave its pretrained part out. That part now has adapters. What injection added is
+therefore found by the record of the injection, in both directions, and not by what the module
+says of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
+from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.errors import CheckpointError, itemize
+
+
+def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
+    """Returns ``module.state_dict()`` without the frozen base parameters, and all adapters.
+
+    What stays: adapters, heads, modules trained in full, every parameter outside the adapted
+    parts, and all persistent buffers. Decided by the names recorded at injection, not by
+    ``requires_grad``, which optimizers and callbacks toggle. Adapters, heads, modules trained in
+    full and buffers of adapted parts are there even where an own ``state_dict()`` leaves them out.
+    """
+    own, known = own_tensors(module), _named(module).keys()
+    places = {_place(tensor) for tensor in own.values()} - {None}
+    state = {
+        key: value
+        for key, value in without_base(module, module.state_dict()).items()
+        # Once, under their names in the module, whatever an own state_dict() calls them.
+        if key in known or not isinstance(value, Tensor) or _place(value) not in places
+    }
+    return {**state, **{name: value for name, value in own.items() if name not in state}}
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns what no checkpoint may be without, by name: detached, sharing memory.
+
+    Adapters, heads, modules trained in full, and the persistent buffers of adapted parts.
+    """
+    named = _named(module)
+    names = (
+        entry.qualified(name)
+        for entry in require_record(module).parts.values()
+        for name in _own_of_part(module.get_submodule(entry.name), entry)
+    )
+    return {name: named[name].detach() for name in names if name in named}
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def adapter_names_of(module: nn.Module) -> list[str]:
+    """Returns the names of the tensors of all adapters, relative to ``module``."""
+    return [
+        entry.qualified(name)
+        for entry in require_record(module).parts.values()
+        for name in adapter_parameters(module.get_submodule(entry.name))
+    ]
+
+
+def _own_of_part(part: nn.Module, entry: PartRecord) -> Iterator[str]:
+    yield from adapter_parameters(part)
+    yield from entry.originals
+    layers = [f"{name}." for name in adapted_layers(part) if name]
+    heads = tuple(f"{name}." for name in entry.heads)
+    for name, child in part.named_modules():
+        prefix = f"{name}." if name else ""
+        if heads and prefix.startswith(heads):
+            yield from (prefix + leaf for leaf in child._parameters)
+        if not prefix.startswith(tuple(layers)):
+            # Inside an adapted layer they are constants of the base, such as packed weights.
+            kept = child._buffers.keys() - child._non_persistent_buffers_set
+            yield from (prefix + leaf for leaf in child._buffers if leaf in kept)
+
+
+def without_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``state`` without the frozen base, also where its keys were renamed."""
+    frozen = require_record(module).frozen
+    places = {_place(p) for n, p in module.named_parameters(remove_duplicate=False) if n in frozen}
+    renamed = {
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and _place(value) in places - {None}
+    }
+    return _without_names(state, frozen | renamed)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Identifies a tensor's memory; ``None`` where it has none."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _without_names(state: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
+    # "a.weight.absmax" and "a.SCB" are constants of the quantized weight "a.weight".
+    scales = {
+        f"{name.removesuffix('weight')}{leaf}"
+        for name in frozen
+        for leaf in ("SCB", "weight_format")
+        if name.endswith("weight")
+    }
+    return {
+        key: value
+        for key, value in state.items()
+        if key not in scales and not any(prefix in frozen for prefix in _dotted_prefixes(key))
+    }
+
+
+def _dotted_prefixes(key: str) -> list[str]:
+    pieces = key.split(".")
+    return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
+
+
+def load_trainable_state_dict(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    kept: Mapping[str, Tensor] | None = None,
+    removed: Iterable[str] = (),
+) -> None:
+    """Loads what :func:`trainable_state_dict` returned, strictly.
+
+    Args:
+        module: A module with adapters.
+        state: The values, by name.
+        kept: Values of :func:`own_tensors` for those that hooks of the module took out of
+            ``state``, before or after it was written.
+        removed: Other names that hooks took out when the file was written, and that the module
+            does without (``strict_loading=False``).
+
+    Raises:
+        CheckpointError: If a key is missing, unexpected, or has another shape; every one of them
+            is named.
+        LifecycleError: If the module has no adapters, or merged ones.
+    """
+    record = require_record(module)
+    refuse_merged(module, "Loading other values")
+    expected, own = trainable_state_dict(module), own_tensors(module)
+    full = set(record.frozen) & set(state)
+    if full:
+        raise CheckpointError(
+            f"The checkpoint holds the base model too ({len(full)} frozen tensors such as "
+            f"{min(full)!r}): it was not written by a strategy or callback of lightning_peft. Load "
+            "it into the LightningModule before training (load_from_checkpoint), and let the "
+            "strategy add adapters to that."
+        )
+    state = {**{name: value for name, value in (kept or {}).items() if name in own}, **state}
+    optional = set(removed) - set(own)
+    problems = [f"missing: {key}" for key in expected if key not in state and key not in optional]
+    problems += [f"unexpected: {key}" for key in state if key not in expected]
+    problems += [
+        f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the module"
+        for key, value in expected.items()
+        if isinstance(value, Tensor)
+        and isinstance(state.get(key), Tensor)
+        and value.shape != state[key].shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit the adapted {type(module).__name__}:"
+            + itemize(problems)
+            + "\nThe module, `target_modules`, `r` and `modules_to_save` must be those of the run "
+            "that wrote it."
+        )
+    module.load_state_dict(state, strict=False)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            # An own load_state_dict() may leave them out as well.
+            tensor.copy_(state[name])
