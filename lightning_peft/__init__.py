@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.files.adapter_files import save_adapter as save_adapter
     from lightning_peft.engine.injection import inject as inject
     from lightning_peft.engine.merging import merge as merge
-    from lightning_peft.engine.merging import unload as unload
     from lightning_peft.engine.merging import unmerge as unmerge
     from lightning_peft.engine.reporting import report as report
+    from lightning_peft.engine.unloading import unload as unload
     from lightning_peft.engine.verification.verify import verify as verify
     from lightning_peft.plan.prediction import plan_memory as plan_memory
     from lightning_peft.plugin.callbacks import LoRACallback as LoRACallback
@@ -56,8 +56,9 @@ _HOMES = {
     "data.token_classification": ("TokenClassificationData",),
     "engine.adapters": ("disable_adapters", "set_adapter"),
     "engine.injection": ("inject",),
-    "engine.merging": ("merge", "unload", "unmerge"),
+    "engine.merging": ("merge", "unmerge"),
     "engine.reporting": ("report",),
+    "engine.unloading": ("unload",),
     "engine.verification.verify": ("verify",),
     "plan.prediction": ("plan_memory",),
     "plugin.callbacks": ("LoRACallback", "QLoRACallback"),

@@ -90,7 +90,6 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.merging import (
         merge,
-        unload,
         unmerge,
     )
     from lightning_peft.engine.quantization_settings import (
@@ -113,6 +112,9 @@ if TYPE_CHECKING:
     from lightning_peft.engine.twins import (
         check_followers,
         freeze_left_out,
+    )
+    from lightning_peft.engine.unloading import (
+        unload,
     )
     from lightning_peft.engine.verification.result import (
         Check,
@@ -159,7 +161,6 @@ _HOMES = {
     "injection": ("inject",),
     "merging": (
         "merge",
-        "unload",
         "unmerge",
     ),
     "memory.causal_lm_loss": ("is_own_loss",),
@@ -218,6 +219,7 @@ _HOMES = {
         "check_followers",
         "freeze_left_out",
     ),
+    "unloading": ("unload",),
     "verification.trial": ("default_step",),
     "verification.verify": ("verify",),
 }

@@ -108,11 +108,7 @@ def refuse_merged(module: nn.Module, what: str) -> None:
         LifecycleError: If a layer has merged adapters.
     """
     layers = adapted_layers_of(module, require_record(module))
-    merged = [
-        name
-        for name, layer in layers.items()
-        if (layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
-    ]
+    merged = [name for name, layer in layers.items() if is_merged(layer)]
     if merged:
         raise LifecycleError(
             f"{what} would leave adapters in effect that are merged into the weights of:"
@@ -148,6 +144,11 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
             enable(layer, enabled)
+
+
+def is_merged(layer: Any) -> bool:
+    """Says whether adapters of ``layer`` are folded into its weight."""
+    return bool(layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
 
 
 def is_enabled(layer: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -24,6 +24,7 @@ from lightning_peft.engine.configuration import (
 )
 from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.freezing import freeze_base
+from lightning_peft.engine.layers.attention import keep, parameters_of
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
@@ -298,10 +299,23 @@ def _quantize_layers(
 
 
 def _wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
+    # As inject_adapter_in_model, which does not give the tuner back.
+    tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
+    tuner = tuners[config.peft_type]
+    layers = {name: plan.part.get_submodule(name) for name in plan.targets}
+    attentions = {
+        name: parameters_of(layer)
+        for name, layer in layers.items()
+        if isinstance(layer, nn.MultiheadAttention) and isinstance(config, LoraConfig)
+    }
     try:
-        inject_adapter_in_model(config, plan.part, adapter_name)
+        made = tuner(plan.part, config, adapter_name=adapter_name)
     except (TypeError, ValueError) as error:
         raise UnsupportedError(
             f"PEFT cannot inject {type(config).__name__} into {type(plan.part).__name__}: {error}. "
             "Build the module again: some of its layers are changed already."
         ) from error
+    # Half-precision adapters become float32, except where PEFT's method keeps them.
+    made._cast_adapter_dtype(adapter_name)
+    for name, before in attentions.items():
+        keep(plan.part.get_submodule(name), before)

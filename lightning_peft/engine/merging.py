@@ -14,15 +14,25 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapters import adapted_layers_of
+from lightning_peft.engine.adapters import adapted_layers_of, is_merged
+from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.layers.in_place import parameter
-from lightning_peft.engine.layers.lora import LoraLayer, detach, wide_dtype, without_adapters
-from lightning_peft.engine.layers.quantization import make_dense, make_quantized, requantized
+from lightning_peft.engine.layers.lora import wide_dtype, without_adapters
+from lightning_peft.engine.layers.quantization import (
+    QuantizedWeight,
+    make_dense,
+    make_quantized,
+    requantized,
+)
 from lightning_peft.engine.layers.quantized import FourBitLayer, QuantizedLayer, is_quantized
-from lightning_peft.engine.memory.causal_lm_loss import restore_losses
-from lightning_peft.engine.record import require_record, set_record
-from lightning_peft.engine.twins import unfollow
-from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+from lightning_peft.engine.mergeable import (
+    base_parameters,
+    check_mergeable,
+    check_values,
+    outermost,
+)
+from lightning_peft.engine.record import require_record
+from lightning_peft.errors import UnsupportedError, itemize
 
 
 @dataclass
@@ -78,9 +88,13 @@ class MergeReport:
         return text
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Folds the active adapters into the base weights; doing it twice does it once.
+
+    All layers are merged or none: after an error, every weight is bit for bit what it was. Until
+    the last layer is merged, the weights from before are kept on the CPU.
 
     Args:
         module: A module with adapters.
@@ -90,44 +104,36 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
         The measured error of every layer.
 
     Raises:
-        LifecycleError: If the module has no adapters.
+        LifecycleError: If the module has no adapters, or they are switched off.
         UnsupportedError: If a layer shares its weight with another one (merging would change
-            both), or PEFT's wrapper cannot merge without quantizing again.
+            both), has no weight with the adapter built in, or values of the adapter or of the
+            merged weights are not finite; or if PEFT refuses to merge a layer that it wrapped.
     """
     layers = adapted_layers_of(module, require_record(module))
     check_mergeable(module, layers)
-    merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
+    layers = outermost(layers)
+    check_values(layers)
+    with all_or_nothing(layers.values()):
+        merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
+        _refuse_overflow(layers)
     return MergeReport([layer for layer in merged if layer is not None])
 
 
-def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
-    """Refuses layers whose weight is shared, or that PEFT would quantize again.
-
-    Raises:
-        UnsupportedError: With the names of all such layers.
-    """
-    holders: dict[int, list[str]] = {}
-    for name, child in module.named_modules():
-        for param in child._parameters.values():
-            holders.setdefault(id(param), []).append(name)
+def _refuse_overflow(layers: dict[str, Any]) -> None:
     problems = []
     for name, layer in layers.items():
-        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        shared = holders.get(id(base._parameters.get("weight")), [])
-        others = [other for other in shared if other.removesuffix(".base_layer") != name]
-        if others:
-            problems.append(
-                f"{name} shares its weight with {', '.join(others)}, which would change too. "
-                "Untie the weights first"
-            )
-        if isinstance(layer, BaseTunerLayer) and type(layer).__module__.endswith(".bnb"):
-            problems.append(
-                f"{name} is in PEFT's wrapper for quantized layers, which would quantize the sum "
-                "again and lose part of the adapter. Load the adapter onto the dense base "
-                "(lightning_peft.load_adapter) and merge there"
-            )
+        for key, value in base_parameters(layer, name).items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                problems.append(f"{key} ({str(value.dtype).removeprefix('torch.')})")
     if problems:
-        raise UnsupportedError("These layers cannot be merged:" + itemize(problems))
+        raise UnsupportedError(
+            "The merged weights would hold values that are NaN or infinite, and nothing was "
+            "changed:"
+            + itemize(problems, 5)
+            + "\nThe base has such values itself, or its dtype ends before the sum does: float16 "
+            "ends at 65504. Call module.float() or module.bfloat16() first, or merge a quantized "
+            "base with another `dtype`."
+        )
 
 
 def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer | None:
@@ -164,13 +170,38 @@ def weight_sum(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tens
     return delta, base.to(wide_dtype(base)) + delta
 
 
+@dataclass
+class _BeforeMerge:
+    """What of a layer that PEFT wrapped cannot be computed back from the merged weight.
+
+    Attributes:
+        bias: A copy of its bias, or ``None``.
+        weight: Its quantized weight, or ``None`` where it was dense.
+        backend: What PEFT reads and writes the quantized weight with.
+    """
+
+    bias: Tensor | None
+    weight: QuantizedWeight | None = None
+    backend: Any = None
+
+
 def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
     base = layer.get_base_layer()
+    bias = base._parameters.get("bias")
+    base.before_merge = before = _BeforeMerge(None if bias is None else bias.detach().clone())
     quantized = isinstance(base, QuantizedLayer)
     if quantized:
         weight = base.effective_weight()
-        base.unmerged_weight = make_dense(base, weight.to(dtype or weight.dtype).contiguous())
-    layer.merge(safe_merge=True)
+        before.weight = make_dense(base, weight.to(dtype or weight.dtype).contiguous())
+        # What PEFT found beneath when it wrapped the layer: it would look for codes there.
+        before.backend = getattr(layer, "quantization_backend", None)
+        layer.quantization_backend = None
+    try:
+        layer.merge(safe_merge=True)
+    except Exception as error:
+        raise UnsupportedError(
+            f"PEFT cannot merge {name} ({type(layer).__name__}), and nothing was changed: {error}"
+        ) from error
     return MergedLayer(name=name, was_quantized=quantized, error=None, requantized_error=None)
 
 
@@ -180,6 +211,7 @@ def relative_norm(difference: Tensor, reference: Tensor) -> float:
     return difference.norm().item() / scale if scale > 0 else 0.0
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unmerge(module: nn.Module) -> None:
     """Undoes :func:`merge`: quantized layers get their exact weights back, dense ones ``- s B A``.
@@ -188,15 +220,37 @@ def unmerge(module: nn.Module) -> None:
 
     Raises:
         LifecycleError: If the module has no adapters.
+        UnsupportedError: If PEFT cannot undo its own merge; nothing is changed then.
     """
-    for layer in adapted_layers_of(module, require_record(module)).values():
-        if isinstance(layer, BaseTunerLayer):
-            layer.unmerge()
-            undo = layer.get_base_layer().__dict__.pop("unmerged_weight", None)
-            if undo is not None:
-                make_quantized(layer.get_base_layer(), undo)
-        elif layer.lora_merged:
-            _unmerge_layer(layer)
+    layers = outermost(adapted_layers_of(module, require_record(module)))
+    with all_or_nothing(layers.values()):
+        for name, layer in layers.items():
+            if not is_merged(layer):
+                continue
+            if isinstance(layer, BaseTunerLayer):
+                _unmerge_by_peft(layer, name)
+            else:
+                _unmerge_layer(layer)
+
+
+def _unmerge_by_peft(layer: Any, name: str) -> None:
+    try:
+        layer.unmerge()
+    except Exception as error:
+        raise UnsupportedError(
+            f"PEFT cannot undo its merge of {name} ({type(layer).__name__}), and nothing was "
+            f"changed: {error}"
+        ) from error
+    base = layer.get_base_layer()
+    before = base.__dict__.pop("before_merge", None)
+    if before is None:
+        return
+    if before.weight is not None:
+        make_quantized(base, before.weight)
+        layer.quantization_backend = before.backend
+    bias = base._parameters.get("bias")
+    if bias is not None and before.bias is not None and not bias.requires_grad:
+        bias.copy_(before.bias)
 
 
 def _unmerge_layer(layer: Any) -> None:
@@ -208,52 +262,3 @@ def _unmerge_layer(layer: Any) -> None:
     delta = torch.stack([layer.lora_delta(name) for name in layer.lora_merged]).sum(0)
     weight.copy_((weight.to(wide_dtype(weight)) - delta.to(weight.device)).to(weight.dtype))
     layer.lora_merged = ()
-
-
-@torch.no_grad()
-def unload(module: nn.Module) -> nn.Module:
-    """Takes all adapters off: layers get their classes back, and the record goes.
-
-    After :func:`merge`, the module is an ordinary dense one with the adapter built in: layers
-    that were quantized without an adapter are dequantized too. Without a merge, the base comes
-    back as it was adapted, quantized layers included. Parameters stay frozen. The module itself
-    is changed, and returned for convenience.
-
-    Raises:
-        LifecycleError: If the module has no adapters, or some active ones are merged and others
-            are not.
-    """
-    record = require_record(module)
-    layers = adapted_layers_of(module, record)
-    merged = [layer for layer in layers.values() if _is_merged(layer)]
-    if merged and any(isinstance(x, LoraLayer) and x.running() for x in layers.values()):
-        raise LifecycleError(
-            "Some active adapters are merged and others are not. Merge or unmerge all of them "
-            "before unloading."
-        )
-    for layer in layers.values():
-        if isinstance(layer, LoraLayer):
-            detach(layer)
-    _unwrap(module)
-    unfollow(module, record.twins)
-    restore_losses(module)
-    if merged:
-        for child in list(module.modules()):
-            if isinstance(child, QuantizedLayer):
-                make_dense(child, child.effective_weight().contiguous())
-    set_record(module, None)
-    return module
-
-
-def _is_merged(layer: Any) -> bool:
-    return bool(layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
-
-
-def _unwrap(module: nn.Module) -> None:
-    """Puts the layers that PEFT wrapped back into their parents."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                child.get_base_layer().__dict__.pop("unmerged_weight", None)
-                setattr(parent, name, child.get_base_layer())
-        parent.__dict__.pop("peft_config", None)

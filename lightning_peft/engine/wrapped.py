@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.configuration import as_peft_config, changes_base, config_differences
 from lightning_peft.engine.configuration import config_to_dict as fields_of
-from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -33,7 +34,7 @@ class Wrapped:
         config: PEFT's config, with the layers and modules that it really met.
         layers: PEFT's wrappers by the name of the layer.
         saved: PEFT's wrappers of modules that are trained in full.
-        values: ``A`` and ``B``, by their keys in an adapter file.
+        values: ``A`` and ``B``, by the names of their parameters.
     """
 
     name: str
@@ -167,9 +168,13 @@ def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
     """Puts the layers back under their own names; if the body fails, PEFT's wrappers again."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     for part in wrapped:
+        part.values = dict(adapter_parameters(part.part))
         for name, layer in part.layers.items():
-            part.values |= _values(name, layer, part.adapter_name)
-            undo.append(_exchange(part.part, name, layer.get_base_layer()))
+            base = layer.get_base_layer()
+            if isinstance(layer, MultiheadAttention):
+                # Its output projection is wrapped too.
+                undo.append(_exchange(base, "out_proj", base.out_proj.get_base_layer()))
+            undo.append(_exchange(part.part, name, base))
         for name, wrapper in part.saved.items():
             trained = wrapper.modules_to_save[part.adapter_name]
             undo.append(_exchange(part.part, name, trained))
@@ -183,16 +188,6 @@ def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
         _restore(part)
 
 
-def _values(name: str, layer: Any, adapter: str) -> dict[str, Tensor]:
-    if adapter in layer.lora_embedding_A:
-        pair = {
-            kind: getattr(layer, kind)[adapter] for kind in ("lora_embedding_A", "lora_embedding_B")
-        }
-        return {f"{name}.{kind}": value.detach() for kind, value in pair.items()}
-    pair = {kind: getattr(layer, kind)[adapter].weight for kind in ("lora_A", "lora_B")}
-    return {f"{name}.{kind}.weight": value.detach() for kind, value in pair.items()}
-
-
 def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, str, nn.Module]:
     owner, _, leaf = name.rpartition(".")
     parent = part.get_submodule(owner)
@@ -203,10 +198,12 @@ def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, st
 
 @torch.no_grad()
 def _restore(wrapped: Wrapped) -> None:
-    for key, factor in low_rank_factors(wrapped.part, wrapped.layers, wrapped.adapter_name).items():
-        factor.copy_(wrapped.values[key])
-    # Marks of wrapped layers, and there are none any more.
+    for name, factor in adapter_parameters(wrapped.part).items():
+        factor.copy_(wrapped.values[name])
     part: Any = wrapped.part
+    if any(isinstance(child, BaseTunerLayer) for child in part.modules()):
+        return
+    # Marks of wrapped layers, and there are none any more.
     part.__dict__.pop("peft_config", None)
     if hasattr(part, "_hf_peft_config_loaded"):
         part._hf_peft_config_loaded = False

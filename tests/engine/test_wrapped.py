@@ -168,3 +168,39 @@ def test_a_failure_later_on_puts_the_wrappers_back() -> None:
         lightning_peft.inject(holder, quantization_config=skipping)
     assert dict(holder.named_modules()) == kept
     assert isinstance(holder["net"].base_model.model, Stack)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.MultiheadAttention(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.mix(x, x, x)[0])
+
+
+@pytest.mark.parametrize("targets", [["mix"], ["mix", "out"]])
+def test_adapters_on_multihead_attention_are_taken_over(tmp_path, targets) -> None:
+    config = LoraConfig(target_modules=targets, init_lora_weights=False)
+    model, x = get_peft_model(Attending(), config), torch.randn(4, 2, 8)
+    expected = model(x)
+    values = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
+    lightning_peft.inject(model)
+    assert relative_error(model(x), expected) < 1e-6
+    now = engine.adapter_parameters(model)
+    assert now.keys() == values.keys()
+    assert all(torch.equal(now[name], value) for name, value in values.items())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} >= set(values)
+    lightning_peft.save_adapter(model, tmp_path)
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_attention_that_cannot_be_taken_over_is_left_as_it_was() -> None:
+    model, x = get_peft_model(Attending(), LoraConfig(target_modules=["mix"])), torch.randn(4, 2, 8)
+    kept, expected = dict(model.named_modules()), model(x)
+    with pytest.raises(LifecycleError, match=r"r=8 in the module, asked for 2"):
+        lightning_peft.inject(model, LoraConfig(r=2, target_modules=["mix"]))
+    assert dict(model.named_modules()) == kept
+    assert torch.equal(model(x), expected)

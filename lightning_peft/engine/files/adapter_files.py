@@ -37,6 +37,7 @@ from lightning_peft.engine.files.adapter_format import (
 )
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.record import PartRecord, record_of, require_record
+from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.parts import find_parts
 from lightning_peft.errors import (
     BaseMismatchError,
@@ -159,6 +160,7 @@ def load_adapter(
             meant.
         LifecycleError: If adapters are merged into the weights.
     """
+    check_adapter_name(adapter_name)
     folders = _folders(Path(path), adapt)
     read = {name: read_adapter(folder) for name, folder in folders.items()}
     if record_of(module) is not None:

@@ -24,6 +24,7 @@ from lightning_peft.engine.layers.quantization import QUANTIZABLE, why_not
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import PartRecord, Record
+from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
 from lightning_peft.engine.selection.parts import (
     find_heads,
@@ -98,7 +99,7 @@ def make_plans(
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See
             :func:`lightning_peft.inject`.
     """
-    _check_name(request.adapter_name)
+    check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
     parts = find_parts(module, again)
     for name in parts:
@@ -123,14 +124,6 @@ def make_plans(
     _check_distinct(plans)
     _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
     return plans
-
-
-def _check_name(name: str) -> None:
-    if not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ConfigError(
-            f"adapter_name={name!r}: it becomes a part of parameter names, so it is not empty, has "
-            "no dot, and is no attribute of nn.ModuleDict (such as 'keys')."
-        )
 
 
 def _check_further(entry: PartRecord, request: Request) -> None:

@@ -1,0 +1,166 @@
+"""Whether adapters can be folded into the weights, found out before any weight changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import adapter_parameters, is_enabled
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
+from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+
+
+def outermost(layers: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``layers`` without those inside another one, which merges them with itself."""
+    wrappers = [name for name, layer in layers.items() if isinstance(layer, BaseTunerLayer)]
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if not inside(name, [wrapper for wrapper in wrappers if wrapper != name])
+    }
+
+
+def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
+    """Refuses layers whose weight is shared or has no form with the adapter built in.
+
+    Args:
+        module: The module; it may be on the meta device.
+        layers: Its adapted layers, by name.
+
+    Raises:
+        UnsupportedError: With the names of all such layers.
+    """
+    problems = []
+    holders = _holders(module)
+    for name, layer in outermost(layers).items():
+        others = _others(name, layer, holders)
+        if others:
+            problems.append(
+                f"{name} shares its weight with {', '.join(others)}, which would change too. "
+                "Untie the weights first"
+            )
+        problem = _problem_of(layer)
+        problems += [f"{name} {problem}"] if problem else []
+    if problems:
+        raise UnsupportedError("These layers cannot be merged:" + itemize(problems))
+
+
+def _problem_of(layer: Any) -> str | None:
+    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if isinstance(layer, BaseTunerLayer) and type(layer).__module__.endswith(".bnb"):
+        return (
+            "is in PEFT's wrapper for quantized layers, which would quantize the sum again and "
+            "lose part of the adapter. Load the adapter onto the dense base "
+            "(lightning_peft.load_adapter) and merge there"
+        )
+    low_rank = isinstance(layer, LoraLayer) or hasattr(layer, "lora_A")
+    if low_rank and isinstance(base, CONVOLUTION_LIKE) and base.groups > 1:
+        return (
+            f"is a convolution with groups={base.groups}, and its adapter adds to all input "
+            "channels: no kernel has that built in. Keep the adapter apart, or leave the layer "
+            "out by `exclude_modules` before training"
+        )
+    if any(getattr(layer, "lora_bias", {}).values()) and base.bias is None:
+        return (
+            "has lora_bias=True, and no bias of its own for PEFT to merge it into. Give the layer "
+            "a bias before training, or keep the adapter apart"
+        )
+    return None
+
+
+def _holders(module: nn.Module) -> dict[int, list[tuple[str, Tensor]]]:
+    """Returns the stored parameters by the memory they lie in, with the names of their modules."""
+    found: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, child in module.named_modules():
+        for param in child._parameters.values():
+            if param is not None:
+                found.setdefault(_memory(param), []).append((name, param))
+    return found
+
+
+def _memory(param: Tensor) -> int:
+    address = 0 if param.is_meta else param.untyped_storage().data_ptr()
+    return address or id(param)
+
+
+def _others(name: str, layer: nn.Module, holders: dict[int, list[tuple[str, Tensor]]]) -> list[str]:
+    own = {child for child, _ in layer.named_modules(prefix=name)}
+    changed = base_parameters(layer, name).values()
+    shared = {
+        other.removesuffix(".base_layer"): None
+        for param in changed
+        for other, held in holders[_memory(param)]
+        if other not in own and share_memory(param, held)
+    }
+    return list(shared)
+
+
+def base_parameters(layer: nn.Module, name: str) -> dict[str, Tensor]:
+    """Returns what ``layer``, which is called ``name``, has besides its adapters, by name."""
+    adapters = {id(param) for param in adapter_parameters(layer).values()}
+    return {
+        key: param
+        for key, param in layer.named_parameters(prefix=name)
+        if id(param) not in adapters
+    }
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Says whether a change of one tensor could change the other; both lie in one storage."""
+    if one is other:
+        return True
+    if one.is_meta or one.dtype != other.dtype or one.numel() == 0:
+        return one.dtype != other.dtype
+    size = one.untyped_storage().nbytes() // one.element_size()
+    marks = torch.zeros(size, dtype=torch.bool)
+    marks.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def check_values(layers: dict[str, Any]) -> None:
+    """Refuses adapters whose values cannot be merged now, with the names of all of them.
+
+    Args:
+        layers: The adapted layers, by name.
+
+    Raises:
+        LifecycleError: If adapters are switched off.
+        UnsupportedError: If a weight has no values, or values of an adapter are not finite.
+    """
+    off = [name for name, layer in layers.items() if not is_enabled(layer)]
+    if off:
+        raise LifecycleError(
+            "Adapters are switched off, so merging now would leave them out of the weights of:"
+            + itemize(off, 5)
+            + "\nMerge outside of lightning_peft.disable_adapters."
+        )
+    problems = []
+    for name, layer in layers.items():
+        for key, value in layer.named_parameters(prefix=name):
+            if value.is_meta:
+                problems.append(f"{key} is on the meta device and has no values. Load them first")
+    active = _running_names(layers)
+    for name, layer in layers.items():
+        for key, value in adapter_parameters(layer).items():
+            broken = 0 if value.is_meta else int((~torch.isfinite(value)).sum())
+            if broken and not active.isdisjoint(key.split(".")):
+                problems.append(
+                    f"{name}.{key}: {broken} of {value.numel()} values are NaN or infinite. Load "
+                    "an adapter from before training diverged"
+                )
+    if problems:
+        raise UnsupportedError(
+            "These adapters cannot be merged, and nothing was changed:" + itemize(problems, 5)
+        )
+
+
+def _running_names(layers: dict[str, Any]) -> set[str]:
+    names: set[str] = set()
+    for layer in layers.values():
+        names |= {*(layer.lora_active if isinstance(layer, LoraLayer) else layer.active_adapters)}
+    return names

@@ -1,0 +1,94 @@
+"""Taking all adapters off a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from lightning_peft.engine.adapters import adapted_layers_of, is_merged
+from lightning_peft.engine.layers.attention import KeptAttention
+from lightning_peft.engine.layers.lora import LoraLayer, detach
+from lightning_peft.engine.layers.quantization import make_dense, make_quantized
+from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.memory.causal_lm_loss import restore_losses
+from lightning_peft.engine.mergeable import outermost
+from lightning_peft.engine.record import require_record, set_record
+from lightning_peft.engine.twins import unfollow
+from lightning_peft.errors import LifecycleError, itemize
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def unload(module: nn.Module) -> nn.Module:
+    """Takes all adapters off: layers get their classes back, and the record goes.
+
+    After :func:`merge`, the module is an ordinary dense one with the adapter built in: layers
+    that were quantized without an adapter are dequantized too. Without a merge, the base comes
+    back as it was adapted, quantized layers included. Parameters stay frozen. The module itself
+    is changed, and returned for convenience. After an error it is as it was.
+
+    Raises:
+        LifecycleError: If the module has no adapters, or some active ones are merged and others
+            are not.
+    """
+    record = require_record(module)
+    layers = outermost(adapted_layers_of(module, record))
+    merged = [layer for layer in layers.values() if is_merged(layer)]
+    rest = [name for name, layer in layers.items() if _is_running(layer)]
+    if merged and rest:
+        raise LifecycleError(
+            "Some active adapters are merged and others are not. Merge or unmerge all of them "
+            "before unloading. Not merged:" + itemize(rest, 5)
+        )
+    if merged:
+        _dequantize(module)
+    for layer in layers.values():
+        if isinstance(layer, LoraLayer):
+            detach(layer)
+    for name in record.parts:
+        _unwrap(module.get_submodule(name))
+    unfollow(module, record.twins)
+    restore_losses(module)
+    set_record(module, None)
+    return module
+
+
+def _is_running(layer: Any) -> bool:
+    if isinstance(layer, LoraLayer):
+        return bool(layer.running())
+    return bool(set(layer.active_adapters) - set(layer.merged_adapters))
+
+
+def _dequantize(module: nn.Module) -> None:
+    """Makes quantized layers dense: all of them, or none where memory does not last."""
+    undo = []
+    try:
+        for child in list(module.modules()):
+            if isinstance(child, QuantizedLayer):
+                undo.append((child, make_dense(child, child.effective_weight().contiguous())))
+    except BaseException:
+        for child, quantized in undo:
+            make_quantized(child, quantized)
+        raise
+
+
+def _unwrap(part: nn.Module) -> None:
+    """Puts the layers that PEFT wrapped back into their parents."""
+    for parent in list(part.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, _unwrapped(child))
+        if not isinstance(parent, (BaseTuner, PeftModel)):
+            # Their own forward pass needs it.
+            parent.__dict__.pop("peft_config", None)
+
+
+def _unwrapped(wrapper: Any) -> nn.Module:
+    base: Any = wrapper.get_base_layer()
+    base.__dict__.pop("before_merge", None)
+    unwrapped: nn.Module = wrapper.unwrapped() if isinstance(wrapper, KeptAttention) else base
+    return unwrapped

@@ -1,0 +1,425 @@
+"""A merge or unload changes every layer or none; what cannot be merged is refused first."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from models import stack
+from peft import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+)
+from torch import nn
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine import merging
+from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.all_or_nothing import all_or_nothing
+from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.errors import LifecycleError, UnsupportedError
+
+from .reference import copy_adapter, randomize, relative_error
+
+NF4 = engine.quantization_config(None)
+INT8 = engine.quantization_config({"load_in_8bit": True})
+
+
+class Attention(nn.Module):
+    """Self-attention by torch's own module, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.middle = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.mix(x, x, x)[0]))
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_unchanged(module: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key].nan_to_num(7), before[key].nan_to_num(7)) for key in before)
+    assert not any(layer.lora_merged for layer in engine.adapted_layers(module).values())
+
+
+# --- values that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
+def test_adapters_that_are_not_finite_are_refused_by_name(value: float, quantized: dict) -> None:
+    model = stack()
+    lightning_peft.inject(model, r=2, **quantized)
+    randomize(model)
+    model.second.lora_A["default"].weight.data[0, :3] = value
+    before = state_of(model)
+    with pytest.raises(
+        UnsupportedError, match=r"second\.lora_A\.default\.weight: 3 of 128 values are NaN or inf"
+    ):
+        lightning_peft.merge(model)
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_at_rest_may_be_broken() -> None:
+    model, x = stack(), torch.randn(3, 96)
+    for name in ("used", "broken"):
+        lightning_peft.inject(model, r=2, adapter_name=name)
+    randomize(model)
+    model.first.lora_B["broken"].weight.data.fill_(math.nan)
+    expected = model(x)
+    lightning_peft.merge(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_a_sum_that_overflows_is_refused_after_which_nothing_is_merged() -> None:
+    model = stack().half()
+    lightning_peft.inject(model, r=2)
+    randomize(model)
+    model.second.lora_A["default"].weight.data.fill_(400.0)
+    model.second.lora_B["default"].weight.data.fill_(400.0)
+    before = state_of(model)
+    with pytest.raises(UnsupportedError, match=r"second\.weight \(float16\)(.|\n)*65504"):
+        lightning_peft.merge(model)
+    assert_unchanged(model, before)
+
+
+def test_a_quantized_base_that_overflows_in_another_dtype_stays_quantized() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=2, quantization_config=NF4)
+    model.first.lora_A["default"].weight.data.fill_(400.0)
+    model.first.lora_B["default"].weight.data.fill_(400.0)
+    before = state_of(model)
+    with pytest.raises(UnsupportedError, match=r"first\.weight \(float16\)"):
+        lightning_peft.merge(model, dtype=torch.float16)
+    assert_unchanged(model, before)
+    assert is_quantized(model.first)
+    lightning_peft.merge(model)
+
+
+# --- errors in the middle ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["in-place", "wrapped"])
+@pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
+def test_an_interrupt_leaves_every_layer_unmerged(
+    settings: dict, quantized: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    lightning_peft.inject(model, r=2, target_modules=["first", "second"], **settings, **quantized)
+    randomize(model)
+    expected, before = model(x), state_of(model)
+    kinds = [type(child) for child in model.modules()]
+
+    where, name = (type(model.second), "merge") if settings else (merging, "weight_sum")
+    monkeypatch.setattr(where, name, _once(getattr(where, name)))
+    with pytest.raises(KeyboardInterrupt):
+        lightning_peft.merge(model)
+    monkeypatch.undo()
+    after = model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert [type(child) for child in model.modules()] == kinds
+    assert torch.equal(model(x), expected)
+    lightning_peft.merge(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def _once(function):
+    calls = []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_what_the_body_does_to_layers_is_undone() -> None:
+    layer = nn.Linear(3, 3)
+    layer.notes = ["kept"]
+    weight, values = layer.weight, layer.weight.detach().clone()
+
+    def fails() -> None:
+        with all_or_nothing([layer]):
+            layer.weight.data.zero_()
+            layer.weight.data = torch.ones(2, 2)
+            layer.notes.append("lost")
+            layer.bias = None
+            layer.extra = nn.Linear(1, 1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert layer.weight is weight
+    assert torch.equal(layer.weight, values)
+    assert layer.notes == ["kept"]
+    assert layer.bias is not None
+    assert not hasattr(layer, "extra")
+
+
+def test_unloading_that_runs_out_of_memory_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    lightning_peft.inject(model, r=2, target_modules=["first"], quantization_config=NF4)
+    randomize(model)
+    lightning_peft.merge(model)
+    expected = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.second), "effective_weight", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lightning_peft.unload(model)
+    assert is_quantized(model.second)
+    assert torch.equal(model(x), expected)
+    lightning_peft.unload(model)
+    assert type(model.second) is nn.Linear
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_one_merged_wrapper_of_two_is_not_unloaded() -> None:
+    model = stack()
+    lightning_peft.inject(model, use_dora=True, target_modules=["first", "second"])
+    model.second.merge()
+    with pytest.raises(LifecycleError, match=r"Not merged:\n  - first"):
+        lightning_peft.unload(model)
+
+
+# --- layers that cannot be merged ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_grouped_convolution_is_refused_before_the_other_layers_change(dora: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(4, 4, 3, groups=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning_peft.inject(model, LoraConfig(target_modules=["0", "1"], r=2, use_dora=dora))
+    randomize(model)
+    x = torch.randn(2, 4, 6)
+    expected = model(x)
+    with pytest.raises(UnsupportedError, match="1 is a convolution with groups=2"):
+        lightning_peft.merge(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_lora_bias_without_a_bias_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    lightning_peft.inject(model, LoraConfig(target_modules=["0", "1"], lora_bias=True))
+    with pytest.raises(UnsupportedError, match="1 has lora_bias=True, and no bias"):
+        lightning_peft.merge(model)
+
+
+def test_memory_that_two_layers_share_without_sharing_a_parameter() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    lightning_peft.inject(model, LoraConfig(target_modules=["0", "2"]))
+    with pytest.raises(UnsupportedError, match="0 shares its weight with 1,"):
+        lightning_peft.merge(model)
+
+
+@pytest.mark.parametrize("along", [0, 1])
+def test_slices_of_one_tensor_are_merged_each_for_itself(along: int) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), torch.randn(3, 6)
+    whole = torch.randn(12, 12)
+    first, second = whole.chunk(2, along)
+    model[0].weight.data, model[1].weight.data = (
+        v.narrow(1 - along, 0, 6) for v in (first, second)
+    )
+    lightning_peft.inject(model, LoraConfig(target_modules=["0", "1"]))
+    randomize(model)
+    expected = model(x)
+    lightning_peft.merge(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = stack()
+    lightning_peft.inject(model, r=2)
+    with pytest.raises(UnsupportedError, match="first.weight is on the meta device"):
+        lightning_peft.merge(model)
+
+
+def test_adapters_that_are_switched_off_are_not_left_out() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=2)
+    with (
+        lightning_peft.disable_adapters(model),
+        pytest.raises(LifecycleError, match=r"switched off(.|\n)*- first"),
+    ):
+        lightning_peft.merge(model)
+
+
+# --- what is merged ------------------------------------------------------------------------------
+
+WRAPPED = {
+    "oft": lambda **k: OFTConfig(oft_block_size=8, **k),
+    "miss": lambda **k: MissConfig(r=8, **k),
+    "loha": lambda **k: LoHaConfig(r=4, **k),
+    "lokr": lambda **k: LoKrConfig(r=4, **k),
+    "hra": lambda **k: HRAConfig(r=4, **k),
+    "ia3": lambda **k: IA3Config(feedforward_modules=[], **k),
+    "dora": lambda **k: LoraConfig(r=4, use_dora=True, **k),
+    "lora_bias": lambda **k: LoraConfig(r=4, lora_bias=True, **k),
+}
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", WRAPPED)
+def test_wrapped_adapters_are_float32_over_any_base(method: str, base: str) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    quantized = {"nf4": NF4, "int8": INT8}.get(base)
+    if quantized is None:
+        model, x = model.to(getattr(torch, base)), x.to(getattr(torch, base))
+    lightning_peft.inject(
+        model, WRAPPED[method](target_modules=["first", "second"]), quantization_config=quantized
+    )
+    params = adapter_parameters(model)
+    assert {param.dtype for param in params.values()} == {torch.float32}
+    randomize(model)
+    with torch.no_grad():
+        for name, param in params.items():
+            if "magnitude" in name or "ia3" in name:
+                param.add_(1.0)
+    expected = model(x)
+    expected.float().pow(2).mean().backward()
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in params.values())
+    before = state_of(model)
+    report = lightning_peft.merge(model)
+    assert len(report.layers) == 2
+    tolerance = {"bfloat16": 5e-2, "float16": 1e-2}.get(base, 1e-4)
+    assert relative_error(model(x), expected) < tolerance
+    lightning_peft.unmerge(model)
+    assert relative_error(model(x), expected) < tolerance
+    if quantized is not None:
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert torch.equal(model(x), expected)
+
+
+def test_multihead_attention_is_merged_and_unloaded() -> None:
+    base, x = Attention(), torch.randn(2, 5, 12)
+    names = [name for name, _ in base.named_parameters()]
+    config = LoraConfig(target_modules=["mix", "middle"], init_lora_weights=False)
+    peft = get_peft_model(copy.deepcopy(base), config)
+    model = copy.deepcopy(base)
+    lightning_peft.inject(model, copy.deepcopy(config))
+    copy_adapter(model, peft)
+    expected = model(x)
+    assert relative_error(expected, peft(x)) < 1e-6
+    report = lightning_peft.merge(model)
+    assert [layer.name for layer in report.layers] == ["mix", "middle"]
+    assert relative_error(model(x), expected) < 1e-5
+    lightning_peft.unmerge(model)
+    assert relative_error(model(x), expected) < 1e-5
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert type(model.mix) is nn.MultiheadAttention
+    assert relative_error(model(x), expected) < 1e-5
+    assert relative_error(model(x), peft.merge_and_unload()(x)) < 1e-6
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_peft_model_runs_after_its_adapters_are_unloaded(merged: bool) -> None:
+    base, x = stack(), torch.randn(3, 96)
+    config = LoraConfig(target_modules=["first"], init_lora_weights=False)
+    holder = nn.ModuleDict({"model": get_peft_model(copy.deepcopy(base), config)})
+    lightning_peft.inject(holder)
+    expected = holder["model"](x) if merged else base(x)
+    if merged:
+        lightning_peft.merge(holder)
+    lightning_peft.unload(holder)
+    assert isinstance(holder["model"], PeftModel)
+    assert relative_error(holder["model"](x), expected) < 1e-5
+    # It can be adapted again.
+    lightning_peft.inject(holder, r=2)
+    assert relative_error(holder["model"](x), expected) < 1e-5
+
+
+def test_merging_in_inference_mode_leaves_weights_that_can_train() -> None:
+    for quantized in ({}, {"quantization_config": NF4}):
+        model, x = stack(), torch.randn(3, 96)
+        lightning_peft.inject(model, r=2, **quantized)
+        randomize(model)
+        expected = model(x)
+        with torch.inference_mode():
+            lightning_peft.merge(model)
+            lightning_peft.unload(model)
+        assert relative_error(model(x), expected) < 1e-5
+        assert not any(param.is_inference() for param in model.parameters())
+        lightning_peft.inject(model, r=2)
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
+def test_copies_of_a_merged_module_are_merged(copied, quantized: dict) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    lightning_peft.inject(model, r=2, **quantized)
+    randomize(model)
+    before = model(x)
+    lightning_peft.merge(model)
+    other = copied(model)
+    assert torch.equal(other(x), model(x))
+    assert lightning_peft.merge(other).layers == []
+    lightning_peft.unmerge(other)
+    assert relative_error(other(x), before) < 1e-6
+    assert not torch.equal(
+        other.first._parameters["weight"].float().flatten()[:9],
+        model.first._parameters["weight"].float().flatten()[:9],
+    )
+
+
+def test_adapters_with_different_targets_are_merged_where_they_are() -> None:
+    model, x = stack(), torch.randn(3, 96)
+    lightning_peft.inject(model, r=2, target_modules=["first"], adapter_name="one")
+    lightning_peft.inject(model, r=2, target_modules=["second"], adapter_name="two")
+    lightning_peft.set_adapter(model, ["one", "two"])
+    randomize(model)
+    expected = model(x)
+    assert [layer.name for layer in lightning_peft.merge(model).layers] == ["first", "second"]
+    assert relative_error(model(x), expected) < 1e-5
+    with pytest.raises(LifecycleError, match="Choosing other adapters(.|\n)*unmerge"):
+        lightning_peft.set_adapter(model, "one")
+    lightning_peft.unload(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+def test_forward_passes_through_adapted_attention_leave_the_frozen_weights_alone() -> None:
+    model = Attention().bfloat16()
+    x = torch.randn(2, 5, 12).bfloat16()
+    params = dict(model.named_parameters())
+    values = {name: param.detach().clone() for name, param in params.items()}
+    lightning_peft.inject(model, LoraConfig(target_modules=["mix"]))
+    for step in range(5):
+        randomize(model, 0.1 + step)
+        model(x).float().sum().backward()
+    now = dict(model.named_parameters())
+    for name, param in params.items():
+        inner = name.replace("mix.", "mix.base_layer.").replace("out_proj.", "out_proj.base_layer.")
+        assert now[inner] is param
+        assert torch.equal(param, values[name])
+    assert all(param.grad is not None for param in adapter_parameters(model).values())
+    lightning_peft.merge(model)
+    assert "mix.base_layer.in_proj_weight" in model.state_dict()
+    lightning_peft.unmerge(model)
+    assert all(now[name] is param for name, param in model.named_parameters())
