@@ -48,17 +48,16 @@ def outcome_of(run: Run, metrics: Metrics) -> Outcome:
         after = {name: found[-1][1] for name, found in validated.items()}
     memory = result.get("peak_memory")
     memory = memory if isinstance(memory, dict) else {}
-    latest = metrics.latest
     bytes_used = memory.get("cuda_bytes") or memory.get("process_bytes")
-    passed = run.status.updated - run.status.started
+    passed = run.status.updated - run.status.started + run.status.earlier_seconds
     return Outcome(
         before=before,
         after=after,
         steps=int(_number(result.get("steps")) or run.status.step),
         seconds=_number(result.get("seconds")) or (passed if passed > 0 else None),
         memory=_number(bytes_used)
-        or latest.get("peak_cuda_bytes")
-        or latest.get("peak_process_bytes"),
+        or metrics.most("peak_cuda_bytes")
+        or metrics.most("peak_process_bytes"),
         trainable=_whole(result.get("trainable_parameters")),
     )
 

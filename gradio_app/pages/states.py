@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 from gradio_app.guards import escaped
 from gradio_app.running.store import Run
@@ -53,11 +54,31 @@ def percent(run: Run) -> int | None:
     return min(99, int(100 * run.status.step / total))
 
 
-def left(run: Run, t: Texts) -> str:
-    """Returns in words how long a run still takes; empty where that is not known."""
-    seconds = run.status.eta_seconds
-    going = run.status.state == "running" and isinstance(seconds, (int, float))
-    return t("run.left", time=duration(seconds or 0, t)) if going else ""
+def part(run: Run, t: Texts) -> tuple[str, int | None]:
+    """Returns in words how far a phase in parts is, and in percent; nothing for other phases."""
+    found = run.status.part if run.active else None
+    if not isinstance(found, dict) or not t.has(f"run.part_{found.get('unit')}"):
+        return "", None
+    done, of = found.get("done"), found.get("of")
+    if not isinstance(done, int) or not isinstance(of, int) or not 0 <= done <= of or not of:
+        return "", None
+    # The one that is at work, until all are done.
+    words = t(f"run.part_{found['unit']}", n=min(done + 1, of), of=of)
+    return words, int(100 * done / of)
+
+
+def left(run: Run, t: Texts, now: float | None = None) -> str:
+    """Returns in words how long a run still takes; empty where that is not known.
+
+    Between two reports of the run the time goes on; where it takes longer than was thought, nothing
+    is said until it reports again.
+    """
+    status = run.status
+    if status.state != "running" or not isinstance(status.eta_seconds, (int, float)):
+        return ""
+    passed = (time.time() if now is None else now) - (status.eta_at or status.updated)
+    seconds = status.eta_seconds - max(0.0, passed)
+    return t("run.left", time=duration(seconds, t)) if seconds > 0 else ""
 
 
 def name_of(run: Run) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import PerNamespace, root_of
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -19,7 +20,8 @@ else:
 class SaveOnInterrupt(_Base, metaclass=PerNamespace):
     """On the first interrupt, ends a fit after the optimizer step that is running, and saves.
 
-    A second interrupt is an ordinary ``KeyboardInterrupt``. Outside of a fit, and in threads,
+    One that comes while the fit validates ends it there, in a single process. A second interrupt is
+    an ordinary ``KeyboardInterrupt``. Outside of a fit, and in threads,
     nothing is changed.
 
     Attributes:
@@ -77,14 +79,52 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
             trainer.save_checkpoint(_folder(trainer) / "saved.ckpt")
         if not stop or self.saved is not None:
             return
-        path = _folder(trainer) / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
-        self.saved = path
+        self._save_here(trainer)
         trainer.should_stop = True
         # Lightning would finish the least number of epochs, and validate, first.
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.fit_loop.min_epochs = 0
         trainer.limit_val_batches = 0
+
+    def _save_here(self, trainer: Any) -> None:
+        path = _folder(trainer) / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        self.saved = path
+
+    def on_validation_batch_start(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Ends the fit between two steps, if asked to."""
+        self.before_part(trainer)
+
+    def before_part(self, trainer: Any, **part: Any) -> None:
+        """Ends the fit in the middle of a validation or of its samples, if asked to.
+
+        What was validated of the rows is dropped, so that no metric of a part of them is logged.
+        With several processes, which would have to agree at each batch, the validation is finished.
+
+        Args:
+            trainer: The Trainer.
+            **part: How far it is.
+        """
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not (fitting and self._stop and trainer.world_size == 1) or self.saved is not None:
+            return
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if epoch_loop._should_accumulate():
+            return
+        # Or who resumes would validate the other rows alone.
+        epoch_loop.val_loop.batch_progress.reset()
+        self._save_here(trainer)
+        self._stop_listening()
+        # Lightning ends a fit in this way where a learning rate was looked for.
+        exceptions = import_module(f"{root_of(self)}.utilities.exceptions")
+        raise exceptions._TunerExitException()
 
     def _any(self, trainer: Any, asked: bool) -> bool:
         if trainer.world_size == 1:

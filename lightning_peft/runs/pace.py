@@ -13,11 +13,18 @@ WINDOW = 50
 
 
 class Pace:
-    """Steps, rows and tokens per second over the last steps since the start."""
+    """Steps, rows and tokens per second over the last steps since the start.
+
+    Validations are timed apart: they are not part of a step, and come more or less often.
+    """
 
     def __init__(self) -> None:
         self._marks: deque[tuple[float, int, int, int]] = deque(maxlen=WINDOW + 1)
         self.rows = self.tokens = 0
+        self._validating_since: float | None = None
+        self._validated = 0.0
+        # The last one that looked at all rows, with the samples that belong to it.
+        self._validation: float | None = None
 
     def add(self, batch: Any) -> None:
         """Counts the rows of a batch, and its tokens where it has an attention mask."""
@@ -27,7 +34,28 @@ class Pace:
 
     def step(self, number: int) -> None:
         """Marks that optimizer step ``number`` is done."""
-        self._marks.append((time.monotonic(), number, self.rows, self.tokens))
+        self._marks.append((self._training_time(), number, self.rows, self.tokens))
+
+    def validation_begins(self) -> None:
+        """Marks that a validation begins."""
+        if self._validating_since is None:
+            self._validating_since = time.monotonic()
+
+    def validation_ends(self, whole: bool = True) -> None:
+        """Marks that training begins or goes on, after a validation if there was one.
+
+        Args:
+            whole: Whether all validation rows were looked at.
+        """
+        if self._validating_since is None:
+            return
+        seconds = time.monotonic() - self._validating_since
+        self._validating_since = None
+        self._validated += seconds
+        self._validation = seconds if whole else self._validation
+
+    def _training_time(self) -> float:
+        return time.monotonic() - self._validated
 
     def rates(self) -> dict[str, float]:
         """Returns ``steps``, ``rows`` and ``tokens`` per second; empty before the second step."""
@@ -39,10 +67,24 @@ class Pace:
         rates = {n: (b - a) / seconds for n, a, b in zip(names, first[1:], last[1:], strict=True)}
         return {name: rate for name, rate in rates.items() if rate > 0}
 
-    def eta(self, steps_left: int) -> float | None:
-        """Returns the seconds that ``steps_left`` steps take at this pace."""
+    def eta(self, steps_left: int, validations_left: int = 0) -> float | None:
+        """Returns the seconds that are left, validations among them; ``None`` if not known yet.
+
+        Args:
+            steps_left: Optimizer steps that are still to be done.
+            validations_left: Validations that are still to begin. As long as none was timed, they
+                are not counted.
+        """
         steps = self.rates().get("steps")
-        return None if not steps else steps_left / steps
+        if not steps:
+            return None
+        seconds = steps_left / steps
+        if self._validation is not None:
+            seconds += validations_left * self._validation
+            if self._validating_since is not None:
+                passed = time.monotonic() - self._validating_since
+                seconds += max(0.0, self._validation - passed)
+        return seconds
 
 
 def size_of(batch: Any) -> tuple[int, int]:

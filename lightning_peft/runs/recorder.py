@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-import traceback
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +12,9 @@ import torch
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import PerNamespace
 from lightning_peft.runs.alerts import training_alert, validation_alert
-from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.machine import peak_memory
-from lightning_peft.runs.pace import Pace
-from lightning_peft.runs.provenance import digest_of, provenance
-from lightning_peft.runs.result import result
-from lightning_peft.runs.status import StatusFile
+from lightning_peft.runs.provenance import provenance
+from lightning_peft.runs.record import RunRecord, numbers
+from lightning_peft.runs.schedule import schedule_of, validation_rows
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -33,7 +27,7 @@ UPDATE_EVERY = 0.5
 SHORT_RUN = 100
 
 
-class RunRecorder(_Base, metaclass=PerNamespace):
+class RunRecorder(RunRecord, _Base, metaclass=PerNamespace):
     """Keeps the run folder of a Trainer's run up to date, from its first process.
 
     The command line adds it to every run; in Python it is
@@ -51,33 +45,6 @@ class RunRecorder(_Base, metaclass=PerNamespace):
     """
 
     lightning_base = "callbacks.Callback"
-
-    def __init__(
-        self,
-        folder: RunFolder | str | Path,
-        recipe: str = "",
-        kind: str = "fit",
-        seed: int | None = None,
-    ) -> None:
-        self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
-        self.recipe, self.kind, self.seed = recipe, kind, seed
-        self.before: dict[str, float] = {}
-        self.validations: dict[int, dict[str, float]] = {}
-        self.started = time.time()
-        self.status: StatusFile | None = None
-        self.pace = Pace()
-        # Whoever opens the record closes it; in Python that is the Trainer.
-        self._of_trainer = False
-        self._losses: list[float] = []
-        self._alerted: set[str] = set()
-        self._of_step: dict[str, float] = {}
-        self._updated = 0.0
-        self._seen_step = -1
-
-    def open(self) -> None:
-        """Begins the record: from here on the folder says that the run is alive."""
-        if self.status is None:
-            self.status = StatusFile(self.folder.status_file, self.kind)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Gives checkpoints their place in the folder."""
@@ -105,6 +72,7 @@ class RunRecorder(_Base, metaclass=PerNamespace):
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that the base is evaluated."""
+        self.pace.validation_begins()
         self.say(phase="evaluating before training")
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
@@ -120,24 +88,42 @@ class RunRecorder(_Base, metaclass=PerNamespace):
         steps = None if math.isinf(total) else int(total)
         if steps is not None and steps < SHORT_RUN:
             trainer.log_every_n_steps = 1
+        # With gradients being accumulated, batches end without a step.
+        self._seen_step = trainer.global_step
         if trainer.global_step:
             self._remember()
+        else:
+            self.say(earlier_seconds=0.0, rows=0, tokens=0)
+        self.pace.validation_ends(whole=trainer.num_sanity_val_steps == math.inf)
         self.pace.step(trainer.global_step)
         place = f" at step {trainer.global_step}" if trainer.global_step else ""
         self._event(trainer, "started", f"Training starts{place}.")
         # Whoever reads that it runs may interrupt it at once.
         for callback in self._interruptions(trainer):
             callback.listen()
-        self.say(state="running", phase="training", total_steps=steps)
+        self.say(state="running", phase="training", total_steps=steps, part=None)
 
     def _remember(self) -> None:
-        """Reads what was validated before the run was resumed."""
+        """Reads what was validated, and used, before the run was resumed."""
+        if self.status is not None:
+            known = self.status.status
+            self.pace.rows, self.pace.tokens = known.rows, known.tokens
         for row in self.folder.rows(self.folder.metrics):
+            for name in ("process_bytes", "cuda_bytes"):
+                self._peaks[name] = max(self._peaks.get(name, 0), int(row.get(f"peak_{name}", 0)))
             found = {name: value for name, value in row.items() if name.startswith("val_")}
             if found and row["step"] == 0:
                 self.before = found
             elif found:
                 self.validations[row["step"]] = found
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends a validation, of which samples and checkpoints are part."""
+        self.pace.validation_ends()
+        if self.status is not None and self.status.status.part is not None:
+            self.say(phase="training", part=None)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Notes the rate of the step and the norm of its gradients, where they will be logged."""
@@ -168,7 +154,7 @@ class RunRecorder(_Base, metaclass=PerNamespace):
             k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("train")
         }
         rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
-        memory = {f"peak_{name}": value for name, value in peak_memory().items()}
+        memory = {f"peak_{name}": value for name, value in self._peak().items()}
         self._log_metrics(trainer, {**found, **self._of_step, **rates, **memory})
         if "train_loss" in found:
             self._losses.append(found["train_loss"])
@@ -177,7 +163,45 @@ class RunRecorder(_Base, metaclass=PerNamespace):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that validation runs."""
         if not trainer.sanity_checking:
-            self.say(phase="validating")
+            self.pace.validation_begins()
+            self._report_progress(trainer, phase="validating")
+
+    def on_validation_batch_start(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Says how far a validation is, and follows what other programs ask for."""
+        known = validation_rows(trainer, dataloader_idx)
+        part = {"unit": "batches", "done": batch_idx, "of": trainer.num_val_batches}
+        if known is not None:
+            part = {"unit": "rows", "done": min(batch_idx * known[0], known[1]), "of": known[1]}
+        elif trainer.sanity_checking:
+            part["of"] = trainer.num_sanity_val_batches
+        if isinstance(part["of"], list):
+            part["of"] = part["of"][dataloader_idx]
+        self.before_part(trainer, **part)
+
+    def before_part(self, trainer: Any, unit: str, done: int, of: float) -> None:
+        """Says which part of a phase begins, and follows what other programs ask for.
+
+        Args:
+            trainer: The Trainer.
+            unit: ``"rows"``, ``"batches"`` or ``"samples"``.
+            done: How many are done.
+            of: How many there are; infinite where nobody knows.
+        """
+        if not trainer.sanity_checking:
+            self._follow_control(trainer)
+        sampling = unit == "samples"
+        if time.monotonic() - self._updated > UPDATE_EVERY or sampling:
+            total = int(of) if math.isfinite(of) else None
+            named = sampling and not trainer.sanity_checking
+            phase = {"phase": "generating samples"} if named else {}
+            self._report_progress(trainer, part={"unit": unit, "done": done, "of": total}, **phase)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the numbers of the validation."""
@@ -197,7 +221,7 @@ class RunRecorder(_Base, metaclass=PerNamespace):
             }
         losses = [row["val_loss"] for row in self.validations.values() if "val_loss" in row]
         self._alert(trainer, validation_alert(losses))
-        self._report_progress(trainer, phase="training")
+        self._report_progress(trainer, phase="training", part=None)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the numbers of the test."""
@@ -220,13 +244,6 @@ class RunRecorder(_Base, metaclass=PerNamespace):
                 self.folder.predictions, json.loads(json.dumps(content, default=_plain))
             )
 
-    def record_samples(self, trainer: Any, samples: list[Any]) -> None:
-        """Writes what the model generates at this step."""
-        if self.status is not None:
-            for place, sample in enumerate(samples):
-                row = {"step": trainer.global_step, "sample": place, **asdict(sample)}
-                self.folder.append(self.folder.samples, row)
-
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Writes the last numbers."""
         self._report_progress(trainer, phase="training is done")
@@ -235,100 +252,37 @@ class RunRecorder(_Base, metaclass=PerNamespace):
         """Says what ended the run."""
         self.fail(exception)
 
-    def fail(self, exception: BaseException) -> None:
-        """Writes down why the run ended: stopped by the user, or failed."""
-        if isinstance(exception, KeyboardInterrupt):
-            self.say(state="stopped", phase="stopped at once", eta_seconds=None)
-        elif self.status is not None:
-            content = {
-                "error": type(exception).__name__,
-                "message": str(exception),
-                "traceback": traceback.format_exception(exception),
-            }
-            self.folder.write(self.folder.error, content)
-            self.say(state="failed", phase=f"failed: {type(exception).__name__}", eta_seconds=None)
-        if self._of_trainer:
-            self.close()
-
-    def stopped(self, checkpoint: Path) -> None:
-        """Writes down that the run was stopped, and where it can go on."""
-        place = checkpoint.resolve().relative_to(self.folder.path.resolve()).as_posix()
-        self.say(state="stopped", phase="stopped and saved", checkpoint=place, eta_seconds=None)
-
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Ends the record, unless it was begun by another than the Trainer."""
         if self._of_trainer and self.status is not None:
-            self.finish(trainer, pl_module, numbers(trainer.callback_metrics))
+            saved = next((one.saved for one in self._interruptions(trainer) if one.saved), None)
+            if saved is not None:
+                self.stopped(saved)
+            else:
+                self.finish(trainer, pl_module, numbers(trainer.callback_metrics))
             self.close()
-
-    def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
-        """Writes the result of the run, and returns it.
-
-        Args:
-            trainer: The Trainer.
-            module: The LightningModule.
-            after: Metrics after training, of the checkpoint that is recommended.
-        """
-        known = {
-            "run": self.folder.path.name,
-            "kind": self.kind,
-            "before": self.before,
-            "after": after,
-            "rows": self.pace.rows,
-            "tokens": self.pace.tokens,
-            "seconds": round(time.time() - self.started, 1),
-            "seed": self.seed,
-            "recipe_sha256": digest_of(self.recipe),
-        }
-        record = result(trainer, module, known)
-        self.folder.write(self.folder.result, record)
-        self.say(state="finished", phase="finished", checkpoint=self._newest(), eta_seconds=None)
-        return record
-
-    def close(self) -> None:
-        """Ends the heartbeat."""
-        if self.status is not None:
-            self.status.close()
-            self.status = None
 
     def _report_progress(self, trainer: Any, **changes: Any) -> None:
         if self.status is None:
             return
         self._updated = time.monotonic()
         step, total = trainer.global_step, self.status.status.total_steps
-        eta = None if total is None else self.pace.eta(max(0, total - step))
+        eta = None
+        if total is not None:
+            schedule = schedule_of(trainer)
+            more = schedule.until(total) - schedule.until(step) if schedule is not None else 0
+            eta = self.pace.eta(max(0, total - step), more)
         self.say(
             step=step,
             epoch=trainer.current_epoch,
             steps_per_second=self.pace.rates().get("steps"),
             eta_seconds=eta,
+            eta_at=time.time(),
+            rows=self.pace.rows,
+            tokens=self.pace.tokens,
             checkpoint=self._newest(),
             **changes,
         )
-
-    def _newest(self) -> str | None:
-        found = self.folder.newest_checkpoint()
-        return None if found is None else found.relative_to(self.folder.path).as_posix()
-
-    def say(self, **changes: Any) -> None:
-        """Changes fields of the status, on the process that keeps the record."""
-        if self.status is not None:
-            self.status.update(**changes)
-
-    def _log_metrics(self, trainer: Any, values: dict[str, Any]) -> None:
-        if self.status is not None and values:
-            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
-            self.folder.append(self.folder.metrics, {**place, **values, "time": time.time()})
-
-    def _event(self, trainer: Any, kind: str, text: str, **more: Any) -> None:
-        if self.status is not None:
-            row = {"step": trainer.global_step, "kind": kind, "text": text, "time": time.time()}
-            self.folder.append(self.folder.events, {**row, **more})
-
-    def _alert(self, trainer: Any, alert: Any) -> None:
-        if alert is not None and alert.kind not in self._alerted:
-            self._alerted.add(alert.kind)
-            self._event(trainer, alert.kind, alert.text, alert=dict(alert.seen))
 
     def _follow_control(self, trainer: Any) -> None:
         """Passes on what another program asks for in ``control.json``: stop, or save now."""
@@ -346,16 +300,6 @@ class RunRecorder(_Base, metaclass=PerNamespace):
 
     def _interruptions(self, trainer: Any) -> list[Any]:
         return [one for one in trainer.callbacks if isinstance(one, SaveOnInterrupt)]
-
-
-def numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Returns the metrics that are single numbers, as such."""
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if isinstance(value, (int, float))
-        or (isinstance(value, torch.Tensor) and value.numel() == 1)
-    }
 
 
 def _plain(value: Any) -> Any:

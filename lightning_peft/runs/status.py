@@ -31,7 +31,13 @@ class Status:
         total_steps: Optimizer steps in all, where that is known.
         epoch: Number of the epoch, from 0.
         steps_per_second: Over the last steps since the run was started or resumed.
-        eta_seconds: What is left at that pace.
+        eta_seconds: What was left at that pace, validations included, at ``eta_at``.
+        eta_at: When that was.
+        part: How far a phase in parts is: ``{"unit": "rows", "done": 8, "of": 17}``; the units are
+            ``"rows"``, ``"batches"`` and ``"samples"``.
+        earlier_seconds: How long the sessions before this one took, of a run that was resumed.
+        rows: Rows trained on, over all sessions.
+        tokens: Tokens of these rows, where batches have an attention mask.
         checkpoint: The newest checkpoint, relative to the run folder.
         pid: Process of the run.
         process_started: When that process was created: a process id is used again.
@@ -47,6 +53,11 @@ class Status:
     epoch: int = 0
     steps_per_second: float | None = None
     eta_seconds: float | None = None
+    eta_at: float | None = None
+    part: dict[str, Any] | None = None
+    earlier_seconds: float = 0.0
+    rows: int = 0
+    tokens: int = 0
     checkpoint: str | None = None
     pid: int = 0
     process_started: float = 0.0
@@ -77,6 +88,15 @@ def read_status(path: Path) -> Status | None:
     return status
 
 
+def _before(path: Path, kind: str) -> Status:
+    """Returns what the session before has written; a new status where there is none like it."""
+    try:
+        found = read_status(path)
+    except (ValueError, TypeError, AttributeError, OSError):
+        found = None
+    return found if found is not None and found.kind == kind == "fit" else Status()
+
+
 def is_alive(status: Status) -> bool:
     """Says whether the process that wrote ``status`` is still that process, and not a zombie."""
     try:
@@ -100,12 +120,17 @@ class StatusFile:
         self.path = path
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        before = _before(path, kind)
         process = psutil.Process()
         self.status = Status(
             kind=kind,
             pid=process.pid,
             process_started=process.create_time(),
             started=time.time(),
+            # As of a run that goes on; one that begins again in the folder forgets it.
+            earlier_seconds=before.earlier_seconds + max(0.0, before.updated - before.started),
+            rows=before.rows,
+            tokens=before.tokens,
         )
         self.update()
         self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True)

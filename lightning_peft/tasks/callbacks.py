@@ -201,9 +201,16 @@ class LogSamples(_Callback, metaclass=PerNamespace):
         rows = trainer.datamodule.read().splits.get("validation")
         if rows is None:
             return
-        first = [rows[place] for place in range(min(self.count, len(rows)))]
-        with trainer.precision_plugin.forward_context():
-            samples = pl_module.generate_samples(first, self.max_new_tokens)
+        samples: list[GeneratedSample] = []
+        count = min(self.count, len(rows))
+        for place in range(count):
+            for callback in trainer.callbacks:
+                before = getattr(callback, "before_part", None)
+                if before is not None:
+                    before(trainer, unit="samples", done=place, of=count)
+            # One by one: each may take long, and whoever wants to stop does not wait for all.
+            with trainer.precision_plugin.forward_context():
+                samples += pl_module.generate_samples([rows[place]], self.max_new_tokens)
         if trainer.is_global_zero:
             self._log(trainer, samples)
 

@@ -1,15 +1,18 @@
-"""Curves as they are drawn, and what is said of a run whose numbers got worse."""
+"""Curves as they are drawn, and what is said of a run: worse than its base, how far, how long."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
+from gradio_app.comparing.outcomes import outcome_of
 from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
+from gradio_app.pages.states import left, part
 from gradio_app.running.metrics import Metrics
 from gradio_app.running.store import RunStore
 from gradio_app.running.verdict import ended_worse, got_worse
@@ -104,3 +107,33 @@ def test_without_validation_the_training_loss_says_it(run):
     for language, words in (("en", "above its start"), ("de", "über dem Anfang")):
         assert words in live_html.numbers(bad, Texts(language))
         assert words in live_html.summary(bad, Texts(language))
+
+
+def at_work(run, **status):
+    known = {"state": "running", "phase": "validating", "step": 4, "total_steps": 9, **status}
+    return replace(run, status=replace(run.status, **known))
+
+
+def test_time_goes_on_between_two_reports_and_a_validation_says_its_row(run):
+    t = Texts()
+    busy = at_work(run, eta_seconds=130.0, eta_at=1_000.0, updated=1_060.0)
+    assert [left(busy, t, now) for now in (1_000, 1_100, 1_131)] == ["2 min left", "30 s left", ""]
+    rows = {"unit": "rows", "done": 8, "of": 17}
+    busy = at_work(run, part=rows)
+    assert part(busy, t) == ("row 9 of 17", 47)
+    assert part(busy, Texts("de"))[0] == "Zeile 9 von 17"
+    assert part(at_work(run, part={**rows, "done": 17}), t) == ("row 17 of 17", 100)
+    assert part(at_work(run, part={**rows, "unit": "samples"}), t)[0] == "sample 9 of 17"
+    for strange in (None, [], {}, {**rows, "of": None}, {**rows, "unit": "<b>"}, {**rows, "of": 0}):
+        assert part(at_work(run, part=strange), t) == ("", None)
+    assert part(at_work(run, part=rows, state="stopped"), t) == ("", None)
+
+
+def test_memory_and_time_are_of_all_sessions(run):
+    for step, most in ((1, 2_600_000_000), (2, 2_300_000_000)):
+        run.folder.append(run.folder.metrics, {"step": step, "peak_process_bytes": most})
+    metrics = Metrics(run.folder.metrics).refresh()
+    assert "2.6 GB" in live_html.numbers(metrics, Texts())
+    twice = at_work(run, started=100.0, updated=160.0, earlier_seconds=400.0)
+    outcome = outcome_of(twice, metrics)
+    assert (outcome.seconds, outcome.memory) == (460.0, 2_600_000_000)

@@ -35,3 +35,32 @@ def test_rates_and_what_is_left(monkeypatch):
         measured.step(step)
     assert measured.rates() == {"steps": 0.5, "rows": 1.5, "tokens": 7.5}
     assert measured.eta(5) == 10
+
+
+def test_validations_are_timed_apart_from_steps_and_counted(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    measured = Pace()
+    measured.validation_begins()
+    now[0] = 30.0
+    measured.validation_ends(whole=False)
+    # Two seconds a step, and a validation of a minute between.
+    for step in (0, 1):
+        measured.step(step)
+        now[0] += 2.0
+    # As long as no whole validation was timed, none is counted.
+    assert measured.eta(10, 3) == 20
+    measured.step(2)
+    measured.validation_begins()
+    now[0] += 60.0
+    measured.validation_ends()
+    now[0] += 2.0
+    measured.step(3)
+    assert measured.rates()["steps"] == 0.5
+    assert measured.eta(10, 3) == 20 + 3 * 60
+    # In the middle of the next one, what is left of it counts.
+    measured.validation_begins()
+    now[0] += 15.0
+    assert measured.eta(10, 2) == 20 + 2 * 60 + 45
+    now[0] += 600.0
+    assert measured.eta(10, 2) == 20 + 2 * 60

@@ -8,7 +8,7 @@ from typing import Any
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.pages.states import badge, left, name_of, percent, phase
+from gradio_app.pages.states import badge, left, name_of, part, percent, phase
 from gradio_app.running.failures import failure_of, report
 from gradio_app.running.local import GRACE_SECONDS
 from gradio_app.running.metrics import MetricsCache
@@ -50,14 +50,16 @@ class Head:
 
     def _state(self, run: Run) -> str:
         t, status = self.t, run.status
-        words = phase(run, t)
+        words = ", ".join(filter(None, [phase(run, t), part(run, t)[0]]))
         if run.waiting:
             place = self.studio.line.place(run)
             words = t("run.place", place=place or 1, all=len(self.studio.line.order()))
         elif status.state == "queued":
             words = t("run.not_started")
         elif status.state in ("stopped", "crashed", "failed") and status.step:
-            words = t(f"run.{status.state}_at", step=status.step)
+            at_once = status.phase == "stopped at once"
+            name = "stopped_at_once" if at_once else f"{status.state}_at"
+            words = t(f"run.{name}", step=status.step)
         elif status.state == "finished":
             words = self._outcome(run)
         return f'<p class="state" role="status">{badge(run, t)} <span>{escaped(words)}</span></p>'
@@ -94,6 +96,9 @@ class Head:
         elif left(run, t):
             facts.append(left(run, t))
         kind: str = "unknown" if done is None and run.active else status.state
+        share = part(run, t)[1]
+        if kind == "unknown" and share is not None:
+            kind, done, shown = status.state, share, share
         if ended_worse(run):
             kind = "worse"
         news = escaped(f"{title} - {run.name}")

@@ -1,0 +1,158 @@
+"""The record of a run as it is written: status, numbers, samples, alerts, and how it ended."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.machine import peak_memory
+from lightning_peft.runs.pace import Pace
+from lightning_peft.runs.provenance import digest_of
+from lightning_peft.runs.result import result
+from lightning_peft.runs.status import StatusFile
+
+
+class RunRecord:
+    """What a run leaves in its folder; the arguments are those of the recorder.
+
+    Attributes:
+        before: Metrics of the first validation, before training: what the base can do.
+        validations: Metrics of each validation while training, by optimizer step.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder | str | Path,
+        recipe: str = "",
+        kind: str = "fit",
+        seed: int | None = None,
+    ) -> None:
+        self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
+        self.recipe, self.kind, self.seed = recipe, kind, seed
+        self.before: dict[str, float] = {}
+        self.validations: dict[int, dict[str, float]] = {}
+        self.started = time.time()
+        self.status: StatusFile | None = None
+        self.pace = Pace()
+        # Whoever opens the record closes it; in Python that is the Trainer.
+        self._of_trainer = False
+        self._losses: list[float] = []
+        self._alerted: set[str] = set()
+        self._of_step: dict[str, float] = {}
+        self._updated = 0.0
+        self._seen_step = -1
+        self._peaks: dict[str, int] = {}
+
+    def open(self) -> None:
+        """Begins the record: from here on the folder says that the run is alive."""
+        if self.status is None:
+            self.status = StatusFile(self.folder.status_file, self.kind)
+
+    def say(self, **changes: Any) -> None:
+        """Changes fields of the status, on the process that keeps the record."""
+        if self.status is not None:
+            self.status.update(**changes)
+
+    def record_samples(self, trainer: Any, samples: list[Any]) -> None:
+        """Writes what the model generates at this step."""
+        if self.status is not None:
+            for place, sample in enumerate(samples):
+                row = {"step": trainer.global_step, "sample": place, **asdict(sample)}
+                self.folder.append(self.folder.samples, row)
+
+    def fail(self, exception: BaseException) -> None:
+        """Writes down why the run ended: stopped by the user, or failed."""
+        if isinstance(exception, KeyboardInterrupt):
+            self.say(state="stopped", phase="stopped at once", part=None, eta_seconds=None)
+        elif self.status is not None:
+            content = {
+                "error": type(exception).__name__,
+                "message": str(exception),
+                "traceback": traceback.format_exception(exception),
+            }
+            self.folder.write(self.folder.error, content)
+            name = type(exception).__name__
+            self.say(state="failed", phase=f"failed: {name}", part=None, eta_seconds=None)
+        if self._of_trainer:
+            self.close()
+
+    def stopped(self, checkpoint: Path) -> None:
+        """Writes down that the run was stopped, and where it can go on."""
+        place = checkpoint.resolve().relative_to(self.folder.path.resolve()).as_posix()
+        ended = {"state": "stopped", "phase": "stopped and saved", "part": None}
+        self.say(**ended, checkpoint=place, eta_seconds=None)
+
+    def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
+        """Writes the result of the run, and returns it.
+
+        Args:
+            trainer: The Trainer.
+            module: The LightningModule.
+            after: Metrics after training, of the checkpoint that is recommended.
+        """
+        known = {
+            "run": self.folder.path.name,
+            "kind": self.kind,
+            "before": self.before,
+            "after": after,
+            "rows": self.pace.rows,
+            "tokens": self.pace.tokens,
+            "seconds": round(self._earlier_seconds + time.time() - self.started, 1),
+            "seed": self.seed,
+            "recipe_sha256": digest_of(self.recipe),
+        }
+        record = result(trainer, module, known) | {"peak_memory": self._peak()}
+        self.folder.write(self.folder.result, record)
+        newest = self._newest()
+        self.say(state="finished", phase="finished", checkpoint=newest, part=None, eta_seconds=None)
+        return record
+
+    def close(self) -> None:
+        """Ends the heartbeat."""
+        if self.status is not None:
+            self.status.close()
+            self.status = None
+
+    @property
+    def _earlier_seconds(self) -> float:
+        return self.status.status.earlier_seconds if self.status is not None else 0.0
+
+    def _peak(self) -> dict[str, int]:
+        """Returns the most memory in use, over all sessions of the run."""
+        here = peak_memory()
+        return {name: max(most, self._peaks.get(name, 0)) for name, most in here.items()}
+
+    def _newest(self) -> str | None:
+        found = self.folder.newest_checkpoint()
+        return None if found is None else found.relative_to(self.folder.path).as_posix()
+
+    def _log_metrics(self, trainer: Any, values: dict[str, Any]) -> None:
+        if self.status is not None and values:
+            place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+            self.folder.append(self.folder.metrics, {**place, **values, "time": time.time()})
+
+    def _event(self, trainer: Any, kind: str, text: str, **more: Any) -> None:
+        if self.status is not None:
+            row = {"step": trainer.global_step, "kind": kind, "text": text, "time": time.time()}
+            self.folder.append(self.folder.events, {**row, **more})
+
+    def _alert(self, trainer: Any, alert: Any) -> None:
+        if alert is not None and alert.kind not in self._alerted:
+            self._alerted.add(alert.kind)
+            self._event(trainer, alert.kind, alert.text, alert=dict(alert.seen))
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Returns the metrics that are single numbers, as such."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, (int, float))
+        or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    }

@@ -1,0 +1,66 @@
+"""When a run validates: how many validations are still to come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When validations come.
+
+    Attributes:
+        batches: Training batches of an epoch.
+        accumulated: Batches of an optimizer step.
+        every: Batches between two validations; ``None`` for one at the end of an epoch.
+        epochs: Validations come in every so many epochs; ``None`` where batches are counted over
+            the ends of epochs.
+    """
+
+    batches: int
+    accumulated: int = 1
+    every: int | None = None
+    epochs: int | None = 1
+
+    def until(self, step: int) -> int:
+        """Returns how many validations there are until optimizer step ``step``, with its own."""
+        steps = math.ceil(self.batches / self.accumulated)
+        whole, rest = divmod(step, steps)
+        batches = min(rest * self.accumulated, self.batches)
+        every = self.every or self.batches
+        if self.epochs is None:
+            return (whole * self.batches + batches) // every
+        found = whole // self.epochs * (self.batches // every)
+        return found + (batches // every if (whole + 1) % self.epochs == 0 else 0)
+
+
+def schedule_of(trainer: Any) -> Schedule | None:
+    """Returns when a Trainer validates; ``None`` if it does not, or that cannot be known."""
+    batches, every = trainer.num_training_batches, trainer.val_check_batch
+    # Before the first validation Lightning need not have counted its batches.
+    known = trainer.num_val_batches
+    validates = sum(known) if known else trainer.enable_validation
+    if not validates or not isinstance(batches, int) or not batches:
+        return None
+    if isinstance(every, float) and math.isinf(every):
+        every = None
+    elif not isinstance(every, int):
+        return None
+    epochs = trainer.check_val_every_n_epoch
+    return Schedule(batches, trainer.accumulate_grad_batches, every, epochs)
+
+
+def validation_rows(trainer: Any, dataloader_idx: int = 0) -> tuple[int, int] | None:
+    """Returns rows of a batch and of all of a validation loader; ``None`` where not known."""
+    loaders = trainer.val_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, (list, tuple)) else loaders
+    try:
+        batches, size = len(loader), loader.batch_size
+        rows = len(loader.dataset)
+    except (AttributeError, TypeError):
+        return None
+    # Fewer where the Trainer limits them, or processes share them.
+    whole = sum(trainer.num_val_batches) == batches and trainer.world_size == 1
+    return (int(size), rows) if whole and isinstance(size, int) else None
