@@ -192,14 +192,23 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
             what = "answers" if "answers" in train else "rows"
             line += f"; the end token in {train['ends_trained']:,} of {train[what]:,} {what}"
         lines.append(line)
-    if numbers["columns_unused"]:
-        lines.append(f"not read  columns {', '.join(numbers['columns_unused'])}")
+    for key in numbers["keys_unused"]:
+        where = "; ".join(
+            f"rows {rows}" + (f" of {file}" if len(key["rows"]) > 1 else "")
+            for file, rows in key["rows"].items()
+        )
+        lines.append(f"not used  {key['key']} ({where})")
     if numbers["files_left_out"]:
         lines.append(f"not read  files {', '.join(numbers['files_left_out'])}")
     if train.get("ends_added"):
         lines.append(
             f"note      the end token was added to {train['ends_added']:,} rows: what is written "
             "ends without one"
+        )
+    if train.get("further_parts"):
+        lines.append(
+            f"note      {train['further_parts']:,} rows are further parts of others: pieces of a "
+            "long text, or answers that the template asks for with other turns before them"
         )
     if train["duplicates"]:
         lines.append(f"note      {train['duplicates']:,} duplicates are kept")

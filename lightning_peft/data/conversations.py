@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_peft.data.samples import (
-    Message,
-    RowProblems,
-    Sample,
-    all_of,
-    shortened,
-    texts,
-)
-
-_ROLES = {
-    **{role: role for role in ("system", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "developer": "system", "observation": "tool"},
-}
+from lightning_peft.data.row_keys import is_turn
+from lightning_peft.data.samples import Message, RowProblems, Sample, all_of, shortened, texts
+from lightning_peft.data.template_context import read_context
+from lightning_peft.data.thoughts import THOUGHTS
+from lightning_peft.data.tool_calls import is_empty, parsed
+from lightning_peft.data.turns import read_turn
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
@@ -26,47 +19,25 @@ def _system(fields: Mapping[str, Any]) -> list[Message]:
     return [{"role": "system", "content": texts(fields, ["system"])[0]}]
 
 
-def _messages(turns: Any, name: str = "messages") -> list[Message]:
+def _messages(turns: Any, name: str, unused: list[str]) -> list[Message]:
+    """Returns turns; keys in them that nothing reads are added to ``unused``."""
+    # Tables hold them as JSON text.
+    turns = parsed(turns)
     if not isinstance(turns, list) or not turns:
         what = "no" if turns is None else "an empty" if turns == [] else "no list in"
         raise RowProblems([("missing", f"has {what} {name}")])
     found, problems = [], []
     for place, turn in enumerate(turns, start=1):
         try:
-            found.append(_message(turn, f"turn {place} of {name}"))
+            message, ignored = read_turn(turn, f"turn {place} of {name}")
         except RowProblems as error:
             problems += error.problems
+        else:
+            found.append(message)
+            unused += [f"{name}[].{key}" for key in ignored]
     if problems:
         raise RowProblems(problems)
     return found
-
-
-def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowProblems([("missing", f"{place} is {shortened(turn)}, not an object")])
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or role not in _ROLES:
-        known = ", ".join(_ROLES)
-        raise RowProblems([("roles", f"{place} has the role {shortened(role)}; roles are {known}")])
-    calls = turn.get("tool_calls")
-    if isinstance(content, list):
-        content = _joined(content, place)
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        raise RowProblems([("missing", f"{place} ({role}) has no text as content")])
-    if not content.strip() and not calls:
-        raise RowProblems([("missing", f"{place} ({role}) is empty")])
-    extra = {key: turn[key] for key in ("tool_calls", "name", "tool_call_id") if turn.get(key)}
-    return {"role": _ROLES[role], "content": content, **extra}
-
-
-def _joined(parts: list[Any], place: str) -> str:
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise RowProblems(
-            [("missing", f"{place} holds parts that are not text: {shortened(parts)}")]
-        )
-    return "".join(part["text"] for part in parts)
 
 
 def order_problems(messages: Sequence[Message]) -> list[tuple[str, str]]:
@@ -98,25 +69,82 @@ def _conversation(messages: list[Message]) -> list[Message]:
 
 def parse_messages(fields: Mapping[str, Any]) -> Sample:
     """Returns the turns of a row in ChatML or ShareGPT."""
-    turns = _messages(fields.get("messages"))
-    head = _system(fields) if turns[0]["role"] != "system" else []
-    return Sample(_conversation(head + turns))
+    unused: list[str] = []
+    turns, system, context = all_of(
+        lambda: _messages(fields.get("messages"), "messages", unused),
+        lambda: _system(fields),
+        lambda: read_context(fields),
+    )
+    if system and turns[0]["role"] == "system":
+        if turns[0]["content"].strip() != system[0]["content"].strip():
+            problem = "has one text as system and another in the system turn of its messages"
+            raise RowProblems([("roles", problem)])
+        system = []
+    return _sample(_conversation(system + turns), context, unused)
 
 
-def _turns(value: Any, role: str, name: str) -> list[Message]:
-    if isinstance(value, list):
-        return _messages(value, name)
+def _sample(
+    messages: list[Message],
+    context: dict[str, Any],
+    unused: list[str],
+    rejected: list[Message] | None = None,
+) -> Sample:
+    return Sample(messages, rejected or [], context=context, unused=tuple(dict.fromkeys(unused)))
+
+
+def _turns(value: Any, role: str, name: str, unused: list[str]) -> list[Message]:
+    found = parsed(value)
+    if is_turn(found):
+        found = [found]
+    # A text that is a JSON list of something else stays a text.
+    if isinstance(found, list) and (found is value or (found and all(map(is_turn, found)))):
+        return _messages(found, name, unused)
     return [{"role": role, "content": texts({name: value}, [name])[0]}]
+
+
+def _history(value: Any) -> list[Message]:
+    """Returns earlier questions and answers, as Alpaca data has them."""
+    found = parsed(value)
+    if is_empty(found):
+        return []
+    pairs = isinstance(found, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
+        for pair in found
+    )
+    if not pairs:
+        problem = f"has {shortened(value)} as history, not a list of questions with their answers"
+        raise RowProblems([("missing", problem)])
+    roles = ("user", "assistant")
+    return [
+        {"role": r, "content": text} for pair in found for r, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _thinking(answer: list[Message], value: Any) -> list[Message]:
+    """Returns an answer with the thoughts of a column of their own."""
+    if is_empty(value):
+        return answer
+    if not isinstance(value, str):
+        raise RowProblems([("thoughts", f"has {shortened(value)} as reasoning, not text")])
+    last = answer[-1]
+    if last.get(THOUGHTS[0], value) != value:
+        raise RowProblems([("thoughts", "has other thoughts in its answer than in reasoning")])
+    return [*answer[:-1], {**last, THOUGHTS[0]: value}]
 
 
 def parse_pair(fields: Mapping[str, Any]) -> Sample:
     """Returns a prompt and its completion as turns."""
-    system, prompt, completion = all_of(
+    unused: list[str] = []
+    system, history, prompt, completion, context = all_of(
         lambda: _system(fields),
-        lambda: _turns(fields.get("prompt"), "user", "prompt"),
-        lambda: _turns(fields.get("completion"), "assistant", "completion"),
+        lambda: _history(fields.get("history")),
+        lambda: _turns(fields.get("prompt"), "user", "prompt", unused),
+        lambda: _turns(fields.get("completion"), "assistant", "completion", unused),
+        lambda: read_context(fields),
     )
-    return Sample(_conversation(system + prompt + completion))
+    completion = _thinking(completion, fields.get("reasoning"))
+    turns = _conversation([*system, *history, *prompt, *completion])
+    return _sample(turns, context, unused)
 
 
 def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
@@ -124,26 +152,34 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
         raise RowProblems([("missing", f"has a {type(given).__name__} as input, not text")])
-    system, (instruction,), (output,) = all_of(
+    system, history, (instruction,), (output,), context = all_of(
         lambda: _system(fields),
-        lambda: _turns(fields.get("instruction"), "user", "instruction"),
-        lambda: _turns(fields.get("output"), "assistant", "output"),
+        lambda: _history(fields.get("history")),
+        lambda: texts(fields, ["instruction"]),
+        lambda: texts(fields, ["output"]),
+        lambda: read_context(fields),
     )
-    if given and given.strip():
-        instruction = {"role": "user", "content": f"{instruction['content']}\n\n{given}"}
-    return Sample([*system, instruction, output])
+    asked = f"{instruction}\n\n{given}" if given and given.strip() else instruction
+    answer = _thinking([{"role": "assistant", "content": output}], fields.get("reasoning"))
+    return _sample([*system, *history, {"role": "user", "content": asked}, *answer], context, [])
 
 
 def parse_preference(fields: Mapping[str, Any]) -> Sample:
     """Returns the turns with the chosen and with the rejected answer."""
-    system, prompt, chosen, rejected = all_of(
+    unused: list[str] = []
+    # Without a prompt of their own, the answers belong to the conversation next to them.
+    asked = fields.get("prompt") or fields.get("messages")
+    system, prompt, chosen, rejected, context = all_of(
         lambda: _system(fields),
-        lambda: _turns(fields["prompt"], "user", "prompt") if fields.get("prompt") else [],
-        lambda: _turns(fields.get("chosen"), "assistant", "chosen"),
-        lambda: _turns(fields.get("rejected"), "assistant", "rejected"),
+        lambda: _turns(asked, "user", "prompt", unused) if asked else [],
+        lambda: _turns(fields.get("chosen"), "assistant", "chosen", unused),
+        lambda: _turns(fields.get("rejected"), "assistant", "rejected", unused),
+        lambda: read_context(fields),
     )
     if chosen[0]["role"] in ("system", "user"):
         # The answers hold the prompt as well, as in UltraFeedback.
+        if fields.get("prompt"):
+            _check_inside(prompt, chosen)
         prompt = []
     if chosen == rejected:
         raise RowProblems([("preference", "has the same text as chosen and rejected")])
@@ -153,9 +189,18 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
         )
     if not prompt and len(chosen) == 1:
         # Whole texts without turns: nothing says where the prompt ends.
-        return Sample([*system, *chosen], [*system, *rejected])
+        return _sample([*system, *chosen], context, unused, [*system, *rejected])
     head = [*system, *prompt]
-    return Sample(_conversation([*head, *chosen]), _conversation([*head, *rejected]))
+    both = [_conversation([*head, *chosen]), _conversation([*head, *rejected])]
+    return _sample(both[0], context, unused, both[1])
+
+
+def _check_inside(prompt: list[Message], answer: list[Message]) -> None:
+    said = [turn["content"].strip() for turn in answer[:-1]]
+    if prompt[-1]["content"].strip() not in said:
+        shown = shortened(prompt[-1]["content"])
+        problem = f"has the prompt {shown}, and answers that begin with other turns"
+        raise RowProblems([("preference", problem)])
 
 
 def parse_source(fields: Mapping[str, Any]) -> Sample:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from jinja2 import TemplateError
-
+from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
+from lightning_peft.data.rendering import Rendering
 from lightning_peft.data.samples import Message, Sample
+from lightning_peft.data.template_context import reserved
 from lightning_peft.data.templates import Template
+from lightning_peft.data.thoughts import Reasoning, bodies
+from lightning_peft.data.turn_keys import TurnKeys
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, near_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
-LossOn = Literal["assistant", "completion"]
 OverLong = Literal["error", "truncate", "split"]
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,13 @@ class Encoder:
         max_length: Longest row in tokens.
         loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one.
         over_long: What happens to longer rows: refuse, cut the end off, or (plain text) split.
+        reasoning: What becomes of thoughts in answers: ``"train"`` learns them, ``"mask"`` leaves
+            them in the text without learning them, ``"strip"`` takes them out.
+        variables: Values for variables of the template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        ConfigError: If the tokenizer has no end-of-sequence token.
+        ConfigError: If the tokenizer has no end-of-sequence token, or the template does not read
+            one of ``variables``.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class Encoder:
         max_length: int,
         loss_on: LossOn,
         over_long: OverLong,
+        reasoning: Reasoning = "train",
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -73,24 +80,55 @@ class Encoder:
         self.end: int = tokenizer.eos_token_id
         self.template = template
         self.max_length = max_length
-        self.loss_on = loss_on
         self.over_long = over_long
         self._marks = special_tokens(tokenizer)
+        if template is None:
+            _check_variables(variables or {}, "plain text", frozenset())
+            return
+        self._rendering = Rendering(tokenizer, template, variables)
+        _check_variables(
+            variables or {}, f"the chat template {template.name}", self._rendering.variables
+        )
+        self._texts = ConversationText(self._rendering, loss_on, reasoning)
+        self._keys = TurnKeys(self._texts)
+
+    @property
+    def variables(self) -> frozenset[str] | None:
+        """Names that the chat template reads next to the turns; ``None`` for plain text."""
+        return None if self.template is None else self._rendering.variables
 
     def encode(self, sample: Sample) -> list[Encoded]:
-        """Returns the row that ``sample`` becomes, or several where a long text is split.
+        """Returns the row that ``sample`` becomes.
+
+        Several, where a long text is split, or where the template writes earlier turns in another
+        way than it asks for them: each answer is learnt as it is generated.
 
         Raises:
             EncodingProblem: If it cannot be trained on as it is.
         """
         if sample.text is not None:
             return self._text(sample.text)
-        ids, spans = self._conversation(sample.messages)
-        if self.loss_on == "completion":
-            spans = spans[-1:]
-        row = self._label(ids, spans)
-        self._check_shares(row)
-        return [self._fit(row)]
+        turns = self._texts.turns(sample.messages, sample.context)
+        self._check_marks(turns, sample.context)
+        rows = []
+        for ids, spans, hidden in self._conversation(turns, sample.context):
+            row = self._label(ids, spans)
+            for first, last in hidden:
+                row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
+            self._check_shares(row)
+            rows.append(self._fit(row))
+        return rows
+
+    def unused(self, sample: Sample) -> list[str]:
+        """Returns the keys of turns that change nothing of what is encoded.
+
+        Raises:
+            EncodingProblem: If a key would change what is learnt, and the template writes none of
+                it.
+        """
+        if sample.text is not None:
+            return []
+        return self._keys.unused(sample.messages, sample.context)
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
         # Not verbose: long rows are counted here, and told with their numbers.
@@ -111,94 +149,105 @@ class Encoder:
             return [Encoded(piece, [IGNORED, *piece[1:]], 0, added) for piece in pieces]
         return [self._fit(Encoded(ids, [IGNORED, *ids[1:]], 0, added))]
 
-    def _conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
+    def _check_marks(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
         assert self.template is not None
-        if self.template.name != "raw" and self._marks is not None:
-            for message in messages:
-                found = self._marks.search(message["content"])
+        if self.template.name == "raw" or self._marks is None:
+            return
+        for what, value in [*((f"{turn['role']} turn", turn) for turn in turns), *context.items()]:
+            for text in _strings(value):
+                found = self._marks.search(text)
                 if found:
                     raise EncodingProblem(
                         "control",
-                        f"has the special token {found[0]!r} inside the text of its "
-                        f"{message['role']} turn",
+                        f"has the special token {found[0]!r} inside the text of its {what}",
                     )
-        if self.template.marks_answers:
-            return self._marked(messages)
-        return self._by_prefixes(messages)
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+    def _conversation(
+        self, turns: list[Message], context: Mapping[str, Any]
+    ) -> Iterator[tuple[list[int], list[Span], list[Span]]]:
+        """Yields the tokens of each text, with its answers and what of them is not learnt."""
         assert self.template is not None
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.template.text, **options
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise EncodingProblem(
-                "template", f"is refused by the chat template {self.template.name}: {error}"
-            ) from error
+        plain = not any("train" in turn or bodies(turn) for turn in turns)
+        if self.template.marks_answers and plain:
+            ids, mask = self._masked(turns, context)
+            spans = _runs(mask, 0, len(mask))
+            asked = self._texts.trained(turns)
+            answers = sum(turn["role"] == "assistant" for turn in turns)
+            if len(asked) == answers or len(spans) == answers:
+                yield ids, spans[-len(asked) :] if len(asked) < answers else spans, []
+                return
+        for part in self._texts.parts(turns, context):
+            yield self._part(self._texts.with_thoughts(part, context), context)
 
-    def _marked(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
-        found = self._apply(
-            messages,
+    def _part(
+        self, part: Part, context: Mapping[str, Any]
+    ) -> tuple[list[int], list[Span], list[Span]]:
+        assert self.template is not None
+        characters = [part.answers[place] for place in sorted(part.answers)]
+        if not self.template.marks_answers:
+            ids, spans, offsets = self._tokens(part.text, characters)
+        else:
+            ids, mask = self._masked(part.messages, context)
+            offsets = self._offsets(part.text, 0)[1]
+            places = [_overlap(offsets, first, last) for first, last in characters]
+            spans = [run for first, last in places for run in _runs(mask, first, last)]
+        if part.hidden and not self.tokenizer.is_fast:
+            raise EncodingProblem(
+                "thoughts",
+                'has thoughts, which reasoning="mask" can only find with a fast tokenizer',
+            )
+        return ids, spans, [_overlap(offsets, first, last) for first, last in part.hidden]
+
+    def _masked(
+        self, turns: Sequence[Message], context: Mapping[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        """Returns tokens, and 1 for each that the template marks as generated."""
+        found = self._rendering.applied(
+            turns,
+            context,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"verbose": False},
         )
-        ids, mask = list(found["input_ids"]), [0, *found["assistant_masks"], 0]
-        edges = [place for place in range(len(ids) + 1) if mask[place] != mask[place + 1]]
-        return ids, list(zip(edges[::2], edges[1::2], strict=True))
+        return list(found["input_ids"]), list(found["assistant_masks"])
 
-    def _by_prefixes(self, messages: Sequence[Message]) -> tuple[list[int], list[Span]]:
-        assert self.template is not None
-        text = self._apply(messages, tokenize=False)
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.loss_on == "completion":
-            places = places[-1:]
-        characters = []
-        for place in places:
-            before = self._apply(messages[:place], tokenize=False, add_generation_prompt=True)
-            upto = self._apply(messages[: place + 1], tokenize=False)
-            if not text.startswith(upto):
-                # Some templates end every text with the end token, whatever its last turn.
-                upto = upto.rstrip().removesuffix(self.tokenizer.eos_token)
-            if not (text.startswith(before) and text.startswith(upto)):
-                way = "" if place == places[-1] else '; loss_on="completion" trains the last alone'
-                raise EncodingProblem(
-                    "template",
-                    f"cannot be masked with the chat template {self.template.name}: it writes "
-                    f"turn {place + 1}, or what comes before, in another way when more follows"
-                    f"{way}",
-                )
-            characters.append((len(before), len(upto)))
-        return self._tokens(text, characters)
+    def _offsets(self, piece: str, start: int) -> tuple[list[int], list[Span]]:
+        """Returns tokens of a piece of a text, with their characters in the text."""
+        if not self.tokenizer.is_fast:
+            return self._ids(piece), []
+        found = self.tokenizer(
+            piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return found["input_ids"], [(a + start, b + start) for a, b in found["offset_mapping"]]
 
-    def _tokens(self, text: str, characters: Sequence[Span]) -> tuple[list[int], list[Span]]:
+    def _tokens(
+        self, text: str, characters: Sequence[Span]
+    ) -> tuple[list[int], list[Span], list[Span]]:
+        """Returns tokens, those of the answers, and the characters of each token."""
         if self.tokenizer.is_fast:
-            found = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            ids, offsets = found["input_ids"], found["offset_mapping"]
+            ids, offsets = self._offsets(text, 0)
             spans = [_inside(offsets, first, last) for first, last in characters]
             whole = not any(a < last < b for _, last in characters for a, b in offsets)
             firsts = zip(characters, spans, strict=True)
             if whole and all(self._ids(text[: c[0]]) == ids[: s[0]] for c, s in firsts):
-                return ids, spans
+                return ids, spans, offsets
         # A token lies across the end of a prompt. When the model is asked, the prompt is tokenized
         # by itself, so it is here.
         return self._piecewise(text, characters)
 
-    def _piecewise(self, text: str, characters: Sequence[Span]) -> tuple[list[int], list[Span]]:
+    def _piecewise(
+        self, text: str, characters: Sequence[Span]
+    ) -> tuple[list[int], list[Span], list[Span]]:
         ids: list[int] = []
-        spans = []
-        done = 0
-        for first, last in characters:
-            ids += self._ids(text[done:first])
-            start = len(ids)
-            ids += self._ids(text[first:last])
-            spans.append((start, len(ids)))
-            done = last
-        ids += self._ids(text[done:])
+        spans: list[Span] = []
+        offsets: list[Span] = []
+        edges = [0, *(edge for span in characters for edge in span), len(text)]
+        for place, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+            found, where = self._offsets(text[first:last], first)
+            if place % 2:
+                spans.append((len(ids), len(ids) + len(found)))
+            ids, offsets = [*ids, *found], [*offsets, *where]
         whole = self._ids(text)
         if self.tokenizer.decode(ids) != self.tokenizer.decode(whole):
             raise EncodingProblem(
@@ -206,7 +255,7 @@ class Encoder:
                 "has a token that lies across the end of its prompt, and the tokenizer writes the "
                 "text in another way when it is parted there: let the prompt end without a space",
             )
-        return ids, spans
+        return ids, spans, offsets
 
     def _label(self, ids: list[int], spans: Sequence[Span]) -> Encoded:
         labels = [IGNORED] * len(ids)
@@ -275,3 +324,37 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None
 def _inside(offsets: Sequence[Span], first: int, last: int) -> Span:
     places = [i for i, (a, b) in enumerate(offsets) if a >= first and b <= last]
     return (places[0], places[-1] + 1) if places else (0, 0)
+
+
+def _overlap(offsets: Sequence[Span], first: int, last: int) -> Span:
+    """Returns the tokens that hold any of some characters."""
+    places = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
+    return (places[0], places[-1] + 1) if places else (0, 0)
+
+
+def _runs(mask: Sequence[int], first: int, last: int) -> list[Span]:
+    """Returns where a mask is 1 between two of its places."""
+    padded = [0, *mask[first:last], 0]
+    edges = [first + i for i in range(len(padded) - 1) if padded[i] != padded[i + 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields every text in a value of JSON, but the names of keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
+
+
+def _check_variables(given: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
+    taken = reserved(given)
+    unknown = [name for name in given if name not in known and name not in taken]
+    problems = [f"{name!r} is set by the data and its other arguments" for name in taken]
+    problems += [f"{what} has no variable {name!r}{near_names(name, known)}" for name in unknown]
+    if problems:
+        has = f" It has {', '.join(sorted(known))}." if known else ""
+        raise ConfigError(
+            f"chat_template_kwargs={dict(given)!r} cannot be used: {'; '.join(problems)}.{has}"
+        )

@@ -53,7 +53,7 @@ def encoded(
 
     def here(item: T) -> tuple[T, Outcome]:
         sample = sample_of(item)
-        return item, [] if sample is None else outcome(encoder, sample)
+        return item, Outcome() if sample is None else outcome(encoder, sample)
 
     iterator = iter(items)
     yield from map(here, itertools.islice(iterator, ALONE))
@@ -91,7 +91,7 @@ def _paired(
 ) -> Iterator[tuple[T, Outcome]]:
     made = iter(asked.result())
     for item in chunk:
-        yield item, [] if sample_of(item) is None else next(made)
+        yield item, Outcome() if sample_of(item) is None else next(made)
 
 
 def usable_cores() -> int:

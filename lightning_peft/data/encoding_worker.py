@@ -7,22 +7,45 @@ import pickle
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.validation import EncodingProblem
 
-# Prepared rows, or kind and text of why there are none.
-Outcome = list[dict[str, Any]] | tuple[str, str]
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of a sample.
+
+    Attributes:
+        rows: The prepared rows; none where there are problems.
+        problems: Kind and text of why there are none.
+        unused: Keys of the sample that nothing uses.
+    """
+
+    rows: Sequence[dict[str, Any]] = ()
+    problems: Sequence[tuple[str, str]] = ()
+    unused: Sequence[str] = ()
 
 
 def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
     """Returns what becomes of a sample."""
+    unused: Sequence[str] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    problems: list[tuple[str, str]] = []
     try:
-        return encoder.encode(sample)
+        unused = encoder.unused(sample)
     except EncodingProblem as problem:
-        return problem.kind, str(problem)
+        problems.append((problem.kind, str(problem)))
+    try:
+        rows = encoder.encode(sample)
+    except EncodingProblem as problem:
+        problems.append((problem.kind, str(problem)))
+    # What cannot be rendered at all is found by both.
+    problems = list(dict.fromkeys(problems))
+    return Outcome(() if problems else rows, problems, unused)
 
 
 def outcomes(encoder: RowEncoder, samples: Sequence[Sample]) -> list[Outcome]:

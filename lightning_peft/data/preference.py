@@ -17,6 +17,7 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.shown import Run, token_runs
 from lightning_peft.data.templates import find_template
+from lightning_peft.data.thoughts import Reasoning
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.data.validation import EncodingProblem
 
@@ -53,6 +54,7 @@ class PreferenceRows(RowEncoder):
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
         self.encoder = encoder
+        self.variables = encoder.variables
         self.system_prompt = system_prompt
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
@@ -79,12 +81,20 @@ class PreferenceRows(RowEncoder):
         rows, problems = [], []
         for answer, turns in _named([sample.messages, sample.rejected]):
             try:
-                rows += self.encoder.encode(Sample(turns))
+                rows += self.encoder.encode(Sample(turns, context=sample.context))
             except EncodingProblem as problem:
                 problems.append((problem.kind, f"{problem} ({answer} answer)"))
         if problems:
             raise EncodingProblem(problems[0][0], "; ".join(text for _, text in problems))
         return rows
+
+    def unused(self, sample: Sample) -> list[str]:
+        """Returns the keys of turns that change nothing of what is encoded."""
+        sample = sample.with_system(self.system_prompt)
+        found: list[str] = []
+        for turns in (sample.messages, sample.rejected):
+            found += self.encoder.unused(Sample(turns, context=sample.context))
+        return list(dict.fromkeys(found))
 
     def _check_pair(self, chosen: Encoded, rejected: Encoded) -> None:
         if chosen.input_ids == rejected.input_ids:
@@ -141,6 +151,10 @@ class PreferenceData(TokenizedData):
         chat_template: ``"chatml"``, ``"plain"``, ``"raw"`` or Jinja source; by default the
             tokenizer's own.
         system_prompt: System turn of conversations that have none.
+        reasoning: What becomes of thoughts in answers: ``"train"``, ``"mask"`` or ``"strip"``; see
+            :class:`SupervisedData <lightning_peft.data.supervised.SupervisedData>`.
+        chat_template_kwargs: Values for variables of the chat template, such as
+            ``{"enable_thinking": False}``; a row's own come first.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
             :class:`RowsData <lightning_peft.data.rows_data.RowsData>`; ``batch_size`` counts pairs.
@@ -158,6 +172,8 @@ class PreferenceData(TokenizedData):
         tokenizer: str,
         chat_template: str | None = None,
         system_prompt: str | None = None,
+        reasoning: Reasoning = "train",
+        chat_template_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(data, tokenizer, **options)
@@ -167,13 +183,20 @@ class PreferenceData(TokenizedData):
         given = self.hparams
         template = find_template(self.tokenizer, given["chat_template"])
         encoder = Encoder(
-            self.tokenizer, template, self.max_length, "completion", given["over_long"]
+            self.tokenizer,
+            template,
+            self.max_length,
+            "completion",
+            given["over_long"],
+            given["reasoning"],
+            given["chat_template_kwargs"],
         )
         return PreferenceRows(encoder, given["system_prompt"])
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides the tokens and labels of a row."""
-        asked = {name: self.hparams[name] for name in ("chat_template", "system_prompt")}
+        names = ("chat_template", "system_prompt", "reasoning", "chat_template_kwargs")
+        asked = {name: self.hparams[name] for name in names}
         template = getattr(self.tokenizer, "chat_template", None)
         return {**super().encoding(), **asked, "tokenizers_template": template}
 

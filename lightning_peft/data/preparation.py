@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, recognise
+from lightning_peft.data.unused_keys import KeyCount, check_ignored
 from lightning_peft.data.validation import Problem
 from lightning_peft.errors import ConfigError
 
@@ -48,6 +49,7 @@ class Settings:
         shares: Share of the rows for each split but ``train``; ``None`` if that was not asked for.
         split_seed: Seed of that.
         encoding: Everything that decides how rows are encoded, as JSON holds it.
+        ignored_keys: Keys of rows and turns that are left out on purpose.
     """
 
     accepts: tuple[str, ...]
@@ -57,6 +59,7 @@ class Settings:
     shares: dict[str, float] | None
     split_seed: int
     encoding: dict[str, Any]
+    ignored_keys: tuple[str, ...] = ()
 
 
 EncoderFor = Callable[[Layout], RowEncoder]
@@ -194,6 +197,8 @@ class _Pass:
         self.seen: dict[bytes, tuple[str, str, int]] = {}
         self.prompts: dict[bytes, str] = {}
         self.counts: Counter[str] = Counter()
+        self.unused = KeyCount()
+        self.names: set[str] = set()
         self.splits: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
 
     def run(self) -> dict[str, Any]:
@@ -214,12 +219,19 @@ class _Pass:
                 f"None of the first {len(first)} rows of {first[0].file!r} can be read: row "
                 f"{first[0].number} {first[0].problem}. Each line must be one JSON object."
             )
-        self.layout = recognise(values, self.settings.columns, self.settings.shape)
+        settings = self.settings
+        self.layout = recognise(values, settings.columns, settings.shape, settings.accepts)
         column = self.layout.split_column
         self.by_column = any(split_named(value.get(column)) for value in values if column)
         self.given = self.by_column or any(row.split is not None for row in first)
         self._check_settings()
         self.encoder = self.encoder_for(self.layout)
+        self.layout = replace(
+            self.layout,
+            split_column=column if self.by_column else None,
+            variables=self.encoder.variables,
+            ignored=frozenset(settings.ignored_keys),
+        )
         features = Features({**self.encoder.features, **_ORIGIN})
         writers = {
             split: ArrowWriter(
@@ -242,6 +254,7 @@ class _Pass:
             else:
                 writer.close()
                 (self.working / f"{split}.arrow").unlink(missing_ok=True)
+        check_ignored(settings.ignored_keys, self.layout.met)
         return self._summary()
 
     def _check_settings(self) -> None:
@@ -270,6 +283,7 @@ class _Pass:
         self.counts["rows"] += 1
         if row.value is None:
             return _Taken(row, None, "", [("unreadable", row.problem or "")])
+        self.names.update(row.value)
         sample = self.layout.parse(row.value)
         split, problems = self._split(row)
         if not isinstance(sample, Sample):
@@ -283,14 +297,16 @@ class _Pass:
         self, taken: _Taken, outcome: Outcome, writers: dict[str, ArrowWriter]
     ) -> list[tuple[str, str]]:
         """Writes a row, or returns why it cannot be used."""
-        if isinstance(outcome, tuple):
-            return [*taken.problems, outcome]
-        if not taken.problems:
+        problems = [*taken.problems, *outcome.problems]
+        if taken.sample is not None:
+            keys = [*taken.sample.unused, *map(self.layout.renamed, outcome.unused)]
+            self.unused.add(dict.fromkeys(keys), taken.row.file, taken.row.number)
+        if not problems:
             assert taken.sample is not None
-            self._count(taken.sample, taken.split, outcome)
-            for one in outcome:
+            self._count(taken.sample, taken.split, outcome.rows)
+            for one in outcome.rows:
                 writers[taken.split].write({**one, "file": taken.row.file, "row": taken.row.number})
-        return taken.problems
+        return problems
 
     def _shares(self) -> dict[str, float]:
         if self.given:
@@ -330,12 +346,14 @@ class _Pass:
 
     def _summary(self) -> dict[str, Any]:
         names = ("rows", "duplicates", *self.encoder.counts)
+        split = self.layout.split_column
         return {
             "rows": self.counts["rows"],
             "rejected": self.counts["rejected"],
             "shape": self.layout.shape.name,
             "columns": self.layout.columns,
-            "columns_unused": self._unused(),
+            "columns_unused": sorted(self.names - {*self.layout.columns.values(), split}),
+            "keys_unused": self.unused.summary(),
             "files_left_out": [name for source in self.sources for name in source.left_out()],
             "split_by": self._split_by(),
             "shared_prompts": self.counts["shared_prompts"],
@@ -343,11 +361,6 @@ class _Pass:
             "settings": asdict(self.settings),
             **self.encoder.summary(),
         }
-
-    def _unused(self) -> list[str]:
-        return [
-            c for c in self.layout.unused if not (self.by_column and c == self.layout.split_column)
-        ]
 
     def _split_by(self) -> dict[str, Any]:
         if self.given:

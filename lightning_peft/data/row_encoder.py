@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_peft.data.samples import Sample
@@ -23,12 +24,14 @@ class RowEncoder(ABC):
             a file. ``None`` leaves it to the library.
         in_processes: Whether rows may be encoded in several processes, with copies of this object:
             only where ``encode`` changes nothing of it.
+        variables: Names that the chat template reads next to the turns; ``None`` without one.
     """
 
     features: ClassVar[Features]
     counts: ClassVar[tuple[str, ...]] = ()
     rows_in_memory: ClassVar[int | None] = None
     in_processes: ClassVar[bool] = False
+    variables: frozenset[str] | None = None
 
     @abstractmethod
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
@@ -37,6 +40,14 @@ class RowEncoder(ABC):
         Raises:
             EncodingProblem: If it cannot be trained on as it is.
         """
+
+    def unused(self, sample: Sample) -> Sequence[str]:
+        """Returns the keys in turns of ``sample`` that change nothing of what is encoded.
+
+        Raises:
+            EncodingProblem: If one of them would change what is learnt.
+        """
+        return ()
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         """Returns what a prepared row adds to the counts of its split."""

@@ -17,6 +17,7 @@ from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.shown import Run
+from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import PerNamespace
@@ -45,6 +46,8 @@ class RowsData(_Base, metaclass=PerNamespace):
         split_seed: Another seed draws other rows for validation and test.
         columns: Our name of a field to the column that holds it, such as
             ``{"prompt": "question"}``.
+        ignored_keys: Keys of rows, turns and their parts that are left out on purpose: they are
+            neither refused nor named.
         duplicates: Exact duplicates are an error, or are kept.
         skip_bad_rows: File that rows with problems are written to, with the reasons; training then
             goes on without them.
@@ -77,6 +80,7 @@ class RowsData(_Base, metaclass=PerNamespace):
         test_share: float | None = None,
         split_seed: int = 0,
         columns: dict[str, str] | None = None,
+        ignored_keys: list[str] | None = None,
         duplicates: Literal["error", "keep"] = "error",
         skip_bad_rows: str | None = None,
         batch_size: int = 8,
@@ -94,6 +98,8 @@ class RowsData(_Base, metaclass=PerNamespace):
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.prepared: Prepared | None = None
+        # Of the keys that are not used: several loaders set the same data up.
+        self._reported = False
         problems = self._argument_problems()
         if problems:
             name = type(self).__name__
@@ -180,8 +186,19 @@ class RowsData(_Base, metaclass=PerNamespace):
                 f"the shares {shares} and split_seed={split_by['seed']}. Raise the share, change "
                 "the seed, or set the share to 0."
             )
-        if prepared.problems and (self.trainer is None or self.trainer.is_global_zero):
+        if self.trainer is None or self.trainer.is_global_zero:
+            self._report(prepared)
+
+    def _report(self, prepared: Prepared) -> None:
+        if prepared.problems:
             self._write_rejected(prepared)
+        unused = unused_keys(prepared.summary)
+        if unused and not self._reported:
+            self._reported = True
+            log.warning(
+                f"Keys of {self.hparams['data']!r} that are not used: {describe_unused(unused)}. "
+                "Nothing that is learnt depends on them; ignored_keys= takes them off this list."
+            )
 
     def _write_rejected(self, prepared: Prepared) -> None:
         target = Path(self.hparams["skip_bad_rows"])
@@ -277,4 +294,5 @@ class RowsData(_Base, metaclass=PerNamespace):
             shares=asked or None,
             split_seed=given["split_seed"],
             encoding=self.encoding(),
+            ignored_keys=tuple(sorted(given["ignored_keys"] or ())),
         )

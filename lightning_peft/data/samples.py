@@ -18,7 +18,8 @@ class Sample:
     """What a row says, in one form for all shapes.
 
     Attributes:
-        messages: Turns with ``role`` and ``content``; empty for plain text.
+        messages: Turns with ``role`` and ``content``; empty for plain text. ``train`` is False for
+            a turn that is not trained; other keys are for the chat template.
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
         label: The class of the text or image.
@@ -28,6 +29,9 @@ class Sample:
         image: The bytes of an image file.
         translation: Language to text, where a row says the same in several.
         audio: What ``text`` is said in.
+        context: What the chat template gets with the turns: ``tools``, ``documents`` and
+            variables of its own.
+        unused: Keys of the row that nothing reads, such as ``id`` and ``messages[].date``.
     """
 
     messages: list[Message] = field(default_factory=list)
@@ -40,6 +44,8 @@ class Sample:
     image: bytes | None = None
     translation: dict[str, str] | None = None
     audio: Recording | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
         """Returns 16 bytes that are the same exactly for rows that say the same.
@@ -49,12 +55,15 @@ class Sample:
         """
         if self.image is not None:
             return hashlib.sha256(self.image).digest()[:16]
-        content: list[Any] = [self.messages, self.rejected, self.text, self.label]
+        both = [_said(turns) for turns in (self.messages, self.rejected)]
+        content: list[Any] = [*both, self.text, self.label]
         # Only where there is one, so that rows of other shapes keep their digest and their split.
         if self.text_pair is not None:
             content.append({"text_pair": self.text_pair})
         if self.tokens:
             content.append({"tokens": self.tokens, "tags": self.tags})
+        if self.context:
+            content.append({"context": self.context})
         sound = self.audio and self.audio.digest()
         return _digest([*content, *filter(None, [self.translation, sound])])
 
@@ -72,7 +81,18 @@ class Sample:
             return _digest(self.tokens)
         if self.label is not None:
             return _digest([self.text, self.text_pair])
-        return _digest(self.messages[:-1]) if self.messages else None
+        if not self.messages:
+            return None
+        prompt = _said(self.messages[:-1])
+        return _digest([prompt, self.context] if self.context else prompt)
+
+
+# Keys that say where a turn comes from, not what it says.
+_ORIGINS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
+
+
+def _said(turns: Sequence[Message]) -> list[Message]:
+    return [{key: turn[key] for key in turn if key not in _ORIGINS} for turn in turns]
 
 
 def _digest(content: Any) -> bytes:

@@ -130,6 +130,12 @@ class PairRows(RowEncoder):
                 f"has the turns {', '.join(roles)}: an encoder reads one text, and the decoder "
                 "writes one",
             )
+        for place, message in enumerate(sample.messages, start=1):
+            extra = [key for key in message if key not in ("role", "content")]
+            if extra:
+                raise EncodingProblem(
+                    "key", f"has {', '.join(extra)} in turn {place}, and no template writes them"
+                )
         return sample.messages[0]["content"], sample.messages[1]["content"]
 
     def _check_marks(self, source: str, target: str) -> None:

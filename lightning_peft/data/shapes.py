@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from lightning_peft.data.plain_rows import (
     parse_text,
     parse_translation,
 )
+from lightning_peft.data.row_keys import check_column, kept, unread
 from lightning_peft.data.samples import RowProblems, Sample
 from lightning_peft.errors import ConfigError
 
@@ -52,7 +53,12 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "rejected": ("rejected",),
     "text": ("text",),
     "label": ("label",),
-    "system": ("system",),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history",),
+    "reasoning": ("reasoning_content", "reasoning", "thinking"),
+    "tools": ("tools", "functions"),
+    "documents": ("documents",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
     "split": ("split",),
     "text_pair": ("text_pair",),
     "tokens": ("tokens", "words"),
@@ -64,6 +70,10 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "audio": ("audio", "file_name", "audio_path", "audio_filepath", "path"),
     "transcript": ("transcript", "transcription", "sentence", "text"),
 }
+
+
+# What a chat template writes, in every shape that becomes turns by one.
+CONTEXT = ("tools", "documents", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,11 @@ class Shape:
     parse: Callable[[Mapping[str, Any]], Sample]
     taken_by: str
 
+    @property
+    def has_turns(self) -> bool:
+        """Whether rows become the turns of a conversation."""
+        return "tools" in self.optional
+
 
 # In this order: the first whose required fields are all there.
 SHAPES: dict[str, Shape] = {
@@ -95,7 +110,7 @@ SHAPES: dict[str, Shape] = {
             "messages",
             "messages (ChatML or ShareGPT)",
             ("messages",),
-            ("system",),
+            ("system", *CONTEXT),
             parse_messages,
             "SupervisedData",
         ),
@@ -103,7 +118,7 @@ SHAPES: dict[str, Shape] = {
             "preference",
             "chosen and rejected answers",
             ("chosen", "rejected"),
-            ("prompt", "system"),
+            ("prompt", "messages", "system", *CONTEXT),
             parse_preference,
             "PreferenceData",
         ),
@@ -111,7 +126,7 @@ SHAPES: dict[str, Shape] = {
             "alpaca",
             "Alpaca: instruction, input, output",
             ("instruction", "output"),
-            ("input", "system"),
+            ("input", "system", "history", "reasoning", *CONTEXT),
             parse_alpaca,
             "SupervisedData",
         ),
@@ -119,7 +134,7 @@ SHAPES: dict[str, Shape] = {
             "prompt_completion",
             "prompt and completion",
             ("prompt", "completion"),
-            ("system",),
+            ("system", "history", "reasoning", *CONTEXT),
             parse_pair,
             "SupervisedData",
         ),
@@ -176,22 +191,71 @@ class Layout:
     Attributes:
         shape: The shape.
         columns: Field to column name.
-        unused: Columns that hold none of the fields, sorted.
         split_column: The column that may say which split a row is for.
+        variables: Names that the chat template reads next to the turns; ``None`` where no
+            template writes the rows.
+        ignored: Keys of rows and turns that are left out on purpose.
+        met: Keys of the rows so far, their turns and the parts of those; only where some are
+            ignored.
     """
 
     shape: Shape
     columns: dict[str, str]
-    unused: list[str]
     split_column: str | None = None
+    variables: frozenset[str] | None = None
+    ignored: frozenset[str] = frozenset()
+    met: set[str] = field(default_factory=set, compare=False)
 
     def parse(self, row: Mapping[str, Any]) -> Sample | list[tuple[str, str]]:
         """Returns what ``row`` says, or all that is wrong with it as ``(kind, problem)``."""
-        fields = {ours: row.get(theirs) for ours, theirs in self.columns.items()}
+        row = kept(row, self.ignored, self.met) if self.ignored else row
+        columns = self._columns_of(row)
+        fields = {ours: row.get(theirs) for ours, theirs in columns.items()}
+        rest = unread(row, {*columns.values(), self.split_column or ""})
+        own = {name: rest.pop(name) for name in sorted((self.variables or frozenset()) & set(rest))}
+        problems, named = self._unread(rest)
         try:
-            return self.shape.parse(fields)
+            sample = self.shape.parse(fields)
         except RowProblems as error:
-            return [(kind, self._in_their_words(problem)) for kind, problem in error.problems]
+            told = [(kind, self._in_their_words(problem)) for kind, problem in error.problems]
+            return [*told, *problems]
+        if problems:
+            return problems
+        turns = [self.renamed(key) for key in sample.unused]
+        return replace(
+            sample, context={**own, **sample.context}, unused=tuple(dict.fromkeys(named + turns))
+        )
+
+    def _columns_of(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Returns the columns, with those that no row among the first had."""
+        optional = [name for name in self.shape.optional if name not in self.columns]
+        taken = set(self.columns.values())
+        if not self.shape.has_turns:
+            return self.columns
+        if self.variables is None:
+            absent = set(CONTEXT)
+            return {ours: name for ours, name in self.columns.items() if ours not in absent}
+        later = {
+            ours: next((n for n in FIELDS[ours] if n in row and n not in taken), None)
+            for ours in optional
+        }
+        return {**self.columns, **{ours: name for ours, name in later.items() if name}}
+
+    def _unread(self, rest: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+        problems: list[tuple[str, str]] = []
+        named = []
+        turns = self.shape.has_turns
+        weighed = turns or self.shape.name in ("text", "source_target", "translation")
+        for name, value in rest.items():
+            found = check_column(name, value, weighed, turns, self.variables is not None)
+            problems += found or []
+            named += [name] if found == [] else []
+        return problems, named
+
+    def renamed(self, key: str) -> str:
+        """Returns a key of turns, ``"messages[].name"``, with the column's own name."""
+        ours, mark, rest = key.partition("[]")
+        return f"{self.columns.get(ours, ours)}{mark}{rest}"
 
     def _in_their_words(self, problem: str) -> str:
         last = problem.rpartition(" ")[2]
@@ -200,7 +264,10 @@ class Layout:
 
 
 def recognise(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str] | None, shape: str
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str] | None,
+    shape: str,
+    accepts: Sequence[str] = (),
 ) -> Layout:
     """Returns the layout of most of ``rows``.
 
@@ -208,6 +275,7 @@ def recognise(
         rows: The first rows.
         columns: Our name of a field to the column that holds it.
         shape: Name of the shape, or ``"auto"``.
+        accepts: Shapes that can be trained on, which are preferred where rows fit several.
 
     Raises:
         ConfigError: If no shape fits, or ``columns`` or ``shape`` name what does not exist.
@@ -217,7 +285,7 @@ def recognise(
     if shape != "auto" and shape not in SHAPES:
         raise ConfigError(f"shape={shape!r} is none of auto, {', '.join(SHAPES)}.")
     if shape == "auto":
-        fits: Counter[str] = Counter(_shape_of(row, mapping) or "" for row in rows)
+        fits: Counter[str] = Counter(_shape_of(row, mapping, accepts) for row in rows)
         shape = max(("", *SHAPES), key=lambda name: (fits[name], name != ""))
     found = SHAPES.get(shape)
     absent = [name for name in found.required if name not in mapping] if found else []
@@ -230,19 +298,19 @@ def recognise(
             'Say which column is which, such as columns={"prompt": "my_column"}.'
         )
     used = {name: mapping[name] for name in (*found.required, *found.optional) if name in mapping}
-    unused = sorted(set(counts) - set(used.values()))
-    return Layout(found, used, unused, mapping.get("split"))
+    return Layout(found, used, mapping.get("split"))
 
 
-def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str]) -> str | None:
-    return next(
-        (
-            shape.name
-            for shape in SHAPES.values()
-            if all(row.get(mapping.get(name, name)) is not None for name in shape.required)
-        ),
-        None,
-    )
+def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str], accepts: Sequence[str]) -> str:
+    fitting = [
+        shape
+        for shape in SHAPES.values()
+        if all(row.get(mapping.get(name, name)) is not None for name in shape.required)
+    ]
+    first = set(fitting[0].required) if fitting else set()
+    # UltraFeedback has messages and two answers. A text with a label, though, is no plain text.
+    wanted = [one for one in fitting if one.name in accepts and not set(one.required) < first]
+    return next((one.name for one in (*wanted, *fitting)), "")
 
 
 def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.shown import Run, token_runs
 from lightning_peft.data.templates import find_template
+from lightning_peft.data.thoughts import Reasoning
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
 
@@ -37,17 +38,22 @@ class SupervisedRows(RowEncoder):
             "length": Value("int32"),
             "end_added": Value("bool"),
             "tokens_cut": Value("int32"),
+            "part": Value("int32"),
         }
     )
     in_processes = True
-    counts = ("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut")
+    counts = (
+        *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
+        "further_parts",
+    )
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
         self.encoder = encoder
+        self.variables = encoder.variables
         self.system_prompt = system_prompt
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes, or several where a long text is split."""
+        """Returns the row that ``sample`` becomes, or several: see :class:`Encoder`."""
         return [
             {
                 "input_ids": row.input_ids,
@@ -55,9 +61,16 @@ class SupervisedRows(RowEncoder):
                 "length": len(row.input_ids),
                 "end_added": row.end_added,
                 "tokens_cut": row.cut,
+                "part": part,
             }
-            for row in self.encoder.encode(sample.with_system(self.system_prompt))
+            for part, row in enumerate(
+                self.encoder.encode(sample.with_system(self.system_prompt)), start=1
+            )
         ]
+
+    def unused(self, sample: Sample) -> list[str]:
+        """Returns the keys of turns that change nothing of what is encoded."""
+        return self.encoder.unused(sample.with_system(self.system_prompt))
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         """Returns tokens, trained tokens, end tokens and what was cut."""
@@ -68,6 +81,7 @@ class SupervisedRows(RowEncoder):
             "ends_added": int(row["end_added"]),
             "truncated": int(row["tokens_cut"] > 0),
             "tokens_cut": row["tokens_cut"],
+            "further_parts": int(row["part"] > 1),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -93,6 +107,11 @@ class SupervisedData(TokenizedData):
         loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one only.
         over_long: Rows longer than ``max_length`` are an error, or are cut at the end
             (``"truncate"``), or, for plain text, split.
+        reasoning: What becomes of thoughts in answers (``reasoning_content``, ``<think>``):
+            ``"train"`` learns them as the template writes them, ``"mask"`` leaves them in the text
+            without learning them, ``"strip"`` takes them out.
+        chat_template_kwargs: Values for variables of the chat template, such as
+            ``{"enable_thinking": False}``; a row's own come first.
         packing: Put several examples in a row of ``max_length`` tokens, kept apart exactly.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
@@ -114,6 +133,8 @@ class SupervisedData(TokenizedData):
         system_prompt: str | None = None,
         loss_on: LossOn = "assistant",
         over_long: OverLong = "error",
+        reasoning: Reasoning = "train",
+        chat_template_kwargs: dict[str, Any] | None = None,
         packing: bool = False,
         **options: Any,
     ) -> None:
@@ -143,13 +164,19 @@ class SupervisedData(TokenizedData):
             )
         template = None if plain else find_template(self.tokenizer, given["chat_template"])
         encoder = Encoder(
-            self.tokenizer, template, self.max_length, given["loss_on"], given["over_long"]
+            self.tokenizer,
+            template,
+            self.max_length,
+            given["loss_on"],
+            given["over_long"],
+            given["reasoning"],
+            given["chat_template_kwargs"],
         )
         return SupervisedRows(encoder, given["system_prompt"])
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides the tokens and labels of a row."""
-        names = ("chat_template", "system_prompt", "loss_on")
+        names = ("chat_template", "system_prompt", "loss_on", "reasoning", "chat_template_kwargs")
         template = getattr(self.tokenizer, "chat_template", None)
         asked = {name: self.hparams[name] for name in names}
         return {**super().encoding(), **asked, "tokenizers_template": template}

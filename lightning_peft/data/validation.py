@@ -19,6 +19,25 @@ KINDS: dict[str, tuple[str, str]] = {
         "conversations with wrong roles or a wrong order of turns",
         "an optional system turn comes first, then user and assistant in turn, assistant last",
     ),
+    "weight": (
+        "rows with weights that training does not have",
+        "a turn is trained (weight 1, train true) or not (weight 0, train false); rows that are to "
+        "count less or more are taken out of the file or repeated",
+    ),
+    "tools": (
+        "rows whose tools, tool calls or template arguments cannot be read",
+        "tools are a list of JSON schemas of functions, the arguments of a call a JSON object",
+    ),
+    "thoughts": (
+        "rows whose thoughts cannot be trained",
+        "give a template that writes them with chat_template=, or leave them out with "
+        'reasoning="strip"',
+    ),
+    "key": (
+        "rows with keys that change what is learnt, and that nothing reads",
+        "correct the key, give a template that writes it with chat_template=, or leave it out on "
+        'purpose with ignored_keys=["name"]',
+    ),
     "preference": (
         "preference rows without a preference",
         "the two answers must differ, and only in the last turn",

@@ -102,12 +102,27 @@ def test_an_end_after_the_whole_text_is_no_part_of_earlier_answers(tokenizer):
     ]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_named(tokenizer):
-    with pytest.raises(EncodingProblem, match=r'given as chat_template.*loss_on="completion"') as e:
-        encoder(tokenizer, REWRITES).encode(Sample(TALK))
-    assert e.value.kind == "template"
+def test_answers_that_a_template_rewrites_are_learnt_as_they_are_generated(tokenizer):
+    first, second = encoder(tokenizer, REWRITES).encode(Sample(TALK))
+    assert trained(tokenizer, first) == ["<think></think>A row of items.</s>"]
+    assert trained(tokenizer, second) == ["<think></think>Items without order.</s>"]
+    # Each after the prompt that asks for it: here without the thoughts of the answer before.
+    source = find_template(tokenizer, REWRITES).text
+    for row, turns in ((first, TALK[:2]), (second, TALK[:4])):
+        asked = tokenizer.apply_chat_template(
+            turns, chat_template=source, add_generation_prompt=True, return_dict=False
+        )
+        assert row.input_ids[: len(asked)] == asked
+        assert row.labels[: len(asked)] == [IGNORED] * len(asked)
     (row,) = encoder(tokenizer, REWRITES, loss_on="completion").encode(Sample(TALK))
-    assert trained(tokenizer, row) == ["<think></think>Items without order.</s>"]
+    assert row == second
+
+
+def test_a_prompt_that_is_not_the_beginning_of_its_answer_is_named(tokenizer):
+    opens = REWRITES.replace("[assistant]{% endif %}", "[assistant]<open>{% endif %}")
+    with pytest.raises(EncodingProblem, match=r"given as chat_template.*ends with '.*<open>'") as e:
+        encoder(tokenizer, opens).encode(Sample(TALK))
+    assert e.value.kind == "template"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_peft.data import encoding_in_processes as home
+from lightning_peft.data.encoding_worker import Outcome
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.supervised import SupervisedRows
@@ -106,7 +107,7 @@ def test_a_process_that_dies_changes_nothing(at_once, monkeypatch) -> None:
 
     monkeypatch.setattr(home._Process, "_ask", dying)
     found = list(through(Doubled(), iter(range(100))))
-    assert found == [(number, [{"number": 2 * number}]) for number in range(100)]
+    assert found == [(number, Outcome([{"number": 2 * number}], [])) for number in range(100)]
     assert count == 4
 
 
@@ -162,7 +163,7 @@ def test_it_ends_with_who_asks_and_imports_nothing_from_where_it_is(tmp_path: Pa
     assert pickle.load(worker.stdout) is None
     worker.stdin.write(pickle.dumps([3, 4]))
     worker.stdin.flush()
-    assert pickle.load(worker.stdout) == [[{"number": 6}], [{"number": 8}]]
+    assert [one.rows for one in pickle.load(worker.stdout)] == [[{"number": 6}], [{"number": 8}]]
     worker.stdin.close()
     assert worker.wait(timeout=60) == 0
     worker.stdout.close()

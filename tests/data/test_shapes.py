@@ -150,7 +150,7 @@ def test_most_rows_decide_and_columns_can_be_mapped():
     rows = [{"q": 1}, {"q": "a", "a": "b", "id": 3}, {"q": "c", "a": "d", "id": 4}]
     layout = recognise(rows, {"prompt": "q", "completion": "a"}, "auto")
     assert layout.shape.name == "prompt_completion"
-    assert layout.unused == ["id"]
+    assert layout.parse(rows[1]).unused == ("id",)
     assert layout.parse(rows[1]).messages == TALK
     assert layout.parse(rows[0]) == [
         ("missing", "has a int as prompt, not text: 1"),
@@ -200,7 +200,11 @@ def test_wrong_turns_are_told(turns, kind, message):
 
 
 def test_tool_calls_are_kept():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
     turns = [USER, call, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, ANSWER]
     sample = recognise([{"messages": turns}], None, "auto").parse({"messages": turns})
     assert sample.messages[1] == {**call, "content": ""}

@@ -118,9 +118,9 @@ def _facts(numbers: dict[str, Any], t: Texts) -> str:
         labels = list(map(str, numbers["labels"]))
         shown = ", ".join(labels[:12]) + (" \u2026" if len(labels) > 12 else "")
         facts.append((t("new.fact_labels"), f"{len(labels)}", shown))
-    if numbers.get("columns_unused"):
-        unused = ", ".join(map(str, numbers["columns_unused"]))
-        facts.append((t("new.fact_unused"), str(len(numbers["columns_unused"])), unused))
+    if numbers.get("keys_unused"):
+        unused = ", ".join(str(one["key"]) for one in numbers["keys_unused"])
+        facts.append((t("new.fact_unused"), str(len(numbers["keys_unused"])), unused))
     cells = "".join(
         f"<div><dt>{escaped(title)}</dt><dd><strong>{escaped(value)}</strong>"
         f"<span>{escaped(more)}</span></dd></div>"

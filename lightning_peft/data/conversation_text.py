@@ -1,0 +1,147 @@
+"""Which texts a conversation becomes, and which parts of them are answers to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_peft.data.rendering import Rendering
+from lightning_peft.data.samples import Message
+from lightning_peft.data.thoughts import Reasoning, bodies, replaced, without
+from lightning_peft.data.validation import EncodingProblem
+
+LossOn = Literal["assistant", "completion"]
+Span = tuple[int, int]
+# Nothing that a template or a thought would say itself.
+_MARK = "Thought7240"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A conversation up to one of its answers, as the model reads and writes it.
+
+    Attributes:
+        messages: The turns up to that answer.
+        text: The same as text.
+        answers: First and last character of each answer that is learnt here, by its place among
+            the turns.
+        hidden: Characters in them that are not learnt.
+    """
+
+    messages: list[Message]
+    text: str
+    answers: dict[int, Span]
+    hidden: tuple[Span, ...] = ()
+
+
+class ConversationText:
+    """Parts conversations into texts, of which each shows its answers as they are generated.
+
+    Usually one text has all answers. Where a template writes earlier turns in another way, as
+    those that leave out earlier thoughts, the answers before are learnt from texts of their own.
+
+    Args:
+        rendering: Writes conversations.
+        loss_on: ``"assistant"`` for every assistant turn, ``"completion"`` for the last one.
+        reasoning: What becomes of thoughts.
+    """
+
+    def __init__(self, rendering: Rendering, loss_on: LossOn, reasoning: Reasoning) -> None:
+        self.rendering, self.loss_on, self.reasoning = rendering, loss_on, reasoning
+
+    def turns(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Message]:
+        """Returns the turns as they are rendered.
+
+        Raises:
+            EncodingProblem: If the template refuses them.
+        """
+        kept = map(without, messages) if self.reasoning == "strip" else messages
+        return self.rendering.readable(list(kept), context)
+
+    def trained(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the places of the turns that are learnt."""
+        answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        if self.loss_on == "completion":
+            answers = answers[-1:]
+        return [place for place in answers if messages[place].get("train", True)]
+
+    def parts(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Part]:
+        """Returns the texts, in the order of their last answers.
+
+        Raises:
+            EncodingProblem: If nothing is trained, or an answer cannot be found in what the
+                template writes.
+        """
+        places = self.trained(messages)
+        if not places:
+            raise EncodingProblem(
+                "untrained", "has no turn to learn: the weights of its assistant turns are 0"
+            )
+        found: list[Part] = []
+        while places:
+            part = self._part(messages, context, places)
+            found.insert(0, part)
+            places = [place for place in places if place not in part.answers]
+        return found
+
+    def _part(
+        self, messages: Sequence[Message], context: Mapping[str, Any], places: Sequence[int]
+    ) -> Part:
+        """Returns the text up to the last of ``places``, with those answers that it shows."""
+        last = places[-1]
+        whole = list(messages[: last + 1])
+        text = self.rendering.text(whole, context)
+        answers = {}
+        for place in places:
+            before = self.rendering.text(messages[:place], context, prompt=True)
+            upto = text
+            if place != last:
+                upto = self.rendering.text(messages[: place + 1], context)
+                if not text.startswith(upto):
+                    # Some templates end every text with the end token, whatever its last turn.
+                    upto = upto.rstrip().removesuffix(self.rendering.tokenizer.eos_token)
+            if text.startswith(before) and text.startswith(upto):
+                answers[place] = (len(before), len(upto))
+            elif place == last:
+                raise EncodingProblem("template", self._other_prompt(place, before))
+        return Part(whole, text, answers)
+
+    def _other_prompt(self, place: int, before: str) -> str:
+        return (
+            f"cannot be masked with the chat template {self.rendering.template.name}: the model is "
+            f"asked for turn {place + 1} with a prompt that ends with {before[-30:]!r}, and the "
+            "turn is written after another one"
+        )
+
+    def with_thoughts(self, part: Part, context: Mapping[str, Any]) -> Part:
+        """Returns a part with the thoughts hidden that are not learnt.
+
+        Raises:
+            EncodingProblem: If thoughts are to be in a text that the template leaves them out of.
+        """
+        hidden = []
+        for place, (first, last) in part.answers.items():
+            for body in bodies(part.messages[place]):
+                if body not in part.text[first:last]:
+                    raise EncodingProblem(
+                        "thoughts",
+                        f"has thoughts in turn {place + 1} that the chat template "
+                        f"{self.rendering.template.name} does not write",
+                    )
+                if self.reasoning == "mask":
+                    hidden.append(self._characters(part, context, place, body))
+        return Part(part.messages, part.text, part.answers, tuple(hidden))
+
+    def _characters(self, part: Part, context: Mapping[str, Any], place: int, body: str) -> Span:
+        """Returns where the thoughts of a turn are, by what stands around others in their place."""
+        turns = [*part.messages]
+        turns[place] = replaced(turns[place], body, _MARK)
+        before, mark, after = self.rendering.text(turns, context).partition(_MARK)
+        text = part.text
+        if not mark or not text.startswith(before) or not text.endswith(after):
+            raise EncodingProblem(
+                "thoughts",
+                f"has thoughts in turn {place + 1} that cannot be separated from its answer",
+            )
+        return len(before), len(text) - len(after)

@@ -1,0 +1,101 @@
+"""Which keys of a conversation its chat template writes: rendered with each of them and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_peft.data.samples import Message
+from lightning_peft.data.validation import EncodingProblem
+
+Rendered = Callable[[Sequence[Message], Mapping[str, Any]], object]
+# What a turn always has; `train` says what is learnt, not what is written.
+_ALWAYS = ("role", "content", "train")
+# Keys of tools and calls that only say what the rest says already.
+_KINDS = ("type",)
+
+
+def unwritten(
+    rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
+) -> Iterator[tuple[int | None, str]]:
+    """Yields every key without which the same is rendered, with the place of its turn.
+
+    Args:
+        rendered: Returns all that is rendered of turns and what goes with them.
+        messages: The turns.
+        context: What goes with them; its keys come with ``None`` as place.
+
+    Raises:
+        EncodingProblem: If the conversation cannot be rendered as it is.
+    """
+    whole: object = None
+
+    def same(turns: Sequence[Message], given: Mapping[str, Any]) -> bool:
+        nonlocal whole
+        whole = rendered(messages, context) if whole is None else whole
+        try:
+            return rendered(turns, given) == whole
+        except EncodingProblem:
+            # A template that fails without a key reads it.
+            return False
+
+    for place, turn in enumerate(messages):
+        for path, less in _lesser(turn):
+            if same([*messages[:place], less, *messages[place + 1 :]], context):
+                yield place, path
+    for name in context:
+        if same(messages, {key: context[key] for key in context if key != name}):
+            yield None, name
+
+
+def unwritten_in_tools(
+    rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
+) -> list[str]:
+    """Returns the keys of the tools in ``context`` without which the same is rendered."""
+    whole = rendered(messages, context)
+    found = []
+    for path, fewer in _lesser_tools(context["tools"]):
+        try:
+            if rendered(messages, {**context, "tools": fewer}) == whole:
+                found.append(path)
+        except EncodingProblem:
+            continue
+    return list(dict.fromkeys(found))
+
+
+def _lesser(turn: Message) -> Iterator[tuple[str, Message]]:
+    for key in turn:
+        if key not in _ALWAYS:
+            yield key, {name: turn[name] for name in turn if name != key}
+    calls = turn.get("tool_calls", [])
+    for place, call in enumerate(calls):
+        for path, less in _lesser_call(call):
+            yield (
+                f"tool_calls[].{path}",
+                {
+                    **turn,
+                    "tool_calls": [*calls[:place], less, *calls[place + 1 :]],
+                },
+            )
+
+
+def _lesser_call(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key in call:
+        if key != "function" and key not in _KINDS:
+            yield key, {name: call[name] for name in call if name != key}
+    function = call["function"]
+    for key in function:
+        if function[key]:
+            less = {name: function[name] for name in function if name != key}
+            yield f"function.{key}", {**call, "function": less}
+
+
+def _lesser_tools(tools: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+    for place, tool in enumerate(tools):
+        function = tool.get("function")
+        for key in function if isinstance(function, dict) else ():
+            less = {name: function[name] for name in function if name != key}
+            yield (
+                f"tools[].function.{key}",
+                [*tools[:place], {**tool, "function": less}, *tools[place + 1 :]],
+            )

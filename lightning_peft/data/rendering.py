@@ -1,0 +1,164 @@
+"""Conversations as text, through a chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError, meta
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lightning_peft.data.samples import Message
+from lightning_peft.data.templates import Template
+from lightning_peft.data.thoughts import for_templates
+from lightning_peft.data.validation import EncodingProblem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What transformers gives every template, with the special tokens of its tokenizer.
+_GIVEN = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt"),
+        *("raise_exception", "strftime_now"),
+    )
+)
+
+
+class _Generation(Extension):
+    """Reads ``{% generation %}``, which transformers adds to Jinja, as if it were not there."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        """Returns what stands between the marks."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@lru_cache
+def _free_names(text: str) -> frozenset[str]:
+    environment = ImmutableSandboxedEnvironment(extensions=[loopcontrols, _Generation])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(text)))
+    except TemplateError:
+        # What is wrong with it is said when it renders a row.
+        return frozenset()
+
+
+class Rendering:
+    """Writes conversations with one chat template.
+
+    Args:
+        tokenizer: The tokenizer, whose special tokens a template reads.
+        template: The template.
+        variables: Values for variables of the template, for every row that has none of its own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer: Any = tokenizer
+        self.template = template
+        self.given = dict(variables or {})
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads from outside, but those that transformers sets."""
+        return _free_names(self.template.text) - _GIVEN - set(self.tokenizer.special_tokens_map)
+
+    def text(
+        self, messages: Sequence[Message], context: Mapping[str, Any], prompt: bool = False
+    ) -> str:
+        """Returns a conversation as text.
+
+        Args:
+            messages: Its turns.
+            context: What the template gets with them.
+            prompt: Whether the beginning of an answer follows.
+
+        Raises:
+            EncodingProblem: If the template refuses it.
+        """
+        found: str = self.applied(messages, context, tokenize=False, add_generation_prompt=prompt)
+        return found
+
+    def applied(
+        self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any
+    ) -> Any:
+        """Returns what ``apply_chat_template`` returns.
+
+        Raises:
+            EncodingProblem: If the template refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                [for_templates(message) for message in messages],
+                chat_template=self.template.text,
+                **{**self.given, **context},
+                **options,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise EncodingProblem(
+                "template", f"is refused by the chat template {self.template.name}: {error}"
+            ) from error
+
+    def readable(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Message]:
+        """Returns the turns with the arguments of tool calls as the template takes them.
+
+        Most templates write an object as JSON, some want the JSON text.
+
+        Raises:
+            EncodingProblem: If the template takes neither.
+        """
+        turns = list(messages)
+        if not any(turn.get("tool_calls") for turn in turns):
+            return turns
+        problems = []
+        for form in (turns, [_with_text(turn) for turn in turns]):
+            try:
+                text = self.text(form, context)
+            except EncodingProblem as problem:
+                problems.append(problem)
+            else:
+                if not any(_as_python(arguments, text) for arguments in _arguments(turns)):
+                    return form
+        if problems:
+            raise problems[0]
+        raise EncodingProblem(
+            "template",
+            f"has tool calls whose arguments the chat template {self.template.name} does not "
+            "write as JSON",
+        )
+
+
+def _arguments(turns: Sequence[Message]) -> list[dict[str, Any]]:
+    return [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", [])]
+
+
+def _as_python(arguments: dict[str, Any], text: str) -> bool:
+    """Says whether arguments stand in a text as Python writes them, with single quotes."""
+    python = str(arguments)
+    return python != json.dumps(arguments, ensure_ascii=False) and python in text
+
+
+def _with_text(turn: Message) -> Message:
+    if not turn.get("tool_calls"):
+        return turn
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in turn["tool_calls"]
+    ]
+    return {**turn, "tool_calls": calls}

@@ -1,0 +1,111 @@
+"""Columns of a row that no field reads: which are only named, and which are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from lightning_peft.data.samples import shortened
+from lightning_peft.data.tool_calls import is_empty, parsed
+from lightning_peft.data.turns import FLAGS, WHY, switch
+
+# How much a row counts, where rows are texts to learn.
+_WEIGHTS = (*FLAGS[:4], "weights", "loss_weight", "sample_weight", "example_weight", "loss_scale")
+# The same for rows of every shape: no data has these as a feature.
+_WEIGHTS_OF_ALL = ("loss_weight", "sample_weight", "example_weight", "loss_scale")
+_MEDIA = frozenset(
+    name + ending
+    for name in ("image", "audio", "video", "file", "image_url", "image_path", "audio_path")
+    for ending in ("", "s")
+)
+# What changes an answer if it is left out, by shapes with turns.
+_LEARNT = ("system", "tools", "functions", "documents", "chat_template_kwargs", "history")
+# Common columns of data: `function` next to a prompt is code, and not a misspelled list of tools.
+_ORDINARY = ("function", "tool", "document")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+def check_column(
+    name: str, value: Any, weighed: bool, with_turns: bool, with_template: bool
+) -> list[tuple[str, str]] | None:
+    """Returns what is wrong with a column that no field reads.
+
+    Args:
+        name: Its name.
+        value: What the row has in it, not empty.
+        weighed: Whether rows are texts to learn, of which one could count more than another.
+        with_turns: Whether the rows become turns.
+        with_template: Whether a chat template writes them.
+
+    Returns:
+        Kind and text of the problems. An empty list where leaving it out changes nothing that is
+        learnt, so that it is enough to name it; ``None`` where it asks for what is done anyway.
+    """
+    key = name.strip().lower()
+    if key in (_WEIGHTS if weighed else _WEIGHTS_OF_ALL):
+        on = switch(value)
+        if on:
+            return None
+        why = "to leave a row out, take it out of the file" if on is False else WHY
+        return [("weight", f"has {name}={shortened(value)} for the whole row: {why}")]
+    if not with_turns:
+        return []
+    if key == "label" and switch(value) is False and str(value).strip().lower() != "0":
+        return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
+    if key in _MEDIA:
+        return [("key", f"has {name}, and the answer would be learnt without seeing or hearing it")]
+    if key in _THOUGHTS:
+        return [
+            ("key", f"has {name} next to its turns: put the thoughts into the turn they are of")
+        ]
+    if not with_template and key in _LEARNT:
+        return [("key", f"has {name}, and no chat template that would write it")]
+    return _misspelled(name, key)
+
+
+def _misspelled(name: str, key: str) -> list[tuple[str, str]]:
+    known = (*_LEARNT, "system_prompt", "reasoning_content")
+    near = get_close_matches(key, known, n=1, cutoff=0.85)
+    if not near or key in _ORDINARY:
+        return []
+    reason = "is read twice" if name == near[0] else f"nearest key that is read: {near[0]!r}"
+    return [("key", f"has the key {name!r} ({reason})")]
+
+
+def unread(row: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+    """Returns the columns of a row that are not in ``read`` and not empty."""
+    return {name: value for name, value in row.items() if name not in read and not is_empty(value)}
+
+
+def kept(row: Mapping[str, Any], ignored: Collection[str], met: set[str]) -> dict[str, Any]:
+    """Returns a row without the keys ``ignored``, of itself, its turns, and their parts.
+
+    Args:
+        row: The row.
+        ignored: Names of keys.
+        met: Takes the names of all keys that the row has.
+    """
+
+    def less(fields: Mapping[str, Any]) -> dict[str, Any]:
+        met.update(fields)
+        return {name: value for name, value in fields.items() if name not in ignored}
+
+    def inside(value: Any) -> Any:
+        found = parsed(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+        if isinstance(found, list) and any(map(is_turn, found)):
+            return [inside(one) for one in found]
+        if is_turn(found):
+            return {key: parts(one) for key, one in less(found).items()}
+        return value
+
+    def parts(value: Any) -> Any:
+        listed = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        return [less(part) for part in value] if listed else value
+
+    return {name: inside(value) for name, value in less(row).items()}
+
+
+def is_turn(value: Any) -> bool:
+    """Says whether a value is a turn of a conversation, by its keys."""
+    return isinstance(value, Mapping) and bool({"role", "from"} & set(value))

@@ -1,0 +1,63 @@
+"""What a chat template gets with the turns: tools, documents, and variables of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_peft.data.samples import RowProblems, all_of, shortened
+from lightning_peft.data.tool_calls import is_empty, parsed, read_tools
+
+# Arguments of `apply_chat_template` that are not variables of a template, or set for each row.
+RESERVED = frozenset(
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "padding"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "truncation"),
+        *("sanitize_control_tokens", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+
+
+def read_context(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the fields of a row hold for the chat template, empty ones left out.
+
+    Raises:
+        RowProblems: With all that is wrong with it.
+    """
+    tools, documents, variables = all_of(
+        lambda: read_tools(fields.get("tools"), "tools"),
+        lambda: _documents(fields.get("documents")),
+        lambda: _variables(fields.get("chat_template_kwargs")),
+    )
+    found = {"tools": tools, "documents": documents}
+    return {**{name: value for name, value in found.items() if value}, **variables}
+
+
+def _documents(value: Any) -> list[Any]:
+    found = parsed(value)
+    if is_empty(found):
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        problem = f"has {shortened(value)} as documents, not a list of objects"
+        raise RowProblems([("tools", problem)])
+    return found
+
+
+def _variables(value: Any) -> dict[str, Any]:
+    found = parsed(value)
+    if is_empty(found):
+        return {}
+    if not isinstance(found, dict):
+        problem = f"has {shortened(value)} as chat_template_kwargs, not an object"
+        raise RowProblems([("tools", problem)])
+    taken = reserved(found)
+    if taken:
+        problem = f"has {', '.join(taken)} in chat_template_kwargs, which encoding sets itself"
+        raise RowProblems([("tools", problem)])
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def reserved(variables: Mapping[str, Any]) -> list[str]:
+    """Returns the names that are no variables of a template, but arguments of encoding."""
+    return [name for name in variables if name in RESERVED]

@@ -1,0 +1,117 @@
+"""Keys of turns that the chat template does not write: which are named, and which are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from lightning_peft.data.conversation_text import ConversationText
+from lightning_peft.data.key_use import unwritten, unwritten_in_tools
+from lightning_peft.data.samples import Message, shortened
+from lightning_peft.data.thoughts import THOUGHTS
+from lightning_peft.data.turns import FLAGS
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import near_names
+
+_NAME = "tool_calls[].function.name"
+# What an answer says, or is an answer to, besides its text.
+_SAID = frozenset(
+    (
+        *("tool_calls", _NAME, "tool_calls[].function.arguments"),
+        *("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files"),
+        *("refusal", "tool_plan", "tools", "functions", "documents", "tool_responses"),
+    )
+)
+# What says in more detail, or as a number, what of a turn is learnt.
+_DETAILS = frozenset(
+    (
+        *("train_detail", "training_detail", "loss_scale", "loss_weight", "weights", "loss_mask"),
+        *("mask", "masked", "token_weights", "train_on_turn", "trained", "is_trained"),
+    )
+)
+_OF_TOOLS = ("tools[].function.name", "tools[].function.parameters")
+_KNOWN = (*THOUGHTS, *FLAGS, "tool_calls", "tool_call_id", "function_call")
+
+
+class TurnKeys:
+    """Checks the keys of conversations against what their chat template writes.
+
+    Args:
+        texts: Parts and renders conversations.
+    """
+
+    def __init__(self, texts: ConversationText) -> None:
+        self.texts = texts
+        # Rows share their tools, of which a long list takes many renderings.
+        self._tools: dict[str, list[str]] = {}
+
+    def unused(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
+        """Returns the keys that change nothing of what is rendered.
+
+        Args:
+            messages: The turns.
+            context: What the chat template gets with them.
+
+        Raises:
+            EncodingProblem: If a key would change what is learnt, were it rendered.
+        """
+        messages = self.texts.turns(messages, context)
+        name = self.texts.rendering.template.name
+        problems, named = [], []
+        for place, key in unwritten(self._rendered, messages, context):
+            if place is None:
+                problems += self._of_context(key, context[key])
+                continue
+            if key == _NAME and len(context.get("tools", ())) == 1:
+                # Which tool is called goes without saying.
+                continue
+            reason = _refusal(key, messages[place])
+            if reason is None:
+                named.append(f"messages[].{key}")
+            else:
+                shown = shortened(messages[place][key]) if key in messages[place] else ""
+                what = f"{key}={shown}" if shown else key
+                problems.append(f"{what} in turn {place + 1}{reason}")
+        if "tools" in context and not problems:
+            of_tools = self._of_tools(messages, context)
+            problems += [f"{key} of its tools" for key in of_tools if key in _OF_TOOLS]
+            named += [key for key in of_tools if key not in _OF_TOOLS]
+        if problems:
+            listed = ", ".join(dict.fromkeys(problems))
+            raise EncodingProblem(
+                "key", f"has {listed}: the chat template {name} writes none of it"
+            )
+        return list(dict.fromkeys(named))
+
+    def _rendered(self, messages: Sequence[Message], context: Mapping[str, Any]) -> object:
+        return [part.text for part in self.texts.parts(messages, context)]
+
+    def _of_context(self, key: str, value: Any) -> list[str]:
+        variables = self.texts.rendering.variables
+        if key in variables:
+            # Such as `enable_thinking` with the value that it has anyway.
+            return []
+        if key in ("tools", "documents"):
+            return [key]
+        return [f"{key}={shortened(value)} in chat_template_kwargs{near_names(key, variables)}"]
+
+    def _of_tools(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
+        key = json.dumps(context["tools"], sort_keys=True)
+        if key not in self._tools:
+            self._tools[key] = unwritten_in_tools(self._rendered, messages, context)
+        return self._tools[key]
+
+
+def _refusal(key: str, turn: Message) -> str | None:
+    """Returns why a key cannot be left out, as the end of a phrase; ``None`` where it can."""
+    if key in _SAID or key in _DETAILS:
+        return ""
+    if key == "channel" and turn[key] != "final":
+        # Thoughts, or a call, as gpt-oss writes them.
+        return ""
+    if key in (*THOUGHTS, "tool_call_id") or "[]" in key:
+        return None
+    near = get_close_matches(key.strip().lower(), _KNOWN, n=1, cutoff=0.8)
+    return f" (nearest key that is read: {near[0]!r})" if near else None

@@ -1,0 +1,164 @@
+"""One turn of a conversation, read from the keys of ChatML, ShareGPT and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_peft.data.samples import Message, RowProblems, shortened
+from lightning_peft.data.thoughts import THOUGHT_PARTS, THOUGHTS
+from lightning_peft.data.tool_calls import is_empty, parsed, read_calls
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"},
+    **dict.fromkeys(("observation", "function", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+# Turns whose content is the call itself, as JSON.
+_CALLING = ("function_call", "tool_call")
+# Whether a turn is trained, as OpenAI, axolotl and ms-swift write it.
+FLAGS = ("weight", "train", "training", "trainable", "loss")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+WHY = "it is trained (1) or not (0), as the loss is one mean over tokens of equal weight"
+
+
+def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
+    """Returns a turn, and the keys in it that nothing reads.
+
+    The turn has ``role`` and ``content``; ``reasoning_content``, ``tool_calls`` and ``train`` where
+    it says so; and every other key as it is, for the chat template.
+
+    Args:
+        turn: What the row holds.
+        place: Which turn it is, for messages.
+
+    Raises:
+        RowProblems: With all that is wrong with it.
+    """
+    if not isinstance(turn, dict):
+        raise RowProblems([("missing", f"{place} is {shortened(turn)}, not an object")])
+    keys = {key: value for key, value in turn.items() if not is_empty(value)}
+    role = _one_of(keys, ("role", "from"), place)
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise RowProblems([("roles", f"{place} has the role {shortened(role)}; roles are {known}")])
+    content = _one_of(keys, ("content", "value"), place)
+    problems: list[tuple[str, str]] = []
+    calls = _calls(keys, place, problems)
+    if role in _CALLING:
+        calls, content = read_calls(content, place), None
+    thoughts: list[Any] = []
+    unused: list[str] = []
+    if isinstance(content, list):
+        content, thoughts, unused = _joined(content, place)
+    thoughts += [keys.pop(key) for key in THOUGHTS if key in keys]
+    if content is None and calls:
+        content = ""
+    name = f"{place} ({role})"
+    # Whether a turn without text is empty depends on its calls.
+    if not problems and not isinstance(content, str):
+        problems.append(("missing", f"{name} has no text as content"))
+    elif not problems and not content.strip() and not calls:
+        problems.append(("missing", f"{name} is empty"))
+    message: Message = {"role": ROLES[role], "content": content}
+    thought = _thought(thoughts, name, problems)
+    if thought:
+        message[THOUGHTS[0]] = thought
+    if calls:
+        message["tool_calls"] = calls
+    if _trained(keys, message["role"], name, problems) is False and message["role"] == "assistant":
+        message["train"] = False
+    if problems:
+        raise RowProblems(problems)
+    return {**message, **keys}, unused
+
+
+def _one_of(keys: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
+    """Takes the one of two keys that is there."""
+    found = [keys.pop(name) for name in names if name in keys]
+    if len(found) > 1 and found[0] != found[1]:
+        both = " and another text as ".join(names)
+        raise RowProblems([("missing", f"{place} has one text as {both}")])
+    return found[0] if found else None
+
+
+def _calls(
+    keys: dict[str, Any], place: str, problems: list[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+    try:
+        calls += read_calls(keys.pop("tool_calls", None), place)
+        # OpenAI's older spelling of one call.
+        calls += read_calls(keys.pop("function_call", None), place)
+    except RowProblems as error:
+        problems += error.problems
+    return calls
+
+
+def _joined(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]]:
+    """Returns text, thoughts, and keys that nothing reads, of a content in parts."""
+    text = ""
+    thoughts: list[Any] = []
+    unused: list[str] = []
+    strange: list[Any] = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        used = {"type", "text"}
+        if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in THOUGHT_PARTS and not text.strip():
+            used |= {kind}
+            found = part.get(kind, part.get("text"))
+            # Mistral writes the thoughts of a part as a list of parts.
+            thoughts += found if isinstance(found, list) else [{"text": found}]
+        else:
+            strange.append(part)
+        if isinstance(part, dict):
+            unused += [f"content[].{key}" for key in part if key not in used]
+    if strange:
+        shown = shortened(strange)
+        raise RowProblems([("missing", f"{place} holds parts that are not text: {shown}")])
+    return text, [thoughts] if thoughts else [], list(dict.fromkeys(unused))
+
+
+def _thought(found: list[Any], name: str, problems: list[tuple[str, str]]) -> str:
+    texts = []
+    for one in found:
+        inner = one if isinstance(one, list) else [{"text": one}]
+        pieces = [part.get("text") if isinstance(part, Mapping) else None for part in inner]
+        if not all(isinstance(piece, str) for piece in pieces):
+            problems.append(("thoughts", f"{name} has {shortened(one)} as thoughts, not text"))
+            return ""
+        texts.append("".join(pieces))  # type: ignore[arg-type]
+    different = list(dict.fromkeys(text for text in texts if text.strip()))
+    if len(different) > 1:
+        shown = " and ".join(map(shortened, different[:2]))
+        problems.append(("thoughts", f"{name} has several thoughts under several keys: {shown}"))
+    return different[0] if different else ""
+
+
+def _trained(
+    keys: dict[str, Any], role: str, name: str, problems: list[tuple[str, str]]
+) -> bool | None:
+    """Returns whether a turn says that it is trained; ``None`` where it says nothing."""
+    given = {key: keys.pop(key) for key in FLAGS if key in keys}
+    asked = {key: switch(value) for key, value in given.items()}
+    for key in [key for key, on in asked.items() if on is None]:
+        problems.append(("weight", f"{name} has {key}={shortened(given[key])}: {WHY}"))
+    answers = {on for on in asked.values() if on is not None}
+    if len(answers) > 1:
+        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        problems.append(("weight", f"{name} has {shown}, which contradict each other"))
+    if True in answers and role != "assistant":
+        key = next(key for key, on in asked.items() if on)
+        shown = f"{key}={given[key]!r}"
+        problems.append(("weight", f"{name} has {shown}, and assistant turns alone are trained"))
+    return next(iter(answers)) if len(answers) == 1 else None
+
+
+def switch(value: Any) -> bool | None:
+    """Returns whether a weight or flag is on or off; ``None`` for all between and beyond."""
+    value = parsed(value.strip().lower()) if isinstance(value, str) else value
+    # True and 1.0 equal 1.
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
