@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.adapters import disable_adapters as disable_adapters
     from lightning_peft.engine.adapters import set_adapter as set_adapter
-    from lightning_peft.engine.files.adapter_files import load_adapter as load_adapter
     from lightning_peft.engine.files.adapter_files import save_adapter as save_adapter
+    from lightning_peft.engine.files.adapter_loading import load_adapter as load_adapter
     from lightning_peft.engine.injection import inject as inject
     from lightning_peft.engine.merging import merge as merge
     from lightning_peft.engine.merging import unmerge as unmerge
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "engine.files.adapter_files": ("load_adapter", "save_adapter"),
+    "engine.files.adapter_files": ("save_adapter",),
+    "engine.files.adapter_loading": ("load_adapter",),
     "data.sequence_to_sequence": ("Seq2SeqData",),
     "data.speech": ("SpeechData",),
     "data.preference": ("PreferenceData",),

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
         lora_config,
     )
     from lightning_peft.engine.files.adapter_files import (
-        load_adapter,
         packed_adapters,
         save_adapter,
     )
     from lightning_peft.engine.files.adapter_format import (
         read_adapter,
         read_json,
+    )
+    from lightning_peft.engine.files.adapter_loading import (
+        load_adapter,
     )
     from lightning_peft.engine.files.module_state import (
         adapter_names_of,
@@ -138,10 +140,10 @@ _HOMES = {
         "keeps_a_budget",
     ),
     "files.adapter_files": (
-        "load_adapter",
         "packed_adapters",
         "save_adapter",
     ),
+    "files.adapter_loading": ("load_adapter",),
     "adapters": (
         "adapted_layers",
         "adapter_parameters",

@@ -65,6 +65,25 @@ def trained_parameters(part: nn.Module, entry: PartRecord) -> dict[str, nn.Param
     return {name: param for name, param in mine.items() if param.requires_grad}
 
 
+def trained_heads(part: nn.Module, heads: Iterable[str]) -> list[str]:
+    """Returns those of ``heads`` with own parameters that get gradients.
+
+    Args:
+        part: The adapted submodule.
+        heads: Names relative to it. Adapters on a head are not the head's own parameters.
+    """
+    adapters = {id(param) for param in adapter_parameters(part).values()}
+    return [
+        head
+        for head in heads
+        if any(p.requires_grad and id(p) not in adapters for p in _parameters(part, head))
+    ]
+
+
+def _parameters(part: nn.Module, name: str) -> list[nn.Parameter]:
+    return list(part.get_submodule(name).parameters())
+
+
 def activate(part: nn.Module, names: tuple[str, ...]) -> None:
     """Makes ``names`` the adapters that run and train on the layers of ``part``."""
     for layer in part.modules():

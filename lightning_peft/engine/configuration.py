@@ -192,18 +192,20 @@ def _config_of(cls: Any, fields: Mapping[str, Any]) -> Any:
     """Returns ``cls(**fields)``, also for indices of blocks beside ``"all-linear"``.
 
     PEFT refuses the pair when a config is made, since it would ignore the indices. Here they are
-    resolved together.
+    resolved together, with the names of the lists that they count in.
     """
     indices = fields.get("layers_to_transform")
-    apart = indices is not None and not _is_pattern(fields.get("target_modules"))
-    if apart:
-        fields = {**fields, "layers_to_transform": None}
+    later: dict[str, Any] = {}
+    if indices is not None and not _is_pattern(fields.get("target_modules")):
+        named = ("layers_to_transform", "layers_pattern")
+        later = {name: fields[name] for name in named if name in fields}
+        fields = {**fields, **dict.fromkeys(later)}
     try:
         config = cls(**fields)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"{cls.__name__} does not accept these settings: {error}") from error
-    if apart:
-        config.layers_to_transform = indices
+    for name, value in later.items():
+        setattr(config, name, value)
     return config
 
 
@@ -217,12 +219,21 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     if isinstance(config, Mapping):
         config = _from_mapping(config)
     _refuse_method(config)
+    saved: Any = getattr(config, "modules_to_save", None)
+    if saved is not None and (isinstance(saved, str) or not all(map(_is_name, saved))):
+        raise ConfigError(
+            f"modules_to_save={saved!r}: a list of names of submodules, such as ['classifier']."
+        )
     if isinstance(config, LoraConfig):
         _refuse_extensions(config)
         problems = _lora_problems(vars(config))
         if problems:
             raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
     return config
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _refuse_extensions(config: LoraConfig) -> None:

@@ -8,7 +8,7 @@ not against an attacker: use file hashes for that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,16 @@ class Fingerprint:
         """Returns one sha256 over names, shapes and checksums."""
         text = repr((self.names, self.shapes, self.sums))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def only(self, chosen: Callable[[str], bool]) -> Fingerprint:
+        """Returns the fingerprint of those tensors whose name ``chosen`` accepts."""
+        rows = zip(self.names, self.shapes, self.sums, strict=True)
+        kept = [row for row in rows if chosen(row[0])]
+        return Fingerprint(
+            names=tuple(name for name, _, _ in kept),
+            shapes=tuple(shape for _, shape, _ in kept),
+            sums=tuple(total for _, _, total in kept),
+        )
 
     def differences(self, sums: Iterable[int]) -> list[str]:
         """Returns the names of the tensors whose checksum is another one in ``sums``."""

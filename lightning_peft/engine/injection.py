@@ -53,7 +53,13 @@ from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.twins import find_twins, follow
-from lightning_peft.engine.wrapped import check_asked, find_wrapped, taken_off
+from lightning_peft.engine.wrapped import (
+    Wrapped,
+    check_asked,
+    find_wrapped,
+    originals_of,
+    taken_off,
+)
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 
@@ -108,22 +114,70 @@ def inject(
     record = record_of(module)
     wrapped = find_wrapped(module, () if record is None else record.parts)
     if not wrapped:
-        return _inject(module, request, adapt, device)
+        return add_adapters(module, request, adapt, device)
     check_asked(wrapped, config if asked else None, adapt, adapter_name)
-    request = Request(wrapped[0].config, quantization_config, wrapped[0].adapter_name)
+    return _take_over(module, wrapped, quantization_config, device)
+
+
+def _take_over(
+    module: nn.Module,
+    wrapped: list[Wrapped],
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device | str | None,
+) -> Report:
+    saved = {part.name: list(part.saved) for part in wrapped}
+    request = Request(wrapped[0].config, quantization, wrapped[0].adapter_name, saved)
     with taken_off(module, wrapped):
-        made = _inject(module, request, [part.name for part in wrapped], device)
+        made = add_adapters(module, request, [part.name for part in wrapped], device)
     for part in wrapped:
-        require_record(module).parts[part.name].was_wrapped = True
+        entry, originals = require_record(module).parts[part.name], originals_of(part)
+        entry.was_wrapped = True
+        entry.originals |= {key: originals[key] for key in entry.originals if key in originals}
     return made
 
 
-def _inject(
+def inject_exactly(
+    module: nn.Module,
+    request: Request,
+    adapt: list[str],
+    device: torch.device | str | None = None,
+) -> None:
+    """Adds the adapters that a file describes, on top of those that PEFT put there itself.
+
+    Args:
+        module: The module.
+        request: What to add; ``saved`` is followed where PEFT has not wrapped the module.
+        adapt: Names of the parts.
+        device: As for :func:`inject`.
+
+    Raises:
+        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
+    """
+    known = record_of(module)
+    if not find_wrapped(module, () if known is None else known.parts):
+        add_adapters(module, request, adapt, device)
+        return
+    inject(
+        module,
+        request.config,
+        quantization_config=request.quantization,
+        adapt=adapt,
+        adapter_name=request.adapter_name,
+        device=device,
+    )
+
+
+def add_adapters(
     module: nn.Module,
     request: Request,
     adapt: str | Iterable[str] | None,
-    device: torch.device | str | None,
+    device: torch.device | str | None = None,
 ) -> Report:
+    """Does what :func:`inject` does, for a module that PEFT has not wrapped.
+
+    Raises:
+        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
+    """
     record = record_of(module) or Record()
     plans = make_plans(module, request, adapt, record)
     twins = record.twins if record.parts else find_twins(module)
@@ -163,6 +217,7 @@ def _inject_part(
         _quantize_layers(plan.part, plan.quantize, request.quantization, where)
         _wrap_by_peft(plan, config, request.adapter_name)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place)
+    info.heads = plan.heads
     if plan.in_place and subtracts_from_base(request.config):
         factors = low_rank_factors(plan.part, plan.targets, request.adapter_name)
         info.initial = {key: factor.detach().cpu().clone() for key, factor in factors.items()}
@@ -182,16 +237,10 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
     quantized = [
         name for name, child in part.named_modules() if name in planned or is_quantized(child)
     ]
+    loaded = base_fingerprint(part, part.named_parameters())
     return PartRecord(
         name=plan.name,
-        base=base_fingerprint(
-            part,
-            (
-                (name, param)
-                for name, param in part.named_parameters()
-                if not inside(name, [*plan.heads, *plan.saved])
-            ),
-        ),
+        base=loaded.only(lambda name: not inside(name, [*plan.heads, *plan.saved])),
         base_id={
             "name_or_path": getattr(source, "_name_or_path", None) or None,
             "revision": getattr(source, "_commit_hash", None),
@@ -203,6 +252,7 @@ def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartR
         dense_bytes=sum(dense_bytes(part.get_submodule(name)) for name in quantized),
         heads=plan.heads,
         saved=plan.saved,
+        loaded=loaded,
     )
 
 

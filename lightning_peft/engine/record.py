@@ -41,12 +41,15 @@ class AdapterInfo:
         in_place: Whether the layers were extended in place or wrapped by PEFT.
         initial: The factors as an initialisation made them that took their product off the base
             (PiSSA, OLoRA), by their names in an adapter file; else empty.
+        heads: Names of the heads that have no layer of this adapter. Those that are trained belong
+            to its files.
     """
 
     config: dict[str, Any]
     targets: list[str]
     in_place: bool
     initial: dict[str, Tensor] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -55,7 +58,7 @@ class PartRecord:
 
     Attributes:
         name: Dotted name inside the module; ``""`` is the module itself.
-        base: Fingerprint of the frozen weights, taken before anything changed.
+        base: Fingerprint of the weights that injection froze, taken before anything changed.
         base_id: Hub name or path the part was loaded from, its revision, class and dtype.
         quantized: Names of the quantized layers.
         quantization: The settings, as primitives, or ``None``.
@@ -69,6 +72,9 @@ class PartRecord:
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
         was_wrapped: Whether the adapters were PEFT's wrappers before.
+        loaded: Fingerprint of all parameters, heads included, taken before anything changed.
+        replaced: Names of base parameters and buffers whose values came from an adapter folder, so
+            that checkpoints and folders hold them.
     """
 
     name: str
@@ -84,6 +90,8 @@ class PartRecord:
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     changed_base: Fingerprint | None = None
     was_wrapped: bool = False
+    replaced: list[str] = field(default_factory=list)
+    loaded: Fingerprint = field(default_factory=lambda: Fingerprint((), (), ()))
 
     def qualified(self, name: str) -> str:
         """Returns a name relative to this part as a name relative to the module."""

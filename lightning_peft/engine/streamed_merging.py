@@ -18,8 +18,8 @@ from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.configuration import config_from_dict
-from lightning_peft.engine.files.adapter_files import load_adapter, refuse_residual_base
 from lightning_peft.engine.files.adapter_format import read_adapter
+from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.quantization import make_dense, quantize, requantized

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from lightning_peft.engine.configuration import as_peft_config, changes_base, co
 from lightning_peft.engine.configuration import config_to_dict as fields_of
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,6 +76,13 @@ def find_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Wrapped]:
         saved = {n: x for n, x in part.named_modules() if isinstance(x, ModulesToSaveWrapper)}
         ((adapter_name, config),) = part.peft_config.items()  # type: ignore[union-attr, operator]
         exact = _exact(config, list(layers), list(saved))
+        if config.bias != "none":
+            log.warning(
+                "PEFT keeps no copy of biases that it trains (bias=%r), so with adapters disabled, "
+                "%s has the biases that it has now.",
+                config.bias,
+                name or type(part).__name__,
+            )
         found.append(Wrapped(name, part, adapter_name, exact, layers, saved))
     if found and any(_differ(found[0].config, other.config) for other in found[1:]):
         problems.append("the wrapped parts have different settings")
@@ -186,6 +196,15 @@ def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
         raise
     for part in wrapped:
         _restore(part)
+
+
+def originals_of(wrapped: Wrapped) -> dict[str, Tensor]:
+    """Returns the values before training of all that PEFT trained in full, on the CPU, by name."""
+    return {
+        f"{name}.{key}": value.detach().cpu().clone()
+        for name, wrapper in wrapped.saved.items()
+        for key, value in wrapper.original_module.state_dict().items()
+    }
 
 
 def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, str, nn.Module]:

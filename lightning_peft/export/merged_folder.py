@@ -154,7 +154,7 @@ def prepare(
 def _labels(adapter: Adapter) -> int | None:
     """Returns the size of a classification head that the adapter brings."""
     file = adapter.folder / "adapter_model.safetensors"
-    if not file.is_file() or not adapter.config.get("modules_to_save"):
+    if not file.is_file():
         return None
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118

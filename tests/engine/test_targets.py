@@ -129,15 +129,21 @@ def test_a_second_adapter_does_not_adapt_the_first() -> None:
     assert targets_of(model) == ["first", "second"]
 
 
-def test_saved_modules_by_suffix_outermost_only() -> None:
+def test_saved_modules_by_the_end_of_names_outermost_only() -> None:
     model = tiny_llama()
-    found = resolve_saved_modules({"": model}, ["lm_head", "mlp", "up_proj"])[""]
+    nothing: dict[str, list[str]] = {"": []}
+    found = resolve_saved_modules({"": model}, ["lm_head", "mlp", "up_proj"], nothing)[""]
     assert found == ["model.layers.0.mlp", "model.layers.1.mlp", "lm_head"]
+    norms = resolve_saved_modules({"": model}, ["norm"], nothing)[""]
+    assert norms == [name for name, _ in model.named_modules() if name.endswith("norm")]
+    assert len(norms) == 5
+    beside = resolve_saved_modules({"": model}, ["proj", "head"], {"": targets_of(model)})[""]
+    assert beside == ["lm_head"]
     with pytest.raises(
         TargetModulesError, match="'lm_hed' of modules_to_save.*near names: lm_head"
     ):
-        resolve_saved_modules({"": model}, ["lm_hed", "mlp"])
-    assert resolve_saved_modules({"": model}, []) == {"": []}
+        resolve_saved_modules({"": model}, ["lm_hed", "mlp"], nothing)
+    assert resolve_saved_modules({"": model}, [], nothing) == {"": []}
 
 
 def test_compact_names_mean_exactly_the_targets() -> None:
@@ -148,6 +154,10 @@ def test_compact_names_mean_exactly_the_targets() -> None:
         assert targets_of(model, target_modules=short) == targets
     assert compact(targets_of(model, target_modules=["q_proj"]), model) == ["q_proj"]
     assert compact(["encoder.1.encoder"], SameName()) == ["1.encoder"]
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    assert compact(["0"], inner) == "0"
+    assert targets_of(inner, target_modules="0") == ["0"]
+    assert targets_of(inner, target_modules=["0"]) == ["0", "1.0"]
 
 
 def test_near_names() -> None:

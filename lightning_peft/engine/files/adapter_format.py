@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.adapters import adapter_parameters, trained_heads
+from lightning_peft.engine.files.base_tensors import keys_in_file
+from lightning_peft.engine.files.for_peft import replaced_under_one_name, saved_entries
+from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.record import AdapterInfo, PartRecord
+from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, compact, patterns_for
 from lightning_peft.errors import CheckpointError
 
@@ -59,7 +64,7 @@ def adapter_folder(
     if initial:
         tensors, config = _for_plain_base(tensors, config, initial)
     blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
-    facts = provenance_of(entry, name) | plain(dict(provenance))
+    facts = provenance_of(part, entry, name) | plain(dict(provenance))
     facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
     return {
         WEIGHTS_FILE: blob,
@@ -96,11 +101,19 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def adapter_tensors(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Tensor]:
+def adapter_tensors(
+    part: nn.Module, entry: PartRecord, name: str, saved: Iterable[str] | None = None
+) -> dict[str, Tensor]:
     """Returns the tensors of one adapter under PEFT's keys, without its ``base_model.model.``.
 
     Besides the low-rank factors: biases that are trained, ``modules_to_save``, and trainable
     heads inside the part, without which the adapter alone would not give the trained model.
+
+    Args:
+        part: The adapted submodule.
+        entry: Its record.
+        name: The adapter's name.
+        saved: Names of the modules to return in full; by default those of :func:`saved_modules`.
 
     Returns:
         Contiguous tensors on the CPU that share no memory with each other.
@@ -111,8 +124,12 @@ def adapter_tensors(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     else:
         tensors = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
     state = part.state_dict()
-    owners = saved_modules(part, entry)
-    tensors |= {k: v for k, v in state.items() if any(k.startswith(f"{o}.") for o in owners)}
+    tensors |= {key: state[live] for live, key in keys_in_file(entry, info.targets).items()}
+    owners = saved_modules(part, entry, name) if saved is None else list(saved)
+    adapters = adapter_parameters(part)
+    tensors |= {
+        key: value for key, value in state.items() if inside(key, owners) and key not in adapters
+    }
     # Cloned: safetensors refuses tensors that are tied, as in a saved embedding and its output.
     values = {key: tensor.detach() for key, tensor in tensors.items()}
     return {
@@ -136,17 +153,27 @@ def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str
     return tensors
 
 
-def saved_modules(part: nn.Module, entry: PartRecord) -> list[str]:
-    """Returns the names of the modules that an adapter file holds in full.
+def saved_modules(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
+    """Returns the names of the modules that the files of the adapter ``name`` hold in full.
 
-    Those of ``modules_to_save``, and heads that are trainable.
+    Those of ``modules_to_save``, and the heads beside this adapter that are trained, or have other
+    values than when the adapter was added.
     """
-    heads = [
+    heads = entry.adapters[name].heads
+    trained = trained_heads(part, heads)
+    loaded = dict(zip(entry.loaded.names, entry.loaded.sums, strict=True))
+    adapters = {id(param) for param in adapter_parameters(part).values()}
+    changed = [
         head
-        for head in entry.heads
-        if any(param.requires_grad for param in part.get_submodule(head).parameters())
+        for head in heads
+        if head not in trained
+        and any(
+            checksum(param) != loaded.get(f"{head}.{key}", checksum(param))
+            for key, param in part.get_submodule(head).named_parameters()
+            if id(param) not in adapters and param.is_floating_point()
+        )
     ]
-    return [*entry.saved, *heads]
+    return [*entry.saved, *(head for head in heads if head in {*trained, *changed})]
 
 
 def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:
@@ -154,8 +181,10 @@ def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     info = entry.adapters[name]
     config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
     config["target_modules"] = compact(info.targets, part)
-    config["layers_to_transform"] = config["exclude_modules"] = None
-    config["modules_to_save"] = saved_modules(part, entry) or None
+    for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
+        config[applied] = None
+    entries = saved_entries(part, saved_modules(part, entry, name), info.targets)
+    config["modules_to_save"] = entries or None
     config["inference_mode"] = True
     config["base_model_name_or_path"] = entry.base_id["name_or_path"]
     config["revision"] = entry.base_id["revision"]
@@ -168,22 +197,58 @@ def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     return config
 
 
-def provenance_of(entry: PartRecord, name: str) -> dict[str, Any]:
-    """Returns what produced the adapter: base, settings, versions, seed, time (UTC)."""
+def differences_in_peft(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
+    """Returns why PEFT cannot read the files of an adapter to the same output; often nothing.
+
+    This package reads them as they were meant.
+    """
+    return replaced_under_one_name(part, entry.adapters[name].targets)
+
+
+def provenance_of(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:
+    """Returns what produced the adapter: base, settings, versions, seed, time (UTC).
+
+    The fingerprint of the base is that of all parameters but those in ``left_out``, which the
+    files hold themselves.
+    """
     versions = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    saved = saved_modules(part, entry, name)
+    replaced = [key.replace(".base_layer.", ".") for key in entry.replaced]
+    left_out = [*saved, *replaced, *(key for key in entry.originals if not inside(key, saved))]
     return {
-        "base": {**entry.base_id, "fingerprint": entry.base.digest(), "part": entry.name},
+        "base": {
+            **entry.base_id,
+            "fingerprint": entry.loaded.only(lambda key: not inside(key, left_out)).digest(),
+            "left_out": left_out,
+            "part": entry.name,
+        },
         "config": plain(entry.adapters[name].config),
+        "modules_to_save": saved,
         "quantization": entry.quantization,
         "versions": versions,
         "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def recorded_base(
+    loaded: Fingerprint, facts: Mapping[str, Any], heads: Iterable[str]
+) -> Fingerprint:
+    """Returns what of a base the fingerprint in ``provenance.json`` is about.
+
+    Args:
+        loaded: All parameters of the base.
+        facts: What ``provenance.json`` says.
+        heads: What is left out where the file does not say so, as folders that were written before
+            it did: heads, and modules trained in full.
+    """
+    left_out = list((facts.get("base") or {}).get("left_out", heads))
+    return loaded.only(lambda key: not inside(key, left_out))
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:

@@ -41,7 +41,8 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns what no checkpoint may be without, by name: detached, sharing memory.
 
-    Adapters, heads, modules trained in full, and the persistent buffers of adapted parts.
+    Adapters, heads, modules trained in full, base weights that came from an adapter folder, and the
+    persistent buffers of adapted parts.
     """
     named = _named(module)
     names = (
@@ -69,6 +70,7 @@ def adapter_names_of(module: nn.Module) -> list[str]:
 def _own_of_part(part: nn.Module, entry: PartRecord) -> Iterator[str]:
     yield from adapter_parameters(part)
     yield from entry.originals
+    yield from entry.replaced
     layers = [f"{name}." for name in adapted_layers(part) if name]
     heads = tuple(f"{name}." for name in entry.heads)
     for name, child in part.named_modules():

@@ -10,10 +10,12 @@ from torch import nn
 
 from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.configuration import config_differences, config_from_dict
-from lightning_peft.engine.injection import inject
+from lightning_peft.engine.files.base_tensors import hold_in_files
+from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
+from lightning_peft.engine.selection.planning import Request
 from lightning_peft.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -44,6 +46,8 @@ def _describe_part(part: PartRecord) -> dict[str, Any]:
         },
         "quantization": part.quantization,
         "heads": list(part.heads),
+        "saved": list(part.saved),
+        "replaced": list(part.replaced),
         "base_id": dict(part.base_id),
         "base_digest": part.base.digest(),
         "base_sums": torch.tensor(part.base.sums, dtype=torch.int64),
@@ -74,6 +78,9 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
             + "\nUse the settings of the run that wrote it."
         )
     for name, part in record.parts.items():
+        replaced = described["parts"][name].get("replaced")
+        if replaced:
+            hold_in_files(module, part, replaced)
         _check_base(part, described["parts"][name])
 
 
@@ -177,14 +184,13 @@ def inject_as_described(
     for adapter, names in _groups(described["parts"]):
         part = described["parts"][names[0]]
         try:
-            inject(
-                module,
+            request = Request(
                 config_from_dict(part["adapters"][adapter]["config"]),
-                quantization_config=quantization_from_dict(part["quantization"]),
-                adapt=names,
-                adapter_name=adapter,
-                device=device,
+                quantization_from_dict(part["quantization"]),
+                adapter,
+                _saved(described["parts"], names),
             )
+            inject_exactly(module, request, names, device)
         except (ConfigError, TargetModulesError) as error:
             raise CheckpointError(
                 f"The checkpoint's adapter {adapter!r} cannot be put on {type(module).__name__}: "
@@ -192,6 +198,13 @@ def inject_as_described(
             ) from error
     set_adapter(module, described["active"])
     check_description(module, described)
+
+
+def _saved(parts: Mapping[str, Any], names: list[str]) -> dict[str, list[str]] | None:
+    """Returns the names of modules trained in full, by part; ``None`` where they are not listed."""
+    if any("saved" not in parts[name] for name in names):
+        return None
+    return {name: list(parts[name]["saved"]) for name in names}
 
 
 def _groups(parts: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
@@ -55,11 +56,14 @@ class Request:
         config: PEFT's config.
         quantization: How to quantize the base first, or ``None``.
         adapter_name: Name of the new adapter.
+        saved: Names of the modules that are trained in full, by part, where they are known
+            exactly; else they are those that ``config`` means.
     """
 
     config: PeftConfig
     quantization: BitsAndBytesConfig | None
     adapter_name: str
+    saved: dict[str, list[str]] | None = None
 
     @property
     def biases(self) -> str:
@@ -108,7 +112,10 @@ def make_plans(
         else:
             _refuse_overlap(name, record)
     targets = resolve_targets(parts, request.config)
-    saved = resolve_saved_modules(parts, getattr(request.config, "modules_to_save", None) or [])
+    saved = request.saved
+    if saved is None:
+        named = getattr(request.config, "modules_to_save", None) or []
+        saved = resolve_saved_modules(parts, named, targets)
     plans = [PartPlan(n, part, targets[n], saved[n]) for n, part in parts.items()]
     for plan in plans:
         _check_ties(plan)
@@ -118,7 +125,9 @@ def make_plans(
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
         plan.in_place = _can_be_in_place(plan, request.config)
-        if plan.name not in record.parts:
+        if plan.name in record.parts:
+            _check_trained_heads(plan, record.parts[plan.name])
+        else:
             plan.quantize = layers_to_quantize(plan, request.quantization)
         _check_layers(plan, request)
     _check_distinct(plans)
@@ -157,6 +166,19 @@ def _check_further(entry: PartRecord, request: Request) -> None:
         raise UnsupportedError(
             "An initialisation that rewrites the base (pissa, olora, loftq) is supported for the "
             "only adapter of a part: the others would run on a base that they were not made for."
+        )
+
+
+def _check_trained_heads(plan: PartPlan, entry: PartRecord) -> None:
+    """Refuses an adapter on a head that is trained in full with the adapters that are there."""
+    heads = trained_heads(plan.part, entry.heads)
+    problems = [target for target in plan.targets if inside(target, heads)]
+    if problems:
+        raise UnsupportedError(
+            f"{', '.join(problems)} of {_called(plan)} belongs to a head that is trained in full "
+            f"with the adapter {next(iter(entry.adapters))!r}. An adapter on it would be one for "
+            "weights that change. Freeze the head first (requires_grad_(False)), or leave it out "
+            "of `target_modules`."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -75,33 +75,56 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
     return found
 
 
-def resolve_saved_modules(parts: Parts, wanted: Iterable[str]) -> dict[str, list[str]]:
+def resolve_saved_modules(
+    parts: Parts, wanted: Iterable[str], targets: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
     """Returns the names of the submodules that ``modules_to_save`` means, by part.
+
+    As in PEFT, an entry means every name that ends with it: ``"norm"`` is ``input_layernorm`` too.
+    Where PEFT would raise an error since such a module has an adapter, the adapter is kept.
+
+    Args:
+        parts: The adapted submodules by name.
+        wanted: The entries.
+        targets: Names of the layers that get an adapter, by part.
 
     Raises:
         TargetModulesError: If an entry matches nothing in any part.
     """
     entries = list(wanted)
-    refuse_unmatched("modules_to_save", entries, parts)
+    refuse_unmatched("modules_to_save", entries, parts, _ends_with)
     found = {}
     for part_name, part in parts.items():
-        hits = [n for n in base_modules(part) if n and any(_is_suffix(e, n) for e in entries)]
+        adapted = targets[part_name]
+        hits = [
+            name
+            for name, known in all_names(part).items()
+            if any(_ends_with(e, a) for e in entries for a in known)
+            and not inside(name, adapted)
+            and not any(inside(target, [name]) for target in adapted)
+        ]
         found[part_name] = [n for n in hits if not inside(n, [up for up in hits if up != n])]
     return found
 
 
-def refuse_unmatched(argument: str, wanted: Iterable[str], parts: Parts) -> None:
+def refuse_unmatched(
+    argument: str,
+    wanted: Iterable[str],
+    parts: Parts,
+    rule: Callable[[str, str], bool] | None = None,
+) -> None:
     """Refuses names of submodules that match nothing.
 
     Args:
         argument: Where the names were given.
         wanted: The names.
         parts: The adapted submodules by name; each name has to match in one of them.
+        rule: Says whether an entry matches a name; by default whether it is its last steps.
 
     Raises:
         TargetModulesError: With all such names, and near ones.
     """
-    problems = _unmatched(argument, list(wanted), parts, base_modules)
+    problems = _unmatched(argument, list(wanted), parts, base_modules, rule or _is_suffix)
     if problems:
         raise TargetModulesError(f"The names do not fit {_called(parts)}:" + itemize(problems))
 
@@ -112,11 +135,17 @@ def _called(parts: Parts) -> str:
 
 def _layers(part: nn.Module) -> dict[str, list[str]]:
     """Returns all names of every layer that holds parameters, by its first name."""
-    first = {
-        id(child): name
-        for name, child in base_modules(part).items()
-        if name and next(child.parameters(recurse=False), None) is not None
+    modules = base_modules(part)
+    return {
+        name: known
+        for name, known in all_names(part).items()
+        if next(modules[name].parameters(recurse=False), None) is not None
     }
+
+
+def all_names(part: nn.Module) -> dict[str, list[str]]:
+    """Returns all names of every submodule, by its first one, without those of adapters."""
+    first = {id(child): name for name, child in base_modules(part).items() if name}
     names: dict[str, list[str]] = {name: [] for name in first.values()}
     for name, child in part.named_modules(remove_duplicate=False):
         if id(child) in first:
@@ -140,6 +169,10 @@ def _recurrent(part: nn.Module) -> str:
 
 def _is_suffix(entry: str, name: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
+
+
+def _ends_with(entry: str, name: str) -> bool:
+    return bool(entry) and name.endswith(entry)
 
 
 def _matches(config: PeftConfig, name: str) -> bool:
@@ -176,7 +209,13 @@ def _is_ungrouped(layer: Any) -> bool:
     return isinstance(layer, CONVOLUTION_LIKE) and layer.groups == 1
 
 
-def _unmatched(argument: str, wanted: Any, parts: Parts, names_of: Any) -> list[str]:
+def _unmatched(
+    argument: str,
+    wanted: Any,
+    parts: Parts,
+    names_of: Any,
+    rule: Callable[[str, str], bool] = _is_suffix,
+) -> list[str]:
     """Returns a problem for every entry that matches no name in any part."""
     names = []
     for part in parts.values():
@@ -190,7 +229,7 @@ def _unmatched(argument: str, wanted: Any, parts: Parts, names_of: Any) -> list[
     return [
         f"{entry!r} of {argument} matches nothing{near_names(entry, names)}"
         for entry in sorted(wanted or [])
-        if not any(_is_suffix(entry, name) for name in names)
+        if not any(rule(entry, name) for name in names)
     ]
 
 
@@ -226,19 +265,21 @@ def near_names(wanted: str, names: Iterable[str]) -> str:
     return f"; {label}: {', '.join(listed)}" if listed else ""
 
 
-def compact(targets: list[str], part: nn.Module) -> list[str]:
+def compact(targets: list[str], part: nn.Module) -> list[str] | str:
     """Returns the shortest suffixes that match exactly ``targets`` and nothing else in ``part``.
 
     The file that other programs read then says ``["q_proj", "v_proj"]`` instead of hundreds of
-    full names wherever that is the same.
+    full names wherever that is the same. Where even a full name is the end of another one, such as
+    ``"0"`` of ``"blocks.0"``, it is a regular expression.
     """
     chosen = set(targets)
     others = {name for name in base_modules(part) if name and name not in chosen}
     taken = {suffix for name in others for suffix in _suffixes(name)}
     shortest = [
-        next((suffix for suffix in _suffixes(name) if suffix not in taken), name)
-        for name in targets
+        next((suffix for suffix in _suffixes(name) if suffix not in taken), "") for name in targets
     ]
+    if "" in shortest:
+        return "|".join(re.escape(name) for name in targets)
     return list(dict.fromkeys(shortest))
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters, set_adapter
-from lightning_peft.engine.files.adapter_files import load_adapter, save_adapter
+from lightning_peft.engine.files.adapter_files import save_adapter
 from lightning_peft.engine.files.adapter_format import saved_modules
+from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.module_state import load_trainable_state_dict, trainable_state_dict
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.selection.parts import inside
@@ -89,7 +90,7 @@ def _in_files(module: nn.Module, adapter: str) -> dict[str, Tensor]:
             continue
         part = module.get_submodule(name)
         own = {n: p for n, p in adapter_parameters(part).items() if adapter in n.split(".")}
-        heads = saved_modules(part, entry)
+        heads = saved_modules(part, entry, adapter)
         own |= {n: p for n, p in part.named_parameters() if p.requires_grad and inside(n, heads)}
         found |= {entry.qualified(n): param for n, param in own.items()}
     return found

@@ -1,0 +1,140 @@
+"""Whether an adapter folder fits the base and the adapter that it is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.configuration import config_differences
+from lightning_peft.engine.files.adapter_format import (
+    adapter_tensors,
+    exported_config,
+    recorded_base,
+)
+from lightning_peft.engine.files.base_tensors import base_tensors, differences
+from lightning_peft.engine.fingerprint import Fingerprint, checksum
+from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.errors import BaseMismatchError, CheckpointError, itemize
+
+
+@dataclass
+class AdapterFolder:
+    """One adapter folder, and what of it fits the part that it is for.
+
+    Attributes:
+        path: The folder.
+        part: Name of the part.
+        fields: Fields of ``adapter_config.json``.
+        tensors: By their keys without PEFT's prefix.
+        facts: What ``provenance.json`` says.
+        saved: Names of the modules that it holds in full.
+    """
+
+    path: Path
+    part: str
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    saved: list[str]
+
+
+def check_base_of(module: nn.Module, folder: AdapterFolder, entry: PartRecord) -> None:
+    """Refuses a base other than the one that a folder records.
+
+    Raises:
+        BaseMismatchError: If it is another one.
+    """
+    base = folder.facts.get("base") or {}
+    loaded = _as_they_are(module.get_submodule(entry.name), entry)
+    mine = recorded_base(loaded, folder.facts, [*folder.saved, *entry.heads]).digest()
+    if base.get("fingerprint") not in (None, mine):
+        raise BaseMismatchError(
+            f"The adapter in {str(folder.path)!r} was trained on another base"
+            f" ({base.get('name_or_path') or 'fingerprint ' + base['fingerprint'][:12]}) than "
+            f"{entry.base_id.get('name_or_path') or 'this module'} "
+            f"(fingerprint {mine[:12]}). On this one it would compute something "
+            "else. Load the base it was trained on, or pass check_base=False if they are meant "
+            "to differ."
+        )
+
+
+def _as_they_are(part: nn.Module, entry: PartRecord) -> Fingerprint:
+    """Returns the fingerprint of all parameters, with heads as they are by now."""
+    state = dict(part.named_parameters())
+    now = {
+        name: checksum(state[name])
+        for name in entry.loaded.names
+        if name in state and inside(name, entry.heads) and state[name].is_floating_point()
+    }
+    loaded = entry.loaded
+    sums = [now.get(n, total) for n, total in zip(loaded.names, loaded.sums, strict=True)]
+    return Fingerprint(loaded.names, loaded.shapes, tuple(sums))
+
+
+def check_fit(part: nn.Module, entry: PartRecord, name: str, folder: AdapterFolder) -> list[str]:
+    """Refuses a folder that does not fit an adapter.
+
+    Args:
+        part: The adapted submodule.
+        entry: Its record.
+        name: The adapter's name.
+        folder: The folder.
+
+    Returns:
+        The names of weights of the base that the folder brings with other values.
+
+    Raises:
+        CheckpointError: With every setting and tensor that does not fit.
+    """
+    fields, tensors = folder.fields, folder.tensors
+    mine = exported_config(part, entry, name)
+    # What the values were before training is no matter, and files may leave fields out.
+    compared = {key: value for key, value in fields.items() if key in mine}
+    compared["init_lora_weights"] = mine.get("init_lora_weights")
+    problems = [
+        f"{key}={fields[key]!r} in the file and {mine[key]!r} in the module"
+        for key in config_differences({k: mine[k] for k in compared if k in mine}, compared)
+        if key != "modules_to_save"
+    ]
+    expected = adapter_tensors(part, entry, name, {*folder.saved, *entry.saved})
+    brought = base_tensors(part, entry, [key for key in tensors if key not in expected])
+    replaced, unusable = differences(entry, brought, tensors, name)
+    problems += [f"missing: {key}" for key in expected if key not in tensors]
+    problems += [
+        f"unexpected: {key}" for key in tensors if key not in expected and key not in brought
+    ]
+    problems += [
+        f"{key}: {tuple(tensors[key].shape)} in the file, {tuple(value.shape)} in the module"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    problems += unusable + _tie_problems(part, tensors)
+    if problems:
+        raise CheckpointError(
+            f"The adapter in {str(folder.path)!r} does not fit {type(part).__name__}:"
+            + itemize(problems)
+        )
+    return replaced
+
+
+def _tie_problems(part: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """PEFT trains copies of tied modules apart; one tensor cannot take two values."""
+    first: dict[int, str] = {}
+    problems = []
+    names = {key.replace(".base_layer.", "."): key for key in tensors}
+    for name, param in part.named_parameters(remove_duplicate=False):
+        key = names.get(name.replace(".base_layer.", "."))
+        if key is not None:
+            other = first.setdefault(id(param), key)
+            if not torch.equal(tensors[key], tensors[other]):
+                problems.append(
+                    f"{key} and {other} have different values in the file and are tied in the "
+                    "module: untie them (tie_word_embeddings=False)"
+                )
+    return problems

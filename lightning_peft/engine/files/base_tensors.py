@@ -1,0 +1,104 @@
+"""Weights of the base that a folder brings, as PEFT does for embeddings with an adapter.
+
+PEFT writes them with ``save_embedding_layers``, for vocabularies that were resized, and puts them
+in the place of the base's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.record import PartRecord
+
+_WRAPPED = ".base_layer."
+
+
+def base_tensors(
+    part: nn.Module, entry: PartRecord, keys: Iterable[str]
+) -> dict[str, tuple[str, Tensor]]:
+    """Returns those of ``keys`` that are weights or buffers of the base.
+
+    Returns:
+        By key: the name in ``part`` as it is now, and the tensor.
+    """
+    state, adapters = part.state_dict(), adapter_parameters(part)
+    found = {}
+    for key in keys:
+        for name in (key, key.replace(_WRAPPED, ".")):
+            value = state.get(name)
+            if isinstance(value, Tensor) and name not in adapters:
+                found[key] = (name, value)
+                break
+    return found
+
+
+def differences(
+    entry: PartRecord,
+    brought: Mapping[str, tuple[str, Tensor]],
+    tensors: Mapping[str, Tensor],
+    adapter_name: str,
+) -> tuple[list[str], list[str]]:
+    """Compares base weights that a file brings with those of the module.
+
+    Returns:
+        The names of those that have other values, and sentences on those that cannot be used.
+    """
+    changed, problems = [], []
+    others = [name for name in entry.adapters if name != adapter_name]
+    for key, (name, mine) in brought.items():
+        value = tensors[key]
+        if value.shape != mine.shape:
+            problems.append(
+                f"{key}: {tuple(value.shape)} in the file, {tuple(mine.shape)} in the module"
+                + _vocabulary(value, mine)
+            )
+        elif mine.is_meta or not torch.equal(value.to(mine.dtype), mine.cpu()):
+            changed.append(name)
+            if others:
+                problems.append(
+                    f"{key}: the file brings other values of the base, which the adapters "
+                    f"{', '.join(others)} use too. Load it onto a module of its own"
+                )
+    return changed, problems
+
+
+def _vocabulary(value: Tensor, mine: Tensor) -> str:
+    if value.ndim != 2 or mine.ndim != 2 or value.shape[1] != mine.shape[1]:
+        return ""
+    return (
+        f". The adapter was trained with a vocabulary of {value.shape[0]}, and this one has "
+        f"{mine.shape[0]}: call model.resize_token_embeddings({value.shape[0]}) first"
+    )
+
+
+def hold_in_files(module: nn.Module, entry: PartRecord, names: Iterable[str]) -> None:
+    """Makes base weights a part of what checkpoints and adapter folders hold.
+
+    Args:
+        module: The module that the record is of.
+        entry: The record of the part.
+        names: Names of parameters or buffers, relative to the part.
+    """
+    entry.replaced = sorted({*entry.replaced, *names})
+    part = module.get_submodule(entry.name)
+    held = dict(part.named_parameters(remove_duplicate=False))
+    ids = {id(held[name]) for name in entry.replaced if name in held}
+    entry.frozen -= {
+        name for name, param in module.named_parameters(remove_duplicate=False) if id(param) in ids
+    }
+    plain = {name.replace(_WRAPPED, ".") for name in entry.replaced}
+    entry.base = entry.base.only(lambda name: name not in plain)
+
+
+def keys_in_file(entry: PartRecord, targets: Iterable[str]) -> dict[str, str]:
+    """Returns PEFT's keys of the base weights that files hold, by their names in the part."""
+    adapted = set(targets)
+    keys = {}
+    for name in entry.replaced:
+        owner, _, leaf = name.rpartition(".")
+        keys[name] = f"{owner}{_WRAPPED}{leaf}" if owner in adapted else name
+    return keys

@@ -1,0 +1,94 @@
+"""What of an adapter folder goes where in a part.
+
+PEFT writes names that match nothing (``score`` beside ``classifier``), base weights of adapted
+embeddings, and values of single tokens. All of it has a place here, or is named in an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.targets import PATTERN_FIELDS, all_names
+from lightning_peft.errors import CheckpointError, itemize
+
+
+def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a folder without names that match nothing in ``part``.
+
+    PEFT passes over them. That all tensors of the file have a place is checked later.
+    """
+    names = [known for names in all_names(part).values() for known in names]
+
+    def steps(entry: str) -> bool:
+        return any(name == entry or name.endswith(f".{entry}") for name in names)
+
+    def ends(entry: str) -> bool:
+        return any(name.endswith(entry) for name in names)
+
+    def pattern(entry: str) -> bool:
+        return any(re.match(rf"(.*\.)?({entry})$", name) for name in names)
+
+    kept = dict(fields)
+    for field, matches in (("target_modules", steps), ("exclude_modules", steps)):
+        if isinstance(kept.get(field), list):
+            # Where none is left, the error is about the names in the file.
+            kept[field] = [entry for entry in kept[field] if matches(entry)] or kept[field]
+    if isinstance(kept.get("exclude_modules"), list) and not any(
+        map(steps, kept["exclude_modules"])
+    ):
+        kept["exclude_modules"] = None
+    if isinstance(kept.get("modules_to_save"), list):
+        kept["modules_to_save"] = [entry for entry in kept["modules_to_save"] if ends(entry)]
+    for field in PATTERN_FIELDS:
+        if isinstance(kept.get(field), dict):
+            kept[field] = {key: value for key, value in kept[field].items() if pattern(key)}
+    return kept
+
+
+def saved_in_file(
+    part: nn.Module,
+    entries: Iterable[str],
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> list[str]:
+    """Returns the names of the modules that a file holds in full.
+
+    Args:
+        part: The submodule, with adapters or without.
+        entries: ``modules_to_save`` of the file.
+        facts: What ``provenance.json`` says, which names the modules exactly.
+        tensors: The tensors of the file.
+
+    Raises:
+        CheckpointError: If the record names modules that ``part`` does not have.
+    """
+    names = all_names(part)
+    recorded = facts.get("modules_to_save")
+    if recorded is not None:
+        absent = [name for name in recorded if name not in names]
+        if absent:
+            raise CheckpointError(
+                f"The adapter was saved with modules that {type(part).__name__} does not have:"
+                + itemize(absent)
+            )
+        return list(recorded)
+    # Keys of adapters are others on a part: they have the adapter's name in them.
+    own = part.state_dict()
+    owners = {key.rpartition(".")[0] for key in tensors if key in own}
+    hits = []
+    for name, known in names.items():
+        steps = any(a == e or a.endswith(f".{e.lstrip('.')}") for a in known for e in entries)
+        ends = any(a.endswith(e) for a in known for e in entries)
+        # By its last steps, a name is meant; by its letters only where the file has its values.
+        if (steps and _has_values(part, name)) or (ends and any(inside(o, [name]) for o in owners)):
+            hits.append(name)
+    return [name for name in hits if not inside(name, [up for up in hits if up != name])]
+
+
+def _has_values(part: nn.Module, name: str) -> bool:
+    return bool(part.get_submodule(name).state_dict())

@@ -1,0 +1,441 @@
+"""Folders that PEFT writes load here to the same output, and those written here load in PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama, token_batch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.errors import (
+    BaseMismatchError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+)
+
+from .reference import output_of, randomize
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Layered(nn.Module):
+    """Two lists of blocks, of which ``layers_pattern`` chooses one, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(5, 5)}) for _ in range(3))
+        self.back = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(5, 5)}) for _ in range(3))
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [*self.front, *self.back]:
+            x = torch.tanh(block["up"](x))
+        return self.head(x)
+
+
+class Gates(nn.Module):
+    """A head whose name is the end of the name of other layers."""
+
+    def __init__(self, inner: bool = False) -> None:
+        super().__init__()
+        self.mid_out, self.wide_mid_out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tail = nn.Module()
+        self.tail.out = nn.Linear(4, 2)
+        self.out = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.wide_mid_out(torch.relu(self.mid_out(x))))
+        return self.out(self.tail.out(x))
+
+
+def bert(kind: type = BertForSequenceClassification) -> nn.Module:
+    settings = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_labels": 3}
+    config = BertConfig(**settings, num_attention_heads=2, intermediate_size=16)
+    return kind(config).eval()
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@torch.no_grad()
+def train(model: nn.Module) -> None:
+    for param in model.parameters():
+        if param.requires_grad:
+            param.add_(torch.randn_like(param) * 0.1)
+
+
+def words() -> dict[str, Tensor]:
+    return {"input_ids": token_batch(rows=1)["input_ids"] % 40}
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, **settings)
+
+
+FOLDERS: dict[str, tuple[Callable[[], nn.Module], LoraConfig]] = {
+    "classes of sequences": (bert, lora(task_type="SEQ_CLS", target_modules=["query"])),
+    "classes of tokens": (
+        lambda: bert(BertForTokenClassification),
+        lora(task_type="TOKEN_CLS", target_modules=["query", "value"]),
+    ),
+    "embeddings": (tiny_llama, lora(target_modules=["embed_tokens", "q_proj"])),
+    "output layer": (tiny_llama, lora(target_modules=["lm_head", "q_proj"])),
+    "norms by their ending": (
+        tiny_llama,
+        lora(target_modules=["v_proj"], modules_to_save=["norm"]),
+    ),
+    "names that match nothing": (
+        tiny_llama,
+        lora(
+            target_modules=["q_proj", "query"],
+            exclude_modules=["layers.0.self_attn.q_proj", "absent"],
+            modules_to_save=["absent", "lm_head"],
+            rank_pattern={"absent": 3},
+        ),
+    ),
+    "indices in a list": (
+        Layered,
+        lora(target_modules=["up"], layers_to_transform=[0, 2], layers_pattern="back"),
+    ),
+    "trainable module": (plain, lora(target_modules=["0"])),
+    "all biases": (plain, lora(target_modules=["0"], bias="all")),
+    "own biases": (plain, lora(target_modules=["0", "2"], bias="lora_only")),
+    "ranks and scalings": (
+        plain,
+        lora(
+            target_modules=["0", "2"],
+            rank_pattern={"^0": 3},
+            alpha_pattern={"2": 5},
+            use_rslora=True,
+        ),
+    ),
+    "DoRA": (plain, lora(target_modules=["0"], use_dora=True)),
+}
+
+
+def inputs_for(model: nn.Module) -> Any:
+    if hasattr(model, "config"):
+        return words()
+    return torch.randn(3, 5 if isinstance(model, Layered) else 4)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "other"])
+@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*rank_pattern keys")
+def test_what_peft_writes_loads_here_and_goes_back(
+    case: str, adapter_name: str, tmp_path: Path
+) -> None:
+    build, config = FOLDERS[case]
+    torch.manual_seed(0)
+    base = build()
+    x = inputs_for(base)
+    theirs = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name).eval()
+    train(theirs)
+    expected = output_of(theirs, x)
+    theirs.save_pretrained(tmp_path)
+    mine = copy.deepcopy(base)
+    lightning_peft.load_adapter(mine, tmp_path)
+    torch.testing.assert_close(output_of(mine, x), expected, rtol=1e-5, atol=1e-6)
+    with lightning_peft.disable_adapters(mine):
+        assert torch.equal(output_of(mine, x), output_of(base, x))
+    again = lightning_peft.save_adapter(mine, tmp_path / "again")
+    back = PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
+    torch.testing.assert_close(output_of(back, x), expected, rtol=1e-5, atol=1e-6)
+    second = copy.deepcopy(base)
+    lightning_peft.load_adapter(second, again)
+    assert torch.equal(output_of(second, x), output_of(mine, x))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_other_embeddings_in_a_folder_are_used_and_kept(tmp_path: Path) -> None:
+    """As after a vocabulary was resized: new rows are random in every process."""
+    torch.manual_seed(0)
+    base = tiny_llama()
+    trained = copy.deepcopy(base)
+    with torch.no_grad():
+        trained.model.embed_tokens.weight[-3:] += 1
+        trained.lm_head.weight[-3:] -= 1
+    theirs = get_peft_model(trained, lora(target_modules=["embed_tokens", "q_proj"])).eval()
+    train(theirs)
+    x = token_batch(rows=2)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    mine = copy.deepcopy(base)
+    lightning_peft.load_adapter(mine, tmp_path)
+    theirs_read = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(output_of(mine, x), output_of(theirs_read, x), rtol=1e-5, atol=1e-6)
+    again = lightning_peft.save_adapter(mine, tmp_path / "again")
+    back = PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
+    torch.testing.assert_close(output_of(back, x), output_of(mine, x), rtol=1e-5, atol=1e-6)
+    entry = engine.require_record(mine).parts[""]
+    assert "model.embed_tokens.weight" in entry.replaced
+    assert "model.embed_tokens.weight" in engine.trainable_state_dict(mine)
+    assert "model.embed_tokens.weight" not in entry.frozen
+    # What a checkpoint says restores the module, though the base at hand is another one.
+    restored = copy.deepcopy(base)
+    engine.inject_as_described(restored, engine.describe(mine))
+    engine.load_trainable_state_dict(restored, engine.trainable_state_dict(mine))
+    assert torch.equal(output_of(restored, x), output_of(mine, x))
+    fresh = copy.deepcopy(base)
+    lightning_peft.inject(fresh, target_modules=["k_proj"], adapter_name="first")
+    with pytest.raises(CheckpointError, match="the file brings other values of the base"):
+        lightning_peft.load_adapter(fresh, tmp_path, adapter_name="second")
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_vocabulary_of_another_size_is_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tiny_llama()
+    size = base.config.vocab_size
+    larger = copy.deepcopy(base)
+    larger.resize_token_embeddings(size + 2)
+    theirs = get_peft_model(larger, lora(target_modules=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path)
+    message = rf"vocabulary of {size + 2}, and this one has {size}: call model.resize_token"
+    with pytest.raises(CheckpointError, match=message):
+        lightning_peft.load_adapter(copy.deepcopy(base), tmp_path)
+    base.resize_token_embeddings(size + 2)
+    lightning_peft.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tokens_that_peft_trained(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tiny_llama(tied=tied)
+    config = lora(target_modules=["q_proj"], trainable_token_indices=[7, 3])
+    theirs = get_peft_model(copy.deepcopy(base), config).eval()
+    train(theirs)
+    x = {"input_ids": torch.tensor([[1, 3, 7, 5]])}
+    theirs.save_pretrained(tmp_path)
+    mine = copy.deepcopy(base)
+    lightning_peft.load_adapter(mine, tmp_path)
+    torch.testing.assert_close(output_of(mine, x), output_of(theirs, x), rtol=1e-5, atol=1e-6)
+    with lightning_peft.disable_adapters(mine):
+        assert torch.equal(output_of(mine, x), output_of(base, x))
+    again = lightning_peft.save_adapter(mine, tmp_path / "again")
+    back = PeftModel.from_pretrained(copy.deepcopy(base), again).eval()
+    torch.testing.assert_close(output_of(back, x), output_of(mine, x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnsupportedError, match="single rows are not trained here"):
+        lightning_peft.load_adapter(copy.deepcopy(base), tmp_path, is_trainable=True)
+
+
+def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tiny_llama()
+    size = base.config.vocab_size
+    larger = copy.deepcopy(base)
+    larger.resize_token_embeddings(size + 4)
+    config = lora(target_modules=["q_proj"], trainable_token_indices=[2, size + 1])
+    get_peft_model(larger, config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"tokens \[{size + 1}\] of a vocabulary of {size}"):
+        lightning_peft.load_adapter(base, tmp_path)
+
+
+def test_adapters_in_sub_folders_are_found_by_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = plain(), torch.randn(3, 4)
+    theirs = get_peft_model(copy.deepcopy(base), lora(target_modules=["0"]), "first")
+    theirs.add_adapter("second", lora(target_modules=["2"]))
+    for name in ("first", "second"):
+        theirs.set_adapter(name)
+        train(theirs)
+    theirs.save_pretrained(tmp_path)
+    for name in ("first", "second"):
+        mine = copy.deepcopy(base)
+        lightning_peft.load_adapter(mine, tmp_path, adapter_name=name)
+        theirs.set_adapter(name)
+        torch.testing.assert_close(mine(x), theirs(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match="holds several adapters, 'first', 'second': name"):
+        lightning_peft.load_adapter(copy.deepcopy(base), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_a_weighted_sum_of_adapters(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = plain(), torch.randn(3, 4)
+    theirs = get_peft_model(copy.deepcopy(base), lora(target_modules=["0", "2"]), "one")
+    theirs.add_adapter("two", lora(target_modules=["0", "2"], lora_alpha=3))
+    for name in ("one", "two"):
+        theirs.set_adapter(name)
+        train(theirs)
+    theirs.add_weighted_adapter(["one", "two"], [0.7, 0.4], "sum", combination_type=kind)
+    theirs.set_adapter("sum")
+    theirs.save_pretrained(tmp_path, selected_adapters=["sum"])
+    mine = copy.deepcopy(base)
+    lightning_peft.load_adapter(mine, tmp_path)
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+# --- heads of several adapters --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("active", ["a", "b"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_each_folder_holds_its_own_adapter(name: str, active: str, tmp_path: Path) -> None:
+    """The last layer is the head of one adapter and a target of the other."""
+    torch.manual_seed(0)
+    base, x = plain().requires_grad_(False), torch.randn(3, 4)
+    module = copy.deepcopy(base)
+    lightning_peft.inject(module, r=2, target_modules=["0"], adapter_name="a")
+    lightning_peft.inject(module, r=2, target_modules=["2", "4"], adapter_name="b")
+    randomize(module)
+    lightning_peft.set_adapter(module, active)
+    lightning_peft.save_adapter(module, tmp_path, adapter_name=name)
+    layers = {"a": ["0"], "b": ["2", "4"]}[name]
+    keys = {f"base_model.model.{n}.lora_{side}.weight" for n in layers for side in "AB"}
+    assert load_file(tmp_path / WEIGHTS).keys() == keys
+    lightning_peft.set_adapter(module, name)
+    other = copy.deepcopy(base)
+    lightning_peft.load_adapter(other, tmp_path)
+    assert torch.equal(other(x), module(x))
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_no_adapter_on_a_head_that_another_one_trains() -> None:
+    module = plain()
+    lightning_peft.inject(module, target_modules=["0"], adapter_name="a")
+    with pytest.raises(UnsupportedError, match="4 of Sequential belongs to a head that is trained"):
+        lightning_peft.inject(module, target_modules=["2", "4"], adapter_name="b")
+    assert engine.require_record(module).adapter_names == ["a"]
+    module[4].requires_grad_(False)
+    lightning_peft.inject(module, target_modules=["2", "4"], adapter_name="b")
+
+
+def test_a_head_that_was_trained_and_frozen_is_in_the_folder(tmp_path: Path) -> None:
+    module = plain()
+    lightning_peft.inject(module, target_modules=["0"])
+    train(module)
+    module[4].requires_grad_(False)
+    lightning_peft.save_adapter(module, tmp_path)
+    assert "base_model.model.4.weight" in load_file(tmp_path / WEIGHTS)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["4"]
+
+
+# --- names of heads -------------------------------------------------------------------------------
+
+
+def test_the_end_of_another_name_is_not_written_as_a_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = Gates(), torch.randn(3, 4)
+    for saved in (["tail.out"], ["tail.out", "out"], ["out"]):
+        module = copy.deepcopy(base).requires_grad_(False)
+        lightning_peft.inject(
+            module, r=2, target_modules=["mid_out", "wide_mid_out"], modules_to_save=saved
+        )
+        train(module)
+        lightning_peft.save_adapter(module, tmp_path)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        torch.testing.assert_close(theirs(x), module(x), rtol=1e-5, atol=1e-6)
+        mine = copy.deepcopy(base)
+        lightning_peft.load_adapter(mine, tmp_path)
+        assert torch.equal(mine(x), module(x))
+        (tmp_path / "provenance.json").unlink()
+        mine = copy.deepcopy(base)
+        lightning_peft.load_adapter(mine, tmp_path)
+        assert torch.equal(mine(x), module(x))
+
+
+def test_a_layer_under_two_names_is_said_when_saving(tmp_path: Path) -> None:
+    module = plain()
+    module.again = module[2]
+    lightning_peft.inject(module, target_modules=["2"])
+    with pytest.warns(UserWarning, match="2 is also called again, and PEFT would replace it under"):
+        lightning_peft.save_adapter(module, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["norm", ["head", ""], [3]])
+def test_modules_to_save_is_a_list_of_names(value: Any) -> None:
+    with pytest.raises(ConfigError, match="a list of names of submodules"):
+        lightning_peft.inject(plain(), LoraConfig(target_modules=["0"], modules_to_save=value))
+
+
+# --- the base -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [0, 2, 4])
+def test_every_frozen_layer_belongs_to_the_base(layer: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = plain().requires_grad_(False)
+    module = copy.deepcopy(base)
+    lightning_peft.inject(module, r=2, target_modules=["0"])
+    lightning_peft.save_adapter(module, tmp_path)
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other[layer].weight[0, 0] += 1
+    with pytest.raises(BaseMismatchError, match="was trained on another base"):
+        lightning_peft.load_adapter(other, tmp_path)
+    lightning_peft.load_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "b", "a"), ("b", "a", "c")])
+def test_adapters_of_one_base_share_it_whatever_their_targets(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = plain().requires_grad_(False)
+    for name, targets in {"a": ["0"], "b": ["4"], "c": ["2", "4"]}.items():
+        module = copy.deepcopy(base)
+        lightning_peft.inject(module, r=2, target_modules=targets)
+        lightning_peft.save_adapter(module, tmp_path / name)
+    for name in order:
+        lightning_peft.load_adapter(base, tmp_path / name, adapter_name=name)
+    assert engine.require_record(base).adapter_names == list(order)
+
+
+def test_a_trained_head_under_another_adapter_is_not_its_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = plain()
+    module = copy.deepcopy(base).requires_grad_(False)
+    lightning_peft.inject(module, r=2, target_modules=["2"])
+    lightning_peft.save_adapter(module, tmp_path)
+    other = copy.deepcopy(base)
+    lightning_peft.inject(other, r=2, target_modules=["0"], adapter_name="first")
+    train(other)
+    with pytest.raises(BaseMismatchError, match="was trained on another base"):
+        lightning_peft.load_adapter(other, tmp_path, adapter_name="second")
+
+
+def test_a_folder_from_before_heads_counted_still_loads(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = plain().requires_grad_(False)
+    module = copy.deepcopy(base)
+    lightning_peft.inject(module, r=2, target_modules=["0"])
+    lightning_peft.save_adapter(module, tmp_path)
+    file = tmp_path / "provenance.json"
+    facts = json.loads(file.read_text())
+    facts["base"]["fingerprint"] = engine.require_record(module).parts[""].base.digest()
+    del facts["base"]["left_out"], facts["modules_to_save"]
+    file.write_text(json.dumps(facts))
+    lightning_peft.load_adapter(copy.deepcopy(base), tmp_path)
+    with torch.no_grad():
+        base[2].weight += 1
+    with pytest.raises(BaseMismatchError):
+        lightning_peft.load_adapter(base, tmp_path)
+
+
+def test_the_reference_of_a_taken_over_model_is_the_original(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = plain(), torch.randn(3, 4)
+    config = lora(target_modules=["0"], modules_to_save=["2", "4"])
+    theirs = get_peft_model(copy.deepcopy(base), config)
+    train(theirs)
+    expected = theirs(x)
+    module = nn.ModuleDict({"inner": theirs})
+    lightning_peft.inject(module)
+    assert torch.equal(module["inner"](x), expected)
+    with lightning_peft.disable_adapters(module):
+        assert torch.equal(module["inner"](x), base(x))
+    assert torch.equal(module["inner"](x), expected)

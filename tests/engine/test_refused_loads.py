@@ -1,0 +1,208 @@
+"""A folder that is refused leaves the module exactly as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import stack, tiny_llama
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lightning_peft
+from lightning_peft import engine
+from lightning_peft.engine.undoing import undone_on_error
+from lightning_peft.errors import BaseMismatchError, CheckpointError, LightningPeftError
+
+from .reference import randomize
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """Everything of a module that loading could change, values included."""
+    record = engine.record_of(module)
+    return {
+        "classes": [(name, type(child)) for name, child in module.named_modules()],
+        "modes": [child.training for child in module.modules()],
+        "attributes": [sorted(vars(child)) for child in module.modules()],
+        "gradients": [(name, p.requires_grad, id(p)) for name, p in module.named_parameters()],
+        "values": {name: value.clone() for name, value in module.state_dict().items()},
+        "hooks": [len(child._forward_hooks) for child in module.modules()],
+        "record": None if record is None else recorded(record),
+    }
+
+
+def recorded(record: Any) -> list[Any]:
+    kept = ("base", "loaded", "heads", "saved", "replaced", "changed_base")
+    return [
+        (name, sorted(part.frozen), list(part.adapters), list(part.originals))
+        + tuple(copy.copy(getattr(part, field)) for field in kept)
+        for name, part in record.parts.items()
+    ] + [record.active]
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    values, now = before.pop("values"), after.pop("values")
+    equal = values.keys() == now.keys() and all(torch.equal(values[k], now[k]) for k in values)
+    return equal and before == after
+
+
+def mixed() -> nn.Module:
+    torch.manual_seed(0)
+    module = tiny_llama()
+    module.lm_head.requires_grad_(False)
+    module.model.layers[0].eval()
+    module.train(False)
+    module.model.layers[1].train()
+    module.model.norm.register_forward_hook(lambda *args: None)
+    return module
+
+
+def drop_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(list(tensors.items())[1:])
+
+
+def one_more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, "base_model.model.elsewhere.weight": torch.ones(2)}
+
+
+def another_shape(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    key = next(iter(tensors))
+    return {**tensors, key: tensors[key][:1].contiguous()}
+
+
+CHANGES: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "missing": drop_one,
+    "unexpected": one_more,
+    "shape": another_shape,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "in place": {"r": 2},
+    "wrapped": {"r": 2, "use_dora": True},
+    "saved": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "rewritten base": {"r": 2, "init_lora_weights": "pissa"},
+    "biases": {"r": 2, "bias": "all"},
+}
+
+
+def folder_of(path: Path, settings: dict[str, Any], change: str) -> Path:
+    module = mixed()
+    lightning_peft.inject(module, **settings)
+    randomize(module)
+    folder = lightning_peft.save_adapter(module, path)
+    file = folder / "adapter_model.safetensors"
+    save_file(CHANGES[change](load_file(file)), file)
+    (folder / "provenance.json").unlink()
+    config = folder / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    # Folders of PEFT keep an initialisation that rewrites the base.
+    init = settings.get("init_lora_weights", True)
+    config.write_text(json.dumps({**fields, "init_lora_weights": init}))
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_refused_folder_stays(method: str, change: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, METHODS[method], change)
+    module = mixed()
+    before = snapshot(module)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        lightning_peft.load_adapter(module, folder)
+    assert same(before, snapshot(module))
+    lightning_peft.inject(module, r=2)
+
+
+def test_nothing_stays_where_the_base_is_quantized_on_the_way(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"r": 2}, "missing")
+    module = mixed()
+    before = snapshot(module)
+    with pytest.raises(CheckpointError, match="missing"):
+        lightning_peft.load_adapter(
+            module, folder, quantization_config=engine.quantization_config()
+        )
+    assert same(before, snapshot(module))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_first_adapter_stays_when_a_second_is_refused(change: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, {"r": 2}, change)
+    module = mixed()
+    lightning_peft.inject(module, r=4, adapter_name="first")
+    randomize(module)
+    before = snapshot(module)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        lightning_peft.load_adapter(module, folder, adapter_name="second")
+    assert same(before, snapshot(module))
+    assert engine.require_record(module).active == ("first",)
+
+
+def test_another_base_leaves_nothing(tmp_path: Path) -> None:
+    module = stack()
+    lightning_peft.inject(module, r=2)
+    lightning_peft.save_adapter(module, tmp_path)
+    other = stack()
+    with torch.no_grad():
+        other.first.weight += 1
+    before = snapshot(other)
+    with pytest.raises(BaseMismatchError):
+        lightning_peft.load_adapter(other, tmp_path)
+    assert same(before, snapshot(other))
+
+
+def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pair = nn.ModuleDict({"one": tiny_llama(), "two": tiny_llama()})
+    module = copy.deepcopy(pair)
+    lightning_peft.inject(module, r=2)
+    randomize(module)
+    lightning_peft.save_adapter(module, tmp_path)
+    file = tmp_path / "two" / "adapter_model.safetensors"
+    save_file(drop_one(load_file(file)), file)
+    (tmp_path / "two" / "provenance.json").unlink()
+    before = snapshot(pair)
+    with pytest.raises(CheckpointError, match="missing"):
+        lightning_peft.load_adapter(pair, tmp_path)
+    assert same(before, snapshot(pair))
+    adapted = copy.deepcopy(pair)
+    lightning_peft.inject(adapted, r=2)
+    before = snapshot(adapted)
+    with pytest.raises(CheckpointError, match="missing"):
+        lightning_peft.load_adapter(adapted, tmp_path)
+    assert same(before, snapshot(adapted))
+
+
+def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
+    module = stack()
+    removed = module.first.register_forward_hook(lambda *args: None)
+    weight = module.first.weight
+    before = snapshot(module)
+
+    def change() -> None:
+        with undone_on_error(module, [weight]):
+            removed_later = module.first.register_forward_hook(lambda *args: None)
+            assert removed_later.id in module.first._forward_hooks
+            module.first.weight.data.mul_(2)
+            module.second = nn.Identity()
+            module.note = "new"
+            weight.requires_grad_(False)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        change()
+    assert same(before, snapshot(module))
+    removed.remove()
+    assert not module.first._forward_hooks
+
+
+def test_a_folder_that_is_not_there_names_the_hub(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing of that name(.|\n)*snapshot_download"):
+        lightning_peft.load_adapter(stack(), tmp_path / "someone" / "adapter")
+    file = tmp_path / "file"
+    file.write_text("{}")
+    with pytest.raises(LightningPeftError, match="it is a file, not a folder"):
+        lightning_peft.load_adapter(stack(), file)
