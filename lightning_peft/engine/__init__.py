@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         cross_entropy_and_gradient,
         summed_cross_entropy,
     )
+    from lightning_peft.engine.memory.held_parameters import hold_adapters, optimizers_of
     from lightning_peft.engine.memory.optimizers import (
         check_optimizer_name,
         check_same_optimizers,
@@ -167,6 +168,7 @@ _HOMES = {
     ),
     "memory.causal_lm_loss": ("is_own_loss",),
     "memory.cross_entropy": ("cross_entropy_and_gradient", "summed_cross_entropy"),
+    "memory.held_parameters": ("hold_adapters", "optimizers_of"),
     "memory.optimizers": (
         "check_optimizer_name",
         "check_same_optimizers",
@@ -248,6 +250,7 @@ __all__ = [
     "disable_adapters",
     "freeze_left_out",
     "has_values",
+    "hold_adapters",
     "inject",
     "inject_as_described",
     "inject_without_values",
@@ -263,6 +266,7 @@ __all__ = [
     "name_of_optimizer",
     "optimizer_names",
     "own_tensors",
+    "optimizers_of",
     "packed_adapters",
     "quantization_config",
     "quantization_from_dict",

@@ -21,7 +21,7 @@ from lightning_peft.plugin.checkpoint_io import (
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
 from lightning_peft.plugin.optimization import (
-    real_optimizers,
+    hold_adapters,
     replace_optimizers,
     start_checkpointing,
     stop_checkpointing,
@@ -89,11 +89,12 @@ class AdapterStrategy(_Base):
     def setup_optimizers(self, trainer: Any) -> None:
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
+        optimizers = hold_adapters(self)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         engine.freeze_left_out(self._module, {id(p) for group in groups for p in group["params"]})
         if self.lifecycle.checks.mode != "off":
-            self.lifecycle.check_optimizers(self._module, real_optimizers(self))
+            self.lifecycle.check_optimizers(self._module, optimizers)
         self.lifecycle.check_frozen(self._module)
         engine.check_followers(self._module)
 

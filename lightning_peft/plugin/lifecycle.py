@@ -283,8 +283,8 @@ class Lifecycle:
                 "configure_optimizers does not see the adapters:"
                 + itemize(problems)
                 + "\nPass self.parameters(), or filter by `p.requires_grad`, inside "
-                "configure_optimizers: lists made in __init__ or by name are older than the "
-                "adapters."
+                "configure_optimizers. An optimizer that holds the weight of a layer gets its "
+                "adapters too, and none holds the weights of these."
             )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
+import torch
 import yaml
 
 from lightning_peft.errors import ConfigError, LightningPeftError, near_names
@@ -49,7 +50,7 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
         try:
             _recording_cli(root, hooks)(
-                args=[subcommand, *arguments],
+                args=[subcommand, *with_full_names(arguments)],
                 save_config_callback=None,
                 parser_kwargs={
                     "prog": "lightning-peft",
@@ -109,6 +110,27 @@ def _recording_cli(root: str, hooks: RunHooks) -> Any:
             hooks.end(self.trainer, self.model, self.datamodule)
 
     return RecordingCLI
+
+
+def with_full_names(arguments: Sequence[str]) -> list[str]:
+    """Returns a command line in which optimizers of torch have their full names.
+
+    LightningCLI takes short ones too, and other packages have classes of the same names; by the
+    time it reads the command line, bitsandbytes and perhaps transformers are imported.
+    """
+    options = ("--optimizer", "--optimizer.class_path")
+    named = list(arguments)
+    for index, argument in enumerate(named):
+        option, equals, value = argument.partition("=")
+        if option in options and _is_torchs(value):
+            named[index] = f"{option}{equals}torch.optim.{value}"
+        elif index and named[index - 1] in options and _is_torchs(argument):
+            named[index] = f"torch.optim.{argument}"
+    return named
+
+
+def _is_torchs(name: str) -> bool:
+    return isinstance(getattr(torch.optim, name, None), type)
 
 
 def import_from_here() -> None:

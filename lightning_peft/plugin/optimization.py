@@ -15,6 +15,29 @@ def real_optimizers(strategy: Any) -> list[Any]:
     return [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
 
 
+def hold_adapters(strategy: Any) -> list[Any]:
+    """Puts the adapters into optimizers that are older than they are, and says so.
+
+    Args:
+        strategy: A strategy whose ``setup_optimizers`` has just run.
+
+    Returns:
+        The optimizers that are to train the module: those of the strategy, or where it has none,
+        those that the module keeps as attributes, to step them itself.
+
+    Raises:
+        LifecycleError: If that cannot be done.
+    """
+    module = strategy.lightning_module
+    real = real_optimizers(strategy)
+    known = {id(optimizer) for optimizer in real}
+    kept = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
+    told = engine.hold_adapters(module, [*real, *kept])
+    if told:
+        say(strategy, f"{'; '.join(told)}.")
+    return real or kept
+
+
 def replace_optimizers(strategy: Any, name: str | None) -> None:
     """Replaces the optimizers of ``strategy`` in place, and says so in one line.
 

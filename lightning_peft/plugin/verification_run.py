@@ -11,7 +11,13 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.lifecycle import REFUSED_CALLBACKS, Lifecycle
-from lightning_peft.plugin.lightning_cli import cause, import_from_here, quiet, root_for
+from lightning_peft.plugin.lightning_cli import (
+    cause,
+    import_from_here,
+    quiet,
+    root_for,
+    with_full_names,
+)
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -114,7 +120,7 @@ def _build(root: str, arguments: list[str]) -> Any:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
             return VerifyCLI(
-                args=arguments,
+                args=with_full_names(arguments),
                 run=False,
                 save_config_callback=None,
                 parser_kwargs={"prog": "lightning-peft verify"},

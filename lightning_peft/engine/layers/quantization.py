@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +39,8 @@ from lightning_peft.errors import UnsupportedError
 QUANTIZABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 # Weights from which an 8-bit layer is worth a call to the allocator.
 _TRIM_FROM = 1 << 19
+# By the dense weight, which lives only as long as someone else holds it.
+_LAYERS: Any = WeakTensorKeyDictionary()
 
 
 def quantize(
@@ -61,12 +65,22 @@ def quantize(
         _to_8bit(layer, dense, config, device)
     else:
         _to_4bit(layer, dense, config, device)
+    _LAYERS[dense] = weakref.ref(layer)
     bias = layer._parameters.get("bias")
     if bias is not None:
         bias.data = bias.data.to(device)
     if config.load_in_8bit and device.type == "cpu" and dense.numel() >= _TRIM_FROM:
         del dense
         return_freed_memory()
+
+
+def quantized_later(param: Tensor) -> Any:
+    """Returns the layer whose dense weight ``param`` was until it was quantized, if there is one.
+
+    Whoever took hold of the weight before, such as an optimizer, still has the dense one.
+    """
+    layer = _LAYERS.get(param)
+    return None if layer is None else layer()
 
 
 def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:

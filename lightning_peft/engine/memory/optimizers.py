@@ -7,6 +7,7 @@ Lightning's wrappers, hooks and the user's own references go on working.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -106,7 +107,9 @@ def replace_optimizers(
         optimizer._cpu_paged_warned = name == "auto"
         told[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
         for group in optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in frozen]
+            stays = [id(p) not in frozen for p in group["params"]]
+            for key in ("params", "param_names"):
+                group.get(key, [])[:] = itertools.compress(group.get(key, []), stays)
     return list(told)
 
 

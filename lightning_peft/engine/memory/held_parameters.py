@@ -1,0 +1,175 @@
+"""What optimizers hold: adapters in place of the frozen weights that they were made for.
+
+An optimizer that was made before the adapters, as LightningCLI and many constructors do, holds the
+base weights that its user wanted to train. What trains for such a weight are the adapters of its
+layer, so they take its place, in its parameter group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
+from lightning_peft.engine.layers.quantization import quantized_later, return_freed_memory
+from lightning_peft.engine.record import require_record
+from lightning_peft.errors import LifecycleError
+
+
+def hold_adapters(module: nn.Module, optimizers: Iterable[Any]) -> list[str]:
+    """Puts the adapters into optimizers that hold the weights below them and not the adapters.
+
+    Groups stay the same objects with their hyperparameters, and schedulers keep them. Dense weights
+    that were quantized since leave, and nothing keeps them in memory any more. Other frozen weights
+    leave only where an optimizer may touch parameters that have no gradient: LBFGS, and every class
+    that is not torch's or bitsandbytes' own. A group that gets empty stays.
+
+    Args:
+        module: The user's module, with adapters.
+        optimizers: All optimizers that are to train it.
+
+    Returns:
+        What was done, one sentence for each optimizer that got adapters.
+
+    Raises:
+        LifecycleError: If an optimizer made states for the weights in its constructor, and cannot
+            be asked for those of the adapters.
+    """
+    kept = [optimizer for optimizer in optimizers if hasattr(optimizer, "param_groups")]
+    held = {id(param) for optimizer in kept for param in _parameters(optimizer)}
+    exchange = _Exchange(module, held)
+    told = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
+    if exchange.freed:
+        return_freed_memory()
+    return [one for one in told if one]
+
+
+def optimizers_of(module: nn.Module) -> list[Any]:
+    """Returns the torch optimizers that are attributes of ``module`` or of a submodule.
+
+    Those in a list, tuple or dictionary are found too.
+    """
+    found: dict[int, Any] = {}
+    for child in module.modules():
+        for value in list(vars(child).values()):
+            for one in _items(value):
+                if isinstance(one, torch.optim.Optimizer):
+                    found[id(one)] = one
+    return list(found.values())
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+    else:
+        yield value
+
+
+def _parameters(optimizer: Any) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _skips_idle(optimizer: Any) -> bool:
+    """Says whether an optimizer is known to leave parameters without a gradient alone."""
+    cls = type(optimizer)
+    known = cls.__module__.partition(".")[0] in ("torch", "bitsandbytes")
+    return known and not isinstance(optimizer, torch.optim.LBFGS)
+
+
+class _Exchange:
+    """Adapters for the weights of one module.
+
+    Attributes:
+        freed: Whether a dense weight left an optimizer.
+    """
+
+    def __init__(self, module: nn.Module, held: set[int]) -> None:
+        record = require_record(module)
+        self.names = {id(param): name for name, param in module.named_parameters()}
+        params = dict(module.named_parameters(remove_duplicate=False))
+        self.frozen = {id(params[name]) for name in record.frozen if name in params}
+        self.held = held
+        self.freed = False
+        self.adapters: dict[int, list[nn.Parameter]] = {}
+        for part in record.parts:
+            for layer in adapted_layers(module.get_submodule(part)).values():
+                own = adapter_parameters(layer).values()
+                mine = {id(param) for param in own}
+                for _, weight in layer.named_parameters():
+                    if id(weight) not in mine and weight.ndim > 1:
+                        trained = [param for param in own if param.requires_grad]
+                        self.adapters.setdefault(id(weight), []).extend(trained)
+
+    def apply(self, index: int, optimizer: Any) -> str | None:
+        """Changes the groups of one optimizer; returns what was done to it, if adapters came."""
+        weights = 0
+        for group in optimizer.param_groups:
+            before = list(group["params"])
+            names = group.get("param_names", [None] * len(before))
+            now: list[tuple[Any, Any]] = []
+            came: list[nn.Parameter] = []
+            for param, name in zip(before, names, strict=True):
+                taken = self._take(param)
+                weights += bool(taken)
+                came += taken
+                now += [(one, self.names[id(one)]) for one in taken]
+                if not taken and self._stays(param, optimizer):
+                    now.append((param, name))
+            if len(now) == len(before) and not came:
+                continue
+            gone = [param for param in before if all(param is not one for one, _ in now)]
+            states = _states(optimizer, group, gone, came)
+            for param in gone:
+                optimizer.state.pop(param, None)
+                self.freed |= quantized_later(param) is not None
+            optimizer.state.update(states)
+            # In place: LBFGS and wrappers of optimizers hold the same list.
+            group["params"][:] = [param for param, _ in now]
+            if "param_names" in group:
+                group["param_names"][:] = [name for _, name in now]
+            if isinstance(optimizer, torch.optim.LBFGS):
+                optimizer._numel_cache = None
+        if not weights:
+            return None
+        return (
+            f"optimizer {index} ({type(optimizer).__name__}) held {weights} frozen weights; the "
+            "adapters on them train in their place"
+        )
+
+    def _take(self, param: torch.Tensor) -> list[nn.Parameter]:
+        """Returns the adapters that stand for a frozen weight and are in no optimizer yet."""
+        layer = quantized_later(param)
+        stored = param if layer is None else layer._parameters["weight"]
+        if layer is None and id(param) not in self.frozen:
+            return []
+        free = [one for one in self.adapters.get(id(stored), []) if id(one) not in self.held]
+        self.held |= {id(one) for one in free}
+        return free
+
+    def _stays(self, param: torch.Tensor, optimizer: Any) -> bool:
+        if quantized_later(param) is not None:
+            return False
+        return id(param) not in self.frozen or _skips_idle(optimizer)
+
+
+def _states(
+    optimizer: Any, group: dict[str, Any], gone: list[Any], came: list[nn.Parameter]
+) -> dict[Any, Any]:
+    """Returns what the constructor of ``optimizer`` makes for new parameters, as Adagrad's does."""
+    if not came or not any(optimizer.state.get(param) for param in gone):
+        return {}
+    settings = {key: value for key, value in group.items() if key != "param_names"}
+    try:
+        donor = type(optimizer)([{**settings, "params": came}])
+    except Exception as error:
+        raise LifecycleError(
+            f"{type(optimizer).__name__} made states for the base weights before there were "
+            f"adapters, and none can be made for the adapters now ({error}). Make it inside "
+            "configure_optimizers."
+        ) from error
+    return {param: donor.state[param] for param in came if donor.state.get(param)}
