@@ -74,6 +74,7 @@ class Piece:
         ended: Whether the model ended it itself.
         stopped: Whether the visitor did.
         dropped: Turns of the conversation that were left out.
+        seconds: How long it took, once it is whole.
     """
 
     text: str
@@ -82,6 +83,12 @@ class Piece:
     ended: bool = False
     stopped: bool = False
     dropped: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; 0 where that is not known."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclass
@@ -261,7 +268,7 @@ class Speakers:
             return held, held.answering
 
     def _pieces(self, held: _Held, key: int) -> Iterator[Piece]:
-        text = ""
+        text, begun = "", time.monotonic()
         while True:
             row = self._next(held, self.patience.silence)
             if row.get("id") != key:
@@ -276,7 +283,7 @@ class Speakers:
                     yield Piece(text)
                 continue
             facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
-            yield Piece(text.strip(), done=True, **facts)
+            yield Piece(text.strip(), done=True, seconds=time.monotonic() - begun, **facts)
             return
 
     def around_question(self, owner: str) -> list[str] | None:

@@ -19,6 +19,7 @@ from datasets.utils import tqdm
 from lightning_peft.data import cache
 from lightning_peft.data.encoding_in_processes import encoded
 from lightning_peft.data.encoding_worker import Outcome
+from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
@@ -196,6 +197,7 @@ class _Pass:
         self.encoder_for, self.working = encoder_for, working
         self.seen: dict[bytes, tuple[str, str, int]] = {}
         self.prompts: dict[bytes, str] = {}
+        self.kept_prompts = Prompts()
         self.counts: Counter[str] = Counter()
         self.unused = KeyCount()
         self.names: set[str] = set()
@@ -255,6 +257,7 @@ class _Pass:
                 writer.close()
                 (self.working / f"{split}.arrow").unlink(missing_ok=True)
         check_ignored(settings.ignored_keys, self.layout.met)
+        self.kept_prompts.write(self.working)
         return self._summary()
 
     def _check_settings(self) -> None:
@@ -337,6 +340,8 @@ class _Pass:
 
     def _count(self, sample: Sample, split: str, encoded: Sequence[dict[str, Any]]) -> None:
         counts = self.splits[split]
+        system = getattr(self.encoder, "system_prompt", None)
+        self.kept_prompts.add(sample.with_system(system), split)
         prompt = sample.prompt_digest()
         if prompt is not None and self.prompts.setdefault(prompt, split) != split:
             self.counts["shared_prompts"] += 1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_peft.data.preparation import DEFAULT_SHARES, REJECTED, Prepared, Settings, prepare
+from lightning_peft.data.prompts import prompts_in
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.shapes import Layout
@@ -221,6 +222,14 @@ class RowsData(_Base, metaclass=PerNamespace):
             "key": prepared.folder.name,
             "problems": dict(kinds),
         }
+
+    @property
+    def prompts(self) -> dict[str, Any] | None:
+        """What a chat begins with: the most frequent system prompt, and validation rows.
+
+        They are rows of the data, so they are not part of the record that goes with adapters.
+        """
+        return prompts_in(self.read().folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint holds of the data: the key of what was trained on."""

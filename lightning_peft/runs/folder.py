@@ -31,6 +31,7 @@ class RunFolder:
     metrics = property(lambda self: self.path / "metrics.jsonl")
     events = property(lambda self: self.path / "events.jsonl")
     samples = property(lambda self: self.path / "samples.jsonl")
+    prompts = property(lambda self: self.path / "prompts.json")
     predictions = property(lambda self: self.path / "predictions.jsonl")
     control = property(lambda self: self.path / "control.json")
     log = property(lambda self: self.path / "train.log")

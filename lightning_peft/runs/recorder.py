@@ -62,6 +62,9 @@ class RunRecorder(RunRecord, _Base, metaclass=PerNamespace):
             return
         facts = provenance(pl_module, trainer.datamodule, self.recipe, self.seed)
         self.folder.write(self.folder.provenance, facts)
+        prompts = getattr(trainer.datamodule, "prompts", None)
+        if isinstance(prompts, dict):
+            self.folder.write(self.folder.prompts, prompts)
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
             names = ("recipe_sha256", "task", "data")

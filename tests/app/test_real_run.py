@@ -137,6 +137,9 @@ def test_the_card_trains_a_model(site, visit, trained):
     run = trained
     result = json.loads(run.folder.result.read_text())
     assert (result["method"], result["steps"]) == ("qlora", 12)
+    prompts = json.loads(run.folder.prompts.read_text())
+    assert prompts["system"] == {"text": "", "rows": 0, "of": 2638}
+    assert prompts["held_out"][0][0]["content"] == "Which module provides the class `Decimal`?"
     names = [checkpoint.name for checkpoint in run.checkpoints()]
     assert names[0] == "best"
     assert (run.checkpoints()[0].folder / "adapter_config.json").is_file()

@@ -22,7 +22,14 @@ from gradio_app.recipe.allowed import TASKS
 from gradio_app.running.store import Run, RunStore
 from gradio_app.settings import Settings
 from gradio_app.speaking import asking, talkable, votes
-from gradio_app.speaking.samples import HeldOut, held_out, labels, question_of
+from gradio_app.speaking.samples import (
+    HeldOut,
+    SystemPrompt,
+    held_out,
+    labels,
+    question_of,
+    system_prompt,
+)
 from gradio_app.speaking.speakers import Patience, Piece, Speakers
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.status import write_json
@@ -349,6 +356,28 @@ def test_rows_that_were_held_out_are_asked_without_the_template_around_them(stor
             question_of(HeldOut(prompt, "E"), around)
     with refused("refused_row"):
         question_of(rows[0], None)
+
+
+def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
+    run = with_adapters(store)
+    row = {"step": 0, "sample": 0, "prompt": "as text", "expected": "E"}
+    run.folder.append(run.folder.samples, row)
+    said = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", " c "), ("assistant", "d")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    system = {"text": "S", "rows": 4, "of": 9}
+    write_json(run.folder.prompts, {"system": system, "held_out": [turns, turns, turns[:3]]})
+    first, second = held_out(run)
+    assert (first.system, first.prompt, first.reference) == ("S", "c", "d")
+    assert first.earlier == turns[1:3]
+    assert (second.system, second.prompt, second.earlier) == ("S", "a", [])
+    assert question_of(first, None) == "c"
+    assert labels([first, second]) == ["c", "a"]
+    assert system_prompt(run) == SystemPrompt("S", 4, 9)
+    # What is no conversation is passed over, and the samples are there.
+    for strange in ({"held_out": [3, [], [{}], turns[:2]], "system": 7}, {"system": {"text": 1}}):
+        write_json(run.folder.prompts, strange)
+        assert [one.prompt for one in held_out(run)] == ["as text"]
+        assert system_prompt(run) == SystemPrompt()
 
 
 # Votes

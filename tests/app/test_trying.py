@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from tests.app.servers import Server
 from tests.app.test_visitors import HERS, HIS, _Request
 
 QUESTION = "What does `len` do?"
+SYSTEM = "You know Python."
+EARLIER = [("user", "And `abs`?"), ("assistant", "It drops the sign.")]
 ANSWER = "Return the number of items in a container."
 
 
@@ -34,11 +37,12 @@ def tried(store: RunStore, owner: str, trained: Path) -> Run:
         facts = json.loads((adapter / "provenance.json").read_text())
         facts |= {"global_step": step, "chat_template": NAMED["plain"]}
         write_json(adapter / "provenance.json", facts)
-    sample = {"step": 0, "sample": 0, "expected": ANSWER, "generated": ""}
     prompts = (QUESTION, "What is `decimal.Context`?", "Which module provides `Decimal`?")
-    for prompt in prompts:
-        text = f"### User:\n{prompt}\n\n### Assistant:\n"
-        run.folder.append(run.folder.samples, {**sample, "prompt": text})
+    rows = [[("system", SYSTEM), *EARLIER, ("user", prompts[0]), ("assistant", ANSWER)]]
+    rows += [[("user", prompt), ("assistant", ANSWER)] for prompt in prompts[1:]]
+    turns = [[{"role": role, "content": text} for role, text in row] for row in rows]
+    system = {"text": SYSTEM, "rows": 280, "of": 320}
+    write_json(run.folder.prompts, {"system": system, "held_out": turns})
     now = run.status.updated
     status = {"state": "finished", "phase": "finished", "step": 8, "total_steps": 8}
     write_json(run.folder.status_file, {**status, "kind": "fit", "started": now, "updated": now})
@@ -77,12 +81,28 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page = opened(visit, space, run, HERS)
     page.set_default_timeout(60_000)
     page.get_by_text("No model is loaded").wait_for()
+    # The system prompt of the data is there, and goes away at a click.
+    system = page.get_by_label("System prompt")
+    page.wait_for_function(
+        f"document.querySelector('#try-system-prompt textarea').value === '{SYSTEM}'"
+    )
+    page.get_by_text("280 of 320 rows have it").wait_for()
+    page.get_by_role("button", name="Clear", exact=True).click()
+    page.wait_for_function("document.querySelector('#try-system-prompt textarea').value === ''")
     page.get_by_role("button", name=QUESTION).click()
     page.get_by_text("Loading:").wait_for()
+    assert system.input_value() == SYSTEM
+    # The next question is written while the answer comes.
+    page.get_by_label("Your question").fill("a next one")
     # Both have answered, differently, beside the answer of the data.
     page.get_by_text("Tuned: best:").wait_for()
     page.locator("#try-reference").get_by_text(ANSWER).wait_for()
-    assert page.locator("#try-left").get_by_text(QUESTION).count()
+    for side in ("left", "right"):
+        asked = page.locator(f"#try-{side} .user").all_inner_texts()
+        assert [text.strip() for text in asked] == [EARLIER[0][1], QUESTION]
+        assert page.locator(f"#try-{side}").get_by_text(EARLIER[1][1]).count() == 1
+    assert page.get_by_label("Your question").input_value() == "a next one"
+    assert re.search(r"best: \d+ tokens.* per second", page.locator("#try-notes").inner_text())
     first = {side: said(page, side) for side in ("left", "right")}
     assert first["left"] != first["right"]
     page.get_by_text("of memory").wait_for()

@@ -16,7 +16,7 @@ from gradio_app.pages.run.trying_parts import Parts
 from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_of
 from gradio_app.running.store import Run
 from gradio_app.speaking import votes
-from gradio_app.speaking.samples import held_out, labels
+from gradio_app.speaking.samples import held_out, labels, system_prompt
 from gradio_app.speaking.talkable import silent
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -52,7 +52,8 @@ class Trying:
         for event in (p.ask.click, p.question.submit):
             event(told(t)(self._ask), [p.question, *given], [p.question, *shown], **every)
         for place, button in enumerate(p.prompts):
-            button.click(told(t)(self._placed(place)), given, shown, **every)
+            button.click(told(t)(self._placed(place)), given, [p.system, *shown], **every)
+        p.clear_system.click(lambda: "", None, p.system, **calm)
         p.load.click(told(t)(self._load), [self.run_id, p.checkpoint], p.standing, **every)
         for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
             button.click(told(t)(act), self.run_id, p.standing, **every)
@@ -78,16 +79,27 @@ class Trying:
         self, request: gr.Request, question: Any, run_id: Any, talk: Any, *values: Any
     ) -> Iterator[Any]:
         text = question if isinstance(question, str) else ""
+        first = True
         for taken, shown in self._asking(request, text, run_id, talk, values):
-            # What was written stays there if it cannot be asked.
-            yield ("" if taken else text, *shown)
+            # What was written stays there if it cannot be asked. What is written while an answer
+            # comes is the next question.
+            yield (("" if first else gr.skip()) if taken else text, *shown)
+            first = False
 
     def _placed(self, place: int) -> Callable[..., Iterator[Any]]:
         def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
+            system = self._system_of(place, run_id, request)
             for _, shown in self._asking(request, place, run_id, talk, values):
-                yield shown
+                yield (system, *shown)
+                system = gr.skip()
 
         return ask
+
+    def _system_of(self, place: int, run_id: Any, request: gr.Request) -> Any:
+        """Returns the system turn of a row that is asked, to be shown; its own may be none."""
+        rows = held_out(self._run(run_id, request))
+        known = place < len(rows) and rows[place].turns is not None
+        return rows[place].system if known else gr.skip()
 
     def _asking(
         self, request: gr.Request, question: Any, run_id: Any, talk: Any, values: tuple[Any, ...]
@@ -199,10 +211,15 @@ class Trying:
             (escaped(one.name) if one.step is None else self._stepped(one.name, one.step), one.name)
             for one in known
         ]
-        key = (run.id, chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
+        key = (run.id if names else "", chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
         if key == seen:
             return [gr.skip()] * (1 + len(self.parts.changing))
-        parts = self.parts.changed(choices, chosen, texts, standing, free, phase, tally, nothing)
+        # Once for each page, and then it is the visitor's.
+        before = seen[0] if isinstance(seen, tuple) and seen else None
+        system = system_prompt(run) if names and before != run.id else None
+        parts = self.parts.changed(
+            choices, chosen, texts, standing, free, phase, tally, nothing, system
+        )
         return [key, *parts]
 
     def _stepped(self, name: str, step: int) -> str:

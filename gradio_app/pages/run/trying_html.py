@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import with_code
-from gradio_app.running.words import duration, size
+from gradio_app.running.words import amount, duration, size
+from gradio_app.speaking.samples import SystemPrompt
 from gradio_app.speaking.speakers import Piece, Standing
 from gradio_app.texts import Texts
 
@@ -69,12 +70,26 @@ def reference(text: str, t: Texts) -> str:
     )
 
 
+def system_note(found: SystemPrompt, t: Texts) -> str:
+    """Returns where the system prompt of a chat comes from."""
+    if not found.of:
+        text = t("trying.system_info")
+    elif not found.text:
+        text = t("trying.system_none")
+    else:
+        kind = "all" if found.rows == found.of else "most"
+        text = t(f"trying.system_{kind}", rows=found.rows, of=found.of)
+    return f'<p class="note">{escaped(text)}</p>'
+
+
 def notes(ends: Mapping[str, Piece], t: Texts) -> str:
     """Returns how answers ended, by who gave them."""
     lines = []
     for who, piece in ends.items():
         kind = "stopped" if piece.stopped else "whole" if piece.ended else "cut"
         lines.append(t(f"trying.note_{kind}", who=who, tokens=piece.tokens))
+        if piece.speed:
+            lines[-1] += " " + t("trying.speed", n=amount(piece.speed))
     dropped = max((piece.dropped for piece in ends.values()), default=0)
     if dropped:
         lines.append(t("trying.note_dropped", n=dropped))

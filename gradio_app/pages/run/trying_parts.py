@@ -10,11 +10,15 @@ import gradio as gr
 from gradio_app.pages.run import trying_html
 from gradio_app.pages.run.trying_talk import MODES, Talk, Turns
 from gradio_app.speaking.asking import LONGEST_TEXT, MOST_TEMPERATURE, MOST_TOKENS, Sampling
-from gradio_app.speaking.samples import MOST
+from gradio_app.speaking.samples import MOST, SystemPrompt
 from gradio_app.speaking.votes import VOTES
 from gradio_app.texts import Texts
 
-_HEIGHT = 340
+_HEIGHT = 440
+# Answers that are code or JSON.
+_MONO = """
+() => document.querySelector('#try-columns').classList.toggle('mono')
+"""
 
 
 class Parts:
@@ -31,6 +35,7 @@ class Parts:
         self.empty = gr.HTML(trying_html.empty(t), elem_id="try-empty", padding=False)
         with gr.Column(elem_id="try-body", visible=False) as self.body:
             self._build_model()
+            self._build_system()
             self._build_columns()
             self._build_question()
             sampling = self._build_settings()
@@ -56,6 +61,8 @@ class Parts:
             *self.prompts,
             self.ask,
             self.tally,
+            self.system,
+            self.system_note,
         ]
 
     def _build_model(self) -> None:
@@ -86,6 +93,22 @@ class Parts:
                 scale=1,
             )
 
+    def _build_system(self) -> None:
+        t = self.t
+        with gr.Row(elem_id="try-system", equal_height=True):
+            self.system = gr.Textbox(
+                label=t("trying.system"),
+                elem_id="try-system-prompt",
+                max_lines=6,
+                max_length=LONGEST_TEXT,
+                interactive=True,
+                scale=4,
+            )
+            self.clear_system = gr.Button(
+                t("trying.system_clear"), elem_id="try-system-clear", size="md", scale=0
+            )
+        self.system_note = gr.HTML("", elem_id="try-system-note", padding=False)
+
     def _build_columns(self) -> None:
         t = self.t
         with gr.Column(elem_id="try-held-out", visible=False) as self.held_out:
@@ -95,6 +118,9 @@ class Parts:
                     gr.Button("", visible=False, size="md", elem_id=f"try-prompt-{place}")
                     for place in range(MOST)
                 ]
+        gr.Checkbox(
+            label=t("trying.mono"), elem_id="try-mono", interactive=True, container=False
+        ).input(None, None, None, js=_MONO)
         with gr.Row(elem_id="try-columns"):
             self.left = self._column("try-left", t("trying.base"))
             self.right = self._column("try-right", t("trying.mode_tuned"))
@@ -129,33 +155,27 @@ class Parts:
 
     def _build_question(self) -> None:
         t = self.t
-        self.question = gr.Textbox(
-            label=t("trying.question"),
-            info=t("trying.question_hint"),
-            elem_id="try-question",
-            max_lines=8,
-            max_length=LONGEST_TEXT,
-            interactive=True,
-        )
-        with gr.Row(elem_id="try-actions"):
-            self.ask = gr.Button(
-                t("trying.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
+        with gr.Column(elem_id="try-asking"):
+            self.question = gr.Textbox(
+                label=t("trying.question"),
+                info=t("trying.question_hint"),
+                elem_id="try-question",
+                max_lines=8,
+                max_length=LONGEST_TEXT,
+                interactive=True,
             )
-            self.stop = gr.Button(
-                t("trying.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
-            )
-            self.anew = gr.Button(t("trying.anew"), elem_id="try-anew", size="lg", scale=0)
+            with gr.Row(elem_id="try-actions"):
+                self.ask = gr.Button(
+                    t("trying.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
+                )
+                self.stop = gr.Button(
+                    t("trying.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
+                )
+                self.anew = gr.Button(t("trying.anew"), elem_id="try-anew", size="lg", scale=0)
 
     def _build_settings(self) -> list[Any]:
         t, usual = self.t, Sampling()
         with gr.Accordion(t("trying.settings"), open=False, elem_id="try-settings"):
-            system = gr.Textbox(
-                label=t("trying.system"),
-                info=t("trying.system_info"),
-                max_lines=6,
-                max_length=LONGEST_TEXT,
-                interactive=True,
-            )
             with gr.Row():
                 temperature = self._number("temperature", usual.temperature, 0, MOST_TEMPERATURE)
                 top_p = self._number("top_p", usual.top_p, 0.05, 1)
@@ -176,7 +196,7 @@ class Parts:
                     precision=0,
                     interactive=True,
                 )
-        return [system, temperature, top_p, length, seed]
+        return [self.system, temperature, top_p, length, seed]
 
     def _number(self, name: str, value: float, least: float, most: float) -> gr.Number:
         return gr.Number(
@@ -235,8 +255,13 @@ class Parts:
         phase: str,
         tally: str,
         nothing: str,
+        system: SystemPrompt | None,
     ) -> list[Any]:
-        """Returns the values of ``changing``; ``nothing`` is said where there are no choices."""
+        """Returns the values of ``changing``.
+
+        ``nothing`` is said where there are no choices; ``system`` is ``None`` where the system
+        prompt is the visitor's already.
+        """
         there, resting = bool(choices), free and phase in ("none", "ready")
         prompts = [
             gr.Button(texts[place], visible=True, interactive=resting)
@@ -255,6 +280,8 @@ class Parts:
             *prompts,
             gr.Button(interactive=resting),
             tally,
+            gr.skip() if system is None else system.text,
+            gr.skip() if system is None else trying_html.system_note(system, self.t),
         ]
 
 

@@ -79,6 +79,9 @@ def checked(run: Run, question: Any, values: tuple[Any, ...]) -> Asked:
         asked = rows[question]
     else:
         asked = checked_text(question)
+    # A row of the data is asked as it is there.
+    if isinstance(asked, HeldOut) and asked.turns is not None:
+        system = asked.system
     return Asked(
         question=asked,
         mode=mode if mode in MODES else "both",
@@ -118,6 +121,9 @@ def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[
         # Answers that are judged must not lean on what one of them has said before.
         talk = Talk(checkpoint=asked.checkpoint, blind=blind)
     question, reference = _question(speakers, run, asked)
+    if isinstance(asked.question, HeldOut) and asked.question.turns is not None:
+        before = asked.question.earlier
+        talk = Talk(asked.checkpoint, blind, list(before), list(before))
     talk = replace(talk, ends={}, reference=reference, ballot=None)
     who = drawn_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
@@ -141,7 +147,8 @@ def _question(speakers: Speakers, run: Run, asked: Asked) -> tuple[str, str]:
         return question_of(asked.question, around), asked.question.reference
     for row in held_out(run):
         try:
-            if question_of(row, around) == asked.question:
+            same = row.turns is None or (row.system == asked.system and not row.earlier)
+            if same and question_of(row, around) == asked.question:
                 return asked.question, row.reference
         except Refused:
             continue

@@ -1,0 +1,78 @@
+"""What a chat with the trained model begins with: the data's system prompt, and held-out rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.samples import Message, Sample
+
+# Kept beside the prepared rows; never in a record that goes with an adapter, since it holds rows.
+FILE = "prompts.json"
+# Validation rows that are kept, and their longest conversation in characters.
+HELD_OUT, LONGEST = 3, 20_000
+# Different system prompts that are told apart; data with more has none that stands for it.
+MOST = 1_000
+_ROLES = frozenset({"system", "user", "assistant"})
+
+
+class Prompts:
+    """Collects the prompts of conversations while rows are prepared."""
+
+    def __init__(self) -> None:
+        self._systems: Counter[str] = Counter()
+        self._conversations = 0
+        self._held_out: list[list[Message]] = []
+
+    def add(self, sample: Sample, split: str) -> None:
+        """Counts a row of ``train``, or keeps one of ``validation``.
+
+        Args:
+            sample: What the row says, with the system turn that it is trained with.
+            split: Where it goes.
+        """
+        if not sample.messages:
+            return
+        if split == "train":
+            self._conversations += 1
+            first = sample.messages[0]
+            text = first["content"] if first["role"] == "system" else ""
+            known = isinstance(text, str) and (text in self._systems or len(self._systems) < MOST)
+            if known and text and len(text) <= LONGEST:
+                self._systems[text] += 1
+        elif split == "validation" and len(self._held_out) < HELD_OUT:
+            turns = _plain(sample.messages)
+            if turns is not None:
+                self._held_out.append(turns)
+
+    def write(self, folder: Path) -> None:
+        """Writes what was found to a folder, if there was a conversation at all."""
+        if not self._conversations and not self._held_out:
+            return
+        text, rows = next(iter(self._systems.most_common(1)), ("", 0))
+        content = {
+            "system": {"text": text, "rows": rows, "of": self._conversations},
+            "held_out": self._held_out,
+        }
+        (folder / FILE).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _plain(messages: list[Message]) -> list[Message] | None:
+    """Returns turns that can be asked as text, the answer last; ``None`` where they cannot."""
+    turns = [{"role": one["role"], "content": one["content"]} for one in messages]
+    if not all(one["role"] in _ROLES and isinstance(one["content"], str) for one in turns):
+        return None
+    long = sum(len(one["content"]) for one in turns) > LONGEST
+    ends = [one["role"] for one in turns[-2:]] == ["user", "assistant"]
+    return turns if ends and not long else None
+
+
+def prompts_in(folder: Path) -> dict[str, Any] | None:
+    """Returns what was found in the rows that were prepared in a folder, if anything was."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found

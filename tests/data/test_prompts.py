@@ -1,0 +1,80 @@
+"""What a chat begins with, kept while rows are prepared: system prompt and held-out rows."""
+
+import json
+
+import pytest
+
+from lightning_peft.data.prompts import FILE, LONGEST, MOST, Prompts, prompts_in
+from lightning_peft.data.samples import Sample
+
+SYSTEM = "You turn orders into JSON."
+
+
+def conversation(*turns, system=SYSTEM):
+    first = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    said = [{"role": roles[place % 2], "content": text} for place, text in enumerate(turns)]
+    return Sample(messages=[*first, *said])
+
+
+def kept(folder, prompts):
+    prompts.write(folder)
+    return prompts_in(folder)
+
+
+def test_the_most_frequent_system_prompt_of_the_training_rows(tmp_path):
+    prompts = Prompts()
+    for number in range(3):
+        prompts.add(conversation(f"two lamps {number}", "{}"), "train")
+    prompts.add(conversation("a rare one", "{}", system="Other."), "train")
+    prompts.add(conversation("none", "{}", system=""), "train")
+    for _ in range(9):
+        prompts.add(conversation("not trained on", "{}", system="Other."), "validation")
+    assert kept(tmp_path, prompts)["system"] == {"text": SYSTEM, "rows": 3, "of": 5}
+
+
+def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
+    prompts = Prompts()
+    prompts.add(conversation("q", "a", "q2"), "validation")
+    prompts.add(conversation("q", "x" * (LONGEST + 1)), "validation")
+    parts = [{"type": "text", "text": "q"}]
+    prompts.add(Sample(messages=[{"role": "user", "content": parts}]), "validation")
+    tool = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]
+    prompts.add(Sample(messages=tool), "validation")
+    prompts.add(Sample(text="plain"), "validation")
+    assert kept(tmp_path, prompts) is None
+    for number in range(5):
+        prompts.add(conversation("first", "one", f"second {number}", "two"), "validation")
+    found = kept(tmp_path, prompts)
+    assert [row[3]["content"] for row in found["held_out"]] == ["second 0", "second 1", "second 2"]
+    assert [turn["role"] for turn in found["held_out"][0]] == [
+        "system", "user", "assistant", "user", "assistant",
+    ]  # fmt: skip
+    assert found["system"] == {"text": "", "rows": 0, "of": 0}
+
+
+def test_many_different_system_prompts_take_bounded_memory(tmp_path):
+    prompts = Prompts()
+    for number in range(MOST + 50):
+        prompts.add(conversation("q", "a", system=f"You are number {number}."), "train")
+    assert len(prompts._systems) == MOST
+    prompts.add(conversation("q", "a", system="You are number 7."), "train")
+    found = kept(tmp_path, prompts)["system"]
+    assert found == {"text": "You are number 7.", "rows": 2, "of": MOST + 51}
+
+
+@pytest.mark.parametrize("given", [None, "Be brief."])
+def test_data_has_its_prompts_and_its_record_no_rows(make, write, given):
+    rows = [{"prompt": f"What is {n}?", "completion": f"secret {n}"} for n in range(40)]
+    data = make(write(rows), system_prompt=given, validation_share=0.3)
+    trained = data.read().summary["splits"]["train"]["rows"]
+    found = data.prompts
+    assert found["system"] == {"text": given or "", "rows": trained if given else 0, "of": trained}
+    assert [len(row) for row in found["held_out"]] == [3 if given else 2] * 3
+    # In the order in which samples are taken of them.
+    first = data.shown(data.read().splits["validation"][0])
+    assert found["held_out"][0][-1]["content"] in "".join(run.text for run in first)
+    assert "secret" not in json.dumps(data.record, default=str)
+    assert (data.read().folder / FILE).is_file()
+    plain = make(write([{"text": f"word {n}"} for n in range(40)], "plain.jsonl"))
+    assert plain.prompts is None
