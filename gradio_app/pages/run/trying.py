@@ -211,7 +211,8 @@ class Trying:
             (escaped(one.name) if one.step is None else self._stepped(one.name, one.step), one.name)
             for one in known
         ]
-        key = (run.id if names else "", chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
+        known_run = run.id if names else ""
+        key = (known_run, chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
         if key == seen:
             return [gr.skip()] * (1 + len(self.parts.changing))
         # Once for each page, and then it is the visitor's.
