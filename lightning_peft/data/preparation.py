@@ -19,6 +19,7 @@ from datasets.utils import tqdm
 from lightning_peft.data import cache
 from lightning_peft.data.encoding_in_processes import encoded
 from lightning_peft.data.encoding_worker import Outcome
+from lightning_peft.data.files_read import how_read, refuse_changed, say_how_read, stamps
 from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
@@ -124,20 +125,24 @@ def prepare(
     Raises:
         ConfigError: If the data cannot be read at all, or settings do not fit it.
     """
+    before = stamps(sources)
     key = cache.key_of(
         sources=[{**asdict(source), "data": _content(source)} for source in sources],
         settings=asdict(settings),
     )
-    final = cache.entry(
-        folder or cache.default_folder(),
-        key,
-        lambda working: _Pass(sources, settings, encoder_for, working).run(),
-    )
+
+    def build(working: Path) -> dict[str, Any]:
+        summary = _Pass(sources, settings, encoder_for, working).run()
+        refuse_changed(before, stamps(sources))
+        return summary
+
+    final = cache.entry(folder or cache.default_folder(), key, build)
     for source in sources:
         if source.left_out():
             names = ", ".join(source.left_out())
             log.warning(f"Not read as data in {source.data!r}: {names}")
     summary = json.loads((final / cache.SUMMARY).read_text(encoding="utf-8"))
+    say_how_read(summary["read_as"])
     splits = {
         split: Dataset.from_file(str(final / f"{split}.arrow"))
         for split in SPLITS
@@ -219,7 +224,8 @@ class _Pass:
         if not values:
             raise ConfigError(
                 f"None of the first {len(first)} rows of {first[0].file!r} can be read: row "
-                f"{first[0].number} {first[0].problem}. Each line must be one JSON object."
+                f"{first[0].number} {first[0].problem}. A row is one JSON object, or a line of a "
+                "table below the names of its columns."
             )
         settings = self.settings
         self.layout = recognise(values, settings.columns, settings.shape, settings.accepts)
@@ -249,7 +255,8 @@ class _Pass:
                 reasons = self._take(taken, outcome, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    rejected.write(json.dumps(_rejection(taken.row, reasons), default=_told) + "\n")
+                    told = _rejection(taken.row, reasons)
+                    rejected.write(json.dumps(told, default=_told, skipkeys=True) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()
@@ -359,6 +366,7 @@ class _Pass:
             "columns": self.layout.columns,
             "columns_unused": sorted(self.names - {*self.layout.columns.values(), split}),
             "keys_unused": self.unused.summary(),
+            "read_as": [one for source in self.sources for one in how_read(source)],
             "files_left_out": [name for source in self.sources for name in source.left_out()],
             "split_by": self._split_by(),
             "shared_prompts": self.counts["shared_prompts"],

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import fsspec
-from datasets import ClassLabel, Features, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
+from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
+from lightning_peft.data.hub_rows import hub_dataset, stored_rows
+from lightning_peft.data.read_as import Options, ReadAs, TextUnit
 from lightning_peft.errors import ConfigError, itemize
 
 SPLITS = ("train", "validation", "test")
@@ -26,12 +22,8 @@ _SPLIT_NAMES = {
     **{"training": "train", "testing": "test"},
     **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
 }
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
-_LINES = {".jsonl", ".ndjson"}
-_COMPRESSED = {".gz", ".bz2", ".xz"}
-SUFFIXES = sorted({*_LINES, ".json", *_BUILDERS})
-
-TextUnit = Literal["line", "paragraph", "document"]
+# Pages and records beside data, of the hub and of the datasets library.
+_PAGES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,9 @@ class Source:
         streaming: Whether a dataset on the hub is read without storing it.
         limit: Most rows that are read from each file or split of the hub.
         text_unit: What is one row in a text file.
+        encoding: Encoding of text files; ``None`` detects it.
+        delimiter: What parts the columns of a table; ``None`` detects it.
+        sheet: Sheet of a workbook; ``None`` detects it.
     """
 
     data: str
@@ -76,6 +71,9 @@ class Source:
     streaming: bool
     limit: int | None
     text_unit: TextUnit
+    encoding: str | None = None
+    delimiter: str | None = None
+    sheet: str | int | None = None
 
     def files(self) -> list[Path]:
         """Returns the files, sorted; an empty list for a dataset on the hub.
@@ -87,7 +85,7 @@ class Source:
         if path.is_dir():
             return _files_in(path)
         if path.is_file():
-            _suffix(path)
+            suffix_of(path)
             return [path]
         if path.is_absolute() or self.data.startswith(".") or is_data_file(path):
             raise ConfigError(_no_such_file(path))
@@ -118,52 +116,32 @@ class Source:
             name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             yield from islice(self._file_rows(path, name, split), self.limit)
 
-    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
-        suffix = _suffix(path)
-        if suffix in _LINES:
-            yield from _json_lines(path, name, split)
-        elif suffix == ".json":
-            yield from _json_document(path, name, split)
-        else:
-            yield from self._built_rows(path, name, split, suffix)
+    def read_as(self) -> dict[str, ReadAs]:
+        """Returns how each file of rows is read, by its name.
 
-    def _built_rows(self, path: Path, name: str, split: str | None, suffix: str) -> Iterator[Row]:
-        builder = _BUILDERS[suffix]
-        options: dict[str, Any] = {}
-        if builder == "csv":
-            separator = "\t" if suffix == ".tsv" else ","
-            # Answers such as "NA", "007" or "1e3" are text, not missing values or numbers.
-            features = Features(dict.fromkeys(_header(path, name, separator), Value("string")))
-            options = {"sep": separator, "keep_default_na": False, "features": features}
-        if builder == "text":
-            options = {"sample_by": self.text_unit}
-        try:
-            found = load_dataset(
-                builder, data_files=str(path), split="train", streaming=True, **options
-            )
-            for number, value in enumerate(_as_stored(found), start=1):
-                if builder != "text" or str(value["text"]).strip():
-                    yield Row(number, name, value, split=split)
-        except (ValueError, OSError, DatasetGenerationError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ConfigError(
-                f"{name!r} cannot be read as {builder}: {reason}. Repair the file, or convert it "
-                "to JSONL, in which one bad row does not hide the others."
-            ) from error
+        Raises:
+            ConfigError: If one cannot be read.
+        """
+        options = self._options()
+        lists = [(name, path) for name, path in self.content() if path in self.files()]
+        return {
+            name: read_file(path, name, options).read_as
+            for name, path in lists
+            if is_data_file(path) or len(lists) == 1
+        }
+
+    def _options(self) -> Options:
+        return Options(self.encoding, self.delimiter, self.sheet, self.text_unit)
+
+    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
+        for entry in read_file(path, name, self._options()).rows():
+            row_split = split or split_named(entry.split)
+            yield Row(entry.number, name, entry.value, entry.problem, row_split)
 
     def _hub_rows(self) -> Iterator[Row]:
-        options = {"revision": self.hub_revision, "streaming": self.streaming}
-        try:
-            found = load_dataset(self.data, self.hub_config, **options)
-        except (OSError, ValueError, DatasetNotFoundError, DatasetGenerationError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ConfigError(
-                f"{self.data!r} is no file or folder here, and the hub did not give a dataset of "
-                f"that name ({reason}). Check the spelling, the network (HF_HUB_OFFLINE must not "
-                "be set), hub_config, hub_revision, and `hf auth login` for a gated dataset."
-            ) from error
+        found = hub_dataset(self.data, self.hub_config, self.hub_revision, self.streaming)
         for name, split in self._hub_names(list(found)).items():
-            rows = enumerate(islice(_as_stored(found[name]), self.limit), start=1)
+            rows = enumerate(islice(stored_rows(found[name], self.data), self.limit), start=1)
             yield from (Row(number, name, value, split=split) for number, value in rows)
 
     def _hub_names(self, offered: list[str]) -> dict[str, str | None]:
@@ -187,39 +165,9 @@ class Source:
         return {name: split if len(ours) > 1 else None for name, split in names.items()}
 
 
-def _as_stored(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yields rows with images and sounds as the bytes they are kept as, and classes by name."""
-    features = dict(dataset.features or {})
-    for name, feature in features.items():
-        if getattr(feature, "decode", False) is True:
-            dataset = dataset.cast_column(name, replace(feature, decode=False))
-    classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
-    for row in dataset:
-        # -1 stands for a class that is kept secret, as in the test rows of a competition.
-        secret = {name for name in classes if row[name] is None or row[name] < 0}
-        named = {n: None if n in secret else kind.int2str(row[n]) for n, kind in classes.items()}
-        yield {**row, **named}
-
-
 def split_named(name: object) -> str | None:
     """Returns the split that ``name`` stands for: ``"dev"`` is ``"validation"``."""
     return _SPLIT_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
-
-
-def is_data_file(path: Path) -> bool:
-    """Says whether rows can be read from a file of this name."""
-    bare = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
-    return bare.suffix.lower() in SUFFIXES
-
-
-def _suffix(path: Path) -> str:
-    if not is_data_file(path):
-        raise ConfigError(
-            f"{path.name!r} is of no kind that can be read. Kinds: {', '.join(SUFFIXES)}, and "
-            f"JSONL and JSON with {', '.join(sorted(_COMPRESSED))} after that."
-        )
-    bare = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
-    return bare.suffix.lower()
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -228,14 +176,15 @@ def visible_files(folder: Path) -> list[Path]:
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        # ~$: what Excel leaves beside a workbook that is open.
+        and not any(part.startswith((".", "~$")) for part in path.relative_to(folder).parts)
     )
 
 
 def _files_in(folder: Path) -> list[Path]:
     inside = visible_files(folder)
     # A folder of data often holds a page about it, which is no data.
-    pages = [path for path in inside if path.suffix.lower() == ".md"]
+    pages = [p for p in inside if p.suffix.lower() == ".md" or p.name in _PAGES]
     data = [path for path in inside if is_data_file(path) and path not in pages]
     if not data:
         names = [path.relative_to(folder).as_posix() for path in inside]
@@ -257,70 +206,3 @@ def _no_such_file(path: Path) -> str:
     near = get_close_matches(path.name, there, n=3)
     hint = f" Nearest names there: {', '.join(near)}." if near else ""
     return f"There is no file or folder {str(path)!r}.{hint} Check the path."
-
-
-def _header(path: Path, name: str, separator: str) -> list[str]:
-    options = {"encoding": "utf-8-sig", "newline": "", "compression": "infer"}
-    with fsspec.open(str(path), "rt", **options) as file:
-        header, first = islice(chain(csv.reader(file, delimiter=separator), ([], [])), 2)
-    repeated = [column for column, count in Counter(header).items() if count > 1]
-    if repeated or len(first) > len(header):
-        what = f"the columns {repeated} twice" if repeated else f"{len(first)} fields in row 1"
-        raise ConfigError(
-            f"{name!r} has {what} below the {len(header)} column names {header}. Its first line "
-            "names each column once."
-        )
-    return header
-
-
-def _json_lines(path: Path, name: str, split: str | None) -> Iterator[Row]:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        for number, line in enumerate(file, start=1):
-            # utf-8-sig: some editors on Windows put a mark at the start of the file.
-            value, problem = _object(line, "utf-8-sig" if number == 1 else "utf-8")
-            if value is not None or problem is not None:
-                yield Row(number, name, value, problem, split)
-
-
-def _object(line: bytes, encoding: str) -> tuple[dict[str, Any] | None, str | None]:
-    try:
-        text = line.decode(encoding)
-        if not text.strip():
-            return None, None
-        value = json.loads(text)
-    except UnicodeDecodeError as error:
-        return None, f"is not UTF-8 (byte {error.start + 1})"
-    except ValueError as error:
-        return None, f"is no JSON: {error}"
-    return _checked(value)
-
-
-def _checked(value: Any) -> tuple[dict[str, Any] | None, str | None]:
-    if not isinstance(value, dict):
-        return None, f"is a JSON {type(value).__name__}, not an object with named fields"
-    return value, None
-
-
-def _json_document(path: Path, name: str, split: str | None) -> Iterator[Row]:
-    with fsspec.open(str(path), "rb", compression="infer") as file:
-        content = file.read()
-    try:
-        found = json.loads(content.decode("utf-8-sig"))
-    except ValueError as error:
-        hint = ""
-        if len(content.splitlines()) > 1 and _object(content.splitlines()[0], "utf-8-sig")[0]:
-            hint = " Its first line alone is JSON: if every line is, name the file .jsonl."
-        raise ConfigError(f"{name!r} is no JSON: {error}.{hint} Repair the file.") from error
-    if isinstance(found, dict):
-        lists = [key for key, value in found.items() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise ConfigError(
-                f"{name!r} holds one JSON object with {len(lists)} lists. Rows are expected as a "
-                "list of objects, or as the only list of one object."
-            )
-        found = found[lists[0]]
-    if not isinstance(found, list):
-        raise ConfigError(f"{name!r} holds a JSON {type(found).__name__}, not a list of objects.")
-    for number, entry in enumerate(found, start=1):
-        value, problem = _checked(entry)
-        yield Row(number, name, value, problem, split)

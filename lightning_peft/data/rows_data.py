@@ -38,7 +38,8 @@ class RowsData(_Base, metaclass=PerNamespace):
     they are encoded to is kept on disk and shared between runs.
 
     Args:
-        data: File (JSONL, JSON, CSV, TSV, Parquet, text), folder of such, or dataset on the hub.
+        data: File (JSONL, JSON, CSV, TSV, Excel, Parquet, Arrow, text), folder of such, or
+            dataset on the hub.
         validation_data: The validation rows, if they are not in ``data``.
         test_data: The test rows, if they are not in ``data``.
         validation_share: Share of the rows to validate with, drawn by content; 0.05 where the data
@@ -60,6 +61,11 @@ class RowsData(_Base, metaclass=PerNamespace):
         streaming: Read a dataset on the hub without storing a copy.
         limit: Most rows that are read of each file or split.
         text_unit: What is one row in a text file: ``"line"``, ``"paragraph"`` or ``"document"``.
+        encoding: Encoding of text files, such as ``"cp1252"``; by default it is detected.
+        delimiter: What parts the columns of a table, such as ``";"`` or ``"tab"``; by default it is
+            detected.
+        sheet: Name of the sheet of an Excel workbook, or its number from 1; by default the only
+            one with rows.
         cache_dir: Folder for what is prepared; by default one in the user's cache.
 
     Raises:
@@ -92,6 +98,9 @@ class RowsData(_Base, metaclass=PerNamespace):
         streaming: bool = False,
         limit: int | None = None,
         text_unit: TextUnit = "line",
+        encoding: str | None = None,
+        delimiter: str | None = None,
+        sheet: str | int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -285,8 +294,9 @@ class RowsData(_Base, metaclass=PerNamespace):
         named = [(split, data) for split, data in apart if data is not None]
         # Without validation rows of its own, the data is shared out.
         first = [("train" if given["validation_data"] else None, given["data"])]
-        names = ("hub_config", "hub_splits", "hub_revision", "streaming", "limit", "text_unit")
-        options = {name: given[name] for name in names}
+        of_hub = ("hub_config", "hub_splits", "hub_revision", "streaming")
+        of_files = ("limit", "text_unit", "encoding", "delimiter", "sheet")
+        options = {name: given[name] for name in (*of_hub, *of_files)}
         return [Source(data, split, **options) for split, data in [*first, *named]]
 
     def _settings(self) -> Settings:

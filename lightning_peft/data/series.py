@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_peft.data.files_read import how_read, say_how_read
 from lightning_peft.data.reading import Row, Source
 from lightning_peft.data.validation import Problem, describe
 from lightning_peft.errors import ConfigError, near_names
@@ -74,7 +75,7 @@ class SeriesData(_Base, metaclass=PerNamespace):
     nothing is learnt from what comes after it. ``predict`` forecasts what follows the last row.
 
     Args:
-        data: File (CSV, TSV, JSONL, JSON, Parquet) with a row for each step, in order.
+        data: File (CSV, TSV, Excel, JSONL, JSON, Parquet) with a row for each step, in order.
         columns: The columns to forecast, each a series of its own; by default all in which the
             first row has a number.
         time: Column of dates or numbers, which must rise evenly.
@@ -86,6 +87,9 @@ class SeriesData(_Base, metaclass=PerNamespace):
         test_share: Share of the steps to test with.
         batch_size: Windows per batch and device.
         num_workers: Processes that load batches.
+        encoding: Encoding of a text file, such as ``"cp1252"``; by default it is detected.
+        delimiter: What parts the columns of a table, such as ``";"``; by default it is detected.
+        sheet: Name of the sheet of an Excel workbook, or its number from 1.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
@@ -105,6 +109,9 @@ class SeriesData(_Base, metaclass=PerNamespace):
         test_share: float = 0.15,
         batch_size: int = 64,
         num_workers: int = 0,
+        encoding: str | None = None,
+        delimiter: str | None = None,
+        sheet: str | int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -134,12 +141,14 @@ class SeriesData(_Base, metaclass=PerNamespace):
         """
         if self._values is None:
             given = self.hparams
-            source = Source(given["data"], "train", None, None, None, False, None, "line")
+            asked = {name: given[name] for name in ("encoding", "delimiter", "sheet")}
+            source = Source(given["data"], "train", None, None, None, False, None, "line", **asked)
             if not source.files():
                 raise ConfigError(f"There is no file {given['data']!r}. Check the path.")
             rows = list(source.rows())
             if not rows:
                 raise ConfigError(f"There are no rows in {given['data']!r}.")
+            say_how_read(how_read(source))
             self.columns = _columns(rows, given["columns"], given["time"])
             table, problems = _table(rows, self.columns)
             if given["time"] is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
+from lightning_peft.data.cells import unpacked
 from lightning_peft.data.conversations import (
     parse_alpaca,
     parse_messages,
@@ -215,7 +216,7 @@ class Layout:
         own = {name: rest.pop(name) for name in sorted((self.variables or frozenset()) & set(rest))}
         problems, named = self._unread(rest)
         try:
-            sample = self.shape.parse(fields)
+            sample = self.shape.parse(unpacked(fields))
         except RowProblems as error:
             told = [(kind, self._in_their_words(problem)) for kind, problem in error.problems]
             return [*told, *problems]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 # Kind -> (what it is called, what to do).
 KINDS: dict[str, tuple[str, str]] = {
     "unreadable": (
-        "rows that are no JSON objects in UTF-8",
-        "repair these lines: each is one JSON object with named fields",
+        "rows that cannot be read",
+        "repair these lines: a row is one JSON object with named fields, or has a field for each "
+        "column of its table",
     ),
     "missing": (
         "rows with missing, empty or non-text fields",

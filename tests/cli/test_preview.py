@@ -92,8 +92,8 @@ def test_bad_rows_are_an_exit_code_and_can_be_skipped(here, tmp_path):
     arguments = [*COLUMNS, "--chat-template", "plain", "--validation-share", "0"]
     done = here(rows, *arguments)
     assert done.returncode == 1
-    assert "rows that are no JSON objects in UTF-8: 1" in done.stdout
-    assert "rows.jsonl row 21 is no JSON" in done.stdout
+    assert "rows that cannot be read: 1" in done.stdout
+    assert "rows.jsonl row 21 is not JSON" in done.stdout
     assert "rows.jsonl row 22 has no completion (column 'a')" in done.stdout
     assert "rows.jsonl row 23 is the same as row 1" in done.stdout
     assert "all rows: 22, 24-37" in done.stdout

@@ -23,7 +23,7 @@ BAD = [
     {"prompt": "three", "completion": "3"},
 ]
 EXPECTED = [
-    ("unreadable", 2, "is no JSON"),
+    ("unreadable", 2, "is not JSON"),
     ("missing", 3, "has no completion"),
     ("missing", 4, "has an empty prompt"),
     ("missing", 4, "has an empty completion"),

@@ -61,7 +61,7 @@ def test_bad_lines_keep_their_numbers_and_do_not_hide_others(tmp_path):
         (6, {"a": 2}),
     ]
     problems = [row.problem for row in found]
-    assert "no JSON" in problems[1]
+    assert "not JSON at character 2 ('broken')" in problems[1]
     assert "JSON list" in problems[2]
     assert "UTF-8 (byte 8)" in problems[3]
 
@@ -108,14 +108,14 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"a": 1}\n{"a": 2}', r"name the file .jsonl"),
-        ("a.json", '{"a": [1], "b": [2]}', "2 lists"),
-        ("a.json", "3", "JSON int"),
-        ("a.csv", 'a,b\n1,2\n"x', "cannot be read as csv"),
+        ("a.json", '{"a": [1], "b": [2, 3]}', r"2 lists \(a, b\)"),
+        ("a.json", "3", "JSON number"),
+        ("a.csv", 'a,b\n1,2\n"x', "a quote that is never closed in line 3, field 1"),
         ("a.csv", "a,b\n1,2,3\n4,5,6\n", "3 fields in row 1 below the 2 column names"),
         ("a.csv", "a,a\n1,2\n", "'a'. twice"),
         ("a.parquet", "nothing", "cannot be read as parquet"),
-        ("a.docx", "x", "of no kind that can be read"),
+        ("a.docx", "x", "document of Word: save it as plain text"),
+        ("a.dat", "x", "of no kind that can be read"),
     ],
 )
 def test_files_that_cannot_be_read_are_told(tmp_path, name, content, message):

@@ -1,0 +1,265 @@
+"""The encoding of a text file: known by its bytes where that is sure, guessed and shown else."""
+
+from __future__ import annotations
+
+import codecs
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from typing import Any, Literal
+
+import charset_normalizer
+
+from lightning_peft.errors import ConfigError
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    # Before UTF-16, whose mark begins this one.
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_LATIN = ("cp1252", "cp1250", "mac_roman", "cp850")
+_OTHER = (
+    *("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp1254"),
+    *("cp932", "gb18030", "big5", "euc_kr", "euc_jp"),
+)
+# Letters of Western Europe. Others that cp1252 has are those of neighbouring code pages misread.
+_WESTERN = set("àáâãäåæçèéêëìíîïñòóôõöøùúûüýÿßœšžÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝŒŠŽŸðþÐÞ")
+_NEIGHBOURS = {
+    "cp1254": ("Turkish",),
+    "cp1250": ("Czech", "Slovak", "Polish", "Hungarian", "Croatian", "Slovene", "Romanian"),
+}
+_BETWEEN_LETTERS = set("'’‘-–—·\u00ad\u00a0“”«»…/&@€")
+_BLOCK, _SAMPLE = 1 << 20, 1 << 16
+
+Blocks = Callable[[], Iterable[bytes]]
+
+
+@dataclass(frozen=True)
+class Charset:
+    """The encoding of a file.
+
+    Attributes:
+        name: Python's name of it.
+        how: ``"given"`` by the user, by a ``"mark"`` at the start, by the bytes (``"sure"``), or
+            ``"guessed"``.
+        example: A line in which it matters, where it was guessed.
+        whole: Whether all of the file can be decoded; else some lines of it cannot.
+    """
+
+    name: str
+    how: Literal["given", "mark", "sure", "guessed"]
+    example: str = ""
+    whole: bool = True
+
+
+def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
+    """Returns the encoding of a file, which is read once or twice for that.
+
+    Args:
+        blocks: Gives the bytes of the file in blocks, from its start.
+        name: What messages call the file.
+        given: The encoding that the user says it has.
+
+    Raises:
+        ConfigError: If there is no such encoding, the file is not in it, or none fits.
+    """
+    start = next(iter(blocks()), b"")
+    if given is not None:
+        return _given(blocks, name, given)
+    marked = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+    if marked == "utf-8-sig":
+        return Charset(marked, "mark", whole=_fault(blocks, "utf-8") is None)
+    if marked is not None:
+        return Charset(_whole(blocks, name, marked), "mark")
+    if b"\0" in start[:_SAMPLE]:
+        return Charset(_whole(blocks, name, _wide(start[:_SAMPLE], name)), "sure")
+    sound, unsound = _utf8(blocks)
+    if not unsound:
+        return Charset("utf-8", "sure")
+    # A few damaged bytes in what is UTF-8 everywhere else.
+    if sound >= unsound:
+        return Charset("utf-8", "sure", whole=False)
+    return _guessed(blocks, name)
+
+
+def _given(blocks: Blocks, name: str, given: str) -> Charset:
+    try:
+        found = codecs.lookup(given)
+        "".encode(found.name)
+    except (LookupError, ValueError) as error:
+        near = get_close_matches(given.lower(), [*_LATIN, *_OTHER, "utf-8", "utf-16", "latin-1"])
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        raise ConfigError(f"encoding={given!r} is not an encoding of Python.{hint}") from error
+    # A mark at the start is never part of the text.
+    encoding = "utf-8-sig" if found.name == "utf-8" else found.name
+    fault = _fault(blocks, encoding)
+    if fault is not None:
+        raise ConfigError(
+            f"{name!r} is not in encoding={given!r}: byte {fault + 1:,} does not exist in it. "
+            "Leave encoding out, and it is detected."
+        )
+    return Charset(encoding, "given")
+
+
+def _whole(blocks: Blocks, name: str, encoding: str) -> str:
+    fault = _fault(blocks, encoding)
+    if fault is not None:
+        raise ConfigError(
+            f"{name!r} is {encoding.upper()} by its first bytes, and damaged or cut off at byte "
+            f"{fault + 1:,}. Write it once more, in UTF-8."
+        )
+    return encoding
+
+
+def _fault(blocks: Blocks, encoding: str) -> int | None:
+    """Returns the place of the first byte that cannot be decoded."""
+    decoder, place = codecs.getincrementaldecoder(encoding)(), 0
+    try:
+        for block in blocks():
+            held = len(decoder.getstate()[0])
+            start = place - held
+            place += len(block)
+            decoder.decode(block)
+        start = place - len(decoder.getstate()[0])
+        decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        return start + getattr(error, "start", 0)
+    return None
+
+
+def _wide(start: bytes, name: str) -> str:
+    """Returns which UTF-16 without a mark some bytes are; zeros are of no other text."""
+
+    def plain(encoding: str) -> float:
+        text = start[: len(start) // 2 * 2].decode(encoding, "replace")
+        good = sum(char.isascii() and (char.isprintable() or char.isspace()) for char in text)
+        return good / max(1, len(text))
+
+    found = max(("utf-16-le", "utf-16-be"), key=plain)
+    if plain(found) < 0.05:
+        raise ConfigError(
+            f"{name!r} holds bytes that are not text (a zero at byte {start.index(0) + 1:,}). It "
+            "is damaged, or of another kind than its name says."
+        )
+    return found
+
+
+def _utf8(blocks: Blocks) -> tuple[int, int]:
+    """Returns how many characters above ASCII are UTF-8, and how many bytes are not."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    sound = unsound = 0
+    for block in _with_end(blocks()):
+        text = decoder.decode(block, final=not block)
+        if not text.isascii():
+            escaped = sum("\udc80" <= char <= "\udcff" for char in text)
+            unsound += escaped
+            sound += sum(char > "\x7f" for char in text) - escaped
+    return sound, unsound
+
+
+def _with_end(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    yield from (block for block in blocks if block)
+    yield b""
+
+
+def _guessed(blocks: Blocks, name: str) -> Charset:
+    sample = b"".join(islice(_lines_above_ascii(blocks), 400))[:_SAMPLE]
+    controls = sum(byte < 32 and byte not in b"\t\r\n\f\x1b" for byte in sample)
+    fitting = [c for c in (*_LATIN, *_OTHER) if _fault(blocks, c) is None]
+    if controls > len(sample) / 200 or not fitting:
+        raise ConfigError(
+            f"{name!r} holds bytes that are not text in UTF-8 or another encoding that is known "
+            "here. It is damaged, or of another kind than its name says. If it is text, say "
+            'which with encoding=, such as encoding="cp1252".'
+        )
+    found = _best(sample, fitting, name)
+    return Charset(found, "guessed", _example(sample.decode(found, "replace")))
+
+
+def _lines_above_ascii(blocks: Blocks) -> Iterator[bytes]:
+    rest = b""
+    for block in blocks():
+        *lines, rest = (rest + block).split(b"\n")
+        # A text without any line end is a sample of its own.
+        if len(rest) > _BLOCK:
+            lines, rest = [*lines, rest], b""
+        yield from (line + b"\n" for line in lines if not line.isascii())
+    if not rest.isascii():
+        yield rest
+
+
+def _best(sample: bytes, fitting: list[str], name: str) -> str:
+    marks: Any = charset_normalizer.from_bytes(sample, cp_isolation=fitting)
+    if "cp1252" in fitting and _is_western(sample.decode("cp1252", "ignore")):
+        return _neighbour(marks, fitting) or "cp1252"
+    texts = {encoding: sample.decode(encoding, "replace") for encoding in fitting}
+    ranked = sorted((float(m.chaos) - float(m.coherence), m.encoding) for m in marks)
+    ranked = [one for one in ranked if one[1] in texts and not _is_jumbled(texts[one[1]])]
+    close = [e for rank, e in ranked if rank <= ranked[0][0] + 0.05]
+    close = list({texts[encoding]: encoding for encoding in reversed(close)}.values())[::-1]
+    if len(close) == 1:
+        return close[0]
+    close = close or fitting
+    shown = "".join(f"\n  encoding={e!r}: {_example(texts[e])}" for e in close[:6])
+    raise ConfigError(
+        f"{name!r} is not UTF-8, and too little of it is above ASCII to know what else. Say which "
+        f"encoding reads it right:{shown}\nOr convert it: iconv -f {close[0].upper()} -t UTF-8 "
+        f"{name} > utf8-{name.rpartition('/')[2]}"
+    )
+
+
+def _neighbour(marks: Any, fitting: list[str]) -> str | None:
+    """Returns a code page beside cp1252 where the language of the text is surely one of its own.
+
+    The library alone likes cp1250 for nearly any text of Europe.
+    """
+    found = {match.encoding: match for match in marks if match.encoding in fitting}
+    western = found.get("cp1252")
+    for encoding, languages in _NEIGHBOURS.items():
+        match = found.get(encoding)
+        if match is None or match.language not in languages or western is None:
+            continue
+        gains = match.coherence - western.coherence, western.chaos - match.chaos
+        if match.coherence > 0.3 and (gains[0] > 0.02 or gains[1] > 0.05):
+            return encoding
+    return None
+
+
+def _is_western(text: str) -> bool:
+    """Says whether a text that was decoded as cp1252 looks as if it was that."""
+    letters = above = 0
+    for place, char in enumerate(text):
+        letters += char.isalpha()
+        if char.isascii():
+            continue
+        before, after = text[place - 1 : place], text[place + 1 : place + 2]
+        if char.isalpha() and char not in "ªºµƒ":
+            above += 1
+            # "ZŸrich": a capital in a word.
+            if char not in _WESTERN or (char.isupper() and before.islower()):
+                return False
+        else:
+            inside = before.isalpha() and after.isalpha() and char not in _BETWEEN_LETTERS
+            control = unicodedata.category(char).startswith("C") and char != "\u00ad"
+            if inside or control:
+                return False
+    return above <= 0.4 * letters or letters < 8
+
+
+def _is_jumbled(text: str) -> bool:
+    """Says whether capitals stand inside words, as where letters of another script are misread."""
+    pairs = [(a, b) for a, b in zip(text, text[1:], strict=False) if not b.isascii()]
+    return 20 * sum(a.islower() and b.isupper() for a, b in pairs) > len(pairs)
+
+
+def _example(text: str) -> str:
+    """Returns the part of a text around its first character above ASCII."""
+    line = next((line for line in text.splitlines() if not line.isascii()), text)
+    place = next((i for i, char in enumerate(line) if not char.isascii()), 0)
+    start = max(0, place - 20)
+    return repr(("..." if start else "") + line[start : place + 40].strip())

@@ -1,0 +1,157 @@
+"""Rows of Parquet and Arrow files, with classes by name and images and sounds as bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import ClassLabel, Features
+from pyarrow import ipc, parquet
+
+from lightning_peft.data.opening import compression_of, opened, readable
+from lightning_peft.data.read_as import Entry, ReadAs, Reading
+from lightning_peft.errors import ConfigError
+
+_BATCH = 256
+
+
+def read_columnar(path: Path, name: str, kind: str) -> Reading:
+    """Returns the rows of a Parquet or Arrow file.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+        kind: ``"Parquet"`` or ``"Arrow"``.
+
+    Raises:
+        ConfigError: If it is damaged, or has two columns of one name.
+    """
+    with _batches(path, name, kind) as (schema, _):
+        twice = [column for column, count in Counter(schema.names).items() if count > 1]
+        classes = _classes(schema)
+    if twice:
+        raise ConfigError(
+            f"{name!r} has the columns {twice} twice. Each name stands for one column."
+        )
+    notes = []
+    if "__index_level_0__" in schema.names:
+        notes.append("the column '__index_level_0__' is an index of pandas: not read")
+
+    def rows() -> Iterator[Entry]:
+        number = 0
+        with _batches(path, name, kind) as (_, batches):
+            for batch in batches:
+                for value, problem in _rows_of(batch):
+                    number += 1
+                    value.pop("__index_level_0__", None)
+                    named = {**value, **_named(value, classes)}
+                    yield Entry(number, None if problem else named, problem)
+
+    return Reading(ReadAs(kind, compression_of(path), notes=tuple(notes)), rows)
+
+
+@contextmanager
+def _batches(path: Path, name: str, kind: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """Opens a file, and gives its schema and its rows in batches.
+
+    Raises:
+        ConfigError: In place of what pyarrow raises.
+    """
+    hint = "Write or download it once more, or convert it to JSONL."
+    with ExitStack() as stack, readable(name):
+        try:
+            file: Any = stack.enter_context(opened(path, name))
+            if compression_of(path) is not None:
+                # These are read from their end.
+                file = pyarrow.BufferReader(file.read())
+            if kind == "Parquet":
+                found: Any = stack.enter_context(parquet.ParquetFile(file))
+                yield found.schema_arrow, _guarded(found.iter_batches(batch_size=_BATCH), name)
+                return
+            start = file.read(6)
+            file.seek(0)
+            found = ipc.open_file(file) if start == b"ARROW1" else ipc.open_stream(file)
+            whole = range(found.num_record_batches) if start == b"ARROW1" else found
+            batches = (found.get_batch(b) if start == b"ARROW1" else b for b in whole)
+            yield found.schema, _guarded(batches, name)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{name!r} cannot be read as {kind.lower()}: it is damaged, breaks off, or is "
+                f"another kind of file than its name says. {hint}"
+            ) from error
+
+
+def _guarded(batches: Iterator[Any], name: str) -> Iterator[Any]:
+    place, found = 0, iter(batches)
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{name!r} is damaged after row {place}: what follows cannot be read. Write or "
+                "download it once more, or convert it to JSONL."
+            ) from error
+        yield batch
+        place += batch.num_rows
+
+
+def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
+    try:
+        for row in batch.to_pylist(maps_as_pydicts="strict"):
+            yield row, None
+    # What a cell cannot be: text that is not UTF-8, a time before the first one of Python.
+    except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError):
+        yield from (_by_cell(batch.slice(place, 1)) for place in range(batch.num_rows))
+
+
+def _by_cell(row: Any) -> tuple[dict[str, Any], str | None]:
+    values: dict[str, Any] = {}
+    problem = None
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            values[name] = column.to_pylist(maps_as_pydicts="strict")[0]
+        except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError) as error:
+            try:
+                values[name] = column.cast(pyarrow.string()).to_pylist()[0]
+            except (pyarrow.ArrowException, ValueError):
+                what = "text that is not UTF-8" if isinstance(error, UnicodeError) else "a value"
+                problem = f"has {what} in column {name!r} that cannot be read ({column.type})"
+    return values, problem
+
+
+def _classes(schema: Any) -> dict[str, ClassLabel]:
+    """Returns the columns of classes, which the datasets library keeps as numbers."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    try:
+        kept = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = Features.from_dict(kept)
+    # Written by a newer version, or by hand: the numbers are labels as well.
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any]:
+    """Returns the classes of a row by their names, and gaps of pandas as no value."""
+    gaps = {n: None for n, v in row.items() if isinstance(v, float) and math.isnan(v)}
+    return gaps | {n: class_name(kind, row.get(n)) for n, kind in classes.items()}
+
+
+def class_name(kind: ClassLabel, number: int | None) -> str | None:
+    """Returns the name of a class; ``None`` for one that is kept secret.
+
+    Args:
+        kind: The classes.
+        number: -1 stands for a secret one, as in the test rows of a competition.
+    """
+    known = number is not None and 0 <= number < kind.num_classes
+    return kind.int2str(number) if known else None

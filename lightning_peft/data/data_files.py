@@ -1,0 +1,119 @@
+"""Files of rows by their kind: what a name promises, and what the bytes are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from lightning_peft.data.charsets import detect
+from lightning_peft.data.columnar import read_columnar
+from lightning_peft.data.json_files import read_json
+from lightning_peft.data.opening import (
+    COMPRESSED,
+    bare_name,
+    compression_of,
+    is_workbook,
+    opened,
+    readable,
+    refuse_others,
+)
+from lightning_peft.data.read_as import Options, Reading
+from lightning_peft.data.sheets import read_sheet
+from lightning_peft.data.tables import read_table
+from lightning_peft.data.text_files import read_text
+from lightning_peft.errors import ConfigError
+
+_LINES = {".jsonl", ".ndjson"}
+_TABLES = {".csv": ".csv", ".tsv": ".tsv", ".tab": ".tsv"}
+_BINARY = {".parquet": "Parquet", ".arrow": "Arrow"}
+_BOOKS = {".xlsx", ".xlsm"}
+_TEXTS = {".txt", ".md"}
+SUFFIXES = sorted({*_LINES, ".json", *_TABLES, *_BINARY, *_BOOKS, *_TEXTS})
+# Kinds that people have, and what to do with them.
+_REFUSED = {
+    ".xls": "is a workbook of old Excel: open it, and save it as .xlsx or as CSV (UTF-8)",
+    ".xlsb": "is a binary workbook of Excel: open it, and save it as .xlsx or as CSV (UTF-8)",
+    ".ods": "is a sheet of LibreOffice: save it as .xlsx, or as CSV with the character set UTF-8",
+    ".numbers": "is a sheet of Numbers: export it as CSV (UTF-8) or Excel",
+    ".gsheet": "is a link to Google Sheets: download it as .csv or .xlsx",
+    ".pkl": "is a Python pickle, which can run code: load it where you trust it, and write JSONL",
+    ".pdf": "is a PDF: take its text out, and save it as .txt",
+    ".docx": "is a document of Word: save it as plain text (.txt, UTF-8)",
+    ".db": "is a database: export its table as CSV (UTF-8)",
+    ".sqlite": "is a database: export its table as CSV (UTF-8)",
+    ".tar": "is an archive: unpack it (tar -xf), and name the folder",
+    ".tgz": "is an archive: unpack it (tar -xf), and name the folder",
+    ".7z": "is an archive: unpack it, and name the folder",
+    ".rar": "is an archive: unpack it, and name the folder",
+}
+
+
+def is_data_file(path: Path) -> bool:
+    """Says whether rows can be read from a file of this name."""
+    bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return bare.suffix.lower() in SUFFIXES
+
+
+def suffix_of(path: Path) -> str:
+    """Returns what the name of a file, or of the one file in a zip, says that it is.
+
+    Raises:
+        ConfigError: If rows cannot be read from it.
+    """
+    bare = PurePosixPath(path.name)
+    if path.suffix.lower() == ".zip" or not is_data_file(path):
+        bare = bare_name(path)
+    suffix = Path(bare).with_suffix("").suffix if bare.suffix.lower() in COMPRESSED else bare.suffix
+    if suffix.lower() in SUFFIXES:
+        return suffix.lower()
+    if suffix.lower() in _REFUSED:
+        raise ConfigError(f"{path.name!r} {_REFUSED[suffix.lower()]}.")
+    raise ConfigError(
+        f"{path.name!r} is of no kind that can be read. Kinds: {', '.join(SUFFIXES)}, and these "
+        f"with {', '.join(sorted(COMPRESSED))} after that."
+    )
+
+
+def read_file(path: Path, name: str, options: Options) -> Reading:
+    """Returns how a file is read, and its rows.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+        options: What the user says of it.
+
+    Raises:
+        ConfigError: If it cannot be read, with the place and what to do.
+    """
+    with readable(name):
+        stat = path.stat()
+    return _read(path, name, options, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path, name: str, options: Options, stamp: tuple[int, int, int]) -> Reading:
+    if not stamp[0]:
+        raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
+    suffix = suffix_of(path)
+    # A workbook is a zip of many files.
+    if suffix in _BOOKS or (compression_of(path) == "zip" and is_workbook(path)):
+        return read_sheet(path, name, options.sheet)
+    with opened(path, name) as file:
+        start = file.read(512)
+    magic = {b"PAR1": "Parquet", b"ARRO": "Arrow"}.get(start[:4])
+    if magic is not None or suffix in _BINARY:
+        return read_columnar(path, name, magic or _BINARY[suffix])
+    refuse_others(start, name)
+    charset = detect(lambda: _blocks(path, name), name, options.encoding)
+    if suffix in _LINES or suffix == ".json":
+        return read_json(path, name, charset, suffix in _LINES)
+    if suffix in _TABLES:
+        return read_table(path, name, charset, _TABLES[suffix], options.delimiter)
+    return read_text(path, name, charset, options.text_unit)
+
+
+def _blocks(path: Path, name: str) -> Iterator[bytes]:
+    with opened(path, name) as file:
+        while block := file.read(1 << 20):
+            yield block

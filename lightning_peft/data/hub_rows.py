@@ -1,0 +1,86 @@
+"""Rows of a dataset on the hub, read by the datasets library."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from datasets import ClassLabel, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from lightning_peft.data.columnar import class_name
+from lightning_peft.errors import ConfigError, LightningPeftError
+
+
+def hub_dataset(data: str, config: str | None, revision: str | None, streaming: bool) -> Any:
+    """Returns the splits of a dataset on the hub.
+
+    Args:
+        data: Its name.
+        config: Its configuration.
+        revision: Branch, tag or commit.
+        streaming: Whether it is read without storing it.
+
+    Raises:
+        ConfigError: If it cannot be had, with the likely reason.
+    """
+    try:
+        return load_dataset(data, config, revision=revision, streaming=streaming)
+    # The library runs code of many others: requests, fsspec, pyarrow, pandas.
+    except Exception as error:
+        raise ConfigError(
+            f"{data!r} is no file or folder here, and the hub did not give a dataset of that name: "
+            f"{_reason(error)}. Check the spelling, the network (HF_HUB_OFFLINE must not be set), "
+            "hub_config, hub_revision, and `hf auth login` for a gated dataset."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    said, kind = str(error), type(error).__name__
+    if "Config name is missing" in said or ("BuilderConfig" in said and "not found" in said):
+        names = re.search(r"\[(.*?)\]", said, re.DOTALL)
+        listed = f" ({' '.join(names[1].split())[:300]})" if names else ""
+        return f"it has several configurations{listed}, of which hub_config names one"
+    if "trust_remote_code" in said or "scripts are no longer supported" in said:
+        return "it is read by a script of its own, which is not run; look for a Parquet branch"
+    if "gated" in said.lower():
+        return "it is gated, and asks for a login"
+    if isinstance(error, DatasetNotFoundError) or kind == "RepositoryNotFoundError":
+        return "there is none, or it is private"
+    if isinstance(error, ConnectionError) or "offline" in said.lower() or "Connect" in kind:
+        return "the hub cannot be reached, and no copy of it is on this machine"
+    return "its files cannot be read as rows"
+
+
+def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
+    """Yields rows with images and sounds as the bytes they are kept as, and classes by name.
+
+    Args:
+        dataset: One split.
+        data: What messages call it.
+
+    Raises:
+        ConfigError: If reading breaks off.
+    """
+    features = dict(dataset.features or {})
+    for name, feature in features.items():
+        if getattr(feature, "decode", False) is True:
+            dataset = dataset.cast_column(name, replace(feature, decode=False))
+    classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
+    number, rows = 0, iter(dataset)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except LightningPeftError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{data!r} on the hub cannot be read after row {number}: {_reason(error)}. Try "
+                "again, name another hub_revision, or download its files and name their folder."
+            ) from error
+        number += 1
+        yield {**row, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}

@@ -1,0 +1,259 @@
+"""Rows of JSON files: a line each, a list, an object of lists, or one value after another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.charsets import Charset
+from lightning_peft.data.json_text import explained, half_in, has_halves, parsed, values_in
+from lightning_peft.data.opening import compression_of, opened
+from lightning_peft.data.read_as import Entry, Reading, of_text
+from lightning_peft.errors import ConfigError
+
+SPLIT_KEYS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test", "testing")
+_ROW_KEYS = ("data", "rows", "examples", "items", "instances", "records", "samples")
+# Lines that are looked at to see whether each is a value of its own.
+_LOOKED_AT = 20
+
+
+def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> Reading:
+    """Returns the rows of a JSON file.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+        charset: Its encoding.
+        by_line: Whether its name says that each line is a row.
+
+    Raises:
+        ConfigError: If it is not JSON, or there are no rows in it.
+    """
+    compression = compression_of(path)
+    if _lines_are_rows(path, name, charset, by_line):
+        read_as = of_text("JSON lines", charset, compression)
+        return Reading(read_as, lambda: _by_line(path, name, charset))
+    try:
+        count = len(_values(path, name, charset)[1])
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        text = _text(path, name, charset)
+        if by_line or _lines_fit(text.splitlines()):
+            # One damaged row hides no other.
+            read_as = of_text("JSON lines", charset, compression)
+            return Reading(read_as, lambda: _by_line(path, name, charset))
+        raise ConfigError(
+            f"{name!r} {explained(error, text)}{_line(error)}. Repair the file; `python -m "
+            f"json.tool {name}` checks it, and in JSONL one bad row does not hide the others."
+        ) from error
+    kind = "JSON" if count == 1 else "JSON, one value after another"
+    read_as = of_text(kind, charset, compression)
+    # It is not kept in memory from one reading to the next.
+    return Reading(read_as, lambda: _of_document(path, name, charset, by_line))
+
+
+def _values(path: Path, name: str, charset: Charset) -> tuple[str, list[Any]]:
+    text = _text(path, name, charset)
+    if not text.strip():
+        raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
+    return text, list(values_in(text))
+
+
+def _of_document(path: Path, name: str, charset: Charset, by_line: bool) -> Iterator[Entry]:
+    text, values = _values(path, name, charset)
+    one = values[0] if len(values) == 1 else values
+    if by_line and len(values) == 1 and isinstance(one, dict):
+        one = values
+    halves = has_halves(text) or not charset.whole
+    for number, (value, split) in enumerate(_rows_in(one, name), start=1):
+        problem = _problem_of(value, halves)
+        yield Entry(number, None if problem else value, problem, split)
+
+
+def _problem_of(value: Any, halves: bool) -> str | None:
+    cut = f"was cut by the viewer of the hub in {value}; download the data itself"
+    if isinstance(value, _Cut):
+        return cut
+    return (half_in(value) if halves else None) or _as_row(value)[1]
+
+
+class _Cut(str):
+    """Names of cells that the viewer of the hub has cut."""
+
+
+def _line(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    return f", in line {line}" if line is not None else ""
+
+
+def _text(path: Path, name: str, charset: Charset) -> str:
+    with opened(path, name) as file:
+        content = file.read()
+    text = content.decode(charset.name, "surrogateescape" if not charset.whole else "strict")
+    return text.removeprefix("\ufeff")
+
+
+def _lines_are_rows(path: Path, name: str, charset: Charset, by_line: bool) -> bool:
+    """Says by the first lines whether each of them is a row."""
+    with opened(path, name) as file:
+        lines = _first(file, charset)
+    objects = [isinstance(parsed(line)[0], dict) for line in lines]
+    if by_line:
+        opens = bool(lines) and lines[0].strip()[:1] in ("{", "[")
+        return not opens or objects[0] or (2 * sum(objects) > len(lines) and len(lines[0]) > 3)
+    return len(lines) > 1 and objects[0] and any(objects[1:])
+
+
+def _first(file: Any, charset: Charset) -> list[str]:
+    text = io.TextIOWrapper(file, charset.name, errors="replace", newline=None)
+    found: list[str] = []
+    for line in text:
+        # A document in one line is read whole, and not here.
+        found += [line] if line.strip() else []
+        if len(found) == _LOOKED_AT:
+            break
+    text.detach()
+    return found
+
+
+def _lines_fit(lines: list[str]) -> bool:
+    """Says whether a document that is not JSON has a row in most of its lines."""
+    some = [line for line in lines if line.strip(" \t,[]")][:100]
+    good = sum(isinstance(_row_of(line)[0], dict) for line in some)
+    return len(some) > 1 and 2 * good >= len(some)
+
+
+def _by_line(path: Path, name: str, charset: Charset) -> Iterator[Entry]:
+    with opened(path, name) as file:
+        if charset.name.startswith("utf-8"):
+            for number, line in enumerate(file, start=1):
+                try:
+                    # utf-8-sig: some editors on Windows put a mark at the start of the file.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield Entry(number, None, f"is not UTF-8 (byte {error.start + 1})")
+                    continue
+                yield from _entry(number, text)
+            return
+        lines = io.TextIOWrapper(file, charset.name, newline=None)
+        for number, text in enumerate(lines, start=1):
+            yield from _entry(number, text.removeprefix("\ufeff") if number == 1 else text)
+        lines.detach()
+
+
+def _entry(number: int, text: str) -> Iterator[Entry]:
+    # A list with a value in each line is read like lines.
+    if text.strip() not in ("", "[", "]"):
+        value, problem = _row_of(text)
+        if problem is None:
+            value, problem = _as_row(value)
+        yield Entry(number, value, problem)
+
+
+def _row_of(text: str) -> tuple[Any, str | None]:
+    value, problem = parsed(text)
+    body = text.strip()
+    if problem is not None and body.endswith((",", "]")) or body.startswith("[{"):
+        inner, inner_problem = parsed(body.removeprefix("[").removesuffix("]").removesuffix(","))
+        if inner_problem is None:
+            return inner, None
+    return value, problem
+
+
+def _as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
+    if not isinstance(value, dict):
+        kinds = {list: "list", str: "text", bool: "true or false", type(None): "null"}
+        kind = kinds.get(type(value), "number")
+        return None, f"is a JSON {kind}, not an object with named fields"
+    return value, None
+
+
+# What stands in one row, also where it is the only list of an object.
+_IN_A_ROW = {"messages", "conversations", "conversation", "prompt", "completion", "chosen"}
+_IN_A_ROW |= {"rejected", "tokens", "words", "tags", "ner_tags", "labels", "tools"}
+
+_Found = tuple[Any, str | None]
+
+
+def _rows_in(found: Any, name: str) -> Iterator[_Found]:
+    """Yields the rows of a document with the split that it names."""
+    if isinstance(found, list):
+        yield from _listed(found)
+        return
+    if not isinstance(found, dict):
+        kind = (_as_row(found)[1] or "").partition(",")[0].removeprefix("is a ")
+        raise ConfigError(f"{name!r} holds a {kind}, not a list of objects.")
+    lists = {key: value for key, value in found.items() if isinstance(value, list)}
+    if _is_answer_of_hub(found):
+        for row in found["rows"]:
+            cut = row.get("truncated_cells")
+            yield _Cut(", ".join(map(str, cut))) if cut else row["row"], None
+    elif set(found) == {"columns", "index", "data"} and len(lists) == 3:
+        # pandas, orient="split".
+        yield from _listed([dict(zip(lists["columns"], r, strict=False)) for r in lists["data"]])
+    elif len(lists) > 1 and all(key.lower() in SPLIT_KEYS for key in lists):
+        for key, rows in lists.items():
+            yield from _listed(rows, key.lower())
+    elif set(lists) & _IN_A_ROW and not _are_columns(found):
+        yield found, None
+    elif len(lists) == 1:
+        yield from _listed(next(iter(lists.values())))
+    else:
+        yield from _listed(_of_columns(found) or _chosen(found, lists, name))
+
+
+def _of_columns(found: dict[str, Any]) -> list[Any]:
+    """Returns the rows of a table that is written by columns, or by the numbers of its rows."""
+    values = list(found.values())
+    if _are_columns(found):
+        return [dict(zip(found, row, strict=True)) for row in zip(*values, strict=True)]
+    if not values or not all(isinstance(value, dict) and value for value in values):
+        return []
+    numbers = values[0].keys()
+    if _are_numbers(numbers) and all(value.keys() == numbers for value in values):
+        # pandas by default: a column each, with the values by the number of their row.
+        return [{key: found[key][number] for key in found} for number in numbers]
+    return values if _are_numbers(found) else []
+
+
+def _chosen(found: dict[str, Any], lists: dict[str, list[Any]], name: str) -> list[Any]:
+    named = [key for key in _ROW_KEYS if key in lists]
+    objects = [k for k, rows in lists.items() if rows and all(isinstance(r, dict) for r in rows)]
+    for keys in (named, objects):
+        if len(keys) == 1:
+            return lists[keys[0]]
+    what = f" ({', '.join(lists)})" if lists else ""
+    raise ConfigError(
+        f"{name!r} holds one JSON object with {len(lists)} lists{what}. Rows are expected as a "
+        "list of objects, as the only list of one object, or as a list for each split (train, "
+        f"validation, test). `jq -c '.KEY[]' {name} > rows.jsonl` takes one of them out."
+    )
+
+
+def _listed(rows: list[Any], split: str | None = None) -> Iterator[_Found]:
+    yield from ((row, split) for row in rows)
+
+
+def _is_answer_of_hub(found: dict[str, Any]) -> bool:
+    """Says whether this is an answer of the hub's viewer of datasets."""
+    rows = found.get("rows")
+    return (
+        "features" in found
+        and isinstance(rows, list)
+        and all(isinstance(row, dict) and isinstance(row.get("row"), dict) for row in rows)
+    )
+
+
+def _are_columns(found: dict[str, Any]) -> bool:
+    lists = list(found.values())
+    if len(lists) < 2 or not all(isinstance(values, list) for values in lists):
+        return False
+    plain = all(isinstance(value, str | int | float | None) for v in lists for value in v)
+    return plain and len({len(values) for values in lists}) == 1
+
+
+def _are_numbers(keys: Iterable[str]) -> bool:
+    return all(key.isdigit() for key in keys)

@@ -1,0 +1,210 @@
+"""Files of rows as streams of bytes: what they are by their first bytes, compressed or not."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow
+
+from lightning_peft.errors import ConfigError, LightningPeftError, itemize
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",
+}
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    pyarrow.ArrowException,
+    # zipfile's of members with a password, and of a compression that Python does not know.
+    RuntimeError,
+    NotImplementedError,
+)
+# First bytes of what is often saved under the name of a table -> what it is and what to do.
+_OTHERS: tuple[tuple[bytes, str, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS in place of the file",
+        "fetch the file itself: git lfs pull",
+    ),
+    (b"<!doctype html", "a page of HTML", "download the file itself; this is often a login page"),
+    (b"<html", "a page of HTML", "download the file itself; this is often a login page"),
+    (b"<?xml", "XML", "export the rows as CSV (UTF-8) or JSONL"),
+    (b"%pdf", "a PDF", "export the rows as CSV (UTF-8) or JSONL"),
+    (b"sqlite format 3", "an SQLite database", "export its table as CSV (UTF-8) or JSONL"),
+    (b"{\\rtf", "a text of a word processor (RTF)", "save it as plain text in UTF-8"),
+    (
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1",
+        "a workbook or document of old Excel or Word (.xls, .doc)",
+        "open it, and save the sheet as .xlsx or as CSV (UTF-8)",
+    ),
+    (b"7z\xbc\xaf\x27\x1c", "an archive of 7-Zip", "unpack it, and name the file or folder"),
+    (b"rar!", "a RAR archive", "unpack it, and name the file or folder"),
+    (b"\x89png", "an image", "name a file of rows"),
+    (b"\x80\x04", "a Python pickle", "load it where you trust it, and write JSONL"),
+)
+
+
+def compression_of(path: Path) -> str | None:
+    """Returns ``"gzip"``, ``"bzip2"``, ``"xz"``, ``"zstd"``, ``"zip"``, or ``None``.
+
+    Raises:
+        ConfigError: If the file cannot be opened.
+    """
+    with readable(path.name), path.open("rb") as file:
+        start = file.read(8)
+    return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+
+
+def bare_name(path: Path) -> PurePosixPath:
+    """Returns the name without the suffix of its compression; of a zip, its one file's.
+
+    Raises:
+        ConfigError: If it is a zip without a file, or with several.
+    """
+    compression = compression_of(path) if path.is_file() else None
+    if compression == "zip" and not is_workbook(path):
+        return PurePosixPath(_member(path)).relative_to(PurePosixPath(_member(path)).parent)
+    bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    return PurePosixPath(bare.name)
+
+
+def is_workbook(path: Path) -> bool:
+    """Says whether a zip is a workbook of Excel or LibreOffice, or a like document."""
+    with readable(path.name), zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+    return bool(names & {"[Content_Types].xml", "content.xml", "mimetype"})
+
+
+def _member(path: Path) -> str:
+    with readable(path.name), zipfile.ZipFile(path) as archive:
+        names = [
+            info.filename
+            for info in archive.infolist()
+            if not info.is_dir() and not _is_hidden(info.filename)
+        ]
+    if len(names) != 1:
+        raise ConfigError(
+            f"{path.name!r} holds {len(names)} files, and one is read from a zip. Unpack it "
+            f"(unzip {path.name} -d rows), and name the folder." + itemize(names)
+        )
+    return names[0]
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+@contextmanager
+def opened(path: Path, name: str) -> Iterator[BinaryIO]:
+    """Opens a file for reading, unpacked if it is compressed.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+
+    Raises:
+        ConfigError: If it cannot be read, is damaged, or breaks off.
+    """
+    compression = compression_of(path)
+    with readable(name, compression), path.open("rb") as raw:
+        stream: Any
+        if compression == "zip":
+            with zipfile.ZipFile(raw) as archive, archive.open(_member(path)) as stream:
+                yield io.BufferedReader(stream)
+        elif compression == "zstd":
+            # pyarrow's: Python has none before 3.14.
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as stream:
+                yield io.BufferedReader(_Raw(stream))
+        else:
+            openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+            if compression is None:
+                yield raw
+                return
+            with openers[compression](raw, "rb") as stream:
+                yield stream
+
+
+class _Raw(io.RawIOBase):
+    """A stream of pyarrow as Python's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills ``buffer``, and returns how many bytes that were."""
+        found = self._stream.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+@contextmanager
+def readable(name: str, compression: str | None = None) -> Iterator[None]:
+    """Turns what goes wrong with a file into words.
+
+    Args:
+        name: What messages call the file.
+        compression: How it is compressed.
+
+    Raises:
+        ConfigError: In place of what the system or a library raises.
+    """
+    try:
+        yield
+    except LightningPeftError:
+        raise
+    except FileNotFoundError as error:
+        raise ConfigError(f"{name!r} is gone: it was removed or renamed meanwhile.") from error
+    except _UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = f"the system says: {os.strerror(error.errno)}"
+            raise ConfigError(f"{name!r} cannot be read; {reason}.") from error
+        if isinstance(error, RuntimeError) and "password" in str(error):
+            raise ConfigError(
+                f"{name!r} is locked by a password. Unpack it, and name the file in it."
+            ) from error
+        test = {"gzip": "gzip -t", "bzip2": "bzip2 -t", "xz": "xz -t", "zstd": "zstd -t"}
+        command = test.get(compression or "", "unzip -t" if compression == "zip" else "")
+        how = f" ({command} {name} says where)" if command else ""
+        raise ConfigError(
+            f"{name!r} is damaged or breaks off{f' as {compression}' if compression else ''}{how}. "
+            "Download or write it once more."
+        ) from error
+
+
+def refuse_others(start: bytes, name: str) -> None:
+    """Refuses files of a wholly other kind, known by their first bytes.
+
+    Args:
+        start: The first bytes.
+        name: What messages call the file.
+
+    Raises:
+        ConfigError: With what it is and what to do.
+    """
+    head = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for magic, what, remedy in _OTHERS:
+        if head.startswith(magic):
+            raise ConfigError(f"{name!r} is {what}, not rows. What to do: {remedy}.")

@@ -1,0 +1,215 @@
+"""Rows of a sheet of an Excel workbook."""
+
+from __future__ import annotations
+
+import datetime
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.opening import readable
+from lightning_peft.data.read_as import Entry, ReadAs, Reading
+from lightning_peft.data.shapes import FIELDS
+from lightning_peft.data.table_columns import Columns, Widths, columns_of
+from lightning_peft.errors import ConfigError
+
+_KNOWN = {name for names in FIELDS.values() for name in names}
+
+
+def read_sheet(path: Path, name: str, sheet: str | int | None) -> Reading:
+    """Returns the rows of a sheet; numbers and dates as text, as a table of text has them.
+
+    Args:
+        path: The workbook.
+        name: What messages call it.
+        sheet: Name of the sheet, or its number from 1; ``None`` for the only one with rows.
+
+    Raises:
+        ConfigError: If openpyxl is not installed, the workbook is damaged, or it is not known which
+            sheet is meant.
+    """
+    if find_spec("openpyxl") is None:
+        raise ConfigError(
+            f"{name!r} is a workbook of Excel, which takes openpyxl to read: pip install "
+            "'lightning-peft[excel]'. Or save its sheet as CSV (UTF-8)."
+        )
+    with _book(path, name) as books:
+        found = {title: _seen(books[0][title]) for title in books[0].sheetnames}
+        hidden = {t for t in found if books[0][t].sheet_state != "visible"}
+    title = _chosen(found, hidden, name, sheet)
+    columns = columns_of(found[title], name, None)
+    notes = [*columns.notes, *_counted(path, name, title, columns)]
+    others = [other for other in found if other != title and found[other].header]
+    if others:
+        notes.append(f"other sheets are not read: {', '.join(others)}")
+    read_as = ReadAs("Excel", sheet=title, notes=tuple(notes))
+    return Reading(read_as, lambda: _rows(path, name, title, columns))
+
+
+@contextmanager
+def _book(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
+    """Opens a workbook, with the values of its formulas and with the formulas themselves."""
+    openpyxl = import_module("openpyxl")
+    with readable(name):
+        content = path.read_bytes()
+    books: list[Any] = []
+    try:
+        for values in (True, False):
+            file = io.BytesIO(content)
+            books.append(openpyxl.load_workbook(file, read_only=True, data_only=values))
+    # openpyxl raises whatever its XML reader does.
+    except Exception as error:
+        raise ConfigError(_damaged(name)) from error
+    try:
+        yield books[0], books[1]
+    finally:
+        for book in books:
+            book.close()
+
+
+def _damaged(name: str) -> str:
+    return (
+        f"{name!r} cannot be read as a workbook of Excel: it is damaged, locked by a password, or "
+        "another kind of file. Open it, and save it as .xlsx or its sheet as CSV (UTF-8)."
+    )
+
+
+def _cells(sheet: Any, name: str) -> Iterator[tuple[Any, ...]]:
+    rows = sheet.iter_rows() if hasattr(sheet, "iter_rows") else iter(())
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ConfigError(_damaged(name)) from error
+        yield row
+
+
+def _seen(sheet: Any) -> Widths:
+    widths = Widths()
+    for line, row in enumerate(_cells(sheet, sheet.title), start=1):
+        record = _texts(row)
+        if widths.header or any(value is not None for value in record):
+            widths.add(record, line)
+    return widths
+
+
+def _texts(row: tuple[Any, ...]) -> list[str | None]:
+    found = [_text(cell.value) for cell in row]
+    while found and found[-1] is None:
+        found.pop()
+    return found
+
+
+def _text(value: Any) -> str | None:
+    if value is None or (isinstance(value, str) and not value):
+        return None
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        return value.date().isoformat()
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat(*([" "] if isinstance(value, datetime.datetime) else []))
+    return str(value)
+
+
+def _chosen(found: dict[str, Widths], hidden: set[str], name: str, sheet: str | int | None) -> str:
+    titles = list(found)
+    if sheet is not None:
+        number = int(sheet) if str(sheet).isdecimal() and str(sheet) not in titles else None
+        if number is not None and 1 <= number <= len(titles):
+            return titles[number - 1]
+        if str(sheet) in titles:
+            return str(sheet)
+        near = get_close_matches(str(sheet), titles, n=1)
+        hint = f"; nearest: {near[0]!r}" if near else ""
+        raise ConfigError(f"{name!r} has no sheet {sheet!r}{hint}. Sheets: {', '.join(titles)}.")
+    full = [t for t in titles if found[t].rows and t not in hidden]
+    full = full or [t for t in titles if found[t].rows]
+    known = [t for t in full if any(column in _KNOWN for column in found[t].header)]
+    for ones in (full, known):
+        if len(ones) == 1:
+            return ones[0]
+    if not full:
+        raise ConfigError(f"{name!r} has no rows below a row of column names in any sheet.")
+    raise ConfigError(
+        f"{name!r} has rows in {len(full)} sheets: {', '.join(full)}. Say which one is meant with "
+        f"sheet={full[0]!r}."
+    )
+
+
+def _counted(path: Path, name: str, title: str, columns: Columns) -> list[str]:
+    """Returns what becomes text, by column."""
+    kinds: dict[str, dict[str, int]] = {}
+    with _book(path, name) as books:
+        rows = _cells(books[0][title], name)
+        _header(rows)
+        for row in rows:
+            for place, column in columns.names.items():
+                value = row[place].value if place < len(row) else None
+                kind = _kind(value)
+                if kind:
+                    counts = kinds.setdefault(column, {})
+                    counts[kind] = counts.get(kind, 0) + 1
+    return [
+        f"column {column!r}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())} as text"
+        for column, counts in kinds.items()
+    ]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "truth values"
+    if isinstance(value, int | float):
+        return "numbers"
+    dates = datetime.datetime | datetime.date | datetime.time | datetime.timedelta
+    return "dates or times" if isinstance(value, dates) else ""
+
+
+def _header(rows: Iterator[Any]) -> None:
+    for row in rows:
+        if any(value is not None for value in _texts(row)):
+            return
+
+
+def _rows(path: Path, name: str, title: str, columns: Columns) -> Iterator[Entry]:
+    with _book(path, name) as books:
+        pairs = zip(_cells(books[0][title], name), _cells(books[1][title], name), strict=False)
+        started, number = False, 0
+        for line, (row, formulas) in enumerate(pairs, start=1):
+            record = _texts(row)
+            if not started:
+                started = any(value is not None for value in record)
+                continue
+            problem = _cell_problem(row, formulas, columns)
+            if problem is None and not any(value is not None for value in record):
+                continue
+            number += 1
+            value = None
+            if problem is None:
+                value, problem = columns.row(record, line)
+            yield Entry(number, value, problem)
+
+
+def _cell_problem(row: tuple[Any, ...], formulas: tuple[Any, ...], columns: Columns) -> str | None:
+    for place, column in columns.names.items():
+        if place >= len(row):
+            continue
+        value = row[place].value
+        if row[place].data_type == "e":
+            return f"has the error {value} in column {column!r} (cell {row[place].coordinate})"
+        formula = formulas[place].value if place < len(formulas) else None
+        if value is None and isinstance(formula, str) and formula.startswith("="):
+            return (
+                f"has a formula in column {column!r} (cell {formulas[place].coordinate}) whose "
+                "value is not in the file; open and save the workbook in Excel or LibreOffice"
+            )
+    return None

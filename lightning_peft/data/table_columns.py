@@ -1,0 +1,160 @@
+"""Columns of a table: their names, and which of them are an index or empty."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_peft.errors import ConfigError
+
+_EXAMPLES = 5
+
+
+@dataclass
+class Widths:
+    """What is seen of all rows of a table before the first is read.
+
+    Attributes:
+        header: The names of the columns.
+        rows: Number of rows with a value.
+        widths: Number of fields to number of rows.
+        used: Places of columns with a value.
+        wide: The first rows with more values than names, as number and line.
+        narrow: The first rows with fewer fields than names, as numbers.
+        blank: Number of rows without any value.
+        index: Whether the first field of every row so far is a number above that of the last.
+        counted: Whether it is even one above.
+    """
+
+    header: list[str] = field(default_factory=list)
+    rows: int = 0
+    widths: Counter[int] = field(default_factory=Counter)
+    used: set[int] = field(default_factory=set)
+    wide: list[tuple[int, int]] = field(default_factory=list)
+    narrow: list[int] = field(default_factory=list)
+    blank: int = 0
+    index: bool = True
+    counted: bool = True
+    _last: int | None = None
+
+    def add(self, record: Sequence[Any], line: int) -> None:
+        """Takes the next record; the first one has the names."""
+        if not self.header:
+            self.header = [str(name).strip() if name is not None else "" for name in record]
+            return
+        filled = [place for place, value in enumerate(record) if value not in ("", None)]
+        if not filled:
+            self.blank += 1
+            return
+        self.rows += 1
+        self.widths[len(record)] += 1
+        self.used.update(filled)
+        if filled[-1] >= len(self.header) and len(self.wide) < _EXAMPLES:
+            self.wide.append((self.rows, line))
+        if len(record) < len(self.header) and len(self.narrow) < _EXAMPLES:
+            self.narrow.append(self.rows)
+        self._follow(record[0])
+
+    def _follow(self, value: Any) -> None:
+        text = str(value)
+        number = int(text) if text.isdecimal() and len(text) < 15 else None
+        first = self.rows == 1
+        if number is None or (number > 1 if first else number <= (self._last or 0)):
+            self.index = False
+        self.counted &= self.index and (self.rows == 1 or number == (self._last or 0) + 1)
+        self._last = number
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that are read.
+
+    Attributes:
+        names: Names by place.
+        width: Fields that a row may have with a value in them.
+        empty: What stands for a field that is not there.
+        notes: What is left out, in words.
+    """
+
+    names: dict[int, str]
+    width: int
+    empty: str | None
+    notes: tuple[str, ...]
+
+    def row(self, record: Sequence[Any], line: int) -> tuple[dict[str, Any] | None, str | None]:
+        """Returns the values of a row by name, or why it cannot be read."""
+        if len(record) > self.width and any(
+            value not in ("", None) for value in record[self.width :]
+        ):
+            last = record[self.width - 1]
+            return None, (
+                f"has {len(record)} fields below {self.width} column names (line {line}): a value "
+                f"that holds the delimiter must be in quotes, here perhaps near {str(last)[:40]!r}"
+            )
+        return {
+            name: record[place] if place < len(record) else self.empty
+            for place, name in self.names.items()
+        }, None
+
+
+def columns_of(seen: Widths, name: str, empty: str | None = "") -> Columns:
+    """Returns the columns of a table.
+
+    Args:
+        seen: What was seen of its rows.
+        name: What messages call the file.
+        empty: What stands for a field that is not there.
+
+    Raises:
+        ConfigError: If columns have one name twice, or the rows do not fit the names.
+    """
+    header, notes = list(seen.header), []
+    shift = _shift(seen, name)
+    if shift:
+        notes.append("the first field of each row has no column name and is an index: not read")
+    names = {place + shift: title for place, title in enumerate(header)}
+    for place, title in list(names.items()):
+        if title:
+            continue
+        if place == 0 and seen.index and seen.rows:
+            notes.append("the first column has no name and is an index: not read")
+            del names[place]
+        elif place not in seen.used:
+            del names[place]
+        else:
+            names[place] = f"Unnamed: {place}"
+    repeated = [title for title, count in Counter(names.values()).items() if count > 1]
+    if repeated:
+        raise ConfigError(
+            f"{name!r} has the columns {repeated} twice below the {len(header)} column names "
+            f"{header}. Its first line names each column once."
+        )
+    if seen.blank:
+        notes.append(f"{seen.blank:,} rows without any value are left out and not counted")
+    if seen.narrow:
+        numbers = ", ".join(map(str, seen.narrow))
+        notes.append(
+            f"rows with fewer fields than columns (first {numbers}): those missing are empty"
+        )
+    return Columns(names, len(header) + shift, empty, tuple(notes))
+
+
+def _shift(seen: Widths, name: str) -> int:
+    """Returns 1 where each row begins with an index that has no name, as R writes it."""
+    wide = len(seen.header)
+    over = {width: count for width, count in seen.widths.items() if width > wide}
+    if not over or not any(place >= wide for place in seen.used):
+        return 0
+    if seen.widths == {wide + 1: seen.rows} and seen.counted and seen.rows > 1:
+        return 1
+    if sum(over.values()) == seen.rows or (wide == 1 and 2 * sum(over.values()) > seen.rows):
+        row, line = seen.wide[0]
+        fields = max(over, key=lambda width: over[width])
+        raise ConfigError(
+            f"{name!r} has {fields} fields in row {row} below the {wide} column names "
+            f"{seen.header}. Its first line names each column once; text with the delimiter in it "
+            f"is in quotes. Where a title stands above the names: tail -n +{line} {name} > rows.csv"
+        )
+    return 0

@@ -1,0 +1,131 @@
+"""How the columns of a text table are parted and quoted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_peft.data.shapes import FIELDS
+from lightning_peft.errors import ConfigError
+
+_USUAL = (",", ";", "\t", "|")
+_RARE = ("\x01", "\x1f", "^", "~", "\u00a6")
+_NAMED = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|", "space": " "}
+_KNOWN = {name for names in FIELDS.values() for name in names} | set(FIELDS)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a table is written.
+
+    Attributes:
+        delimiter: What parts its columns.
+        quote: What stands around a value that holds the delimiter or a line end.
+        escaped: Whether a quote in a quoted value has a backslash before it; else it is doubled.
+        spaced: Whether a space follows each delimiter.
+        skipped: Lines before the names of the columns.
+    """
+
+    delimiter: str
+    quote: str = '"'
+    escaped: bool = False
+    spaced: bool = False
+    skipped: int = 0
+
+    def records(self, lines: Iterable[str]) -> Any:
+        """Returns a reader of records.
+
+        Args:
+            lines: Lines of text with their ends.
+        """
+        # Python's limit of 128 KiB is the length of a long document.
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        if self.escaped:
+            lines = (line.replace('\\"', '""') for line in lines)
+        return csv.reader(
+            iter(lines),
+            delimiter=self.delimiter,
+            quotechar=self.quote,
+            skipinitialspace=self.spaced,
+            strict=True,
+        )
+
+
+def delimiter_given(given: str) -> str:
+    """Returns the delimiter that the user means, such as ``";"`` or ``"tab"``.
+
+    Raises:
+        ConfigError: If it is not one character.
+    """
+    found = _NAMED.get(given.lower(), given)
+    if len(found) != 1 or found in '"\r\n\\':
+        raise ConfigError(
+            f"delimiter={given!r} is not one character that parts columns. Such are "
+            f"{', '.join(map(repr, _USUAL))}, and the words {', '.join(sorted(_NAMED)[1:])}."
+        )
+    return found
+
+
+def dialect_of(head: str, whole: bool, usual: str, given: str | None) -> Dialect:
+    """Returns how a table is written, by its first lines.
+
+    Args:
+        head: The first lines.
+        whole: Whether they are all of the file.
+        usual: The delimiter that is usual for its kind.
+        given: The delimiter that the user says it has.
+    """
+    skipped = 0
+    said = re.match(r'"?sep=(.)"?\r?\n', head)
+    if said:
+        # A line that Excel writes for itself.
+        skipped, head = 1, head[said.end() :]
+        given = given or said[1]
+    candidates = (given,) if given is not None else _USUAL
+    found = _best(head, whole, candidates, usual)
+    if found is None and given is None:
+        found = _best(head, whole, _RARE, usual)
+    return replace(found or Dialect(given or usual), skipped=skipped)
+
+
+def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dialect | None:
+    ranked = []
+    for delimiter in candidates:
+        for dialect in _ways(head, delimiter):
+            records = _some(dialect, head, whole)
+            if not records or len(records[0]) < 2:
+                continue
+            width = len(records[0])
+            # Rows of another width show that the delimiter is part of the text.
+            fit = sum(len(record) == width for record in records) / len(records)
+            names = sum(name.strip().lower() in _KNOWN for name in records[0])
+            ranked.append(((round(fit, 3), names, delimiter == usual), dialect))
+    return max(ranked, key=lambda one: one[0])[1] if ranked else None
+
+
+def _ways(head: str, delimiter: str) -> Iterator[Dialect]:
+    plain = Dialect(delimiter)
+    first = head.partition("\n")[0].strip()
+    names = first.split(delimiter)
+    if len(names) > 1 and all(re.fullmatch(r"\s*'.*'\s*", name) for name in names):
+        yield replace(plain, quote="'")
+        return
+    # `"a", "b"`: else the second quote would be part of the text.
+    spaced = len(names) > 1 and all(re.match(r'\s+"', name) for name in names[1:])
+    yield replace(plain, spaced=spaced)
+
+
+def _some(dialect: Dialect, head: str, whole: bool) -> list[list[str]]:
+    found: list[list[str]] = []
+    try:
+        for record in dialect.records(io.StringIO(head, newline="")):
+            found += [record] if record else []
+    except csv.Error:
+        # Cut off, or quoted in another way, which is seen when all of it is read.
+        return found
+    return found if whole else found[:-1] or found
