@@ -40,6 +40,8 @@ _DEFAULT = "lightning_peft.SupervisedData"
 # What only concerns the order and loading of batches.
 _OF_TRAINING = {"shuffle_seed", "num_workers", "length_grouping", "packing"}
 _BAR = 40
+# Files that are listed with how they are read.
+_FILES = 12
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -177,6 +179,10 @@ def _overview(numbers: dict[str, Any]) -> list[str]:
     lines.append(f"splits    {counts or 'no rows'} ({how})")
     if "labels" in numbers:
         lines.append(f"labels    {', '.join(map(str, numbers['labels']))}")
+    read = [f"{one['file']}: {one['words']}" for one in numbers["read_as"]]
+    lines += [f"read as   {words}" for words in read[:_FILES]]
+    if len(read) > _FILES:
+        lines.append(f"read as   ... and {len(read) - _FILES:,} more files (--json lists them)")
     return [*lines, *_counted(numbers)]
 
 

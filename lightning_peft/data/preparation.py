@@ -255,8 +255,8 @@ class _Pass:
                 reasons = self._take(taken, outcome, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    told = _rejection(taken.row, reasons)
-                    rejected.write(json.dumps(told, default=_told, skipkeys=True) + "\n")
+                    kept = _rejection(taken.row, reasons)
+                    rejected.write(json.dumps(kept, default=_told, skipkeys=True) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()

@@ -65,6 +65,7 @@ def test_trained_tokens_are_marked_and_everything_is_counted(here):
     out = done.stdout
     assert "prompt and completion (prompt from 'q', completion from 'a')" in out
     assert "not used  id (rows 1-20)" in out
+    assert "read as   rows.jsonl: JSON lines, in UTF-8\n" in out
     assert "rows.jsonl row 3 (+ trained, | not trained)" in out
     assert "  | What is 2?\n" in out
     assert "  + It is very very 2.</s>\n" in out

@@ -287,7 +287,7 @@ def test_lists_for_each_split_are_read_as_such(read):
         ('"text"', "is a JSON text, not an object with named fields"),
     ],
 )
-def test_lines_that_are_not_json_are_told_in_words(read, line, problem):
+def test_lines_that_are_not_json_are_explained(read, line, problem):
     found, _ = read("a.jsonl", f'{{"a": 1}}\n{line}\n{{"a": NaN}}\n')
     assert [row.value for row in found] == [{"a": 1}, None, {"a": None}]
     assert problem in found[1].problem
