@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,11 +17,15 @@ from torch.nn import functional as F
 from lightning_peft.chat.speaking import Speaker
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.row_keys import check_column, unread
+from lightning_peft.data.unused_keys import KeyCount
 from lightning_peft.data.validation import describe
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, itemize
 
 if TYPE_CHECKING:
     from lightning_peft.data.supervised import SupervisedData
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 SPLITS = ("train", "validation", "test")
@@ -50,8 +55,13 @@ def read_prompts(file: str) -> list[Prompt]:
     if not file.endswith((".jsonl", ".ndjson")):
         return [Prompt(line.strip()) for _, line in numbered]
     found, bad = [], []
+    unused, refused = KeyCount(), []
     for number, line in numbered:
         row = _object(line)
+        for name, value in unread(row, ("prompt", "reference", "response")).items():
+            problems = check_column(name, value, True, True, False)
+            refused += [f"line {number} has {name}"] if problems else []
+            unused.add([name] if problems == [] else [], file, number)
         text, reference = row.get("prompt"), row.get("reference", row.get("response"))
         if isinstance(text, str) and text.strip():
             found.append(Prompt(text, reference if isinstance(reference, str) else None))
@@ -62,6 +72,15 @@ def read_prompts(file: str) -> list[Prompt]:
             f"--prompts {file!r}: line {', '.join(bad[:12])} is no JSON object with a text called "
             "`prompt`."
         )
+    if refused:
+        raise ConfigError(
+            f"--prompts {file!r} has more than prompts, which would be answered without it. Take "
+            "it out, or give it with --system, --tools or --chat-template-kwargs:"
+            + itemize(refused)
+        )
+    keys = [f"{key['key']!r} (lines {key['rows'][file]})" for key in unused.summary()]
+    if keys:
+        log.warning(f"Keys of {file!r} that are not used: {', '.join(keys)}.")
     return found
 
 

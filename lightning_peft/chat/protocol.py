@@ -18,8 +18,13 @@ if TYPE_CHECKING:
     from lightning_peft.chat.speaking import Speaker
 
 Say = Callable[[str], None]
-ROLES = ("system", "user", "assistant")
-FIELDS = ("id", "adapter", "messages", "max_new_tokens", "temperature", "top_p", "seed")
+ROLES = ("system", "user", "assistant", "tool")
+FIELDS = (
+    *("id", "adapter", "messages", "tools", "chat_template_kwargs"),
+    *("max_new_tokens", "temperature", "top_p", "seed"),
+)
+# Of a turn, besides its role and content.
+TURN_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 # A program that waits for a model wants to know that it is still being loaded.
 _HEARTBEAT_SECONDS = 2.0
 
@@ -121,14 +126,23 @@ class Server:
             name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
         }
         speaker.sampling = replace(usual, **asked)
+        before = speaker.tools, speaker.asked_variables
+        given = import_module("lightning_peft.chat.given")
         try:
+            for name in ("tools", "chat_template_kwargs"):
+                context = given.context_of(name, row[name], "The request") if name in row else None
+                if context is not None and name == "tools":
+                    speaker.tools = context.get("tools", [])
+                elif context is not None:
+                    speaker.asked_variables = context
             found = speaker.answer(
-                messages,
+                list(map(given.turn_of, messages)),
                 lambda text: self._write({"id": key, "text": text}),
                 lambda: key in self._stopped,
             )
         finally:
             speaker.sampling = usual
+            speaker.tools, speaker.asked_variables = before
         done = {"tokens": found.tokens, "ended": found.ended, "stopped": found.stopped}
         self._write({"id": key, "done": True, **done, "dropped": found.dropped})
 
@@ -216,9 +230,13 @@ def _problems_of_messages(messages: Any) -> Iterator[str]:
         yield 'messages: a list of turns, each {"role": ..., "content": ...}'
         return
     for place, turn in enumerate(messages):
-        if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             yield f"messages[{place}]: an object of `role` and `content`"
-        elif turn["role"] not in ROLES or not isinstance(turn["content"], str):
+            continue
+        unknown = [key for key in turn if key not in ("role", "content", *TURN_KEYS)]
+        for key in unknown:
+            yield f"messages[{place}]: there is no key {key!r}{near_names(key, TURN_KEYS)}"
+        if turn["role"] not in ROLES or not isinstance(turn["content"], str):
             yield f"messages[{place}]: role is one of {', '.join(ROLES)}, and content a text"
         elif turn["role"] == "system" and place:
             yield f"messages[{place}]: a system turn comes first or not at all"

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
+from lightning_peft.data.key_use import unwritten
+from lightning_peft.data.rendering import Rendering, check_variables
 from lightning_peft.data.templates import Template, find_template
+from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, near_names
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.loading import Loaded
 
 BASE = "base"
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[dict[str, Any]]
 # Nothing that a template would say itself.
 _MARK = "question7240"
 
@@ -68,6 +71,9 @@ class Speaker:
             record, or else the tokenizer's.
         sampling: How tokens are chosen.
         active: Name of the adapter that speaks, or ``"base"``.
+        asked_variables: Values for variables of the chat template; ``None`` takes those of the
+            adapter's record.
+        tools: What the model may call, as the chat template takes it.
     """
 
     loaded: Loaded
@@ -75,6 +81,8 @@ class Speaker:
     asked_template: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     active: str = BASE
+    asked_variables: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.adapters and self.active == BASE:
@@ -123,24 +131,43 @@ class Speaker:
         known = (adapter.chat_template for adapter in self.adapters)
         return self.asked_template or next(known, None)
 
+    def variables(self) -> dict[str, Any]:
+        """Returns the values for variables of the chat template, of who is active."""
+        if self.asked_variables is not None:
+            return self.asked_variables
+        known = {adapter.name: adapter.chat_template_kwargs for adapter in self.adapters}
+        # As with the template: the base is asked as the first adapter.
+        return known.get(self.active, next(iter(known.values()), {}))
+
+    def recorded(self, name: str, otherwise: Any) -> Any:
+        """Returns how rows were encoded for the first adapter, as its record says."""
+        known = (adapter.encoding.get(name) for adapter in self.adapters)
+        return next((value for value in known if value is not None), otherwise)
+
     def tokens_of(self, messages: Messages) -> torch.Tensor:
         """Returns the ids of a conversation up to where the answer begins, ``(1, length)``.
 
         Raises:
-            ConfigError: If the template refuses the conversation.
+            ConfigError: If the template refuses the conversation, or does not write the tools.
         """
-        template = self.template()
+        tokenizer, variables = self.loaded.tokenizer, self.variables()
+        rendering = Rendering(tokenizer, self.template(), variables)
+        name = rendering.template.name
+        check_variables(variables, f"the chat template {name}", rendering.variables)
+        context = {"tools": self.tools} if self.tools else {}
         try:
-            text = self.loaded.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=template.text,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
-        except TemplateError as error:
+            turns = rendering.readable(messages, context)
+            text = rendering.text(turns, context, prompt=True)
+            rendered = partial(rendering.text, prompt=True)
+            lost = {key for _, key in unwritten(rendered, turns, context)} & {"tools", "tool_calls"}
+        except EncodingProblem as problem:
+            raise ConfigError(f"This conversation {problem}") from problem
+        if lost:
             raise ConfigError(
-                f"The chat template {template.name} refuses this conversation: {error}"
-            ) from error
+                f"The conversation has {' and '.join(sorted(lost))}, and the chat template {name} "
+                "writes nothing of it: the model would not know. Give a template that does with "
+                "--chat-template."
+            )
         ids = self.loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")
         found: torch.Tensor = ids["input_ids"]
         return found
@@ -211,17 +238,17 @@ class Speaker:
         while True:
             ids = self.tokens_of([*system, *turns])
             room = limit - ids.shape[1]
-            if room > 0 and (
-                room >= min(self.sampling.max_new_tokens, limit // 4) or len(turns) < 3
-            ):
+            more = sum(m["role"] == "user" for m in turns) > 1
+            if room > 0 and (room >= min(self.sampling.max_new_tokens, limit // 4) or not more):
                 return ids, dropped, room
-            if len(turns) < 3:
+            if not more:
                 raise ConfigError(
                     f"The question has {ids.shape[1]:,} tokens with its template, and the model "
                     f"takes {limit:,} together with its answer. Shorten it."
                 )
-            # A question and its answer.
-            turns, dropped = turns[2:], dropped + 2
+            # A question with its answer, and the calls of tools between them.
+            rest = next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns))
+            turns, dropped = turns[rest:], dropped + rest
 
 
 def template_for(

@@ -59,6 +59,13 @@ def add_speaking_options(parser: argparse.ArgumentParser, max_new_tokens: int = 
         help="plain, chatml, raw or Jinja source; by default the one recorded with the adapter, "
         "else the tokenizer's",
     )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="values for variables of the chat template, such as "
+        "'{\"enable_thinking\": false}'; by default those recorded with the adapter",
+    )
+    parser.add_argument("--tools", metavar="FILE", help="JSON file with tools that it may call")
     parser.add_argument("--system", help="system turn")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
 
@@ -102,18 +109,13 @@ def make_speaker(
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.
     """
-    problems = []
-    if given.max_new_tokens < 1:
-        problems.append(f"--max-new-tokens {given.max_new_tokens}: at least 1")
-    if temperature < 0:
-        problems.append(f"--temperature {temperature}: 0 or more")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top-p {top_p}: more than 0, and at most 1")
-    if not given.adapters and not given.base:
-        problems.append("neither an ADAPTER nor --base is given")
-    if problems:
-        raise ConfigError("; ".join(problems))
+    _check_options(given, temperature, top_p)
     say("loading the libraries")
+    reading = import_module("lightning_peft.chat.given")
+    for_template = {
+        "tools": reading.read_tools_file(given.tools),
+        "asked_variables": reading.read_variables(given.chat_template_kwargs),
+    }
     import_module("lightning_peft.cli.progress").quiet_libraries()
     loading = import_module("lightning_peft.export.loading")
     speaking = import_module("lightning_peft.chat.speaking")
@@ -137,7 +139,21 @@ def make_speaker(
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     sampling = speaking.Sampling(given.max_new_tokens, temperature, top_p)
-    return speaking.Speaker(loaded, adapters, given.chat_template, sampling)
+    return speaking.Speaker(loaded, adapters, given.chat_template, sampling, **for_template)
+
+
+def _check_options(given: argparse.Namespace, temperature: float, top_p: float) -> None:
+    problems = []
+    if given.max_new_tokens < 1:
+        problems.append(f"--max-new-tokens {given.max_new_tokens}: at least 1")
+    if temperature < 0:
+        problems.append(f"--temperature {temperature}: 0 or more")
+    if not 0 < top_p <= 1:
+        problems.append(f"--top-p {top_p}: more than 0, and at most 1")
+    if not given.adapters and not given.base:
+        problems.append("neither an ADAPTER nor --base is given")
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _load(given: argparse.Namespace) -> Conversation:

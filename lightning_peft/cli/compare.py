@@ -78,6 +78,8 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
         )
     prompts = comparing.read_prompts(given.prompts) if given.prompts else None
     columns = _columns(given.columns)
+    if given.data and given.tools:
+        raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
     if given.data and not Path(given.data).exists() and "/" not in given.data:
         raise ConfigError(f"--data {given.data!r} is no file or folder here.")
     speaker = make_speaker(given)
@@ -116,6 +118,9 @@ def _data(given: argparse.Namespace, speaker: Any, columns: dict[str, str] | Non
         columns=columns,
         chat_template=speaker.template_source(),
         system_prompt=given.system,
+        # As in training, or what is compared would be other tokens.
+        reasoning=speaker.recorded("reasoning", "train"),
+        chat_template_kwargs=speaker.variables() or None,
         validation_share=given.validation_share,
         split_seed=given.split_seed,
         max_length=given.max_length,

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
-from lightning_peft.data.rendering import Rendering
+from lightning_peft.data.rendering import Rendering, check_variables
 from lightning_peft.data.samples import Message, Sample
-from lightning_peft.data.template_context import reserved
 from lightning_peft.data.templates import Template
 from lightning_peft.data.thoughts import Reasoning, bodies
 from lightning_peft.data.turn_keys import TurnKeys
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,10 +82,10 @@ class Encoder:
         self.over_long = over_long
         self._marks = special_tokens(tokenizer)
         if template is None:
-            _check_variables(variables or {}, "plain text", frozenset())
+            check_variables(variables or {}, "plain text", frozenset())
             return
         self._rendering = Rendering(tokenizer, template, variables)
-        _check_variables(
+        check_variables(
             variables or {}, f"the chat template {template.name}", self._rendering.variables
         )
         self._texts = ConversationText(self._rendering, loss_on, reasoning)
@@ -346,15 +345,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _strings(inner)
-
-
-def _check_variables(given: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
-    taken = reserved(given)
-    unknown = [name for name in given if name not in known and name not in taken]
-    problems = [f"{name!r} is set by the data and its other arguments" for name in taken]
-    problems += [f"{what} has no variable {name!r}{near_names(name, known)}" for name in unknown]
-    if problems:
-        has = f" It has {', '.join(sorted(known))}." if known else ""
-        raise ConfigError(
-            f"chat_template_kwargs={dict(given)!r} cannot be used: {'; '.join(problems)}.{has}"
-        )

@@ -12,9 +12,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lightning_peft.data.samples import Message
+from lightning_peft.data.template_context import reserved
 from lightning_peft.data.templates import Template
 from lightning_peft.data.thoughts import for_templates
 from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError, near_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,3 +164,25 @@ def _with_text(turn: Message) -> Message:
         for call in turn["tool_calls"]
     ]
     return {**turn, "tool_calls": calls}
+
+
+def check_variables(given: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
+    """Refuses values for variables that a template does not read.
+
+    Args:
+        given: The values by name.
+        what: What the template is called.
+        known: The names that it reads.
+
+    Raises:
+        ConfigError: With the names that are nearest to the unknown ones.
+    """
+    taken = reserved(given)
+    unknown = [name for name in given if name not in known and name not in taken]
+    problems = [f"{name!r} is set by the data and its other arguments" for name in taken]
+    problems += [f"{what} has no variable {name!r}{near_names(name, known)}" for name in unknown]
+    if problems:
+        has = f" It has {', '.join(sorted(known))}." if known else ""
+        raise ConfigError(
+            f"chat_template_kwargs={dict(given)!r} cannot be used: {'; '.join(problems)}.{has}"
+        )

@@ -61,6 +61,20 @@ class Adapter:
                     return text
         return None
 
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """How the rows were encoded that it was trained on, where that is recorded."""
+        found: Any = self.facts
+        for key in ("data", "settings", "encoding"):
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        """Values for variables of the chat template that it was trained with."""
+        found = self.encoding.get("chat_template_kwargs")
+        return found if isinstance(found, dict) else {}
+
 
 def find_adapter(given: str) -> Adapter:
     """Returns the adapter that ``given`` means.

@@ -156,6 +156,22 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
         ({"id": 1, "messages": [{"role": "assistant", "content": "x"}]}, 1, "of 'assistant'"),
         ({"id": 1, "messages": QUESTION, "adapter": "min"}, 1, "adapter='min': there are base, m"),
         ({"id": 1, "messages": QUESTION, "adapter": []}, 1, "adapter=[]"),
+        (
+            {"id": 1, "messages": [{**QUESTION[0], "nmae": "Ada"}]},
+            1,
+            "messages[0]: there is no key 'nmae'; near names: name",
+        ),
+        (
+            {"id": 1, "messages": QUESTION, "tools": [{"name": "f"}]},
+            1,
+            "has tools, and the chat template",
+        ),
+        ({"id": 1, "messages": QUESTION, "tools": "f"}, 1, "The request has 'f' as tools"),
+        (
+            {"id": 1, "messages": QUESTION, "chat_template_kwargs": {"a": 1}},
+            1,
+            "has no variable 'a'",
+        ),
         ({"id": 1, "messages": QUESTION, "top_k": 1}, 1, "no field 'top_k'; near names: top_p"),
         (
             {"id": 1, "messages": QUESTION, "temperature": -1, "top_p": 0, "seed": 0.5},

@@ -1,0 +1,79 @@
+"""What a user gives a chat template on the command line: tools, and values for its variables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.samples import Message, RowProblems
+from lightning_peft.data.template_context import read_context
+from lightning_peft.data.tool_calls import read_calls
+from lightning_peft.errors import ConfigError
+
+
+def read_tools_file(file: str | None) -> list[dict[str, Any]]:
+    """Returns the tools in a JSON file, as chat templates read them.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds something else.
+    """
+    if file is None:
+        return []
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--tools {file!r} cannot be read as text: {error}") from error
+    tools = context_of("tools", text, f"--tools {file!r}").get("tools", [])
+    if not tools:
+        raise ConfigError(f"--tools {file!r} holds no tools. Leave the option out for none.")
+    found: list[dict[str, Any]] = tools
+    return found
+
+
+def read_variables(given: str | None) -> dict[str, Any] | None:
+    """Returns the values in a JSON object, ``None`` where there is none.
+
+    Raises:
+        ConfigError: If it is not a JSON object, or sets what the command sets itself.
+    """
+    if given is None:
+        return None
+    try:
+        found = json.loads(given)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template-kwargs {given!r} is not JSON: {error}") from error
+    return context_of("chat_template_kwargs", found, "--chat-template-kwargs")
+
+
+def context_of(name: str, value: Any, what: str) -> dict[str, Any]:
+    """Returns what a chat template gets of one field of a row.
+
+    Args:
+        name: ``"tools"`` or ``"chat_template_kwargs"``.
+        value: What is in it.
+        what: Where it is from, for messages.
+
+    Raises:
+        ConfigError: If it cannot be read.
+    """
+    try:
+        return read_context({name: value})
+    except RowProblems as error:
+        problems = "; ".join(problem for _, problem in error.problems)
+        raise ConfigError(f"{what} {problems}.") from error
+
+
+def turn_of(message: dict[str, Any]) -> Message:
+    """Returns a turn of a request, its tool calls as chat templates read them.
+
+    Raises:
+        ConfigError: If they cannot be read.
+    """
+    if not message.get("tool_calls"):
+        return message
+    try:
+        return {**message, "tool_calls": read_calls(message["tool_calls"], "the turn")}
+    except RowProblems as error:
+        problems = "; ".join(problem for _, problem in error.problems)
+        raise ConfigError(f"messages: {problems}.") from error
