@@ -16,20 +16,13 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft import engine
-from lightning_peft.errors import BaseMismatchError, LifecycleError, UnsupportedError, itemize
+from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
+from lightning_peft.plugin.refusals import check_company, check_pruning
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lightning_peft.plugin.training_checks import TrainingChecks
-
-# By name, since each Lightning package has its own classes.
-REFUSED_CALLBACKS = {
-    "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
-    "full model past the strategy",
-    "StochasticWeightAveraging": "its state in the checkpoint is the full model",
-    "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold",
-}
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ class Lifecycle:
         if self._waiting is module:
             return
         self.uninstall()
-        self._refuse(module, strategy)
+        check_company(module, strategy, self.injection.quantization_config is not None)
         self._own_hook = module.__dict__.get("configure_model")
 
         # A function, not a callable object: Lightning compares code objects to see an override.
@@ -102,7 +95,7 @@ class Lifecycle:
             ) as loading:
                 module.configure_model()
             # Again: the module may have brought callbacks of its own since.
-            self._refuse(module, strategy)
+            check_company(module, strategy, asked.quantization_config is not None)
             with _default_dtype_and_device():
                 self._inject(module, strategy)
             self._keep(module, strategy, loading)
@@ -119,40 +112,6 @@ class Lifecycle:
         if self._own_hook is not None:
             module.__dict__["configure_model"] = self._own_hook
         self._own_hook = None
-
-    def _refuse(self, module: Any, strategy: Any) -> None:
-        problems = []
-        precisions = {cls.__name__ for cls in type(strategy.precision_plugin).__mro__}
-        if "BitsandbytesPrecision" in precisions:
-            problems.append(
-                "plugins=BitsandbytesPrecision: it would quantize the adapters too and freeze "
-                "everything. Remove it: QLoRAStrategy quantizes the base itself"
-            )
-        if "DoublePrecision" in precisions and self.injection.quantization_config is not None:
-            problems.append(
-                "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
-                "precision, or LoRA without quantization"
-            )
-        devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
-        problems += [
-            f"device {kind!r}: neither bitsandbytes' kernels nor the adapters were ever tested "
-            "there. Use accelerator='gpu' or 'cpu'"
-            for kind in sorted({device.type for device in devices} & {"mps", "xla"})
-        ]
-        start_method = getattr(strategy, "_start_method", "popen")
-        if start_method != "popen":
-            problems.append(
-                f"start_method={start_method!r}: the trained adapters would stay in the processes "
-                "it starts and be lost with them. Use strategy='ddp', from a script"
-            )
-        for callback in getattr(module._trainer, "callbacks", []):
-            problems += [
-                f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
-                for cls in type(callback).__mro__
-                if cls.__name__ in REFUSED_CALLBACKS
-            ]
-        if problems:
-            raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))
 
     def _inject(self, module: Any, strategy: Any) -> None:
         record = engine.record_of(module)
@@ -171,6 +130,7 @@ class Lifecycle:
         else:
             self._check_same(module)
         if _fitting(module):
+            check_pruning(module)
             _prepare_training(module)
             if self.announce and strategy.is_global_zero:
                 self.announce = False
@@ -243,10 +203,19 @@ class Lifecycle:
         """The base must be as frozen as injection left it: checkpoints do not hold it.
 
         Raises:
-            LifecycleError: If base weights were set to train since.
+            LifecycleError: If base weights were set to train since, or are not there any more.
         """
+        params = dict(module.named_parameters(remove_duplicate=False))
         frozen = sorted(engine.require_record(module).frozen)
-        trained = [name for name in frozen if module.get_parameter(name).requires_grad]
+        gone = [name for name in frozen if name not in params]
+        if gone:
+            raise LifecycleError(
+                "These weights of the base were taken away after the adapters were added:"
+                + itemize(gone, 5)
+                + "\nPruning, weight and spectral norm and other parametrizations put others in "
+                "their place, and no checkpoint would hold them. Apply them before the fit."
+            )
+        trained = [name for name in frozen if params[name].requires_grad]
         if trained:
             raise LifecycleError(
                 "These weights of the base were unfrozen after the adapters were added:"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.lifecycle import REFUSED_CALLBACKS, Lifecycle
+from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import (
     cause,
     import_from_here,
@@ -18,6 +18,7 @@ from lightning_peft.plugin.lightning_cli import (
     root_for,
     with_full_names,
 )
+from lightning_peft.plugin.refusals import PRUNING_CALLBACK, REFUSED_CALLBACKS
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -32,6 +33,7 @@ _SETTINGS = {
     "fast_dev_run": False,
     "profiler": None,
 }
+_OURS = ("LoRACallback", "QLoRACallback")
 _GOING_ON = {"max_epochs": 1_000_000, "max_steps": -1, "max_time": None}
 
 
@@ -133,7 +135,7 @@ def _is_kept(callback: Any) -> bool:
     module, _, name = str(callback["class_path"]).rpartition(".")
     cls = getattr(import_module(module), name)
     names = {base.__name__ for base in cls.__mro__}
-    return bool(names & {*REFUSED_CALLBACKS, "LoRACallback", "QLoRACallback"})
+    return bool(names & {*REFUSED_CALLBACKS, PRUNING_CALLBACK, *_OURS})
 
 
 def _lifecycle_of(trainer: Any) -> Lifecycle:

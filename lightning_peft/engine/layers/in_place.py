@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.layers.weight_view import WeightView
+from lightning_peft.engine.layers.weight_view import WeightView, replaced
 
 
 class Extended:
@@ -55,6 +55,22 @@ class InPlace(Extended):
             return self.effective_weight()
         shape, dtype = self.weight_kind()
         return WeightView(self.effective_weight, shape, dtype, stored)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Registers a parameter, unless it stands for the weight or bias from now on.
+
+        Raises:
+            UnsupportedError: For ``weight_orig``, ``weight_g``, ``bias_orig`` and others of these.
+        """
+        stem = name.partition("_")[0]
+        if name != stem and stem in ("weight", "bias"):
+            raise replaced(stem)
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        if name in ("weight", "bias") and self._parameters.get(name) is not None:
+            raise replaced(name)
+        super().__delattr__(name)
 
     def weight_is_stored(self) -> bool:
         """Says whether the stored parameter is the weight that the layer computes with."""

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.in_place import InPlace
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
+from lightning_peft.engine.layers.weight_view import replaced
 
 
 def output_dtype(input: Tensor) -> torch.dtype:
@@ -32,6 +33,17 @@ class QuantizedLayer(InPlace):
     """Base of the layers here; other code that reads ``weight`` sees it dequantized."""
 
     bias: Tensor | None
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """Registers a parameter, unless it is a dense weight in place of the codes.
+
+        Raises:
+            UnsupportedError: If it is another weight.
+        """
+        stored = self._parameters.get("weight")
+        if name == "weight" and stored is not None and param is not stored:
+            raise replaced(name)
+        super().register_parameter(name, param)
 
     def weight_is_stored(self) -> bool:
         """``False``: the stored parameter holds codes, not weights."""

@@ -8,11 +8,12 @@ numbers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_peft.errors import UnsupportedError
@@ -87,6 +88,7 @@ class WeightView(Tensor):
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return args[0]
             _refuse_writing(func)
+            _refuse_replacing(func, sys._getframe(1).f_code)
         return func(*tree_map(_valued, args), **tree_map(_valued, kwargs or {}))
 
     @classmethod
@@ -98,7 +100,43 @@ class WeightView(Tensor):
 
 
 def _valued(value: Any) -> Any:
-    return value.compute() if isinstance(value, WeightView) else value
+    if not isinstance(value, WeightView):
+        return value
+    try:
+        return value.compute()
+    except KeyError as error:
+        # weight_norm takes the parameter off the layer before it computes with it.
+        if error.args != ("weight",):
+            raise
+        raise replaced("weight") from error
+
+
+def replaced(name: str) -> UnsupportedError:
+    """Returns the error for code that puts something else in the place of a parameter.
+
+    Args:
+        name: Name of the parameter on the layer.
+    """
+    return UnsupportedError(
+        f"{name} of an adapted or quantized layer would be replaced, as pruning, weight_norm, "
+        "spectral_norm and other parametrizations do: the frozen one is what the adapters are "
+        "trained on, and no checkpoint would hold the new one. Do this before adapters are added, "
+        "or after lightning_peft.unload; layers outside of the adapted part, such as heads, may "
+        "change. For a copy of the values: layer.weight.detach().clone()."
+    )
+
+
+# Where torch asks a tensor what it asks before it makes a parameter of it.
+_GRAD_FN: Any = Tensor.grad_fn
+_MAKING = {
+    nn.Module.register_parameter.__code__: _GRAD_FN.__get__,
+    nn.Parameter.__new__.__code__: Tensor.detach,
+}
+
+
+def _refuse_replacing(func: Any, caller: Any) -> None:
+    if func == _MAKING.get(caller):
+        raise replaced("weight")
 
 
 def _refuse_writing(func: Any) -> None:

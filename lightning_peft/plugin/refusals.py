@@ -1,0 +1,89 @@
+"""What cannot be used together with adapters, found before training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_peft import engine
+from lightning_peft.errors import UnsupportedError, itemize
+
+# By name, since each Lightning package has its own classes.
+REFUSED_CALLBACKS = {
+    "WeightAveraging": "it averages packed 4-bit codes as if they were numbers, and restores its "
+    "full model past the strategy",
+    "StochasticWeightAveraging": "its state in the checkpoint is the full model",
+    "BaseFinetuning": "it unfreezes base weights, which an adapter checkpoint does not hold",
+    "QuantizationAwareTraining": "it replaces layers of the frozen base, which no checkpoint holds",
+}
+PRUNING_CALLBACK = "ModelPruning"
+
+
+def check_company(module: Any, strategy: Any, quantized: bool) -> None:
+    """Looks at the strategy, its devices and plugins, and the callbacks.
+
+    Args:
+        module: The module that is about to get adapters.
+        strategy: Its strategy.
+        quantized: Whether its base is quantized.
+
+    Raises:
+        UnsupportedError: For what would undo or corrupt the adapters; all problems at once.
+    """
+    problems = []
+    precisions = {cls.__name__ for cls in type(strategy.precision_plugin).__mro__}
+    if "BitsandbytesPrecision" in precisions:
+        problems.append(
+            "plugins=BitsandbytesPrecision: it would quantize the adapters too and freeze "
+            "everything. Remove it: QLoRAStrategy quantizes the base itself"
+        )
+    if "DoublePrecision" in precisions and quantized:
+        problems.append(
+            "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
+            "precision, or LoRA without quantization"
+        )
+    devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
+    problems += [
+        f"device {kind!r}: neither bitsandbytes' kernels nor the adapters were ever tested "
+        "there. Use accelerator='gpu' or 'cpu'"
+        for kind in sorted({device.type for device in devices} & {"mps", "xla"})
+    ]
+    start_method = getattr(strategy, "_start_method", "popen")
+    if start_method != "popen":
+        problems.append(
+            f"start_method={start_method!r}: the trained adapters would stay in the processes "
+            "it starts and be lost with them. Use strategy='ddp', from a script"
+        )
+    for callback in getattr(module._trainer, "callbacks", []):
+        problems += [
+            f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
+            for cls in type(callback).__mro__
+            if cls.__name__ in REFUSED_CALLBACKS
+        ]
+    if problems:
+        raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))
+
+
+def check_pruning(module: Any) -> None:
+    """Looks at what Lightning's pruning callbacks have chosen, once adapters are there.
+
+    Raises:
+        UnsupportedError: If weights of the frozen base are among it.
+    """
+    params = dict(module.named_parameters(remove_duplicate=False))
+    frozen = {id(params[n]): n for n in engine.require_record(module).frozen if n in params}
+    problems = []
+    for callback in getattr(module._trainer, "callbacks", []):
+        if PRUNING_CALLBACK not in [cls.__name__ for cls in type(callback).__mro__]:
+            continue
+        chosen = [layer._parameters.get(name) for layer, name in callback._parameters_to_prune]
+        names = [frozen[id(param)] for param in chosen if id(param) in frozen]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(
+                f"callback {type(callback).__name__}, which would change weights of the frozen "
+                f"base: {', '.join(names[:3])}{more}. No checkpoint holds them. Prune before the "
+                "fit, or name layers that train in full in its `parameters_to_prune`, such as a "
+                "head"
+            )
+    if problems:
+        raise UnsupportedError("Adapters cannot be trained together with:" + itemize(problems))
