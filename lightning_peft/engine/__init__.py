@@ -109,12 +109,25 @@ if TYPE_CHECKING:
         report,
         show,
     )
+    from lightning_peft.engine.selection.parts import (
+        inside,
+    )
+    from lightning_peft.engine.selection.planning import (
+        as_recorded,
+    )
     from lightning_peft.engine.selection.targets import (
         resolve_targets,
+    )
+    from lightning_peft.engine.training_mode import (
+        set_training_mode,
     )
     from lightning_peft.engine.twins import (
         check_followers,
         freeze_left_out,
+    )
+    from lightning_peft.engine.unheld import (
+        freeze_unheld,
+        release_unheld,
     )
     from lightning_peft.engine.unloading import (
         unload,
@@ -218,11 +231,15 @@ _HOMES = {
         "without_base",
     ),
     "verification.structure": ("structural_problems",),
+    "selection.parts": ("inside",),
+    "selection.planning": ("as_recorded",),
     "selection.targets": ("resolve_targets",),
+    "training_mode": ("set_training_mode",),
     "twins": (
         "check_followers",
         "freeze_left_out",
     ),
+    "unheld": ("freeze_unheld", "release_unheld"),
     "unloading": ("unload",),
     "verification.trial": ("default_step",),
     "verification.verify": ("verify",),
@@ -238,6 +255,7 @@ __all__ = [
     "adapter_parameters",
     "all_adapter_parameters",
     "as_peft_config",
+    "as_recorded",
     "check_description",
     "check_followers",
     "check_optimizer_name",
@@ -249,11 +267,13 @@ __all__ = [
     "describe",
     "disable_adapters",
     "freeze_left_out",
+    "freeze_unheld",
     "has_values",
     "hold_adapters",
     "inject",
     "inject_as_described",
     "inject_without_values",
+    "inside",
     "is_checkpointed",
     "is_own_loss",
     "keep_quantized",
@@ -280,6 +300,7 @@ __all__ = [
     "read_budget",
     "read_json",
     "record_of",
+    "release_unheld",
     "remade",
     "replace_optimizers",
     "report",
@@ -289,6 +310,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "set_record",
+    "set_training_mode",
     "show",
     "structural_problems",
     "summed_cross_entropy",

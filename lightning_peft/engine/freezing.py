@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ def freeze_base(
     biases: str,
     targets: list[str],
     as_left: Mapping[int, bool],
+    kept: Collection[int] = (),
 ) -> None:
     """Freezes a part except adapters, saved modules, chosen biases and heads; records the names.
 
@@ -28,6 +29,7 @@ def freeze_base(
         biases: PEFT's ``bias``.
         targets: Names of the adapted layers, relative to the part.
         as_left: ``requires_grad`` before injection, by the id of the parameter.
+        kept: The ids of the parameters of submodules that stay as they are.
     """
     part = module.get_submodule(entry.name)
     adapters = {id(param) for param in adapter_parameters(part).values()}
@@ -40,9 +42,10 @@ def freeze_base(
         param = params[known[0]]
         if id(param) in adapters:
             continue
-        if any(_is_trained(name, entry.saved, biases, targets) for name in known):
+        mine = "none" if id(param) in kept else biases
+        if any(_is_trained(name, entry.saved, mine, targets) for name in known):
             param.requires_grad_(True)
-        elif all(inside(name, entry.heads) for name in known):
+        elif id(param) in kept or all(inside(name, entry.heads) for name in known):
             param.requires_grad_(as_left[id(param)])
         else:
             param.requires_grad_(False)
@@ -53,16 +56,16 @@ def freeze_base(
         if id(param) in frozen
     }
     if len(entry.adapters) == 1:
-        entry.originals = _trained_values(part, entry.saved, biases, targets)
+        entry.originals = _trained_values(part, entry.saved, biases, targets, kept)
 
 
 def _trained_values(
-    part: nn.Module, saved: list[str], biases: str, targets: list[str]
+    part: nn.Module, saved: list[str], biases: str, targets: list[str], kept: Collection[int]
 ) -> dict[str, Tensor]:
     values = {
         name: param.detach()
         for name, param in part.named_parameters()
-        if _is_trained(name, saved, biases, targets)
+        if _is_trained(name, saved, "none" if id(param) in kept else biases, targets)
     }
     values |= {name: value for name, value in part.named_buffers() if inside(name, saved)}
     # Kept on the CPU: they are needed only while adapters are disabled.

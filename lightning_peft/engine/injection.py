@@ -35,6 +35,7 @@ from lightning_peft.engine.layers.quantization import (
     return_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.layers.sizes import sizes_of_weight
 from lightning_peft.engine.memory.causal_lm_loss import use_narrow_losses
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.memory.streamed_quantizer import late_dtype
@@ -51,6 +52,7 @@ from lightning_peft.engine.record import (
 from lightning_peft.engine.reporting import Report, report
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans
+from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.twins import find_twins, follow
 from lightning_peft.engine.wrapped import (
@@ -76,8 +78,9 @@ def inject(
     """Adds adapters to ``module`` in place and freezes the rest of the adapted parts.
 
     The module keeps its identity, its classes and the names of its parameters. Parts that are not
-    adapted, and heads, stay as they are. Works on any ``torch.nn.Module``; without quantization,
-    on the meta device too.
+    adapted, and heads, stay as they are; so do metrics, losses, and what the module froze itself
+    while other layers of it train, which the report names. Works on any ``torch.nn.Module``;
+    without quantization, on the meta device too.
 
     Args:
         module: The module; a LightningModule, a transformers model or your own.
@@ -87,7 +90,7 @@ def inject(
             of a part that has no such layers. Where ``peft.get_peft_model`` wrapped a part before,
             its LoRA adapters are moved onto the layers, and with nothing asked for, kept.
         quantization_config: Quantizes the linear layers of the adapted parts first.
-        adapt: Names of the submodules to adapt; by default the pretrained ones, else all.
+        adapt: Names of the submodules to adapt, whatever they are; by default the pretrained.
         adapter_name: Name of this adapter. A second call with another name adds a second adapter,
             which is created inactive; see :func:`lightning_peft.set_adapter`.
         device: Where quantization happens, and where the quantized weights stay.
@@ -179,21 +182,28 @@ def add_adapters(
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
     """
     record = record_of(module) or Record()
-    plans = make_plans(module, request, adapt, record)
     twins = record.twins if record.parts else find_twins(module)
+    plans = make_plans(module, request, adapt, record, twins)
+    left = left_modules(module, record.left or {})
     for plan in plans:
         for child in plan.part.modules():
-            adopt_quantized(child)
+            if child not in left:
+                adopt_quantized(child)
     as_left = {id(param): param.requires_grad for param in module.parameters()}
+    kept = left_parameters(module, left)
     record.active = record.active or (request.adapter_name,)
     for plan in plans:
-        entry = _inject_part(plan, request, record, device)
-        freeze_base(module, entry, request.biases, plan.targets, as_left)
+        entry = _inject_part(plan, request, record, device, kept)
+        freeze_base(module, entry, request.biases, plan.targets, as_left, kept)
         activate(plan.part, record.active)
     use_narrow_losses(module, [plan.part for plan in plans])
     if request.quantization is not None:
         return_freed_memory()
-    record.twins = [twin for twin in twins if _is_adapted(module, twin.follower)]
+    record.twins = [
+        twin
+        for twin in twins
+        if _is_adapted(module, twin.follower) and _is_adapted(module, twin.leader)
+    ]
     follow(module, record.twins, record.frozen, request.adapter_name)
     set_record(module, record)
     return report(module)
@@ -204,10 +214,14 @@ def _is_adapted(module: nn.Module, name: str) -> bool:
 
 
 def _inject_part(
-    plan: PartPlan, request: Request, record: Record, device: torch.device | str | None
+    plan: PartPlan,
+    request: Request,
+    record: Record,
+    device: torch.device | str | None,
+    kept: frozenset[int],
 ) -> PartRecord:
     if plan.name not in record.parts:
-        record.parts[plan.name] = _new_part_record(plan, request.quantization)
+        record.parts[plan.name] = _new_part_record(plan, request.quantization, kept)
     entry = record.parts[plan.name]
     where = None if device is None else torch.device(device)
     config = _resolved(plan, request.config)
@@ -230,14 +244,19 @@ def _inject_part(
     return entry
 
 
-def _new_part_record(plan: PartPlan, config: BitsAndBytesConfig | None) -> PartRecord:
+def _new_part_record(
+    plan: PartPlan, config: BitsAndBytesConfig | None, kept: frozenset[int]
+) -> PartRecord:
     part = plan.part
     source = getattr(part, "config", None)
     planned = set(plan.quantize)
     quantized = [
-        name for name, child in part.named_modules() if name in planned or is_quantized(child)
+        name
+        for name, child in part.named_modules()
+        if name in planned or (is_quantized(child) and child not in plan.left)
     ]
-    loaded = base_fingerprint(part, part.named_parameters())
+    named = ((name, param) for name, param in part.named_parameters() if id(param) not in kept)
+    loaded = base_fingerprint(part, named)
     return PartRecord(
         name=plan.name,
         base=loaded.only(lambda name: not inside(name, [*plan.heads, *plan.saved])),
@@ -308,7 +327,10 @@ class _InPlaceLoraModel(LoraModel):
         if isinstance(target, CONVOLUTIONS):
             # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
             target = stand_in(target)
-        made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        with sizes_of_weight(target):
+            made: nn.Module = LoraModel._create_new_module(
+                lora_config, adapter_name, target, **kwargs
+            )
         dtype = late_dtype(target)
         if dtype is not None:
             # As if the weight were quantized after this.

@@ -106,11 +106,16 @@ class Record:
         parts: By the dotted name of the part.
         active: Names of the adapters that take part in the forward pass.
         twins: Copies that follow other submodules.
+        left: Names of the submodules that stay as they are, with the reason; ``None`` where that
+            is not decided yet.
+        unheld: Names of the adapted layers that are frozen since no optimizer holds them.
     """
 
     parts: dict[str, PartRecord] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     twins: list[Twin] = field(default_factory=list)
+    left: dict[str, str] | None = None
+    unheld: list[str] = field(default_factory=list)
 
     @property
     def frozen(self) -> set[str]:

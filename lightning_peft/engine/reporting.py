@@ -84,6 +84,8 @@ class Report:
         dense_base_bytes: Bytes of the same parameters before quantization.
         trainable_bytes: Bytes of the trainable parameters.
         outside: Trainable weights outside the adapted parts.
+        left: Names of the submodules that were left as they are, mode included, with the reason:
+            metrics, losses, and what the module froze while other layers of it train.
     """
 
     parts: list[PartReport] = field(default_factory=list)
@@ -94,6 +96,7 @@ class Report:
     dense_base_bytes: int = 0
     trainable_bytes: int = 0
     outside: int = 0
+    left: dict[str, str] = field(default_factory=dict)
 
     def __rich__(self) -> RenderableType:
         """Returns the table that rich shows."""
@@ -105,6 +108,11 @@ class Report:
                 table.add_section()
             for label, value in part.rows():
                 table.add_row(label, value)
+        if self.left:
+            table.add_section()
+            for reason in dict.fromkeys(self.left.values()):
+                names = [name for name, why in self.left.items() if why == reason]
+                table.add_row("left alone", f"{', '.join(names)} ({reason})")
         return Group(table, *self.summary())
 
     def summary(self) -> list[str]:
@@ -144,7 +152,7 @@ def report(module: nn.Module) -> Report:
         LifecycleError: If the module has no adapters.
     """
     record = require_record(module)
-    result = Report()
+    result = Report(left=dict(record.left or {}))
     inside: set[int] = set()
     for entry in record.parts.values():
         part = module.get_submodule(entry.name)

@@ -84,7 +84,7 @@ def _twin(name: str, child: nn.Module, other: str, candidate: nn.Module) -> Twin
     )
     if first and not second:
         return Twin(other, name, True)
-    return Twin(name, other, second and not first)
+    return Twin(name, other, second)
 
 
 def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -> bool:

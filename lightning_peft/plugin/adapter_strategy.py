@@ -21,6 +21,8 @@ from lightning_peft.plugin.checkpoint_io import (
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
 from lightning_peft.plugin.namespace import realize, root_of
 from lightning_peft.plugin.optimization import (
+    freeze_unheld,
+    held_parameters,
     hold_adapters,
     replace_optimizers,
     start_checkpointing,
@@ -89,10 +91,13 @@ class AdapterStrategy(_Base):
     def setup_optimizers(self, trainer: Any) -> None:
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
+        # Before and after: frozen weights that the module chose leave some optimizers.
+        held = held_parameters(self)
         optimizers = hold_adapters(self)
+        held |= held_parameters(self)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        engine.freeze_left_out(self._module, {id(p) for group in groups for p in group["params"]})
+        engine.freeze_left_out(self._module, held)
+        freeze_unheld(self, held)
         if self.lifecycle.checks.mode != "off":
             self.lifecycle.check_optimizers(self._module, optimizers)
         self.lifecycle.check_frozen(self._module)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
@@ -149,6 +148,7 @@ class Lifecycle:
         record = engine.require_record(module)
         asked = engine.config_to_dict(self.injection.peft_config)
         quantization = engine.quantization_to_dict(self.injection.quantization_config)
+        aside = engine.as_recorded(module, record).aside
         problems = []
         if self.injection.adapt is not None and set(self.injection.adapt) != set(record.parts):
             problems.append(f"adapt={sorted(record.parts)}, asked for {self.injection.adapt}")
@@ -166,7 +166,7 @@ class Lifecycle:
                 problems.append(
                     f"{where}: quantization is {part.quantization}, asked for {quantization}"
                 )
-            problems += self._other_targets(module.get_submodule(name), part, info)
+            problems += self._other_targets(module.get_submodule(name), part, info, aside)
         if problems:
             raise LifecycleError(
                 "The module has adapters already, with other settings than were asked for:"
@@ -174,11 +174,13 @@ class Lifecycle:
                 + "\nAsk for the same settings, or build the module anew."
             )
 
-    def _other_targets(self, part: nn.Module, entry: Any, info: Any) -> list[str]:
+    def _other_targets(self, part: nn.Module, entry: Any, info: Any, aside: Any) -> list[str]:
         if not info.in_place:
             # Inside PEFT's wrappers the layers have other names.
             return []
-        asked = engine.resolve_targets({entry.name: part}, self.injection.peft_config)[entry.name]
+        asked = engine.resolve_targets({entry.name: part}, self.injection.peft_config, aside)[
+            entry.name
+        ]
         missing, surplus = sorted({*asked} - {*info.targets}), sorted({*info.targets} - {*asked})
         return [f"{entry.qualified(name)}: no adapter, asked for one" for name in missing] + [
             f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus
@@ -236,6 +238,7 @@ class Lifecycle:
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
+            missing = [n for n in missing if not engine.inside(n, record.unheld)]
             if missing:
                 problems.append(
                     f"{len(missing)} of {len(named)} trainable tensors of "
@@ -317,6 +320,7 @@ def _check_ranks(module: nn.Module) -> None:
 def _prepare_training(module: nn.Module) -> None:
     """Refuses merged and frozen adapters, and sets the adapted parts to train mode."""
     record = engine.require_record(module)
+    engine.release_unheld(module)
     parts = [(entry, module.get_submodule(name)) for name, entry in record.parts.items()]
     merged = [
         entry.qualified(name)
@@ -330,27 +334,18 @@ def _prepare_training(module: nn.Module) -> None:
             + itemize(merged, 5)
             + "\nCall lightning_peft.unmerge(module) first."
         )
-    frozen = [entry.name or type(part).__name__ for entry, part in parts if _is_frozen(part, entry)]
+    copies = [twin.follower for twin in record.twins]
+    frozen = [
+        entry.name or type(part).__name__
+        for entry, part in parts
+        if not engine.trained_parameters(part, entry) and not engine.inside(entry.name, copies)
+    ]
     if frozen:
         raise LifecycleError(
             f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
             "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
         )
-    followers = [module.get_submodule(twin.follower) for twin in record.twins]
-    copies = {child for follower in followers for child in follower.modules()}
-    for _, part in parts:
-        # from_pretrained returns models in eval mode and Lightning keeps it: dropout of the
-        # adapters and gradient checkpointing would be off without a word. Statistics of a batch
-        # norm in eval mode belong to the base, and no adapter file holds them.
-        resting = [m for m in part.modules() if not m.training]
-        fixed = [m for m in resting if isinstance(m, _BatchNorm) or m in copies]
-        part.train()
-        for child in fixed:
-            child.training = False
-
-
-def _is_frozen(part: nn.Module, entry: Any) -> bool:
-    return not engine.trained_parameters(part, entry)
+    engine.set_training_mode(module)
 
 
 def _fitting(module: Any) -> bool:

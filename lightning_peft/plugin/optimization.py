@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.plugin.namespace import root_of
+
+log = logging.getLogger(__name__)
 
 
 def real_optimizers(strategy: Any) -> list[Any]:
@@ -36,6 +39,34 @@ def hold_adapters(strategy: Any) -> list[Any]:
     if told:
         say(strategy, f"{'; '.join(told)}.")
     return real or kept
+
+
+def held_parameters(strategy: Any) -> set[int]:
+    """Returns the ids of what the optimizers of ``strategy`` hold, or those of its module do."""
+    kept = [*real_optimizers(strategy), *engine.optimizers_of(strategy.lightning_module)]
+    groups = [group for optimizer in kept for group in optimizer.param_groups]
+    return {id(param) for group in groups for param in group["params"]}
+
+
+def freeze_unheld(strategy: Any, held: set[int]) -> None:
+    """Freezes the adapters of layers that ``configure_optimizers`` left out, and warns of it.
+
+    Args:
+        strategy: A strategy whose optimizers hold the adapters by now.
+        held: The ids of what they hold, and of what they held before.
+    """
+    # Several processes have agreed on what has gradients by then.
+    alone = strategy.world_size == 1
+    unheld = engine.freeze_unheld(strategy.lightning_module, held, freeze=alone)
+    if unheld and strategy.is_global_zero:
+        log.warning(
+            "No optimizer holds anything of %d adapted layers: %s%s. configure_optimizers lists "
+            "other submodules, so the adapters of these keep what they have and do not train in "
+            "this fit. Name them in exclude_modules if they are never to train.",
+            len(unheld),
+            ", ".join(unheld[:5]),
+            f" and {len(unheld) - 5} more" if len(unheld) > 5 else "",
+        )
 
 
 def replace_optimizers(strategy: Any, name: str | None) -> None:

@@ -136,7 +136,10 @@ class FirstStep:
         self._strategy = strategy
         module = strategy.lightning_module
         self._parts: dict[str, dict[str, list[torch.nn.Parameter]]] = {}
-        for name, entry in engine.require_record(module).parts.items():
+        record = engine.require_record(module)
+        # Averaged from what trains: no loss has to reach them.
+        self._copies = [twin.follower for twin in record.twins]
+        for name, entry in record.parts.items():
             layers = engine.adapted_layers(module.get_submodule(name))
             tensors = {
                 entry.qualified(layer_name): [
@@ -146,7 +149,9 @@ class FirstStep:
                 ]
                 for layer_name, layer in layers.items()
             }
-            self._parts[name] = {n: params for n, params in tensors.items() if params}
+            self._parts[name] = {
+                n: params for n, params in tensors.items() if params and n not in record.unheld
+            }
         self._found: dict[str, str] = {}
         self._told: set[str] = set()
         self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
@@ -197,6 +202,7 @@ class FirstStep:
             part
             for part in seen
             if all(self._found[layer] == "none" for layer in self._parts[part])
+            and not engine.inside(part, self._copies)
         ]
         if unreached:
             self.stop()

@@ -18,12 +18,12 @@ from lightning_peft import engine
 from lightning_peft.engine.selection.parts import (
     base_modules,
     find_heads,
-    find_parts,
     inside,
     output_embeddings,
     parameter_holders,
     tied_layers,
 )
+from lightning_peft.engine.selection.scope import find_parts
 from lightning_peft.errors import TargetModulesError
 
 

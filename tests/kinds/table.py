@@ -9,11 +9,12 @@ from pathlib import Path
 
 from . import classic, language, sequence, vision
 from .kind import Kind
+from .shapes import SHAPES, Shape
 
 KINDS = [*language.KINDS, *vision.KINDS, *sequence.KINDS, *classic.KINDS]
 METHODS = ("lora", "qlora")
 PAGE = Path("docs/which-modules.md")
-BEGIN, END = "<!-- kinds: begin -->\n", "<!-- kinds: end -->"
+MARK = "<!-- {}: {} -->"
 
 
 def table(kinds: list[Kind]) -> str:
@@ -31,12 +32,34 @@ def table(kinds: list[Kind]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shape_table(shapes: list[Shape]) -> str:
+    """Returns one Markdown table of what is adapted, left and trained."""
+    head = ("module", "adapted", "left as it is", "trains in full", "stays in eval mode", "")
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for shape in shapes:
+        if shape.title:
+            left = ", ".join(f"`{name}` ({why})" for name, why in shape.left.items())
+            cells = [shape.title, _names(shape.adapted), left, _names(shape.trains)]
+            given = ", ".join(f"`{name}={value!r}`" for name, value in shape.given.items())
+            note = "; ".join(filter(None, (f"with {given}" if given else "", shape.note)))
+            cells += [_names(shape.eval), note.replace("|", "\\|")]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def page() -> str:
-    """Returns the page with the table as it should be."""
+    """Returns the page with the tables as they should be."""
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table(KINDS)}{END}{after}"
+    for mark, made in (("kinds", table(KINDS)), ("shapes", shape_table(SHAPES))):
+        begin, end = MARK.format(mark, "begin") + "\n", MARK.format(mark, "end")
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}{made}{end}{after}"
+    return text
 
 
 if __name__ == "__main__":

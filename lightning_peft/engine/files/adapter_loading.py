@@ -34,8 +34,8 @@ from lightning_peft.engine.files.token_rows import FIELD, rows_as_modules
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
-from lightning_peft.engine.selection.parts import find_parts
 from lightning_peft.engine.selection.planning import Request
+from lightning_peft.engine.selection.scope import find_parts
 from lightning_peft.engine.undoing import undone_on_error
 from lightning_peft.errors import (
     CheckpointError,

@@ -14,7 +14,7 @@ from lightning_peft.engine.files.base_tensors import hold_in_files
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_from_dict
-from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
+from lightning_peft.engine.record import PartRecord, Record, record_of, require_record, set_record
 from lightning_peft.engine.selection.planning import Request
 from lightning_peft.errors import (
     BaseMismatchError,
@@ -34,6 +34,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "active": list(record.active),
+        "left": dict(record.left or {}),
         "parts": {name: _describe_part(part) for name, part in record.parts.items()},
     }
 
@@ -181,14 +182,29 @@ def inject_as_described(
             "does not have. If the module builds its layers in `setup` or `configure_model`, they "
             "must be built before adapters can be added."
         )
-    for adapter, names in _groups(described["parts"]):
-        part = described["parts"][names[0]]
+    # Files of older versions have no `left`: they adapted whatever was in the parts.
+    left = {name: why for name, why in described.get("left", {}).items() if name in known}
+    set_record(module, Record(left=left))
+    try:
+        _inject_groups(module, described["parts"], device)
+    finally:
+        if not require_record(module).parts:
+            set_record(module, None)
+    set_adapter(module, described["active"])
+    check_description(module, described)
+
+
+def _inject_groups(
+    module: nn.Module, parts: Mapping[str, Any], device: torch.device | str | None
+) -> None:
+    for adapter, names in _groups(parts):
+        part = parts[names[0]]
         try:
             request = Request(
                 config_from_dict(part["adapters"][adapter]["config"]),
                 quantization_from_dict(part["quantization"]),
                 adapter,
-                _saved(described["parts"], names),
+                _saved(parts, names),
             )
             inject_exactly(module, request, names, device)
         except (ConfigError, TargetModulesError) as error:
@@ -196,8 +212,6 @@ def inject_as_described(
                 f"The checkpoint's adapter {adapter!r} cannot be put on {type(module).__name__}: "
                 f"{error}"
             ) from error
-    set_adapter(module, described["active"])
-    check_description(module, described)
 
 
 def _saved(parts: Mapping[str, Any], names: list[str]) -> dict[str, list[str]] | None:

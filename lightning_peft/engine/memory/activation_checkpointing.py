@@ -157,7 +157,12 @@ def _switch_transformers(
 
     Those let gradients flow into frozen layers, which only reentrant checkpointing needs.
     """
-    models = [m for m in part.modules() if isinstance(m, PreTrainedModel)]
+    adapted = {id(layer) for layer in adapted_layers(part).values()}
+    models = [
+        m
+        for m in part.modules()
+        if isinstance(m, PreTrainedModel) and any(id(child) in adapted for child in m.modules())
+    ]
     refusing = [m for m in models if not m.supports_gradient_checkpointing]
     inside = {id(child) for model in models for child in model.modules()}
     inside -= {id(child) for model in refusing for child in model.modules()}

@@ -31,7 +31,9 @@ from lightning_peft.engine.memory.watched_loads import (
     watched,
 )
 from lightning_peft.engine.record import record_of
-from lightning_peft.engine.selection.parts import find_heads, find_parts
+from lightning_peft.engine.selection.parts import find_heads
+from lightning_peft.engine.selection.scope import select
+from lightning_peft.engine.twins import find_twins
 from lightning_peft.errors import UnsupportedError, itemize
 
 # Arguments with which the caller says where and how, and loading is left alone.
@@ -247,15 +249,17 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
     check_replaced(loading)
     forget_changed(loading)
     quantizable_layers: set[int] = set()
-    for part in find_parts(module).values():
-        heads = {id(child) for head in find_heads(part).values() for child in head.modules()}
-        quantizable_layers |= {id(child) for child in part.modules()} - heads
+    chosen = select(module, twins=find_twins(module) if loading.layers else ())
+    for part in chosen.parts.values():
+        heads = find_heads(part, chosen.aside).values()
+        dense = {*chosen.aside.left, *(child for head in heads for child in head.modules())}
+        quantizable_layers |= {id(child) for child in part.modules() if child not in dense}
     others = left_dense(loading, quantizable_layers)
     if others:
         raise UnsupportedError(
             "from_pretrained in configure_model quantized these layers as it loaded them, and "
             f"{type(module).__name__} does not have them in its adapted parts, or has them as "
-            "heads:"
+            "heads, or froze them while others train:"
             + itemize(others, 5)
             + "\nPass device_map={'': 'cpu'} to that from_pretrained: then it loads dense weights, "
             "and what is to be quantized is quantized afterwards."

@@ -1,13 +1,10 @@
-"""Which submodules get adapters, and which of their layers are heads.
-
-With nothing said, the pretrained parts are adapted: the outermost transformers or timm models.
-A module without any is one part as a whole.
-"""
+"""What the layers of an adapted part are: heads, tied layers, output embeddings."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -15,10 +12,28 @@ from transformers import PreTrainedModel
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.errors import TargetModulesError, itemize, near_names
 
-_PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
+PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
+
+
+@dataclass(frozen=True)
+class Aside:
+    """Submodules among which no layers to adapt are looked for.
+
+    Attributes:
+        left: Those that stay as they are; no heads either.
+        fresh: The roots of those that train on top of a frozen part: heads, whatever they are
+            called.
+        copies: Pairs of a submodule and its copy: what is a head of one is a head of the other.
+    """
+
+    left: frozenset[nn.Module] = frozenset()
+    fresh: frozenset[nn.Module] = frozenset()
+    copies: tuple[tuple[nn.Module, nn.Module], ...] = ()
+
+
+NOTHING = Aside()
 
 
 def inside(name: str, owners: Iterable[str]) -> bool:
@@ -53,48 +68,18 @@ def parameter_holders(part: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
-def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
-    """Returns the submodules to adapt by their dotted names; ``""`` is ``module`` itself.
-
-    Args:
-        module: The user's module.
-        adapt: Names of submodules; ``None`` looks for pretrained parts.
-
-    Raises:
-        TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
-    """
-    return _named_parts(module, adapt) if adapt is not None else _pretrained_parts(module)
+def is_pretrained(module: nn.Module) -> bool:
+    """Says whether ``module`` is a model of transformers, timm or diffusers."""
+    return isinstance(module, PreTrainedModel) or _comes_from(module, "timm", "diffusers")
 
 
-def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.Module]:
-    names = [adapt] if isinstance(adapt, str) else list(adapt)
-    known = dict(module.named_modules(remove_duplicate=False))
-    problems = [] if names else ["it names no submodule; leave it out for the pretrained parts"]
-    for name in names:
-        if name not in known:
-            hint = near_names(name, known)
-            problems.append(f"adapt={name!r} is no submodule of {type(module).__name__}{hint}")
-        problems += [
-            f"adapt={name!r} lies inside {other!r}, which is adapted as a whole"
-            for other in names
-            if other != name and inside(name, [other])
-        ]
-    if problems:
-        raise TargetModulesError("`adapt` does not fit the module:" + itemize(problems))
-    return {name: known[name] for name in names}
-
-
-def _pretrained_parts(module: nn.Module) -> dict[str, nn.Module]:
-    parts: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if _is_pretrained(child) and not inside(name, parts):
-            parts[name] = child
-    return parts or {"": module}
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    timm = type(module).__module__.startswith("timm.") and hasattr(module, "pretrained_cfg")
-    return timm or isinstance(module, PreTrainedModel)
+def _comes_from(module: nn.Module, *libraries: str) -> bool:
+    marks = {"timm": "pretrained_cfg", "diffusers": "save_pretrained"}
+    return any(
+        cls.__module__.partition(".")[0] == library and hasattr(module, marks[library])
+        for library in libraries
+        for cls in type(module).__mro__
+    )
 
 
 def output_embeddings(part: nn.Module) -> nn.Module | None:
@@ -105,11 +90,12 @@ def output_embeddings(part: nn.Module) -> nn.Module | None:
     return layer
 
 
-def find_heads(part: nn.Module) -> dict[str, nn.Module]:
+def find_heads(part: nn.Module, aside: Aside = NOTHING) -> dict[str, nn.Module]:
     """Returns the output heads of a part, by name: they stay exactly as the user left them.
 
     For a transformers model these are the submodules beside its base model, except those with the
-    output embeddings; for a timm model its classifier. In any other module, layers outside of
+    output embeddings; for a timm model its classifiers; for one of diffusers, which is pretrained
+    up to its output, none. In any other module, layers outside of
     repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
     last linear layer or convolution registered. Blocks repeat in a list or, where an ``fc`` is
     concerned, in three or more modules of one class. A layer that shares its weight with another
@@ -117,21 +103,39 @@ def find_heads(part: nn.Module) -> dict[str, nn.Module]:
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
-    modules = base_modules(part)
+    if _comes_from(part, "diffusers"):
+        return {}
+    modules = {n: child for n, child in base_modules(part).items() if child not in aside.left}
     get_classifier: Any = getattr(part, "get_classifier", None)
     if get_classifier is not None:
-        classifier = get_classifier()
-        return {name: child for name, child in modules.items() if child is classifier}
+        given = get_classifier()
+        # DeiT has two: one of them learns from a teacher.
+        classifiers = given if isinstance(given, (tuple, list)) else [given]
+        return {n: child for n, child in modules.items() if any(child is c for c in classifiers)}
     named: dict[str, nn.Module] = {}
     for name, child in modules.items():
-        if _is_called_head(name) and _has_product(child) and not inside(name, named):
+        called = _is_called_head(name) and _has_product(child)
+        if (called or child in aside.fresh) and not inside(name, named):
             named[name] = child
     blocks = _in_equal_blocks(named, modules)
     named = {name: child for name, child in named.items() if name not in blocks} or named
-    last = [(name, child) for name, child in modules.items() if isinstance(child, _PRODUCTS)][-1:]
+    copied = {child for _, copy in aside.copies for child in copy.modules()}
+    products = [name for name, child in modules.items() if isinstance(child, PRODUCTS)]
+    last = [name for name in products if modules[name] not in copied][-1:]
     shared = set(tied_layers(part))
-    heads = named or {name: child for name, child in last if name}
+    heads = named or _with_copies({name for name in last if name}, modules, aside)
     return {n: child for n, child in heads.items() if not any(inside(tied, [n]) for tied in shared)}
+
+
+def _with_copies(
+    names: set[str], modules: Mapping[str, nn.Module], aside: Aside
+) -> dict[str, nn.Module]:
+    """Returns the modules of ``names``, and what corresponds to them in copies."""
+    heads = {modules[name] for name in names}
+    for origin, copy in aside.copies:
+        pairs = zip(origin.modules(), copy.modules(), strict=True)
+        heads |= {follower for leader, follower in pairs if leader in heads}
+    return {name: child for name, child in modules.items() if child in heads}
 
 
 def _is_called_head(name: str) -> bool:
@@ -169,7 +173,7 @@ def tied_layers(part: nn.Module) -> list[str]:
 
 
 def _has_product(module: nn.Module) -> bool:
-    return any(isinstance(child, _PRODUCTS) for child in module.modules())
+    return any(isinstance(child, PRODUCTS) for child in module.modules())
 
 
 def _transformers_heads(part: PreTrainedModel) -> dict[str, nn.Module]:

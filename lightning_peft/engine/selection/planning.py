@@ -5,7 +5,7 @@ Plans for all parts are made and checked before any part is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftConfig
@@ -23,17 +23,19 @@ from lightning_peft.engine.layers.kinds import (
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.quantization import QUANTIZABLE, why_not
 from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.layers.sizes import why_not_this_shape
 from lightning_peft.engine.quantization_settings import quantization_to_dict
-from lightning_peft.engine.record import PartRecord, Record
+from lightning_peft.engine.record import PartRecord, Record, Twin
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
 from lightning_peft.engine.selection.parts import (
+    Aside,
     find_heads,
-    find_parts,
     inside,
     output_embeddings,
     parameter_holders,
 )
+from lightning_peft.engine.selection.scope import Selection, left_modules, select
 from lightning_peft.engine.selection.targets import (
     refuse_unmatched,
     resolve_saved_modules,
@@ -83,6 +85,7 @@ class PartPlan:
         heads: Names of the heads that stay as the user left them.
         quantize: Names of the layers to quantize first.
         in_place: Whether layers are extended in place, or wrapped by PEFT.
+        left: Submodules of the module that stay as they are; some may be inside of the part.
     """
 
     name: str
@@ -92,12 +95,24 @@ class PartPlan:
     heads: list[str] = field(default_factory=list)
     quantize: list[str] = field(default_factory=list)
     in_place: bool = True
+    left: frozenset[nn.Module] = frozenset()
 
 
 def make_plans(
-    module: nn.Module, request: Request, adapt: str | Iterable[str] | None, record: Record
+    module: nn.Module,
+    request: Request,
+    adapt: str | Iterable[str] | None,
+    record: Record,
+    twins: Collection[Twin] = (),
 ) -> list[PartPlan]:
-    """Returns what to do with every part of ``module``; changes nothing.
+    """Returns what to do with every part of ``module``; changes nothing but ``record.left``.
+
+    Args:
+        module: The user's module.
+        request: What was asked for.
+        adapt: Names of the submodules to adapt; ``None`` for the pretrained ones.
+        record: What was done to the module before. Its ``left`` is filled at the first adapter.
+        twins: Copies in the module.
 
     Raises:
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See
@@ -105,23 +120,26 @@ def make_plans(
     """
     check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
-    parts = find_parts(module, again)
+    selection = select(module, again, getattr(request.config, "target_modules", None), twins)
+    if record.left is not None:
+        selection = as_recorded(module, record, selection)
+    parts, aside = selection.parts, selection.aside
     for name in parts:
         if name in record.parts:
             _check_further(record.parts[name], request)
         else:
             _refuse_overlap(name, record)
-    targets = resolve_targets(parts, request.config)
+    targets = resolve_targets(parts, request.config, aside)
     saved = request.saved
     if saved is None:
         named = getattr(request.config, "modules_to_save", None) or []
-        saved = resolve_saved_modules(parts, named, targets)
-    plans = [PartPlan(n, part, targets[n], saved[n]) for n, part in parts.items()]
+        saved = resolve_saved_modules(parts, named, targets, aside)
+    plans = [PartPlan(n, p, targets[n], saved[n], left=aside.left) for n, p in parts.items()]
     for plan in plans:
         _check_ties(plan)
         plan.heads = [
             head
-            for head in find_heads(plan.part)
+            for head in find_heads(plan.part, aside)
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
         plan.in_place = _can_be_in_place(plan, request.config)
@@ -132,7 +150,30 @@ def make_plans(
         _check_layers(plan, request)
     _check_distinct(plans)
     _check_quantization([plan for plan in plans if plan.name not in record.parts], request)
+    record.left = selection.left
     return plans
+
+
+def as_recorded(module: nn.Module, record: Record, found: Selection | None = None) -> Selection:
+    """Returns the selection that ``record`` says, by names and not by what is frozen now.
+
+    Args:
+        module: The module that the record is of.
+        record: The record, or one that has nothing but ``left``.
+        found: The parts to adapt, and what is on top of them where nothing is adapted yet; by
+            default those of the record.
+    """
+    parts = found.parts if found else {name: module.get_submodule(name) for name in record.parts}
+    left = {
+        name: reason
+        for name, reason in (record.left or {}).items()
+        if not any(inside(part, [name]) for part in parts)
+    }
+    heads = [entry.qualified(head) for entry in record.parts.values() for head in entry.heads]
+    fresh = frozenset(module.get_submodule(name) for name in heads)
+    if found and not record.parts:
+        fresh = found.aside.fresh
+    return Selection(parts, left, Aside(left_modules(module, left), fresh))
 
 
 def _check_further(entry: PartRecord, request: Request) -> None:
@@ -233,6 +274,7 @@ def layers_to_quantize(plan: PartPlan, config: BitsAndBytesConfig | None) -> lis
         name
         for name, child in plan.part.named_modules()
         if type(child) in QUANTIZABLE
+        and child not in plan.left
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
         and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and kernels))
         and child is not output
@@ -268,6 +310,7 @@ def _check_layers(plan: PartPlan, request: Request) -> None:
     for name, layer in layers.items():
         if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
             reason = why_no_adapter(layer, rank_of(request.config, name))
+            reason = reason or why_not_this_shape(layer, plan.in_place)
             problems += [f"{name}: {reason}"] if reason else []
         if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
             problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
@@ -317,7 +360,11 @@ def _check_quantization(plans: list[PartPlan], request: Request) -> None:
     refuse_unmatched(
         "llm_int8_skip_modules", request.quantization.llm_int8_skip_modules or [], parts
     )
-    already = any(is_quantized(child) for plan in plans for child in plan.part.modules())
+    already = any(
+        is_quantized(child) and child not in plan.left
+        for plan in plans
+        for child in plan.part.modules()
+    )
     if not already and not any(plan.quantize for plan in plans):
         raise UnsupportedError(
             f"Nothing to quantize in {', '.join(map(_called, plans))}: there is no linear layer "

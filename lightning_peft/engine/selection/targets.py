@@ -10,6 +10,7 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from peft import PeftConfig
@@ -18,6 +19,8 @@ from torch import nn
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.selection.parts import (
+    NOTHING,
+    Aside,
     base_modules,
     find_heads,
     inside,
@@ -36,7 +39,9 @@ def is_all_linear(target_modules: Any) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 
-def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
+def resolve_targets(
+    parts: Parts, config: PeftConfig, aside: Aside = NOTHING
+) -> dict[str, list[str]]:
     """Returns the names of the layers that ``config`` adapts, by part, in module order.
 
     A layer registered under several names is meant by any of them, and listed by the first. With
@@ -45,6 +50,7 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
     Args:
         parts: The adapted submodules by name.
         config: Any PEFT config with ``target_modules``.
+        aside: What stays as it is, and what is a head whatever it is called.
 
     Raises:
         TargetModulesError: If a part gets no adapter, or an entry of ``target_modules``,
@@ -54,11 +60,11 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
     wanted = getattr(config, "target_modules", None)
     excluded = getattr(config, "exclude_modules", None)
     if wanted is None or is_all_linear(wanted):
-        found = {name: _all_linear(part, config) for name, part in parts.items()}
+        found = {name: _all_linear(part, config, aside) for name, part in parts.items()}
         problems = []
     else:
-        found = {name: _matching(part, config) for name, part in parts.items()}
-        problems = _unmatched("target_modules", wanted, parts, _layers)
+        found = {name: _matching(part, config, aside) for name, part in parts.items()}
+        problems = _unmatched("target_modules", wanted, parts, partial(_layers, left=aside.left))
     problems += _unmatched("exclude_modules", excluded, parts, base_modules)
     problems += _unmatched_patterns(config, found)
     if not problems:
@@ -71,22 +77,47 @@ def resolve_targets(parts: Parts, config: PeftConfig) -> dict[str, list[str]]:
             if not found[name]
         ]
     if problems:
-        raise TargetModulesError(f"The names do not fit {_called(parts)}:" + itemize(problems))
+        raise TargetModulesError(
+            f"The names do not fit {_called(parts)}:"
+            + itemize(problems)
+            + _about_left(parts, aside)
+        )
     return found
 
 
+def _about_left(parts: Parts, aside: Aside) -> str:
+    """Returns a sentence on the submodules that no name can match."""
+    names: list[str] = []
+    for root, part in parts.items():
+        for name, child in part.named_modules():
+            own = f"{root}.{name}".strip(".")
+            if child in aside.left and not inside(own, names):
+                names.append(own)
+    if not names:
+        return ""
+    return (
+        f"\nNothing is looked for in {', '.join(names)}: metrics, losses and what the module froze "
+        "while other layers train stay as they are. Name them in `adapt` if they are meant."
+    )
+
+
 def resolve_saved_modules(
-    parts: Parts, wanted: Iterable[str], targets: Mapping[str, list[str]]
+    parts: Parts,
+    wanted: Iterable[str],
+    targets: Mapping[str, list[str]],
+    aside: Aside = NOTHING,
 ) -> dict[str, list[str]]:
     """Returns the names of the submodules that ``modules_to_save`` means, by part.
 
     As in PEFT, an entry means every name that ends with it: ``"norm"`` is ``input_layernorm`` too.
-    Where PEFT would raise an error since such a module has an adapter, the adapter is kept.
+    Where PEFT would raise an error since such a module has an adapter, the adapter is kept. What
+    stays as it is is meant only by entries that mean nothing else.
 
     Args:
         parts: The adapted submodules by name.
         wanted: The entries.
         targets: Names of the layers that get an adapter, by part.
+        aside: What stays as it is.
 
     Raises:
         TargetModulesError: If an entry matches nothing in any part.
@@ -95,15 +126,19 @@ def resolve_saved_modules(
     refuse_unmatched("modules_to_save", entries, parts, _ends_with)
     found = {}
     for part_name, part in parts.items():
-        adapted = targets[part_name]
-        hits = [
+        adapted, modules, names = targets[part_name], base_modules(part), all_names(part)
+        hits: set[str] = set()
+        for entry in entries:
+            mine = {n for n, known in names.items() if any(_ends_with(entry, a) for a in known)}
+            hits |= {name for name in mine if modules[name] not in aside.left} or mine
+        free = [
             name
-            for name, known in all_names(part).items()
-            if any(_ends_with(e, a) for e in entries for a in known)
+            for name in names
+            if name in hits
             and not inside(name, adapted)
             and not any(inside(target, [name]) for target in adapted)
         ]
-        found[part_name] = [n for n in hits if not inside(n, [up for up in hits if up != n])]
+        found[part_name] = [n for n in free if not inside(n, [up for up in free if up != n])]
     return found
 
 
@@ -133,13 +168,14 @@ def _called(parts: Parts) -> str:
     return ", ".join(name or type(part).__name__ for name, part in parts.items())
 
 
-def _layers(part: nn.Module) -> dict[str, list[str]]:
-    """Returns all names of every layer that holds parameters, by its first name."""
+def _layers(part: nn.Module, left: frozenset[nn.Module] = frozenset()) -> dict[str, list[str]]:
+    """Returns all names of every layer with parameters that is not left, by its first name."""
     modules = base_modules(part)
     return {
         name: known
         for name, known in all_names(part).items()
-        if next(modules[name].parameters(recurse=False), None) is not None
+        if modules[name] not in left
+        and next(modules[name].parameters(recurse=False), None) is not None
     }
 
 
@@ -181,19 +217,18 @@ def _matches(config: PeftConfig, name: str) -> bool:
     return found is True or isinstance(found, re.Match)
 
 
-def _matching(part: nn.Module, config: PeftConfig) -> list[str]:
-    return [
-        name for name, known in _layers(part).items() if any(_matches(config, a) for a in known)
-    ]
+def _matching(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
+    layers = _layers(part, aside.left)
+    return [name for name, known in layers.items() if any(_matches(config, a) for a in known)]
 
 
-def _all_linear(part: nn.Module, config: PeftConfig) -> list[str]:
+def _all_linear(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
     """Returns the linear layers besides heads; where there are none, the convolutions."""
-    modules, heads, tied = base_modules(part), list(find_heads(part)), tied_layers(part)
+    modules, heads, tied = base_modules(part), list(find_heads(part, aside)), tied_layers(part)
     output = output_embeddings(part)
     eligible = [
         name
-        for name in _layers(part)
+        for name in _layers(part, aside.left)
         if modules[name] is not output and name not in tied and not inside(name, heads)
     ]
     linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_peft.engine.record import require_record
+from lightning_peft.engine.training_mode import set_training_mode
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -97,8 +97,8 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 class Trial:
     """A module, a batch and a loss, to be run in train and in eval mode.
 
-    In train mode it is as training leaves it: adapted parts in train mode, except for batch norms
-    and momentum copies that the user set to eval mode; everything else in the mode that it had.
+    In train mode it is as training leaves it; see
+    :func:`lightning_peft.engine.set_training_mode`.
 
     Args:
         module: A module with adapters.
@@ -123,15 +123,7 @@ class Trial:
         """Puts the module into the mode in which it trains."""
         for child, mode in self._modes.items():
             child.training = mode
-        record = require_record(self.module)
-        followers = [self.module.get_submodule(twin.follower) for twin in record.twins]
-        copies = {child for follower in followers for child in follower.modules()}
-        for name in record.parts:
-            part = self.module.get_submodule(name)
-            part.train()
-            for child in part.modules():
-                if isinstance(child, _BatchNorm) or child in copies:
-                    child.training = self._modes[child]
+        set_training_mode(self.module)
 
     def evaluate(self, go_on: bool = False) -> Tensor:
         """Returns the loss as a validation loop computes it.

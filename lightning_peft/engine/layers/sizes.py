@@ -1,0 +1,79 @@
+"""Layers whose weight was replaced by one of another shape than the layer says it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_peft.engine.layers.in_place import InPlace
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED
+
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, str]] = {
+    nn.Linear: ("out_features", "in_features"),
+    nn.Embedding: ("num_embeddings", "embedding_dim"),
+}
+
+
+def other_shape(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns the shape that ``layer`` says its weight has and the one it has, where they differ.
+
+    ``None`` also where that cannot be known: for packed weights of other libraries, for weights
+    without a shape yet, and for transformers' ``Conv1D``, which says only one size.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or is_lazy(weight):
+        return None
+    if isinstance(layer, InPlace):
+        stored = tuple(layer.weight_kind()[0])
+    elif weight.is_floating_point():
+        stored = tuple(weight.shape)
+    else:
+        return None
+    declared = _declared(layer)
+    return None if declared is None or declared == stored else (declared, stored)
+
+
+def _declared(layer: Any) -> tuple[int, ...] | None:
+    for kind, names in _ATTRIBUTES.items():
+        if isinstance(layer, kind):
+            return tuple(getattr(layer, name) for name in names)
+    if not isinstance(layer, CONVOLUTION_LIKE):
+        return None
+    first, second = layer.out_channels, layer.in_channels
+    if isinstance(layer, TRANSPOSED):
+        first, second = second, first
+    return (first, second // layer.groups, *layer.kernel_size)
+
+
+@contextmanager
+def sizes_of_weight(layer: Any) -> Iterator[None]:
+    """Within the body, a linear layer or embedding says the sizes that its weight has."""
+    shapes = other_shape(layer)
+    kind = next((kind for kind in _ATTRIBUTES if isinstance(layer, kind)), None)
+    if shapes is None or kind is None:
+        yield
+        return
+    names, (declared, stored) = _ATTRIBUTES[kind], shapes
+    try:
+        for name, size in zip(names, stored, strict=True):
+            setattr(layer, name, size)
+        yield
+    finally:
+        for name, size in zip(names, declared, strict=True):
+            setattr(layer, name, size)
+
+
+def why_not_this_shape(layer: Any, in_place: bool) -> str | None:
+    """Returns why the shape of a weight is in the way of an adapter, or ``None``."""
+    shapes = other_shape(layer)
+    if shapes is None or (in_place and not isinstance(layer, CONVOLUTION_LIKE)):
+        return None
+    return (
+        f"its weight was replaced by one of shape {shapes[1]}, and the layer says that it is "
+        f"{shapes[0]}, by which adapters are made. Make a new {type(layer).__name__} of that size, "
+        "or leave it out by `exclude_modules`"
+    )

@@ -1,0 +1,53 @@
+"""Adapted layers that no optimizer holds on purpose, such as those of an unused network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from lightning_peft.engine.adapters import activate, adapted_layers_of, adapter_parameters
+from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.record import require_record
+
+
+def freeze_unheld(module: nn.Module, held: Collection[int], freeze: bool = True) -> list[str]:
+    """Finds and freezes the adapters of layers of which the optimizers hold nothing, if they name layers.
+
+    They do where they hold the frozen weights of other adapted layers with their adapters: then
+    ``configure_optimizers`` listed submodules, and left these out. A list of adapters alone, or of
+    weights without their adapters, says nothing of that kind.
+
+    Args:
+        module: The user's module, with adapters.
+        held: The ids of all parameters in optimizers.
+        freeze: Whether to freeze them too. Not where several processes train: they have agreed on
+            what has gradients by then.
+
+    Returns:
+        The names of these layers.
+    """
+    record = require_record(module)
+    listed, unheld = False, {}
+    for name, layer in adapted_layers_of(module, record).items():
+        adapters = [p for p in adapter_parameters(layer).values() if p.requires_grad]
+        base = id(parameter(layer, "weight")) in held
+        found = [id(param) in held for param in adapters]
+        listed = listed or (base and bool(found) and all(found))
+        if adapters and not base and not any(found):
+            unheld[name] = adapters
+    if not listed:
+        return []
+    for param in (param for adapters in unheld.values() for param in adapters if freeze):
+        param.requires_grad_(False)
+    record.unheld = list(unheld)
+    return record.unheld
+
+
+def release_unheld(module: nn.Module) -> None:
+    """Undoes :func:`freeze_unheld` before the next fit, whose optimizers may hold other layers."""
+    record = require_record(module)
+    if record.unheld:
+        record.unheld = []
+        for name in record.parts:
+            activate(module.get_submodule(name), record.active)
