@@ -12,7 +12,7 @@ from lightning_peft.engine.record import require_record
 
 
 def freeze_unheld(module: nn.Module, held: Collection[int], freeze: bool = True) -> list[str]:
-    """Finds and freezes the adapters of layers of which the optimizers hold nothing, if they name layers.
+    """Freezes the adapters of layers of which the optimizers hold nothing, if they name layers.
 
     They do where they hold the frozen weights of other adapted layers with their adapters: then
     ``configure_optimizers`` listed submodules, and left these out. A list of adapters alone, or of
