@@ -6,13 +6,16 @@ fills them, checks what they let through, and turns them into plain JSON values.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_config
 
+from lightning_peft.engine.methods import METHODS, refuse_method
 from lightning_peft.engine.primitives import plain
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 
@@ -39,10 +42,9 @@ _REFUSED_FIELDS = (
     "monteclora_config",
     "kasa_config",
     "use_qalora",
+    "ensure_weight_tying",
+    "_custom_modules",
 )
-
-# Methods whose adapters are injected into layers one by one, and that are tested here.
-_METHODS = ("LORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "MISS")
 
 # Fields that decide what the tensors mean. Others (dropout, the way targets were written) may
 # change between runs.
@@ -60,6 +62,23 @@ DECISIVE_FIELDS = (
     "bias",
     "modules_to_save",
     "init_lora_weights",
+)
+
+
+# Of other methods than LoRA: where adapters go, how they are read, and what they started from.
+_INDIFFERENT = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",
+    "init_ia3_weights",
 )
 
 
@@ -125,7 +144,7 @@ def _lora_problems(fields: Mapping[str, Any]) -> list[str]:
     problems += [
         f"{name}={value!r}: a positive number; a scaling of zero or less trains nothing"
         for name, value in alphas.items()
-        if not _is_number(value) or value <= 0
+        if not _is_number(value) or not 0 < value < math.inf
     ]
     if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
         problems.append(f"lora_dropout={dropout!r}: a probability in [0, 1)")
@@ -218,7 +237,7 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     """
     if isinstance(config, Mapping):
         config = _from_mapping(config)
-    _refuse_method(config)
+    refuse_method(config)
     saved: Any = getattr(config, "modules_to_save", None)
     if saved is not None and (isinstance(saved, str) or not all(map(_is_name, saved))):
         raise ConfigError(
@@ -226,6 +245,7 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
         )
     if isinstance(config, LoraConfig):
         _refuse_extensions(config)
+        config = _with_lower_init(config)
         problems = _lora_problems(vars(config))
         if problems:
             raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
@@ -236,13 +256,24 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def _with_lower_init(config: LoraConfig) -> LoraConfig:
+    """Returns ``config`` with an initialisation such as ``"Gaussian"`` in PEFT's own spelling."""
+    init: Any = config.init_lora_weights
+    if not isinstance(init, str) or init == init.lower():
+        return config
+    spelled = copy.copy(config)
+    spelled.init_lora_weights = init.lower()  # type: ignore[assignment]
+    return spelled
+
+
 def _refuse_extensions(config: LoraConfig) -> None:
     used = [name for name in _REFUSED_FIELDS if getattr(config, name, None)]
     if used:
         raise UnsupportedError(
-            f"LoraConfig with {', '.join(used)}: it changes the model around the adapted layers, "
-            "or works through PEFT's model class only, so checkpoints of a plain module would not "
-            "hold all of it. Leave it out, or use peft.get_peft_model in your LightningModule."
+            f"LoraConfig with {', '.join(x.lstrip('_') for x in used)}: it changes the model "
+            "around the adapted layers, or works through PEFT's model class or classes of your own "
+            "only, so checkpoints of a plain module would not hold all of it. Leave it out, or use "
+            "peft.get_peft_model in your LightningModule."
         )
 
 
@@ -257,7 +288,7 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"peft_type={fields['peft_type']!r} is no method of PEFT. Those supported here: "
-            f"{', '.join(_METHODS)}."
+            f"{', '.join(METHODS)}."
         ) from error
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - known)
@@ -268,29 +299,6 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
         )
     config: PeftConfig = _config_of(cls, fields)
     return config
-
-
-def _refuse_method(config: PeftConfig) -> None:
-    name, method = type(config).__name__, str(plain(config.peft_type))
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UnsupportedError(
-            f"{name} adds virtual tokens in front of a language model's input; it is not injected "
-            "into layers, so no strategy can add it to an arbitrary module. Wrap the model with "
-            "peft.get_peft_model in your LightningModule and use Lightning's own strategies."
-        )
-    if method == "ADALORA":
-        raise UnsupportedError(
-            "AdaLoRA reallocates ranks during training through its own model wrapper; injected "
-            "into a module its budget would never move and it would be plain SVD-LoRA in silence. "
-            "Use LoRA with `rank_pattern`, or peft.get_peft_model in your LightningModule."
-        )
-    if method not in _METHODS:
-        raise UnsupportedError(
-            f"{name} ({method}) is not among the methods that are injected and tested here: "
-            f"{', '.join(_METHODS)}. Some of the others share tensors between layers through a "
-            "model wrapper, which checkpoints of a plain module would lose. Use one of these, or "
-            "peft.get_peft_model in your LightningModule."
-        )
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
@@ -314,8 +322,25 @@ def config_from_dict(fields: Mapping[str, Any]) -> PeftConfig:
 
 
 def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Returns the decisive fields in which two configs differ."""
-    return [key for key in DECISIVE_FIELDS if plain(mine.get(key)) != plain(theirs.get(key))]
+    """Returns the decisive fields in which two configs differ.
+
+    For LoRA these are :data:`DECISIVE_FIELDS`; for other methods also all that both know, except
+    what may change between runs.
+    """
+    fields = list(DECISIVE_FIELDS)
+    if plain(mine.get("peft_type")) != "LORA":
+        fields += [key for key in mine if key in theirs and key not in (*fields, *_INDIFFERENT)]
+    return [
+        key
+        for key in fields
+        if "dropout" not in key and _compared(mine.get(key)) != _compared(theirs.get(key))
+    ]
+
+
+def _compared(value: Any) -> Any:
+    value = plain(value)
+    # Sets of names have no order, and what first values were is no matter.
+    return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def changes_base(config: PeftConfig) -> bool:

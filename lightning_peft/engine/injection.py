@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -24,7 +24,6 @@ from lightning_peft.engine.configuration import (
 )
 from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.freezing import freeze_base
-from lightning_peft.engine.layers.attention import keep, parameters_of
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
@@ -54,7 +53,9 @@ from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
+from lightning_peft.engine.selection.task_heads import with_task_heads
 from lightning_peft.engine.twins import find_twins, follow
+from lightning_peft.engine.wrap_by_peft import wrap_by_peft
 from lightning_peft.engine.wrapped import (
     Wrapped,
     check_asked,
@@ -62,7 +63,7 @@ from lightning_peft.engine.wrapped import (
     originals_of,
     taken_off,
 )
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import ConfigError
 
 
 def inject(
@@ -113,7 +114,8 @@ def inject(
         )
     asked = peft_config is not None or bool(lora_arguments)
     config = as_peft_config(lora_config(**lora_arguments) if peft_config is None else peft_config)
-    request = Request(config, quantization_config, adapter_name)
+    _refuse_finished(config)
+    request = Request(with_task_heads(config, module), quantization_config, adapter_name)
     record = record_of(module)
     wrapped = find_wrapped(module, () if record is None else record.parts)
     if not wrapped:
@@ -137,6 +139,14 @@ def _take_over(
         entry.was_wrapped = True
         entry.originals |= {key: originals[key] for key in entry.originals if key in originals}
     return made
+
+
+def _refuse_finished(config: PeftConfig) -> None:
+    if config.inference_mode:
+        raise ConfigError(
+            "inference_mode=True: PEFT makes adapters that do not train, as files of finished ones "
+            "ask for. Set it to False to train; lightning_peft.load_adapter loads a finished one."
+        )
 
 
 def inject_exactly(
@@ -229,7 +239,7 @@ def _inject_part(
         _attach_in_place(plan, config, request, where)
     else:
         _quantize_layers(plan.part, plan.quantize, request.quantization, where)
-        _wrap_by_peft(plan, config, request.adapter_name)
+        wrap_by_peft(plan, config, request.adapter_name)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place)
     info.heads = plan.heads
     if plan.in_place and subtracts_from_base(request.config):
@@ -368,26 +378,3 @@ def _quantize_layers(
     for name in names:
         assert config is not None
         quantize(part.get_submodule(name), config, device)
-
-
-def _wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
-    # As inject_adapter_in_model, which does not give the tuner back.
-    tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
-    tuner = tuners[config.peft_type]
-    layers = {name: plan.part.get_submodule(name) for name in plan.targets}
-    attentions = {
-        name: parameters_of(layer)
-        for name, layer in layers.items()
-        if isinstance(layer, nn.MultiheadAttention) and isinstance(config, LoraConfig)
-    }
-    try:
-        made = tuner(plan.part, config, adapter_name=adapter_name)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedError(
-            f"PEFT cannot inject {type(config).__name__} into {type(plan.part).__name__}: {error}. "
-            "Build the module again: some of its layers are changed already."
-        ) from error
-    # Half-precision adapters become float32, except where PEFT's method keeps them.
-    made._cast_adapter_dtype(adapter_name)
-    for name, before in attentions.items():
-        keep(plan.part.get_submodule(name), before)

@@ -61,7 +61,7 @@ def _problem_of(layer: Any) -> str | None:
     low_rank = isinstance(layer, LoraLayer) or hasattr(layer, "lora_A")
     if low_rank and isinstance(base, CONVOLUTION_LIKE) and base.groups > 1:
         return (
-            f"is a convolution with groups={base.groups}, and its adapter adds to all input "
+            f"is a grouped convolution (groups={base.groups}), and its adapter adds to all input "
             "channels: no kernel has that built in. Keep the adapter apart, or leave the layer "
             "out by `exclude_modules` before training"
         )

@@ -18,6 +18,7 @@ from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.lora import wide_dtype, without_adapters
+from lightning_peft.engine.layers.probes import in_eval_mode, probe_of, tolerance_of
 from lightning_peft.engine.layers.quantization import (
     QuantizedWeight,
     make_dense,
@@ -187,6 +188,9 @@ class _BeforeMerge:
 
 def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
     base = layer.get_base_layer()
+    probe = probe_of(base)
+    expected = None if probe is None else _probed(layer, probe)
+    tolerance = 0.0 if expected is None else tolerance_of(base, expected.dtype)
     bias = base._parameters.get("bias")
     base.before_merge = before = _BeforeMerge(None if bias is None else bias.detach().clone())
     quantized = isinstance(base, QuantizedLayer)
@@ -202,7 +206,21 @@ def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLa
         raise UnsupportedError(
             f"PEFT cannot merge {name} ({type(layer).__name__}), and nothing was changed: {error}"
         ) from error
+    if probe is not None and expected is not None:
+        change = relative_norm(_probed(layer, probe).float() - expected.float(), expected.float())
+        if not change <= tolerance:
+            raise UnsupportedError(
+                f"PEFT's merge of {name} ({type(layer).__name__}) computes another function: for "
+                f"random input its output changes by {change:.0%}. Nothing was changed. Keep the "
+                "adapter apart."
+            )
     return MergedLayer(name=name, was_quantized=quantized, error=None, requantized_error=None)
+
+
+def _probed(layer: Any, probe: Tensor) -> Tensor:
+    with in_eval_mode(layer):
+        output: Tensor = layer(probe)
+    return output
 
 
 def relative_norm(difference: Tensor, reference: Tensor) -> float:

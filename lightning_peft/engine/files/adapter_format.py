@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import adapter_parameters, trained_heads
 from lightning_peft.engine.files.base_tensors import keys_in_file
+from lightning_peft.engine.files.computed_otherwise import computed_otherwise
 from lightning_peft.engine.files.for_peft import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.lora import low_rank_factors
@@ -202,7 +203,10 @@ def differences_in_peft(part: nn.Module, entry: PartRecord, name: str) -> list[s
 
     This package reads them as they were meant.
     """
-    return replaced_under_one_name(part, entry.adapters[name].targets)
+    return [
+        *replaced_under_one_name(part, entry.adapters[name].targets),
+        *computed_otherwise(part, entry, name),
+    ]
 
 
 def provenance_of(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:

@@ -62,6 +62,17 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
     return rows
 
 
+def outside_of_zeros(layer: Any) -> bool:
+    """Says whether a convolution sees anything but zeros outside of its input."""
+    return layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice)
+
+
+def is_dilated(layer: Any) -> bool:
+    """Says whether the dilation of a convolution changes what it computes."""
+    sizes = zip(layer.kernel_size, layer.dilation, strict=True)
+    return any(kernel > 1 and dilation > 1 for kernel, dilation in sizes)
+
+
 def why_no_adapter(layer: Any, rank: int) -> str | None:
     """Returns why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
     kind = type(layer).__name__

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.configuration import changes_base
@@ -41,6 +40,7 @@ from lightning_peft.engine.selection.targets import (
     resolve_saved_modules,
     resolve_targets,
 )
+from lightning_peft.engine.selection.wrapping import wrapping_problems
 from lightning_peft.errors import (
     ConfigError,
     LifecycleError,
@@ -306,7 +306,7 @@ def _check_layers(plan: PartPlan, request: Request) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
     problems = initialization_problems(layers, request.config, parameter_holders(plan.part))
     if not plan.in_place:
-        problems += _wrapping_problems(plan)
+        problems += wrapping_problems(plan.part, plan.targets, plan.quantize, request.config)
     for name, layer in layers.items():
         if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
             reason = why_no_adapter(layer, rank_of(request.config, name))
@@ -323,34 +323,6 @@ def _check_layers(plan: PartPlan, request: Request) -> None:
             f"{type(request.config).__name__} with these settings does not work on "
             f"{_called(plan)}:" + itemize(problems, 5)
         )
-
-
-def _wrapping_problems(plan: PartPlan) -> list[str]:
-    """Returns where PEFT's wrappers, which replace layers in their parents, would be ignored."""
-    names: dict[int, list[str]] = {}
-    for name, child in plan.part.named_modules(remove_duplicate=False):
-        names.setdefault(id(child), []).append(name)
-    readers = {
-        name: type(child).__name__
-        for name, child in plan.part.named_modules()
-        if isinstance(child, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-    }
-    problems = []
-    for target in plan.targets:
-        layer = plan.part.get_submodule(target)
-        if len(names[id(layer)]) > 1:
-            problems.append(
-                f"{target} is also called {', '.join(names[id(layer)][1:])}, and PEFT would "
-                "replace it under one name"
-            )
-        reader = next((n for n in readers if n != target and inside(target, [n])), None)
-        if reader is not None:
-            problems.append(
-                f"{target} lies in a {readers[reader]}, which reads weights past PEFT's layers"
-            )
-        if isinstance(layer, Conv1D) and (target in plan.quantize or is_quantized(layer)):
-            problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
-    return problems
 
 
 def _check_quantization(plans: list[PartPlan], request: Request) -> None:

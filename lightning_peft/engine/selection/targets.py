@@ -30,7 +30,13 @@ from lightning_peft.engine.selection.parts import (
 from lightning_peft.errors import TargetModulesError, itemize
 
 ALL_LINEAR = "all-linear"
-PATTERN_FIELDS = ("rank_pattern", "alpha_pattern")
+PATTERN_FIELDS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "block_size_pattern",
+    "lambda_pattern",
+    "n_frequency_pattern",
+)
 Parts = Mapping[str, nn.Module]
 
 

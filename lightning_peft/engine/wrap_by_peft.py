@@ -1,0 +1,75 @@
+"""Adapters in PEFT's own wrappers, for methods that have no form on the layers themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
+from torch import nn
+
+from lightning_peft.engine.all_or_nothing import all_or_nothing
+from lightning_peft.engine.configuration import changes_base
+from lightning_peft.engine.layers.attention import keep, parameters_of
+from lightning_peft.engine.selection.planning import PartPlan
+from lightning_peft.errors import UnsupportedError
+
+
+def wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
+    """Lets PEFT wrap the planned layers; adapters are float32, except where PEFT keeps them.
+
+    Args:
+        plan: What to do with the part; its layers are quantized already.
+        config: PEFT's config, which means exactly these layers.
+        adapter_name: The adapter's name.
+
+    Raises:
+        UnsupportedError: If PEFT refuses. The layers are what they were before.
+    """
+    # As inject_adapter_in_model, which does not give the tuner back.
+    tuners: Any = PEFT_TYPE_TO_TUNER_MAPPING
+    layers = {name: plan.part.get_submodule(name) for name in plan.targets}
+    attentions = {
+        name: parameters_of(layer)
+        for name, layer in layers.items()
+        if isinstance(layer, nn.MultiheadAttention) and isinstance(config, LoraConfig)
+    }
+    again = " Build the module again: its layers are quantized already." if plan.quantize else ""
+    rewritten = all_or_nothing(layers.values()) if changes_base(config) else nullcontext()
+    try:
+        with _put_back_on_error(plan.part, layers), rewritten:
+            made = tuners[config.peft_type](plan.part, config, adapter_name=adapter_name)
+            made._cast_adapter_dtype(adapter_name)
+    except Exception as error:
+        raise UnsupportedError(
+            f"PEFT cannot inject {type(config).__name__} into {type(plan.part).__name__}: {error}."
+            + again
+        ) from error
+    for name, before in attentions.items():
+        keep(plan.part.get_submodule(name), before)
+
+
+@contextmanager
+def _put_back_on_error(part: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
+    holders = [part.get_submodule(name.rpartition(".")[0]) for name in layers]
+    attentions = [layer for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)]
+    changed = {id(x): x for x in (*holders, *attentions)}.values()
+    children = [(holder, dict(holder._modules)) for holder in changed]
+    parameters = [(x, dict(x._parameters)) for layer in attentions for x in layer.modules()]
+    trained = {param: param.requires_grad for param in part.parameters()}
+    marked = "peft_config" in part.__dict__
+    try:
+        yield
+    except BaseException:
+        for holder, modules in children:
+            holder._modules = modules
+        for holder, params in parameters:
+            for name in params:
+                holder.__dict__.pop(name, None)
+            holder._parameters = params
+        for param, requires_grad in trained.items():
+            param.requires_grad_(requires_grad)
+        if not marked:
+            part.__dict__.pop("peft_config", None)
+        raise

@@ -1,0 +1,218 @@
+"""One adapter by PEFT's own model class and by ``inject``, on copies of one base."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import lightning_peft
+from lightning_peft import engine
+
+from .reference import output_of, relative_error
+
+PREFIX = "base_model.model."
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What it is about.
+        base: Returns the base and what to call it with.
+        config: Returns PEFT's config.
+        refused: What the refusal of ``inject`` says, where it refuses.
+        unmerged: What the refusal of ``merge`` says, where it refuses.
+        tolerance: Relative error of outputs.
+        steps: Whether three steps can be compared; not where random numbers decide.
+        theirs_read: Whether PEFT's folder holds the whole adapter.
+        theirs_merged: Whether PEFT merges at all.
+    """
+
+    name: str
+    base: Callable[[], tuple[nn.Module, Any]]
+    config: Callable[[], PeftConfig]
+    refused: str | None = None
+    unmerged: str | None = None
+    tolerance: float = 2e-5
+    steps: bool = True
+    theirs_read: bool = True
+    theirs_merged: bool = True
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT warns of much that does not matter to a comparison."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def differences(row: Row, folder: Path) -> list[str]:
+    """Returns in what ``inject`` differs from PEFT on this row."""
+    torch.manual_seed(1)
+    base, batch = row.base()
+    base = base.eval().requires_grad_(False)
+    with quiet():
+        torch.manual_seed(2)
+        theirs = get_peft_model(copy.deepcopy(base), row.config()).eval()
+        torch.manual_seed(2)
+        ours = copy.deepcopy(base)
+        lightning_peft.inject(ours, row.config())
+        found = _structure(theirs, ours)
+        if found:
+            return found
+        found += _same_values(theirs, ours)
+        _change(theirs, ours)
+        found += _same_output("output", row, theirs, ours, batch)
+        if row.steps:
+            found += _steps(row, theirs, ours, batch)
+        found += _files(row, base, theirs, ours, batch, folder)
+        found += _merging(row, theirs, ours, batch)
+    return found
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns what is trained, by names without what PEFT adds to them."""
+    found = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            plain = name.removeprefix(PREFIX).replace(".modules_to_save.default", "")
+            found[plain.replace(".base_layer.bias", ".bias")] = param
+    return found
+
+
+def _structure(theirs: nn.Module, ours: nn.Module) -> list[str]:
+    wrapped = {
+        name.removeprefix(PREFIX)
+        for name, child in theirs.named_modules()
+        if isinstance(child, BaseTunerLayer)
+    }
+    mine = set(engine.adapted_layers(ours))
+    found = []
+    if wrapped != mine:
+        found.append(f"layers: PEFT {sorted(wrapped - mine)}, here {sorted(mine - wrapped)}")
+    left, right = trainable(theirs), trainable(ours)
+    if left.keys() != right.keys():
+        only = (sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys()))
+        found.append(f"trained: PEFT {only[0]}, here {only[1]}")
+    dtypes = {name: (left[name].dtype, right[name].dtype) for name in left.keys() & right.keys()}
+    found += [f"{n}: {a} and {b}" for n, (a, b) in dtypes.items() if a != b]
+    return found
+
+
+def _same_values(theirs: nn.Module, ours: nn.Module) -> list[str]:
+    left, right = trainable(theirs), trainable(ours)
+    return [f"{name}: first values" for name in left if not torch.equal(left[name], right[name])]
+
+
+@torch.no_grad()
+def _change(theirs: nn.Module, ours: nn.Module) -> None:
+    """Gives both the same new values near the first ones."""
+    left, right = trainable(theirs), trainable(ours)
+    for name in sorted(left):
+        noise = torch.randn(left[name].shape) * 0.05
+        left[name].add_(noise.to(left[name].dtype))
+        right[name].copy_(left[name])
+
+
+def _same_output(what: str, row: Row, one: nn.Module, other: nn.Module, batch: Any) -> list[str]:
+    error = relative_error(output_of(other, batch), output_of(one, batch))
+    return [] if error <= row.tolerance else [f"{what}: {error:.1e}"]
+
+
+def _steps(row: Row, theirs: nn.Module, ours: nn.Module, batch: Any) -> list[str]:
+    for model in (theirs, ours):
+        params = trainable(model)
+        optimizer = torch.optim.SGD([params[name] for name in sorted(params)], lr=1e-2)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output_of(model, batch).float().pow(2).mean().backward()
+            optimizer.step()
+    left, right = trainable(theirs), trainable(ours)
+    gradients = [n for n in left if (left[n].grad is None) != (right[n].grad is None)]
+    return [f"{name}: gradient" for name in gradients] + _same_output(
+        "output after three steps", row, theirs, ours, batch
+    )
+
+
+def _files(
+    row: Row, base: nn.Module, theirs: PeftModel, ours: nn.Module, batch: Any, folder: Path
+) -> list[str]:
+    lightning_peft.save_adapter(ours, folder / "ours")
+    theirs.save_pretrained(folder / "theirs")
+    files = [load_file(folder / who / "adapter_model.safetensors") for who in ("theirs", "ours")]
+    found = []
+    if files[0].keys() != files[1].keys() and not _changes_base(row):
+        only = [sorted(one.keys() - other.keys()) for one, other in (files, files[::-1])]
+        found.append(f"keys in files: PEFT {only[0]}, here {only[1]}")
+    read = PeftModel.from_pretrained(copy.deepcopy(base), folder / "ours").eval()
+    found += _same_output("our folder read by PEFT", row, ours, read, batch)
+    if not row.theirs_read:
+        return found
+    loaded = copy.deepcopy(base)
+    lightning_peft.load_adapter(loaded, folder / "theirs")
+    return found + _same_output("PEFT's folder read here", row, theirs, loaded, batch)
+
+
+def _changes_base(row: Row) -> bool:
+    return str(getattr(row.config(), "init_lora_weights", "")).startswith(("pissa", "olora"))
+
+
+def _merging(row: Row, theirs: PeftModel, ours: nn.Module, batch: Any) -> list[str]:
+    expected = output_of(ours, batch).detach()
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    try:
+        lightning_peft.merge(ours)
+    except lightning_peft.errors.LightningPeftError as refusal:
+        same = all(map(torch.equal, before.values(), ours.state_dict().values()))
+        found = [] if same else ["a refused merge changed the base"]
+        if row.unmerged is None or row.unmerged not in str(refusal):
+            found.append(f"merge: {refusal}")
+        return found
+    found = [] if row.unmerged is None else ["merge was not refused"]
+    found += _off("merged", row, ours, batch, expected)
+    lightning_peft.unmerge(ours)
+    found += _off("unmerged", row, ours, batch, expected)
+    lightning_peft.merge(ours)
+    lightning_peft.unload(ours)
+    found += _off("unloaded", row, ours, batch, expected)
+    if any(isinstance(child, BaseTunerLayer) for child in ours.modules()):
+        found.append("a wrapper is left")
+    if row.theirs_merged:
+        found += _off("merged by PEFT", row, theirs.merge_and_unload(), batch, expected)
+    return found
+
+
+def _off(what: str, row: Row, model: nn.Module, batch: Any, expected: Tensor) -> list[str]:
+    error = relative_error(output_of(model, batch), expected)
+    return [] if error <= 5 * row.tolerance else [f"{what}: {error:.1e}"]
+
+
+def outcome(row: Row, folder: Path) -> list[str]:
+    """Returns what is wrong with a row: a difference, or a refusal other than the stated one."""
+    if row.refused is None:
+        return differences(row, folder)
+    base, batch = row.base()
+    kept, expected = list(base.state_dict()), output_of(base.eval(), batch)
+    try:
+        with quiet():
+            lightning_peft.inject(base, row.config())
+    except lightning_peft.errors.LightningPeftError as refusal:
+        if row.refused.lower() not in str(refusal).lower():
+            return [f"refused otherwise: {refusal}"]
+        if list(base.state_dict()) != kept or not torch.equal(output_of(base, batch), expected):
+            return ["a refused module is changed"]
+        return []
+    return ["was not refused"]
