@@ -38,6 +38,7 @@ from lightning_peft.engine.layers.sizes import sizes_of_weight
 from lightning_peft.engine.memory.causal_lm_loss import use_narrow_losses
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.memory.streamed_quantizer import late_dtype
+from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import (
@@ -362,7 +363,8 @@ def _attach_in_place(
         settings["quantize_with"] = (request.quantization, device)
         settings["to_quantize"] = frozenset(id(layer) for layer in chosen)
     tuner = type("InPlaceLoraModel", (_InPlaceLoraModel,), settings)
-    tuner(plan.part, config, adapter_name=request.adapter_name)
+    with hidden_model_type(plan.part):
+        tuner(plan.part, config, adapter_name=request.adapter_name)
     # PEFT leaves its config on the model as a mark of wrapped layers, and there are none.
     del plan.part.peft_config
     rest = [name for name in plan.quantize if name not in set(plan.targets)]

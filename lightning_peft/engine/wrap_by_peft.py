@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.attention import keep, parameters_of
+from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.selection.planning import PartPlan
 from lightning_peft.errors import UnsupportedError
 
@@ -37,8 +38,9 @@ def wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
     }
     again = " Build the module again: its layers are quantized already." if plan.quantize else ""
     rewritten = all_or_nothing(layers.values()) if changes_base(config) else nullcontext()
+    unknown = hidden_model_type(plan.part) if isinstance(config, LoraConfig) else nullcontext()
     try:
-        with _put_back_on_error(plan.part, layers), rewritten:
+        with _put_back_on_error(plan.part, layers), rewritten, unknown:
             made = tuners[config.peft_type](plan.part, config, adapter_name=adapter_name)
             made._cast_adapter_dtype(adapter_name)
     except Exception as error:

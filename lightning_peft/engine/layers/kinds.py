@@ -19,6 +19,8 @@ ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
 
 # Whose code is known to be the product with `weight` plus `bias` and nothing else.
 _PLAIN = (*ADAPTABLE, _ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+# Subclasses with a forward pass of their own that is this product, by full name.
+_SAME_PRODUCT = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _PLAIN_CODE = {
     vars(cls)[name] for cls in _PLAIN for name in ("forward", "_conv_forward") if name in vars(cls)
 }
@@ -31,8 +33,23 @@ def is_plain(layer: nn.Module) -> bool:
     the weight is then another thing than what it adds to the output.
     """
     origin = recipe_of(layer)[2]
+    if f"{origin.__module__}.{origin.__qualname__}" in _SAME_PRODUCT:
+        return True
     code = [getattr(origin, name, None) for name in ("forward", "_conv_forward")]
     return all(function is None or function in _PLAIN_CODE for function in code)
+
+
+def has_quantizable_class(layer: nn.Module) -> bool:
+    """Says whether the class of ``layer`` computes the product and nothing else.
+
+    These are the classes of torch and transformers themselves, and subclasses of ``nn.Linear``
+    from transformers' own models that keep its forward pass.
+    """
+    cls = type(layer)
+    if cls in (*LINEAR_LIKE, *CONVOLUTION_LIKE):
+        return True
+    own = isinstance(layer, nn.Linear) and cls.__module__.startswith("transformers.models.")
+    return own and is_plain(layer)
 
 
 def plain_class(layer: nn.Module) -> type[nn.Module]:

@@ -23,9 +23,9 @@ from lightning_peft.engine.layers.codes import four_bit
 from lightning_peft.engine.layers.in_place import Recipe, class_from, extend, parameter, recipe_of
 from lightning_peft.engine.layers.kinds import (
     CONVOLUTION_LIKE,
-    LINEAR_LIKE,
     as_rows,
     from_rows,
+    has_quantizable_class,
 )
 from lightning_peft.engine.layers.quantized import (
     EightBitLayer,
@@ -36,7 +36,6 @@ from lightning_peft.engine.layers.quantized import (
 )
 from lightning_peft.errors import UnsupportedError
 
-QUANTIZABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 # Weights from which an 8-bit layer is worth a call to the allocator.
 _TRIM_FROM = 1 << 19
 # By the dense weight, which lives only as long as someone else holds it.
@@ -86,7 +85,7 @@ def quantized_later(param: Tensor) -> Any:
 def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
     """Returns why ``layer`` cannot be quantized right, or ``None`` where it can."""
     kind = type(layer).__name__
-    if type(layer) not in QUANTIZABLE:
+    if not has_quantizable_class(layer):
         return (
             f"it is a {kind}, and only linear layers and convolutions of torch and transformers "
             "themselves can be, since a subclass may compute in its own way. Name it in "

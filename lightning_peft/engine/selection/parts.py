@@ -180,11 +180,12 @@ def _transformers_heads(part: PreTrainedModel) -> dict[str, nn.Module]:
     base = part.base_model
     if base is part:
         return {}
-    output = output_embeddings(part)
+    output, shared = output_embeddings(part), tied_layers(part)
     return {
         name: child
         for name, child in part.named_children()
         if child is not base
+        and not any(inside(tied, [name]) for tied in shared)
         and child is not output
         # A head that holds the output embeddings, such as BERT's for masked words, is pretrained.
         and not {base, output} & set(child.modules())

@@ -17,10 +17,11 @@ from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
     CONVOLUTION_LIKE,
+    has_quantizable_class,
     why_no_adapter,
 )
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantization import QUANTIZABLE, why_not
+from lightning_peft.engine.layers.quantization import why_not
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.layers.sizes import why_not_this_shape
 from lightning_peft.engine.quantization_settings import quantization_to_dict
@@ -34,6 +35,7 @@ from lightning_peft.engine.selection.parts import (
     output_embeddings,
     parameter_holders,
 )
+from lightning_peft.engine.selection.rewritten import rewritten_layers
 from lightning_peft.engine.selection.scope import Selection, left_modules, select
 from lightning_peft.engine.selection.targets import (
     refuse_unmatched,
@@ -269,11 +271,12 @@ def layers_to_quantize(plan: PartPlan, config: BitsAndBytesConfig | None) -> lis
     # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
     kernels = plan.in_place and not config.load_in_8bit
     skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
-    targets = set(plan.targets)
+    targets, rewritten = set(plan.targets), rewritten_layers(plan.part)
     return [
         name
         for name, child in plan.part.named_modules()
-        if type(child) in QUANTIZABLE
+        if name not in rewritten
+        and has_quantizable_class(child)
         and child not in plan.left
         # Elsewhere convolutions are small and sensitive, as in the first layer of a speech model.
         and (not isinstance(child, CONVOLUTION_LIKE) or (name in targets and kernels))
@@ -305,6 +308,12 @@ def _has_place_on_layers(config: PeftConfig) -> bool:
 def _check_layers(plan: PartPlan, request: Request) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
     problems = initialization_problems(layers, request.config, parameter_holders(plan.part))
+    problems += [
+        f"{name}: {rewriter} changes its weight in place while it runs. Leave it out by "
+        "`exclude_modules`"
+        for name, rewriter in rewritten_layers(plan.part).items()
+        if name in layers
+    ]
     if not plan.in_place:
         problems += wrapping_problems(plan.part, plan.targets, plan.quantize, request.config)
     for name, layer in layers.items():

@@ -27,6 +27,7 @@ from lightning_peft.engine.selection.parts import (
     output_embeddings,
     tied_layers,
 )
+from lightning_peft.engine.selection.rewritten import rewritten_layers
 from lightning_peft.errors import TargetModulesError, itemize
 
 ALL_LINEAR = "all-linear"
@@ -231,11 +232,14 @@ def _matching(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
 def _all_linear(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
     """Returns the linear layers besides heads; where there are none, the convolutions."""
     modules, heads, tied = base_modules(part), list(find_heads(part, aside)), tied_layers(part)
-    output = output_embeddings(part)
+    output, rewritten = output_embeddings(part), rewritten_layers(part)
     eligible = [
         name
         for name in _layers(part, aside.left)
-        if modules[name] is not output and name not in tied and not inside(name, heads)
+        if modules[name] is not output
+        and name not in tied
+        and name not in rewritten
+        and not inside(name, heads)
     ]
     linear = [name for name in eligible if isinstance(modules[name], LINEAR_LIKE)]
     candidates = linear or [name for name in eligible if _is_ungrouped(modules[name])]

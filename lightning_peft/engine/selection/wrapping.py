@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, outside_of_zeros
 from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.model_types import fused_kernel_problem
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.selection.parts import inside
 
@@ -42,6 +43,8 @@ def wrapping_problems(
                 f"{target} is also called {', '.join(names[id(layer)][1:])}, and PEFT would "
                 "replace it under one name"
             )
+        unused = fused_kernel_problem(part, target)
+        problems += [unused] if unused else []
         reader = next((n for n in readers if n != target and inside(target, [n])), None)
         if reader is not None:
             problems.append(

@@ -1,0 +1,85 @@
+"""What PEFT decides by ``config.model_type`` of a transformers model.
+
+Here the layers are chosen before PEFT sees them. PEFT would choose once more: it widens the targets
+of models whose experts transformers 5 stacks into one parameter, and refuses layers of state space
+models whose fused kernels read the weight without calling the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
+from torch import nn
+
+
+@contextmanager
+def hidden_model_type(part: nn.Module) -> Iterator[None]:
+    """Within the body, ``part`` has no ``config`` that PEFT could decide by.
+
+    Args:
+        part: The module whose layers get adapters.
+    """
+    config = part.__dict__.pop("config", None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            part.config = config
+
+
+def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
+    """Returns why a wrapper around ``target`` would be ignored by fused kernels, or ``None``.
+
+    Args:
+        part: The module, with its config.
+        target: Dotted name of the layer.
+    """
+    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    if check is None or not hasattr(part, "config"):
+        return None
+    try:
+        check(None, LoraConfig(), part, target.rpartition(".")[2])
+    except ValueError:
+        kind = getattr(part.config, "model_type", type(part).__name__)
+        return f"{target}: the fused kernels of {kind} read its weight without calling the layer"
+    return None
+
+
+def retargeted_by_peft(part: nn.Module, config: PeftConfig) -> list[str]:
+    """Returns what PEFT changes in ``config`` when it loads an adapter onto ``part``.
+
+    Args:
+        part: The adapted module.
+        config: The config as it is written to ``adapter_config.json``.
+
+    Returns:
+        A phrase for each changed field; empty where PEFT adapts the same layers.
+    """
+    if getattr(getattr(part, "config", None), "model_type", None) is None:
+        return []
+    theirs: Any = copy.deepcopy(config)
+    try:
+        mapping = get_model_conversion_mapping(part)
+        convert_peft_config_for_transformers(theirs, model=part, conversions=mapping)
+    except (KeyError, ValueError) as error:
+        return [str(error)]
+    names = ("target_modules", "target_parameters")
+    pairs = [(name, getattr(config, name, None), getattr(theirs, name, None)) for name in names]
+    return [
+        f"{name} becomes {_listed(after)}"
+        for name, before, after in pairs
+        if _listed(before) != _listed(after)
+    ]
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, str) else sorted(value or ())
