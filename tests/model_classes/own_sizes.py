@@ -18,6 +18,9 @@ OWN: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "efficientnet": {
+        "image_size": 64, "width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 64,
+    },
     "esm": {"pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary"},
     "esmc": {"num_key_value_heads": 4},
     "gemma3n_text": {
@@ -35,6 +38,7 @@ OWN: dict[str, dict[str, Any]] = {
     "levit": {
         "image_size": 64, "hidden_sizes": [32, 32, 32], "num_attention_heads": [2, 2, 2],
         "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+        "down_ops": [["Subsample", 8, 4, 2, 2, 2], ["Subsample", 8, 4, 2, 2, 2]],
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 16, "zero_expert_num": 1},
@@ -44,7 +48,10 @@ OWN: dict[str, dict[str, Any]] = {
         "hidden_size": 32,
     },
     "mobilevitv2": {"image_size": 128},
-    "moonshine": {"encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2},
+    "moonshine": {
+        "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2,
+        "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4,
+    },
     "neomme": {
         "layer_types": ["sliding_attention", "full_attention"], "rope_parameters": _BY_TYPE,
     },
@@ -57,10 +64,13 @@ OWN: dict[str, dict[str, Any]] = {
     "swin": _SWIN,
     "textnet": {"image_size": [32, 32], "stem_out_channels": 16, "hidden_sizes": [16] * 5},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "hybrid"]},
+    "zamba": {
+        "num_hidden_layers": 3, "layer_types": ["mamba", "hybrid", "hybrid"],
+        "attention_hidden_size": 64, "attention_head_dim": 16,
+    },
     "zamba2": {
         "num_hidden_layers": 2, "layer_types": ["mamba", "hybrid"], "n_mamba_heads": 8,
         "mamba_headdim": 8, "attention_head_dim": 16, "attention_hidden_size": 64,
-        "num_key_value_heads": 4,
+        "num_key_value_heads": 4, "hybrid_layer_ids": [1],
     },
 }  # fmt: skip

@@ -68,7 +68,8 @@ def build(row: Row, own: dict[str, Any]) -> tuple[nn.Module, dict[str, torch.Ten
     cls = getattr(transformers, row.name)
     config = small(row.model_type, own)
     if not isinstance(config, cls.config_class):
-        config = getattr(config, "text_config", None) or config.get_text_config()
+        part = getattr(config, "text_config", None) or getattr(config, "decoder", None)
+        config = part or config.get_text_config()
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
     if size > LARGEST:

@@ -6,6 +6,7 @@ entry of its own unless its sizes depend on each other.
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -20,18 +21,59 @@ SIZES: list[tuple[str, int]] = [
     (r"(.*_)?(pad|bos|eos|unk|sep|cls|mask|decoder_start)_(token_)?id(x)?", 1),
     (r"(.*_)?(num_key_value_heads|num_kv_heads|n_kv_heads|kv_heads|num_key_value_groups)", 2),
     (r"num_attention_groups|n_groups?|mamba_n_groups|mamba_ngroups", 1),
-    (r"(.*_)?(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|topk|moe_top_k|num_selects)", 2),
+    (
+        r"(.*_)?(num_experts_per_tok|num_experts_per_token|top_k|moe_topk|topk|"
+        r"moe_top_k|num_selects)",
+        2,
+    ),
     (r"(.*_)?(topk_group|n_group)", 1),
-    (r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|n_experts|num_routed_experts)", 4),
+    (
+        r"(.*_)?(num_experts|n_routed_experts|num_local_experts|moe_num_experts|"
+        r"n_experts|num_routed_experts)",
+        4,
+    ),
     (r"(.*_)?(n_shared_experts|num_shared_experts|moe_num_shared_experts)", 1),
-    (r"(.*_)?(head_dim|v_head_dim|qk_nope_head_dim|kv_channels|attention_head_dim|head_size|d_kv|linear_key_head_dim|linear_value_head_dim|dim_head)", 8),
+    (
+        r"(.*_)?(head_dim|v_head_dim|qk_nope_head_dim|kv_channels|"
+        r"attention_head_dim|head_size|d_kv|linear_key_head_dim|"
+        r"linear_value_head_dim|dim_head)",
+        8,
+    ),
     (r"(.*_)?qk_rope_head_dim|index_head_dim", 8),
     (r"(.*_)?(q_lora_rank|kv_lora_rank|o_lora_rank|lora_rank)", 16),
-    (r"(.*_)?(num_attention_heads|n_heads?|num_heads|attention_heads|encoder_attention_heads|decoder_attention_heads|linear_num_key_heads|linear_num_value_heads|index_n_heads)", 4),
-    (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_blocks|depth|num_decoder_layers|num_encoder_layers|num_conv_layers)", 2),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|dff|ff_dim|moe_intermediate_size|ffn_intermediate_size|shared_intermediate_size|mlp_dim|d_inner|dim_feedforward|block_ff_dim|intermediate_dim)", 48),
-    (r"(.*_)?(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|width|hidden_dim|d_embed|embedding_dim|dim_model|encoder_hidden_size|word_embed_proj_dim|lru_width|projection_dim|output_dim|projector_dim|channels)", 32),
-    (r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|seq_length|sliding_window|attention_window|max_source_positions|max_target_positions|original_max_position_embeddings|n_position)", 64),
+    (
+        r"(.*_)?(num_attention_heads|n_heads?|num_heads|attention_heads|"
+        r"encoder_attention_heads|decoder_attention_heads|linear_num_key_heads|"
+        r"linear_num_value_heads|index_n_heads)",
+        4,
+    ),
+    (
+        r"(.*_)?(num_hidden_layers|n_layers?|num_layers|encoder_layers|"
+        r"decoder_layers|num_blocks|depth|num_decoder_layers|num_encoder_layers|"
+        r"num_conv_layers)",
+        2,
+    ),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|dff|"
+        r"ff_dim|moe_intermediate_size|ffn_intermediate_size|"
+        r"shared_intermediate_size|mlp_dim|d_inner|dim_feedforward|block_ff_dim|"
+        r"intermediate_dim)",
+        48,
+    ),
+    (
+        r"(.*_)?(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|width|"
+        r"hidden_dim|d_embed|embedding_dim|dim_model|encoder_hidden_size|"
+        r"word_embed_proj_dim|lru_width|projection_dim|output_dim|projector_dim|"
+        r"channels)",
+        32,
+    ),
+    (
+        r"(.*_)?(max_position_embeddings|n_positions|max_seq_len|n_ctx|"
+        r"max_sequence_length|seq_length|sliding_window|attention_window|"
+        r"max_source_positions|max_target_positions|"
+        r"original_max_position_embeddings|n_position)",
+        64,
+    ),
     (r"image_size|img_size|input_size", 32),
     (r"patch_size|tubelet_size", 8),
     (r"(.*_)?(state_size|ssm_state_size|mamba_d_state|mamba_state_dim|d_state)", 8),
@@ -100,36 +142,46 @@ def reduced(config: PreTrainedConfig) -> dict[str, Any]:
 def inputs(model: Any, config: Any) -> dict[str, torch.Tensor]:
     """Returns two inputs for ``model``, with what its forward pass needs besides."""
     torch.manual_seed(3)
-    import inspect
-
     taken = set(inspect.signature(model.forward).parameters)
-    text = config.get_text_config()
-    limit = min(int(getattr(text, "vocab_size", VOCABULARY) or VOCABULARY), VOCABULARY)
-    ids = torch.randint(3, limit, (2, 12))
+    limit = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
+    ids = torch.randint(3, min(int(limit), VOCABULARY), (2, 12))
     main = model.main_input_name
-    found: dict[str, torch.Tensor] = {}
-    if main == "input_ids":
-        found["input_ids"] = ids
+    if main == "input_ids" or (main == "inputs" and "MaskedLM" in type(model).__name__):
+        found = {main: ids}
         if "attention_mask" in taken:
             found["attention_mask"] = torch.ones_like(ids)
-    elif main == "pixel_values":
-        vision = getattr(config, "encoder", None) or getattr(config, "vision_config", None) or config
-        size = getattr(vision, "image_size", None) or 64
-        height, width = (size, size) if isinstance(size, int) else size[-2:]
-        channels = getattr(vision, "num_channels", 3)
-        found["pixel_values"] = torch.randn(2, channels, int(height), int(width))
+    elif main in ("pixel_values", "inputs"):
+        found = {main: _images(config)}
     elif main == "input_features":
-        audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-        bins = next(
-            (int(v) for n in ("num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "feature_size", "input_dim")
-             if (v := getattr(audio, n, None))), 80)  # fmt: skip
-        frames = 2 * int(getattr(audio, "max_source_positions", 32) or 32)
-        shape = (2, bins, frames) if type(model).__name__.startswith("Whisper") else (2, frames, bins)
-        found["input_features"] = torch.randn(shape)
-    elif main == "input_values":
-        found["input_values"] = torch.randn(2, 4000)
+        found = {main: _spectrograms(model, config)}
     else:
-        found[main] = torch.randn(2, 32, 16)
+        found = {main: torch.randn(2, 4000)}
     if "decoder_input_ids" in taken and config.is_encoder_decoder:
         found["decoder_input_ids"] = ids[:, :6]
     return found
+
+
+def _part(config: Any, *names: str) -> Any:
+    return next((p for name in names if (p := getattr(config, name, None))), config)
+
+
+def _images(config: Any) -> torch.Tensor:
+    vision = _part(config, "encoder", "vision_config")
+    size = getattr(vision, "image_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else size[-2:]
+    return torch.randn(2, getattr(vision, "num_channels", 3), int(height), int(width))
+
+
+def _spectrograms(model: Any, config: Any) -> torch.Tensor:
+    audio = _part(config, "audio_config", "encoder_config")
+    names = (
+        "num_mel_bins",
+        "feature_projection_input_dim",
+        "input_feat_per_channel",
+        "feature_size",
+        "input_dim",
+    )
+    bins = next((int(size) for name in names if (size := getattr(audio, name, None))), 80)
+    frames = 2 * int(getattr(audio, "max_source_positions", 32) or 32)
+    whisper = type(model).__name__.startswith("Whisper")
+    return torch.randn((2, bins, frames) if whisper else (2, frames, bins))
