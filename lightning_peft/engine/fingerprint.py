@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_peft.engine.layers.quantized import quantization_constants
@@ -101,6 +101,15 @@ def exact_checksum(tensor: Tensor) -> int:
     total = sum(_weighed(constant) for constant in quantization_constants(tensor))
     octets = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     return (total + checksum(octets)) & _MASK
+
+
+def buffer_checksums(part: nn.Module) -> dict[str, int]:
+    """Returns :func:`exact_checksum` of every persistent buffer of ``part``, by name.
+
+    Running statistics of batch norm are among them, which training changes.
+    """
+    kept = part.state_dict().keys()
+    return {name: exact_checksum(b) for name, b in part.named_buffers() if name in kept}
 
 
 def _weighed(values: Tensor, start: int = 0) -> int:

@@ -22,7 +22,7 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
-from lightning_peft.engine.fingerprint import fingerprint
+from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
 from lightning_peft.engine.layers.in_place import parameter
@@ -283,6 +283,7 @@ def _new_part_record(
         heads=plan.heads,
         saved=plan.saved,
         loaded=loaded,
+        buffers=buffer_checksums(part),
     )
 
 

@@ -54,7 +54,7 @@ def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
     return None
 
 
-def retargeted_by_peft(part: nn.Module, config: PeftConfig) -> list[str]:
+def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:
     """Returns what PEFT changes in ``config`` when it loads an adapter onto ``part``.
 
     Args:

@@ -75,6 +75,7 @@ class PartRecord:
         loaded: Fingerprint of all parameters, heads included, taken before anything changed.
         replaced: Names of base parameters and buffers whose values came from an adapter folder, so
             that checkpoints and folders hold them.
+        buffers: Checksums of the persistent buffers by name, taken before anything changed.
     """
 
     name: str
@@ -91,6 +92,7 @@ class PartRecord:
     changed_base: Fingerprint | None = None
     was_wrapped: bool = False
     replaced: list[str] = field(default_factory=list)
+    buffers: dict[str, int] = field(default_factory=dict)
     loaded: Fingerprint = field(default_factory=lambda: Fingerprint((), (), ()))
 
     def qualified(self, name: str) -> str:

@@ -58,6 +58,17 @@ def test_peft_would_take_other_layers_of_a_model_with_experts():
     assert not retargeted_by_peft(model_of(EXPERTS), LoraConfig(target_modules=["q_proj"]))
 
 
+def test_saving_says_that_peft_would_adapt_other_layers(tmp_path):
+    model = model_of(EXPERTS)
+    base = copy.deepcopy(model)
+    lightning_peft.inject(model, r=4, init_lora_weights=False)
+    with pytest.warns(UserWarning, match="target_parameters becomes .'down_proj', 'gate_up_proj'"):
+        lightning_peft.save_adapter(model, tmp_path)
+    lightning_peft.load_adapter(base, tmp_path)
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(base.eval()(ids).logits, model(ids).logits)
+
+
 def test_a_refusal_of_peft_leaves_the_config_on_the_model():
     model = model_of(EXPERTS)
     seen = []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_SWIN = {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16, "window_size": 4}  # fmt: skip
+_SWIN = {
+    "image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2], "embed_dim": 16,
+    "window_size": 4,
+}  # fmt: skip
 _NORMAL = {"rope_type": "default", "rope_theta": 10000.0}
 _BY_TYPE = {"full_attention": _NORMAL, "sliding_attention": _NORMAL}
 

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import adapter_parameters, trained_heads
-from lightning_peft.engine.files.base_tensors import keys_in_file
+from lightning_peft.engine.configuration import config_from_dict
+from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
 from lightning_peft.engine.files.computed_otherwise import computed_otherwise
 from lightning_peft.engine.files.for_peft import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.lora import low_rank_factors
+from lightning_peft.engine.model_types import retargeted_by_peft
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.record import AdapterInfo, PartRecord
 from lightning_peft.engine.selection.parts import inside
@@ -126,6 +128,7 @@ def adapter_tensors(
         tensors = get_peft_model_state_dict(part, adapter_name=name, save_embedding_layers=False)
     state = part.state_dict()
     tensors |= {key: state[live] for live, key in keys_in_file(entry, info.targets).items()}
+    tensors |= changed_buffers(part, entry)
     owners = saved_modules(part, entry, name) if saved is None else list(saved)
     adapters = adapter_parameters(part)
     tensors |= {
@@ -203,8 +206,10 @@ def differences_in_peft(part: nn.Module, entry: PartRecord, name: str) -> list[s
 
     This package reads them as they were meant.
     """
+    fields = exported_config(part, entry, name)
     return [
         *replaced_under_one_name(part, entry.adapters[name].targets),
+        *retargeted_by_peft(part, config_from_dict(fields)),
         *computed_otherwise(part, entry, name),
     ]
 

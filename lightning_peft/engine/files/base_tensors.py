@@ -1,7 +1,7 @@
-"""Weights of the base that a folder brings, as PEFT does for embeddings with an adapter.
+"""Weights and buffers of the base that a folder brings.
 
-PEFT writes them with ``save_embedding_layers``, for vocabularies that were resized, and puts them
-in the place of the base's own.
+PEFT writes embeddings with ``save_embedding_layers``, for vocabularies that were resized, and puts
+them in the place of the base's own. Running statistics that training changed are in our folders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.fingerprint import buffer_checksums
 from lightning_peft.engine.record import PartRecord
 
 _WRAPPED = ".base_layer."
@@ -92,6 +93,18 @@ def hold_in_files(module: nn.Module, entry: PartRecord, names: Iterable[str]) ->
     }
     plain = {name.replace(_WRAPPED, ".") for name in entry.replaced}
     entry.base = entry.base.only(lambda name: name not in plain)
+
+
+def changed_buffers(part: nn.Module, entry: PartRecord) -> dict[str, Tensor]:
+    """Returns the persistent buffers that are not as they were loaded, by name.
+
+    Training moves the running statistics of batch norm, and the adapter was trained with them.
+    PEFT puts them into the base as well.
+    """
+    now = buffer_checksums(part)
+    changed = [name for name, total in entry.buffers.items() if now.get(name, total) != total]
+    buffers = dict(part.named_buffers())
+    return {name: buffers[name] for name in changed}
 
 
 def keys_in_file(entry: PartRecord, targets: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ import inspect
 import re
 from functools import cache
 from types import FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +28,7 @@ def rewritten_layers(part: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, child in part.named_modules():
-        origin = recipe_of(child)[2]
+        origin: Any = recipe_of(child)[2]
         for suffix in _changed_by(origin):
             inner = [n for n, _ in child.named_modules() if n == suffix or n.endswith(f".{suffix}")]
             found |= {f"{name}.{n}".lstrip("."): origin.__name__ for n in inner}
@@ -35,7 +36,7 @@ def rewritten_layers(part: nn.Module) -> dict[str, str]:
 
 
 @cache
-def _changed_by(cls: type[nn.Module]) -> tuple[str, ...]:
+def _changed_by(cls: Any) -> tuple[str, ...]:
     """Returns the dotted names, below an instance of ``cls``, of layers that its code changes."""
     if cls.__module__.startswith("torch."):
         return ()
