@@ -16,6 +16,7 @@ NOT_TRIED = {
     "Gemma3nForConditionalGeneration": "needs the package timm",
     "Gemma4AssistantForCausalLM": "runs on the caches of another model",
     "Gemma4UnifiedAssistantForCausalLM": "runs on the caches of another model",
+    "GraniteSpeech5ForCTC": _PARTS,
     "KyutaiSpeechToTextForConditionalGeneration": _PARTS,
     "LevitForImageClassification": _PARTS,
     "MoonshineStreamingForConditionalGeneration": _PARTS,
@@ -33,5 +34,6 @@ NOT_TRIED = {
     "SpeechEncoderDecoderModel": "is made of two models that are given",
     "TimmWrapperForImageClassification": "needs the package timm",
     "VibeVoiceAsrForConditionalGeneration": "is too large with all parts at their smallest",
+    "VibeVoiceForConditionalGeneration": "is too large with all parts at their smallest",
     "VoxtralRealtimeForConditionalGeneration": _INPUTS,
 }

@@ -154,6 +154,8 @@ def inputs(model: Any, config: Any) -> dict[str, torch.Tensor]:
         found = {main: _images(config)}
     elif main == "input_features":
         found = {main: _spectrograms(model, config)}
+    elif hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        found = {main: torch.randn(2, config.max_length, config.num_mel_bins)}
     else:
         found = {main: torch.randn(2, 4000)}
     if "decoder_input_ids" in taken and config.is_encoder_decoder:
