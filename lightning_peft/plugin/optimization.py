@@ -35,7 +35,7 @@ def hold_adapters(strategy: Any) -> list[Any]:
     real = real_optimizers(strategy)
     known = {id(optimizer) for optimizer in real}
     kept = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
-    told = engine.hold_adapters(module, [*real, *kept])
+    told = engine.hold_adapters(module, real or kept, kept if real else ())
     if told:
         say(strategy, f"{'; '.join(told)}.")
     return real or kept

@@ -283,6 +283,58 @@ def test_flat_vectors_are_as_long_as_what_trains(tmp_path):
     assert state["d"].numel() == sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Steps another optimizer, and keeps slow weights in lists of its own."""
+
+    def __init__(self, params):
+        self.inner = torch.optim.SGD(params, lr=0.1)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+        self.slow = [[p.detach().clone() for p in g["params"]] for g in self.param_groups]
+
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        for group, slow in zip(self.param_groups, self.slow, strict=True):
+            for param, kept in zip(group["params"], slow, strict=True):
+                param.data.copy_(kept.lerp_(param.data, 0.5))
+        return loss
+
+
+class Apart(torch.optim.Optimizer):
+    """Steps another optimizer, which has lists of its own."""
+
+    def __init__(self, params):
+        params = list(params)
+        super().__init__(params, {"lr": 0.1})
+        self.inner = torch.optim.SGD(params, lr=0.1)
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("cls", [Lookahead, Apart])
+def test_optimizers_with_lists_of_their_own(cls, tmp_path):
+    class Made(Late):
+        def make(self):
+            return cls(p for p in self.parameters() if self.all or p.requires_grad)
+
+        all = True
+
+    message = f"{cls.__name__} holds weights of the frozen base, and they cannot leave it"
+    for early, method in ((True, "lora"), (True, "qlora"), (False, "qlora")):
+        module = (
+            type("Early", (Made,), {"configure_optimizers": lambda m: m.opt}) if early else Made
+        )()
+        with pytest.raises(LifecycleError, match=message):
+            trainer(tmp_path, method).fit(module, loader())
+        assert module.losses == []
+    for everything, method in ((True, "lora"), (False, "lora"), (False, "qlora")):
+        module = Made()
+        module.all = everything
+        trainer(tmp_path, method).fit(module, loader())
+        assert moved(module) == BOTH
+
+
 def test_states_that_cannot_be_made_again_are_refused(tmp_path):
     class Refusing(InConstructor):
         def make(self):

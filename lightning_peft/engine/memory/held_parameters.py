@@ -19,7 +19,9 @@ from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 
 
-def hold_adapters(module: nn.Module, optimizers: Iterable[Any]) -> list[str]:
+def hold_adapters(
+    module: nn.Module, optimizers: Iterable[Any], others: Iterable[Any] = ()
+) -> list[str]:
     """Puts the adapters into optimizers that hold the weights below them and not the adapters.
 
     Groups stay the same objects with their hyperparameters, and schedulers keep them. Dense weights
@@ -29,16 +31,19 @@ def hold_adapters(module: nn.Module, optimizers: Iterable[Any]) -> list[str]:
 
     Args:
         module: The user's module, with adapters.
-        optimizers: All optimizers that are to train it.
+        optimizers: The optimizers that are to train it.
+        others: Optimizers that the module keeps besides, and may step; what cannot be changed of
+            them is left.
 
     Returns:
         What was done, one sentence for each optimizer that got adapters.
 
     Raises:
-        LifecycleError: If an optimizer made states for the weights in its constructor, and cannot
-            be asked for those of the adapters.
+        LifecycleError: If an optimizer of a class of its own keeps lists of tensors besides its
+            groups, which would not fit them any more; or made states for the weights in its
+            constructor, and cannot be asked for those of the adapters.
     """
-    kept = [optimizer for optimizer in optimizers if hasattr(optimizer, "param_groups")]
+    kept = [*optimizers, *(optimizer for optimizer in others if not _keeps_more(optimizer))]
     held = {id(param) for optimizer in kept for param in _parameters(optimizer)}
     exchange = _Exchange(module, held)
     told = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
@@ -74,11 +79,41 @@ def _parameters(optimizer: Any) -> list[torch.Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def _is_known(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
+
+
 def _skips_idle(optimizer: Any) -> bool:
     """Says whether an optimizer is known to leave parameters without a gradient alone."""
-    cls = type(optimizer)
-    known = cls.__module__.partition(".")[0] in ("torch", "bitsandbytes")
-    return known and not isinstance(optimizer, torch.optim.LBFGS)
+    return _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _keeps_more(optimizer: Any) -> bool:
+    """Says whether an optimizer has tensors of its own besides groups and states.
+
+    Such as the slow weights of Lookahead, in lists that go with the groups, one flat buffer for all
+    parameters, or another optimizer that has other groups.
+    """
+    if _is_known(optimizer):
+        return False
+    shared = {id(group["params"]) for group in optimizer.param_groups}
+    return any(
+        _has_tensors(value, shared)
+        for name, value in getattr(optimizer, "__dict__", {}).items()
+        if name not in ("param_groups", "state", "defaults")
+    )
+
+
+def _has_tensors(value: Any, shared: set[int]) -> bool:
+    if id(value) in shared:
+        return False
+    if isinstance(value, torch.Tensor):
+        return value.numel() > 1
+    if isinstance(value, torch.optim.Optimizer):
+        return any(id(group["params"]) not in shared for group in value.param_groups)
+    if isinstance(value, (list, tuple, dict)):
+        return any(_has_tensors(one, shared) for one in _items(value))
+    return False
 
 
 class _Exchange:
@@ -108,6 +143,9 @@ class _Exchange:
     def apply(self, index: int, optimizer: Any) -> str | None:
         """Changes the groups of one optimizer; returns what was done to it, if adapters came."""
         weights = 0
+        if _keeps_more(optimizer):
+            self._refuse(optimizer)
+            return None
         for group in optimizer.param_groups:
             before = list(group["params"])
             names = group.get("param_names", [None] * len(before))
@@ -140,6 +178,18 @@ class _Exchange:
             f"optimizer {index} ({type(optimizer).__name__}) held {weights} frozen weights; the "
             "adapters on them train in their place"
         )
+
+    def _refuse(self, optimizer: Any) -> None:
+        """Raises if parameters would have to leave ``optimizer``, or to come in."""
+        for param in _parameters(optimizer):
+            codes = id(param) in self.frozen and not param.is_floating_point()
+            if codes or quantized_later(param) is not None or self._take(param):
+                raise LifecycleError(
+                    f"{type(optimizer).__name__} holds weights of the frozen base, and they cannot "
+                    "leave it: it keeps tensors of its own that go with its parameters. Make it "
+                    "inside configure_optimizers, of the parameters that train: "
+                    "[p for p in self.parameters() if p.requires_grad]."
+                )
 
     def _take(self, param: torch.Tensor) -> list[nn.Parameter]:
         """Returns the adapters that stand for a frozen weight and are in no optimizer yet."""
