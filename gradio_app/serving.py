@@ -86,6 +86,10 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
         "head": look.head(titles()),
         "auth": password,
         "root_path": os.environ.get("GRADIO_ROOT_PATH"),
+        # Gradio announces the end of an event under a name that it has no text for.
+        "i18n": import_module("gradio").I18n(
+            **{one: {"common.complete": Texts(one)("frame.complete")} for one in LANGUAGES}
+        ),
     }
     if settings.space:
         starlette = import_module("starlette.middleware")

@@ -27,7 +27,7 @@ class Said:
 
 
 def side_by_side(runs: Sequence[Run]) -> list[Said]:
-    """Returns prompts and answers; those that most runs were asked come first."""
+    """Returns prompts that more than one run was asked; those of most runs come first."""
     asked: dict[str, str] = {}
     answers: list[dict[str, str]] = []
     for run in runs:
@@ -43,4 +43,5 @@ def side_by_side(runs: Sequence[Run]) -> list[Said]:
         Said(prompt, expected, tuple(said.get(prompt) for said in answers))
         for prompt, expected in asked.items()
     ]
-    return sorted(found, key=lambda one: one.answers.count(None))[:MOST_ROWS]
+    shared = [one for one in found if len(runs) - one.answers.count(None) > 1]
+    return sorted(shared, key=lambda one: one.answers.count(None))[:MOST_ROWS]

@@ -61,6 +61,20 @@ class Export:
         return not self.active and self.output.is_dir()
 
     @property
+    def unfinished(self) -> bool:
+        """Whether something is left to do by hand: a Modelfile that says nothing of turns.
+
+        Ollama sends prompts as they are then, which a model that was trained on turns has not seen.
+        """
+        if self.wish.format != "ollama" or not self.whole:
+            return False
+        try:
+            text = (self.output / "Modelfile").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return not re.search(r"^\s*TEMPLATE\b", text, re.MULTILINE | re.IGNORECASE)
+
+    @property
     def progress(self) -> tuple[str, int | None]:
         """What is being done, and how much of it in percent, where that is known."""
         lines = list(_PROGRESS.finditer(tail(self.folder / LOG)))

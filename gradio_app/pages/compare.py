@@ -8,6 +8,7 @@ import gradio as gr
 
 from gradio_app.comparing.chosen import MOST, Chosen, choose, ids_in
 from gradio_app.comparing.series import AXES, LOSSES, curve
+from gradio_app.comparing.validation_rows import comparable
 from gradio_app.pages import compare_html
 from gradio_app.pages.frame import heading, private, when_opened
 from gradio_app.pages.plot import Series, plot
@@ -150,7 +151,7 @@ class ComparePage:
             notice,
             gr.Column(visible=True),
             drawn,
-            compare_html.summary(curves, loss, axis, t),
+            compare_html.summary(curves, loss, axis, comparable(found.runs), t),
             compare_html.table(curves, axis, t),
             compare_html.outcomes(found, metrics, t),
             compare_html.differing(found, t),

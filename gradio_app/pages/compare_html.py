@@ -10,6 +10,7 @@ from gradio_app.comparing.recipes import differences
 from gradio_app.comparing.samples import side_by_side
 from gradio_app.guards import escaped
 from gradio_app.pages.states import badge
+from gradio_app.recipe.fields import BY_PATH
 from gradio_app.running.metrics import Metrics
 from gradio_app.running.words import duration, number, size
 from gradio_app.texts import Texts
@@ -19,6 +20,13 @@ TABLE_ROWS = 12
 _CELL = 400
 _MOST_DIFFERENCES = 60
 _NOTHING = "\u2013"
+# Settings that are chosen in other steps of the form than its fields.
+_CHOSEN = {
+    "model.class_path": "task",
+    "model.init_args.model": "model",
+    "data.init_args.data": "data",
+    "trainer.strategy.class_path": "method",
+}
 
 
 def notice(found: Chosen, offered: int, t: Texts) -> str:
@@ -47,8 +55,16 @@ def _empty(chosen: int, offered: int, t: Texts) -> str:
     return f'<div class="nothing" role="status">{text}</div>'
 
 
-def summary(curves: Curves, loss: str, axis: str, t: Texts) -> str:
-    """Returns in sentences what the curves show."""
+def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str:
+    """Returns in sentences what the curves show.
+
+    Args:
+        curves: Points of each run.
+        loss: Which loss they are of.
+        axis: What they are over.
+        ranked: Whether their losses can be ranked: of other rows they cannot.
+        t: Texts.
+    """
     said, ends = [], {}
     for label, points in curves.items():
         if not points:
@@ -66,7 +82,9 @@ def summary(curves: Curves, loss: str, axis: str, t: Texts) -> str:
                 least=number(least),
             )
         )
-    if len(ends) > 1:
+    if not ranked:
+        said.insert(0, t("compare.not_comparable"))
+    elif len(ends) > 1:
         best = min(ends, key=lambda label: ends[label])
         said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=number(ends[best])))
     items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in said)
@@ -147,11 +165,11 @@ def differing(found: Chosen, t: Texts) -> str:
         parts.append(f'<p class="note">{escaped(text)}</p>')
     rows = [
         (name, [_NOTHING if value is None else _short(value) for value in values])
-        for name, values in seen.rows[:_MOST_DIFFERENCES]
-    ]
+        for name, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
+    ][:_MOST_DIFFERENCES]
     if rows:
         head = [t("compare.setting"), *found.labels]
-        parts.append(_table(t("compare.settings"), head, rows, code=True))
+        parts.append(_table(t("compare.settings"), head, rows, settings=t))
     else:
         parts.append(f"<p>{t('compare.no_difference')}</p>")
     rest = len(seen.rows) - len(rows)
@@ -160,11 +178,20 @@ def differing(found: Chosen, t: Texts) -> str:
     return "".join(parts)
 
 
+def _label(path: str, t: Texts) -> str:
+    """Returns what the form calls a setting; empty for one that it does not have."""
+    if path in BY_PATH:
+        return t(f"fields.{BY_PATH[path].key}")
+    return t(f"compare.path_{_CHOSEN[path]}") if path in _CHOSEN else ""
+
+
 def samples(found: Chosen, t: Texts) -> str:
     """Returns what the runs said to the same prompts."""
     title, said = t("compare.samples"), side_by_side(found.runs)
     if not said:
-        return f'<h2>{title}</h2><p class="note">{t("compare.no_samples")}</p>'
+        asked = any(run.folder.samples.is_file() for run in found.runs)
+        why = t("compare.no_shared_samples" if asked else "compare.no_samples")
+        return f'<h2>{title}</h2><p class="note">{why}</p>'
     head = [t("run.prompt"), t("run.expected"), *found.labels]
     rows = [
         (
@@ -195,7 +222,7 @@ def _table(
     *,
     heads: Iterable[str] = (),
     kind: str = "",
-    code: bool = False,
+    settings: Texts | None = None,
 ) -> str:
     """Returns a table that scrolls inside itself.
 
@@ -205,13 +232,17 @@ def _table(
         rows: Title and cells of each row.
         heads: Titles that are HTML already, after the others.
         kind: CSS class.
-        code: Whether the titles of rows are names of settings.
+        settings: Texts, where the titles of rows are paths of settings.
     """
     titles = [*map(escaped, head), *heads]
     top = "".join(f'<th scope="col">{title}</th>' if title else "<td></td>" for title in titles)
     body = ""
     for title, cells in rows:
-        name = f"<code>{escaped(title)}</code>" if code else escaped(title)
+        name = escaped(title)
+        if settings is not None:
+            label = _label(title, settings)
+            name = f'<span title="{name}">{escaped(label)}</span>' if label else name
+            name = name if label else f"<code>{name}</code>"
         body += f'<tr><th scope="row">{name}</th>'
         body += "".join(f"<td>{escaped(cell) or _NOTHING}</td>" for cell in cells) + "</tr>"
     return (

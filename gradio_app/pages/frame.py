@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
 from gradio.context import Context
@@ -50,7 +51,7 @@ def framed(studio: Studio, t: Texts, page: str) -> Iterator[None]:
     seen = gr.State("")
 
     def look(before: str, request: gr.Request) -> tuple[object, object]:
-        text = going_on(studio, t, request)
+        text = going_on(studio, t, request, page)
         return (gr.skip(), gr.skip()) if text == before else (text, text)
 
     news.tick(look, seen, [now, seen], **quiet())
@@ -106,9 +107,29 @@ def _current(is_current: bool) -> str:
     return ' aria-current="page"' if is_current else ""
 
 
-def going_on(studio: Studio, t: Texts, request: gr.Request) -> str:
-    """Returns the HTML that says which run of this visitor is going on; empty if there is none."""
+def shown_run(request: gr.Request) -> str:
+    """Returns which run the address of a visitor's page names; empty if none.
+
+    Where the page is opened, that is the address of the request; later it is where that comes from.
+    """
+    return str(request.query_params.get("run") or "") or referring_run(request)
+
+
+def referring_run(request: gr.Request) -> str:
+    """Returns which run the page names that a request comes from; empty if none."""
+    query = parse_qs(urlsplit(str(request.headers.get("referer", ""))).query)
+    return (query.get("run") or [""])[0]
+
+
+def going_on(studio: Studio, t: Texts, request: gr.Request, page: str) -> str:
+    """Returns the HTML that says which run of this visitor is going on; empty if there is none.
+
+    The page of a run says of others alone.
+    """
     runs = studio.store.list(owner_of(request, studio.settings.space))
+    if page == "run":
+        here = shown_run(request)
+        runs = [run for run in runs if run.id != here]
     active, waiting = [run for run in runs if run.active], [run for run in runs if run.waiting]
     if not active and not waiting:
         return ""

@@ -8,6 +8,7 @@ import gradio as gr
 
 from gradio_app.errors import Refused
 from gradio_app.pages import home_html
+from gradio_app.pages.asking import CLICKS
 from gradio_app.pages.frame import heading, private, quiet, when_opened
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
@@ -19,15 +20,6 @@ from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
 
 SECONDS = 2.0
-# Buttons of a list tell which run they belong to; what arrives is checked like all that arrives.
-_CLICKS = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-act]');
-  if (!button || button.disabled) return;
-  if (button.dataset.asks && !window.confirm(button.dataset.asks)) return;
-  trigger('click', { act: button.dataset.act, run: button.dataset.run });
-});
-"""
 
 
 def build(studio: Studio, t: Texts) -> None:
@@ -37,7 +29,7 @@ def build(studio: Studio, t: Texts) -> None:
     machine = markup("", elem_id="machine")
     now = markup("", elem_id="running-now")
     _cards(studio, t)
-    lists = markup("", elem_id="runs", js_on_load=_CLICKS)
+    lists = markup("", elem_id="runs", js_on_load=CLICKS)
     page, seen = gr.State(1), gr.Textbox(visible=False)
     outputs = [now, lists, page, seen]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradio_app.guards import escaped
+from gradio_app.pages.asking import opener, question
 from gradio_app.pages.states import badge, left, name_of, percent, phase
 from gradio_app.running.machine import Machine
 from gradio_app.running.store import Run
@@ -164,11 +165,20 @@ def _row(run: Run, t: Texts) -> str:
     middle = "".join(
         f'<td data-label="{t(f"home.{name}")}">{cell}</td>' for name, cell in cells.items()
     )
-    delete = "" if run.active else _button("delete", run, t, asks=t("home.sure_delete"))
     return (
         f'<tr><th scope="row"><a href="{_url(run, t)}">{name_of(run)}</a></th>{middle}'
-        f'<td class="does">{delete}</td></tr>'
+        f'<td class="does">{"" if run.active else _delete(run, t)}</td></tr>'
     )
+
+
+def _delete(run: Run, t: Texts) -> str:
+    label = t("home.delete_named", name=run.name)
+    asked = t("run.sure_delete", name=run.name, size=size(run.bytes))
+    yes = (
+        f'<button type="button" class="as-button danger" data-act="delete" data-run="{run.id}">'
+        f"{t('run.yes_delete')}</button>"
+    )
+    return opener(run.id, t("home.delete"), label) + question(run.id, asked, yes, t)
 
 
 def _pages(page: Listed, t: Texts) -> str:
@@ -184,11 +194,10 @@ def _pages(page: Listed, t: Texts) -> str:
     return f'<div class="pages">{newer}<span>{said}</span>{older}</div>'
 
 
-def _button(act: str, run: Run, t: Texts, off: bool = False, asks: str = "") -> str:
+def _button(act: str, run: Run, t: Texts, off: bool = False) -> str:
     label = escaped(t(f"home.{act}_named", name=run.name))
-    asked = f' data-asks="{escaped(asks)}"' if asks else ""
     return (
-        f'<button type="button" class="as-button" data-act="{act}" data-run="{run.id}"{asked} '
+        f'<button type="button" class="as-button" data-act="{act}" data-run="{run.id}" '
         f'aria-label="{label}"{" disabled" if off else ""}>{t(f"home.{act}")}</button>'
     )
 

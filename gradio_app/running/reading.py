@@ -18,6 +18,11 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # What no browser should be sent: control characters besides the end of a line and the tab.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
+# Adverts of Lightning, kernels that bitsandbytes looks for in vain, and bars of tqdm.
+_NOISE = re.compile(
+    r"litlogger|LitLogger|Failed to load CPU gemm_4bit_forward|\d+%\|.*\| *[\d.]+\w*/[\d.]+\w* \["
+)
+
 
 def json_object(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; an empty one where there is none."""
@@ -54,6 +59,11 @@ def parsed_row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def without_noise(text: str) -> str:
+    """Returns a log without what other libraries write into every one: adverts, finished bars."""
+    return "\n".join(line for line in text.split("\n") if not _NOISE.search(line))
 
 
 def tail(file: Path, lines: int = LOG_LINES) -> str:

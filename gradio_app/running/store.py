@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -94,6 +96,16 @@ class Run:
         names = {one.name: one.step for one in self.checkpoints()}
         step = names.get(newest.stem) if newest is not None else None
         return self.status.step if step is None else step
+
+    @property
+    def bytes(self) -> int:
+        """How much disk it takes, exports included; what is being deleted counts no more."""
+        total = 0
+        for folder, _, names in os.walk(self.folder.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+        return total
 
     def checkpoints(self) -> list[Checkpoint]:
         """Returns the adapters it has saved: the best ones first, then the newest."""

@@ -23,11 +23,14 @@ class GeneratedSample:
         prompt: What the model was given, as text.
         expected: What the row says.
         generated: What the model says.
+        cut: Whether it was ended at the most tokens that it may have, not by the model; ``None``
+            where that is not known.
     """
 
     prompt: str
     expected: str
     generated: str
+    cut: bool | None = None
 
 
 class Generates(Protocol):
@@ -96,5 +99,10 @@ def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) ->
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if filler is None else filler,
     )
-    texts = (ids[:first], ids[first:], found[first:].tolist())
-    return GeneratedSample(*(tokenizer.decode(text, skip_special_tokens=True) for text in texts))
+    said = found[first:].tolist()
+    prompt, expected, generated = (
+        tokenizer.decode(text, skip_special_tokens=True)
+        for text in (ids[:first], ids[first:], said)
+    )
+    cut = len(said) >= max_new_tokens and said[-1] != tokenizer.eos_token_id
+    return GeneratedSample(prompt, expected, generated, cut)

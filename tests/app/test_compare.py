@@ -12,8 +12,11 @@ from gradio_app.comparing.outcomes import outcome_of
 from gradio_app.comparing.recipes import differences
 from gradio_app.comparing.samples import side_by_side
 from gradio_app.comparing.series import curve
+from gradio_app.comparing.validation_rows import comparable
+from gradio_app.pages import compare_html
 from gradio_app.running.metrics import Metrics
 from gradio_app.running.store import RunStore
+from gradio_app.texts import Texts
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import FAKE, recipe, settings
 from tests.app.servers import environment
@@ -86,13 +89,68 @@ def test_curves_outcomes_and_samples(store, tmp_path):
     assert outcome.before == {"val_loss": 3.15}
     assert outcome.after["val_loss"] == pytest.approx(steps[-1][1])
     assert (outcome.steps, outcome.seconds) == (20, 2.5)
-    said = side_by_side([one, other])
-    assert [row.prompt for row in said] == ["What colour is the sky?", "Why?"]
-    assert said[0].answers == ("blue, as all know", None)
+    # What one of them was asked alone is not compared.
+    assert side_by_side([one, other]) == []
+    again = finished(store, tmp_path, "again", steps=10)
+    said = side_by_side([one, other, again])
+    assert [row.prompt for row in said] == ["What colour is the sky?"]
+    assert said[0].answers == ("blue, as all know", None, "blue, as all know")
     # A run that is going on has no result yet, and its last validation counts.
     one.folder.result.unlink()
     assert outcome_of(one, metrics).before == {"val_loss": 3.15}
     assert outcome_of(one, metrics).after == {"val_loss": steps[-1][1]}
+
+
+def test_only_runs_on_the_same_rows_are_ranked(store):
+    def validated(**changes):
+        run = store.create("local", changes.pop("recipe", recipe()), "a run")
+        counts = {"rows": 17, "tokens": 900, "trained_tokens": 310}
+        encoding = {"tokenizer": "6ff5", "chat_template": "plain", "max_length": 512}
+        record = {
+            "data": "/one/rows.jsonl",
+            "rows": 320,
+            "split_by": {"by": "content", "seed": 0, "shares": {"validation": 0.05}},
+            "splits": {"train": {"rows": 303}, "validation": counts},
+            "settings": {
+                "encoding": {**encoding, "max_length": 512, **changes.pop("encoding", {})}
+            },
+            **changes,
+        }
+        run.folder.write(run.folder.provenance, {"data": record})
+        return run
+
+    one = validated()
+    # Elsewhere on disk, with another longest row and other training rows: validated on the same.
+    same = validated(data="/two/rows.jsonl", encoding={"max_length": 1024})
+    assert comparable([one, same])
+    limited = "trainer: {limit_val_batches: 2}\n"
+    others = [
+        validated(data="/one/demo.jsonl"),
+        validated(splits={"validation": {"rows": 17, "tokens": 901, "trained_tokens": 310}}),
+        validated(split_by={"by": "content", "seed": 1, "shares": {"validation": 0.05}}),
+        validated(encoding={"tokenizer": "other"}),
+        validated(encoding={"system_prompt": "Be brief."}),
+        validated(recipe=limited),
+        store.create("local", recipe(), "has not begun"),
+    ]
+    for other in others:
+        assert not comparable([one, same, other])
+    assert comparable([others[5], validated(recipe=limited)])
+    curves = {"A one": [(0.0, 3.0), (5.0, 1.0)], "B other": [(0.0, 3.0), (5.0, 0.5)]}
+    ranked = compare_html.summary(curves, "val_loss", "step", True, Texts())
+    assert "Lowest at the end: B other, Validation loss 0.5." in ranked
+    unranked = compare_html.summary(curves, "val_loss", "step", False, Texts())
+    assert "Lowest" not in unranked
+    assert "Not ranked" in unranked
+
+
+def test_settings_have_the_names_of_the_form(store):
+    one = store.create("local", "model: {init_args: {learning_rate: 1e-4}}\nfake: {a: 1}\n", "one")
+    other = store.create("local", "model: {init_args: {learning_rate: 2e-4}}\nfake: {a: 2}\n", "b")
+    shown = compare_html.differing(choose(store, "local", [one.id, other.id]), Texts())
+    assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
+    assert "<code>fake.a</code>" in shown
+    assert shown.index("Learning rate") < shown.index("fake.a")
 
 
 def test_long_curves_are_thinned(tmp_path):

@@ -28,8 +28,11 @@ from gradio_app.exporting.exports import Exports, pusher_environment
 from gradio_app.exporting.loading_code import loading_code
 from gradio_app.exporting.sizes import base_size
 from gradio_app.exporting.wishes import checked_wish
+from gradio_app.pages.run import exporting_html
 from gradio_app.running.store import RunStore
 from gradio_app.settings import DEMO_LIMITS, Settings
+from gradio_app.texts import Texts
+from lightning_peft.runs.status import write_json
 from tests.app import servers
 from tests.app.attacking import call
 from tests.app.browsing import PHONE, overflow, screenshot, violations
@@ -297,7 +300,7 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_text("is no name on the hub").wait_for()
     page.get_by_label("Repository").fill("me/mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
-    page.get_by_text("Being made").wait_for()
+    page.get_by_text("Exporting").wait_for()
     screenshot(page, "export-going")
     open_tab(page, site, run)
     page.get_by_text("It goes on if you close this tab").wait_for()
@@ -317,7 +320,7 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     token = page.get_by_label("Token of your account")
     token.fill(TOKEN)
     page.get_by_role("button", name="Upload", exact=True).click()
-    page.get_by_text("Being made").wait_for()
+    page.get_by_text("Exporting").wait_for()
     token.wait_for(state="detached")
     page.locator("#export-list").get_by_text("Uploaded").wait_for(timeout=60_000)
     (made,) = Hub.made
@@ -347,10 +350,35 @@ def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store
     page.get_by_role("button", name="Export", exact=True).click()
     page.get_by_role("button", name="Cancel", exact=True).click()
     page.locator("#export-list").get_by_text("Cancelled").wait_for()
-    page.once("dialog", lambda dialog: dialog.accept())
-    page.locator("#export-list").get_by_role("button", name="Delete").click()
+    page.locator("#export-list").get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_text("Delete this export, Quantized model (").wait_for()
+    page.locator("#export-list").get_by_role("button", name="Yes, delete it").click()
     page.locator("#export-list article").wait_for(state="detached")
     assert list((run.folder.path / "exports").iterdir()) == []
+
+
+def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
+    folder = tmp_path / "for-ollama"
+    (folder / "output").mkdir(parents=True)
+    write_json(folder / "export.json", {"wish": {"format": "ollama", "checkpoint": "best"}})
+    write_json(folder / "result.json", {"files": [], "commands": [], "notes": []})
+    modelfile = folder / "output" / "Modelfile"
+    for text, ready in (
+        ("FROM ./model\nADAPTER ./adapter\n", False),
+        ("FROM ./model\n# TEMPLATE is missing\n", False),
+        ('FROM ./model\nTEMPLATE """{{ .Prompt }}"""\n', True),
+        ('FROM ./model\ntemplate "{{ .Prompt }}"\n', True),
+    ):
+        modelfile.write_text(text)
+        export = exports_room.read(folder, working=False)
+        assert export.unfinished is not ready
+        shown = exporting_html._head(export, Texts())
+        look, words = ("finished", "Ready") if ready else ("unfinished", "Needs a template")
+        assert f'class="badge {look}"' in shown
+        assert words in shown
+    other = replace(export, wish=replace(export.wish, format="merged"))
+    modelfile.write_text("FROM ./model\n")
+    assert not other.unfinished
 
 
 @pytest.mark.long

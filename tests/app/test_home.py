@@ -12,6 +12,7 @@ from gradio_app.recipe.content import laid_over
 from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.machine import Machine
 from gradio_app.running.store import RunStore
+from gradio_app.running.words import size
 from gradio_app.texts import LANGUAGES, Texts
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import queued, recipe, settings
@@ -46,10 +47,17 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     assert row.get_by_text("CausalLM QLoRA").is_visible()
     assert row.get_by_text("0.7634").is_visible()
     (run,) = store.list("local")
-    page.once("dialog", lambda dialog: dialog.dismiss())
-    row.get_by_role("button", name="Delete").click()
-    page.once("dialog", lambda dialog: dialog.accept())
-    row.get_by_role("button", name="Delete").click()
+    row.get_by_role("button", name="Delete Two-minute demo").click()
+    # The question names the run and its size, and stays while the list is sent again.
+    words = f"Delete Two-minute demo with its checkpoints and numbers ({size(run.bytes)})"
+    row.get_by_text(words).wait_for()
+    store.rename("local", run.id, "Two-minute demo 2")
+    asked = row.get_by_text("Delete Two-minute demo 2 with its checkpoints and numbers")
+    asked.wait_for()
+    row.get_by_role("button", name="No, keep it").click()
+    asked.wait_for(state="hidden")
+    row.get_by_role("button", name="Delete Two-minute demo").click()
+    row.get_by_role("button", name="Yes, delete it").click()
     page.get_by_text("No runs yet.").wait_for()
     assert not run.folder.path.exists()
 
@@ -78,6 +86,9 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     page.locator("#now").get_by_text("1 running, 2 waiting").wait_for()
     page.locator("#now").get_by_role("link", name=re.compile("long, ")).click()
     page.get_by_role("heading", name="long").wait_for()
+    # The page of the run that goes on does not say it again.
+    page.locator("#now").get_by_text("2 waiting").wait_for()
+    assert "running" not in page.locator("#now").inner_text()
     for run in store.list("local"):
         if run.waiting:
             store.note(run, waiting=None)

@@ -115,7 +115,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
     assert download.value.path().read_text() == run.folder.recipe.read_text()
     screenshot(page, "run-recipe")
     link = page.get_by_role("link", name="Duplicate with changes").get_attribute("href")
-    assert link == f"./new?from={run.id}"
+    assert link == f"./new?from={run.id}#method"
 
 
 def test_a_crash_is_told_and_set_right(site, store, visit):
@@ -133,6 +133,7 @@ def test_a_crash_is_told_and_set_right(site, store, visit):
     page.get_by_role("button", name="Save the name").click()
     page.get_by_role("heading", name="another name").wait_for()
     page.get_by_role("button", name="Delete", exact=True).click()
+    page.get_by_text(re.compile(r"Delete another name with its checkpoints and numbers \(\d+ kB\)"))
     page.get_by_role("button", name="Yes, delete it").click()
     page.get_by_role("heading", name="The run is deleted").wait_for()
     assert not run.folder.path.exists()
@@ -176,6 +177,8 @@ def test_everyone_can_read_it_on_every_screen(site, visit, running):
         page.get_by_role("alert").first.wait_for()
         assert violations(page) == []
         assert overflow(page) <= 0
+        edges = page.locator("dl.numbers").bounding_box()
+        assert edges["x"] == PHONE["width"] - edges["x"] - edges["width"] > 8
         screenshot(page, f"run-phone-{theme}")
 
 

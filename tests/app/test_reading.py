@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from gradio_app.pages.run import live_html
+from gradio_app.pages.run.samples_html import samples
 from gradio_app.running.curves import risen, smoothed, thinned, trend
 from gradio_app.running.failures import failure_of, report
 from gradio_app.running.machine import Machine, parsed
 from gradio_app.running.metrics import MOST_POINTS, Metrics, MetricsCache
-from gradio_app.running.reading import Files, json_object, rows_of, tail
+from gradio_app.running.reading import Files, json_object, rows_of, tail, without_noise
 from gradio_app.running.store import RunStore
 from gradio_app.running.watch import Warned, Watch
 from gradio_app.running.words import ago, amount, duration, number, size
+from gradio_app.speaking.samples import HeldOut
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.status import write_json
@@ -290,8 +293,45 @@ def test_samples_are_those_of_few_steps_and_escaped():
         {"step": step, "sample": 0, "prompt": "<i>", "expected": "e", "generated": f"<{step}>"}
         for step in range(0, 100, 10)
     ]
-    shown = live_html.samples([*rows, {"step": "x", "sample": 0}], Texts())
-    assert shown.count("<td>") == 5
+    shown = samples([*rows, {"step": "x", "sample": 0}], [], Texts())
+    assert shown.count("<td ") == 5
     assert "&lt;i&gt;" in shown
     assert "&lt;90&gt;" in shown
-    assert "LogSamples" in live_html.samples([], Texts())
+    assert "LogSamples" in samples([], [], Texts())
+
+
+def test_samples_say_who_spoke_what_was_cut_and_what_is_as_expected():
+    given = {"prompt": "system\nBe <b>\nuser\nWhy?\nassistant\n", "expected": "It is so "}
+    said = ("It was so", "It  is so", "No")
+    rows = [
+        {"step": step, "sample": 0, **given, "generated": text, "cut": step == 2}
+        for step, text in enumerate(said)
+    ]
+    known = [HeldOut("Why?", "other"), HeldOut("Why?", "It is so", (("system", "Be <b>"),))]
+    shown = samples(rows, known, Texts())
+    assert '<span class="role">System</span> Be &lt;b&gt;</div>' in shown
+    assert '<span class="role">User</span> Why?</div>' in shown
+    assert "assistant" not in shown
+    assert "It <mark>was</mark> so" in shown
+    counts = re.findall(r"(\d) of 1 as expected", shown)
+    assert counts == ["0", "1", "0"]
+    assert shown.count("\u2713") == 1
+    # The last one shares no word with what was expected: marks would say nothing.
+    assert '<td data-label="Step 2">No <span class="cut">cut</span></td>' in shown
+    assert "Why?\nassistant" in samples(rows, known[:1], Texts())
+
+
+def test_a_log_is_shown_without_adverts_and_bars():
+    log = (
+        "trainable 315,392 of 4,577,536 parameters\n"
+        "\U0001f4a1 Tip: try installing [litlogger](https://pypi.org/project/litlogger/)\n"
+        "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.\n"
+        "Loading weights: 100%|\u2588\u2588| 38/38 [00:00<00:00, 1033.70it/s]\n"
+        "Preparing rows.jsonl:  61%|###   | 1.2k/2.0k [00:01<00:00]\n"
+        "the loss fell by 12% | as told\nValueError: 100%"
+    )
+    assert without_noise(log).split("\n") == [
+        "trainable 315,392 of 4,577,536 parameters",
+        "the loss fell by 12% | as told",
+        "ValueError: 100%",
+    ]

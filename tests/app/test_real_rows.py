@@ -72,6 +72,8 @@ def _duplicated(site, store, visit, first) -> None:
     """The recipe of a run is resolved: with absolute paths, and with all that it left to others."""
     page = visit(f"{site.url}/new?from={first.id}#all")
     page.locator("#data-facts").get_by_text("mine.jsonl").wait_for()
+    page.locator("#new-copied").get_by_text(f"Copy of {first.name}.").wait_for()
+    assert page.get_by_label("Name of the run").input_value() == f"{first.name}-2"
     page.locator("#model-facts").get_by_text("Tiny demo model").wait_for()
     page.locator("#data-report").get_by_text("are left out").wait_for()
     page.locator("#memory .memory").wait_for()

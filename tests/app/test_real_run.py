@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from finished import BASE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.store import RunStore
 from gradio_app.running.words import size
 from gradio_app.settings import Settings
@@ -147,6 +149,54 @@ def test_the_card_trains_a_model(site, visit, trained):
     assert (run.folder.path / "start.log").stat().st_size < 20_000
 
 
+@pytest.mark.long
+def test_a_ruined_run_says_so_and_what_helps(site, visit):
+    """With a learning rate of 1 the last losses fall, from far above what the base had."""
+    store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
+    recipe = yaml.safe_load(demo_recipe())
+    recipe["model"]["init_args"]["learning_rate"] = 1.0
+    run = store.create("local", yaml.safe_dump(recipe), "ruined")
+    page = visit(f"{site.url}/run?run={run.id}")
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.get_by_text(re.compile(r"row \d+ of 200")).wait_for(timeout=MINUTES)
+    page.get_by_role("status").get_by_text("Finished, but worse").wait_for(timeout=MINUTES)
+    alert = page.locator("#run-verdict [role=alert]")
+    said = re.search(r"loss ([\d.]+) before training, ([\d.]+) after", alert.inner_text())
+    before, after = map(float, said.groups())
+    assert after > 1.5 * before
+    assert "it was 1. Try 0.1" in alert.inner_text()
+    assert "falling" not in page.locator("#run-numbers").inner_text()
+    alert.get_by_role("link", name="Duplicate with changes").click()
+    page.locator("#new-copied").get_by_text("Copy of ruined.").wait_for()
+    page.get_by_label("Learning rate").wait_for()
+
+
+@pytest.mark.long
+def test_a_stop_in_the_middle_of_a_validation(site, visit):
+    store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
+    recipe = yaml.safe_load(demo_recipe())
+    recipe["trainer"]["val_check_interval"] = 4
+    recipe["data"]["init_args"]["batch_size"] = 1
+    run = store.create("local", yaml.safe_dump(recipe), "stopped in between")
+    page = visit(f"{site.url}/run?run={run.id}")
+    page.get_by_role("button", name="Start", exact=True).click()
+    status = page.get_by_role("status")
+    status.get_by_text(re.compile(r"Validating, row \d+ of 200")).wait_for(timeout=MINUTES)
+    page.get_by_role("button", name="Stop & save").click()
+    status.get_by_text("Stopped at step 4").wait_for()
+    rows = list(run.folder.rows(run.folder.metrics))
+    losses = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    assert [row["step"] for row in rows if "val_loss" in row] == [0]
+    page.get_by_role("button", name="Resume from step 4").click()
+    status.get_by_text("Finished").wait_for(timeout=MINUTES)
+    rows = list(run.folder.rows(run.folder.metrics))
+    assert [(r["step"], r["train_loss"]) for r in rows if "train_loss" in r][:4] == losses
+    result = json.loads(run.folder.result.read_text())
+    # Two sessions, of which the second alone took less.
+    begun = store.get("local", run.id).status.started
+    assert result["seconds"] > rows[-1]["time"] - begun
+
+
 IDS = torch.arange(5, 45)[None]
 
 
@@ -174,7 +224,7 @@ def exported(page, site, run, kind, folder: Path, measured: bool = False) -> Pat
     if measured:
         page.get_by_label("Compare its outputs").check()
     page.get_by_role("button", name="Export", exact=True).click()
-    page.get_by_text("Being made").wait_for()
+    page.get_by_text("Exporting").wait_for()
     article = page.locator("#export-list article", has=page.get_by_role("heading", name=kind))
     article.get_by_text("Ready").wait_for(timeout=MINUTES)
     with page.expect_download() as download:

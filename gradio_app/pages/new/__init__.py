@@ -42,6 +42,8 @@ def build(studio: Studio, t: Texts) -> None:
     heading(t("new.heading"), t("new.below"))
     gr.HTML(_steps(t), elem_id="steps", padding=False)
     editor = Editor(studio, t)
+    of = gr.HTML("", elem_id="new-copied", padding=False)
+    editor.show([of], lambda session: [choosing.copied(session, t)])
     makers = {"model": _model, "data": data.build, "method": method.build, "review": review.build}
     for number, (step, make) in enumerate(makers.items(), start=1):
         with gr.Column(elem_id=f"step-{step}", elem_classes="step"):

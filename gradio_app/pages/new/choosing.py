@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +92,11 @@ def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request
     places = editor.places(session)
     if asked.get("from"):
         run = editor.studio.store.get(session.owner, asked["from"])
-        content = of_a_run(parsed(run.recipe_text), places)
-    elif asked.get("recipe"):
+        content = recognised(of_a_run(parsed(run.recipe_text), places))
+        names = {other.name for other in editor.studio.store.list(session.owner)}
+        session.copied, session.named = run.name, next_name(run.name, names)
+        return content
+    if asked.get("recipe"):
         content = recipe_named(asked["recipe"])
     elif asked.get("method"):
         return with_method(started("sft"), asked["method"])
@@ -100,6 +105,20 @@ def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request
     else:
         return session.content
     return recognised(content)
+
+
+def next_name(name: str, taken: Collection[str]) -> str:
+    """Returns the name of a copy: the name with the next number that is not taken."""
+    stem, dash, number = name.rpartition("-")
+    stem = stem if dash and number.isdecimal() and len(number) < 4 else name
+    return next(f"{stem}-{n}" for n in count(2) if f"{stem}-{n}" not in taken)
+
+
+def copied(session: Session, t: Texts) -> str:
+    """Returns of which run the recipe is a copy."""
+    if not session.copied:
+        return ""
+    return f'<p class="copied" role="status">{escaped(t("new.copy_of", name=session.copied))}</p>'
 
 
 def recognised(content: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +177,7 @@ def _shown(session: Session, t: Texts) -> list[Any]:
 
 
 def _task(session: Session, name: Any) -> dict[str, Any]:
+    session.copied = ""
     session.since = started(name, method_of(session.content))
     return session.since
 
@@ -165,6 +185,7 @@ def _task(session: Session, name: Any) -> dict[str, Any]:
 def _named(session: Session, name: Any) -> dict[str, Any]:
     if not name:
         return session.content
+    session.copied = ""
     session.since = recipe_named(name)
     return session.since
 

@@ -35,6 +35,8 @@ class Session:
         refused: What is typed in settings and cannot be, by path.
         report: What is known of its data; ``None`` before that was asked, or for other data.
         told: Something the visitor should read.
+        copied: Name of the run that the recipe is a copy of; empty if it is not.
+        named: What the run is to be called, for the field of the name; given once.
         written: The YAML that the page was given last.
         opened: Whether the page was opened since the server knows it. Otherwise the server was
             started again meanwhile, or has forgotten it, and what the page shows is not this.
@@ -47,6 +49,8 @@ class Session:
     refused: dict[str, Refused] = field(default_factory=dict)
     report: Any = None
     told: str = ""
+    copied: str = ""
+    named: str = ""
     written: str = ""
     opened: bool = False
     asked: dict[str, object] = field(default_factory=dict)

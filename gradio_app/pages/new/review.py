@@ -35,6 +35,7 @@ def build(editor: Editor) -> None:
         interactive=True,
         elem_id="run-title",
     )
+    editor.show([name], lambda session: [_name_of(session)])
     overview = gr.HTML("", elem_id="overview", padding=False)
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
@@ -97,6 +98,12 @@ def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
         return checked_content(session.content, editor.studio.settings, session.owner)
     except Refused:
         return session.content
+
+
+def _name_of(session: Session) -> Any:
+    """Returns the name of a copy for its field, once: then it is the visitor's."""
+    name, session.named = session.named, ""
+    return name or gr.skip()
 
 
 def _written(editor: Editor, session: Session) -> list[Any]:

@@ -13,6 +13,7 @@ from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, View, asked_for, html
 from gradio_app.running.store import Run
+from gradio_app.running.words import size
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -44,6 +45,10 @@ def offered(run: Run) -> set[str]:
     return found
 
 
+def _alert(text: str) -> str:
+    return f'<p role="alert">{escaped(text)}</p>'
+
+
 class Actions:
     """The buttons of a run's page."""
 
@@ -72,14 +77,21 @@ class Actions:
             )
             self._save_name = gr.Button(t("run.save_name"), variant="primary", scale=0)
             self._keep_name = gr.Button(t("run.keep_name"), scale=0)
-        self.outputs: list[Any] = [*self.buttons.values(), self._rename, self._duplicate]
+        self.outputs: list[Any] = [
+            *self.buttons.values(),
+            self._rename,
+            self._duplicate,
+            self._question,
+        ]
 
     def _asked(self, what: str) -> tuple[Any, gr.Button, gr.Button]:
         with gr.Row(elem_id=f"run-sure-{what}", elem_classes="sure", visible=False) as row:
-            text = escaped(self.t(f"run.sure_{what}"))
-            markup(f'<p role="alert">{text}</p>')
+            known = {"name": "", "size": ""}
+            text = markup(_alert(self.t(f"run.sure_{what}", **known)))
             yes = gr.Button(self.t(f"run.yes_{what}"), variant="stop", scale=0)
             no = gr.Button(self.t("run.no"), scale=0)
+        if what == "delete":
+            self._question = text
         return row, yes, no
 
     def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
@@ -90,15 +102,18 @@ class Actions:
             label = self.t("run.resume_from", step=run.checkpoint_step)
             shown[BUTTONS.index("resume")] = Shown(gr.Button(label, visible=True), label)
         there = run is not None
-        link = ""
+        link = question = ""
         if run is not None:
-            url = escaped(self.t.url("new", **{"from": run.id}))
+            url = escaped(self.t.url("new", **{"from": run.id}) + "#method")
             # Where there is no other next step, it is this one.
             looks = "as-button" if names & _PRIMARY else "as-button primary"
             link = f'<a class="{looks}" href="{url}">{self.t("run.duplicate")}</a>'
             other = escaped(self.t.url("compare", runs=run.id))
             link += f' <a class="as-button" href="{other}">{self.t("compare.with_another")}</a>'
-        return [*shown, Shown(gr.Button(visible=there), there), html(link)]
+            if "delete" in names:
+                whole = size(run.bytes)
+                question = _alert(self.t("run.sure_delete", name=run.name, size=whole))
+        return [*shown, Shown(gr.Button(visible=there), there), html(link), html(question)]
 
     def bind(self, view: View) -> None:
         """Binds what the buttons do."""

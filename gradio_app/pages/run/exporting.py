@@ -11,6 +11,7 @@ import gradio as gr
 from gradio_app.errors import Refused
 from gradio_app.exporting.archive import archive
 from gradio_app.exporting.wishes import BITS, FORMATS, checked_wish
+from gradio_app.pages.asking import CLICKS
 from gradio_app.pages.frame import private, quiet
 from gradio_app.pages.handling import told
 from gradio_app.pages.run import exporting_html
@@ -22,15 +23,6 @@ from gradio_app.visitors import owner_of, token_of
 
 # While an export is going on, and while there is none.
 SECONDS, SLOW_SECONDS = 1.0, 5.0
-# Buttons of a list tell which export they belong to; what arrives is checked like all that arrives.
-_CLICKS = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-act]');
-  if (!button || button.disabled) return;
-  if (button.dataset.asks && !window.confirm(button.dataset.asks)) return;
-  trigger('click', { act: button.dataset.act, export: button.dataset.export });
-});
-"""
 _SAVE = """
 (file) => {
   if (!file) return;
@@ -69,8 +61,8 @@ class ExportTab:
             self._build_form()
             self._build_hub()
         self._build_confirmation()
-        self._now = gr.HTML("", elem_id="export-now", padding=False, js_on_load=_CLICKS)
-        self._list = gr.HTML("", elem_id="export-list", padding=False, js_on_load=_CLICKS)
+        self._now = gr.HTML("", elem_id="export-now", padding=False, js_on_load=CLICKS)
+        self._list = gr.HTML("", elem_id="export-list", padding=False, js_on_load=CLICKS)
         self._file = gr.DownloadButton(visible=False)
         self._chosen: list[Any] = [self._kind, self._checkpoint, self._bits, self._measure]
         self._inputs = [run_id, self._seen, *self._chosen]

@@ -15,8 +15,9 @@ from gradio_app.exporting.loading_code import loading_code
 from gradio_app.exporting.sizes import BaseSize, base_size
 from gradio_app.exporting.wishes import BITS, FORMATS, HEAVY, Wish
 from gradio_app.guards import escaped
+from gradio_app.pages import states
+from gradio_app.pages.asking import opener, question
 from gradio_app.pages.handling import sentence
-from gradio_app.pages.states import SIGNS
 from gradio_app.running.store import Checkpoint, Run
 from gradio_app.running.words import size
 from gradio_app.studio import Studio
@@ -32,6 +33,8 @@ _LOOKS = {
     "asks": "queued",
     "pushed": "finished",
 }
+# Looks of a run's state that an export has besides.
+SIGNS = {**states.SIGNS, "unfinished": "\u26a0"}
 _MOST_FILES = 40
 # What the command line says where the page has a field for it.
 _BASE_NOTE = "the files name the base as a folder of this machine"
@@ -171,13 +174,18 @@ def _done(run: Run, export: Export, found: Checkpoint | None, t: Texts) -> str:
         parts.append(_error(export, t))
         # What waits to be uploaded is listed where that is asked.
         if export.state != "asks":
-            parts += [_notes(run, export, t), _files(export)]
+            todo = f'<p class="not-now" role="status">{t("exporting.todo_template")}</p>'
+            parts += [todo if export.unfinished else "", _notes(run, export, t), _files(export)]
         parts.append(_commands(run, export, t))
         code = loading_code(export, found.folder) if found is not None else ""
         parts.append(_code(_given(code, run, export), t) if code else "")
     buttons = [_button("download", export, t)] if export.whole else []
-    buttons.append(_button("delete", export, t, asks=t("exporting.sure_delete")))
+    buttons.append(opener(export.name, t("exporting.delete")))
     parts.append(f'<div class="acts">{"".join(buttons)}</div>')
+    whole = size(sum(count for _, count in export.files))
+    kind = t(f"exporting.format_{export.wish.format}")
+    asked = t("exporting.sure_delete", name=kind, size=whole)
+    parts.append(question(export.name, asked, _button("delete", export, t, "run.yes_delete"), t))
     return f'<article class="export">{"".join(parts)}</article>'
 
 
@@ -189,7 +197,9 @@ def _given(text: str, run: Run, export: Export) -> str:
 
 
 def _head(export: Export, t: Texts) -> str:
-    look = _LOOKS[export.state]
+    look, state = _LOOKS[export.state], export.state
+    if export.unfinished:
+        look = state = "unfinished"
     title = t(f"exporting.format_{export.wish.format}")
     if export.wish.format == "quantized":
         title += f", {t('exporting.bits_of', n=export.wish.bits)}"
@@ -201,7 +211,7 @@ def _head(export: Export, t: Texts) -> str:
         facts.append(export.wish.push_to)
     return (
         f'<div class="about"><h3>{title}</h3><span class="badge {look}"><span aria-hidden="true">'
-        f"{SIGNS[look]}</span> {t(f'exporting.state_{export.state}')}</span>"
+        f"{SIGNS[look]}</span> {t(f'exporting.state_{state}')}</span>"
         f'<span class="note">{escaped(" | ".join(facts))}</span></div>'
     )
 
@@ -287,11 +297,10 @@ def _code(code: str, t: Texts) -> str:
     )
 
 
-def _button(act: str, export: Export, t: Texts, asks: str = "") -> str:
-    more = f' data-asks="{escaped(asks)}"' if asks else ""
+def _button(act: str, export: Export, t: Texts, name: str = "") -> str:
     whole = size(sum(count for _, count in export.files))
-    label = t(f"exporting.{act}", size=whole)
+    label = t(name or f"exporting.{act}", size=whole)
     return (
         f'<button type="button" class="as-button {act}" data-act="{act}" '
-        f'data-export="{escaped(export.name)}"{more}>{label}</button>'
+        f'data-export="{escaped(export.name)}">{label}</button>'
     )

@@ -9,13 +9,15 @@ import gradio as gr
 from gradio_app.pages.markup import markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
+from gradio_app.pages.run.samples_html import samples
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.running.curves import Points, finite, smoothed, thinned
 from gradio_app.running.local import START_LOG
 from gradio_app.running.metrics import Metrics, MetricsCache
-from gradio_app.running.reading import LOG_LINES, rows_of, tail
+from gradio_app.running.reading import LOG_LINES, rows_of, tail, without_noise
 from gradio_app.running.store import Run
 from gradio_app.running.watch import Watch
+from gradio_app.speaking.samples import held_out
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -114,7 +116,8 @@ class Live:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         events = run.public.value(list(rows_of(run.folder.events, 200_000)))
-        log = run.public.text(tail(run.folder.log) or tail(run.folder.path / START_LOG))
+        said = without_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
+        log = run.public.text(said)
         return [
             html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),
@@ -122,7 +125,7 @@ class Live:
             html(live_html.summary(metrics, t)),
             html(live_html.table(metrics, t)),
             html(self._rate_plot(metrics)),
-            html(live_html.samples(list(rows_of(run.folder.samples)), t)),
+            html(samples(list(rows_of(run.folder.samples)), held_out(run), t)),
             html(log or t("run.log_empty")),
         ]
 

@@ -19,9 +19,6 @@ ALERTS = {"nan": (), "diverging": ("first", "last"), "overfitting": ("times", "f
 METRICS = ("train_loss", "val_loss")
 TABLE_ROWS = 40
 MOST_OTHERS = 3
-SAMPLE_COLUMNS = 4
-SAMPLE_ROWS = 12
-_CELL = 400
 
 
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[Warned], t: Texts) -> str:
@@ -184,45 +181,3 @@ def table(metrics: Metrics, t: Texts) -> str:
         f'<table><thead><tr><th scope="col">{t("run.axis_step")}</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def samples(rows: Sequence[Mapping[str, Any]], t: Texts) -> str:
-    """Returns what the model said to the same prompts at different steps."""
-    said: dict[tuple[Any, Any], Mapping[str, Any]] = {}
-    for row in rows:
-        if isinstance(row.get("step"), int) and isinstance(row.get("sample"), int):
-            said[row["step"], row["sample"]] = row
-    if not said:
-        return f'<p class="note">{t("run.samples_empty")}</p>'
-    steps = _chosen(sorted({step for step, _ in said}))
-    places = sorted({place for _, place in said})[:SAMPLE_ROWS]
-    titles = [
-        t("run.after_step", step=step) if step else t("run.before_training") for step in steps
-    ]
-    head = "".join(
-        f'<th scope="col">{title}</th>' for title in (t("run.prompt"), t("run.expected"), *titles)
-    )
-    body = ""
-    for place in places:
-        known = next(row for (_, sample), row in said.items() if sample == place)
-        cells = [known.get("expected", "")]
-        cells += [said.get((step, place), {}).get("generated", "") for step in steps]
-        body += f'<tr><th scope="row">{_cell(known.get("prompt", ""))}</th>'
-        body += "".join(f"<td>{_cell(cell)}</td>" for cell in cells) + "</tr>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{t("run.samples")}">'
-        f'<table class="samples"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-
-
-def _chosen(steps: list[int]) -> list[int]:
-    """Returns the first step, the last one, and those evenly between."""
-    if len(steps) <= SAMPLE_COLUMNS:
-        return steps
-    last = len(steps) - 1
-    return [steps[round(last * place / (SAMPLE_COLUMNS - 1))] for place in range(SAMPLE_COLUMNS)]
-
-
-def _cell(text: object) -> str:
-    words = str(text).strip()
-    return escaped(words if len(words) <= _CELL else words[:_CELL] + "\u2026")

@@ -6,12 +6,11 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
-from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
 
 from gradio_app.errors import Refused
-from gradio_app.pages.frame import quiet
+from gradio_app.pages.frame import quiet, referring_run
 from gradio_app.pages.markup import markup
 from gradio_app.pages.news import news
 from gradio_app.running.hf_jobs import JobsExecutor
@@ -184,10 +183,7 @@ def asked_for(run_id: str, request: gr.Request) -> str:
         request: Who asks; the address of their page names the run. Whatever it names is checked
             like any other id.
     """
-    if run_id:
-        return run_id
-    query = parse_qs(urlsplit(str(request.headers.get("referer", ""))).query)
-    return (query.get("run") or [""])[0]
+    return run_id or referring_run(request)
 
 
 def _checked(choices: Any) -> Choices:

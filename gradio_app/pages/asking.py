@@ -1,0 +1,55 @@
+"""Buttons in lists of our own HTML, and the question before what cannot be undone."""
+
+from __future__ import annotations
+
+from gradio_app.guards import escaped
+from gradio_app.texts import Texts
+
+# Buttons say what they are about; what arrives is checked like all that arrives. A question that
+# was opened stays open when the list around it is sent again.
+CLICKS = """
+let asked = null;
+const show = () => {
+  for (const box of element.querySelectorAll('[data-question]')) {
+    box.hidden = box.dataset.question !== asked;
+  }
+};
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (!button || button.disabled) return;
+  const { act, opens, closes, ...about } = button.dataset;
+  if (opens !== undefined || closes !== undefined || act) asked = opens ?? null;
+  show();
+  if (opens !== undefined) {
+    const box = [...element.querySelectorAll('[data-question]')].find((one) => !one.hidden);
+    box?.querySelector('button')?.focus();
+  }
+  if (act) trigger('click', { act, ...about });
+});
+watch('value', () => setTimeout(show));
+"""
+
+
+def question(name: str, text: str, yes: str, t: Texts) -> str:
+    """Returns what is asked before a button does something, hidden until :func:`opener` is clicked.
+
+    Args:
+        name: Which one it is, within its list.
+        text: The question.
+        yes: The button that does it, as HTML.
+        t: Texts.
+    """
+    return (
+        f'<div class="sure" data-question="{escaped(name)}" hidden><p role="alert">'
+        f'{escaped(text)}</p>{yes}<button type="button" class="as-button" data-closes>'
+        f"{t('run.no')}</button></div>"
+    )
+
+
+def opener(name: str, label: str, spoken: str = "") -> str:
+    """Returns the button that asks the question of that name."""
+    said = f' aria-label="{escaped(spoken)}"' if spoken else ""
+    return (
+        f'<button type="button" class="as-button" data-opens="{escaped(name)}"{said}>'
+        f"{escaped(label)}</button>"
+    )
