@@ -1,20 +1,28 @@
 """From a chat template in Jinja to one of Ollama's, in Go's language, where both can say the same.
 
-Most chat templates put fixed text around each turn, by its role. That text is found by rendering
-conversations of marked turns; the result is compared with the original on others. Templates that
-do more are not translated.
+Most chat templates put fixed text around each turn, by its role. Some write a system turn of their
+own where there is none (SmolLM2, Qwen2.5), write the system turn into the first or the last user
+turn (Llama 2, Gemma, Mistral), or begin each exchange with a token (Llama 2). All of that is found
+by rendering conversations of marked turns, up to where an answer begins; the result is compared
+with the original on others. Templates that do more are not translated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 
 Messages = Sequence[dict[str, str]]
+Rendered = Callable[..., str]
 _MARKS = {"system": "SYSTEMtext", "user": "USERtext", "assistant": "ASSISTANTtext"}
+_PLACES = {
+    "first user": "and $.System (eq $i 1)",
+    "last user": "and $.System (eq (len (slice $.Messages $i)) 1)",
+}
 
 
 @dataclass(frozen=True)
@@ -25,32 +33,78 @@ class Turns:
         opening: Before the first turn.
         around: Text before and after a turn, by its role.
         prompt: After the last turn, where the answer is to begin.
+        default: In place of a system turn, where there is none.
+        system: Whether the system turn is a turn of its own, or inside a user turn.
+        between: Before each user turn but the first.
     """
 
     opening: str
     around: dict[str, tuple[str, str]] = field(default_factory=dict)
     prompt: str = ""
+    default: str = ""
+    system: Literal["turn", "first user", "last user"] = "turn"
+    between: str = ""
 
     def render(self, messages: Messages) -> str:
         """Returns a conversation as text, up to where the answer begins."""
-        turns = [m["content"].join(self.around[m["role"]]) for m in messages]
-        return self.opening + "".join(turns) + self.prompt
+        first = messages[0]["role"] == "system"
+        system = messages[0]["content"].join(self.around["system"]) if first else ""
+        others = messages[first:]
+        place = {"first user": 0, "last user": len(others) - 1}.get(self.system)
+        text = self.opening
+        if not first:
+            text += self.default
+        elif place is None:
+            text += system
+        for index, message in enumerate(others):
+            before, after = self.around[message["role"]]
+            text += self.between if message["role"] == "user" and index else ""
+            text += before + (system if index == place else "") + message["content"] + after
+        return text + self.prompt
 
     def as_go(self, bos: str | None) -> str:
         """Returns the template in Go's language.
 
+        Ollama gives the system turn as ``.System``, and as the first of ``.Messages``.
+
         Args:
             bos: Token at the beginning of every text, which Ollama adds itself.
         """
-        opening = self.opening.removeprefix(bos) if bos else self.opening
-        words, text = "if", ""
-        for role, (before, after) in self.around.items():
+        turns = self._without_first(bos) if bos else self
+        text = _literal(turns.opening)
+        if turns.default:
+            text += f"{{{{ if not .System }}}}{_literal(turns.default)}{{{{ end }}}}"
+        text += "{{ range $i, $_ := .Messages }}"
+        words = "if"
+        for role, (before, after) in turns.around.items():
+            if role == "system" and turns.system in _PLACES:
+                continue
             text += f'{{{{ {words} eq .Role "{role}" }}}}'
-            text += f"{_literal(before)}{{{{ .Content }}}}{_literal(after)}"
+            text += turns._inside_user(before) if role == "user" else _literal(before)
+            text += f"{{{{ .Content }}}}{_literal(after)}"
             words = "else if"
-        return f"{_literal(opening)}{{{{ range .Messages }}}}{text}{{{{ end }}}}{{{{ end }}}}" + (
-            _literal(self.prompt)
-        )
+        return text + "{{ end }}{{ end }}" + _literal(turns.prompt)
+
+    def _without_first(self, bos: str) -> Turns:
+        """Returns the same without the token that Ollama adds before the first turn."""
+        if self.opening.startswith(bos):
+            return replace(self, opening=self.opening.removeprefix(bos))
+        before, after = self.around["user"]
+        if self.opening or self.default or not before.startswith(bos):
+            return self
+        around = {**self.around, "user": (before.removeprefix(bos), after)}
+        return replace(self, around=around, between=self.between + bos)
+
+    def _inside_user(self, before: str) -> str:
+        text = ""
+        if self.between:
+            later = "not (or (eq $i 0) (and $.System (eq $i 1)))"
+            text += f"{{{{ if {later} }}}}{_literal(self.between)}{{{{ end }}}}"
+        text += _literal(before)
+        if self.system in _PLACES:
+            system = "{{ $.System }}".join(map(_literal, self.around["system"]))
+            text += f"{{{{ if {_PLACES[self.system]} }}}}{system}{{{{ end }}}}"
+        return text
 
 
 def _literal(text: str) -> str:
@@ -58,9 +112,9 @@ def _literal(text: str) -> str:
 
 
 def translate(tokenizer: Any, template: str) -> Turns | None:
-    """Returns the turns of a chat template, or ``None`` if it says more than fixed text says."""
+    """Returns the turns of a chat template, or ``None`` if it says more than they can."""
 
-    def rendered(messages: Messages, prompt: bool = False) -> str:
+    def rendered(messages: Messages, prompt: bool = True) -> str:
         text: str = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, add_generation_prompt=prompt
         )
@@ -68,7 +122,7 @@ def translate(tokenizer: Any, template: str) -> Turns | None:
 
     try:
         found = _turns(rendered)
-        if found is None or '"""' in found.as_go(None):
+        if '"""' in found.as_go(None):
             return None
         return found if _is_the_same(found, rendered) else None
     except (TemplateError, ValueError):
@@ -79,38 +133,44 @@ def _turn(role: str, content: str | None = None) -> dict[str, str]:
     return {"role": role, "content": content or _MARKS[role]}
 
 
-def _turns(rendered: Any) -> Turns | None:
-    user, assistant, system = _MARKS["user"], _MARKS["assistant"], _MARKS["system"]
-    one = rendered([_turn("user")])
-    head, after_user = _cut(one, user)
-    _, middle = _cut(rendered([_turn("user"), _turn("assistant")]), user)
-    between, after_assistant = _cut(middle, assistant)
-    again = [_turn("user"), _turn("assistant"), _turn("user", "NEXTtext")]
-    _, later = _cut(rendered(again), assistant)
-    before_next, _ = _cut(later, "NEXTtext")
-    if not (between.startswith(after_user) and before_next.startswith(after_assistant)):
-        return None
-    before_user = before_next[len(after_assistant) :]
-    if not head.endswith(before_user):
-        return None
-    opening = head[: len(head) - len(before_user)]
-    around = {
-        "user": (before_user, after_user),
-        "assistant": (between[len(after_user) :], after_assistant),
-    }
+def _turns(rendered: Rendered) -> Turns:
+    user, assistant = _MARKS["user"], _MARKS["assistant"]
+    exchange = [_turn("user"), _turn("assistant")]
+    start, closing = _cut(rendered([_turn("user")]), user)
+    _, rest = _cut(rendered([*exchange, _turn("user", "NEXTtext")]), user)
+    middle, rest = _cut(rest, assistant)
+    bridge, _ = _cut(rest, "NEXTtext")
+    # Where a turn ends is seen where nothing follows it.
+    after_user = commonprefix([_cut(rendered([_turn("user")], False), user)[1], closing, middle])
+    after_assistant = commonprefix([_cut(rendered(exchange, False), assistant)[1], bridge])
+    later = bridge[len(after_assistant) :]
+    before_user = commonprefix([start[::-1], later[::-1]])[::-1]
+    turns = Turns(
+        opening=start.removesuffix(before_user),
+        around={
+            "user": (before_user, after_user),
+            "assistant": (middle[len(after_user) :], after_assistant),
+        },
+        prompt=closing[len(after_user) :],
+        between=later.removesuffix(before_user),
+    )
     try:
-        start, rest = _cut(rendered([_turn("system"), _turn("user")]), system)
+        head, rest = _cut(rendered([_turn("system"), _turn("user")]), _MARKS["system"])
     except (TemplateError, ValueError):
         # Some templates have no system turn.
-        pass
-    else:
-        after_system, _ = _cut(rest, user)
-        if not (start.startswith(opening) and after_system.endswith(before_user)):
-            return None
-        closing = after_system[: len(after_system) - len(before_user)]
-        around = {"system": (start[len(opening) :], closing)} | around
-    prompt = rendered([_turn("user")], prompt=True).removeprefix(one)
-    return Turns(opening, around, prompt)
+        return turns
+    behind, _ = _cut(rest, user)
+    if behind.endswith(before_user):
+        opening = commonprefix([turns.opening, head])
+        own = {"system": (head[len(opening) :], behind.removesuffix(before_user))}
+        default = turns.opening[len(opening) :]
+        return replace(turns, opening=opening, default=default, around={**own, **turns.around})
+    if not head.startswith(start):
+        raise ValueError("a system turn changes the turns before it")
+    long = rendered([_turn("system"), *exchange, _turn("user", "NEXTtext")])
+    inside = long.index(_MARKS["system"]) < long.index(assistant)
+    around = {**turns.around, "system": (head[len(start) :], behind)}
+    return replace(turns, around=around, system="first user" if inside else "last user")
 
 
 def _cut(text: str, mark: str) -> tuple[str, str]:
@@ -120,10 +180,10 @@ def _cut(text: str, mark: str) -> tuple[str, str]:
     return before, after
 
 
-def _is_the_same(turns: Turns, rendered: Any) -> bool:
+def _is_the_same(turns: Turns, rendered: Rendered) -> bool:
     talk = [_turn("user", "One?"), _turn("assistant", "Two."), _turn("user", "Three?\n\nFour!")]
     longer = [*talk, _turn("assistant", "Five"), _turn("user", "Six")]
     tries = [talk[:1], talk, longer]
     if "system" in turns.around:
         tries += [[_turn("system", "Be kind."), *one] for one in tries]
-    return all(turns.render(one) == rendered(one, prompt=True) for one in tries)
+    return all(turns.render(one) == rendered(one) for one in tries)

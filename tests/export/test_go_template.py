@@ -1,9 +1,10 @@
-"""Chat templates that only put text around turns are translated, and no others."""
+"""Chat templates that put text around turns are translated for Ollama, and no others."""
 
 from __future__ import annotations
 
 import re
 
+import jinja2
 import pytest
 from finished import BASE
 from transformers import AutoTokenizer
@@ -11,21 +12,76 @@ from transformers import AutoTokenizer
 from lightning_peft.data.templates import NAMED
 from lightning_peft.export.go_template import Turns, translate
 
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}" + PROMPT
 )
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
-    "<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
-)
-BRACES = "{% for m in messages %}{{ '{{' + m['role'] + '}}' + m['content'] }}{% endfor %}"
+# In the shape of the templates that these models come with.
+FAMILIES = {
+    "smollm2": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are kind.<|im_end|>\n"
+    "{% endif %}" + CHATML,
+    "qwen3": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content.split('</think>')[-1] + '<|im_end|>\n' }}{% endfor %}" + PROMPT,
+    "llama2": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' }}{% if loop.first and messages[0].role == 'system' %}"
+    "{{ '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' }}{% endif %}"
+    "{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
+    "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "llama3.2": "{{ bos_token }}<|start_header_id|>system<|end_header_id|>\n\nUntil: 2023\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}<|eot_id|>"
+    "{% for m in rest %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+    "<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "llama4": "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n"
+    "{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}",
+    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}"
+    "{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}{% else %}"
+    "{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ (first if loop.first else '') + m.content }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    "mistral": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}{{ bos_token }}{% for m in rest %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and messages[0].role == 'system' %}"
+    "{{ messages[0].content + '\n\n' }}{% endif %}{{ m.content }}[/INST]{% else %}"
+    "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
+    "mistral7": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]{% elif m.role == 'user' %}"
+    "[INST]{{ m.content }}[/INST]{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
+    "phi3": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+    "phi4": "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}",
+    "deepseek": "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>"
+    "{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}",
+    "no system": "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{{ raise_exception('none') }}{% endif %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}",
+    "braces": "{% for m in messages %}{{ '{{' + m['role'] + '}}' + m['content'] }}{% endfor %}",
+}
 TALK = [
     {"role": "user", "content": "One?"},
     {"role": "assistant", "content": "Two."},
     {"role": "user", "content": "Three"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "Five"},
 ]
+EXPRESSIONS = {
+    "not .System": "not system",
+    "and $.System (eq $i 1)": "system and loop.index0 == 1",
+    "and $.System (eq (len (slice $.Messages $i)) 1)": "system and loop.last",
+    "not (or (eq $i 0) (and $.System (eq $i 1)))": "loop.index0 != 0 and not "
+    "(system and loop.index0 == 1)",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +90,71 @@ def tokenizer():
 
 
 def go(text: str, messages: list[dict[str, str]]) -> str:
-    """Renders what :meth:`Turns.as_go` writes: the few words of Go's language that it uses."""
-    before, _, rest = text.partition("{{ range .Messages }}")
-    body, _, after = rest.rpartition("{{ end }}{{ end }}")
-    pattern = r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}'
-    pieces = re.split(pattern, body)
-    branches = dict(zip(pieces[1::2], pieces[2::2], strict=True))
-    turns = [branches[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
-    return (before + "".join(turns) + after).replace('{{ "{{" }}', "{{")
+    """Renders what :meth:`Turns.as_go` writes, with Go's words put into those of Jinja."""
+    ends: list[str] = []
+    pieces = re.split(r"\{\{ (.*?) \}\}", text)
+    made = [repr(pieces[0]).join(("{{ ", " }}"))]
+    for action, literal in zip(pieces[1::2], pieces[2::2], strict=True):
+        words = action.removeprefix("else ").removeprefix("if ")
+        condition = re.sub(r'^eq \.Role "(\w+)"$', r"m.role == '\1'", words)
+        condition = EXPRESSIONS.get(words, condition)
+        if action.startswith("range"):
+            made.append("{% for m in messages %}")
+            ends.append("{% endfor %}")
+        elif action.startswith("if"):
+            made.append(f"{{% if {condition} %}}")
+            ends.append("{% endif %}")
+        elif action.startswith("else if"):
+            made.append(f"{{% elif {condition} %}}")
+        elif action == "end":
+            made.append(ends.pop())
+        else:
+            plain = {".Content": "m.content", "$.System": "system"}.get(action, action)
+            made.append(f"{{{{ {plain} }}}}")
+        made.append(f"{{{{ {literal!r} }}}}")
+    assert not ends
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    return environment.from_string("".join(made)).render(messages=messages, system=system)
 
 
-@pytest.mark.parametrize("template", [*NAMED.values(), LLAMA3, NO_SYSTEM, BRACES])
-def test_the_translation_renders_the_same(template: str, tokenizer) -> None:
+TEMPLATES = {**{name: NAMED[name] for name in NAMED}, **FAMILIES}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_translation_renders_the_same(name: str, tokenizer) -> None:
+    template = TEMPLATES[name]
     turns = translate(tokenizer, template)
     assert turns is not None
-    assert ("system" in turns.around) is (template != NO_SYSTEM)
-    opening = [{"role": "system", "content": "Be kind."}] if template != NO_SYSTEM else []
-    for messages in (TALK, TALK[:1], [*opening, *TALK]):
+    assert ("system" in turns.around) is (name != "no system")
+    opening = [] if name == "no system" else [{"role": "system", "content": "Be kind."}]
+    for messages in (TALK, TALK[:3], TALK[:1], [*opening, *TALK], [*opening, *TALK[:1]]):
         expected = tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
         assert turns.render(messages) == expected
         assert go(turns.as_go(None), messages) == expected
-        assert go(turns.as_go("<s>"), messages) == expected.removeprefix("<s>")
+        # Ollama begins with the token itself.
+        bos = tokenizer.bos_token
+        assert go(turns.as_go(bos), messages) == expected.removeprefix(bos)
+
+
+def test_where_an_answer_ends_is_known(tokenizer) -> None:
+    ends = {
+        name: translate(tokenizer, template).around["assistant"][1]
+        for name, template in FAMILIES.items()
+    }
+    assert ends["smollm2"] == ends["qwen3"] == "<|im_end|>\n"
+    assert ends["llama3"] == ends["llama3.2"] == "<|eot_id|>"
+    assert ends["gemma"] == "<end_of_turn>\n"
+    assert ends["llama2"].strip() == ends["mistral"] == tokenizer.eos_token
 
 
 OTHERS = {
     "numbers turns": "{% for m in messages %}{{ loop.index }}{{ m['content'] }}{% endfor %}",
-    "default system turn": "{% if messages[0]['role'] != 'system' %}You are kind.{% endif %}"
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
     "drops old turns": "{{ messages[-1]['content'] }}",
-    "ends the last turn only": "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
-    "{% if loop.last %}!{% endif %}{% endfor %}",
+    "changes contents": "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | upper }}"
+    "{% endfor %}",
     "quotes": "{% for m in messages %}{{ '\"\"\"' + m['content'] }}{% endfor %}",
     "broken": "{% for m in messages %}",
 }
@@ -78,4 +167,4 @@ def test_what_says_more_is_not_translated(kind: str, tokenizer) -> None:
 
 def test_turns_are_text() -> None:
     turns = Turns("<s>", {"user": ("U:", "\n"), "assistant": ("A:", "\n")}, "A:")
-    assert turns.render(TALK) == "<s>U:One?\nA:Two.\nU:Three\nA:"
+    assert turns.render(TALK[:3]) == "<s>U:One?\nA:Two.\nU:Three\nA:"
