@@ -171,13 +171,14 @@ def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
             notes.append(f"{tokenizer.bos_token!r} is left out of TEMPLATE: Ollama begins with it")
     elif template:
         notes.append(
-            "the chat template does more than put text around turns, and was not translated: "
-            "write TEMPLATE in the Modelfile by hand, or Ollama sends prompts as they are"
+            "not ready: the chat template does more than put text around turns, and was not "
+            "translated. Write TEMPLATE in the Modelfile by hand, or Ollama sends prompts as they "
+            "are"
         )
     else:
         notes.append(
-            "no chat template is known (--chat-template gives one): Ollama sends prompts as they "
-            "are"
+            "not ready: no chat template is known (--chat-template gives one), so Ollama sends "
+            "prompts as they are"
         )
     for end in dict.fromkeys(filter(None, ends)):
         text += f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
