@@ -187,7 +187,10 @@ def _init_problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        return math.isfinite(value) and not isinstance(value, bool)
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _is_pattern(target_modules: Any) -> bool:
@@ -283,13 +286,7 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
             f"peft_config={dict(fields)!r} does not say which method it is for. Add `peft_type`, "
             "for example `peft_type: LORA`."
         )
-    try:
-        cls: Any = type(get_peft_config({"peft_type": plain(fields["peft_type"])}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"peft_type={fields['peft_type']!r} is no method of PEFT. Those supported here: "
-            f"{', '.join(METHODS)}."
-        ) from error
+    cls = config_class(fields["peft_type"])
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = sorted(set(fields) - known)
     if unknown:
@@ -299,6 +296,21 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
         )
     config: PeftConfig = _config_of(cls, fields)
     return config
+
+
+def config_class(method: Any) -> Any:
+    """Returns PEFT's config class for a ``peft_type``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        return type(get_peft_config({"peft_type": plain(method)}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"peft_type={method!r} is not a method of PEFT. Those supported here: "
+            f"{', '.join(METHODS)}."
+        ) from error
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.configuration import config_from_dict
-from lightning_peft.engine.files.adapter_format import read_adapter
+from lightning_peft.engine.files.adapter_fields import checked_fields
+from lightning_peft.engine.files.adapter_format import read_adapter, recorded_base
 from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.layers.lora import LoraLayer
@@ -87,7 +88,8 @@ class StreamedMerge:
         into: Into | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        fields, _, facts = read_adapter(folder)
+        written, _, facts = read_adapter(folder)
+        fields, self._facts = checked_fields(written, folder, warn=False), facts
         self.settings = quantization_from_dict(facts.get("quantization"))
         self.into: Into = into or ("original" if self.settings is None else "dequantized")
         self.dtype = dtype
@@ -95,7 +97,7 @@ class StreamedMerge:
         self._check_way(facts, folder)
         # Plain layers, one of which at a time becomes a real and quantized one.
         self._plain = copy.deepcopy(outline)
-        self.quantized = _quantized_in_training(self._plain, fields, self.settings)
+        self.quantized = _quantized_in_training(self._plain, fields, facts, self.settings)
         for name in self.quantized:
             # Biases are not quantized, and these have no values to move.
             self._plain.get_submodule(name)._parameters["bias"] = None
@@ -135,7 +137,8 @@ class StreamedMerge:
 
         The checksums themselves are not there: the outline has no values.
         """
-        return require_record(self.outline).parts[""].base
+        entry = require_record(self.outline).parts[""]
+        return recorded_base(entry.loaded, self._facts, [*entry.saved, *entry.heads])
 
     def factors(self) -> list[nn.Parameter]:
         """Returns the low-rank factors, which the outline has beside the parameters of the base."""
@@ -224,12 +227,16 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _quantized_in_training(
-    plain: nn.Module, fields: dict[str, Any], settings: BitsAndBytesConfig | None
+    plain: nn.Module,
+    fields: dict[str, Any],
+    facts: dict[str, Any],
+    settings: BitsAndBytesConfig | None,
 ) -> set[str]:
     if settings is None:
         return set()
-    known = {key: value for key, value in fields.items() if key != "auto_mapping"}
-    request = Request(config_from_dict(known), None, _ADAPTER)
+    recorded = facts.get("modules_to_save")
+    saved = None if recorded is None else {"": list(recorded)}
+    request = Request(config_from_dict(fields), None, _ADAPTER, saved)
     plans = make_plans(plain, request, [""], Record())
     return {name for plan in plans for name in layers_to_quantize(plan, settings)}
 

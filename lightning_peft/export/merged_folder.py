@@ -276,7 +276,8 @@ def _write_weights(
         for key in order:
             name = names.get(key, key)
             if name in replaced:
-                value = replaced[name].to(plan[file][key].dtype)
+                # An adapted embedding has an adapter on top of what the file brings.
+                value = merge.merged(name, replaced[name]).to(plan[file][key].dtype)
             else:
                 value = merge.merged(name, next(read))
             done += value.numel() * value.element_size()

@@ -359,3 +359,34 @@ def test_a_place_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         merged(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_base_weight_that_the_adapter_brings_gets_its_adapter_too(tmp_path: Path) -> None:
+    """PEFT writes the embedding below an adapter; the outline of the base has no values."""
+    torch.manual_seed(0)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    theirs = get_peft_model(base, config).eval()
+    batch = token_batch(rows=1)
+    expected = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path / "adapter")
+    merged(tmp_path / "adapter", tmp_path / "out", str(tmp_path / "base"), dtype=torch.float32)
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(made(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_another_frozen_head_is_another_base(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tiny_llama().config
+    model = LlamaForSequenceClassification(config)
+    model.save_pretrained(tmp_path / "base")
+    model.score.weight.data += 1
+    model.save_pretrained(tmp_path / "other")
+    module = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    lightning_peft.inject(module.requires_grad_(False), r=2)
+    lightning_peft.save_adapter(module, tmp_path / "adapter")
+    assert merged(tmp_path / "adapter", tmp_path / "out").base_checked
+    with pytest.raises(BaseMismatchError, match="was trained on other weights"):
+        merged(tmp_path / "adapter", tmp_path / "again", str(tmp_path / "other"))

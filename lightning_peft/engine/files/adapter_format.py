@@ -272,6 +272,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     """
     weights = folder / WEIGHTS_FILE
     if not weights.is_file():
+        shards = sorted(file.name for file in folder.glob("adapter_model-*.safetensors"))
+        if shards:
+            raise CheckpointError(
+                f"{str(folder)!r} holds its weights in several files ({', '.join(shards[:3])}), "
+                f"and PEFT reads one, {WEIGHTS_FILE}. Put their tensors into that one: "
+                "safetensors.torch.save_file of what load_file gives for each."
+            )
         pickled = [file.name for file in folder.glob("*.bin")]
         raise CheckpointError(
             f"{str(folder)!r} holds no {WEIGHTS_FILE}"
@@ -283,7 +290,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
             )
         )
     fields = read_json(folder / CONFIG_FILE)
-    if "peft_type" not in fields:
+    if fields.get("peft_type") is None:
         raise CheckpointError(f"{str(folder / CONFIG_FILE)!r} does not say `peft_type`.")
     blob = weights.read_bytes()
     try:
@@ -311,8 +318,8 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: If there is none.
     """
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{str(file)!r} holds no JSON object.")

@@ -24,12 +24,13 @@ from lightning_peft.engine.configuration import (
     config_from_dict,
 )
 from lightning_peft.engine.files.adapter_checks import AdapterFolder, check_base_of, check_fit
+from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import (
     CONFIG_FILE,
     read_adapter,
 )
 from lightning_peft.engine.files.base_tensors import hold_in_files
-from lightning_peft.engine.files.fitting import fields_for, saved_in_file
+from lightning_peft.engine.files.fitting import check_ranks, fields_for, saved_in_file
 from lightning_peft.engine.files.token_rows import FIELD, rows_as_modules
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.record import record_of, require_record
@@ -54,6 +55,7 @@ def load_adapter(
     is_trainable: bool = False,
     check_base: bool = True,
     quantization_config: BitsAndBytesConfig | None = None,
+    allow_unknown_fields: bool = False,
 ) -> None:
     """Adds an adapter from a folder in PEFT's format, ours or PEFT's own, and makes it active.
 
@@ -69,6 +71,8 @@ def load_adapter(
         is_trainable: Whether its tensors get gradients.
         check_base: Refuse a base other than the recorded one. Files by plain PEFT record none.
         quantization_config: Quantizes the linear layers of a module without adapters first.
+        allow_unknown_fields: Load a folder of a later PEFT though it switches on what the installed
+            one does not know. Unknown fields that are set are named in a warning.
 
     Raises:
         CheckpointError: If a file is missing, damaged or pickled, or does not fit; every missing
@@ -85,7 +89,8 @@ def load_adapter(
     if record_of(module) is not None:
         refuse_merged(module, "Loading an adapter")
     folders = []
-    for asked, (fields, tensors, facts) in read.items():
+    for asked, (written, tensors, facts) in read.items():
+        fields = checked_fields(written, paths[asked], allow_unknown=allow_unknown_fields)
         if quantization_config is not None:
             refuse_residual_base(facts, paths[asked])
         if is_trainable and fields.get(FIELD):
@@ -158,7 +163,7 @@ def _fitted(
         part = find_parts(module, [name])[name]
     except TargetModulesError as error:
         raise _unfit(module, path, error) from error
-    fields = {key: value for key, value in fields.items() if key != "auto_mapping"}
+    check_ranks(fields, tensors)
     fields, tensors, embeddings = rows_as_modules(part, fields_for(part, fields), tensors)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
     fields["modules_to_save"] = sorted({*saved, *embeddings}) or None

@@ -31,7 +31,11 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
         return any(name.endswith(entry) for name in names)
 
     def pattern(entry: str) -> bool:
-        return any(re.match(rf"(.*\.)?({entry})$", name) for name in names)
+        try:
+            return any(re.match(rf"(.*\.)?({entry})$", name) for name in names)
+        except re.error:
+            # Named in an error later.
+            return True
 
     kept = dict(fields)
     for field, matches in (("target_modules", steps), ("exclude_modules", steps)):
@@ -48,6 +52,24 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(kept.get(field), dict):
             kept[field] = {key: value for key, value in kept[field].items() if pattern(key)}
     return kept
+
+
+def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses ranks of which the file has no tensor, before memory is asked for them.
+
+    Raises:
+        CheckpointError: If a rank is larger than every dimension in the file.
+    """
+    if fields["peft_type"] != "LORA":
+        return
+    ranks = [fields.get("r", 0), *(fields.get("rank_pattern") or {}).values()]
+    sizes = [size for value in tensors.values() for size in value.shape]
+    largest = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    if largest > max(sizes, default=0):
+        raise CheckpointError(
+            f"adapter_config.json says r={largest}, and no tensor of the file is that large: its "
+            f"dimensions end at {max(sizes, default=0)}."
+        )
 
 
 def saved_in_file(

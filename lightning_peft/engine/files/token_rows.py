@@ -38,7 +38,8 @@ def rows_as_modules(
     """
     asked = fields.get(FIELD)
     if not asked:
-        return dict(fields), dict(tensors), []
+        # PEFT looks for an embedding where there is an empty list.
+        return {**fields, FIELD: None} if FIELD in fields else dict(fields), dict(tensors), []
     changed = {key: value for key, value in tensors.items() if not key.endswith(_SUFFIX)}
     names: list[str] = []
     for key in [key for key in tensors if key.endswith(_SUFFIX)]:
