@@ -303,14 +303,18 @@ def config_class(method: Any) -> Any:
 
     Raises:
         ConfigError: If there is none.
+        UnsupportedError: If the method cannot be injected into a module.
     """
     try:
-        return type(get_peft_config({"peft_type": plain(method)}))
+        config = get_peft_config({"peft_type": plain(method)})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"peft_type={method!r} is not a method of PEFT. Those supported here: "
             f"{', '.join(METHODS)}."
         ) from error
+    if str(plain(config.peft_type)) not in METHODS:
+        refuse_method(config)
+    return type(config)
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:

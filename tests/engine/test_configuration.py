@@ -104,7 +104,7 @@ def test_a_mapping_does_not_lose_layers_beside_all_linear() -> None:
     ("fields", "message"),
     [
         ({"r": 4}, "does not say which method"),
-        ({"peft_type": "LORRA"}, "is no method of PEFT"),
+        ({"peft_type": "LORRA"}, "is not a method of PEFT"),
         ({"peft_type": "LORA", "rank": 4, "alpha": 2}, "'alpha', 'rank' in peft_config"),
         ({"peft_type": "LORA", "r": -2}, "r=-2"),
     ],

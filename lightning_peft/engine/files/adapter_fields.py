@@ -37,6 +37,7 @@ def checked_fields(
     Raises:
         CheckpointError: If the method is unknown, a value has another type than its field, or an
             unknown field switches something on.
+        UnsupportedError: If the method cannot be injected into a module.
     """
     try:
         cls = config_class(fields["peft_type"])

@@ -60,8 +60,7 @@ def load_adapter(
     """Adds an adapter from a folder in PEFT's format, ours or PEFT's own, and makes it active.
 
     If the module has an adapter of that name already, its values are replaced. A folder that is
-    refused leaves the module as it was. Where a folder of PEFT's holds base weights, as for
-    embeddings with an adapter, those are used as PEFT uses them.
+    refused leaves the module as it was. Base weights in a folder are used as PEFT uses them.
 
     Args:
         module: The module, with or without adapters.
