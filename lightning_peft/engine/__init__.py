@@ -123,6 +123,7 @@ if TYPE_CHECKING:
     )
     from lightning_peft.engine.twins import (
         check_followers,
+        copies_outside,
         freeze_left_out,
     )
     from lightning_peft.engine.unheld import (
@@ -237,6 +238,7 @@ _HOMES = {
     "training_mode": ("set_training_mode",),
     "twins": (
         "check_followers",
+        "copies_outside",
         "freeze_left_out",
     ),
     "unheld": ("freeze_unheld", "release_unheld"),
@@ -262,6 +264,7 @@ __all__ = [
     "check_same_optimizers",
     "checkpoint_activations",
     "config_to_dict",
+    "copies_outside",
     "cross_entropy_and_gradient",
     "default_step",
     "describe",

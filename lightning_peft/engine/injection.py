@@ -55,6 +55,7 @@ from lightning_peft.engine.selection.planning import PartPlan, Request, make_pla
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.selection.task_heads import with_task_heads
+from lightning_peft.engine.training_mode import resting_modules
 from lightning_peft.engine.twins import find_twins, follow
 from lightning_peft.engine.wrap_by_peft import wrap_by_peft
 from lightning_peft.engine.wrapped import (
@@ -196,6 +197,8 @@ def add_adapters(
     twins = record.twins if record.parts else find_twins(module)
     plans = make_plans(module, request, adapt, record, twins)
     left = left_modules(module, record.left or {})
+    new = [plan.name for plan in plans if plan.name not in record.parts]
+    record.resting |= resting_modules(module, new)
     for plan in plans:
         for child in plan.part.modules():
             if child not in left:

@@ -110,6 +110,7 @@ class Record:
         twins: Copies that follow other submodules.
         left: Names of the submodules that stay as they are, with the reason; ``None`` where that
             is not decided yet.
+        resting: Names of the submodules that stay in eval mode, as the user set them.
         unheld: Names of the adapted layers that are frozen since no optimizer holds them.
     """
 
@@ -117,6 +118,7 @@ class Record:
     active: tuple[str, ...] = ()
     twins: list[Twin] = field(default_factory=list)
     left: dict[str, str] | None = None
+    resting: set[str] = field(default_factory=set)
     unheld: list[str] = field(default_factory=list)
 
     @property

@@ -8,7 +8,7 @@ sides and must not be averaged: packed 4-bit codes are no numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -65,6 +65,44 @@ def find_twins(module: nn.Module) -> list[Twin]:
     return twins
 
 
+def copies_outside(module: nn.Module) -> dict[str, str]:
+    """Returns copies that ``module`` keeps in lists, tuples or dictionaries, unregistered.
+
+    Nothing can be done to those: they have no name, and no checkpoint holds them.
+
+    Args:
+        module: The user's module, before anything was done to it.
+
+    Returns:
+        Where a copy is, such as ``"teachers[0]"``, and the name of the submodule it is a copy of.
+    """
+    known = {id(child) for child in module.modules()}
+    found: dict[str, str] = {}
+    for owner, child in module.named_modules():
+        for attribute, value in vars(child).items():
+            for key, kept in _kept_in(value):
+                if id(kept) in known or attribute == "_modules":
+                    continue
+                origin = next((n for n, x in module.named_modules() if n and _equal(x, kept)), None)
+                if origin is not None:
+                    found[f"{owner}.{attribute}[{key!r}]".lstrip(".")] = origin
+    return found
+
+
+def _kept_in(value: object) -> list[tuple[object, nn.Module]]:
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return [(key, kept) for key, kept in items if isinstance(kept, nn.Module)]
+
+
+def _equal(child: nn.Module, kept: nn.Module) -> bool:
+    shapes = [[(n, p.shape) for n, p in x.named_parameters()] for x in (child, kept)]
+    return type(child) is type(kept) and shapes[0] == shapes[1] and _same_values(child, kept)
+
+
 def _sample(module: nn.Module) -> tuple[float, ...]:
     """Returns a few values that copies have in common, and hardly any other two modules."""
     wide = [p for p in nn.Module.parameters(module) if p.ndim > 1 and not p.is_meta]
@@ -90,6 +128,10 @@ def _twin(name: str, child: nn.Module, other: str, candidate: nn.Module) -> Twin
 def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -> bool:
     if re.sub(r"\d+", "*", name) == re.sub(r"\d+", "*", other) or inside(other, [name]):
         return False
+    return _same_values(child, candidate)
+
+
+def _same_values(child: nn.Module, candidate: nn.Module) -> bool:
     mine, theirs = dict(child.named_parameters()), dict(candidate.named_parameters())
     return all(
         not a.is_meta and a is not theirs[key] and a.dtype == theirs[key].dtype

@@ -7,6 +7,7 @@ the end of ``configure_model``, so that hook is wrapped on the instance, for one
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lightning_peft.plugin.training_checks import TrainingChecks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Lifecycle:
         if self._lost:
             engine.set_record(module, None)
         if engine.record_of(module) is None:
+            outside = engine.copies_outside(module)
             engine.inject(
                 module,
                 self.injection.peft_config if self.injection.chosen else None,
@@ -126,6 +130,7 @@ class Lifecycle:
                 device=strategy.root_device,
             )
             _check_ranks(module)
+            _warn_of_copies(module, outside)
         else:
             self._check_same(module)
         if _fitting(module):
@@ -346,6 +351,18 @@ def _prepare_training(module: nn.Module) -> None:
             "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
         )
     engine.set_training_mode(module)
+
+
+def _warn_of_copies(module: nn.Module, outside: dict[str, str]) -> None:
+    for where, name in outside.items():
+        if engine.adapted_layers(module.get_submodule(name)):
+            log.warning(
+                "%s is a copy of %r that the module does not register. It gets no adapters, and a "
+                "loop over the parameters() of both does not line up. Where it is to follow, as a "
+                "momentum copy does, make it an attribute of the module.",
+                where,
+                name,
+            )
 
 
 def _fitting(module: Any) -> bool:

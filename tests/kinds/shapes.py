@@ -169,6 +169,12 @@ def partly_frozen_bert() -> Whole:
     return Whole(model=model, head=nn.Linear(16, 2))
 
 
+def half_resting_bert() -> Whole:
+    model = bert()
+    model.encoder.layer[0].eval()
+    return Whole(model=model, head=nn.Linear(16, 2))
+
+
 def norms_train() -> Whole:
     trunk = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 16))
     fixed(trunk[0])
@@ -254,6 +260,16 @@ SHAPES = [
     Shape(
         "teacher outside", "teachers in a list or dict that the module does not register",
         unregistered_teacher, ("student",), {}, ("head",),
+    ),
+    Shape(
+        "teacher that is not frozen", "teacher in eval mode that only `no_grad` shields",
+        lambda: Whole(teacher=net(8, 32, 4).eval(), student=net(8, 16, 4), head=nn.Linear(4, 2)),
+        ("teacher", "student"), {}, ("head",), (T,),
+        note="it stays in eval mode; freeze it to leave it as it is",
+    ),
+    Shape(
+        "model whose first block is in eval mode", "",
+        half_resting_bert, ("model",), {}, ("head",), ("model.encoder.layer.0",),
     ),
     Shape(
         "shared layer", "student and frozen teacher that share a layer",

@@ -77,9 +77,12 @@ def test_what_is_adapted_left_and_trained(shape: Shape, method: str) -> None:
     trained = {n for n, p in module.named_parameters() if p.requires_grad} - adapters.keys()
     assert {name for name in trained if not inside(name, shape.trains)} == set()
     assert {root for root in shape.trains if not any(inside(n, [root]) for n in trained)} == set()
-    resting = {name for name, child in module.named_modules() if not child.training}
+    dropouts = {id(child) for layer in layers.values() for child in layer.lora_dropout.modules()}
+    resting = {n for n, x in module.named_modules() if not x.training and id(x) not in dropouts}
     assert {name for name in resting if not inside(name, shape.eval)} == set()
     assert set(shape.eval) <= resting
+    idle = {layer for name, layer in layers.items() if inside(name, shape.follows)}
+    assert all(x.lora_dropout.training is (x not in idle or x.training) for x in layers.values())
     for name, child in own(module, shape).items():
         (*then, old), (*now, new) = before[name], seen(child)
         assert now == then

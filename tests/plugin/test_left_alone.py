@@ -215,3 +215,22 @@ def test_adapters_that_were_forgotten_are_still_an_error(way, tmp_path) -> None:
     with pytest.raises(LifecycleError, match=r"are in no optimizer, such as 'spare\.0\.lora_"):
         fit(module, vectors(), tmp_path)
     assert engine.require_record(module).unheld == []
+
+
+class Hidden(Listed):
+    """A copy, another network of the same class, and an alias, all in a list or dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = [mlp(8, 16, 8), copy.deepcopy(self.trunk), self.trunk]
+        self.by_name = {"slow": copy.deepcopy(self.head)}
+
+
+def test_copies_in_lists_are_named_where_they_could_follow(tmp_path, caplog) -> None:
+    caplog.set_level(logging.WARNING, "lightning_peft")
+    module = Hidden()
+    assert engine.copies_outside(module) == {"copies[1]": "trunk", "by_name['slow']": "head"}
+    fit(module, vectors(), tmp_path)
+    texts = [r.getMessage() for r in caplog.records if "is a copy of" in r.getMessage()]
+    assert [text.partition(" that ")[0] for text in texts] == ["copies[1] is a copy of 'trunk'"]
+    assert "make it an attribute of the module" in texts[0]
