@@ -19,7 +19,7 @@ def real_optimizers(strategy: Any) -> list[Any]:
 
 
 def hold_adapters(strategy: Any) -> list[Any]:
-    """Puts the adapters into optimizers that are older than they are, and says so.
+    """Puts the adapters into optimizers that are older than they are, and logs it.
 
     Args:
         strategy: A strategy whose ``setup_optimizers`` has just run.
@@ -35,9 +35,9 @@ def hold_adapters(strategy: Any) -> list[Any]:
     real = real_optimizers(strategy)
     known = {id(optimizer) for optimizer in real}
     kept = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
-    told = engine.hold_adapters(module, real or kept, kept if real else ())
-    if told:
-        say(strategy, f"{'; '.join(told)}.")
+    notes = engine.hold_adapters(module, real or kept, kept if real else ())
+    if notes:
+        say(strategy, f"{'; '.join(notes)}.")
     return real or kept
 
 

@@ -189,7 +189,7 @@ def test_several_optimizers_in_manual_optimization(method, returned, tmp_path):
         assert not any("lora" in n and f"layers.{1 - index}." in n for n in held)
 
 
-def test_lists_that_are_older_say_what_was_done(tmp_path, said):
+def test_lists_that_are_older_are_logged(tmp_path, said):
     class Early(InConstructor):
         def make(self):
             return list(self.parameters())

@@ -70,7 +70,7 @@ def test_optimizers_of_some_layers_train_their_adapters(cls, method, tmp_path):
 
 @pytest.mark.parametrize("verify", ["cheap", "full", "off"])
 @pytest.mark.parametrize("method", METHODS)
-def test_without_an_optimizer_nothing_trains_as_lightning_says(method, verify, tmp_path):
+def test_without_an_optimizer_nothing_trains_as_in_lightning(method, verify, tmp_path):
     """Lightning warns and runs on with a stand-in."""
     module = Without()
     run = trainer(tmp_path, strategy(method, verify=verify))

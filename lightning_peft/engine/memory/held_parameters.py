@@ -41,15 +41,15 @@ def hold_adapters(
     Raises:
         LifecycleError: If an optimizer of a class of its own keeps lists of tensors besides its
             groups, which would not fit them any more; or made states for the weights in its
-            constructor, and cannot be asked for those of the adapters.
+            constructor, and makes none for the adapters now.
     """
     kept = [*optimizers, *(optimizer for optimizer in others if not _keeps_more(optimizer))]
     held = {id(param) for optimizer in kept for param in _parameters(optimizer)}
     exchange = _Exchange(module, held)
-    told = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
+    notes = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
     if exchange.freed:
         return_freed_memory()
-    return [one for one in told if one]
+    return [note for note in notes if note]
 
 
 def optimizers_of(module: nn.Module) -> list[Any]:
