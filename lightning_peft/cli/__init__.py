@@ -13,7 +13,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError, near_names
 # parts load when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
     "See it work": ("demo", "doctor", "app"),
-    "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "plan"),
+    "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Prove it": ("verify", "reproduce"),
     "Use what was trained": ("chat", "compare", "merge", "export"),

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.recipes import find_recipe, resolved
-from lightning_peft.errors import ConfigError
+from lightning_peft.cli.described_data import described_data
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,9 +33,6 @@ These and all others are the arguments of lightning_peft.SupervisedData; --help-
 exit code: 0 if every row can be trained on (or the others are skipped), 1 if rows have problems, 2
 for bad input
 """
-_DEFAULT = "lightning_peft.SupervisedData"
-# What only concerns the order and loading of batches.
-_OF_TRAINING = {"shuffle_seed", "num_workers", "length_grouping", "packing"}
 _BAR = 40
 # Files that are listed with how they are read.
 _FILES = 12
@@ -53,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     given, rest = _parser().parse_known_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        data = _made(given.config, ["--help", *rest] if given.help_all else rest)
+        data = described_data(given.config, ["--help", *rest] if given.help_all else rest)
         shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:
@@ -83,76 +77,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _made(configs: Sequence[str], words: Sequence[str]) -> Any:
-    """Returns the data module that configs and the command line describe."""
-    path, arguments = _described(configs)
-    module, _, name = path.rpartition(".")
-    cls = getattr(import_module(module), name, None)
-    base = import_module("lightning_peft.data.rows_data").RowsData
-    if not isinstance(cls, type) or not issubclass(cls, base):
-        raise ConfigError(
-            f"data.class_path={path!r} is no data module of this package that reads row by row, so "
-            "there are none to show. preview is for lightning_peft.SupervisedData and its like."
-        )
-    jsonargparse = import_module("jsonargparse")
-    parser = jsonargparse.ArgumentParser(
-        prog="lightning-peft preview", description=ABOUT, exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file with these arguments.")
-    parser.add_class_arguments(cls, skip=_OF_TRAINING)
-    kept = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "data.yaml"
-        file.write_text(import_module("yaml").safe_dump(kept), encoding="utf-8")
-        try:
-            given = parser.parse_args([f"--config={file}", *map(_spelled, words)]).as_dict()
-        except (jsonargparse.ArgumentError, ValueError) as error:
-            raise ConfigError(str(error)) from error
-    given.pop("config", None)
-    return cls(**given)
-
-
-def _described(configs: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Returns the class of the data and its arguments, the last config on top."""
-    path = _DEFAULT
-    arguments: dict[str, Any] = {}
-    for name in configs:
-        content = import_module("yaml").safe_load(resolved(find_recipe(name))) or {}
-        if not isinstance(content, dict):
-            raise ConfigError(f"--config {name!r} holds no keys, but {content!r}.")
-        part = content.get("data", content)
-        if not isinstance(part, dict):
-            # A file with the arguments themselves, in which `data` is the place of the rows.
-            part = {"init_args": content}
-        elif "class_path" not in part and "init_args" not in part:
-            part = {"init_args": {key: part[key] for key in part if key not in _OF_CONFIGS}}
-        path = part.get("class_path", path)
-        arguments |= part.get("init_args", {})
-    return path, arguments
-
-
-# Parts of a recipe besides its data.
-_OF_CONFIGS = {"model", "trainer", "seed_everything", "run_dir", "ckpt_path"}
-
-
-def _spelled(word: str) -> str:
-    """Returns an option as the Python argument it is: --skip-bad-rows, --data.init_args.x."""
-    if not word.startswith("--") or word == "--":
-        return word
-    name, equals, value = word.partition("=")
-    name = name.removeprefix("--").replace("-", "_")
-    name = name.removeprefix("data.init_args.").removeprefix("data.")
-    return f"--{name}{equals}{value}"
-
-
 def _show(console: Console, shown: Preview) -> None:
     numbers = shown.numbers
-    for line in _overview(numbers):
+    for line in overview(numbers):
         console.print(line, markup=False, soft_wrap=True)
     for row in shown.rows:
         _show_row(console, row)
     if "lengths" in numbers:
         _show_lengths(console, numbers)
+    show_problems(console, numbers)
+
+
+def show_problems(console: Console, numbers: dict[str, Any]) -> None:
+    """Prints all problems, or that there are none.
+
+    Args:
+        console: Where.
+        numbers: Those of a preview.
+    """
     for problem in numbers["problems"]:
         _show_problem(console, problem)
     if numbers["problems"]:
@@ -162,7 +104,8 @@ def _show(console: Console, shown: Preview) -> None:
         console.print(f"All {numbers['rows']:,} rows can be trained on.", style="green")
 
 
-def _overview(numbers: dict[str, Any]) -> list[str]:
+def overview(numbers: dict[str, Any]) -> list[str]:
+    """Returns the lines on all of the data: shape, splits, how files are read, what is not used."""
     columns = ", ".join(
         ours if ours == theirs else f"{ours} from {theirs!r}"
         for ours, theirs in numbers["columns"].items()

@@ -81,6 +81,33 @@ def resolved(file: Path) -> str:
     return text
 
 
+def with_files(words: Sequence[str], folder: Path) -> list[str]:
+    """Returns the arguments with every ``--config`` as a file that LightningCLI can read.
+
+    Args:
+        words: The arguments; ``--config`` also takes the name of a recipe.
+        folder: Where the files are written.
+
+    Raises:
+        ConfigError: If a name is neither a file nor a recipe.
+    """
+    done: list[str] = []
+    for word in words:
+        name = None
+        if word.startswith("--config="):
+            name = word.partition("=")[2]
+        elif done and done[-1] == "--config":
+            done.pop()
+            name = word
+        if name is None:
+            done.append(word)
+            continue
+        file = folder / f"{len(done)}-{Path(name).stem}.yaml"
+        file.write_text(resolved(find_recipe(name)), encoding="utf-8")
+        done.append(f"--config={file}")
+    return done
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the command.
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.recipes import find_recipe, resolved
+from lightning_peft.cli.recipes import with_files
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
     session: RunSession = import_module("lightning_peft.runs.session").RunSession(subcommand, name)
     run_subcommand = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
     with tempfile.TemporaryDirectory() as folder, session:
-        run_subcommand(subcommand, _with_files(words, Path(folder)), session)
+        run_subcommand(subcommand, with_files(words, Path(folder)), session)
     return session
 
 
@@ -108,25 +108,6 @@ def _configs(words: Sequence[str]) -> list[str]:
         elif word.startswith("--config="):
             found.append(word.partition("=")[2])
     return found
-
-
-def _with_files(words: Sequence[str], folder: Path) -> list[str]:
-    """Returns the arguments with every ``--config`` as a file that LightningCLI can read."""
-    done: list[str] = []
-    for word in words:
-        name = None
-        if word.startswith("--config="):
-            name = word.partition("=")[2]
-        elif done and done[-1] == "--config":
-            done.pop()
-            name = word
-        if name is None:
-            done.append(word)
-            continue
-        file = folder / f"{len(done)}-{Path(name).stem}.yaml"
-        file.write_text(resolved(find_recipe(name)), encoding="utf-8")
-        done.append(f"--config={file}")
-    return done
 
 
 def _resumed(words: list[str]) -> list[str]:

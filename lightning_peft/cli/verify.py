@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_peft.cli.recipes import with_files
 from lightning_peft.errors import BaseMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", action="append", default=[], help="YAML file as for LightningCLI; repeatable"
+        "--config",
+        action="append",
+        default=[],
+        help="recipe, or YAML file as for LightningCLI; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     words = list(arguments)
@@ -68,7 +73,9 @@ def _checked(
     configs = [f"--config={file}" for file in files]
     verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
     if path is None:
-        found = verify_config([*configs, *rest], announce=announce)
+        with tempfile.TemporaryDirectory() as folder:
+            words = with_files([*configs, *rest], Path(folder))
+            found = verify_config(words, announce=announce)
         return found.module, found.verification
     if configs:
         raise ConfigError(

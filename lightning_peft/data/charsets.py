@@ -141,7 +141,10 @@ def _wide(start: bytes, name: str) -> str:
         return good / max(1, len(text))
 
     found = max(("utf-16-le", "utf-16-be"), key=plain)
-    if plain(found) < 0.05:
+    text = start[: len(start) // 2 * 2].decode(found, "replace")
+    # Unassigned, private, halves, and controls that no text has.
+    odd = sum(unicodedata.category(c)[0] == "C" and c not in "\t\r\n\f\ufeff" for c in text)
+    if plain(found) < 0.05 or 50 * odd > len(text):
         raise ConfigError(
             f"{name!r} holds bytes that are not text (a zero at byte {start.index(0) + 1:,}). It "
             "is damaged, or of another kind than its name says."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ import torch
 import yaml
 
 from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+from lightning_peft.plugin.config_errors import explained
 from lightning_peft.plugin.namespace import namespace_in_use, tree_of
 
 
@@ -64,11 +64,59 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
                 raise KeyboardInterrupt from stop
             raise
         except argparse.ArgumentError as error:
-            raise ConfigError(_explained(cause(error), root)) from error
+            raise ConfigError(explained(str(error), root)) from error
         except ValueError as error:
             if isinstance(error, LightningPeftError):
                 raise
-            raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
+            raise ConfigError(_not_made(error, root)) from error
+
+
+def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns a config and its overrides as ``fit`` reads them; nothing of it is made.
+
+    Args:
+        arguments: LightningCLI's command line after a subcommand.
+
+    Raises:
+        ConfigError: If the arguments cannot be read, with the nearest right ones.
+    """
+    import_from_here()
+    root = root_for(arguments)
+    quiet(root)
+    cli = import_module(f"{root}.cli")
+
+    class ParsingCLI(cli.LightningCLI):  # type: ignore[name-defined]
+        def add_arguments_to_parser(self, parser: Any) -> None:
+            for name in ("--run_dir", "--ckpt_path"):
+                parser.add_argument(name, type=str | None, default=None)
+
+        def _set_seed(self) -> None:
+            """Leaves the random numbers alone."""
+
+        def instantiate_classes(self) -> None:
+            """Makes nothing."""
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        try:
+            found = ParsingCLI(
+                args=with_full_names(arguments),
+                run=False,
+                save_config_callback=None,
+                parser_kwargs={"exit_on_error": False},
+            )
+        except argparse.ArgumentError as error:
+            raise ConfigError(explained(str(error), root)) from error
+    config: dict[str, Any] = found.config.as_dict()
+    return config
+
+
+def _not_made(error: ValueError, root: str) -> str:
+    named = re.search(r"invalid strategy name: `strategy='([^']*)'`", str(error))
+    if named is None:
+        return f"Something of the config cannot be made: {cause(error)}"
+    known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
+    return f"trainer.strategy={named[1]!r} is no strategy of Lightning{near_names(named[1], known)}"
 
 
 def quiet(root: str) -> None:
@@ -137,34 +185,6 @@ def import_from_here() -> None:
     """Lets the user's own modules be imported from the working directory, as in a script."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-
-
-def _explained(message: str, root: str) -> str:
-    """Returns what jsonargparse said, with the nearest names for keys that it does not know."""
-    hints = []
-    for path, option in re.findall(
-        r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message
-    ):
-        module, _, name = path.rpartition(".")
-        known = _arguments(getattr(import_module(module), name))
-        hints.append(f"{option!r} is no argument of {name}{near_names(option, known)}")
-    for key in re.findall(r"(?:unrecognized arguments: --|Key '|accept option ')([\w.]+)", message):
-        trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
-        known_keys = ["model", "data", "trainer", "seed_everything", "ckpt_path"]
-        known_keys += [f"trainer.{name}" for name in trainer]
-        hints.append(f"there is no {key!r}{near_names(key, known_keys)}")
-    said = "\n".join(line for line in message.splitlines() if "NoneType" not in line)
-    return "\n".join([said, *hints])
-
-
-def _arguments(cls: type) -> list[str]:
-    """Returns the names of what a class takes, with those it hands on to the classes above it."""
-    signatures = [inspect.signature(base.__init__) for base in cls.__mro__ if base is not object]  # type: ignore[misc]
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = [
-        p.name for signature in signatures for p in signature.parameters.values() if p.kind in named
-    ]
-    return [name for name in dict.fromkeys(found) if name != "self"]
 
 
 def cause(error: Exception) -> str:

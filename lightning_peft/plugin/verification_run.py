@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.plugin.config_errors import explained
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import (
     cause,
@@ -73,7 +75,6 @@ def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedCo
     Raises:
         ConfigError: If the config asks for no adapters, or the data gives no batch.
         LightningPeftError: If the module cannot be adapted.
-        SystemExit: With code 2, if LightningCLI cannot read the arguments.
     """
     import_from_here()
     root = root_for(arguments)
@@ -125,9 +126,13 @@ def _build(root: str, arguments: list[str]) -> Any:
                 args=with_full_names(arguments),
                 run=False,
                 save_config_callback=None,
-                parser_kwargs={"prog": "lightning-peft verify"},
+                parser_kwargs={"prog": "lightning-peft verify", "exit_on_error": False},
             )
+        except argparse.ArgumentError as error:
+            raise ConfigError(explained(str(error), root)) from error
         except ValueError as error:
+            if isinstance(error, LightningPeftError):
+                raise
             raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
 
 

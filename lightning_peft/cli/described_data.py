@@ -1,0 +1,143 @@
+"""The data module that configs and the command line describe, without the rest of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.cli.recipes import find_recipe, resolved, with_files
+from lightning_peft.errors import ConfigError, near_names
+
+_DEFAULT = "lightning_peft.SupervisedData"
+# What only concerns the order and loading of batches.
+_OF_TRAINING = {"shuffle_seed", "num_workers", "length_grouping", "packing"}
+# Parts of a recipe besides its data.
+_OF_CONFIGS = {"model", "trainer", "seed_everything", "run_dir", "ckpt_path"}
+_OF_CONFIGS |= {"optimizer", "lr_scheduler"}
+
+
+def described_data(configs: Sequence[str], words: Sequence[str], default: str = _DEFAULT) -> Any:
+    """Returns the data module that configs and the command line describe.
+
+    Overrides of the model and the Trainer are checked as ``fit`` does, and change nothing here.
+
+    Args:
+        configs: Recipes or YAML files, the last one on top.
+        words: Arguments of the data as options, and overrides of a config.
+        default: Class of the data where no config names one.
+
+    Raises:
+        ConfigError: If they do not describe data that is read row by row.
+    """
+    path, arguments = _described(configs, default)
+    words, overrides = _parted(words)
+    if overrides:
+        _check(configs, overrides)
+    cls = _class(path, words)
+    jsonargparse = import_module("jsonargparse")
+    parser = jsonargparse.ArgumentParser(
+        prog="lightning-peft preview", description=cls.__doc__, exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these arguments.")
+    parser.add_class_arguments(cls, skip=_OF_TRAINING)
+    kept = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "data.yaml"
+        file.write_text(import_module("yaml").safe_dump(kept), encoding="utf-8")
+        try:
+            given = parser.parse_args([f"--config={file}", *words]).as_dict()
+        except (jsonargparse.ArgumentError, ValueError) as error:
+            raise ConfigError(_explained(str(error), cls)) from error
+    given.pop("config", None)
+    return cls(**given)
+
+
+def _class(path: str, words: Sequence[str]) -> Any:
+    named = [word.partition("=")[2] for word in words if word.startswith("--class_path=")]
+    path = named[-1] if named else path
+    module, _, name = path.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name, None) if module else None
+    except ImportError:
+        cls = None
+    if cls is None:
+        shapes = import_module("lightning_peft.data.shapes").SHAPES.values()
+        known = dict.fromkeys(f"lightning_peft.{shape.taken_by}" for shape in shapes)
+        raise ConfigError(
+            f"data.class_path={path!r}: there is no such class{near_names(path, known)}."
+        )
+    base = import_module("lightning_peft.data.rows_data").RowsData
+    if not isinstance(cls, type) or not issubclass(cls, base):
+        raise ConfigError(
+            f"data.class_path={path!r} is no data module of this package that reads row by row, so "
+            "there are none to show. preview is for lightning_peft.SupervisedData and its like."
+        )
+    return cls
+
+
+def _explained(message: str, cls: type) -> str:
+    errors = import_module("lightning_peft.plugin.config_errors")
+    key = message.partition("unrecognized arguments: --")[2].partition("=")[0].partition(" ")[0]
+    if not key:
+        return str(
+            errors.explained(message, import_module("lightning_peft.plugin.namespace").ROOTS[1])
+        )
+    known = dict.fromkeys([*errors.arguments_of(cls), *errors.ROOTS])
+    return f"--{key}: {cls.__name__} has no such argument{errors.near_key(key, known)}"
+
+
+def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments of the data as they are in Python, and overrides of the rest."""
+    ours: list[str] = []
+    others: list[str] = []
+    target = ours
+    for word in words:
+        if word.startswith("--"):
+            first = word.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
+            target = others if first in _OF_CONFIGS else ours
+        target.append(spelled(word) if target is ours else word)
+    return ours, others
+
+
+def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
+    contents = [import_module("yaml").safe_load(resolved(find_recipe(name))) for name in configs]
+    if not any(isinstance(content, dict) and "model" in content for content in contents):
+        raise ConfigError(
+            f"{overrides[0]} is for a config with a model, and there is none. Name a recipe with "
+            "--config, or leave it out."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        words = with_files([*(f"--config={name}" for name in configs), *overrides], Path(folder))
+        import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
+
+
+def _described(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:
+    """Returns the class of the data and its arguments, the last config on top."""
+    path = default
+    arguments: dict[str, Any] = {}
+    for name in configs:
+        content = import_module("yaml").safe_load(resolved(find_recipe(name))) or {}
+        if not isinstance(content, dict):
+            raise ConfigError(f"--config {name!r} holds no keys, but {content!r}.")
+        part = content.get("data", content)
+        if not isinstance(part, dict):
+            # A file with the arguments themselves, in which `data` is the place of the rows.
+            part = {"init_args": content}
+        elif "class_path" not in part and "init_args" not in part:
+            part = {"init_args": {key: part[key] for key in part if key not in _OF_CONFIGS}}
+        path = part.get("class_path", path)
+        arguments |= part.get("init_args", {})
+    return path, arguments
+
+
+def spelled(word: str) -> str:
+    """Returns an option as the Python argument it is: --skip-bad-rows, --data.init_args.x."""
+    if not word.startswith("--") or word == "--":
+        return word
+    name, equals, value = word.partition("=")
+    name = name.removeprefix("--").replace("-", "_")
+    name = name.removeprefix("data.init_args.").removeprefix("data.")
+    return f"--{name}{equals}{value}"
