@@ -143,7 +143,8 @@ def _wide(start: bytes, name: str) -> str:
     found = max(("utf-16-le", "utf-16-be"), key=plain)
     text = start[: len(start) // 2 * 2].decode(found, "replace")
     # Unassigned, private, halves, and controls that no text has.
-    odd = sum(unicodedata.category(c)[0] == "C" and c not in "\t\r\n\f\ufeff" for c in text)
+    kinds = [unicodedata.category(char) for char in text if char not in "\t\r\n\f"]
+    odd = sum(kind in ("Cc", "Cn", "Co", "Cs") for kind in kinds)
     if plain(found) < 0.05 or 50 * odd > len(text):
         raise ConfigError(
             f"{name!r} holds bytes that are not text (a zero at byte {start.index(0) + 1:,}). It "
