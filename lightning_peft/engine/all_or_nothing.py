@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @contextmanager
@@ -27,6 +31,20 @@ def all_or_nothing(layers: Iterable[nn.Module]) -> Iterator[None]:
         for state in before:
             state.restore()
         raise
+
+
+def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns ``function`` for calls under autocast too, which would round its products."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
 
 
 class _Before:

@@ -58,6 +58,13 @@ def _problem_of(layer: Any) -> str | None:
             "lose part of the adapter. Load the adapter onto the dense base "
             "(lightning_peft.load_adapter) and merge there"
         )
+    attention = isinstance(base, nn.MultiheadAttention)
+    if "weight" not in base._parameters and hasattr(base, "weight") and not attention:
+        return (
+            "computes its weight in each forward pass (weight norm or another parametrization), so "
+            "that what is merged into it would be lost. Remove that from the base first "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter apart"
+        )
     low_rank = isinstance(layer, LoraLayer) or hasattr(layer, "lora_A")
     if low_rank and isinstance(base, CONVOLUTION_LIKE) and base.groups > 1:
         return (
@@ -117,7 +124,7 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     if one.is_meta or one.dtype != other.dtype or one.numel() == 0:
         return one.dtype != other.dtype
     size = one.untyped_storage().nbytes() // one.element_size()
-    marks = torch.zeros(size, dtype=torch.bool)
+    marks = torch.zeros(size, dtype=torch.bool, device="cpu")
     marks.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
     return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 

@@ -7,15 +7,17 @@ is usual, throws part of the adapter away. The report says by how much for both 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
-from lightning_peft.engine.all_or_nothing import all_or_nothing
+from lightning_peft.engine.all_or_nothing import all_or_nothing, without_autocast
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.lora import wide_dtype, without_adapters
 from lightning_peft.engine.layers.probes import in_eval_mode, probe_of, tolerance_of
@@ -91,6 +93,7 @@ class MergeReport:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@without_autocast
 def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Folds the active adapters into the base weights; doing it twice does it once.
 
@@ -128,11 +131,11 @@ def _refuse_overflow(layers: dict[str, Any]) -> None:
                 problems.append(f"{key} ({str(value.dtype).removeprefix('torch.')})")
     if problems:
         raise UnsupportedError(
-            "The merged weights would hold values that are NaN or infinite, and nothing was "
-            "changed:"
+            "The weights would hold values that are NaN or infinite, and nothing was changed:"
             + itemize(problems, 5)
-            + "\nThe base has such values itself, or its dtype ends before the sum does: float16 "
-            "ends at 65504. Call module.float() or module.bfloat16() first, or merge a quantized "
+            + "\nThe base or, when unmerging, the adapter has such values itself, or its dtype "
+            "ends before the sum does: float16 ends at 65504. Call module.float() or "
+            "module.bfloat16() first, or merge a quantized "
             "base with another `dtype`."
         )
 
@@ -179,11 +182,13 @@ class _BeforeMerge:
         bias: A copy of its bias, or ``None``.
         weight: Its quantized weight, or ``None`` where it was dense.
         backend: What PEFT reads and writes the quantized weight with.
+        replaced: The layer whose place a trained copy of it took.
     """
 
     bias: Tensor | None
     weight: QuantizedWeight | None = None
     backend: Any = None
+    replaced: tuple[nn.Module, ...] = ()
 
 
 def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
@@ -201,7 +206,10 @@ def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLa
         before.backend = getattr(layer, "quantization_backend", None)
         layer.quantization_backend = None
     try:
-        layer.merge(safe_merge=True)
+        if isinstance(layer, LNTuningLayer):
+            _merge_copy(layer)
+        else:
+            layer.merge(safe_merge=True)
     except Exception as error:
         raise UnsupportedError(
             f"PEFT cannot merge {name} ({type(layer).__name__}), and nothing was changed: {error}"
@@ -215,6 +223,20 @@ def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLa
                 "adapter apart."
             )
     return MergedLayer(name=name, was_quantized=quantized, error=None, requantized_error=None)
+
+
+def _merge_copy(layer: Any) -> None:
+    """Puts a copy of the trained layer in the base's place.
+
+    PEFT exchanges the two, after which files of the adapter would hold the base.
+    """
+    (name,) = [name for name in layer.active_adapters if name in layer.ln_tuning_layers]
+    base = layer.base_layer
+    layer.base_layer = copy.deepcopy(layer.ln_tuning_layers[name]).requires_grad_(False)
+    # Not as a submodule: it is no part of the model now.
+    layer.base_layer.__dict__["before_merge"] = _BeforeMerge(None, replaced=(base,))
+    base.__dict__.pop("before_merge")
+    layer.merged_adapters.append(name)
 
 
 def _probed(layer: Any, probe: Tensor) -> Tensor:
@@ -231,6 +253,7 @@ def relative_norm(difference: Tensor, reference: Tensor) -> float:
 
 @torch.inference_mode(False)
 @torch.no_grad()
+@without_autocast
 def unmerge(module: nn.Module) -> None:
     """Undoes :func:`merge`: quantized layers get their exact weights back, dense ones ``- s B A``.
 
@@ -249,9 +272,15 @@ def unmerge(module: nn.Module) -> None:
                 _unmerge_by_peft(layer, name)
             else:
                 _unmerge_layer(layer)
+        _refuse_overflow(layers)
 
 
 def _unmerge_by_peft(layer: Any, name: str) -> None:
+    before = layer.get_base_layer().__dict__.get("before_merge")
+    if before is not None and before.replaced:
+        (layer.base_layer,) = before.replaced
+        layer.merged_adapters.clear()
+        return
     try:
         layer.unmerge()
     except Exception as error:

@@ -37,7 +37,7 @@ LORA = {
     "r1": {"r": 1, "lora_alpha": 3},
     "wide": {"r": 40, "lora_alpha": 8},
     "rslora": {"use_rslora": True, "r": 4},
-    "bias all": {"bias": "all"},
+    "bias all": {"bias": "all", "same_keys": False},
     "bias lora_only": {"bias": "lora_only"},
     "dora": {"use_dora": True},
     "dora rslora": {"use_dora": True, "use_rslora": True, "r": 4},

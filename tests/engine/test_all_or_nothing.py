@@ -13,6 +13,7 @@ from models import stack
 from peft import (
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -29,7 +30,7 @@ from lightning_peft.engine import merging
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.layers.quantized import is_quantized
-from lightning_peft.errors import LifecycleError, UnsupportedError
+from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import copy_adapter, randomize, relative_error
 
@@ -423,3 +424,108 @@ def test_forward_passes_through_adapted_attention_leave_the_frozen_weights_alone
     assert "mix.base_layer.in_proj_weight" in model.state_dict()
     lightning_peft.unmerge(model)
     assert all(now[name] is param for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["in-place", "wrapped"])
+def test_autocast_does_not_round_a_merge(settings: dict) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    lightning_peft.inject(model, r=2, target_modules=["first", "second"], **settings)
+    randomize(model)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        lightning_peft.merge(model)
+        assert torch.is_autocast_enabled("cpu")
+    assert relative_error(model(x), expected) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        lightning_peft.unmerge(model)
+    assert relative_error(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_a_weight_that_is_computed_takes_no_merge(norm) -> None:
+    model, x = stack(), torch.randn(3, 96)
+    model.first = norm(model.first)
+    model.eval()
+    lightning_peft.inject(model, LoraConfig(target_modules=["first", "second"], r=2))
+    randomize(model)
+    expected = model(x)
+    with pytest.raises(UnsupportedError, match="first computes its weight in each forward pass"):
+        lightning_peft.merge(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_an_adapter_that_broke_while_it_was_merged_is_not_subtracted() -> None:
+    model = stack()
+    lightning_peft.inject(model, r=2)
+    randomize(model)
+    lightning_peft.merge(model)
+    model.second.lora_A["default"].weight.data[0, 0] = math.nan
+    weights = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    with pytest.raises(UnsupportedError, match=r"second\.weight \(float32\)(.|\n)*unmerging"):
+        lightning_peft.unmerge(model)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    assert model.first.lora_merged == ("default",)
+
+
+def test_files_of_a_merged_normalization_layer_hold_the_adapter(tmp_path) -> None:
+    base = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    x, model = torch.randn(3, 6), copy.deepcopy(base)
+    lightning_peft.inject(model, LNTuningConfig(target_modules=["1"]))
+    randomize(model, 1.0)
+    expected = model(x)
+    lightning_peft.merge(model)
+    lightning_peft.save_adapter(model, tmp_path)
+    other = copy.deepcopy(base)
+    lightning_peft.load_adapter(other, tmp_path)
+    assert relative_error(other(x), expected) < 1e-6
+    lightning_peft.unmerge(model)
+    with lightning_peft.disable_adapters(model):
+        assert torch.equal(model(x), base(x))
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    assert type(model[1]) is nn.LayerNorm
+    assert not any(param.requires_grad for param in model[1].parameters())
+    assert relative_error(model(x), expected) < 1e-6
+
+
+def test_attention_that_moves_while_it_is_merged() -> None:
+    model, x = Attention(), torch.randn(2, 5, 12)
+    lightning_peft.inject(model, LoraConfig(target_modules=["mix"]))
+    randomize(model)
+    expected = model(x)
+    lightning_peft.merge(model)
+    model.double()
+    lightning_peft.unmerge(model)
+    assert {param.dtype for param in model.parameters()} == {torch.float64}
+    assert relative_error(model(x.double()), expected) < 1e-5
+
+
+def test_attention_passes_the_check_of_a_module() -> None:
+    model, x = Attention(), torch.randn(2, 5, 12)
+    lightning_peft.inject(model, LoraConfig(target_modules=["mix", "middle"]))
+    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).pow(2).mean())
+    assert made.passed, made
+
+
+def test_folders_for_a_base_with_random_changes_are_refused(tmp_path) -> None:
+    base = stack()
+    config = LoraConfig(target_modules=["first"], r=2, init_lora_weights="pissa_niter_4")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "theirs")
+    before = state_of(base)
+    with pytest.raises(CheckpointError, match="path_initial_model_for_weight_conversion"):
+        lightning_peft.load_adapter(base, tmp_path / "theirs")
+    assert_unchanged(base, before)
+    model, x = copy.deepcopy(base), torch.randn(3, 96)
+    lightning_peft.inject(model, config)
+    randomize(model)
+    lightning_peft.save_adapter(model, tmp_path / "ours")
+    lightning_peft.load_adapter(base, tmp_path / "ours")
+    assert relative_error(base(x), model(x)) < 1e-5

@@ -97,6 +97,7 @@ def load_adapter(
                 f"{FIELD} in {str(paths[asked])!r}: single rows are not trained here, so the "
                 "adapter is loaded for its output only. Leave is_trainable out."
             )
+        _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
     with undone_on_error(module, _rewritten(module, folders)):
         for folder in folders:
@@ -236,6 +237,17 @@ def _inject_for_file(
         inject_exactly(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:
         raise _unfit(module, folder.path, error) from error
+
+
+def _refuse_random_base(fields: Mapping[str, Any], path: Path) -> None:
+    init = str(fields.get("init_lora_weights"))
+    if init.lower().startswith("pissa_niter"):
+        raise CheckpointError(
+            f"The adapter in {str(path)!r} has init_lora_weights={init!r}: it is for a base that "
+            "was rewritten with random numbers which the folder does not hold. Write it with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), which makes it "
+            "one for the base as it was loaded."
+        )
 
 
 def _unfit(module: nn.Module, path: Path, error: Exception) -> CheckpointError:

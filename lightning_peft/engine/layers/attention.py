@@ -47,6 +47,11 @@ class KeptAttention(Extended):
         if not self.merged_adapters:
             return
         for holder, params in zip(self.holders(), self.unmerged, strict=True):
+            for name, param in params.items():
+                now = getattr(holder, name)
+                if param is not None and now is not param:
+                    # The module may have moved while it was merged.
+                    param.data = param.data.to(now.device, now.dtype)
             _put_back(holder, params)
         self.unmerged = []
         self.merged_adapters.clear()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.engine.adapters import adapted_layers_of, enable, is_enabled
+from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.gradients import (
     Gradients,
@@ -110,7 +111,9 @@ def adapters_act_in_evaluation(
     layers = adapted_layers_of(trial.module, require_record(trial.module))
     silent = set(silent_tensors(gradients))
     trained = {owner_of(tensor, layers) for tensor in gradients if tensor not in silent}
-    missing = [n for n in layers if n in trained and then[n] in (_UNUSED, _IGNORED)]
+    # Those inside another wrapper are computed with by that one.
+    outer = outermost(layers)
+    missing = [n for n in outer if n in trained and then[n] in (_UNUSED, _IGNORED)]
     if not trained:
         return Check(name, None, "training reaches no adapter")
     ignored = [n for n in missing if then[n] == _IGNORED]
