@@ -19,6 +19,7 @@ from lightning_peft.plugin.checkpoint_io import (
     write_adapter_folder,
 )
 from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
+from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.namespace import realize, root_of
 from lightning_peft.plugin.optimization import (
     freeze_unheld,
@@ -29,12 +30,6 @@ from lightning_peft.plugin.optimization import (
     stop_checkpointing,
 )
 from lightning_peft.plugin.own_hooks import KEY, as_written, load, with_adapters
-from lightning_peft.plugin.resume import (
-    ResumableLoader,
-    make_resumable,
-    random_state,
-    set_random_state,
-)
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
@@ -53,7 +48,7 @@ class AdapterStrategy(_Base):
     lifecycle: Lifecycle
     _restored = False
     _told_of_hyperparameters = False
-    _resume_from: Any = None
+    _known_loops: TrainingLoops | None = None
     _masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     _checkpointing: Any = None
     _names_before_hooks: tuple[str, ...] = ()
@@ -63,10 +58,16 @@ class AdapterStrategy(_Base):
         assert self.lightning_module is not None
         return self.lightning_module
 
+    @property
+    def _loops(self) -> TrainingLoops:
+        if self._known_loops is None:
+            self._known_loops = TrainingLoops(self._module.trainer)
+        return self._known_loops
+
     def connect(self, model: Any) -> None:
         """Arranges for the injection at the end of ``configure_model``."""
         super().connect(model)
-        self._restored, self._resume_from = False, None
+        self._restored, self._known_loops = False, None
         self.lifecycle.install(model, self)
 
     def setup(self, trainer: Any) -> None:
@@ -77,6 +78,8 @@ class AdapterStrategy(_Base):
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
         start_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
+        if trainer.state.fn == "fit":
+            self._loops.attach()
         self._masters = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
         super().setup(trainer)
 
@@ -103,44 +106,16 @@ class AdapterStrategy(_Base):
         self.lifecycle.check_frozen(self._module)
         engine.check_followers(self._module)
 
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Lets the training DataLoader resume in the middle of an epoch."""
-        dataloader = super().process_dataloader(dataloader)
-        return make_resumable(dataloader) if self._module.trainer.training else dataloader
-
     def on_train_start(self) -> None:
-        """When resuming: back to the place in the epoch, then to the random state.
-
-        The latest moment before the first batch: the loader may have been made early, by a module
-        that asks for the number of steps in ``configure_optimizers``.
-        """
+        """When resuming: back to what was under way."""
         super().on_train_start()
         self.lifecycle.checks.start(self)
-        saved, self._resume_from = self._resume_from, None
-        if saved is None:
-            return
-        if len(saved) != self.world_size:
-            log.warning(
-                "The checkpoint is from %d processes and this run has %d: it continues with other "
-                "random numbers and another order of the data.",
-                len(saved),
-                self.world_size,
-            )
-            return
-        mine = saved[self.global_rank]
-        loaders = self._training_loaders()
-        for loader, position in zip(loaders, mine["loaders"], strict=False):
-            if isinstance(loader, ResumableLoader) and position is not None:
-                loader.resume_at = position
-        fetcher = self._module.trainer.fit_loop._data_fetcher
-        if getattr(fetcher, "batches", ()):
-            # A loader without a length is fetched ahead, and that was from its beginning.
-            iter(fetcher)
-        set_random_state(mine["random"])
+        self._loops.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Verifies on the first batch, if asked to."""
         super().on_train_batch_start(batch, batch_idx)
+        self._loops.add_sums()
         self.lifecycle.checks.before_batch(self, batch)
 
     def on_train_end(self) -> None:
@@ -148,26 +123,8 @@ class AdapterStrategy(_Base):
         super().on_train_end()
         self.lifecycle.checks.end()
 
-    def _training_loaders(self) -> list[Any]:
-        combined = self._module.trainer.fit_loop._combined_loader
-        return [] if combined is None else combined.flattened
-
-    def _state_of_process(self) -> dict[str, Any]:
-        fit_loop = self._module.trainer.fit_loop
-        ahead = len(getattr(fit_loop._data_fetcher, "batches", ()))
-        between_epochs = fit_loop.epoch_loop.batch_progress.is_last_batch
-        return {
-            "random": random_state(),
-            "loaders": [
-                loader.position(ahead, between_epochs)
-                if isinstance(loader, ResumableLoader)
-                else None
-                for loader in self._training_loaders()
-            ],
-        }
-
     def _state_of_all_processes(self) -> list[Any]:
-        mine = self._state_of_process()
+        mine = self._loops.state()
         if self.world_size == 1:
             return [mine]
         everyone: list[Any] = [None] * self.world_size
@@ -267,6 +224,21 @@ class AdapterStrategy(_Base):
         engine.check_description(self._module, checkpoint[KEY])
         load(self._module, checkpoint, strict)
         self._restored = True
+        self._resume(checkpoint)
+
+    def _resume(self, checkpoint: Mapping[str, Any]) -> None:
+        trainer, saved = self._module.trainer, checkpoint[KEY]["processes"]
+        if trainer.state.fn != "fit" or not saved:
+            return
+        if len(saved) != self.world_size:
+            log.warning(
+                "The checkpoint is from %d processes and this run has %d: it continues with other "
+                "random numbers and another order of the data.",
+                len(saved),
+                self.world_size,
+            )
+            return
+        self._loops.resume(saved[self.global_rank], goes_on_inside_epoch(trainer, checkpoint))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restores the optimizers, and remembers what makes the rest of the run the same.
@@ -278,11 +250,19 @@ class AdapterStrategy(_Base):
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)
-        self._resume_from = checkpoint[KEY]["processes"]
 
     def teardown(self) -> None:
         """Gives the module its own ``configure_model`` and blocks back, also after errors."""
         stop_checkpointing(self)
+        if self._known_loops is not None:
+            self._known_loops.detach()
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
         super().teardown()
+
+
+def goes_on_inside_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
+    """Says whether Lightning will go on inside the epoch of a checkpoint, or with the next one."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+    begun = progress["ready"], progress["started"]
+    return trainer.max_steps != -1 or any(value != progress["processed"] for value in begun)

@@ -42,7 +42,6 @@ def with_adapters(
     described = {
         **described,
         "guard": guard,
-        "own": engine.adapter_names_of(module),
         "kept": {name: tensor for name, tensor in own.items() if name not in state},
         "removed": [name for name in before if name not in state and name not in own],
     }
@@ -61,9 +60,7 @@ def as_written(checkpoint: dict[str, Any]) -> dict[str, Any]:
     described = checkpoint[KEY]
     guards = (GUARD, described.get("guard"))
     state = {k: v for k, v in checkpoint["state_dict"].items() if k not in guards}
-    in_state = {name: state[name] for name in described.get("own", ()) if name in state}
-    kept = {**described.get("kept", {}), **in_state}
-    return {**checkpoint, "state_dict": state, KEY: {**described, "kept": kept}}
+    return {**checkpoint, "state_dict": state, KEY: {**described, "written": dict(state)}}
 
 
 def load(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
@@ -74,5 +71,8 @@ def load(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
     """
     described = checkpoint[KEY]
     removed = () if strict else described.get("removed", ())
+    written = described["written"]
+    adapters = {n: written[n] for n in engine.adapter_names_of(module) if n in written}
+    kept = {**described.get("kept", {}), **adapters}
     state = checkpoint.get("state_dict") or {}
-    engine.load_trainable_state_dict(module, state, described.get("kept"), removed)
+    engine.load_trainable_state_dict(module, state, kept, removed)

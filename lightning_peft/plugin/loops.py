@@ -1,0 +1,234 @@
+"""What is added to Lightning's training and validation loops for the time of a fit.
+
+Lightning has no hooks where these are needed: before the first batch is fetched, around the random
+numbers of validation, and around the end of an epoch. So methods of the loop objects are extended,
+on the objects only, and given back when the fit ends.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+from lightning_peft.plugin.positions import (
+    Tracked,
+    generator_states,
+    is_stateful,
+    of_next_epoch,
+    set_generator_states,
+)
+from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
+from lightning_peft.plugin.unfinished import add_sums, resume_unfinished, unfinished
+
+_METHODS = (
+    ("fit", "setup_data"),
+    ("fit", "_load_combined_loader_states"),
+    ("fit", "on_advance_end"),
+    ("epoch", "reset"),
+    ("validation", "run"),
+    ("validation", "increment_progress_to_evaluation_end"),
+)
+
+
+class TrainingLoops:
+    """The loops of one Trainer while it fits.
+
+    Attributes:
+        fit: Lightning's loop over epochs.
+        epoch: Its loop over batches.
+        validation: Its validation.
+        resumed: What a checkpoint says of this process, from the restore until training starts.
+        inside_epoch: Whether Lightning resumes inside an epoch.
+        ending_epoch: Whether the hooks of an epoch's end are running.
+        training_random: Training's random state while validation runs, else ``None``.
+        sums: What was logged for the epoch before the checkpoint, and is not yet added.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.fit = trainer.fit_loop
+        self.epoch = self.fit.epoch_loop
+        self.validation = self.epoch.val_loop
+        self.resumed: dict[str, Any] | None = None
+        self.inside_epoch = False
+        self.ending_epoch = False
+        self.training_random: dict[str, Any] | None = None
+        self.sums: dict[str, Any] = {}
+        self._loaders: list[Any] = []
+        self._originals: list[Any] = []
+        self._requested_at: dict[str, Any] | None = None
+        self._validation_generators: Any = None
+        self._left: tuple[int, int] | None = None
+
+    def attach(self) -> None:
+        """Extends the loops."""
+        self._left = None
+        for loop, method in _METHODS:
+            owner = getattr(self, loop)
+            owner.__dict__[method] = partial(getattr(self, f"_{loop}_{method.strip('_')}"))
+
+    def detach(self) -> None:
+        """Gives the loops their own methods back."""
+        if self._left is None:
+            # Lightning empties its counters next, and checkpoints may still be saved.
+            self._left = self._ahead()
+        for loop, method in _METHODS:
+            getattr(self, loop).__dict__.pop(method, None)
+        combined = self.fit._combined_loader
+        if combined is not None and self._loaders:
+            combined._iterator = None
+
+    def resume(self, mine: dict[str, Any], inside_epoch: bool) -> None:
+        """Says, before any data is asked for, where the fit goes on.
+
+        Args:
+            mine: What :meth:`state` returned for this process.
+            inside_epoch: Whether Lightning goes on inside the epoch, not with the next one.
+        """
+        self.resumed, self.inside_epoch = mine, inside_epoch
+        self._validation_generators = mine.get("validation")
+
+    def start(self) -> None:
+        """Puts the rest back, the latest moment before the first batch; the random state last."""
+        resumed, self.resumed = self.resumed, None
+        if resumed is None:
+            return
+        fit = self.fit
+        if fit.restarting and fit._combined_loader_states_to_load:
+            # The loaders were made before Lightning knew that it resumes.
+            type(fit)._load_combined_loader_states(fit)
+            iter(fit._data_fetcher)
+        if "unfinished" in resumed:
+            resume_unfinished(self, resumed["unfinished"])
+        set_random_state(resumed["random"])
+
+    def add_sums(self) -> None:
+        """Called when a batch has been trained on, after a resume inside an epoch."""
+        if self.sums:
+            add_sums(self)
+
+    def state(self) -> dict[str, Any]:
+        """Returns the random state and the place in every loader, as tensors and numbers."""
+        self.add_sums()
+        fetched, in_hand = self._left or self._ahead()
+        between_epochs = self.epoch.batch_progress.is_last_batch
+        ahead = in_hand + max(fetched - in_hand - self.epoch.batch_progress.current.processed, 0)
+        validation = self.validation._combined_loader
+        return {
+            "random": self.training_random or random_state(),
+            "requested_at": self._requested_at,
+            "loaders": [
+                loader.position(ahead, between_epochs) if isinstance(loader, Tracked) else None
+                for loader in self._loaders
+            ],
+            "validation": generator_states([] if validation is None else validation.flattened),
+            "unfinished": unfinished(self),
+        }
+
+    def _ahead(self) -> tuple[int, int]:
+        fetcher = self.fit._data_fetcher
+        return (getattr(fetcher, "fetched", 0), len(getattr(fetcher, "batches", ())))
+
+    def _fit_setup_data(self) -> None:
+        """Asks for the loaders from the random state of the run that is resumed."""
+        fit = self.fit
+        if fit._combined_loader is not None and not fit._should_reload_train_dl:
+            return
+        resumed = self.resumed
+        if resumed is not None and resumed.get("requested_at"):
+            set_random_state(resumed["requested_at"])
+        before = random_state()
+        self._originals = []
+        try:
+            type(fit).setup_data(fit)
+        finally:
+            combined = fit._combined_loader
+            if combined is not None and self._originals:
+                if fit._data_fetcher is not None:
+                    # The loop iterates over a copy with tracked loaders; all others see the user's.
+                    fit._data_fetcher.setup(copy.copy(combined))
+                combined.flattened = self._originals
+        # Nothing to go back to where nothing was drawn.
+        self._requested_at = None if same_state(before, random_state()) else before
+        if resumed is not None and self._ahead()[1]:
+            places = resumed["loaders"] if self.inside_epoch else []
+            if not any("torch" in place["start"] for place in places if place):
+                resumed["random"] = random_state()
+
+    def _fit_load_combined_loader_states(self) -> None:
+        """Puts tracked loaders in place, between their setup and the first fetch."""
+        fit = self.fit
+        combined = fit._combined_loader
+        self._originals = combined.flattened
+        states = fit._combined_loader_states_to_load
+        if len(states) != sum(map(is_stateful, self._originals)):
+            # Of files in which tracked loaders counted as stateful ones without a state.
+            fit._combined_loader_states_to_load = [state for state in states if state]
+        type(fit)._load_combined_loader_states(fit)
+        positions: list[Any] = [None] * len(self._originals)
+        if self.resumed is not None and len(self.resumed["loaders"]) == len(positions):
+            positions = self.resumed["loaders"]
+            if not self.inside_epoch:
+                positions = [place and of_next_epoch(place) for place in positions]
+        self._loaders = [
+            loader if is_stateful(loader) else Tracked(loader, place)
+            for loader, place in zip(self._originals, positions, strict=True)
+        ]
+        combined.flattened = self._loaders
+        if self.resumed is not None:
+            # A loader without a length is fetched ahead: of the next epoch, or as it was before.
+            set_random_state(self.resumed["random"])
+
+    def _fit_on_advance_end(self) -> None:
+        fit = self.fit
+        self.add_sums()
+        self.sums = {}
+        if not fit.restarted_on_epoch_end:
+            # Else Lightning leaves out a step of the plateau schedulers, for which it has no
+            # metrics; they were restored.
+            fit._restarting = False
+        self.ending_epoch = True
+        try:
+            type(fit).on_advance_end(fit)
+        finally:
+            self.ending_epoch = False
+
+    def _epoch_reset(self) -> None:
+        """Resets the loop, without the advice to make loaders resumable: they are."""
+        epoch = self.epoch
+        was_last = epoch.restarted_on_train_batch_end and epoch.batch_progress.is_last_batch
+        with warnings.catch_warnings():
+            if self._loaders:
+                warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended be")
+            type(epoch).reset(epoch)
+        if was_last and epoch.trainer.num_training_batches == float("inf"):
+            # Lightning begins the next epoch, but would go on counting the batches of the last.
+            epoch.batch_progress.reset_on_run()
+            epoch.scheduler_progress.reset_on_run()
+            epoch.automatic_optimization.optim_progress.reset_on_run()
+            epoch.val_loop.batch_progress.total.reset()
+
+    def _validation_run(self) -> Any:
+        return self._apart("run")
+
+    def _validation_increment_progress_to_evaluation_end(self) -> Any:
+        return self._apart("increment_progress_to_evaluation_end")
+
+    def _apart(self, method: str) -> Any:
+        """Validates with random numbers apart from training's.
+
+        Lightning does not run a validation again that came after the checkpoint it resumes from.
+        """
+        loop, outer = self.validation, self.training_random
+        self.training_random = outer or random_state()
+        try:
+            states, self._validation_generators = self._validation_generators, None
+            if states:
+                loop.setup_data()
+                combined = loop._combined_loader
+                set_generator_states([] if combined is None else combined.flattened, states)
+            return getattr(type(loop), method)(loop)
+        finally:
+            set_random_state(self.training_random)
+            self.training_random = outer

@@ -1,0 +1,168 @@
+"""What Lightning's checkpoints do not hold of a running epoch, and what it leaves out on resuming.
+
+Metrics that schedulers and callbacks monitor, sums of what is logged for the epoch, gradients that
+are being accumulated, and steps of plateau schedulers that come after the checkpoint is written.
+What cannot be restored is logged when the run is resumed.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from lightning_peft.plugin.loops import TrainingLoops
+
+log = logging.getLogger(__name__)
+
+
+def unfinished(loops: TrainingLoops) -> dict[str, Any]:
+    """Returns what is under way in this process, as tensors and numbers."""
+    epoch, trainer = loops.epoch, loops.fit.trainer
+    batch = epoch.batch_progress.current
+    place = {
+        "epoch": trainer.current_epoch,
+        "batch": batch.processed,
+        "last_batch": epoch.batch_progress.is_last_batch,
+        "batch_end": batch.ready == batch.processed > batch.completed,
+        "inside_step": batch.ready > batch.processed,
+        "epoch_end": loops.ending_epoch,
+    }
+    place["validation_due"] = place["batch_end"] and epoch._should_check_val_fx(
+        loops.fit._data_fetcher
+    )
+    metrics = _metrics(trainer)
+    return {
+        "place": place,
+        "metrics": metrics,
+        "sums": _sums(epoch),
+        "gradients": {} if place["inside_step"] else _gradients(loops),
+        "plateau": _plateau_steps(loops, place, metrics),
+    }
+
+
+def resume_unfinished(loops: TrainingLoops, saved: dict[str, Any]) -> None:
+    """Puts back what :func:`unfinished` returned, or logs what cannot be put back."""
+    trainer, place = loops.fit.trainer, saved["place"]
+    if trainer.is_global_zero:
+        for line in _not_restored(place, loops.inside_epoch):
+            log.warning("%s", line)
+    if not (loops.inside_epoch and place["epoch_end"] and place["last_batch"]):
+        # There Lightning runs the hooks of the epoch's end again, and they must not count twice.
+        device = trainer.strategy.root_device
+        metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
+        trainer._logger_connector._callback_metrics.update(metrics)
+    if loops.inside_epoch and not place["last_batch"]:
+        loops.sums = dict(saved["sums"])
+        named = dict(trainer.lightning_module.named_parameters())
+        for name, gradient in saved["gradients"].items():
+            named[name].grad = gradient.to(named[name].device)
+    for step in saved["plateau"]:
+        scheduler = trainer.lr_scheduler_configs[step["scheduler"]].scheduler
+        trainer.lightning_module.lr_scheduler_step(scheduler, step["metric"])
+
+
+def add_sums(loops: TrainingLoops) -> None:
+    """Adds what was logged before the checkpoint to what was logged since, metric by metric."""
+    for name in [name for name in loops.sums if name in loops.epoch._results]:
+        metric = loops.epoch._results[name]
+        if metric.has_reset:
+            continue
+        saved = {key: value.to(metric.value.device) for key, value in loops.sums.pop(name).items()}
+        if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
+            metric.value = metric.meta.reduce_fx(metric.value, saved["value"])
+        else:
+            metric.value = saved["value"] + metric.value
+        if "weight" in saved:
+            metric.cumulated_batch_size = saved["weight"] + metric.cumulated_batch_size
+        metric._computed = None
+
+
+def _metrics(trainer: Any) -> dict[str, torch.Tensor]:
+    try:
+        metrics = trainer.callback_metrics
+    except Exception:
+        # A checkpoint that is written because of an error must not fail with another one.
+        metrics = trainer._logger_connector._callback_metrics
+    return {name: value.detach().cpu() for name, value in metrics.items()}
+
+
+def _sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
+    sums = {}
+    for name, metric in epoch._results.items():
+        if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset:
+            sums[name] = {"value": metric.value.detach().cpu()}
+            if metric.meta.is_mean_reduction:
+                sums[name]["weight"] = metric.cumulated_batch_size.detach().cpu()
+    return sums
+
+
+def _gradients(loops: TrainingLoops) -> dict[str, torch.Tensor]:
+    """Returns gradients that the next optimizer step needs."""
+    module, epoch = loops.fit.trainer.lightning_module, loops.epoch
+    if module.automatic_optimization and (
+        epoch.batch_progress.current.ready == 0 or not epoch._should_accumulate()
+    ):
+        return {}
+    return {
+        name: param.grad.detach().cpu()
+        for name, param in module.named_parameters()
+        if param.grad is not None and not param.grad.is_sparse
+    }
+
+
+def _plateau_steps(
+    loops: TrainingLoops, place: dict[str, Any], metrics: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
+    """Returns the steps of plateau schedulers that are due now and not taken on resuming."""
+    epoch, trainer = loops.epoch, loops.fit.trainer
+    if not trainer.lightning_module.automatic_optimization:
+        return []
+    ends = place["epoch_end"] and not loops.fit.restarting and epoch._num_ready_batches_reached()
+    steps = place["batch_end"] and not epoch._should_accumulate()
+    if steps and place["validation_due"]:
+        # Metrics of the validation that comes first are not known yet.
+        known = epoch._results.metrics(True)["callback"]
+        metrics = {name: value for name, value in metrics.items() if name in known}
+    taken = []
+    for index, config in enumerate(trainer.lr_scheduler_configs):
+        due = ends if config.interval == "epoch" else steps
+        count = trainer.current_epoch if config.interval == "epoch" else epoch.batch_idx
+        if config.reduce_on_plateau and due and (count + 1) % config.frequency == 0:
+            metric = metrics.get(config.monitor)
+            if metric is not None:
+                taken.append({"scheduler": index, "metric": metric})
+    return taken
+
+
+def _not_restored(place: dict[str, Any], inside_epoch: bool) -> list[str]:
+    epoch, batch = place["epoch"], place["batch"]
+    if not inside_epoch:
+        if place["last_batch"] or not batch:
+            return []
+        return [
+            f"The run that wrote the checkpoint ended inside epoch {epoch}, after {batch} batches. "
+            f"Lightning goes on with the next epoch: the rest of epoch {epoch} is not trained on."
+        ]
+    if place["inside_step"]:
+        return [
+            f"The checkpoint was written inside a step: batch {batch} of epoch {epoch} is trained "
+            "on again, with other random numbers and without gradients accumulated before it."
+        ]
+    if place["batch_end"] and place["last_batch"]:
+        return [
+            f"The checkpoint was written after the last batch of epoch {epoch} and before the "
+            "epoch's end. Lightning goes on with the next epoch and does not run what comes "
+            "between: validation, on_train_epoch_end and on_train_epoch_start. EarlyStopping, "
+            "plateau schedulers and ModelCheckpoint do not count that epoch. Checkpoints of an "
+            "epoch's end (every_n_epochs) have it all."
+        ]
+    if place["validation_due"]:
+        return [
+            f"The checkpoint was written before the validation after batch {batch} of epoch "
+            f"{epoch}, which Lightning does not run again: EarlyStopping, plateau schedulers and "
+            "ModelCheckpoint do not count it. Training goes on as it would have."
+        ]
+    return []
