@@ -30,8 +30,10 @@ def unfinished(loops: TrainingLoops) -> dict[str, Any]:
         "inside_step": batch.ready > batch.processed,
         "epoch_end": loops.ending_epoch,
     }
-    place["validation_due"] = place["batch_end"] and epoch._should_check_val_fx(
-        loops.fit._data_fetcher
+    validated = epoch.val_loop.batch_progress.is_last_batch
+    inside_validation = loops.training_random is not None and not validated
+    place["validation_due"] = inside_validation or (
+        place["batch_end"] and epoch._should_check_val_fx(loops.fit._data_fetcher)
     )
     metrics = _metrics(trainer)
     return {
@@ -161,8 +163,8 @@ def _not_restored(place: dict[str, Any], inside_epoch: bool) -> list[str]:
         ]
     if place["validation_due"]:
         return [
-            f"The checkpoint was written before the validation after batch {batch} of epoch "
-            f"{epoch}, which Lightning does not run again: EarlyStopping, plateau schedulers and "
-            "ModelCheckpoint do not count it. Training goes on as it would have."
+            f"The checkpoint was written before the end of the validation after batch {batch} of "
+            f"epoch {epoch}, which Lightning does not run again: EarlyStopping, plateau schedulers "
+            "and ModelCheckpoint do not count it. Training goes on as it would have."
         ]
     return []
