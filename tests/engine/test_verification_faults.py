@@ -230,20 +230,27 @@ class Forgetful(nn.Module):
         super().__init__()
         self.key = key
         self.inner = stack()
+        self.outside = nn.Linear(10, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
+        return self.outside(self.inner(x))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if not name.endswith(self.key)}
 
 
-@pytest.mark.parametrize("key", ["second.lora_B.default.weight", "head.bias"])
-def test_a_checkpoint_that_loses_a_key_is_caught(key: str) -> None:
-    verification = lightning_peft.verify(adapted(Forgetful(key), adapt="inner"), torch.rand(3, 96))
+def test_a_checkpoint_that_loses_a_key_is_caught() -> None:
+    model = adapted(Forgetful("outside.bias"), adapt="inner")
+    verification = lightning_peft.verify(model, torch.rand(3, 96))
     assert failed(verification) == {CHECKPOINT}
-    assert detail(verification, CHECKPOINT) == f"not given back: inner.{key}"
+    assert detail(verification, CHECKPOINT) == "not given back: outside.bias"
+
+
+@pytest.mark.parametrize("key", ["second.lora_B.default.weight", "head.bias"])
+def test_keys_of_adapted_parts_are_kept_whatever_a_module_leaves_out(key: str) -> None:
+    model = adapted(Forgetful(key), adapt="inner")
+    assert lightning_peft.verify(model, torch.rand(3, 96)).passed
 
 
 def test_adapter_files_that_lose_a_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
