@@ -22,7 +22,7 @@ from program import program  # noqa: F401
 torch.set_num_threads(1)
 
 # Caches of the tools that may run a test, not output of the code under test.
-CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage"}
+CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage", ".hypothesis"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

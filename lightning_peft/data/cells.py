@@ -12,7 +12,10 @@ from lightning_peft.data.json_text import half_in, parsed
 from lightning_peft.data.samples import RowProblems
 
 # Fields that are never text.
-_STRUCTURED = {"messages", "tokens", "tags", "translation", "tools", "chat_template_kwargs"}
+_STRUCTURED = {
+    *("messages", "tokens", "tags", "translation", "tools", "chat_template_kwargs"),
+    *("documents", "history"),
+}
 # Fields that may be turns in place of text.
 _TURNS = {"prompt", "completion", "chosen", "rejected"}
 _ROLES = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})

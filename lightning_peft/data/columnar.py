@@ -106,7 +106,7 @@ def _guarded(batches: Iterator[Any], name: str) -> Iterator[Any]:
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
     try:
         for row in batch.to_pylist(maps_as_pydicts="strict"):
-            yield row, None
+            yield {name: present(value) for name, value in row.items()}, None
     # What a cell cannot be: text that is not UTF-8, a time before the first one of Python.
     except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError):
         yield from (_by_cell(batch.slice(place, 1)) for place in range(batch.num_rows))
@@ -117,7 +117,7 @@ def _by_cell(row: Any) -> tuple[dict[str, Any], str | None]:
     problem = None
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            values[name] = column.to_pylist(maps_as_pydicts="strict")[0]
+            values[name] = present(column.to_pylist(maps_as_pydicts="strict")[0])
         except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError) as error:
             try:
                 values[name] = column.cast(pyarrow.string()).to_pylist()[0]
@@ -144,6 +144,19 @@ def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any
     """Returns the classes of a row by their names, and gaps of pandas as no value."""
     gaps = {n: None for n, v in row.items() if isinstance(v, float) and math.isnan(v)}
     return gaps | {n: class_name(kind, row.get(n)) for n, kind in classes.items()}
+
+
+def present(value: Any) -> Any:
+    """Returns a value without the null keys of its objects.
+
+    A column has one type, so that an object gets the keys of all others: a tool with a town would
+    have the parameters of every tool in the file.
+    """
+    if isinstance(value, dict):
+        return {key: present(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value):
+        return [present(one) for one in value]
+    return value
 
 
 def class_name(kind: ClassLabel, number: int | None) -> str | None:

@@ -114,6 +114,30 @@ class ConversationText:
             "turn is written after another one"
         )
 
+    def check_contents(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
+        """Refuses turns whose text the template leaves out, as some do with a system turn.
+
+        Args:
+            turns: The turns.
+            context: What the chat template gets with them.
+
+        Raises:
+            EncodingProblem: With the first such turn.
+        """
+        text = self.rendering.text(turns, context)
+        for place, turn in enumerate(turns):
+            if not turn["content"].strip() or turn["content"].strip() in text:
+                continue
+            # A template may write it in another way, but not the same whatever it says.
+            others = [*turns[:place], {**turn, "content": _MARK}, *turns[place + 1 :]]
+            if self.rendering.text(others, context) == text:
+                name = self.rendering.template.name
+                raise EncodingProblem(
+                    "key",
+                    f"has a text in turn {place + 1} ({turn['role']}) that the chat template "
+                    f"{name} leaves out",
+                )
+
     def with_thoughts(self, part: Part, context: Mapping[str, Any]) -> Part:
         """Returns a part with the thoughts hidden that are not learnt.
 

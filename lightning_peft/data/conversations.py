@@ -37,7 +37,24 @@ def _messages(turns: Any, name: str, unused: list[str]) -> list[Message]:
             unused += [f"{name}[].{key}" for key in ignored]
     if problems:
         raise RowProblems(problems)
-    return found
+    return _joined_channels(found)
+
+
+def _joined_channels(turns: list[Message]) -> list[Message]:
+    """Returns turns in which thoughts are part of their answer.
+
+    gpt-oss writes them as a turn of their own, in the channel ``analysis``.
+    """
+    joined: list[Message] = []
+    for turn in turns:
+        before = joined[-1] if joined else {}
+        answers = turn["role"] == before.get("role") == "assistant"
+        alone = not before.get("tool_calls") and THOUGHTS[0] not in turn
+        if answers and alone and before.get("channel") == "analysis":
+            joined[-1] = {**turn, THOUGHTS[0]: before["content"]}
+        else:
+            joined.append(turn)
+    return joined
 
 
 def order_problems(messages: Sequence[Message]) -> list[tuple[str, str]]:

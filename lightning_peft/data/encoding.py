@@ -110,11 +110,12 @@ class Encoder:
         turns = self._texts.turns(sample.messages, sample.context)
         self._check_marks(turns, sample.context)
         rows = []
-        for ids, spans, hidden in self._conversation(turns, sample.context):
+        for read, ids, spans, hidden in self._conversation(turns, sample.context):
             row = self._label(ids, spans)
             for first, last in hidden:
                 row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
             self._check_shares(row)
+            self._texts.check_contents(read, sample.context)
             rows.append(self._fit(row))
         return rows
 
@@ -163,8 +164,8 @@ class Encoder:
 
     def _conversation(
         self, turns: list[Message], context: Mapping[str, Any]
-    ) -> Iterator[tuple[list[int], list[Span], list[Span]]]:
-        """Yields the tokens of each text, with its answers and what of them is not learnt."""
+    ) -> Iterator[tuple[list[Message], list[int], list[Span], list[Span]]]:
+        """Yields turns and tokens of each text, its answers, and what of them is not learnt."""
         assert self.template is not None
         plain = not any("train" in turn or bodies(turn) for turn in turns)
         if self.template.marks_answers and plain:
@@ -173,10 +174,11 @@ class Encoder:
             asked = self._texts.trained(turns)
             answers = sum(turn["role"] == "assistant" for turn in turns)
             if len(asked) == answers or len(spans) == answers:
-                yield ids, spans[-len(asked) :] if len(asked) < answers else spans, []
+                yield turns, ids, spans[-len(asked) :] if len(asked) < answers else spans, []
                 return
         for part in self._texts.parts(turns, context):
-            yield self._part(self._texts.with_thoughts(part, context), context)
+            found = self._part(self._texts.with_thoughts(part, context), context)
+            yield part.messages, *found
 
     def _part(
         self, part: Part, context: Mapping[str, Any]

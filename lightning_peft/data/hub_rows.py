@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from lightning_peft.data.columnar import class_name
+from lightning_peft.data.columnar import class_name, present
 from lightning_peft.errors import ConfigError, LightningPeftError
 
 
@@ -83,4 +83,6 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
                 "again, name another hub_revision, or download its files and name their folder."
             ) from error
         number += 1
-        yield {**row, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}
+        # What is kept as JSON has only the keys that it was given.
+        nested = {n: present(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"}
+        yield {**row, **nested, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}

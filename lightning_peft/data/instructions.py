@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from transformers import AutoTokenizer
 
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.row_keys import check_column, unread
+from lightning_peft.data.unused_keys import KeyCount, describe_unused, unused_keys
 from lightning_peft.errors import ConfigError, itemize
 from lightning_peft.plugin.namespace import PerNamespace
 
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 else:
     _Base = object
+
+log = logging.getLogger(__name__)
 
 TEMPLATE = "### Question:\n{prompt}\n\n### Answer:\n"
 
@@ -29,11 +34,15 @@ Example = dict[str, list[int]]
 def read_rows(path: Path) -> list[Row]:
     """Reads JSON lines with ``prompt``, ``response`` and, optionally, ``split``.
 
+    Other keys are named in a warning.
+
     Raises:
-        ConfigError: If rows are no JSON objects or lack a field; every bad row is numbered.
+        ConfigError: If rows are no JSON objects, lack a field, or have a key that would change
+            what is learnt; every bad row is numbered.
     """
     rows: list[Row] = []
     problems = []
+    unused = KeyCount()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
@@ -49,10 +58,18 @@ def read_rows(path: Path) -> list[Row]:
         ]
         if absent:
             problems.append(f"row {number} has no {' and no '.join(absent)}")
-        else:
-            rows.append(row)
+            continue
+        rows.append(row)
+        for name, value in unread(row, ("prompt", "response", "split")).items():
+            # Neither turns nor a template are read here.
+            found = check_column(name, value, True, True, False)
+            problems += [f"row {number} {text}" for _, text in found or []]
+            unused.add([name] if found == [] else [], path.name, number)
     if problems:
         raise ConfigError(f"{path.name!r} cannot be used for training:" + itemize(problems))
+    keys = unused_keys({"keys_unused": unused.summary()})
+    if keys:
+        log.warning(f"Keys of {path.name!r} that are not used: {describe_unused(keys)}.")
     return rows
 
 

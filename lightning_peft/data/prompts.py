@@ -42,7 +42,8 @@ class Prompts:
             known = isinstance(text, str) and (text in self._systems or len(self._systems) < MOST)
             if known and text and len(text) <= LONGEST:
                 self._systems[text] += 1
-        elif split == "validation" and len(self._held_out) < HELD_OUT:
+        # Without its tools, a row would be asked for something else.
+        elif split == "validation" and not sample.context and len(self._held_out) < HELD_OUT:
             turns = _plain(sample.messages)
             if turns is not None:
                 self._held_out.append(turns)

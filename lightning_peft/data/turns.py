@@ -52,10 +52,13 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     unused: list[str] = []
     if isinstance(content, list):
         content, thoughts, unused = _joined(content, place)
-    thoughts += [keys.pop(key) for key in THOUGHTS if key in keys]
+    if ROLES[role] == "assistant":
+        thoughts += [keys.pop(key) for key in THOUGHTS if key in keys]
     if content is None and calls:
         content = ""
     name = f"{place} ({role})"
+    if thoughts and ROLES[role] != "assistant":
+        problems.append(("thoughts", f"{name} has thoughts as a part of its content"))
     # Whether a turn without text is empty depends on its calls.
     if not problems and not isinstance(content, str):
         problems.append(("missing", f"{name} has no text as content"))

@@ -73,3 +73,15 @@ def test_a_prompt_that_leaves_nothing_to_train_is_refused(tmp_path: Path):
     data = InstructionData(str(file), str(BASE), max_length=64)
     with pytest.raises(ConfigError, match="example 2: 'word word"):
         data.setup("fit")
+
+
+def test_other_keys_are_named_or_refused(tmp_path, caplog):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "response": "b", "id": i, "split": "train"} for i in range(3)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert len(read_rows(file)) == 3
+    assert "Keys of 'rows.jsonl' that are not used: 'id' (rows 1-3)." in caplog.text
+    rows[1] |= {"weight": 0.5, "system": "s"}
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ConfigError, match=r"row 2 has weight=0.5 .*\n.*row 2 has system, and no"):
+        read_rows(file)

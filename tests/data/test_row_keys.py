@@ -72,7 +72,7 @@ def made(make, write):
         ({"chat_template_kwarg": {"a": 1}}, "nearest key that is read: 'chat_template_kwargs'"),
         ({"system": "a", "system_prompt": "b"}, "has the key 'system_prompt' (is read twice)"),
         ({"tools": "weather"}, "has 'weather' as tools, not a list of tools"),
-        ({"chat_template_kwargs": "[1]"}, "has '[1]' as chat_template_kwargs, not an object"),
+        ({"chat_template_kwargs": "[1]"}, "as chat_template_kwargs, not an object"),
         ({"chat_template_kwargs": {"tokenize": False}}, "has tokenize in chat_template_kwargs"),
         ({"documents": "a text"}, "has 'a text' as documents, not a list of objects"),
     ],

@@ -78,6 +78,19 @@ def test_thoughts_that_cannot_be_read_are_refused(turn, message):
     assert message in text
 
 
+def test_thoughts_of_other_turns_are_a_key_like_any_other(tokenizer):
+    row = {"messages": [{**KEYED[0], "thinking": "Hm."}, {"role": "assistant", "content": "8"}]}
+    sample = recognise([row], None, "auto").parse(row)
+    assert sample.messages[0] == {**KEYED[0], "thinking": "Hm."}
+    one = Encoder(tokenizer, find_template(tokenizer, NONE), 256, "assistant", "error")
+    assert one.unused(sample) == ["messages[].thinking"]
+    part = {"role": "user", "content": [{"type": "thinking", "thinking": "x"}, {"text": "y"}]}
+    ((kind, text),) = recognise([row], None, "auto").parse(
+        {"messages": [part, *row["messages"][1:]]}
+    )
+    assert (kind, "(user) has thoughts as a part" in text) == ("thoughts", True)
+
+
 @pytest.mark.parametrize("template", [WRITES, LAST, CUTS, MARKED])
 def test_thoughts_are_trained_masked_or_taken_out(tokenizer, template):
     assert encoded(tokenizer, ONCE, template)[0] == [[WITH]]
