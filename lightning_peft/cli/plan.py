@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 ABOUT = "Predict the memory of a run from the model's config, and say which method to choose."
 _MORE = """\
+With --config, the run of a recipe is planned, with the overrides of `fit`: lightning-peft plan
+--config sft-qlora --model.init_args.model=NAME --gpu 24GB. Options that are named here go first.
+
 Only the config of the model is read, no weights. A run that does not fit is an answer and no error.
 
 exit code: 0 if the question was answered, 1 if the model cannot be planned for, 2 for bad input
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 where the model cannot be planned for, or 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
+    given = _given(list(arguments))
     # Whatever the libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr), _progress() as progress:
         found = _survey(given, progress)
@@ -37,6 +40,24 @@ def main(arguments: Sequence[str]) -> int:
     else:
         import_module("lightning_peft.cli.plan_display").show(found)
     return 0
+
+
+def _given(arguments: list[str]) -> argparse.Namespace:
+    """Returns the arguments, those of ``--config`` below those that are named here."""
+    parser = _parser()
+    given, overrides = parser.parse_known_args(arguments)
+    if given.config:
+        planned = import_module("lightning_peft.cli.planned_config").planned_config
+        of_config = parser.parse_args(planned(given.config, overrides))
+        # What is named here is put over it.
+        return parser.parse_known_args(arguments, of_config)[0]
+    if overrides or given.model is None:
+        parser.error(
+            f"unrecognized arguments: {' '.join(overrides)}"
+            if overrides
+            else "the following arguments are required: --model, or --config"
+        )
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--model", required=True, help="name on the hub, or a folder with a config.json")
+    add("--config", action="append", default=[], help="recipe, or YAML file; repeatable")
+    add("--model", help="name on the hub, or a folder with a config.json")
     add("--method", choices=("full", "lora", "qlora"), default="qlora", help="default: qlora")
     add("--seq-len", type=int, default=512, help="tokens in a row; default: 512")
     add("--batch-size", type=int, default=1, help="rows in a batch; default: 1")

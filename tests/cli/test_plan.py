@@ -132,3 +132,21 @@ def test_help_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("code 0\nFalse\n")
     assert "--gpu" in done.stdout
+
+
+def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):
+    words = ["--config=sft-qlora", "--model.init_args.model=model", "--no-limits", "--json"]
+    more = ["--trainer.strategy.init_args.r=4", "--data.init_args.max_length=32"]
+    done = here(*words, *more, "--data.init_args.batch_size", "2", "--accumulate", "2")
+    assert done.returncode == 0, done.stderr
+    by_hand = here(
+        "--model=model", "--method=qlora", "--r=4", "--seq-len=32", "--batch-size=2",
+        "--accumulate=2", "--precision=bf16-mixed", "--no-limits", "--json",
+    )  # fmt: skip
+    assert json.loads(done.stdout) == json.loads(by_hand.stdout)
+    done = here(*words, "--trainer.strategy.init_args.rank=4")
+    assert done.returncode == 2
+    assert "'rank' is no argument of QLoRAStrategy; near names: " in done.stderr
+    done = here("--config=text-classification-lora", "--model.init_args.model=model")
+    assert done.returncode == 2
+    assert "is not a task that is planned" in done.stderr

@@ -1,0 +1,99 @@
+"""The run that a recipe describes, as arguments of ``lightning-peft plan``."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.cli.recipes import with_files
+from lightning_peft.errors import ConfigError
+
+# Tasks that can be planned, and how many rows of the model a row of the data is.
+_TASKS = {"CausalLM": 1, "PreferenceTuning": 2}
+_METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
+
+
+def planned_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns the arguments of the command for the run of a config.
+
+    Args:
+        configs: Recipes or YAML files, the last one on top.
+        overrides: Overrides of them, as for ``fit``.
+
+    Raises:
+        ConfigError: If they cannot be read, or the memory of such a run is not predicted.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = with_files([*(f"--config={name}" for name in configs), *overrides], Path(folder))
+        config = import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
+    task = str(config["model"]["class_path"]).rpartition(".")[2]
+    model, data = _arguments(config["model"]), _arguments(config.get("data"))
+    trainer = config["trainer"]
+    method, strategy = _method(trainer)
+    problems = [
+        text
+        for text, wrong in {
+            f"model.class_path={task!r} is not a task that is planned": task not in _TASKS,
+            "model.init_args.config makes a model of random weights": model.get("config"),
+            "load_in_8bit=True: memory of 8-bit layers is not predicted": strategy.get(
+                "load_in_8bit"
+            ),
+            "there is no model.init_args.model": not model.get("model"),
+        }.items()
+        if wrong
+    ]
+    if problems:
+        raise ConfigError(
+            f"The run of --config {' '.join(configs)} cannot be planned: {'; '.join(problems)}. "
+            "Describe it with --model, --method and the other options of plan."
+        )
+    checkpointing = {"True": "on", "False": "off"}.get(
+        str(strategy.get("gradient_checkpointing")), "auto"
+    )
+    named = {
+        "model": model["model"],
+        "revision": model.get("revision"),
+        "dtype": model.get("dtype"),
+        "method": method,
+        "seq-len": data.get("max_length"),
+        "batch-size": int(data.get("batch_size") or 8) * _TASKS[task],
+        "accumulate": trainer.get("accumulate_grad_batches"),
+        "precision": trainer.get("precision"),
+        "r": strategy.get("r"),
+        "optimizer": strategy.get("optimizer"),
+        "gradient-checkpointing": checkpointing,
+        "logits": "chunked" if task == "CausalLM" else "all",
+    }
+    words = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    for name in ("target_modules", "modules_to_save"):
+        value = strategy.get(name)
+        if value:
+            words += [
+                f"--{name.replace('_', '-')}",
+                *([value] if isinstance(value, str) else value),
+            ]
+    return words
+
+
+def _arguments(part: Any) -> dict[str, Any]:
+    found = (part or {}).get("init_args") or {}
+    return dict(found)
+
+
+def _method(trainer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns the method and its arguments, of the strategy or of a callback."""
+    callbacks = trainer.get("callbacks") or []
+    several = callbacks if isinstance(callbacks, list) else [callbacks]
+    for part in (trainer.get("strategy"), *several):
+        if isinstance(part, str):
+            if part in _METHODS:
+                return _METHODS[part], {}
+            continue
+        name = str((part or {}).get("class_path", "")).rpartition(".")[2]
+        for start, method in _METHODS.items():
+            if name in (f"{start}Strategy", f"{start}Callback"):
+                return method, _arguments(part)
+    return "full", {}
