@@ -114,7 +114,8 @@ def load_with_adapters(
     wanted = bits or (adapters[0].bits if adapters else 16)
     settings = _settings(adapters, wanted)
     # Everything that is to stay dense, when weights are quantized as they are read.
-    dense = [name for a in adapters for name in a.config.get("modules_to_save") or []]
+    saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
+    dense = [name for names in saved for name in names or []]
     streamed = settings is not None and wanted == 4 and device.type != "cpu"
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
     _refuse_silent(adapters)

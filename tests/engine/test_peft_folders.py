@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_llama, token_batch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
 
@@ -85,7 +85,7 @@ def lora(**settings: Any) -> LoraConfig:
     return LoraConfig(r=2, **settings)
 
 
-FOLDERS: dict[str, tuple[Callable[[], nn.Module], LoraConfig]] = {
+FOLDERS: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
     "classes of sequences": (bert, lora(task_type="SEQ_CLS", target_modules=["query"])),
     "classes of tokens": (
         lambda: bert(BertForTokenClassification),
@@ -123,6 +123,15 @@ FOLDERS: dict[str, tuple[Callable[[], nn.Module], LoraConfig]] = {
         ),
     ),
     "DoRA": (plain, lora(target_modules=["0"], use_dora=True)),
+    "DoRA on an embedding": (
+        tiny_llama,
+        lora(target_modules=["embed_tokens"], use_dora=True, modules_to_save=["lm_head"]),
+    ),
+    "regular expression": (tiny_llama, lora(target_modules=r".*layers\.1\..*(q|up)_proj")),
+    "IA3 on the output layer": (
+        tiny_llama,
+        IA3Config(target_modules=["lm_head", "k_proj"], feedforward_modules=[]),
+    ),
 }
 
 
@@ -276,6 +285,52 @@ def test_a_weighted_sum_of_adapters(kind: str, tmp_path: Path) -> None:
     mine = copy.deepcopy(base)
     lightning_peft.load_adapter(mine, tmp_path)
     torch.testing.assert_close(mine(x), theirs(x), rtol=1e-5, atol=1e-6)
+
+
+def test_another_adapter_takes_the_place_of_one_of_its_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = plain(), torch.randn(3, 4)
+    expected = {}
+    for name, rank in (("a", 2), ("b", 2), ("c", 3)):
+        theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, target_modules=["0"]))
+        train(theirs)
+        theirs.save_pretrained(tmp_path / name)
+        expected[name] = theirs(x)
+    mine = copy.deepcopy(base)
+    for name in ("a", "b"):
+        lightning_peft.load_adapter(mine, tmp_path / name)
+        torch.testing.assert_close(mine(x), expected[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match="r=3 in the file and 2 in the module"):
+        lightning_peft.load_adapter(mine, tmp_path / "c")
+    torch.testing.assert_close(mine(x), expected["b"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_adapter_with_modules_of_its_own_changes_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = plain(), torch.randn(3, 4)
+    for name, saved in (("a", "2"), ("b", "4")):
+        theirs = get_peft_model(
+            copy.deepcopy(base), lora(target_modules=["0"], modules_to_save=[saved])
+        )
+        train(theirs)
+        theirs.save_pretrained(tmp_path / name)
+    lightning_peft.load_adapter(base, tmp_path / "a", adapter_name="a")
+    before = base(x)
+    with pytest.raises(UnsupportedError, match="supported for the only adapter of a part"):
+        lightning_peft.load_adapter(base, tmp_path / "b", adapter_name="b")
+    assert torch.equal(base(x), before)
+    assert engine.require_record(base).adapter_names == ["a"]
+
+
+def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
+    base = plain()
+    get_peft_model(copy.deepcopy(base), lora(target_modules=["0"])).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file(
+        {key: (value * 9).to(torch.int8) for key, value in tensors.items()}, tmp_path / WEIGHTS
+    )
+    with pytest.raises(CheckpointError, match="lora_A.weight: int8 in the file, float32 in"):
+        lightning_peft.load_adapter(base, tmp_path)
 
 
 # --- heads of several adapters --------------------------------------------------------------------

@@ -114,6 +114,11 @@ def check_fit(part: nn.Module, entry: PartRecord, name: str, folder: AdapterFold
         for key, value in expected.items()
         if key in tensors and tensors[key].shape != value.shape
     ]
+    problems += [
+        f"{key}: {_dtype(tensors[key])} in the file, {_dtype(value)} in the module"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].is_floating_point() != value.is_floating_point()
+    ]
     problems += unusable + _tie_problems(part, tensors)
     if problems:
         raise CheckpointError(
@@ -121,6 +126,10 @@ def check_fit(part: nn.Module, entry: PartRecord, name: str, folder: AdapterFold
             + itemize(problems)
         )
     return replaced
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _tie_problems(part: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
