@@ -31,7 +31,7 @@ from lightning_peft.engine.files.adapter_format import (
 )
 from lightning_peft.engine.files.base_tensors import hold_in_files
 from lightning_peft.engine.files.fitting import check_ranks, fields_for, saved_in_file
-from lightning_peft.engine.files.token_rows import FIELD, rows_as_modules
+from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
@@ -92,11 +92,8 @@ def load_adapter(
         fields = checked_fields(written, paths[asked], allow_unknown=allow_unknown_fields)
         if quantization_config is not None:
             refuse_residual_base(facts, paths[asked])
-        if is_trainable and fields.get(FIELD):
-            raise UnsupportedError(
-                f"{FIELD} in {str(paths[asked])!r}: single rows are not trained here, so the "
-                "adapter is loaded for its output only. Leave is_trainable out."
-            )
+        if is_trainable:
+            refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
     with undone_on_error(module, _rewritten(module, folders)):

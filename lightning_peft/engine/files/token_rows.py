@@ -6,6 +6,7 @@ They are read as an embedding that was trained in full, which computes the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,19 @@ def rows_as_modules(
     if not names:
         raise CheckpointError(f"{FIELD}={asked!r}: the file holds no values of these tokens.")
     return {**fields, FIELD: None}, changed, list(dict.fromkeys(names))
+
+
+def refuse_training(fields: Mapping[str, Any], folder: Path) -> None:
+    """Refuses a folder with single rows where its adapter is to be trained further.
+
+    Raises:
+        UnsupportedError: If it has some.
+    """
+    if fields.get(FIELD):
+        raise UnsupportedError(
+            f"{FIELD} in {str(folder)!r}: single rows are not trained here, so the adapter is "
+            "loaded for its output only. Leave is_trainable out."
+        )
 
 
 def _weight(part: nn.Module, name: str) -> Tensor:
