@@ -36,6 +36,10 @@ def unfinished(loops: TrainingLoops) -> dict[str, Any]:
         place["batch_end"] and epoch._should_check_val_fx(loops.fit._data_fetcher)
     )
     metrics = _metrics(trainer)
+    if loops.training_random is not None and validated and place["last_batch"]:
+        # Of the epoch's end, for which no batch will log them again.
+        ending = epoch._results.metrics(False)["callback"]
+        metrics |= {name: value.detach().cpu() for name, value in ending.items()}
     return {
         "place": place,
         "metrics": metrics,

@@ -111,11 +111,12 @@ VALIDATED = {
 }
 
 
-def test_plateau_scheduler_at_epoch_and_validation_end(tmp_path, caplog):
+@pytest.mark.parametrize("monitor", ["val_loss", "train_loss_epoch"])
+def test_plateau_scheduler_at_epoch_and_validation_end(monitor, tmp_path, caplog):
     """The rate lags an epoch behind in Lightning, or the monitored metric is missing."""
     given = {"val_check_interval": 0.5, "val_loaders": 2}
     files, differ, notices = resume_everywhere(
-        tmp_path, caplog, ("val_loss", "epoch"), [EPOCH, VALIDATED], **given
+        tmp_path, caplog, (monitor, "epoch"), [EPOCH, VALIDATED], **given
     )
     assert len(files) == 9
     assert not differ
