@@ -22,6 +22,7 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
+from lightning_peft.engine.files.base_tensors import hold_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
@@ -57,6 +58,7 @@ from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.selection.task_heads import with_task_heads
 from lightning_peft.engine.training_mode import resting_modules
 from lightning_peft.engine.twins import find_twins, follow
+from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_of
 from lightning_peft.engine.wrap_by_peft import wrap_by_peft
 from lightning_peft.engine.wrapped import (
     Wrapped,
@@ -209,6 +211,9 @@ def add_adapters(
     for plan in plans:
         entry = _inject_part(plan, request, record, device, kept)
         freeze_base(module, entry, request.biases, plan.targets, as_left, kept)
+        resized = [n for n in resized_embeddings(plan.part) if not inside(n, _held(entry))]
+        if resized:
+            hold_in_files(module, entry, resized)
         activate(plan.part, record.active)
     use_narrow_losses(module, [plan.part for plan in plans])
     if request.quantization is not None:
@@ -221,6 +226,10 @@ def add_adapters(
     follow(module, record.twins, record.frozen, request.adapter_name)
     set_record(module, record)
     return report(module)
+
+
+def _held(entry: PartRecord) -> list[str]:
+    return [*entry.heads, *entry.saved, *entry.replaced]
 
 
 def _is_adapted(module: nn.Module, name: str) -> bool:
@@ -279,6 +288,7 @@ def _new_part_record(
             "revision": getattr(source, "_commit_hash", None),
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
+            "vocabulary": vocabulary_of(part),
         },
         quantized=quantized,
         quantization=quantization_to_dict(config),

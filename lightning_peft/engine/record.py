@@ -59,7 +59,8 @@ class PartRecord:
     Attributes:
         name: Dotted name inside the module; ``""`` is the module itself.
         base: Fingerprint of the weights that injection froze, taken before anything changed.
-        base_id: Hub name or path the part was loaded from, its revision, class and dtype.
+        base_id: Hub name or path the part was loaded from, its revision, class, dtype, and rows of
+            its input embeddings.
         quantized: Names of the quantized layers.
         quantization: The settings, as primitives, or ``None``.
         dense_bytes: Bytes that the weights of the layers in ``quantized`` took before injection.
@@ -80,7 +81,7 @@ class PartRecord:
 
     name: str
     base: Fingerprint
-    base_id: dict[str, str | None]
+    base_id: dict[str, Any]
     quantized: list[str] = field(default_factory=list)
     quantization: dict[str, Any] | None = None
     dense_bytes: int = 0

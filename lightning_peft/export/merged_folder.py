@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightErrors
+from lightning_peft.engine.vocabulary import vocabulary_of
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import (
@@ -105,7 +106,7 @@ def merge_into_folder(
     with whole_folder(output) as folder:
         _write_weights(folder, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
-        _write_companions(folder, base, adapter, written)
+        _write_companions(folder, base, adapter, written, vocabulary_of(merge.outline))
     return MergedFolder(output, merge.into, written, size, checked, merge.errors)
 
 
@@ -292,13 +293,19 @@ def _write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_companions(folder: Path, base: Base, adapter: Adapter, dtype: str) -> None:
+def _write_companions(
+    folder: Path, base: Base, adapter: Adapter, dtype: str, vocabulary: int | None
+) -> None:
     """Copies tokenizer, generation config and the like as they are, and rewrites the config."""
     for pattern in COMPANIONS:
         for file in base.folder.glob(pattern):
             if file.name not in (INDEX, "config.json", "README.md") and file.is_file():
                 shutil.copyfile(file, folder / file.name)
     text = json.loads(base.config.to_json_string(use_diff=True)) | {"dtype": dtype}
+    recorded = (adapter.facts.get("base") or {}).get("vocabulary")
+    if recorded is not None and recorded == vocabulary:
+        holder = text if "vocab_size" in text else text.get("text_config", text)
+        holder["vocab_size"] = vocabulary
     (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
     template = adapter.chat_template
     if template is not None:

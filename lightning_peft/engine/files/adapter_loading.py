@@ -38,6 +38,7 @@ from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.planning import Request
 from lightning_peft.engine.selection.scope import find_parts
 from lightning_peft.engine.undoing import undone_on_error
+from lightning_peft.engine.vocabulary import difference, resized_as_recorded
 from lightning_peft.errors import (
     CheckpointError,
     ConfigError,
@@ -96,7 +97,8 @@ def load_adapter(
             refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
-    with undone_on_error(module, _rewritten(module, folders)):
+    sizes = [_vocabulary(module, folder) for folder in folders]
+    with undone_on_error(module, _rewritten(module, folders)), resized_as_recorded(module, sizes):
         for folder in folders:
             _put_on(module, folder, adapter_name, check_base, quantization_config)
         for folder in folders:
@@ -104,6 +106,27 @@ def load_adapter(
         set_adapter(module, adapter_name)
         if not is_trainable:
             _freeze_adapter(module, adapter_name)
+
+
+def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str, Any], bool]:
+    """Returns a part, what is recorded of its base, and whether the file has its embeddings.
+
+    Raises:
+        CheckpointError: If the vocabulary is another one, and the file does not bring it.
+    """
+    base = folder.facts.get("base") or {}
+    rows = base.get("vocabulary")
+    brought = any(
+        value.ndim == 2 and value.shape[0] == rows and "lora_" not in key
+        for key, value in folder.tensors.items()
+    )
+    problem = difference(base, module.get_submodule(folder.part))
+    if problem and not brought:
+        raise CheckpointError(
+            f"The adapter in {str(folder.path)!r} does not fit: {problem}, and train with "
+            "modules_to_save naming the embeddings where new rows are to be kept."
+        )
+    return folder.part, base, brought
 
 
 def _paths(

@@ -16,6 +16,7 @@ from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record, set_record
 from lightning_peft.engine.selection.planning import Request
+from lightning_peft.engine.vocabulary import difference, resized_as_recorded
 from lightning_peft.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -72,6 +73,9 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
             f"{FORMAT}. Install the version of lightning-peft that wrote it."
         )
     problems = _part_problems(record, described)
+    for name in record.parts.keys() & described["parts"].keys():
+        other = difference(described["parts"][name]["base_id"], module.get_submodule(name))
+        problems += [other] if other else []
     if problems:
         raise CheckpointError(
             "The checkpoint was written with other adapters than the module has now:"
@@ -185,8 +189,14 @@ def inject_as_described(
     # Files of older versions have no `left`: they adapted whatever was in the parts.
     left = {name: why for name, why in described.get("left", {}).items() if name in known}
     set_record(module, Record(left=left))
+    # The checkpoint holds the embeddings of a vocabulary that was changed.
+    recorded = [
+        (name, part["base_id"], bool(part.get("replaced") or part["saved"]))
+        for name, part in described["parts"].items()
+    ]
     try:
-        _inject_groups(module, described["parts"], device)
+        with resized_as_recorded(module, recorded):
+            _inject_groups(module, described["parts"], device)
     finally:
         if not require_record(module).parts:
             set_record(module, None)

@@ -1,0 +1,127 @@
+"""Embeddings whose number of rows was changed after the base was loaded.
+
+``resize_token_embeddings`` makes rows that no file of the base holds. Where the base's own
+configuration has another vocabulary, checkpoints and adapter folders hold the embeddings, and the
+same size is restored when they are loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+def vocabulary_of(part: nn.Module) -> int | None:
+    """Returns the number of rows of the input embeddings, or ``None`` where there are none."""
+    if not isinstance(part, PreTrainedModel):
+        return None
+    try:
+        weight = getattr(part.get_input_embeddings(), "weight", None)
+    except (NotImplementedError, AttributeError):
+        return None
+    return None if weight is None or weight.ndim != 2 else int(weight.shape[0])
+
+
+def vocabulary_as_loaded(part: nn.Module) -> int | None:
+    """Returns the vocabulary in the configuration that the base was loaded with.
+
+    Only files on this machine are read. ``None`` where there is no such file, or where it has no
+    vocabulary.
+    """
+    if not isinstance(part, PreTrainedModel) or not part.config._name_or_path:
+        return None
+    revision = getattr(part.config, "_commit_hash", None)
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(
+            part.config._name_or_path, revision=revision, local_files_only=True
+        )
+    except (OSError, ValueError):
+        return None
+    for holder in (fields, fields.get("text_config") or {}):
+        size = holder.get("vocab_size") if isinstance(holder, Mapping) else None
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def resized_embeddings(part: nn.Module) -> list[str]:
+    """Returns the names of input and output embeddings where the vocabulary was changed."""
+    now = vocabulary_of(part)
+    if now is None or not isinstance(part, PreTrainedModel):
+        return []
+    loaded = vocabulary_as_loaded(part)
+    text = part.config.get_text_config()
+    if loaded is None or getattr(text, "vocab_size", loaded) == loaded:
+        return []
+    layers = {id(part.get_input_embeddings()), id(part.get_output_embeddings())}
+    names = [
+        f"{name}.{leaf}"
+        for name, child in part.named_modules()
+        if id(child) in layers
+        for leaf in child._parameters
+        if child._parameters[leaf] is not None
+    ]
+    log.info(
+        "The vocabulary of %s was changed from %s to %s after it was loaded: its embeddings are "
+        "saved with the adapter.",
+        type(part).__name__,
+        f"{loaded:,}",
+        f"{now:,}",
+    )
+    return names
+
+
+def difference(recorded: Mapping[str, Any], part: nn.Module) -> str | None:
+    """Returns how the vocabulary of a record differs from that of ``part``, with what to do.
+
+    Args:
+        recorded: The ``base`` of ``provenance.json``, or ``base_id`` of a checkpoint.
+        part: The module.
+    """
+    then, now = recorded.get("vocabulary"), vocabulary_of(part)
+    if then is None or now is None or then == now:
+        return None
+    return (
+        f"vocabulary {now:,} in the base, {then:,} in the run: call "
+        f"model.resize_token_embeddings({then}) after loading the base"
+    )
+
+
+@contextmanager
+def resized_as_recorded(
+    module: nn.Module, recorded: Iterable[tuple[str, Mapping[str, Any], bool]]
+) -> Iterator[None]:
+    """Gives parts the vocabulary that is recorded; configurations are put back on an error.
+
+    Args:
+        module: The module.
+        recorded: For each part: its name, its record, and whether the file brings the embeddings.
+    """
+    changed = []
+    for name, record, brought in recorded:
+        part: Any = module.get_submodule(name)
+        then, now = record.get("vocabulary"), vocabulary_of(part)
+        if not brought or then is None or now is None or then == now:
+            continue
+        text = part.config.get_text_config()
+        changed.append((text, text.vocab_size))
+        part.resize_token_embeddings(then, mean_resizing=False)
+        log.warning(
+            "Vocabulary %s in the base, %s in the run: the embeddings are resized, and their "
+            "values come from the file. The tokenizer of the run has the new tokens.",
+            f"{now:,}",
+            f"{then:,}",
+        )
+    try:
+        yield
+    except BaseException:
+        for config, size in changed:
+            config.vocab_size = size
+        raise
