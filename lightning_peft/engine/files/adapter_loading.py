@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ def load_adapter(
         CheckpointError: If a file is missing, damaged or pickled, or does not fit; every missing
             or unexpected tensor and every shape is named.
         BaseMismatchError: If the base is another one than the adapter was trained on.
-        ConfigError: If the module has several parts and the folder does not say which one is
-            meant.
+        ConfigError: If the module has several parts and the folder names none of them.
         LifecycleError: If adapters are merged into the weights.
         UnsupportedError: If the adapter is of a kind that cannot be injected.
     """
@@ -97,8 +97,7 @@ def load_adapter(
             refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
-    sizes = [_vocabulary(module, folder) for folder in folders]
-    with undone_on_error(module, _rewritten(module, folders)), resized_as_recorded(module, sizes):
+    with undone_on_error(module, _rewritten(module, folders)), _resized(module, folders):
         for folder in folders:
             _put_on(module, folder, adapter_name, check_base, quantization_config)
         for folder in folders:
@@ -106,6 +105,10 @@ def load_adapter(
         set_adapter(module, adapter_name)
         if not is_trainable:
             _freeze_adapter(module, adapter_name)
+
+
+def _resized(module: nn.Module, folders: list[AdapterFolder]) -> AbstractContextManager[None]:
+    return resized_as_recorded(module, [_vocabulary(module, folder) for folder in folders])
 
 
 def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str, Any], bool]:
