@@ -55,6 +55,8 @@ def rows() -> list[Any]:
     found[60] = "{no json"
     found[61] = dict(found[2])
     found[90] = {"prompt": "Long", "completion": "word " * 400}
+    found[100] = {**found[100], "note": "x"}
+    found[101]["completion"] = [{"role": "assistant", "content": "101", "mood": "glad"}]
     return found
 
 
@@ -87,6 +89,8 @@ def test_what_is_prepared_is_the_same(make, write, at_once, tmp_path, monkeypatc
     assert len(several[0]) >= 3
     assert several[1] == alone[1]
     assert several[1]["rejected"] == 4
+    keys = {key["key"]: key["rows"] for key in several[1]["keys_unused"]}
+    assert keys == {"note": {"rows.jsonl": "101"}, "messages[].mood": {"rows.jsonl": "102"}}
 
 
 def through(encoder: RowEncoder, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
