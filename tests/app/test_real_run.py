@@ -158,7 +158,7 @@ def test_a_ruined_run_says_so_and_what_helps(site, visit):
     run = store.create("local", yaml.safe_dump(recipe), "ruined")
     page = visit(f"{site.url}/run?run={run.id}")
     page.get_by_role("button", name="Start", exact=True).click()
-    page.get_by_text(re.compile(r"row \d+ of 200")).wait_for(timeout=MINUTES)
+    page.get_by_text(re.compile(r"(row|batch) \d+ of \d+")).wait_for(timeout=MINUTES)
     page.get_by_role("status").get_by_text("Finished, but worse").wait_for(timeout=MINUTES)
     alert = page.locator("#run-verdict [role=alert]")
     said = re.search(r"loss ([\d.]+) before training, ([\d.]+) after", alert.inner_text())
@@ -175,7 +175,7 @@ def test_a_ruined_run_says_so_and_what_helps(site, visit):
 def test_a_stop_in_the_middle_of_a_validation(site, visit):
     store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
     recipe = yaml.safe_load(demo_recipe())
-    recipe["trainer"]["val_check_interval"] = 4
+    recipe["trainer"] |= {"val_check_interval": 4, "limit_val_batches": 1.0}
     recipe["data"]["init_args"]["batch_size"] = 1
     run = store.create("local", yaml.safe_dump(recipe), "stopped in between")
     page = visit(f"{site.url}/run?run={run.id}")
