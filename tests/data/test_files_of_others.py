@@ -44,7 +44,7 @@ def few_and_many(test):
     return both
 
 
-LONG = pytest.mark.long
+LONG = (pytest.mark.long, pytest.mark.timeout(3000))
 
 
 @st.composite
