@@ -23,6 +23,7 @@ class Studio:
         speakers: The model that is talked to, if one is loaded.
         exports: What is taken along of runs.
         warm: A process that answers commands at once, once somebody has asked for one.
+        planning: Another one for memory plans, which take long; checks do not wait for them.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -34,9 +35,11 @@ class Studio:
         self.speakers = Speakers(settings, self.line.active)
         self.exports = Exports(settings, self.store, self.line.active)
         self.warm = WarmCommands(settings)
+        self.planning = WarmCommands(settings)
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""
         self.speakers.close()
         self.line.close()
         self.warm.close()
+        self.planning.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,16 @@ class DataReport:
         table: The first rows as they stand in the file, where it is one of this machine.
         refusal: Why nothing could be said, in the words of the command.
         skipping: Whether rows with problems are left out.
+        step: Step of the form in which the refusal can be solved.
+        unwanted: Whether nobody waits for it any more.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
     table: Table | None = None
     refusal: str = ""
     skipping: bool = False
+    step: str = "data"
+    unwanted: bool = False
 
     @property
     def problems(self) -> list[dict[str, Any]]:
@@ -60,13 +65,21 @@ class DataReport:
         return int(found) if found else None
 
 
-def looked_at(content: dict[str, Any], warm: WarmCommands, space: bool) -> DataReport:
+def looked_at(
+    content: dict[str, Any],
+    warm: WarmCommands,
+    space: bool,
+    wanted: Callable[[], bool] | None = None,
+    heard: Callable[[int], None] | None = None,
+) -> DataReport:
     """Returns what training on the rows of a recipe would be like.
 
     Args:
         content: A recipe that has been checked.
         warm: What runs the command.
         space: Whether strangers ask.
+        wanted: Says whether the answer is still wanted.
+        heard: Is given how many rows have been read, again and again.
     """
     place = str(value_at(content, "data.init_args.data", ""))
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
@@ -82,7 +95,9 @@ def looked_at(content: dict[str, Any], warm: WarmCommands, space: bool) -> DataR
             content = with_value(content, "data.init_args.skip_bad_rows", left_out)
         file.write_text(dumped({"data": content["data"]}), encoding="utf-8")
         words = ["preview", "--json", f"--rows={SHOWN}", f"--config={file}"]
-        answer = warm.run(words, SECONDS_HERE if space else SECONDS)
+        answer = warm.run(words, SECONDS_HERE if space else SECONDS, wanted, heard)
+    if answer.unwanted:
+        return DataReport(table=table, unwanted=True)
     numbers = answer.json() if answer.code in (0, 1) else None
     if numbers is None:
         return DataReport(table=table, refusal=said(answer), skipping=skipping is not None)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from gradio_app.errors import Refused
@@ -14,15 +15,18 @@ from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.data import local, said
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.presets import GPUS, THIS
-from gradio_app.recipe.warm import WarmCommands
+from gradio_app.recipe.warm import Completed, WarmCommands
 
 SECONDS = 120.0
 # Where neither the recipe nor the data says how long rows are.
 USUAL_LENGTH = 512
+# How long a plan is kept: what is free of this machine changes.
+KEPT_SECONDS = 300.0
 _AMOUNT = re.compile(r"\d{1,4}(\.\d{1,3})?\s?[GM]i?B", re.IGNORECASE)
 _STRATEGY = "trainer.strategy.init_args."
 _LENGTH = "data.init_args.max_length"
 _BATCH, _ACCUMULATE = "data.init_args.batch_size", "trainer.accumulate_grad_batches"
+Ask = Callable[[list[str]], Completed]
 _PRECISIONS = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
@@ -60,6 +64,32 @@ class Plan:
         """Whether it fits for sure; ``None`` where that is not known."""
         found = self.numbers.get("fits")
         return None if found is None else bool(found)
+
+
+@dataclass
+class Known:
+    """The plans of one page, so that a change that needs no other memory asks for no new one."""
+
+    answers: dict[tuple[str, ...], tuple[float, Completed]] = field(default_factory=dict)
+
+    def ask(
+        self, words: list[str], warm: WarmCommands, wanted: Callable[[], bool] | None = None
+    ) -> Completed:
+        """Returns the answer of ``lightning-peft plan``, an earlier one if it is not old.
+
+        Args:
+            words: The command.
+            warm: What runs it.
+            wanted: Says whether the answer is still wanted.
+        """
+        now = time.monotonic()
+        self.answers = {k: one for k, one in self.answers.items() if now - one[0] < KEPT_SECONDS}
+        if tuple(words) not in self.answers:
+            answer = warm.run(words, SECONDS, wanted)
+            if answer.code != 0:
+                return answer
+            self.answers[tuple(words)] = (now, answer)
+        return self.answers[tuple(words)][1]
 
 
 @dataclass(frozen=True)
@@ -130,22 +160,20 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
     return made
 
 
-def planned(
-    content: dict[str, Any], device: str, warm: WarmCommands, longest: int | None = None
-) -> Plan:
+def planned(content: dict[str, Any], device: str, ask: Ask, longest: int | None = None) -> Plan:
     """Returns what the run of a checked recipe needs.
 
     Args:
         content: The recipe.
         device: As :func:`checked_device` returns it.
-        warm: What runs the command.
+        ask: Runs the command of these words.
         longest: Tokens of the longest row of its data, where that is known.
     """
     length, length_is = length_of(content, longest)
     words = arguments(content, device, length)
     if isinstance(words, str):
         return Plan({}, length, length_is, refusal=words)
-    answer = warm.run([*words, "--no-limits"], SECONDS)
+    answer = ask([*words, "--no-limits"])
     numbers = answer.json() if answer.code == 0 else None
     if numbers is None:
         return Plan({}, length, length_is, refusal="plan_failed", reason=said(answer))
@@ -201,12 +229,10 @@ def candidates(content: dict[str, Any], longest: int | None) -> list[str]:
     return found
 
 
-def fixes(
-    content: dict[str, Any], device: str, warm: WarmCommands, longest: int | None
-) -> Iterator[Fix]:
+def fixes(content: dict[str, Any], device: str, ask: Ask, longest: int | None) -> Iterator[Fix]:
     """Yields changes with what the run would then need, as each is known; last all together."""
     names = candidates(content, longest)
     for name in [*names, *(["all"] if len(names) > 1 else [])]:
-        plan = planned(with_fix(content, name, longest), device, warm, longest)
+        plan = planned(with_fix(content, name, longest), device, ask, longest)
         if plan.numbers:
             yield Fix(name, plan)

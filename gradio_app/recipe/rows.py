@@ -52,6 +52,14 @@ def first_rows(path: Path, most: int = SHOWN_ROWS) -> Table | None:
     return Table(columns, [[_shown(row.get(name)) for name in columns] for row in rows])
 
 
+def rows_in(path: Path) -> int | None:
+    """Returns how many rows a file has about; ``None`` where only reading all of it would tell."""
+    if path.suffix.lower() not in (".jsonl", ".ndjson") or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b"")) or 1
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return ""

@@ -10,12 +10,13 @@ import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ _WORKER = Path(__file__).with_name("worker.py")
 # Importing everything takes seconds; on a slow disk many. No command's time is counted before.
 START_SECONDS = 180.0
 IDLE_SECONDS = 600.0
+# How often a command is looked at that may not be wanted any more, and how long it may take to end.
+_LOOK_SECONDS = 0.1
+_END_SECONDS = 3.0
 _NAMES = {
     *("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH", "SYSTEMROOT"),
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "LD_LIBRARY_PATH"),
@@ -46,11 +50,13 @@ class Completed:
         code: Its exit code; ``None`` if it took too long, or its process died.
         out: What it wrote to its standard output.
         err: What it wrote to its error output, as it is given out.
+        unwanted: Whether it was ended, or never begun, since its answer was not wanted any more.
     """
 
     code: int | None
     out: str = ""
     err: str = ""
+    unwanted: bool = False
 
     def json(self) -> dict[str, Any] | None:
         """Returns the object that it printed, if it did."""
@@ -105,22 +111,39 @@ class WarmCommands:
         finally:
             self._turn.release()
 
-    def run(self, arguments: list[str], timeout: float) -> Completed:
+    def run(
+        self,
+        arguments: list[str],
+        timeout: float,
+        wanted: Callable[[], bool] | None = None,
+        heard: Callable[[int], None] | None = None,
+    ) -> Completed:
         """Runs a command.
 
         Args:
             arguments: Its name and arguments, as after ``lightning-peft``.
             timeout: For how many seconds it may run once its turn has come.
+            wanted: Says whether the answer is still wanted; asked often. The command ends, or does
+                not begin, when it is not.
+            heard: Is given how many rows the command has read, again and again.
         """
-        with self._turn:
+        wanted = wanted or _always
+        while not self._turn.acquire(timeout=_LOOK_SECONDS):
+            if not wanted():
+                return Completed(None, unwanted=True)
+        try:
             if self._closed:
                 return Completed(None, err="the page is closing")
             for attempt in range(2):
-                answer = self._asked(arguments, timeout)
+                if not wanted():
+                    return Completed(None, unwanted=True)
+                answer = self._asked(arguments, timeout, wanted, heard)
                 # One that had died before it was asked has lost nothing.
                 if answer is not None or attempt:
                     break
             return answer or Completed(None, err="the process that answers has died")
+        finally:
+            self._turn.release()
 
     def close(self) -> None:
         """Ends the process."""
@@ -130,7 +153,13 @@ class WarmCommands:
             with contextlib.suppress(OSError):
                 self._folder.cleanup()
 
-    def _asked(self, arguments: list[str], timeout: float) -> Completed | None:
+    def _asked(
+        self,
+        arguments: list[str],
+        timeout: float,
+        wanted: Callable[[], bool],
+        heard: Callable[[int], None] | None,
+    ) -> Completed | None:
         process = self._started()
         number = next(self._numbers)
         try:
@@ -139,10 +168,12 @@ class WarmCommands:
                 _send(process, start, [IMPORT])
                 self._ready = self._answer(start, START_SECONDS) is not None
             _send(process, number, arguments)
-            answer = self._answer(number, timeout)
+            answer = self._answer(number, timeout, wanted, heard)
         except OSError:
             self._end()
             return None
+        except _Unwanted:
+            return Completed(None, unwanted=True)
         except queue.Empty:
             self._end()
             return Completed(None, err=f"no answer within {timeout:g} seconds")
@@ -153,20 +184,59 @@ class WarmCommands:
         err = self.public.text(self.public.portable(answer["err"]))
         return Completed(answer["code"], answer["out"], err)
 
-    def _answer(self, number: int, timeout: float) -> dict[str, Any] | None:
+    def _answer(
+        self,
+        number: int,
+        timeout: float,
+        wanted: Callable[[], bool] | None = None,
+        heard: Callable[[int], None] | None = None,
+    ) -> dict[str, Any] | None:
         """Returns the answer of that number; ``None`` if the process has ended.
 
         Raises:
             queue.Empty: If it does not come in time.
+            _Unwanted: If it is not wanted any more; the process is then free for the next.
         """
         end = time.monotonic() + timeout
         while True:
-            line = self._answers.get(timeout=max(0.0, end - time.monotonic()))
+            left = max(0.0, end - time.monotonic())
+            try:
+                line = self._answers.get(timeout=min(left, _LOOK_SECONDS) if wanted else left)
+            except queue.Empty:
+                if wanted is None or left == 0.0:
+                    raise
+                if not wanted():
+                    self._interrupt(number)
+                    raise _Unwanted from None
+                continue
             if line is None:
                 return None
-            found: dict[str, Any] = json.loads(line)
-            if found["id"] == number:
+            try:
+                found: dict[str, Any] = json.loads(line)
+            except ValueError:
+                # Half a line, where the command was interrupted.
+                continue
+            if found["id"] != number:
+                continue
+            if "rows" not in found:
                 return found
+            if heard is not None:
+                heard(int(found["rows"]))
+
+    def _interrupt(self, number: int) -> None:
+        """Ends the command of that number; its process too, if that does not help."""
+        process = self._process
+        if process is None:
+            return
+        process.send_signal(signal.SIGINT)
+        try:
+            alive = self._answer(number, _END_SECONDS) is not None
+        except queue.Empty:
+            alive = False
+        if alive:
+            self._rest()
+        else:
+            self._end()
 
     def _started(self) -> subprocess.Popen[str]:
         if self._idle is not None:
@@ -222,6 +292,14 @@ class WarmCommands:
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
+
+
+class _Unwanted(Exception):
+    """What a command would answer is not wanted any more."""
+
+
+def _always() -> bool:
+    return True
 
 
 def _send(process: subprocess.Popen[str], number: int, arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 LANGUAGES = {"en": "English", "de": "Deutsch"}
 DEFAULT = "en"
+_GERMAN_SIGNS = str.maketrans(",.", ".,")
 
 
 @cache
@@ -38,6 +39,15 @@ class Texts:
                 mistake.
         """
         return self._texts[key].format(**values)
+
+    def number(self, value: float, digits: int = 0) -> str:
+        """Returns a number as it is written in this language, such as ``1.234,5`` in German."""
+        text = f"{value:,.{digits}f}"
+        return self.localized(text)
+
+    def localized(self, text: str) -> str:
+        """Returns text of numbers and units in English with the signs of this language."""
+        return text.translate(_GERMAN_SIGNS) if self.language == "de" else text
 
     def has(self, key: str) -> bool:
         """Says whether there is a text of that name."""

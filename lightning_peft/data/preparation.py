@@ -23,6 +23,7 @@ from lightning_peft.data.files_read import how_read, refuse_changed, say_how_rea
 from lightning_peft.data.prompts import Prompts
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.rows_read import counting
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, recognise
 from lightning_peft.data.unused_keys import KeyCount, check_ignored
@@ -286,7 +287,8 @@ class _Pass:
     def _shown(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yields the rows; in a terminal, a bar says how far they are once it takes seconds."""
         name = Path(str(self.sources[0].data)).name
-        yield from tqdm(rows, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
+        counted = counting(rows)
+        yield from tqdm(counted, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
 
     def _read(self, row: Row) -> _Taken:
         """Returns what a row says, and what of it is known before it is encoded."""

@@ -92,9 +92,9 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     screenshot(page, "new-data-problems")
     page.get_by_role("link", name="Next: Method").click()
     page.get_by_role("link", name="Next: Review").click()
-    page.locator("#overview [role=alert]").wait_for()
-    page.get_by_role("button", name="Start training").click()
-    page.locator(".toast-body").get_by_text("rows have problems").wait_for()
+    page.locator("#overview [role=alert]").get_by_text("3 rows have problems").wait_for()
+    assert page.get_by_role("button", name="Start training").is_disabled()
+    page.locator("#start-said").get_by_text("It cannot start yet").wait_for()
     assert list(site.runs.glob("*/recipe.yaml")) == []
     page.locator("#overview").get_by_role("link", name="To the data").first.click()
     page.get_by_label("Leave rows").check()
@@ -106,6 +106,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     assert "limit_train_batches" not in recipe["trainer"]
     page.get_by_label("Name of the run").fill("My own data")
     page.get_by_role("button", name="Start training").click()
+    page.get_by_role("button", name="Checking, then starting").wait_for(timeout=5_000)
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("heading", name="My own data").wait_for()
 
@@ -128,6 +129,26 @@ def test_a_corrected_upload_takes_the_place_of_the_bad_one(visit, site):
         == "underline"
     )
     screenshot(page, "new-data")
+
+
+def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
+    page = opened(visit, site, "#data")
+    page.get_by_label("Upload", exact=True).check()
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(60_000)]
+    upload(page, "large.jsonl", lines(rows))
+    report = page.locator("#data-report")
+    report.get_by_text(re.compile(r"Checking every row: [\d,]+ of about 60,000")).wait_for()
+    # Rows can be seen meanwhile.
+    report.locator("details.rows").get_by_text("What is 7?").wait_for()
+    page.get_by_role("button", name="Stop checking").click()
+    report.get_by_text("Checking was stopped").wait_for(timeout=10_000)
+    assert not page.locator("#stop-checking").is_visible()
+    page.get_by_role("button", name="Check again").click()
+    report.get_by_text(re.compile("of about 60,000")).wait_for()
+    page.locator("#data-upload").get_by_role("button", name="Clear").click()
+    upload(page, "small.jsonl", lines(rows[:40]))
+    # The larger one is given up, and not waited for.
+    report.get_by_text("All 40 rows can be trained on").wait_for(timeout=20_000)
 
 
 def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -11,15 +13,16 @@ import gradio as gr
 from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.frame import private
-from gradio_app.pages.handling import as_shown, sentence
+from gradio_app.pages.handling import told
 from gradio_app.pages.new import data_html
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.new.looking import looks
 from gradio_app.public import UPLOAD
-from gradio_app.recipe.checking import checked_content, with_revision
 from gradio_app.recipe.choices import started, with_data
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.data import DataReport, looked_at
+from gradio_app.recipe.data import DataReport, local
 from gradio_app.recipe.form import task_of
+from gradio_app.recipe.rows import first_rows, rows_in
 from gradio_app.uploads import KINDS, Uploads
 
 SOURCES = ("example", "upload", "path", "hub")
@@ -191,6 +194,7 @@ def _report(editor: Editor) -> None:
     t = editor.t
     gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
     report = gr.HTML("", elem_id="data-report", padding=False)
+    stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = gr.Checkbox(
         label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"
     )
@@ -208,7 +212,7 @@ def _report(editor: Editor) -> None:
         [skip],
         lambda session: [value_at(session.content, _DATA + "skip_bad_rows", None) is not None],
     )
-    outputs = [editor.session, report, mapping, shape, *columns]
+    outputs = [editor.session, report, stop, mapping, shape, *columns]
 
     def look(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         yield from _looked(editor, session, request)
@@ -229,19 +233,33 @@ def _report(editor: Editor) -> None:
 
     editor.bind(again.click, forget)
 
+    def stopped(session: Any, request: gr.Request) -> None:
+        editor.of(session, request).stopped = True
+
+    stop.click(told(t)(stopped), editor.session, None, **private())
+
 
 def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
     """Yields what the step shows while the data is looked at, and then of it."""
     session = editor.of(session, request)
-    quiet = [gr.skip()] * (2 + FIELDS)
+    nothing, quiet = [gr.skip()] * (5 + FIELDS), [gr.skip()] * (2 + FIELDS)
     if session.report is None:
-        yield [gr.skip(), data_html.checking(editor.t), *quiet]
-        asked = session.content
-        session.report = report_of(editor, session)
-        if session.content is not asked:
+        data, read = session.content.get("data"), -1
+        place = _place_of(editor, session)
+        first, of = None, None
+        for rows in looks(editor, session):
+            if session.content.get("data") != data:
+                break
+            if read < 0:
+                yield [gr.skip(), data_html.checking(editor.t), gr.update(visible=True), *quiet]
+                first, of = first_rows(place), rows_in(place)
+            elif rows != read:
+                shown = data_html.checking(editor.t, rows, of, first)
+                yield [gr.skip(), shown, gr.update(visible=True), *quiet]
+            read = rows
+        if session.report is None:
             # Other data was chosen meanwhile, and is looked at next.
-            session.report = None
-            yield [gr.skip()] * (4 + FIELDS)
+            yield nothing
             return
     task = task_of(session.content)
     shapes = task.shapes if task else ()
@@ -251,29 +269,19 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
     yield [
         session,
         data_html.report(session.report, editor.t),
+        gr.update(visible=False),
         gr.update(visible=bool(shapes and session.report.columns)),
         gr.update(choices=names, value=chosen),
         *_dropdowns(session, chosen, editor),
     ]
 
 
-def report_of(editor: Editor, session: Session) -> DataReport:
-    """Returns what is known of the data of a session; never raises."""
-    settings = editor.studio.settings
-    try:
-        content = _only_data(session, editor)
-        return looked_at(content, editor.studio.warm, settings.space)
-    except Refused as refused:
-        return DataReport(refusal=sentence(refused, editor.t))
-    except Exception as error:
-        return DataReport(refusal=str(as_shown(error, editor.t).message))
-
-
-def _only_data(session: Session, editor: Editor) -> dict[str, Any]:
-    """Returns a checked recipe; what is wrong with other parts is told elsewhere."""
-    example = started("sft")
-    content = {**example, "data": with_revision(session.content).get("data")}
-    return checked_content(content, editor.studio.settings, session.owner)
+def _place_of(editor: Editor, session: Session) -> Path:
+    """Returns where the rows of a session lie, if that is on this machine."""
+    place = str(value_at(session.content, _DATA + "data", ""))
+    with contextlib.suppress(Refused):
+        place = editor.places(session).data(place)
+    return local(place)
 
 
 def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:

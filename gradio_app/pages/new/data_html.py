@@ -28,9 +28,22 @@ def chosen(place: str, t: Texts) -> str:
     return f'<p class="chosen" role="status">{escaped(text)}</p>'
 
 
-def checking(t: Texts) -> str:
-    """Returns what is shown while the data is looked at."""
-    return f'<p class="busy" role="status">{escaped(t("new.checking"))}</p>'
+def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None = None) -> str:
+    """Returns what is shown while the data is looked at.
+
+    Args:
+        t: The texts.
+        rows: How many rows have been read.
+        of: How many there are, where that is known.
+        first: The first of them.
+    """
+    text = t("new.checking")
+    if rows:
+        # A number of lines: the last one may have no end, and empty ones are no rows.
+        known = {"rows": t.number(rows), "of": t.number(max(rows, of or 0))}
+        text = t("new.checking_of" if of else "new.checking_rows", **known)
+    table = _table(first, t, opened=True) if first is not None and first.rows else ""
+    return f'<p class="busy" role="status">{escaped(text)}</p>{table}'
 
 
 def report(found: DataReport, t: Texts) -> str:
@@ -193,12 +206,12 @@ def _lengths(numbers: dict[str, Any], t: Texts) -> str:
     )
 
 
-def _table(table: Table, t: Texts) -> str:
+def _table(table: Table, t: Texts, opened: bool = False) -> str:
     heads = "".join(f'<th scope="col">{escaped(name)}</th>' for name in ("#", *table.columns))
     body = "".join(_cells(number, row) for number, row in enumerate(table.rows, start=1))
     title = escaped(t("new.first_rows", count=len(table.rows)))
     return (
-        f'<details class="rows"><summary>{title}</summary>'
+        f'<details class="rows"{" open" if opened else ""}><summary>{title}</summary>'
         f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div></details>"
     )

@@ -14,6 +14,7 @@ from gradio_app.pages.handling import told
 from gradio_app.recipe.choices import started
 from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.places import Places
+from gradio_app.recipe.planner import Known
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -22,6 +23,7 @@ from gradio_app.visitors import owner_of
 _DRAFT = "lightning-peft-studio-draft"
 Show = Callable[["Session"], Sequence[Any]]
 Change = Callable[..., dict[str, Any]]
+Updates = Callable[[Callable[[], bool]], Iterator[Any]]
 
 
 @dataclass
@@ -41,6 +43,11 @@ class Session:
         opened: Whether the page was opened since the server knows it. Otherwise the server was
             started again meanwhile, or has forgotten it, and what the page shows is not this.
         asked: Which call of a handler is the last one, by handler; those before it show nothing.
+        looking: The data that is being looked at; ``None`` if none is.
+        stopped: Whether the visitor has stopped that.
+        rows_read: How many rows of it have been read.
+        starting: Whether a run is being started.
+        plans: Memory plans that are known.
     """
 
     content: dict[str, Any]
@@ -54,13 +61,21 @@ class Session:
     written: str = ""
     opened: bool = False
     asked: dict[str, object] = field(default_factory=dict)
+    looking: Any = None
+    stopped: bool = False
+    rows_read: int = 0
+    starting: bool = False
+    plans: Known = field(default_factory=Known)
 
-    def while_current(self, name: str, updates: Iterator[Any], nothing: Any) -> Iterator[Any]:
+    def while_current(
+        self, name: str, updates: Iterator[Any] | Updates, nothing: Any
+    ) -> Iterator[Any]:
         """Yields what a handler shows, until the recipe changes or the handler is called again.
 
         Args:
             name: Of the handler.
-            updates: What it shows.
+            updates: What it shows, or what makes that; it is given what says whether that is still
+                wanted.
             nothing: What changes nothing of what is shown.
         """
         this, content = object(), self.content
@@ -69,7 +84,7 @@ class Session:
         def current() -> bool:
             return self.asked[name] is this and self.content is content
 
-        for shown in updates:
+        for shown in updates(current) if callable(updates) else updates:
             if not current():
                 break
             yield shown

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -12,6 +13,7 @@ from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.new.looking import away
 from gradio_app.recipe.checking import checked_content
 from gradio_app.recipe.choices import started
 from gradio_app.recipe.planner import Fix, Plan, checked_device, fixes, planned, with_fix
@@ -50,8 +52,8 @@ def build(editor: Editor) -> None:
     def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
         session = editor.of(session, request)
         # Changes that would fit are looked for one by one; meanwhile one may have been made.
-        texts = _planned(editor, session, name)
-        yield from session.while_current("memory", texts, gr.skip())
+        made = partial(_planned, editor, session, name)
+        yield from session.while_current("memory", made, gr.skip())
 
     editor.follow(plan, [device], [bar])
     device.input(
@@ -67,10 +69,17 @@ def build(editor: Editor) -> None:
     editor.bind_event(bar.click, fix)
 
 
-def _planned(editor: Editor, session: Session, device: Any) -> Iterator[str]:
+def _planned(
+    editor: Editor, session: Session, device: Any, wanted: Callable[[], bool]
+) -> Iterator[str]:
     t = editor.t
     longest = session.report.longest if session.report else None
     yield f'<p class="busy" role="status">{escaped(t("new.calculating"))}</p>'
+    missing = away(session.content)
+    if missing:
+        told = t("new.model_away", name=missing)
+        yield f'<p class="careful" role="status">{escaped(told)}</p>'
+        return
     try:
         name = checked_device(device)
         # Data is looked at elsewhere; that it is missing changes nothing here.
@@ -82,14 +91,14 @@ def _planned(editor: Editor, session: Session, device: Any) -> Iterator[str]:
     except Refused as refused:
         yield f'<p class="careful" role="status">{escaped(sentence(refused, t))}</p>'
         return
-    warm = editor.studio.warm
-    plan = planned(content, name, warm, longest)
+    ask = partial(session.plans.ask, warm=editor.studio.planning, wanted=wanted)
+    plan = planned(content, name, ask, longest)
     if plan.fits is not False:
         yield shown(plan, t)
         return
     found: list[Fix] = []
     yield shown(plan, t, found, more=True)
-    for fix in fixes(content, name, warm, longest):
+    for fix in fixes(content, name, ask, longest):
         found.append(fix)
         yield shown(plan, t, found, more=True)
     yield shown(plan, t, found)

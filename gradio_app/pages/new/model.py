@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.new.looking import offline
 from gradio_app.recipe.checking import check_files
 from gradio_app.recipe.choices import with_model
 from gradio_app.recipe.content import value_at, with_value
@@ -182,11 +182,6 @@ def weights(number: int) -> str:
     if number >= 999_500_000:
         return f"{number / 1e9:.1f} B"
     return f"{number / 1e6:.0f} M"
-
-
-def offline() -> bool:
-    """Says whether nothing is fetched from the hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def _facts(session: Session, t: Texts) -> str:

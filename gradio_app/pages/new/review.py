@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -14,13 +15,15 @@ from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import review_html
 from gradio_app.pages.new.choosing import checked
-from gradio_app.pages.new.data import report_of
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.new.looking import report_of
 from gradio_app.recipe.checking import checked_content
 from gradio_app.recipe.choices import dry
 from gradio_app.recipe.complete import completed_problem
 from gradio_app.recipe.content import value_at
+from gradio_app.recipe.data import DataReport
 from gradio_app.recipe.parsing import dumped, parsed
+from gradio_app.texts import Texts
 
 _GO = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
 
@@ -40,6 +43,7 @@ def build(editor: Editor) -> None:
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
         trial = gr.Button(t("new.dry_run"), size="lg", elem_id="dry-run")
+    said = gr.HTML("", elem_id="start-said", padding=False)
     gone = gr.Textbox(visible="hidden", elem_id="gone-to")
     forms = gr.HTML("", elem_id="forms", padding=False)
     with gr.Accordion(t("new.edit_yaml"), open=False, elem_id="edit-yaml"):
@@ -54,14 +58,16 @@ def build(editor: Editor) -> None:
         )
         apply = gr.Button(t("new.apply_yaml"), elem_id="apply-yaml")
     editor.show([text, forms], lambda session: _written(editor, session))
-    editor.follow(_refresher(editor), [], [overview, text, forms])
 
     def edited(session: Session, given: Any) -> dict[str, Any]:
         return checked(editor, session, parsed(given))
 
     editor.bind(apply.click, edited, [text])
+    buttons = [start, trial, said]
     for button, steps in ((start, None), (trial, 5)):
-        button.click(told(t)(_starter(editor, steps)), [editor.session, name], gone, **private())
+        starter = told(t)(_starter(editor, steps))
+        button.click(starter, [editor.session, name], [gone, *buttons], **private())
+    editor.follow(_refresher(editor), [], [overview, text, forms, *buttons])
     elsewhere.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
     gone.change(None, gone, None, js=_GO.replace("{url}", url))
@@ -118,25 +124,42 @@ def _forms(editor: Editor, session: Session) -> str:
 def _refresher(editor: Editor) -> Any:
     def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
-        yield from session.while_current("review", refreshed(session), [gr.skip()] * 3)
+        made = partial(refreshed, session)
+        yield from session.while_current("review", made, [gr.skip()] * 6)
 
-    def refreshed(session: Session) -> Iterator[list[Any]]:
+    def refreshed(session: Session, wanted: Callable[[], bool]) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
         same = shown_yaml(editor, session) == session.written
         forms = [gr.skip(), gr.skip()] if same else _written(editor, session)
-        yield [_overview(editor, session, None), *forms]
+        yield shown(session, None, forms)
         try:
             content = content_of(editor, session)
         except Refused:
             return
-        problem = completed_problem(content, editor.studio.warm)
-        yield [_overview(editor, session, problem), gr.skip(), gr.skip()]
+        problem = completed_problem(content, editor.studio.warm, wanted)
+        yield shown(session, problem, [gr.skip(), gr.skip()])
+
+    def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
+        blocking = _blocking(editor, session, problem)
+        text = review_html.overview(
+            session, blocking, editor.studio.settings, editor.t, problem is not None
+        )
+        # What is said while a run is being started stays.
+        kept = [gr.skip()] * 3
+        buttons = kept if session.starting else _buttons(editor.t, blocked=bool(blocking))
+        return [text, *forms, *buttons]
 
     return refresh
 
 
-def _overview(editor: Editor, session: Session, problem: str | None) -> str:
-    """Returns what will happen; ``problem`` is ``None`` until the command line has answered."""
+def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tuple[str, str]]:
+    """Returns what is in the way, with the step in which it can be solved.
+
+    Args:
+        editor: The page.
+        session: What it edits.
+        problem: What the command line says against the recipe; ``None`` until it has answered.
+    """
     t = editor.t
     blocking: list[tuple[str, str]] = []
     try:
@@ -147,40 +170,73 @@ def _overview(editor: Editor, session: Session, problem: str | None) -> str:
         blocking += [(review_html.step_of(one), sentence(one, t)) for one in problems]
     report = session.report
     if report is not None and not report.fine:
-        key = "new.blocked_refused" if report.refusal or not report.numbers else "new.blocked_rows"
-        reason = shortened(report.refusal, 300)
-        blocking.append(("data", t(key, reason=reason, rows=report.numbers.get("rejected", 0))))
+        step = "data" if report.numbers else report.step
+        blocking.append((step, sentence(_unfit(report), t)))
     if problem:
         blocking.append(("all", problem))
-    asked = problem is not None
-    return review_html.overview(session, blocking, editor.studio.settings, t, asked)
+    return blocking
 
 
 def _starter(editor: Editor, steps: int | None) -> Any:
-    def start(session: Any, name: Any, request: gr.Request) -> str:
+    def start(session: Any, name: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
-        content = content_of(editor, session)
-        if steps is not None:
-            content = dry(content, steps)
-        report = session.report or report_of(editor, session)
-        session.report = report
-        if not report.fine:
-            key = "new.blocked_rows" if report.numbers else "new.blocked_refused"
-            reason = shortened(report.refusal, 300)
-            raise Refused(key, reason=reason, rows=report.numbers.get("rejected", 0))
-        problem = completed_problem(content, editor.studio.warm)
-        if problem:
-            raise Refused("new.blocked_refused", reason=shortened(problem, 400), rows=0)
-        title = str(name or "").strip() or _title(content)
-        run = editor.studio.store.create(session.owner, dumped(content), title)
+        if session.starting:
+            yield [gr.skip()] * 4
+            return
+        session.starting = True
         try:
-            editor.studio.line.add(run)
-        except Refused:
-            editor.studio.store.delete(session.owner, run.id)
+            yield [gr.skip(), *_buttons(editor.t, starting=True)]
+            run = _started(editor, session, name, steps)
+        except Exception:
+            session.starting = False
+            yield [gr.skip(), *_buttons(editor.t)]
             raise
-        return str(run.id)
+        session.starting = False
+        yield [run, *_buttons(editor.t)]
 
     return start
+
+
+def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[Any]:
+    """Returns what both buttons are like, and what is said beside them."""
+    free = not starting and not blocked
+    key = "new.starting" if starting else "new.start_blocked"
+    said = "" if free else f'<p class="note" role="status">{escaped(t(key))}</p>'
+    label = t("new.start_busy" if starting else "new.start")
+    return [gr.update(value=label, interactive=free), gr.update(interactive=free), said]
+
+
+def _started(editor: Editor, session: Session, name: Any, steps: int | None) -> str:
+    """Checks all and starts the run; returns its id.
+
+    Raises:
+        Refused: If it cannot be started.
+    """
+    content = content_of(editor, session)
+    if steps is not None:
+        content = dry(content, steps)
+    report = report_of(editor, session)
+    if not report.fine:
+        raise _unfit(report)
+    problem = completed_problem(content, editor.studio.warm)
+    if problem:
+        raise Refused("new.blocked_recipe", reason=shortened(problem, 400))
+    title = str(name or "").strip() or _title(content)
+    run = editor.studio.store.create(session.owner, dumped(content), title)
+    try:
+        editor.studio.line.add(run)
+    except Refused:
+        editor.studio.store.delete(session.owner, run.id)
+        raise
+    return str(run.id)
+
+
+def _unfit(report: DataReport) -> Refused:
+    """Returns why no run can be started with some data."""
+    if report.refusal or not report.numbers:
+        key = "new.blocked_model" if report.step == "model" else "new.blocked_data"
+        return Refused(key, reason=shortened(report.refusal, 300))
+    return Refused("new.blocked_rows", rows=report.numbers.get("rejected", 0))
 
 
 def _title(content: dict[str, Any]) -> str:

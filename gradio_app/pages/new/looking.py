@@ -1,0 +1,101 @@
+"""Looking at the data of a page: once for each data, in parts, until it is stopped."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from gradio_app.errors import Refused
+from gradio_app.pages.handling import as_shown, sentence
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.checking import checked_content, with_revision
+from gradio_app.recipe.choices import started
+from gradio_app.recipe.content import value_at
+from gradio_app.recipe.data import DataReport, looked_at
+from gradio_app.recipe.form import task_of
+from gradio_app.recipe.model_files import on_this_machine
+
+_LOOK_SECONDS = 0.5
+
+
+def offline() -> bool:
+    """Says whether nothing is fetched from the hub."""
+    return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+
+
+def away(content: dict[str, Any]) -> str:
+    """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
+    task = task_of(content)
+    names = [value_at(content, "model.init_args.model", None)]
+    if task is not None and task.reads is not None:
+        names.append(value_at(content, f"data.init_args.{task.reads}", None))
+    named = [name for name in names if isinstance(name, str)]
+    hub = [name for name in named if ":" not in name and not os.path.isabs(name)]
+    return next((name for name in hub if offline() and not on_this_machine(name)), "")
+
+
+def report_of(editor: Editor, session: Session) -> DataReport:
+    """Returns what is known of the data of a session, looked at now if need be; never raises."""
+    while session.report is None:
+        for _ in looks(editor, session):
+            pass
+    found: DataReport = session.report
+    return found
+
+
+def looks(editor: Editor, session: Session) -> Iterator[int]:
+    """Looks at the data of a session; yields how many rows have been read, again and again.
+
+    Afterwards its report is set, unless other data was chosen meanwhile. Data that is being looked
+    at already is not looked at twice.
+    """
+    data = _data_of(session)
+    while session.looking == data and session.report is None and _data_of(session) == data:
+        yield session.rows_read
+        time.sleep(_LOOK_SECONDS)
+    if session.report is not None or _data_of(session) != data:
+        return
+    session.looking, session.stopped, session.rows_read = data, False, 0
+    found: list[DataReport] = []
+    thread = threading.Thread(target=lambda: found.append(_report(editor, session, data)))
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_LOOK_SECONDS)
+            yield session.rows_read
+    finally:
+        if session.looking is data:
+            session.looking = None
+            if found and _data_of(session) == data and not found[0].unwanted:
+                session.report = found[0]
+            elif session.stopped:
+                session.report = DataReport(refusal=editor.t("new.check_stopped"))
+
+
+def _report(editor: Editor, session: Session, data: Any) -> DataReport:
+    settings, t = editor.studio.settings, editor.t
+
+    def wanted() -> bool:
+        return session.looking is data and not session.stopped and _data_of(session) == data
+
+    def heard(rows: int) -> None:
+        session.rows_read = rows
+
+    missing = away(session.content)
+    if missing:
+        return DataReport(refusal=t("new.model_away", name=missing), step="model")
+    try:
+        content = {**started("sft"), "data": data}
+        content = checked_content(content, settings, session.owner)
+        return looked_at(content, editor.studio.warm, settings.space, wanted, heard)
+    except Refused as refused:
+        return DataReport(refusal=sentence(refused, t))
+    except Exception as error:
+        return DataReport(refusal=str(as_shown(error, t).message))
+
+
+def _data_of(session: Session) -> Any:
+    return with_revision(session.content).get("data")
