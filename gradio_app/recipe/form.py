@@ -208,6 +208,26 @@ def changed(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def followed(
+    since: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a recipe was made of, with all that a choice has changed in the recipe.
+
+    Whoever chooses a model has not changed the learning rate that goes with it.
+
+    Args:
+        since: What the recipe was made of.
+        before: The recipe before the choice.
+        after: The recipe after it.
+    """
+    strategy = "trainer.strategy.class_path"
+    since = with_value(since, strategy, value_at(after, strategy, MISSING))
+    for field in FIELDS:
+        if shown(field, before) != shown(field, after):
+            since = with_value(since, field.path, value_at(after, field.path, MISSING))
+    return since
+
+
 def reset(content: dict[str, Any], since: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns a recipe in which a setting is again what it was.
 

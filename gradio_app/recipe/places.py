@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from gradio_app.errors import Refused
@@ -12,8 +13,11 @@ from gradio_app.public import UPLOAD, Public, bundled_folders
 from gradio_app.settings import Settings
 from gradio_app.uploads import Uploads
 
+# Of the files below a root, as many are listed.
+MOST_LISTED = 500
 _MARKS = ("package:", "recipe:")
-_FILE = re.compile(r".*\.(jsonl|ndjson|json|csv|tsv|parquet|txt|md)(\.(gz|bz2|xz))?")
+_KINDS = "jsonl|ndjson|json|csv|tsv|tab|parquet|arrow|xlsx|xlsm|txt|md"
+_FILE = re.compile(rf".*\.({_KINDS})(\.(gz|bz2|xz|zst|zip))?")
 _PLAIN = re.compile(r"[\w-][\w.-]{0,99}")
 
 
@@ -53,7 +57,12 @@ class Places:
             return found
         path_like = Path(text).is_absolute() or text.startswith((".", "~"))
         if path_like or "\\" in text or _FILE.fullmatch(text.lower()):
-            raise Refused("checks.no_data" if root else "checks.no_paths", path=shortened(text))
+            if root is None:
+                raise Refused("checks.no_paths", path=shortened(text))
+            near = get_close_matches(text, data_files(root), n=1)
+            hint = Refused("checks.near", near=shortened(near[0])) if near else None
+            more = [hint or Refused("checks.not_near")]
+            raise Refused("checks.no_data", path=shortened(text), more=more)
         return _hub(text)
 
     def model(self, value: object) -> str:
@@ -94,6 +103,23 @@ class Places:
         if not _PLAIN.fullmatch(text) or ".." in text:
             raise Refused("checks.written", path=shortened(text))
         return text
+
+
+def data_files(root: Path) -> dict[str, int]:
+    """Returns the files and folders of data below a root by name, with their bytes.
+
+    Args:
+        root: The folder; what lies deeper in it than in a folder is not listed.
+    """
+    found = [path for pattern in ("*", "*/*") for path in root.glob(pattern)]
+    files = [path for path in found if path.is_file() and _FILE.fullmatch(path.name.lower())]
+    shown = [path for path in files if not any(p.startswith(".") for p in _parts(path, root))]
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(shown)}
+    return dict(list(sizes.items())[:MOST_LISTED])
+
+
+def _parts(path: Path, root: Path) -> tuple[str, ...]:
+    return path.relative_to(root).parts
 
 
 def _text(value: object) -> str:

@@ -56,8 +56,11 @@ def rows_in(path: Path) -> int | None:
     """Returns how many rows a file has about; ``None`` where only reading all of it would tell."""
     if path.suffix.lower() not in (".jsonl", ".ndjson") or not path.is_file():
         return None
+    count, last = 0, b"\n"
     with path.open("rb") as file:
-        return sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b"")) or 1
+        while part := file.read(1 << 20):
+            count, last = count + part.count(b"\n"), part[-1:]
+    return count + (last != b"\n")
 
 
 def _shown(value: Any) -> str:

@@ -151,6 +151,54 @@ def test_a_large_file_is_counted_and_stopped_and_holds_up_no_other(visit, site):
     report.get_by_text("All 40 rows can be trained on").wait_for(timeout=20_000)
 
 
+def test_what_is_refused_is_said_where_it_was_typed(visit, site):
+    rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
+    (site.data / "train.jsonl").write_bytes(lines(rows))
+    page = opened(visit, site, "#data")
+    looked_at(page)
+    page.get_by_label("File on this machine").check()
+    path = page.locator("#data-path-name input")
+    path.fill("trian.jsonl")
+    path.press("Enter")
+    page.locator("#data-path-problem").get_by_text("Did you mean train.jsonl?").wait_for()
+    opacity = "e => Number(getComputedStyle(e).opacity)"
+    report = page.locator("#data-report").element_handle()
+    assert page.evaluate(opacity, report) < 1
+    path.fill("train.jsonl")
+    path.press("Enter")
+    page.locator("#data-report").get_by_text("All 60 rows").wait_for()
+    assert page.evaluate(opacity, report) == 1
+    assert not page.locator("#data-path-problem").is_visible()
+    page.get_by_role("link", name="Next: Method").click()
+    rate = page.get_by_role("textbox", name="Learning rate")
+    rate.fill("500")
+    rate.press("Tab")
+    field = page.locator("#f-learning-rate.refused")
+    field.get_by_text("500 lies outside 0 to 1").wait_for()
+    assert field.bounding_box()["width"] > 200
+    page.get_by_role("link", name="Next: Review").click()
+    page.locator("#overview .stale").wait_for()
+    page.locator("#overview").get_by_text("Learning rate: 500 lies outside").wait_for()
+    page.go_back()
+    # Model and data have changed settings too, which nobody has.
+    changed = page.locator("#changed-settings")
+    changed.get_by_text("You have changed nothing").wait_for()
+    rate.fill("1e-3")
+    rate.press("Tab")
+    changed.get_by_text("Learning rate: 5e-3 \u2192 1e-3").wait_for()
+    page.reload()
+    changed.get_by_text("Learning rate: 5e-3 \u2192 1e-3").wait_for()
+    assert changed.locator("li").count() == 1
+
+
+def test_checkboxes_have_room_for_their_words(visit, site):
+    page = opened(visit, site, "#method", viewport={"width": 1440, "height": 900})
+    for group in ("adapter", "validation", "keeping", "rows"):
+        page.locator(f"#group-{group} > button").click()
+    for name in ("use-rslora", "use-dora", "stopearly", "bestcheckpoint-save-last", "streaming"):
+        assert page.locator(f"#f-{name}").bounding_box()["width"] >= 200, name
+
+
 def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     page = opened(visit, site, "#method")
     looked_at_memory = page.locator("#memory .memory")

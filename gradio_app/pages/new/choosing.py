@@ -74,8 +74,10 @@ def bind_load(editor: Editor) -> None:
         first = started("sft")
         session = editor.of(Session(first, first, opened=True), request)
         try:
-            session.content = _asked_for(editor, session, draft, request)
-            session.since = session.content
+            session.content = session.since = _asked_for(editor, session, draft, request)
+            since = draft.get("since") if session.drafted else None
+            if since:
+                session.since = recognised(parsed(since))
         except Refused as refused:
             session.told = sentence(refused, editor.t)
         editor.studio.warm.start()
@@ -100,8 +102,8 @@ def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request
         content = recipe_named(asked["recipe"])
     elif asked.get("method"):
         return with_method(started("sft"), asked["method"])
-    elif draft:
-        content = parsed(draft)
+    elif isinstance(draft, dict) and draft.get("recipe"):
+        content, session.drafted = parsed(draft["recipe"]), True
     else:
         return session.content
     return recognised(content)

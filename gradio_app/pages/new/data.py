@@ -22,7 +22,9 @@ from gradio_app.recipe.choices import started, with_data
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.data import DataReport, local
 from gradio_app.recipe.form import task_of
+from gradio_app.recipe.places import data_files
 from gradio_app.recipe.rows import first_rows, rows_in
+from gradio_app.running.words import size
 from gradio_app.uploads import KINDS, Uploads
 
 SOURCES = ("example", "upload", "path", "hub")
@@ -91,7 +93,6 @@ def _upload(editor: Editor) -> None:
     most = f"{settings.limits.upload_bytes / 1e6:,.0f} MB"
     file = gr.File(
         label=t("new.upload", kinds=", ".join(KINDS), most=most),
-        file_types=list(KINDS),
         height=140,
         elem_id="data-file",
     )
@@ -116,28 +117,46 @@ def _upload(editor: Editor) -> None:
         return [gr.update(choices=rows, value=known, visible=bool(rows))]
 
     editor.show([earlier], listed)
-    editor.bind(file.upload, kept, [file])
-    editor.bind(earlier.input, again, [earlier])
+    problem = editor.problem("data-upload-problem")
+    editor.bind(file.upload, kept, [file], problem=problem)
+    editor.bind(earlier.input, again, [earlier], problem=problem)
 
 
 def _path(editor: Editor) -> None:
     t = editor.t
-    path = gr.Textbox(
+    root = editor.studio.settings.data_root
+    path = gr.Dropdown(
+        [],
         label=t("new.path"),
-        info=t("new.path_hint"),
-        max_length=400,
+        info=t("new.path_hint", folder=root.name if root else ""),
+        value=None,
+        allow_custom_value=True,
         interactive=True,
         elem_id="data-path-name",
     )
+
+    def listed(session: Session) -> list[Any]:
+        # Looked up each time: files come and go while the page is open.
+        sizes = data_files(root) if root else {}
+        rows = [(f"{name} ({t.localized(size(count))})", name) for name, count in sizes.items()]
+        place = str(value_at(session.content, _DATA + "data", ""))
+        known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
+        return [gr.update(choices=rows, value=known or (place if place.startswith("/") else None))]
+
+    editor.show([path], listed)
     use = gr.Button(t("new.use_data"), elem_id="use-path")
 
     def chosen(session: Session, given: Any) -> dict[str, Any]:
         place = editor.places(session).data(given)
         if "/" not in place.strip("/") or not place.startswith("/"):
-            raise Refused("checks.no_data", path=shortened(given))
+            raise Refused(
+                "checks.no_data", path=shortened(given), more=[Refused("checks.not_near")]
+            )
         return with_data(session.content, place)
 
-    editor.bind(use.click, chosen, [path])
+    problem = editor.problem("data-path-problem")
+    editor.bind(use.click, chosen, [path], problem=problem)
+    editor.bind(path.input, chosen, [path], problem=problem)
 
 
 def _hub(editor: Editor) -> None:
@@ -184,7 +203,8 @@ def _hub(editor: Editor) -> None:
             hub_revision=checked_revision(at),
         )
 
-    editor.bind(use.click, chosen, [name, config, split, revision])
+    problem = editor.problem("data-hub-problem")
+    editor.bind(use.click, chosen, [name, config, split, revision], problem=problem)
 
 
 _BUILDERS = {"example": _example, "upload": _upload, "path": _path, "hub": _hub}

@@ -39,7 +39,6 @@ def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None
     """
     text = t("new.checking")
     if rows:
-        # A number of lines: the last one may have no end, and empty ones are no rows.
         known = {"rows": t.number(rows), "of": t.number(max(rows, of or 0))}
         text = t("new.checking_of" if of else "new.checking_rows", **known)
     table = _table(first, t, opened=True) if first is not None and first.rows else ""

@@ -9,9 +9,11 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import Refused
+from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
-from gradio_app.pages.handling import told
+from gradio_app.pages.handling import sentence, told
 from gradio_app.recipe.choices import started
+from gradio_app.recipe.form import followed
 from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.places import Places
 from gradio_app.recipe.planner import Known
@@ -46,6 +48,7 @@ class Session:
         looking: The data that is being looked at; ``None`` if none is.
         stopped: Whether the visitor has stopped that.
         rows_read: How many rows of it have been read.
+        drafted: Whether it was opened with the draft of the browser.
         starting: Whether a run is being started.
         plans: Memory plans that are known.
     """
@@ -64,6 +67,7 @@ class Session:
     looking: Any = None
     stopped: bool = False
     rows_read: int = 0
+    drafted: bool = False
     starting: bool = False
     plans: Known = field(default_factory=Known)
 
@@ -105,7 +109,7 @@ class Editor:
         self.studio, self.t = studio, t
         first = started("sft")
         self.session = gr.State(Session(first, first))
-        self.draft = gr.BrowserState("", storage_key=_DRAFT, secret=_DRAFT)
+        self.draft = gr.BrowserState({}, storage_key=_DRAFT, secret=_DRAFT)
         self._shown: list[tuple[list[Any], Show]] = []
         self._bindings: list[Callable[[], Any]] = []
         self._follows: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []
@@ -128,7 +132,7 @@ class Editor:
 
     def updates(self, session: Session) -> list[Any]:
         """Returns what all components show."""
-        found: list[Any] = [session, dumped(session.content)]
+        found: list[Any] = [session, draft_of(session)]
         for components, update in self._shown:
             values = list(update(session))
             assert len(values) == len(components)
@@ -144,25 +148,48 @@ class Editor:
         for binding in self._bindings:
             binding()
 
-    def bind(self, event: Callable[..., Any], change: Change, inputs: Sequence[Any] = ()) -> None:
+    def bind(
+        self,
+        event: Callable[..., Any],
+        change: Change,
+        inputs: Sequence[Any] = (),
+        own: bool = False,
+        problem: Any = None,
+    ) -> None:
         """Makes an event change the recipe, and everything that shows it follow.
 
         Args:
             event: Such as ``button.click``.
             change: Takes the session and the values of ``inputs``, and returns the new recipe.
             inputs: Components.
+            own: Whether settings that change are the visitor's own changes; else they go with what
+                was chosen, and count as unchanged.
+            problem: HTML of :meth:`problem` that says why nothing was changed; else a notice does.
         """
 
         @told(self.t)
         def handle(session: Any, request: gr.Request, *given: Any) -> list[Any]:
             session = self.of(session, request)
-            content = change(session, *given)
-            _take(session, content)
+            try:
+                content = change(session, *given)
+            except Refused as refused:
+                if problem is None:
+                    raise
+                shown = [gr.skip()] * len(self.outputs)
+                shown[self.outputs.index(problem)] = problem_html(sentence(refused, self.t))
+                return shown
+            _take(session, content, own)
             return self.updates(session)
 
         given = [self.session, *inputs]
         options = {"trigger_mode": "multiple", **private()}
         self.later(lambda: self.then(event(handle, given, self.outputs, **options)))
+
+    def problem(self, name: str) -> Any:
+        """Returns a place for why something was refused; it is empty again after any change."""
+        made = gr.HTML("", elem_id=name, padding=False, elem_classes="problem-place")
+        self.show([made], lambda session: [""])
+        return made
 
     def bind_event(self, event: Callable[..., Any], change: Change) -> None:
         """Does the same for an event that tells what it is about: a click in HTML of the page."""
@@ -170,7 +197,7 @@ class Editor:
         @told(self.t)
         def handle(session: Any, request: gr.Request, data: gr.EventData) -> list[Any]:
             session = self.of(session, request)
-            _take(session, change(session, data))
+            _take(session, change(session, data), own=True)
             return self.updates(session)
 
         self.later(lambda: self.then(event(handle, self.session, self.outputs, **private())))
@@ -203,8 +230,20 @@ class Editor:
         return Places(self.studio.settings, session.owner)
 
 
-def _take(session: Session, content: dict[str, Any]) -> None:
+def problem_html(text: str) -> str:
+    """Returns why something was refused, for a place of :meth:`Editor.problem`."""
+    return f'<p class="field-problem" role="alert">\u2717 {escaped(text)}</p>'
+
+
+def draft_of(session: Session) -> dict[str, str]:
+    """Returns what the browser keeps of a page: the recipe, and what it was made of."""
+    return {"recipe": dumped(session.content), "since": dumped(session.since)}
+
+
+def _take(session: Session, content: dict[str, Any], own: bool) -> None:
     """Makes a session's recipe another one; what was found of other data counts no more."""
+    if not own:
+        session.since = followed(session.since, session.content, content)
     if content.get("data") != session.content.get("data"):
         session.report = None
     session.content, session.refused = content, {}

@@ -12,12 +12,11 @@ from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import memory
-from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.new.editor import Editor, Session, draft_of
 from gradio_app.recipe.choices import amount_of, with_amount, with_method
 from gradio_app.recipe.content import with_value
 from gradio_app.recipe.fields import BY_PATH, FIELDS, FIRST, GROUPS, Field
 from gradio_app.recipe.form import applies, changed, method_of, read, reset, shown, text_of
-from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.presets import AMOUNTS
 from gradio_app.texts import Texts
 
@@ -26,6 +25,8 @@ _OF_BATCHES = {
     f"data.init_args.{name}"
     for name in ("batch_size", "num_workers", "length_grouping", "packing", "shuffle_seed")
 }
+# Of more changes, only the number is shown at first.
+_OPENED = 3
 # Not `path`: Gradio takes what comes under that name for a file, and refuses it.
 _CLICKS = """
 element.addEventListener('click', (event) => {
@@ -71,7 +72,7 @@ def build(editor: Editor) -> None:
                 if field.group == group and field.path not in made:
                     made[field.path] = component(field, t)
     editor.show([method, amount], lambda s: [method_of(s.content), amount_of(s.content)])
-    editor.show(list(made.values()), lambda s: [_update(BY_PATH[path], s) for path in made])
+    editor.show(list(made.values()), lambda s: [_update(BY_PATH[path], s, t) for path in made])
     editor.show([marks], lambda s: [changed_html(s, t)])
     editor.bind(method.input, lambda s, name: with_method(s.content, name), [method])
     editor.bind(amount.input, lambda s, name: with_amount(s.content, name), [amount])
@@ -106,8 +107,21 @@ def _name(choice: Any, field: Field, t: Texts) -> str:
     return t(words[text_of(choice)]) if text_of(choice) in words else text_of(choice)
 
 
-def _update(field: Field, session: Session) -> Any:
-    return gr.update(value=shown(field, session.content), visible=applies(field, session.content))
+def _update(field: Field, session: Session, t: Texts) -> Any:
+    value, applied = shown(field, session.content), applies(field, session.content)
+    return gr.update(value=value, visible=applied, **_marks(field, session, t))
+
+
+def mark(field: Field, session: Session, t: Texts) -> Any:
+    """Returns what a setting looks like: marked, with the reason, where what is typed cannot be."""
+    return gr.update(**_marks(field, session, t))
+
+
+def _marks(field: Field, session: Session, t: Texts) -> dict[str, Any]:
+    refused = session.refused.get(field.path)
+    if refused is None:
+        return {"info": t(f"fields.{field.key}_hint"), "elem_classes": []}
+    return {"info": f"\u2717 {sentence(refused, t)}", "elem_classes": ["refused"]}
 
 
 def _bind_fields(editor: Editor, made: dict[str, Any], others: list[Any]) -> None:
@@ -124,10 +138,10 @@ def _bind_field(
     def touched(session: Any, value: Any, request: gr.Request) -> list[Any]:
         session = editor.of(session, request)
         set_field(session, path, value)
-        draft = dumped(session.content)
-        return [session, draft, amount_of(session.content), changed_html(session, editor.t)]
+        known = [amount_of(session.content), changed_html(session, editor.t)]
+        return [session, draft_of(session), mark(BY_PATH[path], session, editor.t), *known]
 
-    outputs = [editor.session, editor.draft, *others]
+    outputs = [editor.session, editor.draft, part, *others]
     options = {"trigger_mode": "multiple", **private()}
     editor.then(gr.on(triggers, touched, [editor.session, part], outputs, **options))
 
@@ -174,8 +188,18 @@ def changed_html(session: Session, t: Texts) -> str:
     alert = f'<div class="failure" role="alert"><ul>{problems}</ul></div>' if problems else ""
     if not rows:
         return f'{alert}<p class="note">{escaped(t("new.nothing_changed"))}</p>'
-    said = f'<p class="note">{escaped(t("new.changed"))}</p>'
-    return f'{alert}{said}<ul class="changed">{rows}</ul>'
+    preset = amount_of(session.since)
+    count = rows.count("<li>")
+    said = t("new.changed", count=count)
+    if preset is not None:
+        said = t(
+            "new.changed_from", preset=t(f"new.amount_{preset}").partition(":")[0], count=count
+        )
+    opened = " open" if count <= _OPENED else ""
+    return (
+        f'{alert}<details class="changes"{opened}><summary>{escaped(said)}</summary>'
+        f'<ul class="changed">{rows}</ul></details>'
+    )
 
 
 def _said(value: Any, t: Texts) -> str:

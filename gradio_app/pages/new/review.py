@@ -22,6 +22,7 @@ from gradio_app.recipe.choices import dry
 from gradio_app.recipe.complete import completed_problem
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.data import DataReport
+from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.parsing import dumped, parsed
 from gradio_app.texts import Texts
 
@@ -62,7 +63,7 @@ def build(editor: Editor) -> None:
     def edited(session: Session, given: Any) -> dict[str, Any]:
         return checked(editor, session, parsed(given))
 
-    editor.bind(apply.click, edited, [text])
+    editor.bind(apply.click, edited, [text], own=True)
     buttons = [start, trial, said]
     for button, steps in ((start, None), (trial, 5)):
         starter = told(t)(_starter(editor, steps))
@@ -81,7 +82,8 @@ def content_of(editor: Editor, session: Session) -> dict[str, Any]:
     """
     problems: list[Refused] = []
     for path, refused in session.refused.items():
-        problems.append(Refused("checks.at", where=path.rpartition(".")[2], problem=[refused]))
+        label = editor.t(f"fields.{BY_PATH[path].key}")
+        problems.append(Refused("checks.at", where=label, problem=[refused]))
     content = session.content
     try:
         content = checked_content(session.content, editor.studio.settings, session.owner)

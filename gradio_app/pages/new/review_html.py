@@ -17,6 +17,9 @@ from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 
+_OF_DATA = {
+    *("checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"),
+}
 _OF_MODEL = {
     *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
     *("checks.remote_folder", "checks.own_code"),
@@ -28,7 +31,7 @@ def step_of(problem: Refused) -> str:
     inner = problem.values.get("problem")
     keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
     where = str(problem.values.get("where", ""))
-    if keys & {"checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"}:
+    if keys & _OF_DATA:
         return "data"
     if keys & _OF_MODEL or any(key.startswith("checks.folder_") for key in keys):
         return "model"
@@ -49,7 +52,11 @@ def overview(
         t: The texts.
         asked: Whether the command line has said that it takes the recipe.
     """
-    text = f'<p class="plain">{escaped(in_words(session, t))}</p>'
+    kind, stale = "plain", ""
+    if session.refused:
+        # The recipe still has the values from before.
+        kind, stale = "plain stale", f'<p class="note">{escaped(t("new.words_stale"))}</p>'
+    text = f'<p class="{kind}">{escaped(in_words(session, t))}</p>{stale}'
     limits = settings.limits
     if limits.steps is not None:
         told = t("new.limited", steps=limits.steps, rows=limits.rows, minutes=limits.minutes)
