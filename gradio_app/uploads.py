@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import unicodedata
+import zipfile
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -14,12 +15,15 @@ from pathlib import Path
 from gradio_app.errors import Refused
 from gradio_app.guards import inside, shortened
 from gradio_app.settings import Settings
+from lightning_peft.errors import LightningPeftError
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt")
 MOST_FILES = 50
 _OWNER = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
 _NAME = re.compile(r"\d{8}-[0-9a-f]{8}-[a-z0-9-]{1,40}\.[a-z]{3,7}")
 _LOOKED_AT = 1_000_000
+# A workbook is a zip: how many bytes all of its parts may have, and how many parts.
+_BOOK_BYTES, _BOOK_PARTS = 1_000_000_000, 2_000
 # How archives, programs and pickles begin; a text file with such bytes is none.
 _OTHERS = (
     b"PK\x03\x04",
@@ -137,21 +141,51 @@ def check_content(path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         _check_parquet(path, head)
         return
+    if suffix == ".xlsx":
+        _check_book(path)
+        return
     told = {"name": shortened(path.name), "kind": suffix}
-    if head.startswith(_OTHERS) or b"\0" in head:
+    if head.startswith(_OTHERS):
         raise Refused("checks.upload_binary", **told)
-    try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # A letter may be cut in half at the end of what was read.
-        if error.start < len(head) - 4 or len(head) < _LOOKED_AT:
-            raise Refused("checks.upload_text", place=error.start + 1, **told) from error
-        text = head[: error.start].decode("utf-8-sig")
+    text = _decoded(head, path.name)
+    if text is None:
+        raise Refused("checks.upload_binary", **told)
     first = text.lstrip()[:1]
     if suffix == ".json" and first not in ("[", "{"):
         raise Refused("checks.upload_json", **told)
     if suffix == ".jsonl" and not _has_an_object(text):
         raise Refused("checks.upload_jsonl", **told)
+
+
+def _decoded(head: bytes, name: str) -> str | None:
+    """Returns the text that a file begins with, in the encoding that it is then read with."""
+    charsets = import_module("lightning_peft.data.charsets")
+    # A letter may be cut in half at the end of what was read; a line end is no part of one.
+    whole = head if len(head) < _LOOKED_AT else head[: head.rfind(b"\n") + 1] or head
+    try:
+        found = charsets.detect(lambda: [whole], name)
+    except LightningPeftError:
+        return None
+    return whole.decode(found.name, errors="replace")
+
+
+def _check_book(path: Path) -> None:
+    name = shortened(path.name)
+    try:
+        with zipfile.ZipFile(path) as book:
+            parts = book.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise Refused("checks.upload_binary", name=name, kind=".xlsx") from error
+    if "xl/workbook.xml" not in {part.filename for part in parts}:
+        raise Refused("checks.upload_binary", name=name, kind=".xlsx")
+    if len(parts) > _BOOK_PARTS or sum(part.file_size for part in parts) > _BOOK_BYTES:
+        raise Refused("checks.upload_book", name=name)
+
+
+def own_name(name: str) -> str:
+    """Returns the name of an upload without what this page has put before it."""
+    words = name.split("-")
+    return "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else name
 
 
 def _has_an_object(text: str) -> bool:

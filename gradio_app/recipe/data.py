@@ -53,6 +53,11 @@ class DataReport:
         return bool(self.numbers) and usable and (self.skipping or not self.problems)
 
     @property
+    def columns_unknown(self) -> bool:
+        """Whether only which column is which has to be said."""
+        return "Say which column is which" in self.refusal and self.table is not None
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns that a field can be read from."""
         known = [*self.numbers.get("columns", {}).values(), *self.numbers.get("columns_unused", [])]
@@ -83,7 +88,7 @@ def looked_at(
     """
     place = str(value_at(content, "data.init_args.data", ""))
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
-    table = first_rows(local(place))
+    table = first_rows(local(place), content)
     if value_at(content, "data.class_path", "").endswith("SeriesData"):
         # A table of numbers is no rows of examples; the run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)

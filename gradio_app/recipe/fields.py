@@ -227,6 +227,9 @@ def _rows() -> tuple[Field, ...]:
             ("line", "paragraph", "document"),
             tasks=ROWS,
         ),
+        Field(_DATA + "encoding", group, "text", None, optional=True, tasks=ROWS),
+        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks=ROWS),
+        Field(_DATA + "sheet", group, "text", None, optional=True, tasks=ROWS),
         Field(_DATA + "streaming", group, "switch", False, tasks=ROWS),
     )
 

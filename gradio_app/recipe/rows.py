@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gradio_app.recipe.content import value_at
+from lightning_peft.errors import LightningPeftError
+
 SHOWN_ROWS = 20
+_GIVEN = ("encoding", "delimiter", "sheet")
 SHOWN_CHARACTERS = 200
 # Longer lines are no examples.
 LONGEST_LINE = 1_000_000
@@ -31,22 +34,26 @@ class Table:
     rows: list[list[str]]
 
 
-def first_rows(path: Path, most: int = SHOWN_ROWS) -> Table | None:
+def first_rows(
+    path: Path, content: Mapping[str, Any] | None = None, most: int = SHOWN_ROWS
+) -> Table | None:
     """Returns the first rows of a file; ``None`` where nothing of it can be read.
 
     Args:
         path: The file, of a kind that the library reads; of a folder, its first file.
+        content: The recipe, which may say how files are read.
         most: How many.
     """
+    given = {name: value_at(content or {}, f"data.init_args.{name}", None) for name in _GIVEN}
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
-        return first_rows(files[0], most) if files else None
+        return first_rows(files[0], content, most) if files else None
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         return None
     try:
-        rows = list(itertools.islice(reader(path), most))
-    except (OSError, ValueError, csv.Error, ImportError):
+        rows = list(itertools.islice(reader(path, given), most))
+    except (OSError, ValueError, ImportError, LightningPeftError):
         return None
     columns = list(dict.fromkeys(str(name) for row in rows for name in row))
     return Table(columns, [[_shown(row.get(name)) for name in columns] for row in rows])
@@ -84,7 +91,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield line
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for line in _lines(path):
         if line.strip():
             try:
@@ -95,7 +102,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield found
 
 
-def _document(path: Path) -> Iterator[dict[str, Any]]:
+def _document(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if path.stat().st_size > _DOCUMENT_BYTES:
         return
     try:
@@ -107,17 +114,18 @@ def _document(path: Path) -> Iterator[dict[str, Any]]:
     yield from (row for row in found if isinstance(row, dict))
 
 
-def _table(path: Path) -> Iterator[dict[str, Any]]:
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    for row in csv.DictReader(_lines(path), delimiter=separator):
-        yield {name: value for name, value in row.items() if isinstance(name, str)}
+def _detected(path: Path, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields rows as the library reads them: encoding, delimiter and sheet given or detected."""
+    options = import_module("lightning_peft.data.read_as").Options(**given)
+    reading = import_module("lightning_peft.data.data_files").read_file(path, path.name, options)
+    yield from (entry.value for entry in reading.rows() if entry.value is not None)
 
 
-def _text(path: Path) -> Iterator[dict[str, Any]]:
+def _text(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield from ({"text": line.rstrip("\r\n")} for line in _lines(path) if line.strip())
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
     parquet: Any = import_module("pyarrow.parquet")
     with parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=SHOWN_ROWS):
@@ -128,8 +136,9 @@ _READERS = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _document,
-    ".csv": _table,
-    ".tsv": _table,
+    ".csv": _detected,
+    ".tsv": _detected,
+    ".xlsx": _detected,
     ".txt": _text,
     ".md": _text,
     ".parquet": _parquet,

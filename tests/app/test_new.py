@@ -85,7 +85,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     for label, column in (("Prompt", "question"), ("Completion", "reply")):
         page.locator("#mapping-columns").get_by_label(label, exact=True).click()
         page.get_by_role("option", name=column).last.click()
-    page.get_by_role("button", name="Read the rows so").click()
+    page.get_by_role("button", name="Apply and read again").click()
     report = page.locator("#data-report")
     report.get_by_text("3 of 63 rows have problems").wait_for()
     assert {"Row 4", "Row 63"} <= set(report.locator(".problem strong").all_inner_texts())

@@ -56,6 +56,8 @@ LINES = "\n".join(map(json.dumps, ROWS))
         ("rows.tsv", "prompt\tcompletion\na\tb\nc\t\n"),
         ("UPPER.JSONL", LINES),
         ("with bom.jsonl", "\ufeff" + LINES),
+        ("semicolons.csv", "prompt;completion\na;b\nc;\n"),
+        ("utf-16.csv", "prompt;completion\na;b\nc;\n".encode("utf-16")),
     ],
 )
 def test_data_is_kept_and_its_first_rows_are_shown(name, content, uploads, tmp_path):
@@ -67,6 +69,29 @@ def test_data_is_kept_and_its_first_rows_are_shown(name, content, uploads, tmp_p
     assert table.rows == [["a", "b"], ["c", ""]]
     assert uploads.get(upload.name) == upload
     assert uploads.list() == [upload]
+
+
+def test_text_of_windows_is_kept_and_shown_as_it_is_meant(uploads, tmp_path):
+    rows = "prompt;completion\n" + "Wie heißt er?;Müller, natürlich\n" * 3
+    upload = uploads.keep(written(tmp_path, "excel.csv", rows.encode("cp1252")), DAY)
+    assert first_rows(upload.path).rows == [["Wie heißt er?", "Müller, natürlich"]] * 3
+    content = {"data": {"init_args": {"encoding": "cp1251", "delimiter": ";"}}}
+    assert first_rows(upload.path, content).rows[0][0] != "Wie heißt er?"
+
+
+def test_a_workbook_is_kept_and_shown_unless_it_unpacks_to_too_much(uploads, tmp_path):
+    book = pytest.importorskip("openpyxl").Workbook()
+    for row in (["prompt", "completion"], ["a", "b"], ["c", "d"]):
+        book.active.append(row)
+    book.save(tmp_path / "rows.xlsx")
+    upload = uploads.keep(tmp_path / "rows.xlsx", DAY)
+    assert first_rows(upload.path).rows == [["a", "b"], ["c", "d"]]
+    with zipfile.ZipFile(tmp_path / "many.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", "")
+        for number in range(2001):
+            archive.writestr(f"xl/{number}", "")
+    with pytest.raises(Refused, match=r"checks\.upload_book"):
+        uploads.keep(tmp_path / "many.xlsx", DAY)
 
 
 def test_parquet_is_kept_and_shown(uploads, tmp_path):
@@ -85,7 +110,9 @@ def test_parquet_is_kept_and_shown(uploads, tmp_path):
         ("rows.zip", b"PK\x03\x04", "checks.upload_kind"),
         ("rows.csv", b"PK\x03\x04abc", "checks.upload_binary"),
         ("rows.txt", b"\x7fELF", "checks.upload_binary"),
-        ("rows.txt", b"caf\xe9", "checks.upload_text"),
+        ("rows.txt", bytes(range(256)), "checks.upload_binary"),
+        ("rows.xlsx", b"PK\x03\x04abc", "checks.upload_binary"),
+        ("rows.xlsx", LINES, "checks.upload_binary"),
         ("rows.jsonl", "<html>", "checks.upload_jsonl"),
         ("rows.jsonl", "[1]\n2\n", "checks.upload_jsonl"),
         ("rows.json", "x", "checks.upload_json"),

@@ -14,7 +14,7 @@ from gradio_app.errors import Refused
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
-from gradio_app.pages.new import data_html
+from gradio_app.pages.new import data_html, reading
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import looks
 from gradio_app.public import UPLOAD
@@ -32,6 +32,11 @@ SOURCES = ("example", "upload", "path", "hub")
 FIELDS = 5
 _DATA = "data.init_args."
 _LEFT_OUT = "left-out.jsonl"
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  if (event.target.closest('button[data-skip]')) trigger('click', {});
+});
+"""
 
 
 def build(editor: Editor) -> None:
@@ -213,7 +218,7 @@ _BUILDERS = {"example": _example, "upload": _upload, "path": _path, "hub": _hub}
 def _report(editor: Editor) -> None:
     t = editor.t
     gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
-    report = gr.HTML("", elem_id="data-report", padding=False)
+    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=_CLICKS)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = gr.Checkbox(
         label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"
@@ -227,6 +232,7 @@ def _report(editor: Editor) -> None:
                 for place in range(FIELDS)
             ]
         use = gr.Button(t("new.use_mapping"), elem_id="use-mapping")
+    reading.build(editor)
     again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
     editor.show(
         [skip],
@@ -239,6 +245,7 @@ def _report(editor: Editor) -> None:
 
     editor.follow(look, [], outputs)
     editor.bind(skip.input, _skip, [skip])
+    editor.bind_event(report.click, lambda session, _: _skip(session, True))
     editor.bind(use.click, _mapped, [shape, *columns])
     shape.input(
         lambda session, name: _dropdowns(session, name, editor),
@@ -272,7 +279,7 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
                 break
             if read < 0:
                 yield [gr.skip(), data_html.checking(editor.t), gr.update(visible=True), *quiet]
-                first, of = first_rows(place), rows_in(place)
+                first, of = first_rows(place, session.content), rows_in(place)
             elif rows != read:
                 shown = data_html.checking(editor.t, rows, of, first)
                 yield [gr.skip(), shown, gr.update(visible=True), *quiet]

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradio_app.guards import escaped
+from gradio_app.pages.new import reading
 from gradio_app.public import UPLOAD
 from gradio_app.recipe.data import DataReport
 from gradio_app.recipe.rows import Table
 from gradio_app.texts import Texts
+from gradio_app.uploads import own_name
 
 # Of each kind of problem, as many rows are told one by one.
 MOST_PROBLEMS = 20
@@ -48,7 +50,13 @@ def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None
 def report(found: DataReport, t: Texts) -> str:
     """Returns everything that was found."""
     parts = []
-    if found.refusal:
+    if found.refusal and found.columns_unknown:
+        names = ", ".join(found.table.columns if found.table else [])
+        parts.append(
+            f'<section class="failure" role="alert"><h4>{escaped(t("new.columns_unknown"))}</h4>'
+            f"<p>{escaped(t('new.columns_say', names=names))}</p></section>"
+        )
+    elif found.refusal:
         parts.append(
             f'<section class="failure" role="alert"><h4>{escaped(t("new.data_refused"))}</h4>'
             f"<pre>{escaped(found.refusal)}</pre></section>"
@@ -57,7 +65,8 @@ def report(found: DataReport, t: Texts) -> str:
     if numbers.get("series"):
         parts.append(f'<p class="fine" role="status">{escaped(t("new.series"))}</p>')
     elif numbers:
-        parts += [_verdict(found, t), _problems(found, t), _facts(numbers, t)]
+        parts += [reading.shown(found, t), _verdict(found, t), _problems(found, t)]
+        parts += [_unvalidated(numbers, t), _facts(numbers, t)]
         parts += [_trained(numbers, t), _lengths(numbers, t)]
     if found.table is not None and found.table.rows:
         parts.append(_table(found.table, t))
@@ -71,8 +80,21 @@ def _verdict(found: DataReport, t: Texts) -> str:
         return f'<p class="fine" role="status">\u2713 {escaped(text)}</p>'
     key = "new.some_skipped" if found.skipping else "new.some_bad"
     text = escaped(t(key, rejected=f"{rejected:,}", rows=f"{rows:,}"))
-    role, mark = ("status", "!") if found.skipping else ("alert", "\u2717")
-    return f'<p class="{"careful" if found.skipping else "bad"}" role="{role}">{mark} {text}</p>'
+    if found.skipping:
+        return f'<p class="careful" role="status">! {text}</p>'
+    # The others must be worth training on.
+    button = ""
+    if rejected < rows:
+        label = escaped(t("new.skip_these", rejected=t.number(rejected)))
+        button = f' <button type="button" class="as-button small" data-skip>{label}</button>'
+    return f'<p class="bad" role="alert">\u2717 {text}{button}</p>'
+
+
+def _unvalidated(numbers: dict[str, Any], t: Texts) -> str:
+    splits = numbers.get("splits", {})
+    if not splits.get("train", {}).get("rows") or splits.get("validation", {}).get("rows"):
+        return ""
+    return f'<p class="careful" role="status">! {escaped(t("new.no_validation"))}</p>'
 
 
 def _problems(found: DataReport, t: Texts) -> str:
@@ -84,7 +106,8 @@ def _problems(found: DataReport, t: Texts) -> str:
         rows = one["rows"][:MOST_PROBLEMS]
         listed = "".join(
             f"<li><strong>{escaped(t('new.row', row=row['row']))}</strong> "
-            f"{escaped(row['detail'])} <span class='file'>{escaped(_own(row['file']))}</span></li>"
+            f"{escaped(row['detail'])} "
+            f"<span class='file'>{escaped(own_name(row['file']))}</span></li>"
             for row in rows
         )
         more = len(one["rows"]) - len(rows)
@@ -95,12 +118,6 @@ def _problems(found: DataReport, t: Texts) -> str:
             f"{f'<p>{rest}</p>' if rest else ''}</section>"
         )
     return "".join(parts)
-
-
-def _own(name: str) -> str:
-    """Returns the name of a file without what this page has put before it."""
-    words = name.split("-")
-    return "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else name
 
 
 def _facts(numbers: dict[str, Any], t: Texts) -> str:

@@ -1,0 +1,95 @@
+"""How the file of the data is read: what was detected, and the choice of something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from gradio_app.guards import escaped
+from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.recipe.content import MISSING, value_at, with_value
+from gradio_app.recipe.data import DataReport
+from gradio_app.recipe.fields import BY_PATH
+from gradio_app.recipe.form import read
+from gradio_app.texts import Texts
+from gradio_app.uploads import own_name
+
+_DATA = "data.init_args."
+NAMES = ("encoding", "delimiter", "sheet")
+_ENCODINGS = {
+    **{"utf-8": "UTF-8", "cp1252": "Windows-1252", "cp1250": "Windows-1250", "utf-16": "UTF-16"},
+    **{"cp1251": "Windows-1251", "iso8859_15": "ISO-8859-15", "mac_roman": "Mac Roman"},
+    **{"shift_jis": "Shift JIS", "gb18030": "GB 18030"},
+}
+# By the name of its text: as it is given, and as it stands in a file.
+_PARTED = {"comma": ",", "semicolon": ";", "tab": "tab", "pipe": "|"}
+_SIGNS = {**_PARTED, "tab": "\t"}
+# Of more files, the first ones are named.
+_MOST = 5
+
+
+def build(editor: Editor) -> None:
+    """Makes the part."""
+    t = editor.t
+    choices = {
+        "encoding": [(title, name) for name, title in _ENCODINGS.items()],
+        "delimiter": [(t(f"new.delimiter_{key}"), value) for key, value in _PARTED.items()],
+        "sheet": [],
+    }
+    with (
+        gr.Accordion(t("new.reading"), open=False, elem_id="reading"),
+        gr.Row(elem_classes="settings"),
+    ):
+        parts = [
+            gr.Dropdown(
+                [(t("new.detected"), ""), *choices[name]],
+                label=t(f"fields.{name}"),
+                info=t(f"fields.{name}_hint"),
+                value="",
+                allow_custom_value=True,
+                interactive=True,
+                elem_id=f"reading-{name}",
+            )
+            for name in NAMES
+        ]
+    for name, part in zip(NAMES, parts, strict=True):
+        editor.bind(part.input, _changed(name), [part], own=True)
+    editor.show(parts, lambda s: [str(value_at(s.content, _DATA + n, None) or "") for n in NAMES])
+
+
+def _changed(name: str) -> Any:
+    def changed(session: Session, given: Any) -> dict[str, Any]:
+        value = read(BY_PATH[_DATA + name], given)
+        return with_value(session.content, _DATA + name, MISSING if value is None else value)
+
+    return changed
+
+
+def shown(found: DataReport, t: Texts) -> str:
+    """Returns how files were read that are not read as usual; empty if all are."""
+    unusual = [one for one in found.numbers.get("read_as", []) if not one.get("usual")]
+    items = "".join(f"<li>{escaped(_words(one, t))}</li>" for one in unusual[:_MOST])
+    if not items:
+        return ""
+    return (
+        f'<section class="careful read-as" role="status"><p>{escaped(t("new.read_as"))}</p>'
+        f"<ul>{items}</ul></section>"
+    )
+
+
+def _words(one: dict[str, Any], t: Texts) -> str:
+    parts = [str(one.get("kind") or "")]
+    if one.get("encoding"):
+        title = _ENCODINGS.get(one["encoding"], one["encoding"])
+        guessed = one.get("encoding_by") == "guessed"
+        key = "new.read_encoding_guessed" if guessed else "new.read_encoding"
+        parts.append(t(key, name=title, example=one.get("example", "")))
+    if one.get("delimiter"):
+        name = next((k for k, v in _SIGNS.items() if v == one["delimiter"]), None)
+        sign = t(f"new.delimiter_{name}") if name else repr(one["delimiter"])
+        parts.append(t("new.read_delimiter", sign=sign))
+    if one.get("sheet"):
+        parts.append(t("new.read_sheet", name=one["sheet"]))
+    notes = [str(note) for note in one.get("notes") or ()]
+    return f"{own_name(str(one['file']))}: {'; '.join([', '.join(filter(None, parts)), *notes])}"
