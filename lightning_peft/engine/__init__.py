@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from lightning_peft.engine.injection import (
         inject,
     )
+    from lightning_peft.engine.late_copies import (
+        explained,
+        follow_late_copies,
+    )
     from lightning_peft.engine.layers.quantization import (
         quantize,
     )
@@ -209,6 +213,7 @@ _HOMES = {
         "quantized_tensors",
         "remade",
     ),
+    "late_copies": ("explained", "follow_late_copies"),
     "layers.quantization": ("quantize",),
     "record": (
         "record_of",
@@ -269,6 +274,8 @@ __all__ = [
     "default_step",
     "describe",
     "disable_adapters",
+    "explained",
+    "follow_late_copies",
     "freeze_left_out",
     "freeze_unheld",
     "has_values",
@@ -288,13 +295,13 @@ __all__ = [
     "merge",
     "name_of_optimizer",
     "optimizer_names",
-    "own_tensors",
     "optimizers_of",
+    "own_tensors",
     "packed_adapters",
+    "quantizable_layers",
     "quantization_config",
     "quantization_from_dict",
     "quantization_to_dict",
-    "quantizable_layers",
     "quantize",
     "quantize_without_values",
     "quantized_loading",

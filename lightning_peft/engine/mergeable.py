@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -129,11 +130,12 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
     return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 
 
-def check_values(layers: dict[str, Any]) -> None:
+def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
     """Refuses adapters whose values cannot be merged now, with the names of all of them.
 
     Args:
         layers: The adapted layers, by name.
+        in_full: What the adapter has besides: heads, ``modules_to_save`` and biases, by name.
 
     Raises:
         LifecycleError: If adapters are switched off.
@@ -152,14 +154,19 @@ def check_values(layers: dict[str, Any]) -> None:
             if value.is_meta:
                 problems.append(f"{key} is on the meta device and has no values. Load them first")
     active = _running_names(layers)
-    for name, layer in layers.items():
-        for key, value in adapter_parameters(layer).items():
-            broken = 0 if value.is_meta else int((~torch.isfinite(value)).sum())
-            if broken and not active.isdisjoint(key.split(".")):
-                problems.append(
-                    f"{name}.{key}: {broken} of {value.numel()} values are NaN or infinite. Load "
-                    "an adapter from before training diverged"
-                )
+    values = {
+        f"{name}.{key}": value
+        for name, layer in layers.items()
+        for key, value in adapter_parameters(layer).items()
+        if not active.isdisjoint(key.split("."))
+    }
+    for key, value in {**values, **in_full}.items():
+        broken = 0 if value.is_meta else int((~torch.isfinite(value)).sum())
+        if broken:
+            problems.append(
+                f"{key}: {broken} of {value.numel()} values are NaN or infinite. Load an adapter "
+                "from before training diverged"
+            )
     if problems:
         raise UnsupportedError(
             "These adapters cannot be merged, and nothing was changed:" + itemize(problems, 5)

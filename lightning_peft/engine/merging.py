@@ -16,7 +16,11 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lightning_peft.engine.adapters import adapted_layers_of, is_merged
+from lightning_peft.engine.adapters import (
+    adapted_layers_of,
+    adapter_parameters,
+    is_merged,
+)
 from lightning_peft.engine.all_or_nothing import all_or_nothing, without_autocast
 from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.lora import wide_dtype, without_adapters
@@ -34,7 +38,8 @@ from lightning_peft.engine.mergeable import (
     check_values,
     outermost,
 )
-from lightning_peft.engine.record import require_record
+from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import UnsupportedError, itemize
 
 
@@ -113,14 +118,28 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
             both), has no weight with the adapter built in, or values of the adapter or of the
             merged weights are not finite; or if PEFT refuses to merge a layer that it wrapped.
     """
-    layers = adapted_layers_of(module, require_record(module))
+    record = require_record(module)
+    layers = adapted_layers_of(module, record)
     check_mergeable(module, layers)
     layers = outermost(layers)
-    check_values(layers)
+    check_values(layers, _trained_in_full(module, record))
     with all_or_nothing(layers.values()):
         merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
         _refuse_overflow(layers)
     return MergeReport([layer for layer in merged if layer is not None])
+
+
+def _trained_in_full(module: nn.Module, record: Record) -> dict[str, Tensor]:
+    """Returns heads, saved modules and biases by name: merged or not, they are in the result."""
+    found: dict[str, Tensor] = {}
+    for entry in record.parts.values():
+        part = module.get_submodule(entry.name)
+        adapters = {id(param) for param in adapter_parameters(part).values()}
+        for name, param in part.named_parameters():
+            mine = name in entry.originals or inside(name, entry.heads)
+            if mine and param.is_floating_point() and id(param) not in adapters:
+                found[entry.qualified(name)] = param
+    return found
 
 
 def _refuse_overflow(layers: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ sides and must not be averaged: packed 4-bit codes are no numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from lightning_peft.engine.fingerprint import fingerprint
 from lightning_peft.engine.layers.in_place import Extended, extend, parameter, retract
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.record import Twin, require_record
+from lightning_peft.engine.record import Record, Twin, require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError
 
@@ -100,7 +100,7 @@ def _kept_in(value: object) -> list[tuple[object, nn.Module]]:
 
 def _equal(child: nn.Module, kept: nn.Module) -> bool:
     shapes = [[(n, p.shape) for n, p in x.named_parameters()] for x in (child, kept)]
-    return type(child) is type(kept) and shapes[0] == shapes[1] and _same_values(child, kept)
+    return type(child) is type(kept) and shapes[0] == shapes[1] and same_values(child, kept)
 
 
 def _sample(module: nn.Module) -> tuple[float, ...]:
@@ -128,10 +128,16 @@ def _twin(name: str, child: nn.Module, other: str, candidate: nn.Module) -> Twin
 def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -> bool:
     if re.sub(r"\d+", "*", name) == re.sub(r"\d+", "*", other) or inside(other, [name]):
         return False
-    return _same_values(child, candidate)
+    return same_values(child, candidate)
 
 
-def _same_values(child: nn.Module, candidate: nn.Module) -> bool:
+def same_values(child: nn.Module, candidate: nn.Module) -> bool:
+    """Says whether two modules with parameters of the same names and shapes hold the same values.
+
+    Args:
+        child: One of them.
+        candidate: The other one. It shares no parameter with ``child``.
+    """
     mine, theirs = dict(child.named_parameters()), dict(candidate.named_parameters())
     return all(
         not a.is_meta and a is not theirs[key] and a.dtype == theirs[key].dtype
@@ -163,13 +169,39 @@ def follow(module: nn.Module, twins: list[Twin], frozen: set[str], adapter_name:
                     param.copy_(theirs[name])
         if twin.frozen:
             freeze_follower(module, twin)
-        for root, side in ((twin.leader, leader), (twin.follower, follower)):
-            for name, child in side.named_modules():
+    hide_base(module, twins, frozen)
+
+
+def hide_base(module: nn.Module, twins: list[Twin], frozen: Collection[str]) -> None:
+    """Leaves the frozen base out of the ``parameters()`` of both sides, and of their wrappers.
+
+    Args:
+        module: The user's module, with adapters.
+        twins: The copies.
+        frozen: Names of the frozen base parameters.
+    """
+    for twin in twins:
+        for root in (_with_wrappers(module, twin.leader), _with_wrappers(module, twin.follower)):
+            for name, child in module.get_submodule(root).named_modules():
                 prefix = f"{root}.{name}." if name else f"{root}."
                 own = (n.removeprefix(prefix) for n in frozen if n.startswith(prefix))
                 if not isinstance(child, Following):
                     extend(child, Following)
                 child.base_names = frozenset(own)
+
+
+def _with_wrappers(module: nn.Module, name: str) -> str:
+    """Returns the outermost submodule that holds the one called ``name`` and nothing besides.
+
+    ``AveragedModel`` and other classes that keep an average hold the copy as their only submodule.
+    """
+    inner = {id(p) for p in nn.Module.parameters(module.get_submodule(name))}
+    pieces = name.split(".")
+    for count in range(1, len(pieces)):
+        outer = ".".join(pieces[:count])
+        if {id(p) for p in nn.Module.parameters(module.get_submodule(outer))} == inner:
+            return outer
+    return name
 
 
 def freeze_follower(module: nn.Module, twin: Twin) -> None:
@@ -203,10 +235,16 @@ def unfollow(module: nn.Module, twins: list[Twin]) -> None:
     """Undoes :func:`follow`."""
     for twin in twins:
         for name in (twin.leader, twin.follower):
-            for child in module.get_submodule(name).modules():
+            for child in module.get_submodule(_with_wrappers(module, name)).modules():
                 if isinstance(child, Following):
                     retract(child, Following)
                     del child.base_names
+
+
+def base_names(record: Record, twin: Twin) -> set[str]:
+    """Returns the names of the frozen weights of a copy: those of what it copies, below it."""
+    leading = [name for name in record.frozen if inside(name, [twin.leader])]
+    return {twin.follower + name.removeprefix(twin.leader) for name in leading}
 
 
 def check_followers(module: nn.Module) -> None:
@@ -217,7 +255,7 @@ def check_followers(module: nn.Module) -> None:
     """
     record = require_record(module)
     for twin in record.twins:
-        names = sorted(name for name in record.frozen if inside(name, [twin.follower]))
+        names = sorted(base_names(record, twin))
         owners = [(name, *name.rpartition(".")[::2]) for name in names]
         stored = [(n, parameter(module.get_submodule(o), leaf)) for n, o, leaf in owners]
         codes = [(n, p) for n, p in stored if not p.is_floating_point()]

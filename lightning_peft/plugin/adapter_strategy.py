@@ -109,6 +109,7 @@ class AdapterStrategy(_Base):
     def on_train_start(self) -> None:
         """When resuming: back to what was under way."""
         super().on_train_start()
+        engine.follow_late_copies(self._module)
         self.lifecycle.checks.start(self)
         self._loops.start()
 

@@ -17,6 +17,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
+from lightning_peft.plugin.leaving_alone import advice
 from lightning_peft.plugin.refusals import check_company, check_pruning
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class Lifecycle:
         """
         record = engine.require_record(module)
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        problems = []
+        problems, idle = [], []
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
@@ -249,6 +250,7 @@ class Lifecycle:
                     f"{len(missing)} of {len(named)} trainable tensors of "
                     f"{name or type(module).__name__} are in no optimizer, such as {missing[0]!r}"
                 )
+                idle += [name] if len(missing) == len(named) and name else []
         for index, optimizer in enumerate(optimizers):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             if not any(param.requires_grad for param in params):
@@ -262,6 +264,7 @@ class Lifecycle:
                 + "\nPass self.parameters(), or filter by `p.requires_grad`, inside "
                 "configure_optimizers. An optimizer that holds the weight of a layer gets its "
                 "adapters too, and none holds the weights of these."
+                + (f" {advice(idle, record.parts)}".rstrip() if idle else "")
             )
 
 

@@ -12,6 +12,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+from lightning_peft import engine
 from lightning_peft.plugin.positions import (
     Tracked,
     generator_states,
@@ -23,6 +24,7 @@ from lightning_peft.plugin.random_state import random_state, same_state, set_ran
 from lightning_peft.plugin.unfinished import add_sums, resume_unfinished, unfinished
 
 _METHODS = (
+    ("fit", "run"),
     ("fit", "setup_data"),
     ("fit", "_load_combined_loader_states"),
     ("fit", "on_advance_end"),
@@ -129,6 +131,16 @@ class TrainingLoops:
     def _ahead(self) -> tuple[int, int]:
         fetcher = self.fit._data_fetcher
         return (getattr(fetcher, "fetched", 0), len(getattr(fetcher, "batches", ())))
+
+    def _fit_run(self) -> None:
+        """Runs the fit; errors of hooks that averaged quantized weights say what they mean."""
+        try:
+            type(self.fit).run(self.fit)
+        except Exception as error:
+            explained = engine.explained(self.fit.trainer.lightning_module, error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _fit_setup_data(self) -> None:
         """Asks for the loaders from the random state of the run that is resumed."""

@@ -9,6 +9,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
+from lightning_peft.plugin.leaving_alone import advice
 
 log = logging.getLogger(__name__)
 
@@ -211,8 +212,9 @@ class FirstStep:
                 "After the first step, no gradient has reached any adapter on:"
                 + itemize(part or module for part in unreached)
                 + "\nThe loss does not depend on them: they are not called in training_step, run "
-                "under no_grad, or their output is detached. Adapt the submodules that are trained "
-                "(`adapt`); where a later step will reach them, pass verify='off'."
+                "under no_grad, or their output is detached. "
+                + advice(unreached, self._parts)
+                + "Where a later step will reach them, pass verify='off'."
             )
         layers = [layer for part in seen for layer in self._parts[part]]
         idle = [layer for layer in layers if self._found[layer] != "alive"]

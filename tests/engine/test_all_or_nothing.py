@@ -80,6 +80,30 @@ def test_adapters_that_are_not_finite_are_refused_by_name(value: float, quantize
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize(
+    ("settings", "broken"),
+    [
+        ({}, "head.bias"),
+        ({"modules_to_save": ["first"]}, "first.bias"),
+        ({"bias": "all"}, "2.bias"),
+    ],
+    ids=["head", "saved", "bias"],
+)
+def test_what_is_trained_in_full_is_finite_too(settings: dict, broken: str) -> None:
+    model = nn.Sequential()
+    model.add_module("first", nn.Linear(6, 6))
+    model.add_module("second", nn.Linear(6, 6))
+    model.add_module("2", nn.Linear(6, 6))
+    model.add_module("head", nn.Linear(6, 2))
+    lightning_peft.inject(model, LoraConfig(r=2, target_modules=["second"], **settings))
+    randomize(model)
+    dict(model.named_parameters())[broken].data[1] = math.inf
+    before = state_of(model)
+    with pytest.raises(UnsupportedError, match=rf"{broken}: 1 of \d values are NaN or infinite"):
+        lightning_peft.merge(model)
+    assert_unchanged(model, before)
+
+
 def test_an_adapter_at_rest_may_be_broken() -> None:
     model, x = stack(), torch.randn(3, 96)
     for name in ("used", "broken"):

@@ -234,3 +234,60 @@ def test_copies_in_lists_are_named_where_they_could_follow(tmp_path, caplog) -> 
     texts = [r.getMessage() for r in caplog.records if "is a copy of" in r.getMessage()]
     assert [text.partition(" that ")[0] for text in texts] == ["copies[1] is a copy of 'trunk'"]
     assert "make it an attribute of the module" in texts[0]
+
+
+class Embedded(L.LightningModule):
+    """A frozen model of transformers that only embeds, under ``no_grad``; ``body`` trains."""
+
+    def __init__(self, listed: bool = False) -> None:
+        super().__init__()
+        self.embed, self.listed = bert().requires_grad_(False).eval(), listed
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            embedded = self.embed(batch).last_hidden_state
+        return self.body(embedded).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD((self.body if self.listed else self).parameters(), 0.5)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_frozen_model_under_no_grad_is_named_with_what_leaves_it(listed, tmp_path) -> None:
+    found = "are in no optimizer" if listed else "no gradient has reached any adapter"
+    fix = r"To leave 'embed' as the module froze it(.|\n)*adapt=''; `exclude_modules`"
+    with pytest.raises(LifecycleError, match=rf"{found}(.|\n)*{fix}"):
+        fit(Embedded(listed), tokens(), tmp_path)
+    module = Embedded(listed)
+    before = {n: v.clone() for n, v in module.embed.state_dict().items()}
+    fit(module, tokens(), tmp_path, adapt="")
+    after = module.embed.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], value) for n, value in before.items())
+    assert not module.embed.training
+    assert lightning_peft.report(module).left == {"embed": "frozen by the module"}
+
+
+def test_a_free_model_under_no_grad_is_named_with_the_parts_that_train(tmp_path) -> None:
+    class Shielded(Distiller):
+        """A teacher that only ``no_grad`` shields."""
+
+        def __init__(self) -> None:
+            L.LightningModule.__init__(self)
+            self.teacher, self.student, self.proj = bert(), bert(), nn.Linear(16, 16)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with torch.no_grad():
+                target = self.teacher(batch).last_hidden_state
+            return F.mse_loss(self.proj(self.student(batch).last_hidden_state), target)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.5)
+
+    fix = r"To leave 'teacher' without(.|\n)*adapt=\['student'\]"
+    with pytest.raises(LifecycleError, match=rf"adapter on:\n  - teacher\n(.|\n)*{fix}"):
+        fit(Shielded(), tokens(), tmp_path)
+    module = Shielded()
+    fit(module, tokens(), tmp_path, adapt=["student"])
+    assert not engine.adapter_parameters(module.teacher)

@@ -1,0 +1,135 @@
+"""Copies that a module makes of itself after adapters were added, and what averaging them may hit.
+
+``on_fit_start`` and ``on_train_start`` are called when the adapters are there: what ``deepcopy``
+makes then has the adapters already, and only has to follow.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+
+from torch import nn
+
+from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.record import Record, Twin, record_of, require_record
+from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.twins import (
+    base_names,
+    check_followers,
+    freeze_follower,
+    hide_base,
+    same_values,
+)
+from lightning_peft.errors import LifecycleError
+
+_WRITES = re.compile(
+    r"can't be cast to the desired output type (Byte|Char)|not implemented for '(Byte|Char)'"
+    r"|Unexpected key\(s\) in state_dict: .*(absmax|quant_state|SCB|weight_format)",
+    re.DOTALL,
+)
+
+_SHAPES = re.compile(r"The size of tensor a \(\d+\) must match the size of tensor b \(\d+\)")
+
+
+def follow_late_copies(module: nn.Module) -> list[Twin]:
+    """Makes copies follow that ``module`` made of its adapted parts after the injection.
+
+    Their adapters do not train: no optimizer holds them, since the optimizers are older.
+
+    Args:
+        module: The user's module, with adapters.
+
+    Returns:
+        What was found, and is in the record now.
+    """
+    record = require_record(module)
+    known = {module.get_submodule(name) for name in _targets(record)}
+    late = {
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, LoraLayer) and child not in known
+    }
+    twins: list[Twin] = []
+    for name, child in module.named_modules() if late else ():
+        layers = {n for n in late if inside(n, [name])}
+        if not name or not layers or inside(name, [twin.follower for twin in twins]):
+            continue
+        leader = _copied(module, child, known)
+        if leader is not None:
+            twins.append(Twin(leader, name, True))
+    for twin in twins:
+        freeze_follower(module, twin)
+    hide_base(module, twins, record.frozen.union(*(base_names(record, twin) for twin in twins)))
+    record.twins += twins
+    if twins:
+        check_followers(module)
+    return twins
+
+
+def _targets(record: Record) -> set[str]:
+    return {
+        part.qualified(target)
+        for part in record.parts.values()
+        for info in part.adapters.values()
+        if info.in_place
+        for target in info.targets
+    }
+
+
+def _copied(module: nn.Module, child: nn.Module, known: set[nn.Module]) -> str | None:
+    """Returns the name of what ``child`` is a copy of."""
+    shapes = [(n, p.shape) for n, p in child.named_parameters()]
+    for name, other in module.named_modules():
+        if name and other is not child and type(other) is type(child):
+            whole = any(below in known for below in other.modules())
+            alike = shapes == [(n, p.shape) for n, p in other.named_parameters()]
+            if whole and alike and same_values(other, child):
+                return name
+    return None
+
+
+def _in_hook(error: BaseException) -> bool:
+    """Says whether an error comes out of a hook that called no module."""
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    hooks = ("_call_lightning_module_hook", "_call_callback_hooks")
+    return any(name in frames for name in hooks) and "_call_impl" not in frames
+
+
+def explained(module: nn.Module, error: Exception) -> LifecycleError | None:
+    """Returns the error that says what averaging over weights and adapters ran into, if it did.
+
+    Args:
+        module: The user's module.
+        error: What came out of a hook of the module or of a callback.
+    """
+    if record_of(module) is None:
+        return None
+    text = str(error)
+    quantized = [n for n, child in module.named_modules() if isinstance(child, QuantizedLayer)]
+    if isinstance(error, RuntimeError) and quantized and _WRITES.search(text):
+        return LifecycleError(
+            f"A hook computes with stored weights that are quantized, such as those of "
+            f"{quantized[0]!r}: packed codes cannot be averaged, and load into layers alike only. "
+            "The frozen base does not change, so average what trains: loop over `parameters()` "
+            "of a copy that the module holds, which leaves the base out, or over "
+            "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
+            f"{text.splitlines()[0]}"
+        )
+    if isinstance(error, RuntimeError) and _SHAPES.search(text) and _in_hook(error):
+        return LifecycleError(
+            "A hook computes with tensors whose shapes differ. If it goes through `parameters()` "
+            "and through tensors that were kept before the adapters were added, such as the "
+            "averages of an EMA in `__init__`, these do not line up: keep them in `on_fit_start`, "
+            f"when the adapters are there. torch says: {text.splitlines()[0]}"
+        )
+    name = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if isinstance(name, str) and name in adapter_parameters(module):
+        return LifecycleError(
+            f"A hook looks up {name!r} in a dictionary that does not have it. It was probably made "
+            "before the adapters were added, such as the averages of an EMA in `__init__`. Make it "
+            "in `on_fit_start`, when the adapters are there."
+        )
+    return None
