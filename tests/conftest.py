@@ -16,10 +16,15 @@ import numpy as np
 import pytest
 import torch
 from finished import lora_run, qlora_run  # noqa: F401
+from hypothesis import settings
 from program import program  # noqa: F401
 
 # What is computed here is so small that threads would only wait for each other.
 torch.set_num_threads(1)
+
+# The same examples in every run, and none kept from an earlier one.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.load_profile("same")
 
 # Caches of the tools that may run a test, not output of the code under test.
 CACHES = {"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".coverage", ".hypothesis"}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 3
+FORMAT = 4
 SUMMARY, damage_of = cache_entries.SUMMARY, cache_entries.damage_of
 
 

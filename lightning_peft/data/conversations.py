@@ -8,9 +8,9 @@ from typing import Any
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import Message, RowProblems, Sample, all_of, shortened, texts
 from lightning_peft.data.template_context import read_context
-from lightning_peft.data.thoughts import THOUGHTS
+from lightning_peft.data.thoughts import THOUGHTS, in_one_place
 from lightning_peft.data.tool_calls import is_empty, parsed
-from lightning_peft.data.turns import read_turn
+from lightning_peft.data.turns import ROLES, read_turn
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
@@ -144,9 +144,10 @@ def _thinking(answer: list[Message], value: Any) -> list[Message]:
     if not isinstance(value, str):
         raise RowProblems([("thoughts", f"has {shortened(value)} as reasoning, not text")])
     last = answer[-1]
-    if last.get(THOUGHTS[0], value) != value:
+    settled = in_one_place({**last, THOUGHTS[0]: value})
+    if last.get(THOUGHTS[0], value) != value or settled is None:
         raise RowProblems([("thoughts", "has other thoughts in its answer than in reasoning")])
-    return [*answer[:-1], {**last, THOUGHTS[0]: value}]
+    return [*answer[:-1], settled]
 
 
 def parse_pair(fields: Mapping[str, Any]) -> Sample:
@@ -184,6 +185,7 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
 def parse_preference(fields: Mapping[str, Any]) -> Sample:
     """Returns the turns with the chosen and with the rejected answer."""
     unused: list[str] = []
+    fields = _with_input(fields, unused)
     # Without a prompt of their own, the answers belong to the conversation next to them.
     asked = fields.get("prompt") or fields.get("messages")
     system, prompt, chosen, rejected, context = all_of(
@@ -210,6 +212,42 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     head = [*system, *prompt]
     both = [_conversation([*head, *chosen]), _conversation([*head, *rejected])]
     return _sample(both[0], context, unused, both[1])
+
+
+def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, Any]:
+    """Returns fields with what ``instruction`` and ``input`` say as the prompt.
+
+    OpenAI's input is an object with messages and tools, Alpaca's a text below an instruction.
+    """
+    given = {name: parsed(fields.get(name)) for name in ("instruction", "input")}
+    given = {name: value for name, value in given.items() if not is_empty(value)}
+    inner = given.get("input")
+    if isinstance(inner, dict) and "messages" in inner:
+        found = {name: inner[name] for name in ("messages", "tools") if name in inner}
+        twice = [name for name in found if not is_empty(fields.get(name))]
+        if twice or not is_empty(fields.get("prompt")) or "instruction" in given:
+            raise RowProblems([("missing", "has a prompt or tools in its input and outside of it")])
+        unused += [f"input.{key}" for key in inner if key not in found]
+        return {**fields, **found}
+    if _is_whole(fields.get("chosen")) or fields.get("prompt") or fields.get("messages"):
+        unused += given
+        return fields
+    if len(given) == 1:
+        return {**fields, "prompt": next(iter(given.values()))}
+    strange = [name for name, value in given.items() if not isinstance(value, str)]
+    if strange:
+        problem = f"has {shortened(given[strange[0]])} as {strange[0]}, not text"
+        raise RowProblems([("missing", problem)])
+    return {**fields, "prompt": "\n\n".join(given.values())} if given else fields
+
+
+def _is_whole(answer: Any) -> bool:
+    """Says whether an answer begins with the prompt."""
+    found = parsed(answer)
+    first = found[0] if isinstance(found, list) and found else None
+    if not isinstance(first, Mapping):
+        return False
+    return ROLES.get(first.get("role", first.get("from"))) in ("system", "user")
 
 
 def _check_inside(prompt: list[Message], answer: list[Message]) -> None:

@@ -50,8 +50,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "output": ("output",),
     "prompt": ("prompt", "question"),
     "completion": ("completion", "response", "answer"),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
+    "chosen": ("chosen", "preferred_output"),
+    "rejected": ("rejected", "non_preferred_output"),
     "text": ("text",),
     "label": ("label",),
     "system": ("system", "system_prompt", "system_message"),
@@ -119,7 +119,7 @@ SHAPES: dict[str, Shape] = {
             "preference",
             "chosen and rejected answers",
             ("chosen", "rejected"),
-            ("prompt", "messages", "system", *CONTEXT),
+            ("prompt", "messages", "instruction", "input", "system", *CONTEXT),
             parse_preference,
             "PreferenceData",
         ),
@@ -296,7 +296,8 @@ def recognise(
         raise ConfigError(
             f"The data{lacking or ' has none of the shapes that are known'}. Its columns: "
             f"{', '.join(sorted(counts)) or 'none'}. Shapes and what they need:\n{wanted}\n"
-            'Say which column is which, such as columns={"prompt": "my_column"}.'
+            'Say which column is which, such as columns={"prompt": "my_column"}. The first line '
+            "of a table names its columns: where these are a row, add such a line above it."
         )
     used = {name: mapping[name] for name in (*found.required, *found.optional) if name in mapping}
     return Layout(found, used, mapping.get("split"))

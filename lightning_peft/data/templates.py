@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, near_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,14 +60,17 @@ def find_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Temp
 
     Args:
         tokenizer: The tokenizer.
-        asked: ``None`` for the tokenizer's own, else ``"chatml"``, ``"plain"``, ``"raw"``, or the
-            Jinja source of a template.
+        asked: ``None`` for the tokenizer's own, else ``"chatml"``, ``"plain"``, ``"raw"``, the name
+            of one of several that the tokenizer has, or the Jinja source of a template.
 
     Raises:
         ConfigError: If the tokenizer has none and none was asked for, or the name is unknown.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
+    several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if asked is None:
+        if several:
+            return Template(f"of {name}", _of_several(several, name))
         try:
             return Template(f"of {name}", tokenizer.get_chat_template())
         except ValueError as error:
@@ -82,8 +85,32 @@ def find_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Temp
         starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         # As the tokenizer begins every other text.
         return Template(asked, ("{{ bos_token }}" if starts else "") + NAMED[asked])
+    if asked in several:
+        return Template(f"{asked!r} of {name}", several[asked])
     if "{%" not in asked and "{{" not in asked:
+        known = [*NAMED, *several]
         raise ConfigError(
-            f"chat_template={asked!r} is neither Jinja source nor one of {', '.join(NAMED)}."
+            f"chat_template={asked!r} is neither Jinja source nor one of {', '.join(known)}"
+            f"{near_names(asked, known)}."
         )
     return Template("given as chat_template", asked)
+
+
+def _of_several(several: dict[str, str], name: str) -> str:
+    """Returns one source for a tokenizer with named templates, which chooses as transformers does.
+
+    Rows with tools are written by the template ``tool_use`` where there is one, and all others by
+    the one called ``default``. As one source, it is recorded, exported and asked with like any
+    other.
+    """
+    if "default" not in several:
+        listed = ", ".join(f'chat_template="{one}"' for one in several)
+        raise ConfigError(
+            f"The tokenizer {name!r} has the chat templates {', '.join(several)}, and none is "
+            f"called default. Choose one: {listed}."
+        )
+    if "tool_use" not in several:
+        return several["default"]
+    # Jinja drops the last line end of a source, and the line end after a block.
+    with_tools, without = (several[one].removesuffix("\n") for one in ("tool_use", "default"))
+    return f"{{% if tools %}}\n{with_tools}{{% else %}}\n{without}{{% endif %}}"

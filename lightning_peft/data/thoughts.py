@@ -36,6 +36,17 @@ def bodies(message: Message) -> list[str]:
     return [text.strip() for text in written if isinstance(text, str) and text.strip()]
 
 
+def in_one_place(message: Message) -> Message | None:
+    """Returns an answer whose thoughts stand in their key alone; ``None`` if two differ."""
+    thought, found = message.get(THOUGHTS[0]), inline(message)
+    if not thought or found is None:
+        return message
+    inside = next(text for text in found.group("body", "mistral", "rest") if text is not None)
+    if inside.strip() not in ("", thought.strip()):
+        return None
+    return {**message, "content": message["content"][found.end() :]}
+
+
 def without(message: Message) -> Message:
     """Returns a turn without its thoughts."""
     if message["role"] != "assistant":

@@ -29,6 +29,7 @@ _DETAILS = frozenset(
     (
         *("train_detail", "training_detail", "loss_scale", "loss_weight", "weights", "loss_mask"),
         *("mask", "masked", "token_weights", "train_on_turn", "trained", "is_trained"),
+        *("learn", "learnable", "ignore", "ignore_loss", "supervised", "no_loss", "compute_loss"),
     )
 )
 _OF_TOOLS = ("tools[].function.name", "tools[].function.parameters")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_peft.data.samples import Message, RowProblems, shortened
-from lightning_peft.data.thoughts import THOUGHT_PARTS, THOUGHTS
+from lightning_peft.data.thoughts import THOUGHT_PARTS, THOUGHTS, in_one_place
 from lightning_peft.data.tool_calls import is_empty, parsed, read_calls
 
 ROLES = {
@@ -68,6 +68,12 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     thought = _thought(thoughts, name, problems)
     if thought:
         message[THOUGHTS[0]] = thought
+        settled = in_one_place(message) if isinstance(content, str) else message
+        if settled is None:
+            problems.append(("thoughts", f"{name} has other thoughts in its text than in a key"))
+        elif not problems and not settled["content"].strip() and not calls:
+            problems.append(("missing", f"{name} is empty besides its thoughts"))
+        message = settled or message
     if calls:
         message["tool_calls"] = calls
     if _trained(keys, message["role"], name, problems) is False and message["role"] == "assistant":
