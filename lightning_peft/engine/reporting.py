@@ -152,7 +152,13 @@ def report(module: nn.Module) -> Report:
         LifecycleError: If the module has no adapters.
     """
     record = require_record(module)
-    result = Report(left=dict(record.left or {}))
+    # Means and accuracies hold no parameters that could have been adapted.
+    left = {
+        name: why
+        for name, why in (record.left or {}).items()
+        if any(True for _ in module.get_submodule(name).parameters())
+    }
+    result = Report(left=left)
     inside: set[int] = set()
     for entry in record.parts.values():
         part = module.get_submodule(entry.name)

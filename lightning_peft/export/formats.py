@@ -165,10 +165,11 @@ def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
     text = source
     ends = [tokenizer.eos_token]
     if turns is not None:
-        text += f'TEMPLATE """{turns.as_go(tokenizer.bos_token)}"""\n'
+        bos = _added_token(tokenizer)
+        text += f'TEMPLATE """{turns.as_go(bos)}"""\n'
         ends.append(turns.around["assistant"][1].strip().split("\n")[0])
-        if turns.opening.startswith(tokenizer.bos_token or "\0"):
-            notes.append(f"{tokenizer.bos_token!r} is left out of TEMPLATE: Ollama begins with it")
+        if turns.as_go(bos) != turns.as_go(None):
+            notes.append(f"{bos!r} is left out of TEMPLATE: Ollama begins with it")
     elif template:
         notes.append(
             "not ready: the chat template does more than put text around turns, and was not "
@@ -189,6 +190,15 @@ def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
             )
         text += f'SYSTEM """{wishes.system}"""\n'
     return text, notes
+
+
+def _added_token(tokenizer: Any) -> str | None:
+    """Returns the token that the tokenizer, and so Ollama, puts before every text.
+
+    SmolLM2 and Qwen have one that is put there by the template alone, or nowhere.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return str(tokenizer.bos_token) if ids and ids[0] == tokenizer.bos_token_id else None
 
 
 def _copy_adapter(wishes: Wishes, folder: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from finished import BASE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lightning_peft.data.templates import NAMED
+from lightning_peft.export.formats import _added_token
 from lightning_peft.export.go_template import Turns, translate
 
 from .go_rendering import go
@@ -102,6 +104,14 @@ def test_the_translation_renders_the_same(name: str, tokenizer) -> None:
         assert go(turns.as_go(bos), messages) == expected.removeprefix(bos)
 
 
+def test_a_token_that_the_template_writes_alone_stays(tokenizer) -> None:
+    # As SmolLM2's, whose token of the beginning is the mark of every turn.
+    turns = translate(tokenizer, FAMILIES["smollm2"])
+    text = turns.as_go(None)
+    assert text.startswith("<|im_start|>system\n{{ if not .System }}You are kind.<|im_end|>\n")
+    assert text.endswith("<|im_start|>assistant\n")
+
+
 def test_where_an_answer_ends_is_known(tokenizer) -> None:
     ends = {
         name: translate(tokenizer, template).around["assistant"][1]
@@ -131,3 +141,11 @@ def test_what_says_more_is_not_translated(kind: str, tokenizer) -> None:
 def test_turns_are_text() -> None:
     turns = Turns("<s>", {"user": ("U:", "\n"), "assistant": ("A:", "\n")}, "A:")
     assert turns.render(TALK[:3]) == "<s>U:One?\nA:Two.\nU:Three\nA:"
+
+
+def test_only_a_token_that_ollama_adds_is_left_out(tokenizer) -> None:
+    assert _added_token(tokenizer) == tokenizer.bos_token
+    plain = AutoTokenizer.from_pretrained(BASE)
+    plain.add_bos_token = False
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert _added_token(plain) is None

@@ -322,7 +322,7 @@ SHAPES = [
     Shape(
         "loss of torch", "",
         lambda: Whole(loss=nn.CrossEntropyLoss(torch.ones(2)), trunk=net(8, 8, 8), out=net(8, 2)),
-        ("trunk",), {"loss": LOSS}, ("out",),
+        ("trunk",), {}, ("out",),
     ),
     Shape(
         "loss that is given the model", "a loss that the adapted model was given to",
