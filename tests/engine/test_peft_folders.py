@@ -112,6 +112,14 @@ FOLDERS: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
     ),
     "trainable module": (plain, lora(target_modules=["0"])),
     "all biases": (plain, lora(target_modules=["0"], bias="all")),
+    "all biases and a head": (
+        bert,
+        lora(task_type="SEQ_CLS", target_modules=["query"], bias="all"),
+    ),
+    "all biases and a module of several layers": (
+        bert,
+        lora(target_modules=["query"], bias="all", modules_to_save=["pooler"]),
+    ),
     "own biases": (plain, lora(target_modules=["0", "2"], bias="lora_only")),
     "ranks and scalings": (
         plain,
@@ -166,6 +174,32 @@ def test_what_peft_writes_loads_here_and_goes_back(
     second = copy.deepcopy(base)
     lightning_peft.load_adapter(second, again)
     assert torch.equal(output_of(second, x), output_of(mine, x))
+
+
+def test_a_file_of_modules_saved_inside_of_others_is_refused(tmp_path: Path) -> None:
+    class Rooms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.rooms = nn.Linear(4, 4), nn.Module()
+            self.rooms.inner_rooms, self.rooms.door = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rooms.door(self.rooms.inner_rooms(self.a(x)))
+
+    base = Rooms()
+    config = lora(target_modules=["a"], modules_to_save=["rooms"])
+    theirs = get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    train(theirs)
+    theirs.save_pretrained(tmp_path)
+    fresh = copy.deepcopy(base)
+    with pytest.raises(CheckpointError, match=r"inside of others(.|\n)*- rooms\.inner_rooms"):
+        lightning_peft.load_adapter(fresh, tmp_path)
+    assert list(fresh.state_dict()) == list(base.state_dict())
+    mine, x = copy.deepcopy(base), torch.randn(2, 4)
+    lightning_peft.inject(mine, config)
+    train(mine)
+    lightning_peft.load_adapter(fresh, lightning_peft.save_adapter(mine, tmp_path / "mine"))
+    assert torch.equal(fresh(x), mine(x))
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")

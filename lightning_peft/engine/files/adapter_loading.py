@@ -31,7 +31,12 @@ from lightning_peft.engine.files.adapter_format import (
     read_adapter,
 )
 from lightning_peft.engine.files.base_tensors import hold_in_files
-from lightning_peft.engine.files.fitting import check_ranks, fields_for, saved_in_file
+from lightning_peft.engine.files.fitting import (
+    check_ranks,
+    fields_for,
+    saved_in_file,
+    without_repeated,
+)
 from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.record import record_of, require_record
@@ -187,6 +192,7 @@ def _fitted(
     except TargetModulesError as error:
         raise _unfit(module, path, error) from error
     check_ranks(fields, tensors)
+    tensors = without_repeated(tensors)
     fields, tensors, embeddings = rows_as_modules(part, fields_for(part, fields), tensors)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
     fields["modules_to_save"] = sorted({*saved, *embeddings}) or None

@@ -16,6 +16,12 @@ from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, all_names
 from lightning_peft.errors import CheckpointError, itemize
 
+_WITHIN_WRAPPERS = (
+    re.compile(r"\.original_module\."),
+    re.compile(r"\.modules_to_save\."),
+    re.compile(r"\.modules_to_save\.[^.]+\."),
+)
+
 
 def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a folder without names that match nothing in ``part``.
@@ -72,6 +78,32 @@ def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
         )
 
 
+def without_repeated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a file without what it has again under names of PEFT's wrappers.
+
+    With ``bias="all"`` PEFT writes biases of ``modules_to_save`` up to three times.
+    """
+    repeated = {
+        key
+        for key in tensors
+        for within in _WITHIN_WRAPPERS
+        if within.search(key) and within.sub(".", key) in tensors
+    }
+    return {key: value for key, value in tensors.items() if key not in repeated}
+
+
+def _refuse_nested(hits: list[str]) -> None:
+    nested = [name for name in hits if inside(name, [up for up in hits if up != name])]
+    if nested:
+        raise CheckpointError(
+            "PEFT wrapped modules inside of others that it saves too, and such a file has lost "
+            "which of their values were trained (PEFT cannot load it either):"
+            + itemize(nested, 5)
+            + "\nEach entry of `modules_to_save` is the end of a name. Train again with entries "
+            "that match only the outer or only the inner modules."
+        )
+
+
 def saved_in_file(
     part: nn.Module,
     entries: Iterable[str],
@@ -87,7 +119,8 @@ def saved_in_file(
         tensors: The tensors of the file.
 
     Raises:
-        CheckpointError: If the record names modules that ``part`` does not have.
+        CheckpointError: If the record names modules that ``part`` does not have, or, without a
+            record, PEFT saved modules inside of others.
     """
     names = all_names(part)
     recorded = facts.get("modules_to_save")
@@ -109,7 +142,8 @@ def saved_in_file(
         # By its last steps, a name is meant; by its letters only where the file has its values.
         if (steps and _has_values(part, name)) or (ends and any(inside(o, [name]) for o in owners)):
             hits.append(name)
-    return [name for name in hits if not inside(name, [up for up in hits if up != name])]
+    _refuse_nested(hits)
+    return hits
 
 
 def _has_values(part: nn.Module, name: str) -> bool:
