@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 4
+FORMAT = 5
 SUMMARY, damage_of = cache_entries.SUMMARY, cache_entries.damage_of
 
 

@@ -81,6 +81,15 @@ def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
     sound, unsound = _utf8(blocks)
     if not unsound:
         return Charset("utf-8", "sure")
+    if _fault(blocks, "utf-8", "surrogatepass") is None:
+        raise ConfigError(
+            f"{name!r} is UTF-8 in which a character such as an emoji is written as two halves "
+            "(CESU-8), as Java and Oracle write it. Convert it: "
+            "python -c \"import sys; a, b = sys.argv[1:]; t = open(a, 'rb').read()"
+            ".decode('utf-8', 'surrogatepass'); t = t.encode('utf-16', 'surrogatepass'); "
+            f"open(b, 'wb').write(t.decode('utf-16').encode())\" {name} "
+            f"utf8-{name.rpartition('/')[2]}"
+        )
     # A few damaged bytes in what is UTF-8 everywhere else.
     if sound >= unsound:
         return Charset("utf-8", "sure", whole=False)
@@ -116,9 +125,9 @@ def _whole(blocks: Blocks, name: str, encoding: str) -> str:
     return encoding
 
 
-def _fault(blocks: Blocks, encoding: str) -> int | None:
+def _fault(blocks: Blocks, encoding: str, errors: str = "strict") -> int | None:
     """Returns the place of the first byte that cannot be decoded."""
-    decoder, place = codecs.getincrementaldecoder(encoding)(), 0
+    decoder, place = codecs.getincrementaldecoder(encoding)(errors), 0
     try:
         for block in blocks():
             held = len(decoder.getstate()[0])
@@ -133,15 +142,16 @@ def _fault(blocks: Blocks, encoding: str) -> int | None:
 
 
 def _wide(start: bytes, name: str) -> str:
-    """Returns which UTF-16 without a mark some bytes are; zeros are of no other text."""
+    """Returns which UTF-16 or UTF-32 without a mark some bytes are; no other text has zeros."""
+    start = start[: len(start) // 4 * 4 or len(start) // 2 * 2]
 
     def plain(encoding: str) -> float:
-        text = start[: len(start) // 2 * 2].decode(encoding, "replace")
+        text = start.decode(encoding, "replace")
         good = sum(char.isascii() and (char.isprintable() or char.isspace()) for char in text)
         return good / max(1, len(text))
 
-    found = max(("utf-16-le", "utf-16-be"), key=plain)
-    text = start[: len(start) // 2 * 2].decode(found, "replace")
+    found = max(("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"), key=plain)
+    text = start.decode(found, "replace")
     # Unassigned, private, halves, and controls that no text has.
     kinds = [unicodedata.category(char) for char in text if char not in "\t\r\n\f"]
     odd = sum(kind in ("Cc", "Cn", "Co", "Cs") for kind in kinds)

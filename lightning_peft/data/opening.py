@@ -58,6 +58,10 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"7z\xbc\xaf\x27\x1c", "an archive of 7-Zip", "unpack it, and name the file or folder"),
     (b"rar!", "a RAR archive", "unpack it, and name the file or folder"),
+    *(
+        (magic, "compressed twice", "unpack it once, and name what comes out")
+        for magic in (b"\x1f\x8b", b"\xfd7zxz", b"\x28\xb5\x2f\xfd")
+    ),
     (b"\x89png", "an image", "name a file of rows"),
     (b"\x80\x04", "a Python pickle", "load it where you trust it, and write JSONL"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -118,7 +119,8 @@ def _text(value: Any) -> str | None:
         return value.date().isoformat()
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat(*([" "] if isinstance(value, datetime.datetime) else []))
-    return str(value)
+    # Excel writes characters that XML does not have as `_x000D_`.
+    return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda found: chr(int(found[1], 16)), str(value))
 
 
 def _chosen(found: dict[str, Widths], hidden: set[str], name: str, sheet: str | int | None) -> str:

@@ -10,6 +10,13 @@ from typing import Any
 from lightning_peft.errors import ConfigError
 
 _EXAMPLES = 5
+# What R, pandas, MySQL and Excel write where there is no value, or a wrong formula.
+_ABSENT = frozenset(
+    (
+        *("NA", "N/A", "#N/A", "NULL", "NaN", "nan", "<NA>", "\\N"),
+        *("#NAME?", "#REF!", "#VALUE!", "#DIV/0!", "#NUM!"),
+    )
+)
 
 
 @dataclass
@@ -26,6 +33,7 @@ class Widths:
         blank: Number of rows without any value.
         index: Whether the first field of every row so far is a number above that of the last.
         counted: Whether it is even one above.
+        absent: Columns with a word that other programs write for no value: the word and its row.
     """
 
     header: list[str] = field(default_factory=list)
@@ -37,6 +45,7 @@ class Widths:
     blank: int = 0
     index: bool = True
     counted: bool = True
+    absent: dict[int, tuple[str, int]] = field(default_factory=dict)
     _last: int | None = None
 
     def add(self, record: Sequence[Any], line: int) -> None:
@@ -55,6 +64,9 @@ class Widths:
             self.wide.append((self.rows, line))
         if len(record) < len(self.header) and len(self.narrow) < _EXAMPLES:
             self.narrow.append(self.rows)
+        for place in filled:
+            if record[place] in _ABSENT:
+                self.absent.setdefault(place, (record[place], self.rows))
         self._follow(record[0])
 
     def _follow(self, value: Any) -> None:
@@ -138,6 +150,12 @@ def columns_of(seen: Widths, name: str, empty: str | None = "") -> Columns:
         notes.append(
             f"rows with fewer fields than columns (first {numbers}): those missing are empty"
         )
+    notes += [
+        f"column {names[place]!r} has the text {word!r} (first in row {row}): if that is no value, "
+        "leave it empty"
+        for place, (word, row) in sorted(seen.absent.items())
+        if place in names
+    ]
     return Columns(names, len(header) + shift, empty, tuple(notes))
 
 
@@ -155,6 +173,12 @@ def _shift(seen: Widths, name: str) -> int:
         raise ConfigError(
             f"{name!r} has {fields} fields in row {row} below the {wide} column names "
             f"{seen.header}. Its first line names each column once; text with the delimiter in it "
-            f"is in quotes. Where a title stands above the names: tail -n +{line} {name} > rows.csv"
+            f"is in quotes. Where a title stands above the names: {_without_title(name, line)}"
         )
     return 0
+
+
+def _without_title(name: str, line: int) -> str:
+    if name.lower().endswith((".xlsx", ".xlsm")):
+        return "delete its rows in Excel"
+    return f"tail -n +{line} {name} > rows.csv"

@@ -89,7 +89,9 @@ def dialect_of(head: str, whole: bool, usual: str, given: str | None) -> Dialect
     candidates = (given,) if given is not None else _USUAL
     found = _best(head, whole, candidates, usual)
     if found is None and given is None:
-        found = _best(head, whole, _RARE, usual)
+        # R's write.table parts quoted names by spaces.
+        quoted = re.match(r'"[^"\r\n]*"( "[^"\r\n]*")+\r?\n', head)
+        found = _best(head, whole, (*_RARE, " ") if quoted else _RARE, usual)
     return replace(found or Dialect(given or usual), skipped=skipped)
 
 
