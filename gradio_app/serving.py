@@ -91,10 +91,12 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
             **{one: {"common.complete": Texts(one)("frame.complete")} for one in LANGUAGES}
         ),
     }
+    middleware = import_module("starlette.middleware").Middleware
+    pages = ("", *PAGES[1:])
+    layers = [middleware(import_module("gradio_app.redirects").Redirects, pages=pages)]
     if settings.space:
-        starlette = import_module("starlette.middleware")
-        cookie = import_module("gradio_app.visitors").VisitorCookie
-        options["app_kwargs"] = {"middleware": [starlette.Middleware(cookie)]}
+        layers.append(middleware(import_module("gradio_app.visitors").VisitorCookie))
+    options["app_kwargs"] = {"middleware": layers}
     return options
 
 

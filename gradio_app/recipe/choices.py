@@ -15,7 +15,15 @@ from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.places import Places
-from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, TASK_NAMES, task_named
+from gradio_app.recipe.presets import (
+    AMOUNTS,
+    DEMO_BASE,
+    FAMILIES,
+    MODELS,
+    TASK_NAMES,
+    Task,
+    task_named,
+)
 from lightning_peft.cli.recipes import recipe_files
 
 METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}
@@ -32,6 +40,8 @@ _OF_SMALL_MODEL = (
     *(f"{_DATA}{name}" for name in ("chat_template", "feature_extractor")),
     "trainer.precision",
 )
+# What is said of the files themselves.
+_OF_FILES = ("encoding", "delimiter", "sheet", "text_unit", "validation_data", "test_data")
 _OF_BOTH = (
     *("trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.val_check_interval"),
     *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
@@ -126,6 +136,44 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
     if task.reads is not None:
         content = with_value(content, _DATA + task.reads, model)
     return _read_at(content, task.reads, model, revision)
+
+
+def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
+    """Returns the recipe of another task, with model and data kept where the task takes them.
+
+    A model is kept where it is offered for both tasks, or both train the same class of model; data
+    where both take rows of the same shapes. Settings that both have and that were changed by nobody
+    are those of the other task.
+
+    Raises:
+        Refused: If there is no such task.
+    """
+    other = started(name, method_of(content))
+    before, after = task_of(content), task_named(str(name))
+    if before is None or before.name == after.name:
+        return other
+    model = value_at(content, _MODEL + "model", None)
+    if isinstance(model, str) and _suits(model, before, after):
+        revision = value_at(content, _MODEL + "revision", None)
+        other = with_model(other, model, revision)
+    if set(before.shapes) & set(after.shapes):
+        place = value_at(content, _DATA + "data", "")
+        hub = ("hub_config", "hub_splits", "hub_revision")
+        if place != value_at(started(before.name), _DATA + "data", None):
+            named = {key: value_at(content, _DATA + key, None) for key in hub}
+            other = with_data(other, place, **named)
+            for key in _OF_FILES:
+                value = value_at(content, _DATA + key, MISSING)
+                other = other if value is MISSING else with_value(other, _DATA + key, value)
+    return other
+
+
+def _suits(model: str, before: Task, after: Task) -> bool:
+    known = next((one for one in MODELS if one.name == model), None)
+    if known is not None:
+        return after.name in known.tasks
+    # What a model of the visitor's own can do is known by what it was chosen for.
+    return any({before.name, after.name} <= set(family) for family in FAMILIES)
 
 
 def _read_at(

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,55 @@ def checked_folder(folder: Path) -> None:
 def weight_bytes(folder: Path) -> int:
     """Returns how large the files with a model's weights are."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the files of a model say of it; ``None`` or empty where they do not.
+
+    Attributes:
+        architecture: Class of transformers, such as ``"LlamaForCausalLM"``.
+        parameters: Number of values in its files with weights.
+        context: Tokens that it takes at most.
+        dtype: Number format of its weights, such as ``"bfloat16"``.
+        chats: Whether it has a chat template.
+    """
+
+    architecture: str
+    parameters: int | None
+    context: int | None
+    dtype: str
+    chats: bool
+
+
+def described(folder: Path) -> Described:
+    """Returns what the files of a model in a folder say of it."""
+    config = _object(folder / "config.json")
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    names = _listed(config.get("architectures") or config.get("model_type") or "")
+    context = (text or config).get("max_position_embeddings")
+    dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), "")
+    chats = (folder / "chat_template.jinja").is_file() or bool(
+        _object(folder / "tokenizer_config.json").get("chat_template")
+    )
+    counts = [_values(file) for file in folder.glob("*.safetensors")]
+    known = sum(count for count in counts if count) if counts and all(counts) else None
+    # Packed numbers are fewer than what they stand for.
+    parameters = None if config.get("quantization_config") else known
+    whole = context if isinstance(context, int) else None
+    return Described(shortened(names[0]), parameters, whole, shortened(dtype), chats)
+
+
+def _values(file: Path) -> int | None:
+    """Returns how many values the tensors of a file have, by its header."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header: dict[str, Any] = json.loads(opened.read(length)) if length <= _HEADER else {}
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
+        return sum(prod(entry["shape"]) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _needed(folder: Path) -> list[str]:

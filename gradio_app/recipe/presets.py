@@ -117,6 +117,8 @@ class Model:
 _TALKS = ("sft", "dpo", "orpo", "reward")
 _READS = ("text-classification", "token-classification")
 _WRITES = ("summarization", "translation")
+# Tasks that train the same kinds of models.
+FAMILIES = (_TALKS, _READS, _WRITES)
 MODELS = (
     Model(DEMO_BASE, 4_262_144, "Apache 2.0", (*_TALKS, *_READS), chats=False),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _TALKS),

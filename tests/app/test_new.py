@@ -191,6 +191,39 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     assert changed.locator("li").count() == 1
 
 
+def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_is_from(visit, site):
+    page = opened(visit, site)
+    page.get_by_label("By name on the hub", exact=True).check()
+    page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
+    page.get_by_role("button", name="Use this model").click()
+    facts = page.locator("#model-facts")
+    facts.get_by_text("me/unknown").wait_for()
+    page.get_by_label("Classify images").check()
+    undo = page.get_by_role("button", name="Back to Chat and instructions")
+    undo.wait_for()
+    assert not facts.get_by_text("me/unknown").is_visible()
+    undo.click()
+    facts.get_by_text("me/unknown").wait_for()
+    assert not undo.is_visible()
+    page.reload()
+    facts.get_by_text("me/unknown").wait_for()
+    assert page.get_by_label("By name on the hub", exact=True).is_checked()
+    assert page.locator("#model-hub").is_visible()
+    assert not page.locator("#model-preset").is_visible()
+    # What cannot be fetched is said at once, and where it can be changed.
+    page.goto(page.url.partition("#")[0] + "#review")
+    blocked = page.locator("#overview [role=alert]")
+    blocked.get_by_text("me/unknown is not on this machine").wait_for()
+    blocked.get_by_role("link", name="To the model").wait_for()
+    assert page.get_by_role("button", name="Start training").is_disabled()
+
+
+def test_an_address_with_a_slash_finds_its_page(visit, site):
+    page = visit(f"{site.url}/de/new?recipe=small/text-classification")
+    page.wait_for_url(re.compile(r"/de-new"))
+    page.get_by_role("heading", name="Neuer Lauf").wait_for()
+
+
 def test_checkboxes_have_room_for_their_words(visit, site):
     page = opened(visit, site, "#method", viewport={"width": 1440, "height": 900})
     for group in ("adapter", "validation", "keeping", "rows"):
@@ -216,7 +249,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     fix.click()
     memory.get_by_text("It fits.").wait_for()
     assert page.get_by_role("textbox", name="Batch size").input_value() == "1"
-    assert page.get_by_role("textbox", name="Accumulate").input_value() == "512"
+    assert page.get_by_role("textbox", name="Gradient accumulation").input_value() == "512"
     changed = page.locator("#changed-settings")
     changed.get_by_role("button", name="Reset Batch size").click()
     page.wait_for_function(
@@ -271,7 +304,7 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
     page = opened(visit, site)
     facts = page.locator("#model-facts")
     page.locator("#model-preset").get_by_role("combobox").click()
-    page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M weights").click()
+    page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
     facts.get_by_text(re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")).wait_for()
     page.get_by_label("By name on the hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")

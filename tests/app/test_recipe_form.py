@@ -24,6 +24,7 @@ from gradio_app.recipe.choices import (
     with_data,
     with_method,
     with_model,
+    with_task,
 )
 from gradio_app.recipe.commands import command_line, python_code
 from gradio_app.recipe.content import MISSING, class_name, laid_over, value_at, with_value
@@ -32,6 +33,7 @@ from gradio_app.recipe.form import (
     applies,
     changed,
     default_of,
+    followed,
     method_of,
     read,
     reset,
@@ -394,3 +396,31 @@ def test_downloads_are_as_large_as_the_files_on_the_hub():
     # Kept in 32 bits there.
     assert sizes["google-t5/t5-small"] == 242_026_496
     assert free_bytes() > 0
+
+
+def test_another_task_keeps_the_model_and_data_that_it_takes():
+    mine = with_model(started("dpo"), "Qwen/Qwen2.5-0.5B-Instruct", None)
+    mine = with_data(mine, "upload:pairs.jsonl")
+    mine = with_value(mine, "data.init_args.delimiter", ";")
+    reward = with_task(mine, "reward")
+    assert task_of(reward).name == "reward"
+    assert value_at(reward, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert value_at(reward, "data.init_args.tokenizer") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert value_at(reward, "data.init_args.data") == "upload:pairs.jsonl"
+    assert value_at(reward, "data.init_args.delimiter") == ";"
+    # Conversations are no pairs, and what writes text does not mark words.
+    sft = with_task(mine, "sft")
+    assert value_at(sft, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert value_at(sft, "data.init_args.data") == value_at(started("sft"), "data.init_args.data")
+    images = with_task(mine, "image-classification")
+    assert images == started("image-classification")
+    with pytest.raises(Refused, match="no_recipe"):
+        with_task(mine, "no-such-task")
+
+
+def test_what_a_choice_changes_counts_as_unchanged():
+    before = with_value(started("sft"), "data.init_args.batch_size", 3)
+    after = with_model(before, "Qwen/Qwen2.5-0.5B-Instruct", None)
+    assert changed(after, started("sft")) != ["data.init_args.batch_size"]
+    since = followed(started("sft"), before, after)
+    assert changed(after, since) == ["data.init_args.batch_size"]

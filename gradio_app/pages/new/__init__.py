@@ -31,6 +31,20 @@ _STEPPING = """
     heading?.focus({ preventScroll: true });
     document.querySelector('nav.steps')?.scrollIntoView({ block: 'start' });
   };
+  // What is clicked before the draft is there would be taken back by it.
+  const steps_of_page = [...document.querySelectorAll('.step')];
+  const restored = () => document.querySelector('#model-facts .chosen');
+  if (!restored()) {
+    for (const step of steps_of_page) step.inert = true;
+    const free = () => { for (const step of steps_of_page) step.inert = false; };
+    const watch = new MutationObserver(() => {
+      if (!restored()) return;
+      watch.disconnect();
+      free();
+    });
+    watch.observe(page, { childList: true, subtree: true });
+    setTimeout(free, 30_000);
+  }
   window.addEventListener('hashchange', () => show(true));
   show(false);
 }

@@ -15,14 +15,19 @@ from gradio_app.pages.frame import when_opened
 from gradio_app.pages.handling import sentence
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.checking import checked_content
-from gradio_app.recipe.choices import of_a_run, recipe_named, started, with_method
+from gradio_app.recipe.choices import of_a_run, recipe_named, started, with_method, with_task
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.form import task_of
 from gradio_app.recipe.parsing import MOST_CHARACTERS, parsed
 from gradio_app.recipe.presets import TASK_NAMES
 from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
 
+_CLICKS = """
+element.addEventListener('click', (event) => {
+  if (event.target.closest('button[data-undo]')) trigger('click', {});
+});
+"""
 _FORGET = """() => {
   const address = new URL(window.location.href);
   for (const name of ['from', 'recipe', 'method']) address.searchParams.delete(name);
@@ -56,7 +61,9 @@ def build(editor: Editor) -> None:
             height=120,
             elem_id="new-recipe-file",
         )
-    editor.show([task, notice], lambda session: _shown(session, t))
+    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=_CLICKS)
+    editor.show([task, notice, undo], lambda session: _shown(session, t))
+    editor.bind_event(undo.click, _undone)
     editor.bind(task.input, _task, [task])
     editor.bind(named.input, _named, [named])
 
@@ -175,19 +182,48 @@ def _shown(session: Session, t: Texts) -> list[Any]:
     if session.told:
         notice = f'<div class="alert" role="alert"><p>{escaped(session.told)}</p></div>'
         session.told = ""
-    return [task.name if task else None, notice]
+    return [task.name if task else None, notice, _undo(session, t)]
+
+
+def _undo(session: Session, t: Texts) -> str:
+    """Returns what a change of the task has kept, with the button that takes it back."""
+    if session.undo is None:
+        return ""
+    before = session.undo[0]
+    kept = [
+        t(f"new.kept_{name}")
+        for name, path in (("model", "model.init_args.model"), ("data", "data.init_args.data"))
+        if value_at(before, path, None) == value_at(session.content, path, None)
+    ]
+    task = task_of(before)
+    key = {0: "new.kept_nothing", 1: "new.kept_one", 2: "new.kept_both"}[len(kept)]
+    said = t(key, what=kept[0] if kept else "")
+    back = t("new.undo_task", task=t(f"new.task_{_key(task.name)}") if task else "")
+    return (
+        f'<p class="copied" role="status">{escaped(said)} '
+        f'<button type="button" class="as-button small" data-undo>{escaped(back)}</button></p>'
+    )
 
 
 def _task(session: Session, name: Any) -> dict[str, Any]:
-    session.copied = ""
-    session.since = started(name, method_of(session.content))
-    return session.since
+    content = with_task(session.content, name)
+    session.undo = (session.content, session.since)
+    session.copied, session.since = "", content
+    return content
+
+
+def _undone(session: Session, _: gr.EventData) -> dict[str, Any]:
+    if session.undo is None:
+        raise Refused("checks.nothing_to_undo")
+    content, session.since = session.undo
+    session.undo = None
+    return content
 
 
 def _named(session: Session, name: Any) -> dict[str, Any]:
     if not name:
         return session.content
-    session.copied = ""
+    session.copied, session.undo = "", None
     session.since = recipe_named(name)
     return session.since
 

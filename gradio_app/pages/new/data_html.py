@@ -76,10 +76,10 @@ def report(found: DataReport, t: Texts) -> str:
 def _verdict(found: DataReport, t: Texts) -> str:
     rows, rejected = found.numbers.get("rows", 0), found.numbers.get("rejected", 0)
     if not found.problems:
-        text = t("new.all_fine", rows=f"{rows:,}")
+        text = t("new.all_fine", rows=t.number(rows))
         return f'<p class="fine" role="status">\u2713 {escaped(text)}</p>'
     key = "new.some_skipped" if found.skipping else "new.some_bad"
-    text = escaped(t(key, rejected=f"{rejected:,}", rows=f"{rows:,}"))
+    text = escaped(t(key, rejected=t.number(rejected), rows=t.number(rows)))
     if found.skipping:
         return f'<p class="careful" role="status">! {text}</p>'
     # The others must be worth training on.
@@ -135,13 +135,13 @@ def _facts(numbers: dict[str, Any], t: Texts) -> str:
         ),
         (
             t("new.fact_duplicates"),
-            f"{sum(split.get('duplicates', 0) for split in splits.values()):,}",
+            t.number(sum(split.get("duplicates", 0) for split in splits.values())),
             "",
         ),
     ]
     if "trained_share" in numbers:
         share = f"{numbers['trained_share']:.0%}"
-        trained = f"{splits['train'].get('trained_tokens', 0):,}"
+        trained = t.number(splits["train"].get("trained_tokens", 0))
         facts.append((t("new.fact_trained"), share, t("new.fact_tokens", tokens=trained)))
     if numbers.get("labels"):
         labels = list(map(str, numbers["labels"]))
@@ -208,9 +208,9 @@ def _lengths(numbers: dict[str, Any], t: Texts) -> str:
     )
     said = t(
         "new.lengths_said",
-        mean=f"{lengths['mean']:,.0f}",
-        longest=f"{lengths['longest']:,}",
-        most=f"{numbers.get('max_length', 0):,}",
+        mean=t.number(lengths["mean"]),
+        longest=t.number(lengths["longest"]),
+        most=t.number(numbers.get("max_length", 0)),
     )
     heads = "".join(
         f'<th scope="col">{escaped(t(f"new.{name}"))}</th>' for name in ("tokens", "rows")

@@ -49,6 +49,7 @@ class Session:
         stopped: Whether the visitor has stopped that.
         rows_read: How many rows of it have been read.
         drafted: Whether it was opened with the draft of the browser.
+        undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
         plans: Memory plans that are known.
     """
@@ -68,6 +69,7 @@ class Session:
     stopped: bool = False
     rows_read: int = 0
     drafted: bool = False
+    undo: Any = None
     starting: bool = False
     plans: Known = field(default_factory=Known)
 

@@ -122,7 +122,9 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
         width = 100 * size / full
         pieces += f'<span class="{part}" style="width:{width:.2f}%"></span>'
         label = escaped(t(f"new.part_{part}"))
-        words.append(f'<li><span class="dot {part}"></span>{label} {gigabytes(size)}</li>')
+        words.append(
+            f'<li><span class="dot {part}"></span>{label} {t.localized(gigabytes(size))}</li>'
+        )
     low, high = plan.numbers["low_bytes"], plan.numbers["high_bytes"]
     device = plan.numbers.get("device") or {}
     state = {True: "fine", False: "bad"}.get(bool(plan.fits), "careful")
@@ -132,12 +134,14 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
     name = device.get("name", "")
     if name == "this machine's memory":
         name = t("new.main_memory")
+    # Both ends come out the same where the range is narrow.
+    one = gigabytes(low) == gigabytes(high)
     said = t(
-        "new.needs",
-        needs=gigabytes(plan.needs),
-        low=gigabytes(low),
-        high=gigabytes(high),
-        has=gigabytes(has),
+        "new.needs_about" if one else "new.needs",
+        needs=t.localized(gigabytes(plan.needs)),
+        low=t.localized(gigabytes(low)),
+        high=t.localized(gigabytes(high)),
+        has=t.localized(gigabytes(has)),
         name=name,
     )
     line = 100 * has / full
@@ -157,7 +161,7 @@ def _mark(state: str) -> str:
 
 def _length(plan: Plan, t: Texts) -> str:
     run = plan.numbers["run"]
-    return t(f"new.length_{plan.length_is}", length=f"{plan.length:,}", batch=run["batch_size"])
+    return t(f"new.length_{plan.length_is}", length=t.number(plan.length), batch=run["batch_size"])
 
 
 def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
@@ -166,7 +170,7 @@ def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
     buttons = ""
     for fix in found:
         fits = t("new.then_fits") if fix.plan.fits else t("new.then_not")
-        total = t("new.fix_total", needs=gigabytes(fix.plan.needs), fits=fits)
+        total = t("new.fix_total", needs=t.localized(gigabytes(fix.plan.needs)), fits=fits)
         kind = "as-button fits" if fix.plan.fits else "as-button"
         buttons += (
             f'<button type="button" class="{kind}" data-fix="{fix.name}">'
@@ -183,7 +187,9 @@ def _recommendation(plan: Plan, t: Texts) -> str:
     methods = plan.numbers.get("methods", {})
     if not methods:
         return ""
-    lora, qlora = (gigabytes(methods[name]["peak_bytes"]) for name in ("lora", "qlora"))
+    lora, qlora = (
+        t.localized(gigabytes(methods[name]["peak_bytes"])) for name in ("lora", "qlora")
+    )
     best = plan.numbers.get("recommended_method")
     advice = t(f"new.recommend_{best}" if best in ("lora", "qlora") else "new.recommend_none")
     compared = t("new.compared", lora=lora, qlora=qlora)

@@ -63,9 +63,12 @@ def build(editor: Editor) -> None:
     memory.build(editor)
     gr.HTML(f"<h3>{escaped(t('new.all_settings'))}</h3>", padding=False)
     marks = gr.HTML("", elem_id="changed-settings", padding=False, js_on_load=_CLICKS)
+    groups: dict[str, Any] = {}
     for group in GROUPS:
         with (
-            gr.Accordion(t(f"fields.group_{group}"), open=False, elem_id=f"group-{group}"),
+            gr.Accordion(
+                t(f"fields.group_{group}"), open=False, elem_id=f"group-{group}"
+            ) as groups[group],
             gr.Row(elem_classes="settings"),
         ):
             for field in FIELDS:
@@ -73,6 +76,7 @@ def build(editor: Editor) -> None:
                     made[field.path] = component(field, t)
     editor.show([method, amount], lambda s: [method_of(s.content), amount_of(s.content)])
     editor.show(list(made.values()), lambda s: [_update(BY_PATH[path], s, t) for path in made])
+    editor.show(list(groups.values()), lambda s: [_has_some(group, s) for group in groups])
     editor.show([marks], lambda s: [changed_html(s, t)])
     editor.bind(method.input, lambda s, name: with_method(s.content, name), [method])
     editor.bind(amount.input, lambda s, name: with_amount(s.content, name), [amount])
@@ -110,6 +114,12 @@ def _name(choice: Any, field: Field, t: Texts) -> str:
 def _update(field: Field, session: Session, t: Texts) -> Any:
     value, applied = shown(field, session.content), applies(field, session.content)
     return gr.update(value=value, visible=applied, **_marks(field, session, t))
+
+
+def _has_some(group: str, session: Session) -> Any:
+    """Shows a group that has settings for the recipe: quantization has none without QLoRA."""
+    of_it = [field for field in FIELDS if field.group == group and field.path not in FIRST]
+    return gr.update(visible=any(applies(field, session.content) for field in of_it))
 
 
 def mark(field: Field, session: Session, t: Texts) -> Any:

@@ -16,7 +16,7 @@ from gradio_app.recipe.checking import check_files
 from gradio_app.recipe.choices import with_model
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.model_files import free_bytes, on_this_machine, weight_bytes
+from gradio_app.recipe.model_files import described, free_bytes, on_this_machine, weight_bytes
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
 from gradio_app.running.words import size
 from gradio_app.texts import Texts
@@ -45,7 +45,16 @@ def build(editor: Editor) -> None:
     with gr.Column(visible=False, elem_id="model-folder") as folder:
         _folder(editor)
     facts = gr.HTML("", elem_id="model-facts", padding=False)
-    editor.show([preset, facts], lambda session: [_preset(session, editor), _facts(session, t)])
+    parts = {"preset": preset, "hub": hub, "folder": folder}
+
+    def shown(session: Session) -> list[Any]:
+        found = source_of(session.content)
+        found = found if found in sources else "preset"
+        visible = [gr.update(visible=name == found) for name in ("hub", "folder")]
+        listed = gr.update(**_preset(session, editor), visible=found == "preset")
+        return [found, listed, *visible, _facts(session, t)]
+
+    editor.show([source, *parts.values(), facts], shown)
     editor.bind(preset.input, lambda session, name: _chosen(session, name), [preset])
 
     def reveal(name: Any) -> list[Any]:
@@ -159,20 +168,29 @@ def _chosen(session: Session, name: Any) -> dict[str, Any]:
     return with_model(session.content, name, None)
 
 
-def _preset(session: Session, editor: Editor) -> Any:
+def source_of(content: dict[str, Any]) -> str:
+    """Returns where the model of a recipe is from: one of :data:`SOURCES`."""
+    model = value_at(content, "model.init_args.model", None)
+    listed = model is None or any(one.name == model for one in MODELS)
+    if listed or value_at(content, "model.init_args.config", None) is not None:
+        return "preset"
+    return "folder" if Path(str(model)).is_absolute() else "hub"
+
+
+def _preset(session: Session, editor: Editor) -> dict[str, Any]:
     models = offered(session, editor)
     current = value_at(session.content, "model.init_args.model", None)
     drawn = value_at(session.content, "model.init_args.config", None) is not None
     rows = [(_row(model, editor.t), model.name) for model in models]
     known = current if not drawn and current in [model.name for model in models] else None
-    return gr.update(choices=rows, value=known)
+    return {"choices": rows, "value": known}
 
 
 def _row(model: Model, t: Texts) -> str:
     title = t("new.demo_base") if model.name == DEMO_BASE else model.name
     row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
     if model.name != DEMO_BASE:
-        fetched = t("new.not_here", size=size(model.download_bytes))
+        fetched = t("new.not_here", size=t.localized(size(model.download_bytes)))
         row += ", " + (t("new.here") if on_this_machine(model.name) else fetched)
     return row
 
@@ -196,10 +214,11 @@ def _facts(session: Session, t: Texts) -> str:
         shown = t("new.demo_base") if name == DEMO_BASE else name
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
-            lines.append(t("new.model_weighs", size=size(model.weight_bytes)))
+            lines.append(t("new.model_weighs", size=t.localized(size(model.weight_bytes))))
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
+            lines.append(_described(Path(name), t))
             lines.append(t("new.model_files", size=size(weight_bytes(Path(name)))))
         elif on_this_machine(name):
             lines.append(t("new.model_here"))
@@ -216,10 +235,24 @@ def _facts(session: Session, t: Texts) -> str:
     return f'<p class="chosen" role="status">{text}</p>{away}'
 
 
+def _described(folder: Path, t: Texts) -> str:
+    """Returns in a sentence what a model in a folder is."""
+    found = described(folder)
+    words = []
+    if found.parameters:
+        words.append(t("new.about_parameters", count=t.localized(weights(found.parameters))))
+    words += filter(None, [found.architecture])
+    if found.context:
+        words.append(t("new.about_context", tokens=t.number(found.context)))
+    words += filter(None, [found.dtype])
+    words.append(t("new.about_chats" if found.chats else "new.about_no_template"))
+    return ", ".join(words) + "."
+
+
 def _download(model: Model | None, t: Texts) -> list[str]:
     """Returns how much is fetched for a model, as far as that is known, and how much room is."""
     free = free_bytes()
     if model is None:
-        return [t("new.download_unknown", free=size(free))]
+        return [t("new.download_unknown", free=t.localized(size(free)))]
     key = "new.download_fits" if model.download_bytes < free else "new.download_no_room"
-    return [t(key, size=size(model.download_bytes), free=size(free))]
+    return [t(key, size=t.localized(size(model.download_bytes)), free=t.localized(size(free)))]

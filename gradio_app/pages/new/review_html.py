@@ -93,7 +93,7 @@ def in_words(session: Session, t: Texts) -> str:
     ]
     if splits:
         train, held = splits["train"]["rows"], splits["validation"]["rows"]
-        words.append(t("new.words_rows", train=f"{train:,}", held=f"{held:,}", data=place))
+        words.append(t("new.words_rows", train=t.number(train), held=t.number(held), data=place))
     else:
         words.append(t("new.words_data", data=place))
     epochs = value_at(content, "trainer.max_epochs", None)
