@@ -31,6 +31,7 @@ _WRITES = re.compile(
     re.DOTALL,
 )
 
+_ADAPTERS = re.compile(r"Unexpected key\(s\) in state_dict: .*\.lora_[AB]\.", re.DOTALL)
 _SHAPES = re.compile(r"The size of tensor a \(\d+\) must match the size of tensor b \(\d+\)")
 
 
@@ -117,6 +118,12 @@ def explained(module: nn.Module, error: Exception) -> LifecycleError | None:
             "of a copy that the module holds, which leaves the base out, or over "
             "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
             f"{text.splitlines()[0]}"
+        )
+    if isinstance(error, RuntimeError) and _ADAPTERS.search(text):
+        return LifecycleError(
+            "A hook loads the state of adapted layers into layers without adapters. Make the copy "
+            "by copy.deepcopy, or before the adapters are added (in `__init__` or `setup`). torch "
+            f"says: {text[:200]}"
         )
     if isinstance(error, RuntimeError) and _SHAPES.search(text) and _in_hook(error):
         return LifecycleError(

@@ -200,6 +200,16 @@ def test_averages_that_are_older_than_the_adapters(kind, message, tmp_path) -> N
     assert caught.value.__cause__ is not None
 
 
+def test_states_with_adapters_go_into_copies_only(tmp_path) -> None:
+    class Plain(Averaging):
+        def on_train_start(self) -> None:
+            self.plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+            self.plain.load_state_dict(self.net.state_dict())
+
+    with pytest.raises(LifecycleError, match=r"layers without adapters(.|\n)*copy\.deepcopy"):
+        fit(Plain(), tmp_path, "lora")
+
+
 def test_other_errors_of_hooks_stay_the_users_own(tmp_path) -> None:
     class Wrong(Averaging):
         def on_train_batch_end(self, *given: Any) -> None:
