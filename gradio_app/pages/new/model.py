@@ -219,7 +219,7 @@ def _facts(session: Session, t: Texts) -> str:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
             lines.append(_described(Path(name), t))
-            lines.append(t("new.model_files", size=size(weight_bytes(Path(name)))))
+            lines.append(t("new.model_files", size=t.localized(size(weight_bytes(Path(name))))))
         elif on_this_machine(name):
             lines.append(t("new.model_here"))
         else:
