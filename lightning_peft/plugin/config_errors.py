@@ -74,7 +74,9 @@ def _classes(module: str, place: str | None) -> list[str]:
 def _unknown_keys(message: str, root: str) -> Iterable[str]:
     trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
     known = [*ROOTS, *(f"trainer.{name}" for name in trainer if name != "self")]
-    for key in re.findall(r"(?:unrecognized arguments: --|Key '|accept option ')([\w.]+)", message):
+    where = "" if "class_path" in message else "|Option '"
+    pattern = rf"(?:unrecognized arguments: --|Key '|accept option '{where})([\w.]+)"
+    for key in re.findall(pattern, message):
         yield f"there is no {key!r}{near_key(key, known)}"
 
 

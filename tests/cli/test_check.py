@@ -121,3 +121,11 @@ def test_right_overrides_of_a_run_are_taken_by_all(run, good, command):
     assert "All 4 rows can be trained on." in out
     code, _, err = run(command, "--data=good.jsonl", f"--tokenizer={BASE}", "--model.x=1")
     assert (code, "is for a config with a model" in err) == (2, True)
+
+
+def test_a_misspelled_key_of_a_config_file_is_answered_with_the_nearest():
+    from lightning_peft.plugin.config_errors import explained
+
+    said = explained("Option 'trainerr.max_steps' is not accepted", "lightning")
+
+    assert said.startswith("there is no 'trainerr.max_steps'; near names: trainer.max_steps")
