@@ -81,7 +81,7 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
     if given.data and given.tools:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
     if given.data and not Path(given.data).exists() and "/" not in given.data:
-        raise ConfigError(f"--data {given.data!r} is no file or folder here.")
+        raise ConfigError(f"--data {given.data!r} is not a file or folder here.")
     speaker = make_speaker(given)
     with import_module("lightning_peft.cli.progress").progress_to_stderr() as progress:
         if prompts is not None:

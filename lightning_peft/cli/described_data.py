@@ -72,8 +72,8 @@ def _class(path: str, words: Sequence[str]) -> Any:
     base = import_module("lightning_peft.data.rows_data").RowsData
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise ConfigError(
-            f"data.class_path={path!r} is no data module of this package that reads row by row, so "
-            "there are none to show. preview is for lightning_peft.SupervisedData and its like."
+            f"data.class_path={path!r} is not a data module of this package that reads row by row, "
+            "so there are none to show. preview is for lightning_peft.SupervisedData and its like."
         )
     return cls
 

@@ -31,9 +31,9 @@ def hub_dataset(data: str, config: str | None, revision: str | None, streaming: 
     # The library runs code of many others: requests, fsspec, pyarrow, pandas.
     except Exception as error:
         raise ConfigError(
-            f"{data!r} is no file or folder here, and the hub did not give a dataset of that name: "
-            f"{_reason(error)}. Check the spelling, the network (HF_HUB_OFFLINE must not be set), "
-            "hub_config, hub_revision, and `hf auth login` for a gated dataset."
+            f"{data!r} is not a file or folder here, and the hub did not give a dataset of that "
+            f"name: {_reason(error)}. Check the spelling, the network (HF_HUB_OFFLINE must not be "
+            "set), hub_config, hub_revision, and `hf auth login` for a gated dataset."
         ) from error
 
 

@@ -41,7 +41,7 @@ def _unknown_arguments(message: str) -> Iterable[str]:
     ):
         module, _, name = path.rpartition(".")
         known = arguments_of(getattr(import_module(module), name))
-        yield f"{option!r} is no argument of {name}{near_names(option, known)}"
+        yield f"{option!r} is not an argument of {name}{near_names(option, known)}"
 
 
 def _unknown_classes(message: str) -> Iterable[str]:

@@ -116,7 +116,8 @@ def _not_made(error: ValueError, root: str) -> str:
     if named is None:
         return f"Something of the config cannot be made: {cause(error)}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
-    return f"trainer.strategy={named[1]!r} is no strategy of Lightning{near_names(named[1], known)}"
+    near = near_names(named[1], known)
+    return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"
 
 
 def quiet(root: str) -> None:

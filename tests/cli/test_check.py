@@ -86,7 +86,7 @@ def test_what_cannot_be_read_at_all_is_two(run, tmp_path):
 
 
 OVERRIDES = {
-    "--model.init_args.modl=x": "'modl' is no argument of CausalLM; near names: model",
+    "--model.init_args.modl=x": "'modl' is not an argument of CausalLM; near names: model",
     "--modle.init_args.model=x": "near names: model.init_args.model",
     "--trainer.max_epohcs=1": "near names: trainer.max_epochs",
     "--trainer.max_epochs=many": "trainer.max_epochs='many': a whole number is expected",

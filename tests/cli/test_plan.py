@@ -146,7 +146,7 @@ def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):
     assert json.loads(done.stdout) == json.loads(by_hand.stdout)
     done = here(*words, "--trainer.strategy.init_args.rank=4")
     assert done.returncode == 2
-    assert "'rank' is no argument of QLoRAStrategy; near names: " in done.stderr
+    assert "'rank' is not an argument of QLoRAStrategy; near names: " in done.stderr
     done = here("--config=text-classification-lora", "--model.init_args.model=model")
     assert done.returncode == 2
     assert "is not a task that is planned" in done.stderr

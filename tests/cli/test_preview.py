@@ -183,7 +183,7 @@ def test_data_of_others_cannot_be_previewed(here, tmp_path):
     (tmp_path / "own.yaml").write_text("data:\n  class_path: torch.nn.Linear\n")
     done = here(GOOD, "--config=own.yaml")
     assert done.returncode == 2
-    assert "is no data module of this package" in done.stderr
+    assert "is not a data module of this package" in done.stderr
 
 
 def test_all_arguments_are_listed(here):

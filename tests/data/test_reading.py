@@ -131,7 +131,7 @@ def test_a_path_that_is_not_there_names_the_nearest(tmp_path):
         rows(tmp_path / "trian.jsonl")
     with pytest.raises(ConfigError, match="holds no data"):
         rows((tmp_path / "empty").mkdir() or tmp_path / "empty")
-    with pytest.raises(ConfigError, match="'nobody/nothing' is no file or folder here"):
+    with pytest.raises(ConfigError, match="'nobody/nothing' is not a file or folder here"):
         rows("nobody/nothing")
 
 
