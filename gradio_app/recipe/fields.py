@@ -368,8 +368,9 @@ CHOSEN = frozenset(
 # In the YAML alone.
 ONLY_YAML = frozenset(
     {
-        *(f"{_MODEL}config",),
+        *(f"{_MODEL}{name}" for name in ("config", "average_across_step")),
         *(f"{_DATA}{name}" for name in ("validation_data", "test_data", "cache_dir")),
+        *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
         *(f"{_STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
         *("trainer.logger", "trainer.callbacks.BestCheckpoint.init_args.filename"),
     }

@@ -7,16 +7,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
-from datasets import ClassLabel, Features
 from pyarrow import ipc, parquet
 
 from lightning_peft.data.opening import compression_of, opened, readable
 from lightning_peft.data.read_as import Entry, ReadAs, Reading
 from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import ClassLabel
 
 _BATCH = 256
 
@@ -131,13 +134,16 @@ def _classes(schema: Any) -> dict[str, ClassLabel]:
     """Returns the columns of classes, which the datasets library keeps as numbers."""
     if b"huggingface" not in (schema.metadata or {}):
         return {}
+    # On use: the web page reads the first rows of a file in a process that stays light.
+    datasets = import_module("datasets")
     try:
         kept = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        features = Features.from_dict(kept)
+        features = datasets.Features.from_dict(kept)
     # Written by a newer version, or by hand: the numbers are labels as well.
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
+    kinds = features.items()
+    return {name: kind for name, kind in kinds if isinstance(kind, datasets.ClassLabel)}
 
 
 def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any]:

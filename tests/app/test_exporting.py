@@ -300,10 +300,10 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_text("is no name on the hub").wait_for()
     page.get_by_label("Repository").fill("me/mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
-    page.get_by_text("Exporting").wait_for()
+    # Seen at once: a small adapter is exported in a moment.
+    page.get_by_text("It goes on if you close this tab").wait_for()
     screenshot(page, "export-going")
     open_tab(page, site, run)
-    page.get_by_text("It goes on if you close this tab").wait_for()
     page.get_by_role("heading", name="Upload this?").wait_for(timeout=60_000)
     page.get_by_text("to me/mine (private, if it is new)").wait_for()
     assert Hub.made == []
@@ -322,7 +322,7 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_role("button", name="Upload", exact=True).click()
     page.get_by_text("Exporting").wait_for()
     token.wait_for(state="detached")
-    page.locator("#export-list").get_by_text("Uploaded").wait_for(timeout=60_000)
+    page.locator("#export-list .badge", has_text="Uploaded").wait_for(timeout=60_000)
     (made,) = Hub.made
     assert made.get("private") is True or made.get("visibility") == "private"
     assert len(Hub.commits) == 1

@@ -96,7 +96,7 @@ class _Warm:
     def __init__(self, public: Public, detail: str) -> None:
         self.public, self._detail = public, detail
 
-    def run(self, words: list[str], seconds: float) -> Completed:
+    def run(self, words: list[str], seconds: float, *_: object) -> Completed:
         rows = [{"row": 1, "file": "rows.jsonl", "detail": self._detail}]
         first = [{"row": 2, "runs": [{"text": "/usr/bin/env", "trained": True}]}]
         return Completed(1, json.dumps({"problems": [{"rows": rows}], "first_rows": first}))

@@ -32,6 +32,10 @@ ROOMS: dict[str, set[str]] = {
 LIGHT = {
     "lightning_peft.cli",
     "lightning_peft.cli.recipes",
+    "lightning_peft.data.charsets",
+    "lightning_peft.data.data_files",
+    "lightning_peft.data.read_as",
+    "lightning_peft.data.rows_read",
     "lightning_peft.errors",
     "lightning_peft.runs.folder",
     "lightning_peft.export.loading_code",

@@ -60,6 +60,7 @@ def test_injection_fills_it() -> None:
         "revision": None,
         "class": "Stack",
         "dtype": "float32",
+        "vocabulary": None,
     }
     assert entry.base.names == ("first.weight", "first.bias", "second.weight", "second.bias")
     assert entry.base.shapes == ((64, 96), (64,), (96, 64), (96,))
