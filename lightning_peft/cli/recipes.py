@@ -74,8 +74,26 @@ def find_recipe(name: str) -> Path:
 
 
 def resolved(file: Path) -> str:
-    """Returns the text of a recipe in which ``package:`` and ``recipe:`` paths are absolute."""
-    text = file.read_text(encoding="utf-8")
+    """Returns the text of a recipe in which ``package:`` and ``recipe:`` paths are absolute.
+
+    Raises:
+        ConfigError: If the file is not YAML in UTF-8; line and column are named.
+    """
+    yaml = import_module("yaml")
+    try:
+        text = file.read_text(encoding="utf-8")
+        yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{str(file)!r} is not a text in UTF-8 (byte {error.start}). Save it as UTF-8."
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(
+            f"{str(file)!r} is not valid YAML{place}. Look there and above for a bracket or quote "
+            "that is not closed, a missing space after a colon, a tab, or another indentation."
+        ) from error
     for mark, folder in (("package", _PACKAGE), ("recipe", recipes_folder())):
         text = text.replace(f": {mark}:", f": {folder.as_posix()}/")
     return text

@@ -91,26 +91,28 @@ def near_key(key: str, known: Iterable[str]) -> str:
 
 
 def _key(message: str) -> str:
-    found = re.search(r'Parser key "([\w.]+)"', message)
-    return found[1] if found else "class_path"
+    """Returns the innermost key that a message names."""
+    found = re.findall(r'Parser key "([\w.]+)"', message)
+    return found[-1] if found else "class_path"
 
 
 def _wrong_value(message: str) -> str | None:
     """Returns what a value has to be, where its type is all that is wrong."""
     value = re.search(r"(?:Given value: |Got value: )(.*)", message)
     literal = re.search(r"Literal\[(.*?)\]", message)
-    if value is None or not _key(message).strip() or "NestedArg" in value[1]:
+    if value is None or "NestedArg" in value[1]:
         return None
+    key = _key(message[: value.start()])
     given = value[1].strip().strip("'\"")
     if literal is not None:
         words = re.findall(r"'([^']*)'", literal[1])
         hint = near_names(given, words)
-        return f"{_key(message)}={given!r} is none of {', '.join(words)}{hint}"
+        return f"{key}={given!r} is none of {', '.join(words)}{hint}"
     kinds = re.findall(r"Expected an? <class '([\w.]+)'>", message)
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
     kinds = [kind for kind in kinds if kind != "NoneType"]
     expected = " or ".join(dict.fromkeys(names.get(kind, kind) for kind in kinds))
-    return f"{_key(message)}={given!r}: {expected} is expected" if expected else None
+    return f"{key}={given!r}: {expected} is expected" if expected else None
 
 
 def arguments_of(cls: type) -> list[str]:

@@ -94,6 +94,7 @@ OVERRIDES = {
     "--data.class_path=lightning_peft.SupervizedData": "near names: lightning_peft.SupervisedData",
     "--data.init_args.shape=mesages": "near names: messages",
     "--config=sft-qlroa": "Near names: sft-qlora",
+    "--data.init_args.batch_size=two": "batch_size='two': a whole number is expected",
 }
 
 
@@ -129,3 +130,19 @@ def test_a_misspelled_key_of_a_config_file_is_answered_with_the_nearest():
     said = explained("Option 'trainerr.max_steps' is not accepted", "lightning")
 
     assert said.startswith("there is no 'trainerr.max_steps'; near names: trainer.max_steps")
+
+
+@pytest.mark.parametrize("command", ["preview", "check", "plan", "fit"])
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        (b"model: [1,2\ntrainer: x\n", "is not valid YAML: line 2, column 8"),
+        (b"model: \xe4\n", "is not a text in UTF-8 (byte 7)"),
+    ],
+)
+def test_a_config_that_cannot_be_parsed_is_named_with_its_place(
+    run, tmp_path, command, content, answer
+):
+    (tmp_path / "broken.yaml").write_bytes(content)
+    code, _, err = run(command, f"--config={tmp_path / 'broken.yaml'}")
+    assert (code, answer in err) == (2, True), err
