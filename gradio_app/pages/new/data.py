@@ -69,12 +69,14 @@ def _shown(session: Session, editor: Editor) -> list[Any]:
     place = str(value_at(session.content, _DATA + "data", ""))
     source = source_of(session, place)
     shown = [gr.update(visible=source == one) for one in SOURCES]
-    return [source, *shown, data_html.chosen(place, editor.t)]
+    model = str(value_at(session.content, "model.init_args.model", ""))
+    own = bool(model) and not model.startswith(data_html.EXAMPLES)
+    return [source, *shown, data_html.chosen(place, editor.t, own)]
 
 
 def source_of(session: Session, place: str) -> str:
     """Returns where rows are from: one of :data:`SOURCES`."""
-    if place.startswith(("package:", "recipe:")):
+    if place.startswith(data_html.EXAMPLES):
         return "example"
     if place.startswith(UPLOAD):
         return "upload"

@@ -13,17 +13,28 @@ from gradio_app.recipe.rows import Table
 from gradio_app.texts import Texts
 from gradio_app.uploads import own_name
 
+# How data and models that come with the program are named.
+EXAMPLES = ("package:", "recipe:")
 # Of each kind of problem, as many rows are told one by one.
 MOST_PROBLEMS = 20
 _LONGEST_RUN = 4000
 
 
-def chosen(place: str, t: Texts) -> str:
-    """Returns the line that names the data."""
+def chosen(place: str, t: Texts, own_model: bool = False) -> str:
+    """Returns the line that names the data.
+
+    Args:
+        place: Where the data is.
+        t: The texts.
+        own_model: Whether the model is another one than that of the example.
+    """
     if not place:
         text = t("new.data_none")
-    elif place.startswith(("package:", "recipe:")):
+    elif place.startswith(EXAMPLES):
         text = t("new.data_is_example", name=place.rpartition("/")[2])
+        if own_model:
+            ask = escaped(t("new.data_still_example"))
+            return f'<p class="not-now" role="status">{escaped(text)} {ask}</p>'
     else:
         shown = "-".join(place.split("-")[2:]) if place.startswith(UPLOAD) else place
         text = t("new.data_chosen", name=shown)
