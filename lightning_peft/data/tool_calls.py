@@ -9,6 +9,16 @@ from typing import Any
 from lightning_peft.data.samples import RowProblems, shortened
 
 
+def _items(value: Any) -> list[Any] | None:
+    """Returns a list, a single object as a list of one, or ``None`` for anything else."""
+    found = parsed(value)
+    if is_empty(found):
+        return []
+    if isinstance(found, Mapping):
+        return [found]
+    return found if isinstance(found, list) else None
+
+
 def parsed(value: Any) -> Any:
     """Returns what a JSON string holds, or ``value`` itself where it is not one."""
     if not isinstance(value, str):
@@ -35,12 +45,8 @@ def read_tools(value: Any, name: str) -> list[dict[str, Any]]:
     Raises:
         RowProblems: If it is something else.
     """
-    found = parsed(value)
-    if is_empty(found):
-        return []
-    if isinstance(found, Mapping):
-        found = [found]
-    if not isinstance(found, list):
+    found = _items(value)
+    if found is None:
         raise RowProblems([("tools", f"has {shortened(value)} as {name}, not a list of tools")])
     tools, problems = [], []
     for place, one in enumerate(found, start=1):
@@ -73,12 +79,8 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     Raises:
         RowProblems: If it is something else, or arguments are not JSON objects.
     """
-    found = parsed(value)
-    if is_empty(found):
-        return []
-    if isinstance(found, Mapping):
-        found = [found]
-    if not isinstance(found, list):
+    found = _items(value)
+    if found is None:
         raise RowProblems([("tools", f"{place} has {shortened(value)} as tool_calls, not a list")])
     calls, problems = [], []
     for number, one in enumerate(found, start=1):

@@ -13,10 +13,10 @@ from pathlib import Path
 import openpyxl
 import pandas
 import pyarrow
-import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from openpyxl.utils.exceptions import IllegalCharacterError
+from properties import few_and_many
 
 from lightning_peft.data.reading import Source
 from lightning_peft.errors import ConfigError
@@ -29,22 +29,6 @@ SURE = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 COMPRESSIONS = ["", "gz", "bz2", "xz", "zst", "zip"]
 KINDS = ["csv", "jsonl", "json", "parquet", "xlsx", "arrow"]
 ODD = "{}[]\",:'\\\n\r\t a1;|-.eE\u00e9#/"
-
-
-def few_and_many(test):
-    """Runs a property on some examples and, in the long tests, on 2,000."""
-
-    @pytest.mark.parametrize(
-        "examples", [pytest.param(40, id="few"), pytest.param(2000, id="many", marks=LONG)]
-    )
-    def both(examples):
-        how = {"deadline": None, "derandomize": True, "database": None}
-        settings(max_examples=examples, suppress_health_check=list(HealthCheck), **how)(test)()
-
-    return both
-
-
-LONG = (pytest.mark.long, pytest.mark.timeout(3000))
 
 
 @st.composite
@@ -95,7 +79,7 @@ def refused_in_words(name, content):
     assert not said or (name in said and len(said) > len(name) + 25)
 
 
-@few_and_many
+@few_and_many()
 @given(
     table=tables(),
     delimiter=st.sampled_from(",;\t|"),
@@ -140,7 +124,7 @@ LAYOUTS = {
 }
 
 
-@few_and_many
+@few_and_many()
 @given(
     rows=ROWS,
     layout=st.sampled_from(list(LAYOUTS)),
@@ -161,13 +145,13 @@ def test_json_is_read_in_any_layout(rows, layout, encoding, how, ascii_only, suf
 NAMED = [f"a.{kind}" for kind in (*KINDS, "tsv", "txt", "csv.gz", "json.zst", "jsonl.xz", "zip")]
 
 
-@few_and_many
+@few_and_many()
 @given(content=st.binary(max_size=200), name=st.sampled_from(NAMED))
 def test_bytes_of_no_kind_are_refused_in_words(content, name):
     refused_in_words(name, content)
 
 
-@few_and_many
+@few_and_many()
 @given(text=st.text(st.sampled_from(ODD), max_size=60), name=st.sampled_from(NAMED[:3]))
 def test_marks_without_sense_are_refused_in_words(text, name):
     refused_in_words(name, text.encode())
@@ -192,7 +176,7 @@ def written(kind, names, rows):
     return out.getvalue()
 
 
-@few_and_many
+@few_and_many()
 @given(
     table=tables(),
     kind=st.sampled_from(KINDS),
@@ -211,7 +195,7 @@ def test_damaged_files_are_refused_in_words(table, kind, how, share, byte):
     refused_in_words(f"rows.{kind}" + (how and f".{how}"), kept + rest)
 
 
-@few_and_many
+@few_and_many()
 @given(table=tables(), kind=st.sampled_from(["json", "parquet", "arrow"]))
 def test_what_pandas_and_pyarrow_write_is_read(table, kind):
     names, rows = table
