@@ -143,6 +143,8 @@ def _fault(blocks: Blocks, encoding: str, errors: str = "strict") -> int | None:
 
 def _wide(start: bytes, name: str) -> str:
     """Returns which UTF-16 or UTF-32 without a mark some bytes are; no other text has zeros."""
+    zero = start.index(0)
+    # Whole characters; the zero itself may be in what is left over.
     start = start[: len(start) // 4 * 4 or len(start) // 2 * 2]
 
     def plain(encoding: str) -> float:
@@ -157,7 +159,7 @@ def _wide(start: bytes, name: str) -> str:
     odd = sum(kind in ("Cc", "Cn", "Co", "Cs") for kind in kinds)
     if plain(found) < 0.05 or 50 * odd > len(text):
         raise ConfigError(
-            f"{name!r} holds bytes that are not text (a zero at byte {start.index(0) + 1:,}). It "
+            f"{name!r} holds bytes that are not text (a zero at byte {zero + 1:,}). It "
             "is damaged, or of another kind than its name says."
         )
     return found

@@ -52,7 +52,7 @@ _REASONS = {
     "OSF": "it rewrites the base weights, which checkpoints of adapters do not hold",
     "POLY": "its forward pass takes the task of each row as an argument",
     "XLORA": "it mixes adapters that exist already through a classifier of its own",
-    "SHADOW": "it adds a second model beside the first",
+    "SHADOW": "it adds a second model next to the first",
 }
 # Where PEFT would choose other layers than the linear ones, or none.
 _NEEDS_TARGETS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 import openpyxl
 import pandas
 import pyarrow
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from openpyxl.utils.exceptions import IllegalCharacterError
@@ -201,3 +202,8 @@ def test_what_pandas_and_pyarrow_write_is_read(table, kind):
     names, rows = table
     found, _ = read(f"rows.{kind}", written(kind, names, rows))
     assert [row.value for row in found] == [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def test_a_zero_after_the_last_whole_character_is_named():
+    with pytest.raises(ConfigError, match="holds bytes that are not text .a zero at byte 5"):
+        read("a.csv", b"\x01\x01\x01\x01\x00")
