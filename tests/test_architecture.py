@@ -23,7 +23,7 @@ PACKAGE = "lightning_peft"
 
 # Room -> rooms it may import, top floor first. The root may not be imported by anyone.
 FLOORS: dict[str, set[str]] = {
-    "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
+    "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors", "exports"},
     "cli": {
         "demo",
         "doctor",
@@ -39,15 +39,16 @@ FLOORS: dict[str, set[str]] = {
     },
     "doctor": {"engine", "errors"},
     "demo": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
-    "tasks": {"data", "runs", "plan", "plugin", "engine", "errors"},
+    "tasks": {"data", "runs", "plan", "plugin", "engine", "errors", "exports"},
     "data": {"tasks", "runs", "plan", "plugin", "engine", "errors"},
     "runs": {"plan", "plugin", "engine", "errors"},
     "plan": {"plugin", "engine", "errors"},
     "export": {"runs", "plan", "plugin", "engine", "errors"},
     "chat": {"export", "data", "runs", "plan", "plugin", "engine", "errors"},
     "plugin": {"engine", "errors"},
-    "engine": {"errors"},
+    "engine": {"errors", "exports"},
     "errors": set(),
+    "exports": set(),
 }
 # One floor, two rooms: they may use each other's public names only.
 NEIGHBOURS = {("tasks", "data"), ("data", "tasks")}

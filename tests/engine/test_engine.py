@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib import import_module
+from types import ModuleType
 
 import pytest
 
-from lightning_peft import engine
+import lightning_peft
+from lightning_peft import engine, tasks
 
 
-@pytest.mark.parametrize("name", engine.__all__)
-def test_every_name_exists_in_its_home(name: str) -> None:
-    home = import_module(f"lightning_peft.engine.{engine._HOME_OF[name]}")
-    assert getattr(engine, name) is getattr(home, name)
+@pytest.mark.parametrize("package", [lightning_peft, engine, tasks], ids=lambda p: p.__name__)
+def test_every_exported_name_loads_on_first_use(package: ModuleType) -> None:
+    assert package.__all__ == sorted(set(package.__all__))
+    for name in package.__all__:
+        assert name.isupper() or getattr(package, name).__name__ == name
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'nothing'"):
+        _ = package.nothing
 
 
-def test_no_name_is_forgotten() -> None:
-    assert sorted(engine._HOME_OF) == sorted(engine.__all__)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = engine.nothing
+def test_a_name_is_the_one_of_its_module() -> None:
+    from lightning_peft.engine.injection import inject
+
+    assert engine.inject is inject
+    assert lightning_peft.inject is inject
+    assert vars(engine)["inject"] is inject
 
 
 def test_importing_the_engine_loads_nothing_heavy() -> None:

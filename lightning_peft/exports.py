@@ -1,0 +1,41 @@
+"""Packages whose names load on first use, and stand in a type stub only.
+
+Not ``lazy_loader.attach_stub``: it keeps every value, and loads all of them at once under
+``EAGER_IMPORT``, while classes with a Lightning base depend on which Lightning is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+def attach_stub(
+    package: str, bind: Callable[[Any], Any] | None = None, bound: tuple[str, ...] = ("",)
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Returns ``__getattr__``, ``__dir__`` and ``__all__`` of ``package``, from its ``.pyi``.
+
+    Args:
+        package: The package's ``__name__``; ``__init__.pyi`` has ``from .module import name``.
+        bind: Called with a value at each access, instead of keeping the value.
+        bound: How the modules start whose values are bound.
+    """
+    module = sys.modules[package]
+    stub = ast.parse(Path(module.__path__[0], "__init__.pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    home_of = {alias.name: node.module or "" for node in imports for alias in node.names}
+
+    def load(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{package}.{home_of[name]}"), name)
+        if bind is not None and home_of[name].startswith(bound):
+            return bind(value)
+        setattr(module, name, value)
+        return value
+
+    return load, lambda: sorted({*vars(module), *home_of}), sorted(home_of)
