@@ -42,7 +42,7 @@ class HubError(LightningPeftError, RuntimeError):
     """The hub cannot be reached, or refuses what was asked of it."""
 
 
-def near_names(wanted: str, known: Iterable[str]) -> str:
+def similar_names(wanted: str, known: Iterable[str]) -> str:
     """Returns ``"; near names: ..."`` with what of ``known`` looks like ``wanted``, or ``""``."""
     near = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.4)
     return f"; near names: {', '.join(near)}" if near else ""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lightning_peft.chat.speaking import BASE, Answer, Speaker
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 HELP = """\
 /adapter NAME   this adapter answers from now on; the conversation stays
@@ -70,7 +70,7 @@ class Conversation:
             return f"{self.speaker.active} answers"
         known = ("/adapter", "/base", "/adapters", "/reset", "/help", "/quit")
         raise ConfigError(
-            f"There is no command {word!r}{near_names(word, known)}. /help lists all."
+            f"There is no command {word!r}{similar_names(word, known)}. /help lists all."
         )
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 
 if TYPE_CHECKING:
     from lightning_peft.chat.speaking import Speaker
@@ -213,7 +213,7 @@ def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str
     if row is None:
         raise ConfigError("The line is no JSON object. A request is one, on a line of its own.")
     unknown = [name for name in row if name not in FIELDS]
-    problems = [f"there is no field {name!r}{near_names(name, FIELDS)}" for name in unknown]
+    problems = [f"there is no field {name!r}{similar_names(name, FIELDS)}" for name in unknown]
     if key is None:
         problems.append(f"id={row.get('id')!r}: a text or a whole number, to tell answers apart")
     adapter = row.get("adapter", names[0])
@@ -235,7 +235,7 @@ def _problems_of_messages(messages: Any) -> Iterator[str]:
             continue
         unknown = [key for key in turn if key not in ("role", "content", *TURN_KEYS)]
         for key in unknown:
-            yield f"messages[{place}]: there is no key {key!r}{near_names(key, TURN_KEYS)}"
+            yield f"messages[{place}]: there is no key {key!r}{similar_names(key, TURN_KEYS)}"
         if turn["role"] not in ROLES or not isinstance(turn["content"], str):
             yield f"messages[{place}]: role is one of {', '.join(ROLES)}, and content a text"
         elif turn["role"] == "system" and place:

@@ -16,7 +16,7 @@ from lightning_peft.data.key_use import unwritten
 from lightning_peft.data.rendering import Rendering, check_variables
 from lightning_peft.data.templates import Template, find_template
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.loading import Loaded
 
@@ -102,7 +102,8 @@ class Speaker:
         if name not in self.names:
             known = ", ".join(self.names)
             raise ConfigError(
-                f"There is no adapter {name!r}{near_names(name, self.names)}. There are: {known}."
+                f"There is no adapter {name!r}{similar_names(name, self.names)}. "
+                f"There are: {known}."
             )
         if name != BASE:
             engine.set_adapter(self.loaded.model, name)

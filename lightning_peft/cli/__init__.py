@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 
 # What each group of commands is for, and the commands, which are modules of this room. Their heavy
 # parts load when they run: help must come at once.
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in COMMANDS:
-        hint = near_names(name, COMMANDS)
+        hint = similar_names(name, COMMANDS)
         print(f"lightning-peft: there is no command {name!r}{hint}.", file=sys.stderr)
         return 2
     try:

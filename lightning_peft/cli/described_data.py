@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.recipes import find_recipe, resolved, with_files
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 _DEFAULT = "lightning_peft.SupervisedData"
 # What only concerns the order and loading of batches.
@@ -67,7 +67,7 @@ def _class(path: str, words: Sequence[str]) -> Any:
         shapes = import_module("lightning_peft.data.shapes").SHAPES.values()
         known = dict.fromkeys(f"lightning_peft.{shape.taken_by}" for shape in shapes)
         raise ConfigError(
-            f"data.class_path={path!r}: there is no such class{near_names(path, known)}."
+            f"data.class_path={path!r}: there is no such class{similar_names(path, known)}."
         )
     base = import_module("lightning_peft.data.rows_data").RowsData
     if not isinstance(cls, type) or not issubclass(cls, base):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import near_names
+from lightning_peft.errors import similar_names
 
 _SHOWN = 20
 
@@ -41,7 +41,7 @@ class LabelNames:
         raise EncodingProblem(
             "label",
             f"has the {what} {label!r}, which is none of the {len(self.given)} that are given"
-            + near_names(label, self.given),
+            + similar_names(label, self.given),
         )
 
     def add(self, names: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from lightning_peft.data.template_context import reserved
 from lightning_peft.data.templates import Template
 from lightning_peft.data.thoughts import for_templates
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,7 +180,7 @@ def check_variables(given: Mapping[str, Any], what: str, known: frozenset[str]) 
     taken = reserved(given)
     unknown = [name for name in given if name not in known and name not in taken]
     problems = [f"{name!r} is set by the data and its other arguments" for name in taken]
-    problems += [f"{what} has no variable {name!r}{near_names(name, known)}" for name in unknown]
+    problems += [f"{what} has no variable {name!r}{similar_names(name, known)}" for name in unknown]
     if problems:
         has = f" It has {', '.join(sorted(known))}." if known else ""
         raise ConfigError(

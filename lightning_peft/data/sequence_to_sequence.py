@@ -17,7 +17,7 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -278,7 +278,7 @@ class Seq2SeqData(TokenizedData):
         known = [token for token in tokenizer.all_special_tokens if not token.startswith("<")]
         strange = [code for code in asked if code not in known]
         if strange:
-            hints = "".join(f"\n  - {code!r}{near_names(code, known)}" for code in strange)
+            hints = "".join(f"\n  - {code!r}{similar_names(code, known)}" for code in strange)
             raise ConfigError(
                 f"The tokenizer {name!r} has no such language codes: {hints}\nGive the rows' own "
                 'names with the tokenizer\'s codes: language_codes={"en": "eng_Latn"}.'

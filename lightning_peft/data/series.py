@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_peft.data.files_read import how_read, say_how_read
 from lightning_peft.data.reading import Row, Source
 from lightning_peft.data.validation import Problem, describe
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.plugin.namespace import PerNamespace
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def _columns(rows: Sequence[Row], asked: list[str] | None, time: str | None) -> 
     first = rows[0].value or {}
     names = [*(asked or []), *([] if time is None else [time])]
     unknown = [
-        f"{name!r} is no column{near_names(name, first)}" for name in names if name not in first
+        f"{name!r} is no column{similar_names(name, first)}" for name in names if name not in first
     ]
     found = asked or [n for n, value in first.items() if n != time and _number(value) is not None]
     if unknown or not found:

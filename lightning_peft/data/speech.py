@@ -22,7 +22,7 @@ from lightning_peft.data.shapes import Layout
 from lightning_peft.data.speech_rows import AudioSource, SpeechRows
 from lightning_peft.data.tokenized import load_tokenizer
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 # Whisper's decoder has so many places; others have more.
 LONGEST_TRANSCRIPT = 448
@@ -261,7 +261,7 @@ def _set_language(tokenizer: Any, asked: dict[str, Any]) -> None:
         known = [token[2:-2] for token in tokenizer.all_special_tokens if token.startswith("<|")]
         raise ConfigError(
             f"{asked} cannot be used: the tokenizer {tokenizer.name_or_path!r} has no token "
-            f"{' and '.join(lacking)}{near_names(str(language), [*known, *TO_LANGUAGE_CODE])}. "
+            f"{' and '.join(lacking)}{similar_names(str(language), [*known, *TO_LANGUAGE_CODE])}. "
             "Name what the model was trained on."
         )
 
@@ -278,6 +278,6 @@ def _made(settings: dict[str, Any]) -> Any:
     known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
     strange = sorted(set(given) - known)
     if strange:
-        hints = "; ".join(f"{word!r}{near_names(word, known)}" for word in strange)
+        hints = "; ".join(f"{word!r}{similar_names(word, known)}" for word in strange)
         raise ConfigError(f"feature_extractor: {name} has no setting {hints}. Correct the name.")
     return kind(**given)

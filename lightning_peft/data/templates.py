@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,7 +91,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Temp
         known = [*NAMED, *several]
         raise ConfigError(
             f"chat_template={asked!r} is neither Jinja source nor one of {', '.join(known)}"
-            f"{near_names(asked, known)}."
+            f"{similar_names(asked, known)}."
         )
     return Template("given as chat_template", asked)
 

@@ -13,7 +13,7 @@ from lightning_peft.data.samples import Message, shortened
 from lightning_peft.data.thoughts import THOUGHTS
 from lightning_peft.data.turns import FLAGS
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import near_names
+from lightning_peft.errors import similar_names
 
 _NAME = "tool_calls[].function.name"
 # What an answer says, or is an answer to, besides its text.
@@ -96,7 +96,7 @@ class TurnKeys:
             return []
         if key in ("tools", "documents"):
             return [key]
-        return [f"{key}={shortened(value)} in chat_template_kwargs{near_names(key, variables)}"]
+        return [f"{key}={shortened(value)} in chat_template_kwargs{similar_names(key, variables)}"]
 
     def _of_tools(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
         key = json.dumps(context["tools"], sort_keys=True)

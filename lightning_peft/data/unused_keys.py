@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def check_ignored(ignored: Collection[str], there: Collection[str]) -> None:
     Raises:
         ConfigError: With the names that are nearest to them.
     """
-    absent = [f"{key!r}{near_names(key, there)}" for key in ignored if key not in there]
+    absent = [f"{key!r}{similar_names(key, there)}" for key in ignored if key not in there]
     if absent:
         raise ConfigError(
             f"ignored_keys={sorted(ignored)!r}: no row has {', '.join(absent)}. Take it out, or "

@@ -60,7 +60,7 @@ from .record import set_record as set_record
 from .reporting import report as report
 from .reporting import show as show
 from .selection.parts import inside as inside
-from .selection.planning import as_recorded as as_recorded
+from .selection.planning import recorded_selection as recorded_selection
 from .selection.targets import resolve_targets as resolve_targets
 from .training_mode import set_training_mode as set_training_mode
 from .twins import check_followers as check_followers

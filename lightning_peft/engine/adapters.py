@@ -91,7 +91,7 @@ def activate(part: nn.Module, names: tuple[str, ...]) -> None:
             layer.lora_active = names
             for name in layer.lora_adapters:
                 for factor in layer.factors(name):
-                    factor.requires_grad_(name in names and not layer.lora_follows)
+                    factor.requires_grad_(name in names and not layer.lora_is_momentum_copy)
 
 
 def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:

@@ -66,7 +66,7 @@ DECISIVE_FIELDS = (
 
 
 # Of other methods than LoRA: where adapters go, how they are read, and what they started from.
-_INDIFFERENT = (
+_NOT_DECISIVE = (
     "task_type",
     "auto_mapping",
     "peft_version",
@@ -128,7 +128,7 @@ def lora_config(
     problems = _lora_problems(fields)
     if problems:
         raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
-    config: LoraConfig = _config_of(LoraConfig, fields)
+    config: LoraConfig = _make_config(LoraConfig, fields)
     return config
 
 
@@ -210,7 +210,7 @@ def _pattern_problems(fields: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _config_of(cls: Any, fields: Mapping[str, Any]) -> Any:
+def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
     """Returns ``cls(**fields)``, also for indices of blocks beside ``"all-linear"``.
 
     PEFT refuses the pair when a config is made, since it would ignore the indices. Here they are
@@ -294,7 +294,7 @@ def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:
             f"{', '.join(map(repr, unknown))} in peft_config: {cls.__name__} has no such field. "
             f"It has: {', '.join(sorted(known))}."
         )
-    config: PeftConfig = _config_of(cls, fields)
+    config: PeftConfig = _make_config(cls, fields)
     return config
 
 
@@ -345,15 +345,15 @@ def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
     """
     fields = list(DECISIVE_FIELDS)
     if plain(mine.get("peft_type")) != "LORA":
-        fields += [key for key in mine if key in theirs and key not in (*fields, *_INDIFFERENT)]
+        fields += [key for key in mine if key in theirs and key not in (*fields, *_NOT_DECISIVE)]
     return [
         key
         for key in fields
-        if "dropout" not in key and _compared(mine.get(key)) != _compared(theirs.get(key))
+        if "dropout" not in key and _comparable(mine.get(key)) != _comparable(theirs.get(key))
     ]
 
 
-def _compared(value: Any) -> Any:
+def _comparable(value: Any) -> Any:
     value = plain(value)
     # Sets of names have no order, and what first values were is no matter.
     return sorted(value, key=repr) if isinstance(value, list) else value

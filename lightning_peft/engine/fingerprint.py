@@ -81,13 +81,13 @@ def checksum(tensor: Tensor) -> int:
         return NO_VALUES
     values = tensor.detach()
     flat = (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
-    total = sum(_weighed(constant) for constant in quantization_constants(tensor))
+    total = sum(_weighted_sum(constant) for constant in quantization_constants(tensor))
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK]
         # No element has more than two words, so no two words of the tensor share an index.
         words_before = 2 * start
         rounded = chunk.to(torch.bfloat16) if chunk.is_floating_point() else chunk
-        total += _weighed(rounded, words_before)
+        total += _weighted_sum(rounded, words_before)
     return total & _MASK
 
 
@@ -98,7 +98,7 @@ def exact_checksum(tensor: Tensor) -> int:
     """
     if tensor.is_meta:
         return NO_VALUES
-    total = sum(_weighed(constant) for constant in quantization_constants(tensor))
+    total = sum(_weighted_sum(constant) for constant in quantization_constants(tensor))
     octets = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     return (total + checksum(octets)) & _MASK
 
@@ -112,7 +112,7 @@ def buffer_checksums(part: nn.Module) -> dict[str, int]:
     return {name: exact_checksum(b) for name, b in part.named_buffers() if name in kept}
 
 
-def _weighed(values: Tensor, start: int = 0) -> int:
+def _weighted_sum(values: Tensor, start: int = 0) -> int:
     # Words of 32 bits: the highest bit of a 64-bit word, which is the sign of every fourth weight,
     # would stay where it is when multiplied, and an even number of changes would cancel.
     words = _words(values.reshape(-1).contiguous().view(torch.uint8))

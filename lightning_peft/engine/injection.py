@@ -25,17 +25,17 @@ from lightning_peft.engine.configuration import (
 from lightning_peft.engine.files.base_tensors import hold_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
-from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, stand_in
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from lightning_peft.engine.layers.lora import attach, low_rank_factors
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantization import (
-    adopt_quantized,
+    adopt_prequantized,
     quantize,
-    return_freed_memory,
+    release_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import is_quantized
-from lightning_peft.engine.layers.sizes import sizes_of_weight
+from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.memory.causal_lm_loss import use_narrow_losses
 from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
 from lightning_peft.engine.memory.streamed_quantizer import late_dtype
@@ -52,7 +52,7 @@ from lightning_peft.engine.record import (
 )
 from lightning_peft.engine.reporting import Report, report
 from lightning_peft.engine.selection.parts import inside
-from lightning_peft.engine.selection.planning import PartPlan, Request, make_plans
+from lightning_peft.engine.selection.planning import InjectionPlan, InjectionRequest, make_plans
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.selection.task_heads import with_task_heads
@@ -119,7 +119,7 @@ def inject(
     asked = peft_config is not None or bool(lora_arguments)
     config = as_peft_config(lora_config(**lora_arguments) if peft_config is None else peft_config)
     _refuse_finished(config)
-    request = Request(with_task_heads(config, module), quantization_config, adapter_name)
+    request = InjectionRequest(with_task_heads(config, module), quantization_config, adapter_name)
     record = record_of(module)
     wrapped = find_wrapped(module, () if record is None else record.parts)
     if not wrapped:
@@ -135,7 +135,7 @@ def _take_over(
     device: torch.device | str | None,
 ) -> Report:
     saved = {part.name: list(part.saved) for part in wrapped}
-    request = Request(wrapped[0].config, quantization, wrapped[0].adapter_name, saved)
+    request = InjectionRequest(wrapped[0].config, quantization, wrapped[0].adapter_name, saved)
     with taken_off(module, wrapped):
         made = add_adapters(module, request, [part.name for part in wrapped], device)
     for part in wrapped:
@@ -155,7 +155,7 @@ def _refuse_finished(config: PeftConfig) -> None:
 
 def inject_exactly(
     module: nn.Module,
-    request: Request,
+    request: InjectionRequest,
     adapt: list[str],
     device: torch.device | str | None = None,
 ) -> None:
@@ -186,7 +186,7 @@ def inject_exactly(
 
 def add_adapters(
     module: nn.Module,
-    request: Request,
+    request: InjectionRequest,
     adapt: str | Iterable[str] | None,
     device: torch.device | str | None = None,
 ) -> Report:
@@ -204,7 +204,7 @@ def add_adapters(
     for plan in plans:
         for child in plan.part.modules():
             if child not in left:
-                adopt_quantized(child)
+                adopt_prequantized(child)
     as_left = {id(param): param.requires_grad for param in module.parameters()}
     kept = left_parameters(module, left)
     record.active = record.active or (request.adapter_name,)
@@ -217,7 +217,7 @@ def add_adapters(
         activate(plan.part, record.active)
     use_narrow_losses(module, [plan.part for plan in plans])
     if request.quantization is not None:
-        return_freed_memory()
+        release_freed_memory()
     record.twins = [
         twin
         for twin in twins
@@ -237,8 +237,8 @@ def _is_adapted(module: nn.Module, name: str) -> bool:
 
 
 def _inject_part(
-    plan: PartPlan,
-    request: Request,
+    plan: InjectionPlan,
+    request: InjectionRequest,
     record: Record,
     device: torch.device | str | None,
     kept: frozenset[int],
@@ -262,13 +262,14 @@ def _inject_part(
     if changes_base(request.config):
         owners = [(name, *name.rpartition(".")[::2]) for name in entry.base.names]
         entry.changed_base = fingerprint(
-            (name, parameter(plan.part.get_submodule(owner), leaf)) for name, owner, leaf in owners
+            (name, stored_parameter(plan.part.get_submodule(owner), leaf))
+            for name, owner, leaf in owners
         )
     return entry
 
 
 def _new_part_record(
-    plan: PartPlan, config: BitsAndBytesConfig | None, kept: frozenset[int]
+    plan: InjectionPlan, config: BitsAndBytesConfig | None, kept: frozenset[int]
 ) -> PartRecord:
     part = plan.part
     source = getattr(part, "config", None)
@@ -305,7 +306,7 @@ def _dtype_of(part: nn.Module) -> str | None:
     return str(plain(floats[0])) if floats else None
 
 
-def _resolved(plan: PartPlan, config: PeftConfig) -> PeftConfig:
+def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     """Returns a copy of ``config`` that means exactly the planned layers to PEFT."""
     exact: Any = copy.deepcopy(config)
     exact.target_modules = "|".join(re.escape(name) for name in plan.targets)
@@ -351,8 +352,8 @@ class _InPlaceLoraModel(LoraModel):
             return TransposedFactors(target, adapter_name, lora_config, kwargs)
         if isinstance(target, CONVOLUTIONS):
             # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
-            target = stand_in(target)
-        with sizes_of_weight(target):
+            target = bare_convolution(target)
+        with weight_sizes(target):
             made: nn.Module = LoraModel._create_new_module(
                 lora_config, adapter_name, target, **kwargs
             )
@@ -369,7 +370,7 @@ class _InPlaceLoraModel(LoraModel):
 
 
 def _attach_in_place(
-    plan: PartPlan, config: PeftConfig, request: Request, device: torch.device | None
+    plan: InjectionPlan, config: PeftConfig, request: InjectionRequest, device: torch.device | None
 ) -> None:
     settings: dict[str, Any] = {}
     if request.quantization is not None:

@@ -22,14 +22,14 @@ from lightning_peft.engine.adapters import (
     is_merged,
 )
 from lightning_peft.engine.all_or_nothing import all_or_nothing, without_autocast
-from lightning_peft.engine.layers.in_place import parameter
-from lightning_peft.engine.layers.lora import wide_dtype, without_adapters
-from lightning_peft.engine.layers.probes import in_eval_mode, probe_of, tolerance_of
+from lightning_peft.engine.layers.lora import accumulation_dtype, without_adapters
+from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
 from lightning_peft.engine.layers.quantization import (
-    QuantizedWeight,
-    make_dense,
-    make_quantized,
-    requantized,
+    QuantizedBackup,
+    convert_to_dense,
+    requantize,
+    restore_quantized,
 )
 from lightning_peft.engine.layers.quantized import FourBitLayer, QuantizedLayer, is_quantized
 from lightning_peft.engine.mergeable import (
@@ -162,7 +162,7 @@ def _refuse_overflow(layers: dict[str, Any]) -> None:
 def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer | None:
     if isinstance(layer, BaseTunerLayer):
         return None if layer.merged else _merge_by_peft(layer, name, dtype)
-    todo = layer.running()
+    todo = layer.effective_adapters()
     if not todo:
         return None
     quantized = is_quantized(layer)
@@ -170,11 +170,11 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
         base = layer.effective_weight()
     delta, target = weight_sum(layer, base, todo)
     stored = target.to((dtype or base.dtype) if quantized else base.dtype)
-    again = requantized(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
+    again = requantize(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
     if quantized:
-        layer.lora_unmerged_weight = make_dense(layer, stored.contiguous())
+        layer.lora_quantized_backup = convert_to_dense(layer, stored.contiguous())
     else:
-        parameter(layer, "weight").copy_(stored)
+        stored_parameter(layer, "weight").copy_(stored)
     layer.lora_merged = (*layer.lora_merged, *todo)
     return MergedLayer(
         name=name,
@@ -189,8 +189,8 @@ def weight_sum(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tens
 
     Both are in a dtype to add in: float32, or float64 where ``base`` is.
     """
-    delta = torch.stack([layer.lora_delta(name).to(base.device) for name in names]).sum(0)
-    return delta, base.to(wide_dtype(base)) + delta
+    delta = torch.stack([layer.get_delta_weight(name).to(base.device) for name in names]).sum(0)
+    return delta, base.to(accumulation_dtype(base)) + delta
 
 
 @dataclass
@@ -205,22 +205,22 @@ class _BeforeMerge:
     """
 
     bias: Tensor | None
-    weight: QuantizedWeight | None = None
+    weight: QuantizedBackup | None = None
     backend: Any = None
     replaced: tuple[nn.Module, ...] = ()
 
 
 def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLayer:
     base = layer.get_base_layer()
-    probe = probe_of(base)
+    probe = probe_input(base)
     expected = None if probe is None else _probed(layer, probe)
-    tolerance = 0.0 if expected is None else tolerance_of(base, expected.dtype)
+    tolerance = 0.0 if expected is None else rounding_tolerance(base, expected.dtype)
     bias = base._parameters.get("bias")
     base.before_merge = before = _BeforeMerge(None if bias is None else bias.detach().clone())
     quantized = isinstance(base, QuantizedLayer)
     if quantized:
         weight = base.effective_weight()
-        before.weight = make_dense(base, weight.to(dtype or weight.dtype).contiguous())
+        before.weight = convert_to_dense(base, weight.to(dtype or weight.dtype).contiguous())
         # What PEFT found beneath when it wrapped the layer: it would look for codes there.
         before.backend = getattr(layer, "quantization_backend", None)
         layer.quantization_backend = None
@@ -312,7 +312,7 @@ def _unmerge_by_peft(layer: Any, name: str) -> None:
     if before is None:
         return
     if before.weight is not None:
-        make_quantized(base, before.weight)
+        restore_quantized(base, before.weight)
         layer.quantization_backend = before.backend
     bias = base._parameters.get("bias")
     if bias is not None and before.bias is not None and not bias.requires_grad:
@@ -320,11 +320,11 @@ def _unmerge_by_peft(layer: Any, name: str) -> None:
 
 
 def _unmerge_layer(layer: Any) -> None:
-    if layer.lora_unmerged_weight is not None:
-        make_quantized(layer, layer.lora_unmerged_weight)
-        layer.lora_unmerged_weight, layer.lora_merged = None, ()
+    if layer.lora_quantized_backup is not None:
+        restore_quantized(layer, layer.lora_quantized_backup)
+        layer.lora_quantized_backup, layer.lora_merged = None, ()
         return
-    weight = parameter(layer, "weight")
-    delta = torch.stack([layer.lora_delta(name) for name in layer.lora_merged]).sum(0)
-    weight.copy_((weight.to(wide_dtype(weight)) - delta.to(weight.device)).to(weight.dtype))
+    weight = stored_parameter(layer, "weight")
+    delta = torch.stack([layer.get_delta_weight(name) for name in layer.lora_merged]).sum(0)
+    weight.copy_((weight.to(accumulation_dtype(weight)) - delta.to(weight.device)).to(weight.dtype))
     layer.lora_merged = ()

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantized import element_count, storage_bytes
 from lightning_peft.engine.record import PartRecord, require_record
 from lightning_peft.engine.selection.parts import inside as lies_inside
@@ -187,7 +187,7 @@ def report(module: nn.Module) -> Report:
 def _quantized_bytes(module: nn.Module, entries: Iterable[PartRecord]) -> int:
     """Bytes now of the weights that are or were quantized; merged ones are dense again."""
     return sum(
-        storage_bytes(parameter(module.get_submodule(entry.qualified(name)), "weight"))
+        storage_bytes(stored_parameter(module.get_submodule(entry.qualified(name)), "weight"))
         for entry in entries
         for name in entry.quantized
     )

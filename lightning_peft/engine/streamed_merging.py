@@ -23,12 +23,16 @@ from lightning_peft.engine.files.adapter_format import read_adapter, recorded_ba
 from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantization import make_dense, quantize, requantized
+from lightning_peft.engine.layers.quantization import convert_to_dense, quantize, requantize
 from lightning_peft.engine.layers.quantized import FourBitLayer
 from lightning_peft.engine.merging import check_mergeable, relative_norm, weight_sum
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import Record, require_record
-from lightning_peft.engine.selection.planning import Request, layers_to_quantize, make_plans
+from lightning_peft.engine.selection.planning import (
+    InjectionRequest,
+    layers_to_quantize,
+    make_plans,
+)
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
 
 Into = Literal["dequantized", "original"]
@@ -46,13 +50,13 @@ class WeightErrors:
         name: The layer.
         dequantized: With the dequantized base, as stored; ``None`` if the base was dense.
         original: With the base as it is in its file, as stored.
-        requantized: With the sum quantized again; ``None`` where there is no such way.
+        requantize: With the sum quantized again; ``None`` where there is no such way.
     """
 
     name: str
     dequantized: float | None
     original: float
-    requantized: float | None
+    requantize: float | None
 
 
 class StreamedMerge:
@@ -201,7 +205,7 @@ class StreamedMerge:
         quantize(plain, self.settings)
         base = plain.effective_weight()
         stored = self._sum(layer, plain, owner, base, dense, dtype)
-        make_dense(plain, empty)
+        convert_to_dense(plain, empty)
         return stored
 
     def _sum(
@@ -217,7 +221,7 @@ class StreamedMerge:
         lost = {way: relative_norm(w.to(delta.dtype) - target, delta) for way, w in ways.items()}
         again = None
         if isinstance(plain, FourBitLayer):
-            twice = requantized(plain, target.to(base.dtype))
+            twice = requantize(plain, target.to(base.dtype))
             again = relative_norm(twice.to(delta.dtype) - target, delta)
         self.errors.append(WeightErrors(owner, lost["dequantized"], lost["original"], again))
         return ways[self.into]
@@ -236,7 +240,7 @@ def _quantized_in_training(
         return set()
     recorded = facts.get("modules_to_save")
     saved = None if recorded is None else {"": list(recorded)}
-    request = Request(config_from_dict(fields), None, _ADAPTER, saved)
+    request = InjectionRequest(config_from_dict(fields), None, _ADAPTER, saved)
     plans = make_plans(plain, request, [""], Record())
     return {name for plan in plans for name in layers_to_quantize(plan, settings)}
 

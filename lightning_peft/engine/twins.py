@@ -15,9 +15,14 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.fingerprint import fingerprint
-from lightning_peft.engine.layers.in_place import Extended, extend, parameter, retract
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.mixin import (
+    DynamicMixin,
+    add_mixin,
+    remove_mixin,
+    stored_parameter,
+)
 from lightning_peft.engine.record import Record, Twin, require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError
@@ -25,7 +30,7 @@ from lightning_peft.errors import LifecycleError
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 
 
-class Following(Extended):
+class Following(DynamicMixin):
     """Mixin for modules of which one follows the other: ``parameters()`` leaves the base out.
 
     What remains lines up on both sides: adapters, heads, and whatever else trains. The names,
@@ -186,7 +191,7 @@ def hide_base(module: nn.Module, twins: list[Twin], frozen: Collection[str]) -> 
                 prefix = f"{root}.{name}." if name else f"{root}."
                 own = (n.removeprefix(prefix) for n in frozen if n.startswith(prefix))
                 if not isinstance(child, Following):
-                    extend(child, Following)
+                    add_mixin(child, Following)
                 child.base_names = frozenset(own)
 
 
@@ -209,7 +214,7 @@ def freeze_follower(module: nn.Module, twin: Twin) -> None:
     twin.frozen = True
     for layer in adapted_layers(module.get_submodule(twin.follower)).values():
         if isinstance(layer, LoraLayer):
-            layer.lora_follows = True
+            layer.lora_is_momentum_copy = True
             for name in layer.lora_adapters:
                 for factor in layer.factors(name):
                     factor.requires_grad_(False)
@@ -237,7 +242,7 @@ def unfollow(module: nn.Module, twins: list[Twin]) -> None:
         for name in (twin.leader, twin.follower):
             for child in module.get_submodule(_with_wrappers(module, name)).modules():
                 if isinstance(child, Following):
-                    retract(child, Following)
+                    remove_mixin(child, Following)
                     del child.base_names
 
 
@@ -257,7 +262,7 @@ def check_followers(module: nn.Module) -> None:
     for twin in record.twins:
         names = sorted(base_names(record, twin))
         owners = [(name, *name.rpartition(".")[::2]) for name in names]
-        stored = [(n, parameter(module.get_submodule(o), leaf)) for n, o, leaf in owners]
+        stored = [(n, stored_parameter(module.get_submodule(o), leaf)) for n, o, leaf in owners]
         codes = [(n, p) for n, p in stored if not p.is_floating_point()]
         now = tuple(fingerprint(codes).sums)
         twin.base = now if twin.base is None else twin.base

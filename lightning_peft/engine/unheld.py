@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lightning_peft.engine.adapters import activate, adapted_layers_of, adapter_parameters
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import require_record
 
 
@@ -31,7 +31,7 @@ def freeze_unheld(module: nn.Module, held: Collection[int], freeze: bool = True)
     listed, unheld = False, {}
     for name, layer in adapted_layers_of(module, record).items():
         adapters = [p for p in adapter_parameters(layer).values() if p.requires_grad]
-        base = id(parameter(layer, "weight")) in held
+        base = id(stored_parameter(layer, "weight")) in held
         found = [id(param) in held for param in adapters]
         listed = listed or (base and bool(found) and all(found))
         if adapters and not base and not any(found):

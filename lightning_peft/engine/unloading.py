@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
-from lightning_peft.engine.layers.attention import KeptAttention
+from lightning_peft.engine.layers.attention import AttentionMixin
 from lightning_peft.engine.layers.lora import LoraLayer, detach
-from lightning_peft.engine.layers.quantization import make_dense, make_quantized
+from lightning_peft.engine.layers.quantization import convert_to_dense, restore_quantized
 from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.memory.causal_lm_loss import restore_losses
 from lightning_peft.engine.mergeable import outermost
@@ -59,7 +59,7 @@ def unload(module: nn.Module) -> nn.Module:
 
 def _is_running(layer: Any) -> bool:
     if isinstance(layer, LoraLayer):
-        return bool(layer.running())
+        return bool(layer.effective_adapters())
     return bool(set(layer.active_adapters) - set(layer.merged_adapters))
 
 
@@ -69,10 +69,10 @@ def _dequantize(module: nn.Module) -> None:
     try:
         for child in list(module.modules()):
             if isinstance(child, QuantizedLayer):
-                undo.append((child, make_dense(child, child.effective_weight().contiguous())))
+                undo.append((child, convert_to_dense(child, child.effective_weight().contiguous())))
     except BaseException:
         for child, quantized in undo:
-            make_quantized(child, quantized)
+            restore_quantized(child, quantized)
         raise
 
 
@@ -90,5 +90,5 @@ def _unwrap(part: nn.Module) -> None:
 def _unwrapped(wrapper: Any) -> nn.Module:
     base: Any = wrapper.get_base_layer()
     base.__dict__.pop("before_merge", None)
-    unwrapped: nn.Module = wrapper.unwrapped() if isinstance(wrapper, KeptAttention) else base
+    unwrapped: nn.Module = wrapper.unwrapped() if isinstance(wrapper, AttentionMixin) else base
     return unwrapped

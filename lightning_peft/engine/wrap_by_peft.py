@@ -11,13 +11,13 @@ from torch import nn
 
 from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.layers.attention import keep, parameters_of
+from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
 from lightning_peft.engine.model_types import hidden_model_type
-from lightning_peft.engine.selection.planning import PartPlan
+from lightning_peft.engine.selection.planning import InjectionPlan
 from lightning_peft.errors import UnsupportedError
 
 
-def wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
+def wrap_by_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str) -> None:
     """Lets PEFT wrap the planned layers; adapters are float32, except where PEFT keeps them.
 
     Args:
@@ -49,7 +49,7 @@ def wrap_by_peft(plan: PartPlan, config: PeftConfig, adapter_name: str) -> None:
             + again
         ) from error
     for name, before in attentions.items():
-        keep(plan.part.get_submodule(name), before)
+        preserve_parameters(plan.part.get_submodule(name), before)
 
 
 @contextmanager

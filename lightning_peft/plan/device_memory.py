@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
-from lightning_peft.errors import ConfigError, near_names
+from lightning_peft.errors import ConfigError, similar_names
 
 # In the decimal gigabytes that makers print on them, which is never more than the card has.
 _GIGABYTES = {
@@ -64,7 +64,7 @@ def device_memory(words: str) -> DeviceMemory:
             return DeviceMemory(name, _GIGABYTES[name] * 10**9, "cuda")
     raise ConfigError(
         f"--gpu {words!r} is no amount such as 24GB, no GPU of the planner's list"
-        f"{near_names(plain, _GIGABYTES)}, and not 'this'. Known: {', '.join(_GIGABYTES)}. Give "
+        f"{similar_names(plain, _GIGABYTES)}, and not 'this'. Known: {', '.join(_GIGABYTES)}. Give "
         "the amount for others."
     )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from lightning_peft.errors import ConfigError, itemize, near_names
+from lightning_peft.errors import ConfigError, itemize, similar_names
 from lightning_peft.plan.optimizer_states import check_optimizer
 
 Method = Literal["full", "lora", "qlora"]
@@ -65,7 +65,7 @@ class Settings:
             value = getattr(self, name)
             if value not in known:
                 problems.append(
-                    f"{name}={value!r}: one of {', '.join(known)}{near_names(str(value), known)}"
+                    f"{name}={value!r}: one of {', '.join(known)}{similar_names(str(value), known)}"
                 )
         problems += check_optimizer(self.optimizer)
         if problems:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map
 
-from lightning_peft.errors import ConfigError, UnsupportedError, near_names
+from lightning_peft.errors import ConfigError, UnsupportedError, similar_names
 from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.trace import Step
 from lightning_peft.plan.twin import meta_copy
@@ -130,8 +130,8 @@ def _class_of(config: Any) -> Any:
     if found is None:
         raise UnsupportedError(
             f"architectures={names} in the config: transformers {transformers.__version__} has no "
-            f"class of that name{near_names(names[0], dir(transformers))}. Code that comes with a "
-            "model is not run to plan; build the model yourself, and call plan_memory with it."
+            f"class of that name{similar_names(names[0], dir(transformers))}. Code that comes with "
+            "a model is not run to plan; build the model yourself, and call plan_memory with it."
         )
     return found
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import engine
-from lightning_peft.engine.verification.trial import NoLossError
+from lightning_peft.engine.verification.probe import NoLossError
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.ledger import Ledger
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from lightning_peft.errors import near_names
+from lightning_peft.errors import similar_names
 
 ROOTS = (
     *("model", "data", "trainer", "seed_everything", "ckpt_path", "run_dir", "config"),
@@ -41,7 +41,7 @@ def _unknown_arguments(message: str) -> Iterable[str]:
     ):
         module, _, name = path.rpartition(".")
         known = arguments_of(getattr(import_module(module), name))
-        yield f"{option!r} is not an argument of {name}{near_names(option, known)}"
+        yield f"{option!r} is not an argument of {name}{similar_names(option, known)}"
 
 
 def _unknown_classes(message: str) -> Iterable[str]:
@@ -56,7 +56,7 @@ def _unknown_classes(message: str) -> Iterable[str]:
         known = _classes(module, place)
         if not module:
             known = [one.rpartition(".")[2] for one in known]
-        yield f"{key}={path!r}: there is no such class{near_names(path, known)}"
+        yield f"{key}={path!r}: there is no such class{similar_names(path, known)}"
 
 
 def _classes(module: str, place: str | None) -> list[str]:
@@ -82,9 +82,9 @@ def _unknown_keys(message: str, root: str) -> Iterable[str]:
 
 def near_key(key: str, known: Iterable[str]) -> str:
     """Returns the keys nearest to one, of which the first part may be what is wrong."""
-    whole = near_names(key, known)
+    whole = similar_names(key, known)
     first, dot, rest = key.partition(".")
-    near = near_names(first, ROOTS).removeprefix("; near names: ").partition(",")[0]
+    near = similar_names(first, ROOTS).removeprefix("; near names: ").partition(",")[0]
     if not dot or first in ROOTS or not near or near == "trainer":
         return whole
     return f"; near names: {near}.{rest}"
@@ -106,7 +106,7 @@ def _wrong_value(message: str) -> str | None:
     given = value[1].strip().strip("'\"")
     if literal is not None:
         words = re.findall(r"'([^']*)'", literal[1])
-        hint = near_names(given, words)
+        hint = similar_names(given, words)
         return f"{key}={given!r} is none of {', '.join(words)}{hint}"
     kinds = re.findall(r"Expected an? <class '([\w.]+)'>", message)
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}

@@ -154,7 +154,7 @@ class Lifecycle:
         record = engine.require_record(module)
         asked = engine.config_to_dict(self.injection.peft_config)
         quantization = engine.quantization_to_dict(self.injection.quantization_config)
-        aside = engine.as_recorded(module, record).aside
+        aside = engine.recorded_selection(module, record).exclusions
         problems = []
         if self.injection.adapt is not None and set(self.injection.adapt) != set(record.parts):
             problems.append(f"adapt={sorted(record.parts)}, asked for {self.injection.adapt}")

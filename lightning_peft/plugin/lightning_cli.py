@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
-from lightning_peft.errors import ConfigError, LightningPeftError, near_names
+from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.plugin.config_errors import explained
 from lightning_peft.plugin.namespace import namespace_in_use, tree_of
 
@@ -116,7 +116,7 @@ def _not_made(error: ValueError, root: str) -> str:
     if named is None:
         return f"Something of the config cannot be made: {cause(error)}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
-    near = near_names(named[1], known)
+    near = similar_names(named[1], known)
     return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.lora import LoraConvolution
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantization import quantize
 from lightning_peft.engine.layers.quantized import FourBitConvolution
 from lightning_peft.errors import TargetModulesError, UnsupportedError
@@ -109,7 +109,7 @@ def test_outputs_and_gradients_are_those_of_the_summed_weight(kind, quantization
     (delta * 2).backward(twin.weight.grad)
     for factor, expected in zip(layer.factors("default"), (a, b), strict=True):
         assert relative_error(factor.grad, expected.grad) < 1e-5
-    assert parameter(layer, "weight").grad is None
+    assert stored_parameter(layer, "weight").grad is None
 
 
 @pytest.mark.parametrize("kind", LIKE_PEFT)
@@ -137,7 +137,7 @@ def test_fresh_adapters_change_nothing_bit_for_bit(kind, init) -> None:
     lightning_peft.inject(model, r=4, target_modules=["0"], init_lora_weights=init)
     assert torch.equal(model(x), before)
     assert all(
-        layer.is_fresh() and layer.factors("default")[0].any()
+        layer.has_no_effect() and layer.factors("default")[0].any()
         for layer in engine.adapted_layers(model).values()
     )
 
@@ -159,13 +159,13 @@ MERGED = [*((kind, q) for kind in LAYERS for q in (None, NF4)), ("standardizing"
 def test_merged_and_back(kind, quantization) -> None:
     make = {**LAYERS, **OWN}[kind]
     model, x = adapted(make, quantization), batch_for(kind)
-    stored = parameter(model[0], "weight").detach().clone()
+    stored = stored_parameter(model[0], "weight").detach().clone()
     expected = model(x)
     lightning_peft.merge(model)
-    assert type(parameter(model[0], "weight")) is nn.Parameter
+    assert type(stored_parameter(model[0], "weight")) is nn.Parameter
     assert relative_error(model(x), expected) < 1e-5
     lightning_peft.unmerge(model)
-    again = parameter(model[0], "weight")
+    again = stored_parameter(model[0], "weight")
     same = torch.equal if quantization is not None else torch.allclose
     assert again.shape == stored.shape
     assert same(again, stored)
@@ -206,14 +206,14 @@ def test_gradients_of_gradients_pass_a_quantized_kernel(kind) -> None:
 
 def test_evaluation_changes_neither_gradient_nor_codes() -> None:
     model, x = adapted(LAYERS["2d"], NF4), batch_for("2d").requires_grad_()
-    codes = parameter(model[0], "weight").clone()
+    codes = stored_parameter(model[0], "weight").clone()
     model(x).sum().backward()
     before, x.grad = x.grad, None
     with torch.no_grad():
         model.eval()(x)
     model.train()(x).sum().backward()
     assert torch.equal(x.grad, before)
-    assert torch.equal(parameter(model[0], "weight"), codes)
+    assert torch.equal(stored_parameter(model[0], "weight"), codes)
 
 
 def test_the_code_table_is_that_of_bitsandbytes() -> None:
@@ -223,7 +223,7 @@ def test_the_code_table_is_that_of_bitsandbytes() -> None:
     )
     dense = bnb.functional.dequantize_4bit(expected, state).view_as(conv.weight)
     quantize(conv, NF4)
-    assert torch.equal(parameter(conv, "weight").data, expected)
+    assert torch.equal(stored_parameter(conv, "weight").data, expected)
     assert torch.equal(conv.effective_weight(), dense)
     assert conv.weight.shape == dense.shape
     copied = copy.deepcopy(conv)

@@ -182,7 +182,7 @@ def test_derivatives_and_those_of_derivatives_are_right(make):
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     a, b = (torch.randn(f.shape, dtype=torch.float64, requires_grad=True)
             for f in layer.factors("default"))  # fmt: skip
-    frozen = fused.Frozen(layer, torch.float64, torch.float64, None)
+    frozen = fused.FrozenMatmul(layer, torch.float64, torch.float64, None)
 
     def function(x, a, b, bias):
         stored = layer._parameters["weight"]

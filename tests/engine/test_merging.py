@@ -41,7 +41,7 @@ def test_merged_weights_are_the_sum_within_rounding(build, dtype: torch.dtype) -
     lightning_peft.inject(model, r=4)
     randomize(model)
     before = weights(model)
-    deltas = {n: x.lora_delta("default") for n, x in engine.adapted_layers(model).items()}
+    deltas = {n: x.get_delta_weight("default") for n, x in engine.adapted_layers(model).items()}
     report = lightning_peft.merge(model)
     after = weights(model)
     for name, weight in before.items():
@@ -126,7 +126,7 @@ def test_what_the_report_says_of_requantizing_is_what_it_would_be() -> None:
     model = trained(quantization_config=NF4)
     with lightning_peft.disable_adapters(model):
         base = model.first.weight + 0
-    delta = model.first.lora_delta("default")
+    delta = model.first.get_delta_weight("default")
     report = lightning_peft.merge(model)
     again = nn.Linear(96, 64)
     again.weight.data = base + delta

@@ -17,7 +17,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.configuration import config_differences, config_to_dict
-from lightning_peft.engine.layers.probes import probe_of
+from lightning_peft.engine.layers.probes import probe_input
 from lightning_peft.engine.methods import METHODS
 from lightning_peft.engine.selection.task_heads import with_task_heads
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
@@ -270,8 +270,8 @@ def test_a_merge_that_is_another_function_is_refused() -> None:
 
 
 def test_inputs_to_compare_with() -> None:
-    assert probe_of(nn.Linear(3, 2)).shape == (4, 3)
-    assert probe_of(nn.Conv2d(3, 2, (1, 3), dilation=2)).shape == (2, 3, 4, 8)
-    assert probe_of(nn.Embedding(5, 2)).tolist() == [0, 1, 2, 3, 4]
-    assert probe_of(nn.LayerNorm(3)) is None
-    assert torch.equal(probe_of(nn.Linear(3, 2)), probe_of(nn.Linear(3, 2)))
+    assert probe_input(nn.Linear(3, 2)).shape == (4, 3)
+    assert probe_input(nn.Conv2d(3, 2, (1, 3), dilation=2)).shape == (2, 3, 4, 8)
+    assert probe_input(nn.Embedding(5, 2)).tolist() == [0, 1, 2, 3, 4]
+    assert probe_input(nn.LayerNorm(3)) is None
+    assert torch.equal(probe_input(nn.Linear(3, 2)), probe_input(nn.Linear(3, 2)))

@@ -23,7 +23,7 @@ import lightning_peft
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.model_types import hidden_model_type, retargeted_by_peft
-from lightning_peft.engine.selection.rewritten import rewritten_layers
+from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.errors import UnsupportedError
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -154,7 +154,7 @@ def test_such_a_layer_cannot_be_named():
 
 def test_layers_that_rwkv_rescales_are_found():
     model = model_of(RwkvConfig(**SIZES, attention_hidden_size=32, rescale_every=1))
-    found = rewritten_layers(model)
+    found = self_modified_layers(model)
     assert {n.split(".", 3)[3] for n in found} == {"attention.output", "feed_forward.value"}
     assert set(found.values()) == {"RwkvModel"}
 

@@ -16,12 +16,12 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.layers import codes
 from lightning_peft.engine.layers.quantization import (
-    adopt_quantized,
-    make_dense,
-    make_quantized,
+    adopt_prequantized,
+    convert_to_dense,
+    quantization_unsupported_reason,
     quantize,
-    requantized,
-    why_not,
+    requantize,
+    restore_quantized,
 )
 from lightning_peft.engine.layers.quantized import EightBitLayer, FourBitLayer, is_quantized
 from lightning_peft.errors import UnsupportedError
@@ -57,14 +57,14 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, kind: str, double: bool, shape: tuple[int, int]
 ) -> None:
     # The last piece is whole, ends within a block, or has an odd number of weights.
-    monkeypatch.setattr(codes, "PIECE", 128)
+    monkeypatch.setattr(codes, "CHUNK", 128)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         dense = torch.randn(shape).to(dtype)
         dense[0] = 0
         config = engine.quantization_config(
             bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
         )
-        made = codes.four_bit(dense, config, torch.device("cpu"))
+        made = codes.make_params4bit(dense, config, torch.device("cpu"))
         theirs: Any = bnb.nn.Params4bit(
             dense, requires_grad=False, quant_type=kind, compress_statistics=double
         )
@@ -83,11 +83,11 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
 def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
     dense = torch.randn(64, 64).bfloat16()
     theirs, _ = quantize_4bit(dense, quant_type="nf4")
-    codes.agrees.cache_clear()
+    codes.matches_bitsandbytes.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert codes.agrees("nf4")
-        made = codes.four_bit(dense, NF4, torch.device("cpu"))
+        assert codes.matches_bitsandbytes("nf4")
+        made = codes.make_params4bit(dense, NF4, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(made.data, theirs)
@@ -96,22 +96,22 @@ def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
 def test_what_comparing_does_not_cover_is_left_to_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert codes.agrees("nf4")
-    assert not codes.agrees("fp4")
+    assert codes.matches_bitsandbytes("nf4")
+    assert not codes.matches_bitsandbytes("fp4")
     dense = torch.randn(64, 64)
     dense[3, 5], dense[40, 1] = float("nan"), float("inf")
     theirs, state = quantize_4bit(dense, quant_type="nf4")
-    made = codes.four_bit(dense, NF4, torch.device("cpu"))
+    made = codes.make_params4bit(dense, NF4, torch.device("cpu"))
     assert torch.equal(made.data, theirs)
     assert str(made.quant_state.absmax.tolist()) == str(state.absmax.tolist())
     # A bitsandbytes with other levels than those that are compared with.
     bounds = codes._bounds()
     monkeypatch.setattr(codes, "_bounds", lambda: [bounds[0] + 1e-6, *bounds[1:]])
-    codes.agrees.cache_clear()
+    codes.matches_bitsandbytes.cache_clear()
     try:
-        assert not codes.agrees("nf4")
+        assert not codes.matches_bitsandbytes("nf4")
     finally:
-        codes.agrees.cache_clear()
+        codes.matches_bitsandbytes.cache_clear()
 
 
 def test_nf4_loses_less_than_fp4() -> None:
@@ -135,12 +135,12 @@ def test_dense_and_back_is_bit_identical(config) -> None:
     stored = layer._parameters["weight"]
     codes, x = stored.data.clone(), torch.randn(3, 96)
     expected, attributes = layer(x), set(layer.__dict__)
-    undo = make_dense(layer, layer.weight + 0)
+    undo = convert_to_dense(layer, layer.weight + 0)
     assert type(layer) is nn.Linear
     assert list(layer.state_dict()) == ["weight", "bias"]
     assert set(layer.__dict__) == set(nn.Linear(1, 1).__dict__)
     assert relative_error(layer(x), expected) < 1e-6
-    make_quantized(layer, undo)
+    restore_quantized(layer, undo)
     assert type(layer) is kind
     assert set(layer.__dict__) == attributes
     assert list(layer.state_dict()) == names
@@ -151,10 +151,10 @@ def test_dense_and_back_is_bit_identical(config) -> None:
 def test_layers_of_bitsandbytes_become_plain_linear_when_dense() -> None:
     for kind in (bnb.nn.LinearNF4(64, 32), bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)):
         layer = kind.to("cpu")
-        adopt_quantized(layer)
+        adopt_prequantized(layer)
         x = torch.randn(3, 64)
         expected = layer(x)
-        make_dense(layer, layer.weight + 0)
+        convert_to_dense(layer, layer.weight + 0)
         assert type(layer) is nn.Linear
         assert relative_error(layer(x.to(layer.weight.dtype)).float(), expected) < 2e-3
 
@@ -164,7 +164,7 @@ def test_eight_bit_layers_of_bitsandbytes_compute_the_same_when_adopted() -> Non
         layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
         x = torch.randn(3, 64)
         expected = layer.train()(x) if used else None
-        adopt_quantized(layer)
+        adopt_prequantized(layer)
         assert isinstance(layer, EightBitLayer)
         out = layer(x)
         if used:
@@ -174,22 +174,22 @@ def test_eight_bit_layers_of_bitsandbytes_compute_the_same_when_adopted() -> Non
 
 def test_adopting_twice_is_adopting_once() -> None:
     layer = bnb.nn.LinearNF4(64, 32).to("cpu")
-    adopt_quantized(layer)
+    adopt_prequantized(layer)
     kind = type(layer)
-    adopt_quantized(layer)
+    adopt_prequantized(layer)
     assert type(layer) is kind
     assert kind.__mro__.count(FourBitLayer) == 1
     dense = nn.Linear(2, 2)
-    adopt_quantized(dense)
+    adopt_prequantized(dense)
     assert type(dense) is nn.Linear
 
 
 def test_adopting_keeps_a_chosen_compute_dtype() -> None:
     layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-    adopt_quantized(layer)
+    adopt_prequantized(layer)
     assert layer.compute_dtype == torch.bfloat16
     free = bnb.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
-    adopt_quantized(free)
+    adopt_prequantized(free)
     assert free.compute_dtype is None
 
 
@@ -198,14 +198,14 @@ def test_adopting_keeps_a_chosen_compute_dtype() -> None:
 )
 def test_layers_that_are_not_quantized_yet_are_refused(layer: nn.Module) -> None:
     with pytest.raises(UnsupportedError, match="still holds its dense weight"):
-        adopt_quantized(layer)
+        adopt_prequantized(layer)
 
 
 def test_requantizing_again_is_what_the_layer_would_store() -> None:
     for layer in (nn.Linear(96, 64), Conv1D(64, 96)):
         dense = layer.weight.detach().clone()
         quantize(layer, NF4)
-        assert torch.equal(requantized(layer, dense), layer.weight + 0)
+        assert torch.equal(requantize(layer, dense), layer.weight + 0)
 
 
 def test_what_cannot_be_quantized_says_why() -> None:
@@ -220,12 +220,12 @@ def test_what_cannot_be_quantized_says_why() -> None:
         (nn.Linear(4, 4, device="meta"), NF4, "meta device"),
     ]
     for layer, config, reason in cases:
-        assert reason in why_not(layer, config)
+        assert reason in quantization_unsupported_reason(layer, config)
         kept = type(layer), layer._parameters["weight"]
         with pytest.raises(UnsupportedError, match=reason):
             quantize(layer, config)
         assert (type(layer), layer._parameters["weight"]) == kept
-    assert why_not(nn.Linear(4, 4), INT8) is None
+    assert quantization_unsupported_reason(nn.Linear(4, 4), INT8) is None
 
 
 def test_device_moves_the_whole_layer() -> None:

@@ -11,10 +11,10 @@ from torch import nn
 import lightning_peft
 from lightning_peft.engine.configuration import lora_config
 from lightning_peft.engine.selection.targets import (
-    compact,
-    near_names,
     resolve_saved_modules,
     resolve_targets,
+    shortest_suffixes,
+    similar_names,
 )
 from lightning_peft.errors import TargetModulesError
 
@@ -150,20 +150,20 @@ def test_compact_names_mean_exactly_the_targets() -> None:
     model = tiny_llama()
     for settings in PEFT_CASES:
         targets = targets_of(model, **settings)
-        short = compact(targets, model)
+        short = shortest_suffixes(targets, model)
         assert targets_of(model, target_modules=short) == targets
-    assert compact(targets_of(model, target_modules=["q_proj"]), model) == ["q_proj"]
-    assert compact(["encoder.1.encoder"], SameName()) == ["1.encoder"]
+    assert shortest_suffixes(targets_of(model, target_modules=["q_proj"]), model) == ["q_proj"]
+    assert shortest_suffixes(["encoder.1.encoder"], SameName()) == ["1.encoder"]
     inner = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-    assert compact(["0"], inner) == "0"
+    assert shortest_suffixes(["0"], inner) == "0"
     assert targets_of(inner, target_modules="0") == ["0"]
     assert targets_of(inner, target_modules=["0"]) == ["0", "1.0"]
 
 
 def test_near_names() -> None:
-    assert near_names("x.q_prj", ["a.q_proj", "b.q_proj"]) == "; near names: q_proj"
-    assert near_names("zzz", ["a.b", "a.c"]) == "; there are: b, c"
-    assert near_names("zzz", []) == ""
+    assert similar_names("x.q_prj", ["a.q_proj", "b.q_proj"]) == "; near names: q_proj"
+    assert similar_names("zzz", ["a.b", "a.c"]) == "; there are: b, c"
+    assert similar_names("zzz", []) == ""
 
 
 def test_parametrized_layers_are_adapted_through_peft() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.twins import find_twins
 from lightning_peft.errors import LifecycleError
 
@@ -144,5 +144,7 @@ def test_a_single_layer_may_be_a_twin() -> None:
         slow.data.copy_(fast.data)
     x = torch.randn(2, 64)
     assert torch.equal(model["target"](x), model["actor"](x))
-    assert parameter(model["target"], "weight") is not parameter(model["actor"], "weight")
+    assert stored_parameter(model["target"], "weight") is not stored_parameter(
+        model["actor"], "weight"
+    )
     assert F.linear(x, model["target"].weight).shape == (2, 64)

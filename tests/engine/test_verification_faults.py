@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.layers import lora, quantized
-from lightning_peft.engine.layers.in_place import InPlace
 from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.errors import LifecycleError
 
 from .test_verification import (
@@ -121,7 +121,7 @@ def test_a_fast_path_past_the_adapters_is_caught(monkeypatch: pytest.MonkeyPatch
     batch = torch.randn(2, 4, 16)
     assert lightning_peft.verify(model, batch).passed
     stored = property(lambda layer: layer._parameters["weight"])
-    monkeypatch.setattr(InPlace, "weight", stored)
+    monkeypatch.setattr(LayerMixin, "weight", stored)
     verification = lightning_peft.verify(model, batch)
     assert failed(verification) == {ACT}
     assert detail(verification, ACT) == (
@@ -300,7 +300,7 @@ def move_away(model: Any) -> None:
     model.first.lora_A.to("meta")
 
 
-def make_dense(model: Any) -> None:
+def convert_to_dense(model: Any) -> None:
     model.first.__class__ = nn.Linear
 
 
@@ -309,7 +309,7 @@ STRUCTURE = [
     (replace_layer, "first: has no adapter any more"),
     (spoil, "first.lora_A.default.weight: has values that are not finite"),
     (move_away, "first.lora_A.default.weight: is on meta and its layer on cpu"),
-    (make_dense, "first: is not quantized any more"),
+    (convert_to_dense, "first: is not quantized any more"),
 ]
 
 

@@ -86,7 +86,7 @@ def test_a_view_takes_part_in_arithmetic() -> None:
     lightning_peft.inject(model, r=4)
     randomize(model)
     layer = model.qkv
-    exact = layer._parameters["weight"] + layer.lora_delta("default")
+    exact = layer._parameters["weight"] + layer.get_delta_weight("default")
     torch.testing.assert_close(layer.weight + 0, exact)
     torch.testing.assert_close(layer.weight.t(), exact.t())
     torch.testing.assert_close(torch.stack([layer.weight, layer.weight])[1], exact)
@@ -141,7 +141,7 @@ def test_attention_of_torch_uses_the_adapter_of_its_output() -> None:
     assert layer.lora_A["default"].weight.grad.any()
     assert layer.lora_B["default"].weight.grad.any()
     # The projection is linear, so the adapter's share is its delta on what the base projects.
-    weight, delta = layer._parameters["weight"].detach(), layer.lora_delta("default")
+    weight, delta = layer._parameters["weight"].detach(), layer.get_delta_weight("default")
     inner = torch.linalg.solve(weight, (before - layer.bias.detach()).mT).mT
     torch.testing.assert_close(fast - before, inner @ delta.t(), rtol=1e-3, atol=1e-4)
 

@@ -33,7 +33,7 @@ from lightning_peft.engine.model_types import retargeted_by_peft
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.record import AdapterInfo, PartRecord
 from lightning_peft.engine.selection.parts import inside
-from lightning_peft.engine.selection.targets import PATTERN_FIELDS, compact, patterns_for
+from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for, shortest_suffixes
 from lightning_peft.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -184,7 +184,7 @@ def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     """Returns the ``adapter_config.json`` that loads the adapter onto the plain base model."""
     info = entry.adapters[name]
     config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
-    config["target_modules"] = compact(info.targets, part)
+    config["target_modules"] = shortest_suffixes(info.targets, part)
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         config[applied] = None
     entries = saved_entries(part, saved_modules(part, entry, name), info.targets)

@@ -41,7 +41,7 @@ from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modu
 from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
-from lightning_peft.engine.selection.planning import Request
+from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.selection.scope import find_parts
 from lightning_peft.engine.undoing import undone_on_error
 from lightning_peft.engine.vocabulary import difference, resized_as_recorded
@@ -262,7 +262,7 @@ def _inject_for_file(
     fields["inference_mode"] = False
     try:
         config = config_from_dict(fields)
-        request = Request(config, quantization, adapter_name, {folder.part: folder.saved})
+        request = InjectionRequest(config, quantization, adapter_name, {folder.part: folder.saved})
         inject_exactly(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:
         raise _unfit(module, folder.path, error) from error

@@ -9,9 +9,9 @@ from torch import nn
 from lightning_peft.engine.layers.kinds import (
     CONVOLUTIONS,
     TRANSPOSED,
+    has_standard_forward,
     is_dilated,
-    is_plain,
-    outside_of_zeros,
+    pads_with_values,
 )
 from lightning_peft.engine.record import PartRecord
 
@@ -44,7 +44,7 @@ def _reason(layer: Any) -> str | None:
     if isinstance(layer, TRANSPOSED):
         return "PEFT has no adapters for transposed convolutions, and refuses the folder"
     if isinstance(layer, CONVOLUTIONS):
-        if outside_of_zeros(layer):
+        if pads_with_values(layer):
             return (
                 f"PEFT applies the adapter without padding_mode={layer.padding_mode!r}, so that "
                 "its output differs at the borders"
@@ -54,7 +54,7 @@ def _reason(layer: Any) -> str | None:
                 f"PEFT applies the adapter without dilation={tuple(layer.dilation)}, so that its "
                 "output differs or has another size"
             )
-    if not is_plain(layer) and not hasattr(layer, "embed_scale"):
+    if not has_standard_forward(layer) and not hasattr(layer, "embed_scale"):
         return (
             "its class has a forward pass of its own. Here that uses the weight plus the adapter, "
             "and PEFT adds the adapter to its output"

@@ -15,7 +15,7 @@ from lightning_peft.engine.injection import inject_exactly
 from lightning_peft.engine.primitives import plain
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import PartRecord, Record, record_of, require_record, set_record
-from lightning_peft.engine.selection.planning import Request
+from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.vocabulary import difference, resized_as_recorded
 from lightning_peft.errors import (
     BaseMismatchError,
@@ -210,7 +210,7 @@ def _inject_groups(
     for adapter, names in _groups(parts):
         part = parts[names[0]]
         try:
-            request = Request(
+            request = InjectionRequest(
                 config_from_dict(part["adapters"][adapter]["config"]),
                 quantization_from_dict(part["quantization"]),
                 adapter,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.layers.in_place import Extended, extend
+from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin
 
 
-class KeptAttention(Extended):
+class AttentionMixin(DynamicMixin):
     """Mixin for PEFT's layer that puts the same parameters back, bit for bit.
 
     Attributes:
@@ -75,9 +75,9 @@ def parameters_of(attention: Any) -> list[dict[str, Any]]:
     return [dict(attention._parameters), dict(attention.out_proj._parameters)]
 
 
-def keep(wrapper: Any, before: list[dict[str, Any]]) -> None:
+def preserve_parameters(wrapper: Any, before: list[dict[str, Any]]) -> None:
     """Turns PEFT's new ``wrapper`` into one that keeps the parameters ``before``."""
-    extend(wrapper, KeptAttention)
+    add_mixin(wrapper, AttentionMixin)
     wrapper.unmerged = []
     for holder, params in zip(wrapper.holders(), before, strict=True):
         _put_back(holder, params)

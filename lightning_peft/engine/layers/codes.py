@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from transformers import BitsAndBytesConfig
 
 # Weights at once: enough that calls cost nothing, and few enough to stay near a core.
-PIECE = 1 << 19
+CHUNK = 1 << 19
 # Of the weights and of their constants, with double quantization; bitsandbytes' defaults.
 _BLOCK, _NESTED_BLOCK = 64, 256
 # bitsandbytes' lower limit for the constant of a block.
 _SMALLEST = 1e-38
 
 
-def four_bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
+def make_params4bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
     """Returns the ``bitsandbytes.nn.Params4bit`` on ``device`` that stands for ``rows``.
 
     Args:
@@ -40,20 +40,20 @@ def four_bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> 
     if device.type != "cpu":
         packed: Any = bnb.nn.Params4bit(rows, quant_type=kind, **kept)
         return packed.to(device)
-    codes, state = _by_pieces(rows.to(device), kind)
+    codes, state = _quantize_in_chunks(rows.to(device), kind)
     if double:
-        _compress(state)
+        _quantize_constants(state)
     return bnb.nn.Params4bit(codes, quant_type=kind, quant_state=state, bnb_quantized=True, **kept)
 
 
-def _by_pieces(rows: Tensor, kind: str) -> tuple[Tensor, Any]:
+def _quantize_in_chunks(rows: Tensor, kind: str) -> tuple[Tensor, Any]:
     """Returns what ``quantize_4bit`` does without double quantization, bit for bit."""
     flat = rows.detach().view(-1)
     codes = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
     constants = torch.empty(-(-flat.numel() // _BLOCK), dtype=torch.float32)
-    quick = _Comparison(min(PIECE, flat.numel())) if agrees(kind) else None
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE]
+    quick = _NF4Encoder(min(CHUNK, flat.numel())) if matches_bitsandbytes(kind) else None
+    for start in range(0, flat.numel(), CHUNK):
+        piece = flat[start : start + CHUNK]
         end = start + len(piece)
         codes_of_it = codes[start // 2 : (end + 1) // 2]
         constants_of_it = constants[start // _BLOCK : -(-end // _BLOCK)]
@@ -67,7 +67,7 @@ def _by_pieces(rows: Tensor, kind: str) -> tuple[Tensor, Any]:
     return codes, state
 
 
-class _Comparison:
+class _NF4Encoder:
     """Quantizes to NF4 by comparing with all bounds; holds the memory that this takes.
 
     Args:
@@ -116,7 +116,7 @@ def _bounds() -> list[float]:
 
 
 @cache
-def agrees(kind: str) -> bool:
+def matches_bitsandbytes(kind: str) -> bool:
     """Says whether comparing gives the codes of the bitsandbytes that is installed.
 
     Tried once on the bounds themselves, their neighbours among the numbers, and values in between.
@@ -132,11 +132,11 @@ def agrees(kind: str) -> bool:
     blocks = F.pad(values.view(-1, _BLOCK - 1), (0, 1), value=1.0).view(-1)
     theirs, state = quantize_4bit(blocks, blocksize=_BLOCK, quant_type=kind)
     mine, constants = torch.empty_like(theirs.view(-1)), torch.empty_like(state.absmax)
-    made = _Comparison(len(blocks)).quantize(blocks, mine, constants)
+    made = _NF4Encoder(len(blocks)).quantize(blocks, mine, constants)
     return made and torch.equal(mine, theirs.view(-1)) and torch.equal(constants, state.absmax)
 
 
-def _compress(state: Any) -> None:
+def _quantize_constants(state: Any) -> None:
     """Quantizes the constants of the blocks as ``quantize_4bit(compress_statistics=True)`` does."""
     state.offset = state.absmax.mean()
     state.absmax, state.state2 = quantize_blockwise(

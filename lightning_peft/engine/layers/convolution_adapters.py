@@ -10,17 +10,17 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.utils import skip_init
 
-from lightning_peft.engine.layers.kinds import plain_class
+from lightning_peft.engine.layers.kinds import standard_class
 
 
-def stand_in(layer: Any) -> nn.Module:
+def bare_convolution(layer: Any) -> nn.Module:
     """Returns a plain convolution with the geometry of ``layer``, and without values.
 
     PEFT calls the class of the layer with its own arguments to make ``A`` and ``B``, which a
     subclass may not take. No random numbers are drawn.
     """
     return skip_init(
-        plain_class(layer),
+        standard_class(layer),
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -49,8 +49,8 @@ class TransposedFactors(nn.Module):
     ) -> None:
         super().__init__()
         rank, alpha = chosen["r"], chosen["lora_alpha"]
-        pointwise = getattr(nn, plain_class(layer).__name__.replace("Transpose", ""))
-        a = skip_init(plain_class(layer), layer.in_channels, rank, layer.kernel_size, bias=False)
+        pointwise = getattr(nn, standard_class(layer).__name__.replace("Transpose", ""))
+        a = skip_init(standard_class(layer), layer.in_channels, rank, layer.kernel_size, bias=False)
         b = skip_init(pointwise, rank, layer.out_channels, 1, bias=False)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(a.weight, std=1 / rank)

@@ -24,8 +24,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
-from lightning_peft.engine.layers.in_place import InPlace
-from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, is_plain
+from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, has_standard_forward
+from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.engine.layers.quantized import FourBitLayer, output_dtype
 
 # Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
@@ -34,10 +34,10 @@ _BITS_16 = (torch.float16, torch.bfloat16)
 # So many rows are converted to float32 at a time: they stay in the cache of a CPU.
 _ROWS = 512
 _FOUR_BIT_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
-_COVERED: dict[type, bool] = {}
+_SUPPORTED: dict[type, bool] = {}
 
 
-class Frozen(NamedTuple):
+class FrozenMatmul(NamedTuple):
     """How the frozen weight takes part.
 
     Attributes:
@@ -52,7 +52,7 @@ class Frozen(NamedTuple):
     compute: torch.dtype
     state: Any
 
-    def product(self, rows: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
+    def matmul(self, rows: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         """Returns ``rows @ W.T + bias`` for ``rows`` of shape ``(n, in)``; a new tensor."""
         rows = rows.to(self.compute)
         bias = None if bias is None else bias.to(self.compute)
@@ -86,19 +86,24 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
         kwargs: The others.
     """
     x = args[0] if len(args) == 1 and not kwargs else None
-    if len(names) != 1 or not isinstance(x, Tensor) or not _covers(type(layer), layer):
+    if len(names) != 1 or not isinstance(x, Tensor) or not _is_supported_class(type(layer), layer):
         return None
     dropout = layer.lora_dropout[names[0]]
     stored = layer._parameters.get("weight")
-    if is_transformed() or not _drops_plainly(dropout) or stored is None or stored.requires_grad:
+    if (
+        is_transformed()
+        or not _has_standard_dropout(dropout)
+        or stored is None
+        or stored.requires_grad
+    ):
         return None
-    frozen = _frozen(layer, stored, x)
+    frozen = _frozen_matmul(layer, stored, x)
     if frozen is None:
         return None
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     scaling = layer.lora_adapters[names[0]].scaling
-    with _without_autocast(x), _unnoted():
+    with _without_autocast(x), _pause_recording():
         out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
     return out
 
@@ -119,7 +124,7 @@ class FusedLora(torch.autograd.Function):
         b: Tensor,
         bias: Tensor | None,
         stored: Tensor,
-        frozen: Frozen,
+        frozen: FrozenMatmul,
         scaling: float,
         p: float,
     ) -> Tensor:
@@ -138,9 +143,9 @@ class FusedLora(torch.autograd.Function):
         """
         mask = draw_mask(x, p) if p else None
         rows = _rows(x, frozen)
-        out = frozen.product(rows, stored, bias)
+        out = frozen.matmul(rows, stored, bias)
         ctx.factor, ctx.frozen = scaling / (1 - p), frozen
-        low = _low(rows, mask, a, ctx.factor)
+        low = _project_down(rows, mask, a, ctx.factor)
         out.addmm_(low, b.to(out.dtype).t())
         # The input as it came: layers that share it keep one tensor, not a cast copy each.
         ctx.save_for_backward(x, mask, low, a, b, bias, stored)
@@ -158,22 +163,22 @@ class FusedLora(torch.autograd.Function):
         with _without_autocast(rows):
             if torch.is_grad_enabled():
                 # For gradients of gradients: what was kept does not know where it came from.
-                low = _low(rows, mask, a, ctx.factor)
+                low = _project_down(rows, mask, a, ctx.factor)
             of_low = gradient @ b.to(gradient.dtype)
             of_x = of_a = of_b = of_bias = None
             if for_x:
-                of_x = _of_input(ctx, gradient, of_low, mask, a, stored)
+                of_x = _input_gradient(ctx, gradient, of_low, mask, a, stored)
                 of_x = of_x.view(x.shape).to(x.dtype)
             if for_a:
-                of_a = _summed(of_low, _kept(rows, mask), a.dtype) * ctx.factor
+                of_a = _accumulated(of_low, _apply_mask(rows, mask), a.dtype) * ctx.factor
             if for_b:
-                of_b = _summed(gradient, low, b.dtype)
+                of_b = _accumulated(gradient, low, b.dtype)
             if for_bias:
                 of_bias = gradient.sum(0, dtype=bias.dtype)
         return of_x, of_a, of_b, of_bias, *[None] * 4
 
 
-def _summed(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+def _accumulated(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns ``left.T @ right`` in ``dtype``, summed over the rows in float32 or more.
 
     Rounded to 16 bits, gradients of accumulated batches would differ from that of one batch by
@@ -189,24 +194,24 @@ def _summed(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def _of_input(
+def _input_gradient(
     ctx: Any, gradient: Tensor, of_low: Tensor, mask: Tensor | None, a: Tensor, stored: Tensor
 ) -> Tensor:
-    frozen: Frozen = ctx.frozen
+    frozen: FrozenMatmul = ctx.frozen
     of_x = (gradient.to(frozen.compute) @ frozen.weight(stored)).to(gradient.dtype)
     scaled = (a * ctx.factor).to(gradient.dtype)
     if mask is None:
         return of_x.addmm_(of_low, scaled)
-    return of_x.add_(_kept(of_low @ scaled, mask))
+    return of_x.add_(_apply_mask(of_low @ scaled, mask))
 
 
-def _rows(x: Tensor, frozen: Frozen) -> Tensor:
+def _rows(x: Tensor, frozen: FrozenMatmul) -> Tensor:
     return x.to(frozen.dtype).reshape(-1, x.shape[-1])
 
 
-def _low(rows: Tensor, mask: Tensor | None, a: Tensor, factor: float) -> Tensor:
+def _project_down(rows: Tensor, mask: Tensor | None, a: Tensor, factor: float) -> Tensor:
     """Returns ``s A`` times what dropout kept, ``(n, r)``."""
-    return _kept(rows, mask) @ (a * factor).to(rows.dtype).t()
+    return _apply_mask(rows, mask) @ (a * factor).to(rows.dtype).t()
 
 
 def draw_mask(x: Tensor, p: float) -> Tensor:
@@ -216,7 +221,7 @@ def draw_mask(x: Tensor, p: float) -> Tensor:
     return torch.native_dropout(x, p, True)[1]
 
 
-def _kept(rows: Tensor, mask: Tensor | None) -> Tensor:
+def _apply_mask(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Returns ``rows`` with zeros where ``mask``, of as many elements, is false."""
     if mask is None:
         return rows
@@ -228,15 +233,15 @@ def _kept(rows: Tensor, mask: Tensor | None) -> Tensor:
     return bits.view(rows.dtype)
 
 
-def _frozen(layer: Any, stored: Any, x: Tensor) -> Frozen | None:
+def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
     """Returns how the weight takes part, or ``None`` where ``x`` does not fit it."""
     dtype, autocast = output_dtype(x), torch.is_autocast_enabled(x.device.type)
     if isinstance(layer, FourBitLayer):
-        frozen = Frozen(layer, dtype, layer.compute_dtype or dtype, stored.quant_state)
+        frozen = FrozenMatmul(layer, dtype, layer.compute_dtype or dtype, stored.quant_state)
         width = frozen.state.shape[1]
         known = {x.dtype, frozen.compute} <= _FOUR_BIT_DTYPES
     else:
-        frozen = Frozen(layer, dtype, dtype, None)
+        frozen = FrozenMatmul(layer, dtype, dtype, None)
         width = as_rows(layer, stored).shape[1]
         # Two dtypes without autocast are an error that torch words best.
         known = x.is_floating_point() and (autocast or x.dtype == stored.dtype)
@@ -253,21 +258,21 @@ def is_transformed() -> bool:
     return compiled or functional or forward_ad._current_level >= 0
 
 
-def _covers(cls: type, layer: Any) -> bool:
-    if cls not in _COVERED:
-        known = [m for m in layer.mixins if issubclass(m, InPlace)]
+def _is_supported_class(cls: type, layer: Any) -> bool:
+    if cls not in _SUPPORTED:
+        known = [m for m in layer.mixins if issubclass(m, LayerMixin)]
         four_bit = isinstance(layer, FourBitLayer)
         overriding = [m for m in layer.mixins if "forward" in vars(m) and m not in known]
-        _COVERED[cls] = (
+        _SUPPORTED[cls] = (
             isinstance(layer, LINEAR_LIKE)
-            and is_plain(layer)
+            and has_standard_forward(layer)
             and len(known) == (2 if four_bit else 1)
             and not overriding
         )
-    return _COVERED[cls]
+    return _SUPPORTED[cls]
 
 
-def _drops_plainly(dropout: Any) -> bool:
+def _has_standard_dropout(dropout: Any) -> bool:
     hooked = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks
     if hooked or dropout._backward_pre_hooks:
         return False
@@ -275,7 +280,7 @@ def _drops_plainly(dropout: Any) -> bool:
 
 
 @contextmanager
-def _unnoted() -> Iterator[None]:
+def _pause_recording() -> Iterator[None]:
     """Within the body, operations are not noted in order to be repeated: their result is kept."""
     if not getattr(_get_current_dispatch_mode(), "notes_operations", False):
         yield

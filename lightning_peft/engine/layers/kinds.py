@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.layers.in_place import recipe_of
+from lightning_peft.engine.layers.mixin import class_key
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,25 +18,28 @@ CONVOLUTION_LIKE = (*CONVOLUTIONS, *TRANSPOSED)
 ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
 
 # Whose code is known to be the product with `weight` plus `bias` and nothing else.
-_PLAIN = (*ADAPTABLE, _ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+_STANDARD = (*ADAPTABLE, _ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # Subclasses with a forward pass of their own that is this product, by full name.
-_SAME_PRODUCT = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
-_PLAIN_CODE = {
-    vars(cls)[name] for cls in _PLAIN for name in ("forward", "_conv_forward") if name in vars(cls)
+_SAME_FORWARD = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+_STANDARD_CODE = {
+    vars(cls)[name]
+    for cls in _STANDARD
+    for name in ("forward", "_conv_forward")
+    if name in vars(cls)
 }
 
 
-def is_plain(layer: nn.Module) -> bool:
+def has_standard_forward(layer: nn.Module) -> bool:
     """Says whether ``layer`` computes what its kind says.
 
     A subclass may pad, scale or standardize in a ``forward`` of its own: what an adapter adds to
     the weight is then another thing than what it adds to the output.
     """
-    origin = recipe_of(layer)[2]
-    if f"{origin.__module__}.{origin.__qualname__}" in _SAME_PRODUCT:
+    origin = class_key(layer)[2]
+    if f"{origin.__module__}.{origin.__qualname__}" in _SAME_FORWARD:
         return True
     code = [getattr(origin, name, None) for name in ("forward", "_conv_forward")]
-    return all(function is None or function in _PLAIN_CODE for function in code)
+    return all(function is None or function in _STANDARD_CODE for function in code)
 
 
 def has_quantizable_class(layer: nn.Module) -> bool:
@@ -49,10 +52,10 @@ def has_quantizable_class(layer: nn.Module) -> bool:
     if cls in (*LINEAR_LIKE, *CONVOLUTION_LIKE):
         return True
     own = isinstance(layer, nn.Linear) and cls.__module__.startswith("transformers.models.")
-    return own and is_plain(layer)
+    return own and has_standard_forward(layer)
 
 
-def plain_class(layer: nn.Module) -> type[nn.Module]:
+def standard_class(layer: nn.Module) -> type[nn.Module]:
     """Returns the class of torch or transformers that ``layer`` is an instance of."""
     return next(cls for cls in ADAPTABLE if isinstance(layer, cls))
 
@@ -79,7 +82,7 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
     return rows
 
 
-def outside_of_zeros(layer: Any) -> bool:
+def pads_with_values(layer: Any) -> bool:
     """Says whether a convolution sees anything but zeros outside of its input."""
     return layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice)
 
@@ -90,7 +93,7 @@ def is_dilated(layer: Any) -> bool:
     return any(kernel > 1 and dilation > 1 for kernel, dilation in sizes)
 
 
-def why_no_adapter(layer: Any, rank: int) -> str | None:
+def adapter_unsupported_reason(layer: Any, rank: int) -> str | None:
     """Returns why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
     kind = type(layer).__name__
     if isinstance(layer, nn.RNNBase):
@@ -110,6 +113,6 @@ def why_no_adapter(layer: Any, rank: int) -> str | None:
             f"its groups={groups} do not divide the rank {rank}. Leave it out by "
             f"`exclude_modules`, or give it a multiple of {groups} in `rank_pattern`"
         )
-    if groups > 1 and not is_plain(layer):
+    if groups > 1 and not has_standard_forward(layer):
         return f"groups={groups} in a {kind} with a forward pass of its own"
     return None

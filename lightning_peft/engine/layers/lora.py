@@ -19,9 +19,14 @@ from torch.nn import functional as F
 
 from lightning_peft.engine.layers.convolution import convolve, mix_channels
 from lightning_peft.engine.layers.fused import fused_output
-from lightning_peft.engine.layers.in_place import InPlace, extend, parameter, retract
-from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED, from_rows, is_plain
-from lightning_peft.engine.layers.quantization import QuantizedWeight
+from lightning_peft.engine.layers.kinds import (
+    CONVOLUTION_LIKE,
+    TRANSPOSED,
+    from_rows,
+    has_standard_forward,
+)
+from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin, stored_parameter
+from lightning_peft.engine.layers.quantization import QuantizedBackup
 from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
@@ -42,7 +47,7 @@ class Adapter:
     scaling: float
 
 
-class LoraLayer(InPlace):
+class LoraLayer(LayerMixin):
     """A layer that adds its active adapters to what it computes; one subclass per kind of layer.
 
     Attributes:
@@ -53,8 +58,8 @@ class LoraLayer(InPlace):
         lora_active: Names of the adapters that take part in ``forward``.
         lora_enabled: ``False`` inside :func:`lightning_peft.disable_adapters`.
         lora_merged: Names of the adapters that are folded into the weight.
-        lora_unmerged_weight: The quantized weight that merging replaced.
-        lora_follows: Whether the layer is in a copy that follows another part, so that its
+        lora_quantized_backup: The quantized weight that merging replaced.
+        lora_is_momentum_copy: Whether the layer is in a copy that follows another part, so that its
             adapters do not train.
     """
 
@@ -67,10 +72,10 @@ class LoraLayer(InPlace):
     lora_active: tuple[str, ...]
     lora_enabled: bool
     lora_merged: tuple[str, ...]
-    lora_unmerged_weight: QuantizedWeight | None
-    lora_follows: bool
+    lora_quantized_backup: QuantizedBackup | None
+    lora_is_momentum_copy: bool
 
-    def running(self) -> list[str]:
+    def effective_adapters(self) -> list[str]:
         """Returns the adapters that this layer adds to its output now."""
         active = [name for name in self.lora_active if name in self.lora_adapters]
         return [n for n in active if n not in self.lora_merged] if self.lora_enabled else []
@@ -91,34 +96,34 @@ class LoraLayer(InPlace):
             *args: What the layer takes; the first is the input.
             **kwargs: The same by name.
         """
-        names = self.running()
-        if names and not (is_plain(self) or isinstance(self, QuantizedLayer)):  # type: ignore[arg-type]
+        names = self.effective_adapters()
+        if names and not (has_standard_forward(self) or isinstance(self, QuantizedLayer)):  # type: ignore[arg-type]
             changed: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return changed
         with self.own_forward():
             result: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
         for name in names:
             x = self.lora_dropout[name](args[0] if args else next(iter(kwargs.values())))
-            added = self.added(name, x, *args[1:], **kwargs)
+            added = self.adapter_output(name, x, *args[1:], **kwargs)
             result = result + added.to(result.dtype)
         return result
 
-    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def adapter_output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns what one adapter adds to the output for the input ``x``, after dropout."""
         raise NotImplementedError
 
-    def product(self, name: str) -> Tensor:
+    def delta_weight(self, name: str) -> Tensor:
         """Returns ``s B A`` of one adapter, in the layout of the layer's weight."""
         raise NotImplementedError
 
-    def wide_factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def upcast_factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Returns ``s A`` and ``B`` in a dtype to multiply them in."""
-        a, b = (factor.to(wide_dtype(factor)) for factor in self.factors(name))
+        a, b = (factor.to(accumulation_dtype(factor)) for factor in self.factors(name))
         return a * self.lora_adapters[name].scaling, b
 
     def weight_is_stored(self) -> bool:
         """Says whether neither quantization nor an adapter changes what the weight does."""
-        return super().weight_is_stored() and not self.running()
+        return super().weight_is_stored() and not self.effective_adapters()
 
     def effective_weight(self) -> Tensor:
         """Returns ``W + s B A`` of the running adapters, with gradients to ``A`` and ``B``.
@@ -126,16 +131,16 @@ class LoraLayer(InPlace):
         Without dropout: that acts on inputs, and there are none here.
         """
         weight = super().effective_weight()
-        total = weight.to(wide_dtype(weight))
-        for name in self.running():
-            total = total + self.product(name)
+        total = weight.to(accumulation_dtype(weight))
+        for name in self.effective_adapters():
+            total = total + self.delta_weight(name)
         return total.to(weight.dtype)
 
-    def lora_delta(self, name: str) -> Tensor:
+    def get_delta_weight(self, name: str) -> Tensor:
         """Returns ``s B A`` of one adapter, in the layout of the layer's weight, detached."""
-        return self.product(name).detach()
+        return self.delta_weight(name).detach()
 
-    def is_fresh(self) -> bool:
+    def has_no_effect(self) -> bool:
         """Says whether every adapter on the layer still adds nothing."""
         return all(
             not a.any() or not b.any() for a, b in (self.factors(n) for n in self.lora_adapters)
@@ -148,8 +153,8 @@ _STATE = (
     "lora_active",
     "lora_enabled",
     "lora_merged",
-    "lora_unmerged_weight",
-    "lora_follows",
+    "lora_quantized_backup",
+    "lora_is_momentum_copy",
 )
 
 
@@ -158,18 +163,18 @@ class LoraLinear(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``W x + s B A x`` for ``x`` of shape ``(..., in)``, in one step where it can."""
-        fused = fused_output(self, self.running(), args, kwargs)
+        fused = fused_output(self, self.effective_adapters(), args, kwargs)
         return super().forward(*args, **kwargs) if fused is None else fused
 
-    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def adapter_output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``s B A x`` for ``x`` of shape ``(..., in)``."""
         a, b = self.factors(name)
         low = F.linear(x, a.to(x.dtype)) * self.lora_adapters[name].scaling
         return F.linear(low, b.to(low.dtype))
 
-    def product(self, name: str) -> Tensor:
+    def delta_weight(self, name: str) -> Tensor:
         """Returns ``s B A``."""
-        a, b = self.wide_factors(name)
+        a, b = self.upcast_factors(name)
         return from_rows(self, b @ a)
 
 
@@ -182,14 +187,14 @@ class LoraConvolution(LoraLayer):
 
     groups: int
 
-    def added(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def adapter_output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``s B (A * x)`` for ``x`` of shape ``(N, in, *size)``."""
         a, b = self.factors(name)
         size = args[0] if args else kwargs.get("output_size")
         low = convolve(self, x, a.to(x.dtype), size) * self.lora_adapters[name].scaling
         return mix_channels(low, b.to(low.dtype), self.groups)
 
-    def product(self, name: str) -> Tensor:
+    def delta_weight(self, name: str) -> Tensor:
         """Returns ``s B A`` as a kernel.
 
         Raises:
@@ -201,7 +206,7 @@ class LoraConvolution(LoraLayer):
                 "no weight that has it built in: it cannot be merged, nor read as `weight`. Call "
                 "the layer, or leave it out by `exclude_modules`."
             )
-        a, b = self.wide_factors(name)
+        a, b = self.upcast_factors(name)
         if isinstance(self, TRANSPOSED):
             return torch.einsum("ir...,or->io...", a, b.flatten(1))
         return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
@@ -223,7 +228,7 @@ class LoraEmbedding(LoraLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Returns what the class does, with :meth:`look_up` in place of the lookup."""
-        if is_plain(self) and self.running():  # type: ignore[arg-type]
+        if has_standard_forward(self) and self.effective_adapters():  # type: ignore[arg-type]
             layer: Any = self
             return self.look_up(
                 args[0] if args else next(iter(kwargs.values())),
@@ -240,27 +245,27 @@ class LoraEmbedding(LoraLayer):
         """The weight as code means it that reads it, looked up row by row where it can be."""
         view = super().weight
         if isinstance(view, WeightView):
-            view.instead[F.embedding] = self.look_up
+            view.overrides[F.embedding] = self.look_up
         return view
 
     def look_up(self, input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns ``F.embedding`` of the effective weight, without making that weight."""
         stored = self._parameters["weight"]
         rows = F.embedding(input, stored, *args, **kwargs)
-        for name in self.running():
+        for name in self.effective_adapters():
             a, b = self.factors(name)
             # Padding rows get no gradient, as in the layer's own weight.
             low = F.embedding(input, a.t(), kwargs.get("padding_idx", args[0] if args else None))
             rows = rows + ((low @ b.t()) * self.lora_adapters[name].scaling).to(rows.dtype)
         return rows
 
-    def product(self, name: str) -> Tensor:
+    def delta_weight(self, name: str) -> Tensor:
         """Returns ``s (B A)^T`` of shape ``(tokens, width)``."""
-        a, b = self.wide_factors(name)
+        a, b = self.upcast_factors(name)
         return (b @ a).t()
 
 
-def lora_kind(layer: nn.Module) -> type[LoraLayer]:
+def lora_class(layer: nn.Module) -> type[LoraLayer]:
     """Returns the mixin for a layer of one of the adaptable kinds."""
     if isinstance(layer, CONVOLUTION_LIKE):
         return LoraConvolution
@@ -277,24 +282,24 @@ def without_adapters(layer: Any) -> Iterator[None]:
         layer.lora_enabled = outer
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
     """Returns the dtype to add weights and adapters in: float32, or float64 where they are."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def attach(layer: Any, made_by_peft: Any, name: str) -> None:
+def attach(layer: Any, peft_layer: Any, name: str) -> None:
     """Moves one adapter from a PEFT layer, created around ``layer``, onto ``layer`` itself.
 
     Half-precision adapters become float32: they are the master weights of the optimizer.
 
     Args:
         layer: The layer to adapt; it keeps its identity, attributes and parameter names.
-        made_by_peft: PEFT's layer for ``layer``; it is not used afterwards.
+        peft_layer: PEFT's layer for ``layer``; it is not used afterwards.
         name: The adapter's name.
     """
-    kind = lora_kind(layer)
+    kind = lora_class(layer)
     if not isinstance(layer, LoraLayer):
-        extend(layer, kind)
+        add_mixin(layer, kind)
         # New modules are in train mode; the layer may be inside a part that is in eval mode.
         for factor in kind.factor_names:
             holder = nn.ParameterDict() if kind is LoraEmbedding else nn.ModuleDict()
@@ -302,19 +307,19 @@ def attach(layer: Any, made_by_peft: Any, name: str) -> None:
         layer.lora_dropout = nn.ModuleDict().train(layer.training)
         layer.lora_adapters = {}
         layer.lora_active, layer.lora_merged, layer.lora_enabled = (name,), (), True
-        layer.lora_unmerged_weight, layer.lora_follows = None, False
+        layer.lora_quantized_backup, layer.lora_is_momentum_copy = None, False
     for attribute in (*kind.factor_names, "lora_dropout"):
-        getattr(layer, attribute)[name] = _moved(getattr(made_by_peft, attribute)[name], layer)
+        getattr(layer, attribute)[name] = _moved(getattr(peft_layer, attribute)[name], layer)
     layer.lora_adapters[name] = Adapter(
-        r=int(made_by_peft.r[name]),
-        alpha=float(made_by_peft.lora_alpha[name]),
-        scaling=float(made_by_peft.scaling[name]),
+        r=int(peft_layer.r[name]),
+        alpha=float(peft_layer.lora_alpha[name]),
+        scaling=float(peft_layer.scaling[name]),
     )
 
 
 def _moved(made: Any, layer: Any) -> Any:
     """Returns a factor or dropout on the layer's device, in its mode and in full precision."""
-    device = parameter(layer, "weight").device
+    device = stored_parameter(layer, "weight").device
     if isinstance(made, nn.Parameter):
         return nn.Parameter(_full_precision(made.data.to(device)), made.requires_grad)
     for param in made.to(device).train(layer.training).parameters():
@@ -341,4 +346,4 @@ def detach(layer: Any) -> None:
     """Removes all adapters from ``layer`` and gives it back the class it had before."""
     for attribute in (*layer.factor_names, *_STATE):
         delattr(layer, attribute)
-    retract(layer, lora_kind(layer))
+    remove_mixin(layer, lora_class(layer))

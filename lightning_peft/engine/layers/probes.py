@@ -13,7 +13,7 @@ from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.layers.quantized import is_quantized
 
 
-def probe_of(layer: Any) -> Tensor | None:
+def probe_input(layer: Any) -> Tensor | None:
     """Returns a small input for ``layer``, the same in every call; ``None`` for other kinds.
 
     ``(4, in)`` for linear layers, ``(2, in, *size)`` for convolutions, and ids for embeddings.
@@ -31,7 +31,7 @@ def probe_of(layer: Any) -> Tensor | None:
         shape = (2, layer.in_channels, *(kernel * dilation + 2 for kernel, dilation in spans))
     else:
         return None
-    dtype = layer.weight_kind()[1] if is_quantized(layer) else stored.dtype
+    dtype = layer.weight_info()[1] if is_quantized(layer) else stored.dtype
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return values.to(stored.device, dtype)
 
@@ -48,7 +48,7 @@ def in_eval_mode(layer: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def tolerance_of(layer: nn.Module, dtype: torch.dtype) -> float:
+def rounding_tolerance(layer: nn.Module, dtype: torch.dtype) -> float:
     """Returns which relative difference of outputs may be rounding."""
     coarse = torch.bfloat16 if is_quantized(layer) else dtype
     return float(max(torch.finfo(coarse).eps, torch.finfo(dtype).eps) ** 0.5)

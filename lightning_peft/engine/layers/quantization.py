@@ -19,13 +19,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.layers.codes import four_bit
-from lightning_peft.engine.layers.in_place import Recipe, class_from, extend, parameter, recipe_of
+from lightning_peft.engine.layers.codes import make_params4bit
 from lightning_peft.engine.layers.kinds import (
     CONVOLUTION_LIKE,
     as_rows,
     from_rows,
     has_quantizable_class,
+)
+from lightning_peft.engine.layers.mixin import (
+    ClassKey,
+    add_mixin,
+    class_for_key,
+    class_key,
+    stored_parameter,
 )
 from lightning_peft.engine.layers.quantized import (
     EightBitLayer,
@@ -53,12 +59,12 @@ def quantize(
         device: Where the quantized weight ends up; ``None`` leaves it where it is.
 
     Raises:
-        UnsupportedError: If :func:`why_not` has a reason.
+        UnsupportedError: If :func:`quantization_unsupported_reason` has a reason.
     """
-    reason = why_not(layer, config)
+    reason = quantization_unsupported_reason(layer, config)
     if reason is not None:
         raise UnsupportedError(f"A layer cannot be quantized: {reason}.")
-    dense = parameter(layer, "weight")
+    dense = stored_parameter(layer, "weight")
     device = device or dense.device
     if config.load_in_8bit:
         _to_8bit(layer, dense, config, device)
@@ -70,10 +76,10 @@ def quantize(
         bias.data = bias.data.to(device)
     if config.load_in_8bit and device.type == "cpu" and dense.numel() >= _TRIM_FROM:
         del dense
-        return_freed_memory()
+        release_freed_memory()
 
 
-def quantized_later(param: Tensor) -> Any:
+def layer_of_dense_weight(param: Tensor) -> Any:
     """Returns the layer whose dense weight ``param`` was until it was quantized, if there is one.
 
     Whoever took hold of the weight before, such as an optimizer, still has the dense one.
@@ -82,7 +88,7 @@ def quantized_later(param: Tensor) -> Any:
     return None if layer is None else layer()
 
 
-def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
+def quantization_unsupported_reason(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
     """Returns why ``layer`` cannot be quantized right, or ``None`` where it can."""
     kind = type(layer).__name__
     if not has_quantizable_class(layer):
@@ -101,7 +107,7 @@ def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
             "transformers' Conv1D (GPT-2 and relatives) stores its weight transposed, which 8-bit "
             "layers cannot. Use `load_in_4bit=True`, or LoRAStrategy"
         )
-    if parameter(layer, "weight").is_meta:
+    if stored_parameter(layer, "weight").is_meta:
         return (
             "it is on the meta device and has no values. Inject without a quantization config "
             "there, or load the weights first"
@@ -109,7 +115,7 @@ def why_not(layer: nn.Module, config: BitsAndBytesConfig) -> str | None:
     return None
 
 
-def return_freed_memory() -> None:
+def release_freed_memory() -> None:
     """Gives freed heap pages back to the system.
 
     Dense weights, and what bitsandbytes' quantization needs besides, are freed in between results
@@ -128,11 +134,11 @@ def _to_4bit(
     rows = as_rows(layer, dense.data)
     # Through the dictionary here and below: it keeps the order of parameters, which is part of
     # every optimizer state that is saved by position.
-    layer._parameters["weight"] = four_bit(rows, config, device)
-    become_4bit(layer, config)
+    layer._parameters["weight"] = make_params4bit(rows, config, device)
+    convert_to_4bit(layer, config)
 
 
-def become_4bit(layer: Any, config: BitsAndBytesConfig) -> None:
+def convert_to_4bit(layer: Any, config: BitsAndBytesConfig) -> None:
     """Gives a layer whose stored weight is codes already the class that computes with them.
 
     Args:
@@ -140,12 +146,12 @@ def become_4bit(layer: Any, config: BitsAndBytesConfig) -> None:
         config: 4-bit settings; ``bnb_4bit_compute_dtype`` holds for the product.
     """
     if isinstance(layer, CONVOLUTION_LIKE):
-        extend(layer, FourBitConvolution)
+        add_mixin(layer, FourBitConvolution)
     elif isinstance(layer, Conv1D):
-        extend(layer, FourBitLayer)
+        add_mixin(layer, FourBitLayer)
     else:
         # bitsandbytes' own class below ours: others recognise quantized layers by it.
-        extend(layer, FourBitLayer, base=bnb.nn.Linear4bit)
+        add_mixin(layer, FourBitLayer, base=bnb.nn.Linear4bit)
         _fill_linear4bit(layer)
     layer.compute_dtype = config.bnb_4bit_compute_dtype
 
@@ -168,12 +174,12 @@ def _to_8bit(
     packed: Any = bnb.nn.Int8Params(dense.data.cpu(), requires_grad=False, has_fp16_weights=False)
     layer._parameters["weight"] = packed = packed.to(device)
     packed.CB = None
-    extend(layer, EightBitLayer, base=bnb.nn.Linear8bitLt)
+    add_mixin(layer, EightBitLayer, base=bnb.nn.Linear8bitLt)
     layer.state, layer.index = donor.state, None
     layer.dense_dtype = dense.dtype
 
 
-def adopt_quantized(layer: Any) -> None:
+def adopt_prequantized(layer: Any) -> None:
     """Gives a layer that bitsandbytes or ``from_pretrained`` quantized the safe forward pass.
 
     Raises:
@@ -195,7 +201,7 @@ def _adopt_4bit(layer: Any) -> None:
     if state.absmax.ndim == 2:
         state.absmax = state.absmax.t().reshape(-1).float()
     chosen = layer.compute_dtype if layer.compute_type_is_set else None
-    extend(layer, FourBitLayer)
+    add_mixin(layer, FourBitLayer)
     _fill_linear4bit(layer)
     layer.compute_dtype = chosen
 
@@ -206,7 +212,7 @@ def _adopt_8bit(layer: Any) -> None:
     # After the first forward pass, bitsandbytes keeps the scales in the state only.
     weight.SCB = weight.SCB if weight.SCB is not None else state.SCB
     weight.CB = None
-    extend(layer, EightBitLayer)
+    add_mixin(layer, EightBitLayer)
     layer.dense_dtype = torch.float16 if layer.bias is None else layer.bias.dtype
 
 
@@ -219,12 +225,12 @@ def _require_codes(layer: Any, quantized: bool) -> None:
 
 
 @dataclass
-class QuantizedWeight:
-    """Everything that :func:`make_dense` takes off a layer, so that it can be put back."""
+class QuantizedBackup:
+    """Everything that :func:`convert_to_dense` takes off a layer, so that it can be put back."""
 
     weight: nn.Parameter
     attributes: dict[str, Any]
-    recipe: Recipe
+    key: ClassKey
 
 
 _QUANTIZED_ATTRIBUTES = (
@@ -239,36 +245,36 @@ _QUANTIZED_ATTRIBUTES = (
 )
 
 
-def make_dense(layer: Any, weight: Tensor) -> QuantizedWeight:
+def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:
     """Replaces the quantized weight of ``layer`` by a dense one; the layer's class goes back.
 
     Returns:
-        What :func:`make_quantized` needs to undo it exactly.
+        What :func:`restore_quantized` needs to undo it exactly.
     """
-    taken = {
+    attributes = {
         name: layer.__dict__.pop(name) for name in _QUANTIZED_ATTRIBUTES if name in layer.__dict__
     }
-    mixins, base, origin = recipe = recipe_of(layer)
-    undo = QuantizedWeight(layer._parameters["weight"], taken, recipe)
+    mixins, base, origin = key = class_key(layer)
+    undo = QuantizedBackup(layer._parameters["weight"], attributes, key)
     if issubclass(origin, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
         origin = nn.Linear
     others = tuple(mixin for mixin in mixins if not issubclass(mixin, QuantizedLayer))
-    layer.__class__ = class_from((others, origin, origin))
+    layer.__class__ = class_for_key((others, origin, origin))
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     return undo
 
 
-def make_quantized(layer: nn.Module, undo: QuantizedWeight) -> None:
+def restore_quantized(layer: nn.Module, undo: QuantizedBackup) -> None:
     """Puts a quantized weight back, bit for bit, on the device where the layer is now."""
-    device = parameter(layer, "weight").device
-    four_bit = any(issubclass(mixin, FourBitLayer) for mixin in undo.recipe[0])
+    device = stored_parameter(layer, "weight").device
+    four_bit = any(issubclass(mixin, FourBitLayer) for mixin in undo.key[0])
     weight: Any = as_params4bit(undo.weight) if four_bit else undo.weight
     layer._parameters["weight"] = weight.to(device)
-    layer.__class__ = class_from(undo.recipe)
+    layer.__class__ = class_for_key(undo.key)
     layer.__dict__.update(undo.attributes)
 
 
-def requantized(layer: Any, weight: Tensor) -> Tensor:
+def requantize(layer: Any, weight: Tensor) -> Tensor:
     """Returns what ``weight`` becomes when it is quantized again the way ``layer`` is.
 
     Only for 4-bit layers; the merge report uses it to say what re-quantizing would cost.

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
-from lightning_peft.engine.layers.in_place import InPlace
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
-from lightning_peft.engine.layers.weight_view import replaced
+from lightning_peft.engine.layers.mixin import LayerMixin
+from lightning_peft.engine.layers.weight_view import replacement_error
 
 
 def output_dtype(input: Tensor) -> torch.dtype:
@@ -29,7 +29,7 @@ def output_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-class QuantizedLayer(InPlace):
+class QuantizedLayer(LayerMixin):
     """Base of the layers here; other code that reads ``weight`` sees it dequantized."""
 
     bias: Tensor | None
@@ -42,7 +42,7 @@ class QuantizedLayer(InPlace):
         """
         stored = self._parameters.get("weight")
         if name == "weight" and stored is not None and param is not stored:
-            raise replaced(name)
+            raise replacement_error(name)
         super().register_parameter(name, param)
 
     def weight_is_stored(self) -> bool:
@@ -51,7 +51,7 @@ class QuantizedLayer(InPlace):
 
     def probe(self) -> Tensor:
         """Returns a random input of the smallest kind that the layer takes, in its own dtype."""
-        shape, dtype = self.weight_kind()
+        shape, dtype = self.weight_info()
         width = shape[0] if isinstance(self, Conv1D) else shape[1]
         return torch.randn(4, width, device=self._parameters["weight"].device, dtype=dtype)
 
@@ -102,7 +102,7 @@ class FourBitLayer(QuantizedLayer):
         )
         return product.to(out_dtype)
 
-    def weight_kind(self) -> tuple[torch.Size, torch.dtype]:
+    def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Returns shape and dtype from before quantization."""
         state = self._parameters["weight"].quant_state
         shape = torch.Size(state.shape)
@@ -158,7 +158,7 @@ class FourBitConvolution(FourBitLayer):
         spans = zip(layer.kernel_size, layer.dilation, strict=True)
         size = [kernel * dilation + 2 for kernel, dilation in spans]
         device = self._parameters["weight"].device
-        return torch.randn(2, layer.in_channels, *size, device=device, dtype=self.weight_kind()[1])
+        return torch.randn(2, layer.in_channels, *size, device=device, dtype=self.weight_info()[1])
 
     def dense_output(self, input: Tensor) -> Tensor:
         """Returns the convolution with the effective weight, in float32, by torch."""
@@ -212,7 +212,7 @@ class EightBitLayer(QuantizedLayer):
         product: Tensor = bnb.matmul(input.to(dtype), stored, bias=bias, state=self.state)
         return product
 
-    def weight_kind(self) -> tuple[torch.Size, torch.dtype]:
+    def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Returns shape and dtype from before quantization."""
         return self._parameters["weight"].shape, self.dense_dtype
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_peft.engine.layers.in_place import InPlace
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, TRANSPOSED
+from lightning_peft.engine.layers.mixin import LayerMixin
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, str]] = {
     nn.Linear: ("out_features", "in_features"),
@@ -18,7 +18,7 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
-def other_shape(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def mismatched_shapes(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Returns the shape that ``layer`` says its weight has and the one it has, where they differ.
 
     ``None`` also where that cannot be known: for packed weights of other libraries, for weights
@@ -27,8 +27,8 @@ def other_shape(layer: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     weight = layer._parameters.get("weight")
     if weight is None or is_lazy(weight):
         return None
-    if isinstance(layer, InPlace):
-        stored = tuple(layer.weight_kind()[0])
+    if isinstance(layer, LayerMixin):
+        stored = tuple(layer.weight_info()[0])
     elif weight.is_floating_point():
         stored = tuple(weight.shape)
     else:
@@ -50,9 +50,9 @@ def _declared(layer: Any) -> tuple[int, ...] | None:
 
 
 @contextmanager
-def sizes_of_weight(layer: Any) -> Iterator[None]:
+def weight_sizes(layer: Any) -> Iterator[None]:
     """Within the body, a linear layer or embedding says the sizes that its weight has."""
-    shapes = other_shape(layer)
+    shapes = mismatched_shapes(layer)
     kind = next((kind for kind in _ATTRIBUTES if isinstance(layer, kind)), None)
     if shapes is None or kind is None:
         yield
@@ -67,9 +67,9 @@ def sizes_of_weight(layer: Any) -> Iterator[None]:
             setattr(layer, name, size)
 
 
-def why_not_this_shape(layer: Any, in_place: bool) -> str | None:
+def shape_unsupported_reason(layer: Any, in_place: bool) -> str | None:
     """Returns why the shape of a weight is in the way of an adapter, or ``None``."""
-    shapes = other_shape(layer)
+    shapes = mismatched_shapes(layer)
     if shapes is None or (in_place and not isinstance(layer, CONVOLUTION_LIKE)):
         return None
     return (

@@ -20,14 +20,14 @@ from lightning_peft.errors import UnsupportedError
 
 # Questions about a weight that need no value of it. Modules ask them in every forward pass, for
 # example transformers' T5, which casts activations to `self.wo.weight.dtype`.
-_KNOWN_WITHOUT_VALUES = {
+_METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_meta", "is_cpu")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "__len__")),
     *(getattr(Tensor, name) for name in ("is_floating_point", "is_complex")),
 }
 # Questions about the parameter, and the answers that freezing code gives.
-_ABOUT_STORED = {
+_PARAMETER_STATE = {
     *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad", "is_leaf")),
     *(getattr(Tensor, name).__set__ for name in ("requires_grad", "grad")),
     Tensor.requires_grad_,
@@ -43,12 +43,12 @@ class WeightView(Tensor):
     Attributes:
         compute: Returns the values.
         stored: The parameter behind it; attributes that a tensor does not have are read from it.
-        instead: Functions that need not see the values, and what to call in their place.
+        overrides: Functions that need not see the values, and what to call in their place.
     """
 
     compute: Callable[[], Tensor]
     stored: Any
-    instead: dict[Any, Callable[..., Any]]
+    overrides: dict[Any, Callable[..., Any]]
 
     # What isinstance(weight, nn.Parameter) looks at.
     _is_param = True
@@ -64,7 +64,7 @@ class WeightView(Tensor):
         """Returns a view without storage."""
         made: Any = Tensor._make_wrapper_subclass
         view: WeightView = made(cls, shape, dtype=dtype, device=stored.device)
-        view.compute, view.stored, view.instead = compute, stored, {}
+        view.compute, view.stored, view.overrides = compute, stored, {}
         return view
 
     def __getattr__(self, name: str) -> Any:
@@ -76,30 +76,30 @@ class WeightView(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Answers what is known, computes the values for everything else."""
-        if func in _KNOWN_WITHOUT_VALUES:
+        if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         for view in args:
-            if isinstance(view, cls) and func in view.instead:
-                return view.instead[func](*args, **(kwargs or {}))
+            if isinstance(view, cls) and func in view.overrides:
+                return view.overrides[func](*args, **(kwargs or {}))
         if args and isinstance(args[0], cls):
-            if func in _ABOUT_STORED:
+            if func in _PARAMETER_STATE:
                 return func(args[0].stored, *args[1:])
             if func == Tensor.data.__get__:  # type: ignore[attr-defined]
                 return args[0]
             _refuse_writing(func)
             _refuse_replacing(func, sys._getframe(1).f_code)
-        return func(*tree_map(_valued, args), **tree_map(_valued, kwargs or {}))
+        return func(*tree_map(_materialized, args), **tree_map(_materialized, kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """The same for calls that come from C++."""
-        return func(*tree_map(_valued, args), **tree_map(_valued, kwargs or {}))
+        return func(*tree_map(_materialized, args), **tree_map(_materialized, kwargs or {}))
 
 
-def _valued(value: Any) -> Any:
+def _materialized(value: Any) -> Any:
     if not isinstance(value, WeightView):
         return value
     try:
@@ -108,10 +108,10 @@ def _valued(value: Any) -> Any:
         # weight_norm takes the parameter off the layer before it computes with it.
         if error.args != ("weight",):
             raise
-        raise replaced("weight") from error
+        raise replacement_error("weight") from error
 
 
-def replaced(name: str) -> UnsupportedError:
+def replacement_error(name: str) -> UnsupportedError:
     """Returns the error for code that puts something else in the place of a parameter.
 
     Args:
@@ -136,7 +136,7 @@ _MAKING = {
 
 def _refuse_replacing(func: Any, caller: Any) -> None:
     if func == _MAKING.get(caller):
-        raise replaced("weight")
+        raise replacement_error("weight")
 
 
 def _refuse_writing(func: Any) -> None:

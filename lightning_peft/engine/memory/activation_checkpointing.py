@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft.engine.adapters import adapted_layers
-from lightning_peft.engine.layers.in_place import Extended, extend, retract
+from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, remove_mixin
 from lightning_peft.engine.memory.activation_budget import ActivationBudget, read_budget
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import UnsupportedError
@@ -58,7 +58,7 @@ class Checkpointing:
     def disable(self) -> None:
         """Puts every class and attribute back."""
         while self.blocks:
-            retract(self.blocks.pop(), CheckpointedBlock)
+            remove_mixin(self.blocks.pop(), CheckpointedBlock)
         while self.attributes:
             owner, name, before = self.attributes.pop()
             if before is _ABSENT:
@@ -109,7 +109,7 @@ def checkpoint_activations(
         library = _switch_transformers(part, done, budget)
         own = _own_blocks(part)
         for block in own:
-            extend(block, CheckpointedBlock)
+            add_mixin(block, CheckpointedBlock)
             done.blocks.append(block)
             done.set(block, _BUDGET, budget)
         counts = Counter(_class_name(block) for block in [*library, *own])
@@ -228,7 +228,7 @@ def _parameters(blocks: list[nn.Module]) -> int:
     return sum(p.numel() for p in {id(p): p for b in blocks for p in b.parameters()}.values())
 
 
-class CheckpointedBlock(Extended):
+class CheckpointedBlock(DynamicMixin):
     """Keeps the inputs of a block, and computes its activations again in backward."""
 
     label = "Checkpointed"

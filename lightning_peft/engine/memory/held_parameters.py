@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
-from lightning_peft.engine.layers.quantization import quantized_later, return_freed_memory
+from lightning_peft.engine.layers.quantization import layer_of_dense_weight, release_freed_memory
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 
@@ -48,7 +48,7 @@ def hold_adapters(
     exchange = _Exchange(module, held)
     notes = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
     if exchange.freed:
-        return_freed_memory()
+        release_freed_memory()
     return [note for note in notes if note]
 
 
@@ -164,7 +164,7 @@ class _Exchange:
             states = _states(optimizer, group, gone, came)
             for param in gone:
                 optimizer.state.pop(param, None)
-                self.freed |= quantized_later(param) is not None
+                self.freed |= layer_of_dense_weight(param) is not None
             optimizer.state.update(states)
             # In place: LBFGS and wrappers of optimizers hold the same list.
             group["params"][:] = [param for param, _ in now]
@@ -183,7 +183,7 @@ class _Exchange:
         """Raises if parameters would have to leave ``optimizer``, or to come in."""
         for param in _parameters(optimizer):
             codes = id(param) in self.frozen and not param.is_floating_point()
-            if codes or quantized_later(param) is not None or self._take(param):
+            if codes or layer_of_dense_weight(param) is not None or self._take(param):
                 raise LifecycleError(
                     f"{type(optimizer).__name__} holds weights of the frozen base, and they cannot "
                     "leave it: it keeps tensors of its own that go with its parameters. Make it "
@@ -193,7 +193,7 @@ class _Exchange:
 
     def _take(self, param: torch.Tensor) -> list[nn.Parameter]:
         """Returns the adapters that stand for a frozen weight and are in no optimizer yet."""
-        layer = quantized_later(param)
+        layer = layer_of_dense_weight(param)
         stored = param if layer is None else layer._parameters["weight"]
         if layer is None and id(param) not in self.frozen:
             return []
@@ -202,7 +202,7 @@ class _Exchange:
         return free
 
     def _stays(self, param: torch.Tensor, optimizer: Any) -> bool:
-        if quantized_later(param) is not None:
+        if layer_of_dense_weight(param) is not None:
             return False
         return id(param) not in self.frozen or _skips_idle(optimizer)
 

@@ -16,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 
-from lightning_peft.errors import CheckpointError, ConfigError, itemize, near_names
+from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
 # transformers' names (``OptimizerNames``), and beside them the variants it has no name for.
 OPTIMIZERS: dict[str, Any] = {
@@ -59,7 +59,7 @@ def check_optimizer_name(name: str | None) -> None:
         return
     raise ConfigError(
         f"optimizer={name!r} is none of the optimizers of bitsandbytes that can stand in for "
-        f"yours{near_names(str(name), known)}. There are "
+        f"yours{similar_names(str(name), known)}. There are "
         f"{', '.join(known)}, and None, which keeps what configure_optimizers returns."
     )
 

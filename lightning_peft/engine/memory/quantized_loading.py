@@ -1,6 +1,6 @@
 """Loading a transformers model that is quantized as its file is read, tensor by tensor.
 
-transformers' own 4-bit loading keeps freed memory (see ``return_freed_memory``), replaces layers,
+transformers' own 4-bit loading keeps freed memory (see ``release_freed_memory``), replaces layers,
 and forgets what a base fingerprint is made of. This is its extension point for other methods.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
-from lightning_peft.engine.layers.in_place import parameter
-from lightning_peft.engine.layers.quantization import return_freed_memory
+from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.quantization import release_freed_memory
 from lightning_peft.engine.layers.quantized import storage_bytes
 from lightning_peft.engine.memory import quantized_cache
 from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts
@@ -195,7 +195,7 @@ def _load(
 
         loading.loads.append(watched(cached, result, early, absent, loading, again))
     if streams and loading.device.type == "cpu":
-        return_freed_memory()
+        release_freed_memory()
     return result
 
 
@@ -251,8 +251,8 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
     quantizable_layers: set[int] = set()
     chosen = select(module, twins=find_twins(module) if loading.layers else ())
     for part in chosen.parts.values():
-        heads = find_heads(part, chosen.aside).values()
-        dense = {*chosen.aside.left, *(child for head in heads for child in head.modules())}
+        heads = find_heads(part, chosen.exclusions).values()
+        dense = {*chosen.exclusions.left, *(child for head in heads for child in head.modules())}
         quantizable_layers |= {id(child) for child in part.modules() if child not in dense}
     others = left_dense(loading, quantizable_layers)
     if others:
@@ -269,7 +269,7 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
 def dense_bytes(layer: nn.Module) -> int:
     """Returns the bytes of a layer's weight before it was quantized."""
     facts = dense_facts(layer)
-    return facts.bytes if facts else storage_bytes(parameter(layer, "weight"))
+    return facts.bytes if facts else storage_bytes(stored_parameter(layer, "weight"))
 
 
 def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
@@ -286,7 +286,7 @@ def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> 
     found |= {name: (known.shape, known.checksum) for name, known in facts.items()}
     if facts:
         # Nothing is quantized after this, which would do it.
-        return_freed_memory()
+        release_freed_memory()
     return Fingerprint(
         names=tuple(name for name, _ in named),
         shapes=tuple(found[name][0] for name, _ in named),

@@ -21,13 +21,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lightning_peft.engine.fingerprint import checksum
-from lightning_peft.engine.layers.codes import four_bit
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.codes import make_params4bit
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantization import (
-    become_4bit,
-    make_dense,
-    return_freed_memory,
+    convert_to_4bit,
+    convert_to_dense,
+    release_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import storage_bytes
 from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, KnownWeight
@@ -197,7 +197,7 @@ class _StreamedQuantizer(HfQuantizer):
                 child.config.__dict__.pop("_is_quantized", None)
 
     def _note(self, name: str, layer: nn.Module, facts: DenseFacts) -> None:
-        become_4bit(layer, self.loading.settings)
+        convert_to_4bit(layer, self.loading.settings)
         layer.__dict__[_FACTS] = facts
         self.loading.layers.append((name, layer))
 
@@ -225,10 +225,10 @@ class _QuantizeOne(ConversionOps):
             if name in self.quantizer.chosen:
                 facts = DenseFacts(checksum(dense), tuple(dense.shape), storage_bytes(dense))
                 self.quantizer.facts[name.removesuffix(".weight")] = facts
-                dense = four_bit(dense, settings, self.quantizer.loading.device)
+                dense = make_params4bit(dense, settings, self.quantizer.loading.device)
             result[name] = dense
         if self.quantizer.loading.device.type == "cpu":
-            return_freed_memory()
+            release_freed_memory()
         return result
 
 
@@ -256,7 +256,7 @@ def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
-    return tuple(parameter(layer, "weight").shape)
+    return tuple(stored_parameter(layer, "weight").shape)
 
 
 def converts(model: PreTrainedModel) -> bool:
@@ -279,7 +279,7 @@ def late_dtype(layer: nn.Module) -> torch.dtype | None:
 
 def as_loaded_dense(layer: Any, weight: Tensor) -> None:
     """Makes a layer whose codes came from the cache the dense one that was loaded without it."""
-    make_dense(layer, weight)
+    convert_to_dense(layer, weight)
     layer._parameters["weight"].requires_grad_(True)
     for mark in (_FACTS, _LATE):
         layer.__dict__.pop(mark, None)

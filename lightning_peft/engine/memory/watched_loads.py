@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_peft.engine.layers.in_place import parameter
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantized import FourBitLayer
 from lightning_peft.engine.memory import quantized_cache
 from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, Kept, KnownWeight
@@ -72,7 +72,7 @@ def check_replaced(loading: Loading) -> None:
         for name, stored in load.early.items()
         if (layer := _layer(load.model, name)) is not None
         and late_dtype(layer) is not None
-        and parameter(layer, "weight") is not stored
+        and stored_parameter(layer, "weight") is not stored
     ]
     if changed:
         raise UnsupportedError(
@@ -89,7 +89,7 @@ def forget_changed(loading: Loading) -> None:
     for load in loading.loads:
         for name, total in list(load.late.items()):
             layer = _layer(load.model, name)
-            if layer is None or quantized_cache.crc(parameter(layer, "weight")) != total:
+            if layer is None or quantized_cache.crc(stored_parameter(layer, "weight")) != total:
                 del load.late[name]
 
 
@@ -112,7 +112,7 @@ def left_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
         late = {name: layer for name, layer in mine if late_dtype(layer) is not None}
         dense = load.again() if late else None
         for name, layer in late.items():
-            as_loaded_dense(layer, parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
+            as_loaded_dense(layer, stored_parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
     return [name for name, layer in wrong if dense_facts(layer) is not None]
 
 
@@ -143,11 +143,11 @@ def _known_weights(load: WatchedLoad, sums: dict[int, int]) -> dict[str, KnownWe
         layer = _layer(load.model, name)
         if not isinstance(layer, FourBitLayer):
             continue
-        stored = parameter(layer, "weight")
+        stored = stored_parameter(layer, "weight")
         late = name in load.late
         facts = dense_facts(layer)
         if late and id(layer) in sums:
-            shape, dtype = layer.weight_kind()
+            shape, dtype = layer.weight_info()
             size = shape.numel() * dtype.itemsize
             known[name] = KnownWeight(stored, DenseFacts(sums[id(layer)], tuple(shape), size), late)
         elif facts is not None and stored is load.early.get(name):

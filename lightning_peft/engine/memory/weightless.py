@@ -20,13 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.injection import inject
-from lightning_peft.engine.layers.in_place import (
-    Extended,
-    class_from,
-    parameter,
-    recipe_of,
-)
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows
+from lightning_peft.engine.layers.mixin import (
+    DynamicMixin,
+    class_for_key,
+    class_key,
+    stored_parameter,
+)
 from lightning_peft.engine.layers.quantization import _fill_linear4bit
 from lightning_peft.engine.layers.quantized import (
     FourBitConvolution,
@@ -35,8 +35,8 @@ from lightning_peft.engine.layers.quantized import (
 )
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
-    PartPlan,
-    Request,
+    InjectionPlan,
+    InjectionRequest,
     layers_to_quantize,
     make_plans,
 )
@@ -75,7 +75,9 @@ def inject_without_values(
                 "load_in_8bit=True: memory of 8-bit layers is not predicted. Plan for 4 bits, or "
                 "for LoRA."
             )
-        for plan in make_plans(module, Request(peft_config, None, "default"), adapt, Record()):
+        for plan in make_plans(
+            module, InjectionRequest(peft_config, None, "default"), adapt, Record()
+        ):
             prefix = f"{plan.name}." if plan.name else ""
             names += [prefix + name for name in layers_to_quantize(plan, quantization_config)]
         if not names:
@@ -96,7 +98,7 @@ def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> None:
     """
     # PEFT's own wrappers, for adapters that are not in place.
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    dense = parameter(layer, "weight")
+    dense = stored_parameter(layer, "weight")
     rows = as_rows(layer, dense.detach())
     blocks = -(-rows.numel() // BLOCK)
     nested = None
@@ -119,11 +121,11 @@ def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> None:
     codes.quant_state = state
     layer._parameters["weight"] = codes
     # Below the adapters, which are there already.
-    mixins, below, origin = recipe_of(layer)
+    mixins, below, origin = class_key(layer)
     kernel = isinstance(layer, CONVOLUTION_LIKE)
     mixins = (*mixins, FourBitConvolution if kernel else FourBitLayer)
     linear = not kernel and not isinstance(layer, Conv1D)
-    layer.__class__ = class_from((mixins, bnb.nn.Linear4bit if linear else below, origin))
+    layer.__class__ = class_for_key((mixins, bnb.nn.Linear4bit if linear else below, origin))
     if linear:
         _fill_linear4bit(layer)
     layer.compute_dtype = config.bnb_4bit_compute_dtype
@@ -140,7 +142,7 @@ def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[st
     for entry in require_record(module).parts.values():
         info = next(iter(entry.adapters.values()))
         part = module.get_submodule(entry.name)
-        plan = PartPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
+        plan = InjectionPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
         # The factors of adapters are linear layers too.
         factors = {name.rpartition(".")[0] for name in adapter_parameters(part)}
         # In place, the class of a layer is one that was made for it.
@@ -152,11 +154,11 @@ def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[st
 
 @contextmanager
 def _own_classes(part: nn.Module) -> Iterator[None]:
-    extended: list[Any] = [child for child in part.modules() if isinstance(child, Extended)]
+    extended: list[Any] = [child for child in part.modules() if isinstance(child, DynamicMixin)]
     before = [type(child) for child in extended]
     try:
         for child in extended:
-            child.__class__ = recipe_of(child)[2]
+            child.__class__ = class_key(child)[2]
         yield
     finally:
         for child, cls in zip(extended, before, strict=True):

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.layers.in_place import parameter
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantized import is_quantized
 
 
@@ -51,7 +51,7 @@ def rank_of(config: Any, name: str) -> int:
 def _rewriting_problem(
     layer: Any, init: str, rank: int, holders: Mapping[int, list[str]]
 ) -> str | None:
-    weight = parameter(layer, "weight")
+    weight = stored_parameter(layer, "weight")
     if is_quantized(layer):
         return "decomposes the dense weight, and the layer is quantized already. Load it dense"
     if weight.is_meta:

@@ -18,7 +18,7 @@ HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_
 
 
 @dataclass(frozen=True)
-class Aside:
+class Exclusions:
     """Submodules among which no layers to adapt are looked for.
 
     Attributes:
@@ -29,11 +29,11 @@ class Aside:
     """
 
     left: frozenset[nn.Module] = frozenset()
-    fresh: frozenset[nn.Module] = frozenset()
+    new_heads: frozenset[nn.Module] = frozenset()
     copies: tuple[tuple[nn.Module, nn.Module], ...] = ()
 
 
-NOTHING = Aside()
+NO_EXCLUSIONS = Exclusions()
 
 
 def inside(name: str, owners: Iterable[str]) -> bool:
@@ -90,7 +90,7 @@ def output_embeddings(part: nn.Module) -> nn.Module | None:
     return layer
 
 
-def find_heads(part: nn.Module, aside: Aside = NOTHING) -> dict[str, nn.Module]:
+def find_heads(part: nn.Module, exclusions: Exclusions = NO_EXCLUSIONS) -> dict[str, nn.Module]:
     """Returns the output heads of a part, by name: they stay exactly as the user left them.
 
     For a transformers model these are the submodules beside its base model, except those with the
@@ -105,7 +105,7 @@ def find_heads(part: nn.Module, aside: Aside = NOTHING) -> dict[str, nn.Module]:
         return _transformers_heads(part)
     if _comes_from(part, "diffusers"):
         return {}
-    modules = {n: child for n, child in base_modules(part).items() if child not in aside.left}
+    modules = {n: child for n, child in base_modules(part).items() if child not in exclusions.left}
     get_classifier: Any = getattr(part, "get_classifier", None)
     if get_classifier is not None:
         given = get_classifier()
@@ -115,24 +115,24 @@ def find_heads(part: nn.Module, aside: Aside = NOTHING) -> dict[str, nn.Module]:
     named: dict[str, nn.Module] = {}
     for name, child in modules.items():
         called = _is_called_head(name) and _has_product(child)
-        if (called or child in aside.fresh) and not inside(name, named):
+        if (called or child in exclusions.new_heads) and not inside(name, named):
             named[name] = child
     blocks = _in_equal_blocks(named, modules)
     named = {name: child for name, child in named.items() if name not in blocks} or named
-    copied = {child for _, copy in aside.copies for child in copy.modules()}
+    copied = {child for _, copy in exclusions.copies for child in copy.modules()}
     products = [name for name, child in modules.items() if isinstance(child, PRODUCTS)]
     last = [name for name in products if modules[name] not in copied][-1:]
     shared = set(tied_layers(part))
-    heads = named or _with_copies({name for name in last if name}, modules, aside)
+    heads = named or _with_copies({name for name in last if name}, modules, exclusions)
     return {n: child for n, child in heads.items() if not any(inside(tied, [n]) for tied in shared)}
 
 
 def _with_copies(
-    names: set[str], modules: Mapping[str, nn.Module], aside: Aside
+    names: set[str], modules: Mapping[str, nn.Module], exclusions: Exclusions
 ) -> dict[str, nn.Module]:
     """Returns the modules of ``names``, and what corresponds to them in copies."""
     heads = {modules[name] for name in names}
-    for origin, copy in aside.copies:
+    for origin, copy in exclusions.copies:
         pairs = zip(origin.modules(), copy.modules(), strict=True)
         heads |= {follower for leader, follower in pairs if leader in heads}
     return {name: child for name, child in modules.items() if child in heads}

@@ -17,28 +17,28 @@ from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
     CONVOLUTION_LIKE,
+    adapter_unsupported_reason,
     has_quantizable_class,
-    why_no_adapter,
 )
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantization import why_not
+from lightning_peft.engine.layers.quantization import quantization_unsupported_reason
 from lightning_peft.engine.layers.quantized import is_quantized
-from lightning_peft.engine.layers.sizes import why_not_this_shape
+from lightning_peft.engine.layers.sizes import shape_unsupported_reason
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import PartRecord, Record, Twin
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
 from lightning_peft.engine.selection.parts import (
-    Aside,
+    Exclusions,
     find_heads,
     inside,
     output_embeddings,
     parameter_holders,
 )
-from lightning_peft.engine.selection.rewritten import rewritten_layers
 from lightning_peft.engine.selection.scope import Selection, left_modules, select
+from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.engine.selection.targets import (
-    refuse_unmatched,
+    check_names_match,
     resolve_saved_modules,
     resolve_targets,
 )
@@ -53,7 +53,7 @@ from lightning_peft.errors import (
 
 
 @dataclass
-class Request:
+class InjectionRequest:
     """What the caller of ``inject`` asked for.
 
     Attributes:
@@ -76,7 +76,7 @@ class Request:
 
 
 @dataclass
-class PartPlan:
+class InjectionPlan:
     """What will be done to one part.
 
     Attributes:
@@ -102,11 +102,11 @@ class PartPlan:
 
 def make_plans(
     module: nn.Module,
-    request: Request,
+    request: InjectionRequest,
     adapt: str | Iterable[str] | None,
     record: Record,
     twins: Collection[Twin] = (),
-) -> list[PartPlan]:
+) -> list[InjectionPlan]:
     """Returns what to do with every part of ``module``; changes nothing but ``record.left``.
 
     Args:
@@ -124,24 +124,26 @@ def make_plans(
     again = list(record.parts) if record.parts and adapt is None else adapt
     selection = select(module, again, getattr(request.config, "target_modules", None), twins)
     if record.left is not None:
-        selection = as_recorded(module, record, selection)
-    parts, aside = selection.parts, selection.aside
+        selection = recorded_selection(module, record, selection)
+    parts, exclusions = selection.parts, selection.exclusions
     for name in parts:
         if name in record.parts:
-            _check_further(record.parts[name], request)
+            _check_additional_adapter(record.parts[name], request)
         else:
             _refuse_overlap(name, record)
-    targets = resolve_targets(parts, request.config, aside)
+    targets = resolve_targets(parts, request.config, exclusions)
     saved = request.saved
     if saved is None:
         named = getattr(request.config, "modules_to_save", None) or []
-        saved = resolve_saved_modules(parts, named, targets, aside)
-    plans = [PartPlan(n, p, targets[n], saved[n], left=aside.left) for n, p in parts.items()]
+        saved = resolve_saved_modules(parts, named, targets, exclusions)
+    plans = [
+        InjectionPlan(n, p, targets[n], saved[n], left=exclusions.left) for n, p in parts.items()
+    ]
     for plan in plans:
         _check_ties(plan)
         plan.heads = [
             head
-            for head in find_heads(plan.part, aside)
+            for head in find_heads(plan.part, exclusions)
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
         plan.in_place = _can_be_in_place(plan, request.config)
@@ -156,7 +158,9 @@ def make_plans(
     return plans
 
 
-def as_recorded(module: nn.Module, record: Record, found: Selection | None = None) -> Selection:
+def recorded_selection(
+    module: nn.Module, record: Record, found: Selection | None = None
+) -> Selection:
     """Returns the selection that ``record`` says, by names and not by what is frozen now.
 
     Args:
@@ -172,13 +176,13 @@ def as_recorded(module: nn.Module, record: Record, found: Selection | None = Non
         if not any(inside(part, [name]) for part in parts)
     }
     heads = [entry.qualified(head) for entry in record.parts.values() for head in entry.heads]
-    fresh = frozenset(module.get_submodule(name) for name in heads)
+    new_heads = frozenset(module.get_submodule(name) for name in heads)
     if found and not record.parts:
-        fresh = found.aside.fresh
-    return Selection(parts, left, Aside(left_modules(module, left), fresh))
+        new_heads = found.exclusions.new_heads
+    return Selection(parts, left, Exclusions(left_modules(module, left), new_heads))
 
 
-def _check_further(entry: PartRecord, request: Request) -> None:
+def _check_additional_adapter(entry: PartRecord, request: InjectionRequest) -> None:
     name, config = request.adapter_name, request.config
     where = entry.name or "the module"
     if name in entry.adapters:
@@ -193,7 +197,7 @@ def _check_further(entry: PartRecord, request: Request) -> None:
             f"it as {wanted} now would change what the adapter {next(iter(entry.adapters))!r} was "
             "trained on. Use the same quantization in both calls."
         )
-    in_place = _has_place_on_layers(config) and all(a.in_place for a in entry.adapters.values())
+    in_place = _is_plain_lora(config) and all(a.in_place for a in entry.adapters.values())
     if not in_place:
         raise UnsupportedError(
             "Several adapters on one base are supported for plain LoRA in place only; "
@@ -212,16 +216,16 @@ def _check_further(entry: PartRecord, request: Request) -> None:
         )
 
 
-def _check_trained_heads(plan: PartPlan, entry: PartRecord) -> None:
+def _check_trained_heads(plan: InjectionPlan, entry: PartRecord) -> None:
     """Refuses an adapter on a head that is trained in full with the adapters that are there."""
     heads = trained_heads(plan.part, entry.heads)
     problems = [target for target in plan.targets if inside(target, heads)]
     if problems:
         raise UnsupportedError(
-            f"{', '.join(problems)} of {_called(plan)} belongs to a head that is trained in full "
-            f"with the adapter {next(iter(entry.adapters))!r}. An adapter on it would be one for "
-            "weights that change. Freeze the head first (requires_grad_(False)), or leave it out "
-            "of `target_modules`."
+            f"{', '.join(problems)} of {_display_name(plan)} belongs to a head that is trained in "
+            f"full with the adapter {next(iter(entry.adapters))!r}. An adapter on it would be one "
+            "for weights that change. Freeze the head first (requires_grad_(False)), or leave it "
+            "out of `target_modules`."
         )
 
 
@@ -234,7 +238,7 @@ def _refuse_overlap(name: str, record: Record) -> None:
             )
 
 
-def _check_ties(plan: PartPlan) -> None:
+def _check_ties(plan: InjectionPlan) -> None:
     names: dict[int, list[str]] = {}
     for name, param in plan.part.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
@@ -246,7 +250,7 @@ def _check_ties(plan: PartPlan) -> None:
             problems.append(f"{within[0]} is tied to {', '.join(outside)}")
     if problems:
         raise ConfigError(
-            f"`modules_to_save` names one side of tied weights of {_called(plan)}:"
+            f"`modules_to_save` names one side of tied weights of {_display_name(plan)}:"
             + itemize(problems)
             + "\nTraining one side trains the other, and an adapter file with one side would "
             "restore another model. Name both sides, or untie them "
@@ -254,11 +258,11 @@ def _check_ties(plan: PartPlan) -> None:
         )
 
 
-def _called(plan: PartPlan) -> str:
+def _display_name(plan: InjectionPlan) -> str:
     return plan.name or type(plan.part).__name__
 
 
-def layers_to_quantize(plan: PartPlan, config: BitsAndBytesConfig | None) -> list[str]:
+def layers_to_quantize(plan: InjectionPlan, config: BitsAndBytesConfig | None) -> list[str]:
     """Returns the names of the layers of a part that injection quantizes first.
 
     Args:
@@ -271,7 +275,7 @@ def layers_to_quantize(plan: PartPlan, config: BitsAndBytesConfig | None) -> lis
     # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
     kernels = plan.in_place and not config.load_in_8bit
     skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
-    targets, rewritten = set(plan.targets), rewritten_layers(plan.part)
+    targets, rewritten = set(plan.targets), self_modified_layers(plan.part)
     return [
         name
         for name, child in plan.part.named_modules()
@@ -292,53 +296,55 @@ def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) ->
     return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
 
 
-def _can_be_in_place(plan: PartPlan, config: PeftConfig) -> bool:
+def _can_be_in_place(plan: InjectionPlan, config: PeftConfig) -> bool:
     layers = [plan.part.get_submodule(name) for name in plan.targets]
-    return _has_place_on_layers(config) and all(
+    return _is_plain_lora(config) and all(
         # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
         isinstance(layer, ADAPTABLE) and "weight" in layer._parameters
         for layer in layers
     )
 
 
-def _has_place_on_layers(config: PeftConfig) -> bool:
+def _is_plain_lora(config: PeftConfig) -> bool:
     return type(config) is LoraConfig and not (config.use_dora or config.lora_bias)
 
 
-def _check_layers(plan: PartPlan, request: Request) -> None:
+def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
     layers = {name: plan.part.get_submodule(name) for name in plan.targets}
     problems = initialization_problems(layers, request.config, parameter_holders(plan.part))
     problems += [
         f"{name}: {rewriter} changes its weight in place while it runs. Leave it out by "
         "`exclude_modules`"
-        for name, rewriter in rewritten_layers(plan.part).items()
+        for name, rewriter in self_modified_layers(plan.part).items()
         if name in layers
     ]
     if not plan.in_place:
         problems += wrapping_problems(plan.part, plan.targets, plan.quantize, request.config)
     for name, layer in layers.items():
         if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
-            reason = why_no_adapter(layer, rank_of(request.config, name))
-            reason = reason or why_not_this_shape(layer, plan.in_place)
+            reason = adapter_unsupported_reason(layer, rank_of(request.config, name))
+            reason = reason or shape_unsupported_reason(layer, plan.in_place)
             problems += [f"{name}: {reason}"] if reason else []
         if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
             problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
     for name in plan.quantize:
         assert request.quantization is not None
-        reason = why_not(plan.part.get_submodule(name), request.quantization)
+        reason = quantization_unsupported_reason(
+            plan.part.get_submodule(name), request.quantization
+        )
         problems += [f"{name} cannot be quantized: {reason}"] if reason else []
     if problems:
         raise UnsupportedError(
             f"{type(request.config).__name__} with these settings does not work on "
-            f"{_called(plan)}:" + itemize(problems, 5)
+            f"{_display_name(plan)}:" + itemize(problems, 5)
         )
 
 
-def _check_quantization(plans: list[PartPlan], request: Request) -> None:
+def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -> None:
     if request.quantization is None or not plans:
         return
     parts = {plan.name: plan.part for plan in plans}
-    refuse_unmatched(
+    check_names_match(
         "llm_int8_skip_modules", request.quantization.llm_int8_skip_modules or [], parts
     )
     already = any(
@@ -348,14 +354,14 @@ def _check_quantization(plans: list[PartPlan], request: Request) -> None:
     )
     if not already and not any(plan.quantize for plan in plans):
         raise UnsupportedError(
-            f"Nothing to quantize in {', '.join(map(_called, plans))}: there is no linear layer "
-            "besides heads, saved modules and tied weights, and no adapted convolution (in 4 "
+            f"Nothing to quantize in {', '.join(map(_display_name, plans))}: there is no linear "
+            "layer besides heads, saved modules and tied weights, and no adapted convolution (in 4 "
             "bits); other layers are not quantized. Use LoRAStrategy, or inject without a "
             "quantization config."
         )
 
 
-def _check_distinct(plans: list[PartPlan]) -> None:
+def _check_distinct(plans: list[InjectionPlan]) -> None:
     owners: dict[int, str] = {}
     problems = []
     for plan in plans:

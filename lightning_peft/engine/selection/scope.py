@@ -17,14 +17,14 @@ from torch.nn.modules.loss import _Loss
 
 from lightning_peft.engine.record import Twin
 from lightning_peft.engine.selection.parts import (
-    NOTHING,
+    NO_EXCLUSIONS,
     PRODUCTS,
-    Aside,
+    Exclusions,
     base_modules,
     inside,
     is_pretrained,
 )
-from lightning_peft.errors import TargetModulesError, itemize, near_names
+from lightning_peft.errors import TargetModulesError, itemize, similar_names
 
 METRIC = "a metric"
 LOSS = "a loss"
@@ -51,12 +51,12 @@ class Selection:
     Attributes:
         parts: The submodules to adapt by their dotted names; ``""`` is the module itself.
         left: Names of the submodules that stay as they are, with the reason.
-        aside: The same as sets of modules, as the search for layers takes them.
+        exclusions: The same as sets of modules, as the search for layers takes them.
     """
 
     parts: dict[str, nn.Module]
     left: dict[str, str] = field(default_factory=dict)
-    aside: Aside = NOTHING
+    exclusions: Exclusions = NO_EXCLUSIONS
 
 
 def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -92,21 +92,21 @@ def select(
     """
     parts = None if adapt is None else _named_parts(module, adapt)
     left = _metrics_and_losses(module, parts or {})
-    copies = _followers(module, twins)
+    copies = _momentum_copies(module, twins)
     if parts is None:
         parts, frozen = _pretrained_parts(module, left, copies, wanted)
         left |= frozen
-        left |= _outside_of(module, left, {*copies, *parts.values()})
+        left |= _left_outside(module, left, {*copies, *parts.values()})
     on_top: set[nn.Module] = set()
     for name, part in parts.items():
         if not is_pretrained(part):
-            frozen, fresh = _inside_of(module, name, left, copies, wanted)
+            frozen, new_heads = _left_inside(module, name, left, copies, wanted)
             left |= frozen
-            on_top |= fresh
+            on_top |= new_heads
     left = {n: why for n, why in left.items() if not inside(n, [up for up in left if up != n])}
     find = module.get_submodule
     pairs = tuple((find(twin.leader), find(twin.follower)) for twin in twins)
-    return Selection(parts, left, Aside(left_modules(module, left), frozenset(on_top), pairs))
+    return Selection(parts, left, Exclusions(left_modules(module, left), frozenset(on_top), pairs))
 
 
 def left_modules(module: nn.Module, names: Iterable[str]) -> frozenset[nn.Module]:
@@ -153,7 +153,7 @@ def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.
     problems = [] if names else ["it names no submodule; leave it out for the pretrained parts"]
     for name in names:
         if name not in known:
-            hint = near_names(name, known)
+            hint = similar_names(name, known)
             problems.append(f"adapt={name!r} is no submodule of {type(module).__name__}{hint}")
         problems += [
             f"adapt={name!r} lies inside {other!r}, which is adapted as a whole"
@@ -201,7 +201,7 @@ def _is_loss(name: str, child: nn.Module) -> bool:
     return isinstance(child, _Loss) or bool(named) or any(classes)
 
 
-def _followers(module: nn.Module, twins: Collection[Twin]) -> set[nn.Module]:
+def _momentum_copies(module: nn.Module, twins: Collection[Twin]) -> set[nn.Module]:
     """Returns the copies of what trains, which follow it."""
     return {
         module.get_submodule(twin.follower)
@@ -234,19 +234,21 @@ def _pretrained_parts(
     frozen = [
         name
         for name, model in models.items()
-        if is_frozen(model) and model not in following and not _names(wanted, name, module)
+        if is_frozen(model)
+        and model not in following
+        and not _names_explicitly(wanted, name, module)
     ]
     if len(frozen) == len(models):
         # All of it: adapted, unless what it is called or what trains says that it is another's.
         skip = {module.get_submodule(name) for name in [*left, *models]}
         free = _free_networks(module, skip)
-        trained = any(_says(name, _TRAINED) for name in free)
-        frozen = [n for n in frozen if trained or (free and _says(n, _REFERENCES))]
+        trained = any(_has_word(name, _TRAINED) for name in free)
+        frozen = [n for n in frozen if trained or (free and _has_word(n, _REFERENCES))]
     parts = {name: model for name, model in models.items() if name not in frozen}
     return parts or {"": module}, dict.fromkeys(frozen, FROZEN)
 
 
-def _outside_of(
+def _left_outside(
     module: nn.Module, left: Iterable[str], others: Collection[nn.Module]
 ) -> dict[str, str]:
     """Returns the frozen networks outside of pretrained models, to which nothing happens."""
@@ -254,7 +256,7 @@ def _outside_of(
     return dict.fromkeys(_frozen_networks(module, skip, others), FROZEN)
 
 
-def _inside_of(
+def _left_inside(
     module: nn.Module,
     name: str,
     left: Mapping[str, str],
@@ -271,29 +273,29 @@ def _inside_of(
     frozen = {
         below: child
         for below, child in _frozen_networks(part, skip, copies).items()
-        if not _names(wanted, below, part)
+        if not _names_explicitly(wanted, below, part)
     }
     if not frozen or "" in frozen:
         return {}, set()
     free = _free_networks(part, {*skip, *frozen.values(), *copies})
     networks = [below for below in free if not _is_on_top(below, free)]
-    if not networks and all(_says(below.rpartition(".")[2], _HEADS) for below in frozen):
+    if not networks and all(_has_word(below.rpartition(".")[2], _HEADS) for below in frozen):
         # Then names say nothing: the last one is the head.
         networks = list(free)[:-1]
-    chosen = [n for n in frozen if networks or (free and _says(n, _REFERENCES))]
+    chosen = [n for n in frozen if networks or (free and _has_word(n, _REFERENCES))]
     on_top = {free[below] for below in free} if len(chosen) < len(frozen) else set()
     return {f"{name}.{below}".lstrip("."): FROZEN for below in chosen}, on_top
 
 
 def _is_on_top(name: str, free: Mapping[str, nn.Module]) -> bool:
     """Says whether a network that trains is a head of what is frozen, by its name."""
-    if _says(name, _TRAINED):
+    if _has_word(name, _TRAINED):
         return False
     alone = len(free) == 1 and isinstance(free[name], PRODUCTS)
-    return alone or _says(name.rpartition(".")[2], _HEADS)
+    return alone or _has_word(name.rpartition(".")[2], _HEADS)
 
 
-def _says(name: str, words: re.Pattern[str]) -> bool:
+def _has_word(name: str, words: re.Pattern[str]) -> bool:
     return any(words.fullmatch(word) for word in re.findall(r"[a-z]+", name.lower()))
 
 
@@ -337,7 +339,7 @@ def _has_product(module: nn.Module) -> bool:
     return any(isinstance(child, PRODUCTS) for child in module.modules())
 
 
-def _names(wanted: str | Iterable[str] | None, root: str, part: nn.Module) -> bool:
+def _names_explicitly(wanted: str | Iterable[str] | None, root: str, part: nn.Module) -> bool:
     """Says whether ``target_modules`` means a frozen submodule in particular.
 
     It does if an entry has the name of the submodule, or matches layers nowhere else.

@@ -19,15 +19,15 @@ from torch import nn
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.selection.parts import (
-    NOTHING,
-    Aside,
+    NO_EXCLUSIONS,
+    Exclusions,
     base_modules,
     find_heads,
     inside,
     output_embeddings,
     tied_layers,
 )
-from lightning_peft.engine.selection.rewritten import rewritten_layers
+from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.errors import TargetModulesError, itemize
 
 ALL_LINEAR = "all-linear"
@@ -47,7 +47,7 @@ def is_all_linear(target_modules: Any) -> bool:
 
 
 def resolve_targets(
-    parts: Parts, config: PeftConfig, aside: Aside = NOTHING
+    parts: Parts, config: PeftConfig, exclusions: Exclusions = NO_EXCLUSIONS
 ) -> dict[str, list[str]]:
     """Returns the names of the layers that ``config`` adapts, by part, in module order.
 
@@ -57,7 +57,7 @@ def resolve_targets(
     Args:
         parts: The adapted submodules by name.
         config: Any PEFT config with ``target_modules``.
-        aside: What stays as it is, and what is a head whatever it is called.
+        exclusions: What stays as it is, and what is a head whatever it is called.
 
     Raises:
         TargetModulesError: If a part gets no adapter, or an entry of ``target_modules``,
@@ -67,38 +67,40 @@ def resolve_targets(
     wanted = getattr(config, "target_modules", None)
     excluded = getattr(config, "exclude_modules", None)
     if wanted is None or is_all_linear(wanted):
-        found = {name: _all_linear(part, config, aside) for name, part in parts.items()}
+        found = {name: _all_linear(part, config, exclusions) for name, part in parts.items()}
         problems = []
     else:
-        found = {name: _matching(part, config, aside) for name, part in parts.items()}
-        problems = _unmatched("target_modules", wanted, parts, partial(_layers, left=aside.left))
+        found = {name: _matching(part, config, exclusions) for name, part in parts.items()}
+        problems = _unmatched(
+            "target_modules", wanted, parts, partial(_layers, left=exclusions.left)
+        )
     problems += _unmatched("exclude_modules", excluded, parts, base_modules)
     problems += _unmatched_patterns(config, found)
     if not problems:
         problems = [
-            f"nothing to adapt in {name or type(part).__name__}: {_kinds(part)}. Heads, and "
+            f"nothing to adapt in {name or type(part).__name__}: {_layer_types(part)}. Heads, and "
             "layers that `exclude_modules` or `modules_to_save` name or `layers_to_transform` "
-            f"leaves out, get no adapter{_recurrent(part)}. Name layers in `target_modules`, or "
-            "the submodules that are meant in `adapt`"
+            f"leaves out, get no adapter{_recurrent_note(part)}. Name layers in "
+            "`target_modules`, or the submodules that are meant in `adapt`"
             for name, part in parts.items()
             if not found[name]
         ]
     if problems:
         raise TargetModulesError(
-            f"The names do not fit {_called(parts)}:"
+            f"The names do not fit {_display_name(parts)}:"
             + itemize(problems)
-            + _about_left(parts, aside)
+            + _note_on_left(parts, exclusions)
         )
     return found
 
 
-def _about_left(parts: Parts, aside: Aside) -> str:
+def _note_on_left(parts: Parts, exclusions: Exclusions) -> str:
     """Returns a sentence on the submodules that no name can match."""
     names: list[str] = []
     for root, part in parts.items():
         for name, child in part.named_modules():
             own = f"{root}.{name}".strip(".")
-            if child in aside.left and not inside(own, names):
+            if child in exclusions.left and not inside(own, names):
                 names.append(own)
     if not names:
         return ""
@@ -112,7 +114,7 @@ def resolve_saved_modules(
     parts: Parts,
     wanted: Iterable[str],
     targets: Mapping[str, list[str]],
-    aside: Aside = NOTHING,
+    exclusions: Exclusions = NO_EXCLUSIONS,
 ) -> dict[str, list[str]]:
     """Returns the names of the submodules that ``modules_to_save`` means, by part.
 
@@ -124,20 +126,20 @@ def resolve_saved_modules(
         parts: The adapted submodules by name.
         wanted: The entries.
         targets: Names of the layers that get an adapter, by part.
-        aside: What stays as it is.
+        exclusions: What stays as it is.
 
     Raises:
         TargetModulesError: If an entry matches nothing in any part.
     """
     entries = list(wanted)
-    refuse_unmatched("modules_to_save", entries, parts, _ends_with)
+    check_names_match("modules_to_save", entries, parts, _ends_with)
     found = {}
     for part_name, part in parts.items():
         adapted, modules, names = targets[part_name], base_modules(part), all_names(part)
         hits: set[str] = set()
         for entry in entries:
             mine = {n for n, known in names.items() if any(_ends_with(entry, a) for a in known)}
-            hits |= {name for name in mine if modules[name] not in aside.left} or mine
+            hits |= {name for name in mine if modules[name] not in exclusions.left} or mine
         free = [
             name
             for name in names
@@ -149,7 +151,7 @@ def resolve_saved_modules(
     return found
 
 
-def refuse_unmatched(
+def check_names_match(
     argument: str,
     wanted: Iterable[str],
     parts: Parts,
@@ -168,10 +170,12 @@ def refuse_unmatched(
     """
     problems = _unmatched(argument, list(wanted), parts, base_modules, rule or _is_suffix)
     if problems:
-        raise TargetModulesError(f"The names do not fit {_called(parts)}:" + itemize(problems))
+        raise TargetModulesError(
+            f"The names do not fit {_display_name(parts)}:" + itemize(problems)
+        )
 
 
-def _called(parts: Parts) -> str:
+def _display_name(parts: Parts) -> str:
     return ", ".join(name or type(part).__name__ for name, part in parts.items())
 
 
@@ -196,12 +200,12 @@ def all_names(part: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def _kinds(part: nn.Module) -> str:
+def _layer_types(part: nn.Module) -> str:
     kinds = sorted({type(part.get_submodule(name)).__name__ for name in _layers(part)})
     return "its layers are of the kinds " + (", ".join(kinds) or "none with parameters")
 
 
-def _recurrent(part: nn.Module) -> str:
+def _recurrent_note(part: nn.Module) -> str:
     if not any(isinstance(child, nn.RNNBase) for child in part.modules()):
         return ""
     return (
@@ -224,18 +228,18 @@ def _matches(config: PeftConfig, name: str) -> bool:
     return found is True or isinstance(found, re.Match)
 
 
-def _matching(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
-    layers = _layers(part, aside.left)
+def _matching(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> list[str]:
+    layers = _layers(part, exclusions.left)
     return [name for name, known in layers.items() if any(_matches(config, a) for a in known)]
 
 
-def _all_linear(part: nn.Module, config: PeftConfig, aside: Aside) -> list[str]:
+def _all_linear(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> list[str]:
     """Returns the linear layers besides heads; where there are none, the convolutions."""
-    modules, heads, tied = base_modules(part), list(find_heads(part, aside)), tied_layers(part)
-    output, rewritten = output_embeddings(part), rewritten_layers(part)
+    modules, heads, tied = base_modules(part), list(find_heads(part, exclusions)), tied_layers(part)
+    output, rewritten = output_embeddings(part), self_modified_layers(part)
     eligible = [
         name
-        for name in _layers(part, aside.left)
+        for name in _layers(part, exclusions.left)
         if modules[name] is not output
         and name not in tied
         and name not in rewritten
@@ -269,10 +273,12 @@ def _unmatched(
     if isinstance(wanted, str):
         found = any(re.fullmatch(wanted, name) for name in names)
         return (
-            [] if found else [f"{argument}={wanted!r} matches nothing{near_names(wanted, names)}"]
+            []
+            if found
+            else [f"{argument}={wanted!r} matches nothing{similar_names(wanted, names)}"]
         )
     return [
-        f"{entry!r} of {argument} matches nothing{near_names(entry, names)}"
+        f"{entry!r} of {argument} matches nothing{similar_names(entry, names)}"
         for entry in sorted(wanted or [])
         if not any(rule(entry, name) for name in names)
     ]
@@ -281,7 +287,7 @@ def _unmatched(
 def _unmatched_patterns(config: PeftConfig, found: Mapping[str, list[str]]) -> list[str]:
     targets = [name for names in found.values() for name in names]
     return [
-        f"{key!r} of {argument} matches no adapted layer{near_names(key, targets)}"
+        f"{key!r} of {argument} matches no adapted layer{similar_names(key, targets)}"
         for argument in PATTERN_FIELDS
         for key, value in (getattr(config, argument, None) or {}).items()
         if not patterns_for(targets, {key: value})
@@ -301,7 +307,7 @@ def patterns_for(targets: Iterable[str], patterns: Mapping[str, Any]) -> dict[st
     }
 
 
-def near_names(wanted: str, names: Iterable[str]) -> str:
+def similar_names(wanted: str, names: Iterable[str]) -> str:
     """Returns ``"; near names: ..."`` with the last names that look like ``wanted``, or ``""``."""
     pool = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
     near = difflib.get_close_matches(wanted.rpartition(".")[2], pool, n=3, cutoff=0.5)
@@ -310,7 +316,7 @@ def near_names(wanted: str, names: Iterable[str]) -> str:
     return f"; {label}: {', '.join(listed)}" if listed else ""
 
 
-def compact(targets: list[str], part: nn.Module) -> list[str] | str:
+def shortest_suffixes(targets: list[str], part: nn.Module) -> list[str] | str:
     """Returns the shortest suffixes that match exactly ``targets`` and nothing else in ``part``.
 
     The file that other programs read then says ``["q_proj", "v_proj"]`` instead of hundreds of

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, outside_of_zeros
+from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.model_types import fused_kernel_problem
 from lightning_peft.engine.primitives import plain
@@ -74,7 +74,7 @@ def _is_uneven(layer: Any) -> bool:
 
 
 _PROPERTIES: dict[str, tuple[_Property, str]] = {
-    "padding_mode": (outside_of_zeros, "padding_mode={layer.padding_mode!r}"),
+    "padding_mode": (pads_with_values, "padding_mode={layer.padding_mode!r}"),
     "dilation": (is_dilated, "dilation={layer.dilation}"),
     "groups": (lambda layer: layer.groups > 1, "groups={layer.groups}"),
     "uneven": (
@@ -84,7 +84,7 @@ _PROPERTIES: dict[str, tuple[_Property, str]] = {
     ),
 }
 # What PEFT's own code for convolutions leaves out, by method. LoRA is in place otherwise.
-_LEFT_OUT = {
+_IGNORED_PROPERTIES = {
     "LORA": ("padding_mode", "dilation"),
     "LOHA": ("padding_mode",),
     "LOKR": ("padding_mode",),
@@ -96,7 +96,7 @@ _LEFT_OUT = {
 
 def _convolution_problems(layer: nn.Module, config: PeftConfig) -> list[str]:
     method = str(plain(config.peft_type))
-    left_out = [_PROPERTIES[name] for name in _LEFT_OUT.get(method, ())]
+    left_out = [_PROPERTIES[name] for name in _IGNORED_PROPERTIES.get(method, ())]
     return [
         f"has {said.format(layer=layer)}; PEFT's {type(config).__name__} with these settings "
         "computes another convolution. Leave it out by `exclude_modules`, or use plain LoRA"

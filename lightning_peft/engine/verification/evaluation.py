@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -21,30 +22,38 @@ from lightning_peft.engine.verification.gradients import (
     Gradients,
     dense_weight,
     owner_of,
-    silent_tensors,
+    without_gradient,
 )
-from lightning_peft.engine.verification.result import Check, some
-from lightning_peft.engine.verification.trial import Trial
+from lightning_peft.engine.verification.probe import ModuleProbe
+from lightning_peft.engine.verification.result import Check, abbreviated
 
-# What an evaluation pass did with an adapted layer. A later word overrides an earlier one.
-_UNUSED, _STARVED, _IGNORED, _ACTED = range(4)
+
+class Usage(IntEnum):
+    """What an evaluation pass did with an adapted layer; a later value overrides an earlier one."""
+
+    UNUSED = 0
+    ZERO_INPUT = 1
+    NO_EFFECT = 2
+    EFFECTIVE = 3
 
 
 @contextmanager
-def watched_layers(module: nn.Module) -> Iterator[dict[str, int]]:
+def recorded_usage(module: nn.Module) -> Iterator[dict[str, Usage]]:
     """Within the body, notes for each adapted layer whether its adapter acts.
 
     A layer that is called runs once more without its adapter, for comparison. A layer whose
     weight is read acts through the weight.
     """
     layers = adapted_layers_of(module, require_record(module))
-    seen = dict.fromkeys(layers, _UNUSED)
+    seen = dict.fromkeys(layers, Usage.UNUSED)
     others = {name: layer.__dict__.get("forward") for name, layer in layers.items()}
     # Not by hooks: torch leaves its fast paths, which are to be watched, where there are any.
     for name, layer in layers.items():
-        layer.__dict__["forward"] = _note_call(name, layer, seen)
+        layer.__dict__["forward"] = _recording_forward(name, layer, seen)
         if hasattr(layer, "effective_weight"):
-            layer.__dict__["effective_weight"] = _note_read(name, layer.effective_weight, seen)
+            layer.__dict__["effective_weight"] = _recording_weight(
+                name, layer.effective_weight, seen
+            )
     try:
         yield seen
     finally:
@@ -55,7 +64,7 @@ def watched_layers(module: nn.Module) -> Iterator[dict[str, int]]:
                 layer.__dict__["forward"] = others[name]
 
 
-def _note_call(name: str, layer: Any, seen: dict[str, int]) -> Callable[..., Any]:
+def _recording_forward(name: str, layer: Any, seen: dict[str, Usage]) -> Callable[..., Any]:
     own_forward = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -68,9 +77,13 @@ def _note_call(name: str, layer: Any, seen: dict[str, int]) -> Callable[..., Any
         finally:
             enable(layer, enabled)
         if _differ(output, base):
-            now = _ACTED
+            now = Usage.EFFECTIVE
         else:
-            now = _IGNORED if any(x.any() for x in _tensors((args, kwargs))) else _STARVED
+            now = (
+                Usage.NO_EFFECT
+                if any(x.any() for x in _tensors((args, kwargs)))
+                else Usage.ZERO_INPUT
+            )
         # The run without the adapter may have read the weight, which the module did not.
         seen[name] = max(before, now)
         return output
@@ -78,9 +91,11 @@ def _note_call(name: str, layer: Any, seen: dict[str, int]) -> Callable[..., Any
     return forward
 
 
-def _note_read(name: str, read: Callable[[], Tensor], seen: dict[str, int]) -> Callable[[], Tensor]:
+def _recording_weight(
+    name: str, read: Callable[[], Tensor], seen: dict[str, Usage]
+) -> Callable[[], Tensor]:
     def effective_weight() -> Tensor:
-        seen[name] = _ACTED
+        seen[name] = Usage.EFFECTIVE
         return read()
 
     return effective_weight
@@ -96,48 +111,53 @@ def _differ(output: Any, base: Any) -> bool:
 
 
 def adapters_act_in_evaluation(
-    trial: Trial, gradients: Gradients, first: Mapping[str, int], loss: Tensor, then: dict[str, int]
+    probe: ModuleProbe,
+    gradients: Gradients,
+    first: Mapping[str, Usage],
+    loss: Tensor,
+    then: dict[str, Usage],
 ) -> Check:
     """Says whether each adapter that training reaches has an effect in evaluation too.
 
     Args:
-        trial: The module, with the same adapter values as in ``then``.
+        probe: The module, with the same adapter values as in ``then``.
         gradients: Gradients of the adapters in train mode.
         first: What was noted in the first evaluation pass, with other values of the adapters.
         loss: The loss of the second one.
         then: What was noted in the second one.
     """
     name = "adapters act in evaluation as they do in training"
-    layers = adapted_layers_of(trial.module, require_record(trial.module))
-    silent = set(silent_tensors(gradients))
+    layers = adapted_layers_of(probe.module, require_record(probe.module))
+    silent = set(without_gradient(gradients))
     trained = {owner_of(tensor, layers) for tensor in gradients if tensor not in silent}
     # Those inside another wrapper are computed with by that one.
     outer = outermost(layers)
-    missing = [n for n in outer if n in trained and then[n] in (_UNUSED, _IGNORED)]
+    missing = [n for n in outer if n in trained and then[n] in (Usage.UNUSED, Usage.NO_EFFECT)]
     if not trained:
         return Check(name, None, "training reaches no adapter")
-    ignored = [n for n in missing if then[n] == _IGNORED]
-    stale = [n for n in missing if then[n] == _UNUSED and first[n] != _UNUSED]
+    ignored = [n for n in missing if then[n] == Usage.NO_EFFECT]
+    stale = [n for n in missing if then[n] == Usage.UNUSED and first[n] != Usage.UNUSED]
     unused = [n for n in missing if n not in ignored and n not in stale]
-    bypassed = _bypassed(trial, {n: layers[n] for n in unused}, loss)
+    bypassed = _bypassed(probe, {n: layers[n] for n in unused}, loss)
     problems = []
     if ignored:
-        problems.append(f"called without effect in eval mode: {some(ignored)}")
+        problems.append(f"called without effect in eval mode: {abbreviated(ignored)}")
     if stale:
-        problems.append(f"evaluation keeps a copy of an old weight: {some(stale)}")
+        problems.append(f"evaluation keeps a copy of an old weight: {abbreviated(stale)}")
     if bypassed:
-        problems.append(f"evaluation reads the weight without the adapter: {some(bypassed)}")
+        problems.append(f"evaluation reads the weight without the adapter: {abbreviated(bypassed)}")
     if unused and len(unused) == len(trained) and not problems:
         problems.append("evaluation uses none of the adapted layers")
     if problems:
         return Check(name, False, "; ".join(problems))
     if unused:
-        detail = f"used in training only: {some(unused)}; right for layers that only serve training"
+        names = abbreviated(unused)
+        detail = f"used in training only: {names}; right for layers that only serve training"
         return Check(name, None, detail)
     return Check(name, True, f"{len(trained)} layers")
 
 
-def _bypassed(trial: Trial, layers: Mapping[str, Any], loss: Tensor) -> list[str]:
+def _bypassed(probe: ModuleProbe, layers: Mapping[str, Any], loss: Tensor) -> list[str]:
     """Returns ``layers`` if the loss in evaluation depends on their bare weights."""
     weights = [w for layer in layers.values() if (w := dense_weight(layer)) is not None]
     if not weights:
@@ -147,7 +167,7 @@ def _bypassed(trial: Trial, layers: Mapping[str, Any], loss: Tensor) -> list[str
         with torch.no_grad():
             for weight in weights:
                 weight.add_(torch.randn_like(weight) * weight.float().std().to(weight.dtype))
-        changed = trial.evaluate()
+        changed = probe.evaluate()
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):

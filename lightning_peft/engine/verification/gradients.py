@@ -16,8 +16,8 @@ from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
 from lightning_peft.engine.layers.lora import LoraLayer, without_adapters
 from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.record import require_record
-from lightning_peft.engine.verification.result import Check, some
-from lightning_peft.engine.verification.trial import Trial
+from lightning_peft.engine.verification.probe import ModuleProbe
+from lightning_peft.engine.verification.result import Check, abbreviated
 
 Gradients = Mapping[str, "Tensor | None"]
 
@@ -47,7 +47,9 @@ def base_passes_gradients(module: nn.Module) -> Check:
     wrong = [layer_name for layer_name, layer in layers.items() if not _passes_gradient(layer)]
     if not layers:
         return Check(name, None, "no layer is quantized")
-    return Check(name, not wrong, f"wrong at: {some(wrong)}" if wrong else f"{len(layers)} layers")
+    return Check(
+        name, not wrong, f"wrong at: {abbreviated(wrong)}" if wrong else f"{len(layers)} layers"
+    )
 
 
 def _passes_gradient(layer: Any) -> bool:
@@ -65,12 +67,12 @@ def _passes_gradient(layer: Any) -> bool:
     return bool((found.float() - expected.float()).norm() <= 0.05 * expected.float().norm())
 
 
-def silent_tensors(gradients: Gradients) -> list[str]:
+def without_gradient(gradients: Gradients) -> list[str]:
     """Returns the names of the tensors that got no gradient, or one of zeros."""
     return [name for name, grad in gradients.items() if grad is None or not grad.any()]
 
 
-def gradients_reach(trial: Trial, gradients: Gradients) -> Check:
+def gradients_reach_adapters(probe: ModuleProbe, gradients: Gradients) -> Check:
     """With every factor non-zero, each adapter must have got a gradient.
 
     Where none arrives, the layer's own weight is asked for one: if it gets any, the module uses
@@ -80,22 +82,22 @@ def gradients_reach(trial: Trial, gradients: Gradients) -> Check:
     name = "gradients reach every adapter after an evaluation pass"
     if not gradients:
         return Check(name, False, "no adapter requires gradients")
-    silent = silent_tensors(gradients)
-    layers = adapted_layers_of(trial.module, require_record(trial.module))
+    silent = without_gradient(gradients)
+    layers = adapted_layers_of(probe.module, require_record(probe.module))
     owners = list(dict.fromkeys(owner_of(tensor, layers) for tensor in silent))
     weights = {n: weight for n in owners if (weight := dense_weight(layers[n])) is not None}
     for weight in weights.values():
         weight.requires_grad_(True)
     try:
-        unused = silent_tensors(trial.gradients(weights)) if weights else []
+        unused = without_gradient(probe.gradients(weights)) if weights else []
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
     dead = [n for n in weights if n not in unused]
     if dead:
         why = "the module uses the weight without calling the layer"
-        return Check(name, False, f"none at {some(dead)}: {why}")
-    idle = f"; the loss does not depend on {some(owners)}" if owners else ""
+        return Check(name, False, f"none at {abbreviated(dead)}: {why}")
+    idle = f"; the loss does not depend on {abbreviated(owners)}" if owners else ""
     reached = len(gradients) - len(silent)
     if not reached:
         return Check(name, False, f"none of {len(gradients)} tensors gets one{idle}")
@@ -121,7 +123,9 @@ def same_gradients(before: Gradients, again: Gradients, after: Gradients) -> Che
     if _differing(before, again):
         return Check(name, None, "two equal training steps give different gradients already")
     changed = _differing(before, after)
-    detail = f"changed: {some(changed)}" if changed else f"{len(before)} tensors, bit for bit"
+    detail = (
+        f"changed: {abbreviated(changed)}" if changed else f"{len(before)} tensors, bit for bit"
+    )
     return Check(name, not changed, detail)
 
 

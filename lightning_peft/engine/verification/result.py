@@ -49,7 +49,7 @@ class Verification:
         return "\n".join(f"{marks[c.passed]} {c.name}: {c.detail}" for c in self.checks)
 
 
-def some(names: list[str], limit: int = 5) -> str:
+def abbreviated(names: list[str], limit: int = 5) -> str:
     """Returns the first names in one line, and how many more there are."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

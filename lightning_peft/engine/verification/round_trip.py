@@ -17,14 +17,14 @@ from lightning_peft.engine.files.adapter_loading import load_adapter
 from lightning_peft.engine.files.module_state import load_trainable_state_dict, trainable_state_dict
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.selection.parts import inside
-from lightning_peft.engine.verification.result import Check, some
-from lightning_peft.engine.verification.trial import perturb
+from lightning_peft.engine.verification.probe import perturb
+from lightning_peft.engine.verification.result import Check, abbreviated
 from lightning_peft.errors import LightningPeftError
 
 Loss = Callable[[], "Tensor | None"]
 
 
-def checkpoint_gives_back(module: nn.Module, loss: Loss) -> Check:
+def checkpoint_round_trip(module: nn.Module, loss: Loss) -> Check:
     """Saves as a checkpoint does, changes all trainable values, and loads.
 
     Args:
@@ -45,7 +45,7 @@ def checkpoint_gives_back(module: nn.Module, loss: Loss) -> Check:
     return _round_trip(name, tensors, loss, save_and_load)
 
 
-def files_give_back(module: nn.Module, loss: Loss) -> Check:
+def adapter_files_round_trip(module: nn.Module, loss: Loss) -> Check:
     """Saves every adapter as a folder, changes the values, and loads the folders."""
     name = "adapter files give back every adapter"
     record = require_record(module)
@@ -114,7 +114,7 @@ def _round_trip(
         return Check(name, False, str(error))
     lost = [key for key, value in before.items() if not torch.equal(tensors[key], value)]
     if lost:
-        return Check(name, False, f"not given back: {some(lost)}")
+        return Check(name, False, f"not given back: {abbreviated(lost)}")
     second = loss()
     if first is None or second is None:
         return Check(name, True, f"{len(before)} tensors, bit for bit")

@@ -17,29 +17,32 @@ from lightning_peft.engine.adapters import (
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import require_record
-from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, watched_layers
+from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, recorded_usage
 from lightning_peft.engine.verification.gradients import (
     active_tensors,
     base_passes_gradients,
-    gradients_reach,
+    gradients_reach_adapters,
     same_gradients,
 )
-from lightning_peft.engine.verification.result import Check, Verification, some
-from lightning_peft.engine.verification.round_trip import checkpoint_gives_back, files_give_back
-from lightning_peft.engine.verification.structure import structural_problems
-from lightning_peft.engine.verification.trial import (
+from lightning_peft.engine.verification.probe import (
+    ModuleProbe,
     NoLossError,
     Step,
-    Trial,
-    changeable,
     default_step,
+    mutable_parameters,
     perturbed,
-    restored,
+    preserved_state,
 )
+from lightning_peft.engine.verification.result import Check, Verification, abbreviated
+from lightning_peft.engine.verification.round_trip import (
+    adapter_files_round_trip,
+    checkpoint_round_trip,
+)
+from lightning_peft.engine.verification.structure import structural_problems
 
 __all__ = ["Check", "Verification", "default_step", "verify"]
 
-NEED_A_LOSS = (
+REQUIRES_LOSS = (
     "no effect before training",
     "gradients reach every adapter after an evaluation pass",
     "gradients are the same before and after an evaluation pass",
@@ -70,29 +73,29 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
     require_record(module)
     refuse_merged(module, "Checking")
     # Code that torch.compile made before the check has no room for its hooks.
-    with torch.compiler.set_stance("force_eager"), restored(module):
-        base = _Base(module)
-        trial = Trial(module, batch, step or default_step)
+    with torch.compiler.set_stance("force_eager"), preserved_state(module):
+        base = _BaseSnapshot(module)
+        probe = ModuleProbe(module, batch, step or default_step)
         problems = structural_problems(module)
         count = len(adapted_layers_of(module, require_record(module)))
         in_place = Check(
             "adapters are in place and switched on",
             not problems,
-            some(problems) if problems else f"{count} layers",
+            abbreviated(problems) if problems else f"{count} layers",
         )
         try:
-            checks = _checks_with_loss(trial)
-            loss: Callable[[], Tensor | None] = trial.evaluate
+            checks = _checks_with_loss(probe)
+            loss: Callable[[], Tensor | None] = probe.evaluate
         except NoLossError as error:
             why = f"not checkable this way, as {error}: pass step="
-            checks = [Check(name, None, why) for name in NEED_A_LOSS]
+            checks = [Check(name, None, why) for name in REQUIRES_LOSS]
             checks.insert(1, base_passes_gradients(module))
             loss = _no_loss
         checks.insert(0, in_place)
         # Before the round trips, which change values themselves.
         unchanged = base.check()
         with _changed_values(module):
-            checks += [checkpoint_gives_back(module, loss), files_give_back(module, loss)]
+            checks += [checkpoint_round_trip(module, loss), adapter_files_round_trip(module, loss)]
         checks.append(unchanged)
     return Verification(checks)
 
@@ -106,39 +109,39 @@ def _changed_values(module: nn.Module) -> Any:
     return perturbed(module, {n: p for n, p in module.named_parameters() if p.requires_grad})
 
 
-def _checks_with_loss(trial: Trial) -> list[Check]:
-    module = trial.module
+def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
+    module = probe.module
     tensors = active_tensors(module)
     with perturbed(module, tensors):
         # The only passes before any evaluation pass, which could spoil those after it.
-        before, again = trial.gradients(tensors), trial.gradients(tensors)
-    with watched_layers(module) as first:
-        loss = trial.evaluate()
-    no_op = _no_effect_before_training(trial, loss)
+        before, again = probe.gradients(tensors), probe.gradients(tensors)
+    with recorded_usage(module) as first:
+        loss = probe.evaluate()
+    no_op = _no_effect_before_training(probe, loss)
     through = base_passes_gradients(module)
     with perturbed(module, tensors):
-        with watched_layers(module) as then:
-            loss = trial.evaluate()
-        after = trial.gradients(tensors)
-        reach = gradients_reach(trial, after)
-        act = adapters_act_in_evaluation(trial, after, first, loss, then)
+        with recorded_usage(module) as then:
+            loss = probe.evaluate()
+        after = probe.gradients(tensors)
+        reach = gradients_reach_adapters(probe, after)
+        act = adapters_act_in_evaluation(probe, after, first, loss, then)
         same = same_gradients(before, again, after)
-        _take_a_step(trial)
+        _take_a_step(probe)
     return [no_op, through, reach, same, act]
 
 
-def _no_effect_before_training(trial: Trial, on: Tensor) -> Check:
+def _no_effect_before_training(probe: ModuleProbe, on: Tensor) -> Check:
     name = "no effect before training"
-    layers = adapted_layers_of(trial.module, require_record(trial.module)).values()
-    if not all(isinstance(layer, LoraLayer) and layer.is_fresh() for layer in layers):
+    layers = adapted_layers_of(probe.module, require_record(probe.module)).values()
+    if not all(isinstance(layer, LoraLayer) and layer.has_no_effect() for layer in layers):
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
-    with disable_adapters(trial.module):
-        off = trial.evaluate()
+    with disable_adapters(probe.module):
+        off = probe.evaluate()
     if not (on.isfinite() and off.isfinite()):
         return Check(name, None, f"the loss is {on.item():g} with and {off.item():g} without them")
     difference = (on - off).abs().item()
     # Other kernels may run with adapters than without, as in nn.TransformerEncoderLayer.
-    rounding = max(torch.finfo(p.dtype).eps for p in _floating(trial.module))
+    rounding = max(torch.finfo(p.dtype).eps for p in _floating(probe.module))
     passed = difference <= min(32 * rounding, 0.01) * off.abs().item()
     return Check(name, passed, f"loss differs by {difference:g} from the base's")
 
@@ -147,21 +150,21 @@ def _floating(module: nn.Module) -> list[nn.Parameter]:
     return [param for param in module.parameters() if param.is_floating_point()]
 
 
-def _take_a_step(trial: Trial) -> None:
+def _take_a_step(probe: ModuleProbe) -> None:
     """Trains everything trainable by one optimizer step, which must not touch the base."""
-    trainable = {n: p for n, p in trial.module.named_parameters() if p.requires_grad}
+    trainable = {n: p for n, p in probe.module.named_parameters() if p.requires_grad}
     if not trainable:
         return
-    gradients = trial.gradients(trainable)
+    gradients = probe.gradients(trainable)
     for name, param in trainable.items():
         param.grad = gradients[name]
     torch.optim.AdamW(trainable.values(), lr=1e-2).step()
-    trial.evaluate(go_on=True)
+    probe.evaluate(keep_buffers=True)
     for param in trainable.values():
         param.grad = None
 
 
-class _Base:
+class _BaseSnapshot:
     """The frozen base of a module, bit for bit: parameters, and buffers of the same layers.
 
     Batch norms that train update their statistics; those are in every checkpoint.
@@ -169,7 +172,7 @@ class _Base:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        may_change = changeable(module)
+        may_change = mutable_parameters(module)
         self.tensors = {n: p for n, p in module.named_parameters() if n not in may_change}
         frozen = {id(param) for param in self.tensors.values()}
         for prefix, child in module.named_modules():
@@ -191,5 +194,5 @@ class _Base:
             for name, value in self.sums.items()
             if name not in now or exact_checksum(now[name]) != value
         ]
-        detail = f"changed: {some(changed)}" if changed else f"{len(self.sums)} tensors"
+        detail = f"changed: {abbreviated(changed)}" if changed else f"{len(self.sums)} tensors"
         return Check("base unchanged by evaluation, training and a step", not changed, detail)

@@ -75,7 +75,7 @@ def _train(module: Any, training_step: Callable[..., Any], batch: Any) -> Any:
 
 @contextmanager
 def _no_logging(module: nn.Module) -> Iterator[None]:
-    """Lightning refuses ``self.log`` outside its loops, and a trial is nothing to log."""
+    """Lightning refuses ``self.log`` outside its loops, and a probe is nothing to log."""
     names = ("log", "log_dict")
     logging = [vars(child) for child in module.modules() if hasattr(child, "log_dict")]
     before = [{name: own[name] for name in names if name in own} for own in logging]
@@ -94,7 +94,7 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Takes the place of ``self.log``."""
 
 
-class Trial:
+class ModuleProbe:
     """A module, a batch and a loss, to be run in train and in eval mode.
 
     In train mode it is as training leaves it; see
@@ -115,7 +115,7 @@ class Trial:
         # Such as a momentum teacher that a training step updates.
         self._teacher = {
             param: param.detach().clone()
-            for param in changeable(module).values()
+            for param in mutable_parameters(module).values()
             if not param.requires_grad
         }
 
@@ -125,13 +125,13 @@ class Trial:
             child.training = mode
         set_training_mode(self.module)
 
-    def evaluate(self, go_on: bool = False) -> Tensor:
+    def evaluate(self, keep_buffers: bool = False) -> Tensor:
         """Returns the loss as a validation loop computes it.
 
         Args:
-            go_on: Take the buffers as the pass before left them, not as they were at the start.
+            keep_buffers: Take the buffers as the previous pass left them, not as at the start.
         """
-        if not go_on:
+        if not keep_buffers:
             self._reset_buffers()
         self.module.eval()
         with torch.no_grad():
@@ -209,7 +209,7 @@ def same_randomness(module: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def changeable(module: nn.Module) -> dict[str, nn.Parameter]:
+def mutable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the parameters that training may change, by name.
 
     Everything but the frozen base: also what has no gradients, as in a momentum teacher.
@@ -219,14 +219,14 @@ def changeable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def restored(module: nn.Module) -> Iterator[None]:
+def preserved_state(module: nn.Module) -> Iterator[None]:
     """Puts back what running the module changes.
 
     Values outside the frozen base, gradients and their flags, buffers, modes, random states, and
     the plain attributes of all submodules, where modules keep counters, caches and metrics.
     """
     grads = {param: (param.grad, param.requires_grad) for param in module.parameters()}
-    values = {p: p.detach().clone() for p in changeable(module).values()}
+    values = {p: p.detach().clone() for p in mutable_parameters(module).values()}
     buffers = [
         (child._buffers, name, buffer, buffer.detach().clone())
         for child in module.modules()

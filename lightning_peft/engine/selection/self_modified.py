@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.engine.layers.in_place import recipe_of
+from lightning_peft.engine.layers.mixin import class_key
 
 _CHANGE = re.compile(r"\b((?:\w+\.)+)weight(?:\.data)?\.[a-z]+_\(")
 
 
-def rewritten_layers(part: nn.Module) -> dict[str, str]:
+def self_modified_layers(part: nn.Module) -> dict[str, str]:
     """Returns the names of such layers, with the class whose code changes them.
 
     Args:
@@ -28,7 +28,7 @@ def rewritten_layers(part: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, child in part.named_modules():
-        origin: Any = recipe_of(child)[2]
+        origin: Any = class_key(child)[2]
         for suffix in _changed_by(origin):
             inner = [n for n, _ in child.named_modules() if n == suffix or n.endswith(f".{suffix}")]
             found |= {f"{name}.{n}".lstrip("."): origin.__name__ for n in inner}

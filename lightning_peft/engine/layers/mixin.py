@@ -13,24 +13,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.engine.layers.weight_view import WeightView, replaced
+from lightning_peft.engine.layers.weight_view import WeightView, replacement_error
 
 
-class Extended:
+class DynamicMixin:
     """Base of all mixins that the class of a module is extended with at run time."""
 
     label: ClassVar[str] = ""
-    mixins: ClassVar[tuple[type[Extended], ...]] = ()
+    mixins: ClassVar[tuple[type[DynamicMixin], ...]] = ()
     base_class: ClassVar[type[nn.Module]] = nn.Module
     origin_class: ClassVar[type[nn.Module]] = nn.Module
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class exists only at run time, so copy and pickle get the recipe instead of a name.
+        # The class exists only at run time, so copy and pickle get its key instead of a name.
         state: Callable[[], Any] = getattr(self, "__getstate__", self.__dict__.copy)
-        return new_layer, recipe_of(self), state()
+        return empty_layer, class_key(self), state()
 
 
-class InPlace(Extended):
+class LayerMixin(DynamicMixin):
     """Base of the mixins for layers, which know what their weight stands for.
 
     A mixin overrides ``forward`` and calls ``super().forward``: the class that the layer had
@@ -53,7 +53,7 @@ class InPlace(Extended):
         if torch.compiler.is_compiling():
             # The compiler knows no tensors that are not there yet; it drops what is not used.
             return self.effective_weight()
-        shape, dtype = self.weight_kind()
+        shape, dtype = self.weight_info()
         return WeightView(self.effective_weight, shape, dtype, stored)
 
     def register_parameter(self, name: str, param: Any) -> None:
@@ -64,19 +64,19 @@ class InPlace(Extended):
         """
         stem = name.partition("_")[0]
         if name != stem and stem in ("weight", "bias"):
-            raise replaced(stem)
+            raise replacement_error(stem)
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
         if name in ("weight", "bias") and self._parameters.get(name) is not None:
-            raise replaced(name)
+            raise replacement_error(name)
         super().__delattr__(name)
 
     def weight_is_stored(self) -> bool:
         """Says whether the stored parameter is the weight that the layer computes with."""
         return True
 
-    def weight_kind(self) -> tuple[torch.Size, torch.dtype]:
+    def weight_info(self) -> tuple[torch.Size, torch.dtype]:
         """Returns shape and dtype of the effective weight, without computing it."""
         stored = self._parameters["weight"]
         return stored.shape, stored.dtype
@@ -97,44 +97,46 @@ class InPlace(Extended):
             self.__dict__["in_own_forward"] = outer
 
 
-Recipe = tuple[tuple[type[Extended], ...], type[nn.Module], type[nn.Module]]
+ClassKey = tuple[tuple[type[DynamicMixin], ...], type[nn.Module], type[nn.Module]]
 
-_CLASSES: dict[Recipe, type[nn.Module]] = {}
+_CLASSES: dict[ClassKey, type[nn.Module]] = {}
 
 
-def recipe_of(layer: Any) -> Recipe:
+def class_key(layer: Any) -> ClassKey:
     """Returns the mixins of ``layer``, the class below them, and the class it had at first."""
     cls = type(layer)
-    if not isinstance(layer, Extended):
+    if not isinstance(layer, DynamicMixin):
         return (), cls, cls
     return cls.mixins, cls.base_class, cls.origin_class
 
 
-def class_from(recipe: Recipe) -> type[nn.Module]:
-    """Returns the class that a recipe describes, always the same one for the same recipe."""
-    mixins, base, origin = recipe
+def class_for_key(key: ClassKey) -> type[nn.Module]:
+    """Returns the class of a key, always the same one for the same key."""
+    mixins, base, origin = key
     if not mixins:
         return origin
-    if recipe not in _CLASSES:
+    if key not in _CLASSES:
         name = "".join(mixin.label for mixin in mixins) + origin.__name__
         body = {"mixins": mixins, "base_class": base, "origin_class": origin}
-        _CLASSES[recipe] = type(name, (*mixins, base), body)
-    return _CLASSES[recipe]
+        _CLASSES[key] = type(name, (*mixins, base), body)
+    return _CLASSES[key]
 
 
-def new_layer(*recipe: Any) -> nn.Module:
-    """Returns an empty object of the class that a recipe describes, for copy and pickle."""
-    cls = class_from(recipe)
+def empty_layer(*key: Any) -> nn.Module:
+    """Returns an empty object of the class of a key, for copy and pickle."""
+    cls = class_for_key(key)
     return cls.__new__(cls)
 
 
-def parameter(layer: Any, name: str) -> Any:
+def stored_parameter(layer: Any, name: str) -> Any:
     """Returns a stored parameter of ``layer``, which ``layer.weight`` may only stand for."""
     base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     return base._parameters[name]
 
 
-def extend(layer: nn.Module, mixin: type[Extended], base: type[nn.Module] | None = None) -> None:
+def add_mixin(
+    layer: nn.Module, mixin: type[DynamicMixin], base: type[nn.Module] | None = None
+) -> None:
     """Puts ``mixin`` in front of the class of ``layer``.
 
     Args:
@@ -143,15 +145,15 @@ def extend(layer: nn.Module, mixin: type[Extended], base: type[nn.Module] | None
         base: Replaces the class below the mixins, for layers that turn into a library's own
             subclass of what they were (``nn.Linear`` into ``bitsandbytes.nn.Linear4bit``).
     """
-    mixins, below, origin = recipe_of(layer)
-    layer.__class__ = class_from(((mixin, *mixins), base or below, origin))
+    mixins, below, origin = class_key(layer)
+    layer.__class__ = class_for_key(((mixin, *mixins), base or below, origin))
 
 
-def retract(layer: nn.Module, mixin: type[Extended]) -> None:
-    """Takes ``mixin`` out of the class of ``layer`` again; the inverse of :func:`extend`.
+def remove_mixin(layer: nn.Module, mixin: type[DynamicMixin]) -> None:
+    """Takes ``mixin`` out of the class of ``layer`` again; the inverse of :func:`add_mixin`.
 
     A layer that loses its last mixin gets its original class back.
     """
-    mixins, base, origin = recipe_of(layer)
+    mixins, base, origin = class_key(layer)
     rest = tuple(kept for kept in mixins if kept is not mixin)
-    layer.__class__ = class_from((rest, base, origin))
+    layer.__class__ = class_for_key((rest, base, origin))

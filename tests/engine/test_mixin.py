@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.in_place import InPlace, class_from, extend, recipe_of, retract
+from lightning_peft.engine.layers.mixin import (
+    LayerMixin,
+    add_mixin,
+    class_for_key,
+    class_key,
+    remove_mixin,
+)
 
 from .reference import output_of, randomize
 
@@ -192,34 +198,34 @@ def test_unload_gives_the_classes_back() -> None:
 
 
 def test_extend_and_retract_are_inverse_in_any_order() -> None:
-    class First(InPlace):
+    class First(LayerMixin):
         label = "First"
 
-    class Second(InPlace):
+    class Second(LayerMixin):
         label = "Second"
 
     layer = nn.Linear(2, 2)
-    extend(layer, First)
+    add_mixin(layer, First)
     only_first = type(layer)
-    extend(layer, Second)
+    add_mixin(layer, Second)
     assert type(layer).__name__ == "SecondFirstLinear"
     assert type(layer).__mro__[1:3] == (Second, First)
-    retract(layer, Second)
+    remove_mixin(layer, Second)
     assert type(layer) is only_first
-    extend(layer, Second)
-    retract(layer, First)
-    assert recipe_of(layer) == ((Second,), nn.Linear, nn.Linear)
-    retract(layer, Second)
+    add_mixin(layer, Second)
+    remove_mixin(layer, First)
+    assert class_key(layer) == ((Second,), nn.Linear, nn.Linear)
+    remove_mixin(layer, Second)
     assert type(layer) is nn.Linear
 
 
-def test_one_class_per_recipe() -> None:
-    class Mixin(InPlace):
+def test_one_class_per_key() -> None:
+    class Mixin(LayerMixin):
         label = "Mixed"
 
-    recipe = ((Mixin,), nn.Linear, nn.Linear)
-    assert class_from(recipe) is class_from(recipe)
-    assert class_from(((), nn.Linear, nn.Linear)) is nn.Linear
+    key = ((Mixin,), nn.Linear, nn.Linear)
+    assert class_for_key(key) is class_for_key(key)
+    assert class_for_key(((), nn.Linear, nn.Linear)) is nn.Linear
 
 
 def test_a_stack_in_a_stack_keeps_its_identity() -> None:
