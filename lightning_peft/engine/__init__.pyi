@@ -72,5 +72,5 @@ from .unloading import unload as unload
 from .verification.result import Check as Check
 from .verification.result import Verification as Verification
 from .verification.structure import structural_problems as structural_problems
-from .verification.trial import default_step as default_step
+from .verification.probe import default_step as default_step
 from .verification.verify import verify as verify

@@ -160,7 +160,7 @@ def test_compact_names_mean_exactly_the_targets() -> None:
     assert targets_of(inner, target_modules=["0"]) == ["0", "1.0"]
 
 
-def test_near_names() -> None:
+def test_similar_names() -> None:
     assert similar_names("x.q_prj", ["a.q_proj", "b.q_proj"]) == "; near names: q_proj"
     assert similar_names("zzz", ["a.b", "a.c"]) == "; there are: b, c"
     assert similar_names("zzz", []) == ""
