@@ -40,7 +40,7 @@ class Trained:
         given: The arguments of the command line.
 
     Attributes:
-        told: What the engine says about the budget.
+        messages: Log lines of the engine about the budget.
         losses: Of all steps.
     """
 
@@ -52,14 +52,14 @@ class Trained:
 
         size = QUICK if given.quick else SIZE
         self.rows, self.length, self.device = 2, given.length, given.device
-        self.told: list[str] = []
+        self.messages: list[str] = []
         self.losses: list[float] = []
         torch.manual_seed(0)
         config = LlamaConfig(**size, max_position_embeddings=4096, use_cache=False)
         self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
         quantization = engine.quantization_config() if quantized else None
         engine.inject(self.model, r=16, quantization_config=quantization)
-        engine.checkpoint_activations(self.model, wanted, self.told.append)
+        engine.checkpoint_activations(self.model, wanted, self.messages.append)
         self.model.to(given.device)
         trained = [param for param in self.model.parameters() if param.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE)
@@ -105,7 +105,7 @@ class Trained:
         return watch.kept
 
     def timed(self, steps: int) -> Callable[[], Mapping[str, float]]:
-        """Returns a function that takes steps and says how long one took."""
+        """Returns a function that takes steps and returns the seconds of one."""
 
         def run() -> Mapping[str, float]:
             times = []
@@ -166,7 +166,7 @@ def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
     runs = interleaved(ways, given.rounds)
     return {
         "kept_bytes": kept,
-        "told": models["half"].told,
+        "messages": models["half"].messages,
         "losses_equal": all(model.losses == models["none"].losses for model in models.values()),
         "seconds": summary(runs),
         "ratios": {way: ratio(runs, way, "none", "seconds") for way in ("half", "inputs")},
@@ -226,8 +226,8 @@ def table(content: dict[str, Any]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
     for case, found in content["cases"].items():
         equal = "the same" if found["losses_equal"] else "**not the same**"
-        said = found["told"][-1].partition(": ")[2]
-        lines += ["", f"{case}: {said} The losses of all steps are {equal} in the three ways."]
+        message = found["messages"][-1].partition(": ")[2]
+        lines += ["", f"{case}: {message} The losses of all steps are {equal} in the three ways."]
     return lines
 
 

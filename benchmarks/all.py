@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import conditions, read, said, write_between
+from record import conditions, format_conditions, read, write_between
 from targets import broken, summary
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ TABLES = ("training_step", "scaling", "activation_budget")
 
 
 def run(name: str, words: tuple[str, ...]) -> bool:
-    """Runs one script and says whether it ended well."""
+    """Runs one script and returns whether it succeeded."""
     started = time.monotonic()
     code = subprocess.run(
         [sys.executable, str(HERE / f"{name}.py"), *words], check=False
@@ -65,7 +65,7 @@ def others() -> list[str]:
         if name in TABLES or content is None:
             continue
         found = content.get("ratios") or content.get("shipped_base", {}).get("ratios", {})
-        lines += [f"`{name}`: {said(content['conditions'])}", ""]
+        lines += [f"`{name}`: {format_conditions(content['conditions'])}", ""]
         lines += ["| ratio | median | from | to |", "| --- | --- | --- | --- |"]
         for ratio, values in found.items():
             cells = [f"{values[part]:.3f}" for part in ("median", "min", "max")]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loading_memory import write_model
-from record import asked, conditions, interleaved, ratio, spread, summary, write
+from record import conditions, interleaved, ratio, run_script, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
 
@@ -47,7 +47,7 @@ def load(way: str, folder: str, dtype: str) -> None:
 
     # Small models are measured too when trying the script.
     quantized_cache.SMALLEST = 0
-    # Loaded on first use otherwise, which is no part of loading weights.
+    # Loaded on first use otherwise, which is not part of loading weights.
     assert engine.inject
     assert modeling_llama.LlamaForCausalLM
     own: dict[str, Any] = {"dtype": dtype}
@@ -105,7 +105,7 @@ def started(way: str, folder: Path, dtype: str) -> Callable[[], Mapping[str, flo
             # Odd turns go backwards.
             started("first", folder, dtype)()
         words = ["--load", way, "--folder", str(folder / "model"), "--dtype", dtype]
-        return asked(__file__, *words, XDG_CACHE_HOME=str(cache))
+        return run_script(__file__, *words, XDG_CACHE_HOME=str(cache))
 
     return run
 

@@ -3,7 +3,7 @@
 ``python benchmarks/checkpoints.py [--repeats N] [--quick]`` builds two random Llamas with more than
 100M parameters, trains one step of each with LoRA and one with full fine-tuning, and then saves the
 checkpoints of the two in turn, through ``Trainer.save_checkpoint``, in one process. Times of saving
-include getting the bytes to the disk (``fsync``). They are loaded as by a run that goes on: each
+include getting the bytes to the disk (``fsync``). They are loaded as by a resumed run: each
 time in a fresh process that has taken a step, through ``Trainer.strategy``, from the system's
 cache, both with ``weights_only=True``. The record is ``benchmarks/records/checkpoints.json``.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import asked, conditions, interleaved, ratio, summary, write
+from record import conditions, interleaved, ratio, run_script, summary, write
 
 # Width of the model, of its feed-forward layers, and layers.
 SIZES = {"137M": (1024, 2816, 12), "379M": (2048, 5632, 8)}
@@ -63,7 +63,7 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
 
 
 def saved(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that saves, and says what it took."""
+    """Returns a function that saves and returns what it took."""
 
     def run() -> Mapping[str, float]:
         started = time.perf_counter()
@@ -89,7 +89,7 @@ def load(way: str, size: tuple[int, int, int], path: Path) -> None:
 def loaded(way: str, size: tuple[int, int, int], path: Path) -> Callable[[], Mapping[str, float]]:
     """Returns a function that loads in a fresh process."""
     words = ["--load", way, "--size", *map(str, size), "--file", str(path)]
-    return lambda: asked(__file__, *words)
+    return lambda: run_script(__file__, *words)
 
 
 def measured(size: tuple[int, int, int], repeats: int) -> dict[str, Any]:

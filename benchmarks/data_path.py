@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import asked, conditions, interleaved, ratio, spread, summary, write
+from record import conditions, interleaved, ratio, run_script, spread, summary, write
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "was", "with", "not", "this", "from")
 WAYS = ("one", "several", "cached")
@@ -53,7 +53,7 @@ def prepare(way: str, file: Path, cache: Path) -> None:
     data = SupervisedData(
         str(file), str(BASE), chat_template="plain", max_length=256, cache_dir=str(cache)
     )
-    # Reading the tokenizer is no part of it.
+    # Reading the tokenizer is not part of it.
     assert data.tokenizer
     started = time.perf_counter()
     data.prepare_data()
@@ -108,7 +108,7 @@ def prepared(way: str, file: Path, caches: Path) -> Callable[[], Mapping[str, fl
     def run() -> Mapping[str, float]:
         with tempfile.TemporaryDirectory(dir=caches) as fresh:
             cache = str(caches / "kept") if way == "cached" else fresh
-            return asked(__file__, "--prepare", way, "--file", str(file), "--cache", cache)
+            return run_script(__file__, "--prepare", way, "--file", str(file), "--cache", cache)
 
     return run
 
@@ -158,7 +158,7 @@ def main() -> None:
         ways["cached"]()
         steps = "4" if given.quick else "40"
         ways["first_step"] = lambda: first_step(folder / "own")
-        ways["waiting"] = lambda: asked(
+        ways["waiting"] = lambda: run_script(
             __file__, "--wait", steps, XDG_CACHE_HOME=str(folder / "own")
         )
         runs = interleaved(ways, repeats)

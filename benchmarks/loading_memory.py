@@ -31,7 +31,7 @@ def anonymous_bytes() -> int:
 
 
 def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
-    """Writes a random model; returns the bytes of all weights in 16, of linear ones in 4 bits."""
+    """Writes a random model; returns the bytes of all weights in 16, of linear ones in 4-bit."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""What the planner says of runs whose memory others have published.
+"""Predictions of the planner for runs whose memory others have published.
 
 ``python benchmarks/planner_anchors.py`` predicts each of them (a minute in all; nothing is loaded)
 and writes the table into ``docs/planner.md``.
@@ -89,17 +89,17 @@ def anchors() -> list[Anchor]:
     return [
         Anchor("LoRA r=16, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
                Settings("lora", **accumulated), 22.8 * GB, peak,
-               "without checkpointing, which is not said"),
+               "without checkpointing, not stated by the source"),
         Anchor("QLoRA r=64, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
                Settings("qlora", **accumulated, lora={"r": 64}), 10.5 * GB, peak,
-               "with checkpointing, which is not said"),
+               "with checkpointing, not stated by the source"),
         Anchor("smallest LoRA", "Llama-3-8B", lora, 16 * GB, weights,
                "frozen weights; a run takes more"),
         Anchor("smallest QLoRA", "Llama-3-8B", qlora, 6 * GB, weights,
                "frozen weights; a run takes more"),
         Anchor("weights in 16 bits", "Llama-3-70B", lora, 140 * GB, weights, ""),
         Anchor("base in NF4, 35 to 40 GB", "Llama-3-70B", qlora, 37.5 * GB, weights,
-               "35.3 GB of it in 4 bits; embeddings and output stay in 16"),
+               "35.3 GB of it in 4-bit; embeddings and output stay in 16"),
         Anchor("QLoRA r=64 on one 48 GB card", "Llama-65B",
                Settings("qlora", lora={"r": 64}), 41 * GB, without_paged,
                "after the 6.4 GB of optimizer states were paged out"),
@@ -113,7 +113,7 @@ def anchors() -> list[Anchor]:
 
 
 def table() -> str:
-    """Returns the predictions beside the published figures."""
+    """Returns predictions and published figures."""
     import transformers
 
     made: dict[tuple[str, str], Prediction] = {}

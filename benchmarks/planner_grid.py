@@ -1,4 +1,4 @@
-"""Measured peak memory of training steps beside what the planner predicts, over a grid of runs.
+"""Measured peak memory of training steps and the predictions of the planner, over a grid of runs.
 
 ``python benchmarks/planner_grid.py measure [--device cuda] [--only TEXT]`` trains every row of the
 grid for two optimizer steps, each in a process of its own, through the real Trainer and strategy,
@@ -323,7 +323,7 @@ def table(device: str) -> str:
     for row, error in zip(rows, off, strict=True):
         known = ("model", "method", "batch_size", "seq_len", "gradient_checkpointing", "measured")
         further = {key: value for key, value in row.items() if key not in known}
-        said = ", ".join(f"{key} {value}" for key, value in further.items())
+        settings = ", ".join(f"{key} {value}" for key, value in further.items())
         image = row["model"].startswith("vit")
         measured = row["measured"]
         cells = [
@@ -332,7 +332,7 @@ def table(device: str) -> str:
             row["batch_size"],
             "-" if image else row["seq_len"],
             "on" if row["gradient_checkpointing"] else "off",
-            said.replace("{", "").replace("}", "").replace("'", ""),
+            settings.replace("{", "").replace("}", "").replace("'", ""),
             f"{measured * (1 + error) / 1e6:.1f}",
             f"{measured / 1e6:.1f}",
             f"{error:+.2%}",

@@ -36,7 +36,7 @@ def shares(events: Any) -> dict[str, Any]:
     groups: Counter[str] = Counter()
     operations: Counter[str] = Counter()
     for event in events:
-        # On a GPU the time of its kernels, which the operation that launched them is told.
+        # On a GPU the time of its kernels, which is attributed to the operation that launched them.
         spent = float(event.self_device_time_total or event.self_cpu_time_total)
         groups[group_of(event)] += spent
         operations[event.name] += spent

@@ -1,11 +1,11 @@
 """Held-out loss of full fine-tuning, LoRA and QLoRA at equal tokens, and the error of 4-bit types.
 
 ``python benchmarks/quality.py [--steps N] [--seeds N] [--resume] [--quick]`` trains the base that
-is in the package on the instructions beside it, once for each method and seed, with the same
+is in the package on the bundled instructions, once for each method and seed, with the same
 batches; each method takes the best of its learning rates by the validation loss of the first seed.
 Then it quantizes the weights of that base to NF4 and FP4, and to int4 by rounding to the nearest of
 its levels: plain, with one scale for a row, and in blocks of 64 as the other two. ``--model`` is a
-folder of another pretrained model; without one, the record says that there was none. The record is
+folder of another pretrained model; without one, the record has none. The record is
 ``benchmarks/records/quality.json``, written after each base; ``--resume`` takes the trainings that
 are in it.
 """

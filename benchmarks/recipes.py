@@ -62,9 +62,9 @@ FILE`, or from `forkme.yaml`, which explains every key.
 Made by `python benchmarks/recipes.py` from the records in `results.json`; do not edit. The models
 are tiny and most start from random weights: the table shows that each recipe learns, not how well a
 real model does. Before is the first validation, without a step; adapters do nothing then. Full is
-full fine-tuning at a tenth of the learning rate, in the same steps: in so few it is no upper bound.
-Time is that of a whole run without imports, one run each. Memory is the most that the process held,
-most of it libraries; the [planner](../docs/planner.md) says what methods need.
+full fine-tuning at a tenth of the learning rate, in the same steps: with so few it is not an upper
+bound. Time is that of a whole run without imports, one run each. Memory is the most that the
+process held, most of it libraries; the [planner](../docs/planner.md) estimates what methods need.
 
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
 No GPU was used.
@@ -102,8 +102,8 @@ def run(recipe: str, method: str) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"recipe": recipe, "method": method, "error": f"not done after {LONGEST} s"}
     if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        reason = said[-1].removeprefix("lightning-peft: ").partition(". ")[0]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        reason = lines[-1].removeprefix("lightning-peft: ").partition(". ")[0]
         return {"recipe": recipe, "method": method, "error": reason}
     result = json.loads(done.stdout)
     return {"recipe": recipe, "method": method, **{name: result[name] for name in KEPT}}
@@ -164,7 +164,7 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    """Runs what was asked for and writes the records and the page."""
+    """Runs the chosen recipes and writes the records and the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--table", action="store_true")

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers, and how it writes them."""
+"""Conditions of a measurement, and the format of its record."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PACKAGES = (
 
 def conditions() -> dict[str, Any]:
     """Returns the machine and the versions, without a name of the machine."""
-    processor = platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
         lines = info.read_text(encoding="utf-8").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
+        cpu = names[0] if names else cpu
     return {
-        "processor": processor,
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -61,7 +61,7 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def said(where: Mapping[str, Any]) -> str:
+def format_conditions(where: Mapping[str, Any]) -> str:
     """Returns conditions as one sentence."""
     flat = {**where, **where.get("versions", {})}
     flat.pop("versions", None)
@@ -73,7 +73,7 @@ def interleaved(
 ) -> dict[str, list[dict[str, float]]]:
     """Runs every way once, then every way once more, and so on.
 
-    What the machine does besides then falls on all of them alike.
+    Other load on the machine then falls on all of them alike.
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     names = list(ways)
@@ -85,7 +85,7 @@ def interleaved(
     return found
 
 
-def asked(script: str, *words: str, **environment: str) -> dict[str, float]:
+def run_script(script: str, *words: str, **environment: str) -> dict[str, float]:
     """Runs a script in a fresh process, offline, and returns the JSON object that it prints last.
 
     Args:

@@ -208,7 +208,7 @@ def plot(content: dict[str, Any]) -> str:
 
 
 def write_page(device: str) -> None:
-    """Puts the table of a record into the page, and its plot beside it."""
+    """Puts the table of a record into the page, and its plot next to it."""
     file = RECORDS / f"{record_of(device)}.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     picture = DOCS / "pictures" / f"{record_of(device)}.svg"

@@ -190,7 +190,7 @@ class Soak:
 
 
 def main() -> int:
-    """Uses the page, and says whether it has grown."""
+    """Uses the page and returns whether it has grown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="for how long")
     parser.add_argument(

@@ -31,7 +31,7 @@ CHECKED = ("lightning", "ours_and_lightning", "help")
 
 
 def timed(command: list[str]) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that runs Python with ``command`` and says how long it took."""
+    """Returns a function that runs Python with ``command`` and returns the seconds."""
 
     def run() -> Mapping[str, float]:
         started = time.perf_counter()

@@ -61,7 +61,7 @@ class Finished(Exception):
 
 
 class Pace:
-    """Times steps in blocks; the parent process says when each block may begin.
+    """Times steps in blocks; the parent process starts each block.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
@@ -101,15 +101,15 @@ class Pace:
         if loss is not None:
             self.losses.append(float(loss))
         if self.order == "memory":
-            self._tell({"peak": self._end_memory()})
+            self._send({"peak": self._end_memory()})
         elif self.order == "profile":
             self.profile.__exit__(None, None, None)
-            self._tell(shares(self.profile.events()))
+            self._send(shares(self.profile.events()))
         if self.order != "block":
             self._clear()
         elif len(self.times) == self.block:
-            told = {"seconds": self.times, "tokens": self.tokens, "losses": self.losses}
-            self._tell(told)
+            outcome = {"seconds": self.times, "tokens": self.tokens, "losses": self.losses}
+            self._send(outcome)
             self._clear()
 
     def _clear(self) -> None:
@@ -122,7 +122,7 @@ class Pace:
         self.block = int(steps or 1)
 
     @staticmethod
-    def _tell(answer: dict[str, Any]) -> None:
+    def _send(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=sys.__stdout__, flush=True)
 
     def _synchronize(self) -> None:

@@ -1,4 +1,4 @@
-"""Training steps of this project beside those of its peers, and beside the floor.
+"""Training steps of this project against those of its peers and against the floor.
 
 ``python benchmarks/training_step.py measure [--device cuda] [--rounds N] [--only CASE]`` runs every
 case of :data:`CASES` with each of its methods in a process of its own. All processes of a case are
@@ -6,7 +6,7 @@ alive at once, and take turns: one block of steps each, in an order that changes
 so that a machine that gets slower does so for all. One step warms up. Afterwards each method takes
 one more step alone for its peak memory (on the CPU the bytes of torch's allocator, on a GPU
 ``torch.cuda.max_memory_allocated``), and the rungs of the ladder one more under torch's profiler.
-A method whose package is not installed is skipped, and the record says so.
+A method whose package is not installed is skipped, which the record notes.
 
 The record is ``records/training_step.json``, of a GPU ``records/training_step_cuda.json``.
 ``--quick`` runs tiny models for one round, to see that all of it works; ``--check`` runs few real
@@ -118,8 +118,8 @@ class Worker:
                 return answer
         self.process.wait()
         self.errors.seek(0)
-        said = [line for line in self.errors if line.strip()] or ["no message"]
-        raise RuntimeError(f"{self.method}: {said[-1].strip()}")
+        lines = [line for line in self.errors if line.strip()] or ["no message"]
+        raise RuntimeError(f"{self.method}: {lines[-1].strip()}")
 
     def end(self) -> None:
         """Ends the process."""

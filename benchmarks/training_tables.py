@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from record import said
+from record import format_conditions
 
 # Of the ladder, what each rung changes.
 CHANGES = {
@@ -28,7 +28,7 @@ def tables(content: dict[str, Any], ladder: Sequence[str]) -> list[str]:
         ladder: Its methods in order.
     """
     cases = {entry["case"]: entry["methods"] for entry in content["cases"]}
-    lines = [said(content["conditions"]), "", *_measured(cases)]
+    lines = [format_conditions(content["conditions"]), "", *_measured(cases)]
     lines += ["", "Ratios, round by round:", "", *_ratios(content["ratios"])]
     lines += ["", *_losses(cases)]
     rungs: dict[str, Any] = cases.get("instructions", {})
