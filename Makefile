@@ -56,7 +56,7 @@ test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages,
 	$(BIN)/python -m pytest tests/published $(ARGS)
 
 bench: export HF_HUB_OFFLINE = 1
-bench: $(READY_BENCH)  ## Measure everything beside its peers, and write docs/performance.md
+bench: $(READY_BENCH)  ## Measure everything against its peers, and write docs/performance.md
 	$(BIN)/python benchmarks/all.py $(ARGS)
 
 bench-check: export HF_HUB_OFFLINE = 1

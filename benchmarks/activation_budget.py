@@ -192,7 +192,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def device_name(device: str) -> str:
-    """Returns what the device is, in words."""
+    """Returns the name of the device."""
     import torch
 
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"

@@ -3,7 +3,7 @@
 ``python benchmarks/loading_memory.py [--layers N] [--file-dtype float32] [--methods M ...]`` writes
 a random sharded Llama to a temporary folder, loads it as bfloat16 in one fresh process per method,
 and prints the peak of anonymous memory (private pages; the memory-mapped file is not counted) above
-what the imports take, as a ratio to the size of the weights in 16 bits, and of the linear layers in
+what the imports take, as a ratio to the size of the 16-bit weights, and of the linear layers in
 4 bits. ``by_transformers`` lets ``from_pretrained`` quantize, ``dense_first`` loads dense weights
 that the strategy quantizes, and ``qlora`` lets the strategy choose.
 """

@@ -97,7 +97,7 @@ def anchors() -> list[Anchor]:
                "frozen weights; a run takes more"),
         Anchor("smallest QLoRA", "Llama-3-8B", qlora, 6 * GB, weights,
                "frozen weights; a run takes more"),
-        Anchor("weights in 16 bits", "Llama-3-70B", lora, 140 * GB, weights, ""),
+        Anchor("16-bit weights", "Llama-3-70B", lora, 140 * GB, weights, ""),
         Anchor("base in NF4, 35 to 40 GB", "Llama-3-70B", qlora, 37.5 * GB, weights,
                "35.3 GB of it in 4-bit; embeddings and output stay in 16"),
         Anchor("QLoRA r=64 on one 48 GB card", "Llama-65B",

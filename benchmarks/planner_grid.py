@@ -284,7 +284,7 @@ def measure(device: str, only: str) -> None:
 
 
 def conditions(device: str) -> dict[str, Any]:
-    """Returns what the measurement was made with."""
+    """Returns the conditions of the measurement."""
     import torch
 
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
@@ -294,7 +294,7 @@ def conditions(device: str) -> dict[str, Any]:
 
 
 def records(device: str) -> dict[str, Any]:
-    """Returns what was measured, and the conditions."""
+    """Returns the record: measurements and conditions."""
     file = HERE / f"planner_grid_{device}.json"
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content

@@ -175,7 +175,7 @@ class Soak:
         print(f"{found.minutes:7.1f} {shown} {found.runs:6d}", flush=True)
 
     def idle(self, seconds: float) -> dict[str, Traffic]:
-        """Returns what the page of a run that has ended, and the home page, ask in that time."""
+        """Returns the requests of an ended run's page and of the home page in that time."""
         pages = {"run that has ended": self.watching, "home": self.home}
         found = {}
         for name, page in pages.items():

@@ -92,7 +92,7 @@ class Pace:
         """Called after each step.
 
         Args:
-            tokens: Tokens of the step that were no padding.
+            tokens: Non-padding tokens of the step.
             loss: Of the step, where the method trains.
         """
         self._synchronize()
@@ -230,6 +230,6 @@ def batches(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def real_tokens(batch: dict[str, Any]) -> int:
-    """Returns how many tokens of a batch are no padding."""
+    """Returns the number of non-padding tokens of a batch."""
     mask = batch.get("attention_mask")
     return int(batch["input_ids"].numel() if mask is None else mask.sum())

@@ -27,7 +27,7 @@ from training_case import (
 )
 
 Step = Callable[[Any, dict[str, Any]], Any]
-# A batch, and how many of its tokens are no padding.
+# A batch, and its number of non-padding tokens.
 Counted = tuple[dict[str, Any], int]
 
 

@@ -186,7 +186,7 @@ def ratios(cases: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def values(record: dict[str, Any], measure: str) -> list[float]:
-    """Returns what was measured of a method in each round; a peak is measured once."""
+    """Returns the measurements of a method in each round; a peak is measured once."""
     if measure == "peak":
         return [float(record["peak"])]
     if measure == "seconds per token":

@@ -162,7 +162,7 @@ KINDS = [
         GatedForecaster,
         noise,
         adapted=names("fc"),
-        note="`fc` of a block that occurs three times or more is no head",
+        note="`fc` of a block that occurs three times or more is not a head",
     ),
     Kind(
         "already quantized",

@@ -236,7 +236,7 @@ KINDS = [
         lambda: LateLanguageModel(tied=True),
         text,
         adapted=QKVO | MLP,
-        note="the tied output layer stays as it is, in 16 bits",
+        note="the tied output layer stays 16-bit",
     ),
     Kind(
         "gpt2",

@@ -316,7 +316,7 @@ KINDS = [
     Kind(
         "gru",
         "Time series",
-        "GRU trained in full beside adapted linear layers",
+        "GRU trained in full next to adapted linear layers",
         lambda: Recurrent(nn.GRU),
         series,
         strategy={"modules_to_save": ["rnn"]},
@@ -368,7 +368,7 @@ KINDS = [
         series,
         adapted=names("main", "silent", "spare"),
         idle=names("silent", "spare"),
-        note="`verify` says that the loss does not depend on them; that is no fault",
+        note="`verify` reports that the loss does not depend on them; not a fault",
     ),
     Kind(
         "tied weights",
