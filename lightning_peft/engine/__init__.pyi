@@ -69,8 +69,8 @@ from .twins import freeze_left_out as freeze_left_out
 from .unheld import freeze_unheld as freeze_unheld
 from .unheld import release_unheld as release_unheld
 from .unloading import unload as unload
+from .verification.probe import default_step as default_step
 from .verification.result import Check as Check
 from .verification.result import Verification as Verification
 from .verification.structure import structural_problems as structural_problems
-from .verification.probe import default_step as default_step
 from .verification.verify import verify as verify

@@ -290,8 +290,8 @@ KINDS = [
         series,
         adapted=names("linear1", "linear2", "out_proj"),
         quantized=names("linear1", "linear2"),
-        note="works in train mode and on the fast path of eval mode; `in_proj_weight` is no layer "
-        "and stays as it is",
+        note="works in train mode and on the fast path of eval mode; `in_proj_weight` is not a "
+        "layer and is unchanged",
     ),
     Kind(
         "attention",
