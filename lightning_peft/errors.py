@@ -43,8 +43,12 @@ class HubError(LightningPeftError, RuntimeError):
 
 
 def similar_names(wanted: str, known: Iterable[str]) -> str:
-    """Returns ``"; near names: ..."`` with what of ``known`` looks like ``wanted``, or ``""``."""
-    near = difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.4)
+    """Returns ``"; near names: ..."`` with what of ``known`` is like ``wanted``, or ``""``."""
+    names = list(known)
+    # An abbreviation may be far from what it stands for.
+    begun = [name for name in names if wanted.strip("-") and name.startswith(wanted)]
+    alike = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
+    near = list(dict.fromkeys([*begun, *alike]))[:3]
     return f"; near names: {', '.join(near)}" if near else ""
 
 

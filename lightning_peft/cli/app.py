@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Open the web page: recipes, data checks, live runs, chat, export."
@@ -50,13 +51,11 @@ def main(arguments: Sequence[str]) -> int:
     return int(site.serve(settings, given.host, given.port, password, given.open))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft app",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--port", type=int, default=7860, help="default: 7860")

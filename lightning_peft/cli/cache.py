@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.engine.cache_entries import Entry, cache_root, entries, remove
 from lightning_peft.errors import ConfigError
 
@@ -41,17 +42,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft cache",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     commands = parser.add_subparsers(dest="command")
-    clear = commands.add_parser("clear", help="remove entries", allow_abbrev=False)
+    clear = commands.add_parser("clear", help="remove entries")
     clear.add_argument("name", nargs="?", help="one entry; its first letters are enough")
     clear.add_argument("--all", action="store_true", help="all of them")
     # Not to overwrite the one in front of the subcommand.

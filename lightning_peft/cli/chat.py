@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.merge import add_base_options
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,13 +71,11 @@ def add_speaking_options(parser: argparse.ArgumentParser, max_new_tokens: int = 
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft chat",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
     add_speaking_options(parser)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_peft.cli.described_data import described_data
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError, LightningPeftError
 
 ABOUT = "Check every row of your data, with an exit code for CI."
@@ -60,14 +60,12 @@ def _with_place(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft check",
         usage="lightning-peft check DATA [--config RECIPE ...] [--json] [--KEY VALUE ...]",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="append", default=[], help="recipe, or YAML file; repeatable"
@@ -90,7 +88,7 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     named = any(word.partition("=")[0] in ("--data", "--data.init_args.data") for word in words)
     if not named and not configs:
         raise ConfigError("Nothing to check: name a file, a folder or a dataset on the hub.")
-    data = described_data(configs, words, _TOKENS if tokens else _ROWS)
+    data = described_data(configs, words, _TOKENS if tokens else _ROWS, _parser().known())
     numbers = import_module("lightning_peft.data.preview").preview(data, 0).numbers
     left_out = bool(data.hparams["skip_bad_rows"])
     names = ("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused")

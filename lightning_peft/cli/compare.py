@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.chat import add_speaking_options, make_speaker
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Compare a base with its adapters: answers side by side, or losses on data."
@@ -39,13 +40,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft compare",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="+")
     on = parser.add_mutually_exclusive_group(required=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Literal
 
+from lightning_peft.cli.options import refuse_unknown
 from lightning_peft.errors import LightningPeftError
 
 ABOUT = "Fine-tune a small language model on question and answer pairs and show what changed."
@@ -53,9 +54,11 @@ def main(arguments: Sequence[str]) -> int:
         prog="lightning-peft demo",
         description=f"{ABOUT} Without arguments it runs offline on a CPU in about two minutes, "
         "with a tiny base model and data that come with the package.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these arguments.")
     parser.add_function_arguments(demo)
+    refuse_unknown(arguments, [one for one in parser._option_string_actions if one[:2] == "--"])
     given = parser.parse_args(list(arguments)).as_dict()
     given.pop("config", None)
     try:

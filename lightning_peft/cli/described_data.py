@@ -19,7 +19,12 @@ _OF_CONFIGS = {"model", "trainer", "seed_everything", "run_dir", "ckpt_path"}
 _OF_CONFIGS |= {"optimizer", "lr_scheduler"}
 
 
-def described_data(configs: Sequence[str], words: Sequence[str], default: str = _DEFAULT) -> Any:
+def described_data(
+    configs: Sequence[str],
+    words: Sequence[str],
+    default: str = _DEFAULT,
+    options: Sequence[str] = (),
+) -> Any:
     """Returns the data module that configs and the command line describe.
 
     Overrides of the model and the Trainer are checked as ``fit`` does, and change nothing here.
@@ -28,6 +33,7 @@ def described_data(configs: Sequence[str], words: Sequence[str], default: str = 
         configs: Recipes or YAML files, the last one on top.
         words: Arguments of the data as options, and overrides of a config.
         default: Class of the data where no config names one.
+        options: What the command itself takes, to name it where it is misspelled.
 
     Raises:
         ConfigError: If they do not describe data that is read row by row.
@@ -39,7 +45,10 @@ def described_data(configs: Sequence[str], words: Sequence[str], default: str = 
     cls = _class(path, words)
     jsonargparse = import_module("jsonargparse")
     parser = jsonargparse.ArgumentParser(
-        prog="lightning-peft preview", description=cls.__doc__, exit_on_error=False
+        prog="lightning-peft preview",
+        description=cls.__doc__,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these arguments.")
     parser.add_class_arguments(cls, skip=_OF_TRAINING)
@@ -50,7 +59,7 @@ def described_data(configs: Sequence[str], words: Sequence[str], default: str = 
         try:
             given = parser.parse_args([f"--config={file}", *words]).as_dict()
         except (jsonargparse.ArgumentError, ValueError) as error:
-            raise ConfigError(_explained(str(error), cls)) from error
+            raise ConfigError(_explained(str(error), cls, options)) from error
     given.pop("config", None)
     return cls(**given)
 
@@ -78,14 +87,15 @@ def _class(path: str, words: Sequence[str]) -> Any:
     return cls
 
 
-def _explained(message: str, cls: type) -> str:
+def _explained(message: str, cls: type, options: Sequence[str]) -> str:
     errors = import_module("lightning_peft.plugin.config_errors")
     key = message.partition("unrecognized arguments: --")[2].partition("=")[0].partition(" ")[0]
     if not key:
         return str(
             errors.explained(message, import_module("lightning_peft.plugin.namespace").ROOTS[1])
         )
-    known = dict.fromkeys([*errors.arguments_of(cls), *errors.ROOTS])
+    ours = [option.removeprefix("--") for option in options]
+    known = dict.fromkeys([*errors.arguments_of(cls), *ours, *errors.ROOTS])
     return f"--{key}: {cls.__name__} has no such argument{errors.near_key(key, known)}"
 
 

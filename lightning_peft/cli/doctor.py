@@ -13,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.cli.options import OptionParser
+
 if TYPE_CHECKING:
     from lightning_peft.doctor.findings import Finding
 
@@ -56,13 +58,11 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if broken else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft doctor",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to try"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.merge import add_base_options, as_text, read_prompts
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Export an adapter: PEFT folder, merged or quantized model, for vLLM or Ollama; to the hub."
@@ -45,13 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft export",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="folder, .ckpt file, or run")
     parser.add_argument("output", metavar="OUTPUT", help="folder to make")

@@ -11,6 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.cli.options import OptionParser
+
 ABOUT = "Merge an adapter into a 16-bit model folder, tensor by tensor, and say what that costs."
 _MORE = """\
 ADAPTER is an adapter folder, a .ckpt file, or the folder of a run (its newest adapter).
@@ -48,13 +50,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft merge",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("adapter", metavar="ADAPTER")
     parser.add_argument("output", metavar="OUTPUT", help="folder to make")

@@ -11,6 +11,8 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.cli.options import OptionParser, refuse_unknown
+
 if TYPE_CHECKING:
     from lightning_peft.plan.survey import Survey
 
@@ -51,6 +53,7 @@ def _given(arguments: list[str]) -> argparse.Namespace:
         of_config = parser.parse_args(planned(given.config, overrides))
         # What is named here is put over it.
         return parser.parse_known_args(arguments, of_config)[0]
+    refuse_unknown(overrides, parser.known())
     if overrides or given.model is None:
         parser.error(
             f"unrecognized arguments: {' '.join(overrides)}"
@@ -60,13 +63,11 @@ def _given(arguments: list[str]) -> argparse.Namespace:
     return given
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft plan",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", action="append", default=[], help="recipe, or YAML file; repeatable")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.described_data import described_data
+from lightning_peft.cli.options import OptionParser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,10 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the input cannot be used.
     """
-    given, rest = _parser().parse_known_args(list(arguments))
+    parser = _parser()
+    given, rest = parser.parse_known_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        data = described_data(given.config, ["--help", *rest] if given.help_all else rest)
+        words = ["--help", *rest] if given.help_all else rest
+        data = described_data(given.config, words, options=parser.known())
         shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:
@@ -60,13 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if shown.numbers["problems"] and not skipping else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="lightning-peft preview",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", action="append", default=[], help="recipe, or YAML file; repeatable"

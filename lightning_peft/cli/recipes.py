@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
 ABOUT = "List, show and copy the recipes: configs for `lightning-peft fit`."
@@ -132,11 +132,10 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 2 for a name that is none.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lightning-peft recipes",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     commands = parser.add_subparsers(dest="command")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_peft.cli.options import OptionParser
 
 if TYPE_CHECKING:
     from lightning_peft.runs.reproduction import Reproduction
@@ -31,12 +32,10 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if the run was reproduced, 1 if not, 2 if there is none to reproduce.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lightning-peft reproduce",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -12,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_peft.cli.options import OptionParser
 from lightning_peft.cli.recipes import with_files
 from lightning_peft.errors import BaseMismatchError, ConfigError
 
@@ -38,13 +38,11 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if no check failed, 1 if one did, 2 if the config cannot be used.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="lightning-peft verify",
         usage="lightning-peft verify (RUN | --config FILE ...) [--json] [--KEY VALUE ...]",
         description=ABOUT,
         epilog=_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config",

@@ -14,6 +14,8 @@ ROOTS = (
     *("model", "data", "trainer", "seed_everything", "ckpt_path", "run_dir", "config"),
     # Of LightningCLI, for modules that make no optimizer of their own.
     *("optimizer", "lr_scheduler", "print_config", "help", "weights_only", "verbose"),
+    # Of the commands themselves.
+    *("resume", "json", "help-all"),
 )
 _PLACES = {"model": "lightning_peft.tasks", "data": "lightning_peft", "trainer": "lightning_peft"}
 
@@ -75,7 +77,7 @@ def _unknown_keys(message: str, root: str) -> Iterable[str]:
     trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
     known = [*ROOTS, *(f"trainer.{name}" for name in trainer if name != "self")]
     where = "" if "class_path" in message else "|Option '"
-    pattern = rf"(?:unrecognized arguments: --|Key '|accept option '{where})([\w.]+)"
+    pattern = rf"(?:unrecognized arguments: --|Key '|accept option '{where})([\w.-]+)"
     for key in re.findall(pattern, message):
         yield f"there is no {key!r}{near_key(key, known)}"
 

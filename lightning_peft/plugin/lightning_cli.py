@@ -19,6 +19,9 @@ from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.plugin.config_errors import explained
 from lightning_peft.plugin.namespace import namespace_in_use, tree_of
 
+# How every command parses: errors are explained here, and options are written in full.
+STRICT = {"exit_on_error": False, "allow_abbrev": False}
+
 
 class RunHooks(Protocol):
     """What is done around a run of LightningCLI."""
@@ -54,8 +57,8 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
                 save_config_callback=None,
                 parser_kwargs={
                     "prog": "lightning-peft",
-                    "exit_on_error": False,
-                    subcommand: {"exit_on_error": False},
+                    **STRICT,
+                    subcommand: STRICT,
                 },
             )
         except SystemExit as stop:
@@ -103,7 +106,7 @@ def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
                 args=with_full_names(arguments),
                 run=False,
                 save_config_callback=None,
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs=STRICT,
             )
         except argparse.ArgumentError as error:
             raise ConfigError(explained(str(error), root)) from error

@@ -14,6 +14,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError
 from lightning_peft.plugin.config_errors import explained
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import (
+    STRICT,
     cause,
     import_from_here,
     quiet,
@@ -126,7 +127,7 @@ def _build(root: str, arguments: list[str]) -> Any:
                 args=with_full_names(arguments),
                 run=False,
                 save_config_callback=None,
-                parser_kwargs={"prog": "lightning-peft verify", "exit_on_error": False},
+                parser_kwargs={"prog": "lightning-peft verify", **STRICT},
             )
         except argparse.ArgumentError as error:
             raise ConfigError(explained(str(error), root)) from error

@@ -52,10 +52,8 @@ def test_no_command_or_a_wrong_one_is_bad_input(capsys):
 
 
 def test_a_wrong_option_and_a_wrong_value_are_named(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["demo", "--methd", "lora"])
-    assert stop.value.code == 2
-    assert "--methd" in capsys.readouterr().err
+    assert main(["demo", "--methd", "lora"]) == 2
+    assert "there is no option --methd; near names: --method" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--method", "dora"])
     assert stop.value.code == 2

@@ -1,0 +1,61 @@
+"""Options of the commands: written in full, and answered with the nearest one where they are not.
+
+An abbreviation changes its meaning with every option that is added later.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from lightning_peft.errors import ConfigError, similar_names
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Parser of a command that takes no abbreviations and names the nearest right options."""
+
+    _words: Sequence[str] = ()
+
+    def __init__(self, **more: Any) -> None:
+        settings: dict[str, Any] = {
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
+        super().__init__(**settings | more)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Returns the arguments of the command line ``args``, all of which have to be known."""
+        self._words = list(args or ())
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command; options that do not exist come before what else is wrong."""
+        refuse_unknown(self._words, self.known())
+        super().error(message)
+
+    def known(self) -> list[str]:
+        """Returns all options, with those of the subcommands."""
+        found = [one for one in self._option_string_actions if one.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [one for parser in action.choices.values() for one in parser.known()]
+        return list(dict.fromkeys(found))
+
+
+def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses options that do not exist.
+
+    Args:
+        words: A command line.
+        known: The options of the command.
+
+    Raises:
+        ConfigError: With the nearest right name of each.
+    """
+    ours = words[: words.index("--")] if "--" in words else words
+    names = [word.partition("=")[0] for word in ours if word.startswith("--")]
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    if unknown:
+        lines = [f"there is no option {name}{similar_names(name, known)}" for name in unknown]
+        raise ConfigError("\n".join(lines) + "\n--help lists them all.")
