@@ -85,7 +85,7 @@ def wait(steps: int) -> None:
 
     watch = Watch()
     trainer = pytorch_lightning.Trainer(
-        strategy=QLoRAStrategy(announce=False),
+        strategy=QLoRAStrategy(print_summary=False),
         max_steps=steps,
         devices=1,
         callbacks=[watch],

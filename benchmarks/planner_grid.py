@@ -180,17 +180,19 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
     def recipe() -> Any:
-        from lightning_peft.plugin.namespace import realize
+        from lightning_peft.plugin.namespace import bind_to_lightning
         from lightning_peft.tasks.causal_lm import CausalLM
 
         fields = {**config.to_diff_dict(), "model_type": config.model_type}
-        return realize(CausalLM, "pytorch_lightning")("random", dtype="float32", config=fields)
+        return bind_to_lightning(CausalLM, "pytorch_lightning")(
+            "random", dtype="float32", config=fields
+        )
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             meter.before(index)
 
-    kwargs: dict[str, Any] = {**row.get("lora", {}), "announce": False}
+    kwargs: dict[str, Any] = {**row.get("lora", {}), "print_summary": False}
     if "optimizer" in row:
         kwargs["optimizer"] = row["optimizer"]
     kinds = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}

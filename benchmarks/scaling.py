@@ -73,7 +73,7 @@ def point(sizes: dict[str, int], device: str) -> int:
     from torch.utils.data import DataLoader
 
     from lightning_peft import QLoRAStrategy
-    from lightning_peft.plugin.namespace import realize
+    from lightning_peft.plugin.namespace import bind_to_lightning
     from lightning_peft.tasks.causal_lm import CausalLM
 
     step = Step(device)
@@ -93,11 +93,11 @@ def point(sizes: dict[str, int], device: str) -> int:
         "max_position_embeddings": 8192, "dtype": "bfloat16",
     }  # fmt: skip
     torch.manual_seed(0)
-    task = realize(CausalLM, "pytorch_lightning")("random", config=config)
+    task = bind_to_lightning(CausalLM, "pytorch_lightning")("random", config=config)
     ids = torch.randint(3, 2048, (3, sizes["rows"], sizes["length"]))
     batches = [{"input_ids": b, "labels": b, "attention_mask": torch.ones_like(b)} for b in ids]
     strategy = QLoRAStrategy(
-        r=sizes["rank"], gradient_checkpointing=True, optimizer=None, announce=False
+        r=sizes["rank"], gradient_checkpointing=True, optimizer=None, print_summary=False
     )
     trainer = pl.Trainer(
         strategy=strategy, accelerator="gpu" if device == "cuda" else "cpu", devices=1,

@@ -212,7 +212,7 @@ def lightning(
             tokens = real_tokens(batch) if counts is None else counts[index % len(counts)]
             pace.after(tokens, outputs["loss"])
 
-    given: dict[str, Any] = {"lora_dropout": case.dropout, "announce": False, **LORA}
+    given: dict[str, Any] = {"lora_dropout": case.dropout, "print_summary": False, **LORA}
     strategy: Any = LoRAStrategy(**given)
     if case.quantized:
         strategy = QLoRAStrategy(**given, optimizer=None, gradient_checkpointing=False)
@@ -249,10 +249,10 @@ def recipe(pace: Pace, case: Case) -> None:
     """Trains the task of the recipes; instructions in packed rows, others one by one."""
     from torch.utils.data import DataLoader
 
-    from lightning_peft.plugin.namespace import realize
+    from lightning_peft.plugin.namespace import bind_to_lightning
     from lightning_peft.tasks.causal_lm import CausalLM
 
-    class Task(realize(CausalLM, "pytorch_lightning")):  # type: ignore[misc]
+    class Task(bind_to_lightning(CausalLM, "pytorch_lightning")):  # type: ignore[misc]
         def configure_model(self) -> None:
             # That of the other methods.
             self.model = model_of(case)

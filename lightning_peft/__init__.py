@@ -5,13 +5,13 @@ are registered with Lightning as soon as Lightning is imported.
 """
 
 from lightning_peft.exports import attach_stub
-from lightning_peft.plugin.namespace import for_imported
+from lightning_peft.plugin.namespace import bind_if_unambiguous
 from lightning_peft.plugin.registration import register
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = attach_stub(
-    __name__, bind=for_imported, bound=("plugin.callbacks", "data.")
+    __name__, bind=bind_if_unambiguous, bound=("plugin.callbacks", "data.")
 )
 
 register()

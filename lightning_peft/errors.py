@@ -55,6 +55,6 @@ def similar_names(wanted: str, known: Iterable[str]) -> str:
 def itemize(problems: Iterable[str], limit: int = 12) -> str:
     """Returns ``problems`` as an indented list of at most ``limit`` lines, then a count."""
     rows = list(problems)
-    shown = "".join(f"\n  - {row}" for row in rows[:limit])
+    lines = "".join(f"\n  - {row}" for row in rows[:limit])
     rest = len(rows) - limit
-    return shown + (f"\n  - ... and {rest} more" if rest > 0 else "")
+    return lines + (f"\n  - ... and {rest} more" if rest > 0 else "")

@@ -26,14 +26,16 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
     import torch
 
     from lightning_peft.data.instructions import InstructionData
-    from lightning_peft.plugin.namespace import realize
+    from lightning_peft.plugin.namespace import bind_to_lightning
     from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
     from lightning_peft.tasks.causal_lm import CausalLM
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    cls = realize({"qlora": QLoRAStrategy, "lora": LoRAStrategy}[method], "pytorch_lightning")
+    cls = bind_to_lightning(
+        {"qlora": QLoRAStrategy, "lora": LoRAStrategy}[method], "pytorch_lightning"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pl.seed_everything(3, verbose=False)
@@ -43,7 +45,7 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             os.environ.pop(name, None)
         checkpoint = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="last-{step}")
         trainer = pl.Trainer(
-            strategy=cls(r=8, announce=False),
+            strategy=cls(r=8, print_summary=False),
             accelerator="cpu",
             devices=1,
             max_steps=steps,
@@ -53,8 +55,8 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        data = realize(InstructionData, "pytorch_lightning")(str(EXAMPLES), str(BASE), 4)
-        task = realize(CausalLM, "pytorch_lightning")
+        data = bind_to_lightning(InstructionData, "pytorch_lightning")(str(EXAMPLES), str(BASE), 4)
+        task = bind_to_lightning(CausalLM, "pytorch_lightning")
         # A rate at which a few steps change what the model says.
         module = task(str(BASE), learning_rate=1e-2, dtype="float32")
         trainer.fit(module, data.loader("train"))

@@ -6,7 +6,7 @@ from importlib import import_module
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.data.preference import PreferenceData
 from lightning_peft.demo.run import BASE
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 CONFIG = {
     "model_type": "llama",
@@ -35,7 +35,7 @@ def data_in(folder, root=ROOTS[1], count=24, **options):
     ]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"chat_template": "plain", "validation_share": 0.3, "batch_size": 4, **options}
-    made = realize(PreferenceData, root)
+    made = bind_to_lightning(PreferenceData, root)
     return made(str(folder / "pairs.jsonl"), str(BASE), cache_dir=str(folder / "cache"), **given)
 
 
@@ -49,4 +49,4 @@ def trainer_of(strategy="auto", root=ROOTS[1], **options):
 def strategy_of(kind, **more):
     """Returns the strategy of one of ``SETTINGS``."""
     made, options = SETTINGS[kind]
-    return made(r=4, lora_alpha=64, announce=False, **options, **more)
+    return made(r=4, lora_alpha=64, print_summary=False, **options, **more)

@@ -329,7 +329,7 @@ def _keeping() -> tuple[Field, ...]:
             tasks=talk,
         ),
         Field(_STRATEGY + "verify", group, "choice", "cheap", ("off", "cheap", "full")),
-        Field(_STRATEGY + "announce", group, "switch", True),
+        Field(_STRATEGY + "print_summary", group, "switch", True),
     )
 
 

@@ -92,10 +92,12 @@ def _explained(message: str, cls: type, options: Sequence[str]) -> str:
     key = message.partition("unrecognized arguments: --")[2].partition("=")[0].partition(" ")[0]
     if not key:
         return str(
-            errors.explained(message, import_module("lightning_peft.plugin.namespace").ROOTS[1])
+            errors.explain_parser_error(
+                message, import_module("lightning_peft.plugin.namespace").ROOTS[1]
+            )
         )
     ours = [option.removeprefix("--") for option in options]
-    known = dict.fromkeys([*errors.arguments_of(cls), *ours, *errors.ROOTS])
+    known = dict.fromkeys([*errors.constructor_parameters(cls), *ours, *errors.TOP_LEVEL_KEYS])
     return f"--{key}: {cls.__name__} has no such argument{errors.near_key(key, known)}"
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(words)
     # Whatever the user's own code prints, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        module, verification = _checked(run, given.config, rest, announce=not given.json)
+        module, verification = _checked(run, given.config, rest, print_summary=not given.json)
     if given.json:
         print(_as_json(module, verification))
     else:
@@ -66,14 +66,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _checked(
-    path: Path | None, files: list[str], rest: list[str], announce: bool
+    path: Path | None, files: list[str], rest: list[str], print_summary: bool
 ) -> tuple[str, Verification]:
     configs = [f"--config={file}" for file in files]
     verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             words = with_files([*configs, *rest], Path(folder))
-            found = verify_config(words, announce=announce)
+            found = verify_config(words, print_summary=print_summary)
         return found.module, found.verification
     if configs:
         raise ConfigError(
@@ -92,7 +92,7 @@ def _checked(
     best = run.checkpoints / "best.ckpt"
     words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]
     try:
-        found = verify_config([*words, *rest], announce=False)
+        found = verify_config([*words, *rest], print_summary=False)
     except BaseMismatchError as error:
         checks.append(engine.Check("the base is the one that was trained on", False, str(error)))
         return run.path.name, engine.Verification(checks)

@@ -15,7 +15,7 @@ from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_keys import check_column, unread
 from lightning_peft.data.unused_keys import KeyCount, describe_unused, unused_keys
 from lightning_peft.errors import ConfigError, itemize
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base
@@ -89,7 +89,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Exa
     return {"input_ids": ids, "labels": labels}
 
 
-class InstructionData(_Base, metaclass=PerNamespace):
+class InstructionData(_Base, metaclass=LateBoundMeta):
     """Prompts and responses for :class:`lightning_peft.tasks.causal_lm.CausalLM`.
 
     Args:

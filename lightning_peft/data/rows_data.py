@@ -21,7 +21,7 @@ from lightning_peft.data.shown import Run
 from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base
@@ -31,7 +31,7 @@ else:
 log = logging.getLogger(__name__)
 
 
-class RowsData(_Base, metaclass=PerNamespace):
+class RowsData(_Base, metaclass=LateBoundMeta):
     """Rows of examples, every one of which is checked before training.
 
     Rows with problems are an error that lists all of them, unless ``skip_bad_rows`` is given. What

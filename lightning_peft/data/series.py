@@ -16,7 +16,7 @@ from lightning_peft.data.files_read import how_read, say_how_read
 from lightning_peft.data.reading import Row, Source
 from lightning_peft.data.validation import Problem, describe
 from lightning_peft.errors import ConfigError, similar_names
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule as _Base
@@ -68,7 +68,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         }
 
 
-class SeriesData(_Base, metaclass=PerNamespace):
+class SeriesData(_Base, metaclass=LateBoundMeta):
     """Windows of one or more time series, in the units of the data.
 
     The last steps are tested with, those before them validated with, and the first trained on:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -14,7 +14,7 @@ else:
     _Base = object
 
 
-class ProgressLines(_Base, metaclass=PerNamespace):
+class ProgressLines(_Base, metaclass=LateBoundMeta):
     """Prints a line at every tenth of the run.
 
     Args:

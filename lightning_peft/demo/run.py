@@ -26,7 +26,7 @@ from lightning_peft.data.instructions import TEMPLATE, InstructionData, read_row
 from lightning_peft.demo.progress import progress_callback
 from lightning_peft.errors import ConfigError
 from lightning_peft.plan.memory import static_memory
-from lightning_peft.plugin.namespace import namespace_in_use, realize
+from lightning_peft.plugin.namespace import bind_to_lightning, namespace_in_use
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.causal_lm import CausalLM
 
@@ -150,9 +150,9 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
     strategies = {"qlora": QLoRAStrategy, "lora": LoRAStrategy}
     strategy: Any = "auto"
     if method in strategies:
-        cls = realize(strategies[method], lightning.__name__)
+        cls = bind_to_lightning(strategies[method], lightning.__name__)
         # A toy has no memory to save, and computing activations twice takes time.
-        strategy = cls(r=RANK, announce=False, optimizer=None, gradient_checkpointing=False)
+        strategy = cls(r=RANK, print_summary=False, optimizer=None, gradient_checkpointing=False)
     checkpoint = lightning.callbacks.ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="demo", enable_version_counter=False
     )

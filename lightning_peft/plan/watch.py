@@ -17,7 +17,7 @@ from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.savings import best_changes
 from lightning_peft.plan.settings import PRECISIONS, Settings
 from lightning_peft.plan.sources import Source, from_module, rows_of
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -27,7 +27,7 @@ else:
 log = logging.getLogger(__name__)
 
 
-class MemoryWatch(_Base, metaclass=PerNamespace):
+class MemoryWatch(_Base, metaclass=LateBoundMeta):
     """Plans the run on its first batch, warns where it does not fit, and explains an end by memory.
 
     The first batch is not the largest, so a run can still end where nothing was said at first. A

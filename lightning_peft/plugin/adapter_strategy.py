@@ -11,6 +11,12 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import CheckpointError
+from lightning_peft.plugin.checkpoint_content import (
+    CHECKPOINT_KEY,
+    load_tensors,
+    pack_checkpoint,
+    unpack_checkpoint,
+)
 from lightning_peft.plugin.checkpoint_io import (
     WholeFileCheckpointIO,
     is_local,
@@ -18,18 +24,17 @@ from lightning_peft.plugin.checkpoint_io import (
     remove_adapter_folder,
     write_adapter_folder,
 )
-from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, without_objects
+from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, strip_objects
 from lightning_peft.plugin.loops import TrainingLoops
-from lightning_peft.plugin.namespace import realize, root_of
+from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
 from lightning_peft.plugin.optimization import (
-    freeze_unheld,
-    held_parameters,
-    hold_adapters,
+    add_adapters_to_optimizers,
+    disable_activation_checkpointing,
+    enable_activation_checkpointing,
+    freeze_unoptimized,
+    optimized_parameter_ids,
     replace_optimizers,
-    start_checkpointing,
-    stop_checkpointing,
 )
-from lightning_peft.plugin.own_hooks import KEY, as_written, load, with_adapters
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
@@ -47,9 +52,9 @@ class AdapterStrategy(_Base):
 
     lifecycle: Lifecycle
     _restored = False
-    _told_of_hyperparameters = False
-    _known_loops: TrainingLoops | None = None
-    _masters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    _warned_hyperparameters = False
+    _training_loops: TrainingLoops | None = None
+    _master_weights: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     _checkpointing: Any = None
     _names_before_hooks: tuple[str, ...] = ()
 
@@ -60,14 +65,14 @@ class AdapterStrategy(_Base):
 
     @property
     def _loops(self) -> TrainingLoops:
-        if self._known_loops is None:
-            self._known_loops = TrainingLoops(self._module.trainer)
-        return self._known_loops
+        if self._training_loops is None:
+            self._training_loops = TrainingLoops(self._module.trainer)
+        return self._training_loops
 
     def connect(self, model: Any) -> None:
         """Arranges for the injection at the end of ``configure_model``."""
         super().connect(model)
-        self._restored, self._known_loops = False, None
+        self._restored, self._training_loops = False, None
         self.lifecycle.install(model, self)
 
     def setup(self, trainer: Any) -> None:
@@ -77,16 +82,16 @@ class AdapterStrategy(_Base):
         """
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
-        start_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
+        enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
         if trainer.state.fn == "fit":
             self._loops.attach()
-        self._masters = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
+        self._master_weights = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
         super().setup(trainer)
 
     def model_to_device(self) -> None:
         """Moves the module; adapters that a precision plugin cast down get their values back."""
         super().model_to_device()
-        masters, self._masters = self._masters, []
+        masters, self._master_weights = self._master_weights, []
         for param, master in masters:
             if param.dtype in (torch.float16, torch.bfloat16):
                 param.data = master.to(param.device, torch.float32)
@@ -95,12 +100,12 @@ class AdapterStrategy(_Base):
         """Lets the module configure its optimizers, then checks that they hold the adapters."""
         super().setup_optimizers(trainer)
         # Before and after: frozen weights that the module chose leave some optimizers.
-        held = held_parameters(self)
-        optimizers = hold_adapters(self)
-        held |= held_parameters(self)
+        held = optimized_parameter_ids(self)
+        optimizers = add_adapters_to_optimizers(self)
+        held |= optimized_parameter_ids(self)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
         engine.freeze_left_out(self._module, held)
-        freeze_unheld(self, held)
+        freeze_unoptimized(self, held)
         if self.lifecycle.checks.mode != "off":
             self.lifecycle.check_optimizers(self._module, optimizers)
         self.lifecycle.check_frozen(self._module)
@@ -116,7 +121,7 @@ class AdapterStrategy(_Base):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Verifies on the first batch, if asked to."""
         super().on_train_batch_start(batch, batch_idx)
-        self._loops.add_sums()
+        self._loops.merge_epoch_sums()
         self.lifecycle.checks.before_batch(self, batch)
 
     def on_train_end(self) -> None:
@@ -124,7 +129,7 @@ class AdapterStrategy(_Base):
         super().on_train_end()
         self.lifecycle.checks.end()
 
-    def _state_of_all_processes(self) -> list[Any]:
+    def _gather_process_states(self) -> list[Any]:
         mine = self._loops.state()
         if self.world_size == 1:
             return [mine]
@@ -135,7 +140,7 @@ class AdapterStrategy(_Base):
     @property
     def checkpoint_io(self) -> Any:
         """The CheckpointIO in use: the user's own, else one that writes whole files."""
-        ours = realize(WholeFileCheckpointIO, root_of(self) or "")
+        ours = bind_to_lightning(WholeFileCheckpointIO, namespace_of(self) or "")
         current: Any = self._checkpoint_io
         if current is None or type(current) is ours.lightning_class:
             self._checkpoint_io = ours()
@@ -165,24 +170,24 @@ class AdapterStrategy(_Base):
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
             engine.check_followers(self._module)
-            checkpoint = self._described(checkpoint)
+            checkpoint = self._with_metadata(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
-                facts = {**self.lifecycle.facts, **place}
+                provenance = {**self.lifecycle.provenance, **place}
                 # First, so that a checkpoint that exists has everything beside it.
-                write_adapter_folder(filepath, engine.packed_adapters(self._module, facts))
+                write_adapter_folder(filepath, engine.packed_adapters(self._module, provenance))
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
-    def _described(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    def _with_metadata(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         described = engine.describe(self._module)
         # Files of weights only are not resumed from.
         whole = "optimizer_states" in checkpoint
-        described["processes"] = self._state_of_all_processes() if whole else []
+        described["processes"] = self._gather_process_states() if whole else []
         described["optimizers"] = engine.optimizer_names(self.optimizers) if whole else None
-        checkpoint, _ = without_objects(checkpoint, DATAMODULE_KEY)
-        checkpoint, described["left_out"] = without_objects(checkpoint)
-        if described["left_out"] and not self._told_of_hyperparameters:
-            self._told_of_hyperparameters = True
+        checkpoint, _ = strip_objects(checkpoint, DATAMODULE_KEY)
+        checkpoint, described["left_out"] = strip_objects(checkpoint)
+        if described["left_out"] and not self._warned_hyperparameters:
+            self._warned_hyperparameters = True
             names = described["left_out"]
             log.warning(
                 "save_hyperparameters() kept objects (%s) that a checkpoint cannot hold safely: a "
@@ -191,7 +196,7 @@ class AdapterStrategy(_Base):
                 ", ".join(names),
                 names,
             )
-        return with_adapters(self._module, checkpoint, described, self._names_before_hooks)
+        return pack_checkpoint(self._module, checkpoint, described, self._names_before_hooks)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Removes a checkpoint and its adapter folder."""
@@ -205,7 +210,9 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the file is damaged or unsafe.
         """
-        return as_written(read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only))
+        return unpack_checkpoint(
+            read_checkpoint(super().load_checkpoint, checkpoint_path, weights_only)
+        )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Loads adapters strictly, whatever ``strict`` says, on the base they were trained on.
@@ -216,19 +223,19 @@ class AdapterStrategy(_Base):
             CheckpointError: If the checkpoint does not fit; everything that differs is named.
             BaseMismatchError: If the frozen base is another one.
         """
-        if KEY not in checkpoint:
+        if CHECKPOINT_KEY not in checkpoint:
             raise CheckpointError(
                 "The checkpoint was not written with adapters: it does not say which base and "
                 "which adapters it is for. If it holds the base model's weights, load it into the "
                 "module first (load_from_checkpoint), and give that module to the Trainer."
             )
-        engine.check_description(self._module, checkpoint[KEY])
-        load(self._module, checkpoint, strict)
+        engine.check_description(self._module, checkpoint[CHECKPOINT_KEY])
+        load_tensors(self._module, checkpoint, strict)
         self._restored = True
         self._resume(checkpoint)
 
     def _resume(self, checkpoint: Mapping[str, Any]) -> None:
-        trainer, saved = self._module.trainer, checkpoint[KEY]["processes"]
+        trainer, saved = self._module.trainer, checkpoint[CHECKPOINT_KEY]["processes"]
         if trainer.state.fn != "fit" or not saved:
             return
         if len(saved) != self.world_size:
@@ -239,7 +246,7 @@ class AdapterStrategy(_Base):
                 self.world_size,
             )
             return
-        self._loops.resume(saved[self.global_rank], goes_on_inside_epoch(trainer, checkpoint))
+        self._loops.resume(saved[self.global_rank], resumes_mid_epoch(trainer, checkpoint))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restores the optimizers, and remembers what makes the rest of the run the same.
@@ -247,22 +254,22 @@ class AdapterStrategy(_Base):
         Raises:
             CheckpointError: If the states are those of other optimizers.
         """
-        engine.check_same_optimizers(checkpoint[KEY].get("optimizers"), self.optimizers)
+        engine.check_same_optimizers(checkpoint[CHECKPOINT_KEY].get("optimizers"), self.optimizers)
         super().load_optimizer_state_dict(checkpoint)
         for optimizer in self.optimizers:
             engine.restore_paging(optimizer)
 
     def teardown(self) -> None:
         """Gives the module its own ``configure_model`` and blocks back, also after errors."""
-        stop_checkpointing(self)
-        if self._known_loops is not None:
-            self._known_loops.detach()
+        disable_activation_checkpointing(self)
+        if self._training_loops is not None:
+            self._training_loops.detach()
         self.lifecycle.uninstall()
         self.lifecycle.checks.stop()
         super().teardown()
 
 
-def goes_on_inside_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
+def resumes_mid_epoch(trainer: Any, checkpoint: Mapping[str, Any]) -> bool:
     """Says whether Lightning will go on inside the epoch of a checkpoint, or with the next one."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
     begun = progress["ready"], progress["started"]

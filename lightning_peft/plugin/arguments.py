@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.lifecycle import Injection
+from lightning_peft.plugin.lifecycle import InjectionSettings
 
 
 class LoRAArguments:
@@ -45,7 +45,7 @@ class LoRAArguments:
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
             such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
             keep: what costs most time for its bytes is kept first.
-        announce: Print what is adapted when training starts.
+        print_summary: Print what is adapted when training starts.
         verify: What is checked by itself when training starts: ``"cheap"`` looks at the structure
             and at the gradients of the first step, ``"full"`` also runs
             :func:`lightning_peft.verify` on the first batch before that step.
@@ -78,7 +78,7 @@ class LoRAArguments:
         adapt: str | list[str] | None = None,
         optimizer: str | None = None,
         gradient_checkpointing: bool | Literal["auto"] | float | str = False,
-        announce: bool = True,
+        print_summary: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -126,7 +126,7 @@ class QLoRAArguments:
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
             such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
             keep: what costs most time for its bytes is kept first.
-        announce: Print what is adapted and quantized when training starts.
+        print_summary: Print what is adapted and quantized when training starts.
         verify: What is checked when training starts: ``"cheap"``, ``"full"`` or ``"off"``.
         ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``.
 
@@ -162,7 +162,7 @@ class QLoRAArguments:
         adapt: str | list[str] | None = None,
         optimizer: str | None = "auto",
         gradient_checkpointing: bool | Literal["auto"] | float | str = "auto",
-        announce: bool = True,
+        print_summary: bool = True,
         verify: Literal["cheap", "full", "off"] = "cheap",
         ddp_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -184,7 +184,7 @@ def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
 
 
-def injection_from(arguments: Mapping[str, Any]) -> Injection:
+def injection_from(arguments: Mapping[str, Any]) -> InjectionSettings:
     """Returns what to inject; the QLoRA signature means that the base is quantized.
 
     Raises:
@@ -209,14 +209,14 @@ def injection_from(arguments: Mapping[str, Any]) -> Injection:
             arguments["quantization_config"], **{name: arguments[name] for name in _QUANTIZATION}
         )
     adapt = arguments["adapt"]
-    chosen = bool(changed & {*_LORA, "peft_config"})
+    explicitly_set = bool(changed & {*_LORA, "peft_config"})
     engine.check_optimizer_name(arguments["optimizer"])
     engine.read_budget(arguments["gradient_checkpointing"])
-    return Injection(
+    return InjectionSettings(
         config,
         quantization,
         [adapt] if isinstance(adapt, str) else adapt,
-        chosen=chosen,
+        explicitly_set=explicitly_set,
         optimizer=arguments["optimizer"],
         gradient_checkpointing=arguments["gradient_checkpointing"],
         cache_quantized_base=bool(arguments.get("cache_quantized_base", False)),

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given, injection_from
-from lightning_peft.plugin.extension import extended
 from lightning_peft.plugin.lifecycle import Lifecycle
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.mixed_class import mixed_class
+from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.plugin.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _REFUSED = {
 _SERVED = ("SingleDeviceStrategy", "DDPStrategy")
 
 
-class _AdapterCallback(_Base, metaclass=PerNamespace):
+class _AdapterCallback(_Base, metaclass=LateBoundMeta):
     """Gives the Trainer's own strategy object what :class:`AdapterStrategy` does.
 
     Callback hooks alone cannot do it: they come too early for modules built in
@@ -44,7 +44,7 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
                 f"ddp_kwargs={arguments['ddp_kwargs']!r}: a callback makes no strategy. Put them "
                 "into your own DDPStrategy."
             )
-        self.lifecycle = Lifecycle(injection_from(arguments), arguments["announce"])
+        self.lifecycle = Lifecycle(injection_from(arguments), arguments["print_summary"])
         self.lifecycle.checks = TrainingChecks(arguments["verify"])
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -56,7 +56,7 @@ class _AdapterCallback(_Base, metaclass=PerNamespace):
         strategy = trainer.strategy
         if not isinstance(strategy, AdapterStrategy):
             _check_served(strategy, type(self).__name__)
-            strategy.__class__ = extended(AdapterStrategy, type(strategy))
+            strategy.__class__ = mixed_class(AdapterStrategy, type(strategy))
             strategy.lifecycle = self.lifecycle
         if strategy.lifecycle is not self.lifecycle:
             raise UnsupportedError(

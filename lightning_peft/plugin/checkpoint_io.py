@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft.errors import CheckpointError
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning.plugins.io import TorchCheckpointIO as _Base
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FOLDER = "adapters"
 
 
-class WholeFileCheckpointIO(_Base, metaclass=PerNamespace):
+class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
     """Writes beside the place, flushes to disk, then renames: a kill leaves no half checkpoint."""
 
     lightning_base = "plugins.io.TorchCheckpointIO"

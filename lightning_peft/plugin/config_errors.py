@@ -10,17 +10,21 @@ from typing import Any
 
 from lightning_peft.errors import similar_names
 
-ROOTS = (
+TOP_LEVEL_KEYS = (
     *("model", "data", "trainer", "seed_everything", "ckpt_path", "run_dir", "config"),
     # Of LightningCLI, for modules that make no optimizer of their own.
     *("optimizer", "lr_scheduler", "print_config", "help", "weights_only", "verbose"),
     # Of the commands themselves.
     *("resume", "json", "help-all"),
 )
-_PLACES = {"model": "lightning_peft.tasks", "data": "lightning_peft", "trainer": "lightning_peft"}
+_HOME_PACKAGES = {
+    "model": "lightning_peft.tasks",
+    "data": "lightning_peft",
+    "trainer": "lightning_peft",
+}
 
 
-def explained(message: str, root: str) -> str:
+def explain_parser_error(message: str, root: str) -> str:
     """Returns what jsonargparse said in other words, with the nearest names for unknown ones.
 
     Args:
@@ -42,13 +46,13 @@ def _unknown_arguments(message: str) -> Iterable[str]:
         r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", message
     ):
         module, _, name = path.rpartition(".")
-        known = arguments_of(getattr(import_module(module), name))
+        known = constructor_parameters(getattr(import_module(module), name))
         yield f"{option!r} is not an argument of {name}{similar_names(option, known)}"
 
 
 def _unknown_classes(message: str) -> Iterable[str]:
     key = _key(message)
-    place = _PLACES.get(key.partition(".")[0])
+    place = _HOME_PACKAGES.get(key.partition(".")[0])
     patterns = (
         r"Problem with given class_path '([\w.]+)':\s+(?:module|No module|Unexpected|import)",
         r"Expected a dot import path string: ([\w.]+)",
@@ -75,7 +79,7 @@ def _classes(module: str, place: str | None) -> list[str]:
 
 def _unknown_keys(message: str, root: str) -> Iterable[str]:
     trainer = inspect.signature(import_module(root).Trainer.__init__).parameters
-    known = [*ROOTS, *(f"trainer.{name}" for name in trainer if name != "self")]
+    known = [*TOP_LEVEL_KEYS, *(f"trainer.{name}" for name in trainer if name != "self")]
     where = "" if "class_path" in message else "|Option '"
     pattern = rf"(?:unrecognized arguments: --|Key '|accept option '{where})([\w.-]+)"
     for key in re.findall(pattern, message):
@@ -86,8 +90,8 @@ def near_key(key: str, known: Iterable[str]) -> str:
     """Returns the keys nearest to one, of which the first part may be what is wrong."""
     whole = similar_names(key, known)
     first, dot, rest = key.partition(".")
-    near = similar_names(first, ROOTS).removeprefix("; near names: ").partition(",")[0]
-    if not dot or first in ROOTS or not near or near == "trainer":
+    near = similar_names(first, TOP_LEVEL_KEYS).removeprefix("; near names: ").partition(",")[0]
+    if not dot or first in TOP_LEVEL_KEYS or not near or near == "trainer":
         return whole
     return f"; near names: {near}.{rest}"
 
@@ -117,7 +121,7 @@ def _wrong_value(message: str) -> str | None:
     return f"{key}={given!r}: {expected} is expected" if expected else None
 
 
-def arguments_of(cls: type) -> list[str]:
+def constructor_parameters(cls: type) -> list[str]:
     """Returns the names of what a class takes, with those it hands on to the classes above it."""
     made: Any = [base.__init__ for base in cls.__mro__ if base is not object]  # type: ignore[misc]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

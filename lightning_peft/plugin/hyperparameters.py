@@ -12,7 +12,7 @@ DATAMODULE_KEY = "datamodule_hyper_parameters"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
 
 
-def without_objects(
+def strip_objects(
     checkpoint: dict[str, Any], key: str = MODULE_KEY
 ) -> tuple[dict[str, Any], list[str]]:
     """Takes objects such as models out of the saved hyperparameters.

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.plugin.namespace import PerNamespace, root_of
+from lightning_peft.plugin.namespace import LateBoundMeta, namespace_of
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -17,7 +17,7 @@ else:
     _Base = object
 
 
-class SaveOnInterrupt(_Base, metaclass=PerNamespace):
+class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
     """On the first interrupt, ends a fit after the optimizer step that is running, and saves.
 
     One that comes while the fit validates ends it there, in a single process. A second interrupt is
@@ -44,9 +44,9 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         if self._handlers or threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._interrupted)
+            self._handlers[number] = signal.signal(number, self._handle_signal)
 
-    def ask(self, stop: bool = False, save: bool = False) -> None:
+    def request(self, stop: bool = False, save: bool = False) -> None:
         """Asks for the same from the program itself, from any thread.
 
         Args:
@@ -55,9 +55,9 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         """
         self._stop, self._save = self._stop or stop, self._save or save
 
-    def _interrupted(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if self._stop:
-            self._stop_listening()
+            self._restore_handlers()
             raise KeyboardInterrupt
         self._stop = True
         print(
@@ -73,21 +73,21 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         if trainer.fit_loop._should_accumulate():
             return
         # One process may have been asked, and saving takes all of them.
-        stop, save = self._any(trainer, self._stop), self._any(trainer, self._save)
+        stop, save = self._any_rank(trainer, self._stop), self._any_rank(trainer, self._save)
         if save and not stop:
             self._save = False
-            trainer.save_checkpoint(_folder(trainer) / "saved.ckpt")
+            trainer.save_checkpoint(_checkpoint_folder(trainer) / "saved.ckpt")
         if not stop or self.saved is not None:
             return
-        self._save_here(trainer)
+        self._save_interrupted(trainer)
         trainer.should_stop = True
         # Lightning would finish the least number of epochs, and validate, first.
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.fit_loop.min_epochs = 0
         trainer.limit_val_batches = 0
 
-    def _save_here(self, trainer: Any) -> None:
-        path = _folder(trainer) / "interrupted.ckpt"
+    def _save_interrupted(self, trainer: Any) -> None:
+        path = _checkpoint_folder(trainer) / "interrupted.ckpt"
         trainer.save_checkpoint(path)
         self.saved = path
 
@@ -100,9 +100,9 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
         dataloader_idx: int = 0,
     ) -> None:
         """Ends the fit between two steps, if asked to."""
-        self.before_part(trainer)
+        self.on_validation_part(trainer)
 
-    def before_part(self, trainer: Any, **part: Any) -> None:
+    def on_validation_part(self, trainer: Any, **part: Any) -> None:
         """Ends the fit in the middle of a validation or of its samples, if asked to.
 
         What was validated of the rows is dropped, so that no metric of a part of them is logged.
@@ -120,32 +120,32 @@ class SaveOnInterrupt(_Base, metaclass=PerNamespace):
             return
         # Or who resumes would validate the other rows alone.
         epoch_loop.val_loop.batch_progress.reset()
-        self._save_here(trainer)
-        self._stop_listening()
+        self._save_interrupted(trainer)
+        self._restore_handlers()
         # Lightning ends a fit in this way where a learning rate was looked for.
-        exceptions = import_module(f"{root_of(self)}.utilities.exceptions")
+        exceptions = import_module(f"{namespace_of(self)}.utilities.exceptions")
         raise exceptions._TunerExitException()
 
-    def _any(self, trainer: Any, asked: bool) -> bool:
+    def _any_rank(self, trainer: Any, requested: bool) -> bool:
         if trainer.world_size == 1:
-            return asked
-        return bool(trainer.strategy.reduce_boolean_decision(asked, all=False))
+            return requested
+        return bool(trainer.strategy.reduce_boolean_decision(requested, all=False))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Listens no more."""
-        self._stop_listening()
+        self._restore_handlers()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Listens no more."""
-        self._stop_listening()
+        self._restore_handlers()
 
-    def _stop_listening(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
 
-def _folder(trainer: Any) -> Path:
+def _checkpoint_folder(trainer: Any) -> Path:
     checkpoints = trainer.checkpoint_callback
     if checkpoints is not None and checkpoints.dirpath:
         return Path(checkpoints.dirpath)

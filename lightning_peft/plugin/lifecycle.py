@@ -17,8 +17,8 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
-from lightning_peft.plugin.leaving_alone import advice
-from lightning_peft.plugin.refusals import check_company, check_pruning
+from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
+from lightning_peft.plugin.exclusion_advice import exclusion_advice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Injection:
+class InjectionSettings:
     """What the strategy or callback was asked to do.
 
     Attributes:
         peft_config: PEFT's config.
         quantization_config: transformers' config, or ``None`` for a base as it is.
         adapt: Names of the submodules to adapt, or ``None``.
-        chosen: Whether the user chose any setting of the adapters.
+        explicitly_set: Whether the user chose any setting of the adapters.
         optimizer: Name of the optimizer that stands in for the user's, or ``None``.
         gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass, or
             how much the blocks may keep.
@@ -46,7 +46,7 @@ class Injection:
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
-    chosen: bool = True
+    explicitly_set: bool = True
     optimizer: str | None = None
     gradient_checkpointing: bool | float | str = False
     cache_quantized_base: bool = False
@@ -57,20 +57,20 @@ class Lifecycle:
 
     Attributes:
         injection: What to do.
-        announce: Whether to print what was adapted when training starts.
+        print_summary: Whether to print what was adapted when training starts.
         checks: What is checked when training starts.
         facts: What the ``provenance.json`` of every adapter that is saved says besides.
     """
 
     checks: TrainingChecks
 
-    def __init__(self, injection: Injection, announce: bool = True) -> None:
+    def __init__(self, injection: InjectionSettings, print_summary: bool = True) -> None:
         self.injection = injection
-        self.announce = announce
-        self.facts: dict[str, Any] = {}
-        self._waiting: Any = None
-        self._own_hook: Any = None
-        self._lost: list[str] = []
+        self.print_summary = print_summary
+        self.provenance: dict[str, Any] = {}
+        self._pending_module: Any = None
+        self._original_hook: Any = None
+        self._missing: list[str] = []
 
     def install(self, module: Any, strategy: Any) -> None:
         """Wraps ``configure_model`` of this instance; doing it again in the same stage is fine.
@@ -78,70 +78,70 @@ class Lifecycle:
         Raises:
             UnsupportedError: For callbacks and plugins that would undo or corrupt the adapters.
         """
-        if self._waiting is module:
+        if self._pending_module is module:
             return
         self.uninstall()
-        check_company(module, strategy, self.injection.quantization_config is not None)
-        self._own_hook = module.__dict__.get("configure_model")
+        check_compatibility(module, strategy, self.injection.quantization_config is not None)
+        self._original_hook = module.__dict__.get("configure_model")
 
         # A function, not a callable object: Lightning compares code objects to see an override.
         def configure_model() -> None:
             self.uninstall()
-            asked = self.injection
+            requested = self.injection
             with engine.loading_for_injection(
                 module,
-                asked.peft_config,
-                asked.quantization_config,
-                asked.adapt,
+                requested.peft_config,
+                requested.quantization_config,
+                requested.adapt,
                 strategy.root_device,
-                asked.cache_quantized_base,
+                requested.cache_quantized_base,
             ) as loading:
                 module.configure_model()
             # Again: the module may have brought callbacks of its own since.
-            check_company(module, strategy, asked.quantization_config is not None)
+            check_compatibility(module, strategy, requested.quantization_config is not None)
             with _default_dtype_and_device():
                 self._inject(module, strategy)
-            self._keep(module, strategy, loading)
+            self._store_quantized(module, strategy, loading)
 
-        self._waiting = module
+        self._pending_module = module
         module.__dict__["configure_model"] = configure_model
 
     def uninstall(self) -> None:
         """Gives the module its own ``configure_model`` back."""
-        module, self._waiting = self._waiting, None
+        module, self._pending_module = self._pending_module, None
         if module is None:
             return
         module.__dict__.pop("configure_model", None)
-        if self._own_hook is not None:
-            module.__dict__["configure_model"] = self._own_hook
-        self._own_hook = None
+        if self._original_hook is not None:
+            module.__dict__["configure_model"] = self._original_hook
+        self._original_hook = None
 
     def _inject(self, module: Any, strategy: Any) -> None:
         record = engine.record_of(module)
-        self._lost = [] if record is None else _vanished(module, record)
-        if self._lost:
+        self._missing = [] if record is None else _missing_layers(module, record)
+        if self._missing:
             engine.set_record(module, None)
         if engine.record_of(module) is None:
             outside = engine.copies_outside(module)
             engine.inject(
                 module,
-                self.injection.peft_config if self.injection.chosen else None,
+                self.injection.peft_config if self.injection.explicitly_set else None,
                 quantization_config=self.injection.quantization_config,
                 adapt=self.injection.adapt,
                 device=strategy.root_device,
             )
             _check_ranks(module)
-            _warn_of_copies(module, outside)
+            _warn_unregistered_copies(module, outside)
         else:
-            self._check_same(module)
-        if _fitting(module):
+            self._check_existing_adapters(module)
+        if _is_fitting(module):
             check_pruning(module)
             _prepare_training(module)
-            if self.announce and strategy.is_global_zero:
-                self.announce = False
+            if self.print_summary and strategy.is_global_zero:
+                self.print_summary = False
                 engine.show(engine.report(module))
 
-    def _keep(self, module: Any, strategy: Any, loading: Any) -> None:
+    def _store_quantized(self, module: Any, strategy: Any, loading: Any) -> None:
         for entry in engine.keep_quantized(module, loading):
             if strategy.is_global_zero:
                 engine.show(
@@ -149,10 +149,10 @@ class Lifecycle:
                     f"{entry.folder} (lightning-peft cache lists and clears)."
                 )
 
-    def _check_same(self, module: nn.Module) -> None:
+    def _check_existing_adapters(self, module: nn.Module) -> None:
         """Compares adapters that are there already with the ones that were asked for."""
         record = engine.require_record(module)
-        asked = engine.config_to_dict(self.injection.peft_config)
+        requested = engine.config_to_dict(self.injection.peft_config)
         quantization = engine.quantization_to_dict(self.injection.quantization_config)
         aside = engine.recorded_selection(module, record).exclusions
         problems = []
@@ -161,18 +161,18 @@ class Lifecycle:
         for name, part in record.parts.items():
             where = name or type(module).__name__
             info = part.adapters[record.active[0]]
-            if part.was_wrapped and not self.injection.chosen:
+            if part.was_wrapped and not self.injection.explicitly_set:
                 continue
             problems += [
-                f"{where}: {key}={info.config.get(key)!r}, asked for {asked.get(key)!r}"
+                f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
                 for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
-                if info.config.get(key) != asked.get(key)
+                if info.config.get(key) != requested.get(key)
             ]
             if part.quantization != quantization:
                 problems.append(
                     f"{where}: quantization is {part.quantization}, asked for {quantization}"
                 )
-            problems += self._other_targets(module.get_submodule(name), part, info, aside)
+            problems += self._target_differences(module.get_submodule(name), part, info, aside)
         if problems:
             raise LifecycleError(
                 "The module has adapters already, with other settings than were asked for:"
@@ -180,14 +180,17 @@ class Lifecycle:
                 + "\nAsk for the same settings, or build the module anew."
             )
 
-    def _other_targets(self, part: nn.Module, entry: Any, info: Any, aside: Any) -> list[str]:
+    def _target_differences(self, part: nn.Module, entry: Any, info: Any, aside: Any) -> list[str]:
         if not info.in_place:
             # Inside PEFT's wrappers the layers have other names.
             return []
-        asked = engine.resolve_targets({entry.name: part}, self.injection.peft_config, aside)[
+        requested = engine.resolve_targets({entry.name: part}, self.injection.peft_config, aside)[
             entry.name
         ]
-        missing, surplus = sorted({*asked} - {*info.targets}), sorted({*info.targets} - {*asked})
+        missing, surplus = (
+            sorted({*requested} - {*info.targets}),
+            sorted({*info.targets} - {*requested}),
+        )
         return [f"{entry.qualified(name)}: no adapter, asked for one" for name in missing] + [
             f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus
         ]
@@ -198,12 +201,12 @@ class Lifecycle:
         Raises:
             LifecycleError: If the module was built again and no checkpoint was loaded.
         """
-        lost, self._lost = self._lost, []
-        if lost and not restored:
+        missing, self._missing = self._missing, []
+        if missing and not restored:
             raise LifecycleError(
                 "The module built its layers again in `setup` or `configure_model`, which threw "
                 "the trained adapters away:"
-                + itemize(lost, 5)
+                + itemize(missing, 5)
                 + "\nBuild them only once (`if self.model is None:`), or pass `ckpt_path`."
             )
 
@@ -264,7 +267,7 @@ class Lifecycle:
                 + "\nPass self.parameters(), or filter by `p.requires_grad`, inside "
                 "configure_optimizers. An optimizer that holds the weight of a layer gets its "
                 "adapters too, and none holds the weights of these."
-                + (f" {advice(idle, record.parts)}".rstrip() if idle else "")
+                + (f" {exclusion_advice(idle, record.parts)}".rstrip() if idle else "")
             )
 
 
@@ -284,7 +287,7 @@ def _default_dtype_and_device() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _vanished(module: nn.Module, record: Any) -> list[str]:
+def _missing_layers(module: nn.Module, record: Any) -> list[str]:
     """Returns the names of the layers that had adapters and have none now."""
     gone = []
     for name, part in record.parts.items():
@@ -356,7 +359,7 @@ def _prepare_training(module: nn.Module) -> None:
     engine.set_training_mode(module)
 
 
-def _warn_of_copies(module: nn.Module, outside: dict[str, str]) -> None:
+def _warn_unregistered_copies(module: nn.Module, outside: dict[str, str]) -> None:
     for where, name in outside.items():
         if engine.adapted_layers(module.get_submodule(name)):
             log.warning(
@@ -368,5 +371,5 @@ def _warn_of_copies(module: nn.Module, outside: dict[str, str]) -> None:
             )
 
 
-def _fitting(module: Any) -> bool:
+def _is_fitting(module: Any) -> bool:
     return module._trainer is not None and module._trainer.state.fn == "fit"

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
-from lightning_peft.plugin.config_errors import explained
-from lightning_peft.plugin.namespace import namespace_in_use, tree_of
+from lightning_peft.plugin.config_errors import explain_parser_error
+from lightning_peft.plugin.namespace import namespace_in_use, namespace_of_class
 
 # How every command parses: errors are explained here, and options are written in full.
 STRICT = {"exit_on_error": False, "allow_abbrev": False}
@@ -44,16 +44,16 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
     Raises:
         ConfigError: If the arguments cannot be read, or something of them cannot be made.
     """
-    import_from_here()
-    root = root_for(arguments)
-    quiet(root)
+    add_working_directory_to_path()
+    root = namespace_of_config(arguments)
+    hide_tips(root)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         # Lightning 2.6 with torch 2.13 says so in every run; seen on 2026-11-25.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
         try:
             _recording_cli(root, hooks)(
-                args=[subcommand, *with_full_names(arguments)],
+                args=[subcommand, *qualify_optimizers(arguments)],
                 save_config_callback=None,
                 parser_kwargs={
                     "prog": "lightning-peft",
@@ -67,11 +67,11 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
                 raise KeyboardInterrupt from stop
             raise
         except argparse.ArgumentError as error:
-            raise ConfigError(explained(str(error), root)) from error
+            raise ConfigError(explain_parser_error(str(error), root)) from error
         except ValueError as error:
             if isinstance(error, LightningPeftError):
                 raise
-            raise ConfigError(_not_made(error, root)) from error
+            raise ConfigError(_instantiation_problem(error, root)) from error
 
 
 def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
@@ -83,9 +83,9 @@ def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: If the arguments cannot be read, with the nearest right ones.
     """
-    import_from_here()
-    root = root_for(arguments)
-    quiet(root)
+    add_working_directory_to_path()
+    root = namespace_of_config(arguments)
+    hide_tips(root)
     cli = import_module(f"{root}.cli")
 
     class ParsingCLI(cli.LightningCLI):  # type: ignore[name-defined]
@@ -103,32 +103,32 @@ def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
             found = ParsingCLI(
-                args=with_full_names(arguments),
+                args=qualify_optimizers(arguments),
                 run=False,
                 save_config_callback=None,
                 parser_kwargs=STRICT,
             )
         except argparse.ArgumentError as error:
-            raise ConfigError(explained(str(error), root)) from error
+            raise ConfigError(explain_parser_error(str(error), root)) from error
     config: dict[str, Any] = found.config.as_dict()
     return config
 
 
-def _not_made(error: ValueError, root: str) -> str:
+def _instantiation_problem(error: ValueError, root: str) -> str:
     named = re.search(r"invalid strategy name: `strategy='([^']*)'`", str(error))
     if named is None:
-        return f"Something of the config cannot be made: {cause(error)}"
+        return f"Something of the config cannot be made: {constructor_error(error)}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
     near = similar_names(named[1], known)
     return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"
 
 
-def quiet(root: str) -> None:
+def hide_tips(root: str) -> None:
     """Keeps Lightning's advertisements out of what a command prints."""
-    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_no_advertisement)
+    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_is_not_tip)
 
 
-def _no_advertisement(record: logging.LogRecord) -> bool:
+def _is_not_tip(record: logging.LogRecord) -> bool:
     return "Tip: " not in record.getMessage()
 
 
@@ -164,7 +164,7 @@ def _recording_cli(root: str, hooks: RunHooks) -> Any:
     return RecordingCLI
 
 
-def with_full_names(arguments: Sequence[str]) -> list[str]:
+def qualify_optimizers(arguments: Sequence[str]) -> list[str]:
     """Returns a command line in which optimizers of torch have their full names.
 
     LightningCLI takes short ones too, and other packages have classes of the same names; by the
@@ -185,18 +185,18 @@ def _is_torchs(name: str) -> bool:
     return isinstance(getattr(torch.optim, name, None), type)
 
 
-def import_from_here() -> None:
+def add_working_directory_to_path() -> None:
     """Lets the user's own modules be imported from the working directory, as in a script."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
 
-def cause(error: Exception) -> str:
+def constructor_error(error: Exception) -> str:
     """Returns what a constructor said, which jsonargparse puts between all that it tried."""
     return str(error).partition("\nGiven value type:")[0]
 
 
-def root_for(arguments: Sequence[str]) -> str:
+def namespace_of_config(arguments: Sequence[str]) -> str:
     """Returns the Lightning package that the module of a config belongs to.
 
     Raises:
@@ -216,7 +216,7 @@ def root_for(arguments: Sequence[str]) -> str:
         cls = getattr(import_module(module), name, None)
     except ImportError as error:
         raise ConfigError(f"model.class_path={path!r} cannot be imported: {error}") from error
-    return (tree_of(cls) if isinstance(cls, type) else None) or namespace_in_use()
+    return (namespace_of_class(cls) if isinstance(cls, type) else None) or namespace_in_use()
 
 
 def _class_path_in(file: str) -> str | None:

@@ -12,9 +12,14 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import CheckpointError, ConfigError, LightningPeftError
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY, load_tensors, unpack_checkpoint
 from lightning_peft.plugin.checkpoint_io import WholeFileCheckpointIO, read_checkpoint
-from lightning_peft.plugin.namespace import PerNamespace, namespace_in_use, realize, tree_of
-from lightning_peft.plugin.own_hooks import KEY, as_written, load
+from lightning_peft.plugin.namespace import (
+    LateBoundMeta,
+    bind_to_lightning,
+    namespace_in_use,
+    namespace_of_class,
+)
 
 
 def load_from_checkpoint(
@@ -47,31 +52,31 @@ def load_from_checkpoint(
         BaseMismatchError: If the module's base is not the one the adapters were trained on.
         ConfigError: If constructor arguments are missing.
     """
-    if isinstance(cls, PerNamespace):
-        cls = realize(cls, namespace_in_use())
-    root = tree_of(cls)
+    if isinstance(cls, LateBoundMeta):
+        cls = bind_to_lightning(cls, namespace_in_use())
+    root = namespace_of_class(cls)
     if root is None:
         raise ConfigError(f"{cls.__name__} is no LightningModule.")
-    io = realize(WholeFileCheckpointIO, root)()
-    checkpoint = as_written(read_checkpoint(io.load_checkpoint, path, weights_only))
-    if KEY not in checkpoint:
+    io = bind_to_lightning(WholeFileCheckpointIO, root)()
+    checkpoint = unpack_checkpoint(read_checkpoint(io.load_checkpoint, path, weights_only))
+    if CHECKPOINT_KEY not in checkpoint:
         raise CheckpointError(
             f"{str(path)!r} was not written with adapters. Load it with "
             f"{cls.__name__}.load_from_checkpoint."
         )
-    described = checkpoint[KEY]
+    described = checkpoint[CHECKPOINT_KEY]
     module = _build(cls, root, checkpoint, hyperparameters)
     _build_layers(module, described)
     device = None if map_location is None else torch.device(map_location)
     engine.inject_as_described(module, described, device)
     module.on_load_checkpoint(checkpoint)
-    load(module, checkpoint, module.strict_loading)
+    load_tensors(module, checkpoint, module.strict_loading)
     return module.to(device or torch.device("cpu")).eval()
 
 
-def _build(cls: Any, root: str, checkpoint: dict[str, Any], given: dict[str, Any]) -> Any:
+def _build(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str, Any]) -> Any:
     """Makes the module from its hyperparameters, as Lightning does."""
-    absent = [name for name in checkpoint[KEY]["left_out"] if name not in given]
+    absent = [name for name in checkpoint[CHECKPOINT_KEY]["left_out"] if name not in overrides]
     if absent:
         # Also where the constructor has defaults: those need not be what was trained with.
         raise ConfigError(
@@ -83,7 +88,7 @@ def _build(cls: Any, root: str, checkpoint: dict[str, Any], given: dict[str, Any
     name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)
     if name in parameters and name not in ("args", "kwargs"):
         arguments = {name: arguments}
-    arguments |= given
+    arguments |= overrides
     by_cli = arguments.pop("_instantiator", None) is not None
     if by_cli:
         return _instantiate(cls, root, arguments)
@@ -116,13 +121,13 @@ def _instantiate(cls: Any, root: str, arguments: dict[str, Any]) -> Any:
 def _build_layers(module: Any, described: dict[str, Any]) -> None:
     """Builds what the constructor did not; Lightning itself stops after ``configure_model``."""
     module.configure_model()
-    wanted = {
+    expected = {
         f"{name}.{target}".lstrip(".")
         for name, part in described["parts"].items()
         for adapter in part["adapters"].values()
         for target in adapter["targets"]
     }
-    if wanted <= dict(module.named_modules(remove_duplicate=False)).keys():
+    if expected <= dict(module.named_modules(remove_duplicate=False)).keys():
         return
     try:
         module.setup("fit")

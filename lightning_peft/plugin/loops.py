@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.plugin.positions import (
-    Tracked,
+from lightning_peft.plugin.mid_epoch import merge_epoch_sums, mid_epoch_state, restore_mid_epoch
+from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
+from lightning_peft.plugin.tracked_loader import (
+    TrackedLoader,
     generator_states,
     is_stateful,
-    of_next_epoch,
+    next_epoch_position,
     set_generator_states,
 )
-from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
-from lightning_peft.plugin.unfinished import add_sums, resume_unfinished, unfinished
 
 _METHODS = (
     ("fit", "run"),
@@ -42,7 +42,7 @@ class TrainingLoops:
         epoch: Its loop over batches.
         validation: Its validation.
         resumed: What a checkpoint says of this process, from the restore until training starts.
-        inside_epoch: Whether Lightning resumes inside an epoch.
+        mid_epoch: Whether Lightning resumes inside an epoch.
         ending_epoch: Whether the hooks of an epoch's end are running.
         training_random: Training's random state while validation runs, else ``None``.
         sums: What was logged for the epoch before the checkpoint, and is not yet added.
@@ -53,42 +53,42 @@ class TrainingLoops:
         self.epoch = self.fit.epoch_loop
         self.validation = self.epoch.val_loop
         self.resumed: dict[str, Any] | None = None
-        self.inside_epoch = False
+        self.mid_epoch = False
         self.ending_epoch = False
         self.training_random: dict[str, Any] | None = None
         self.sums: dict[str, Any] = {}
-        self._loaders: list[Any] = []
-        self._originals: list[Any] = []
-        self._requested_at: dict[str, Any] | None = None
+        self._tracked_loaders: list[Any] = []
+        self._user_loaders: list[Any] = []
+        self._loader_random: dict[str, Any] | None = None
         self._validation_generators: Any = None
-        self._left: tuple[int, int] | None = None
+        self._final_prefetch: tuple[int, int] | None = None
 
     def attach(self) -> None:
         """Extends the loops."""
-        self._left = None
+        self._final_prefetch = None
         for loop, method in _METHODS:
             owner = getattr(self, loop)
             owner.__dict__[method] = partial(getattr(self, f"_{loop}_{method.strip('_')}"))
 
     def detach(self) -> None:
         """Gives the loops their own methods back."""
-        if self._left is None:
+        if self._final_prefetch is None:
             # Lightning empties its counters next, and checkpoints may still be saved.
-            self._left = self._ahead()
+            self._final_prefetch = self._prefetched()
         for loop, method in _METHODS:
             getattr(self, loop).__dict__.pop(method, None)
         combined = self.fit._combined_loader
-        if combined is not None and self._loaders:
+        if combined is not None and self._tracked_loaders:
             combined._iterator = None
 
-    def resume(self, mine: dict[str, Any], inside_epoch: bool) -> None:
+    def resume(self, mine: dict[str, Any], mid_epoch: bool) -> None:
         """Says, before any data is asked for, where the fit goes on.
 
         Args:
             mine: What :meth:`state` returned for this process.
-            inside_epoch: Whether Lightning goes on inside the epoch, not with the next one.
+            mid_epoch: Whether Lightning goes on inside the epoch, not with the next one.
         """
-        self.resumed, self.inside_epoch = mine, inside_epoch
+        self.resumed, self.mid_epoch = mine, mid_epoch
         self._validation_generators = mine.get("validation")
 
     def start(self) -> None:
@@ -102,33 +102,35 @@ class TrainingLoops:
             type(fit)._load_combined_loader_states(fit)
             iter(fit._data_fetcher)
         if "unfinished" in resumed:
-            resume_unfinished(self, resumed["unfinished"])
+            restore_mid_epoch(self, resumed["unfinished"])
         set_random_state(resumed["random"])
 
-    def add_sums(self) -> None:
+    def merge_epoch_sums(self) -> None:
         """Called when a batch has been trained on, after a resume inside an epoch."""
         if self.sums:
-            add_sums(self)
+            merge_epoch_sums(self)
 
     def state(self) -> dict[str, Any]:
         """Returns the random state and the place in every loader, as tensors and numbers."""
-        self.add_sums()
-        fetched, in_hand = self._left or self._ahead()
+        self.merge_epoch_sums()
+        fetched, in_hand = self._final_prefetch or self._prefetched()
         between_epochs = self.epoch.batch_progress.is_last_batch
         ahead = in_hand + max(fetched - in_hand - self.epoch.batch_progress.current.processed, 0)
         validation = self.validation._combined_loader
         return {
             "random": self.training_random or random_state(),
-            "requested_at": self._requested_at,
+            "requested_at": self._loader_random,
             "loaders": [
-                loader.position(ahead, between_epochs) if isinstance(loader, Tracked) else None
-                for loader in self._loaders
+                loader.position(ahead, between_epochs)
+                if isinstance(loader, TrackedLoader)
+                else None
+                for loader in self._tracked_loaders
             ],
             "validation": generator_states([] if validation is None else validation.flattened),
-            "unfinished": unfinished(self),
+            "unfinished": mid_epoch_state(self),
         }
 
-    def _ahead(self) -> tuple[int, int]:
+    def _prefetched(self) -> tuple[int, int]:
         fetcher = self.fit._data_fetcher
         return (getattr(fetcher, "fetched", 0), len(getattr(fetcher, "batches", ())))
 
@@ -151,20 +153,20 @@ class TrainingLoops:
         if resumed is not None and resumed.get("requested_at"):
             set_random_state(resumed["requested_at"])
         before = random_state()
-        self._originals = []
+        self._user_loaders = []
         try:
             type(fit).setup_data(fit)
         finally:
             combined = fit._combined_loader
-            if combined is not None and self._originals:
+            if combined is not None and self._user_loaders:
                 if fit._data_fetcher is not None:
                     # The loop iterates over a copy with tracked loaders; all others see the user's.
                     fit._data_fetcher.setup(copy.copy(combined))
-                combined.flattened = self._originals
+                combined.flattened = self._user_loaders
         # Nothing to go back to where nothing was drawn.
-        self._requested_at = None if same_state(before, random_state()) else before
-        if resumed is not None and self._ahead()[1]:
-            places = resumed["loaders"] if self.inside_epoch else []
+        self._loader_random = None if same_state(before, random_state()) else before
+        if resumed is not None and self._prefetched()[1]:
+            places = resumed["loaders"] if self.mid_epoch else []
             if not any("torch" in place["start"] for place in places if place):
                 resumed["random"] = random_state()
 
@@ -172,29 +174,29 @@ class TrainingLoops:
         """Puts tracked loaders in place, between their setup and the first fetch."""
         fit = self.fit
         combined = fit._combined_loader
-        self._originals = combined.flattened
+        self._user_loaders = combined.flattened
         states = fit._combined_loader_states_to_load
-        if len(states) != sum(map(is_stateful, self._originals)):
+        if len(states) != sum(map(is_stateful, self._user_loaders)):
             # Of files in which tracked loaders counted as stateful ones without a state.
             fit._combined_loader_states_to_load = [state for state in states if state]
         type(fit)._load_combined_loader_states(fit)
-        positions: list[Any] = [None] * len(self._originals)
+        positions: list[Any] = [None] * len(self._user_loaders)
         if self.resumed is not None and len(self.resumed["loaders"]) == len(positions):
             positions = self.resumed["loaders"]
-            if not self.inside_epoch:
-                positions = [place and of_next_epoch(place) for place in positions]
-        self._loaders = [
-            loader if is_stateful(loader) else Tracked(loader, place)
-            for loader, place in zip(self._originals, positions, strict=True)
+            if not self.mid_epoch:
+                positions = [place and next_epoch_position(place) for place in positions]
+        self._tracked_loaders = [
+            loader if is_stateful(loader) else TrackedLoader(loader, place)
+            for loader, place in zip(self._user_loaders, positions, strict=True)
         ]
-        combined.flattened = self._loaders
+        combined.flattened = self._tracked_loaders
         if self.resumed is not None:
             # A loader without a length is fetched ahead: of the next epoch, or as it was before.
             set_random_state(self.resumed["random"])
 
     def _fit_on_advance_end(self) -> None:
         fit = self.fit
-        self.add_sums()
+        self.merge_epoch_sums()
         self.sums = {}
         if not fit.restarted_on_epoch_end:
             # Else Lightning leaves out a step of the plateau schedulers, for which it has no
@@ -211,7 +213,7 @@ class TrainingLoops:
         epoch = self.epoch
         was_last = epoch.restarted_on_train_batch_end and epoch.batch_progress.is_last_batch
         with warnings.catch_warnings():
-            if self._loaders:
+            if self._tracked_loaders:
                 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended be")
             type(epoch).reset(epoch)
         if was_last and epoch.trainer.num_training_batches == float("inf"):
@@ -222,12 +224,12 @@ class TrainingLoops:
             epoch.val_loop.batch_progress.total.reset()
 
     def _validation_run(self) -> Any:
-        return self._apart("run")
+        return self._with_separate_rng("run")
 
     def _validation_increment_progress_to_evaluation_end(self) -> Any:
-        return self._apart("increment_progress_to_evaluation_end")
+        return self._with_separate_rng("increment_progress_to_evaluation_end")
 
-    def _apart(self, method: str) -> Any:
+    def _with_separate_rng(self, method: str) -> Any:
         """Validates with random numbers apart from training's.
 
         Lightning does not run a validation again that came after the checkpoint it resumes from.

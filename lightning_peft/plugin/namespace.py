@@ -22,8 +22,8 @@ from lightning_peft.errors import ConfigError
 
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
-_chosen: str | None = None
-_realized: dict[tuple[type, str], type] = {}
+_explicit_namespace: str | None = None
+_bound_classes: dict[tuple[type, str], type] = {}
 
 
 def use_namespace(root: str | None) -> None:
@@ -38,10 +38,10 @@ def use_namespace(root: str | None) -> None:
     Raises:
         ConfigError: If it is neither.
     """
-    global _chosen
+    global _explicit_namespace
     if root is not None and root not in ROOTS:
         raise ConfigError(f"use_namespace({root!r}): the packages are {' and '.join(ROOTS)}.")
-    _chosen = root
+    _explicit_namespace = root
 
 
 def namespace_in_use() -> str:
@@ -49,8 +49,8 @@ def namespace_in_use() -> str:
 
     The one chosen by :func:`use_namespace`, else the one imported so far, else the one installed.
     """
-    if _chosen is not None:
-        return _chosen
+    if _explicit_namespace is not None:
+        return _explicit_namespace
     loaded = [root for root in ROOTS if root in sys.modules]
     if len(loaded) == 1:
         return loaded[0]
@@ -72,31 +72,31 @@ def _in_callers(roots: list[str]) -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if not frame.f_globals.get("__name__", "").startswith(("lightning_peft", "jsonargparse")):
-            seen = {_root_of(value) for value in frame.f_globals.values()} & set(roots)
+            seen = {_namespace_named(value) for value in frame.f_globals.values()} & set(roots)
             if len(seen) == 1:
                 return seen.pop()
         frame = frame.f_back
     return None
 
 
-def _root_of(value: object) -> str | None:
+def _namespace_named(value: object) -> str | None:
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
     if not isinstance(value, (type, ModuleType)) or not isinstance(name, str):
         return None
     return next((r for r in ROOTS if name == r or name.startswith(f"{r}.")), None)
 
 
-def tree_of(cls: type) -> str | None:
+def namespace_of_class(cls: type) -> str | None:
     """Returns the root of the Lightning package that ``cls`` derives from, if any."""
-    return next((root for base in cls.__mro__ if (root := _root_of(base))), None)
+    return next((root for base in cls.__mro__ if (root := _namespace_named(base))), None)
 
 
-def root_of(instance: object) -> str | None:
+def namespace_of(instance: object) -> str | None:
     """Returns the root of the Lightning package that the class of ``instance`` derives from."""
-    return tree_of(type(instance))
+    return namespace_of_class(type(instance))
 
 
-class PerNamespace(ABCMeta):
+class LateBoundMeta(ABCMeta):
     """Metaclass of classes that get their Lightning base when an instance is made.
 
     A class names its base in ``lightning_base``, as ``"module.Class"`` below the root. Calling
@@ -111,51 +111,51 @@ class PerNamespace(ABCMeta):
         """Makes an instance for the namespace in use."""
         if cls.lightning_root is not None:
             return super().__call__(*args, **kwargs)
-        return realize(cls, namespace_in_use())(*args, **kwargs)
+        return bind_to_lightning(cls, namespace_in_use())(*args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
         """Finds Lightning's own class attributes (``load_from_checkpoint``) on the real class."""
         if name.startswith("_") or cls.__dict__.get("lightning_root") is not None:
             raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
-        return getattr(realize(cls, namespace_in_use()), name)
+        return getattr(bind_to_lightning(cls, namespace_in_use()), name)
 
 
-def realize(cls: type, root: str) -> Any:
+def bind_to_lightning(cls: type, root: str) -> Any:
     """Returns the subclass of ``cls`` that derives from its Lightning base in ``root``."""
     key = (cls, root)
-    if key not in _realized:
+    if key not in _bound_classes:
         module, _, name = cls.lightning_base.rpartition(".")  # type: ignore[attr-defined]
         base = getattr(import_module(f"{root}.{module}"), name)
         body = {
             "lightning_root": root,
             "lightning_class": base,
-            "written_class": cls,
+            "unbound_class": cls,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
         }
-        _realized[key] = type(cls)(cls.__name__, (cls, base), body)
-    return _realized[key]
+        _bound_classes[key] = type(cls)(cls.__name__, (cls, base), body)
+    return _bound_classes[key]
 
 
-def _recipe(cls: Any) -> Any:
+def _reduce_class(cls: Any) -> Any:
     """Returns how pickle finds a class: one made at run time by what it was made of."""
     if cls.__dict__.get("lightning_root") is None:
         return cls.__qualname__
-    return realize, (cls.written_class, cls.lightning_root)
+    return bind_to_lightning, (cls.unbound_class, cls.lightning_root)
 
 
-copyreg.pickle(PerNamespace, _recipe)
+copyreg.pickle(LateBoundMeta, _reduce_class)
 
 
-def for_imported(cls: Any) -> Any:
+def bind_if_unambiguous(cls: Any) -> Any:
     """Returns ``cls`` with its Lightning base where it is clear which, else ``cls``.
 
     For LightningCLI, which checks the class before it makes an instance.
     """
     loaded = [root for root in ROOTS if f"{root}.trainer" in sys.modules]
-    root = _chosen or (loaded[0] if len(loaded) == 1 else _cli_that_asks())
-    return cls if root is None else realize(cls, root)
+    root = _explicit_namespace or (loaded[0] if len(loaded) == 1 else _cli_that_asks())
+    return cls if root is None else bind_to_lightning(cls, root)
 
 
 def _cli_that_asks() -> str | None:
@@ -168,29 +168,29 @@ def _cli_that_asks() -> str | None:
     return None
 
 
-class AfterImport(MetaPathFinder):
+class PostImportFinder(MetaPathFinder):
     """Runs a function once, right after a module was imported, whoever imports it.
 
     The names ``"lora"`` and ``"qlora"`` can only be registered where Lightning's registry exists,
     and importing Lightning for that would choose the tree for the user.
     """
 
-    watching: ClassVar[dict[str, Callable[[ModuleType], None]]] = {}
+    pending: ClassVar[dict[str, Callable[[ModuleType], None]]] = {}
 
     def find_spec(
         self, fullname: str, path: Any = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Finds the module by the other finders and runs the function after its loader."""
-        if fullname not in self.watching:
+        if fullname not in self.pending:
             return None
-        function = self.watching.pop(fullname)
+        function = self.pending.pop(fullname)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRun(spec.loader, function)
+            spec.loader = _PostImportLoader(spec.loader, function)
         return spec
 
 
-class _ThenRun(Loader):
+class _PostImportLoader(Loader):
     def __init__(self, loader: Loader, function: Callable[[ModuleType], None]) -> None:
         self.loader = loader
         self.function = function
@@ -210,13 +210,13 @@ class _ThenRun(Loader):
         self.function(module)
 
 
-def after_import(name: str, function: Callable[[ModuleType], None]) -> None:
+def call_after_import(name: str, function: Callable[[ModuleType], None]) -> None:
     """Calls ``function(module)`` when module ``name`` is imported; at once if it already is."""
     module = sys.modules.get(name)
     # While a package is being imported its contents are not there yet; then wait as well.
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         function(module)
         return
-    AfterImport.watching[name] = function
-    if not any(isinstance(finder, AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, AfterImport())
+    PostImportFinder.pending[name] = function
+    if not any(isinstance(finder, PostImportFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, PostImportFinder())

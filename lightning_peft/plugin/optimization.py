@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.plugin.namespace import root_of
+from lightning_peft.plugin.namespace import namespace_of
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ def real_optimizers(strategy: Any) -> list[Any]:
     return [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
 
 
-def hold_adapters(strategy: Any) -> list[Any]:
+def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
     """Puts the adapters into optimizers that are older than they are, and logs it.
 
     Args:
@@ -34,21 +34,21 @@ def hold_adapters(strategy: Any) -> list[Any]:
     module = strategy.lightning_module
     real = real_optimizers(strategy)
     known = {id(optimizer) for optimizer in real}
-    kept = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
-    notes = engine.hold_adapters(module, real or kept, kept if real else ())
+    own = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
+    notes = engine.hold_adapters(module, real or own, own if real else ())
     if notes:
-        say(strategy, f"{'; '.join(notes)}.")
-    return real or kept
+        log_info(strategy, f"{'; '.join(notes)}.")
+    return real or own
 
 
-def held_parameters(strategy: Any) -> set[int]:
+def optimized_parameter_ids(strategy: Any) -> set[int]:
     """Returns the ids of what the optimizers of ``strategy`` hold, or those of its module do."""
-    kept = [*real_optimizers(strategy), *engine.optimizers_of(strategy.lightning_module)]
-    groups = [group for optimizer in kept for group in optimizer.param_groups]
+    own = [*real_optimizers(strategy), *engine.optimizers_of(strategy.lightning_module)]
+    groups = [group for optimizer in own for group in optimizer.param_groups]
     return {id(param) for group in groups for param in group["params"]}
 
 
-def freeze_unheld(strategy: Any, held: set[int]) -> None:
+def freeze_unoptimized(strategy: Any, held: set[int]) -> None:
     """Freezes the adapters of layers that ``configure_optimizers`` left out, and warns of it.
 
     Args:
@@ -85,44 +85,46 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
     module = strategy.lightning_module
     params = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(params[name]) for name in engine.require_record(module).frozen}
-    told = engine.replace_optimizers(optimizers, name, frozen)
+    notes = engine.replace_optimizers(optimizers, name, frozen)
     # Lightning's wrappers are made for a class, and these have another one now.
     strategy.optimizers = strategy.optimizers
-    if told:
-        say(strategy, f"optimizer={name!r}: {'; '.join(told)}.")
+    if notes:
+        log_info(strategy, f"optimizer={name!r}: {'; '.join(notes)}.")
 
 
-def start_checkpointing(strategy: Any, wanted: bool | float | str) -> None:
+def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) -> None:
     """Switches activation checkpointing on for a fit, and says where.
 
     Args:
         strategy: The strategy, about to set its module up.
-        wanted: The ``gradient_checkpointing`` argument.
+        setting: The ``gradient_checkpointing`` argument.
 
     Raises:
-        UnsupportedError: If ``wanted`` is ``True`` or a budget, and there is nothing to checkpoint.
+        UnsupportedError: If there is nothing to checkpoint and ``setting`` is not ``"auto"``.
     """
-    stop_checkpointing(strategy)
+    disable_activation_checkpointing(strategy)
     module = strategy.lightning_module
-    if wanted is False or module.trainer.state.fn != "fit":
+    if setting is False or module.trainer.state.fn != "fit":
         return
-    if wanted == "auto" and getattr(module, "_compiler_ctx", None) is not None:
-        say(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
+    if setting == "auto" and getattr(module, "_compiler_ctx", None) is not None:
+        log_info(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
         return
-    strategy._checkpointing = engine.checkpoint_activations(module, wanted, partial(say, strategy))
+    strategy._checkpointing = engine.checkpoint_activations(
+        module, setting, partial(log_info, strategy)
+    )
     if strategy._checkpointing.described:
         where = "; ".join(strategy._checkpointing.described)
-        say(strategy, f"gradient_checkpointing={wanted!r}: {where}.")
+        log_info(strategy, f"gradient_checkpointing={setting!r}: {where}.")
 
 
-def stop_checkpointing(strategy: Any) -> None:
+def disable_activation_checkpointing(strategy: Any) -> None:
     """Switches activation checkpointing off again, if it is on."""
-    done, strategy._checkpointing = strategy._checkpointing, None
-    if done is not None:
-        done.disable()
+    active, strategy._checkpointing = strategy._checkpointing, None
+    if active is not None:
+        active.disable()
 
 
-def say(strategy: Any, message: str) -> None:
+def log_info(strategy: Any, message: str) -> None:
     """Shows ``message`` once, the way Lightning tells which device it uses."""
-    rank_zero: Any = import_module(f"{root_of(strategy)}.utilities.rank_zero")
+    rank_zero: Any = import_module(f"{namespace_of(strategy)}.utilities.rank_zero")
     rank_zero.rank_zero_info(message)

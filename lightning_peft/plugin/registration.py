@@ -7,7 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from lightning_peft.plugin.namespace import ROOTS, after_import, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning, call_after_import
 
 _STRATEGIES = {
     "lora": ("LoRAStrategy", "LoRA adapters on the pretrained parts, on one device or several"),
@@ -18,20 +18,20 @@ _STRATEGIES = {
 def register() -> None:
     """Registers the strategies in every Lightning package, now or when it is imported."""
     for root in ROOTS:
-        after_import(f"{root}.strategies", partial(_register, root))
+        call_after_import(f"{root}.strategies", partial(_register, root))
 
 
 def _register(root: str, strategies: ModuleType) -> None:
     for name, (class_name, description) in _STRATEGIES.items():
         if name not in strategies.StrategyRegistry:
             strategies.StrategyRegistry.register(
-                name, partial(_make, class_name, root), description=description
+                name, partial(_build_strategy, class_name, root), description=description
             )
         written = getattr(import_module("lightning_peft.plugin.strategies"), class_name)
         # Lightning and LightningCLI ask for a subclass before the instance has joined a tree.
         strategies.DDPStrategy.register(written)
 
 
-def _make(class_name: str, root: str, **arguments: Any) -> Any:
+def _build_strategy(class_name: str, root: str, **arguments: Any) -> Any:
     written = getattr(import_module("lightning_peft.plugin.strategies"), class_name)
-    return realize(written, root)(**arguments)
+    return bind_to_lightning(written, root)(**arguments)

@@ -7,18 +7,20 @@ from typing import Any
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given, injection_from
-from lightning_peft.plugin.devices import OneOrMany
 from lightning_peft.plugin.lifecycle import Lifecycle
-from lightning_peft.plugin.namespace import realize, root_of
+from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
+from lightning_peft.plugin.single_or_ddp import SingleOrDDPStrategy
 from lightning_peft.plugin.training_checks import TrainingChecks
 
 
-class _Strategy(AdapterStrategy, OneOrMany):
+class _Strategy(AdapterStrategy, SingleOrDDPStrategy):
     """What both strategies are; the signature comes from their arguments."""
 
     def _take(self, arguments: dict[str, Any]) -> None:
         self._made_with = given(arguments)
-        self.lifecycle = Lifecycle(injection_from(self._made_with), self._made_with["announce"])
+        self.lifecycle = Lifecycle(
+            injection_from(self._made_with), self._made_with["print_summary"]
+        )
         self.lifecycle.checks = TrainingChecks(self._made_with["verify"])
         ddp_kwargs = self._made_with["ddp_kwargs"] or {}
         if ddp_kwargs.get("start_method", "popen") != "popen":
@@ -37,9 +39,9 @@ class _Strategy(AdapterStrategy, OneOrMany):
     @accelerator.setter
     def accelerator(self, accelerator: Any) -> None:
         # The first thing a Trainer sets, and so the moment to learn which tree it is of.
-        root = root_of(accelerator)
+        root = namespace_of(accelerator)
         if root is not None and root != type(self).lightning_root:
-            self.__class__ = realize(type(self).written_class, root)
+            self.__class__ = bind_to_lightning(type(self).unbound_class, root)
             self.__init__(**self._made_with)  # type: ignore[misc]
         self._accelerator = accelerator
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
-from lightning_peft.plugin.leaving_alone import advice
+from lightning_peft.plugin.exclusion_advice import exclusion_advice
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,13 @@ class TrainingChecks:
             raise ConfigError(f"verify={mode!r}: choose one of {', '.join(get_args(Mode))}.")
         self.mode = mode
         self._full_is_due = False
-        self._began = False
+        self._has_started = False
         self._first_step_is_due = True
-        self._first_step: FirstStep | None = None
+        self._first_step: FirstStepCheck | None = None
 
     def new_run(self) -> None:
         """Called when a run is set up, before training starts in it."""
-        self._began, self._first_step_is_due = False, True
+        self._has_started, self._first_step_is_due = False, True
 
     def start(self, strategy: Any) -> None:
         """Checks the structure, and arranges for the rest.
@@ -52,14 +52,14 @@ class TrainingChecks:
         self.stop()
         if self.mode == "off":
             return
-        if not self._began:
+        if not self._has_started:
             problems = engine.structural_problems(strategy.lightning_module)
             if problems:
                 raise LifecycleError("The adapters cannot train as they are:" + itemize(problems))
             self._full_is_due = self.mode == "full"
-        self._began = True
+        self._has_started = True
         if self._first_step_is_due:
-            self._first_step = FirstStep(strategy)
+            self._first_step = FirstStepCheck(strategy)
 
     def before_batch(self, strategy: Any, batch: Any) -> None:
         """Runs the full verification before the first batch.
@@ -88,7 +88,7 @@ class TrainingChecks:
     def end(self) -> None:
         """Tells of adapters that no optimizer step ever reached, when training is over."""
         if self._first_step is not None:
-            self._first_step.tell_of_missing_steps()
+            self._first_step.warn_missing_steps()
         self.stop()
 
 
@@ -121,7 +121,7 @@ def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
         log.log(logging.WARNING if doubtful else logging.INFO, "verify='full':\n%s", verification)
 
 
-class FirstStep:
+class FirstStepCheck:
     """Looks at the gradients of the adapters after the first step of each optimizer.
 
     An optimizer is judged when it has stepped, for the layers whose adapters it holds: with
@@ -153,8 +153,8 @@ class FirstStep:
             self._parts[name] = {
                 n: params for n, params in tensors.items() if params and n not in record.unheld
             }
-        self._found: dict[str, str] = {}
-        self._told: set[str] = set()
+        self._gradients: dict[str, str] = {}
+        self._reported: set[str] = set()
         self._indices = {id(optimizer): i for i, optimizer in enumerate(strategy.optimizers)}
         self._handles = {
             index: optimizer.register_step_post_hook(self._after_step)
@@ -188,21 +188,21 @@ class FirstStep:
         for name, params in mine.items():
             grads = [param.grad for param in params if param.grad is not None]
             alive = "alive" if any(bool(grad.any()) for grad in grads) else "zero"
-            self._found.setdefault(name, alive if grads else "none")
-        self._judge()
+            self._gradients.setdefault(name, alive if grads else "none")
+        self._evaluate()
 
-    def _judge(self) -> None:
+    def _evaluate(self) -> None:
         """Judges the parts of which all layers were seen."""
         seen = [
             part
             for part, layers in self._parts.items()
-            if part not in self._told and layers and not layers.keys() - self._found.keys()
+            if part not in self._reported and layers and not layers.keys() - self._gradients.keys()
         ]
-        self._told |= set(seen)
+        self._reported |= set(seen)
         unreached = [
             part
             for part in seen
-            if all(self._found[layer] == "none" for layer in self._parts[part])
+            if all(self._gradients[layer] == "none" for layer in self._parts[part])
             and not engine.inside(part, self._copies)
         ]
         if unreached:
@@ -213,11 +213,11 @@ class FirstStep:
                 + itemize(part or module for part in unreached)
                 + "\nThe loss does not depend on them: they are not called in training_step, run "
                 "under no_grad, or their output is detached. "
-                + advice(unreached, self._parts)
+                + exclusion_advice(unreached, self._parts)
                 + "Where a later step will reach them, pass verify='off'."
             )
         layers = [layer for part in seen for layer in self._parts[part]]
-        idle = [layer for layer in layers if self._found[layer] != "alive"]
+        idle = [layer for layer in layers if self._gradients[layer] != "alive"]
         if idle and self._strategy.is_global_zero:
             log.warning(
                 "In the first step no gradient reached %d of %d adapted layers: %s%s. That is "
@@ -229,7 +229,7 @@ class FirstStep:
                 f" and {len(idle) - 5} more" if len(idle) > 5 else "",
             )
 
-    def tell_of_missing_steps(self) -> None:
+    def warn_missing_steps(self) -> None:
         """Warns of optimizers that hold adapters and never stepped."""
         if self._handles and self._strategy.is_global_zero:
             names = [

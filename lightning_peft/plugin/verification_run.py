@@ -11,17 +11,17 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LightningPeftError
-from lightning_peft.plugin.config_errors import explained
+from lightning_peft.plugin.compatibility import PRUNING_CALLBACK, REFUSED_CALLBACKS
+from lightning_peft.plugin.config_errors import explain_parser_error
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import (
     STRICT,
-    cause,
-    import_from_here,
-    quiet,
-    root_for,
-    with_full_names,
+    add_working_directory_to_path,
+    constructor_error,
+    hide_tips,
+    namespace_of_config,
+    qualify_optimizers,
 )
-from lightning_peft.plugin.refusals import PRUNING_CALLBACK, REFUSED_CALLBACKS
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -36,8 +36,8 @@ _SETTINGS = {
     "fast_dev_run": False,
     "profiler": None,
 }
-_OURS = ("LoRACallback", "QLoRACallback")
-_GOING_ON = {"max_epochs": 1_000_000, "max_steps": -1, "max_time": None}
+_ADAPTER_CALLBACKS = ("LoRACallback", "QLoRACallback")
+_UNLIMITED = {"max_epochs": 1_000_000, "max_steps": -1, "max_time": None}
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class VerifiedConfig:
     verification: engine.Verification
 
 
-class _Verified(Exception):
+class _VerificationDone(Exception):
     """Ends the run where the first step would begin."""
 
 
-def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedConfig:
+def verify_config(arguments: Sequence[str], print_summary: bool = True) -> VerifiedConfig:
     """Builds module, data and Trainer as LightningCLI does, and verifies on the first batch.
 
     On one device, and without loggers or callbacks besides those of this package. Callbacks that
@@ -68,7 +68,7 @@ def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedCo
     Args:
         arguments: The command line of LightningCLI without a subcommand, such as
             ``["--config", "config.yaml", "--trainer.strategy.r=8"]``.
-        announce: Print what is adapted.
+        print_summary: Print what is adapted.
 
     Returns:
         What was built, and the verification.
@@ -77,26 +77,26 @@ def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedCo
         ConfigError: If the config asks for no adapters, or the data gives no batch.
         LightningPeftError: If the module cannot be adapted.
     """
-    import_from_here()
-    root = root_for(arguments)
-    quiet(root)
+    add_working_directory_to_path()
+    root = namespace_of_config(arguments)
+    hide_tips(root)
     cli = _build(root, list(arguments))
     lifecycle = _lifecycle_of(cli.trainer)
-    lifecycle.announce = announce
+    lifecycle.print_summary = print_summary
     lifecycle.checks = TrainingChecks("cheap")
     # It would raise at the first problem; here all are wanted.
     lifecycle.checks.start = lambda strategy: None  # type: ignore[method-assign]
-    found: list[engine.Verification] = []
+    results: list[engine.Verification] = []
 
     def verify_then_stop(strategy: Any, batch: Any) -> None:
-        found.append(verify_in(strategy, batch))
-        raise _Verified
+        results.append(verify_in(strategy, batch))
+        raise _VerificationDone
 
     lifecycle.checks.before_batch = verify_then_stop  # type: ignore[method-assign]
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path"))
-    except _Verified:
-        return VerifiedConfig(type(cli.model).__name__, cli.datamodule, found[0])
+    except _VerificationDone:
+        return VerifiedConfig(type(cli.model).__name__, cli.datamodule, results[0])
     raise ConfigError(
         "The training data gave no batch to verify with: it is empty, or `max_epochs`, `max_steps` "
         "or `limit_train_batches` leave nothing of it."
@@ -113,35 +113,37 @@ def _build(root: str, arguments: list[str]) -> Any:
         def before_instantiate_classes(self) -> None:
             settings = self.config["trainer"]
             # The checkpoint of a finished run leaves no batch.
-            resumed = _GOING_ON if self.config.get("ckpt_path") is not None else {}
+            resumed = _UNLIMITED if self.config.get("ckpt_path") is not None else {}
             for name, value in {**_SETTINGS, **resumed}.items():
                 settings[name] = value
-            given = settings["callbacks"] or []
-            given = given if isinstance(given, list) else [given]
-            settings["callbacks"] = [callback for callback in given if _is_kept(callback)]
+            configured = settings["callbacks"] or []
+            configured = configured if isinstance(configured, list) else [configured]
+            settings["callbacks"] = [callback for callback in configured if _is_relevant(callback)]
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
         try:
             return VerifyCLI(
-                args=with_full_names(arguments),
+                args=qualify_optimizers(arguments),
                 run=False,
                 save_config_callback=None,
                 parser_kwargs={"prog": "lightning-peft verify", **STRICT},
             )
         except argparse.ArgumentError as error:
-            raise ConfigError(explained(str(error), root)) from error
+            raise ConfigError(explain_parser_error(str(error), root)) from error
         except ValueError as error:
             if isinstance(error, LightningPeftError):
                 raise
-            raise ConfigError(f"Something of the config cannot be made: {cause(error)}") from error
+            raise ConfigError(
+                f"Something of the config cannot be made: {constructor_error(error)}"
+            ) from error
 
 
-def _is_kept(callback: Any) -> bool:
+def _is_relevant(callback: Any) -> bool:
     module, _, name = str(callback["class_path"]).rpartition(".")
     cls = getattr(import_module(module), name)
     names = {base.__name__ for base in cls.__mro__}
-    return bool(names & {*REFUSED_CALLBACKS, PRUNING_CALLBACK, *_OURS})
+    return bool(names & {*REFUSED_CALLBACKS, PRUNING_CALLBACK, *_ADAPTER_CALLBACKS})
 
 
 def _lifecycle_of(trainer: Any) -> Lifecycle:

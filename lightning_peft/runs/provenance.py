@@ -62,5 +62,5 @@ def _base(module: Any) -> dict[str, Any]:
 
 
 def _name(instance: object) -> str:
-    cls = getattr(type(instance), "written_class", type(instance))
+    cls = getattr(type(instance), "unbound_class", type(instance))
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.runs.alerts import training_alert, validation_alert
 from lightning_peft.runs.provenance import provenance
 from lightning_peft.runs.record import RunRecord, numbers
@@ -27,7 +27,7 @@ UPDATE_EVERY = 0.5
 SHORT_RUN = 100
 
 
-class RunRecorder(RunRecord, _Base, metaclass=PerNamespace):
+class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     """Keeps the run folder of a Trainer's run up to date, from its first process.
 
     The command line adds it to every run; in Python it is
@@ -186,9 +186,9 @@ class RunRecorder(RunRecord, _Base, metaclass=PerNamespace):
             part["of"] = trainer.num_sanity_val_batches
         if isinstance(part["of"], list):
             part["of"] = part["of"][dataloader_idx]
-        self.before_part(trainer, **part)
+        self.on_validation_part(trainer, **part)
 
-    def before_part(self, trainer: Any, unit: str, done: int, of: float) -> None:
+    def on_validation_part(self, trainer: Any, unit: str, done: int, of: float) -> None:
         """Says which part of a phase begins, and follows what other programs ask for.
 
         Args:
@@ -299,7 +299,7 @@ class RunRecorder(RunRecord, _Base, metaclass=PerNamespace):
         if asked.get("stop"):
             self.say(state="stopping", phase="stopping after this step")
         for callback in self._interruptions(trainer):
-            callback.ask(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
+            callback.request(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
 
     def _interruptions(self, trainer: Any) -> list[Any]:
         return [one for one in trainer.callbacks if isinstance(one, SaveOnInterrupt)]

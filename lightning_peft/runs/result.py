@@ -16,7 +16,7 @@ def result(trainer: Any, module: Any, known: dict[str, Any]) -> dict[str, Any]:
         module: Its LightningModule.
         known: What whoever kept the record knows: name, kind, metrics before and after, seconds.
     """
-    cls = getattr(type(module), "written_class", type(module))
+    cls = getattr(type(module), "unbound_class", type(module))
     trained = [param for param in module.parameters() if param.requires_grad]
     return {
         **known,

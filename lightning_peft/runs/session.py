@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from lightning_peft.plan.watch import MemoryWatch
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
 from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.recorder import RunRecorder, numbers
@@ -65,12 +65,12 @@ class RunSession:
         Raises:
             ConfigError: If the folder cannot be written to.
         """
-        self._interruption = realize(SaveOnInterrupt, root)()
+        self._interruption = bind_to_lightning(SaveOnInterrupt, root)()
         if _is_first_process():
             self._begin_record(config, recipe, root)
         callbacks = [self._recorder] if self._recorder is not None else []
         if self.kind == "fit":
-            callbacks.append(realize(MemoryWatch, root)())
+            callbacks.append(bind_to_lightning(MemoryWatch, root)())
         return [*callbacks, self._interruption]
 
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
@@ -87,7 +87,7 @@ class RunSession:
         for stale in (self.folder.control, self.folder.error):
             stale.unlink(missing_ok=True)
         seed = config.get("seed_everything")
-        made = realize(RunRecorder, root)
+        made = bind_to_lightning(RunRecorder, root)
         self._recorder = made(
             self.folder, recipe, self.kind, seed if isinstance(seed, int) else None
         )

@@ -1,6 +1,6 @@
 """LightningModules and callbacks of the recipes; they know nothing of adapters."""
 
 from lightning_peft.exports import attach_stub
-from lightning_peft.plugin.namespace import for_imported
+from lightning_peft.plugin.namespace import bind_if_unambiguous
 
-__getattr__, __dir__, __all__ = attach_stub(__name__, bind=for_imported)
+__getattr__, __dir__, __all__ = attach_stub(__name__, bind=bind_if_unambiguous)

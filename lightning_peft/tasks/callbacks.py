@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.tasks.samples import GeneratedSample
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ else:
     _Callback = _EarlyStopping = _ModelCheckpoint = object
 
 
-class BestCheckpoint(_ModelCheckpoint, metaclass=PerNamespace):
+class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
     """Keeps the checkpoint with the best value of a metric, and the last one.
 
     Lightning's ``ModelCheckpoint`` with the defaults of the recipes, for either Lightning package.
@@ -85,7 +85,7 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=PerNamespace):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-class StopEarly(_EarlyStopping, metaclass=PerNamespace):
+class StopEarly(_EarlyStopping, metaclass=LateBoundMeta):
     """Ends training when a metric has not improved for some validations.
 
     Lightning's ``EarlyStopping`` with the defaults of the recipes, for either Lightning package.
@@ -147,7 +147,7 @@ def _check_logged(callback: Any, trainer: Any) -> None:
         )
 
 
-class LogSamples(_Callback, metaclass=PerNamespace):
+class LogSamples(_Callback, metaclass=LateBoundMeta):
     """Lets the model generate for the first validation rows, before training and with validation.
 
     The samples go into the record of the run (``samples.jsonl``) and to loggers that take text.
@@ -205,7 +205,7 @@ class LogSamples(_Callback, metaclass=PerNamespace):
         count = min(self.count, len(rows))
         for place in range(count):
             for callback in trainer.callbacks:
-                before = getattr(callback, "before_part", None)
+                before = getattr(callback, "on_validation_part", None)
                 if before is not None:
                     before(trainer, unit="samples", done=place, of=count)
             # One by one: each may take long, and whoever wants to stop does not wait for all.

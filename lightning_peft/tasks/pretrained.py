@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from transformers import AutoConfig
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.tasks.step_mean import StepMean
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ else:
 Schedule = Literal["cosine", "linear", "constant"]
 
 
-class PretrainedTask(_Base, metaclass=PerNamespace):
+class PretrainedTask(_Base, metaclass=LateBoundMeta):
     """A transformers model and what it is trained for.
 
     The model is loaded in ``configure_model``, so that nothing is in memory before the Trainer

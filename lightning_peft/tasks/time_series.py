@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError
 
 from lightning_peft.errors import CheckpointError, ConfigError, itemize
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule as _Base
@@ -58,7 +58,7 @@ def _metrics() -> nn.ModuleDict:
     )
 
 
-class Forecaster(_Base, metaclass=PerNamespace):
+class Forecaster(_Base, metaclass=LateBoundMeta):
     """Forecasts each column of a series on its own, with one causal convolutional net for all.
 
     Logs ``val_loss`` (mean absolute error in standard deviations), ``val_mae`` and ``val_rmse`` (in

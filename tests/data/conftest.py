@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def make(tmp_path):
 
     def make(data, root=ROOTS[1], **options):
         options = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
-        return realize(SupervisedData, root)(data, cache_dir=str(tmp_path / "cache"), **options)
+        return bind_to_lightning(SupervisedData, root)(
+            data, cache_dir=str(tmp_path / "cache"), **options
+        )
 
     return make
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.data.batching import LengthGroupedSampler, pad
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.tasks.causal_lm import CausalLM
 
@@ -100,12 +100,12 @@ def test_a_run_resumed_inside_an_epoch_sees_the_same_batches(
         lightning.seed_everything(5, verbose=False)
         grouping = {option: True} if option != "none" else {}
         data = make(path, validation_share=0, max_length=64, batch_size=2, **grouping)
-        task = realize(Recorded, ROOT)(tiny_model)
+        task = bind_to_lightning(Recorded, ROOT)(tiny_model)
         points = lightning.callbacks.ModelCheckpoint(
             dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
         )
         trainer = lightning.Trainer(
-            strategy=realize(LoRAStrategy, ROOT)(r=2, announce=False),
+            strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, print_summary=False),
             accelerator="cpu",
             devices=1,
             max_epochs=2,

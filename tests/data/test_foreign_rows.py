@@ -115,7 +115,7 @@ def test_thoughts_in_a_column_are_refused_where_they_could_be_of_any_turn():
 
 def test_a_preference_gets_its_tools_and_thoughts(make, write, tokenizer):
     from lightning_peft.data.preference import PreferenceData
-    from lightning_peft.plugin.namespace import ROOTS, realize
+    from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
     answers = {
         "chosen": [{**TALK[1], "reasoning_content": "Hm."}],
@@ -123,7 +123,7 @@ def test_a_preference_gets_its_tools_and_thoughts(make, write, tokenizer):
     }
     file = write([{"prompt": TALK[:1], **answers, "tools": [FUNCTION], "margin": 2.0}])
     made = make(file).hparams
-    data = realize(PreferenceData, ROOTS[1])(
+    data = bind_to_lightning(PreferenceData, ROOTS[1])(
         file, made["tokenizer"], READS, cache_dir=made["cache_dir"], validation_share=0.0
     )
     row = data.read().splits["train"][0]

@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 
 from lightning_peft.data.images import ImageData
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -45,7 +45,9 @@ def content(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def make(tmp_path):
     def make(data, **options):
         options = {"processor": AS_IT_IS, "batch_size": 4, **options}
-        return realize(ImageData, ROOTS[1])(str(data), cache_dir=str(tmp_path / "cache"), **options)
+        return bind_to_lightning(ImageData, ROOTS[1])(
+            str(data), cache_dir=str(tmp_path / "cache"), **options
+        )
 
     return make
 

@@ -8,7 +8,7 @@ from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.templates import find_template
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 SMALL = (
     "{% for m in messages %}({{ m.role }}){{ m.reasoning_content }}|{{ m.content }}"
@@ -53,7 +53,7 @@ def texts(write, tmp_path):
 
     def texts(rows, cls=SupervisedData, **options):
         options = {"tokenizer": str(BASE), "chat_template": SMALL, **options}
-        made = realize(cls, ROOTS[1])
+        made = bind_to_lightning(cls, ROOTS[1])
         data = made(write(rows), validation_share=0.0, cache_dir=str(tmp_path / "cache"), **options)
         data.prepare_data()
         data.setup("fit")

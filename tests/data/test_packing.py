@@ -18,7 +18,7 @@ from transformers import (
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.packing import PackedRows, check_model, collate, plan_rows
 from lightning_peft.errors import UnsupportedError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.tasks.causal_lm import CausalLM
 
@@ -177,7 +177,7 @@ def fit(make, write, tiny_model, precision="32-true", **options):
             return super().training_step(batch, batch_idx)
 
     trainer = import_module(root).Trainer(
-        strategy=realize(LoRAStrategy, root)(r=2, announce=False),
+        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, print_summary=False),
         precision=precision,
         accelerator="cpu",
         devices=1,
@@ -188,7 +188,7 @@ def fit(make, write, tiny_model, precision="32-true", **options):
         enable_model_summary=False,
     )
     import_module(root).seed_everything(3, verbose=False)
-    trainer.fit(realize(Task, root)(tiny_model, dtype="float32"), data)
+    trainer.fit(bind_to_lightning(Task, root)(tiny_model, dtype="float32"), data)
     assert torch.isfinite(trainer.callback_metrics["val_loss"])
     return losses
 

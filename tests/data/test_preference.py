@@ -6,7 +6,7 @@ from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.preference import PreferenceData, collate
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 # The answer decides how the turns before it are written.
@@ -23,7 +23,7 @@ def pairs(tmp_path, write):
     def pairs(rows, root=ROOTS[1], **options):
         given = {"tokenizer": str(BASE), "chat_template": "plain", "batch_size": 4, **options}
         cache = str(tmp_path / "cache")
-        return realize(PreferenceData, root)(write(rows), cache_dir=cache, **given)
+        return bind_to_lightning(PreferenceData, root)(write(rows), cache_dir=cache, **given)
 
     return pairs
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, WhisperFeatureExtractor
 from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
 
@@ -93,7 +93,7 @@ def test_the_processor_of_recordings_is_that_of_the_revision(hub, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     (tmp_path / "rows.csv").write_text("audio,text\nx.wav,x\n")
     for revision, size in ((OLD, 16), (None, 80)):
-        data = realize(SpeechData, ROOTS[1])(
+        data = bind_to_lightning(SpeechData, ROOTS[1])(
             str(tmp_path / "rows.csv"), "me/heard", processor_revision=revision
         )
         assert data.extractor.feature_size == size

@@ -11,7 +11,7 @@ from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import recognise
 from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
 
@@ -219,7 +219,7 @@ def test_an_encoder_without_a_template_refuses_what_only_a_template_writes(write
     rows = [{"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}]
     rows.append({"prompt": "a", "completion": [{"role": "assistant", "content": "b", "x": 1}]})
     rows.append({"prompt": "c", "completion": "d", "id": 3})
-    data = realize(Seq2SeqData, ROOTS[1])(
+    data = bind_to_lightning(Seq2SeqData, ROOTS[1])(
         write(rows), str(BASE), shape="prompt_completion", cache_dir=str(tmp_path / "cache")
     )
     assert [problem.detail for problem in data.read().problems] == [

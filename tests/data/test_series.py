@@ -8,7 +8,7 @@ import torch
 
 from lightning_peft.data.series import SeriesData
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 SMALL = {"context": 4, "horizon": 3, "batch_size": 100, "validation_share": 0.2, "test_share": 0.1}
 
@@ -23,7 +23,7 @@ def write(tmp_path):
 
 
 def make(path, **options):
-    return realize(SeriesData, ROOTS[1])(path, **{**SMALL, **options})
+    return bind_to_lightning(SeriesData, ROOTS[1])(path, **{**SMALL, **options})
 
 
 def table(steps=50):

@@ -15,7 +15,7 @@ from lightning_peft.data import audio, speech_rows
 from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .test_audio import wav
 
@@ -27,7 +27,7 @@ def make(tmp_path):
     def make(data, **options):
         given = {"processor": str(BASE), "feature_extractor": HEARD, "validation_share": 0}
         options = {**given, "batch_size": 2, "cache_dir": str(tmp_path / "cache"), **options}
-        return realize(SpeechData, ROOTS[1])(str(data), **options)
+        return bind_to_lightning(SpeechData, ROOTS[1])(str(data), **options)
 
     return make
 

@@ -10,7 +10,7 @@ import yaml
 import lightning_peft
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize, root_of
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning, namespace_of
 from lightning_peft.tasks.causal_lm import CausalLM
 
 from .conftest import pairs
@@ -46,12 +46,12 @@ def test_lightning_cli_makes_it_and_trains_on_it(root, write, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["cli"])
     cli = import_module(f"{root}.cli").LightningCLI
     made = cli(
-        realize(CausalLM, root),
+        bind_to_lightning(CausalLM, root),
         args={"fit": config(write(pairs(30)), tmp_path), "subcommand": "fit"},
         subclass_mode_data=True,
         save_config_callback=None,
     )
-    assert root_of(made.datamodule) == root
+    assert namespace_of(made.datamodule) == root
     assert isinstance(made.datamodule, lightning_peft.SupervisedData)
     assert made.trainer.global_step == len(made.datamodule.train_dataloader()) > 1
     assert torch.isfinite(made.trainer.callback_metrics["val_loss"])
@@ -67,7 +67,7 @@ def test_a_wrong_key_or_value_is_an_error_before_anything_is_read(
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config("rows", tmp_path, **{key: value})))
     with pytest.raises(SystemExit):
         cli(
-            realize(CausalLM, ROOTS[1]),
+            bind_to_lightning(CausalLM, ROOTS[1]),
             args=["fit", "--config", str(tmp_path / "run.yaml")],
             subclass_mode_data=True,
         )
@@ -125,7 +125,7 @@ def test_packing_outside_a_known_model_is_refused(make, write):
 
 def test_rows_that_do_not_fit_stop_a_run_before_its_first_step(make, write):
     data = make(write([*pairs(30), "{"]))
-    task = realize(CausalLM, ROOTS[1])(str(BASE), dtype="float32")
+    task = bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), dtype="float32")
     trainer = import_module(ROOTS[1]).Trainer(max_steps=1, accelerator="cpu", logger=False)
     with pytest.raises(ConfigError, match="row 31 is not JSON"):
         trainer.fit(task, data)
@@ -140,7 +140,7 @@ def test_resuming_on_other_data_is_told(make, write, tmp_path, caplog):
             accelerator="cpu", devices=1, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False,
         )  # fmt: skip
-        trainer.fit(realize(CausalLM, ROOTS[1])(str(BASE), dtype="float32"), data, **fit)
+        trainer.fit(bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), dtype="float32"), data, **fit)
         trainer.save_checkpoint(tmp_path / "one.ckpt")
         return "trained on other data" in caplog.text
 

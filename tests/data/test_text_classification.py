@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def classified(tmp_path):
     def classified(data, **options):
         options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
         cache = str(tmp_path / "cache")
-        return realize(TextClassificationData, ROOTS[1])(data, cache_dir=cache, **options)
+        return bind_to_lightning(TextClassificationData, ROOTS[1])(data, cache_dir=cache, **options)
 
     return classified
 

@@ -15,7 +15,7 @@ from lightning_peft.data.token_classification import (
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 WORDS = ["abc", "a", "fbc"]
 TAGS = ["B-X", "O", "I-X"]
@@ -27,7 +27,9 @@ def tagged(tmp_path):
     def tagged(data, **options):
         options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
         cache = str(tmp_path / "cache")
-        return realize(TokenClassificationData, ROOTS[1])(data, cache_dir=cache, **options)
+        return bind_to_lightning(TokenClassificationData, ROOTS[1])(
+            data, cache_dir=cache, **options
+        )
 
     return tagged
 

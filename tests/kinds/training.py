@@ -11,7 +11,7 @@ import torch
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import LightningPeftError
-from lightning_peft.plugin.namespace import realize, tree_of
+from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of_class
 
 from .kind import Kind
 
@@ -19,10 +19,10 @@ METHODS = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStr
 
 
 def trainer_for(kind: Kind, method: str, module: Any, folder: Any) -> Any:
-    root = tree_of(type(module))
-    arguments = {"r": 4, "announce": False, **kind.strategy}
+    root = namespace_of_class(type(module))
+    arguments = {"r": 4, "print_summary": False, **kind.strategy}
     return import_module(root).Trainer(
-        strategy=realize(METHODS[method], root)(**arguments),
+        strategy=bind_to_lightning(METHODS[method], root)(**arguments),
         accelerator="cpu",
         devices=1,
         max_epochs=2,

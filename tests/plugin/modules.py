@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 ROOTS = ("pytorch_lightning", "lightning.pytorch")
 PLACES = ("init", "setup", "configure_model")
@@ -191,7 +191,7 @@ def loader(kind: str = "linears", shuffle: bool = False, **given: Any) -> DataLo
 def strategy(method: str = "lora", root: str = ROOTS[0], **given: Any) -> Any:
     """Returns a strategy object of one Lightning; quiet, with a small rank."""
     names = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
-    return realize(names[method], root)(**{"r": 4, "announce": False, **given})
+    return bind_to_lightning(names[method], root)(**{"r": 4, "print_summary": False, **given})
 
 
 def trainer(folder: Path, method: Any = "lora", root: str = ROOTS[0], **given: Any) -> Any:

@@ -22,14 +22,14 @@ from modules import (
 
 import lightning_peft
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plugin.namespace import realize
-from lightning_peft.plugin.own_hooks import KEY
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 CALLBACKS = {"lora": lightning_peft.LoRACallback, "qlora": lightning_peft.QLoRACallback}
 
 
 def adapting(method, root=ROOTS[0], **given):
-    return realize(CALLBACKS[method], root)(r=4, announce=False, **given)
+    return bind_to_lightning(CALLBACKS[method], root)(r=4, print_summary=False, **given)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -60,7 +60,10 @@ def test_checkpoints_are_those_of_the_strategy(place, method, root, tmp_path):
     for name in ("step=4.ckpt", "step=8.ckpt", "step=12.ckpt", "weights.ckpt"):
         first, second = (torch.load(folder / name, weights_only=True) for folder in files)
         assert not differing(first["state_dict"], second["state_dict"])
-        a, b = ({k: str(v) for k, v in x[KEY].items() if k != "processes"} for x in (first, second))
+        a, b = (
+            {k: str(v) for k, v in x[CHECKPOINT_KEY].items() if k != "processes"}
+            for x in (first, second)
+        )
         assert a == b
     # Resumed in the middle of the first epoch by a callback, as if nothing had happened.
     torch.manual_seed(1000)

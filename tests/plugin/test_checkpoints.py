@@ -26,7 +26,7 @@ from modules import (
 from peft import PeftModel
 
 from lightning_peft.errors import BaseMismatchError, CheckpointError
-from lightning_peft.plugin.own_hooks import KEY
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
 
 def size_of(tensors) -> int:
@@ -131,7 +131,7 @@ def reshape(loaded):
 
 
 def newer(loaded):
-    loaded[KEY]["format"] = 99
+    loaded[CHECKPOINT_KEY]["format"] = 99
 
 
 FILE_PROBLEMS = [

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.engine.memory.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 
 def extended(module):
@@ -148,7 +148,7 @@ def test_a_compiled_module_is_left_to_the_compiler(tmp_path, said):
 @pytest.mark.parametrize("cls", [LoRAStrategy, QLoRAStrategy])
 def test_other_values_are_refused(cls):
     with pytest.raises(ConfigError, match=r"gradient_checkpointing='yes': it is True, False, 'a"):
-        realize(cls, ROOTS[0])(gradient_checkpointing="yes")
+        bind_to_lightning(cls, ROOTS[0])(gradient_checkpointing="yes")
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(tmp_path):

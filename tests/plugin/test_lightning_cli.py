@@ -11,7 +11,7 @@ from modules import ROOTS, lightning, loader, task_class
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy, engine, load_from_checkpoint
 from lightning_peft.errors import CheckpointError
-from lightning_peft.plugin.namespace import root_of
+from lightning_peft.plugin.namespace import namespace_of
 
 LORA = {
     "r": 8,
@@ -30,7 +30,7 @@ LORA = {
     "adapt": ["model"],
     "optimizer": "adamw_8bit",
     "gradient_checkpointing": "auto",
-    "announce": False,
+    "print_summary": False,
     "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},
 }
@@ -90,7 +90,7 @@ def test_all_arguments_of_a_strategy(name, root, tmp_path, capsys):
 
     cli = make_cli(root, ["--config", str(again)])
     made = cli.trainer.strategy
-    assert root_of(made) == root
+    assert namespace_of(made) == root
     assert isinstance(made, {"LoRAStrategy": LoRAStrategy, "QLoRAStrategy": QLoRAStrategy}[name])
     cli.trainer.fit(cli.model, cli.datamodule)
     entry = engine.require_record(cli.model).parts["model"]
@@ -108,7 +108,7 @@ def test_ready_configs_as_their_fields(root, tmp_path):
     arguments = {
         "peft_config": {"peft_type": "LOHA", "r": 3, "target_modules": ["layers.0"]},
         "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "announce": False,
+        "print_summary": False,
     }
     strategy = {"class_path": "lightning_peft.QLoRAStrategy", "init_args": arguments}
     cli = make_cli(root, ["--config", str(written(tmp_path, {"strategy": strategy}))])
@@ -122,7 +122,7 @@ def test_by_name_and_on_the_command_line(root):
     flags = [f"--trainer.{key}={str(value).lower()}" for key, value in TRAINER.items()]
     cli = make_cli(root, [*flags, "--trainer.strategy=qlora"])
     assert isinstance(cli.trainer.strategy, QLoRAStrategy)
-    assert root_of(cli.trainer.strategy) == root
+    assert namespace_of(cli.trainer.strategy) == root
     cli = make_cli(
         root,
         [*flags, "--trainer.strategy=lightning_peft.LoRAStrategy", "--trainer.strategy.r=5"],
@@ -133,7 +133,10 @@ def test_by_name_and_on_the_command_line(root):
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("name", ["LoRACallback", "QLoRACallback"])
 def test_callbacks(name, root, tmp_path):
-    callback = {"class_path": f"lightning_peft.{name}", "init_args": {"r": 2, "announce": False}}
+    callback = {
+        "class_path": f"lightning_peft.{name}",
+        "init_args": {"r": 2, "print_summary": False},
+    }
     cli = make_cli(root, ["--config", str(written(tmp_path, {"callbacks": [callback]}))])
     made = next(c for c in cli.trainer.callbacks if type(c).__name__ == name)
     assert isinstance(made, lightning(root).Callback)

@@ -27,7 +27,7 @@ from torch import nn
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError
-from lightning_peft.plugin.namespace import PerNamespace, use_namespace
+from lightning_peft.plugin.namespace import LateBoundMeta, use_namespace
 
 
 def saved(folder, module, method="lora", root=ROOTS[0]):
@@ -170,7 +170,7 @@ def test_layers_built_in_a_setup_that_needs_the_trainer(tmp_path):
     trainer(tmp_path).validate(Needy(), loader(), ckpt_path=file, verbose=False)
 
 
-class Portable(metaclass=PerNamespace):
+class Portable(metaclass=LateBoundMeta):
     """A LightningModule of this package's kind: without a base until an instance is made."""
 
     lightning_base = "core.module.LightningModule"

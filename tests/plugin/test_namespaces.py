@@ -9,7 +9,12 @@ from modules import ROOTS, lightning, loader, outputs, strategy, task, trainer
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import namespace_in_use, realize, root_of, use_namespace
+from lightning_peft.plugin.namespace import (
+    bind_to_lightning,
+    namespace_in_use,
+    namespace_of,
+    use_namespace,
+)
 
 TRAIN = """
 import torch
@@ -89,7 +94,7 @@ def test_a_strategy_joins_the_tree_of_its_trainer(root, made_for, tmp_path):
     assert run.strategy is made
     assert isinstance(made, lightning(root).strategies.DDPStrategy)
     assert isinstance(made, lightning_peft.QLoRAStrategy)
-    assert root_of(made) == root_of(made.accelerator) == root
+    assert namespace_of(made) == namespace_of(made.accelerator) == root
     assert type(made._forward_redirection).__module__.startswith(f"{root}.")
     assert isinstance(made.checkpoint_io, lightning(root).plugins.io.TorchCheckpointIO)
     assert made._ddp_kwargs == {"find_unused_parameters": True}
@@ -110,8 +115,8 @@ def test_the_nearest_caller_decides_where_both_are_imported(root):
     scope = {"__name__": "users_module"}
     exec(f"from {root} import Trainer\nimport lightning_peft\n", scope)
     exec("made = lightning_peft.LoRAStrategy()\ncallback = lightning_peft.LoRACallback()", scope)
-    assert root_of(scope["made"]) == root
-    assert root_of(scope["callback"]) == root
+    assert namespace_of(scope["made"]) == root
+    assert namespace_of(scope["callback"]) == root
     assert isinstance(scope["callback"], lightning(root).Callback)
 
 
@@ -121,7 +126,7 @@ def test_the_choice_can_be_made_by_hand(root):
     try:
         assert namespace_in_use() == root
         assert issubclass(lightning_peft.QLoRACallback, lightning(root).Callback)
-        assert root_of(lightning_peft.QLoRAStrategy()) == root
+        assert namespace_of(lightning_peft.QLoRAStrategy()) == root
     finally:
         use_namespace(None)
     with pytest.raises(ConfigError, match="the packages are lightning.pytorch and pytorch_lightn"):
@@ -134,10 +139,10 @@ def test_subclasses_by_the_user(root, tmp_path):
         """A default of one's own."""
 
         def __init__(self, r: int = 2) -> None:
-            super().__init__(r=r, announce=False)
+            super().__init__(r=r, print_summary=False)
 
     module = task(root)
-    run = trainer(tmp_path, realize(Mine, root)(), root)
+    run = trainer(tmp_path, bind_to_lightning(Mine, root)(), root)
     run.fit(module, loader())
     assert isinstance(run.strategy, Mine)
     fresh = task(root)

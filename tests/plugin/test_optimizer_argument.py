@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import LoRACallback, LoRAStrategy, QLoRACallback, QLoRAStrategy, engine
 from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 WIDTH = 1024  # times r=4: the least that 8-bit optimizers quantize
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -217,4 +217,4 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
 @pytest.mark.parametrize("cls", [LoRAStrategy, QLoRAStrategy, LoRACallback, QLoRACallback])
 def test_unknown_names_are_refused_at_once(cls):
     with pytest.raises(ConfigError, match=r"optimizer='adamw8bit'.*near names: .*adamw_8bit"):
-        realize(cls, ROOTS[0])(optimizer="adamw8bit")
+        bind_to_lightning(cls, ROOTS[0])(optimizer="adamw8bit")

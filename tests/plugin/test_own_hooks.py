@@ -19,7 +19,7 @@ from modules import (
 import lightning_peft
 from lightning_peft import LoRACallback
 from lightning_peft.errors import CheckpointError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 Task = task_class(ROOTS[0])
 PRETRAINED = "model.layers."
@@ -184,9 +184,14 @@ def test_no_adapter_is_lost_of_any_model(cls, method, kind, tmp_path):
 
 
 def test_neither_by_a_callback_nor_under_one(tmp_path):
-    given = {"callbacks": [realize(LoRACallback, ROOTS[0])(r=4, announce=False), Dropping()]}
+    given = {
+        "callbacks": [
+            bind_to_lightning(LoRACallback, ROOTS[0])(r=4, print_summary=False),
+            Dropping(),
+        ]
+    }
     module = trained(DropsOnSave, tmp_path, "auto", **given)
-    given = {"callbacks": [realize(LoRACallback, ROOTS[0])(r=4, announce=False)]}
+    given = {"callbacks": [bind_to_lightning(LoRACallback, ROOTS[0])(r=4, print_summary=False)]}
     assert_validated(DropsOnSave, module, tmp_path / "whole.ckpt", "auto", **given)
 
 

@@ -12,7 +12,7 @@ from modules import ROOTS, differing, lightning, loader, task_class, trainer, we
 
 import lightning_peft
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 METHODS = ("lora", "qlora", "callback")
 
@@ -28,7 +28,7 @@ class Second(task_class(ROOTS[1])):
 def made(method, root, folder, **given):
     if method != "callback":
         return trainer(folder, method, root, **given)
-    callback = realize(lightning_peft.QLoRACallback, root)(r=4, announce=False)
+    callback = bind_to_lightning(lightning_peft.QLoRACallback, root)(r=4, print_summary=False)
     return trainer(folder, "auto", root, callbacks=[callback], **given)
 
 
@@ -71,10 +71,10 @@ class Own(lightning_peft.LoRAStrategy):
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_subclasses_and_other_callbacks(root):
-    own = pickle.loads(pickle.dumps(realize(Own, root)(r=3)))
+    own = pickle.loads(pickle.dumps(bind_to_lightning(Own, root)(r=3)))
     assert isinstance(own, lightning(root).strategies.DDPStrategy)
     assert isinstance(own, Own)
     assert own.lifecycle.injection.peft_config.r == 3
     assert pickle.loads(pickle.dumps(Own)) is Own
-    saver = pickle.loads(pickle.dumps(realize(SaveOnInterrupt, root)()))
+    saver = pickle.loads(pickle.dumps(bind_to_lightning(SaveOnInterrupt, root)()))
     assert isinstance(saver, lightning(root).Callback)

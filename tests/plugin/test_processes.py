@@ -11,7 +11,7 @@ from forked import HERE, environment, run_forked
 from modules import differing, loader, outputs, saver, strategy, task, trainer, weights
 from two_processes import ROOT
 
-from lightning_peft.plugin.own_hooks import KEY
+from lightning_peft.plugin.checkpoint_content import KEY
 
 
 @pytest.fixture(scope="module")

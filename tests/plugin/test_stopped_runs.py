@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import lightning_peft
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 Task = task_class(ROOTS[0])
 Callback = lightning(ROOTS[0]).Callback
@@ -54,7 +54,7 @@ class Interrupt(Callback):
 
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == 7:
-            self.listener.ask(stop=True)
+            self.listener.request(stop=True)
 
 
 def run_two(folder, method, way, accumulate=1, generator=False):
@@ -66,7 +66,7 @@ def run_two(folder, method, way, accumulate=1, generator=False):
     elif way == "should_stop":
         callbacks.append(StopAt())
     else:
-        listener = realize(SaveOnInterrupt, ROOTS[0])()
+        listener = bind_to_lightning(SaveOnInterrupt, ROOTS[0])()
         callbacks += [listener, Interrupt(listener)]
     common = {"accumulate_grad_batches": accumulate, "default_root_dir": folder}
     first = make_trainer(folder, method(), callbacks=callbacks, **given, **common)

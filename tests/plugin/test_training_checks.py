@@ -23,7 +23,7 @@ from torch import nn
 import lightning_peft
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import ConfigError, LifecycleError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 METHODS = ("lora", "qlora")
 LOGGER = "lightning_peft.plugin.training_checks"
@@ -287,7 +287,9 @@ def test_full_stops_before_the_first_step(front, root, tmp_path, monkeypatch):
     if front == "strategy":
         run = trainer(tmp_path, strategy("qlora", root, **given), root)
     else:
-        callback = realize(lightning_peft.QLoRACallback, root)(r=4, announce=False, **given)
+        callback = bind_to_lightning(lightning_peft.QLoRACallback, root)(
+            r=4, print_summary=False, **given
+        )
         run = trainer(tmp_path, "auto", root, callbacks=[callback])
     with pytest.raises(LifecycleError, match="called without effect in eval mode"):
         run.fit(module, loader())

@@ -32,7 +32,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.fingerprint import exact_checksum
 from lightning_peft.errors import UnsupportedError
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 
 METHODS = ("lora", "qlora")
 
@@ -144,7 +144,7 @@ def test_devices_that_are_not_served_are_refused(device, method):
     with pytest.raises(UnsupportedError, match=message):
         own.lifecycle.install(task(), own)
     callbacks = {"lora": lightning_peft.LoRACallback, "qlora": lightning_peft.QLoRACallback}
-    callback = realize(callbacks[method], ROOTS[0])(r=2)
+    callback = bind_to_lightning(callbacks[method], ROOTS[0])(r=2)
     theirs = lightning(ROOTS[0]).strategies.SingleDeviceStrategy(device)
     with pytest.raises(UnsupportedError, match=message):
         callback.lifecycle.install(task(), theirs)

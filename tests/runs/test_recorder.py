@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.recorder import RunRecorder
@@ -41,10 +41,10 @@ def run(root, folder, broken=None, **options):
     torch.manual_seed(0)
     rows = torch.randn(12, 8)
     trainer = lightning.Trainer(
-        strategy=realize(LoRAStrategy, root)(r=2, announce=False),
+        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, print_summary=False),
         max_epochs=2,
         num_sanity_val_steps=-1,
-        callbacks=[realize(RunRecorder, root)(folder)],
+        callbacks=[bind_to_lightning(RunRecorder, root)(folder)],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_peft.plugin.interruption import SaveOnInterrupt
-from lightning_peft.plugin.namespace import realize
+from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.recorder import RunRecorder
@@ -58,13 +58,13 @@ class Asks(lightning.Callback):
 
 def fit(folder, checkpoint=None, asks=None, **options):
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
-    recorder = realize(RunRecorder, ROOT)(folder)
+    recorder = bind_to_lightning(RunRecorder, ROOT)(folder)
     best = lightning.callbacks.ModelCheckpoint(monitor="val_loss", filename="best")
-    interruption = realize(SaveOnInterrupt, ROOT)()
+    interruption = bind_to_lightning(SaveOnInterrupt, ROOT)()
     given = {"max_epochs": 2, "num_sanity_val_steps": -1, **options}
     trainer = lightning.Trainer(
         # Which goes on with the batches that are left.
-        strategy=realize(LoRAStrategy, ROOT)(r=2, announce=False),
+        strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, print_summary=False),
         callbacks=[*([Asks(recorder.folder, *asks)] if asks else []), recorder, interruption, best],
         logger=False,
         enable_progress_bar=False,
@@ -207,7 +207,7 @@ def test_how_far_a_validation_is_can_be_read_while_it_runs(tmp_path):
             status = RunFolder(tmp_path).status
             seen.append((trainer.sanity_checking, status.phase, status.part))
 
-    recorder = realize(RunRecorder, ROOT)(tmp_path)
+    recorder = bind_to_lightning(RunRecorder, ROOT)(tmp_path)
     rows = torch.randn(17, 8)
     trainer = lightning.Trainer(
         callbacks=[Reads(), recorder],

@@ -13,7 +13,7 @@ from trainer_fixtures import _one_thread as _one_thread
 from trainer_fixtures import _quiet_lightning as _quiet_lightning
 
 from lightning_peft.demo.run import BASE
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 
 STRATEGIES = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}
@@ -44,8 +44,8 @@ MODELS = {
 def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> Any:
     """Returns a Trainer for a few steps, with adapters if a method is named."""
     if method is not None:
-        strategy = realize(STRATEGIES[method], root)
-        options["strategy"] = strategy(r=4, announce=False, optimizer=None)
+        strategy = bind_to_lightning(STRATEGIES[method], root)
+        options["strategy"] = strategy(r=4, print_summary=False, optimizer=None)
     return import_module(root).Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **options,
@@ -54,7 +54,7 @@ def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> 
 
 def make(cls: type, *arguments: Any, **options: Any) -> Any:
     """Returns a task or a data module for the Lightning of :func:`trainer`."""
-    return realize(cls, ROOTS[1])(*arguments, **options)
+    return bind_to_lightning(cls, ROOTS[1])(*arguments, **options)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:

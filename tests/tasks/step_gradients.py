@@ -15,7 +15,7 @@ import torch
 from short_runs import STRATEGIES, make
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.sequence_to_sequence import Seq2SeqLM
 from lightning_peft.tasks.token_classification import TokenClassifier
@@ -90,13 +90,13 @@ def step(
     if options.get("devices", 1) > 1:
         rank = int(os.environ.get("LOCAL_RANK", 0))
         sampler = DistributedSampler(data, options["devices"], rank, shuffle=False)
-    strategy = realize(STRATEGIES[method], ROOTS[1])
+    strategy = bind_to_lightning(STRATEGIES[method], ROOTS[1])
     run = library.Trainer(
         **{
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 1,
             "accumulate_grad_batches": accumulate, "callbacks": [Watch()],
-            "strategy": strategy(r=4, announce=False, optimizer=None), **options,
+            "strategy": strategy(r=4, print_summary=False, optimizer=None), **options,
         }
     )  # fmt: skip
     run.fit(module, DataLoader(data, batch_size=batch_size, sampler=sampler))

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.callbacks import BestCheckpoint, LogSamples, StopEarly, log_text
 from lightning_peft.tasks.causal_lm import CausalLM
 from lightning_peft.tasks.samples import GeneratedSample
@@ -36,7 +36,7 @@ def fit(folder, *callbacks, root=ROOTS[0], losses=(), **options):
 
     options = {"max_epochs": 1, "num_sanity_val_steps": -1, **options}
     trainer = lightning.Trainer(
-        callbacks=[realize(cls, root)(**given) for cls, given in callbacks],
+        callbacks=[bind_to_lightning(cls, root)(**given) for cls, given in callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -98,7 +98,7 @@ def test_the_model_answers_before_and_after(root, tmp_path):
         def record_samples(self, trainer, samples):
             kept.append((trainer.global_step, samples))
 
-    data = realize(SupervisedData, root)(
+    data = bind_to_lightning(SupervisedData, root)(
         str(INSTRUCTIONS),
         str(BASE),
         chat_template="plain",
@@ -106,7 +106,7 @@ def test_the_model_answers_before_and_after(root, tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )
     trainer = lightning.Trainer(
-        callbacks=[realize(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
+        callbacks=[bind_to_lightning(LogSamples, root)(count=2, max_new_tokens=4), Keep()],
         limit_train_batches=2,
         limit_val_batches=1,
         max_epochs=1,
@@ -115,7 +115,7 @@ def test_the_model_answers_before_and_after(root, tmp_path):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    task = realize(CausalLM, root)(str(BASE), learning_rate=1e-2, dtype="float32")
+    task = bind_to_lightning(CausalLM, root)(str(BASE), learning_rate=1e-2, dtype="float32")
     trainer.fit(task, datamodule=data)
     assert [step for step, _ in kept] == [0, 2]
     first, last = (samples for _, samples in kept)
@@ -148,4 +148,4 @@ def test_samples_that_cannot_be_had_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="Module has no generate_samples"):
         fit(tmp_path, (LogSamples, {}))
     with pytest.raises(ConfigError, match="both are 1 at least"):
-        realize(LogSamples, ROOTS[0])(count=0)
+        bind_to_lightning(LogSamples, ROOTS[0])(count=0)

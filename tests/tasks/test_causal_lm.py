@@ -5,14 +5,14 @@ import torch
 
 from lightning_peft.data.instructions import InstructionData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.causal_lm import CausalLM
 
 
 @pytest.mark.parametrize("root", ROOTS)
 def test_it_is_a_lightning_module_of_either_tree(root):
     lightning = importlib.import_module(root)
-    task = realize(CausalLM, root)(str(BASE))
+    task = bind_to_lightning(CausalLM, root)(str(BASE))
     assert isinstance(task, lightning.LightningModule)
     assert isinstance(task, CausalLM)
     assert task.hparams["model"] == str(BASE)
@@ -40,8 +40,8 @@ def test_the_model_is_loaded_once():
 
 def test_the_rate_rises_and_falls_as_a_cosine():
     lightning = importlib.import_module(ROOTS[1])
-    task = realize(CausalLM, ROOTS[1])(str(BASE), learning_rate=1.0, warmup=0.1)
-    data = realize(InstructionData, ROOTS[1])(str(INSTRUCTIONS), str(BASE), 2)
+    task = bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), learning_rate=1.0, warmup=0.1)
+    data = bind_to_lightning(InstructionData, ROOTS[1])(str(INSTRUCTIONS), str(BASE), 2)
     rates = []
 
     class Watch(lightning.Callback):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 from lightning_peft.data.images import ImageData
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.image_classification import ImageClassifier
 
@@ -36,13 +36,15 @@ def data(tmp_path):
     def data(**options):
         options = {"batch_size": 20, "limit": 100, "validation_share": 0.2, **options}
         cache = str(tmp_path / "cache")
-        return realize(ImageData, ROOT)(str(DIGITS), PROCESSOR, cache_dir=cache, **options)
+        return bind_to_lightning(ImageData, ROOT)(
+            str(DIGITS), PROCESSOR, cache_dir=cache, **options
+        )
 
     return data
 
 
 def task(config=VIT, **options):
-    return realize(ImageClassifier, ROOT)("none", config=config, **options)
+    return bind_to_lightning(ImageClassifier, ROOT)("none", config=config, **options)
 
 
 def trainer(**options):
@@ -52,7 +54,7 @@ def trainer(**options):
 
 
 def with_adapters(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
+    return trainer(strategy=STRATEGIES[method](r=4, print_summary=False), **options)
 
 
 def test_loss_and_metrics_are_those_counted_by_hand(data):
@@ -105,7 +107,7 @@ def test_adapters_and_head_are_trained_and_saved_and_nothing_else(method, model,
     assert len(moved) > 10
     assert all("lora_" in name for name in moved - heads)
     run.save_checkpoint(tmp_path / "one.ckpt")
-    loaded = load_from_checkpoint(realize(ImageClassifier, ROOT), tmp_path / "one.ckpt")
+    loaded = load_from_checkpoint(bind_to_lightning(ImageClassifier, ROOT), tmp_path / "one.ckpt")
     assert loaded.hparams["labels"] == [str(n) for n in range(10)]
     module.eval(), loaded.eval()
     pixels = next(iter(images.val_dataloader()))["pixel_values"]
@@ -120,7 +122,7 @@ def test_adapters_and_head_are_trained_and_saved_and_nothing_else(method, model,
 def test_the_head_of_other_classes_is_replaced_and_trained(method, data, tmp_path):
     base = AutoModelForImageClassification.from_config(AutoConfig.for_model(**VIT, num_labels=3))
     base.save_pretrained(tmp_path / "base")
-    module = realize(ImageClassifier, ROOT)(str(tmp_path / "base"), learning_rate=5e-3)
+    module = bind_to_lightning(ImageClassifier, ROOT)(str(tmp_path / "base"), learning_rate=5e-3)
     run = with_adapters(method, max_steps=2)
     run.fit(module, data())
     head = module.model.classifier
@@ -139,7 +141,7 @@ def test_a_ready_head_is_not_read_the_wrong_way_round(data, tmp_path, caplog):
     def validate(labels):
         config = AutoConfig.for_model(**VIT, id2label=dict(enumerate(labels)))
         AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "base")
-        module = realize(ImageClassifier, ROOT)(str(tmp_path / "base"))
+        module = bind_to_lightning(ImageClassifier, ROOT)(str(tmp_path / "base"))
         return trainer().validate(module, data(), verbose=False)
 
     with pytest.raises(ConfigError, match="They are in another order: number 0 is '9'"):

@@ -17,14 +17,14 @@ from transformers import LlamaForCausalLM
 import lightning_peft
 from lightning_peft import LoRAStrategy
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.preference import PreferenceTuning
 from lightning_peft.tasks.reference import reference
 
 
 def task_of(root=ROOTS[1], **options):
     given = {"config": CONFIG, "learning_rate": 1e-2, "weight_decay": 0.0, **options}
-    return realize(PreferenceTuning, root)("none", **given)
+    return bind_to_lightning(PreferenceTuning, root)("none", **given)
 
 
 def base_model():
@@ -187,7 +187,7 @@ def test_without_adapters_there_is_no_reference(stage, tmp_path):
     ],
 )
 def test_a_reference_that_is_not_the_base_is_refused(options, problem, tmp_path):
-    trainer = trainer_of(LoRAStrategy(r=4, announce=False, **options))
+    trainer = trainer_of(LoRAStrategy(r=4, print_summary=False, **options))
     with pytest.raises(ConfigError, match=problem):
         trainer.fit(task_of(), data_in(tmp_path))
     assert trainer.global_step == 0
@@ -195,7 +195,7 @@ def test_a_reference_that_is_not_the_base_is_refused(options, problem, tmp_path)
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_start_away_from_the_reference_is_told(fresh, tmp_path, caplog):
-    strategy = LoRAStrategy(r=4, announce=False, init_lora_weights=fresh, verify="full")
+    strategy = LoRAStrategy(r=4, print_summary=False, init_lora_weights=fresh, verify="full")
     trainer_of(strategy, max_steps=1).fit(task_of(), data_in(tmp_path))
     assert ("have learnt something already" in caplog.text) != fresh
 

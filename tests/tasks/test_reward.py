@@ -14,7 +14,7 @@ from trainer_fixtures import (  # noqa: F401
 from transformers import LlamaConfig
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.reward import RewardModel, padding_token
 
 END = 2
@@ -22,7 +22,7 @@ END = 2
 
 def task_of(root=ROOTS[1], config=None, **options):
     given = {"config": {**CONFIG, **(config or {})}, "learning_rate": 5e-3, **options}
-    return realize(RewardModel, root)("none", **given)
+    return bind_to_lightning(RewardModel, root)("none", **given)
 
 
 def built(**options):
@@ -112,7 +112,7 @@ def test_adapters_and_the_head_train_and_nothing_else(kind, tmp_path):
 def test_the_head_of_a_base_in_16_bits_is_not(precision, tmp_path):
     fresh = built()
     fresh.model.model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    task = realize(RewardModel, ROOTS[1])(str(tmp_path / "base"), learning_rate=1e-5)
+    task = bind_to_lightning(RewardModel, ROOTS[1])(str(tmp_path / "base"), learning_rate=1e-5)
     strategy = strategy_of("lora", verify="full")
     trainer = trainer_of(strategy, precision=precision)
     trainer.fit(task, data_in(tmp_path))

@@ -12,7 +12,7 @@ from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.data.sequence_to_sequence import Seq2SeqData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.sequence_to_sequence import Seq2SeqLM
 
 T5 = {
@@ -31,14 +31,14 @@ def data(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = [{**row, "split": "validation" if i > 6 else "train"} for i, row in enumerate(ROWS)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    return realize(Seq2SeqData, ROOTS[1])(
+    return bind_to_lightning(Seq2SeqData, ROOTS[1])(
         str(path), str(BASE), batch_size=4, cache_dir=str(tmp_path / "cache")
     )
 
 
 def task(**options):
     options = {"config": T5, "dtype": "float32", "max_new_tokens": 5, **options}
-    return realize(Seq2SeqLM, ROOTS[1])("tiny", **options)
+    return bind_to_lightning(Seq2SeqLM, ROOTS[1])("tiny", **options)
 
 
 def trainer(tmp_path, **options):
@@ -153,7 +153,7 @@ def test_generation_is_greedy_and_leaves_the_modes(data, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_both_strategies_train_it_and_nothing_else_moves(strategy, checkpointing, data, tmp_path):
     made = task(learning_rate=1e-2)
-    given = strategy(r=4, gradient_checkpointing=checkpointing, announce=False, verify="cheap")
+    given = strategy(r=4, gradient_checkpointing=checkpointing, print_summary=False, verify="cheap")
     run = trainer(tmp_path, strategy=given, max_steps=4)
     before = {}
 

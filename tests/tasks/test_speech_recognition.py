@@ -16,7 +16,7 @@ from lightning_peft.data.audio import decode
 from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.speech_recognition import SpeechRecognizer
 
 SHIPPED = BASE.parents[2] / "recipes" / "small" / "data" / "telephone_keys.parquet"
@@ -33,7 +33,7 @@ WHISPER = {
 
 @pytest.fixture
 def data(tmp_path):
-    return realize(SpeechData, ROOTS[1])(
+    return bind_to_lightning(SpeechData, ROOTS[1])(
         str(SHIPPED), str(BASE), HEARD, limit=20, validation_share=0.3, batch_size=4,
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
@@ -41,7 +41,7 @@ def data(tmp_path):
 
 def task(**options):
     options = {"config": WHISPER, "dtype": "float32", "max_new_tokens": 5, **options}
-    return realize(SpeechRecognizer, ROOTS[1])("tiny", **options)
+    return bind_to_lightning(SpeechRecognizer, ROOTS[1])("tiny", **options)
 
 
 def trainer(tmp_path, **options):
@@ -94,7 +94,7 @@ def test_both_strategies_train_it_and_it_transcribes(strategy, data, tmp_path):
         def on_train_start(self, trainer, module):
             before.update({name: value.clone() for name, value in module.named_parameters()})
 
-    given = strategy(r=4, gradient_checkpointing=True, announce=False, verify="cheap")
+    given = strategy(r=4, gradient_checkpointing=True, print_summary=False, verify="cheap")
     run = trainer(tmp_path, strategy=given, callbacks=[Look()])
     run.fit(made, data)
     moved = {n for n, value in made.named_parameters() if not torch.equal(value, before[n])}
@@ -127,7 +127,7 @@ def many(tmp_path):
             "no_timestamps_token_id": ids["<|notimestamps|>"],
         }.items():
             setattr(made.model.generation_config, name, value)
-        data = realize(SpeechData, ROOTS[1])(
+        data = bind_to_lightning(SpeechData, ROOTS[1])(
             str(SHIPPED), str(tmp_path / "whisper"), HEARD, limit=20, validation_share=0.3,
             cache_dir=str(tmp_path / "cache"), **asked,
         )  # fmt: skip

@@ -23,7 +23,7 @@ from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.text_classification import TextClassifier
 
 TEXTS = {"file": "open the file and read", "mail": "send a message to", "sum": "add one number to"}
@@ -179,7 +179,7 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tm
         (same,) = (k for k in stored if k.endswith(name.removeprefix("model.")))
         assert torch.equal(stored[same], dict(made.named_parameters())[name])
 
-    again = load_from_checkpoint(realize(TextClassifier, ROOTS[1]), tmp_path / "one.ckpt")
+    again = load_from_checkpoint(bind_to_lightning(TextClassifier, ROOTS[1]), tmp_path / "one.ckpt")
     assert again.labels == LABELS
     assert again.model.config.id2label == dict(enumerate(LABELS))
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_labels_of_a_checkpoint_in_another_order_are_refused(data, tmp_path):
     with pytest.raises(CheckpointError, match="wrong names"):
         trainer("lora").validate(task(), data(labels=other), ckpt_path=path)
     with pytest.raises(CheckpointError, match="wrong names"):
-        load_from_checkpoint(realize(TextClassifier, ROOTS[1]), path, labels=other)
+        load_from_checkpoint(bind_to_lightning(TextClassifier, ROOTS[1]), path, labels=other)
     # The same labels in the order of the run are those of the run.
     again = trainer("lora", max_steps=2, limit_val_batches=0)
     again.fit(task(), data(labels=LABELS), ckpt_path=path)
@@ -250,7 +250,7 @@ def test_a_loaded_task_checks_the_data_that_it_is_given(data, tmp_path):
     runner = trainer("lora", max_steps=1, limit_val_batches=0)
     runner.fit(task(), data())
     runner.save_checkpoint(tmp_path / "one.ckpt")
-    again = load_from_checkpoint(realize(TextClassifier, ROOTS[1]), tmp_path / "one.ckpt")
+    again = load_from_checkpoint(bind_to_lightning(TextClassifier, ROOTS[1]), tmp_path / "one.ckpt")
     with pytest.raises(ConfigError, match="number 0 is 'file', not 'mail'"):
         trainer().predict(again, data(labels=["mail", "file", "sum"]))
 

@@ -14,7 +14,7 @@ from trainer_fixtures import _no_flushing, _one_thread, _quiet_lightning  # noqa
 from lightning_peft.data.series import SeriesData
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.time_series import Forecaster
 
@@ -34,14 +34,14 @@ def data(tmp_path):
         path = tmp_path / f"{name}.csv"
         path.write_text("a,b\n" + "".join(f"{a},{b}\n" for a, b in waves))
         options = {"context": 12, "horizon": 3, "season": 2, "batch_size": 16, **options}
-        return realize(SeriesData, ROOT)(str(path), **options)
+        return bind_to_lightning(SeriesData, ROOT)(str(path), **options)
 
     return data
 
 
 def net(**options):
     torch.manual_seed(1)
-    return realize(Forecaster, ROOT)(**{**SIZES, **options})
+    return bind_to_lightning(Forecaster, ROOT)(**{**SIZES, **options})
 
 
 def trainer(**options):
@@ -51,7 +51,7 @@ def trainer(**options):
 
 
 def adapting(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
+    return trainer(strategy=STRATEGIES[method](r=4, print_summary=False), **options)
 
 
 def test_metrics_are_those_counted_by_hand(data):
@@ -129,7 +129,7 @@ def test_it_is_adapted_to_another_series_and_comes_back_with_its_scale(method, d
             if name not in moving:
                 assert torch.equal(value, weights[name])
     run.save_checkpoint(tmp_path / "one.ckpt")
-    loaded = load_from_checkpoint(realize(Forecaster, ROOT), tmp_path / "one.ckpt")
+    loaded = load_from_checkpoint(bind_to_lightning(Forecaster, ROOT), tmp_path / "one.ckpt")
     assert loaded.hparams["columns"] == ["a", "b"]
     past = series.windows("test")[0]["past"][None]
     with torch.no_grad():
@@ -181,8 +181,8 @@ def test_the_shipped_weights_know_the_shipped_temperatures():
     assert (SHIPPED / "forecaster.safetensors").stat().st_size < 100_000
     weights = load_file(SHIPPED / "forecaster.safetensors")
     assert weights["blocks.4.first.weight"].shape == (32, 32, 3)
-    series = realize(SeriesData, ROOT)(str(SHIPPED / "seattle.csv"), time="date")
-    module = realize(Forecaster, ROOT)(checkpoint=str(SHIPPED / "forecaster.safetensors"))
+    series = bind_to_lightning(SeriesData, ROOT)(str(SHIPPED / "seattle.csv"), time="date")
+    module = bind_to_lightning(Forecaster, ROOT)(checkpoint=str(SHIPPED / "forecaster.safetensors"))
     logged = trainer().validate(module, series, verbose=False)[0]
     assert logged["val_mase"] < 0.9 * logged["val_mase_naive"]
 

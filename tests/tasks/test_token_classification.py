@@ -21,7 +21,7 @@ from lightning_peft.data.token_classification import TokenClassificationData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
-from lightning_peft.plugin.namespace import ROOTS, realize
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.token_classification import TokenClassifier
 
 LABELS = ["B-NAME", "I-NAME", "O"]
@@ -170,7 +170,9 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tm
     for name in heads:
         (same,) = (k for k in stored if k.endswith(name.removeprefix("model.")))
         assert torch.equal(stored[same], dict(made.named_parameters())[name])
-    again = load_from_checkpoint(realize(TokenClassifier, ROOTS[1]), tmp_path / "one.ckpt")
+    again = load_from_checkpoint(
+        bind_to_lightning(TokenClassifier, ROOTS[1]), tmp_path / "one.ckpt"
+    )
     assert again.labels == LABELS
     with torch.no_grad():
         told = [

@@ -1,7 +1,7 @@
 """Where the training loop is in each of its loaders, and going back there.
 
 Lightning restores the number of the batch, but not the order of a shuffled loader. The loop
-iterates over the user's loaders through :class:`Tracked`; the loaders themselves stay as they are.
+iterates over the loaders of the user through :class:`TrackedLoader`; they themselves are unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from lightning_peft.plugin.random_state import random_state, set_random_state
 
 
-class Tracked:
+class TrackedLoader:
     """An iterable that counts what its loader hands out, and can start in the middle of an epoch.
 
     It remembers the random state from which the epoch's order was drawn. Going back there, making
@@ -51,7 +51,7 @@ class Tracked:
         iterators early, and drops some.
         """
         position, self.resume_at = self.resume_at, None
-        skipped, start = 0, self._own()
+        skipped, start = 0, self._own_state()
         if position is not None:
             skipped, start = position["yielded"], position["start"]
         before = random_state()
@@ -63,7 +63,7 @@ class Tracked:
         set_random_state(start if drawn else before)
         for generator, state in zip(_generators(self.loader), start["generators"], strict=False):
             generator.set_state(state)
-        self._epoch_start, self._yielded = {**random_state(), **self._own()}, skipped
+        self._epoch_start, self._yielded = {**random_state(), **self._own_state()}, skipped
         iterator = iter(self.loader)
         for _ in range(skipped):
             next(iterator, None)
@@ -89,7 +89,7 @@ class Tracked:
         """
         if self.resume_at is not None:
             return dict(self.resume_at)
-        now = self._own()
+        now = self._own_state()
         if between_epochs or not self._yielded:
             return {"yielded": 0, "start": now, "now": now}
         return {
@@ -99,14 +99,14 @@ class Tracked:
             "now": now,
         }
 
-    def _own(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         return {
             "generators": [generator.get_state() for generator in _generators(self.loader)],
             "workers": getattr(self, "_iterator", None) is not None,
         }
 
 
-def of_next_epoch(position: Mapping[str, Any]) -> dict[str, Any]:
+def next_epoch_position(position: Mapping[str, Any]) -> dict[str, Any]:
     """Returns where the epoch after ``position`` starts."""
     start = position.get("now", position["start"])
     own = {"generators": start["generators"], "workers": start["workers"]}

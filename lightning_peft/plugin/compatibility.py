@@ -18,7 +18,7 @@ REFUSED_CALLBACKS = {
 PRUNING_CALLBACK = "ModelPruning"
 
 
-def check_company(module: Any, strategy: Any, quantized: bool) -> None:
+def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
     """Looks at the strategy, its devices and plugins, and the callbacks.
 
     Args:

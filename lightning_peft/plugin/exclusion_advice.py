@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 
-def advice(idle: Collection[str], parts: Iterable[str]) -> str:
+def exclusion_advice(idle: Collection[str], parts: Iterable[str]) -> str:
     """Returns a sentence that says which setting leaves adapted parts as they are.
 
     Args:

@@ -14,13 +14,13 @@ import torch
 from lightning_peft import engine
 
 # Key of the checkpoint dictionary under which everything of this package is.
-KEY = "lightning_peft"
+CHECKPOINT_KEY = "lightning_peft"
 # The name of an entry of every checkpoint's state_dict: whoever loads the file without this
 # package is stopped and reads it, instead of getting the bare base.
-GUARD = "adapters only: load this file with lightning_peft.load_from_checkpoint"
+LOAD_GUARD_KEY = "adapters only: load this file with lightning_peft.load_from_checkpoint"
 
 
-def with_adapters(
+def pack_checkpoint(
     module: torch.nn.Module,
     checkpoint: Mapping[str, Any],
     described: Mapping[str, Any],
@@ -31,7 +31,7 @@ def with_adapters(
     Args:
         module: The module with adapters.
         checkpoint: What Lightning and the hooks made.
-        described: What :data:`KEY` is to hold.
+        described: What :data:`CHECKPOINT_KEY` is to hold.
         before: The names in ``state_dict`` before hooks changed it.
     """
     own = engine.own_tensors(module)
@@ -45,31 +45,35 @@ def with_adapters(
         "kept": {name: tensor for name, tensor in own.items() if name not in state},
         "removed": [name for name in before if name not in state and name not in own],
     }
-    guards = {GUARD: torch.empty(0), guard: torch.empty(0)}
-    return {**checkpoint, "state_dict": {**state, **guards}, KEY: described}
+    guards = {LOAD_GUARD_KEY: torch.empty(0), guard: torch.empty(0)}
+    return {**checkpoint, "state_dict": {**state, **guards}, CHECKPOINT_KEY: described}
 
 
-def as_written(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def unpack_checkpoint(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint that was read, before hooks see it.
 
     Without the entries that stop others from loading it, and with the adapters kept where no hook
     looks.
     """
-    if KEY not in checkpoint:
+    if CHECKPOINT_KEY not in checkpoint:
         return checkpoint
-    described = checkpoint[KEY]
-    guards = (GUARD, described.get("guard"))
+    described = checkpoint[CHECKPOINT_KEY]
+    guards = (LOAD_GUARD_KEY, described.get("guard"))
     state = {k: v for k, v in checkpoint["state_dict"].items() if k not in guards}
-    return {**checkpoint, "state_dict": state, KEY: {**described, "written": dict(state)}}
+    return {
+        **checkpoint,
+        "state_dict": state,
+        CHECKPOINT_KEY: {**described, "written": dict(state)},
+    }
 
 
-def load(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
+def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> None:
     """Loads the tensors of a checkpoint, after the hooks of the module changed it.
 
     Raises:
         CheckpointError: If it does not fit; everything that differs is named.
     """
-    described = checkpoint[KEY]
+    described = checkpoint[CHECKPOINT_KEY]
     removed = () if strict else described.get("removed", ())
     written = described["written"]
     adapters = {n: written[n] for n in engine.adapter_names_of(module) if n in written}

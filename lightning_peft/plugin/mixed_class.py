@@ -7,33 +7,35 @@ from abc import ABCMeta
 from typing import Any
 
 
-class MadeClass(ABCMeta):
-    """Metaclass of the classes that :func:`extended` makes.
+class MixedClassMeta(ABCMeta):
+    """Metaclass of the classes that :func:`mixed_class` makes.
 
     Pickle looks a class up by its name in a module, and these are in none: it gets what they are
     made of instead.
     """
 
 
-_MADE: dict[tuple[type, type], Any] = {}
+_MIXED_CLASSES: dict[tuple[type, type], Any] = {}
 
 
-def extended(mixin: type, cls: type) -> Any:
+def mixed_class(mixin: type, cls: type) -> Any:
     """Returns a class with ``mixin`` in front of ``cls``, always the same one for the same two.
 
     An object of ``cls`` can be given this class, if ``mixin`` has no slots and no base of its own
     besides those of ``cls``.
     """
     key = (mixin, cls)
-    if key not in _MADE:
+    if key not in _MIXED_CLASSES:
         name = f"{mixin.__name__.lstrip('_')}{cls.__name__}"
-        _MADE[key] = MadeClass(name, key, {"__module__": cls.__module__, "made_of": key})
-    return _MADE[key]
+        _MIXED_CLASSES[key] = MixedClassMeta(
+            name, key, {"__module__": cls.__module__, "mixed_from": key}
+        )
+    return _MIXED_CLASSES[key]
 
 
-def _recipe(cls: Any) -> Any:
-    made_of = cls.__dict__.get("made_of")
-    return cls.__qualname__ if made_of is None else (extended, made_of)
+def _reduce_class(cls: Any) -> Any:
+    mixed_from = cls.__dict__.get("mixed_from")
+    return cls.__qualname__ if mixed_from is None else (mixed_class, mixed_from)
 
 
-copyreg.pickle(MadeClass, _recipe)
+copyreg.pickle(MixedClassMeta, _reduce_class)

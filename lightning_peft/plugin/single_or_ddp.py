@@ -7,8 +7,8 @@ from abc import ABC
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.errors import itemize
-from lightning_peft.plugin.extension import extended
-from lightning_peft.plugin.namespace import PerNamespace
+from lightning_peft.plugin.mixed_class import mixed_class
+from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
@@ -18,10 +18,10 @@ else:
 
 
 # What torch says at the second step.
-_UNREACHED = "Expected to have finished reduction in the prior iteration"
+_UNUSED_PARAMETERS = "Expected to have finished reduction in the prior iteration"
 
 
-def _explained(module: Any) -> str:
+def _describe_unused_parameters(module: Any) -> str:
     unreached = [n for n, p in module.named_parameters() if p.requires_grad and p.grad is None]
     return (
         "In the step before, the loss did not reach all parameters that train, and DDP waits for "
@@ -32,7 +32,7 @@ def _explained(module: Any) -> str:
     )
 
 
-class OneOrMany(_Base, metaclass=PerNamespace):
+class SingleOrDDPStrategy(_Base, metaclass=LateBoundMeta):
     """DDP on several devices; on one device no process group, no wrapper, no launcher.
 
     Lightning gives a strategy object the Trainer's devices only if it is a parallel one. Derived
@@ -42,7 +42,7 @@ class OneOrMany(_Base, metaclass=PerNamespace):
     lightning_base = "strategies.DDPStrategy"
 
     @property
-    def on_one_device(self) -> bool:
+    def is_single_process(self) -> bool:
         """Whether this process is the only one."""
         return self.num_nodes * self.num_processes <= 1
 
@@ -51,71 +51,71 @@ class OneOrMany(_Base, metaclass=PerNamespace):
     @property
     def global_rank(self) -> int:
         """Rank among all processes; 0 on one device."""
-        return 0 if self.on_one_device else super().global_rank
+        return 0 if self.is_single_process else super().global_rank
 
     @property
     def local_rank(self) -> int:
         """Rank among the processes of this node; 0 on one device."""
-        return 0 if self.on_one_device else super().local_rank
+        return 0 if self.is_single_process else super().local_rank
 
     @property
     def node_rank(self) -> int:
         """Rank of this node; 0 on one device."""
-        return 0 if self.on_one_device else super().node_rank
+        return 0 if self.is_single_process else super().node_rank
 
     @property
     def world_size(self) -> int:
         """Number of processes; 1 on one device."""
-        return 1 if self.on_one_device else super().world_size
+        return 1 if self.is_single_process else super().world_size
 
     def set_world_ranks(self) -> None:
         """Gives the ranks to whoever asks the environment for them; not on one device."""
-        if not self.on_one_device:
+        if not self.is_single_process:
             super().set_world_ranks()
 
     def _configure_launcher(self) -> None:
-        if self.on_one_device:
+        if self.is_single_process:
             self._launcher = None
             # Lightning's tuner asks the Trainer before it connects anything to the strategy.
             caller = sys._getframe(1).f_locals.get("self")
             if getattr(caller, "strategy", None) is self:
-                _be_alone(caller)
+                _mark_single_process(caller)
         else:
             super()._configure_launcher()
 
     def connect(self, model: Any) -> None:
         """Connects the module; on one device the user's sampler stays as it is."""
-        if self.on_one_device and model._trainer is not None:
+        if self.is_single_process and model._trainer is not None:
             connector = model._trainer._accelerator_connector
             connector.use_distributed_sampler = False
             # Once more: the strategy may not have been in place when the launcher was chosen.
-            _be_alone(connector)
+            _mark_single_process(connector)
         super().connect(model)
 
     def setup_distributed(self) -> None:
         """Joins the other processes, if there are any."""
-        if not self.on_one_device:
+        if not self.is_single_process:
             super().setup_distributed()
 
     def setup(self, trainer: Any) -> None:
         """Moves and wraps the module and makes the optimizers."""
-        if self.on_one_device:
+        if self.is_single_process:
             # Past DDPStrategy, which synchronises with processes that are not there.
             super(type(self).lightning_class, self).setup(trainer)
         else:
             super().setup(trainer)
 
     def _setup_model(self, model: Any) -> Any:
-        return model if self.on_one_device else super()._setup_model(model)
+        return model if self.is_single_process else super()._setup_model(model)
 
     def on_exception(self, exception: BaseException) -> None:
         """Explains an error of DDP before Lightning does, whose advice is another strategy."""
-        if any(isinstance(arg, str) and _UNREACHED in arg for arg in exception.args):
-            exception.args = (_explained(self.lightning_module),)
+        if any(isinstance(arg, str) and _UNUSED_PARAMETERS in arg for arg in exception.args):
+            exception.args = (_describe_unused_parameters(self.lightning_module),)
         super().on_exception(exception)
 
 
-class _Alone:
+class _SingleProcessConnector:
     """Extension of a Trainer's accelerator connector, which asks for the strategy's class only.
 
     Lightning's batch size finder refuses to run under what it takes for several processes.
@@ -124,6 +124,6 @@ class _Alone:
     is_distributed = False
 
 
-def _be_alone(connector: Any) -> None:
-    if not isinstance(connector, _Alone):
-        connector.__class__ = extended(_Alone, type(connector))
+def _mark_single_process(connector: Any) -> None:
+    if not isinstance(connector, _SingleProcessConnector):
+        connector.__class__ = mixed_class(_SingleProcessConnector, type(connector))

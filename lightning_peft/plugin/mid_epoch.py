@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def unfinished(loops: TrainingLoops) -> dict[str, Any]:
+def mid_epoch_state(loops: TrainingLoops) -> dict[str, Any]:
     """Returns what is under way in this process, as tensors and numbers."""
     epoch, trainer = loops.epoch, loops.fit.trainer
     batch = epoch.batch_progress.current
@@ -43,24 +43,24 @@ def unfinished(loops: TrainingLoops) -> dict[str, Any]:
     return {
         "place": place,
         "metrics": metrics,
-        "sums": _sums(epoch),
+        "sums": _epoch_sums(epoch),
         "gradients": {} if place["inside_step"] else _gradients(loops),
         "plateau": _plateau_steps(loops, place, metrics),
     }
 
 
-def resume_unfinished(loops: TrainingLoops, saved: dict[str, Any]) -> None:
-    """Puts back what :func:`unfinished` returned, or logs what cannot be put back."""
+def restore_mid_epoch(loops: TrainingLoops, saved: dict[str, Any]) -> None:
+    """Puts back what :func:`mid_epoch_state` returned, or logs what cannot be put back."""
     trainer, place = loops.fit.trainer, saved["place"]
     if trainer.is_global_zero:
-        for line in _not_restored(place, loops.inside_epoch):
+        for line in _unrestored_warnings(place, loops.mid_epoch):
             log.warning("%s", line)
-    if not (loops.inside_epoch and place["epoch_end"] and place["last_batch"]):
+    if not (loops.mid_epoch and place["epoch_end"] and place["last_batch"]):
         # There Lightning runs the hooks of the epoch's end again, and they must not count twice.
         device = trainer.strategy.root_device
         metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
         trainer._logger_connector._callback_metrics.update(metrics)
-    if loops.inside_epoch and not place["last_batch"]:
+    if loops.mid_epoch and not place["last_batch"]:
         loops.sums = dict(saved["sums"])
         named = dict(trainer.lightning_module.named_parameters())
         for name, gradient in saved["gradients"].items():
@@ -70,7 +70,7 @@ def resume_unfinished(loops: TrainingLoops, saved: dict[str, Any]) -> None:
         trainer.lightning_module.lr_scheduler_step(scheduler, step["metric"])
 
 
-def add_sums(loops: TrainingLoops) -> None:
+def merge_epoch_sums(loops: TrainingLoops) -> None:
     """Adds what was logged before the checkpoint to what was logged since, metric by metric."""
     for name in [name for name in loops.sums if name in loops.epoch._results]:
         metric = loops.epoch._results[name]
@@ -95,7 +95,7 @@ def _metrics(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in metrics.items()}
 
 
-def _sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
+def _epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
     sums = {}
     for name, metric in epoch._results.items():
         if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset:
@@ -143,9 +143,9 @@ def _plateau_steps(
     return taken
 
 
-def _not_restored(place: dict[str, Any], inside_epoch: bool) -> list[str]:
+def _unrestored_warnings(place: dict[str, Any], mid_epoch: bool) -> list[str]:
     epoch, batch = place["epoch"], place["batch"]
-    if not inside_epoch:
+    if not mid_epoch:
         if place["last_batch"] or not batch:
             return []
         return [
