@@ -11,7 +11,7 @@ from forked import HERE, environment, run_forked
 from modules import differing, loader, outputs, saver, strategy, task, trainer, weights
 from two_processes import ROOT
 
-from lightning_peft.plugin.checkpoint_content import KEY
+from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_a_layer_that_the_loss_does_not_reach(ranks):
 
 
 def test_the_table_is_printed_by_one_rank(folder):
-    # Two of the script's runs announce.
+    # Two runs of the script print it.
     assert (folder / "printed").read_text().count("trainable ") == 2
 
 
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_two_processes_loads_in_one(ranks, folder, tmp_path):
     expected = {name: ranks[0]["callback"]["weights"][name] for name in names}
     assert not differing({name: weights(module)[name] for name in names}, expected)
     content = torch.load(folder / "strategy.ckpt", weights_only=True)
-    assert len(content[KEY]["processes"]) == 2
+    assert len(content[CHECKPOINT_KEY]["processes"]) == 2
     # It can be trained on, with other random numbers.
     fresh = task(ROOT, kind="llama")
     more = trainer(tmp_path, strategy("qlora", ROOT), ROOT, max_epochs=2)
