@@ -63,8 +63,8 @@ def opened(site, browser):
 @pytest.fixture(scope="module")
 def trained(site, opened):
     """The run of the card."""
-    (run,) = RunStore(Settings.on_this_machine(site.runs, site.data, None)).list("local")
-    return run
+    name = opened.url.partition("run=")[2]
+    return RunStore(Settings.on_this_machine(site.runs, site.data, None)).get("local", name)
 
 
 def ticks(page, axis):
@@ -168,7 +168,7 @@ def test_a_ruined_run_says_so_and_what_helps(site, visit):
     assert "falling" not in page.locator("#run-numbers").inner_text()
     alert.get_by_role("link", name="Duplicate with changes").click()
     page.locator("#new-copied").get_by_text("Copy of ruined.").wait_for()
-    page.get_by_label("Learning rate").wait_for()
+    page.get_by_role("textbox", name="Learning rate").wait_for()
 
 
 @pytest.mark.long

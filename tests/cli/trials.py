@@ -66,7 +66,8 @@ def check_trial(recipe: str, program: Program, folder: Path) -> None:
     assert run.path.name == result["run"]
     assert recipe in run.path.name
     assert run.status.state == "finished"
-    assert run.status.step == run.status.total_steps == result["steps"] > 0
+    # A recipe may stop early.
+    assert 0 < run.status.step == result["steps"] <= run.status.total_steps
     assert result["method"] == ("lora" if recipe.endswith("-lora") else "qlora")
     assert result["after"].keys() == result["before"].keys() >= {"val_loss"}
     assert result["after"]["val_loss"] < result["before"]["val_loss"]
