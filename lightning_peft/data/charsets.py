@@ -6,12 +6,12 @@ import codecs
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import islice
 from typing import Any, Literal
 
 import charset_normalizer
 
+from lightning_peft.data.encoding_names import near_encodings
 from lightning_peft.errors import ConfigError
 
 _MARKS = {
@@ -101,8 +101,8 @@ def _given(blocks: Blocks, name: str, given: str) -> Charset:
         found = codecs.lookup(given)
         "".encode(found.name)
     except (LookupError, ValueError) as error:
-        near = get_close_matches(given.lower(), [*_LATIN, *_OTHER, "utf-8", "utf-16", "latin-1"])
-        hint = f" Nearest: {', '.join(near)}." if near else ""
+        near = near_encodings(given)
+        hint = f" Near names: {', '.join(near)}." if near else ""
         raise ConfigError(f"encoding={given!r} is not an encoding of Python.{hint}") from error
     # A mark at the start is never part of the text.
     encoding = "utf-8-sig" if found.name == "utf-8" else found.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_peft.data.json_text import kind_of
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import Message, RowProblems, Sample, all_of, shortened, texts
 from lightning_peft.data.template_context import read_context
@@ -169,7 +170,7 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     """Returns an instruction, with its input below it, and the output as turns."""
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowProblems([("missing", f"has a {type(given).__name__} as input, not text")])
+        raise RowProblems([("missing", f"has {kind_of(given)} as input, not text")])
     system, history, (instruction,), (output,), context = all_of(
         lambda: _system(fields),
         lambda: _history(fields.get("history")),

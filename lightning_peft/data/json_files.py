@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.charsets import Charset
-from lightning_peft.data.json_text import explained, half_in, has_halves, parsed, values_in
+from lightning_peft.data.json_text import explained, half_in, has_halves, kind_of, parsed, values_in
 from lightning_peft.data.opening import compression_of, opened
 from lightning_peft.data.read_as import Entry, Reading, of_text
 from lightning_peft.errors import ConfigError
@@ -131,8 +131,7 @@ def _by_line(path: Path, name: str, charset: Charset) -> Iterator[Entry]:
         if charset.name.startswith("utf-8"):
             for number, line in enumerate(file, start=1):
                 try:
-                    # utf-8-sig: some editors on Windows put a mark at the start of the file.
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     yield Entry(number, None, f"is not UTF-8 (byte {error.start + 1})")
                     continue
@@ -140,11 +139,13 @@ def _by_line(path: Path, name: str, charset: Charset) -> Iterator[Entry]:
             return
         lines = io.TextIOWrapper(file, charset.name, newline=None)
         for number, text in enumerate(lines, start=1):
-            yield from _entry(number, text.removeprefix("\ufeff") if number == 1 else text)
+            yield from _entry(number, text)
         lines.detach()
 
 
 def _entry(number: int, text: str) -> Iterator[Entry]:
+    # Marks at the start of a file, or of each that was joined to it, and of RFC 7464.
+    text = text.lstrip("\ufeff\x1e")
     # A list with a value in each line is read like lines.
     if text.strip() not in ("", "[", "]"):
         value, problem = _row_of(text)
@@ -165,9 +166,7 @@ def _row_of(text: str) -> tuple[Any, str | None]:
 
 def _as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
     if not isinstance(value, dict):
-        kinds = {list: "list", str: "text", bool: "true or false", type(None): "null"}
-        kind = kinds.get(type(value), "number")
-        return None, f"is a JSON {kind}, not an object with named fields"
+        return None, f"is {kind_of(value)}, not an object with named fields"
     return value, None
 
 
@@ -184,8 +183,7 @@ def _rows_in(found: Any, name: str) -> Iterator[_Found]:
         yield from _listed(found)
         return
     if not isinstance(found, dict):
-        kind = (_as_row(found)[1] or "").partition(",")[0].removeprefix("is a ")
-        raise ConfigError(f"{name!r} holds a {kind}, not a list of objects.")
+        raise ConfigError(f"{name!r} holds {kind_of(found)}, not a list of objects.")
     lists = {key: value for key, value in found.items() if isinstance(value, list)}
     if _is_answer_of_hub(found):
         for row in found["rows"]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 _HALF = re.compile("[\ud800-\udfff]")
@@ -39,6 +41,23 @@ def parsed(text: str) -> tuple[Any, str | None]:
         return None, explained(error, text)
     problem = half_in(value) if has_halves(text) else None
     return (None, problem) if problem is not None else (value, None)
+
+
+def kind_of(value: Any) -> str:
+    """Returns what kind of value of JSON this is, such as ``"a number"`` or ``"a list"``."""
+    names = (
+        (str, "a text"),
+        # Before numbers, of which Python counts it one.
+        (bool, "true or false"),
+        (int | float | Decimal, "a number"),
+        (list | tuple, "a list"),
+        (dict, "an object"),
+        (bytes, "bytes"),
+        (date | time | timedelta, "a date or time"),
+    )
+    if value is None:
+        return "null"
+    return next((name for kind, name in names if isinstance(value, kind)), "a value")
 
 
 def has_halves(text: str) -> bool:

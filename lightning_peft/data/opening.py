@@ -180,6 +180,11 @@ def readable(name: str, compression: str | None = None) -> Iterator[None]:
     except LightningPeftError:
         raise
     except FileNotFoundError as error:
+        if isinstance(error.filename, str | Path) and Path(error.filename).is_symlink():
+            raise ConfigError(
+                f"{name!r} is a link to {os.readlink(error.filename)!r}, which is not there. Fetch "
+                "that file (git annex get, dvc pull), or remove the link."
+            ) from error
         raise ConfigError(f"{name!r} is gone: it was removed or renamed meanwhile.") from error
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:

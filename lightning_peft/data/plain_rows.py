@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.audio import Recording
+from lightning_peft.data.json_text import kind_of
 from lightning_peft.data.samples import RowProblems, Sample, all_of, shortened, texts
 
 
@@ -40,13 +41,13 @@ def parse_label(fields: Mapping[str, Any]) -> Sample:
 
 
 def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
-    value, wanted = fields.get(name), " or ".join(kind.__name__ for kind in kinds)
+    value, wanted = fields.get(name), "text or a whole number" if int in kinds else "text"
     if value is None or value == []:
         raise RowProblems([("missing", f"has no {name}" if value is None else f"has empty {name}")])
     if not isinstance(value, list):
         raise RowProblems([("missing", f"has no list as {name}: {shortened(value)}")])
     problems = [
-        ("missing", f"has {shortened(item)} as number {place} of its {name}, which is no {wanted}")
+        ("missing", f"has {shortened(item)} as number {place} of its {name}, which is not {wanted}")
         for place, item in enumerate(value)
         # Python counts True among the numbers.
         if not isinstance(item, kinds) or isinstance(item, bool) or not str(item).strip()
@@ -84,8 +85,8 @@ def _image(image: Any) -> bytes:
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
-        kind = type(image).__name__
-        raise RowProblems([("missing", f"has a {kind} as image, neither a path nor bytes")])
+        problem = f"has {kind_of(image)} as image, neither a path nor bytes"
+        raise RowProblems([("missing", problem)])
     try:
         return Path(image).read_bytes()
     except (OSError, ValueError) as error:

@@ -175,7 +175,8 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file()
+        # A link to nothing is refused on reading, and not left out.
+        if (path.is_file() or (path.is_symlink() and not path.exists()))
         # ~$: what Excel leaves beside a workbook that is open.
         and not any(part.startswith((".", "~$")) for part in path.relative_to(folder).parts)
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_peft.data.audio import Recording
+from lightning_peft.data.json_text import kind_of
 
 Message = dict[str, Any]
 
@@ -116,8 +117,8 @@ def texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         if value is None:
             problems.append(("missing", f"has no {name}"))
         elif not isinstance(value, str):
-            kind = type(value).__name__
-            problems.append(("missing", f"has a {kind} as {name}, not text: {shortened(value)}"))
+            kind = kind_of(value)
+            problems.append(("missing", f"has {kind} as {name}, not text: {shortened(value)}"))
         elif not value.strip():
             problems.append(("missing", f"has an empty {name}"))
         else:

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.opening import readable
 from lightning_peft.data.read_as import Entry, ReadAs, Reading
 from lightning_peft.data.shapes import FIELDS
+from lightning_peft.data.sheet_layout import Layout, layout_of
 from lightning_peft.data.table_columns import Columns, Widths, columns_of
 from lightning_peft.errors import ConfigError
 
@@ -43,13 +45,19 @@ def read_sheet(path: Path, name: str, sheet: str | int | None) -> Reading:
         found = {title: _seen(books[0][title]) for title in books[0].sheetnames}
         hidden = {t for t in found if books[0][t].sheet_state != "visible"}
     title = _chosen(found, hidden, name, sheet)
+    _refuse_names_below(found[title], name, title)
     columns = columns_of(found[title], name, None)
-    notes = [*columns.notes, *_counted(path, name, title, columns)]
-    others = [other for other in found if other != title and found[other].header]
+    layout, notes = _looked_at(path, name, title, columns)
+    notes = [*(["the sheet is hidden"] if title in hidden else []), *columns.notes, *notes]
+    others = [
+        f"{other} (hidden)" if other in hidden else other
+        for other in found
+        if other != title and found[other].header
+    ]
     if others:
         notes.append(f"other sheets are not read: {', '.join(others)}")
     read_as = ReadAs("Excel", sheet=title, notes=tuple(notes))
-    return Reading(read_as, lambda: _rows(path, name, title, columns))
+    return Reading(read_as, lambda: _rows(path, name, title, columns, layout))
 
 
 @contextmanager
@@ -98,6 +106,9 @@ def _seen(sheet: Any) -> Widths:
         record = _texts(row)
         if widths.header or any(value is not None for value in record):
             widths.add(record, line)
+            # The names themselves, and a few rows below a title.
+            if widths.named is None and widths.rows <= 5 and len(_KNOWN & set(record)) > 1:
+                widths.named = line
     return widths
 
 
@@ -117,6 +128,10 @@ def _text(value: Any) -> str | None:
         return str(int(value))
     if isinstance(value, datetime.datetime) and value.time() == datetime.time():
         return value.date().isoformat()
+    if isinstance(value, datetime.timedelta):
+        # As a cell of hours shows it: 30:00:00, and not "1 day, 6:00:00".
+        minutes, seconds = divmod(round(value.total_seconds()), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat(*([" "] if isinstance(value, datetime.datetime) else []))
     # Excel writes characters that XML does not have as `_x000D_`.
@@ -148,20 +163,32 @@ def _chosen(found: dict[str, Widths], hidden: set[str], name: str, sheet: str | 
     )
 
 
-def _counted(path: Path, name: str, title: str, columns: Columns) -> list[str]:
-    """Returns what becomes text, by column."""
+def _looked_at(path: Path, name: str, title: str, columns: Columns) -> tuple[Layout, list[str]]:
+    """Returns the layout of a sheet, and what is hidden in it or becomes text, by column.
+
+    Raises:
+        ConfigError: If the name of a column is a formula without a value.
+    """
     kinds: dict[str, dict[str, int]] = {}
+    lines = []
     with _book(path, name) as books:
-        rows = _cells(books[0][title], name)
-        _header(rows)
-        for row in rows:
+        try:
+            layout = layout_of(books[0][title])
+        # As on reading its cells.
+        except Exception as error:
+            raise ConfigError(_damaged(name)) from error
+        rows = enumerate(_cells(books[0][title], name), start=1)
+        line, header = _header(rows)
+        _refuse_formulas(header, line, books[1][title], name)
+        for line, row in rows:
+            lines += [line] if any(cell.value is not None for cell in row) else []
             for place, column in columns.names.items():
                 value = row[place].value if place < len(row) else None
                 kind = _kind(value)
                 if kind:
                     counts = kinds.setdefault(column, {})
                     counts[kind] = counts.get(kind, 0) + 1
-    return [
+    return layout, layout.notes(lines, columns.names) + [
         f"column {column!r}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())} as text"
         for column, counts in kinds.items()
     ]
@@ -176,13 +203,38 @@ def _kind(value: Any) -> str:
     return "dates or times" if isinstance(value, dates) else ""
 
 
-def _header(rows: Iterator[Any]) -> None:
-    for row in rows:
-        if any(value is not None for value in _texts(row)):
-            return
+def _header(rows: Iterator[tuple[int, Any]]) -> tuple[int, tuple[Any, ...]]:
+    """Moves behind the row with the names of the columns, and returns its number and cells."""
+    return next((one for one in rows if any(v is not None for v in _texts(one[1]))), (1, ()))
 
 
-def _rows(path: Path, name: str, title: str, columns: Columns) -> Iterator[Entry]:
+def _refuse_formulas(header: tuple[Any, ...], line: int, formulas: Any, name: str) -> None:
+    """Refuses names of columns that a program would have to compute, and wrong ones."""
+    own = next(islice(_cells(formulas, name), line - 1, None), ())
+    for value, formula in zip(header, own, strict=False):
+        if formula.data_type == "f" and value.value is None:
+            what = "a formula whose value is not in the file"
+        elif value.data_type == "e":
+            what = f"the error {value.value}"
+        else:
+            continue
+        raise ConfigError(
+            f"{name!r} has {what} as the name of a column (cell {formula.coordinate}). Write the "
+            "name itself there."
+        )
+
+
+def _refuse_names_below(seen: Widths, name: str, title: str) -> None:
+    """Refuses a title above the names of the columns that has as many cells as they."""
+    below = seen.named
+    if below is not None and not _KNOWN & set(seen.header):
+        raise ConfigError(
+            f"{name!r} has names of columns in row {below} of the sheet {title!r}, below "
+            f"{seen.header}. They belong into the first row: delete the rows above them in Excel."
+        )
+
+
+def _rows(path: Path, name: str, title: str, columns: Columns, layout: Layout) -> Iterator[Entry]:
     with _book(path, name) as books:
         pairs = zip(_cells(books[0][title], name), _cells(books[1][title], name), strict=False)
         started, number = False, 0
@@ -196,9 +248,21 @@ def _rows(path: Path, name: str, title: str, columns: Columns) -> Iterator[Entry
                 continue
             number += 1
             value = None
+            problem = problem or layout.merged_in(line, columns.names) or _beside(row, columns)
             if problem is None:
                 value, problem = columns.row(record, line)
             yield Entry(number, value, problem)
+
+
+def _beside(row: tuple[Any, ...], columns: Columns) -> str | None:
+    """Returns where a row has a value to the right of the names of the columns."""
+    cell = next((cell for cell in row[columns.width :] if cell.value is not None), None)
+    if cell is None:
+        return None
+    return (
+        f"has a value in cell {cell.coordinate}, to the right of the {len(columns.names)} column "
+        "names; delete it, or give its column a name"
+    )
 
 
 def _cell_problem(row: tuple[Any, ...], formulas: tuple[Any, ...], columns: Columns) -> str | None:
@@ -208,8 +272,8 @@ def _cell_problem(row: tuple[Any, ...], formulas: tuple[Any, ...], columns: Colu
         value = row[place].value
         if row[place].data_type == "e":
             return f"has the error {value} in column {column!r} (cell {row[place].coordinate})"
-        formula = formulas[place].value if place < len(formulas) else None
-        if value is None and isinstance(formula, str) and formula.startswith("="):
+        formula = place < len(formulas) and formulas[place].data_type == "f"
+        if value is None and formula:
             return (
                 f"has a formula in column {column!r} (cell {formulas[place].coordinate}) whose "
                 "value is not in the file; open and save the workbook in Excel or LibreOffice"

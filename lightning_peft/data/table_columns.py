@@ -34,6 +34,7 @@ class Widths:
         index: Whether the first field of every row so far is a number above that of the last.
         counted: Whether it is even one above.
         absent: Columns with a word that other programs write for no value: the word and its row.
+        named: The first line with more than one known name of a column, of a workbook.
     """
 
     header: list[str] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Widths:
     index: bool = True
     counted: bool = True
     absent: dict[int, tuple[str, int]] = field(default_factory=dict)
+    named: int | None = None
     _last: int | None = None
 
     def add(self, record: Sequence[Any], line: int) -> None:

@@ -99,7 +99,7 @@ def test_too_little_to_guess_from_is_refused_with_the_choices(read):
     [
         (
             {"encoding": "cp-125x"},
-            "encoding='cp-125x' is not an encoding of Python. Nearest: cp125",
+            "encoding='cp-125x' is not an encoding of Python. Near names: cp125",
         ),
         ({"encoding": "ascii"}, "'a.csv' is not in encoding='ascii': byte 29 does not exist in it"),
         ({"delimiter": "::"}, "delimiter='::' is not one character that parts columns"),
@@ -284,7 +284,7 @@ def test_lists_for_each_split_are_read_as_such(read):
             '{"a": {"b": ["ok", "x\\ud83d"]}}',
             r"half of a surrogate pair (\ud83d) as character 2 of a",
         ),
-        ('"text"', "is a JSON text, not an object with named fields"),
+        ('"text"', "is a text, not an object with named fields"),
     ],
 )
 def test_lines_that_are_not_json_are_explained(read, line, problem):

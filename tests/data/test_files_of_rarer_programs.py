@@ -80,5 +80,5 @@ def test_escapes_of_excel_are_characters_and_titles_are_deleted_there(tmp_path):
     rows, _ = values("rows.xlsx", books["rows.xlsx"])
 
     assert rows == [{"prompt": "a\r\nb", "completion": "_x000D_"}]
-    with pytest.raises(ConfigError, match="above the names: delete its rows in Excel"):
+    with pytest.raises(ConfigError, match="row 2 .* delete the rows above them in Excel"):
         values("title.xlsx", books["title.xlsx"])

@@ -116,7 +116,7 @@ def test_all_problems_are_told_at_once_with_their_rows(make, folder):
         "row 7 has no label",
         "row 8 has the label 'cow', which is none of the 2 that are given",
         "row 9 has no image",
-        "row 10 has a int as image",
+        "row 10 has a number as image",
     ):
         assert wanted in told, told
 

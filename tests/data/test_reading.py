@@ -62,7 +62,7 @@ def test_bad_lines_keep_their_numbers_and_do_not_hide_others(tmp_path):
     ]
     problems = [row.problem for row in found]
     assert "not JSON at character 2 ('broken')" in problems[1]
-    assert "JSON list" in problems[2]
+    assert "is a list, not an object" in problems[2]
     assert "UTF-8 (byte 8)" in problems[3]
 
 
@@ -109,7 +109,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
     ("name", "content", "message"),
     [
         ("a.json", '{"a": [1], "b": [2, 3]}', r"2 lists \(a, b\)"),
-        ("a.json", "3", "JSON number"),
+        ("a.json", "3", "holds a number"),
         ("a.csv", 'a,b\n1,2\n"x', "a quote that is never closed in line 3, field 1"),
         ("a.csv", "a,b\n1,2,3\n4,5,6\n", "3 fields in row 1 below the 2 column names"),
         ("a.csv", "a,a\n1,2\n", "'a'. twice"),
@@ -166,3 +166,19 @@ def test_the_splits_of_a_dataset_are_taken_by_their_names():
     assert named._hub_names(["a", "b"]) == {"a": None}
     with pytest.raises(ConfigError, match="hub_splits names a"):
         named._hub_names(["b"])
+
+
+def test_marks_inside_of_joined_files_of_lines_are_no_text(tmp_path):
+    line = b'{"text": "a"}\n'
+    for mark in (b"\xef\xbb\xbf", b"\x1e"):
+        (tmp_path / "a.jsonl").write_bytes(2 * (mark + line))
+        source = Source(str(tmp_path), None, None, None, None, False, None, "line")
+        assert [row.value for row in source.rows()] == [{"text": "a"}] * 2
+
+
+def test_a_link_to_nothing_is_refused_and_not_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "away.jsonl")
+    source = Source(str(tmp_path), None, None, None, None, False, None, "line")
+    with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
+        list(source.rows())

@@ -134,8 +134,13 @@ def test_tokens_and_tags(column):
         (["a", "b"], ["O"], "tags", "has 2 tokens and 1 tags"),
         ([], ["O"], "missing", "has empty tokens"),
         ("a b", ["O"], "missing", "has no list as tokens: 'a b'"),
-        (["a", " "], ["O", "O"], "missing", "' ' as number 1 of its tokens, which is no str"),
-        (["a"], [None], "missing", "None as number 0 of its tags, which is no str or int"),
+        (["a", " "], ["O", "O"], "missing", "' ' as number 1 of its tokens, which is not text"),
+        (
+            ["a"],
+            [None],
+            "missing",
+            "None as number 0 of its tags, which is not text or a whole number",
+        ),
         (["a"], [True], "missing", "True as number 0 of its tags"),
     ],
 )
@@ -153,7 +158,7 @@ def test_most_rows_decide_and_columns_can_be_mapped():
     assert layout.parse(rows[1]).unused == ("id",)
     assert layout.parse(rows[1]).messages == TALK
     assert layout.parse(rows[0]) == [
-        ("missing", "has a int as prompt, not text: 1"),
+        ("missing", "has a number as prompt, not text: 1"),
         ("missing", "has no completion (column 'a')"),
     ]
 

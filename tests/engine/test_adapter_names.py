@@ -25,7 +25,7 @@ REFUSED = {
     "weight": "PEFT calls something else",
     "my_lora_A": "PEFT calls something else",
     "modules_to_save": "PEFT calls something else",
-    3: "is a int, not a string",
+    3: "is of type int, not a string",
 }
 
 

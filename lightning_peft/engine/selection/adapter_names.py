@@ -29,7 +29,7 @@ def check_adapter_name(name: str) -> None:
 
 def _problem(name: str) -> str | None:
     if not isinstance(name, str):
-        return f"is a {type(name).__name__}, not a string"
+        return f"is of type {type(name).__name__}, not a string"
     if not name or name != name.strip():
         return "is empty, or begins or ends with a space"
     found = _REFUSED_CHARACTERS.search(name)

@@ -1,0 +1,91 @@
+"""What of a sheet of Excel is hidden or merged, which its values alone do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+_TRUE = ("1", "true")
+_SHOWN = 10
+
+
+@dataclass
+class Layout:
+    """Hidden and merged parts of a sheet; rows and columns count from 1.
+
+    Attributes:
+        rows: Hidden rows.
+        columns: First and last column of each hidden range.
+        merged: First row and column, last row and column, and the name of each merged range.
+        filtered: Whether the sheet has a filter.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    columns: list[tuple[int, int]] = field(default_factory=list)
+    merged: list[tuple[int, int, int, int, str]] = field(default_factory=list)
+    filtered: bool = False
+
+    def notes(self, lines: Sequence[int], names: dict[int, str]) -> list[str]:
+        """Returns what is hidden and read all the same, in words.
+
+        Args:
+            lines: Rows of the sheet that are read.
+            names: Columns that are read, by place from 0.
+        """
+        hidden = set(self.rows)
+        rows = [line for line in lines if line in hidden]
+        hidden_places = {p for a, b in self.columns for p in names if a <= p + 1 <= b}
+        columns = [names[place] for place in sorted(hidden_places)]
+        found = []
+        if rows:
+            shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            by = " (by hand or by a filter)" if self.filtered else ""
+            one = len(rows) == 1
+            found.append(
+                f"{len(rows):,} hidden {'row is' if one else 'rows are'} read{by}: "
+                f"{'row' if one else 'rows'} {shown} of the sheet"
+            )
+        if columns:
+            found.append(f"hidden columns are read: {', '.join(map(repr, columns))}")
+        return found
+
+    def merged_in(self, line: int, names: dict[int, str]) -> str | None:
+        """Returns why a row has no value of its own in a column, where cells are merged."""
+        for top, left, bottom, right, ref in self.merged:
+            if not top <= line <= bottom:
+                continue
+            first = 1 if line == top else 0
+            lacking = [n for place, n in names.items() if left + first <= place + 1 <= right]
+            if lacking:
+                return (
+                    f"has no value of its own in column {lacking[0]!r} (row {line} of the sheet): "
+                    f"the cells {ref} are merged, and their value belongs to the first one alone; "
+                    "unmerge them, and fill the value down"
+                )
+        return None
+
+
+def layout_of(sheet: Any) -> Layout:
+    """Returns the layout of a sheet of openpyxl that is read row by row."""
+    found, line = Layout(), 0
+    bounds = import_module("openpyxl.utils").range_boundaries
+    with sheet._get_source() as file:
+        for _, node in import_module("openpyxl.xml.functions").iterparse(file):
+            kind, get = node.tag.rpartition("}")[2], node.attrib.get
+            if kind == "row":
+                line = int(get("r") or line + 1)
+                if get("hidden") in _TRUE or get("ht") in ("0", "0.0"):
+                    found.rows.append(line)
+            elif kind == "col" and (get("hidden") in _TRUE or get("width") in ("0", "0.0")):
+                found.columns.append((int(get("min")), int(get("max"))))
+            elif kind == "mergeCell":
+                left, top, right, bottom = bounds(get("ref"))
+                found.merged.append((top, left, bottom, right, get("ref")))
+            elif kind == "autoFilter":
+                found.filtered = True
+            # Values are not needed here, and a sheet may be large.
+            if kind in ("row", "c"):
+                node.clear()
+    return found
