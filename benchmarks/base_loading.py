@@ -42,7 +42,7 @@ def load(way: str, folder: str, dtype: str) -> None:
     from transformers.models.llama import modeling_llama
 
     from lightning_peft import QLoRAStrategy, engine
-    from lightning_peft.engine.memory import quantized_cache
+    from lightning_peft.engine.loading import quantized_cache
     from lightning_peft.tasks.causal_lm import CausalLM
 
     # Small models are measured too when trying the script.

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.record import PartRecord, Record, record_of, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
 
@@ -57,10 +57,10 @@ def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [param for part in parts for param in adapter_parameters(part).values()]
 
 
-def trained_parameters(part: nn.Module, entry: PartRecord) -> dict[str, nn.Parameter]:
+def trained_parameters(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, nn.Parameter]:
     """Returns what injection made trainable in ``part``: adapters, saved modules and biases."""
     params = dict(part.named_parameters())
-    saved = {name: params[name] for name in entry.originals if name in params}
+    saved = {name: params[name] for name in entry.initial_values if name in params}
     mine = {**adapter_parameters(part), **saved}
     return {name: param for name, param in mine.items() if param.requires_grad}
 
@@ -192,7 +192,7 @@ def _exchange(
     for entry in record.parts.values():
         part = module.get_submodule(entry.name)
         tensors = dict(part.named_parameters()) | dict(part.named_buffers())
-        for name, original in entry.originals.items():
+        for name, original in entry.initial_values.items():
             key, tensor = entry.qualified(name), tensors[name]
             before[key] = tensor.data
             tensor.data = (original if values is None else values[key]).to(

@@ -16,7 +16,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_config
 
 from lightning_peft.engine.methods import METHODS, refuse_method
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 
 Patterns = Mapping[str, int]
@@ -306,20 +306,20 @@ def config_class(method: Any) -> Any:
         UnsupportedError: If the method cannot be injected into a module.
     """
     try:
-        config = get_peft_config({"peft_type": plain(method)})
+        config = get_peft_config({"peft_type": to_primitives(method)})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"peft_type={method!r} is not a method of PEFT. Those supported here: "
             f"{', '.join(METHODS)}."
         ) from error
-    if str(plain(config.peft_type)) not in METHODS:
+    if str(to_primitives(config.peft_type)) not in METHODS:
         refuse_method(config)
     return type(config)
 
 
 def config_to_dict(config: PeftConfig) -> dict[str, Any]:
     """Returns the fields of a PEFT config that PEFT itself would write to a file, as primitives."""
-    fields: dict[str, Any] = plain(config.to_dict())
+    fields: dict[str, Any] = to_primitives(config.to_dict())
     return fields
 
 
@@ -344,7 +344,7 @@ def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
     what may change between runs.
     """
     fields = list(DECISIVE_FIELDS)
-    if plain(mine.get("peft_type")) != "LORA":
+    if to_primitives(mine.get("peft_type")) != "LORA":
         fields += [key for key in mine if key in theirs and key not in (*fields, *_NOT_DECISIVE)]
     return [
         key
@@ -354,7 +354,7 @@ def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 
 
 def _comparable(value: Any) -> Any:
-    value = plain(value)
+    value = to_primitives(value)
     # Sets of names have no order, and what first values were is no matter.
     return sorted(value, key=repr) if isinstance(value, list) else value
 

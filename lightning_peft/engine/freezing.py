@@ -7,16 +7,16 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parts import inside
 
 
 def freeze_base(
     module: nn.Module,
-    entry: PartRecord,
+    entry: AdaptedModuleRecord,
     biases: str,
     targets: list[str],
-    as_left: Mapping[int, bool],
+    requires_grad_before: Mapping[int, bool],
     kept: Collection[int] = (),
 ) -> None:
     """Freezes a part except adapters, saved modules, chosen biases and heads; records the names.
@@ -25,10 +25,10 @@ def freeze_base(
 
     Args:
         module: The user's module, whose names the record uses.
-        entry: The part's record; ``frozen`` is filled, and ``originals`` at the first adapter.
+        entry: The part's record; ``frozen`` is filled, and ``initial_values`` at the first adapter.
         biases: PEFT's ``bias``.
         targets: Names of the adapted layers, relative to the part.
-        as_left: ``requires_grad`` before injection, by the id of the parameter.
+        requires_grad_before: ``requires_grad`` before injection, by the id of the parameter.
         kept: The ids of the parameters of submodules that stay as they are.
     """
     part = module.get_submodule(entry.name)
@@ -46,7 +46,7 @@ def freeze_base(
         if any(_is_trained(name, entry.saved, mine, targets) for name in known):
             param.requires_grad_(True)
         elif id(param) in kept or all(inside(name, entry.heads) for name in known):
-            param.requires_grad_(as_left[id(param)])
+            param.requires_grad_(requires_grad_before[id(param)])
         else:
             param.requires_grad_(False)
             frozen.add(id(param))
@@ -56,7 +56,7 @@ def freeze_base(
         if id(param) in frozen
     }
     if len(entry.adapters) == 1:
-        entry.originals = _trained_values(part, entry.saved, biases, targets, kept)
+        entry.initial_values = _trained_values(part, entry.saved, biases, targets, kept)
 
 
 def _trained_values(

@@ -22,7 +22,7 @@ from lightning_peft.engine.configuration import (
     lora_config,
     subtracts_from_base,
 )
-from lightning_peft.engine.files.base_tensors import hold_in_files
+from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
@@ -36,15 +36,23 @@ from lightning_peft.engine.layers.quantization import (
 )
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.layers.sizes import weight_sizes
-from lightning_peft.engine.memory.causal_lm_loss import use_narrow_losses
-from lightning_peft.engine.memory.quantized_loading import base_fingerprint, dense_bytes
-from lightning_peft.engine.memory.streamed_quantizer import late_dtype
+from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
+from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
 from lightning_peft.engine.model_types import hidden_model_type
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
+from lightning_peft.engine.peft_injection import inject_with_peft
+from lightning_peft.engine.peft_wrappers import (
+    PeftWrapped,
+    check_requested_config,
+    find_peft_wrapped,
+    unwrapped_peft_layers,
+    values_before_training,
+)
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import (
+    AdaptedModuleRecord,
     AdapterInfo,
-    PartRecord,
     Record,
     record_of,
     require_record,
@@ -56,17 +64,9 @@ from lightning_peft.engine.selection.planning import InjectionPlan, InjectionReq
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
 from lightning_peft.engine.selection.task_heads import with_task_heads
-from lightning_peft.engine.training_mode import resting_modules
-from lightning_peft.engine.twins import find_twins, follow
-from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_of
-from lightning_peft.engine.wrap_by_peft import wrap_by_peft
-from lightning_peft.engine.wrapped import (
-    Wrapped,
-    check_asked,
-    find_wrapped,
-    originals_of,
-    taken_off,
-)
+from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
+from lightning_peft.engine.training_mode import user_eval_modules
+from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
 from lightning_peft.errors import ConfigError
 
 
@@ -121,27 +121,27 @@ def inject(
     _refuse_finished(config)
     request = InjectionRequest(with_task_heads(config, module), quantization_config, adapter_name)
     record = record_of(module)
-    wrapped = find_wrapped(module, () if record is None else record.parts)
+    wrapped = find_peft_wrapped(module, () if record is None else record.parts)
     if not wrapped:
         return add_adapters(module, request, adapt, device)
-    check_asked(wrapped, config if asked else None, adapt, adapter_name)
+    check_requested_config(wrapped, config if asked else None, adapt, adapter_name)
     return _take_over(module, wrapped, quantization_config, device)
 
 
 def _take_over(
     module: nn.Module,
-    wrapped: list[Wrapped],
+    wrapped: list[PeftWrapped],
     quantization: BitsAndBytesConfig | None,
     device: torch.device | str | None,
 ) -> Report:
     saved = {part.name: list(part.saved) for part in wrapped}
     request = InjectionRequest(wrapped[0].config, quantization, wrapped[0].adapter_name, saved)
-    with taken_off(module, wrapped):
+    with unwrapped_peft_layers(module, wrapped):
         made = add_adapters(module, request, [part.name for part in wrapped], device)
     for part in wrapped:
-        entry, originals = require_record(module).parts[part.name], originals_of(part)
-        entry.was_wrapped = True
-        entry.originals |= {key: originals[key] for key in entry.originals if key in originals}
+        entry, before = require_record(module).parts[part.name], values_before_training(part)
+        entry.from_peft_wrapper = True
+        entry.initial_values |= {key: before[key] for key in entry.initial_values if key in before}
     return made
 
 
@@ -171,7 +171,7 @@ def inject_exactly(
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
     """
     known = record_of(module)
-    if not find_wrapped(module, () if known is None else known.parts):
+    if not find_peft_wrapped(module, () if known is None else known.parts):
         add_adapters(module, request, adapt, device)
         return
     inject(
@@ -196,39 +196,39 @@ def add_adapters(
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
     """
     record = record_of(module) or Record()
-    twins = record.twins if record.parts else find_twins(module)
-    plans = make_plans(module, request, adapt, record, twins)
+    momentum_copies = record.momentum_copies if record.parts else find_momentum_copies(module)
+    plans = make_plans(module, request, adapt, record, momentum_copies)
     left = left_modules(module, record.left or {})
     new = [plan.name for plan in plans if plan.name not in record.parts]
-    record.resting |= resting_modules(module, new)
+    record.eval_modules |= user_eval_modules(module, new)
     for plan in plans:
         for child in plan.part.modules():
             if child not in left:
                 adopt_prequantized(child)
-    as_left = {id(param): param.requires_grad for param in module.parameters()}
+    requires_grad_before = {id(param): param.requires_grad for param in module.parameters()}
     kept = left_parameters(module, left)
     record.active = record.active or (request.adapter_name,)
     for plan in plans:
         entry = _inject_part(plan, request, record, device, kept)
-        freeze_base(module, entry, request.biases, plan.targets, as_left, kept)
+        freeze_base(module, entry, request.biases, plan.targets, requires_grad_before, kept)
         resized = [n for n in resized_embeddings(plan.part) if not inside(n, _held(entry))]
         if resized:
-            hold_in_files(module, entry, resized)
+            include_in_files(module, entry, resized)
         activate(plan.part, record.active)
-    use_narrow_losses(module, [plan.part for plan in plans])
+    patch_causal_lm_loss(module, [plan.part for plan in plans])
     if request.quantization is not None:
         release_freed_memory()
-    record.twins = [
-        twin
-        for twin in twins
-        if _is_adapted(module, twin.follower) and _is_adapted(module, twin.leader)
+    record.momentum_copies = [
+        pair
+        for pair in momentum_copies
+        if _is_adapted(module, pair.copy) and _is_adapted(module, pair.source)
     ]
-    follow(module, record.twins, record.frozen, request.adapter_name)
+    link_copies(module, record.momentum_copies, record.frozen, request.adapter_name)
     set_record(module, record)
     return report(module)
 
 
-def _held(entry: PartRecord) -> list[str]:
+def _held(entry: AdaptedModuleRecord) -> list[str]:
     return [*entry.heads, *entry.saved, *entry.replaced]
 
 
@@ -242,7 +242,7 @@ def _inject_part(
     record: Record,
     device: torch.device | str | None,
     kept: frozenset[int],
-) -> PartRecord:
+) -> AdaptedModuleRecord:
     if plan.name not in record.parts:
         record.parts[plan.name] = _new_part_record(plan, request.quantization, kept)
     entry = record.parts[plan.name]
@@ -252,7 +252,7 @@ def _inject_part(
         _attach_in_place(plan, config, request, where)
     else:
         _quantize_layers(plan.part, plan.quantize, request.quantization, where)
-        wrap_by_peft(plan, config, request.adapter_name)
+        inject_with_peft(plan, config, request.adapter_name)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place)
     info.heads = plan.heads
     if plan.in_place and subtracts_from_base(request.config):
@@ -270,7 +270,7 @@ def _inject_part(
 
 def _new_part_record(
     plan: InjectionPlan, config: BitsAndBytesConfig | None, kept: frozenset[int]
-) -> PartRecord:
+) -> AdaptedModuleRecord:
     part = plan.part
     source = getattr(part, "config", None)
     planned = set(plan.quantize)
@@ -281,7 +281,7 @@ def _new_part_record(
     ]
     named = ((name, param) for name, param in part.named_parameters() if id(param) not in kept)
     loaded = base_fingerprint(part, named)
-    return PartRecord(
+    return AdaptedModuleRecord(
         name=plan.name,
         base=loaded.only(lambda name: not inside(name, [*plan.heads, *plan.saved])),
         base_id={
@@ -289,7 +289,7 @@ def _new_part_record(
             "revision": getattr(source, "_commit_hash", None),
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
-            "vocabulary": vocabulary_of(part),
+            "vocabulary": vocabulary_size(part),
         },
         quantized=quantized,
         quantization=quantization_to_dict(config),
@@ -303,7 +303,7 @@ def _new_part_record(
 
 def _dtype_of(part: nn.Module) -> str | None:
     floats = [param.dtype for param in part.parameters() if param.is_floating_point()]
-    return str(plain(floats[0])) if floats else None
+    return str(to_primitives(floats[0])) if floats else None
 
 
 def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
@@ -357,7 +357,7 @@ class _InPlaceLoraModel(LoraModel):
             made: nn.Module = LoraModel._create_new_module(
                 lora_config, adapter_name, target, **kwargs
             )
-        dtype = late_dtype(target)
+        dtype = deferred_dtype(target)
         if dtype is not None:
             # As if the weight were quantized after this.
             for factors in (made.lora_A, made.lora_B):

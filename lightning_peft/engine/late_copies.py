@@ -14,15 +14,15 @@ from torch import nn
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.quantized import QuantizedLayer
-from lightning_peft.engine.record import Record, Twin, record_of, require_record
-from lightning_peft.engine.selection.parts import inside
-from lightning_peft.engine.twins import (
-    base_names,
-    check_followers,
-    freeze_follower,
-    hide_base,
+from lightning_peft.engine.momentum_copies import (
+    check_momentum_copies,
+    freeze_copy,
+    frozen_names,
+    hide_frozen_base,
     same_values,
 )
+from lightning_peft.engine.record import MomentumCopy, Record, record_of, require_record
+from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError
 
 _WRITES = re.compile(
@@ -35,7 +35,7 @@ _ADAPTERS = re.compile(r"Unexpected key\(s\) in state_dict: .*\.lora_[AB]\.", re
 _SHAPES = re.compile(r"The size of tensor a \(\d+\) must match the size of tensor b \(\d+\)")
 
 
-def follow_late_copies(module: nn.Module) -> list[Twin]:
+def link_late_copies(module: nn.Module) -> list[MomentumCopy]:
     """Makes copies follow that ``module`` made of its adapted parts after the injection.
 
     Their adapters do not train: no optimizer holds them, since the optimizers are older.
@@ -53,21 +53,25 @@ def follow_late_copies(module: nn.Module) -> list[Twin]:
         for name, child in module.named_modules()
         if isinstance(child, LoraLayer) and child not in known
     }
-    twins: list[Twin] = []
+    momentum_copies: list[MomentumCopy] = []
     for name, child in module.named_modules() if late else ():
         layers = {n for n in late if inside(n, [name])}
-        if not name or not layers or inside(name, [twin.follower for twin in twins]):
+        if not name or not layers or inside(name, [pair.copy for pair in momentum_copies]):
             continue
-        leader = _copied(module, child, known)
-        if leader is not None:
-            twins.append(Twin(leader, name, True))
-    for twin in twins:
-        freeze_follower(module, twin)
-    hide_base(module, twins, record.frozen.union(*(base_names(record, twin) for twin in twins)))
-    record.twins += twins
-    if twins:
-        check_followers(module)
-    return twins
+        source = _copied(module, child, known)
+        if source is not None:
+            momentum_copies.append(MomentumCopy(source, name, True))
+    for pair in momentum_copies:
+        freeze_copy(module, pair)
+    hide_frozen_base(
+        module,
+        momentum_copies,
+        record.frozen.union(*(frozen_names(record, pair) for pair in momentum_copies)),
+    )
+    record.momentum_copies += momentum_copies
+    if momentum_copies:
+        check_momentum_copies(module)
+    return momentum_copies
 
 
 def _targets(record: Record) -> set[str]:
@@ -99,7 +103,7 @@ def _in_hook(error: BaseException) -> bool:
     return any(name in frames for name in hooks) and "_call_impl" not in frames
 
 
-def explained(module: nn.Module, error: Exception) -> LifecycleError | None:
+def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | None:
     """Returns the error that says what averaging over weights and adapters ran into, if it did.
 
     Args:

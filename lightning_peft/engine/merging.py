@@ -136,7 +136,7 @@ def _trained_in_full(module: nn.Module, record: Record) -> dict[str, Tensor]:
         part = module.get_submodule(entry.name)
         adapters = {id(param) for param in adapter_parameters(part).values()}
         for name, param in part.named_parameters():
-            mine = name in entry.originals or inside(name, entry.heads)
+            mine = name in entry.initial_values or inside(name, entry.heads)
             if mine and param.is_floating_point() and id(param) not in adapters:
                 found[entry.qualified(name)] = param
     return found
@@ -168,7 +168,7 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     quantized = is_quantized(layer)
     with without_adapters(layer):
         base = layer.effective_weight()
-    delta, target = weight_sum(layer, base, todo)
+    delta, target = merged_weight(layer, base, todo)
     stored = target.to((dtype or base.dtype) if quantized else base.dtype)
     again = requantize(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
     if quantized:
@@ -184,7 +184,7 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     )
 
 
-def weight_sum(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+def merged_weight(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
     """Returns ``s B A`` of the adapters ``names`` of ``layer``, and ``base`` plus that.
 
     Both are in a dtype to add in: float32, or float64 where ``base`` is.
@@ -194,7 +194,7 @@ def weight_sum(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tens
 
 
 @dataclass
-class _BeforeMerge:
+class _UnmergeState:
     """What of a layer that PEFT wrapped cannot be computed back from the merged weight.
 
     Attributes:
@@ -216,7 +216,7 @@ def _merge_by_peft(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLa
     expected = None if probe is None else _probed(layer, probe)
     tolerance = 0.0 if expected is None else rounding_tolerance(base, expected.dtype)
     bias = base._parameters.get("bias")
-    base.before_merge = before = _BeforeMerge(None if bias is None else bias.detach().clone())
+    base.before_merge = before = _UnmergeState(None if bias is None else bias.detach().clone())
     quantized = isinstance(base, QuantizedLayer)
     if quantized:
         weight = base.effective_weight()
@@ -253,7 +253,7 @@ def _merge_copy(layer: Any) -> None:
     base = layer.base_layer
     layer.base_layer = copy.deepcopy(layer.ln_tuning_layers[name]).requires_grad_(False)
     # Not as a submodule: it is no part of the model now.
-    layer.base_layer.__dict__["before_merge"] = _BeforeMerge(None, replaced=(base,))
+    layer.base_layer.__dict__["before_merge"] = _UnmergeState(None, replaced=(base,))
     base.__dict__.pop("before_merge")
     layer.merged_adapters.append(name)
 

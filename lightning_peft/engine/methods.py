@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 # Each passes the comparison with PEFT's own model class in the tests.
@@ -68,7 +68,7 @@ def refuse_method(config: PeftConfig) -> None:
         ConfigError: If the method needs layers that the config does not name.
         UnsupportedError: If the method is not one of :data:`METHODS`.
     """
-    name, method = type(config).__name__, str(plain(config.peft_type))
+    name, method = type(config).__name__, str(to_primitives(config.peft_type))
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise UnsupportedError(
             f"{name} adds virtual tokens in front of a language model's input; it is not injected "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import BitsAndBytesConfig
 
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 
 
@@ -79,7 +79,7 @@ def _bits_and_bytes(fields: Mapping[str, Any]) -> BitsAndBytesConfig:
         problems.append("load_in_8bit=True with bnb_4bit_quant_type='fp4': drop one of the two")
     if fields.get("llm_int8_has_fp16_weight"):
         problems.append("llm_int8_has_fp16_weight=True: such weights are not stored in 8 bits")
-    if plain(dtype) not in (None, "float32", "bfloat16", "float16"):
+    if to_primitives(dtype) not in (None, "float32", "bfloat16", "float16"):
         problems.append(f"bnb_4bit_compute_dtype={dtype!r}: 'float32', 'bfloat16' or 'float16'")
     if problems:
         raise ConfigError("These quantization settings cannot work:" + itemize(problems))
@@ -107,9 +107,9 @@ def quantization_to_dict(config: BitsAndBytesConfig | None) -> dict[str, Any] | 
     if config is None:
         return None
     names = _OF_8BIT if config.load_in_8bit else _OF_4BIT
-    fields = {name: plain(getattr(config, name)) for name in names}
+    fields = {name: to_primitives(getattr(config, name)) for name in names}
     if config.llm_int8_skip_modules:
-        fields["llm_int8_skip_modules"] = plain(config.llm_int8_skip_modules)
+        fields["llm_int8_skip_modules"] = to_primitives(config.llm_int8_skip_modules)
     return fields
 
 

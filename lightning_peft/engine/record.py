@@ -12,18 +12,18 @@ from lightning_peft.errors import LifecycleError
 
 
 @dataclass
-class Twin:
+class MomentumCopy:
     """Two submodules that were the same, bit for bit, when adapters were added.
 
     Attributes:
-        leader: Name of the one that trains.
-        follower: Name of the copy.
+        source: Name of the one that trains.
+        copy: Name of the copy.
         frozen: Whether the user had frozen the copy as a whole.
         base: Checksums of the copy's quantized weights; taken when they are first asked for.
     """
 
-    leader: str
-    follower: str
+    source: str
+    copy: str
     frozen: bool
     base: tuple[int, ...] | None = None
 
@@ -53,7 +53,7 @@ class AdapterInfo:
 
 
 @dataclass
-class PartRecord:
+class AdaptedModuleRecord:
     """What was done to one adapted submodule.
 
     Attributes:
@@ -68,11 +68,11 @@ class PartRecord:
             has anywhere in the module.
         heads: Names of the heads that were left as the user had them.
         saved: Names of the modules that are trained in full.
-        originals: Values, before training, of everything that is trained in full, and of the
+        initial_values: Values, before training, of everything that is trained in full, and of the
             buffers beside it; ``disable_adapters`` puts them back.
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
-        was_wrapped: Whether the adapters were PEFT's wrappers before.
+        from_peft_wrapper: Whether the adapters were PEFT's wrappers before.
         loaded: Fingerprint of all parameters, heads included, taken before anything changed.
         replaced: Names of base parameters and buffers whose values came from an adapter folder, so
             that checkpoints and folders hold them.
@@ -88,10 +88,10 @@ class PartRecord:
     frozen: set[str] = field(default_factory=set)
     heads: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
-    originals: dict[str, Tensor] = field(default_factory=dict)
+    initial_values: dict[str, Tensor] = field(default_factory=dict)
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     changed_base: Fingerprint | None = None
-    was_wrapped: bool = False
+    from_peft_wrapper: bool = False
     replaced: list[str] = field(default_factory=list)
     buffers: dict[str, int] = field(default_factory=dict)
     loaded: Fingerprint = field(default_factory=lambda: Fingerprint((), (), ()))
@@ -108,19 +108,19 @@ class Record:
     Attributes:
         parts: By the dotted name of the part.
         active: Names of the adapters that take part in the forward pass.
-        twins: Copies that follow other submodules.
+        momentum_copies: Copies that follow other submodules.
         left: Names of the submodules that stay as they are, with the reason; ``None`` where that
             is not decided yet.
-        resting: Names of the submodules that stay in eval mode, as the user set them.
-        unheld: Names of the adapted layers that are frozen since no optimizer holds them.
+        eval_modules: Names of the submodules that stay in eval mode, as the user set them.
+        unoptimized: Names of the adapted layers that are frozen since no optimizer holds them.
     """
 
-    parts: dict[str, PartRecord] = field(default_factory=dict)
+    parts: dict[str, AdaptedModuleRecord] = field(default_factory=dict)
     active: tuple[str, ...] = ()
-    twins: list[Twin] = field(default_factory=list)
+    momentum_copies: list[MomentumCopy] = field(default_factory=list)
     left: dict[str, str] | None = None
-    resting: set[str] = field(default_factory=set)
-    unheld: list[str] = field(default_factory=list)
+    eval_modules: set[str] = field(default_factory=set)
+    unoptimized: list[str] = field(default_factory=list)
 
     @property
     def frozen(self) -> set[str]:

@@ -14,7 +14,7 @@ from torch import nn
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantized import element_count, storage_bytes
-from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.engine.selection.parts import inside as lies_inside
 
 
@@ -164,9 +164,9 @@ def report(module: nn.Module) -> Report:
         part = module.get_submodule(entry.name)
         result.parts.append(_part_report(part, entry))
         result.parts[-1].follows = {
-            twin.follower: twin.leader
-            for twin in record.twins
-            if lies_inside(twin.follower, [entry.name])
+            pair.copy: pair.source
+            for pair in record.momentum_copies
+            if lies_inside(pair.copy, [entry.name])
         }
         result.adapter_parameters += sum(p.numel() for p in adapter_parameters(part).values())
         inside |= {id(param) for param in part.parameters()}
@@ -184,7 +184,7 @@ def report(module: nn.Module) -> Report:
     return result
 
 
-def _quantized_bytes(module: nn.Module, entries: Iterable[PartRecord]) -> int:
+def _quantized_bytes(module: nn.Module, entries: Iterable[AdaptedModuleRecord]) -> int:
     """Bytes now of the weights that are or were quantized; merged ones are dense again."""
     return sum(
         storage_bytes(stored_parameter(module.get_submodule(entry.qualified(name)), "weight"))
@@ -193,7 +193,7 @@ def _quantized_bytes(module: nn.Module, entries: Iterable[PartRecord]) -> int:
     )
 
 
-def _part_report(part: nn.Module, entry: PartRecord) -> PartReport:
+def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:
     info = next(reversed(entry.adapters.values()))
     states = {}
     for head in entry.heads:
@@ -212,7 +212,7 @@ def _part_report(part: nn.Module, entry: PartRecord) -> PartReport:
     )
 
 
-def _dense_matrices(part: nn.Module, entry: PartRecord) -> dict[str, int]:
+def _dense_matrices(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, int]:
     """Bytes of the frozen floating-point matrices, which a model of experts has most of."""
     sizes: Counter[str] = Counter()
     for name, param in part.named_parameters():
@@ -230,7 +230,7 @@ def _method_label(config: dict[str, object]) -> str:
     return f"{name} r={config['r']} alpha={config['lora_alpha']:g}"
 
 
-def _quantization_label(entry: PartRecord) -> str:
+def _quantization_label(entry: AdaptedModuleRecord) -> str:
     settings = entry.quantization
     if settings is None:
         return "as loaded" if entry.quantized else ""

@@ -25,7 +25,7 @@ from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.quantization import convert_to_dense, quantize, requantize
 from lightning_peft.engine.layers.quantized import FourBitLayer
-from lightning_peft.engine.merging import check_mergeable, relative_norm, weight_sum
+from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
@@ -192,7 +192,7 @@ class StreamedMerge:
     def _merged_weight(self, owner: str, dense: Tensor) -> Tensor:
         layer, dtype = self._layers.get(owner), self.dtype_of(f"{owner}.weight", dense.dtype)
         if owner not in self.quantized:
-            delta, target = weight_sum(layer, dense, [_ADAPTER])
+            delta, target = merged_weight(layer, dense, [_ADAPTER])
             stored = target.to(dtype)
             error = relative_norm(stored.to(target.dtype) - target, delta)
             self.errors.append(WeightErrors(owner, None, error, None))
@@ -213,7 +213,7 @@ class StreamedMerge:
     ) -> Tensor:
         if layer is None:
             return (base if self.into == "dequantized" else dense).to(dtype)
-        delta, target = weight_sum(layer, base, [_ADAPTER])
+        delta, target = merged_weight(layer, base, [_ADAPTER])
         ways = {
             "dequantized": target.to(dtype),
             "original": (dense.to(delta.dtype) + delta).to(dtype),

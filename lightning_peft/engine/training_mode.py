@@ -20,16 +20,16 @@ def set_training_mode(module: nn.Module) -> None:
     ``from_pretrained`` returns models in eval mode and Lightning keeps it: dropout and gradient
     checkpointing would be off. In eval mode stay: copies that follow what trains; what is left as
     it is; batch norms, whose statistics belong to the base and are in no adapter file; and what
-    :func:`resting_modules` found. Adapters are in train mode everywhere but in copies.
+    :func:`user_eval_modules` found. Adapters are in train mode everywhere but in copies.
 
     Raises:
         LifecycleError: If the module has no adapters.
     """
     record = require_record(module)
     apart = set(left_modules(module, record.left or {}))
-    for twin in record.twins:
-        apart |= set(module.get_submodule(twin.follower).modules())
-    fixed = apart | {child for n, child in module.named_modules() if n in record.resting}
+    for pair in record.momentum_copies:
+        apart |= set(module.get_submodule(pair.copy).modules())
+    fixed = apart | {child for n, child in module.named_modules() if n in record.eval_modules}
     for name in record.parts:
         part = module.get_submodule(name)
         modes = {child: child.training for child in part.modules()}
@@ -42,7 +42,7 @@ def set_training_mode(module: nn.Module) -> None:
                 layer.lora_dropout.train()
 
 
-def resting_modules(module: nn.Module, parts: Iterable[str]) -> set[str]:
+def user_eval_modules(module: nn.Module, parts: Iterable[str]) -> set[str]:
     """Returns the names of what the user set to eval mode and did not freeze.
 
     That is what is in eval mode inside of a part, or of a pretrained model, that is in train mode

@@ -75,7 +75,7 @@ class _State:
 
 def _record_as_it_is(record: Record) -> Record:
     parts = {name: _copied(part) for name, part in record.parts.items()}
-    return dataclasses.replace(record, parts=parts, twins=list(record.twins))
+    return dataclasses.replace(record, parts=parts, momentum_copies=list(record.momentum_copies))
 
 
 def _copied(part: Any) -> Any:

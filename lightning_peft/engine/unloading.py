@@ -14,10 +14,10 @@ from lightning_peft.engine.layers.attention import AttentionMixin
 from lightning_peft.engine.layers.lora import LoraLayer, detach
 from lightning_peft.engine.layers.quantization import convert_to_dense, restore_quantized
 from lightning_peft.engine.layers.quantized import QuantizedLayer
-from lightning_peft.engine.memory.causal_lm_loss import restore_losses
 from lightning_peft.engine.mergeable import outermost
+from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import require_record, set_record
-from lightning_peft.engine.twins import unfollow
+from lightning_peft.engine.training.causal_lm_loss import restore_causal_lm_loss
 from lightning_peft.errors import LifecycleError, itemize
 
 
@@ -51,8 +51,8 @@ def unload(module: nn.Module) -> nn.Module:
             detach(layer)
     for name in record.parts:
         _unwrap(module.get_submodule(name))
-    unfollow(module, record.twins)
-    restore_losses(module)
+    unlink_copies(module, record.momentum_copies)
+    restore_causal_lm_loss(module)
     set_record(module, None)
     return module
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 log = logging.getLogger(__name__)
 
 
-def vocabulary_of(part: nn.Module) -> int | None:
+def vocabulary_size(part: nn.Module) -> int | None:
     """Returns the number of rows of the input embeddings, or ``None`` where there are none."""
     if not isinstance(part, PreTrainedModel):
         return None
@@ -29,7 +29,7 @@ def vocabulary_of(part: nn.Module) -> int | None:
     return None if weight is None or weight.ndim != 2 else int(weight.shape[0])
 
 
-def vocabulary_as_loaded(part: nn.Module) -> int | None:
+def pretrained_vocabulary_size(part: nn.Module) -> int | None:
     """Returns the vocabulary in the configuration that the base was loaded with.
 
     Only files on this machine are read. ``None`` where there is no such file, or where it has no
@@ -53,10 +53,10 @@ def vocabulary_as_loaded(part: nn.Module) -> int | None:
 
 def resized_embeddings(part: nn.Module) -> list[str]:
     """Returns the names of input and output embeddings where the vocabulary was changed."""
-    now = vocabulary_of(part)
+    now = vocabulary_size(part)
     if now is None or not isinstance(part, PreTrainedModel):
         return []
-    loaded = vocabulary_as_loaded(part)
+    loaded = pretrained_vocabulary_size(part)
     text = part.config.get_text_config()
     if loaded is None or getattr(text, "vocab_size", loaded) == loaded:
         return []
@@ -78,14 +78,14 @@ def resized_embeddings(part: nn.Module) -> list[str]:
     return names
 
 
-def difference(recorded: Mapping[str, Any], part: nn.Module) -> str | None:
+def vocabulary_mismatch(recorded: Mapping[str, Any], part: nn.Module) -> str | None:
     """Returns how the vocabulary of a record differs from that of ``part``, with what to do.
 
     Args:
         recorded: The ``base`` of ``provenance.json``, or ``base_id`` of a checkpoint.
         part: The module.
     """
-    then, now = recorded.get("vocabulary"), vocabulary_of(part)
+    then, now = recorded.get("vocabulary"), vocabulary_size(part)
     if then is None or now is None or then == now:
         return None
     return (
@@ -107,7 +107,7 @@ def resized_as_recorded(
     changed = []
     for name, record, brought in recorded:
         part: Any = module.get_submodule(name)
-        then, now = record.get("vocabulary"), vocabulary_of(part)
+        then, now = record.get("vocabulary"), vocabulary_size(part)
         if not brought or then is None or now is None or then == now:
             continue
         text = part.config.get_text_config()

@@ -120,7 +120,7 @@ def load_with_adapters(
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
     _refuse_silent(adapters)
     with (
-        engine.quantized_loading(settings, device, dense)
+        engine.quantize_on_load(settings, device, dense)
         if streamed and settings is not None
         else nullcontext()
     ):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightErrors
-from lightning_peft.engine.vocabulary import vocabulary_of
+from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import (
@@ -106,7 +106,7 @@ def merge_into_folder(
     with whole_folder(output) as folder:
         _write_weights(folder, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
-        _write_companions(folder, base, adapter, written, vocabulary_of(merge.outline))
+        _write_companions(folder, base, adapter, written, vocabulary_size(merge.outline))
     return MergedFolder(output, merge.into, written, size, checked, merge.errors)
 
 

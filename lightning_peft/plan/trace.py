@@ -144,9 +144,7 @@ def _adapt(module: nn.Module, settings: Settings) -> list[str]:
         module.requires_grad_(True)
         return []
     adapt = None if settings.adapt is None else list(settings.adapt)
-    return engine.inject_without_values(
-        module, engine.lora_config(**settings.lora), quantization, adapt
-    )
+    return engine.inject_on_meta(module, engine.lora_config(**settings.lora), quantization, adapt)
 
 
 def _checkpoint(module: Any, settings: Settings) -> Callable[[], None]:
@@ -192,7 +190,7 @@ def _enter_weights(
     """Quantizes, and enters all weights under what they are."""
     for name in quantized:
         config = engine.quantization_config(**settings.quantization)
-        engine.quantize_without_values(module.get_submodule(name), config)
+        engine.quantize_on_meta(module.get_submodule(name), config)
     codes = engine.quantized_tensors(module)
     ledger.enter(codes, QUANTIZED)
     params = dict(module.named_parameters())
@@ -204,7 +202,7 @@ def _enter_weights(
 
 def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger) -> Trace:
     trained = [param for param in module.parameters() if param.requires_grad]
-    if engine.keeps_a_budget(module):
+    if engine.has_activation_budget(module):
         # It measures first, and keeps less than allowed meanwhile.
         _loss(module, batch, settings, step).backward()
     name = settings.optimizer_name

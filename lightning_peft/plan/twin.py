@@ -28,7 +28,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for param in module.parameters():
-        memo[id(param)] = engine.remade(param, _on_meta)
+        memo[id(param)] = engine.recreate_parameter(param, _on_meta)
     for buffer in module.buffers():
         memo[id(buffer)] = _on_meta(buffer)
     for child in module.modules():
@@ -58,7 +58,7 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
     def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
-            made[id(tensor)] = engine.remade(
+            made[id(tensor)] = engine.recreate_parameter(
                 tensor, lambda one: FakeTensor(mode, _on_meta(one), _DEVICE)
             )
         return made[id(tensor)]

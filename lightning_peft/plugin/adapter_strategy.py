@@ -104,17 +104,17 @@ class AdapterStrategy(_Base):
         optimizers = add_adapters_to_optimizers(self)
         held |= optimized_parameter_ids(self)
         replace_optimizers(self, self.lifecycle.injection.optimizer)
-        engine.freeze_left_out(self._module, held)
+        engine.freeze_unoptimized_copies(self._module, held)
         freeze_unoptimized(self, held)
         if self.lifecycle.checks.mode != "off":
             self.lifecycle.check_optimizers(self._module, optimizers)
         self.lifecycle.check_frozen(self._module)
-        engine.check_followers(self._module)
+        engine.check_momentum_copies(self._module)
 
     def on_train_start(self) -> None:
         """When resuming: back to what was under way."""
         super().on_train_start()
-        engine.follow_late_copies(self._module)
+        engine.link_late_copies(self._module)
         self.lifecycle.checks.start(self)
         self._loops.start()
 
@@ -169,7 +169,7 @@ class AdapterStrategy(_Base):
         """Writes a file that describes itself, and the adapter folder beside it."""
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
-            engine.check_followers(self._module)
+            engine.check_momentum_copies(self._module)
             checkpoint = self._with_metadata(checkpoint)
             if self.is_global_zero and is_local(filepath):
                 place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}

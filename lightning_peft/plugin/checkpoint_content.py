@@ -34,8 +34,8 @@ def pack_checkpoint(
         described: What :data:`CHECKPOINT_KEY` is to hold.
         before: The names in ``state_dict`` before hooks changed it.
     """
-    own = engine.own_tensors(module)
-    state = engine.without_base(module, checkpoint.get("state_dict") or {})
+    own = engine.checkpoint_tensors(module)
+    state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {})
     record = engine.require_record(module)
     # A base weight with an impossible shape is refused even by load_state_dict(strict=False).
     guard = next(part.qualified(n) for part in record.parts.values() for n in part.base.names)

@@ -122,7 +122,7 @@ class Lifecycle:
         if self._missing:
             engine.set_record(module, None)
         if engine.record_of(module) is None:
-            outside = engine.copies_outside(module)
+            outside = engine.unregistered_copies(module)
             engine.inject(
                 module,
                 self.injection.peft_config if self.injection.explicitly_set else None,
@@ -142,7 +142,7 @@ class Lifecycle:
                 engine.show(engine.report(module))
 
     def _store_quantized(self, module: Any, strategy: Any, loading: Any) -> None:
-        for entry in engine.keep_quantized(module, loading):
+        for entry in engine.store_quantized(module, loading):
             if strategy.is_global_zero:
                 engine.show(
                     f"The quantized base is kept for the next start: {entry.size / 1e9:.2f} GB in "
@@ -161,7 +161,7 @@ class Lifecycle:
         for name, part in record.parts.items():
             where = name or type(module).__name__
             info = part.adapters[record.active[0]]
-            if part.was_wrapped and not self.injection.explicitly_set:
+            if part.from_peft_wrapper and not self.injection.explicitly_set:
                 continue
             problems += [
                 f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
@@ -247,7 +247,7 @@ class Lifecycle:
         for name, part in record.parts.items():
             named = engine.trained_parameters(module.get_submodule(name), part)
             missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
-            missing = [n for n in missing if not engine.inside(n, record.unheld)]
+            missing = [n for n in missing if not engine.inside(n, record.unoptimized)]
             if missing:
                 problems.append(
                     f"{len(missing)} of {len(named)} trainable tensors of "
@@ -331,7 +331,7 @@ def _check_ranks(module: nn.Module) -> None:
 def _prepare_training(module: nn.Module) -> None:
     """Refuses merged and frozen adapters, and sets the adapted parts to train mode."""
     record = engine.require_record(module)
-    engine.release_unheld(module)
+    engine.unfreeze_unoptimized(module)
     parts = [(entry, module.get_submodule(name)) for name, entry in record.parts.items()]
     merged = [
         entry.qualified(name)
@@ -345,7 +345,7 @@ def _prepare_training(module: nn.Module) -> None:
             + itemize(merged, 5)
             + "\nCall lightning_peft.unmerge(module) first."
         )
-    copies = [twin.follower for twin in record.twins]
+    copies = [pair.copy for pair in record.momentum_copies]
     frozen = [
         entry.name or type(part).__name__
         for entry, part in parts

@@ -139,7 +139,7 @@ class TrainingLoops:
         try:
             type(self.fit).run(self.fit)
         except Exception as error:
-            explained = engine.explained(self.fit.trainer.lightning_module, error)
+            explained = engine.explain_hook_error(self.fit.trainer.lightning_module, error)
             if explained is None:
                 raise
             raise explained from error

@@ -35,7 +35,7 @@ def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
     real = real_optimizers(strategy)
     known = {id(optimizer) for optimizer in real}
     own = [optimizer for optimizer in engine.optimizers_of(module) if id(optimizer) not in known]
-    notes = engine.hold_adapters(module, real or own, own if real else ())
+    notes = engine.add_adapters_to_optimizers(module, real or own, own if real else ())
     if notes:
         log_info(strategy, f"{'; '.join(notes)}.")
     return real or own
@@ -57,15 +57,15 @@ def freeze_unoptimized(strategy: Any, held: set[int]) -> None:
     """
     # Several processes have agreed on what has gradients by then.
     alone = strategy.world_size == 1
-    unheld = engine.freeze_unheld(strategy.lightning_module, held, freeze=alone)
-    if unheld and strategy.is_global_zero:
+    unoptimized = engine.freeze_unoptimized(strategy.lightning_module, held, freeze=alone)
+    if unoptimized and strategy.is_global_zero:
         log.warning(
             "No optimizer holds anything of %d adapted layers: %s%s. configure_optimizers lists "
             "other submodules, so the adapters of these keep what they have and do not train in "
             "this fit. Name them in exclude_modules if they are never to train.",
-            len(unheld),
-            ", ".join(unheld[:5]),
-            f" and {len(unheld) - 5} more" if len(unheld) > 5 else "",
+            len(unoptimized),
+            ", ".join(unoptimized[:5]),
+            f" and {len(unoptimized) - 5} more" if len(unoptimized) > 5 else "",
         )
 
 
@@ -112,8 +112,8 @@ def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) 
     strategy._checkpointing = engine.checkpoint_activations(
         module, setting, partial(log_info, strategy)
     )
-    if strategy._checkpointing.described:
-        where = "; ".join(strategy._checkpointing.described)
+    if strategy._checkpointing.descriptions:
+        where = "; ".join(strategy._checkpointing.descriptions)
         log_info(strategy, f"gradient_checkpointing={setting!r}: {where}.")
 
 

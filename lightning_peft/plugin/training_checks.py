@@ -139,7 +139,7 @@ class FirstStepCheck:
         self._parts: dict[str, dict[str, list[torch.nn.Parameter]]] = {}
         record = engine.require_record(module)
         # Averaged from what trains: no loss has to reach them.
-        self._copies = [twin.follower for twin in record.twins]
+        self._copies = [pair.copy for pair in record.momentum_copies]
         for name, entry in record.parts.items():
             layers = engine.adapted_layers(module.get_submodule(name))
             tensors = {
@@ -151,7 +151,7 @@ class FirstStepCheck:
                 for layer_name, layer in layers.items()
             }
             self._parts[name] = {
-                n: params for n, params in tensors.items() if params and n not in record.unheld
+                n: params for n, params in tensors.items() if params and n not in record.unoptimized
             }
         self._gradients: dict[str, str] = {}
         self._reported: set[str] = set()

@@ -105,7 +105,7 @@ class TokenLoss:
             return False
         if self._by_parts is None:
             reason = _why_whole(model)
-            if reason is None and not engine.has_values(batch["input_ids"]):
+            if reason is None and not engine.is_materialized(batch["input_ids"]):
                 # A prediction of memory: there are no numbers to compare.
                 return True
             reason = reason or _trial(call, model, batch)
@@ -274,7 +274,7 @@ def _why_whole(model: PreTrainedModel) -> str | None:
         return "it names no output embeddings"
     if getattr(model, "_compiled_call_impl", None) is not None:
         return "it is compiled as a whole"
-    if not engine.is_own_loss(model):
+    if not engine.has_default_loss(model):
         return "it has a loss function of its own"
     return None
 

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import engine
-from lightning_peft.engine.memory import activation_budget
-from lightning_peft.engine.memory.activation_budget import (
-    INPUTS,
-    LEAN,
-    WHOLE,
+from lightning_peft.engine.training import activation_budget
+from lightning_peft.engine.training.activation_budget import (
+    FULL,
+    SAVE_ALL,
+    SELECTIVE,
     ActivationBudget,
-    Sizes,
+    BlockSizes,
     choose_levels,
     read_budget,
 )
@@ -30,7 +30,13 @@ from lightning_peft.errors import ConfigError, UnsupportedError
 
 from .test_activation_checkpointing import MODELS, WIDTH, Storages, adapted, loss_of, train
 
-ROTATIONS = [[WHOLE], [LEAN], [INPUTS], [LEAN, WHOLE, INPUTS], [INPUTS, LEAN, LEAN]]
+ROTATIONS = [
+    [SAVE_ALL],
+    [SELECTIVE],
+    [FULL],
+    [SELECTIVE, SAVE_ALL, FULL],
+    [FULL, SELECTIVE, SELECTIVE],
+]
 
 
 def budget_of(module: nn.Module) -> ActivationBudget:
@@ -51,7 +57,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the levels, whatever the budget is."""
 
     def choose(levels: list[str]) -> None:
-        def rotating(calls: list[Sizes], most: float) -> list[str]:
+        def rotating(calls: list[BlockSizes], most: float) -> list[str]:
             return list(itertools.islice(itertools.cycle(levels), len(calls)))
 
         monkeypatch.setattr(activation_budget, "choose_levels", rotating)
@@ -98,7 +104,7 @@ def step(module: nn.Module, rows: int = 4, length: int = 48) -> tuple[int, float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_kept_fits(dtype: torch.dtype) -> None:
     plain = llama(dtype=dtype)
-    whole, loss = step(plain)
+    save_all, loss = step(plain)
     checkpointed = llama(dtype=dtype)
     engine.checkpoint_activations(checkpointed, True)
     least, _ = step(checkpointed)
@@ -110,19 +116,19 @@ def test_what_is_kept_fits(dtype: torch.dtype) -> None:
         kept, same = step(module)
         assert same == loss
         budget = budget_of(module)
-        everything = sum(call.whole for call in budget._calls)
-        inputs = sum(call.inputs for call in budget._calls)
+        everything = sum(call.save_all for call in budget._calls)
+        inputs = sum(call.full for call in budget._calls)
         # What is measured is what there is; states of random numbers are beside it.
-        assert whole - least == pytest.approx(everything - inputs, rel=0.02)
+        assert save_all - least == pytest.approx(everything - inputs, rel=0.02)
         outside = least - inputs
         assert kept - outside <= share * everything + 4 * 6000
         found.append((kept, dict(Counter(budget._levels))))
     assert [kept for kept, _ in found] == sorted((kept for kept, _ in found), reverse=True)
-    assert found[0][1].keys() == {WHOLE, LEAN}
-    assert found[-1][1].keys() <= {INPUTS, LEAN}
-    assert found[-1][1][INPUTS] >= 3
+    assert found[0][1].keys() == {SAVE_ALL, SELECTIVE}
+    assert found[-1][1].keys() <= {FULL, SELECTIVE}
+    assert found[-1][1][FULL] >= 3
     # A little over half is costly, so one block more is enough.
-    assert found[2][1].get(INPUTS, 0) <= 1 + (dtype == torch.float32)
+    assert found[2][1].get(FULL, 0) <= 1 + (dtype == torch.float32)
 
 
 def test_an_amount_counts_bytes() -> None:
@@ -132,7 +138,7 @@ def test_an_amount_counts_bytes() -> None:
     step(module)
     first = budget_of(module)
     other = llama()
-    engine.checkpoint_activations(other, f"{first.most(first._calls) / 1000:.3f}kB")
+    engine.checkpoint_activations(other, f"{first.max_bytes(first._calls) / 1000:.3f}kB")
     step(other)
     step(other)
     assert budget_of(other)._levels == first._levels
@@ -153,7 +159,7 @@ class Operations(TorchDispatchMode):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_only_what_is_cheap_is_computed_again(quantized: bool, chosen: Any) -> None:
     seen = []
-    for levels in ([WHOLE], [LEAN]):
+    for levels in ([SAVE_ALL], [SELECTIVE]):
         chosen(levels)
         module = adapted("llama", quantized)
         engine.checkpoint_activations(module, "1GB")
@@ -162,12 +168,14 @@ def test_only_what_is_cheap_is_computed_again(quantized: bool, chosen: Any) -> N
         with Operations() as operations:
             loss.backward()
         seen.append(operations.seen)
-    kept, lean = seen
-    costly = {n for n in kept | lean if "mm" in n or "attention" in n or "gemm" in n or "4bit" in n}
+    kept, selective = seen
+    costly = {
+        n for n in kept | selective if "mm" in n or "attention" in n or "gemm" in n or "4bit" in n
+    }
     assert "mm" in costly
-    assert {name: lean[name] for name in costly} == {name: kept[name] for name in costly}
-    assert lean["silu"] == kept["silu"] + 3
-    assert not lean["bernoulli_"]
+    assert {name: selective[name] for name in costly} == {name: kept[name] for name in costly}
+    assert selective["silu"] == kept["silu"] + 3
+    assert not selective["bernoulli_"]
 
 
 class Hostile(nn.Module):
@@ -227,7 +235,7 @@ def test_changes_in_place(levels: list[str], chosen: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("level", [WHOLE, LEAN])
+@pytest.mark.parametrize("level", [SAVE_ALL, SELECTIVE])
 def test_a_change_after_the_block_is_noticed(level: str, chosen: Any) -> None:
     """As by autograd itself, which cannot look at tensors that are kept by others for it."""
 
@@ -289,7 +297,7 @@ def test_larger_batches_are_measured_and_others_are_not() -> None:
 
     assert levels(4, 48) == []
     known = levels(4, 48)
-    assert known.count(LEAN) >= 2
+    assert known.count(SELECTIVE) >= 2
     # Of about the same size, and not larger.
     assert levels(4, 45) == known
     assert levels(4, 41) == known
@@ -312,7 +320,7 @@ def test_what_is_decided_is_told() -> None:
     told: list[str] = []
     module = llama()
     done = engine.checkpoint_activations(module, 0.5, told.append)
-    assert done.described == ["4 LlamaDecoderLayer of LlamaForCausalLM"]
+    assert done.descriptions == ["4 LlamaDecoderLayer of LlamaForCausalLM"]
     for _ in range(3):
         step(module)
     (line,) = told
@@ -361,7 +369,7 @@ def test_a_copy_measures_for_itself() -> None:
     assert budget_of(other).limit == 0.5
     assert budget_of(other)._calls == []
     assert step(other)[1] == step(module)[1]
-    assert pickle.loads(pickle.dumps(budget_of(module))).wanted == 0.5
+    assert pickle.loads(pickle.dumps(budget_of(module))).setting == 0.5
 
 
 def test_the_users_own_checkpoints_are_refused() -> None:
@@ -375,17 +383,17 @@ def test_levels() -> None:
     """All budgets on all small cases: it fits where anything fits, and no level is for nothing."""
     kinds = [(10, 5, 1), (6, 6, 2), (4, 3, 3), (8, 2, 5)]
     for sizes in itertools.product(kinds, repeat=3):
-        calls = [Sizes(("Block", ()), *one) for one in sizes]
+        calls = [BlockSizes(("Block", ()), *one) for one in sizes]
         least = sum(min(one) for one in sizes)
-        for most in range(sum(call.whole for call in calls) + 2):
+        for most in range(sum(call.save_all for call in calls) + 2):
             levels = choose_levels(calls, most)
             total = sum(call.of(level) for call, level in zip(calls, levels, strict=True))
             assert total <= most or (most < least and total == least)
-            if most >= sum(call.whole for call in calls):
-                assert levels == [WHOLE] * 3
+            if most >= sum(call.save_all for call in calls):
+                assert levels == [SAVE_ALL] * 3
             for index, level in enumerate(levels):
-                if level == LEAN and total <= most:
-                    assert total - calls[index].lean + calls[index].whole > most
+                if level == SELECTIVE and total <= most:
+                    assert total - calls[index].selective + calls[index].save_all > most
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft import engine
-from lightning_peft.engine.memory.activation_checkpointing import CheckpointedBlock
+from lightning_peft.engine.training.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import UnsupportedError
 
 WIDTH = 16
@@ -166,13 +166,13 @@ def test_no_number_changes(kind: str, quantized: bool, bf16: bool) -> None:
     expected = train(adapted(kind, quantized), bf16)
     module = adapted(kind, quantized)
     done = engine.checkpoint_activations(module, True)
-    assert done.described == [MODELS[kind][2]]
+    assert done.descriptions == [MODELS[kind][2]]
     found = train(module, bf16)
     assert len(found) == len(expected) > 20
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     done.disable()
-    assert engine.checkpoint_activations(adapted(kind), "auto").described == done.described
+    assert engine.checkpoint_activations(adapted(kind), "auto").descriptions == done.described
 
 
 class Storages(TorchDispatchMode):
@@ -281,7 +281,7 @@ def test_what_the_user_switched_on_is_left_alone() -> None:
     layer = module.model.layers[0]
     function = layer._gradient_checkpointing_func
     done = engine.checkpoint_activations(module, True)
-    assert "already" in done.described[0]
+    assert "already" in done.descriptions[0]
     assert layer._gradient_checkpointing_func is function
     done.disable()
     assert layer.gradient_checkpointing is True
@@ -307,7 +307,7 @@ def test_a_checkpoint_of_the_users_is_not_doubled() -> None:
         plain.blocks = nn.ModuleList([Counted(), Counted()])
         engine.inject(plain, r=4, target_modules=["up"])
         done = engine.checkpoint_activations(plain, wanted)
-        assert bool(done.described) is wanted
+        assert bool(done.descriptions) is wanted
         x = torch.randn(4, WIDTH)
         for block in plain.blocks:
             x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
@@ -405,6 +405,6 @@ def test_which_blocks_are_taken() -> None:
 def test_where_nothing_repeats() -> None:
     module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 2))
     engine.inject(module, r=2, target_modules=["0"])
-    assert engine.checkpoint_activations(module, "auto").described == []
+    assert engine.checkpoint_activations(module, "auto").descriptions == []
     with pytest.raises(UnsupportedError, match=r"=True: no block repeats in Sequential.*'auto'"):
         engine.checkpoint_activations(module, True)

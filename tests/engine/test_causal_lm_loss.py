@@ -15,8 +15,8 @@ from transformers import LlamaForSequenceClassification
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_peft import engine
-from lightning_peft.engine.memory import cross_entropy
-from lightning_peft.engine.memory.causal_lm_loss import causal_lm_loss
+from lightning_peft.engine.training import cross_entropy
+from lightning_peft.engine.training.causal_lm_loss import causal_lm_loss
 
 from .reference import randomize, relative_error
 

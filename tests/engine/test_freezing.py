@@ -97,8 +97,8 @@ def test_values_before_training_are_kept_for_what_is_trained_in_full() -> None:
     lightning_peft.inject(
         model, r=2, target_modules=["a"], modules_to_save=["saved"], bias="lora_only"
     )
-    originals = engine.require_record(model).parts[""].originals
-    assert originals.keys() == {
+    initial_values = engine.require_record(model).parts[""].initial_values
+    assert initial_values.keys() == {
         "a.bias",
         "saved.0.weight",
         "saved.0.bias",
@@ -110,7 +110,7 @@ def test_values_before_training_are_kept_for_what_is_trained_in_full() -> None:
     }
     with torch.no_grad():
         model["a"].bias.add_(1)
-    assert not torch.equal(originals["a.bias"], model["a"].bias)
+    assert not torch.equal(initial_values["a.bias"], model["a"].bias)
 
 
 def test_a_second_adapter_changes_nothing_about_heads() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_peft import engine
-from lightning_peft.engine.memory.optimizers import OPTIMIZERS
+from lightning_peft.engine.training.optimizers import OPTIMIZERS
 from lightning_peft.errors import CheckpointError, ConfigError
 
 STEPS = 6

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftType
 
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 
 
 class Colour(enum.Enum):
@@ -30,15 +30,15 @@ def test_values_become_what_json_knows() -> None:
         "nested": [Inner((1, 2)), None, True, 1.5],
         3: Path("x"),
     }
-    assert plain(value) == {
+    assert to_primitives(value) == {
         "enum": "red",
         "LORA": ["a", "b"],
         "dtype": "bfloat16",
         "nested": [{"sizes": [1, 2]}, None, True, 1.5],
         "3": "x",
     }
-    json.dumps(plain(value))
+    json.dumps(to_primitives(value))
 
 
 def test_string_enums_lose_their_class() -> None:
-    assert type(plain(PeftType.LORA)) is str
+    assert type(to_primitives(PeftType.LORA)) is str

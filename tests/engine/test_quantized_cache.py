@@ -27,7 +27,7 @@ from transformers import (
 from lightning_peft import engine
 from lightning_peft.engine import cache_entries
 from lightning_peft.engine.layers.quantized import is_quantized
-from lightning_peft.engine.memory import quantized_cache, streamed_quantizer, weight_files
+from lightning_peft.engine.loading import quantized_cache, streamed_quantizer, weight_files
 from lightning_peft.errors import UnsupportedError
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def load(
             change(holder)
     early = any(is_quantized(layer) for layer in holder.modules())
     engine.inject(holder, config, quantization_config=settings)
-    return holder, early, len(engine.keep_quantized(holder, loading))
+    return holder, early, len(engine.store_quantized(holder, loading))
 
 
 def assert_same(one: Holder, other: Holder) -> None:
@@ -456,7 +456,7 @@ import sys, torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from lightning_peft import engine
-from lightning_peft.engine.memory import quantized_cache
+from lightning_peft.engine.loading import quantized_cache
 quantized_cache.SMALLEST = 0
 holder, config, settings = nn.Module(), engine.lora_config(r=4), engine.quantization_config()
 print("ready", flush=True)
@@ -467,7 +467,7 @@ with engine.loading_for_injection(
     holder.model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 torch.manual_seed(0)
 engine.inject(holder, config, quantization_config=settings)
-engine.keep_quantized(holder, loading)
+engine.store_quantized(holder, loading)
 """
 
 

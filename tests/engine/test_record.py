@@ -9,7 +9,7 @@ from torch import nn
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.fingerprint import Fingerprint
-from lightning_peft.engine.record import AdapterInfo, PartRecord, Record
+from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo, Record
 from lightning_peft.errors import LifecycleError
 
 
@@ -29,16 +29,20 @@ def test_a_record_comes_and_goes() -> None:
 
 def test_names_are_relative_to_the_module() -> None:
     base = Fingerprint((), (), ())
-    assert PartRecord("", base, {}).qualified("a.b") == "a.b"
-    assert PartRecord("part", base, {}).qualified("a.b") == "part.a.b"
+    assert AdaptedModuleRecord("", base, {}).qualified("a.b") == "a.b"
+    assert AdaptedModuleRecord("part", base, {}).qualified("a.b") == "part.a.b"
 
 
 def test_what_all_parts_have_together() -> None:
     base, info = Fingerprint((), (), ()), AdapterInfo({}, [], True)
     record = Record(
         {
-            "x": PartRecord("x", base, {}, frozen={"x.w"}, adapters={"b": info, "a": info}),
-            "y": PartRecord("y", base, {}, frozen={"y.w"}, adapters={"a": info, "c": info}),
+            "x": AdaptedModuleRecord(
+                "x", base, {}, frozen={"x.w"}, adapters={"b": info, "a": info}
+            ),
+            "y": AdaptedModuleRecord(
+                "y", base, {}, frozen={"y.w"}, adapters={"a": info, "c": info}
+            ),
         }
     )
     assert record.frozen == {"x.w", "y.w"}

@@ -39,7 +39,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
 def recorded(record: Any) -> list[Any]:
     kept = ("base", "loaded", "heads", "saved", "replaced", "changed_base")
     return [
-        (name, sorted(part.frozen), list(part.adapters), list(part.originals))
+        (name, sorted(part.frozen), list(part.adapters), list(part.initial_values))
         + tuple(copy.copy(getattr(part, field)) for field in kept)
         for name, part in record.parts.items()
     ] + [record.active]

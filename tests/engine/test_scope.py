@@ -8,9 +8,9 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.memory.activation_checkpointing import checkpoint_activations
 from lightning_peft.engine.selection.parts import find_heads
 from lightning_peft.engine.selection.scope import is_frozen, select
+from lightning_peft.engine.training.activation_checkpointing import checkpoint_activations
 from lightning_peft.errors import LightningPeftError, TargetModulesError
 
 FROZEN = "frozen by the module"
@@ -92,7 +92,7 @@ def test_biases_of_what_is_left_do_not_train(biases) -> None:
     module = Distiller()
     lightning_peft.inject(module, r=2, bias=biases)
     assert not any(p.requires_grad for p in module.teacher.parameters())
-    assert engine.require_record(module).parts[""].originals.keys() == {
+    assert engine.require_record(module).parts[""].initial_values.keys() == {
         "student.0.bias",
         "student.1.bias",
     } | ({"head.bias"} if biases == "all" else set())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lightning_peft
-from lightning_peft.engine.files.state import describe, inject_as_described
+from lightning_peft.engine.files.description import describe, inject_as_described
 from lightning_peft.engine.record import record_of
 from lightning_peft.errors import CheckpointError
 from lightning_peft.export.adapters import find_adapter

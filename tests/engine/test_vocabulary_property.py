@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
-from lightning_peft.engine.vocabulary import vocabulary_of
+from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import CheckpointError, LightningPeftError
 
 SIZE = 32
@@ -81,8 +81,8 @@ def test_a_vocabulary_comes_back_or_is_named(tied, size, targets, saved, damaged
         if refusal:
             assert damaged
             assert size == SIZE or f"{SIZE} in the base, {size} in the run" in refusal
-            assert vocabulary_of(other) == other.config.vocab_size == SIZE
+            assert vocabulary_size(other) == other.config.vocab_size == SIZE
             torch.testing.assert_close(dict(other.state_dict()), dict(before))
             return
-    assert vocabulary_of(other) == other.config.vocab_size == size
+    assert vocabulary_size(other) == other.config.vocab_size == size
     torch.testing.assert_close(other(ids).logits, expected)

@@ -19,7 +19,7 @@ from modules import (
 from torch import nn
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
-from lightning_peft.engine.memory.activation_checkpointing import CheckpointedBlock
+from lightning_peft.engine.training.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.namespace import bind_to_lightning
 

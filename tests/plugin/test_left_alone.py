@@ -183,7 +183,7 @@ def test_layers_that_no_optimizer_holds_are_frozen_for_this_fit(method, tmp_path
     (text,) = [r.getMessage() for r in caplog.records if "No optimizer holds" in r.getMessage()]
     assert "anything of 2 adapted layers: spare.0, spare.3. configure_optimizers lists" in text
     assert not any(p.requires_grad for p in engine.adapter_parameters(module.spare).values())
-    assert engine.require_record(module).unheld == ["spare.0", "spare.3"]
+    assert engine.require_record(module).unoptimized == ["spare.0", "spare.3"]
     assert all(not p.any() for n, p in values(module.spare).items() if "lora_B" in n)
     # The next fit may hold others.
     before = values(module)
@@ -192,7 +192,7 @@ def test_layers_that_no_optimizer_holds_are_frozen_for_this_fit(method, tmp_path
     spare, trunk = values(module.spare), values(module.trunk)
     assert any(not torch.equal(p, before[f"spare.{n}"]) for n, p in spare.items())
     assert all(torch.equal(p, before[f"trunk.{n}"]) for n, p in trunk.items())
-    assert engine.require_record(module).unheld == ["trunk.0", "trunk.3"]
+    assert engine.require_record(module).unoptimized == ["trunk.0", "trunk.3"]
 
 
 class Forgotten(Listed):
@@ -214,7 +214,7 @@ def test_adapters_that_were_forgotten_are_still_an_error(way, tmp_path) -> None:
     module.way = way
     with pytest.raises(LifecycleError, match=r"are in no optimizer, such as 'spare\.0\.lora_"):
         fit(module, vectors(), tmp_path)
-    assert engine.require_record(module).unheld == []
+    assert engine.require_record(module).unoptimized == []
 
 
 class Hidden(Listed):
@@ -229,7 +229,7 @@ class Hidden(Listed):
 def test_copies_in_lists_are_named_where_they_could_follow(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING, "lightning_peft")
     module = Hidden()
-    assert engine.copies_outside(module) == {"copies[1]": "trunk", "by_name['slow']": "head"}
+    assert engine.unregistered_copies(module) == {"copies[1]": "trunk", "by_name['slow']": "head"}
     fit(module, vectors(), tmp_path)
     texts = [r.getMessage() for r in caplog.records if "is a copy of" in r.getMessage()]
     assert [text.partition(" that ")[0] for text in texts] == ["copies[1] is a copy of 'trunk'"]

@@ -18,7 +18,7 @@ from transformers import (
 
 from lightning_peft import QLoRACallback, QLoRAStrategy, engine, load_from_checkpoint
 from lightning_peft.engine.layers.quantized import QuantizedLayer
-from lightning_peft.engine.memory import quantized_cache
+from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.errors import BaseMismatchError
 
 VOCABULARY, LENGTH = 64, 8

@@ -18,7 +18,7 @@ from lightning_peft.engine.files.adapter_format import (
 )
 from lightning_peft.engine.files.base_tensors import base_tensors, differences
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
-from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import BaseMismatchError, CheckpointError, itemize
 
@@ -44,7 +44,7 @@ class AdapterFolder:
     saved: list[str]
 
 
-def check_base_of(module: nn.Module, folder: AdapterFolder, entry: PartRecord) -> None:
+def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModuleRecord) -> None:
     """Refuses a base other than the one that a folder records.
 
     Raises:
@@ -64,7 +64,7 @@ def check_base_of(module: nn.Module, folder: AdapterFolder, entry: PartRecord) -
         )
 
 
-def _as_they_are(part: nn.Module, entry: PartRecord) -> Fingerprint:
+def _as_they_are(part: nn.Module, entry: AdaptedModuleRecord) -> Fingerprint:
     """Returns the fingerprint of all parameters, with heads as they are by now."""
     state = dict(part.named_parameters())
     now = {
@@ -77,7 +77,9 @@ def _as_they_are(part: nn.Module, entry: PartRecord) -> Fingerprint:
     return Fingerprint(loaded.names, loaded.shapes, tuple(sums))
 
 
-def check_fit(part: nn.Module, entry: PartRecord, name: str, folder: AdapterFolder) -> list[str]:
+def check_fit(
+    part: nn.Module, entry: AdaptedModuleRecord, name: str, folder: AdapterFolder
+) -> list[str]:
     """Refuses a folder that does not fit an adapter.
 
     Args:

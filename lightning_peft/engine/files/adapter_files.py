@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.engine.files.adapter_format import adapter_folder, differences_in_peft
-from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import ConfigError, itemize
 
 
@@ -91,7 +91,7 @@ def _files(module: nn.Module, name: str, provenance: Mapping[str, Any]) -> dict[
     return files
 
 
-def _warn_of_peft(part: nn.Module, entry: PartRecord, name: str) -> None:
+def _warn_of_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> None:
     problems = differences_in_peft(part, entry, name)
     if problems:
         warnings.warn(

@@ -25,13 +25,13 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.engine.adapters import adapter_parameters, trained_heads
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
-from lightning_peft.engine.files.computed_otherwise import computed_otherwise
-from lightning_peft.engine.files.for_peft import replaced_under_one_name, saved_entries
+from lightning_peft.engine.files.peft_differences import peft_differences
+from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.model_types import retargeted_by_peft
-from lightning_peft.engine.primitives import plain
-from lightning_peft.engine.record import AdapterInfo, PartRecord
+from lightning_peft.engine.primitives import to_primitives
+from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for, shortest_suffixes
 from lightning_peft.errors import CheckpointError
@@ -52,7 +52,7 @@ _PACKAGES = (
 
 
 def adapter_folder(
-    part: nn.Module, entry: PartRecord, name: str, provenance: Mapping[str, Any]
+    part: nn.Module, entry: AdaptedModuleRecord, name: str, provenance: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """Returns the three files of one adapter on one part, by name.
 
@@ -67,7 +67,7 @@ def adapter_folder(
     if initial:
         tensors, config = _for_plain_base(tensors, config, initial)
     blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
-    facts = provenance_of(part, entry, name) | plain(dict(provenance))
+    facts = provenance_of(part, entry, name) | to_primitives(dict(provenance))
     facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
     return {
         WEIGHTS_FILE: blob,
@@ -105,7 +105,7 @@ def _json(value: Any) -> bytes:
 
 
 def adapter_tensors(
-    part: nn.Module, entry: PartRecord, name: str, saved: Iterable[str] | None = None
+    part: nn.Module, entry: AdaptedModuleRecord, name: str, saved: Iterable[str] | None = None
 ) -> dict[str, Tensor]:
     """Returns the tensors of one adapter under PEFT's keys, without its ``base_model.model.``.
 
@@ -157,7 +157,7 @@ def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str
     return tensors
 
 
-def saved_modules(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
+def saved_modules(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> list[str]:
     """Returns the names of the modules that the files of the adapter ``name`` hold in full.
 
     Those of ``modules_to_save``, and the heads beside this adapter that are trained, or have other
@@ -180,7 +180,7 @@ def saved_modules(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
     return [*entry.saved, *(head for head in heads if head in {*trained, *changed})]
 
 
-def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:
+def exported_config(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dict[str, Any]:
     """Returns the ``adapter_config.json`` that loads the adapter onto the plain base model."""
     info = entry.adapters[name]
     config = {key: value for key, value in info.config.items() if key != "auto_mapping"}
@@ -201,7 +201,7 @@ def exported_config(part: nn.Module, entry: PartRecord, name: str) -> dict[str, 
     return config
 
 
-def differences_in_peft(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
+def differences_in_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> list[str]:
     """Returns why PEFT cannot read the files of an adapter to the same output; often nothing.
 
     This package reads them as they were meant.
@@ -210,11 +210,11 @@ def differences_in_peft(part: nn.Module, entry: PartRecord, name: str) -> list[s
     return [
         *replaced_under_one_name(part, entry.adapters[name].targets),
         *retargeted_by_peft(part, config_from_dict(fields)),
-        *computed_otherwise(part, entry, name),
+        *peft_differences(part, entry, name),
     ]
 
 
-def provenance_of(part: nn.Module, entry: PartRecord, name: str) -> dict[str, Any]:
+def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dict[str, Any]:
     """Returns what produced the adapter: base, settings, versions, seed, time (UTC).
 
     The fingerprint of the base is that of all parameters but those in ``left_out``, which the
@@ -228,7 +228,7 @@ def provenance_of(part: nn.Module, entry: PartRecord, name: str) -> dict[str, An
             continue
     saved = saved_modules(part, entry, name)
     replaced = [key.replace(".base_layer.", ".") for key in entry.replaced]
-    left_out = [*saved, *replaced, *(key for key in entry.originals if not inside(key, saved))]
+    left_out = [*saved, *replaced, *(key for key in entry.initial_values if not inside(key, saved))]
     return {
         "base": {
             **entry.base_id,
@@ -236,7 +236,7 @@ def provenance_of(part: nn.Module, entry: PartRecord, name: str) -> dict[str, An
             "left_out": left_out,
             "part": entry.name,
         },
-        "config": plain(entry.adapters[name].config),
+        "config": to_primitives(entry.adapters[name].config),
         "modules_to_save": saved,
         "quantization": entry.quantization,
         "versions": versions,

@@ -30,7 +30,7 @@ from lightning_peft.engine.files.adapter_format import (
     CONFIG_FILE,
     read_adapter,
 )
-from lightning_peft.engine.files.base_tensors import hold_in_files
+from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.fitting import (
     check_ranks,
     fields_for,
@@ -44,7 +44,7 @@ from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.selection.scope import find_parts
 from lightning_peft.engine.undoing import undone_on_error
-from lightning_peft.engine.vocabulary import difference, resized_as_recorded
+from lightning_peft.engine.vocabulary import resized_as_recorded, vocabulary_mismatch
 from lightning_peft.errors import (
     CheckpointError,
     ConfigError,
@@ -128,7 +128,7 @@ def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str
         value.ndim == 2 and value.shape[0] == rows and "lora_" not in key
         for key, value in folder.tensors.items()
     )
-    problem = difference(base, module.get_submodule(folder.part))
+    problem = vocabulary_mismatch(base, module.get_submodule(folder.part))
     if problem and not brought:
         raise CheckpointError(
             f"The adapter in {str(folder.path)!r} does not fit: {problem}, and train with "
@@ -246,7 +246,7 @@ def _put_on(
         check_base_of(module, folder, entry)
     replaced = check_fit(module.get_submodule(folder.part), entry, adapter_name, folder)
     if replaced:
-        hold_in_files(module, entry, replaced)
+        include_in_files(module, entry, replaced)
 
 
 def _inject_for_file(

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.fingerprint import buffer_checksums
-from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.record import AdaptedModuleRecord
 
 _WRAPPED = ".base_layer."
 
 
 def base_tensors(
-    part: nn.Module, entry: PartRecord, keys: Iterable[str]
+    part: nn.Module, entry: AdaptedModuleRecord, keys: Iterable[str]
 ) -> dict[str, tuple[str, Tensor]]:
     """Returns those of ``keys`` that are weights or buffers of the base.
 
@@ -38,7 +38,7 @@ def base_tensors(
 
 
 def differences(
-    entry: PartRecord,
+    entry: AdaptedModuleRecord,
     brought: Mapping[str, tuple[str, Tensor]],
     tensors: Mapping[str, Tensor],
     adapter_name: str,
@@ -76,7 +76,7 @@ def _vocabulary(value: Tensor, mine: Tensor) -> str:
     )
 
 
-def hold_in_files(module: nn.Module, entry: PartRecord, names: Iterable[str]) -> None:
+def include_in_files(module: nn.Module, entry: AdaptedModuleRecord, names: Iterable[str]) -> None:
     """Makes base weights a part of what checkpoints and adapter folders hold.
 
     Args:
@@ -95,7 +95,7 @@ def hold_in_files(module: nn.Module, entry: PartRecord, names: Iterable[str]) ->
     entry.base = entry.base.only(lambda name: name not in plain)
 
 
-def changed_buffers(part: nn.Module, entry: PartRecord) -> dict[str, Tensor]:
+def changed_buffers(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, Tensor]:
     """Returns the persistent buffers that are not as they were loaded, by name.
 
     Training moves the running statistics of batch norm, and the adapter was trained with them.
@@ -107,7 +107,7 @@ def changed_buffers(part: nn.Module, entry: PartRecord) -> dict[str, Tensor]:
     return {name: buffers[name] for name in changed}
 
 
-def keys_in_file(entry: PartRecord, targets: Iterable[str]) -> dict[str, str]:
+def keys_in_file(entry: AdaptedModuleRecord, targets: Iterable[str]) -> dict[str, str]:
     """Returns PEFT's keys of the base weights that files hold, by their names in the part."""
     adapted = set(targets)
     keys = {}

@@ -282,7 +282,7 @@ def _has_standard_dropout(dropout: Any) -> bool:
 @contextmanager
 def _pause_recording() -> Iterator[None]:
     """Within the body, operations are not noted in order to be repeated: their result is kept."""
-    if not getattr(_get_current_dispatch_mode(), "notes_operations", False):
+    if not getattr(_get_current_dispatch_mode(), "records_ops", False):
         yield
         return
     with _pop_mode_temporarily():

@@ -134,7 +134,7 @@ def _with_copies(
     heads = {modules[name] for name in names}
     for origin, copy in exclusions.copies:
         pairs = zip(origin.modules(), copy.modules(), strict=True)
-        heads |= {follower for leader, follower in pairs if leader in heads}
+        heads |= {copy for source, copy in pairs if source in heads}
     return {name: child for name, child in modules.items() if child in heads}
 
 

@@ -25,7 +25,7 @@ from lightning_peft.engine.layers.quantization import quantization_unsupported_r
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.layers.sizes import shape_unsupported_reason
 from lightning_peft.engine.quantization_settings import quantization_to_dict
-from lightning_peft.engine.record import PartRecord, Record, Twin
+from lightning_peft.engine.record import AdaptedModuleRecord, MomentumCopy, Record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
 from lightning_peft.engine.selection.parts import (
@@ -105,7 +105,7 @@ def make_plans(
     request: InjectionRequest,
     adapt: str | Iterable[str] | None,
     record: Record,
-    twins: Collection[Twin] = (),
+    momentum_copies: Collection[MomentumCopy] = (),
 ) -> list[InjectionPlan]:
     """Returns what to do with every part of ``module``; changes nothing but ``record.left``.
 
@@ -114,7 +114,7 @@ def make_plans(
         request: What was asked for.
         adapt: Names of the submodules to adapt; ``None`` for the pretrained ones.
         record: What was done to the module before. Its ``left`` is filled at the first adapter.
-        twins: Copies in the module.
+        momentum_copies: Copies in the module.
 
     Raises:
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See
@@ -122,7 +122,9 @@ def make_plans(
     """
     check_adapter_name(request.adapter_name)
     again = list(record.parts) if record.parts and adapt is None else adapt
-    selection = select(module, again, getattr(request.config, "target_modules", None), twins)
+    selection = select(
+        module, again, getattr(request.config, "target_modules", None), momentum_copies
+    )
     if record.left is not None:
         selection = recorded_selection(module, record, selection)
     parts, exclusions = selection.parts, selection.exclusions
@@ -182,7 +184,7 @@ def recorded_selection(
     return Selection(parts, left, Exclusions(left_modules(module, left), new_heads))
 
 
-def _check_additional_adapter(entry: PartRecord, request: InjectionRequest) -> None:
+def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequest) -> None:
     name, config = request.adapter_name, request.config
     where = entry.name or "the module"
     if name in entry.adapters:
@@ -203,7 +205,7 @@ def _check_additional_adapter(entry: PartRecord, request: InjectionRequest) -> N
             "Several adapters on one base are supported for plain LoRA in place only; "
             f"{type(config).__name__} with these settings rewrites the layers in its own way."
         )
-    if entry.originals or getattr(config, "modules_to_save", None) or request.biases != "none":
+    if entry.initial_values or getattr(config, "modules_to_save", None) or request.biases != "none":
         raise UnsupportedError(
             "`modules_to_save` and `bias` are supported for the only adapter of a part: there is "
             "one set of base weights for all adapters, so another one would run with weights that "
@@ -216,7 +218,7 @@ def _check_additional_adapter(entry: PartRecord, request: InjectionRequest) -> N
         )
 
 
-def _check_trained_heads(plan: InjectionPlan, entry: PartRecord) -> None:
+def _check_trained_heads(plan: InjectionPlan, entry: AdaptedModuleRecord) -> None:
     """Refuses an adapter on a head that is trained in full with the adapters that are there."""
     heads = trained_heads(plan.part, entry.heads)
     problems = [target for target in plan.targets if inside(target, heads)]

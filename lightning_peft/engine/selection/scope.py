@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from lightning_peft.engine.record import Twin
+from lightning_peft.engine.record import MomentumCopy
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
     PRODUCTS,
@@ -76,7 +76,7 @@ def select(
     module: nn.Module,
     adapt: str | Iterable[str] | None = None,
     wanted: str | Iterable[str] | None = None,
-    twins: Collection[Twin] = (),
+    momentum_copies: Collection[MomentumCopy] = (),
 ) -> Selection:
     """Decides which submodules are adapted and which are left as they are; changes nothing.
 
@@ -85,14 +85,14 @@ def select(
         adapt: Names of the submodules to adapt; ``None`` looks for pretrained parts. What is named
             is adapted, whatever it is.
         wanted: ``target_modules``. What it names is adapted although it is frozen.
-        twins: Copies, which follow what they copy although they are frozen.
+        momentum_copies: Copies, which follow what they copy although they are frozen.
 
     Raises:
         TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
     """
     parts = None if adapt is None else _named_parts(module, adapt)
     left = _metrics_and_losses(module, parts or {})
-    copies = _momentum_copies(module, twins)
+    copies = _momentum_copies(module, momentum_copies)
     if parts is None:
         parts, frozen = _pretrained_parts(module, left, copies, wanted)
         left |= frozen
@@ -105,7 +105,7 @@ def select(
             on_top |= new_heads
     left = {n: why for n, why in left.items() if not inside(n, [up for up in left if up != n])}
     find = module.get_submodule
-    pairs = tuple((find(twin.leader), find(twin.follower)) for twin in twins)
+    pairs = tuple((find(pair.source), find(pair.copy)) for pair in momentum_copies)
     return Selection(parts, left, Exclusions(left_modules(module, left), frozenset(on_top), pairs))
 
 
@@ -201,12 +201,14 @@ def _is_loss(name: str, child: nn.Module) -> bool:
     return isinstance(child, _Loss) or bool(named) or any(classes)
 
 
-def _momentum_copies(module: nn.Module, twins: Collection[Twin]) -> set[nn.Module]:
+def _momentum_copies(
+    module: nn.Module, momentum_copies: Collection[MomentumCopy]
+) -> set[nn.Module]:
     """Returns the copies of what trains, which follow it."""
     return {
-        module.get_submodule(twin.follower)
-        for twin in twins
-        if not is_frozen(module.get_submodule(twin.leader))
+        module.get_submodule(pair.copy)
+        for pair in momentum_copies
+        if not is_frozen(module.get_submodule(pair.source))
     }
 
 

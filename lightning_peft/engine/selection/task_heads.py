@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.selection.parts import base_modules
 
 _HEADS = {
@@ -25,7 +25,7 @@ def with_task_heads(config: PeftConfig, module: nn.Module) -> PeftConfig:
         config: Any PEFT config; it is not changed.
         module: The module. Heads that it does not have are left out, which PEFT names too.
     """
-    task = str(plain(config.task_type))
+    task = str(to_primitives(config.task_type))
     if task not in _HEADS or not hasattr(config, "modules_to_save"):
         return config
     there = {name.rpartition(".")[2] for name in base_modules(module)}

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.model_types import fused_kernel_problem
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.selection.parts import inside
 
 
@@ -52,7 +52,7 @@ def wrapping_problems(
             )
         if isinstance(layer, Conv1D) and (target in quantize or is_quantized(layer)):
             problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
-        method = str(plain(config.peft_type))
+        method = str(to_primitives(config.peft_type))
         if method in _DENSE_ONLY and (target in quantize or is_quantized(layer)):
             problems.append(
                 f"{target} is quantized, and {type(config).__name__} works on dense weights only. "
@@ -95,7 +95,7 @@ _IGNORED_PROPERTIES = {
 
 
 def _convolution_problems(layer: nn.Module, config: PeftConfig) -> list[str]:
-    method = str(plain(config.peft_type))
+    method = str(to_primitives(config.peft_type))
     left_out = [_PROPERTIES[name] for name in _IGNORED_PROPERTIES.get(method, ())]
     return [
         f"has {said.format(layer=layer)}; PEFT's {type(config).__name__} with these settings "

@@ -14,7 +14,7 @@ from lightning_peft.engine.adapters import adapter_parameters, set_adapter
 from lightning_peft.engine.files.adapter_files import save_adapter
 from lightning_peft.engine.files.adapter_format import saved_modules
 from lightning_peft.engine.files.adapter_loading import load_adapter
-from lightning_peft.engine.files.module_state import load_trainable_state_dict, trainable_state_dict
+from lightning_peft.engine.files.state_dicts import load_trainable_state_dict, trainable_state_dict
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.verification.probe import perturb

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, is_enabled
 from lightning_peft.engine.layers.quantized import is_quantized
-from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 
 
 def structural_problems(module: nn.Module) -> list[str]:
@@ -28,7 +28,7 @@ def structural_problems(module: nn.Module) -> list[str]:
     return problems
 
 
-def _layer_problems(part: nn.Module, entry: PartRecord) -> list[str]:
+def _layer_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[str]:
     layers = adapted_layers(part)
     targets = {target for info in entry.adapters.values() for target in info.targets}
     gone = [f"{entry.qualified(t)}: has no adapter any more" for t in sorted(targets - {*layers})]
@@ -40,7 +40,7 @@ def _layer_problems(part: nn.Module, entry: PartRecord) -> list[str]:
     return gone + off
 
 
-def _quantization_problems(part: nn.Module, entry: PartRecord) -> list[str]:
+def _quantization_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[str]:
     modules = dict(part.named_modules())
     problems = []
     for name in entry.quantized:
@@ -60,7 +60,7 @@ def _quantization_problems(part: nn.Module, entry: PartRecord) -> list[str]:
     return problems
 
 
-def _tensor_problems(part: nn.Module, entry: PartRecord) -> list[str]:
+def _tensor_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[str]:
     problems = []
     layers = adapted_layers(part)
     tensors = adapter_parameters(part)

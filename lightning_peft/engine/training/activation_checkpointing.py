@@ -22,8 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, remove_mixin
-from lightning_peft.engine.memory.activation_budget import ActivationBudget, read_budget
 from lightning_peft.engine.record import require_record
+from lightning_peft.engine.training.activation_budget import ActivationBudget, read_budget
 from lightning_peft.errors import UnsupportedError
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -41,12 +41,12 @@ class Checkpointing:
     """What was switched on, and how to switch it off.
 
     Attributes:
-        described: What is checkpointed, one phrase for each part; empty where nothing is.
+        descriptions: What is checkpointed, one phrase for each part; empty where nothing is.
         blocks: Blocks whose class was extended.
         attributes: Objects with a name and the value it had in their ``__dict__`` before.
     """
 
-    described: list[str] = field(default_factory=list)
+    descriptions: list[str] = field(default_factory=list)
     blocks: list[nn.Module] = field(default_factory=list)
     attributes: list[tuple[Any, str, Any]] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ class Checkpointing:
 
 
 def checkpoint_activations(
-    module: nn.Module, wanted: bool | float | str, tell: Callable[[str], None] | None = None
+    module: nn.Module, setting: bool | float | str, notify: Callable[[str], None] | None = None
 ) -> Checkpointing:
     """Switches activation checkpointing on in the adapted parts of ``module``.
 
@@ -78,21 +78,21 @@ def checkpoint_activations(
 
     Args:
         module: A module with adapters.
-        wanted: ``True``, ``False``, ``"auto"`` for where there is something to checkpoint, or what
+        setting: ``True``, ``False``, ``"auto"`` for where there is something to checkpoint, or what
             the blocks may keep: an amount such as ``"2GB"``, or a share such as ``0.5``.
-        tell: Shows a line to the user, such as what is kept under a budget.
+        notify: Shows a line to the user, such as what is kept under a budget.
 
     Returns:
         What was done and its inverse.
 
     Raises:
-        UnsupportedError: If ``wanted`` is ``True`` or a budget, and nothing repeats in any adapted
+        UnsupportedError: If ``setting`` is ``True`` or a budget, and nothing repeats in any adapted
             part; or with a budget, if the user checkpoints some part.
-        ConfigError: If ``wanted`` is something else.
+        ConfigError: If ``setting`` is something else.
     """
-    budget = None if read_budget(wanted) is None else ActivationBudget(wanted, tell)
+    budget = None if read_budget(setting) is None else ActivationBudget(setting, notify)
     done = Checkpointing()
-    if wanted is False:
+    if setting is False:
         return done
     record = require_record(module)
     for name in record.parts:
@@ -100,14 +100,14 @@ def checkpoint_activations(
         on = [m for m in part.modules() if any(getattr(m, flag, False) is True for flag in _FLAGS)]
         if on and budget is not None:
             raise UnsupportedError(
-                f"gradient_checkpointing={wanted!r}: {label} keeps the inputs of its blocks only, "
+                f"gradient_checkpointing={setting!r}: {label} keeps the inputs of its blocks only, "
                 "by your own switch, so there is nothing to decide. Remove one of the two."
             )
         if on:
-            done.described.append(f"{label} does it already, by your own switch")
+            done.descriptions.append(f"{label} does it already, by your own switch")
             continue
-        library = _switch_transformers(part, done, budget)
-        own = _own_blocks(part)
+        library = _enable_in_transformers(part, done, budget)
+        own = _repeated_blocks(part)
         for block in own:
             add_mixin(block, CheckpointedBlock)
             done.blocks.append(block)
@@ -115,10 +115,10 @@ def checkpoint_activations(
         counts = Counter(_class_name(block) for block in [*library, *own])
         if counts:
             blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            done.described.append(f"{blocks} of {label}")
-    if not done.described and wanted != "auto":
+            done.descriptions.append(f"{blocks} of {label}")
+    if not done.descriptions and setting != "auto":
         raise UnsupportedError(
-            f"gradient_checkpointing={wanted!r}: no block repeats in "
+            f"gradient_checkpointing={setting!r}: no block repeats in "
             f"{', '.join(name or type(module).__name__ for name in record.parts)}. Two or more "
             "modules of one class that hold adapters, in one ModuleList or Sequential, are "
             "needed, or a transformers model that supports it. Use 'auto' or False, or call "
@@ -136,7 +136,7 @@ def is_checkpointed(module: nn.Module) -> bool:
     )
 
 
-def keeps_a_budget(module: nn.Module) -> bool:
+def has_activation_budget(module: nn.Module) -> bool:
     """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
     functions = (child.__dict__.get("_gradient_checkpointing_func") for child in module.modules())
     return any(
@@ -150,7 +150,7 @@ def _class_name(block: Any) -> str:
     return str(getattr(type(block), "origin_class", type(block)).__name__)
 
 
-def _switch_transformers(
+def _enable_in_transformers(
     part: nn.Module, done: Checkpointing, budget: ActivationBudget | None
 ) -> list[nn.Module]:
     """Does what ``gradient_checkpointing_enable`` does, without its hooks on the embeddings.
@@ -184,7 +184,7 @@ def _switch_transformers(
     return layers or switched
 
 
-def _own_blocks(part: nn.Module) -> list[nn.Module]:
+def _repeated_blocks(part: nn.Module) -> list[nn.Module]:
     """Returns the repeated blocks with adapters inside that are not of transformers."""
     holders = {id(layer) for layer in adapted_layers(part).values()}
     foreign = {
@@ -239,7 +239,7 @@ class CheckpointedBlock(DynamicMixin):
         """Computes as the block does; in training, only its inputs are kept for backward."""
         block: Any = self
         forward: Any = super().forward  # type: ignore[misc]
-        if not block.training or not _worthwhile():
+        if not block.training or not _should_checkpoint():
             return forward(*args, **kwargs)
         return _run(block.__dict__.get(_BUDGET), block, forward, args, kwargs)
 
@@ -256,7 +256,7 @@ def run_checkpointed(
         *args: Its positional arguments.
         **kwargs: Its keyword arguments.
     """
-    if not _worthwhile():
+    if not _should_checkpoint():
         return function(*args, **kwargs)
     owner = getattr(function, "__self__", None)
     if isinstance(function, functools.partial):
@@ -279,7 +279,7 @@ def _run(
     return budget.run(block, forward, args, kwargs, _checkpointed)
 
 
-def _worthwhile() -> bool:
+def _should_checkpoint() -> bool:
     """Says whether activations would be kept: not without gradients, nor where others do this."""
     if not torch.is_grad_enabled():
         return False
@@ -308,9 +308,9 @@ def _checkpointed(
         return forward(*own_args, **own_kwargs)
 
     state = _BlockState(block, kept[0])
-    noted = _Noted(state, kept[1] or nullcontext())
+    noted = _ForwardContext(state, kept[1] or nullcontext())
     return checkpoint(
-        call, *leaves, use_reentrant=False, context_fn=lambda: (noted, _Replayed(state))
+        call, *leaves, use_reentrant=False, context_fn=lambda: (noted, _RecomputeContext(state))
     )
 
 
@@ -324,7 +324,7 @@ class _BlockState:
         self.buffers: list[tuple[nn.Module, str, Tensor | None]] = []
 
 
-class _Noted:
+class _ForwardContext:
     """Around the forward pass: notes the modes, and the buffers that may be changed in it."""
 
     def __init__(self, state: _BlockState, inner: AbstractContextManager[None]) -> None:
@@ -352,7 +352,7 @@ class _Noted:
         self.before = []
 
 
-class _Replayed:
+class _RecomputeContext:
     """Around the computation in backward: modes and buffers are what they were; then as now."""
 
     def __init__(self, state: _BlockState) -> None:

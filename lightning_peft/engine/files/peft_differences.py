@@ -13,10 +13,10 @@ from lightning_peft.engine.layers.kinds import (
     is_dilated,
     pads_with_values,
 )
-from lightning_peft.engine.record import PartRecord
+from lightning_peft.engine.record import AdaptedModuleRecord
 
 
-def computed_otherwise(part: nn.Module, entry: PartRecord, name: str) -> list[str]:
+def peft_differences(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> list[str]:
     """Returns a sentence for each adapted layer that PEFT computes otherwise or not at all.
 
     Args:

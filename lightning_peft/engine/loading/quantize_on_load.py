@@ -21,23 +21,23 @@ from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantization import release_freed_memory
 from lightning_peft.engine.layers.quantized import storage_bytes
-from lightning_peft.engine.memory import quantized_cache
-from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts
-from lightning_peft.engine.memory.streamed_quantizer import Loading, StreamedConfig, dense_facts
-from lightning_peft.engine.memory.watched_loads import (
+from lightning_peft.engine.loading import quantized_cache
+from lightning_peft.engine.loading.quantized_cache import CachedLoad, DenseInfo
+from lightning_peft.engine.loading.streamed_quantizer import Loading, StreamedConfig, dense_info
+from lightning_peft.engine.loading.tracked_loads import (
     check_replaced,
-    forget_changed,
-    left_dense,
-    watched,
+    drop_modified,
+    restore_dense,
+    track_load,
 )
+from lightning_peft.engine.momentum_copies import find_momentum_copies
 from lightning_peft.engine.record import record_of
 from lightning_peft.engine.selection.parts import find_heads
 from lightning_peft.engine.selection.scope import select
-from lightning_peft.engine.twins import find_twins
 from lightning_peft.errors import UnsupportedError, itemize
 
 # Arguments with which the caller says where and how, and loading is left alone.
-_OWN_WAYS = (
+_EXPLICIT_OPTIONS = (
     "quantization_config",
     "device_map",
     "device_mesh",
@@ -51,14 +51,14 @@ _OWN_WAYS = (
 )
 
 
-_current: ContextVar[Loading | None] = ContextVar("quantized_loading", default=None)
+_current: ContextVar[Loading | None] = ContextVar("quantize_on_load", default=None)
 _patching = threading.Lock()
 _users = 0
 _original: Any = None
 
 
 @contextmanager
-def quantized_loading(
+def quantize_on_load(
     settings: BitsAndBytesConfig, device: torch.device, dense: list[str], cached: bool = False
 ) -> Iterator[Loading]:
     """Within the body, ``from_pretrained`` of this thread quantizes linear layers as it reads them.
@@ -108,7 +108,7 @@ def loading_for_injection(
         cached: Use the cache of quantized bases.
 
     Yields:
-        What was loaded, for :func:`keep_quantized` after the injection; ``None`` for nothing.
+        What was loaded, for :func:`store_quantized` after the injection; ``None`` for nothing.
 
     Raises:
         UnsupportedError: If something was loaded that injection would not have quantized, or
@@ -122,7 +122,7 @@ def loading_for_injection(
         *(settings.llm_int8_skip_modules or []),
         *(getattr(peft_config, "modules_to_save", None) or []),
     ]
-    with quantized_loading(settings, device, dense, cached) as loading:
+    with quantize_on_load(settings, device, dense, cached) as loading:
         yield loading
     check_loaded(module, loading)
 
@@ -148,24 +148,24 @@ def _wrapped(original: Any) -> Any:
     @wraps(original)
     def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
         loading = _current.get()
-        own = any(kwargs.get(key) is not None for key in _OWN_WAYS)
+        own = any(kwargs.get(key) is not None for key in _EXPLICIT_OPTIONS)
         if loading is None or own or _is_quantized(name, kwargs):
             return original(cls, name, *args, **kwargs)
-        streams = _worthwhile(loading, name, kwargs)
-        cached = None if args else _look_up(loading, cls, name, kwargs, streams)
+        streams = _saves_memory(loading, name, kwargs)
+        cached = None if args else _find_entry(loading, cls, name, kwargs, streams)
         return _load(original, loading, cached, streams, cls, name, *args, **kwargs)
 
     return from_pretrained
 
 
-def _look_up(
+def _find_entry(
     loading: Loading, cls: Any, name: Any, kwargs: dict[str, Any], streams: bool
 ) -> CachedLoad | None:
     if not loading.cached:
         return None
     way = "while it is read" if streams else "after loading"
-    settings = quantized_cache.settings_for(loading.settings, loading.dense, way)
-    return quantized_cache.look_up(cls, name, kwargs, settings, loading.device)
+    settings = quantized_cache.cache_settings(loading.settings, loading.dense, way)
+    return quantized_cache.find_entry(cls, name, kwargs, settings, loading.device)
 
 
 def _load(
@@ -185,21 +185,21 @@ def _load(
     else:
         before = len(loading.layers)
         result, info = original(*args, **kwargs, output_loading_info=True)
-        early = dict(loading.layers[before:])
+        on_load = dict(loading.layers[before:])
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
-        def again() -> PreTrainedModel:
+        def reload_dense() -> PreTrainedModel:
             with torch.random.fork_rng():
                 model: PreTrainedModel = original(*args, **own)
                 return model
 
-        loading.loads.append(watched(cached, result, early, absent, loading, again))
+        loading.loads.append(track_load(cached, result, on_load, absent, loading, reload_dense))
     if streams and loading.device.type == "cpu":
         release_freed_memory()
     return result
 
 
-def _written(name: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+def _config_dicts(name: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the configuration in the file, and those of its parts.
 
     A config object that is passed on says what was asked for.
@@ -218,11 +218,11 @@ def _written(name: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
 def _is_quantized(name: Any, kwargs: dict[str, Any]) -> bool:
     given: Any = kwargs.get("config")
     return getattr(given, "quantization_config", None) is not None or any(
-        "quantization_config" in part for part in _written(name, kwargs)
+        "quantization_config" in part for part in _config_dicts(name, kwargs)
     )
 
 
-def _worthwhile(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
+def _saves_memory(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
     """Says whether this takes less memory than to load dense weights and quantize them then.
 
     Not on the CPU in the dtype of the file: such weights stay in the memory-mapped file until they
@@ -230,13 +230,15 @@ def _worthwhile(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
     """
     if loading.device.type != "cpu":
         return True
-    parts = _written(name, kwargs)
-    wanted = _plain(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
-    stored = next((_plain(p[k]) for p in parts for k in ("dtype", "torch_dtype") if p.get(k)), None)
+    parts = _config_dicts(name, kwargs)
+    wanted = _dtype_name(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")
+    stored = next(
+        (_dtype_name(p[k]) for p in parts for k in ("dtype", "torch_dtype") if p.get(k)), None
+    )
     return wanted not in ("auto", stored)
 
 
-def _plain(dtype: Any) -> str:
+def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -247,14 +249,14 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
         UnsupportedError: If layers are outside of the adapted parts, or heads of them.
     """
     check_replaced(loading)
-    forget_changed(loading)
+    drop_modified(loading)
     quantizable_layers: set[int] = set()
-    chosen = select(module, twins=find_twins(module) if loading.layers else ())
+    chosen = select(module, momentum_copies=find_momentum_copies(module) if loading.layers else ())
     for part in chosen.parts.values():
         heads = find_heads(part, chosen.exclusions).values()
         dense = {*chosen.exclusions.left, *(child for head in heads for child in head.modules())}
         quantizable_layers |= {id(child) for child in part.modules() if child not in dense}
-    others = left_dense(loading, quantizable_layers)
+    others = restore_dense(loading, quantizable_layers)
     if others:
         raise UnsupportedError(
             "from_pretrained in configure_model quantized these layers as it loaded them, and "
@@ -268,17 +270,17 @@ def check_loaded(module: nn.Module, loading: Loading) -> None:
 
 def dense_bytes(layer: nn.Module) -> int:
     """Returns the bytes of a layer's weight before it was quantized."""
-    facts = dense_facts(layer)
+    facts = dense_info(layer)
     return facts.bytes if facts else storage_bytes(stored_parameter(layer, "weight"))
 
 
 def base_fingerprint(part: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Fingerprint:
     """Returns the fingerprint of tensors of ``part`` as if all had been loaded dense."""
     named = list(tensors)
-    facts: dict[str, DenseFacts] = {}
+    facts: dict[str, DenseInfo] = {}
     for name, _ in named:
         owner, _, leaf = name.rpartition(".")
-        known = dense_facts(part.get_submodule(owner)) if leaf == "weight" else None
+        known = dense_info(part.get_submodule(owner)) if leaf == "weight" else None
         if known is not None:
             facts[name] = known
     rest = fingerprint((name, tensor) for name, tensor in named if name not in facts)

@@ -10,13 +10,19 @@ from torch import nn
 
 from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.configuration import config_differences, config_from_dict
-from lightning_peft.engine.files.base_tensors import hold_in_files
+from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import inject_exactly
-from lightning_peft.engine.primitives import plain
+from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.quantization_settings import quantization_from_dict
-from lightning_peft.engine.record import PartRecord, Record, record_of, require_record, set_record
+from lightning_peft.engine.record import (
+    AdaptedModuleRecord,
+    Record,
+    record_of,
+    require_record,
+    set_record,
+)
 from lightning_peft.engine.selection.planning import InjectionRequest
-from lightning_peft.engine.vocabulary import difference, resized_as_recorded
+from lightning_peft.engine.vocabulary import resized_as_recorded, vocabulary_mismatch
 from lightning_peft.errors import (
     BaseMismatchError,
     CheckpointError,
@@ -40,10 +46,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _describe_part(part: PartRecord) -> dict[str, Any]:
+def _describe_part(part: AdaptedModuleRecord) -> dict[str, Any]:
     described: dict[str, Any] = {
         "adapters": {
-            name: {"config": plain(info.config), "targets": list(info.targets)}
+            name: {"config": to_primitives(info.config), "targets": list(info.targets)}
             for name, info in part.adapters.items()
         },
         "quantization": part.quantization,
@@ -74,7 +80,7 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
         )
     problems = _part_problems(record, described)
     for name in record.parts.keys() & described["parts"].keys():
-        other = difference(described["parts"][name]["base_id"], module.get_submodule(name))
+        other = vocabulary_mismatch(described["parts"][name]["base_id"], module.get_submodule(name))
         problems += [other] if other else []
     if problems:
         raise CheckpointError(
@@ -85,7 +91,7 @@ def check_description(module: nn.Module, described: Mapping[str, Any]) -> None:
     for name, part in record.parts.items():
         replaced = described["parts"][name].get("replaced")
         if replaced:
-            hold_in_files(module, part, replaced)
+            include_in_files(module, part, replaced)
         _check_base(part, described["parts"][name])
 
 
@@ -131,7 +137,7 @@ def _config_problems(where: str, mine: Mapping[str, Any], theirs: Mapping[str, A
     ]
 
 
-def _check_base(part: PartRecord, described: Mapping[str, Any]) -> None:
+def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:
     where = part.name or "the module"
     if part.base.digest() != described["base_digest"]:
         sums = [int(value) for value in described["base_sums"]]

@@ -13,18 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 # Logits that are widened at a time: near a core on CPUs, and enough for a kernel elsewhere.
-_PIECE, _PIECE_ELSEWHERE = 1 << 19, 1 << 22
+_CHUNK, _CHUNK_ON_ACCELERATORS = 1 << 19, 1 << 22
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor, ignored: int = -100) -> Tensor:
+def summed_cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """Returns the cross-entropy, float32, summed over the rows whose target counts.
 
     Args:
         logits: ``(rows, classes)``.
         targets: ``(rows,)``, int64.
-        ignored: The target that does not count.
+        ignore_index: The target that does not count.
     """
-    total: Tensor = SummedCrossEntropy.apply(logits, targets, ignored)
+    total: Tensor = SummedCrossEntropy.apply(logits, targets, ignore_index)
     return total
 
 
@@ -32,27 +32,27 @@ class SummedCrossEntropy(torch.autograd.Function):
     """Cross-entropy, summed over the rows whose target counts."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignored: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         """Returns the sum, float32.
 
         Args:
             ctx: Autograd's.
             logits: ``(rows, classes)``.
             targets: ``(rows,)``, int64.
-            ignored: The target that does not count.
+            ignore_index: The target that does not count.
         """
-        counts = targets != ignored
+        counts = targets != ignore_index
         # A class that exists, for rows that do not count.
         places = targets.where(counts, 0).unsqueeze(1)
         # Apart, as in log_softmax: in their sum, large logits would swallow the logarithm.
         largest, totals, picked = logits.new_empty(3, len(logits), 1, dtype=torch.float32).unbind()
-        for rows, (some, at) in _pieces(logits, places):
+        for rows, (some, at) in _chunks(logits, places):
             wide = some.to(torch.float32, copy=True)
             torch.amax(wide, 1, keepdim=True, out=largest[rows])
             torch.gather(wide.sub_(largest[rows]), 1, at, out=picked[rows])
             torch.sum(wide.exp_(), 1, keepdim=True, out=totals[rows])
         ctx.save_for_backward(logits, targets, places, largest, totals)
-        ctx.ignored = ignored
+        ctx.ignore_index = ignore_index
         return (totals.log() - picked).squeeze(1).where(counts, 0).sum()
 
     @staticmethod
@@ -62,12 +62,12 @@ class SummedCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             # For gradients of gradients.
             total = F.cross_entropy(
-                logits.float(), targets, ignore_index=ctx.ignored, reduction="sum"
+                logits.float(), targets, ignore_index=ctx.ignore_index, reduction="sum"
             )
             return *torch.autograd.grad(total, logits, gradients[0], create_graph=True), None, None
-        scales = gradients[0] * (targets != ctx.ignored).unsqueeze(1) / totals
+        scales = gradients[0] * (targets != ctx.ignore_index).unsqueeze(1) / totals
         of_logits = torch.empty_like(logits)
-        for rows, (some, at, scale) in _pieces(logits, places, scales):
+        for rows, (some, at, scale) in _chunks(logits, places, scales):
             wide = some.to(torch.float32, copy=True).sub_(largest[rows]).exp_()
             wide.scatter_add_(1, at, -totals[rows])
             torch.mul(wide, scale, out=of_logits[rows])
@@ -84,7 +84,7 @@ def cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor,
     """
     total = logits.new_zeros((), dtype=torch.float32)
     gradient = torch.empty_like(logits)
-    for rows, (some, at) in _pieces(logits, targets.unsqueeze(1)):
+    for rows, (some, at) in _chunks(logits, targets.unsqueeze(1)):
         wide = some.to(torch.float32, copy=True)
         wide.sub_(wide.amax(1, keepdim=True))
         picked = wide.gather(1, at)
@@ -95,9 +95,9 @@ def cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor,
     return total, gradient
 
 
-def _pieces(logits: Tensor, *others: Tensor) -> Any:
+def _chunks(logits: Tensor, *others: Tensor) -> Any:
     """Yields some rows at a time: where they are, and theirs of each tensor."""
-    piece = _PIECE if logits.device.type == "cpu" else _PIECE_ELSEWHERE
+    piece = _CHUNK if logits.device.type == "cpu" else _CHUNK_ON_ACCELERATORS
     step = max(1, piece // max(1, logits.shape[1]))
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)

@@ -24,12 +24,17 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from lightning_peft.engine.memory.rematerialization import Call, Kept, Recorder, unpack
+from lightning_peft.engine.training.rematerialization import (
+    BlockCall,
+    OpRecorder,
+    SavedTensor,
+    unpack,
+)
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
-WHOLE, LEAN, INPUTS = "everything", "what is costly", "inputs"
+SAVE_ALL, SELECTIVE, FULL = "everything", "what is costly", "inputs"
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", re.IGNORECASE)
 Shape = tuple[str, tuple[tuple[int, ...], ...]]
@@ -65,24 +70,24 @@ def read_budget(value: Any) -> int | float | None:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BlockSizes:
     """One call of a block, as it was measured.
 
     Attributes:
         shape: Class of the block and shapes of its inputs.
-        whole: Bytes that it keeps by itself.
-        lean: Bytes without what is cheap to compute again.
-        inputs: Bytes of the inputs.
+        save_all: Bytes that it keeps by itself.
+        selective: Bytes without what is cheap to compute again.
+        full: Bytes of the inputs.
     """
 
     shape: Shape
-    whole: int
-    lean: int
-    inputs: int
+    save_all: int
+    selective: int
+    full: int
 
     def of(self, level: str) -> int:
         """Returns what is kept at a level."""
-        return {WHOLE: self.whole, LEAN: self.lean, INPUTS: self.inputs}[level]
+        return {SAVE_ALL: self.save_all, SELECTIVE: self.selective, FULL: self.full}[level]
 
     def covers(self, shape: Shape) -> bool:
         """Says whether a call is of the same kind and not larger."""
@@ -97,22 +102,22 @@ class Sizes:
         )
 
 
-def choose_levels(calls: list[Sizes], most: float) -> list[str]:
-    """Returns a level for each call so that together they keep at most ``most`` bytes.
+def choose_levels(calls: list[BlockSizes], max_bytes: float) -> list[str]:
+    """Returns a level for each call so that together they keep at most ``max_bytes`` bytes.
 
     Where that is impossible, the levels that keep least.
     """
-    levels, total = [WHOLE] * len(calls), sum(call.whole for call in calls)
-    for level in (LEAN, INPUTS):
+    levels, total = [SAVE_ALL] * len(calls), sum(call.save_all for call in calls)
+    for level in (SELECTIVE, FULL):
         for index, call in enumerate(calls):
             gain = call.of(levels[index]) - call.of(level)
-            if total > most and gain > 0:
+            if total > max_bytes and gain > 0:
                 levels[index], total = level, total - gain
     # What the last step gave too much.
     for index in reversed(range(len(calls))):
-        loss = calls[index].whole - calls[index].of(levels[index])
-        if levels[index] == LEAN and total + loss <= most:
-            levels[index], total = WHOLE, total + loss
+        loss = calls[index].save_all - calls[index].of(levels[index])
+        if levels[index] == SELECTIVE and total + loss <= max_bytes:
+            levels[index], total = SAVE_ALL, total + loss
     return levels
 
 
@@ -120,29 +125,29 @@ class ActivationBudget:
     """Decides for each call of a block what of it is kept.
 
     Args:
-        wanted: The ``gradient_checkpointing`` argument: an amount or a share.
-        tell: Shows a line to the user.
+        setting: The ``gradient_checkpointing`` argument: an amount or a share.
+        notify: Shows a line to the user.
     """
 
-    def __init__(self, wanted: Any, tell: Callable[[str], None] | None = None) -> None:
-        self.wanted, self.tell = wanted, tell
-        limit = read_budget(wanted)
+    def __init__(self, setting: Any, notify: Callable[[str], None] | None = None) -> None:
+        self.setting, self.notify = setting, notify
+        limit = read_budget(setting)
         assert limit is not None
         self.limit = limit
-        self._plans: dict[Any, list[Sizes]] = {}
-        self._calls: list[Sizes] = []
+        self._plans: dict[Any, list[BlockSizes]] = {}
+        self._calls: list[BlockSizes] = []
         self._levels: list[str] = []
         self._seen: dict[int, Any] = {}
-        self._alive = self._index = self._told = self._inputs = 0
+        self._alive = self._index = self._reported = self._inputs = 0
         self._is_first = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a module measures for itself, and says nothing.
-        return type(self), (self.wanted,)
+        return type(self), (self.setting,)
 
-    def most(self, calls: list[Sizes]) -> float:
+    def max_bytes(self, calls: list[BlockSizes]) -> float:
         """Returns the budget in bytes."""
-        everything = sum(call.whole for call in calls)
+        everything = sum(call.save_all for call in calls)
         return self.limit * everything if isinstance(self.limit, float) else self.limit
 
     def run(
@@ -170,19 +175,21 @@ class ActivationBudget:
             self._begin(shape)
         index, self._index = self._index, self._index + 1
         known = index < len(self._calls) and self._calls[index].covers(shape)
-        level = self._levels[index] if known and index < len(self._levels) else INPUTS
+        level = self._levels[index] if known and index < len(self._levels) else FULL
         self._alive += 1
-        call = Call(self._ended)
-        if level == INPUTS:
+        call = BlockCall(self._ended)
+        if level == FULL:
             context = None if known else self._measuring(index, shape, block, leaves, call)
             return inputs_only(block, forward, args, kwargs, (call, context))
-        if level == LEAN:
-            recorder = Recorder(call, _weights(block))
+        if level == SELECTIVE:
+            recorder = OpRecorder(call, _weights(block))
             with torch.autograd.graph.saved_tensors_hooks(recorder.pack, unpack), recorder:
                 output = forward(*args, **kwargs)
             recorder.decide()
             return output
-        with torch.autograd.graph.saved_tensors_hooks(lambda saved: Kept(saved, call), unpack):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: SavedTensor(saved, call), unpack
+        ):
             return forward(*args, **kwargs)
 
     def _ended(self) -> None:
@@ -195,56 +202,56 @@ class ActivationBudget:
         self._levels = []
         if not self._calls:
             return
-        most = self.most(self._calls)
-        self._levels = choose_levels(self._calls, most)
+        max_bytes = self.max_bytes(self._calls)
+        self._levels = choose_levels(self._calls, max_bytes)
         kept = sum(c.of(level) for c, level in zip(self._calls, self._levels, strict=True))
-        if kept > most:
-            self._too_small(kept, most)
+        if kept > max_bytes:
+            self._too_small(kept, max_bytes)
         self._is_first = False
-        self._say(kept)
+        self._report(kept)
 
-    def _say(self, kept: int) -> None:
-        everything = sum(call.whole for call in self._calls)
-        if everything <= self._told or self.tell is None:
+    def _report(self, kept: int) -> None:
+        everything = sum(call.save_all for call in self._calls)
+        if everything <= self._reported or self.notify is None:
             return
-        self._told = everything
+        self._reported = everything
         counts = Counter(self._levels)
-        how = [f"{counts[level]} {level}" for level in (WHOLE, LEAN, INPUTS) if counts[level]]
-        self.tell(
-            f"gradient_checkpointing={self.wanted!r}: for the backward pass the blocks keep "
+        how = [f"{counts[level]} {level}" for level in (SAVE_ALL, SELECTIVE, FULL) if counts[level]]
+        self.notify(
+            f"gradient_checkpointing={self.setting!r}: for the backward pass the blocks keep "
             f"{_readable(kept)} of {_readable(everything)}: {', '.join(how)}."
         )
 
-    def _too_small(self, least: float, most: float) -> None:
+    def _too_small(self, least: float, max_bytes: float) -> None:
         message = (
-            f"gradient_checkpointing={self.wanted!r}: the inputs of the blocks alone are "
-            f"{_readable(least)}, and the blocks may keep {_readable(most)}. Allow more, or make "
-            "the batch or its rows smaller."
+            f"gradient_checkpointing={self.setting!r}: the inputs of the blocks alone are "
+            f"{_readable(least)}, and the blocks may keep {_readable(max_bytes)}. Allow more, or "
+            "make the batch or its rows smaller."
         )
         if self._is_first:
             raise UnsupportedError(message)
         # Hours into a run: it goes on with the least that there is.
-        if self._told < least:
-            self._told = int(least)
+        if self._reported < least:
+            self._reported = int(least)
             log.warning("%s This batch keeps the least that is possible.", message)
 
     @contextmanager
     def _measuring(
-        self, index: int, shape: Shape, block: nn.Module, leaves: list[Tensor], call: Call
+        self, index: int, shape: Shape, block: nn.Module, leaves: list[Tensor], call: BlockCall
     ) -> Iterator[None]:
         """Within the forward pass of a call whose inputs are kept: measures what it saves."""
-        recorder = Recorder(call, _weights(block))
+        recorder = OpRecorder(call, _weights(block))
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         assert hooks is not None
         outer_pack, outer_unpack = hooks[0], hooks[1]
 
         def pack(saved: Tensor) -> Any:
-            recorder.note(saved)
+            recorder.record_saved(saved)
             return outer_pack(saved)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, outer_unpack), recorder:
             yield
-        whole = dict(recorder.saved)
+        save_all = dict(recorder.saved)
         recorder.decide()
         given = {}
         for leaf in leaves:
@@ -252,15 +259,15 @@ class ActivationBudget:
             given[storage._cdata] = storage.nbytes()
         new = [
             sum(size for key, size in one.items() if key not in self._seen)
-            for one in (whole, recorder.kept, given)
+            for one in (save_all, recorder.kept, given)
         ]
         # References, so that no key is used again during the pass.
         references = [StorageWeakRef(leaf.untyped_storage()) for leaf in leaves]
         self._seen.update((reference.cdata, reference) for reference in references)
-        self._enter(index, Sizes(shape, *new))
+        self._enter(index, BlockSizes(shape, *new))
 
-    def _enter(self, index: int, sizes: Sizes) -> None:
-        self._inputs += sizes.inputs
+    def _enter(self, index: int, sizes: BlockSizes) -> None:
+        self._inputs += sizes.full
         if self._is_first and isinstance(self.limit, int) and self._inputs > self.limit:
             self._too_small(self._inputs, self.limit)
         if index < len(self._calls):
@@ -277,7 +284,7 @@ def _alike(one: Shape, other: Shape) -> bool:
     return one[0] == other[0] and [len(s) for s in one[1]] == [len(s) for s in other[1]]
 
 
-def _larger(one: Sizes, other: Sizes) -> Sizes:
+def _larger(one: BlockSizes, other: BlockSizes) -> BlockSizes:
     """Returns a call that covers two of the same kind, of which each is larger in something."""
     pairs = zip(one.shape[1], other.shape[1], strict=True)
     shape = tuple(tuple(map(max, zip(a, b, strict=True))) for a, b in pairs)
@@ -291,11 +298,11 @@ def _larger(one: Sizes, other: Sizes) -> Sizes:
         )
         for way in (one, other)
     ]
-    whole, lean, inputs = (
+    save_all, selective, full = (
         math.ceil(max(one.of(level) * growth[0] ** 2, other.of(level) * growth[1] ** 2))
-        for level in (WHOLE, LEAN, INPUTS)
+        for level in (SAVE_ALL, SELECTIVE, FULL)
     )
-    return Sizes((one.shape[0], shape), whole, lean, inputs)
+    return BlockSizes((one.shape[0], shape), save_all, selective, full)
 
 
 def _rounded(shape: Shape) -> Shape:

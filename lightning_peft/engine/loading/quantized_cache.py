@@ -27,7 +27,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from lightning_peft.engine import cache_entries
 from lightning_peft.engine.layers.quantized import storage_bytes
-from lightning_peft.engine.memory.weight_files import find_weight_files, hashes, stamps
+from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 from lightning_peft.engine.quantization_settings import quantization_to_dict
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DenseFacts:
+class DenseInfo:
     """What the record of a base wants to know of a weight that is dense no more."""
 
     checksum: int
@@ -65,18 +65,18 @@ class DenseFacts:
 
 
 @dataclass(frozen=True)
-class KnownWeight:
+class CachedWeight:
     """A quantized weight.
 
     Attributes:
         stored: ``bitsandbytes.nn.Params4bit``.
         facts: What it was.
-        late: Whether it would be dense after loading, and quantized when adapters are added.
+        deferred: Whether it would be dense after loading, and quantized when adapters are added.
     """
 
     stored: Any
-    facts: DenseFacts
-    late: bool
+    facts: DenseInfo
+    deferred: bool
 
 
 @dataclass
@@ -99,7 +99,7 @@ class CachedLoad:
     files: list[Path]
     stamps: list[Any]
     about: dict[str, Any]
-    weights: dict[str, KnownWeight] = field(default_factory=dict)
+    weights: dict[str, CachedWeight] = field(default_factory=dict)
 
     def unchanged(self, files: Iterable[Any] | None = None) -> bool:
         """Says whether a load reads the files that were hashed, as they were then.
@@ -117,14 +117,14 @@ class CachedLoad:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheEntry:
     """A new entry: where it is, and its bytes."""
 
     folder: Path
     size: int
 
 
-def look_up(
+def find_entry(
     cls: type, name: Any, options: Mapping[str, Any], settings: dict[str, Any], where: torch.device
 ) -> CachedLoad | None:
     """Finds the entry that a call decides, and reads it if it is there.
@@ -139,7 +139,7 @@ def look_up(
     Returns:
         ``None`` for calls that the cache does not cover, and where it cannot be used.
     """
-    plain = _plain_options(options)
+    plain = _serializable_options(options)
     files = find_weight_files(name, options) if plain is not None else []
     if plain is None or not files:
         return None
@@ -172,7 +172,7 @@ def look_up(
     return load
 
 
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
+def _serializable_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the arguments that decide what is loaded; ``None`` where that cannot be said."""
     found: dict[str, Any] = {}
     for key, value in options.items():
@@ -201,7 +201,7 @@ def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def settings_for(settings: BitsAndBytesConfig, dense: Iterable[str], way: str) -> dict[str, Any]:
+def cache_settings(settings: BitsAndBytesConfig, dense: Iterable[str], way: str) -> dict[str, Any]:
     """Returns what decides which layers become which codes, ready for JSON.
 
     Args:
@@ -220,7 +220,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _read(final: Path, device: torch.device) -> dict[str, KnownWeight]:
+def _read(final: Path, device: torch.device) -> dict[str, CachedWeight]:
     summary = cache_entries.find(final, KIND)
     if summary is None:
         return {}
@@ -231,7 +231,7 @@ def _read(final: Path, device: torch.device) -> dict[str, KnownWeight]:
         return {}
 
 
-def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[str, KnownWeight]:
+def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[str, CachedWeight]:
     stored: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for path in sorted(final.glob("*.safetensors")):
         # Memory-mapped: several processes share the pages.
@@ -245,9 +245,9 @@ def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[
     if wrong:
         raise ValueError(f"the codes of {wrong[0]} are not those that were written")
     return {
-        name: KnownWeight(
+        name: CachedWeight(
             _restored(stored[name], device),
-            DenseFacts(facts["checksum"], tuple(facts["shape"]), facts["bytes"]),
+            DenseInfo(facts["checksum"], tuple(facts["shape"]), facts["bytes"]),
             facts["late"],
         )
         for name, facts in layers.items()
@@ -268,7 +268,7 @@ def _rest_of(parts: Mapping[str, Tensor]) -> str:
     return next(name for name in parts if name.startswith("quant_state."))
 
 
-def keep(load: CachedLoad, weights: Mapping[str, KnownWeight]) -> Kept | None:
+def store(load: CachedLoad, weights: Mapping[str, CachedWeight]) -> CacheEntry | None:
     """Writes the entry of a load, if it is worth its place and there is room.
 
     Args:
@@ -297,10 +297,10 @@ def keep(load: CachedLoad, weights: Mapping[str, KnownWeight]) -> Kept | None:
     except OSError as error:
         log.warning("The quantized base of %s is not kept: %s.", load.name, error)
         return None
-    return Kept(load.final, size)
+    return CacheEntry(load.final, size)
 
 
-def _write(working: Path, load: CachedLoad, weights: Mapping[str, KnownWeight]) -> dict[str, Any]:
+def _write(working: Path, load: CachedLoad, weights: Mapping[str, CachedWeight]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for number, shard in enumerate(_shards(weights)):
         tensors: dict[str, Tensor] = {}
@@ -308,7 +308,7 @@ def _write(working: Path, load: CachedLoad, weights: Mapping[str, KnownWeight]) 
             weight = weights[name]
             facts[name] = {
                 **asdict(weight.facts),
-                "late": weight.late,
+                "late": weight.deferred,
                 "crc": _crc_of_parts(parts),
             }
             tensors |= {f"{name}|{part}": tensor for part, tensor in parts.items()}
@@ -317,7 +317,7 @@ def _write(working: Path, load: CachedLoad, weights: Mapping[str, KnownWeight]) 
 
 
 def _shards(
-    weights: Mapping[str, KnownWeight],
+    weights: Mapping[str, CachedWeight],
 ) -> Iterator[dict[str, dict[str, Tensor]]]:
     shard: dict[str, dict[str, Tensor]] = {}
     size = 0

@@ -15,49 +15,54 @@ from transformers import PreTrainedModel
 
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.quantized import FourBitLayer
-from lightning_peft.engine.memory import quantized_cache
-from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, Kept, KnownWeight
-from lightning_peft.engine.memory.streamed_quantizer import (
+from lightning_peft.engine.loading import quantized_cache
+from lightning_peft.engine.loading.quantized_cache import (
+    CachedLoad,
+    CachedWeight,
+    CacheEntry,
+    DenseInfo,
+)
+from lightning_peft.engine.loading.streamed_quantizer import (
     Loading,
-    WatchedLoad,
-    as_loaded_dense,
-    converts,
-    dense_facts,
-    late_dtype,
+    TrackedLoad,
+    deferred_dtype,
+    dense_info,
+    has_weight_conversions,
     quantizable,
+    restore_dense_layer,
 )
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import UnsupportedError, itemize
 
 
-def watched(
+def track_load(
     cached: CachedLoad,
     model: PreTrainedModel,
-    early: dict[str, nn.Module],
+    on_load: dict[str, nn.Module],
     absent: set[str],
     loading: Loading,
-    again: Any,
-) -> WatchedLoad:
+    reload_dense: Any,
+) -> TrackedLoad:
     """Notes what came out of a load, so that changes before the injection are seen.
 
     Args:
         cached: The entry that the call decides.
         model: What it returned.
-        early: The layers that it came with quantized, by name.
+        on_load: The layers that it came with quantized, by name.
         absent: Names of the parameters that were not in the file.
         loading: How it was loaded.
-        again: Loads the same dense.
+        reload_dense: Loads the same dense.
     """
-    stored = {name: layer._parameters["weight"] for name, layer in early.items()}
-    watched = WatchedLoad(cached, model, {}, stored, again)
-    if converts(model):
+    stored = {name: layer._parameters["weight"] for name, layer in on_load.items()}
+    tracked = TrackedLoad(cached, model, {}, stored, reload_dense)
+    if has_weight_conversions(model):
         # Not every tensor of the file becomes one of the model.
-        return WatchedLoad(cached, model, {}, {}, again)
+        return TrackedLoad(cached, model, {}, {}, reload_dense)
     for name in quantizable(model, loading.dense):
         if not cached.weights and f"{name}.weight" not in absent:
             weight = model.get_submodule(name)._parameters["weight"]
-            watched.late[name] = quantized_cache.crc(weight)  # type: ignore[arg-type]
-    return watched
+            tracked.deferred[name] = quantized_cache.crc(weight)  # type: ignore[arg-type]
+    return tracked
 
 
 def check_replaced(loading: Loading) -> None:
@@ -69,9 +74,9 @@ def check_replaced(loading: Loading) -> None:
     changed = [
         name
         for load in loading.loads
-        for name, stored in load.early.items()
+        for name, stored in load.on_load.items()
         if (layer := _layer(load.model, name)) is not None
-        and late_dtype(layer) is not None
+        and deferred_dtype(layer) is not None
         and stored_parameter(layer, "weight") is not stored
     ]
     if changed:
@@ -84,13 +89,13 @@ def check_replaced(loading: Loading) -> None:
         )
 
 
-def forget_changed(loading: Loading) -> None:
+def drop_modified(loading: Loading) -> None:
     """Strikes out dense weights that are not those of the file any more."""
     for load in loading.loads:
-        for name, total in list(load.late.items()):
+        for name, total in list(load.deferred.items()):
             layer = _layer(load.model, name)
             if layer is None or quantized_cache.crc(stored_parameter(layer, "weight")) != total:
-                del load.late[name]
+                del load.deferred[name]
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module | None:
@@ -100,7 +105,7 @@ def _layer(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def left_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
+def restore_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
     """Gives dense weights back to layers that have codes only because the cache had them.
 
     Returns:
@@ -109,14 +114,14 @@ def left_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
     wrong = [(name, layer) for name, layer in loading.layers if id(layer) not in quantizable_layers]
     for load in loading.loads:
         mine = [(name, layer) for name, layer in wrong if _layer(load.model, name) is layer]
-        late = {name: layer for name, layer in mine if late_dtype(layer) is not None}
-        dense = load.again() if late else None
-        for name, layer in late.items():
-            as_loaded_dense(layer, stored_parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
-    return [name for name, layer in wrong if dense_facts(layer) is not None]
+        deferred = {name: layer for name, layer in mine if deferred_dtype(layer) is not None}
+        dense = load.reload_dense() if deferred else None
+        for name, layer in deferred.items():
+            restore_dense_layer(layer, stored_parameter(dense.get_submodule(name), "weight").data)  # type: ignore[union-attr]
+    return [name for name, layer in wrong if dense_info(layer) is not None]
 
 
-def keep_quantized(module: nn.Module, loading: Loading | None) -> list[Kept]:
+def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEntry]:
     """Puts what was loaded and is quantized now into the cache, for the next start.
 
     Args:
@@ -132,26 +137,28 @@ def keep_quantized(module: nn.Module, loading: Loading | None) -> list[Kept]:
     kept = []
     for load in loading.loads:
         if not load.cached.weights:
-            entry = quantized_cache.keep(load.cached, _known_weights(load, sums))
+            entry = quantized_cache.store(load.cached, _known_weights(load, sums))
             kept += [entry] if entry else []
     return kept
 
 
-def _known_weights(load: WatchedLoad, sums: dict[int, int]) -> dict[str, KnownWeight]:
-    known: dict[str, KnownWeight] = {}
-    for name in (*load.early, *load.late):
+def _known_weights(load: TrackedLoad, sums: dict[int, int]) -> dict[str, CachedWeight]:
+    known: dict[str, CachedWeight] = {}
+    for name in (*load.on_load, *load.deferred):
         layer = _layer(load.model, name)
         if not isinstance(layer, FourBitLayer):
             continue
         stored = stored_parameter(layer, "weight")
-        late = name in load.late
-        facts = dense_facts(layer)
-        if late and id(layer) in sums:
+        deferred = name in load.deferred
+        facts = dense_info(layer)
+        if deferred and id(layer) in sums:
             shape, dtype = layer.weight_info()
             size = shape.numel() * dtype.itemsize
-            known[name] = KnownWeight(stored, DenseFacts(sums[id(layer)], tuple(shape), size), late)
-        elif facts is not None and stored is load.early.get(name):
-            known[name] = KnownWeight(stored, facts, late)
+            known[name] = CachedWeight(
+                stored, DenseInfo(sums[id(layer)], tuple(shape), size), deferred
+            )
+        elif facts is not None and stored is load.on_load.get(name):
+            known[name] = CachedWeight(stored, facts, deferred)
     return known
 
 

@@ -11,7 +11,7 @@ from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import require_record
 
 
-def freeze_unheld(module: nn.Module, held: Collection[int], freeze: bool = True) -> list[str]:
+def freeze_unoptimized(module: nn.Module, held: Collection[int], freeze: bool = True) -> list[str]:
     """Freezes the adapters of layers of which the optimizers hold nothing, if they name layers.
 
     They do where they hold the frozen weights of other adapted layers with their adapters: then
@@ -28,26 +28,26 @@ def freeze_unheld(module: nn.Module, held: Collection[int], freeze: bool = True)
         The names of these layers.
     """
     record = require_record(module)
-    listed, unheld = False, {}
+    listed, unoptimized = False, {}
     for name, layer in adapted_layers_of(module, record).items():
         adapters = [p for p in adapter_parameters(layer).values() if p.requires_grad]
         base = id(stored_parameter(layer, "weight")) in held
         found = [id(param) in held for param in adapters]
         listed = listed or (base and bool(found) and all(found))
         if adapters and not base and not any(found):
-            unheld[name] = adapters
+            unoptimized[name] = adapters
     if not listed:
         return []
-    for param in (param for adapters in unheld.values() for param in adapters if freeze):
+    for param in (param for adapters in unoptimized.values() for param in adapters if freeze):
         param.requires_grad_(False)
-    record.unheld = list(unheld)
-    return record.unheld
+    record.unoptimized = list(unoptimized)
+    return record.unoptimized
 
 
-def release_unheld(module: nn.Module) -> None:
-    """Undoes :func:`freeze_unheld` before the next fit, whose optimizers may hold other layers."""
+def unfreeze_unoptimized(module: nn.Module) -> None:
+    """Undoes :func:`freeze_unoptimized` before a fit whose optimizers may hold other layers."""
     record = require_record(module)
-    if record.unheld:
-        record.unheld = []
+    if record.unoptimized:
+        record.unoptimized = []
         for name in record.parts:
             activate(module.get_submodule(name), record.active)

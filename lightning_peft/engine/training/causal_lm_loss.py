@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lightning_peft.engine.layers.fused import is_transformed
-from lightning_peft.engine.memory.cross_entropy import summed_cross_entropy
 from lightning_peft.engine.selection.parts import output_embeddings
+from lightning_peft.engine.training.cross_entropy import summed_cross_entropy
 
 _IGNORED = -100
 
 
-def use_narrow_losses(module: nn.Module, parts: list[nn.Module]) -> None:
+def patch_causal_lm_loss(module: nn.Module, parts: list[nn.Module]) -> None:
     """Sets the loss function of the causal language models around or inside adapted parts.
 
     Only where that is transformers' own; a model with another one keeps it.
@@ -37,24 +37,28 @@ def use_narrow_losses(module: nn.Module, parts: list[nn.Module]) -> None:
             model.loss_function = causal_lm_loss
 
 
-def restore_losses(module: nn.Module) -> None:
-    """Undoes :func:`use_narrow_losses`."""
+def restore_causal_lm_loss(module: nn.Module) -> None:
+    """Undoes :func:`patch_causal_lm_loss`."""
     for model in module.modules():
         if model.__dict__.get("_loss_function") is causal_lm_loss:
             del model._loss_function
 
 
-def is_own_loss(model: PreTrainedModel) -> bool:
+def has_default_loss(model: PreTrainedModel) -> bool:
     """Says whether the loss of ``model`` is transformers' mean over labelled tokens."""
     return model.loss_function in (ForCausalLMLoss, causal_lm_loss)
 
 
 def _causal_models(module: nn.Module) -> list[Any]:
     models = [child for child in module.modules() if isinstance(child, PreTrainedModel)]
-    return [model for model in models if "_loss_function" not in vars(model) and _asks_for(model)]
+    return [
+        model
+        for model in models
+        if "_loss_function" not in vars(model) and _expects_causal_lm_loss(model)
+    ]
 
 
-def _asks_for(model: Any) -> bool:
+def _expects_causal_lm_loss(model: Any) -> bool:
     """Says whether ``model`` has transformers' loss of causal language models, by its type."""
     kind = getattr(model, "loss_type", None)
     if kind in LOSS_MAPPING:

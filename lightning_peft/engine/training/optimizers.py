@@ -40,10 +40,10 @@ _AUTO = "paged_adamw_32bit"
 # bitsandbytes pages only states of parameters with at least this many elements.
 _PAGED_FROM = 100_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_IMPOSSIBLE = ("amsgrad", "maximize", "capturable", "differentiable")
+_UNSUPPORTED_OPTIONS = ("amsgrad", "maximize", "capturable", "differentiable")
 _FLOATS = ("lr", "betas", "eps", "weight_decay")
 # Ways to compute the same step.
-_WAYS = ("foreach", "fused", "decoupled_weight_decay")
+_IMPLEMENTATION_OPTIONS = ("foreach", "fused", "decoupled_weight_decay")
 _BETA3 = 0.9999
 _KEPT_PRIVATE = ("_opt_called", "_optimizer_")
 
@@ -89,35 +89,35 @@ def replace_optimizers(
     target = OPTIMIZERS[_AUTO if name == "auto" else name]
     found = [(o, _problems(o, target, frozen)) for o in optimizers if type(o) is not target]
     if name == "auto":
-        found = [(o, [*_other_than_adam(o), *problems]) for o, problems in found]
+        found = [(o, [*_adam_problems(o), *problems]) for o, problems in found]
     elif any(problems for _, problems in found):
         raise ConfigError(
             f"optimizer={name!r} cannot take the place of what configure_optimizers returned:"
             + itemize(f"{type(o).__name__}: {one}" for o, problems in found for one in problems)
             + "\nChange these settings, or leave the optimizer as it is: optimizer=None."
         )
-    told: dict[str, None] = {}
+    outcomes: dict[str, None] = {}
     for optimizer, problems in found:
         before = type(optimizer).__name__
         if problems:
-            told[f"{before} is kept: {'; '.join(problems)}"] = None
+            outcomes[f"{before} is kept: {'; '.join(problems)}"] = None
             continue
-        notes = _become(optimizer, target)
+        notes = _convert(optimizer, target)
         # Nobody asked for paging by name, so bitsandbytes need not warn that the CPU has none.
         optimizer._cpu_paged_warned = name == "auto"
-        told[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
+        outcomes[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
         for group in optimizer.param_groups:
             stays = [id(p) not in frozen for p in group["params"]]
             for key in ("params", "param_names"):
                 group.get(key, [])[:] = itertools.compress(group.get(key, []), stays)
-    return list(told)
+    return list(outcomes)
 
 
-def _other_than_adam(optimizer: Any) -> list[str]:
+def _adam_problems(optimizer: Any) -> list[str]:
     """Returns why an optimizer does not step the way that bitsandbytes' AdamW does."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return ["it is not torch's own Adam or AdamW"]
-    if _couples_decay(optimizer):
+    if _has_l2_decay(optimizer):
         return [
             "its weight_decay is added to the gradient (L2), and bitsandbytes has only decoupled "
             "weight decay; use AdamW for that"
@@ -125,7 +125,7 @@ def _other_than_adam(optimizer: Any) -> list[str]:
     return []
 
 
-def _couples_decay(optimizer: Any) -> bool:
+def _has_l2_decay(optimizer: Any) -> bool:
     if isinstance(optimizer, torch.optim.AdamW):
         return False
     return any(
@@ -140,7 +140,9 @@ def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]
         return ["it is not a torch.optim.Optimizer"]
     problems: list[str] = []
     for group in optimizer.param_groups:
-        problems += [f"{key}=True is not in bitsandbytes" for key in _IMPOSSIBLE if group.get(key)]
+        problems += [
+            f"{key}=True is not in bitsandbytes" for key in _UNSUPPORTED_OPTIONS if group.get(key)
+        ]
         for key in _FLOATS:
             value = group.get(key, 0.0)
             values = value if isinstance(value, (tuple, list)) else [value]
@@ -176,7 +178,7 @@ def _patched_by_scheduler(optimizer: Any) -> bool:
     return hasattr(step, "_wrapped_by_lr_sched") and inner is type(optimizer).step
 
 
-def _become(optimizer: Any, target: Any) -> str:
+def _convert(optimizer: Any, target: Any) -> str:
     """Gives ``optimizer`` the class ``target``; returns what changes for the user."""
     donor: Any = target([torch.nn.Parameter(torch.empty(0))])
     notes = _changes(optimizer, donor)
@@ -207,12 +209,12 @@ def _become(optimizer: Any, target: Any) -> str:
 
 def _changes(optimizer: Any, donor: Any) -> str:
     notes = []
-    if _couples_decay(optimizer):
+    if _has_l2_decay(optimizer):
         notes.append("weight_decay is decoupled now (AdamW's), not added to the gradient")
     lost = {
         f"{key}={group[key]}"
         for group in optimizer.param_groups
-        for key in optimizer.defaults.keys() - donor.defaults.keys() - {*_WAYS}
+        for key in optimizer.defaults.keys() - donor.defaults.keys() - {*_IMPLEMENTATION_OPTIONS}
         if group.get(key)
     }
     if lost:

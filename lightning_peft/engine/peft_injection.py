@@ -17,7 +17,7 @@ from lightning_peft.engine.selection.planning import InjectionPlan
 from lightning_peft.errors import UnsupportedError
 
 
-def wrap_by_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str) -> None:
+def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str) -> None:
     """Lets PEFT wrap the planned layers; adapters are float32, except where PEFT keeps them.
 
     Args:

@@ -19,7 +19,7 @@ from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 
 
-def hold_adapters(
+def add_adapters_to_optimizers(
     module: nn.Module, optimizers: Iterable[Any], others: Iterable[Any] = ()
 ) -> list[str]:
     """Puts the adapters into optimizers that hold the weights below them and not the adapters.
@@ -43,7 +43,7 @@ def hold_adapters(
             groups, which would not fit them any more; or made states for the weights in its
             constructor, and makes none for the adapters now.
     """
-    kept = [*optimizers, *(optimizer for optimizer in others if not _keeps_more(optimizer))]
+    kept = [*optimizers, *(optimizer for optimizer in others if not _has_own_tensors(optimizer))]
     held = {id(param) for optimizer in kept for param in _parameters(optimizer)}
     exchange = _Exchange(module, held)
     notes = [exchange.apply(index, optimizer) for index, optimizer in enumerate(kept)]
@@ -83,12 +83,12 @@ def _is_known(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
 
 
-def _skips_idle(optimizer: Any) -> bool:
+def _ignores_missing_gradients(optimizer: Any) -> bool:
     """Says whether an optimizer is known to leave parameters without a gradient alone."""
     return _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
 
 
-def _keeps_more(optimizer: Any) -> bool:
+def _has_own_tensors(optimizer: Any) -> bool:
     """Says whether an optimizer has tensors of its own besides groups and states.
 
     Such as the slow weights of Lookahead, in lists that go with the groups, one flat buffer for all
@@ -143,26 +143,26 @@ class _Exchange:
     def apply(self, index: int, optimizer: Any) -> str | None:
         """Changes the groups of one optimizer; returns what was done to it, if adapters came."""
         weights = 0
-        if _keeps_more(optimizer):
+        if _has_own_tensors(optimizer):
             self._refuse(optimizer)
             return None
         for group in optimizer.param_groups:
             before = list(group["params"])
             names = group.get("param_names", [None] * len(before))
             now: list[tuple[Any, Any]] = []
-            came: list[nn.Parameter] = []
+            added: list[nn.Parameter] = []
             for param, name in zip(before, names, strict=True):
-                taken = self._take(param)
+                taken = self._adapters_for(param)
                 weights += bool(taken)
-                came += taken
+                added += taken
                 now += [(one, self.names[id(one)]) for one in taken]
-                if not taken and self._stays(param, optimizer):
+                if not taken and self._is_kept(param, optimizer):
                     now.append((param, name))
-            if len(now) == len(before) and not came:
+            if len(now) == len(before) and not added:
                 continue
-            gone = [param for param in before if all(param is not one for one, _ in now)]
-            states = _states(optimizer, group, gone, came)
-            for param in gone:
+            removed = [param for param in before if all(param is not one for one, _ in now)]
+            states = _states(optimizer, group, removed, added)
+            for param in removed:
                 optimizer.state.pop(param, None)
                 self.freed |= layer_of_dense_weight(param) is not None
             optimizer.state.update(states)
@@ -183,7 +183,7 @@ class _Exchange:
         """Raises if parameters would have to leave ``optimizer``, or to come in."""
         for param in _parameters(optimizer):
             codes = id(param) in self.frozen and not param.is_floating_point()
-            if codes or layer_of_dense_weight(param) is not None or self._take(param):
+            if codes or layer_of_dense_weight(param) is not None or self._adapters_for(param):
                 raise LifecycleError(
                     f"{type(optimizer).__name__} holds weights of the frozen base, and they cannot "
                     "leave it: it keeps tensors of its own that go with its parameters. Make it "
@@ -191,7 +191,7 @@ class _Exchange:
                     "[p for p in self.parameters() if p.requires_grad]."
                 )
 
-    def _take(self, param: torch.Tensor) -> list[nn.Parameter]:
+    def _adapters_for(self, param: torch.Tensor) -> list[nn.Parameter]:
         """Returns the adapters that stand for a frozen weight and are in no optimizer yet."""
         layer = layer_of_dense_weight(param)
         stored = param if layer is None else layer._parameters["weight"]
@@ -201,25 +201,25 @@ class _Exchange:
         self.held |= {id(one) for one in free}
         return free
 
-    def _stays(self, param: torch.Tensor, optimizer: Any) -> bool:
+    def _is_kept(self, param: torch.Tensor, optimizer: Any) -> bool:
         if layer_of_dense_weight(param) is not None:
             return False
-        return id(param) not in self.frozen or _skips_idle(optimizer)
+        return id(param) not in self.frozen or _ignores_missing_gradients(optimizer)
 
 
 def _states(
-    optimizer: Any, group: dict[str, Any], gone: list[Any], came: list[nn.Parameter]
+    optimizer: Any, group: dict[str, Any], removed: list[Any], added: list[nn.Parameter]
 ) -> dict[Any, Any]:
     """Returns what the constructor of ``optimizer`` makes for new parameters, as Adagrad's does."""
-    if not came or not any(optimizer.state.get(param) for param in gone):
+    if not added or not any(optimizer.state.get(param) for param in removed):
         return {}
     settings = {key: value for key, value in group.items() if key != "param_names"}
     try:
-        donor = type(optimizer)([{**settings, "params": came}])
+        donor = type(optimizer)([{**settings, "params": added}])
     except Exception as error:
         raise LifecycleError(
             f"{type(optimizer).__name__} made states for the base weights before there were "
             f"adapters, and none can be made for the adapters now ({error}). Make it inside "
             "configure_optimizers."
         ) from error
-    return {param: donor.state[param] for param in came if donor.state.get(param)}
+    return {param: donor.state[param] for param in added if donor.state.get(param)}

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Wrapped:
+class PeftWrapped:
     """One submodule that PEFT put adapters into.
 
     Attributes:
@@ -49,7 +49,7 @@ class Wrapped:
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
-def find_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Wrapped]:
+def find_peft_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[PeftWrapped]:
     """Returns the submodules that carry adapters of PEFT.
 
     Args:
@@ -83,7 +83,7 @@ def find_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Wrapped]:
                 config.bias,
                 name or type(part).__name__,
             )
-        found.append(Wrapped(name, part, adapter_name, exact, layers, saved))
+        found.append(PeftWrapped(name, part, adapter_name, exact, layers, saved))
     if found and any(_differ(found[0].config, other.config) for other in found[1:]):
         problems.append("the wrapped parts have different settings")
     if problems:
@@ -132,8 +132,8 @@ def _differ(one: LoraConfig, other: LoraConfig) -> list[str]:
     return config_differences(fields_of(one), fields_of(other))
 
 
-def check_asked(
-    wrapped: list[Wrapped],
+def check_requested_config(
+    wrapped: list[PeftWrapped],
     config: Any | None,
     adapt: str | Iterable[str] | None,
     adapter_name: str,
@@ -174,7 +174,7 @@ def check_asked(
 
 
 @contextmanager
-def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
+def unwrapped_peft_layers(module: nn.Module, wrapped: list[PeftWrapped]) -> Iterator[None]:
     """Puts the layers back under their own names; if the body fails, PEFT's wrappers again."""
     undo: list[tuple[nn.Module, str, nn.Module]] = []
     for part in wrapped:
@@ -198,7 +198,7 @@ def taken_off(module: nn.Module, wrapped: list[Wrapped]) -> Iterator[None]:
         _restore(part)
 
 
-def originals_of(wrapped: Wrapped) -> dict[str, Tensor]:
+def values_before_training(wrapped: PeftWrapped) -> dict[str, Tensor]:
     """Returns the values before training of all that PEFT trained in full, on the CPU, by name."""
     return {
         f"{name}.{key}": value.detach().cpu().clone()
@@ -216,7 +216,7 @@ def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, st
 
 
 @torch.no_grad()
-def _restore(wrapped: Wrapped) -> None:
+def _restore(wrapped: PeftWrapped) -> None:
     for name, factor in adapter_parameters(wrapped.part).items():
         factor.copy_(wrapped.values[name])
     part: Any = wrapped.part

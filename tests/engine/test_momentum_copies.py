@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.twins import find_twins
+from lightning_peft.engine.momentum_copies import find_momentum_copies
 from lightning_peft.errors import LifecycleError
 
 from .reference import randomize, relative_error
@@ -67,7 +67,7 @@ def test_the_teacher_is_the_average_of_the_adapters_on_the_same_base(quantizatio
     mean(model, 0.0)
     model.eval()
     assert torch.equal(model.teacher(x), model.student(x))
-    engine.check_followers(model)
+    engine.check_momentum_copies(model)
 
 
 def test_only_a_frozen_copy_stops_training() -> None:
@@ -80,14 +80,14 @@ def test_only_a_frozen_copy_stops_training() -> None:
     lightning_peft.set_adapter(frozen, "default")
     assert not any(p.requires_grad for p in engine.adapter_parameters(frozen.teacher).values())
     held = {id(p) for p in free.student.parameters()}
-    engine.freeze_left_out(free, held)
+    engine.freeze_unoptimized_copies(free, held)
     assert not any(p.requires_grad for p in engine.adapter_parameters(free.teacher).values())
 
 
 def test_a_copy_that_trains_too_goes_on_training() -> None:
     model = Pair(freeze=False)
     lightning_peft.inject(model, r=4)
-    engine.freeze_left_out(model, {id(p) for p in model.parameters()})
+    engine.freeze_unoptimized_copies(model, {id(p) for p in model.parameters()})
     assert all(p.requires_grad for p in engine.adapter_parameters(model.teacher).values())
 
 
@@ -111,28 +111,28 @@ def test_names_states_and_copies_stay_complete(quantization) -> None:
 def test_averaging_codes_past_the_parameters_is_found_out() -> None:
     model = Pair()
     lightning_peft.inject(model, r=4, quantization_config=NF4)
-    engine.check_followers(model)
+    engine.check_momentum_copies(model)
     states = model.teacher.state_dict().values(), model.student.state_dict().values()
     with torch.no_grad():
         for slow, fast in [*zip(*states, strict=True)] * 20:
             slow.copy_(slow * 0.9999 + fast * 0.0001)
     with pytest.raises(LifecycleError, match=r"'teacher' follows 'student'(.|\n)*parameters\(\)"):
-        engine.check_followers(model)
+        engine.check_momentum_copies(model)
 
 
 def test_what_is_no_copy() -> None:
     repeated = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8), 3)
-    assert find_twins(repeated) == []
+    assert find_momentum_copies(repeated) == []
     zeros = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     for param in zeros.parameters():
         nn.init.zeros_(param)
-    assert find_twins(zeros) == []
+    assert find_momentum_copies(zeros) == []
     shared = nn.ModuleDict({"a": nn.Linear(4, 4)})
     shared["b"] = shared["a"]
-    assert find_twins(shared) == []
+    assert find_momentum_copies(shared) == []
     other = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
-    assert find_twins(other) == []
-    assert find_twins(nn.ModuleDict({"a": nn.Linear(4, 4, device="meta")})) == []
+    assert find_momentum_copies(other) == []
+    assert find_momentum_copies(nn.ModuleDict({"a": nn.Linear(4, 4, device="meta")})) == []
 
 
 def test_a_single_layer_may_be_a_twin() -> None:

@@ -46,7 +46,7 @@ from lightning_peft.errors import UnsupportedError
 BLOCK, OUTER_BLOCK = 64, 256
 
 
-def inject_without_values(
+def inject_on_meta(
     module: nn.Module,
     peft_config: PeftConfig,
     quantization_config: BitsAndBytesConfig | None = None,
@@ -62,7 +62,7 @@ def inject_without_values(
 
     Returns:
         The names of the layers that the injection of a module with values would quantize; they
-        are dense still, and :func:`quantize_without_values` makes them codes.
+        are dense still, and :func:`quantize_on_meta` makes them codes.
 
     Raises:
         ConfigError, TargetModulesError, LifecycleError, UnsupportedError: As
@@ -89,11 +89,11 @@ def inject_without_values(
     return names
 
 
-def quantize_without_values(layer: Any, config: BitsAndBytesConfig) -> None:
+def quantize_on_meta(layer: Any, config: BitsAndBytesConfig) -> None:
     """Makes a layer without values the 4-bit layer that quantizing would make of it.
 
     Args:
-        layer: A layer named by :func:`inject_without_values`.
+        layer: A layer named by :func:`inject_on_meta`.
         config: The same 4-bit settings.
     """
     # PEFT's own wrappers, for adapters that are not in place.
@@ -146,14 +146,14 @@ def quantizable_layers(module: nn.Module, config: BitsAndBytesConfig) -> list[st
         # The factors of adapters are linear layers too.
         factors = {name.rpartition(".")[0] for name in adapter_parameters(part)}
         # In place, the class of a layer is one that was made for it.
-        with _own_classes(part):
+        with _original_classes(part):
             names = [name for name in layers_to_quantize(plan, config) if name not in factors]
         found += [entry.qualified(name) for name in names]
     return found
 
 
 @contextmanager
-def _own_classes(part: nn.Module) -> Iterator[None]:
+def _original_classes(part: nn.Module) -> Iterator[None]:
     extended: list[Any] = [child for child in part.modules() if isinstance(child, DynamicMixin)]
     before = [type(child) for child in extended]
     try:
@@ -165,7 +165,7 @@ def _own_classes(part: nn.Module) -> Iterator[None]:
             child.__class__ = cls
 
 
-def has_values(tensor: Tensor) -> bool:
+def is_materialized(tensor: Tensor) -> bool:
     """Says whether ``tensor`` has numbers that can be looked at."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
@@ -181,7 +181,7 @@ def quantized_tensors(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def remade(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
+def recreate_parameter(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
     """Returns a parameter or buffer made anew, with the constants of its quantization.
 
     Args:
@@ -195,11 +195,11 @@ def remade(tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
     if state is not None:
         for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage"):
             setattr(made, name, getattr(tensor, name, None))
-        made.quant_state = _remade_state(state, make)
+        made.quant_state = _recreate_state(state, make)
     return made
 
 
-def _remade_state(state: Any, make: Callable[[Tensor], Tensor]) -> Any:
+def _recreate_state(state: Any, make: Callable[[Tensor], Tensor]) -> Any:
     inner = state.state2
     return QuantState(
         absmax=make(state.absmax),
@@ -209,5 +209,5 @@ def _remade_state(state: Any, make: Callable[[Tensor], Tensor]) -> Any:
         code=make(state.code),
         quant_type=state.quant_type,
         offset=make(state.offset) if state.nested else None,
-        state2=_remade_state(inner, make) if state.nested else None,
+        state2=_recreate_state(inner, make) if state.nested else None,
     )

@@ -30,7 +30,7 @@ from lightning_peft.engine.layers.quantization import (
     release_freed_memory,
 )
 from lightning_peft.engine.layers.quantized import storage_bytes
-from lightning_peft.engine.memory.quantized_cache import CachedLoad, DenseFacts, KnownWeight
+from lightning_peft.engine.loading.quantized_cache import CachedLoad, CachedWeight, DenseInfo
 from lightning_peft.engine.selection.parts import (
     find_heads,
     inside,
@@ -40,7 +40,7 @@ from lightning_peft.engine.selection.parts import (
 
 _METHOD = "lightning_peft_4bit"
 _FACTS = "_dense_facts"
-_LATE = "_quantized_late"
+_DEFERRED = "_deferred_dtype"
 
 
 @dataclass
@@ -61,26 +61,26 @@ class Loading:
     dense: list[str]
     cached: bool = False
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
-    loads: list[WatchedLoad] = field(default_factory=list)
+    loads: list[TrackedLoad] = field(default_factory=list)
 
 
 @dataclass
-class WatchedLoad:
+class TrackedLoad:
     """A model that may go into the cache when it is quantized.
 
     Attributes:
         cached: The entry that the call decides.
         model: What it returned.
-        late: Checksums of weights that are dense after loading, by the names of their layers.
-        early: The quantized weights that it came with, by the same.
-        again: Loads the same dense, for layers that turn out to be no part of what is adapted.
+        deferred: Checksums of weights that are dense after loading, by the names of their layers.
+        on_load: The quantized weights that it came with, by the same.
+        reload_dense: Loads the same dense, for layers that turn out not to be adapted.
     """
 
     cached: CachedLoad
     model: PreTrainedModel
-    late: dict[str, int]
-    early: dict[str, Any]
-    again: Callable[[], PreTrainedModel]
+    deferred: dict[str, int]
+    on_load: dict[str, Any]
+    reload_dense: Callable[[], PreTrainedModel]
 
 
 @register_quantization_config(_METHOD)
@@ -114,9 +114,9 @@ class _StreamedQuantizer(HfQuantizer):
         self.loading: Loading = quantization_config.loading
         self.streams: bool = quantization_config.streams
         self.cached: CachedLoad | None = quantization_config.cached
-        self.facts: dict[str, DenseFacts] = {}
+        self.facts: dict[str, DenseInfo] = {}
         self.chosen: set[str] = set()
-        self.known: dict[str, KnownWeight] = {}
+        self.known: dict[str, CachedWeight] = {}
         self.undo: list[Callable[[], None]] = []
 
     @property
@@ -130,7 +130,11 @@ class _StreamedQuantizer(HfQuantizer):
         candidates = quantizable(model, self.loading.dense)
         cached = self.cached
         # A load may read newer files of the hub than those that were hashed.
-        if cached is None or converts(model) or not cached.unchanged(checkpoint_files or ()):
+        if (
+            cached is None
+            or has_weight_conversions(model)
+            or not cached.unchanged(checkpoint_files or ())
+        ):
             known = {}
         else:
             known = cached.weights
@@ -140,12 +144,12 @@ class _StreamedQuantizer(HfQuantizer):
             if name in known and _shape(model.get_submodule(name)) == known[name].facts.shape
         }
         if self.known:
-            self._leave_unread(model)
+            self._skip_cached_tensors(model)
         if self.streams:
             linear = [n for n in candidates if not isinstance(model.get_submodule(n), Conv1D)]
             self.chosen = {f"{name}.weight" for name in linear if name not in self.known}
 
-    def _leave_unread(self, model: Any) -> None:
+    def _skip_cached_tensors(self, model: Any) -> None:
         """Makes transformers pass over the tensors of the file whose codes are known."""
         hidden = {f"{name}.weight" for name in self.known}
         for name in hidden:
@@ -185,8 +189,8 @@ class _StreamedQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             layer._parameters["weight"] = weight.stored
             self._note(name, layer, weight.facts)
-            if weight.late:
-                layer.__dict__[_LATE] = weight.stored.quant_state.dtype
+            if weight.deferred:
+                layer.__dict__[_DEFERRED] = weight.stored.quant_state.dtype
         for name, facts in self.facts.items():
             self._note(name, model.get_submodule(name), facts)
         # The model is what it would be had it been quantized after loading.
@@ -196,7 +200,7 @@ class _StreamedQuantizer(HfQuantizer):
             if isinstance(child, PreTrainedModel):
                 child.config.__dict__.pop("_is_quantized", None)
 
-    def _note(self, name: str, layer: nn.Module, facts: DenseFacts) -> None:
+    def _note(self, name: str, layer: nn.Module, facts: DenseInfo) -> None:
         convert_to_4bit(layer, self.loading.settings)
         layer.__dict__[_FACTS] = facts
         self.loading.layers.append((name, layer))
@@ -223,7 +227,7 @@ class _QuantizeOne(ConversionOps):
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             if name in self.quantizer.chosen:
-                facts = DenseFacts(checksum(dense), tuple(dense.shape), storage_bytes(dense))
+                facts = DenseInfo(checksum(dense), tuple(dense.shape), storage_bytes(dense))
                 self.quantizer.facts[name.removesuffix(".weight")] = facts
                 dense = make_params4bit(dense, settings, self.quantizer.loading.device)
             result[name] = dense
@@ -259,27 +263,27 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
     return tuple(stored_parameter(layer, "weight").shape)
 
 
-def converts(model: PreTrainedModel) -> bool:
+def has_weight_conversions(model: PreTrainedModel) -> bool:
     """Says whether tensors of the file are merged or split when this model is loaded."""
     return any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model))
 
 
-def dense_facts(layer: nn.Module) -> DenseFacts | None:
+def dense_info(layer: nn.Module) -> DenseInfo | None:
     """Returns what a layer's weight was before it was quantized on loading, if it was."""
     return layer.__dict__.get(_FACTS)
 
 
-def late_dtype(layer: nn.Module) -> torch.dtype | None:
+def deferred_dtype(layer: nn.Module) -> torch.dtype | None:
     """Returns the dtype of a weight that would be dense still if the cache had not had its codes.
 
     PEFT makes factors in the dtype of a dense weight, so that they are rounded to it.
     """
-    return layer.__dict__.get(_LATE)
+    return layer.__dict__.get(_DEFERRED)
 
 
-def as_loaded_dense(layer: Any, weight: Tensor) -> None:
+def restore_dense_layer(layer: Any, weight: Tensor) -> None:
     """Makes a layer whose codes came from the cache the dense one that was loaded without it."""
     convert_to_dense(layer, weight)
     layer._parameters["weight"].requires_grad_(True)
-    for mark in (_FACTS, _LATE):
+    for mark in (_FACTS, _DEFERRED):
         layer.__dict__.pop(mark, None)

@@ -23,33 +23,33 @@ from lightning_peft.engine.layers.mixin import (
     remove_mixin,
     stored_parameter,
 )
-from lightning_peft.engine.record import Record, Twin, require_record
+from lightning_peft.engine.record import MomentumCopy, Record, require_record
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError
 
 _PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 
 
-class Following(DynamicMixin):
+class HidesFrozenParameters(DynamicMixin):
     """Mixin for modules of which one follows the other: ``parameters()`` leaves the base out.
 
     What remains lines up on both sides: adapters, heads, and whatever else trains. The names,
     ``named_parameters()`` and ``state_dict()``, stay complete.
     """
 
-    base_names: frozenset[str]
+    frozen_names: frozenset[str]
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yields the parameters besides the frozen base; all of them where there are no others."""
         named = dict(self.named_parameters(recurse=recurse))  # type: ignore[attr-defined]
-        others = [param for name, param in named.items() if name not in self.base_names]
+        others = [param for name, param in named.items() if name not in self.frozen_names]
         yield from others or named.values()
 
 
-def find_twins(module: nn.Module) -> list[Twin]:
+def find_momentum_copies(module: nn.Module) -> list[MomentumCopy]:
     """Returns the submodules that are copies of each other, outermost first.
 
-    Blocks that repeat in one list are no twins: ``nn.TransformerEncoder`` makes them by copying.
+    Blocks that repeat in one list do not count: ``nn.TransformerEncoder`` makes them by copying.
 
     Args:
         module: The user's module, before anything was done to it.
@@ -59,18 +59,20 @@ def find_twins(module: nn.Module) -> list[Twin]:
         shapes = tuple((n, p.shape) for n, p in child.named_parameters())
         if name and shapes and any(isinstance(x, _PRODUCTS) for x in child.modules()):
             groups.setdefault((type(child), shapes, _sample(child)), []).append((name, child))
-    twins: list[Twin] = []
+    momentum_copies: list[MomentumCopy] = []
     for members in groups.values():
         for index, (name, child) in enumerate(members):
-            if _covered(name, twins):
+            if _covered(name, momentum_copies):
                 continue
             for other, candidate in members[index + 1 :]:
-                if not _covered(other, twins) and _are_copies(name, child, other, candidate):
-                    twins.append(_twin(name, child, other, candidate))
-    return twins
+                if not _covered(other, momentum_copies) and _are_copies(
+                    name, child, other, candidate
+                ):
+                    momentum_copies.append(_momentum_copy(name, child, other, candidate))
+    return momentum_copies
 
 
-def copies_outside(module: nn.Module) -> dict[str, str]:
+def unregistered_copies(module: nn.Module) -> dict[str, str]:
     """Returns copies that ``module`` keeps in lists, tuples or dictionaries, unregistered.
 
     Nothing can be done to those: they have no name, and no checkpoint holds them.
@@ -85,7 +87,7 @@ def copies_outside(module: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner, child in module.named_modules():
         for attribute, value in vars(child).items():
-            for key, kept in _kept_in(value):
+            for key, kept in _modules_in(value):
                 if id(kept) in known or attribute == "_modules":
                     continue
                 origin = next((n for n, x in module.named_modules() if n and _equal(x, kept)), None)
@@ -94,7 +96,7 @@ def copies_outside(module: nn.Module) -> dict[str, str]:
     return found
 
 
-def _kept_in(value: object) -> list[tuple[object, nn.Module]]:
+def _modules_in(value: object) -> list[tuple[object, nn.Module]]:
     items: Iterable[tuple[object, object]] = ()
     if isinstance(value, dict):
         items = value.items()
@@ -117,17 +119,17 @@ def _sample(module: nn.Module) -> tuple[float, ...]:
     return tuple(flat[:2].tolist() + flat[-2:].tolist())
 
 
-def _covered(name: str, twins: list[Twin]) -> bool:
-    return any(inside(name, [twin.leader, twin.follower]) for twin in twins)
+def _covered(name: str, momentum_copies: list[MomentumCopy]) -> bool:
+    return any(inside(name, [pair.source, pair.copy]) for pair in momentum_copies)
 
 
-def _twin(name: str, child: nn.Module, other: str, candidate: nn.Module) -> Twin:
+def _momentum_copy(name: str, child: nn.Module, other: str, candidate: nn.Module) -> MomentumCopy:
     first, second = (
         not any(p.requires_grad for p in nn.Module.parameters(x)) for x in (child, candidate)
     )
     if first and not second:
-        return Twin(other, name, True)
-    return Twin(name, other, second)
+        return MomentumCopy(other, name, True)
+    return MomentumCopy(name, other, second)
 
 
 def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -> bool:
@@ -156,43 +158,47 @@ def _varies(param: torch.Tensor) -> bool:
     return param.ndim > 1 and bool((flat != flat[0]).any())
 
 
-def follow(module: nn.Module, twins: list[Twin], frozen: set[str], adapter_name: str) -> None:
+def link_copies(
+    module: nn.Module, momentum_copies: list[MomentumCopy], frozen: set[str], adapter_name: str
+) -> None:
     """Makes the adapters of every copy start as those it copies, and hides the base from loops.
 
     Args:
         module: The user's module, with adapters.
-        twins: What :func:`find_twins` found before.
+        momentum_copies: What :func:`find_momentum_copies` found before.
         frozen: Names of the frozen base parameters.
         adapter_name: Name of the adapter that was added.
     """
-    for twin in twins:
-        leader, follower = (module.get_submodule(name) for name in (twin.leader, twin.follower))
-        theirs = adapter_parameters(leader)
+    for pair in momentum_copies:
+        source, copy = (module.get_submodule(name) for name in (pair.source, pair.copy))
+        theirs = adapter_parameters(source)
         with torch.no_grad():
-            for name, param in adapter_parameters(follower).items():
+            for name, param in adapter_parameters(copy).items():
                 if name in theirs and adapter_name in name.split("."):
                     param.copy_(theirs[name])
-        if twin.frozen:
-            freeze_follower(module, twin)
-    hide_base(module, twins, frozen)
+        if pair.frozen:
+            freeze_copy(module, pair)
+    hide_frozen_base(module, momentum_copies, frozen)
 
 
-def hide_base(module: nn.Module, twins: list[Twin], frozen: Collection[str]) -> None:
+def hide_frozen_base(
+    module: nn.Module, momentum_copies: list[MomentumCopy], frozen: Collection[str]
+) -> None:
     """Leaves the frozen base out of the ``parameters()`` of both sides, and of their wrappers.
 
     Args:
         module: The user's module, with adapters.
-        twins: The copies.
+        momentum_copies: The copies.
         frozen: Names of the frozen base parameters.
     """
-    for twin in twins:
-        for root in (_with_wrappers(module, twin.leader), _with_wrappers(module, twin.follower)):
+    for pair in momentum_copies:
+        for root in (_with_wrappers(module, pair.source), _with_wrappers(module, pair.copy)):
             for name, child in module.get_submodule(root).named_modules():
                 prefix = f"{root}.{name}." if name else f"{root}."
                 own = (n.removeprefix(prefix) for n in frozen if n.startswith(prefix))
-                if not isinstance(child, Following):
-                    add_mixin(child, Following)
-                child.base_names = frozenset(own)
+                if not isinstance(child, HidesFrozenParameters):
+                    add_mixin(child, HidesFrozenParameters)
+                child.frozen_names = frozenset(own)
 
 
 def _with_wrappers(module: nn.Module, name: str) -> str:
@@ -209,10 +215,10 @@ def _with_wrappers(module: nn.Module, name: str) -> str:
     return name
 
 
-def freeze_follower(module: nn.Module, twin: Twin) -> None:
+def freeze_copy(module: nn.Module, pair: MomentumCopy) -> None:
     """Stops gradients into the adapters of a copy: they follow, they do not train."""
-    twin.frozen = True
-    for layer in adapted_layers(module.get_submodule(twin.follower)).values():
+    pair.frozen = True
+    for layer in adapted_layers(module.get_submodule(pair.copy)).values():
         if isinstance(layer, LoraLayer):
             layer.lora_is_momentum_copy = True
             for name in layer.lora_adapters:
@@ -220,55 +226,55 @@ def freeze_follower(module: nn.Module, twin: Twin) -> None:
                     factor.requires_grad_(False)
 
 
-def freeze_left_out(module: nn.Module, held: set[int]) -> None:
+def freeze_unoptimized_copies(module: nn.Module, held: set[int]) -> None:
     """Freezes copies that no optimizer holds while it holds what they copy.
 
     Args:
         module: The user's module, with adapters.
         held: The ids of all parameters in optimizers.
     """
-    for twin in require_record(module).twins:
-        leader, follower = (
+    for pair in require_record(module).momentum_copies:
+        source, copy = (
             [p for p in adapter_parameters(module.get_submodule(name)).values() if p.requires_grad]
-            for name in (twin.leader, twin.follower)
+            for name in (pair.source, pair.copy)
         )
-        if follower and {id(p) for p in leader} <= held and not {id(p) for p in follower} & held:
-            freeze_follower(module, twin)
+        if copy and {id(p) for p in source} <= held and not {id(p) for p in copy} & held:
+            freeze_copy(module, pair)
 
 
-def unfollow(module: nn.Module, twins: list[Twin]) -> None:
-    """Undoes :func:`follow`."""
-    for twin in twins:
-        for name in (twin.leader, twin.follower):
+def unlink_copies(module: nn.Module, momentum_copies: list[MomentumCopy]) -> None:
+    """Undoes :func:`link_copies`."""
+    for pair in momentum_copies:
+        for name in (pair.source, pair.copy):
             for child in module.get_submodule(_with_wrappers(module, name)).modules():
-                if isinstance(child, Following):
-                    remove_mixin(child, Following)
-                    del child.base_names
+                if isinstance(child, HidesFrozenParameters):
+                    remove_mixin(child, HidesFrozenParameters)
+                    del child.frozen_names
 
 
-def base_names(record: Record, twin: Twin) -> set[str]:
+def frozen_names(record: Record, pair: MomentumCopy) -> set[str]:
     """Returns the names of the frozen weights of a copy: those of what it copies, below it."""
-    leading = [name for name in record.frozen if inside(name, [twin.leader])]
-    return {twin.follower + name.removeprefix(twin.leader) for name in leading}
+    leading = [name for name in record.frozen if inside(name, [pair.source])]
+    return {pair.copy + name.removeprefix(pair.source) for name in leading}
 
 
-def check_followers(module: nn.Module) -> None:
+def check_momentum_copies(module: nn.Module) -> None:
     """Compares the frozen base of every copy with what it was at the first call.
 
     Raises:
         LifecycleError: If a loop went past ``parameters()`` and averaged it.
     """
     record = require_record(module)
-    for twin in record.twins:
-        names = sorted(base_names(record, twin))
+    for pair in record.momentum_copies:
+        names = sorted(frozen_names(record, pair))
         owners = [(name, *name.rpartition(".")[::2]) for name in names]
         stored = [(n, stored_parameter(module.get_submodule(o), leaf)) for n, o, leaf in owners]
         codes = [(n, p) for n, p in stored if not p.is_floating_point()]
         now = tuple(fingerprint(codes).sums)
-        twin.base = now if twin.base is None else twin.base
-        if now != twin.base:
+        pair.base = now if pair.base is None else pair.base
+        if now != pair.base:
             raise LifecycleError(
-                f"{twin.follower!r} follows {twin.leader!r}, and the update wrote into its "
+                f"{pair.copy!r} follows {pair.source!r}, and the update wrote into its "
                 f"quantized weights, such as {codes[0][0]!r}: averages of 4-bit codes are no "
                 "weights. Update over `parameters()`, which leaves the frozen base out, instead "
                 "of over `state_dict()` or `named_parameters()`; or use LoRAStrategy."

@@ -48,7 +48,7 @@ def _is_cheap(operation: Any) -> bool:
     return _KNOWN[operation]
 
 
-class Call:
+class BlockCall:
     """One call of a block whose activations are kept; it is alive as long as something of it is.
 
     Args:
@@ -59,12 +59,12 @@ class Call:
         weakref.finalize(self, ended).atexit = False
 
 
-class Kept:
+class SavedTensor:
     """A tensor that waits for the backward pass."""
 
     __slots__ = ("call", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, call: Call) -> None:
+    def __init__(self, tensor: Tensor, call: BlockCall) -> None:
         # A view: the tensor itself may know the node that keeps it, and neither would be freed.
         self.tensor = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
         self.version, self.call = _version(tensor), call
@@ -78,53 +78,53 @@ class Kept:
         return _unchanged(self.tensor, self.version)
 
 
-class Promised:
+class RecomputableTensor:
     """A tensor that the backward pass may compute again."""
 
-    __slots__ = ("call", "geometry", "recipe")
+    __slots__ = ("call", "geometry", "op")
 
-    def __init__(self, tensor: Tensor, recipe: Recipe, call: Call) -> None:
-        self.recipe, self.geometry, self.call = recipe, _geometry(tensor), call
-        recipe.waiting += 1
-        recipe.uses += 1
-        if recipe.tensor is None:
-            recipe.tensor = tensor.detach()
+    def __init__(self, tensor: Tensor, op: RecordedOp, call: BlockCall) -> None:
+        self.op, self.geometry, self.call = op, _geometry(tensor), call
+        op.waiting += 1
+        op.uses += 1
+        if op.tensor is None:
+            op.tensor = tensor.detach()
 
     def value(self) -> Tensor:
         """Returns the tensor, or computes it."""
-        recipe = self.recipe
-        base = recipe.value()
-        recipe.waiting -= 1
-        if recipe.waiting <= 0:
+        op = self.op
+        base = op.value()
+        op.waiting -= 1
+        if op.waiting <= 0:
             # Backward may come once more.
-            recipe.waiting = recipe.uses
-            if not recipe.stays:
-                recipe.tensor = None
+            op.waiting = op.uses
+            if not op.stays:
+                op.tensor = None
         return torch.as_strided(base, *self.geometry)
 
 
-class Source:
+class OpInput:
     """An input of a recipe: the result of another one, or a tensor that must then be kept."""
 
-    __slots__ = ("bytes", "geometry", "key", "recipe", "tensor", "version")
+    __slots__ = ("bytes", "geometry", "key", "op", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, recipe: Recipe | None) -> None:
-        self.recipe, self.geometry = recipe, _geometry(tensor)
+    def __init__(self, tensor: Tensor, op: RecordedOp | None) -> None:
+        self.op, self.geometry = op, _geometry(tensor)
         self.version = _version(tensor)
         self.tensor: Any = None
         storage = tensor.untyped_storage()
         self.key, self.bytes = storage._cdata, storage.nbytes()
-        if recipe is None:
+        if op is None:
             self.tensor = tensor if isinstance(tensor, nn.Parameter) else _detached(tensor)
 
     def value(self) -> Tensor:
         """Returns the tensor, or computes it."""
-        if self.recipe is None:
+        if self.op is None:
             return _unchanged(self.tensor, self.version)
-        return torch.as_strided(self.recipe.value(), *self.geometry)
+        return torch.as_strided(self.op.value(), *self.geometry)
 
 
-class Recipe:
+class RecordedOp:
     """How one new storage came about.
 
     Attributes:
@@ -149,11 +149,11 @@ class Recipe:
         self.tensor: Tensor | None = None
         self.stays, self.uses, self.waiting = True, 0, 0
 
-    def sources(self) -> Iterator[Source]:
+    def inputs(self) -> Iterator[OpInput]:
         """Yields the inputs."""
         for argument in (*self.arguments[0], *self.arguments[1].values()):
             for one in argument if isinstance(argument, list) else (argument,):
-                if isinstance(one, Source):
+                if isinstance(one, OpInput):
                     yield one
 
     def value(self) -> Tensor:
@@ -170,7 +170,7 @@ class Recipe:
         return result
 
 
-class Recorder(TorchDispatchMode):
+class OpRecorder(TorchDispatchMode):
     """Notes what happens in a block, and decides at its end what is kept of it.
 
     Args:
@@ -183,16 +183,16 @@ class Recorder(TorchDispatchMode):
     """
 
     # By which layers know it that are better noted as a whole.
-    notes_operations = True
+    records_ops = True
 
-    def __init__(self, call: Call, weights: set[int]) -> None:
+    def __init__(self, call: BlockCall, weights: set[int]) -> None:
         super().__init__()
         self.call, self.weights = call, weights
         self.saved: dict[int, int] = {}
         self.kept: dict[int, int] = {}
-        self._made: dict[int, Recipe] = {}
+        self._made: dict[int, RecordedOp] = {}
         self._opaque: list[Any] = []
-        self._recorded: dict[int, Recipe] = {}
+        self._recorded: dict[int, RecordedOp] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation, and notes it if it can be repeated."""
@@ -206,9 +206,9 @@ class Recorder(TorchDispatchMode):
         several = isinstance(result, (tuple, list))
         for index, one in enumerate(result if several else (result,)):
             if isinstance(one, Tensor) and one.numel():
-                recipe = Recipe(func, (positional, named), index if several else None, one)
-                if all(source.key != recipe.key for source in recipe.sources()):
-                    self._made[recipe.key] = recipe
+                op = RecordedOp(func, (positional, named), index if several else None, one)
+                if all(source.key != op.key for source in op.inputs()):
+                    self._made[op.key] = op
         return result
 
     def _encoded(self, argument: Any) -> Any:
@@ -216,79 +216,83 @@ class Recorder(TorchDispatchMode):
             return [self._encoded(one) for one in argument]
         if not isinstance(argument, Tensor):
             return argument
-        return Source(argument, self._recipe_of(argument))
+        return OpInput(argument, self._op_of(argument))
 
-    def _recipe_of(self, tensor: Tensor) -> Recipe | None:
-        recipe = self._made.get(tensor.untyped_storage()._cdata)
-        if recipe is None or recipe.version != _version(tensor) or recipe.dtype != tensor.dtype:
+    def _op_of(self, tensor: Tensor) -> RecordedOp | None:
+        op = self._made.get(tensor.untyped_storage()._cdata)
+        if op is None or op.version != _version(tensor) or op.dtype != tensor.dtype:
             return None
-        return None if tensor.is_conj() or tensor.is_neg() else recipe
+        return None if tensor.is_conj() or tensor.is_neg() else op
 
-    def note(self, tensor: Tensor) -> Recipe | None:
+    def record_saved(self, tensor: Tensor) -> RecordedOp | None:
         """Enters a tensor that autograd saves; returns its recipe, if it has one."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.weights:
             return None
         self.saved[key] = storage.nbytes()
-        recipe = self._recipe_of(tensor)
-        if recipe is None:
+        op = self._op_of(tensor)
+        if op is None:
             # A weak reference, so that no later storage is taken for this one.
             self._opaque.append(StorageWeakRef(storage))
             self.kept[key] = storage.nbytes()
         else:
-            self._recorded[key] = recipe
-        return recipe
+            self._recorded[key] = op
+        return op
 
-    def pack(self, tensor: Tensor) -> Kept | Promised:
+    def pack(self, tensor: Tensor) -> SavedTensor | RecomputableTensor:
         """Keeps a tensor for autograd, for the time being."""
-        recipe = self.note(tensor)
-        return Kept(tensor, self.call) if recipe is None else Promised(tensor, recipe, self.call)
+        op = self.record_saved(tensor)
+        return (
+            SavedTensor(tensor, self.call)
+            if op is None
+            else RecomputableTensor(tensor, op, self.call)
+        )
 
     def decide(self) -> None:
         """Lets go of what others lead to that are kept, where that is less memory."""
         least = _LEAST_SHARE * sum(self.saved.values())
-        for recipe in self._made.values():
-            if recipe.key not in self._recorded or recipe.key in self.kept:
+        for op in self._made.values():
+            if op.key not in self._recorded or op.key in self.kept:
                 continue
             needed: dict[int, int] = {}
-            possible = self._collect(recipe, needed, set())
-            if possible and recipe.bytes - sum(needed.values()) >= least:
+            possible = self._collect(op, needed, set())
+            if possible and op.bytes - sum(needed.values()) >= least:
                 self.kept.update(needed)
-                recipe.stays = False
+                op.stays = False
             else:
-                self.kept[recipe.key] = recipe.bytes
-        for recipe in self._recorded.values():
-            if recipe.stays:
-                recipe.arguments = ((), {})
+                self.kept[op.key] = op.bytes
+        for op in self._recorded.values():
+            if op.stays:
+                op.arguments = ((), {})
             else:
-                recipe.tensor = None
+                op.tensor = None
         # Autograd keeps the hooks, and they this object.
         self._made.clear()
         self._recorded.clear()
         self._opaque.clear()
 
-    def _collect(self, recipe: Recipe, needed: dict[int, int], seen: set[int]) -> bool:
+    def _collect(self, op: RecordedOp, needed: dict[int, int], seen: set[int]) -> bool:
         """Collects what a recipe needs beside what is kept; ``False`` where it was changed."""
-        if id(recipe) in seen:
+        if id(op) in seen:
             return True
-        seen.add(id(recipe))
-        for source in recipe.sources():
-            if source.recipe is None:
+        seen.add(id(op))
+        for source in op.inputs():
+            if source.op is None:
                 if _version(source.tensor) != source.version:
                     return False
                 if source.key not in self.kept and source.key not in self.weights:
                     needed[source.key] = source.bytes
             elif source.key in self.kept and source.key in self._recorded:
                 continue
-            elif not self._collect(source.recipe, needed, seen):
+            elif not self._collect(source.op, needed, seen):
                 return False
         return True
 
 
-def unpack(waiting: Kept | Promised) -> Tensor:
+def unpack(waiting: SavedTensor | RecomputableTensor) -> Tensor:
     """Gives autograd what it saved."""
-    if isinstance(waiting, Kept):
+    if isinstance(waiting, SavedTensor):
         return waiting.value()
     # The casts that autocast made are operations of the recipe.
     with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
@@ -304,7 +308,7 @@ for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
 def _evaluated(argument: Any) -> Any:
     if isinstance(argument, list):
         return [_evaluated(one) for one in argument]
-    return argument.value() if isinstance(argument, Source) else argument
+    return argument.value() if isinstance(argument, OpInput) else argument
 
 
 def _geometry(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
-from lightning_peft.engine.record import PartRecord, require_record
+from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
 
@@ -27,18 +27,18 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
     ``requires_grad``, which optimizers and callbacks toggle. Adapters, heads, modules trained in
     full and buffers of adapted parts are there even where an own ``state_dict()`` leaves them out.
     """
-    own, known = own_tensors(module), _named(module).keys()
+    own, known = checkpoint_tensors(module), _named(module).keys()
     places = {_place(tensor) for tensor in own.values()} - {None}
     state = {
         key: value
-        for key, value in without_base(module, module.state_dict()).items()
+        for key, value in drop_frozen_base(module, module.state_dict()).items()
         # Once, under their names in the module, whatever an own state_dict() calls them.
         if key in known or not isinstance(value, Tensor) or _place(value) not in places
     }
     return {**state, **{name: value for name, value in own.items() if name not in state}}
 
 
-def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns what no checkpoint may be without, by name: detached, sharing memory.
 
     Adapters, heads, modules trained in full, base weights that came from an adapter folder, and the
@@ -67,9 +67,9 @@ def adapter_names_of(module: nn.Module) -> list[str]:
     ]
 
 
-def _own_of_part(part: nn.Module, entry: PartRecord) -> Iterator[str]:
+def _own_of_part(part: nn.Module, entry: AdaptedModuleRecord) -> Iterator[str]:
     yield from adapter_parameters(part)
-    yield from entry.originals
+    yield from entry.initial_values
     yield from entry.replaced
     layers = [f"{name}." for name in adapted_layers(part) if name]
     heads = tuple(f"{name}." for name in entry.heads)
@@ -83,7 +83,7 @@ def _own_of_part(part: nn.Module, entry: PartRecord) -> Iterator[str]:
             yield from (prefix + leaf for leaf in child._buffers if leaf in kept)
 
 
-def without_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``state`` without the frozen base, also where its keys were renamed."""
     frozen = require_record(module).frozen
     places = {_place(p) for n, p in module.named_parameters(remove_duplicate=False) if n in frozen}
@@ -133,7 +133,7 @@ def load_trainable_state_dict(
     Args:
         module: A module with adapters.
         state: The values, by name.
-        kept: Values of :func:`own_tensors` for those that hooks of the module took out of
+        kept: Values of :func:`checkpoint_tensors` for those that hooks of the module took out of
             ``state``, before or after it was written.
         removed: Other names that hooks took out when the file was written, and that the module
             does without (``strict_loading=False``).
@@ -145,7 +145,7 @@ def load_trainable_state_dict(
     """
     record = require_record(module)
     refuse_merged(module, "Loading other values")
-    expected, own = trainable_state_dict(module), own_tensors(module)
+    expected, own = trainable_state_dict(module), checkpoint_tensors(module)
     full = set(record.frozen) & set(state)
     if full:
         raise CheckpointError(

@@ -1,0 +1,1 @@
+"""Loading pretrained models: quantized while they are read, and from the cache."""

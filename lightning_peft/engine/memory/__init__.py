@@ -1,1 +1,0 @@
-"""Less memory: optimizers, activations that are not kept, bases quantized while they load."""

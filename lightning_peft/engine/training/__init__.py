@@ -1,0 +1,1 @@
+"""What training needs besides adapters: optimizers, activation checkpointing, losses."""
