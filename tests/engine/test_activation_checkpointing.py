@@ -172,7 +172,7 @@ def test_no_number_changes(kind: str, quantized: bool, bf16: bool) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     done.disable()
-    assert engine.checkpoint_activations(adapted(kind), "auto").descriptions == done.described
+    assert engine.checkpoint_activations(adapted(kind), "auto").descriptions == done.descriptions
 
 
 class Storages(TorchDispatchMode):
