@@ -10,7 +10,7 @@ from typing import Any
 
 from gradio_app.errors import Refused
 from gradio_app.guards import shortened
-from gradio_app.recipe.content import MISSING, laid_over, value_at, with_value
+from gradio_app.recipe.content import MISSING, data_of, laid_over, value_at, with_value
 from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.parsing import parsed
@@ -115,6 +115,9 @@ def of_a_run(content: dict[str, Any], places: Places) -> dict[str, Any]:
 def with_model(content: dict[str, Any], model: str, revision: str | None) -> dict[str, Any]:
     """Returns the recipe for another model, with the settings that go with its size.
 
+    The example is the data of a small trial. A model of the visitor's own does not take it over:
+    then no data is chosen, until the visitor does so.
+
     Args:
         content: The recipe.
         model: What has been checked to be one.
@@ -127,15 +130,21 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
         content = with_value(content, _MODEL + "trust_remote_code", MISSING)
     if model == before and value_at(content, _MODEL + "config", None) is None:
         return _read_at(content, task.reads, model, revision)
-    small = model == DEMO_BASE
+    small, trial = model == DEMO_BASE, _is_small(content)
     source = started(task.name, method_of(content), small)
     content = _taken_from(source, content, _OF_SMALL_MODEL)
-    if small is not _is_small(content):
+    if small is not trial:
         content = _taken_from(source, content, _OF_BOTH)
     content = with_value(content, _MODEL + "model", model)
     if task.reads is not None:
         content = with_value(content, _DATA + task.reads, model)
-    return _read_at(content, task.reads, model, revision)
+    content = _read_at(content, task.reads, model, revision)
+    example = data_of(started(task.name))
+    if small and not data_of(content):
+        return with_data(content, example)
+    if trial and not small and data_of(content) == example:
+        return with_data(content, None)
+    return content
 
 
 def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
@@ -157,9 +166,9 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
         revision = value_at(content, _MODEL + "revision", None)
         other = with_model(other, model, revision)
     if set(before.shapes) & set(after.shapes):
-        place = value_at(content, _DATA + "data", "")
+        place = data_of(content)
         hub = ("hub_config", "hub_splits", "hub_revision")
-        if place != value_at(started(before.name), _DATA + "data", None):
+        if place and place != data_of(started(before.name)):
             named = {key: value_at(content, _DATA + key, None) for key in hub}
             other = with_data(other, place, **named)
             for key in _OF_FILES:
@@ -185,29 +194,29 @@ def _read_at(
     return with_value(content, f"{_DATA}{reads}_revision", revision or MISSING)
 
 
-def with_data(content: dict[str, Any], data: str, **hub: Any) -> dict[str, Any]:
+def with_data(content: dict[str, Any], data: str | None, **hub: Any) -> dict[str, Any]:
     """Returns the recipe for other rows, without what was said of the rows before.
 
     Args:
         content: The recipe.
-        data: What has been checked to be readable.
+        data: What has been checked to be readable; ``None`` for nothing yet.
         **hub: ``hub_config``, ``hub_splits`` and ``hub_revision`` of a data set on the hub.
     """
     task = task_of(content) or task_named("")
-    before = value_at(content, _DATA + "data", None)
+    before = data_of(content)
     for name in ("hub_config", "hub_splits", "hub_revision"):
         content = with_value(content, _DATA + name, hub.get(name) or MISSING)
-    if data == before:
+    if data == before or not data and not before:
         return content
     for name in ("validation_data", "test_data"):
         content = with_value(content, _DATA + name, MISSING)
-    example = started(task.name)
-    own = data != value_at(example, _DATA + "data", None)
+    example = data_of(started(task.name))
+    own = data != example
     source = started(task.name, small=not own)
     content = _taken_from(source, content, _OF_SMALL_DATA)
-    if own is not (before != value_at(example, _DATA + "data", None)):
+    if own is not (before != example):
         content = _taken_from(source, content, ("trainer.max_epochs",))
-    return with_value(content, _DATA + "data", data)
+    return with_value(content, _DATA + "data", data or MISSING)
 
 
 def _is_small(content: dict[str, Any]) -> bool:

@@ -35,6 +35,11 @@ def value_at(content: Any, path: str, default: Any = MISSING) -> Any:
     return found
 
 
+def data_of(content: Any) -> str:
+    """Returns where the rows of a recipe are; empty if none were chosen."""
+    return str(value_at(content, "data.init_args.data", None) or "")
+
+
 def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Returns a copy with ``value`` at ``path``; :data:`MISSING` takes the key away.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradio_app.guards import redacted
 from gradio_app.public import bundled_folders
-from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.content import data_of, value_at, with_value
 from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.rows import Table, first_rows
 from gradio_app.recipe.warm import Completed, WarmCommands
@@ -86,7 +86,7 @@ def looked_at(
         wanted: Says whether the answer is still wanted.
         heard: Is given how many rows have been read, again and again.
     """
-    place = str(value_at(content, "data.init_args.data", ""))
+    place = data_of(content)
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
     table = first_rows(local(place), content)
     if value_at(content, "data.class_path", "").endswith("SeriesData"):

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from finished import BASE
 
 from gradio_app.errors import Refused
 from gradio_app.pages.new.editor import Editor, Session
+from lightning_peft.data.templates import NAMED
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
 
@@ -216,6 +219,42 @@ def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_i
     blocked.get_by_text("me/unknown is not on this machine").wait_for()
     blocked.get_by_role("link", name="To the model").wait_for()
     assert page.get_by_role("button", name="Start training").is_disabled()
+
+
+def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
+    site = serve(trainer="fake")
+    shutil.copytree(BASE, site.folder / "models" / "mine")
+    (site.folder / "models" / "mine" / "chat_template.jinja").write_text(NAMED["plain"])
+    page = opened(visit, site)
+    page.get_by_label("From a folder here").check()
+    page.get_by_label("Folder", exact=True).click()
+    page.get_by_role("option", name="mine", exact=True).click()
+    page.locator("#model-facts").get_by_text("Its files with weights").wait_for()
+    page.get_by_role("link", name="Next: Data").click()
+    facts, report = page.locator("#data-facts"), page.locator("#data-report")
+    facts.get_by_text("Choose the data to train on").wait_for()
+    report.get_by_text("Once data is chosen").wait_for()
+    assert page.get_by_label("Upload", exact=True).is_checked()
+    page.get_by_role("link", name="Next: Method").click()
+    # Memory can be planned without.
+    page.locator("#memory").get_by_text("It fits.").wait_for()
+    page.get_by_role("link", name="Next: Review").click()
+    blocked = page.locator("#overview [role=alert]")
+    blocked.get_by_text("No data is chosen").wait_for()
+    assert blocked.locator("li").count() == 1
+    assert page.get_by_role("button", name="Start training").is_disabled()
+    assert "data" not in shown_recipe(page)["data"]["init_args"]
+    # So it stays when the page is opened again.
+    page.reload()
+    blocked.get_by_role("link", name="To the data").click()
+    facts.get_by_text("Choose the data to train on").wait_for()
+    page.get_by_label("Built-in example").check()
+    page.get_by_role("button", name="Use the example").click()
+    report.locator(".fine").wait_for()
+    facts.get_by_text("Chosen: the example instructions.jsonl").wait_for()
+    page.get_by_role("link", name="Review", exact=True).click()
+    page.locator("#overview .fine").wait_for()
+    assert page.get_by_role("button", name="Start training").is_enabled()
 
 
 def test_an_address_with_a_slash_finds_its_page(visit, site):

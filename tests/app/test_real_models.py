@@ -64,6 +64,13 @@ def choose_folder(page, name):
     page.get_by_role("option", name=name, exact=True).click()
 
 
+def choose_example(page):
+    """Chooses the example, which comes with the demo model alone."""
+    page.get_by_label("Built-in example").check()
+    page.get_by_role("button", name="Use the example").click()
+    page.locator("#data-report .fine").wait_for(timeout=MINUTES)
+
+
 def shown_recipe(page) -> dict:
     return yaml.safe_load(page.locator("#form-yaml pre").inner_text())
 
@@ -96,7 +103,7 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
     facts.get_by_text("Its files with weights take 9 MB").wait_for()
     screenshot(page, "new-model-folder")
     page.get_by_role("link", name="Next: Data").click()
-    page.locator("#data-report .fine").wait_for(timeout=MINUTES)
+    choose_example(page)
     page.locator("#data-report .tokens mark").first.wait_for()
     page.get_by_role("link", name="Next: Method").click()
     page.locator("#memory").get_by_text("It fits.").wait_for(timeout=MINUTES)
@@ -152,7 +159,7 @@ def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
     use.click()
     page.locator("#model-facts").get_by_text(f"as it was at commit {own_code.COMMIT}").wait_for()
     page.get_by_role("link", name="Next: Data").click()
-    page.locator("#data-report .fine").wait_for(timeout=MINUTES)
+    choose_example(page)
     page.get_by_role("link", name="Next: Method").click()
     page.locator("#memory").get_by_text("cannot be planned").wait_for(timeout=MINUTES)
     page.get_by_role("link", name="Next: Review").click()

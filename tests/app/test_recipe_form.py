@@ -27,7 +27,7 @@ from gradio_app.recipe.choices import (
     with_task,
 )
 from gradio_app.recipe.commands import command_line, python_code
-from gradio_app.recipe.content import MISSING, class_name, laid_over, value_at, with_value
+from gradio_app.recipe.content import MISSING, data_of, class_name, laid_over, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH, CHOSEN, FIELDS, FIRST, GROUPS, ONLY_YAML
 from gradio_app.recipe.form import (
     applies,
@@ -251,6 +251,34 @@ def test_another_model_brings_what_goes_with_its_size():
     assert value_at(t5, f"{MODEL}config") is MISSING
 
 
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        ("sft", "/models/mine"),
+        ("dpo", "me/our"),
+        ("text-classification", "answerdotai/ModernBERT-base"),
+        ("speech-recognition", "openai/whisper-tiny"),
+    ],
+)
+def test_a_model_of_ones_own_takes_over_no_example(task, model):
+    small = started(task)
+    mine = with_model(small, model, None)
+    assert data_of(mine) == ""
+    assert value_at(mine, f"{DATA}data") is MISSING
+    # Nor what only the example needs.
+    assert value_at(mine, f"{DATA}columns") is MISSING
+    assert value_at(mine, f"{TRAINER}limit_train_batches") is MISSING
+    # Who asks for the example keeps it.
+    asked = with_data(mine, data_of(small))
+    assert value_at(asked, f"{DATA}columns") == value_at(small, f"{DATA}columns")
+    assert data_of(with_model(asked, "me/other", None)) == data_of(small)
+    own = with_data(mine, "upload:x.jsonl")
+    assert data_of(with_model(own, "me/other", None)) == "upload:x.jsonl"
+    if small["model"]["init_args"]["model"] == DEMO_BASE:
+        assert data_of(with_model(mine, DEMO_BASE, None)) == data_of(small)
+        assert data_of(with_model(own, DEMO_BASE, None)) == "upload:x.jsonl"
+
+
 def test_code_of_a_model_is_trusted_for_that_model_alone():
     trusted = with_value(started("sft"), f"{MODEL}trust_remote_code", True)
     assert value_at(with_model(trusted, "a/b", None), f"{MODEL}trust_remote_code") is MISSING
@@ -411,7 +439,9 @@ def test_another_task_keeps_the_model_and_data_that_it_takes():
     # Conversations are no pairs, and what writes text does not mark words.
     sft = with_task(mine, "sft")
     assert value_at(sft, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert value_at(sft, "data.init_args.data") == value_at(started("sft"), "data.init_args.data")
+    assert data_of(sft) == ""
+    assert data_of(with_task(sft, "dpo")) == ""
+    assert data_of(with_task(with_model(sft, DEMO_BASE, None), "dpo")) == data_of(started("dpo"))
     images = with_task(mine, "image-classification")
     assert images == started("image-classification")
     with pytest.raises(Refused, match="no_recipe"):

@@ -72,7 +72,9 @@ def test_a_recipe_that_was_written_is_pinned_where_it_does_not_say(tmp_path):
 
 def test_it_stays_in_what_is_made_of_the_recipe(tmp_path):
     here = settings(tmp_path)
-    content = checked_content(with_model(started("sft"), "me/our", COMMIT), here, "local")
+    made = with_model(started("sft"), "me/our", COMMIT)
+    made = with_data(made, "package:demo/instructions.jsonl")
+    content = checked_content(made, here, "local")
     assert python_code(content).count(COMMIT) == 2
     again = of_a_run(content, Places(here, "local"))
     assert value_at(again, DATA + OWN) == COMMIT

@@ -172,8 +172,9 @@ def _confirmed(editor: Editor, session: Session, content: dict[str, Any]) -> dic
 def _of_places(problem: Refused) -> bool:
     """Says whether a problem is one that the steps of the form can solve."""
     inner = problem.values.get("problem")
-    keys = {one.key for one in inner} if isinstance(inner, list) else set()
-    return bool(keys & {"checks.no_data", "checks.no_paths", "checks.no_model"})
+    keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
+    named = {"checks.no_data", "checks.no_paths", "checks.no_model", "checks.no_rows"}
+    return bool(keys & named)
 
 
 def _shown(session: Session, t: Texts) -> list[Any]:
@@ -193,7 +194,7 @@ def _undo(session: Session, t: Texts) -> str:
     kept = [
         t(f"new.kept_{name}")
         for name, path in (("model", "model.init_args.model"), ("data", "data.init_args.data"))
-        if value_at(before, path, None) == value_at(session.content, path, None)
+        if value_at(before, path, None) == value_at(session.content, path, None) is not None
     ]
     task = task_of(before)
     key = {0: "new.kept_nothing", 1: "new.kept_one", 2: "new.kept_both"}[len(kept)]

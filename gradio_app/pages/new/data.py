@@ -19,7 +19,7 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import looks
 from gradio_app.public import UPLOAD
 from gradio_app.recipe.choices import started, with_data
-from gradio_app.recipe.content import MISSING, value_at, with_value
+from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.data import DataReport, local
 from gradio_app.recipe.form import task_of
 from gradio_app.recipe.places import data_files
@@ -66,19 +66,17 @@ def build(editor: Editor) -> None:
 
 
 def _shown(session: Session, editor: Editor) -> list[Any]:
-    place = str(value_at(session.content, _DATA + "data", ""))
+    place = data_of(session.content)
     source = source_of(session, place)
     shown = [gr.update(visible=source == one) for one in SOURCES]
-    model = str(value_at(session.content, "model.init_args.model", ""))
-    own = bool(model) and not model.startswith(data_html.EXAMPLES)
-    return [source, *shown, data_html.chosen(place, editor.t, own)]
+    return [source, *shown, data_html.chosen(place, editor.t)]
 
 
 def source_of(session: Session, place: str) -> str:
-    """Returns where rows are from: one of :data:`SOURCES`."""
-    if place.startswith(data_html.EXAMPLES):
+    """Returns where rows are from: one of :data:`SOURCES`; without any, what is offered first."""
+    if place.startswith(("package:", "recipe:")):
         return "example"
-    if place.startswith(UPLOAD):
+    if not place or place.startswith(UPLOAD):
         return "upload"
     return "path" if place.startswith(("/", ".")) or "." in place.rpartition("/")[2] else "hub"
 
@@ -117,7 +115,7 @@ def _upload(editor: Editor) -> None:
 
     def listed(session: Session) -> list[Any]:
         own = Uploads(settings, session.owner).list()
-        place = str(value_at(session.content, _DATA + "data", ""))
+        place = data_of(session.content)
         current = place.removeprefix(UPLOAD) if place.startswith(UPLOAD) else None
         rows = [(f"{one.title} ({one.size / 1e6:,.1f} MB)", one.name) for one in own]
         known = current if current in [one.name for one in own] else None
@@ -146,7 +144,7 @@ def _path(editor: Editor) -> None:
         # Looked up each time: files come and go while the page is open.
         sizes = data_files(root) if root else {}
         rows = [(f"{name} ({t.localized(size(count))})", name) for name, count in sizes.items()]
-        place = str(value_at(session.content, _DATA + "data", ""))
+        place = data_of(session.content)
         known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
         return [gr.update(choices=rows, value=known or (place if place.startswith("/") else None))]
 
@@ -272,6 +270,10 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
     """Yields what the step shows while the data is looked at, and then of it."""
     session = editor.of(session, request)
     nothing, quiet = [gr.skip()] * (5 + FIELDS), [gr.skip()] * (2 + FIELDS)
+    if not data_of(session.content):
+        off, none = gr.update(visible=False), data_html.to_choose(editor.t)
+        yield [session, none, off, off, *[gr.skip()] * (1 + FIELDS)]
+        return
     if session.report is None:
         data, read = session.content.get("data"), -1
         place = _place_of(editor, session)
@@ -307,7 +309,7 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
 
 def _place_of(editor: Editor, session: Session) -> Path:
     """Returns where the rows of a session lie, if that is on this machine."""
-    place = str(value_at(session.content, _DATA + "data", ""))
+    place = data_of(session.content)
     with contextlib.suppress(Refused):
         place = editor.places(session).data(place)
     return local(place)

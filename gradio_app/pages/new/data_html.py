@@ -13,32 +13,26 @@ from gradio_app.recipe.rows import Table
 from gradio_app.texts import Texts
 from gradio_app.uploads import own_name
 
-# How data and models that come with the program are named.
-EXAMPLES = ("package:", "recipe:")
 # Of each kind of problem, as many rows are told one by one.
 MOST_PROBLEMS = 20
 _LONGEST_RUN = 4000
 
 
-def chosen(place: str, t: Texts, own_model: bool = False) -> str:
-    """Returns the line that names the data.
-
-    Args:
-        place: Where the data is.
-        t: The texts.
-        own_model: Whether the model is another one than that of the example.
-    """
+def chosen(place: str, t: Texts) -> str:
+    """Returns the line that names the data, or asks for some."""
     if not place:
-        text = t("new.data_none")
-    elif place.startswith(EXAMPLES):
+        return f'<p class="not-now" role="status">{escaped(t("new.data_none"))}</p>'
+    if place.startswith(("package:", "recipe:")):
         text = t("new.data_is_example", name=place.rpartition("/")[2])
-        if own_model:
-            ask = escaped(t("new.data_still_example"))
-            return f'<p class="not-now" role="status">{escaped(text)} {ask}</p>'
     else:
         shown = "-".join(place.split("-")[2:]) if place.startswith(UPLOAD) else place
         text = t("new.data_chosen", name=shown)
     return f'<p class="chosen" role="status">{escaped(text)}</p>'
+
+
+def to_choose(t: Texts) -> str:
+    """Returns what stands for the look at the data where none is chosen."""
+    return f'<p class="note">{escaped(t("new.data_then"))}</p>'
 
 
 def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None = None) -> str:

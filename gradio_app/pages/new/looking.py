@@ -13,7 +13,7 @@ from gradio_app.pages.handling import as_shown, sentence
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.checking import checked_content, with_revision
 from gradio_app.recipe.choices import started
-from gradio_app.recipe.content import value_at
+from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.data import DataReport, looked_at
 from gradio_app.recipe.form import task_of
 from gradio_app.recipe.model_files import on_this_machine
@@ -38,8 +38,14 @@ def away(content: dict[str, Any]) -> str:
 
 
 def report_of(editor: Editor, session: Session) -> DataReport:
-    """Returns what is known of the data of a session, looked at now if need be; never raises."""
+    """Returns what is known of the data of a session, looked at now if need be.
+
+    Raises:
+        Refused: If no data is chosen.
+    """
     while session.report is None:
+        if not data_of(session.content):
+            raise Refused("checks.no_rows")
         for _ in looks(editor, session):
             pass
     found: DataReport = session.report

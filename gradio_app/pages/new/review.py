@@ -16,11 +16,11 @@ from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import review_html
 from gradio_app.pages.new.choosing import checked
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.new.looking import report_of
+from gradio_app.pages.new.looking import away, report_of
 from gradio_app.recipe.checking import checked_content
 from gradio_app.recipe.choices import dry
 from gradio_app.recipe.complete import completed_problem
-from gradio_app.recipe.content import value_at
+from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.data import DataReport
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.recipe.parsing import dumped, parsed
@@ -170,7 +170,11 @@ def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tup
         problems = refused.values.get("problems", [refused])
         assert isinstance(problems, list)
         blocking += [(review_html.step_of(one), sentence(one, t)) for one in problems]
-    report = session.report
+    report, missing = session.report, away(session.content)
+    if missing and not data_of(session.content):
+        # Else the look at the data says so.
+        told = t("new.model_away", name=missing)
+        blocking.append(("model", t("new.blocked_model", reason=told)))
     if report is not None and not report.fine:
         step = "data" if report.numbers else report.step
         blocking.append((step, sentence(_unfit(report), t)))
@@ -243,7 +247,7 @@ def _unfit(report: DataReport) -> Refused:
 
 def _title(content: dict[str, Any]) -> str:
     """Returns what a run is called if its owner calls it nothing: data and model."""
-    data = str(value_at(content, "data.init_args.data", "")).rpartition("/")[2]
+    data = data_of(content).rpartition("/")[2]
     model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]
     words = data.split("-")
     data = "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else data

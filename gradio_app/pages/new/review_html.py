@@ -10,7 +10,7 @@ from gradio_app.errors import Refused
 from gradio_app.guards import escaped
 from gradio_app.pages.new.editor import Session
 from gradio_app.recipe.commands import FILE, command_line, python_code
-from gradio_app.recipe.content import value_at
+from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.form import method_of, task_of, text_of
 from gradio_app.recipe.parsing import dumped
 from gradio_app.recipe.presets import DEMO_BASE
@@ -82,7 +82,7 @@ def in_words(session: Session, t: Texts) -> str:
     model = value_at(content, "model.init_args.model", None)
     name = t("new.demo_base") if model == DEMO_BASE else Path(str(model or "-")).name
     splits = session.report.numbers.get("splits", {}) if session.report else {}
-    place = str(value_at(content, "data.init_args.data", "")).rpartition("/")[2]
+    place = data_of(content).rpartition("/")[2]
     words = [
         t(
             "new.words_what",
@@ -94,7 +94,7 @@ def in_words(session: Session, t: Texts) -> str:
     if splits:
         train, held = splits["train"]["rows"], splits["validation"]["rows"]
         words.append(t("new.words_rows", train=t.number(train), held=t.number(held), data=place))
-    else:
+    elif place:
         words.append(t("new.words_data", data=place))
     epochs = value_at(content, "trainer.max_epochs", None)
     steps = value_at(content, "trainer.max_steps", -1)
