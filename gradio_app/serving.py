@@ -14,10 +14,12 @@ from typing import Any
 
 from gradio_app.settings import Settings
 from gradio_app.studio import Studio
-from gradio_app.texts import LANGUAGES, Texts, route
+from gradio_app.texts import DEFAULT, LANGUAGES, Texts, route
 
 # Pages are modules of `pages` with a function `build`; home is the first.
 PAGES = ("home", "new", "run", "compare", "help")
+# Labels of Gradio's that its own translations leave out.
+GRADIO = ("upload", "drop")
 _LOOK = Path(__file__).parent / "look"
 
 
@@ -83,7 +85,7 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
         "mcp_server": False,
         "theme": look.theme(),
         "css_paths": sorted(_LOOK.glob("*.css")),
-        "head": look.head(titles()),
+        "head": look.head(titles(), labels()),
         "auth": password,
         "root_path": os.environ.get("GRADIO_ROOT_PATH"),
         # Gradio announces the end of an event under a name that it has no text for.
@@ -94,6 +96,7 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
     middleware = import_module("starlette.middleware").Middleware
     pages = ("", *PAGES[1:])
     layers = [middleware(import_module("gradio_app.redirects").Redirects, pages=pages)]
+    layers.append(middleware(import_module("gradio_app.localizing").Localized))
     if settings.space:
         layers.append(middleware(import_module("gradio_app.visitors").VisitorCookie))
     options["app_kwargs"] = {"middleware": layers}
@@ -108,6 +111,16 @@ def titles() -> dict[str, str]:
         route(page, language): frame.title(Texts(language), page)
         for language in LANGUAGES
         for page in pages
+    }
+
+
+def labels() -> dict[str, dict[str, str]]:
+    """Returns for each other language what to call what Gradio names in English alone."""
+    names = [f"frame.gradio_{name}" for name in GRADIO]
+    return {
+        language: {Texts()(name): Texts(language)(name) for name in names}
+        for language in LANGUAGES
+        if language != DEFAULT
     }
 
 

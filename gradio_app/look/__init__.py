@@ -65,15 +65,18 @@ def theme() -> Any:
     )
 
 
-def head(titles: dict[str, str]) -> str:
+def head(titles: dict[str, str], labels: dict[str, dict[str, str]]) -> str:
     """Returns what goes into the ``head`` of each page.
 
     Args:
         titles: What the browser calls each page, by the last part of its path.
+        labels: For each other language, what to call what Gradio names in English alone.
     """
     known = json.dumps(titles).replace("<", "\\u003c")
+    others = json.dumps(labels).replace("<", "\\u003c")
     script = _SCRIPT.read_text(encoding="utf-8")
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<script>window.studioTitles = {known};\n{script}</script>"
+        f"<script>window.studioTitles = {known};\nwindow.studioLabels = {others};\n"
+        f"{script}</script>"
     )

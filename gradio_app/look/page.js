@@ -21,6 +21,15 @@
       head.removeAttribute("tabindex");
     }
   };
+  // What Gradio says to screen readers in English alone.
+  const setLabels = () => {
+    const known = window.studioLabels[document.documentElement.lang] ?? {};
+    for (const [english, own] of Object.entries(known)) {
+      for (const one of document.querySelectorAll(`[aria-label="${english}"]`)) {
+        one.setAttribute("aria-label", own);
+      }
+    }
+  };
   // A machine that has slept has lost its connections, and the server may have forgotten the page.
   const ASLEEP = 5 * 60_000;
   let awake = Date.now();
@@ -90,7 +99,7 @@
   });
   const watch = () => {
     if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);
-    new MutationObserver(() => { setTitle(); setLanguage(); mendNotices(); })
+    new MutationObserver(() => { setTitle(); setLanguage(); setLabels(); mendNotices(); })
       .observe(document.documentElement, { childList: true, subtree: true });
     setTitle();
   };

@@ -12,7 +12,7 @@ from gradio_app.guards import escaped
 from gradio_app.pages.states import badge
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.running.metrics import Metrics
-from gradio_app.running.words import duration, number, size
+from gradio_app.running.words import duration, metric, number, size
 from gradio_app.texts import Texts
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
@@ -76,17 +76,18 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
             t(
                 "compare.curve",
                 run=label,
-                first=number(points[0][1]),
-                last=number(points[-1][1]),
+                first=number(points[0][1], t),
+                last=number(points[-1][1], t),
                 at=_place(points[-1][0], axis, t),
-                least=number(least),
+                least=number(least, t),
             )
         )
     if not ranked:
         said.insert(0, t("compare.not_comparable"))
     elif len(ends) > 1:
         best = min(ends, key=lambda label: ends[label])
-        said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=number(ends[best])))
+        lowest = number(ends[best], t)
+        said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
     items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in said)
     return f'<div role="status"><ul class="said">{items}</ul></div>'
 
@@ -95,7 +96,7 @@ def _place(x: float, axis: str, t: Texts) -> str:
     return (
         t("compare.at_step", step=int(x))
         if axis == "step"
-        else t("compare.at_minute", n=f"{x:.3g}")
+        else t("compare.at_minute", n=t.localized(f"{x:.3g}"))
     )
 
 
@@ -105,7 +106,7 @@ def table(curves: Curves, axis: str, t: Texts) -> str:
     places = sorted({x for points in chosen.values() for x in points})
     head = [t(f"compare.axis_{axis}"), *curves]
     rows = [
-        (f"{x:.4g}", [number(points[x]) if x in points else "" for points in chosen.values()])
+        (number(x, t), [number(points[x], t) if x in points else "" for points in chosen.values()])
         for x in places
     ]
     return _table(t("run.as_table"), head, rows)
@@ -123,13 +124,13 @@ def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
     known = [outcome_of(run, one) for run, one in zip(found.runs, metrics, strict=True)]
     names = dict.fromkeys(name for one in known for name in one.after)
     rows: list[tuple[str, list[str]]] = [
-        (_metric(name, t), [_change(one, name) for one in known]) for name in names
+        (metric(name, t), [_change(one, name, t) for one in known]) for name in names
     ]
     for key, values in (
-        ("steps", [_plain(one.steps) for one in known]),
+        ("steps", [_plain(one.steps, t) for one in known]),
         ("time", [duration(one.seconds, t) if one.seconds else "" for one in known]),
-        ("memory", [size(one.memory) if one.memory else "" for one in known]),
-        ("trainable", [_plain(one.trainable) for one in known]),
+        ("memory", [size(one.memory, t) if one.memory else "" for one in known]),
+        ("trainable", [_plain(one.trainable, t) for one in known]),
     ):
         rows.append((t(f"compare.{key}"), values))
     links = [
@@ -141,19 +142,15 @@ def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
     return f"<h2>{title}</h2>{note}" + _table(title, [""], rows, heads=links)
 
 
-def _metric(name: str, t: Texts) -> str:
-    return t("run.val_loss") if name == "val_loss" else name.removeprefix("val_").replace("_", " ")
-
-
-def _change(one: Outcome, name: str) -> str:
+def _change(one: Outcome, name: str, t: Texts) -> str:
     if name not in one.after:
         return ""
-    after = number(one.after[name])
-    return f"{number(one.before[name])} \u2192 {after}" if name in one.before else after
+    after = number(one.after[name], t)
+    return f"{number(one.before[name], t)} \u2192 {after}" if name in one.before else after
 
 
-def _plain(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
+def _plain(value: int | None, t: Texts) -> str:
+    return "" if value is None else t.number(value)
 
 
 def differing(found: Chosen, t: Texts) -> str:

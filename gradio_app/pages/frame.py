@@ -92,6 +92,7 @@ def head(t: Texts, page: str) -> str:
         f"{_current(code == t.language)}>{name}</a>"
         for code, name in LANGUAGES.items()
     )
+    label = t("frame.light_or_dark")
     return (
         f'<a class="skip" href="#page">{t("frame.skip")}</a>'
         f'<nav class="head" aria-label="{t("frame.navigation")}">'
@@ -99,7 +100,8 @@ def head(t: Texts, page: str) -> str:
         f"{t('frame.name')}</a>"
         f'<div class="links">{links}</div>'
         f'<div class="side"><div class="languages">{languages}</div>'
-        f'<button type="button" id="light-or-dark">{t("frame.light_or_dark")}</button></div></nav>'
+        f'<button type="button" id="light-or-dark" aria-label="{label}" title="{label}">'
+        f'<span aria-hidden="true">\u263e</span></button></div></nav>'
     )
 
 

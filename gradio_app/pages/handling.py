@@ -69,8 +69,12 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
 
 def sentence(error: Refused, t: Texts) -> str:
     """Returns a refusal in the visitor's language; a list among its values is of refusals."""
-    values = {
-        name: "\n".join(sentence(one, t) for one in value) if isinstance(value, list) else value
-        for name, value in error.values.items()
-    }
+    values = {name: _said(name, value, t) for name, value in error.values.items()}
     return t(error.key, **values)
+
+
+def _said(name: str, value: object, t: Texts) -> object:
+    if isinstance(value, list):
+        return "\n".join(sentence(one, t) for one in value)
+    # Bounds are numbers of the page; other values are what somebody typed.
+    return t.localized(f"{value}") if name in ("least", "most") else value

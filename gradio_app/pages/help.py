@@ -62,8 +62,8 @@ def _about_data(studio: Studio, t: Texts) -> str:
     limits = studio.settings.limits
     return t(
         "help.data_space",
-        hours=f"{limits.keep_hours:g}",
-        rows=f"{limits.rows:,}",
+        hours=t.localized(f"{limits.keep_hours:g}"),
+        rows=t.number(limits.rows or 0),
         steps=limits.steps,
         minutes=f"{limits.minutes:g}",
     )

@@ -50,16 +50,16 @@ def machine(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
     """
     lora, qlora = found.most_billions(quantized=False), found.most_billions(quantized=True)
     if found.gpu and found.gpu_bytes:
-        has = t("home.machine_gpu", gpu=found.gpu, memory=size(found.gpu_bytes))
-        can = t("home.fits_gpu", lora=f"{lora:g}", qlora=f"{qlora:g}")
+        has = t("home.machine_gpu", gpu=found.gpu, memory=size(found.gpu_bytes, t))
+        can = t("home.fits_gpu", lora=t.localized(f"{lora:g}"), qlora=t.localized(f"{qlora:g}"))
     elif found.gpu:
         has, can = t("home.machine_gpu_alone", gpu=found.gpu), t("home.fits_unknown")
     elif lent_minutes is not None:
         has, can = t("home.machine_lent", seconds=round(60 * lent_minutes)), ""
     else:
         has = t("home.machine_no_gpu")
-        can = t("home.fits_cpu", lora=f"{lora:g}") if lora else t("home.fits_little")
-    memory, free = size(found.memory_bytes), size(found.free_bytes)
+        can = t("home.fits_cpu", lora=t.localized(f"{lora:g}")) if lora else t("home.fits_little")
+    memory, free = size(found.memory_bytes, t), size(found.free_bytes, t)
     rest = t("home.machine_rest", cores=found.cores, memory=memory, free=free)
     return (
         f'<p class="machine"><strong>{t("home.machine")}:</strong> '
@@ -158,7 +158,7 @@ def _row(run: Run, t: Texts) -> str:
     loss = ""
     if found.loss is not None:
         kind = "validation" if found.validated else "training"
-        loss = t(f"home.loss_{kind}", value=number(found.loss))
+        loss = t(f"home.loss_{kind}", value=number(found.loss, t))
     task = " ".join(filter(None, [found.task, found.method]))
     moment = ago(run.created, t) if run.created else ""
     cells = {"state": badge(run, t), "task": escaped(task), "loss": loss, "when": moment}
@@ -173,7 +173,7 @@ def _row(run: Run, t: Texts) -> str:
 
 def _delete(run: Run, t: Texts) -> str:
     label = t("home.delete_named", name=run.name)
-    asked = t("run.sure_delete", name=run.name, size=size(run.bytes))
+    asked = t("run.sure_delete", name=run.name, size=size(run.bytes, t))
     yes = (
         f'<button type="button" class="as-button danger" data-act="delete" data-run="{run.id}">'
         f"{t('run.yes_delete')}</button>"

@@ -130,9 +130,9 @@ def plot(
     said = f"{y_title}, {x_title}: " + ", ".join(one.name for one in drawn)
     return (
         f'<div class="plot">{_head(drawn, y_title, t)}'
-        f'<div class="plot-area" data-points="{escaped(_said(drawn, across, x_title))}">'
+        f'<div class="plot-area" data-points="{escaped(_said(drawn, across, x_title, t))}">'
         f'<svg class="marks" role="img" aria-label="{escaped(said)}" overflow="visible">'
-        f"{_grid(across, up)}{_curves(drawn, across, up)}</svg>"
+        f"{_grid(across, up, t)}{_curves(drawn, across, up)}</svg>"
         f'<div class="plot-said" aria-hidden="true"></div></div>'
         f'<div class="x-title">{escaped(x_title)}</div></div>'
     )
@@ -154,7 +154,7 @@ def _head(drawn: Sequence[Series], y_title: str, t: Texts) -> str:
     )
 
 
-def _grid(across: Axis, up: Axis) -> str:
+def _grid(across: Axis, up: Axis, t: Texts) -> str:
     text = 'fill="var(--body-text-color-subdued, #475569)" font-size="12"'
     line = 'stroke="var(--border-color-primary, #cbd5e1)" stroke-width="1"'
     parts = []
@@ -162,20 +162,20 @@ def _grid(across: Axis, up: Axis) -> str:
         y = f"{100 * (1 - up.place(tick)):.2f}%"
         parts.append(
             f'<line x1="0" x2="100%" y1="{y}" y2="{y}" {line}/><text class="y-tick" x="0" dx="-8" '
-            f'dy="4" y="{y}" text-anchor="end" {text}>{number(tick)}</text>'
+            f'dy="4" y="{y}" text-anchor="end" {text}>{number(tick, t)}</text>'
         )
     for tick in across.ticks:
         x = f"{100 * across.place(tick):.2f}%"
         parts.append(
             f'<line x1="{x}" x2="{x}" y1="0" y2="100%" {line} stroke-opacity=".5"/>'
             f'<text class="x-tick" x="{x}" y="100%" dy="18" text-anchor="middle" {text}>'
-            f"{_whole(tick)}</text>"
+            f"{_whole(tick, t)}</text>"
         )
     return "".join(parts)
 
 
-def _whole(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:g}"
+def _whole(value: float, t: Texts) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else t.localized(f"{value:g}")
 
 
 def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
@@ -203,15 +203,15 @@ def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
     )
 
 
-def _said(drawn: Sequence[Series], across: Axis, x_title: str) -> str:
+def _said(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
     """Returns as JSON what is said where the pointer is: the place of each x, and its values."""
     rows: dict[float, list[str]] = {}
     for one in drawn:
         for x, y in one.points:
-            rows.setdefault(x, []).append(f"{one.name} {number(y)}")
+            rows.setdefault(x, []).append(f"{one.name} {number(y, t)}")
     place: Callable[[float], float] = across.place
     found = [
-        [round(place(x), 4), f"{x_title} {_whole(round(x, 2))}: {', '.join(rows[x])}"]
+        [round(place(x), 4), f"{x_title} {_whole(round(x, 2), t)}: {', '.join(rows[x])}"]
         for x in sorted(rows)
     ]
     return json.dumps(found, ensure_ascii=False)

@@ -15,6 +15,7 @@ from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of, task_of
 from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.places import Places
+from gradio_app.recipe.precision import Precision, usual
 from gradio_app.recipe.presets import (
     AMOUNTS,
     DEMO_BASE,
@@ -24,6 +25,7 @@ from gradio_app.recipe.presets import (
     Task,
     task_named,
 )
+from gradio_app.running.bfloat16 import here
 from lightning_peft.cli.recipes import recipe_files
 
 METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}
@@ -38,7 +40,6 @@ _OF_SMALL_MODEL = (
     *(f"{_MODEL}{name}" for name in ("learning_rate", "config", "generate_limit")),
     *(f"{_MODEL}{name}" for name in ("max_new_tokens", "checkpoint")),
     *(f"{_DATA}{name}" for name in ("chat_template", "feature_extractor")),
-    "trainer.precision",
 )
 # What is said of the files themselves.
 _OF_FILES = ("encoding", "delimiter", "sheet", "text_unit", "validation_data", "test_data")
@@ -133,6 +134,7 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
     small, trial = model == DEMO_BASE, _is_small(content)
     source = started(task.name, method_of(content), small)
     content = _taken_from(source, content, _OF_SMALL_MODEL)
+    content = with_value(content, "trainer.precision", usual(task.name, small, here()).value)
     if small is not trial:
         content = _taken_from(source, content, _OF_BOTH)
     content = with_value(content, _MODEL + "model", model)
@@ -217,6 +219,12 @@ def with_data(content: dict[str, Any], data: str | None, **hub: Any) -> dict[str
     if own is not (before != example):
         content = _taken_from(source, content, ("trainer.max_epochs",))
     return with_value(content, _DATA + "data", data or MISSING)
+
+
+def usual_precision(content: dict[str, Any]) -> Precision:
+    """Returns the default precision for a recipe's task and model on this machine."""
+    task = task_of(content)
+    return usual(task.name if task else "", _is_small(content), here())
 
 
 def _is_small(content: dict[str, Any]) -> bool:

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Callable
 
+from gradio_app.texts import Texts
+
 Say = Callable[..., str]
 _MINUTE, _HOUR, _DAY = 60, 3_600, 86_400
 
@@ -28,32 +30,41 @@ def ago(moment: float, t: Say, now: float | None = None) -> str:
     return t("run.just_now") if passed < 45 else t("run.ago", time=duration(passed, t))
 
 
-def size(count: float) -> str:
+def size(count: float, t: Texts) -> str:
     """Returns a number of bytes, in units of 1000."""
     for unit in ("B", "kB", "MB"):
         if abs(count) < 999.5:
             return f"{count:.0f} {unit}"
         count /= 1_000
-    return f"{count:.1f} GB"
+    return t.localized(f"{count:.1f} GB")
 
 
-def number(value: float) -> str:
+def number(value: float, t: Texts) -> str:
     """Returns a value of a metric with as many digits as are worth reading."""
     if value and abs(value) < 1e-3:
         digits, _, power = f"{value:.1e}".partition("e")
-        return f"{digits}e{int(power)}"
-    return f"{value:.4g}"
+        return t.localized(f"{digits}e{int(power)}")
+    return t.localized(f"{value:.4g}")
 
 
-def value(found: float, t: Say) -> str:
+def value(found: float, t: Texts) -> str:
     """Returns a value of a metric, or that it is not a number any more."""
-    return number(found) if math.isfinite(found) else t("run.no_number")
+    return number(found, t) if math.isfinite(found) else t("run.no_number")
 
 
-def amount(value: float) -> str:
+def metric(name: str, t: Texts) -> str:
+    """Returns what a metric of the validation rows is called: the task's own name if no other."""
+    if name == "val_loss":
+        return t("run.val_loss")
+    key = name.removeprefix("val_")
+    known = f"run.metric_{key}"
+    return t(known) if t.has(known) else key.replace("_", " ").capitalize()
+
+
+def amount(value: float, t: Texts) -> str:
     """Returns a count or a rate, short: ``2.1k``."""
     if abs(value) >= 999_500:
-        return f"{value / 1e6:.1f}M"
+        return t.localized(f"{value / 1e6:.1f}M")
     if abs(value) >= 1_000:
-        return f"{value / 1e3:.1f}k"
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}"
+        return t.localized(f"{value / 1e3:.1f}k")
+    return f"{value:.0f}" if abs(value) >= 10 else t.localized(f"{value:.1f}")

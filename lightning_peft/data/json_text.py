@@ -119,7 +119,7 @@ def explained(error: Exception, text: str) -> str:
     before, after = body[:place].rstrip(), body[place : place + 20]
     quoted = "single quotes, and JSON has double ones"
     if not body[place:].strip() or (error.msg.startswith("Unterminated") and _is_last(body)):
-        return f"is not JSON: it breaks off after {before[-30:]!r}"
+        return f"is cut off after {before[-30:]!r}"
     if error.msg.startswith("Unterminated"):
         what = "a text begins there whose closing quote is missing"
     elif error.msg.startswith("Extra data"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,41 @@ def violations(page: Page) -> list[str]:
 def overflow(page: Page) -> int:
     """Returns by how many pixels the page is wider than its window."""
     return int(page.evaluate("document.documentElement.scrollWidth - window.innerWidth"))
+
+
+# None of them is a German word too.
+_ENGLISH = (
+    "the and or of to is are with by your you here this from for file files drop click upload clear "
+    "remove close cancel copy download share fullscreen submit error loading settings search rows "
+    "row steps accuracy perplexity default undo retry textbox"
+).split()
+_SHOWN = """(beside) => {
+  const found = [], left = 'pre, code, script, style, [lang=en]' + (beside && ', ' + beside);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const of = texts.currentNode.parentElement;
+    if (!of.closest(left) && of.checkVisibility()) found.push(texts.currentNode.textContent);
+  }
+  for (const one of document.querySelectorAll('[aria-label], [title], [placeholder]')) {
+    if (one.closest(left) || !one.checkVisibility()) continue;
+    for (const name of ['aria-label', 'title', 'placeholder']) {
+      if (one.getAttribute(name)) found.push(one.getAttribute(name));
+    }
+  }
+  return found.map((text) => text.trim()).filter(Boolean);
+}"""
+
+
+def not_german(page: Page, beside: str = "") -> list[str]:
+    """Returns what a German page shows that has English words, or decimal points, in it.
+
+    Args:
+        page: The page.
+        beside: Selectors of what is not the page's own text, such as rows of data.
+    """
+    decimals = r"(?<![\w.:-])\d+\.(\d\d?|\d{4,})(?![\w.])"
+    wrong = re.compile(rf"\b({'|'.join(_ENGLISH)})\b|{decimals}", re.IGNORECASE)
+    return sorted({text for text in page.evaluate(_SHOWN, beside) if wrong.search(text)})
 
 
 def screenshot(page: Page, name: str) -> None:

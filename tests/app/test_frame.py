@@ -12,10 +12,11 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
+from gradio_app.localizing import language_of, localized
 from gradio_app.pages.frame import title
 from gradio_app.pages.sessions import KEPT, MOST_SESSIONS, LeanStates
 from gradio_app.texts import LANGUAGES, Texts
-from tests.app.browsing import PHONE, overflow, violations
+from tests.app.browsing import PHONE, not_german, overflow, violations
 from tests.app.servers import environment
 
 PAGES = ["", "new", "compare", "help"]
@@ -46,6 +47,25 @@ def test_every_page_can_be_read_by_everyone(site, visit, page):
     assert overflow(opened) <= 0
 
 
+@pytest.mark.parametrize("page", ["", "new#all", "compare", "help"])
+def test_german_pages_are_german(site, visit, page):
+    # Also for a browser that is not.
+    opened = visit(f"{site.url}/{'de-' if page else 'de'}{page}", locale="en-US")
+    opened.locator("h1").first.wait_for()
+    if page == "new#all":
+        opened.locator("#overview .fine, #overview .busy").first.wait_for()
+        for part in opened.locator(".label-wrap:not(.open)").all():
+            if part.is_visible():
+                part.click()
+        opened.get_by_text("Eingebautes Beispiel").click()
+        opened.get_by_label("Hochladen", exact=True).check()
+        opened.get_by_text("Datei hier ablegen").nth(1).wait_for()
+        opened.get_by_label("Datei hochladen").first.wait_for(state="attached")
+        assert opened.locator("#f-warmup :is(input, textarea)").input_value() == "0,03"
+    assert not_german(opened, "#data-report") == []
+    assert opened.evaluate("document.documentElement.lang") == "de"
+
+
 def wait_for_title(opened, page, language):
     opened.locator("nav.head [aria-current=page]").first.wait_for()
     opened.locator("h1").first.wait_for()
@@ -73,6 +93,15 @@ def test_all_languages_have_the_same_texts_with_the_same_values():
                 assert text.strip(), (area, key)
                 assert other[key].strip(), (area, key)
                 assert fields(text) == fields(other[key]), (area, key)
+
+
+def test_the_language_of_a_page_is_that_of_its_address():
+    places = ["/", "/new", "/de", "/de-new", "/proxy/de-run/", "/deutsch", "/en-de"]
+    assert [language_of(one) for one in places] == ["en", "en", "de", "de", "de", "en", "en"]
+    made = localized(b"<html><head><title>x</title></head><body><head></body></html>", "de")
+    assert made.startswith(b"<html><head><script>")
+    assert made.count(b"<script>") == 1
+    assert b"documentElement.lang = 'de'" in made
 
 
 def test_the_web_process_never_imports_torch(tmp_path):

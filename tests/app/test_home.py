@@ -49,7 +49,7 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     (run,) = store.list("local")
     row.get_by_role("button", name="Delete Two-minute demo").click()
     # The question names the run and its size, and stays while the list is sent again.
-    words = f"Delete Two-minute demo with its checkpoints and numbers ({size(run.bytes)})"
+    words = f"Delete Two-minute demo with its checkpoints and numbers ({size(run.bytes, Texts())})"
     row.get_by_text(words).wait_for()
     store.rename("local", run.id, "Two-minute demo 2")
     asked = row.get_by_text("Delete Two-minute demo 2 with its checkpoints and numbers")

@@ -17,7 +17,7 @@ from gradio_app.running.metrics import MOST_POINTS, Metrics, MetricsCache
 from gradio_app.running.reading import Files, json_object, rows_of, tail, without_noise
 from gradio_app.running.store import RunStore
 from gradio_app.running.watch import Warned, Watch
-from gradio_app.running.words import ago, amount, duration, number, size
+from gradio_app.running.words import ago, amount, duration, metric, number, size
 from gradio_app.speaking.samples import HeldOut
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.alerts import training_alert, validation_alert
@@ -208,9 +208,16 @@ def test_words():
     ]
     assert ago(100, t, now=110) == "just now"
     assert ago(100, t, now=400) == "5 min ago"
-    assert [size(n) for n in (12, 991_117_312, 16e9)] == ["12 B", "991 MB", "16.0 GB"]
-    assert [number(n) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-4", "0"]
-    assert [amount(n) for n in (2_100, 12.3, 1.25, 2e6)] == ["2.1k", "12", "1.2", "2.0M"]
+    assert [size(n, t) for n in (12, 991_117_312, 16e9)] == ["12 B", "991 MB", "16.0 GB"]
+    assert [number(n, t) for n in (1.42345, 2e-4, 0.0)] == ["1.423", "2.0e-4", "0"]
+    assert [amount(n, t) for n in (2_100, 12.3, 1.25, 2e6)] == ["2.1k", "12", "1.2", "2.0M"]
+    de = Texts("de")
+    assert [size(16e9, de), number(1.42345, de), amount(2_100, de)] == ["16,0 GB", "1,423", "2,1k"]
+    assert [metric(name, de) for name in ("val_token_accuracy", "val_perplexity")] == [
+        "Token-Genauigkeit",
+        "Perplexität",
+    ]
+    assert metric("val_my_own", de) == "My own"
 
 
 def test_what_fits_on_a_machine():
@@ -271,9 +278,9 @@ def test_alerts_are_told_in_the_language_of_the_page():
     # What a trainer writes is read as JSON again.
     rows = json.loads(json.dumps(rows))
     german = live_html.alerts(rows, [], Texts("de"))
-    for text in ("Der Trainingsverlust ist unendlich", "von 1 auf 1.6", "Der Validierungsverlust"):
+    for text in ("Der Trainingsverlust ist unendlich", "von 1 auf 1,6", "Der Validierungsverlust"):
         assert text in german
-    assert "2-mal in Folge gestiegen, von 0.9 auf 1.125" in german
+    assert "2-mal in Folge gestiegen, von 0,9 auf 1,125" in german
     assert "2 times in a row, from 0.9 to 1.125" in live_html.alerts(rows, [], Texts())
     for text in ("learning rate", "The training", "risen"):
         assert text not in german

@@ -19,7 +19,8 @@ from gradio_app.recipe.demo import demo_recipe
 from gradio_app.running.store import RunStore
 from gradio_app.running.words import size
 from gradio_app.settings import Settings
-from tests.app.browsing import open_context, screenshot, violations
+from gradio_app.texts import Texts
+from tests.app.browsing import not_german, open_context, screenshot, violations
 
 # The trainer loads torch, measures the base, trains and measures again; the machine may be busy.
 MINUTES = 3 * 60_000
@@ -120,6 +121,25 @@ def looks(where):
     return where.evaluate(
         "(one) => { const s = getComputedStyle(one); return s.fill + s.color + s.backgroundColor; }"
     )
+
+
+def test_the_page_of_a_run_is_german(site, visit, trained):
+    page = visit(f"{site.url}/de-run?run={trained.id}")
+    page.locator("#loss-plot svg.marks").wait_for()
+    numbers = page.locator("#run-numbers")
+    for name in ("Token-Genauigkeit", "Perplexität", "Spitzenspeicher"):
+        numbers.get_by_text(name).wait_for()
+    data = "#run-log, #run-samples td, #run-samples th, #head"
+    assert not_german(page, data) == []
+    said = page.locator("#run-state").inner_text()
+    assert re.search(r"Validierungsverlust \d,\d+ vor, \d,\d+ nach", said)
+    ticks = page.locator("#loss-plot .y-tick").all_text_contents()
+    assert any("," in tick for tick in ticks)
+    assert not any("." in tick for tick in ticks)
+    for tab in ("Export", "Ausprobieren & vergleichen"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(1_500)
+        assert not_german(page, f"{data}, #try-system-prompt, #try-prompts") == []
 
 
 def test_the_card_trains_a_model(site, visit, trained):
@@ -237,7 +257,7 @@ def exported(page, site, run, kind, folder: Path, measured: bool = False) -> Pat
     # The button says how large that is.
     files = [file for file in made.rglob("*") if file.is_file() and file.name != "recipe.yaml"]
     total = sum(file.stat().st_size for file in files)
-    assert f"Download zip ({size(total)})" in article.inner_text()
+    assert f"Download zip ({size(total, Texts())})" in article.inner_text()
     return made
 
 

@@ -13,7 +13,7 @@ import yaml
 import lightning_peft
 from gradio_app.errors import Refused
 from gradio_app.pages.new.editor import Session
-from gradio_app.pages.new.method import set_field
+from gradio_app.pages.new.method import changed_html, hint, set_field, typed, unset
 from gradio_app.recipe import choices
 from gradio_app.recipe.choices import (
     amount_of,
@@ -27,7 +27,7 @@ from gradio_app.recipe.choices import (
     with_task,
 )
 from gradio_app.recipe.commands import command_line, python_code
-from gradio_app.recipe.content import MISSING, data_of, class_name, laid_over, value_at, with_value
+from gradio_app.recipe.content import MISSING, class_name, data_of, laid_over, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH, CHOSEN, FIELDS, FIRST, GROUPS, ONLY_YAML
 from gradio_app.recipe.form import (
     applies,
@@ -120,7 +120,7 @@ def test_every_field_is_explained_in_every_language():
         t = Texts(language)
         for field in FIELDS:
             assert t(f"fields.{field.key}")
-            assert t(f"fields.{field.key}_hint")
+            assert hint(field, started("sft"), t)
         assert all(t(f"fields.group_{group}") for group in GROUPS)
     assert len({field.key for field in FIELDS}) == len(FIELDS)
     assert set(FIRST) <= set(BY_PATH)
@@ -241,7 +241,7 @@ def test_another_model_brings_what_goes_with_its_size():
     assert value_at(made, f"{DATA}tokenizer") == value_at(made, f"{MODEL}model")
     assert value_at(made, f"{MODEL}revision") == "main"
     assert value_at(made, f"{MODEL}learning_rate") == 2e-4
-    assert value_at(made, f"{TRAINER}precision") == "bf16-mixed"
+    assert value_at(made, f"{TRAINER}precision") == choices.usual_precision(made).value
     assert value_at(made, f"{DATA}chat_template") is MISSING
     back = with_model(made, DEMO_BASE, None)
     for path in (f"{MODEL}learning_rate", f"{DATA}chat_template", f"{TRAINER}precision"):
@@ -454,3 +454,27 @@ def test_what_a_choice_changes_counts_as_unchanged():
     assert changed(after, started("sft")) != ["data.init_args.batch_size"]
     since = followed(started("sft"), before, after)
     assert changed(after, since) == ["data.init_args.batch_size"]
+
+
+def test_what_can_be_empty_says_its_default():
+    empty = [one for one in FIELDS if one.optional or None in one.choices]
+    assert len(empty) > 25
+    for language, word in (("en", "default: "), ("de", "Standard: ")):
+        for field in empty:
+            assert len(unset(field, Texts(language))) > len(word), field.key
+            assert unset(field, Texts(language)).startswith(word)
+    assert unset(BY_PATH["trainer.log_every_n_steps"], Texts()) == "default: 50"
+
+
+def test_a_german_page_has_decimal_commas_in_its_fields():
+    t, warmup, batches = Texts("de"), "model.init_args.warmup", "trainer.val_check_interval"
+    assert typed(BY_PATH[warmup], "0,1", t) == typed(BY_PATH[warmup], "0.1", t) == "0.1"
+    # Of batches, 1 is one and 1.0 are all.
+    assert typed(BY_PATH[batches], "1,0", t) == "1.0"
+    names = BY_PATH["trainer.strategy.init_args.target_modules"]
+    assert typed(names, "q_proj, v_proj", t) == "q_proj, v_proj"
+    assert typed(BY_PATH[warmup], "0,1", Texts("en")) == "0,1"
+    session = Session(started("sft"), started("sft"))
+    set_field(session, warmup, typed(BY_PATH[warmup], "0,25", t))
+    assert value_at(session.content, warmup) == 0.25
+    assert "Anlauf: 0,03 → 0,25" in changed_html(session, t)

@@ -95,14 +95,16 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     # The next question is written while the answer comes.
     page.get_by_label("Your question").fill("a next one")
     # Both have answered, differently, beside the answer of the data.
-    page.get_by_text("Tuned: best:").wait_for()
+    page.get_by_text(re.compile(r"Tuned \(step \d+\):")).wait_for()
     page.locator("#try-reference").get_by_text(ANSWER).wait_for()
     for side in ("left", "right"):
         asked = page.locator(f"#try-{side} .user").all_inner_texts()
         assert [text.strip() for text in asked] == [EARLIER[0][1], QUESTION]
         assert page.locator(f"#try-{side}").get_by_text(EARLIER[1][1]).count() == 1
     assert page.get_by_label("Your question").input_value() == "a next one"
-    assert re.search(r"best: \d+ tokens.* per second", page.locator("#try-notes").inner_text())
+    assert re.search(
+        r"step \d+\): \d+ tokens.* per second", page.locator("#try-notes").inner_text()
+    )
     first = {side: said(page, side) for side in ("left", "right")}
     assert first["left"] != first["right"]
     page.get_by_text("of memory").wait_for()
@@ -119,7 +121,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page.get_by_role("option", name="last (step 8)").click()
     page.get_by_label("Your question").fill("And `max`?")
     page.get_by_label("Your question").press("Enter")
-    page.get_by_text("Tuned: last:").wait_for()
+    page.get_by_text("Tuned (step 8):").wait_for()
     blind(page, run)
     page.get_by_role("button", name="Unload").click()
     page.get_by_text("No model is loaded").wait_for()

@@ -267,8 +267,8 @@ def test_lists_for_each_split_are_read_as_such(read):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"a": "x", "b": ', "is not JSON: it breaks off after '"),
-        ('{"a": "half', "is not JSON: it breaks off after "),
+        ('{"a": "x", "b": ', "is cut off after '"),
+        ('{"a": "half', "is cut off after "),
         ("{'a': 1}", "single quotes, and JSON has double ones"),
         ('{"a": 1} x', "something follows after the end of the value"),
         ('{"a": "x\ty"}', "a raw line end, tab or other control character"),
@@ -297,7 +297,7 @@ def test_lines_that_are_not_json_are_explained(read, line, problem):
 def test_a_list_with_one_damaged_row_in_lines_keeps_the_others(read):
     found, _ = read("a.json", '[\n{"a": 1},\n{"a": 2\n,\n{"a": 3}\n]')
     assert [row.value for row in found if row.value] == [{"a": 1}, {"a": 3}]
-    with pytest.raises(ConfigError, match=r"'b.json' is not JSON: it breaks off .*in line 3"):
+    with pytest.raises(ConfigError, match=r"'b.json' is cut off .*in line 3"):
         read("b.json", '[{"a":\n1},\n{"a": ')
 
 

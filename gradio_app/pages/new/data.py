@@ -95,7 +95,7 @@ def _example(editor: Editor) -> None:
 
 def _upload(editor: Editor) -> None:
     t, settings = editor.t, editor.studio.settings
-    most = f"{settings.limits.upload_bytes / 1e6:,.0f} MB"
+    most = f"{t.number(settings.limits.upload_bytes / 1e6)} MB"
     file = gr.File(
         label=t("new.upload", kinds=", ".join(KINDS), most=most),
         height=140,
@@ -117,7 +117,7 @@ def _upload(editor: Editor) -> None:
         own = Uploads(settings, session.owner).list()
         place = data_of(session.content)
         current = place.removeprefix(UPLOAD) if place.startswith(UPLOAD) else None
-        rows = [(f"{one.title} ({one.size / 1e6:,.1f} MB)", one.name) for one in own]
+        rows = [(f"{one.title} ({size(one.size, t)})", one.name) for one in own]
         known = current if current in [one.name for one in own] else None
         return [gr.update(choices=rows, value=known, visible=bool(rows))]
 
@@ -143,7 +143,7 @@ def _path(editor: Editor) -> None:
     def listed(session: Session) -> list[Any]:
         # Looked up each time: files come and go while the page is open.
         sizes = data_files(root) if root else {}
-        rows = [(f"{name} ({t.localized(size(count))})", name) for name, count in sizes.items()]
+        rows = [(f"{name} ({size(count, t)})", name) for name, count in sizes.items()]
         place = data_of(session.content)
         known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
         return [gr.update(choices=rows, value=known or (place if place.startswith("/") else None))]

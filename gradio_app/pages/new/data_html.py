@@ -118,7 +118,7 @@ def _problems(found: DataReport, t: Texts) -> str:
         more = len(one["rows"]) - len(rows)
         rest = escaped(t("new.more_rows", more=more, numbers=one["numbers"])) if more > 0 else ""
         parts.append(
-            f'<section class="problem"><h4>{escaped(heading)} ({len(one["rows"]):,})</h4>'
+            f'<section class="problem"><h4>{escaped(heading)} ({t.number(len(one["rows"]))})</h4>'
             f"<p>{escaped(t('new.what_to_do', what=todo))}</p><ul>{listed}</ul>"
             f"{f'<p>{rest}</p>' if rest else ''}</section>"
         )
@@ -135,7 +135,7 @@ def _facts(numbers: dict[str, Any], t: Texts) -> str:
     facts = [
         (t("new.fact_shape"), t(f"new.shape_{shape}") if shape else "", columns),
         *(
-            (t(f"new.fact_{name}"), f"{splits.get(name, {}).get('rows', 0):,}", "")
+            (t(f"new.fact_{name}"), t.number(splits.get(name, {}).get("rows", 0)), "")
             for name in ("train", "validation", "test")
         ),
         (
@@ -205,8 +205,8 @@ def _lengths(numbers: dict[str, Any], t: Texts) -> str:
     buckets = lengths["buckets"]
     most = max(bucket["rows"] for bucket in buckets) or 1
     rows = "".join(
-        f'<tr><th scope="row">{bucket["from"]:,}\u2013{bucket["to"]:,}</th>'
-        f"<td>{bucket['rows']:,}</td>"
+        f'<tr><th scope="row">{t.number(bucket["from"])}\u2013{t.number(bucket["to"])}</th>'
+        f"<td>{t.number(bucket['rows'])}</td>"
         f'<td class="graph" aria-hidden="true">'
         f'<span style="width:{100 * bucket["rows"] / most:.1f}%"></span></td></tr>'
         for bucket in buckets

@@ -13,7 +13,13 @@ from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import memory
 from gradio_app.pages.new.editor import Editor, Session, draft_of
-from gradio_app.recipe.choices import amount_of, with_amount, with_method
+from gradio_app.recipe.choices import (
+    amount_of,
+    started,
+    usual_precision,
+    with_amount,
+    with_method,
+)
 from gradio_app.recipe.content import with_value
 from gradio_app.recipe.fields import BY_PATH, FIELDS, FIRST, GROUPS, Field
 from gradio_app.recipe.form import applies, changed, method_of, read, reset, shown, text_of
@@ -25,6 +31,7 @@ _OF_BATCHES = {
     f"data.init_args.{name}"
     for name in ("batch_size", "num_workers", "length_grouping", "packing", "shuffle_seed")
 }
+_DECIMAL = ("number", "batches")
 # Of more changes, only the number is shown at first.
 _OPENED = 3
 # Not `path`: Gradio takes what comes under that name for a file, and refuses it.
@@ -88,7 +95,7 @@ def component(field: Field, t: Texts) -> Any:
     """Returns the input for a setting."""
     options: dict[str, Any] = {
         "label": t(f"fields.{field.key}"),
-        "info": t(f"fields.{field.key}_hint"),
+        "info": hint(field, started("sft"), t),
         "interactive": True,
         "elem_id": f"f-{field.key.replace('_', '-')}",
     }
@@ -97,22 +104,56 @@ def component(field: Field, t: Texts) -> Any:
     if field.kind == "choice":
         names = [(_name(choice, field, t), text_of(choice)) for choice in field.choices]
         return gr.Dropdown(names, value=text_of(field.default), min_width=200, **options)
-    placeholder = t("fields.unset") if field.optional else ""
+    placeholder = unset(field, t) if field.optional else ""
     return gr.Textbox(
-        text_of(field.default), max_length=10_000, placeholder=placeholder, min_width=200, **options
+        _written(field, text_of(field.default), t),
+        max_length=10_000,
+        placeholder=placeholder,
+        min_width=200,
+        **options,
     )
+
+
+def hint(field: Field, content: dict[str, Any], t: Texts) -> str:
+    """Returns the help of a setting; that of the precision is for the model and this machine."""
+    if field.key != "precision":
+        return t(f"fields.{field.key}_hint")
+    found = usual_precision(content)
+    reason = t(f"fields.precision_{found.reason}")
+    return t("fields.precision_hint", value=found.value, reason=reason)
 
 
 def _name(choice: Any, field: Field, t: Texts) -> str:
     key = f"fields.{field.key}_{text_of(choice) or 'null'}"
     if t.has(key):
         return t(key)
-    words = {"true": "fields.yes", "false": "fields.no", "": "fields.unset"}
-    return t(words[text_of(choice)]) if text_of(choice) in words else text_of(choice)
+    if choice is None:
+        return unset(field, t)
+    words = {True: "fields.yes", False: "fields.no"}
+    return t(words[choice]) if isinstance(choice, bool) else text_of(choice)
+
+
+def unset(field: Field, t: Texts) -> str:
+    """Returns what a setting is where nothing is typed."""
+    return t("fields.unset", value=t(f"fields.{field.key}_unset"))
+
+
+def _written(field: Field, value: Any, t: Texts) -> Any:
+    """Returns what the form shows of a setting, with the decimal sign of the language."""
+    return t.localized(value) if field.kind in _DECIMAL and isinstance(value, str) else value
+
+
+def typed(field: Field, value: Any, t: Texts) -> Any:
+    """Returns what was typed for a setting as a recipe writes it."""
+    comma = field.kind in _DECIMAL and isinstance(value, str) and t.language == "de"
+    return value.replace(",", ".") if comma and value.count(",") == 1 else value
 
 
 def _update(field: Field, session: Session, t: Texts) -> Any:
-    value, applied = shown(field, session.content), applies(field, session.content)
+    value, applied = (
+        _written(field, shown(field, session.content), t),
+        applies(field, session.content),
+    )
     return gr.update(value=value, visible=applied, **_marks(field, session, t))
 
 
@@ -130,7 +171,7 @@ def mark(field: Field, session: Session, t: Texts) -> Any:
 def _marks(field: Field, session: Session, t: Texts) -> dict[str, Any]:
     refused = session.refused.get(field.path)
     if refused is None:
-        return {"info": t(f"fields.{field.key}_hint"), "elem_classes": []}
+        return {"info": hint(field, session.content, t), "elem_classes": []}
     return {"info": f"\u2717 {sentence(refused, t)}", "elem_classes": ["refused"]}
 
 
@@ -147,7 +188,7 @@ def _bind_field(
     @told(editor.t)
     def touched(session: Any, value: Any, request: gr.Request) -> list[Any]:
         session = editor.of(session, request)
-        set_field(session, path, value)
+        set_field(session, path, typed(BY_PATH[path], value, editor.t))
         known = [amount_of(session.content), changed_html(session, editor.t)]
         return [session, draft_of(session), mark(BY_PATH[path], session, editor.t), *known]
 
@@ -184,7 +225,7 @@ def changed_html(session: Session, t: Texts) -> str:
     for path in changed(session.content, session.since):
         field = BY_PATH[path]
         label = t(f"fields.{field.key}")
-        before, now = (_said(shown(field, one), t) for one in (session.since, session.content))
+        before, now = (_said(field, one, t) for one in (session.since, session.content))
         rows += (
             f"<li><span>{escaped(t('new.was', label=label, before=before, now=now))}</span> "
             f'<button type="button" class="as-button small" data-reset="{escaped(path)}" '
@@ -212,7 +253,8 @@ def changed_html(session: Session, t: Texts) -> str:
     )
 
 
-def _said(value: Any, t: Texts) -> str:
+def _said(field: Field, content: dict[str, Any], t: Texts) -> str:
+    value = _written(field, shown(field, content), t)
     if isinstance(value, bool):
         return t("fields.yes" if value else "fields.no")
-    return str(value) or t("fields.unset")
+    return str(value) or unset(field, t)

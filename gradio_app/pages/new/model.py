@@ -190,7 +190,7 @@ def _row(model: Model, t: Texts) -> str:
     title = t("new.demo_base") if model.name == DEMO_BASE else model.name
     row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
     if model.name != DEMO_BASE:
-        fetched = t("new.not_here", size=t.localized(size(model.download_bytes)))
+        fetched = t("new.not_here", size=size(model.download_bytes, t))
         row += ", " + (t("new.here") if on_this_machine(model.name) else fetched)
     return row
 
@@ -214,12 +214,12 @@ def _facts(session: Session, t: Texts) -> str:
         shown = t("new.demo_base") if name == DEMO_BASE else name
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
-            lines.append(t("new.model_weighs", size=t.localized(size(model.weight_bytes))))
+            lines.append(t("new.model_weighs", size=size(model.weight_bytes, t)))
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
             lines.append(_described(Path(name), t))
-            lines.append(t("new.model_files", size=t.localized(size(weight_bytes(Path(name))))))
+            lines.append(t("new.model_files", size=size(weight_bytes(Path(name)), t)))
         elif on_this_machine(name):
             lines.append(t("new.model_here"))
         else:
@@ -253,6 +253,6 @@ def _download(model: Model | None, t: Texts) -> list[str]:
     """Returns how much is fetched for a model, as far as that is known, and how much room is."""
     free = free_bytes()
     if model is None:
-        return [t("new.download_unknown", free=t.localized(size(free)))]
+        return [t("new.download_unknown", free=size(free, t))]
     key = "new.download_fits" if model.download_bytes < free else "new.download_no_room"
-    return [t(key, size=t.localized(size(model.download_bytes)), free=t.localized(size(free)))]
+    return [t(key, size=size(model.download_bytes, t), free=size(free, t))]

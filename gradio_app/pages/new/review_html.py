@@ -105,12 +105,13 @@ def in_words(session: Session, t: Texts) -> str:
         if isinstance(steps, int) and steps > 0
         else t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
     )
-    rate = text_of(value_at(content, "model.init_args.learning_rate", 2e-4))
+    rate = t.localized(text_of(value_at(content, "model.init_args.learning_rate", 2e-4)))
     rank = value_at(content, "trainer.strategy.init_args.r", 16)
     words.append(t("new.words_how", amount=amount, rows=each, rate=rate, rank=rank))
+    words = [", ".join(words) + "."]
     batches = value_at(content, "trainer.limit_train_batches", None)
     if batches not in (None, 1.0):
-        words.append(t("new.words_limited", batches=text_of(batches)))
+        words.append(t("new.words_limited", batches=t.localized(text_of(batches))))
     words.append(t("new.words_end"))
     return " ".join(words)
 

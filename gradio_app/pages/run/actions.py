@@ -111,7 +111,7 @@ class Actions:
             other = escaped(self.t.url("compare", runs=run.id))
             link += f' <a class="as-button" href="{other}">{self.t("compare.with_another")}</a>'
             if "delete" in names:
-                whole = size(run.bytes)
+                whole = size(run.bytes, self.t)
                 question = _alert(self.t("run.sure_delete", name=run.name, size=whole))
         return [*shown, Shown(gr.Button(visible=there), there), html(link), html(question)]
 

@@ -84,7 +84,7 @@ def about(studio: Studio, run: Run, form: Form, t: Texts) -> str:
         parts.append(_takes(form, found, t))
     else:
         weights = form.checkpoint.folder / "adapter_model.safetensors"
-        parts.append(t("exporting.takes_adapter", size=size(weights.stat().st_size)))
+        parts.append(t("exporting.takes_adapter", size=size(weights.stat().st_size, t)))
     text = f'<p class="note">{" ".join(map(escaped, parts))}</p>'
     try:
         studio.exports.check(run, Wish(format=form.kind, checkpoint=form.checkpoint.name))
@@ -107,8 +107,8 @@ def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
     # Rounded, so that the sentence does not change at every look.
     words = t(
         "exporting.takes",
-        size=size(disk),
-        memory=size(memory),
+        size=size(disk, t),
+        memory=size(memory, t),
         free=f"{round(free / 1e9)} GB",
     )
     return words + (" " + t("exporting.takes_more") if memory > free else "")
@@ -117,7 +117,7 @@ def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
 def asks(run: Run, export: Export, t: Texts) -> str:
     """Returns what would be pushed, before it is."""
     kind = t("exporting.is_private" if export.wish.private else "exporting.is_public")
-    total = size(sum(count for _, count in export.files))
+    total = size(sum(count for _, count in export.files), t)
     said = t(
         "exporting.would_push", n=len(export.files), size=total, to=export.wish.push_to, kind=kind
     )
@@ -126,7 +126,7 @@ def asks(run: Run, export: Export, t: Texts) -> str:
     )
     return (
         f'<h3>{t("exporting.confirm")}</h3><p role="status">{escaped(said)}</p>{warning}'
-        f"{_files(export)}{_notes(run, export, t)}"
+        f"{_files(export, t)}{_notes(run, export, t)}"
     )
 
 
@@ -175,14 +175,14 @@ def _done(run: Run, export: Export, found: Checkpoint | None, t: Texts) -> str:
         # What waits to be uploaded is listed where that is asked.
         if export.state != "asks":
             todo = f'<p class="not-now" role="status">{t("exporting.todo_template")}</p>'
-            parts += [todo if export.unfinished else "", _notes(run, export, t), _files(export)]
+            parts += [todo if export.unfinished else "", _notes(run, export, t), _files(export, t)]
         parts.append(_commands(run, export, t))
         code = loading_code(export, found.folder) if found is not None else ""
         parts.append(_code(_given(code, run, export), t) if code else "")
     buttons = [_button("download", export, t)] if export.whole else []
     buttons.append(opener(export.name, t("exporting.delete")))
     parts.append(f'<div class="acts">{"".join(buttons)}</div>')
-    whole = size(sum(count for _, count in export.files))
+    whole = size(sum(count for _, count in export.files), t)
     kind = t(f"exporting.format_{export.wish.format}")
     asked = t("exporting.sure_delete", name=kind, size=whole)
     parts.append(question(export.name, asked, _button("delete", export, t, "run.yes_delete"), t))
@@ -259,9 +259,9 @@ def _notes(run: Run, export: Export, t: Texts) -> str:
     return "".join(f'<p class="note">{title} {escaped(note)}</p>' for note in told)
 
 
-def _files(export: Export) -> str:
+def _files(export: Export, t: Texts) -> str:
     rows = "".join(
-        f"<li><code>{escaped(path)}</code> <span>{size(count)}</span></li>"
+        f"<li><code>{escaped(path)}</code> <span>{size(count, t)}</span></li>"
         for path, count in export.files[:_MOST_FILES]
     )
     rest = len(export.files) - _MOST_FILES
@@ -298,7 +298,7 @@ def _code(code: str, t: Texts) -> str:
 
 
 def _button(act: str, export: Export, t: Texts, name: str = "") -> str:
-    whole = size(sum(count for _, count in export.files))
+    whole = size(sum(count for _, count in export.files), t)
     label = t(name or f"exporting.{act}", size=whole)
     return (
         f'<button type="button" class="as-button {act}" data-act="{act}" '

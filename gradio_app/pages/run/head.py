@@ -150,11 +150,11 @@ class Head:
         if found is None:
             return ""
         name = "worse_so_far" if run.active else "worse"
-        loss, before = t(f"run.{found.metric}"), number(found.before)
+        loss, before = t(f"run.{found.metric}"), number(found.before, t)
         title = t(f"run.{name}", loss=loss, before=before, after=value(found.after, t))
         advice = t("run.worse_advice")
         if found.rate:
-            rates = {"rate": number(found.rate), "lower": number(found.rate / 10)}
+            rates = {"rate": number(found.rate, t), "lower": number(found.rate / 10, t)}
             advice = t("run.worse_rate", **rates)
         link = escaped(t.url("new", **{"from": run.id}) + "#method")
         return (

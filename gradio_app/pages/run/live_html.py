@@ -9,7 +9,7 @@ from gradio_app.guards import escaped
 from gradio_app.running.curves import Points, finite, risen, thinned, trend
 from gradio_app.running.metrics import Metrics
 from gradio_app.running.watch import Warned
-from gradio_app.running.words import amount, duration, number, size, value
+from gradio_app.running.words import amount, duration, metric, number, size, value
 from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
@@ -48,7 +48,7 @@ def _said(event: Mapping[str, Any], t: Texts) -> str:
         return str(event.get("text", ""))
     seen = seen if isinstance(seen, dict) else {}
     values = {name: seen.get(name) for name in ALERTS[kind]}
-    said = {name: number(one) for name, one in values.items() if isinstance(one, (int, float))}
+    said = {name: number(one, t) for name, one in values.items() if isinstance(one, (int, float))}
     if len(said) < len(values):
         # A run of a version that wrote words alone.
         return t(f"run.alert_{kind}_plain")
@@ -59,8 +59,8 @@ def _said(event: Mapping[str, Any], t: Texts) -> str:
 
 
 def _warned(one: Warned, t: Texts) -> str:
-    values = {"stuck": duration(one.value, t), "disk": size(one.value)}
-    more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, f"{one.value:g}"))
+    values = {"stuck": duration(one.value, t), "disk": size(one.value, t)}
+    more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, t.localized(f"{one.value:g}")))
     return (
         f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> '
         f"{t(f'run.warn_{one.kind}')}</strong><p>{more}</p></div>"
@@ -72,16 +72,16 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     latest = metrics.latest
     cards = [_training(metrics, t), _validation(metrics, t)]
     if "learning_rate" in latest:
-        cards.append((t("run.learning_rate"), number(latest["learning_rate"]), ""))
+        cards.append((t("run.learning_rate"), number(latest["learning_rate"], t), ""))
     for name in ("tokens", "steps"):
         speed = latest.get(f"{name}_per_second")
         if speed:
-            cards.append((t(f"run.speed_{name}"), amount(speed), ""))
+            cards.append((t(f"run.speed_{name}"), amount(speed, t), ""))
             break
-    cards += _others(latest)
+    cards += _others(latest, t)
     memory = metrics.most("peak_cuda_bytes") or metrics.most("peak_process_bytes")
     if memory:
-        cards.append((t("run.memory"), size(memory), ""))
+        cards.append((t("run.memory"), size(memory, t), ""))
     items = "".join(
         f"<div><dt>{title}</dt><dd><strong>{value}</strong>"
         + (f"<span>{more}</span>" if more else "")
@@ -91,11 +91,10 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
 
 
-def _others(latest: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Returns what else is measured on the validation rows, under the name that the task gives."""
+def _others(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
+    """Returns what else is measured on the validation rows."""
     names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
-    titles = {name: name.removeprefix("val_").replace("_", " ").capitalize() for name in names}
-    return [(escaped(titles[name]), number(latest[name]), "") for name in names[:MOST_OTHERS]]
+    return [(escaped(metric(name, t)), number(latest[name], t), "") for name in names[:MOST_OTHERS]]
 
 
 def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
@@ -105,7 +104,7 @@ def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     word = _trend(points, t)
     known = finite(points)
     if not word and len(known) > 1:
-        word = t("run.first", value=number(known[0][1]), step=known[0][0])
+        word = t("run.first", value=number(known[0][1], t), step=known[0][0])
     return t("run.train_loss"), value(points[-1][1], t), word
 
 
@@ -124,12 +123,12 @@ def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     if not points:
         return t("run.val_loss"), "\u2013", t("run.no_validation")
     if len(points) == 1:
-        return t("run.val_loss"), number(points[0][1]), ""
+        return t("run.val_loss"), number(points[0][1], t), ""
     step, least = min(points, key=lambda point: point[1])
-    best = t("run.best", value=number(least), step=step)
-    first = t("run.before", value=number(points[0][1])) if points[0][0] == 0 else ""
+    best = t("run.best", value=number(least, t), step=step)
+    first = t("run.before", value=number(points[0][1], t)) if points[0][0] == 0 else ""
     last_is_best = step == points[-1][0]
-    return t("run.val_loss"), number(points[-1][1]), first if last_is_best and first else best
+    return t("run.val_loss"), number(points[-1][1], t), first if last_is_best and first else best
 
 
 def summary(metrics: Metrics, t: Texts) -> str:
@@ -139,24 +138,24 @@ def summary(metrics: Metrics, t: Texts) -> str:
         return f'<p class="note">{t("run.curves_empty")}</p>'
     said = []
     if training:
-        said.append(t("run.curves_text", **_ends(training)))
+        said.append(t("run.curves_text", **_ends(training, t)))
         way = _trend(training, t).partition(" ")[2]
         said += [t("run.curves_trend", direction=way)] if way else []
     if validation:
         step, least = min(validation, key=lambda point: point[1])
-        ends = _ends(validation)
-        said.append(t("run.curves_validation", best=number(least), best_step=step, **ends))
+        ends = _ends(validation, t)
+        said.append(t("run.curves_validation", best=number(least, t), best_step=step, **ends))
     else:
         said.append(t("run.curves_no_validation"))
     return f'<p class="note">{" ".join(said)}</p>'
 
 
-def _ends(points: Points) -> dict[str, Any]:
+def _ends(points: Points, t: Texts) -> dict[str, Any]:
     (begin, first), (end, last) = points[0], points[-1]
     return {
-        "first": number(first),
+        "first": number(first, t),
         "from_step": begin,
-        "last": number(last),
+        "last": number(last, t),
         "to_step": end,
     }
 

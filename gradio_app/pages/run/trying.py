@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -13,7 +14,7 @@ from gradio_app.pages.frame import private, quiet
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.run import trying_html
 from gradio_app.pages.run.trying_parts import Parts
-from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_of
+from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_of, step_of
 from gradio_app.running.store import Run
 from gradio_app.speaking import votes
 from gradio_app.speaking.samples import held_out, labels, system_prompt
@@ -181,12 +182,13 @@ class Trying:
             self._warn(refusal)
             return (gr.skip(),) * (2 + len(self.parts.talking))
         told_now = trying_html.revealed(outcome, ballot.who, self.t)
-        talk = Talk(talk.checkpoint, True, talk.left, talk.right, talk.ends, talk.reference)
+        talk = replace(talk, blind=True, ballot=None)
         shown = self.parts.shown(talk, "blind", revealed=told_now, who=ballot.who)
         return (talk, *shown, self._tally(run, ballot.checkpoint))
 
     def _tally(self, run: Run, checkpoint: str) -> str:
-        return trying_html.tally(votes.tally(run, checkpoint), checkpoint, self.t)
+        which = trying_html.which(checkpoint, step_of(run, checkpoint), self.t)
+        return trying_html.tally(votes.tally(run, checkpoint), which, self.t)
 
     # What changes by itself
 

@@ -49,7 +49,7 @@ def standing(now: Standing, reason: str, minutes: int, t: Texts) -> str:
         sign, text = "\u25cb", t("trying.none")
     else:
         device = t("trying.device_cpu" if now.device == "cpu" else "trying.device_cuda")
-        memory = size(now.memory_bytes)
+        memory = size(now.memory_bytes, t)
         sign, text = "\u25cf", t(f"trying.{now.phase}", device=device, memory=memory)
         note = t("trying.idle_note", minutes=minutes)
     more = "".join(f'<p class="note">{escaped(line)}</p>' for line in (note, *now.notes) if line)
@@ -89,7 +89,7 @@ def notes(ends: Mapping[str, Piece], t: Texts) -> str:
         kind = "stopped" if piece.stopped else "whole" if piece.ended else "cut"
         lines.append(t(f"trying.note_{kind}", who=who, tokens=piece.tokens))
         if piece.speed:
-            lines[-1] += " " + t("trying.speed", n=amount(piece.speed))
+            lines[-1] += " " + t("trying.speed", n=amount(piece.speed, t))
     dropped = max((piece.dropped for piece in ends.values()), default=0)
     if dropped:
         lines.append(t("trying.note_dropped", n=dropped))
@@ -107,9 +107,14 @@ def revealed(outcome: str, who: Mapping[str, str], t: Texts) -> str:
     return f'<p class="revealed" role="status">{escaped(said)}</p>'
 
 
-def tally(counts: Mapping[str, int], checkpoint: str, t: Texts) -> str:
+def which(checkpoint: str, step: int | None, t: Texts) -> str:
+    """Returns which checkpoint is meant: by its step where that is known, else by its name."""
+    return checkpoint if step is None else t("trying.at_step", step=step)
+
+
+def tally(counts: Mapping[str, int], which: str, t: Texts) -> str:
     """Returns the votes so far."""
-    title = f"<h2>{escaped(t('trying.votes', name=checkpoint))}</h2>"
+    title = f"<h2>{escaped(t('trying.votes', which=which))}</h2>"
     total = sum(counts.values())
     if not total:
         return f'{title}<p class="note">{t("trying.votes_none")}</p>'

@@ -226,7 +226,8 @@ class Parts:
             revealed: What is told after a vote.
             who: Who was A and B, once that is told.
         """
-        t, tuned = self.t, self.t("trying.tuned", name=talk.checkpoint)
+        t, which = self.t, trying_html.which(talk.checkpoint, talk.step, self.t)
+        tuned = t("trying.tuned", which=which)
         names = {"base": t("trying.base"), "tuned": tuned}
         left, right = names["base"], names["tuned"]
         if talk.blind:

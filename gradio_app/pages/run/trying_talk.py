@@ -29,6 +29,7 @@ class Talk:
         ends: How the last answers ended, by column.
         reference: The answer in the data, where that is known.
         ballot: What can be voted on.
+        step: Step at which the checkpoint was saved; ``None`` where that is not known.
     """
 
     checkpoint: str = ""
@@ -38,6 +39,7 @@ class Talk:
     ends: Mapping[str, Piece] = field(default_factory=dict)
     reference: str = ""
     ballot: Ballot | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ def checkpoint_of(run: Run, name: Any) -> str:
     return str(found)
 
 
+def step_of(run: Run, name: str) -> int | None:
+    """Returns the step at which a checkpoint was saved, where that is known."""
+    return next((one.step for one in run.checkpoints() if one.name == name), None)
+
+
 def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[Talk]:
     """Yields a conversation while it goes on.
 
@@ -124,7 +131,8 @@ def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[
     if isinstance(asked.question, HeldOut) and asked.question.turns is not None:
         before = asked.question.earlier
         talk = Talk(asked.checkpoint, blind, list(before), list(before))
-    talk = replace(talk, ends={}, reference=reference, ballot=None)
+    step = step_of(run, asked.checkpoint)
+    talk = replace(talk, ends={}, reference=reference, ballot=None, step=step)
     who = drawn_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
     for side, name in who.items():

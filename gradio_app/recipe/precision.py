@@ -1,0 +1,45 @@
+"""Which precision a model is trained in where nobody has chosen one, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradio_app.running.bfloat16 import Kind
+
+# Their activations overflow float16.
+_NO_FLOAT16 = ("summarization", "translation")
+_BY_KIND: dict[Kind, str] = {
+    "gpu": "bf16-mixed",
+    "cpu": "bf16-mixed",
+    "unknown": "bf16-mixed",
+    "old_gpu": "16-mixed",
+    "old_cpu": "32-true",
+}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The default, from which the form takes both the value and the help.
+
+    Attributes:
+        value: As ``Trainer(precision=...)`` takes it.
+        reason: Of its text: ``fields.precision_REASON``.
+    """
+
+    value: str
+    reason: str
+
+
+def usual(task: str, tiny: bool, kind: Kind) -> Precision:
+    """Returns the default.
+
+    Args:
+        task: Name of the task.
+        tiny: Whether the model is one for small trials.
+        kind: What the machine computes bfloat16 with.
+    """
+    if tiny:
+        return Precision("32-true", "tiny")
+    if kind == "old_gpu" and task in _NO_FLOAT16:
+        return Precision("32-true", "no_float16")
+    return Precision(_BY_KIND[kind], kind)
