@@ -84,10 +84,10 @@ def overflow(page: Page) -> int:
 
 # None of them is a German word too.
 _ENGLISH = (
-    "the and or of to is are with by your you here this from for file files drop click upload clear "
-    "remove close cancel copy download share fullscreen submit error loading settings search rows "
-    "row steps accuracy perplexity default undo retry textbox"
-).split()
+    "the|and|or|of|to|is|are|with|by|your|you|here|this|from|for|file|files|drop|click|upload|clear|"
+    "remove|close|cancel|copy|download|share|fullscreen|submit|error|loading|settings|search|rows|"
+    "row|steps|accuracy|perplexity|default|undo|retry|textbox"
+)
 _SHOWN = """(beside) => {
   const found = [], left = 'pre, code, script, style, [lang=en]' + (beside && ', ' + beside);
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -113,7 +113,7 @@ def not_german(page: Page, beside: str = "") -> list[str]:
         beside: Selectors of what is not the page's own text, such as rows of data.
     """
     decimals = r"(?<![\w.:-])\d+\.(\d\d?|\d{4,})(?![\w.])"
-    wrong = re.compile(rf"\b({'|'.join(_ENGLISH)})\b|{decimals}", re.IGNORECASE)
+    wrong = re.compile(rf"\b({_ENGLISH})\b|{decimals}", re.IGNORECASE)
     return sorted({text for text in page.evaluate(_SHOWN, beside) if wrong.search(text)})
 
 
