@@ -102,9 +102,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
         assert [text.strip() for text in asked] == [EARLIER[0][1], QUESTION]
         assert page.locator(f"#try-{side}").get_by_text(EARLIER[1][1]).count() == 1
     assert page.get_by_label("Your question").input_value() == "a next one"
-    assert re.search(
-        r"\): \d+ tokens.* per second", page.locator("#try-notes").inner_text()
-    )
+    assert re.search(r"\): \d+ tokens.* per second", page.locator("#try-notes").inner_text())
     first = {side: said(page, side) for side in ("left", "right")}
     assert first["left"] != first["right"]
     page.get_by_text("of memory").wait_for()
