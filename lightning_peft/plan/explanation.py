@@ -19,6 +19,8 @@ NAMES = {
     "logits": "logits and their gradients",
     "dequantization": "dequantized weights",
     "overhead": "libraries and device context",
+    "kernels": "compiled kernels of 16-bit products",
+    "heap": "freed blocks that the process keeps",
 }
 
 

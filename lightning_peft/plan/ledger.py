@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_iter
 
 ACTIVATIONS, LOGITS, DEQUANTIZATION = "activations", "logits", "dequantization"
 
+_HALVES = (torch.bfloat16, torch.float16)
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution)
+
 
 class Ledger(TorchDispatchMode):
     """Within the body, every new storage is entered, and taken out when it is freed.
@@ -33,6 +37,7 @@ class Ledger(TorchDispatchMode):
         total: Their sum.
         peak: The largest sum so far.
         at_peak: Bytes at that moment, by purpose.
+        products: Shapes and dtypes of the products of 16-bit matrices, each once.
     """
 
     def __init__(self, vocabulary: int | None = None, padded: bool = True) -> None:
@@ -40,6 +45,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.total = self.peak = 0
         self.at_peak: dict[str, int] = {}
+        self.products: set[tuple[Any, ...]] = set()
         self._vocabulary, self._padded = vocabulary, padded
         self._entries: dict[int, tuple[str, int, Any]] = {}
 
@@ -100,7 +106,11 @@ class Ledger(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor, self._purpose(func, tensor), move=False)
-        if func.namespace == "bitsandbytes" and "gemm_4bit" in func.name():
+        dense = func.namespace == "bitsandbytes" and "gemm_4bit" in func.name()
+        if (dense or func.overloadpacket in _PRODUCTS) and out.dtype in _HALVES:
+            shapes = [(tuple(a.shape), a.stride()) for a in args if isinstance(a, Tensor)]
+            self.products.add((func, *shapes))
+        if dense:
             self._pass(DEQUANTIZATION, _dense_bytes(args, nested=bool(kwargs)))
         return out
 

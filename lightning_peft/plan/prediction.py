@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.plan.ledger import ACTIVATIONS, DEQUANTIZATION, LOGITS
-from lightning_peft.plan.margins import OVER, OVERHEAD, UNDER
+from lightning_peft.plan.margins import OVER, UNDER
+from lightning_peft.plan.process import HEAP, KERNELS, OVERHEAD, PROCESS, process_bytes
 from lightning_peft.plan.settings import Settings
 from lightning_peft.plan.sources import Source, from_config, from_module, from_name, rows_of
 from lightning_peft.plan.trace import (
@@ -25,7 +26,7 @@ from lightning_peft.plan.trace import (
 # The order in which a breakdown is shown.
 PARTS = (
     QUANTIZED, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, DEQUANTIZATION,
-    "overhead",
+    OVERHEAD, KERNELS, HEAP,
 )  # fmt: skip
 
 
@@ -51,20 +52,23 @@ class Prediction:
 
     @property
     def allocated(self) -> int:
-        """The same without overhead: what torch's allocator hands out."""
-        return self.peak_bytes - self.breakdown["overhead"]
+        """Bytes of tensors alone: what torch's allocator hands out."""
+        return sum(size for part, size in self.breakdown.items() if part not in PROCESS)
 
     @property
     def low_bytes(self) -> int:
         """The lower end of the interval."""
         over = OVER[self.settings.device]
-        return round(self.allocated / (1 + over)) + self.breakdown["overhead"]
+        return round(self.allocated / (1 + over)) + self._besides(0)
 
     @property
     def high_bytes(self) -> int:
         """The upper end of the interval, which has to fit."""
         under = UNDER[self.settings.device]
-        return round(self.allocated / (1 - under)) + self.breakdown["overhead"]
+        return round(self.allocated / (1 - under)) + self._besides(2)
+
+    def _besides(self, end: int) -> int:
+        return sum(process_bytes(self.trace, self.settings.device, end).values())
 
     def fits(self, device_bytes: int) -> bool:
         """Says whether even the upper end of the interval fits."""
@@ -97,7 +101,7 @@ def predict(source: Source, settings: Settings, step: Step | None = None) -> Pre
         source.vocabulary,
     )
     found = {part: traced.at_peak.get(part, 0) for part in PARTS}
-    found["overhead"] = OVERHEAD[settings.device]
+    found |= process_bytes(traced, settings.device)
     return Prediction(settings, traced, found)
 
 

@@ -42,6 +42,7 @@ class Trace:
         paged: Those of them that a paged optimizer may move to the CPU.
         trainable: Trained weights.
         total: All weights, adapters included.
+        products: Products of 16-bit matrices that differ in shape.
     """
 
     peak: int
@@ -52,6 +53,7 @@ class Trace:
     paged: int
     trainable: int
     total: int
+    products: int = 0
 
 
 def trace(
@@ -238,6 +240,7 @@ def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: 
         paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
         trainable=sum(param.numel() for param in trained),
         total=sum(_weights(param) for param in module.parameters()),
+        products=len(ledger.products),
     )
 
 

@@ -64,7 +64,7 @@ def test_a_warning_only_where_the_plan_does_not_fit(plans):
 def test_out_of_memory_names_the_parts_and_three_changes(source, plans):
     run = Settings("lora", batch_size=8, seq_len=256, gradient_checkpointing=False, device="cpu")
     plan = predict(source, run)
-    room = device((plan.breakdown["overhead"] + plan.high_bytes) // 2)
+    room = device(plan.high_bytes - plan.allocated // 2)
     changes = best_changes(source, plan, room.bytes)
     assert len(changes) == 3
     for change in changes:

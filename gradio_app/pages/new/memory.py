@@ -25,7 +25,7 @@ PARTS = {
     "weights": ("weights_quantized", "weights_dense", "dequantization"),
     "adapter": ("adapters", "gradients", "optimizer"),
     "activations": ("activations", "logits"),
-    "overhead": ("overhead",),
+    "overhead": ("overhead", "kernels", "heap"),
 }
 _CLICKS = """
 element.addEventListener('click', (event) => {
