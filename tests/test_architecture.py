@@ -23,7 +23,7 @@ PACKAGE = "lightning_peft"
 
 # Room -> rooms it may import, top floor first. The root may not be imported by anyone.
 FLOORS: dict[str, set[str]] = {
-    "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors", "exports"},
+    "": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
     "cli": {
         "demo",
         "doctor",
@@ -39,17 +39,19 @@ FLOORS: dict[str, set[str]] = {
     },
     "doctor": {"engine", "errors"},
     "demo": {"tasks", "data", "runs", "plan", "plugin", "engine", "errors"},
-    "tasks": {"data", "runs", "plan", "plugin", "engine", "errors", "exports"},
+    "tasks": {"data", "runs", "plan", "plugin", "engine", "errors"},
     "data": {"tasks", "runs", "plan", "plugin", "engine", "errors"},
     "runs": {"plan", "plugin", "engine", "errors"},
     "plan": {"plugin", "engine", "errors"},
     "export": {"runs", "plan", "plugin", "engine", "errors"},
     "chat": {"export", "data", "runs", "plan", "plugin", "engine", "errors"},
     "plugin": {"engine", "errors"},
-    "engine": {"errors", "exports"},
+    "engine": {"errors"},
     "errors": set(),
-    "exports": set(),
 }
+# What every room may import, and what imports no other room.
+GROUND = {"errors", "compat", "exports"}
+FLOORS |= {room: set() for room in GROUND}
 # One floor, two rooms: they may use each other's public names only.
 NEIGHBOURS = {("tasks", "data"), ("data", "tasks")}
 
@@ -180,7 +182,7 @@ def floor_problems(package: Package) -> list[str]:
         room = room_of(imported.target)
         if not inside(imported.target) or imported.typing_only or source.room not in FLOORS:
             continue
-        if room not in {"", source.room, *FLOORS[source.room]}:
+        if room not in {"", source.room, *FLOORS[source.room], *GROUND}:
             found.append(f"{imported.place}: {source.room or 'root'} imports {room}")
     return found
 
@@ -210,8 +212,11 @@ def owner_problems(package: Package) -> list[str]:
     """Third parties imported outside the one room that owns them."""
     found = []
     for source, imported in package.imports():
-        party = imported.target.split(".")[0]
+        # What is private in a third party belongs to the same room.
+        party = imported.target.removeprefix(f"{PACKAGE}.compat.").split(".")[0]
         if party not in OWNERS or source.room == OWNERS[party]:
+            continue
+        if source.name == f"{PACKAGE}.compat.{'lightning' if party in LIGHTNING else party}":
             continue
         if not imported.typing_only or (source.room == "engine" and party in LIGHTNING):
             found.append(f"{imported.place}: only {OWNERS[party]} imports {party}")
@@ -347,6 +352,7 @@ BROKEN = [
     (floor_problems, {"engine/a.py": "from .. import plan", "plan.py": ""}, "engine imports plan"),
     (floor_problems, {"plugin/a.py": "import_module('lightning_peft.tasks')"}, "imports tasks"),
     (floor_problems, {"attic/a.py": ""}, "'attic' is not in FLOORS"),
+    (floor_problems, {"compat/torch.py": "from ..engine import a"}, "compat imports engine"),
     (neighbour_problems, {"tasks/a.py": "from lightning_peft.data.b import _c"}, "data.b._c"),
     (neighbour_problems, {"data/a.py": "from lightning_peft.tasks._b import c"}, "tasks._b.c"),
     (root_problems, {"cli.py": "from lightning_peft import QLoRAStrategy"}, "imports QLoRAStr"),
@@ -354,6 +360,9 @@ BROKEN = [
     (root_problems, {"engine/a.py": "from .. import merge"}, "imports merge from the root"),
     (owner_problems, {"plugin/a.py": "from peft import LoraConfig"}, "only engine imports peft"),
     (owner_problems, {"cli.py": "def f():\n    import bitsandbytes"}, "imports bitsandbytes"),
+    (owner_problems, {"data.py": "from lightning_peft.compat.peft import a"}, "imports peft"),
+    (owner_problems, {"compat/torch.py": "import peft"}, "only engine imports peft"),
+    (owner_problems, {"engine/a.py": "from ..compat.lightning import b"}, "imports lightning"),
     (owner_problems, {"tasks/a.py": "import lightning.pytorch as pl"}, "only plugin imports lig"),
     (owner_problems, {"engine/a.py": "import pytorch_lightning"}, "imports pytorch_lightning"),
     (owner_problems, {"engine/a.py": TYPED + "import lightning"}, "only plugin imports lightning"),
@@ -388,7 +397,8 @@ def test_rules_allow_what_the_design_allows(tmp_path: Path) -> None:
         "data/b.py": "def f():\n    from lightning_peft.tasks import a",
         "plugin/__init__.py": "import lightning\nfrom ..engine import _private",
         "engine/__init__.py": "from .a import f",
-        "engine/a.py": "import peft\nimport bitsandbytes\n"
+        "compat/lightning.py": "import pytorch_lightning",
+        "engine/a.py": "import peft\nimport bitsandbytes\nfrom lightning_peft.compat import peft\n"
         "from .b import g\n" + TYPED + "from lightning_peft.plugin import h",
         "engine/b.py": "def f():\n    from lightning_peft.engine import a\n" + "    x = 1\n" * 58,
         "errors.py": "x = 1\n" * 400,

@@ -14,10 +14,10 @@ import bitsandbytes as bnb
 from bitsandbytes.functional import QuantState
 from peft import PeftConfig
 from torch import Tensor, float32, nn, uint8
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows

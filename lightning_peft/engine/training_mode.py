@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import require_record
@@ -35,7 +35,7 @@ def set_training_mode(module: nn.Module) -> None:
         modes = {child: child.training for child in part.modules()}
         part.train()
         for child, mode in modes.items():
-            if child in fixed or (isinstance(child, _BatchNorm) and not mode):
+            if child in fixed or (isinstance(child, BatchNorm) and not mode):
                 child.training = mode
         for layer in adapted_layers(part).values():
             if layer not in apart and isinstance(layer, LoraLayer):

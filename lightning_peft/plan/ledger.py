@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from lightning_peft.compat.torch import (
+    FakeTensor,
+    TorchDispatchMode,
+    item_operation,
+    storage_key,
+    tree_iter,
+)
 
 ACTIVATIONS, LOGITS, DEQUANTIZATION = "activations", "logits", "dequantization"
 
@@ -59,7 +64,7 @@ class Ledger(TorchDispatchMode):
 
     def _enter(self, tensor: Tensor, purpose: str, move: bool) -> int:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         known = self._entries.get(key)
         if known is not None:
             if not move or known[0] == purpose:
@@ -92,7 +97,7 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Runs an operation and enters what it made."""
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is item_operation:
             # Fake tensors have no values; no size in a training step should depend on one.
             return self._value(args[0])
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):

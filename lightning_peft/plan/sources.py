@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map
 
+from lightning_peft.compat.torch import tree_iter, tree_map
 from lightning_peft.errors import ConfigError, UnsupportedError, similar_names
 from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.trace import Step

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lightning_peft import engine
+from lightning_peft.compat.torch import FakeTensor, FakeTensorMode
 
 # Fake tensors of other devices need a torch that was built for them.
 _DEVICE = torch.device("cpu")

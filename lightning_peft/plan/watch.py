@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from torch.utils._pytree import tree_map
 
 from lightning_peft import engine
+from lightning_peft.compat.torch import tree_map
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import out_of_memory, warning_before
 from lightning_peft.plan.margins import OVERHEAD

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft import engine
+from lightning_peft.compat.torch import is_compiled
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.modes import in_eval_mode
 
@@ -272,7 +273,7 @@ def _why_whole(model: PreTrainedModel) -> str | None:
     """Returns why the loss of ``model`` is known not to be the mean over tokens, or ``None``."""
     if model.get_output_embeddings() is None:
         return "it names no output embeddings"
-    if getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         return "it is compiled as a whole"
     if not engine.has_default_loss(model):
         return "it has a loss function of its own"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.compat.torch import persistent_buffers
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
@@ -79,8 +80,7 @@ def _own_of_part(part: nn.Module, entry: AdaptedModuleRecord) -> Iterator[str]:
             yield from (prefix + leaf for leaf in child._parameters)
         if not prefix.startswith(tuple(layers)):
             # Inside an adapted layer they are constants of the base, such as packed weights.
-            kept = child._buffers.keys() - child._non_persistent_buffers_set
-            yield from (prefix + leaf for leaf in child._buffers if leaf in kept)
+            yield from (prefix + leaf for leaf in persistent_buffers(child))
 
 
 def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvTransposeNd
+
+from lightning_peft.compat.torch import ConvTransposeNd, convolution_padding, output_padding
 
 _DENSE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -35,7 +36,7 @@ def convolve(
         output_size: As transposed layers take it.
     """
     spatial = len(layer.kernel_size)
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         return _TRANSPOSED[spatial](
             input,
             weight,
@@ -60,21 +61,8 @@ def padded(layer: Any, input: Tensor) -> tuple[Tensor, Any]:
     if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
         return input, layer.padding
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    outside = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
+    outside = F.pad(input, convolution_padding(layer), mode=mode)
     return outside, (0,) * len(layer.kernel_size)
-
-
-def output_padding(layer: Any, input: Tensor, output_size: list[int] | None) -> Any:
-    """Returns the output padding of a transposed layer for the size that is asked for."""
-    return layer._output_padding(
-        input,
-        output_size,
-        layer.stride,
-        layer.padding,
-        layer.kernel_size,
-        len(layer.kernel_size),
-        layer.dilation,
-    )
 
 
 class FrozenConvolution(torch.autograd.Function):
@@ -152,7 +140,7 @@ def convolution_geometry(
     """
     spatial = len(layer.kernel_size)
     batched = input if input.ndim == spatial + 2 else input.unsqueeze(0)
-    transposed = isinstance(layer, _ConvTransposeNd)
+    transposed = isinstance(layer, ConvTransposeNd)
     extra: Any = (0,) * spatial
     if transposed:
         padding = layer.padding

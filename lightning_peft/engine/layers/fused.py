@@ -20,10 +20,15 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
 
+from lightning_peft.compat.torch import (
+    current_dispatch_mode,
+    has_hooks,
+    is_functional,
+    pause_dispatch_mode,
+    unsafe_view,
+)
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, has_standard_forward
 from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.engine.layers.quantized import FourBitLayer, output_dtype
@@ -150,7 +155,7 @@ class FusedLora(torch.autograd.Function):
         # The input as it came: layers that share it keep one tensor, not a cast copy each.
         ctx.save_for_backward(x, mask, low, a, b, bias, stored)
         # No view, as autograd sees it: the output of a layer may be changed in place.
-        shaped: Tensor = torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[-1]])
+        shaped: Tensor = unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
         return shaped
 
     @staticmethod
@@ -253,9 +258,7 @@ def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
 
 def is_transformed() -> bool:
     """Says whether more is asked of the computation than its values and gradients."""
-    compiled = torch.compiler.is_compiling()
-    functional = torch._C._are_functorch_transforms_active()
-    return compiled or functional or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or is_functional()
 
 
 def _is_supported_class(cls: type, layer: Any) -> bool:
@@ -273,8 +276,7 @@ def _is_supported_class(cls: type, layer: Any) -> bool:
 
 
 def _has_standard_dropout(dropout: Any) -> bool:
-    hooked = dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks
-    if hooked or dropout._backward_pre_hooks:
+    if has_hooks(dropout):
         return False
     return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and 0 < dropout.p < 1)
 
@@ -282,10 +284,10 @@ def _has_standard_dropout(dropout: Any) -> bool:
 @contextmanager
 def _pause_recording() -> Iterator[None]:
     """Within the body, operations are not noted in order to be repeated: their result is kept."""
-    if not getattr(_get_current_dispatch_mode(), "records_ops", False):
+    if not getattr(current_dispatch_mode(), "records_ops", False):
         yield
         return
-    with _pop_mode_temporarily():
+    with pause_dispatch_mode():
         yield
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import bitsandbytes as bnb
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.torch import ConvNd, ConvTransposeNd, convolution_padding
 from lightning_peft.engine.layers.mixin import class_key
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
@@ -18,7 +18,7 @@ CONVOLUTION_LIKE = (*CONVOLUTIONS, *TRANSPOSED)
 ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
 
 # Whose code is known to be the product with `weight` plus `bias` and nothing else.
-_STANDARD = (*ADAPTABLE, _ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+_STANDARD = (*ADAPTABLE, ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # Subclasses with a forward pass of their own that is this product, by full name.
 _SAME_FORWARD = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _STANDARD_CODE = {
@@ -68,23 +68,23 @@ def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
     """
     if isinstance(layer, Conv1D):
         return weight.t()
-    return weight.flatten(1) if isinstance(layer, _ConvNd) else weight
+    return weight.flatten(1) if isinstance(layer, ConvNd) else weight
 
 
 def from_rows(layer: Any, rows: Tensor) -> Tensor:
     """Returns the weight in the layout of the layer's class; the inverse of :func:`as_rows`."""
     if isinstance(layer, Conv1D):
         return rows.t()
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, ConvNd):
         ends = (layer.in_channels, layer.out_channels)
-        first, second = ends if isinstance(layer, _ConvTransposeNd) else ends[::-1]
+        first, second = ends if isinstance(layer, ConvTransposeNd) else ends[::-1]
         return rows.view(first, second // layer.groups, *layer.kernel_size)
     return rows
 
 
 def pads_with_values(layer: Any) -> bool:
     """Says whether a convolution sees anything but zeros outside of its input."""
-    return layer.padding_mode != "zeros" and any(layer._reversed_padding_repeated_twice)
+    return layer.padding_mode != "zeros" and any(convolution_padding(layer))
 
 
 def is_dilated(layer: Any) -> bool:
@@ -106,7 +106,7 @@ def adapter_unsupported_reason(layer: Any, rank: int) -> str | None:
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         return f"max_norm={layer.max_norm} makes the embedding rewrite its frozen weight"
     groups = getattr(layer, "groups", 1)
-    if groups > 1 and isinstance(layer, _ConvTransposeNd):
+    if groups > 1 and isinstance(layer, ConvTransposeNd):
         return f"a transposed convolution with groups={groups} has no low-rank form in PEFT"
     if rank % groups:
         return (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.torch import save_to_state_dict
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import LayerMixin
@@ -115,7 +116,7 @@ class FourBitLayer(QuantizedLayer):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # Not bitsandbytes' own, which changes the stored weight when it is repacked.
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
+        save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
         state = self._parameters["weight"].quant_state
         for key, value in state.as_dict(packed=True).items():
             destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from lightning_peft.compat.torch import make_wrapper_subclass, tree_map, without_torch_function
 from lightning_peft.errors import UnsupportedError
 
 # Questions about a weight that need no value of it. Modules ask them in every forward pass, for
@@ -62,8 +62,7 @@ class WeightView(Tensor):
         stored: Any,
     ) -> WeightView:
         """Returns a view without storage."""
-        made: Any = Tensor._make_wrapper_subclass
-        view: WeightView = made(cls, shape, dtype=dtype, device=stored.device)
+        view: WeightView = make_wrapper_subclass(cls, shape, dtype=dtype, device=stored.device)
         view.compute, view.stored, view.overrides = compute, stored, {}
         return view
 
@@ -77,7 +76,7 @@ class WeightView(Tensor):
     ) -> Any:
         """Answers what is known, computes the values for everything else."""
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **(kwargs or {}))
         for view in args:
             if isinstance(view, cls) and func in view.overrides:

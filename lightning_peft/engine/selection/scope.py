@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch.nn.modules.loss import _Loss
 
+from lightning_peft.compat.torch import Loss
 from lightning_peft.engine.record import MomentumCopy
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,
@@ -198,7 +198,7 @@ def _is_metric(child: nn.Module) -> bool:
 def _is_loss(name: str, child: nn.Module) -> bool:
     named = _LOSS_NAMES.match(name.rpartition(".")[2]) and not isinstance(child, PRODUCTS)
     classes = (_LOSS_CLASSES.search(cls.__name__) for cls in type(child).__mro__)
-    return isinstance(child, _Loss) or bool(named) or any(classes)
+    return isinstance(child, Loss) or bool(named) or any(classes)
 
 
 def _momentum_copies(

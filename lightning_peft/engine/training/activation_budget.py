@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 
+from lightning_peft.compat.torch import (
+    StorageWeakRef,
+    saved_tensors_hooks_in_use,
+    storage_key,
+    tree_leaves,
+)
 from lightning_peft.engine.training.rematerialization import (
     BlockCall,
     OpRecorder,
@@ -168,7 +172,7 @@ class ActivationBudget:
             inputs_only: Calls a block in the way that keeps its inputs only. Its last argument is
                 something to keep with them and, or ``None``, a context for the forward pass.
         """
-        leaves = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        leaves = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         kind = str(getattr(type(block), "origin_class", type(block)).__name__)
         shape = (kind, tuple(tuple(leaf.shape) for leaf in leaves))
         if not self._alive:
@@ -241,9 +245,9 @@ class ActivationBudget:
     ) -> Iterator[None]:
         """Within the forward pass of a call whose inputs are kept: measures what it saves."""
         recorder = OpRecorder(call, _weights(block))
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = saved_tensors_hooks_in_use()
         assert hooks is not None
-        outer_pack, outer_unpack = hooks[0], hooks[1]
+        outer_pack, outer_unpack = hooks
 
         def pack(saved: Tensor) -> Any:
             recorder.record_saved(saved)
@@ -256,7 +260,7 @@ class ActivationBudget:
         given = {}
         for leaf in leaves:
             storage = leaf.untyped_storage()
-            given[storage._cdata] = storage.nbytes()
+            given[storage_key(storage)] = storage.nbytes()
         new = [
             sum(size for key, size in one.items() if key not in self._seen)
             for one in (save_all, recorder.kept, given)
@@ -318,7 +322,7 @@ def _rounded_up(size: int) -> int:
 def _weights(block: nn.Module) -> set[int]:
     """Returns the keys of storages that are there whether or not they are saved."""
     tensors = [*block.parameters(), *block.buffers()]
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    return {storage_key(tensor.untyped_storage()) for tensor in tensors}
 
 
 def _readable(size: float) -> str:

@@ -15,11 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_peft.compat.torch import (
+    disable_compile,
+    saved_tensors_hooks_in_use,
+    tree_flatten,
+    tree_unflatten,
+    version_of,
+)
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, remove_mixin
 from lightning_peft.engine.record import require_record
@@ -234,7 +240,7 @@ class CheckpointedBlock(DynamicMixin):
     label = "Checkpointed"
 
     # Within a compiled module the blocks run eagerly.
-    @torch._disable_dynamo
+    @disable_compile
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Computes as the block does; in training, only its inputs are kept for backward."""
         block: Any = self
@@ -244,7 +250,7 @@ class CheckpointedBlock(DynamicMixin):
         return _run(block.__dict__.get(_BUDGET), block, forward, args, kwargs)
 
 
-@torch._disable_dynamo
+@disable_compile
 def run_checkpointed(
     budget: ActivationBudget | None, function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
@@ -283,7 +289,7 @@ def _should_checkpoint() -> bool:
     """Says whether activations would be kept: not without gradients, nor where others do this."""
     if not torch.is_grad_enabled():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = saved_tensors_hooks_in_use()
     return hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint"
 
 
@@ -297,14 +303,12 @@ def _checkpointed(
     """Calls a block so that its inputs are kept only, and ``kept[0]`` as long as they are."""
     # Every tensor is positional for checkpoint: it looks there only for the devices whose random
     # state it keeps, and for tensors that are changed in place before backward.
-    leaves, structure = pytree.tree_flatten((args, kwargs))
+    leaves, structure = tree_flatten((args, kwargs))
     given = [(args, kwargs)]
 
     def call(*leaves: Any) -> Any:
         # The first time with the user's own lists and dictionaries, which the block may fill.
-        own_args, own_kwargs = (
-            given.pop() if given else pytree.tree_unflatten(list(leaves), structure)
-        )
+        own_args, own_kwargs = given.pop() if given else tree_unflatten(list(leaves), structure)
         return forward(*own_args, **own_kwargs)
 
     state = _BlockState(block, kept[0])
@@ -334,7 +338,7 @@ class _ForwardContext:
     def __enter__(self) -> None:
         self.state.modes = [module.training for module in self.state.modules]
         self.before = [
-            (module, name, buffer, None if buffer is None else buffer.clone(), _version(buffer))
+            (module, name, buffer, None if buffer is None else buffer.clone(), version_of(buffer))
             for module in self.state.modules
             for name, buffer in module._buffers.items()
         ]
@@ -346,7 +350,7 @@ class _ForwardContext:
             (module, name, copy)
             for module, name, buffer, copy, version in self.before
             if module._buffers.get(name) is not buffer
-            or _version(buffer) != version
+            or version_of(buffer) != version
             or (buffer is not None and buffer.numel() <= _SMALL)
         ]
         self.before = []
@@ -376,7 +380,3 @@ class _RecomputeContext:
         for module, mode in self.now:
             module.training = mode
         self.now, self.buffers = [], []
-
-
-def _version(buffer: Tensor | None) -> int:
-    return -1 if buffer is None or buffer.is_inference() else buffer._version

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.layers.fused import is_transformed
 from lightning_peft.engine.selection.parts import output_embeddings
 from lightning_peft.engine.training.cross_entropy import summed_cross_entropy

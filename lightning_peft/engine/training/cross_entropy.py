@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+
+from lightning_peft.compat.torch import FakeTensor
 
 # Logits that are widened at a time: near a core on CPUs, and enough for a kernel elsewhere.
 _CHUNK, _CHUNK_ON_ACCELERATORS = 1 << 19, 1 << 22

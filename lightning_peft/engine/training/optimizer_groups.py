@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_peft.compat.torch import forget_parameter_count
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.layers.quantization import layer_of_dense_weight, release_freed_memory
 from lightning_peft.engine.record import require_record
@@ -171,7 +172,7 @@ class _Exchange:
             if "param_names" in group:
                 group["param_names"][:] = [name for _, name in now]
             if isinstance(optimizer, torch.optim.LBFGS):
-                optimizer._numel_cache = None
+                forget_parameter_count(optimizer)
         if not weights:
             return None
         return (

@@ -6,9 +6,7 @@ Lightning's wrappers, hooks and the user's own references go on working.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -16,6 +14,13 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes import functional
 
+from lightning_peft.compat.torch import (
+    OPTIMIZER_HOOKS,
+    SHARED_OPTIMIZER_ATTRIBUTES,
+    has_load_state_dict_hooks,
+    is_lr_scheduler_step,
+    lr_scheduler_step,
+)
 from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
 # transformers' names (``OptimizerNames``), and beside them the variants it has no name for.
@@ -45,7 +50,6 @@ _FLOATS = ("lr", "betas", "eps", "weight_decay")
 # Ways to compute the same step.
 _IMPLEMENTATION_OPTIONS = ("foreach", "fused", "decoupled_weight_decay")
 _BETA3 = 0.9999
-_KEPT_PRIVATE = ("_opt_called", "_optimizer_")
 
 
 def check_optimizer_name(name: str | None) -> None:
@@ -161,21 +165,12 @@ def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]
             )
     if optimizer.state:
         problems.append("it has a state already, which would be lost")
-    if "step" in optimizer.__dict__ and not _patched_by_scheduler(optimizer):
+    step = optimizer.__dict__.get("step")
+    if step is not None and not is_lr_scheduler_step(step, type(optimizer)):
         problems.append("its step method was replaced by another function")
-    if (
-        optimizer._optimizer_load_state_dict_pre_hooks
-        or optimizer._optimizer_load_state_dict_post_hooks
-    ):
+    if has_load_state_dict_hooks(optimizer):
         problems.append("bitsandbytes would not call its hooks of load_state_dict")
     return list(dict.fromkeys(problems))
-
-
-def _patched_by_scheduler(optimizer: Any) -> bool:
-    """Says whether ``step`` is what LR schedulers of torch put there, around the class's own."""
-    step = optimizer.__dict__["step"]
-    inner = getattr(step, "__wrapped__", None)
-    return hasattr(step, "_wrapped_by_lr_sched") and inner is type(optimizer).step
 
 
 def _convert(optimizer: Any, target: Any) -> str:
@@ -195,15 +190,17 @@ def _convert(optimizer: Any, target: Any) -> str:
     kept = {
         key: value
         for key, value in optimizer.__dict__.items()
-        if not key.startswith("_") or key.startswith(_KEPT_PRIVATE)
+        if not key.startswith("_") or key.startswith(SHARED_OPTIMIZER_ATTRIBUTES)
     }
-    own = {key: value for key, value in donor.__dict__.items() if not key.startswith("_optimizer_")}
+    own = {
+        key: value for key, value in donor.__dict__.items() if not key.startswith(OPTIMIZER_HOOKS)
+    }
     core = ("defaults", "state", "param_groups")
     optimizer.__class__ = target
     optimizer.__dict__.clear()
     optimizer.__dict__.update({**kept, **own, **{key: kept[key] for key in core}})
     if patched:
-        optimizer.__dict__["step"] = _tracked_step(optimizer)
+        optimizer.__dict__["step"] = lr_scheduler_step(optimizer)
     return notes
 
 
@@ -224,23 +221,6 @@ def _changes(optimizer: Any, donor: Any) -> str:
         shown = {key: value for key, value in new.items() if value}
         notes.append(f"with bitsandbytes' defaults {shown}")
     return f" ({'; '.join(notes)})" if notes else ""
-
-
-def _tracked_step(optimizer: Any) -> Any:
-    """Returns what LR schedulers put in place of ``step``, around the step of the new class.
-
-    Theirs holds the old class's function, which would go on being called.
-    """
-    reference = weakref.ref(optimizer)
-
-    @functools.wraps(type(optimizer).step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        current: Any = reference()
-        current._opt_called = True
-        return type(current).step(current, *args, **kwargs)
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    return step
 
 
 def optimizer_names(optimizers: Iterable[Any]) -> list[str]:

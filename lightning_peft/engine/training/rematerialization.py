@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-_aten = torch.ops.aten
-# Beside all operations that torch marks as pointwise. Each makes new memory for its results.
-_CHEAP = {
-    _aten._to_copy.default, _aten.clone.default, _aten.cat.default, _aten.stack.default,
-    _aten.native_layer_norm.default, _aten.native_group_norm.default,
-    _aten._fused_rms_norm.default, _aten._softmax.default, _aten._log_softmax.default,
-    _aten.mean.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.var_mean.correction,
-    _aten.constant_pad_nd.default,
-}  # fmt: skip
+from lightning_peft.compat.torch import (
+    CHEAP_OPERATIONS,
+    StorageWeakRef,
+    TorchDispatchMode,
+    detach_sharing_version,
+    schema_of,
+    storage_key,
+    version_of,
+    without_autocast_key,
+)
+
 _KNOWN: dict[Any, bool] = {}
 # What is smaller than this share of all that a block saves stays.
 _LEAST_SHARE = 1 / 256
@@ -38,9 +38,9 @@ def _is_cheap(operation: Any) -> bool:
     if operation not in _KNOWN:
         tags = getattr(operation, "tags", ())
         pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-        schema = getattr(operation, "_schema", None)
+        schema = schema_of(operation)
         _KNOWN[operation] = (
-            (pointwise or operation in _CHEAP)
+            (pointwise or operation in CHEAP_OPERATIONS)
             and schema is not None
             and not schema.is_mutable
             and all(argument.name != "generator" for argument in schema.arguments)
@@ -67,7 +67,7 @@ class SavedTensor:
     def __init__(self, tensor: Tensor, call: BlockCall) -> None:
         # A view: the tensor itself may know the node that keeps it, and neither would be freed.
         self.tensor = tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
-        self.version, self.call = _version(tensor), call
+        self.version, self.call = version_of(tensor), call
 
     def value(self) -> Tensor:
         """Returns the tensor.
@@ -110,12 +110,14 @@ class OpInput:
 
     def __init__(self, tensor: Tensor, op: RecordedOp | None) -> None:
         self.op, self.geometry = op, _geometry(tensor)
-        self.version = _version(tensor)
+        self.version = version_of(tensor)
         self.tensor: Any = None
         storage = tensor.untyped_storage()
-        self.key, self.bytes = storage._cdata, storage.nbytes()
+        self.key, self.bytes = storage_key(storage), storage.nbytes()
         if op is None:
-            self.tensor = tensor if isinstance(tensor, nn.Parameter) else _detached(tensor)
+            self.tensor = (
+                tensor if isinstance(tensor, nn.Parameter) else detach_sharing_version(tensor)
+            )
 
     def value(self) -> Tensor:
         """Returns the tensor, or computes it."""
@@ -144,8 +146,8 @@ class RecordedOp:
         storage = result.untyped_storage()
         # While a weak reference exists, no other storage gets the same key.
         self.reference = StorageWeakRef(storage)
-        self.key, self.bytes = storage._cdata, storage.nbytes()
-        self.dtype, self.version = result.dtype, _version(result)
+        self.key, self.bytes = storage_key(storage), storage.nbytes()
+        self.dtype, self.version = result.dtype, version_of(result)
         self.tensor: Tensor | None = None
         self.stays, self.uses, self.waiting = True, 0, 0
 
@@ -219,15 +221,15 @@ class OpRecorder(TorchDispatchMode):
         return OpInput(argument, self._op_of(argument))
 
     def _op_of(self, tensor: Tensor) -> RecordedOp | None:
-        op = self._made.get(tensor.untyped_storage()._cdata)
-        if op is None or op.version != _version(tensor) or op.dtype != tensor.dtype:
+        op = self._made.get(storage_key(tensor.untyped_storage()))
+        if op is None or op.version != version_of(tensor) or op.dtype != tensor.dtype:
             return None
         return None if tensor.is_conj() or tensor.is_neg() else op
 
     def record_saved(self, tensor: Tensor) -> RecordedOp | None:
         """Enters a tensor that autograd saves; returns its recipe, if it has one."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.weights:
             return None
         self.saved[key] = storage.nbytes()
@@ -279,7 +281,7 @@ class OpRecorder(TorchDispatchMode):
         seen.add(id(op))
         for source in op.inputs():
             if source.op is None:
-                if _version(source.tensor) != source.version:
+                if version_of(source.tensor) != source.version:
                     return False
                 if source.key not in self.kept and source.key not in self.weights:
                     needed[source.key] = source.bytes
@@ -295,14 +297,8 @@ def unpack(waiting: SavedTensor | RecomputableTensor) -> Tensor:
     if isinstance(waiting, SavedTensor):
         return waiting.value()
     # The casts that autocast made are operations of the recipe.
-    with torch.no_grad(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+    with torch.no_grad(), without_autocast_key():
         return waiting.value()
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
-    if hasattr(torch._C.DispatchKey, _key):
-        _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
 
 
 def _evaluated(argument: Any) -> Any:
@@ -315,21 +311,11 @@ def _geometry(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    # Below autograd, where operations are recorded, a view would get a version of its own.
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
-
-
 def _unchanged(tensor: Tensor, version: int) -> Tensor:
-    if _version(tensor) != version:
+    if version_of(tensor) != version:
         raise RuntimeError(
             f"A tensor of shape {tuple(tensor.shape)} that the backward pass needs was changed in "
-            f"place after it was saved (version {_version(tensor)}, expected {version}). Use the "
+            f"place after it was saved (version {version_of(tensor)}, expected {version}). Use the "
             "operation that is not in place, or gradient_checkpointing=False."
         )
     return tensor

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_peft.compat.torch import tree_leaves
 from lightning_peft.engine.adapters import adapted_layers_of, enable, is_enabled
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.record import require_record

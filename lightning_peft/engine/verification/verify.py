@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.engine.adapters import (
     adapted_layers_of,
     disable_adapters,
@@ -177,7 +177,7 @@ class _BaseSnapshot:
         frozen = {id(param) for param in self.tensors.values()}
         for prefix, child in module.named_modules():
             own = [param for param in child._parameters.values() if param is not None]
-            updating = isinstance(child, _BatchNorm) and child.training
+            updating = isinstance(child, BatchNorm) and child.training
             if any(id(param) in frozen for param in own) and not updating:
                 self.tensors |= {
                     f"{prefix}.{name}" if prefix else name: buffer

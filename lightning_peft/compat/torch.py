@@ -1,0 +1,197 @@
+"""torch: operations, hooks, storages and dispatch modes that have no public name."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Public alternative: none; they are what torch.export and FSDP plan with.
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef as StorageWeakRef
+from torch.nn.modules import batchnorm, conv, loss
+
+# Public alternative: none; torch calls dispatch modes experimental.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+
+# Public alternative: torch.utils.pytree, announced and not in 2.13.
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_iter as tree_iter
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# Public alternative: the public subclasses, which classes of users need not derive from.
+BatchNorm = batchnorm._BatchNorm
+ConvNd, ConvTransposeNd = conv._ConvNd, conv._ConvTransposeNd
+Loss = loss._Loss
+
+_aten = torch.ops.aten
+# Operations that torch does not mark as pointwise, and that make new memory for their results.
+CHEAP_OPERATIONS = {
+    _aten._to_copy.default, _aten.clone.default, _aten.cat.default, _aten.stack.default,
+    _aten.native_layer_norm.default, _aten.native_group_norm.default,
+    _aten._fused_rms_norm.default, _aten._softmax.default, _aten._log_softmax.default,
+    _aten.mean.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.var_mean.correction,
+    _aten.constant_pad_nd.default,
+}  # fmt: skip
+# What ``tensor.item()`` and ``bool(tensor)`` become.
+item_operation = _aten._local_scalar_dense.default
+# A view without the check that its memory is not shared with the result.
+unsafe_view: Any = _aten._unsafe_view.default
+
+# The innermost dispatch mode, or ``None``; and a context in which it sees nothing.
+current_dispatch_mode: Any = _get_current_dispatch_mode
+pause_dispatch_mode: Any = _pop_mode_temporarily
+
+# Public alternative: torch.compiler.disable, which imports all of torch._dynamo at once.
+disable_compile: Any = torch._disable_dynamo
+# Public alternative: none.
+make_wrapper_subclass: Any = Tensor._make_wrapper_subclass
+without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
+
+
+def schema_of(operation: Any) -> Any:
+    """Returns the schema of an operation; ``None`` where it has none."""
+    return getattr(operation, "_schema", None)
+
+
+def version_of(tensor: Tensor | None) -> int:
+    """Returns how often a tensor was changed in place; -1 where that is not counted."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Returns the address of a storage object; no other has it while a reference exists.
+
+    Public alternative: ``data_ptr()``, which is zero without values.
+    """
+    return storage._cdata
+
+
+def saved_tensors_hooks_in_use() -> tuple[Any, Any] | None:
+    """Returns the innermost hooks on saved tensors: ``pack`` and ``unpack``."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else (hooks[0], hooks[1])
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+for _key in ("AutocastCUDA", "AutocastXPU", "AutocastMPS"):
+    if hasattr(torch._C.DispatchKey, _key):
+        _AUTOCAST = _AUTOCAST | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+
+
+def without_autocast_key() -> AbstractContextManager[Any]:
+    """Within the body, operations skip autocast on all devices.
+
+    Public alternative: ``torch.autocast(device, enabled=False)``, one for each device.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(_AUTOCAST)
+
+
+def detach_sharing_version(tensor: Tensor) -> Tensor:
+    """Returns ``tensor.detach()`` inside of a dispatch mode, with the version counter shared."""
+    # Below autograd, where operations are recorded, a view would get a version of its own.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def is_functional() -> bool:
+    """Says whether ``torch.func`` or forward-mode differentiation is at work.
+
+    Public alternative: none.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Says whether a module has hooks of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Says whether ``module.compile()`` was called."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def persistent_buffers(module: nn.Module) -> list[str]:
+    """Returns the names of a module's own buffers that are in its state dict."""
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
+def save_to_state_dict(module: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    """Writes a module's own parameters and buffers, as torch does, into ``destination``."""
+    nn.Module._save_to_state_dict(module, destination, prefix, keep_vars)
+
+
+def convolution_padding(layer: Any) -> list[int]:
+    """Returns the padding of a convolution in the order that ``F.pad`` takes."""
+    padding: list[int] = layer._reversed_padding_repeated_twice
+    return padding
+
+
+def output_padding(layer: Any, input: Tensor, output_size: list[int] | None) -> Any:
+    """Returns the output padding of a transposed convolution for the size asked for."""
+    return layer._output_padding(
+        input,
+        output_size,
+        layer.stride,
+        layer.padding,
+        layer.kernel_size,
+        len(layer.kernel_size),
+        layer.dilation,
+    )
+
+
+def has_load_state_dict_hooks(optimizer: Any) -> bool:
+    """Says whether an optimizer has hooks on ``load_state_dict``."""
+    return bool(
+        optimizer._optimizer_load_state_dict_pre_hooks
+        or optimizer._optimizer_load_state_dict_post_hooks
+    )
+
+
+# What of an optimizer's private attributes LR schedulers and hooks use.
+SHARED_OPTIMIZER_ATTRIBUTES = ("_opt_called", "_optimizer_")
+OPTIMIZER_HOOKS = "_optimizer_"
+
+
+def is_lr_scheduler_step(step: Any, cls: type) -> bool:
+    """Says whether ``step`` is what LR schedulers put on an optimizer around ``cls.step``."""
+    inner = getattr(step, "__wrapped__", None)
+    return hasattr(step, "_wrapped_by_lr_sched") and inner is cls.step  # type: ignore[attr-defined]
+
+
+def lr_scheduler_step(optimizer: Any) -> Callable[..., Any]:
+    """Returns what LR schedulers put in place of ``step``, around the step of the new class.
+
+    Theirs holds the old class's function, which would go on being called.
+    """
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(type(optimizer).step)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        current: Any = reference()
+        current._opt_called = True
+        return type(current).step(current, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step
+
+
+def forget_parameter_count(optimizer: torch.optim.LBFGS) -> None:
+    """Makes LBFGS count its parameters again."""
+    optimizer._numel_cache = None
