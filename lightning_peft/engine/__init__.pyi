@@ -22,6 +22,7 @@ from .files.state_dicts import drop_frozen_base as drop_frozen_base
 from .files.state_dicts import load_trainable_state_dict as load_trainable_state_dict
 from .files.state_dicts import trainable_state_dict as trainable_state_dict
 from .injection import inject as inject
+from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
 from .layers.quantization import quantize as quantize
@@ -48,6 +49,7 @@ from .record import set_record as set_record
 from .reporting import report as report
 from .reporting import show as show
 from .selection.parts import inside as inside
+from .selection.planning import InjectionRequest as InjectionRequest
 from .selection.planning import recorded_selection as recorded_selection
 from .selection.targets import resolve_targets as resolve_targets
 from .training.activation_budget import read_budget as read_budget

@@ -15,11 +15,10 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_config
 
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.methods import METHODS, refuse_method
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
-
-Patterns = Mapping[str, int]
 
 # Inits that write into the base weight: what is trained is then not the base that was loaded.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -82,53 +81,39 @@ _NOT_DECISIVE = (
 )
 
 
-def lora_config(
-    *,
-    r: int = 16,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    target_modules: str | list[str] | None = None,
-    exclude_modules: str | list[str] | None = None,
-    modules_to_save: list[str] | None = None,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    init_lora_weights: bool | str = True,
-    rank_pattern: Patterns | None = None,
-    alpha_pattern: Patterns | None = None,
-    layers_to_transform: int | list[int] | None = None,
-    bias: str = "none",
-) -> LoraConfig:
-    """Fills a ``peft.LoraConfig``.
-
-    Args:
-        r: Rank of ``A`` and ``B``.
-        lora_alpha: Numerator of the scaling; ``None`` means ``2 * r``, the common heuristic.
-        lora_dropout: Probability of dropout in front of ``A``.
-        target_modules: Names, a regular expression, or ``"all-linear"`` (the default).
-        exclude_modules: Names or a regular expression never to adapt.
-        modules_to_save: Modules that are trained in full and stored with the adapter.
-        use_rslora: Scale by ``alpha / sqrt(r)``.
-        use_dora: Weight-decomposed LoRA.
-        init_lora_weights: PEFT's initialisations.
-        rank_pattern: Rank by name or pattern, where it differs from ``r``.
-        alpha_pattern: ``lora_alpha`` by name or pattern.
-        layers_to_transform: Indices of the blocks to adapt.
-        bias: ``"none"``, ``"all"`` or ``"lora_only"``.
+def lora_config(arguments: LoRAFields | None = None) -> LoraConfig:
+    """Fills a ``peft.LoraConfig``; without arguments, with the defaults of this package.
 
     Raises:
         ConfigError: For every value that cannot work, all of them at once.
     """
-    fields = dict(locals())
-    if lora_alpha is None and isinstance(r, int):
-        fields["lora_alpha"] = 2 * r
-    fields["target_modules"] = "all-linear" if target_modules is None else target_modules
-    fields |= {"rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {}}
-    if init_lora_weights == "loftq":
+    arguments = arguments or LoRAFields()
+    alpha = arguments.lora_alpha
+    if alpha is None and isinstance(arguments.r, int):
+        alpha = 2 * arguments.r
+    targets = arguments.target_modules
+    fields = {
+        "r": arguments.r,
+        "lora_alpha": alpha,
+        "lora_dropout": arguments.lora_dropout,
+        "target_modules": "all-linear" if targets is None else targets,
+        "exclude_modules": arguments.exclude_modules,
+        "modules_to_save": arguments.modules_to_save,
+        "use_rslora": arguments.use_rslora,
+        "use_dora": arguments.use_dora,
+        "init_lora_weights": arguments.init_lora_weights,
+        "rank_pattern": arguments.rank_pattern or {},
+        "alpha_pattern": arguments.alpha_pattern or {},
+        "layers_to_transform": arguments.layers_to_transform,
+        "bias": arguments.bias,
+    }
+    if arguments.init_lora_weights == "loftq":
         fields["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's own defaults
     problems = _lora_problems(fields)
     if problems:
         raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
     config: LoraConfig = _make_config(LoraConfig, fields)
+    _check_saved_modules(config)
     return config
 
 
@@ -241,11 +226,7 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
     if isinstance(config, Mapping):
         config = _from_mapping(config)
     refuse_method(config)
-    saved: Any = getattr(config, "modules_to_save", None)
-    if saved is not None and (isinstance(saved, str) or not all(map(_is_name, saved))):
-        raise ConfigError(
-            f"modules_to_save={saved!r}: a list of names of submodules, such as ['classifier']."
-        )
+    _check_saved_modules(config)
     if isinstance(config, LoraConfig):
         _refuse_extensions(config)
         config = _with_lower_init(config)
@@ -253,6 +234,14 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
         if problems:
             raise ConfigError("These LoRA settings cannot work:" + itemize(problems))
     return config
+
+
+def _check_saved_modules(config: PeftConfig) -> None:
+    saved: Any = getattr(config, "modules_to_save", None)
+    if saved is not None and (isinstance(saved, str) or not all(map(_is_name, saved))):
+        raise ConfigError(
+            f"modules_to_save={saved!r}: a list of names of submodules, such as ['classifier']."
+        )
 
 
 def _is_name(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.adapters import activate, adapted_layers
 from lightning_peft.engine.configuration import (
     as_peft_config,
@@ -116,16 +118,46 @@ def inject(
             f"Both `peft_config` and {sorted(lora_arguments)} were given. A ready config is taken "
             "as it is: put these values into it."
         )
-    asked = peft_config is not None or bool(lora_arguments)
-    config = as_peft_config(lora_config(**lora_arguments) if peft_config is None else peft_config)
-    _refuse_finished(config)
-    request = InjectionRequest(with_task_heads(config, module), quantization_config, adapter_name)
+    config: PeftConfig
+    if peft_config is None:
+        config = lora_config(LoRAFields(**lora_arguments))
+    else:
+        config = as_peft_config(peft_config)
+    return inject_config(
+        module,
+        InjectionRequest(config, quantization_config, adapter_name),
+        adapt,
+        device,
+        requested=peft_config is not None or bool(lora_arguments),
+    )
+
+
+def inject_config(
+    module: nn.Module,
+    request: InjectionRequest,
+    adapt: str | Iterable[str] | None = None,
+    device: torch.device | str | None = None,
+    requested: bool = True,
+) -> Report:
+    """Does what :func:`inject` does, for a config that was validated.
+
+    Args:
+        module: The module.
+        request: What to add; without ``saved``, heads that the config implies are found.
+        adapt: Names of the submodules, as for :func:`inject`.
+        device: Where quantization happens.
+        requested: Whether adapters of PEFT's wrappers must match the config.
+    """
+    _refuse_finished(request.config)
     record = record_of(module)
     wrapped = find_peft_wrapped(module, () if record is None else record.parts)
     if not wrapped:
+        if request.saved is None:
+            request = replace(request, config=with_task_heads(request.config, module))
         return add_adapters(module, request, adapt, device)
-    check_requested_config(wrapped, config if asked else None, adapt, adapter_name)
-    return _take_over(module, wrapped, quantization_config, device)
+    config_or_none = request.config if requested else None
+    check_requested_config(wrapped, config_or_none, adapt, request.adapter_name)
+    return _take_over(module, wrapped, request.quantization, device)
 
 
 def _take_over(
@@ -151,37 +183,6 @@ def _refuse_finished(config: PeftConfig) -> None:
             "inference_mode=True: PEFT makes adapters that do not train, as files of finished ones "
             "ask for. Set it to False to train; lightning_peft.load_adapter loads a finished one."
         )
-
-
-def inject_exactly(
-    module: nn.Module,
-    request: InjectionRequest,
-    adapt: list[str],
-    device: torch.device | str | None = None,
-) -> None:
-    """Adds the adapters that a file describes, on top of those that PEFT put there itself.
-
-    Args:
-        module: The module.
-        request: What to add; ``saved`` is followed where PEFT has not wrapped the module.
-        adapt: Names of the parts.
-        device: As for :func:`inject`.
-
-    Raises:
-        ConfigError, TargetModulesError, LifecycleError, UnsupportedError: See :func:`inject`.
-    """
-    known = record_of(module)
-    if not find_peft_wrapped(module, () if known is None else known.parts):
-        add_adapters(module, request, adapt, device)
-        return
-    inject(
-        module,
-        request.config,
-        quantization_config=request.quantization,
-        adapt=adapt,
-        adapter_name=request.adapter_name,
-        device=device,
-    )
 
 
 def add_adapters(

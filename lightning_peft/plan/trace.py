@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import engine
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.verification.probe import NoLossError
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.ledger import Ledger
@@ -146,7 +147,9 @@ def _adapt(module: nn.Module, settings: Settings) -> list[str]:
         module.requires_grad_(True)
         return []
     adapt = None if settings.adapt is None else list(settings.adapt)
-    return engine.inject_on_meta(module, engine.lora_config(**settings.lora), quantization, adapt)
+    return engine.inject_on_meta(
+        module, engine.lora_config(LoRAFields(**settings.lora)), quantization, adapt
+    )
 
 
 def _checkpoint(module: Any, settings: Settings) -> Callable[[], None]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
-from lightning_peft.plugin.arguments import LoRAArguments, QLoRAArguments, given, injection_from
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.mixed_class import mixed_class
 from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.plugin.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -37,15 +36,17 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
 
     lightning_base = "callbacks.Callback"
 
-    def _take(self, arguments: dict[str, Any]) -> None:
-        arguments = given(arguments)
-        if arguments["ddp_kwargs"]:
+    if TYPE_CHECKING:
+        ddp_kwargs: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        """Validates the arguments."""
+        if self.ddp_kwargs:
             raise ConfigError(
-                f"ddp_kwargs={arguments['ddp_kwargs']!r}: a callback makes no strategy. Put them "
-                "into your own DDPStrategy."
+                f"ddp_kwargs={self.ddp_kwargs!r}: a callback makes no strategy. Put them into your "
+                "own DDPStrategy."
             )
-        self.lifecycle = Lifecycle(injection_from(arguments), arguments["print_summary"])
-        self.lifecycle.checks = TrainingChecks(arguments["verify"])
+        self.lifecycle = Lifecycle(self)  # type: ignore[arg-type]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Extends the strategy, just before ``configure_model``.
@@ -81,18 +82,14 @@ def _check_served(strategy: Any, callback: str) -> None:
 class LoRACallback(LoRAArguments, _AdapterCallback):
     """Trains LoRA adapters with the strategy that the Trainer has.
 
-    ``Trainer(strategy="ddp", callbacks=[LoRACallback(r=16)])``: the same engine and the same
-    checkpoints as :class:`LoRAStrategy`.
+    ``Trainer(strategy="ddp", callbacks=[LoRACallback(r=16)])``: the same engine, the same
+    checkpoints and the same arguments as :class:`LoRAStrategy`.
     """
-
-    __doc__ = f"{__doc__}\n{(LoRAArguments.__doc__ or '').partition(chr(10))[2]}"
 
 
 class QLoRACallback(QLoRAArguments, _AdapterCallback):
     """Trains LoRA adapters on a 4-bit base with the strategy that the Trainer has.
 
-    ``Trainer(strategy="ddp", callbacks=[QLoRACallback(r=16)])``: the same engine and the same
-    checkpoints as :class:`QLoRAStrategy`.
+    ``Trainer(strategy="ddp", callbacks=[QLoRACallback(r=16)])``: the same engine, the same
+    checkpoints and the same arguments as :class:`QLoRAStrategy`.
     """
-
-    __doc__ = f"{__doc__}\n{(QLoRAArguments.__doc__ or '').partition(chr(10))[2]}"

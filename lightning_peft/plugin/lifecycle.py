@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,37 +18,15 @@ from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.exclusion_advice import exclusion_advice
+from lightning_peft.plugin.injection_settings import injection_settings
+from lightning_peft.plugin.training_checks import TrainingChecks
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_peft.plugin.training_checks import TrainingChecks
+    from lightning_peft.arguments import LoRAArguments
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InjectionSettings:
-    """What the strategy or callback was asked to do.
-
-    Attributes:
-        peft_config: PEFT's config.
-        quantization_config: transformers' config, or ``None`` for a base as it is.
-        adapt: Names of the submodules to adapt, or ``None``.
-        explicitly_set: Whether the user chose any setting of the adapters.
-        optimizer: Name of the optimizer that stands in for the user's, or ``None``.
-        gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass, or
-            how much the blocks may keep.
-        cache_quantized_base: Whether the cache of quantized bases is used.
-    """
-
-    peft_config: Any
-    quantization_config: Any
-    adapt: list[str] | None
-    explicitly_set: bool = True
-    optimizer: str | None = None
-    gradient_checkpointing: bool | float | str = False
-    cache_quantized_base: bool = False
 
 
 class Lifecycle:
@@ -62,11 +39,10 @@ class Lifecycle:
         facts: What the ``provenance.json`` of every adapter that is saved says besides.
     """
 
-    checks: TrainingChecks
-
-    def __init__(self, injection: InjectionSettings, print_summary: bool = True) -> None:
-        self.injection = injection
-        self.print_summary = print_summary
+    def __init__(self, arguments: LoRAArguments) -> None:
+        self.injection = injection_settings(arguments)
+        self.print_summary = arguments.print_summary
+        self.checks = TrainingChecks(arguments.verify)
         self.provenance: dict[str, Any] = {}
         self._pending_module: Any = None
         self._original_hook: Any = None
@@ -123,13 +99,10 @@ class Lifecycle:
             engine.set_record(module, None)
         if engine.record_of(module) is None:
             outside = engine.unregistered_copies(module)
-            engine.inject(
-                module,
-                self.injection.peft_config if self.injection.explicitly_set else None,
-                quantization_config=self.injection.quantization_config,
-                adapt=self.injection.adapt,
-                device=strategy.root_device,
-            )
+            settings = self.injection
+            request = engine.InjectionRequest(settings.peft_config, settings.quantization_config)
+            device, requested = strategy.root_device, settings.explicitly_set
+            engine.inject_config(module, request, settings.adapt, device, requested)
             _check_ranks(module)
             _warn_unregistered_copies(module, outside)
         else:

@@ -8,6 +8,7 @@ without a Lightning base; the base is added when an instance is made, from the t
 from __future__ import annotations
 
 import copyreg
+import inspect
 import sys
 from abc import ABCMeta
 from collections.abc import Callable
@@ -112,6 +113,12 @@ class LateBoundMeta(ABCMeta):
         if cls.lightning_root is not None:
             return super().__call__(*args, **kwargs)
         return bind_to_lightning(cls, namespace_in_use())(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The constructor's, which ``__call__`` would hide."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __getattr__(cls, name: str) -> Any:
         """Finds Lightning's own class attributes (``load_from_checkpoint``) on the real class."""

@@ -8,6 +8,7 @@ import peft
 import pytest
 from peft import LoraConfig
 
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.configuration import (
     as_peft_config,
     changes_base,
@@ -20,23 +21,25 @@ from lightning_peft.errors import ConfigError, UnsupportedError
 
 
 def test_defaults_are_the_common_heuristics() -> None:
-    config = lora_config(r=8)
+    config = lora_config(LoRAFields(r=8))
     assert (config.r, config.lora_alpha, config.target_modules) == (8, 16, "all-linear")
-    assert lora_config(lora_alpha=3).lora_alpha == 3
+    assert lora_config(LoRAFields(lora_alpha=3)).lora_alpha == 3
 
 
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         lora_config(
-            r=0,
-            lora_alpha=-1,
-            lora_dropout=1.5,
-            bias="some",
-            rank_pattern={"q": 0},
-            alpha_pattern={"v": "a"},
-            target_modules=[],
-            init_lora_weights="magic",
-            exclude_modules="(",
+            LoRAFields(
+                r=0,
+                lora_alpha=-1,
+                lora_dropout=1.5,
+                bias="some",
+                rank_pattern={"q": 0},
+                alpha_pattern={"v": "a"},
+                target_modules=[],
+                init_lora_weights="magic",
+                exclude_modules="(",
+            )
         )
     message = str(caught.value)
     for part in (
@@ -71,14 +74,19 @@ def test_all_problems_are_reported_at_once() -> None:
 )
 def test_one_problem_says_what_and_why(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-        lora_config(**settings)
+        lora_config(LoRAFields(**settings))
 
 
 def test_good_values_are_accepted() -> None:
     for init in (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"):
-        assert lora_config(init_lora_weights=init).init_lora_weights == init
-    assert lora_config(layers_to_transform=[0, 2]).layers_to_transform == [0, 2]
-    assert lora_config(target_modules="all-linear", layers_to_transform=1).layers_to_transform == 1
+        assert lora_config(LoRAFields(init_lora_weights=init)).init_lora_weights == init
+    assert lora_config(LoRAFields(layers_to_transform=[0, 2])).layers_to_transform == [0, 2]
+    assert (
+        lora_config(
+            LoRAFields(target_modules="all-linear", layers_to_transform=1)
+        ).layers_to_transform
+        == 1
+    )
 
 
 def test_a_ready_config_is_taken_as_it_is_and_checked() -> None:
@@ -135,9 +143,15 @@ def test_methods_that_would_be_wrong_in_silence_are_refused(config, message: str
 @pytest.mark.parametrize(
     "config",
     [
-        lora_config(r=4, rank_pattern={"q_proj": 2}, modules_to_save=["head"], bias="all"),
-        lora_config(layers_to_transform=[0, 1]),
-        lora_config(target_modules=["b", "a"], use_rslora=True, init_lora_weights="pissa_niter_4"),
+        lora_config(
+            LoRAFields(r=4, rank_pattern={"q_proj": 2}, modules_to_save=["head"], bias="all")
+        ),
+        lora_config(LoRAFields(layers_to_transform=[0, 1])),
+        lora_config(
+            LoRAFields(
+                target_modules=["b", "a"], use_rslora=True, init_lora_weights="pissa_niter_4"
+            )
+        ),
         peft.IA3Config(target_modules=["k", "v"], feedforward_modules=["v"]),
         peft.LoHaConfig(r=4, target_modules=["q"]),
     ],
@@ -152,16 +166,16 @@ def test_configs_survive_as_json(config) -> None:
 
 
 def test_fields_of_another_version_are_left_out() -> None:
-    fields = config_to_dict(lora_config(r=4))
+    fields = config_to_dict(lora_config(LoRAFields(r=4)))
     again = config_from_dict({**fields, "field_of_the_future": 1})
     assert config_to_dict(again) == fields
 
 
 def test_only_decisive_fields_make_a_difference() -> None:
-    mine = config_to_dict(lora_config(r=4, target_modules=["a", "b"], lora_dropout=0.1))
-    same = config_to_dict(lora_config(r=4, target_modules=["b", "a"], lora_dropout=0.2))
+    mine = config_to_dict(lora_config(LoRAFields(r=4, target_modules=["a", "b"], lora_dropout=0.1)))
+    same = config_to_dict(lora_config(LoRAFields(r=4, target_modules=["b", "a"], lora_dropout=0.2)))
     assert config_differences(mine, same) == []
-    other = config_to_dict(lora_config(r=8, target_modules=["a", "b"], use_rslora=True))
+    other = config_to_dict(lora_config(LoRAFields(r=8, target_modules=["a", "b"], use_rslora=True)))
     assert config_differences(mine, other) == ["r", "lora_alpha", "use_rslora"]
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lightning_peft import engine
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.errors import UnsupportedError
 
@@ -71,7 +72,7 @@ def load(
     """Loads in bfloat16 and injects; also says whether layers came quantized out of the load."""
     holder = Holder()
     settings = settings or engine.quantization_config()
-    config = config or engine.lora_config(r=4)
+    config = config or engine.lora_config(LoRAFields(r=4))
     torch.manual_seed(5)
     with engine.loading_for_injection(holder, config, settings, None, CPU):
         holder.model = auto.from_pretrained(folder, **{"dtype": torch.bfloat16, **given})
@@ -134,7 +135,7 @@ def test_heads_skipped_and_saved_modules_stay_dense(folders: dict[str, Path]) ->
     settings = engine.quantization_config(
         {"load_in_4bit": True, "llm_int8_skip_modules": ["down_proj"]}
     )
-    config = engine.lora_config(r=4, modules_to_save=["o_proj"])
+    config = engine.lora_config(LoRAFields(r=4, modules_to_save=["o_proj"]))
     holder = Holder()
     with engine.loading_for_injection(holder, config, settings, None, CPU):
         holder.model = AutoModelForSequenceClassification.from_pretrained(
@@ -165,7 +166,7 @@ CONFIGS = {
 @pytest.mark.parametrize("case", CONFIGS)
 def test_where_the_weights_are_loaded_dense(case: str, folders: dict[str, Path]) -> None:
     wanted: dict[str, Any] = CONFIGS[case]
-    config = engine.lora_config(r=4, **wanted.get("config", {}))
+    config = engine.lora_config(LoRAFields(r=4, **wanted.get("config", {})))
     settings = engine.quantization_config(**wanted.get("settings", {}))
     holder = Holder()
     with engine.loading_for_injection(holder, config, settings, wanted.get("adapt"), CPU):
@@ -232,7 +233,7 @@ def test_a_model_that_is_no_part_is_refused(folders: dict[str, Path]) -> None:
 
 
 def test_dora_in_pefts_wrappers_is_the_same(folders: dict[str, Path]) -> None:
-    config = engine.lora_config(r=4, use_dora=True)
+    config = engine.lora_config(LoRAFields(r=4, use_dora=True))
     dense, _ = load(AutoModelForCausalLM, folders["llama"], config=config, **DENSE)
     streamed, quantized = load(AutoModelForCausalLM, folders["llama"], config=config)
     assert quantized

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lightning_peft import engine
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine import cache_entries
 from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.loading import quantized_cache, streamed_quantizer, weight_files
@@ -91,7 +92,7 @@ def load(
     **given: Any,
 ) -> tuple[Holder, bool, int]:
     """Loads and injects; also returns whether layers came quantized, and how many new entries."""
-    holder, config = Holder(), engine.lora_config(r=4)
+    holder, config = Holder(), engine.lora_config(LoRAFields(r=4))
     settings = settings or engine.quantization_config()
     torch.manual_seed(5)
     with engine.loading_for_injection(holder, config, settings, None, CPU, cached) as loading:
@@ -458,7 +459,7 @@ from transformers import AutoModelForCausalLM
 from lightning_peft import engine
 from lightning_peft.engine.loading import quantized_cache
 quantized_cache.SMALLEST = 0
-holder, config, settings = nn.Module(), engine.lora_config(r=4), engine.quantization_config()
+holder, config, settings = nn.Module(), engine.lora_config(), engine.quantization_config()
 print("ready", flush=True)
 sys.stdin.readline()
 with engine.loading_for_injection(

@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lightning_peft
+from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.configuration import lora_config
 from lightning_peft.engine.selection.targets import (
     resolve_saved_modules,
@@ -20,7 +21,7 @@ from lightning_peft.errors import TargetModulesError
 
 
 def targets_of(part: nn.Module, **settings) -> list[str]:
-    return resolve_targets({"": part}, lora_config(**settings))[""]
+    return resolve_targets({"": part}, lora_config(LoRAFields(**settings)))[""]
 
 
 PEFT_CASES = [
@@ -115,12 +116,12 @@ def test_a_container_of_the_same_name_is_no_target() -> None:
 
 def test_with_several_parts_a_name_has_to_match_in_one() -> None:
     parts = {"a": nn.ModuleDict({"x": nn.Linear(2, 2)}), "b": nn.ModuleDict({"y": nn.Linear(2, 2)})}
-    found = resolve_targets(parts, lora_config(target_modules=["x", "y"]))
+    found = resolve_targets(parts, lora_config(LoRAFields(target_modules=["x", "y"])))
     assert found == {"a": ["x"], "b": ["y"]}
     with pytest.raises(TargetModulesError, match="nothing to adapt in b"):
-        resolve_targets(parts, lora_config(target_modules=["x"]))
+        resolve_targets(parts, lora_config(LoRAFields(target_modules=["x"])))
     with pytest.raises(TargetModulesError, match="'z' of target_modules"):
-        resolve_targets(parts, lora_config(target_modules=["x", "y", "z"]))
+        resolve_targets(parts, lora_config(LoRAFields(target_modules=["x", "y", "z"])))
 
 
 def test_a_second_adapter_does_not_adapt_the_first() -> None:

@@ -38,7 +38,7 @@ from lightning_peft.engine.files.fitting import (
     without_repeated,
 )
 from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
-from lightning_peft.engine.injection import inject_exactly
+from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.planning import InjectionRequest
@@ -263,7 +263,7 @@ def _inject_for_file(
     try:
         config = config_from_dict(fields)
         request = InjectionRequest(config, quantization, adapter_name, {folder.part: folder.saved})
-        inject_exactly(module, request, [folder.part])
+        inject_config(module, request, [folder.part])
     except (ConfigError, TargetModulesError) as error:
         raise _unfit(module, folder.path, error) from error
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_peft.engine.adapters import set_adapter
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.base_tensors import include_in_files
-from lightning_peft.engine.injection import inject_exactly
+from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import (
@@ -222,7 +222,7 @@ def _inject_groups(
                 adapter,
                 _saved(parts, names),
             )
-            inject_exactly(module, request, names, device)
+            inject_config(module, request, names, device)
         except (ConfigError, TargetModulesError) as error:
             raise CheckpointError(
                 f"The checkpoint's adapter {adapter!r} cannot be put on {type(module).__name__}: "

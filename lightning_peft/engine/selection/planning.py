@@ -66,7 +66,7 @@ class InjectionRequest:
 
     config: PeftConfig
     quantization: BitsAndBytesConfig | None
-    adapter_name: str
+    adapter_name: str = "default"
     saved: dict[str, list[str]] | None = None
 
     @property

@@ -1,0 +1,126 @@
+"""The arguments of LoRA and QLoRA, each defined once: name, type, default and description.
+
+Strategies and callbacks derive from these dataclasses; the command line, YAML, the page's form and
+the reference read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class LoRAFields:
+    """The fields of PEFT's ``LoraConfig`` that are arguments of their own.
+
+    Args:
+        r: Rank of the adapters.
+        lora_alpha: Numerator of the scaling ``lora_alpha / r``; ``None`` means ``2 * r``, the
+            common heuristic.
+        lora_dropout: Dropout probability in front of the adapters.
+        target_modules: Names of layers, a regular expression, or ``"all-linear"``. By default all
+            linear layers of the adapted parts except output heads. A name that matches nothing is
+            an error.
+        exclude_modules: Names or a regular expression never to adapt.
+        modules_to_save: Modules trained in full and stored with the adapter; never quantized.
+        use_rslora: Scale by ``lora_alpha / sqrt(r)`` (arXiv 2312.03732).
+        use_dora: Weight-decomposed LoRA (arXiv 2402.09353), through PEFT's own layers.
+        init_lora_weights: PEFT's initializations: ``True``, ``"gaussian"``, ``"pissa"``,
+            ``"olora"``, ``"loftq"``, ...
+        rank_pattern: Rank by layer name or pattern, where it differs from ``r``.
+        alpha_pattern: ``lora_alpha`` by layer name or pattern.
+        layers_to_transform: Indices of the blocks to adapt.
+        bias: Which biases are trained as well: ``"none"``, ``"all"`` or ``"lora_only"``.
+    """
+
+    r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, int] | None = None
+    layers_to_transform: int | list[int] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def explicitly_set(self) -> set[str]:
+        """Returns the names of the arguments that differ from their defaults."""
+        return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+
+
+@dataclass(eq=False, repr=False)
+class LoRAArguments(LoRAFields):
+    """The arguments of :class:`lightning_peft.LoRAStrategy`, besides those of :class:`LoRAFields`.
+
+    Args:
+        peft_config: A ready ``peft`` config of any method that can be injected, or its fields with
+            a ``peft_type``; the fields of LoRA must then keep their defaults.
+        adapt: Names of the submodules that get adapters. By default the pretrained ones
+            (transformers and timm models), and where there are none the whole module.
+        optimizer: A bitsandbytes optimizer by transformers' name, such as ``"paged_adamw_8bit"``
+            or ``"adamw_8bit"``, that replaces those that ``configure_optimizers`` returns, with
+            their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is paged 32-bit
+            AdamW for torch's own Adam and AdamW and leaves others as they are; ``None`` leaves all.
+        gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
+            recompute the rest (arXiv 1604.06174): the same numbers, less memory, more time.
+            ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
+            such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
+            keep: what costs most time for its bytes is kept first.
+        print_summary: Print the adapted and quantized layers when training starts.
+        verify: What is checked when training starts: ``"cheap"`` looks at the structure and at
+            the gradients of the first step, ``"full"`` also runs :func:`lightning_peft.verify` on
+            the first batch before that step, ``"off"`` checks nothing.
+        ddp_kwargs: For the strategies, further arguments of Lightning's ``DDPStrategy``, such as
+            ``{"find_unused_parameters": True}``.
+
+    Raises:
+        ConfigError: If the arguments cannot work; all problems at once.
+    """
+
+    peft_config: Any | None = None
+    _: KW_ONLY
+    adapt: str | list[str] | None = None
+    optimizer: str | None = None
+    gradient_checkpointing: bool | Literal["auto"] | float | str = False
+    print_summary: bool = True
+    verify: Literal["cheap", "full", "off"] = "cheap"
+    ddp_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Calls that of the strategy or callback that derives from the arguments."""
+        initialize = getattr(super(), "__post_init__", None)
+        if initialize is not None:
+            initialize()
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class QLoRAArguments(LoRAArguments):
+    """The arguments of :class:`lightning_peft.QLoRAStrategy`: those of LoRA, and the base's format.
+
+    Args:
+        quantization_config: A ready ``transformers.BitsAndBytesConfig``, or its fields; the next
+            four arguments must then keep their defaults.
+        load_in_8bit: 8-bit weights (LLM.int8, arXiv 2208.07339) instead of 4-bit ones.
+        bnb_4bit_quant_type: ``"nf4"`` or ``"fp4"``.
+        bnb_4bit_use_double_quant: Quantize the block constants too: 4.127 bits per weight instead
+            of 4.5.
+        bnb_4bit_compute_dtype: Dtype of the products with quantized weights; ``None`` follows the
+            activations, and so the Trainer's ``precision``.
+        cache_quantized_base: Keep the codes of a base that ``from_pretrained`` loads in
+            ``configure_model`` on disk, about half a byte for each weight, and load them from
+            there when the same files are loaded again. ``lightning-peft cache`` lists and clears.
+    """
+
+    quantization_config: Any | None = None
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    cache_quantized_base: bool = True
+    optimizer: str | None = "auto"
+    gradient_checkpointing: bool | Literal["auto"] | float | str = "auto"
