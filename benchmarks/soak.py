@@ -102,7 +102,7 @@ class Soak:
     """
 
     def __init__(self, server: Any, browser: Any, minutes: float) -> None:
-        from gradio_app.running.store import RunStore
+        from gradio_app.runs.store import RunStore
         from tests.app.runs import settings
 
         self.server, self.browser, self.minutes = server, browser, minutes

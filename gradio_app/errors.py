@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Refused(Exception):
+class UserError(Exception):
     """A request that is refused; the text is for the visitor, and holds no path or secret.
 
     Attributes:

@@ -10,7 +10,7 @@ import html
 import re
 from pathlib import Path
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -28,10 +28,10 @@ def checked_run_id(text: object) -> str:
     """Returns ``text`` if it can be the id of a run.
 
     Raises:
-        Refused: If it cannot.
+        UserError: If it cannot.
     """
     if not isinstance(text, str) or not _RUN_ID.fullmatch(text):
-        raise Refused("errors.no_such_run", run=shortened(text))
+        raise UserError("errors.no_such_run", run=shortened(text))
     return text
 
 
@@ -39,13 +39,13 @@ def inside(root: Path, path: str | Path) -> Path:
     """Returns ``path``, taken from ``root``, with all links followed.
 
     Raises:
-        Refused: If it leads out of ``root``.
+        UserError: If it leads out of ``root``.
     """
     if "\0" in str(path):
-        raise Refused("errors.outside", path=shortened(path))
+        raise UserError("errors.outside", path=shortened(path))
     found = (root / path).resolve()
     if not found.is_relative_to(root.resolve()):
-        raise Refused("errors.outside", path=shortened(path))
+        raise UserError("errors.outside", path=shortened(path))
     return found
 
 
@@ -53,11 +53,11 @@ def checked_hub_name(text: object) -> str:
     """Returns ``text`` if it can be the name of a repository on the hub, ``namespace/name``.
 
     Raises:
-        Refused: If it cannot, such as an address or a path.
+        UserError: If it cannot, such as an address or a path.
     """
     name = text.strip() if isinstance(text, str) else ""
     if not _HUB_NAME.fullmatch(name) or ".." in name or "--" in name:
-        raise Refused("errors.hub_name", name=shortened(text))
+        raise UserError("errors.hub_name", name=shortened(text))
     return name
 
 
@@ -69,13 +69,13 @@ def checked_revision(text: object, commit: bool = False) -> str | None:
         commit: Whether it must be the 40 characters of a commit, which nobody can move.
 
     Raises:
-        Refused: If it cannot.
+        UserError: If it cannot.
     """
     name = text.strip() if isinstance(text, str) else ""
     if not name and not commit:
         return None
     if not (_COMMIT if commit else _REVISION).fullmatch(name) or ".." in name:
-        raise Refused("errors.commit" if commit else "errors.revision", name=shortened(text))
+        raise UserError("errors.commit" if commit else "errors.revision", name=shortened(text))
     return name
 
 

@@ -61,7 +61,7 @@ class Settings:
         zero_gpu: Whether that Space has ZeroGPU, so that runs are lent a GPU for a short time.
         command: How the command line is started, as a list of arguments.
         tick_seconds: How often the page of an active run asks for news at first.
-        at_once: How many runs this machine carries out at a time; others wait in line.
+        max_concurrent_runs: How many runs this machine carries out at a time; others wait in line.
     """
 
     runs: Path = Path("runs")
@@ -73,7 +73,7 @@ class Settings:
     zero_gpu: bool = False
     command: tuple[str, ...] = (sys.executable, "-m", "lightning_peft.cli")
     tick_seconds: float = 1.0
-    at_once: int = 1
+    max_concurrent_runs: int = 1
 
     @classmethod
     def on_this_machine(cls, runs: Path, data_root: Path, models_root: Path | None) -> Settings:

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import inside, shortened
 from gradio_app.settings import Settings
 from lightning_peft.errors import LightningPeftError
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt")
-MOST_FILES = 50
+MAX_FILES = 50
 _OWNER = re.compile(r"[A-Za-z0-9][\w-]{0,99}")
 _NAME = re.compile(r"\d{8}-[0-9a-f]{8}-[a-z0-9-]{1,40}\.[a-z]{3,7}")
-_LOOKED_AT = 1_000_000
+_SNIFF_BYTES = 1_000_000
 # A workbook is a zip: how many bytes all of its parts may have, and how many parts.
-_BOOK_BYTES, _BOOK_PARTS = 1_000_000_000, 2_000
+_WORKBOOK_BYTES, _WORKBOOK_PARTS = 1_000_000_000, 2_000
 # How archives, programs and pickles begin; a text file with such bytes is none.
-_OTHERS = (
+_BINARY_PREFIXES = (
     b"PK\x03\x04",
     b"\x7fELF",
     b"MZ",
@@ -68,7 +68,7 @@ class Uploads:
         self.settings = settings
         self.folder = settings.uploads / owner
 
-    def keep(self, file: object, day: str) -> Upload:
+    def save(self, file: object, day: str) -> Upload:
         """Checks a file that Gradio has received and keeps it.
 
         Args:
@@ -76,25 +76,25 @@ class Uploads:
             day: Today, as ``"20261126"``.
 
         Raises:
-            Refused: If it is of no kind that is read, too large, or not what its name says.
+            UserError: If it is of no kind that is read, too large, or not what its name says.
         """
         path = Path(str(file))
         suffix = path.suffix.lower()
         if suffix not in KINDS:
-            raise Refused("checks.upload_kind", name=shortened(path.name), kinds=", ".join(KINDS))
+            raise UserError("checks.upload_kind", name=shortened(path.name), kinds=", ".join(KINDS))
         if path.is_symlink() or not path.is_file():
-            raise Refused("checks.upload_gone")
+            raise UserError("checks.upload_gone")
         size, most = path.stat().st_size, self.settings.limits.upload_bytes
         if size > most:
             has = f"{size / 1e6:,.1f}"
-            raise Refused("checks.upload_size", has=has, most=f"{most / 1e6:,.1f}")
+            raise UserError("checks.upload_size", has=has, most=f"{most / 1e6:,.1f}")
         if size == 0:
-            raise Refused("checks.upload_empty", name=shortened(path.name))
+            raise UserError("checks.upload_empty", name=shortened(path.name))
         check_content(path, suffix)
-        if len(self.list()) >= MOST_FILES:
-            raise Refused("checks.upload_many", most=MOST_FILES)
+        if len(self.list()) >= MAX_FILES:
+            raise UserError("checks.upload_many", most=MAX_FILES)
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{day}-{secrets.token_hex(4)}-{_plain(path.stem)}{suffix}"
+        name = f"{day}-{secrets.token_hex(4)}-{_slug(path.stem)}{suffix}"
         target = self.folder / name
         shutil.copyfile(path, target)
         target.chmod(0o600)
@@ -106,26 +106,26 @@ class Uploads:
             return []
         paths = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         found = [path for path in paths if path.is_file() and not path.is_symlink()]
-        return [_upload(path) for path in sorted(found, key=_age, reverse=True)]
+        return [_upload(path) for path in sorted(found, key=_sort_key, reverse=True)]
 
     def get(self, name: object) -> Upload:
         """Returns a file by its name here.
 
         Raises:
-            Refused: If the owner has none of that name.
+            UserError: If the owner has none of that name.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise Refused("checks.no_upload", name=shortened(name))
+            raise UserError("checks.no_upload", name=shortened(name))
         path = inside(self.folder, name)
         if not path.is_file():
-            raise Refused("checks.no_upload", name=shortened(name))
+            raise UserError("checks.no_upload", name=shortened(name))
         return _upload(path)
 
     def delete(self, name: object) -> None:
         """Deletes a file.
 
         Raises:
-            Refused: If the owner has none of that name.
+            UserError: If the owner has none of that name.
         """
         self.get(name).path.unlink()
 
@@ -134,34 +134,34 @@ def check_content(path: Path, suffix: str) -> None:
     """Checks that a file is what its name says, as far as its beginning tells.
 
     Raises:
-        Refused: If it is not.
+        UserError: If it is not.
     """
     with path.open("rb") as file:
-        head = file.read(_LOOKED_AT)
+        head = file.read(_SNIFF_BYTES)
     if suffix == ".parquet":
         _check_parquet(path, head)
         return
     if suffix == ".xlsx":
-        _check_book(path)
+        _check_workbook(path)
         return
     told = {"name": shortened(path.name), "kind": suffix}
-    if head.startswith(_OTHERS):
-        raise Refused("checks.upload_binary", **told)
+    if head.startswith(_BINARY_PREFIXES):
+        raise UserError("checks.upload_binary", **told)
     text = _decoded(head, path.name)
     if text is None:
-        raise Refused("checks.upload_binary", **told)
+        raise UserError("checks.upload_binary", **told)
     first = text.lstrip()[:1]
     if suffix == ".json" and first not in ("[", "{"):
-        raise Refused("checks.upload_json", **told)
-    if suffix == ".jsonl" and not _has_an_object(text):
-        raise Refused("checks.upload_jsonl", **told)
+        raise UserError("checks.upload_json", **told)
+    if suffix == ".jsonl" and not _has_json_object(text):
+        raise UserError("checks.upload_jsonl", **told)
 
 
 def _decoded(head: bytes, name: str) -> str | None:
     """Returns the text that a file begins with, in the encoding that it is then read with."""
     charsets = import_module("lightning_peft.data.charsets")
     # A letter may be cut in half at the end of what was read; a line end is no part of one.
-    whole = head if len(head) < _LOOKED_AT else head[: head.rfind(b"\n") + 1] or head
+    whole = head if len(head) < _SNIFF_BYTES else head[: head.rfind(b"\n") + 1] or head
     try:
         found = charsets.detect(lambda: [whole], name)
     except LightningPeftError:
@@ -169,30 +169,30 @@ def _decoded(head: bytes, name: str) -> str | None:
     return whole.decode(found.name, errors="replace")
 
 
-def _check_book(path: Path) -> None:
+def _check_workbook(path: Path) -> None:
     name = shortened(path.name)
     try:
         with zipfile.ZipFile(path) as book:
             parts = book.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise Refused("checks.upload_binary", name=name, kind=".xlsx") from error
+        raise UserError("checks.upload_binary", name=name, kind=".xlsx") from error
     if "xl/workbook.xml" not in {part.filename for part in parts}:
-        raise Refused("checks.upload_binary", name=name, kind=".xlsx")
-    if len(parts) > _BOOK_PARTS or sum(part.file_size for part in parts) > _BOOK_BYTES:
-        raise Refused("checks.upload_book", name=name)
+        raise UserError("checks.upload_binary", name=name, kind=".xlsx")
+    if len(parts) > _WORKBOOK_PARTS or sum(part.file_size for part in parts) > _WORKBOOK_BYTES:
+        raise UserError("checks.upload_book", name=name)
 
 
-def own_name(name: str) -> str:
+def original_name(name: str) -> str:
     """Returns the name of an upload without what this page has put before it."""
     words = name.split("-")
     return "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else name
 
 
-def _has_an_object(text: str) -> bool:
+def _has_json_object(text: str) -> bool:
     """Says whether a line is a JSON object; bad ones among them are told by the data check."""
     lines = text.splitlines()
     # The last one may be cut; if it is the only one, its beginning tells.
-    if len(lines) <= 1 and len(text) > _LOOKED_AT // 2:
+    if len(lines) <= 1 and len(text) > _SNIFF_BYTES // 2:
         return text.lstrip().startswith("{")
     for line in lines[:1000]:
         try:
@@ -211,10 +211,10 @@ def _check_parquet(path: Path, head: bytes) -> None:
         parquet.ParquetFile(path).close()
     except (ValueError, OSError) as error:
         name = shortened(path.name)
-        raise Refused("checks.upload_binary", name=name, kind=".parquet") from error
+        raise UserError("checks.upload_binary", name=name, kind=".parquet") from error
 
 
-def _plain(text: str) -> str:
+def _slug(text: str) -> str:
     """Returns what is left of a file's name: letters and digits, since it becomes one here."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", ascii_only.lower()).strip("-")[:40].strip("-") or "rows"
@@ -225,5 +225,5 @@ def _upload(path: Path) -> Upload:
     return Upload(path.name, title, path, path.stat().st_size)
 
 
-def _age(path: Path) -> tuple[float, str]:
+def _sort_key(path: Path) -> tuple[float, str]:
     return path.stat().st_mtime, path.name

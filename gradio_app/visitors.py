@@ -30,14 +30,14 @@ def owner_of(request: Any, space: bool) -> str:
     """
     if not space:
         return LOCAL
-    name = signed_in_as(request)
+    name = username_of(request)
     if name:
         return f"hf-{name}"
     value = _cookie(request)
     return "v-" + hashlib.sha256(value.encode()).hexdigest()[:20]
 
 
-def signed_in_as(request: Any) -> str | None:
+def username_of(request: Any) -> str | None:
     """Returns the name on the hub of who is asking, as the hub's sign-in left it."""
     name = _sign_in(request).get("userinfo", {}).get("preferred_username")
     return name if isinstance(name, str) and name else None

@@ -13,11 +13,11 @@ from typing import Any
 import gradio as gr
 import yaml
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import checked_run_id, shortened
 from gradio_app.pages.handling import told
-from gradio_app.public import Public
-from gradio_app.recipe.checking import checked_recipe, code_of
+from gradio_app.recipe.validation import remote_code_model, validate_recipe
+from gradio_app.redaction import Redactor
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -35,11 +35,11 @@ def declare(studio: Studio, t: Texts) -> None:
 
 def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def checked(recipe: str, confirmed: object, owner: str) -> dict[str, Any]:
-        content = checked_recipe(recipe, studio.settings, owner)
-        name = code_of(content)
+        content = validate_recipe(recipe, studio.settings, owner)
+        name = remote_code_model(content)
         # As on the page: what somebody else wrote is no leave to run code.
         if name is not None and confirmed != name:
-            raise Refused("checks.remote_named", name=shortened(name))
+            raise UserError("checks.remote_named", name=shortened(name))
         return content
 
     def recipes() -> dict[str, str]:
@@ -53,8 +53,8 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
         """
         owner = owner_of(request, studio.settings.space)
         content = checked(recipe, trust_remote_code_of, owner)
-        public = Public(studio.settings)
-        return public.value(content, public.portable)
+        redactor = Redactor(studio.settings)
+        return redactor.value(content, redactor.portable)
 
     def start(recipe: str, name: str, request: gr.Request, trust_remote_code_of: str = "") -> str:
         """Puts a run of a recipe into the line, and returns its id.
@@ -64,7 +64,7 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
         owner = owner_of(request, studio.settings.space)
         content = checked(recipe, trust_remote_code_of, owner)
         run = studio.store.create(owner, yaml.safe_dump(content, sort_keys=False), name)
-        studio.line.add(run)
+        studio.queue.add(run)
         return run.id
 
     return recipes, check, start
@@ -91,12 +91,12 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
         one = found(run, request)
         rows = list(one.folder.rows(one.folder.metrics))
         start = max(int(after), 0)
-        return one.public.value(rows[start : start + MOST_ROWS])
+        return one.redactor.value(rows[start : start + MOST_ROWS])
 
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""
         one = found(run, request)
-        one = studio.line.stop(one.owner, one.id)
+        one = studio.queue.stop(one.owner, one.id)
         return asdict(one.status)
 
     return runs, status, metrics, stop

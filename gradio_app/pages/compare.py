@@ -6,13 +6,13 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.comparing.chosen import MOST, Chosen, choose, ids_in
-from gradio_app.comparing.series import AXES, LOSSES, curve
-from gradio_app.comparing.validation_rows import comparable
+from gradio_app.compare.loss_curves import AXES, LOSSES, loss_curve
+from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
+from gradio_app.compare.validation_rows import same_validation_rows
 from gradio_app.pages import compare_html
 from gradio_app.pages.frame import heading, private, when_opened
 from gradio_app.pages.plot import Series, plot
-from gradio_app.running.metrics import MetricsCache
+from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -52,9 +52,9 @@ class ComparePage:
             [],
             value=[],
             multiselect=True,
-            max_choices=MOST,
+            max_choices=MAX_RUNS,
             label=t("compare.runs"),
-            info=t("compare.runs_more", most=MOST),
+            info=t("compare.runs_more", most=MAX_RUNS),
             elem_id="compare-runs",
             interactive=True,
         )
@@ -107,8 +107,8 @@ class ComparePage:
 
     def _opened(self, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
         owner = owner_of(request, self.studio.settings.space)
-        found = choose(
-            self.studio.store, owner, ids_in(str(request.query_params.get("runs") or ""))
+        found = select_runs(
+            self.studio.store, owner, parse_ids(str(request.query_params.get("runs") or ""))
         )
         # All that one may see are offered, and no others can be chosen.
         offered = [(run.name, run.id) for run in self.studio.store.list(owner)]
@@ -122,10 +122,10 @@ class ComparePage:
 
     def _changed(self, ids: Any, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
         owner = owner_of(request, self.studio.settings.space)
-        found = choose(self.studio.store, owner, ids if isinstance(ids, list) else [])
+        found = select_runs(self.studio.store, owner, ids if isinstance(ids, list) else [])
         return self._shown(found, loss, axis, len(self.studio.store.list(owner)))
 
-    def _shown(self, found: Chosen, loss: Any, axis: Any, offered: int) -> list[Any]:
+    def _shown(self, found: RunSelection, loss: Any, axis: Any, offered: int) -> list[Any]:
         t = self.t
         notice = compare_html.notice(found, offered, t)
         if len(found.runs) < 2:
@@ -133,7 +133,8 @@ class ComparePage:
         loss, axis = loss if loss in LOSSES else "val_loss", axis if axis in AXES else "step"
         metrics = [self._metrics.of(run.folder.metrics) for run in found.runs]
         curves = {
-            label: curve(one, loss, axis) for label, one in zip(found.labels, metrics, strict=True)
+            label: loss_curve(one, loss, axis)
+            for label, one in zip(found.labels, metrics, strict=True)
         }
         series = [
             Series(label, color, points)
@@ -151,7 +152,7 @@ class ComparePage:
             notice,
             gr.Column(visible=True),
             drawn,
-            compare_html.summary(curves, loss, axis, comparable(found.runs), t),
+            compare_html.summary(curves, loss, axis, same_validation_rows(found.runs), t),
             compare_html.table(curves, axis, t),
             compare_html.outcomes(found, metrics, t),
             compare_html.differing(found, t),

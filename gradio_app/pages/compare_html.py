@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from gradio_app.comparing.chosen import MOST, Chosen
-from gradio_app.comparing.outcomes import Outcome, outcome_of
-from gradio_app.comparing.recipes import differences
-from gradio_app.comparing.samples import side_by_side
+from gradio_app.compare.answers import compare_answers
+from gradio_app.compare.outcomes import Outcome, outcome_of
+from gradio_app.compare.recipe_diff import differences
+from gradio_app.compare.selection import MAX_RUNS, RunSelection
 from gradio_app.guards import escaped
 from gradio_app.pages.states import badge
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.running.metrics import Metrics
-from gradio_app.running.words import duration, metric, number, size
+from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
+from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
@@ -29,7 +29,7 @@ _CHOSEN = {
 }
 
 
-def notice(found: Chosen, offered: int, t: Texts) -> str:
+def notice(found: RunSelection, offered: int, t: Texts) -> str:
     """Returns what is said of runs that cannot be compared, and where there are too few."""
     parts = []
     if found.missing:
@@ -38,7 +38,7 @@ def notice(found: Chosen, offered: int, t: Texts) -> str:
             f'<p class="not-now" role="alert">{escaped(t("compare.missing", runs=names))}</p>'
         )
     if found.too_many:
-        parts.append(f'<p class="not-now" role="alert">{t("compare.too_many", most=MOST)}</p>')
+        parts.append(f'<p class="not-now" role="alert">{t("compare.too_many", most=MAX_RUNS)}</p>')
     if len(found.runs) < 2:
         parts.append(_empty(len(found.runs), offered, t))
     return "".join(parts)
@@ -76,17 +76,17 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
             t(
                 "compare.curve",
                 run=label,
-                first=number(points[0][1], t),
-                last=number(points[-1][1], t),
+                first=format_number(points[0][1], t),
+                last=format_number(points[-1][1], t),
                 at=_place(points[-1][0], axis, t),
-                least=number(least, t),
+                least=format_number(least, t),
             )
         )
     if not ranked:
         said.insert(0, t("compare.not_comparable"))
     elif len(ends) > 1:
         best = min(ends, key=lambda label: ends[label])
-        lowest = number(ends[best], t)
+        lowest = format_number(ends[best], t)
         said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
     items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in said)
     return f'<div role="status"><ul class="said">{items}</ul></div>'
@@ -106,7 +106,10 @@ def table(curves: Curves, axis: str, t: Texts) -> str:
     places = sorted({x for points in chosen.values() for x in points})
     head = [t(f"compare.axis_{axis}"), *curves]
     rows = [
-        (number(x, t), [number(points[x], t) if x in points else "" for points in chosen.values()])
+        (
+            format_number(x, t),
+            [format_number(points[x], t) if x in points else "" for points in chosen.values()],
+        )
         for x in places
     ]
     return _table(t("run.as_table"), head, rows)
@@ -119,7 +122,7 @@ def _some(points: Sequence[tuple[float, float]]) -> dict[float, float]:
     return dict(points[round(last * place / (TABLE_ROWS - 1))] for place in range(TABLE_ROWS))
 
 
-def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
+def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:
     """Returns what came of the runs."""
     known = [outcome_of(run, one) for run, one in zip(found.runs, metrics, strict=True)]
     names = dict.fromkeys(name for one in known for name in one.after)
@@ -128,8 +131,8 @@ def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
     ]
     for key, values in (
         ("steps", [_plain(one.steps, t) for one in known]),
-        ("time", [duration(one.seconds, t) if one.seconds else "" for one in known]),
-        ("memory", [size(one.memory, t) if one.memory else "" for one in known]),
+        ("time", [format_duration(one.seconds, t) if one.seconds else "" for one in known]),
+        ("memory", [format_bytes(one.memory, t) if one.memory else "" for one in known]),
         ("trainable", [_plain(one.trainable, t) for one in known]),
     ):
         rows.append((t(f"compare.{key}"), values))
@@ -145,15 +148,15 @@ def outcomes(found: Chosen, metrics: Sequence[Metrics], t: Texts) -> str:
 def _change(one: Outcome, name: str, t: Texts) -> str:
     if name not in one.after:
         return ""
-    after = number(one.after[name], t)
-    return f"{number(one.before[name], t)} \u2192 {after}" if name in one.before else after
+    after = format_number(one.after[name], t)
+    return f"{format_number(one.before[name], t)} \u2192 {after}" if name in one.before else after
 
 
 def _plain(value: int | None, t: Texts) -> str:
     return "" if value is None else t.number(value)
 
 
-def differing(found: Chosen, t: Texts) -> str:
+def differing(found: RunSelection, t: Texts) -> str:
     """Returns the settings that differ."""
     seen = differences([run.recipe_text for run in found.runs])
     parts = [f"<h2>{t('compare.settings')}</h2>"]
@@ -182,9 +185,9 @@ def _label(path: str, t: Texts) -> str:
     return t(f"compare.path_{_CHOSEN[path]}") if path in _CHOSEN else ""
 
 
-def samples(found: Chosen, t: Texts) -> str:
+def samples(found: RunSelection, t: Texts) -> str:
     """Returns what the runs said to the same prompts."""
-    title, said = t("compare.samples"), side_by_side(found.runs)
+    title, said = t("compare.samples"), compare_answers(found.runs)
     if not said:
         asked = any(run.folder.samples.is_file() for run in found.runs)
         why = t("compare.no_shared_samples" if asked else "compare.no_samples")

@@ -7,17 +7,17 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, escaped, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
-from gradio_app.public import Public
-from gradio_app.recipe.checking import checked_recipe
-from gradio_app.running import hf_jobs
+from gradio_app.recipe.validation import validate_recipe
+from gradio_app.redaction import Redactor
+from gradio_app.runs import hf_jobs
 from gradio_app.settings import Limits
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of, signed_in_as, token_of
+from gradio_app.visitors import owner_of, token_of, username_of
 
 # What a job installs. It trains with the release that is on the index, not with this page.
 PACKAGE = "lightning-peft"
@@ -73,20 +73,20 @@ def _form(t: Texts) -> _Form:
 def _token(request: gr.Request) -> str:
     token = token_of(request)
     if token is None:
-        raise Refused("elsewhere.sign_in")
+        raise UserError("elsewhere.sign_in")
     return token
 
 
 def _shower(t: Texts) -> Any:
     def show(request: gr.Request) -> tuple[Any, Any, Any]:
-        rows = [(_row(t, one), one.flavor) for one in hf_jobs.machines(_token(request))]
-        mine = f"{signed_in_as(request)}/my-adapter"
+        rows = [(_row(t, one), one.flavor) for one in hf_jobs.list_hardware(_token(request))]
+        mine = f"{username_of(request)}/my-adapter"
         return gr.Dropdown(rows), mine, gr.Button(interactive=True)
 
     return show
 
 
-def _row(t: Texts, machine: hf_jobs.Machine) -> str:
+def _row(t: Texts, machine: hf_jobs.Hardware) -> str:
     return t(
         "elsewhere.machine_row",
         title=machine.title,
@@ -97,23 +97,23 @@ def _row(t: Texts, machine: hf_jobs.Machine) -> str:
 def _pricer(t: Texts) -> Any:
     def price(flavor: Any, minutes: Any, request: gr.Request) -> str:
         machine, asked = _chosen(flavor, _token(request)), _minutes(minutes)
-        dollars = f"{hf_jobs.most_dollars(machine, asked):.2f}"
+        dollars = f"{hf_jobs.max_cost(machine, asked):.2f}"
         text = t("elsewhere.cost", dollars=dollars, minutes=f"{asked:g}", title=machine.title)
         return f'<p role="status">{escaped(text)}</p>'
 
     return price
 
 
-def _chosen(flavor: Any, token: str) -> hf_jobs.Machine:
-    for machine in hf_jobs.machines(token):
+def _chosen(flavor: Any, token: str) -> hf_jobs.Hardware:
+    for machine in hf_jobs.list_hardware(token):
         if machine.flavor == flavor:
             return machine
-    raise Refused("elsewhere.no_machine")
+    raise UserError("elsewhere.no_machine")
 
 
 def _minutes(value: Any) -> float:
     if not isinstance(value, (int, float)) or not 1 <= value <= MOST_MINUTES:
-        raise Refused("elsewhere.bad_minutes", minutes=shortened(value))
+        raise UserError("elsewhere.bad_minutes", minutes=shortened(value))
     return float(value)
 
 
@@ -129,22 +129,22 @@ def _starter(studio: Studio) -> Any:
     ) -> str:
         token = _token(request)
         if agreed is not True:
-            raise Refused("elsewhere.not_agreed")
+            raise UserError("elsewhere.not_agreed")
         machine, asked = _chosen(flavor, token), _minutes(minutes)
         repository = checked_hub_name(repository)
         owner = owner_of(request, studio.settings.space)
         # What the visitor pays for needs no limits of this machine.
-        checked_recipe(str(recipe), replace(studio.settings, limits=Limits()), owner)
+        validate_recipe(str(recipe), replace(studio.settings, limits=Limits()), owner)
         run = studio.store.create(owner, str(recipe), shortened(name))
         try:
-            hf_jobs.start(run.folder, token, machine.flavor, asked, repository, PACKAGE)
-            studio.store.note(run, where=hf_jobs.WHERE, launched=run.created)
+            hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, PACKAGE)
+            studio.store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)
         except Exception as error:
             studio.store.delete(owner, run.id)
-            if isinstance(error, Refused):
+            if isinstance(error, UserError):
                 raise
-            reason = shortened(Public(studio.settings).text(str(error)), 300)
-            raise Refused("elsewhere.refused", reason=reason) from error
+            reason = shortened(Redactor(studio.settings).text(str(error)), 300)
+            raise UserError("elsewhere.refused", reason=reason) from error
         return str(run.id)
 
     return start

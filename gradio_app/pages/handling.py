@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import redacted
 from gradio_app.texts import Texts
 
@@ -23,7 +23,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 def told(t: Texts) -> Callable[[Handler], Handler]:
     """Returns a decorator for handlers whose errors the visitor is told.
 
-    A :class:`Refused` becomes its text. Anything else is logged under a number, which is all that
+    A :class:`UserError` becomes its text. Anything else is logged under a number, which is all that
     the visitor sees of it: messages of Python hold paths, and sometimes more.
 
     Handlers of timers must not raise, since Gradio shows nothing of them.
@@ -57,7 +57,7 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
     """Returns the error that a visitor sees."""
     if isinstance(error, gr.Error):
         return error
-    if isinstance(error, Refused):
+    if isinstance(error, UserError):
         # A toast shows HTML, and what is refused may be somebody's idea of it.
         text = html.escape(sentence(error, t), quote=False)
         return gr.Error(text, title=t("frame.refused"), print_exception=False)
@@ -67,7 +67,7 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
     return gr.Error(text, title=t("frame.failed"), print_exception=False)
 
 
-def sentence(error: Refused, t: Texts) -> str:
+def sentence(error: UserError, t: Texts) -> str:
     """Returns a refusal in the visitor's language; a list among its values is of refusals."""
     values = {name: _said(name, value, t) for name, value in error.values.items()}
     return t(error.key, **values)

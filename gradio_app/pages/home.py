@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.pages import home_html
 from gradio_app.pages.asking import CLICKS
 from gradio_app.pages.frame import heading, private, quiet, when_opened
@@ -14,7 +14,7 @@ from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
 from gradio_app.pages.news import news
 from gradio_app.recipe.demo import demo_recipe
-from gradio_app.running.machine import this_machine
+from gradio_app.runs.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -56,7 +56,7 @@ def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> 
     """Returns what a browser does not have yet."""
     runs = studio.store.list(owner)
     page = home_html.Listed.of(runs, number if isinstance(number, int) else 1)
-    line = [(run if run.owner == owner else None) for run in studio.line.order()]
+    line = [(run if run.owner == owner else None) for run in studio.queue.order()]
     shown = (home_html.running(runs, t), home_html.lists(page, line, t))
     known, values = news([(text, text) for text in shown], before)
     return [*values, page.number, known]
@@ -71,9 +71,9 @@ def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
     if act == "delete":
         studio.store.delete(owner, run)
     elif act in ("earlier", "later"):
-        studio.line.move(owner, run, -1 if act == "earlier" else 1)
+        studio.queue.move(owner, run, -1 if act == "earlier" else 1)
     elif act == "leave":
-        studio.line.cancel(owner, run)
+        studio.queue.cancel(owner, run)
     return number
 
 
@@ -93,8 +93,8 @@ def _cards(studio: Studio, t: Texts) -> None:
         owner = owner_of(request, studio.settings.space)
         run = studio.store.create(owner, demo_recipe(), t("home.try_name"))
         try:
-            studio.line.add(run)
-        except Refused:
+            studio.queue.add(run)
+        except UserError:
             studio.store.delete(owner, run.id)
             raise
         return t.url("run", run=run.id)

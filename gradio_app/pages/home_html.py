@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from gradio_app.guards import escaped
 from gradio_app.pages.asking import opener, question
 from gradio_app.pages.states import badge, left, name_of, percent, phase
-from gradio_app.running.machine import Machine
-from gradio_app.running.store import Run
-from gradio_app.running.summaries import summary_of
-from gradio_app.running.words import ago, number, size
+from gradio_app.runs.formatting import format_bytes, format_number, time_ago
+from gradio_app.runs.machine import Machine
+from gradio_app.runs.store import Run
+from gradio_app.runs.summaries import summary_of
 from gradio_app.texts import Texts
 
 PER_PAGE = 10
@@ -48,9 +48,9 @@ def machine(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
         t: Texts.
         lent_minutes: For how long a run may use a GPU that is lent to it, if one is.
     """
-    lora, qlora = found.most_billions(quantized=False), found.most_billions(quantized=True)
+    lora, qlora = found.max_billions(quantized=False), found.max_billions(quantized=True)
     if found.gpu and found.gpu_bytes:
-        has = t("home.machine_gpu", gpu=found.gpu, memory=size(found.gpu_bytes, t))
+        has = t("home.machine_gpu", gpu=found.gpu, memory=format_bytes(found.gpu_bytes, t))
         can = t("home.fits_gpu", lora=t.localized(f"{lora:g}"), qlora=t.localized(f"{qlora:g}"))
     elif found.gpu:
         has, can = t("home.machine_gpu_alone", gpu=found.gpu), t("home.fits_unknown")
@@ -59,7 +59,7 @@ def machine(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
     else:
         has = t("home.machine_no_gpu")
         can = t("home.fits_cpu", lora=t.localized(f"{lora:g}")) if lora else t("home.fits_little")
-    memory, free = size(found.memory_bytes, t), size(found.free_bytes, t)
+    memory, free = format_bytes(found.memory_bytes, t), format_bytes(found.free_bytes, t)
     rest = t("home.machine_rest", cores=found.cores, memory=memory, free=free)
     return (
         f'<p class="machine"><strong>{t("home.machine")}:</strong> '
@@ -86,11 +86,11 @@ def card(name: str, t: Texts, link: str = "", gpu: str | None = None) -> str:
 
 def running(runs: Sequence[Run], t: Texts) -> str:
     """Returns the runs that are at work."""
-    items = "".join(_at_work(run, t) for run in runs if run.active)
+    items = "".join(_active_item(run, t) for run in runs if run.active)
     return f'<section aria-label="{t("home.running_now")}">{items}</section>' if items else ""
 
 
-def _at_work(run: Run, t: Texts) -> str:
+def _active_item(run: Run, t: Texts) -> str:
     done = percent(run)
     facts = [phase(run, t)]
     if done is not None:
@@ -158,9 +158,9 @@ def _row(run: Run, t: Texts) -> str:
     loss = ""
     if found.loss is not None:
         kind = "validation" if found.validated else "training"
-        loss = t(f"home.loss_{kind}", value=number(found.loss, t))
+        loss = t(f"home.loss_{kind}", value=format_number(found.loss, t))
     task = " ".join(filter(None, [found.task, found.method]))
-    moment = ago(run.created, t) if run.created else ""
+    moment = time_ago(run.created, t) if run.created else ""
     cells = {"state": badge(run, t), "task": escaped(task), "loss": loss, "when": moment}
     middle = "".join(
         f'<td data-label="{t(f"home.{name}")}">{cell}</td>' for name, cell in cells.items()
@@ -173,7 +173,7 @@ def _row(run: Run, t: Texts) -> str:
 
 def _delete(run: Run, t: Texts) -> str:
     label = t("home.delete_named", name=run.name)
-    asked = t("run.sure_delete", name=run.name, size=size(run.bytes, t))
+    asked = t("run.sure_delete", name=run.name, size=format_bytes(run.bytes, t))
     yes = (
         f'<button type="button" class="as-button danger" data-act="delete" data-run="{run.id}">'
         f"{t('run.yes_delete')}</button>"

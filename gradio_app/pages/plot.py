@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gradio_app.guards import escaped
-from gradio_app.running.words import number
+from gradio_app.runs.formatting import format_number
 from gradio_app.texts import Texts
 
 Curve = Sequence[tuple[float, float]]
@@ -162,7 +162,7 @@ def _grid(across: Axis, up: Axis, t: Texts) -> str:
         y = f"{100 * (1 - up.place(tick)):.2f}%"
         parts.append(
             f'<line x1="0" x2="100%" y1="{y}" y2="{y}" {line}/><text class="y-tick" x="0" dx="-8" '
-            f'dy="4" y="{y}" text-anchor="end" {text}>{number(tick, t)}</text>'
+            f'dy="4" y="{y}" text-anchor="end" {text}>{format_number(tick, t)}</text>'
         )
     for tick in across.ticks:
         x = f"{100 * across.place(tick):.2f}%"
@@ -208,7 +208,7 @@ def _said(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
     rows: dict[float, list[str]] = {}
     for one in drawn:
         for x, y in one.points:
-            rows.setdefault(x, []).append(f"{one.name} {number(y, t)}")
+            rows.setdefault(x, []).append(f"{one.name} {format_number(y, t)}")
     place: Callable[[float], float] = across.place
     found = [
         [round(place(x), 4), f"{x_title} {_whole(round(x, 2), t)}: {', '.join(rows[x])}"]

@@ -6,9 +6,9 @@ import re
 import time
 
 from gradio_app.guards import escaped
-from gradio_app.running.store import Run
-from gradio_app.running.verdict import ended_worse
-from gradio_app.running.words import duration
+from gradio_app.runs.formatting import format_duration
+from gradio_app.runs.loss_increase import finished_worse
+from gradio_app.runs.store import Run
 from gradio_app.texts import Texts
 
 # Beside the word, never instead of it.
@@ -28,7 +28,7 @@ SIGNS = {
 def badge(run: Run, t: Texts) -> str:
     """Returns the HTML of a run's state."""
     state: str = run.status.state if run.status.state in SIGNS else "failed"
-    if ended_worse(run):
+    if finished_worse(run):
         state = "worse"
     return (
         f'<span class="badge {state}"><span aria-hidden="true">{SIGNS[state]}</span> '
@@ -78,7 +78,7 @@ def left(run: Run, t: Texts, now: float | None = None) -> str:
         return ""
     passed = (time.time() if now is None else now) - (status.eta_at or status.updated)
     seconds = status.eta_seconds - max(0.0, passed)
-    return t("run.left", time=duration(seconds, t)) if seconds > 0 else ""
+    return t("run.left", time=format_duration(seconds, t)) if seconds > 0 else ""
 
 
 def name_of(run: Run) -> str:

@@ -78,7 +78,7 @@ def _switch(callbacks: list[Any], name: str, on: bool) -> None:
         callbacks[:] = [one for one in callbacks if one not in there]
 
 
-def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_recipes(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Returns ``below`` with the values of ``above``, as several ``--config`` are taken.
 
     Dicts are merged key by key; so are those of classes, where both name the same or ``above``
@@ -92,7 +92,7 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             old.get("class_path") if isinstance(old, dict) else None,
         )
         if isinstance(value, dict) and isinstance(old, dict) and not another:
-            merged[key] = value if key in WHOLE else laid_over(old, value)
+            merged[key] = value if key in WHOLE else merge_recipes(old, value)
         else:
             merged[key] = copy.deepcopy(value)
     return merged

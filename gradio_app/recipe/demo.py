@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from gradio_app.recipe.content import laid_over
+from gradio_app.recipe.content import merge_recipes
 from lightning_peft.cli.recipes import find_recipe, resolved
 
 RECIPE = "sft-qlora"
@@ -14,5 +14,5 @@ SMALL = "small/sft"
 def demo_recipe() -> str:
     """Returns the recipe as one YAML, as ``fit --config sft-qlora --config small/sft`` reads it."""
     below, above = (yaml.safe_load(resolved(find_recipe(name))) for name in (RECIPE, SMALL))
-    text = yaml.safe_dump(laid_over(below, above), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(merge_recipes(below, above), sort_keys=False, allow_unicode=True)
     return f"# The recipe {RECIPE} with {SMALL} laid over it.\n{text}"

@@ -1,13 +1,13 @@
 """The settings of a recipe that the form has: where each stands, of what kind, and its default.
 
-What a model, its data and places are is chosen elsewhere in the form (:data:`CHOSEN`); what has no
-place there can be written in the YAML (:data:`ONLY_YAML`). A test compares these tables with
-``recipes/forkme.yaml`` and the signatures of the classes.
+Model, data and paths have steps of their own (:data:`OTHER_STEPS`); the rest is edited as YAML
+(:data:`YAML_ONLY`). A test compares these tables with ``recipes/forkme.yaml`` and the signatures of
+the classes.
 """
 
 from __future__ import annotations
 
-from gradio_app.recipe.setting import LANGUAGE, ROWS, TOKENS, Field
+from gradio_app.recipe.setting import LANGUAGE_TASKS, ROW_TASKS, TOKEN_TASKS, Field
 
 _MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
     "model.init_args.",
@@ -21,16 +21,15 @@ _MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
 def _training() -> tuple[Field, ...]:
     group = "training"
     return (
-        Field(_TRAINER + "max_epochs", group, "integer", None, least=1, most=10_000, optional=True),
+        Field(_TRAINER + "max_epochs", group, "integer", None, ge=1, le=10_000, optional=True),
         Field(
             _MODEL + "learning_rate",
             group,
             "number",
             2e-4,
-            least=0,
-            above=True,
-            most=1,
-            others=(("dpo", 5e-6), ("orpo", 5e-6), ("reward", 1e-4), ("time-series", 1e-3)),
+            gt=0,
+            le=1,
+            defaults=(("dpo", 5e-6), ("orpo", 5e-6), ("reward", 1e-4), ("time-series", 1e-3)),
         ),
         Field(
             _MODEL + "schedule",
@@ -38,23 +37,23 @@ def _training() -> tuple[Field, ...]:
             "choice",
             "cosine",
             ("cosine", "linear", "constant"),
-            tasks=ROWS,
+            tasks=ROW_TASKS,
         ),
-        Field(_MODEL + "warmup", group, "number", 0.03, least=0, most=0.99, tasks=ROWS),
-        Field(_MODEL + "weight_decay", group, "number", 0.001, least=0, most=10, tasks=ROWS),
-        Field(_TRAINER + "gradient_clip_val", group, "number", None, least=0, optional=True),
-        Field(_TRAINER + "max_steps", group, "integer", -1, least=-1, most=100_000_000),
+        Field(_MODEL + "warmup", group, "number", 0.03, ge=0, le=0.99, tasks=ROW_TASKS),
+        Field(_MODEL + "weight_decay", group, "number", 0.001, ge=0, le=10, tasks=ROW_TASKS),
+        Field(_TRAINER + "gradient_clip_val", group, "number", None, ge=0, optional=True),
+        Field(_TRAINER + "max_steps", group, "integer", -1, ge=-1, le=100_000_000),
         Field(_TRAINER + "max_time", group, "text", None, optional=True),
-        Field("seed_everything", group, "integer", 0, least=0, most=2**32 - 1),
+        Field("seed_everything", group, "integer", 0, ge=0, le=2**32 - 1),
     )
 
 
 def _adapter() -> tuple[Field, ...]:
     group = "adapter"
     return (
-        Field(_STRATEGY + "r", group, "integer", 16, least=1, most=4096),
-        Field(_STRATEGY + "lora_alpha", group, "number", None, least=0, above=True, optional=True),
-        Field(_STRATEGY + "lora_dropout", group, "number", 0.0, least=0, most=0.99),
+        Field(_STRATEGY + "r", group, "integer", 16, ge=1, le=4096),
+        Field(_STRATEGY + "lora_alpha", group, "number", None, gt=0, optional=True),
+        Field(_STRATEGY + "lora_dropout", group, "number", 0.0, ge=0, le=0.99),
         Field(_STRATEGY + "target_modules", group, "words", None, optional=True),
         Field(_STRATEGY + "exclude_modules", group, "words", None, optional=True),
         Field(_STRATEGY + "modules_to_save", group, "words", None, optional=True),
@@ -118,7 +117,7 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             None,
             (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
-            others=(("qlora", "auto"),),
+            defaults=(("qlora", "auto"),),
         ),
         Field(
             _STRATEGY + "gradient_checkpointing",
@@ -126,7 +125,7 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             False,
             ("auto", True, False),
-            others=(("qlora", "auto"),),
+            defaults=(("qlora", "auto"),),
         ),
         Field(
             _MODEL + "dtype",
@@ -134,7 +133,7 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             "auto",
             ("auto", "float32", "bfloat16", "float16"),
-            tasks=ROWS,
+            tasks=ROW_TASKS,
         ),
     )
 
@@ -147,20 +146,20 @@ def _batches() -> tuple[Field, ...]:
             group,
             "integer",
             8,
-            least=1,
-            most=65_536,
-            others=(("time-series", 64),),
+            ge=1,
+            le=65_536,
+            defaults=(("time-series", 64),),
         ),
-        Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, least=1, most=65_536),
+        Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, ge=1, le=65_536),
         Field(
             _DATA + "max_length",
             group,
             "integer",
             None,
-            least=1,
-            most=1_000_000,
+            ge=1,
+            le=1_000_000,
             optional=True,
-            tasks=(*TOKENS, "speech-recognition"),
+            tasks=(*TOKEN_TASKS, "speech-recognition"),
         ),
         Field(
             _DATA + "over_long",
@@ -168,12 +167,12 @@ def _batches() -> tuple[Field, ...]:
             "choice",
             "error",
             ("error", "truncate", "split"),
-            tasks=TOKENS,
+            tasks=TOKEN_TASKS,
         ),
-        Field(_DATA + "length_grouping", group, "switch", False, tasks=TOKENS),
+        Field(_DATA + "length_grouping", group, "switch", False, tasks=TOKEN_TASKS),
         Field(_DATA + "packing", group, "switch", False, tasks=("sft",)),
-        Field(_DATA + "shuffle_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=TOKENS),
-        Field(_DATA + "num_workers", group, "integer", 0, least=0, most=64),
+        Field(_DATA + "shuffle_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks=TOKEN_TASKS),
+        Field(_DATA + "num_workers", group, "integer", 0, ge=0, le=64),
     )
 
 
@@ -183,8 +182,8 @@ def _rows() -> tuple[Field, ...]:
     shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
     return (
         Field(_DATA + "shape", group, "choice", "auto", shapes, tasks=("sft",)),
-        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=LANGUAGE),
-        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=LANGUAGE),
+        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=LANGUAGE_TASKS),
+        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=LANGUAGE_TASKS),
         Field(
             _DATA + "loss_on",
             group,
@@ -199,25 +198,25 @@ def _rows() -> tuple[Field, ...]:
             group,
             "number",
             None,
-            least=0,
-            most=0.99,
+            ge=0,
+            le=0.99,
             optional=True,
-            tasks=ROWS,
+            tasks=ROW_TASKS,
         ),
         Field(
             _DATA + "test_share",
             group,
             "number",
             None,
-            least=0,
-            most=0.99,
+            ge=0,
+            le=0.99,
             optional=True,
-            tasks=ROWS,
+            tasks=ROW_TASKS,
         ),
-        Field(_DATA + "split_seed", group, "integer", 0, least=0, most=2**32 - 1, tasks=ROWS),
-        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks=ROWS),
+        Field(_DATA + "split_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks=ROW_TASKS),
+        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks=ROW_TASKS),
         Field(
-            _DATA + "limit", group, "integer", None, least=1, most=10**9, optional=True, tasks=ROWS
+            _DATA + "limit", group, "integer", None, ge=1, le=10**9, optional=True, tasks=ROW_TASKS
         ),
         Field(
             _DATA + "text_unit",
@@ -225,34 +224,26 @@ def _rows() -> tuple[Field, ...]:
             "choice",
             "line",
             ("line", "paragraph", "document"),
-            tasks=ROWS,
+            tasks=ROW_TASKS,
         ),
-        Field(_DATA + "encoding", group, "text", None, optional=True, tasks=ROWS),
-        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks=ROWS),
-        Field(_DATA + "sheet", group, "text", None, optional=True, tasks=ROWS),
-        Field(_DATA + "streaming", group, "switch", False, tasks=ROWS),
+        Field(_DATA + "encoding", group, "text", None, optional=True, tasks=ROW_TASKS),
+        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks=ROW_TASKS),
+        Field(_DATA + "sheet", group, "text", None, optional=True, tasks=ROW_TASKS),
+        Field(_DATA + "streaming", group, "switch", False, tasks=ROW_TASKS),
     )
 
 
 def _validation() -> tuple[Field, ...]:
     group = "validation"
     return (
-        Field(
-            _TRAINER + "val_check_interval",
-            group,
-            "batches",
-            None,
-            least=0,
-            above=True,
-            optional=True,
-        ),
+        Field(_TRAINER + "val_check_interval", group, "batches", None, gt=0, optional=True),
         Field(
             _TRAINER + "check_val_every_n_epoch",
             group,
             "integer",
             1,
-            least=1,
-            most=10_000,
+            ge=1,
+            le=10_000,
             optional=True,
         ),
         Field(
@@ -260,36 +251,14 @@ def _validation() -> tuple[Field, ...]:
             group,
             "integer",
             None,
-            least=-1,
-            most=10**6,
+            ge=-1,
+            le=10**6,
             optional=True,
         ),
+        Field(_TRAINER + "limit_train_batches", group, "batches", None, gt=0, optional=True),
+        Field(_TRAINER + "limit_val_batches", group, "batches", None, gt=0, optional=True),
         Field(
-            _TRAINER + "limit_train_batches",
-            group,
-            "batches",
-            None,
-            least=0,
-            above=True,
-            optional=True,
-        ),
-        Field(
-            _TRAINER + "limit_val_batches",
-            group,
-            "batches",
-            None,
-            least=0,
-            above=True,
-            optional=True,
-        ),
-        Field(
-            _TRAINER + "log_every_n_steps",
-            group,
-            "integer",
-            None,
-            least=1,
-            most=10**6,
-            optional=True,
+            _TRAINER + "log_every_n_steps", group, "integer", None, ge=1, le=10**6, optional=True
         ),
     )
 
@@ -298,10 +267,8 @@ def _stopping() -> tuple[Field, ...]:
     group = "validation"
     return (
         Field(_CALLBACKS + "StopEarly", group, "switch", False),
-        Field(
-            _CALLBACKS + "StopEarly.init_args.patience", group, "integer", 3, least=1, most=10**4
-        ),
-        Field(_CALLBACKS + "StopEarly.init_args.min_delta", group, "number", 0.0, least=0),
+        Field(_CALLBACKS + "StopEarly.init_args.patience", group, "integer", 3, ge=1, le=10**4),
+        Field(_CALLBACKS + "StopEarly.init_args.min_delta", group, "number", 0.0, ge=0),
         Field(_CALLBACKS + "StopEarly.init_args.monitor", group, "text", "val_loss"),
         Field(_CALLBACKS + "StopEarly.init_args.mode", group, "choice", "min", ("min", "max")),
     )
@@ -310,23 +277,17 @@ def _stopping() -> tuple[Field, ...]:
 def _keeping() -> tuple[Field, ...]:
     group = "keeping"
     best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
-    talk = (*LANGUAGE[:3], "summarization", "translation", "speech-recognition")
+    talk = (*LANGUAGE_TASKS[:3], "summarization", "translation", "speech-recognition")
     return (
         Field(best + "monitor", group, "text", "val_loss"),
         Field(best + "mode", group, "choice", "min", ("min", "max")),
-        Field(best + "save_top_k", group, "integer", 1, least=-1, most=1000),
+        Field(best + "save_top_k", group, "integer", 1, ge=-1, le=1000),
         Field(best + "save_last", group, "switch", True),
-        Field(best + "save_every", group, "integer", None, least=1, most=10**8, optional=True),
+        Field(best + "save_every", group, "integer", None, ge=1, le=10**8, optional=True),
         Field(samples, group, "switch", False, tasks=talk),
-        Field(samples + ".init_args.count", group, "integer", 3, least=1, most=50, tasks=talk),
+        Field(samples + ".init_args.count", group, "integer", 3, ge=1, le=50, tasks=talk),
         Field(
-            samples + ".init_args.max_new_tokens",
-            group,
-            "integer",
-            64,
-            least=1,
-            most=4096,
-            tasks=talk,
+            samples + ".init_args.max_new_tokens", group, "integer", 64, ge=1, le=4096, tasks=talk
         ),
         Field(_STRATEGY + "verify", group, "choice", "cheap", ("off", "cheap", "full")),
         Field(_STRATEGY + "print_summary", group, "switch", True),
@@ -347,7 +308,7 @@ FIELDS: tuple[Field, ...] = (
 BY_PATH = {field.path: field for field in FIELDS}
 GROUPS = tuple(dict.fromkeys(field.group for field in FIELDS))
 # Shown without opening anything.
-FIRST = (
+BASIC = (
     "trainer.max_epochs",
     "model.init_args.learning_rate",
     "trainer.strategy.init_args.r",
@@ -356,7 +317,7 @@ FIRST = (
     "data.init_args.max_length",
 )
 # Chosen in the steps for model, data and method.
-CHOSEN = frozenset(
+OTHER_STEPS = frozenset(
     {
         *("model.class_path", "data.class_path", "trainer.strategy.class_path"),
         *(f"{_MODEL}{name}" for name in ("model", "revision", "trust_remote_code")),
@@ -366,7 +327,7 @@ CHOSEN = frozenset(
     }
 )
 # In the YAML alone.
-ONLY_YAML = frozenset(
+YAML_ONLY = frozenset(
     {
         *(f"{_MODEL}{name}" for name in ("config", "average_across_step")),
         *(f"{_DATA}{name}" for name in ("validation_data", "test_data", "cache_dir")),

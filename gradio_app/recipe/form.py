@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 from gradio_app.recipe.content import MISSING, class_name, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH, FIELDS, Field
-from gradio_app.recipe.parsing import parsed
 from gradio_app.recipe.presets import TASKS, Task
+from gradio_app.recipe.yaml_text import parse_yaml
 
 LONGEST_TEXT = 10_000
 
@@ -47,35 +47,35 @@ def default_of(field: Field, content: Mapping[str, Any]) -> Any:
     """Returns the value of a setting where the recipe does not have it."""
     task = task_of(content)
     names = (method_of(content), task.name if task else "")
-    return next((value for name, value in field.others if name in names), field.default)
+    return next((value for name, value in field.defaults if name in names), field.default)
 
 
-def shown(field: Field, content: Mapping[str, Any]) -> Any:
+def display_value(field: Field, content: Mapping[str, Any]) -> Any:
     """Returns what the form shows of a setting: a bool for a switch, else text."""
     value = value_at(content, field.path, default_of(field, content))
     if field.kind == "switch":
         return value if isinstance(value, bool) else value is not None
     # A run writes 32.0 where 32 was typed; of batches, 1.0 are all, and 1 is one.
     whole = isinstance(value, float) and value.is_integer() and field.kind != "batches"
-    return text_of(int(value) if whole else value)
+    return format_value(int(value) if whole else value)
 
 
-def text_of(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Returns a value as it is typed."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, float):
-        return _number(value)
+        return _format_number(value)
     if isinstance(value, list):
-        return ", ".join(map(text_of, value))
+        return ", ".join(map(format_value, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {text_of(inner)}" for key, inner in value.items())
+        return ", ".join(f"{key}: {format_value(inner)}" for key, inner in value.items())
     return str(value)
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     text = repr(value)
     if value and math.isfinite(value) and (abs(value) < 1e-2 or abs(value) >= 1e7):
         # 2e-4, as the field writes it, and not 0.0002.
@@ -85,53 +85,53 @@ def _number(value: float) -> str:
     return text
 
 
-def read(field: Field, given: object) -> Any:
+def parse_value(field: Field, given: object) -> Any:
     """Returns the value that was typed for a setting.
 
     Raises:
-        Refused: If it can be none.
+        UserError: If it can be none.
     """
     if field.kind == "switch":
         if not isinstance(given, bool):
-            raise Refused("checks.switch", value=shortened(given))
+            raise UserError("checks.switch", value=shortened(given))
         return given
     if not isinstance(given, (str, int, float, type(None))):
-        raise Refused("checks.at_value", where=field.key, value=shortened(given))
-    text = given.strip() if isinstance(given, str) else text_of(given)
+        raise UserError("checks.at_value", where=field.key, value=shortened(given))
+    text = given.strip() if isinstance(given, str) else format_value(given)
     if field.kind == "choice":
-        return _choice(field, text)
+        return _parse_choice(field, text)
     if not text:
         if field.optional or field.default in (None, ""):
             return None if field.default is None else field.default
-        raise Refused("checks.needed")
+        raise UserError("checks.needed")
     if len(text) > LONGEST_TEXT:
-        raise Refused("checks.long_text", most=LONGEST_TEXT)
-    readers = {"words": _words, "numbers": _numbers, "pairs": _pairs}
+        raise UserError("checks.long_text", most=LONGEST_TEXT)
+    readers = {"words": _parse_words, "numbers": _parse_numbers, "pairs": _parse_pairs}
     if field.kind in readers:
         return readers[field.kind](text)
-    return text if field.kind == "text" else _in_range(field, text)
+    return text if field.kind == "text" else _parse_number(field, text)
 
 
-def _choice(field: Field, text: str) -> Any:
+def _parse_choice(field: Field, text: str) -> Any:
     for choice in field.choices:
-        if text_of(choice) == text:
+        if format_value(choice) == text:
             return choice
-    known = ", ".join(text_of(choice) or "-" for choice in field.choices)
-    raise Refused("checks.choice", value=shortened(text), known=known)
+    known = ", ".join(format_value(choice) or "-" for choice in field.choices)
+    raise UserError("checks.choice", value=shortened(text), known=known)
 
 
-def _in_range(field: Field, text: str) -> int | float:
+def _parse_number(field: Field, text: str) -> int | float:
     whole = field.kind == "integer"
-    number = _parsed_number(text)
+    number = _to_float(text)
     if number is None or whole and number != int(number):
-        raise Refused("checks.integer" if whole else "checks.number", value=shortened(text))
-    too_small = field.least is not None and (
-        number <= field.least if field.above else number < field.least
+        raise UserError("checks.integer" if whole else "checks.number", value=shortened(text))
+    too_small = (field.ge is not None and number < field.ge) or (
+        field.gt is not None and number <= field.gt
     )
-    if too_small or field.most is not None and number > field.most:
-        least = text_of(field.least) if field.least is not None else "-"
-        most = text_of(field.most) if field.most is not None else "-"
-        raise Refused("checks.range", value=shortened(text), least=least, most=most)
+    if too_small or field.le is not None and number > field.le:
+        least = format_value(field.gt if field.ge is None else field.ge) or "-"
+        most = format_value(field.le) or "-"
+        raise UserError("checks.range", value=shortened(text), least=least, most=most)
     if whole:
         return int(number)
     # Of batches, a whole number is a count, and a fraction a share.
@@ -139,7 +139,7 @@ def _in_range(field: Field, text: str) -> int | float:
     return int(number) if counted else float(number)
 
 
-def _parsed_number(text: str) -> float | None:
+def _to_float(text: str) -> float | None:
     try:
         number = float(text.replace(",", ".") if text.count(",") == 1 else text)
     except ValueError:
@@ -147,33 +147,33 @@ def _parsed_number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _words(text: str) -> list[str] | str:
+def _parse_words(text: str) -> list[str] | str:
     words = [word.strip() for word in text.split(",") if word.strip()]
     # One word may be "all-linear", or a regular expression.
     return words[0] if len(words) == 1 and not words[0].isidentifier() else words
 
 
-def _numbers(text: str) -> list[int]:
+def _parse_numbers(text: str) -> list[int]:
     try:
         return [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
-        raise Refused("checks.numbers", value=shortened(text)) from None
+        raise UserError("checks.numbers", value=shortened(text)) from None
 
 
-def _pairs(text: str) -> dict[str, int]:
+def _parse_pairs(text: str) -> dict[str, int]:
     inside = text if text.startswith("{") else f"{{{text}}}"
     try:
-        found = parsed(inside)
+        found = parse_yaml(inside)
         if not all(isinstance(value, int) and value > 0 for value in found.values()):
-            raise Refused("checks.pairs", value=shortened(text))
-    except Refused:
-        raise Refused("checks.pairs", value=shortened(text)) from None
+            raise UserError("checks.pairs", value=shortened(text))
+    except UserError:
+        raise UserError("checks.pairs", value=shortened(text)) from None
     return found
 
 
-def with_fields(
+def apply_form(
     content: dict[str, Any], given: Mapping[str, object]
-) -> tuple[dict[str, Any], dict[str, Refused]]:
+) -> tuple[dict[str, Any], dict[str, UserError]]:
     """Returns the recipe with what stands in the form, and what of that cannot be.
 
     A key is only written where it says something else than before: a recipe that is opened and left
@@ -183,32 +183,36 @@ def with_fields(
         content: The recipe that the form was filled from.
         given: What stands in the form, by path.
     """
-    problems: dict[str, Refused] = {}
+    problems: dict[str, UserError] = {}
     for field in FIELDS:
         if field.path not in given or not applies(field, content):
             continue
         typed = given[field.path]
-        if typed == shown(field, content) or typed is None and shown(field, content) == "":
+        if (
+            typed == display_value(field, content)
+            or typed is None
+            and display_value(field, content) == ""
+        ):
             continue
         try:
-            value = read(field, typed)
-        except Refused as refused:
+            value = parse_value(field, typed)
+        except UserError as refused:
             problems[field.path] = refused
             continue
         content = with_value(content, field.path, value)
     return content, problems
 
 
-def changed(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[str]:
+def changed_paths(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[str]:
     """Returns the paths of the settings in which a recipe differs from what it was made of."""
     return [
         field.path
         for field in FIELDS
-        if applies(field, content) and shown(field, content) != shown(field, since)
+        if applies(field, content) and display_value(field, content) != display_value(field, since)
     ]
 
 
-def followed(
+def rebase_defaults(
     since: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what a recipe was made of, with all that a choice has changed in the recipe.
@@ -223,19 +227,19 @@ def followed(
     strategy = "trainer.strategy.class_path"
     since = with_value(since, strategy, value_at(after, strategy, MISSING))
     for field in FIELDS:
-        if shown(field, before) != shown(field, after):
+        if display_value(field, before) != display_value(field, after):
             since = with_value(since, field.path, value_at(after, field.path, MISSING))
     return since
 
 
-def reset(content: dict[str, Any], since: Mapping[str, Any], path: str) -> dict[str, Any]:
+def reset_field(content: dict[str, Any], since: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns a recipe in which a setting is again what it was.
 
     Raises:
-        Refused: If there is no such setting.
+        UserError: If there is no such setting.
     """
     if path not in BY_PATH:
-        raise Refused("checks.unknown", where=shortened(path))
+        raise UserError("checks.unknown", where=shortened(path))
     return with_value(content, path, value_at(since, path, MISSING))
 
 

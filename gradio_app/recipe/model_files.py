@@ -13,13 +13,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 
 # A header of more is none.
 _HEADER = 100_000_000
 _INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def hub_cache() -> Path:
@@ -28,7 +28,7 @@ def hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
 
 
-def cached(name: str, revision: str | None = None) -> Path | None:
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
     """Returns the folder of a model of the hub; ``None`` if it is not on this machine.
 
     Args:
@@ -46,7 +46,7 @@ def cached(name: str, revision: str | None = None) -> Path | None:
     return folder if re.fullmatch(r"[\w.-]+", commit) and folder.is_dir() else None
 
 
-def on_this_machine(name: str) -> bool:
+def is_cached(name: str) -> bool:
     """Says whether the hub's cache of this machine has files of a model."""
     return (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
 
@@ -59,42 +59,44 @@ def free_bytes() -> int:
     return shutil.disk_usage(place).free
 
 
-def own_code(folder: Path) -> list[str]:
+def remote_code_files(folder: Path) -> list[str]:
     """Returns the files of code that a model cannot do without; none if transformers knows it."""
-    config = _object(folder / "config.json")
+    config = _read_object(folder / "config.json")
     named = config.get("auto_map")
-    if not isinstance(named, dict) or _known(config.get("model_type")):
+    if not isinstance(named, dict) or _in_transformers(config.get("model_type")):
         return []
-    values = [one for value in named.values() for one in _listed(value) if isinstance(one, str)]
+    values = [one for value in named.values() for one in _as_list(value) if isinstance(one, str)]
     # `namespace/name--module.Class` is in another repository.
     files = {value.rpartition("--")[2].partition(".")[0] + ".py" for value in values}
     return sorted(shortened(file) for file in files) or ["auto_map"]
 
 
-def checked_folder(folder: Path) -> None:
+def validate_folder(folder: Path) -> None:
     """Refuses a folder that holds no whole model.
 
     Raises:
-        Refused: With what is missing or damaged.
+        UserError: With what is missing or damaged.
     """
     name = folder.name
-    config = _object(folder / "config.json")
+    config = _read_object(folder / "config.json")
     kind = config.get("model_type")
     if not config:
-        raise Refused("checks.folder_config", path=shortened(name))
-    if not own_code(folder) and not _known(kind):
-        raise Refused("checks.folder_kind", path=shortened(name), kind=shortened(kind))
-    missing = [file for file in _needed(folder) if not (folder / file).is_file()]
+        raise UserError("checks.folder_config", path=shortened(name))
+    if not remote_code_files(folder) and not _in_transformers(kind):
+        raise UserError("checks.folder_kind", path=shortened(name), kind=shortened(kind))
+    missing = [file for file in _indexed_files(folder) if not (folder / file).is_file()]
     if missing:
-        raise Refused("checks.folder_missing", path=shortened(name), file=shortened(missing[0]))
+        raise UserError("checks.folder_missing", path=shortened(name), file=shortened(missing[0]))
     found = sorted(folder.glob("*.safetensors"))
     if not found:
-        pickled = any(file for pattern in _PICKLED for file in folder.glob(pattern))
+        pickled = any(file for pattern in _PICKLES for file in folder.glob(pattern))
         key = "checks.folder_pickled" if pickled else "checks.folder_empty"
-        raise Refused(key, path=shortened(name))
+        raise UserError(key, path=shortened(name))
     for file in found:
-        if not _whole(file):
-            raise Refused("checks.folder_damaged", path=shortened(name), file=shortened(file.name))
+        if not _is_complete(file):
+            raise UserError(
+                "checks.folder_damaged", path=shortened(name), file=shortened(file.name)
+            )
 
 
 def weight_bytes(folder: Path) -> int:
@@ -103,7 +105,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelInfo:
     """What the files of a model say of it; ``None`` or empty where they do not.
 
     Attributes:
@@ -111,35 +113,35 @@ class Described:
         parameters: Number of values in its files with weights.
         context: Tokens that it takes at most.
         dtype: Number format of its weights, such as ``"bfloat16"``.
-        chats: Whether it has a chat template.
+        has_chat_template: Whether it has a chat template.
     """
 
     architecture: str
     parameters: int | None
     context: int | None
     dtype: str
-    chats: bool
+    has_chat_template: bool
 
 
-def described(folder: Path) -> Described:
+def model_info(folder: Path) -> ModelInfo:
     """Returns what the files of a model in a folder say of it."""
-    config = _object(folder / "config.json")
+    config = _read_object(folder / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    names = _listed(config.get("architectures") or config.get("model_type") or "")
+    names = _as_list(config.get("architectures") or config.get("model_type") or "")
     context = (text or config).get("max_position_embeddings")
     dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), "")
-    chats = (folder / "chat_template.jinja").is_file() or bool(
-        _object(folder / "tokenizer_config.json").get("chat_template")
+    has_chat_template = (folder / "chat_template.jinja").is_file() or bool(
+        _read_object(folder / "tokenizer_config.json").get("chat_template")
     )
-    counts = [_values(file) for file in folder.glob("*.safetensors")]
+    counts = [_count_values(file) for file in folder.glob("*.safetensors")]
     known = sum(count for count in counts if count) if counts and all(counts) else None
     # Packed numbers are fewer than what they stand for.
     parameters = None if config.get("quantization_config") else known
     whole = context if isinstance(context, int) else None
-    return Described(shortened(names[0]), parameters, whole, shortened(dtype), chats)
+    return ModelInfo(shortened(names[0]), parameters, whole, shortened(dtype), has_chat_template)
 
 
-def _values(file: Path) -> int | None:
+def _count_values(file: Path) -> int | None:
     """Returns how many values the tensors of a file have, by its header."""
     try:
         with file.open("rb") as opened:
@@ -151,14 +153,14 @@ def _values(file: Path) -> int | None:
         return None
 
 
-def _needed(folder: Path) -> list[str]:
+def _indexed_files(folder: Path) -> list[str]:
     """Returns the files that the weights are said to be in; none where nothing is said."""
-    files = _object(folder / _INDEX).get("weight_map")
+    files = _read_object(folder / _INDEX).get("weight_map")
     names = set(files.values()) if isinstance(files, dict) else set()
     return sorted(name for name in names if isinstance(name, str) and "/" not in name)
 
 
-def _whole(file: Path) -> bool:
+def _is_complete(file: Path) -> bool:
     """Says whether a file of weights is as long as its header says."""
     try:
         with file.open("rb") as opened:
@@ -172,7 +174,7 @@ def _whole(file: Path) -> bool:
         return False
 
 
-def _object(file: Path) -> dict[str, Any]:
+def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -180,17 +182,17 @@ def _object(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _known(kind: object) -> bool:
+def _in_transformers(kind: object) -> bool:
     """Says whether transformers has code of its own for a kind of model."""
-    return isinstance(kind, str) and (kind in _kinds() or not _kinds())
+    return isinstance(kind, str) and (kind in _model_types() or not _model_types())
 
 
 @cache
-def _kinds() -> frozenset[str]:
+def _model_types() -> frozenset[str]:
     """Returns the kinds of models that stand in transformers' tables, which is not imported.
 
     A few words that are no kinds are among them.

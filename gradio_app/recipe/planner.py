@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import shortened
-from gradio_app.recipe.choices import with_method
+from gradio_app.recipe.command_worker import CommandResult, CommandWorker
 from gradio_app.recipe.content import value_at, with_value
-from gradio_app.recipe.data import local, said
+from gradio_app.recipe.edits import with_method
 from gradio_app.recipe.form import method_of, task_of
-from gradio_app.recipe.presets import GPUS, THIS
-from gradio_app.recipe.warm import Completed, WarmCommands
+from gradio_app.recipe.presets import GPUS, THIS_MACHINE
+from gradio_app.recipe.preview import error_message, local_path
 
 SECONDS = 120.0
 # Where neither the recipe nor the data says how long rows are.
-USUAL_LENGTH = 512
+DEFAULT_LENGTH = 512
 # How long a plan is kept: what is free of this machine changes.
-KEPT_SECONDS = 300.0
+CACHE_SECONDS = 300.0
 _AMOUNT = re.compile(r"\d{1,4}(\.\d{1,3})?\s?[GM]i?B", re.IGNORECASE)
 _STRATEGY = "trainer.strategy.init_args."
 _LENGTH = "data.init_args.max_length"
 _BATCH, _ACCUMULATE = "data.init_args.batch_size", "trainer.accumulate_grad_batches"
-Ask = Callable[[list[str]], Completed]
+RunCommand = Callable[[list[str]], CommandResult]
 _PRECISIONS = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
@@ -37,24 +37,24 @@ class Plan:
     Attributes:
         numbers: What ``plan --json`` printed; empty where it could not be said.
         length: Tokens in a row that it was counted with.
-        length_is: ``"set"``, ``"data"`` or ``"usual"``: where that is from.
+        length_source: ``"set"``, ``"data"`` or ``"usual"``: where that is from.
         refusal: Why nothing could be said: key of a text.
         reason: The words of the command, where it could not.
     """
 
     numbers: dict[str, Any]
     length: int = 0
-    length_is: str = ""
+    length_source: str = ""
     refusal: str = ""
     reason: str = ""
 
     @property
-    def needs(self) -> int:
+    def required_bytes(self) -> int:
         """Bytes at the fullest moment."""
         return int(self.numbers.get("peak_bytes", 0))
 
     @property
-    def has(self) -> int | None:
+    def available_bytes(self) -> int | None:
         """Bytes of the device."""
         device = self.numbers.get("device")
         return int(device["bytes"]) if device else None
@@ -67,25 +67,28 @@ class Plan:
 
 
 @dataclass
-class Known:
+class PlanCache:
     """The plans of one page, so that a change that needs no other memory asks for no new one."""
 
-    answers: dict[tuple[str, ...], tuple[float, Completed]] = field(default_factory=dict)
+    answers: dict[tuple[str, ...], tuple[float, CommandResult]] = field(default_factory=dict)
 
     def ask(
-        self, words: list[str], warm: WarmCommands, wanted: Callable[[], bool] | None = None
-    ) -> Completed:
+        self,
+        words: list[str],
+        worker: CommandWorker,
+        still_needed: Callable[[], bool] | None = None,
+    ) -> CommandResult:
         """Returns the answer of ``lightning-peft plan``, an earlier one if it is not old.
 
         Args:
             words: The command.
-            warm: What runs it.
-            wanted: Says whether the answer is still wanted.
+            worker: Runs it.
+            still_needed: Says whether the answer is still wanted.
         """
         now = time.monotonic()
-        self.answers = {k: one for k, one in self.answers.items() if now - one[0] < KEPT_SECONDS}
+        self.answers = {k: one for k, one in self.answers.items() if now - one[0] < CACHE_SECONDS}
         if tuple(words) not in self.answers:
-            answer = warm.run(words, SECONDS, wanted)
+            answer = worker.run(words, SECONDS, still_needed)
             if answer.code != 0:
                 return answer
             self.answers[tuple(words)] = (now, answer)
@@ -106,30 +109,30 @@ class Fix:
     plan: Plan
 
 
-def checked_device(text: object) -> str:
+def validate_device(text: object) -> str:
     """Returns what a run is planned for, as the command takes it.
 
     Raises:
-        Refused: If it is no GPU of the list, and no amount.
+        UserError: If it is no GPU of the list, and no amount.
     """
     name = text.strip() if isinstance(text, str) else ""
-    if name in (THIS, *GPUS) or _AMOUNT.fullmatch(name):
+    if name in (THIS_MACHINE, *GPUS) or _AMOUNT.fullmatch(name):
         return name
-    raise Refused("checks.device", name=shortened(text))
+    raise UserError("checks.device", name=shortened(text))
 
 
-def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | str:
+def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[str] | str:
     """Returns the arguments of the command, or the key of the text that says why there are none."""
     task = task_of(content)
     model = value_at(content, "model.init_args.model", None)
-    if task is None or not task.planned or model is None:
+    if task is None or not task.sequences_per_row or model is None:
         return "plan_not_this_task"
     if value_at(content, "model.init_args.config", None) is not None:
         return "plan_not_random"
     if value_at(content, "model.init_args.trust_remote_code", None):
         # Planning builds the model, and only the run itself may run its code.
         return "plan_not_own_code"
-    batch = value_at(content, _BATCH, 8) * task.planned
+    batch = value_at(content, _BATCH, 8) * task.sequences_per_row
     precision = value_at(content, "trainer.precision", None)
     strategy = {
         name: value_at(content, _STRATEGY + name, None)
@@ -138,7 +141,7 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
     revision = value_at(content, "model.init_args.revision", None)
     checkpointing = strategy["gradient_checkpointing"]
     words = {
-        "model": str(local(str(model))),
+        "model": str(local_path(str(model))),
         "method": method_of(content),
         "seq-len": length,
         "batch-size": batch,
@@ -160,24 +163,26 @@ def arguments(content: dict[str, Any], device: str, length: int) -> list[str] | 
     return made
 
 
-def planned(content: dict[str, Any], device: str, ask: Ask, longest: int | None = None) -> Plan:
+def plan_memory(
+    content: dict[str, Any], device: str, ask: RunCommand, longest: int | None = None
+) -> Plan:
     """Returns what the run of a checked recipe needs.
 
     Args:
         content: The recipe.
-        device: As :func:`checked_device` returns it.
+        device: As :func:`validate_device` returns it.
         ask: Runs the command of these words.
         longest: Tokens of the longest row of its data, where that is known.
     """
-    length, length_is = length_of(content, longest)
-    words = arguments(content, device, length)
+    length, length_source = length_of(content, longest)
+    words = plan_arguments(content, device, length)
     if isinstance(words, str):
-        return Plan({}, length, length_is, refusal=words)
+        return Plan({}, length, length_source, refusal=words)
     answer = ask([*words, "--no-limits"])
     numbers = answer.json() if answer.code == 0 else None
     if numbers is None:
-        return Plan({}, length, length_is, refusal="plan_failed", reason=said(answer))
-    return Plan(numbers, length, length_is)
+        return Plan({}, length, length_source, refusal="plan_failed", reason=error_message(answer))
+    return Plan(numbers, length, length_source)
 
 
 def length_of(content: dict[str, Any], longest: int | None) -> tuple[int, str]:
@@ -185,14 +190,14 @@ def length_of(content: dict[str, Any], longest: int | None) -> tuple[int, str]:
     most = value_at(content, _LENGTH, None)
     if longest is not None:
         return (min(longest, most), "data") if most else (longest, "data")
-    return (most, "set") if most else (USUAL_LENGTH, "usual")
+    return (most, "set") if most else (DEFAULT_LENGTH, "usual")
 
 
 def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict[str, Any]:
     """Returns a recipe that needs less memory.
 
     Raises:
-        Refused: If there is no such change.
+        UserError: If there is no such change.
     """
     if name == "qlora":
         return with_method(content, "qlora")
@@ -207,13 +212,13 @@ def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict
         content = with_value(content, _LENGTH, max(64, length // 2))
         return with_value(content, "data.init_args.over_long", "truncate")
     if name == "all":
-        for one in candidates(content, longest):
+        for one in applicable_fixes(content, longest):
             content = with_fix(content, one, longest)
         return content
-    raise Refused("checks.no_fix", name=shortened(name))
+    raise UserError("checks.no_fix", name=shortened(name))
 
 
-def candidates(content: dict[str, Any], longest: int | None) -> list[str]:
+def applicable_fixes(content: dict[str, Any], longest: int | None) -> list[str]:
     """Returns the names of the changes that would need less memory, the mildest first."""
     found = []
     checkpointing = value_at(content, f"{_STRATEGY}gradient_checkpointing", None)
@@ -229,10 +234,12 @@ def candidates(content: dict[str, Any], longest: int | None) -> list[str]:
     return found
 
 
-def fixes(content: dict[str, Any], device: str, ask: Ask, longest: int | None) -> Iterator[Fix]:
+def find_fixes(
+    content: dict[str, Any], device: str, ask: RunCommand, longest: int | None
+) -> Iterator[Fix]:
     """Yields changes with what the run would then need, as each is known; last all together."""
-    names = candidates(content, longest)
+    names = applicable_fixes(content, longest)
     for name in [*names, *(["all"] if len(names) > 1 else [])]:
-        plan = planned(with_fix(content, name, longest), device, ask, longest)
+        plan = plan_memory(with_fix(content, name, longest), device, ask, longest)
         if plan.numbers:
             yield Fix(name, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradio_app.running.bfloat16 import Kind
+from gradio_app.runs.bfloat16 import Kind
 
 # Their activations overflow float16.
 _NO_FLOAT16 = ("summarization", "translation")
@@ -30,7 +30,7 @@ class Precision:
     reason: str
 
 
-def usual(task: str, tiny: bool, kind: Kind) -> Precision:
+def default_precision(task: str, tiny: bool, kind: Kind) -> Precision:
     """Returns the default.
 
     Args:

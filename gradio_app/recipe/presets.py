@@ -14,17 +14,17 @@ class Task:
     Attributes:
         name: That of its recipes: ``NAME-lora``, ``NAME-qlora``.
         module: Class of its task.
-        small: Name of the recipe that makes a small trial of it.
-        reads: Argument of the data that names the tokenizer or processor, if there is one.
-        planned: How many sequences of a batch the planner counts for a row; 0 where it cannot.
+        small_recipe: Name of the recipe that makes a small trial of it.
+        processor_argument: Argument of the data module that names the tokenizer or processor.
+        sequences_per_row: Sequences that the planner counts for a row; 0 where it cannot plan.
         shapes: Shapes of rows that it takes, with the fields that each needs or may have.
     """
 
     name: str
     module: str
-    small: str
-    reads: str | None = "tokenizer"
-    planned: int = 0
+    small_recipe: str
+    processor_argument: str | None = "tokenizer"
+    sequences_per_row: int = 0
     shapes: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
@@ -42,11 +42,11 @@ TASKS = (
         "sft",
         "CausalLM",
         "sft",
-        planned=1,
+        sequences_per_row=1,
         shapes=(_MESSAGES, _PAIR, _ALPACA, ("text", ("text",))),
     ),
-    Task("dpo", "PreferenceTuning", "dpo", planned=2, shapes=_PREFERENCE),
-    Task("orpo", "PreferenceTuning", "orpo", planned=2, shapes=_PREFERENCE),
+    Task("dpo", "PreferenceTuning", "dpo", sequences_per_row=2, shapes=_PREFERENCE),
+    Task("orpo", "PreferenceTuning", "orpo", sequences_per_row=2, shapes=_PREFERENCE),
     Task("reward", "RewardModel", "reward", shapes=_PREFERENCE),
     Task(
         "text-classification",
@@ -66,17 +66,17 @@ TASKS = (
         "speech-recognition",
         "SpeechRecognizer",
         "speech-recognition",
-        reads="processor",
+        processor_argument="processor",
         shapes=(("speech", ("audio", "transcript")),),
     ),
     Task(
         "image-classification",
         "ImageClassifier",
         "image-classification",
-        reads="processor",
+        processor_argument="processor",
         shapes=(("image_label", ("image", "label")),),
     ),
-    Task("time-series", "Forecaster", "time-series", reads=None),
+    Task("time-series", "Forecaster", "time-series", processor_argument=None),
 )
 TASK_NAMES = tuple(task.name for task in TASKS)
 
@@ -91,8 +91,8 @@ class Model:
         licence: As its authors call it.
         tasks: Names of the tasks that it is offered for.
         gated: Whether its authors must first be asked on the hub.
-        chats: Whether it has a chat template of its own.
-        stored: Bytes that a weight takes in its files on the hub.
+        has_chat_template: Whether it has a chat template of its own.
+        bytes_per_parameter: Bytes that a weight takes in its files on the hub.
     """
 
     name: str
@@ -100,13 +100,13 @@ class Model:
     licence: str
     tasks: tuple[str, ...]
     gated: bool = False
-    chats: bool = True
-    stored: int = 2
+    has_chat_template: bool = True
+    bytes_per_parameter: int = 2
 
     @property
     def download_bytes(self) -> int:
         """Bytes that are fetched from the hub; what is not weights is little."""
-        return self.stored * self.parameters
+        return self.bytes_per_parameter * self.parameters
 
     @property
     def weight_bytes(self) -> int:
@@ -114,47 +114,68 @@ class Model:
         return 2 * self.parameters
 
 
-_TALKS = ("sft", "dpo", "orpo", "reward")
-_READS = ("text-classification", "token-classification")
-_WRITES = ("summarization", "translation")
+_CHAT = ("sft", "dpo", "orpo", "reward")
+_CLASSIFICATION = ("text-classification", "token-classification")
+_SEQUENCE = ("summarization", "translation")
 # Tasks that train the same kinds of models.
-FAMILIES = (_TALKS, _READS, _WRITES)
+FAMILIES = (_CHAT, _CLASSIFICATION, _SEQUENCE)
 MODELS = (
-    Model(DEMO_BASE, 4_262_144, "Apache 2.0", (*_TALKS, *_READS), chats=False),
-    Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _TALKS),
-    Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _TALKS),
-    Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _TALKS),
-    Model("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2", _TALKS, gated=True),
-    Model("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, "Apache 2.0", _TALKS),
-    Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, "Apache 2.0", _TALKS),
-    Model("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, "Apache 2.0", _TALKS),
-    Model("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1", _TALKS, gated=True),
-    Model("answerdotai/ModernBERT-base", 149_014_272, "Apache 2.0", _READS, chats=False, stored=4),
-    Model("google-t5/t5-small", 60_506_624, "Apache 2.0", _WRITES, chats=False, stored=4),
-    Model("google/flan-t5-base", 247_577_856, "Apache 2.0", _WRITES, chats=False, stored=4),
+    Model(DEMO_BASE, 4_262_144, "Apache 2.0", (*_CHAT, *_CLASSIFICATION), has_chat_template=False),
+    Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _CHAT),
+    Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _CHAT),
+    Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _CHAT),
+    Model("meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, "Llama 3.2", _CHAT, gated=True),
+    Model("Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, "Apache 2.0", _CHAT),
+    Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, "Apache 2.0", _CHAT),
+    Model("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, "Apache 2.0", _CHAT),
+    Model("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1", _CHAT, gated=True),
+    Model(
+        "answerdotai/ModernBERT-base",
+        149_014_272,
+        "Apache 2.0",
+        _CLASSIFICATION,
+        has_chat_template=False,
+        bytes_per_parameter=4,
+    ),
+    Model(
+        "google-t5/t5-small",
+        60_506_624,
+        "Apache 2.0",
+        _SEQUENCE,
+        has_chat_template=False,
+        bytes_per_parameter=4,
+    ),
+    Model(
+        "google/flan-t5-base",
+        247_577_856,
+        "Apache 2.0",
+        _SEQUENCE,
+        has_chat_template=False,
+        bytes_per_parameter=4,
+    ),
     Model(
         "openai/whisper-tiny",
         37_760_640,
         "Apache 2.0",
         ("speech-recognition",),
-        chats=False,
-        stored=4,
+        has_chat_template=False,
+        bytes_per_parameter=4,
     ),
     Model(
         "openai/whisper-small",
         241_734_912,
         "Apache 2.0",
         ("speech-recognition",),
-        chats=False,
-        stored=4,
+        has_chat_template=False,
+        bytes_per_parameter=4,
     ),
     Model(
         "facebook/dinov2-small",
         22_056_576,
         "Apache 2.0",
         ("image-classification",),
-        chats=False,
-        stored=4,
+        has_chat_template=False,
+        bytes_per_parameter=4,
     ),
 )
 
@@ -170,9 +191,9 @@ GPUS = (
     *("rtx3060", "rtx3080", "rtx3090", "rtx4060", "rtx4070", "rtx4080", "rtx4090"),
     *("rtx5070", "rtx5080", "rtx5090", "rtxa6000"),
 )
-THIS = "this"
+THIS_MACHINE = "this"
 
 
-def task_named(name: str) -> Task:
+def get_task(name: str) -> Task:
     """Returns the task of that name; the first for one that is none."""
     return next((task for task in TASKS if task.name == name), TASKS[0])

@@ -8,17 +8,17 @@ from typing import Any, Literal
 Kind = Literal[
     "integer", "number", "switch", "choice", "text", "words", "numbers", "pairs", "batches"
 ]
-LANGUAGE = ("sft", "dpo", "orpo", "reward")
-TOKENS = (
-    *LANGUAGE,
+LANGUAGE_TASKS = ("sft", "dpo", "orpo", "reward")
+TOKEN_TASKS = (
+    *LANGUAGE_TASKS,
     "text-classification",
     "token-classification",
     "summarization",
     "translation",
 )
 _SERIES = "time-series"
-ROWS = (*TOKENS, "speech-recognition", "image-classification")
-ALL = (*ROWS, _SERIES)
+ROW_TASKS = (*TOKEN_TASKS, "speech-recognition", "image-classification")
+ALL_TASKS = (*ROW_TASKS, _SERIES)
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Field:
         kind: What its value is.
         default: The value where a recipe does not have it.
         choices: What a ``"choice"`` can be.
-        least: Smallest number.
-        most: Largest number.
-        above: Whether ``least`` itself is too small.
+        ge: Smallest number.
+        gt: Number that it must exceed.
+        le: Largest number.
         optional: Whether it can be empty: ``null``.
         tasks: Names of the tasks that have it.
         method: ``"qlora"`` if only that has it.
-        others: Defaults of methods or tasks that have another, by name.
+        defaults: Defaults of methods or tasks that have another, by name.
     """
 
     path: str
@@ -45,13 +45,13 @@ class Field:
     kind: Kind
     default: Any = None
     choices: tuple[Any, ...] = ()
-    least: float | None = None
-    most: float | None = None
-    above: bool = False
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
     optional: bool = False
-    tasks: tuple[str, ...] = ALL
+    tasks: tuple[str, ...] = ALL_TASKS
     method: str | None = None
-    others: tuple[tuple[str, Any], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     @property
     def key(self) -> str:

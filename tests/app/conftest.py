@@ -12,7 +12,7 @@ import pytest
 from tests.app import browsing
 from tests.app.servers import Server
 
-_PAGES = pytest.StashKey[list[tuple[Any, browsing.Watch]]]()
+_PAGES = pytest.StashKey[list[tuple[Any, browsing.HealthMonitor]]]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -61,12 +61,12 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Opens pages, each as a new visitor; afterwards, none may have done what it must not."""
-    opened: list[tuple[Any, browsing.Watch]] = []
+    opened: list[tuple[Any, browsing.HealthMonitor]] = []
     request.node.stash[_PAGES] = opened
 
     def visit(url: str, **options: Any) -> Any:
         page = browsing.open_context(browser, **options).new_page()
-        opened.append((page, browsing.Watch(page)))
+        opened.append((page, browsing.HealthMonitor(page)))
         page.goto(url)
         return page
 

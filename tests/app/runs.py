@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from gradio_app.running.store import Run, RunStore
+from gradio_app.runs.store import Run, RunStore
 from gradio_app.settings import Limits, Settings
 
 FAKE = str(Path(__file__).with_name("fake_trainer.py"))
@@ -35,7 +35,7 @@ def recipe(**fake: Any) -> str:
 def queued(store: RunStore, name: str, owner: str = "local", **fake: Any) -> Run:
     """Makes a run that waits for whichever server looks after the folder."""
     run = store.create(owner, recipe(**fake), name)
-    return store.note(run, waiting=time.time())
+    return store.update_metadata(run, waiting=time.time())
 
 
 def until(found: Callable[[], Found], seconds: float = 20.0) -> Found:

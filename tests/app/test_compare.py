@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from gradio_app.comparing.chosen import MOST, choose, ids_in
-from gradio_app.comparing.outcomes import outcome_of
-from gradio_app.comparing.recipes import differences
-from gradio_app.comparing.samples import side_by_side
-from gradio_app.comparing.series import curve
-from gradio_app.comparing.validation_rows import comparable
+from gradio_app.compare.answers import compare_answers
+from gradio_app.compare.loss_curves import loss_curve
+from gradio_app.compare.outcomes import outcome_of
+from gradio_app.compare.recipe_diff import differences
+from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
+from gradio_app.compare.validation_rows import same_validation_rows
 from gradio_app.pages import compare_html
-from gradio_app.running.metrics import Metrics
-from gradio_app.running.store import RunStore
+from gradio_app.runs.metrics import Metrics
+from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import FAKE, recipe, settings
@@ -29,7 +29,7 @@ def finished(store, folder, name, owner="local", **fake):
     run = store.create(owner, recipe(seconds=0.001, **fake), name)
     words = [sys.executable, FAKE, "fit", f"--run_dir={run.folder.path}"]
     subprocess.run(words, check=True, capture_output=True, env=environment(folder))
-    return store.note(run, launched=0.0)
+    return store.update_metadata(run, launched=0.0)
 
 
 @pytest.fixture
@@ -62,26 +62,26 @@ def test_settings_that_differ_are_told_by_path():
 
 
 def test_what_an_address_names_is_looked_up_for_its_owner(store):
-    mine = [store.create("local", recipe(), f"mine {n}").id for n in range(MOST + 1)]
+    mine = [store.create("local", recipe(), f"mine {n}").id for n in range(MAX_RUNS + 1)]
     foreign = store.create("v-somebody", recipe(), "secret").id
-    named = ids_in(f"{mine[0]}, {mine[0]},,{foreign},../{mine[1]},")
-    found = choose(store, "local", named)
+    named = parse_ids(f"{mine[0]}, {mine[0]},,{foreign},../{mine[1]},")
+    found = select_runs(store, "local", named)
     assert [run.id for run in found.runs] == [mine[0]]
     assert found.missing == (foreign, f"../{mine[1]}")
     assert not found.too_many
-    many = choose(store, "local", mine)
-    assert len(many.runs) == MOST
+    many = select_runs(store, "local", mine)
+    assert len(many.runs) == MAX_RUNS
     assert many.too_many
-    assert choose(store, "local", [{"a": 1}, None]).runs == ()
+    assert select_runs(store, "local", [{"a": 1}, None]).runs == ()
 
 
 def test_curves_outcomes_and_samples(store, tmp_path):
     one = finished(store, tmp_path, "one", steps=20, validate_every=5)
     other = finished(store, tmp_path, "other", steps=30, prompt="Why?")
     metrics = Metrics(one.folder.metrics).refresh()
-    steps = curve(metrics, "val_loss", "step")
+    steps = loss_curve(metrics, "val_loss", "step")
     assert [x for x, _ in steps] == [0, 5, 10, 15, 20]
-    minutes = curve(metrics, "val_loss", "minutes")
+    minutes = loss_curve(metrics, "val_loss", "minutes")
     assert [value for _, value in minutes] == [value for _, value in steps]
     assert minutes[0][0] == 0
     assert sorted(minutes) == minutes
@@ -90,9 +90,9 @@ def test_curves_outcomes_and_samples(store, tmp_path):
     assert outcome.after["val_loss"] == pytest.approx(steps[-1][1])
     assert (outcome.steps, outcome.seconds) == (20, 2.5)
     # What one of them was asked alone is not compared.
-    assert side_by_side([one, other]) == []
+    assert compare_answers([one, other]) == []
     again = finished(store, tmp_path, "again", steps=10)
-    said = side_by_side([one, other, again])
+    said = compare_answers([one, other, again])
     assert [row.prompt for row in said] == ["What colour is the sky?"]
     assert said[0].answers == ("blue, as all know", None, "blue, as all know")
     # A run that is going on has no result yet, and its last validation counts.
@@ -122,7 +122,7 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
     one = validated()
     # Elsewhere on disk, with another longest row and other training rows: validated on the same.
     same = validated(data="/two/rows.jsonl", encoding={"max_length": 1024})
-    assert comparable([one, same])
+    assert same_validation_rows([one, same])
     limited = "trainer: {limit_val_batches: 2}\n"
     others = [
         validated(data="/one/demo.jsonl"),
@@ -134,8 +134,8 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
         store.create("local", recipe(), "has not begun"),
     ]
     for other in others:
-        assert not comparable([one, same, other])
-    assert comparable([others[5], validated(recipe=limited)])
+        assert not same_validation_rows([one, same, other])
+    assert same_validation_rows([others[5], validated(recipe=limited)])
     curves = {"A one": [(0.0, 3.0), (5.0, 1.0)], "B other": [(0.0, 3.0), (5.0, 0.5)]}
     ranked = compare_html.summary(curves, "val_loss", "step", True, Texts())
     assert "Lowest at the end: B other, Validation loss 0.5." in ranked
@@ -147,7 +147,7 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
 def test_settings_have_the_names_of_the_form(store):
     one = store.create("local", "model: {init_args: {learning_rate: 1e-4}}\nfake: {a: 1}\n", "one")
     other = store.create("local", "model: {init_args: {learning_rate: 2e-4}}\nfake: {a: 2}\n", "b")
-    shown = compare_html.differing(choose(store, "local", [one.id, other.id]), Texts())
+    shown = compare_html.differing(select_runs(store, "local", [one.id, other.id]), Texts())
     assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
     assert "<code>fake.a</code>" in shown
     assert shown.index("Learning rate") < shown.index("fake.a")
@@ -160,7 +160,7 @@ def test_long_curves_are_thinned(tmp_path):
     )
     file.write_text(rows)
     for axis, last in (("step", 2999), ("minutes", 2999 / 60)):
-        points = curve(Metrics(file).refresh(), "train_loss", axis)
+        points = loss_curve(Metrics(file).refresh(), "train_loss", axis)
         assert len(points) <= 500
         assert points[-1][0] == pytest.approx(last)
 

@@ -21,15 +21,15 @@ from finished import BASE, adapter_in
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from gradio_app.errors import Refused
-from gradio_app.exporting import export as exports_room
-from gradio_app.exporting.archive import archive, members
-from gradio_app.exporting.exports import Exports, pusher_environment
-from gradio_app.exporting.loading_code import loading_code
-from gradio_app.exporting.sizes import base_size
-from gradio_app.exporting.wishes import checked_wish
+from gradio_app.errors import UserError
+from gradio_app.export import record
+from gradio_app.export.archive import build_archive, iter_files
+from gradio_app.export.base_size import base_size
+from gradio_app.export.loading_code import loading_code
+from gradio_app.export.manager import ExportManager, pusher_environment
+from gradio_app.export.request import validate_request
 from gradio_app.pages.run import exporting_html
-from gradio_app.running.store import RunStore
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import DEMO_LIMITS, Settings
 from gradio_app.texts import Texts
 from lightning_peft.runs.status import write_json
@@ -80,12 +80,12 @@ def fake_run(store, name="mine", owner="local"):
 
 
 @pytest.fixture
-def room(tmp_path) -> Exports:
+def room(tmp_path) -> ExportManager:
     """Exports by a stand-in of the command line; nobody uses the machine."""
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     made = replace(settings(tmp_path), command=(sys.executable, str(script)))
-    return Exports(made, RunStore(made), lambda: None)
+    return ExportManager(made, RunStore(made), lambda: None)
 
 
 def ended(room, run):
@@ -98,7 +98,7 @@ def ended(room, run):
 
 def test_an_export_is_made_downloaded_and_deleted(room, tmp_path):
     run = fake_run(room.store, "My <b>run</b>")
-    room.start("local", run.id, checked_wish(run, "adapter", "best", base_name="org/base"))
+    room.start("local", run.id, validate_request(run, "adapter", "best", base_name="org/base"))
     export = ended(room, run)
     assert export.state == "finished"
     assert export.result["words"] == [
@@ -115,10 +115,10 @@ def test_an_export_is_made_downloaded_and_deleted(room, tmp_path):
     secret.write_text("secret")
     (export.output / "link").symlink_to(secret)
     (export.output / "folder").symlink_to(tmp_path)
-    assert [name for _, name in members(export.output)] == ["adapter_config.json"]
+    assert [name for _, name in iter_files(export.output)] == ["adapter_config.json"]
     staging = tmp_path / "staging"
     staging.mkdir()
-    with zipfile.ZipFile(archive(export, run, staging)) as packed:
+    with zipfile.ZipFile(build_archive(export, run, staging)) as packed:
         assert packed.namelist() == ["my-b-run-b/adapter_config.json", "my-b-run-b/recipe.yaml"]
     room.delete("local", run.id, export.name)
     assert room.list(run) == []
@@ -129,39 +129,39 @@ def test_an_export_that_is_cancelled_leaves_nothing(room):
     run = fake_run(room.store)
     wait = room.settings.data_root / "wait"
     wait.touch()
-    export = room.start("local", run.id, checked_wish(run, "merged", "best"))
+    export = room.start("local", run.id, validate_request(run, "merged", "best"))
     until(lambda: room.list(run)[0].progress == ("merging", 40))
     for refused, key in (
-        (lambda: room.start("local", run.id, export.wish), "exporting.refused_one"),
+        (lambda: room.start("local", run.id, export.request), "exporting.refused_one"),
         (lambda: room.delete("local", run.id, export.name), "exporting.refused_going"),
         (lambda: room.store.delete("local", run.id), "exporting.refused_delete"),
     ):
-        with pytest.raises(Refused, match=key):
+        with pytest.raises(UserError, match=key):
             refused()
     other = fake_run(room.store, "other")
-    with pytest.raises(Refused, match="refused_heavy"):
-        room.start("local", other.id, export.wish)
+    with pytest.raises(UserError, match="refused_heavy"):
+        room.start("local", other.id, export.request)
     # Another server sees the same, and can end it.
-    second = Exports(room.settings, room.store, lambda: None)
+    second = ExportManager(room.settings, room.store, lambda: None)
     assert second.list(run)[0].state == "going"
     second.cancel("local", run.id, export.name)
     assert ended(room, run).state == "cancelled"
     assert not list(export.folder.glob(".incomplete*"))
     assert not export.output.exists()
-    with pytest.raises(Refused, match="refused_over"):
+    with pytest.raises(UserError, match="refused_over"):
         room.cancel("local", run.id, export.name)
     wait.unlink()
     failing = fake_run(room.store, "fail")
     (failing.folder.checkpoints / "adapters" / "best").rename(
         failing.folder.checkpoints / "adapters" / "fail"
     )
-    room.start("local", failing.id, checked_wish(failing, "adapter", "fail"))
+    room.start("local", failing.id, validate_request(failing, "adapter", "fail"))
     assert ended(room, failing).failure == ("disk", "No space left on device")
 
 
 def test_nothing_is_pushed_before_it_was_shown_and_the_token_is_kept_nowhere(room):
     run = fake_run(room.store)
-    wish = checked_wish(run, "adapter", "best", push_to="me/mine", private="yes")
+    wish = validate_request(run, "adapter", "best", push_to="me/mine", private="yes")
     assert wish.private is True
     room.start("local", run.id, wish)
     export = ended(room, run)
@@ -182,7 +182,7 @@ def test_nothing_is_pushed_before_it_was_shown_and_the_token_is_kept_nowhere(roo
     assert "--dry-run" not in export.result["words"]
     assert export.address == "https://hub.example/me/mine"
     assert "me/mine" in loading_code(export, run.checkpoints()[0].folder)
-    with pytest.raises(Refused, match="nothing_listed"):
+    with pytest.raises(UserError, match="nothing_listed"):
         room.push("local", run.id, export.name, TOKEN)
     for file in room.settings.runs.rglob("*"):
         assert not file.is_file() or TOKEN not in file.read_text(errors="replace")
@@ -200,28 +200,28 @@ def test_what_cannot_be_had_is_refused(room, tmp_path, lora_run):
         ({"push_to": "alone"}, "errors.hub_name"),
     ):
         given = {"kind": "adapter", "checkpoint": "best", **given}
-        with pytest.raises(Refused, match=key):
-            checked_wish(run, given.pop("kind"), given.pop("checkpoint"), **given)
-    wish = checked_wish(run, "merged", "best")
+        with pytest.raises(UserError, match=key):
+            validate_request(run, given.pop("kind"), given.pop("checkpoint"), **given)
+    wish = validate_request(run, "merged", "best")
     room._busy = lambda: run
-    with pytest.raises(Refused, match=r"refused_busy \{"):
+    with pytest.raises(UserError, match=r"refused_busy \{"):
         room.start("local", run.id, wish)
-    room._busy = lambda: replace(run, facts=replace(run.facts, owner="v-1", name="secret"))
-    with pytest.raises(Refused, match="refused_busy_other") as refusal:
+    room._busy = lambda: replace(run, metadata=replace(run.metadata, owner="v-1", name="secret"))
+    with pytest.raises(UserError, match="refused_busy_other") as refusal:
         room.start("local", run.id, wish)
     assert "secret" not in str(refusal.value)
     room._busy = lambda: None
     limits = replace(DEMO_LIMITS, parameters=1_000_000)
     room.settings = replace(room.settings, space=True, limits=limits)
-    with pytest.raises(Refused, match="refused_large"):
+    with pytest.raises(UserError, match="refused_large"):
         room.start("local", run.id, wish)
     size = base_size(run.checkpoints()[0].folder)
     assert size is not None
-    assert 1_000_000 < size.parameters < size.merged < size.memory("merged", False)
+    assert 1_000_000 < size.parameters < size.merged_bytes < size.memory_bytes("merged", False)
     for name in ("nothing", "../best", "", None):
-        with pytest.raises(Refused, match="refused_name"):
+        with pytest.raises(UserError, match="refused_name"):
             room.get("local", run.id, name)
-    with pytest.raises(Refused, match="no_such_run"):
+    with pytest.raises(UserError, match="no_such_run"):
         room.start("v-else", run.id, wish)
 
 
@@ -239,8 +239,8 @@ def test_files_of_other_versions_are_no_exports(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
     for text in ("", "[]", "{"):
-        (folder / exports_room.FACTS).write_text(text)
-        assert exports_room.read(folder, working=False) is None
+        (folder / record.REQUEST_FILE).write_text(text)
+        assert record.read_export(folder, in_progress=False) is None
 
 
 # --- on the page -------------------------------------------------------------------------------
@@ -370,15 +370,15 @@ def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
         ('FROM ./model\ntemplate "{{ .Prompt }}"\n', True),
     ):
         modelfile.write_text(text)
-        export = exports_room.read(folder, working=False)
-        assert export.unfinished is not ready
+        export = record.read_export(folder, in_progress=False)
+        assert export.needs_template is not ready
         shown = exporting_html._head(export, Texts())
         look, words = ("finished", "Ready") if ready else ("unfinished", "Needs a template")
         assert f'class="badge {look}"' in shown
         assert words in shown
-    other = replace(export, wish=replace(export.wish, format="merged"))
+    other = replace(export, wish=replace(export.request, format="merged"))
     modelfile.write_text("FROM ./model\n")
-    assert not other.unfinished
+    assert not other.needs_template
 
 
 @pytest.mark.long

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import (
     checked_hub_name,
     checked_revision,
@@ -26,7 +26,7 @@ def test_ids_of_runs_pass(text):
     ["", "..", "../x", "a/b", "A", "-a", "a.b", "a\n", "a\0", "x" * 81, None, 3, ["a"], {"a": 1}],
 )
 def test_other_ids_are_refused(text):
-    with pytest.raises(Refused, match=r"errors\.no_such_run"):
+    with pytest.raises(UserError, match=r"errors\.no_such_run"):
         checked_run_id(text)
 
 
@@ -37,7 +37,7 @@ def test_paths_inside_pass_and_others_are_refused(tmp_path):
     (root / "link").symlink_to(tmp_path / "secret.txt")
     assert inside(root, "folder/../folder/new.jsonl") == root / "folder/new.jsonl"
     for path in ("../secret.txt", "/etc/passwd", "link", "folder/../../secret.txt", "a\0b"):
-        with pytest.raises(Refused, match=r"errors\.outside"):
+        with pytest.raises(UserError, match=r"errors\.outside"):
             inside(root, path)
 
 
@@ -70,7 +70,7 @@ def test_other_names_are_refused(text):
     if text == "a\n":
         assert checked_hub_name(text) == "a"
         return
-    with pytest.raises(Refused, match=r"errors\.hub_name"):
+    with pytest.raises(UserError, match=r"errors\.hub_name"):
         checked_hub_name(text)
 
 
@@ -80,10 +80,10 @@ def test_a_revision_may_be_left_out_but_not_where_a_commit_is_needed():
     assert checked_revision("refs/pr/1") == "refs/pr/1"
     assert checked_revision(commit, commit=True) == commit
     for text in ("", "main", commit[:-1], commit.upper()):
-        with pytest.raises(Refused, match=r"errors\.commit"):
+        with pytest.raises(UserError, match=r"errors\.commit"):
             checked_revision(text, commit=True)
     for text in ("-x", "a..b", "a b", "a;b"):
-        with pytest.raises(Refused, match=r"errors\.revision"):
+        with pytest.raises(UserError, match=r"errors\.revision"):
             checked_revision(text)
 
 

@@ -19,16 +19,16 @@ from typing import Any, ClassVar
 import pytest
 from huggingface_hub import HfApi
 
-from gradio_app.errors import Refused
-from gradio_app.running import hf_jobs
-from gradio_app.running.store import RunStore
+from gradio_app.errors import UserError
+from gradio_app.runs import hf_jobs
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
 from tests.app.servers import ROOT, environment
 
 TOKEN = "hf_aTokenOfTheVisitor"
 RECIPE = "model: {class_path: lightning_peft.tasks.CausalLM, init_args: {model: a/b}}\n"
-SCRIPT = ROOT / "gradio_app/running/job_script.py"
+SCRIPT = ROOT / "gradio_app/runs/job_script.py"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -116,15 +116,15 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def start(folder: RunFolder) -> hf_jobs.Job:
-    return hf_jobs.start(folder, TOKEN, "t4-small", 45, "visitor/mine", "lightning-peft")
+    return hf_jobs.start_job(folder, TOKEN, "t4-small", 45, "visitor/mine", "lightning-peft")
 
 
 def test_machines_come_with_their_price(hub):
-    found = hf_jobs.machines(TOKEN)
+    found = hf_jobs.list_hardware(TOKEN)
     assert [one.flavor for one in found] == ["cpu-basic", "t4-small"]
     assert found[1].title == "T4-SMALL, 1 x T4, 16 GB"
     assert found[1].dollars_per_hour == pytest.approx(0.6)
-    assert hf_jobs.most_dollars(found[1], 45) == pytest.approx(0.45)
+    assert hf_jobs.max_cost(found[1], 45) == pytest.approx(0.45)
 
 
 def test_a_run_is_handed_over_with_its_recipe_and_a_secret_token(hub, folder):
@@ -147,7 +147,7 @@ def test_files_of_this_machine_are_refused(hub, folder, tmp_path):
     data = tmp_path / "mine.jsonl"
     data.write_text("{}")
     folder.recipe.write_text(f"data: {{init_args: {{data: {data}}}}}\n")
-    with pytest.raises(Refused, match=r"mine\.jsonl"):
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
         start(folder)
     assert not hub.posted
 
@@ -156,7 +156,7 @@ def test_the_folder_is_rebuilt_from_the_log_and_each_line_counts_once(hub, folde
     start(folder)
 
     def told(name: str, content: Any) -> str:
-        return hf_jobs.MARK + json.dumps({"file": name, "line": json.dumps(content)})
+        return hf_jobs.LINE_PREFIX + json.dumps({"file": name, "line": json.dumps(content)})
 
     status = {"state": "running", "step": 3, "total_steps": 9, "pid": 1, "unknown": 1}
     hub.logs[:] = ["installing", told("status.json", status), told("metrics.jsonl", {"step": 3})]
@@ -175,8 +175,10 @@ def test_the_folder_is_rebuilt_from_the_log_and_each_line_counts_once(hub, folde
 @pytest.mark.parametrize("name", ["../../evil", "app.json", "job.json", "recipe.yaml", 3, None])
 def test_a_log_writes_no_other_files(folder, name):
     before = sorted(folder.path.rglob("*"))
-    line = hf_jobs.MARK + json.dumps({"file": name, "line": '{"a": 1}'})
-    hf_jobs.rebuild(folder, [line, hf_jobs.MARK + "no json", hf_jobs.MARK + "[]"])
+    line = hf_jobs.LINE_PREFIX + json.dumps({"file": name, "line": '{"a": 1}'})
+    hf_jobs.rebuild_folder(
+        folder, [line, hf_jobs.LINE_PREFIX + "no json", hf_jobs.LINE_PREFIX + "[]"]
+    )
     assert sorted(folder.path.rglob("*")) == sorted([*before, folder.log])
     assert folder.recipe.read_text() == RECIPE
     assert not (folder.path.parent.parent / "evil").exists()
@@ -194,21 +196,23 @@ def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
     store = RunStore(settings)
     run = store.create("hf-visitor", RECIPE, "Mine")
     start(run.folder)
-    run = store.note(run, where=hf_jobs.WHERE, launched=run.created)
+    run = store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)
     assert run.status.state == "preparing"
     assert run.active
     executor = store.executor(run)
-    with pytest.raises(Refused, match=r"elsewhere\.sign_in"):
+    with pytest.raises(UserError, match=r"elsewhere\.sign_in"):
         executor.stop(run)
     status = {"state": "running", "step": 5, "pid": 1, "process_started": 1.0, "started": 9e9}
-    hub.logs[:] = [hf_jobs.MARK + json.dumps({"file": "status.json", "line": json.dumps(status)})]
+    hub.logs[:] = [
+        hf_jobs.LINE_PREFIX + json.dumps({"file": "status.json", "line": json.dumps(status)})
+    ]
     executor.look(run.folder, TOKEN)
     wait(lambda: store.get("hf-visitor", run.id).status.step == 5)
     # Its process is on no machine of ours, which is no reason to call it crashed.
     assert store.get("hf-visitor", run.id).status.state == "running"
     executor.stop(run)
     wait(lambda: hub.posted[-1][0].endswith("/cancel"))
-    with pytest.raises(Refused, match=r"errors\.no_such_run"):
+    with pytest.raises(UserError, match=r"errors\.no_such_run"):
         store.get("v-somebody", run.id)
 
 
@@ -237,7 +241,7 @@ def test_the_script_of_the_job_trains_and_its_log_holds_the_run(tmp_path):
     done = subprocess.run(command, env=env, cwd=there, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rebuilt = RunFolder.at(tmp_path / "rebuilt")
-    hf_jobs.rebuild(rebuilt, done.stdout.splitlines())
+    hf_jobs.rebuild_folder(rebuilt, done.stdout.splitlines())
     for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"):
         assert (rebuilt.path / name).read_text() == (there / "run" / name).read_text()
     for name in ("status.json", "result.json", "provenance.json"):

@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from gradio_app.pages import home_html
-from gradio_app.recipe.content import laid_over
+from gradio_app.recipe.content import merge_recipes
 from gradio_app.recipe.demo import demo_recipe
-from gradio_app.running.machine import Machine
-from gradio_app.running.store import RunStore
-from gradio_app.running.words import size
+from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.machine import Machine
+from gradio_app.runs.store import RunStore
 from gradio_app.texts import LANGUAGES, Texts
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import queued, recipe, settings
@@ -49,7 +49,8 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     (run,) = store.list("local")
     row.get_by_role("button", name="Delete Two-minute demo").click()
     # The question names the run and its size, and stays while the list is sent again.
-    words = f"Delete Two-minute demo with its checkpoints and numbers ({size(run.bytes, Texts())})"
+    size = format_bytes(run.bytes, Texts())
+    words = f"Delete Two-minute demo with its checkpoints and numbers ({size})"
     row.get_by_text(words).wait_for()
     store.rename("local", run.id, "Two-minute demo 2")
     asked = row.get_by_text("Delete Two-minute demo 2 with its checkpoints and numbers")
@@ -91,7 +92,7 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     assert "running" not in page.locator("#now").inner_text()
     for run in store.list("local"):
         if run.waiting:
-            store.note(run, waiting=None)
+            store.update_metadata(run, waiting=None)
     page.get_by_role("button", name="Stop & save").click()
     page.get_by_role("status").get_by_text(re.compile(r"Stopped at step \d+")).wait_for()
     assert store.get("local", first.id).can_resume
@@ -115,7 +116,7 @@ def test_the_demos_recipe_is_one_that_lies_over_the_other():
     assert content["trainer"]["limit_train_batches"] == 12
     assert content["model"]["class_path"] == "lightning_peft.tasks.CausalLM"
     assert content["model"]["init_args"]["model"].endswith("/demo/base")
-    assert laid_over({"a": {"b": 1, "c": [1]}}, {"a": {"c": [], "d": 0}}) == {
+    assert merge_recipes({"a": {"b": 1, "c": [1]}}, {"a": {"c": [], "d": 0}}) == {
         "a": {"b": 1, "c": [], "d": 0}
     }
 

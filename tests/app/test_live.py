@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from gradio_app.pages.run.view import asked_for
-from gradio_app.running.store import RunStore
+from gradio_app.runs.store import RunStore
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import queued, recipe, settings, until
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from finished import BASE
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.pages.new.editor import Editor, Session
 from lightning_peft.data.templates import NAMED
 from tests.app.browsing import PHONE, overflow, screenshot, violations
@@ -33,7 +33,7 @@ def opened(visit, site, place="", **options):
     return page
 
 
-def looked_at(page):
+def preview_data(page):
     page.locator("#data-report .fine, #data-report .bad, #data-report .failure").first.wait_for()
 
 
@@ -71,13 +71,13 @@ def test_what_was_found_of_an_older_recipe_is_not_shown(change):
 @pytest.mark.parametrize("session", [Session({}, {}), None, "text"])
 def test_of_a_page_that_the_server_has_forgotten_nothing_is_done(session):
     # It would be done with the recipe of a new page instead of what this one shows.
-    with pytest.raises(Refused, match="checks.session"):
+    with pytest.raises(UserError, match="checks.session"):
         Editor.of(SimpleNamespace(studio=None), session, SimpleNamespace(username=None))
 
 
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page = opened(visit, site, "#data")
-    looked_at(page)
+    preview_data(page)
     page.get_by_label("Upload", exact=True).check()
     bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
     upload(page, "mine <b>.jsonl", lines(bad) + b"\nno json at all")
@@ -158,7 +158,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
     (site.data / "train.jsonl").write_bytes(lines(rows))
     page = opened(visit, site, "#data")
-    looked_at(page)
+    preview_data(page)
     page.get_by_label("File on this machine").check()
     path = page.locator("#data-path-name input")
     path.fill("trian.jsonl")
@@ -199,17 +199,17 @@ def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_i
     page.get_by_label("By name on the hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
     page.get_by_role("button", name="Use this model").click()
-    facts = page.locator("#model-facts")
-    facts.get_by_text("me/unknown").wait_for()
+    metadata = page.locator("#model-facts")
+    metadata.get_by_text("me/unknown").wait_for()
     page.get_by_label("Classify images").check()
     undo = page.get_by_role("button", name="Back to Chat and instructions")
     undo.wait_for()
-    assert not facts.get_by_text("me/unknown").is_visible()
+    assert not metadata.get_by_text("me/unknown").is_visible()
     undo.click()
-    facts.get_by_text("me/unknown").wait_for()
+    metadata.get_by_text("me/unknown").wait_for()
     assert not undo.is_visible()
     page.reload()
-    facts.get_by_text("me/unknown").wait_for()
+    metadata.get_by_text("me/unknown").wait_for()
     assert page.get_by_label("By name on the hub", exact=True).is_checked()
     assert page.locator("#model-hub").is_visible()
     assert not page.locator("#model-preset").is_visible()
@@ -231,8 +231,8 @@ def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
     page.get_by_role("option", name="mine", exact=True).click()
     page.locator("#model-facts").get_by_text("Its files with weights").wait_for()
     page.get_by_role("link", name="Next: Data").click()
-    facts, report = page.locator("#data-facts"), page.locator("#data-report")
-    facts.get_by_text("Choose the data to train on").wait_for()
+    metadata, report = page.locator("#data-facts"), page.locator("#data-report")
+    metadata.get_by_text("Choose the data to train on").wait_for()
     report.get_by_text("Once data is chosen").wait_for()
     assert page.get_by_label("Upload", exact=True).is_checked()
     page.get_by_role("link", name="Review", exact=True).click()
@@ -244,11 +244,11 @@ def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
     # So it stays when the page is opened again.
     page.reload()
     blocked.get_by_role("link", name="To the data").click()
-    facts.get_by_text("Choose the data to train on").wait_for()
+    metadata.get_by_text("Choose the data to train on").wait_for()
     page.get_by_label("Built-in example").check()
     page.get_by_role("button", name="Use the example").click()
     report.locator(".fine").wait_for()
-    facts.get_by_text("Chosen: the example instructions.jsonl").wait_for()
+    metadata.get_by_text("Chosen: the example instructions.jsonl").wait_for()
     page.get_by_role("link", name="Review", exact=True).click()
     page.locator("#overview .fine").wait_for()
     assert page.get_by_role("button", name="Start training").is_enabled()
@@ -338,14 +338,16 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
 @pytest.mark.long
 def test_a_download_has_a_size_before_it_begins(visit, site):
     page = opened(visit, site)
-    facts = page.locator("#model-facts")
+    metadata = page.locator("#model-facts")
     page.locator("#model-preset").get_by_role("combobox").click()
     page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
-    facts.get_by_text(re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")).wait_for()
+    metadata.get_by_text(
+        re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")
+    ).wait_for()
     page.get_by_label("By name on the hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
     page.get_by_role("button", name="Use this model").click()
-    facts.get_by_text("unknown until it is downloaded").wait_for()
+    metadata.get_by_text("unknown until it is downloaded").wait_for()
     screenshot(page, "new-model-download")
 
 
@@ -392,7 +394,7 @@ def test_the_keyboard_is_enough(visit, site):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
     page = opened(visit, site, f"?__theme={theme}#all")
-    looked_at(page)
+    preview_data(page)
     page.locator("#memory .memory").wait_for()
     assert violations(page) == []
     for step in STEPS:
@@ -404,7 +406,7 @@ def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
 @pytest.mark.parametrize("step", STEPS)
 def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
     page = opened(visit, site, f"#{step}", viewport=PHONE)
-    looked_at(page) if step == "data" else None
+    preview_data(page) if step == "data" else None
     assert overflow(page) <= 0
 
 

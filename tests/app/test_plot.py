@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from gradio_app.comparing.outcomes import outcome_of
+from gradio_app.compare.outcomes import outcome_of
 from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.states import left, part
-from gradio_app.running.metrics import Metrics
-from gradio_app.running.store import RunStore
-from gradio_app.running.verdict import ended_worse, got_worse
+from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
+from gradio_app.runs.metrics import Metrics
+from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
 from tests.app.runs import recipe, settings
 
@@ -82,28 +82,28 @@ def numbers_of(run, losses, validations=(), rate=2e-4):
 def test_a_ruined_run_is_seen_against_its_start(run):
     """Its last losses fall, and are three times what the base had."""
     metrics = numbers_of(run, [3.4, 9.5, 9.2, 8.98], [(0, 3.13), (4, 9.32)], rate=1.0)
-    found = got_worse(run, metrics)
+    found = find_loss_increase(run, metrics)
     assert (found.metric, found.before, found.after) == ("val_loss", 3.13, 9.32)
     assert found.rate == 1.0
     # Too few points for a trend: where it began is said instead.
     assert "8.98" in live_html.numbers(metrics, Texts())
     assert "falling" not in live_html.numbers(metrics, Texts())
     assert "3.4 at step 1" in live_html.numbers(metrics, Texts())
-    assert not ended_worse(run)
+    assert not finished_worse(run)
     run.folder.write(run.folder.result, {"before": {"val_loss": 3.13}, "after": {"val_loss": 0.7}})
-    assert got_worse(run, metrics) is None
+    assert find_loss_increase(run, metrics) is None
     nan = {"before": {"val_loss": 3.13}, "after": {"val_loss": math.nan}}
     run.folder.write(run.folder.result, nan)
-    assert math.isnan(got_worse(run, metrics).after)
+    assert math.isnan(find_loss_increase(run, metrics).after)
 
 
 def test_without_validation_the_training_loss_says_it(run):
     good = numbers_of(run, [3.0 - 0.05 * n for n in range(40)])
-    assert got_worse(run, good) is None
+    assert find_loss_increase(run, good) is None
     assert "falling" in live_html.numbers(good, Texts())
     run.folder.metrics.unlink()
     bad = numbers_of(run, [min(3.0 + n, 9.0) - n / 50 for n in range(40)])
-    assert got_worse(run, bad).metric == "train_loss"
+    assert find_loss_increase(run, bad).metric == "train_loss"
     for language, words in (("en", "above its start"), ("de", "über dem Anfang")):
         assert words in live_html.numbers(bad, Texts(language))
         assert words in live_html.summary(bad, Texts(language))

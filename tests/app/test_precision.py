@@ -3,11 +3,11 @@
 import pytest
 
 from gradio_app.pages.new.method import hint
-from gradio_app.recipe import choices, precision
-from gradio_app.recipe.choices import started, with_model
+from gradio_app.recipe import edits, precision
 from gradio_app.recipe.content import value_at
+from gradio_app.recipe.edits import base_recipe, with_model
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.running.bfloat16 import here, of_gpu, of_processor
+from gradio_app.runs.bfloat16 import classify_cpu, classify_gpu, detect_bfloat16
 from gradio_app.texts import LANGUAGES, Texts
 
 FIELD = BY_PATH["trainer.precision"]
@@ -26,12 +26,12 @@ FIELD = BY_PATH["trainer.precision"]
     ],
 )
 def test_default_and_help_agree_on_every_machine(task, tiny, kind, value, monkeypatch):
-    monkeypatch.setattr(choices, "here", lambda: kind)
-    content = started(task)
+    monkeypatch.setattr(edits, "detect_bfloat16", lambda: kind)
+    content = base_recipe(task)
     if not tiny:
         content = with_model(content, "google-t5/t5-small", None)
     assert value_at(content, FIELD.path) == value
-    reason = precision.usual(task, tiny, kind).reason
+    reason = precision.default_precision(task, tiny, kind).reason
     for language in LANGUAGES:
         t = Texts(language)
         said = hint(FIELD, content, t)
@@ -40,16 +40,16 @@ def test_default_and_help_agree_on_every_machine(task, tiny, kind, value, monkey
 
 
 def test_on_this_machine_too():
-    content = with_model(started("sft"), "me/our", None)
-    assert here() in ("gpu", "old_gpu", "cpu", "old_cpu", "unknown")
+    content = with_model(base_recipe("sft"), "me/our", None)
+    assert detect_bfloat16() in ("gpu", "old_gpu", "cpu", "old_cpu", "unknown")
     assert hint(FIELD, content, Texts()).startswith(value_at(content, FIELD.path))
 
 
 def test_what_a_machine_computes_bfloat16_with(tmp_path):
-    kinds = [of_gpu(said) for said in ("8.6\n8.6\n", "7.5\n", "10.0", "[N/A]", "")]
+    kinds = [classify_gpu(said) for said in ("8.6\n8.6\n", "7.5\n", "10.0", "[N/A]", "")]
     assert kinds == ["gpu", "old_gpu", "gpu", "unknown", "unknown"]
     file = tmp_path / "cpuinfo"
-    assert of_processor(file) == "unknown"
+    assert classify_cpu(file) == "unknown"
     for text, kind in (
         ("flags\t\t: fpu avx512_bf16 sse\n", "cpu"),
         ("Features\t: fp asimd bf16\n", "cpu"),
@@ -57,4 +57,4 @@ def test_what_a_machine_computes_bfloat16_with(tmp_path):
         ("processor\t: 0\n", "unknown"),
     ):
         file.write_text(text)
-        assert of_processor(file) == kind
+        assert classify_cpu(file) == kind

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from finished import BASE
 
-from gradio_app.running.store import RunStore
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from lightning_peft.data.templates import NAMED
 from tests.app import servers
@@ -99,8 +99,8 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
         page.locator(".toast-body").get_by_text(reason).first.wait_for()
     assert shown_recipe(page)["model"]["init_args"]["model"] == "package:demo/base"
     choose_folder(page, "mine")
-    facts = page.locator("#model-facts")
-    facts.get_by_text("Its files with weights take 9 MB").wait_for()
+    metadata = page.locator("#model-facts")
+    metadata.get_by_text("Its files with weights take 9 MB").wait_for()
     screenshot(page, "new-model-folder")
     page.get_by_role("link", name="Next: Data").click()
     choose_example(page)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradio_app.running.store import RunStore
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from tests.app.test_real_run import MINUTES
 

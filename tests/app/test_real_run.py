@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gradio_app.recipe.demo import demo_recipe
-from gradio_app.running.store import RunStore
-from gradio_app.running.words import size
+from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 from tests.app.browsing import not_german, open_context, screenshot, violations
@@ -257,7 +257,7 @@ def exported(page, site, run, kind, folder: Path, measured: bool = False) -> Pat
     # The button says how large that is.
     files = [file for file in made.rglob("*") if file.is_file() and file.name != "recipe.yaml"]
     total = sum(file.stat().st_size for file in files)
-    assert f"Download zip ({size(total, Texts())})" in article.inner_text()
+    assert f"Download zip ({format_bytes(total, Texts())})" in article.inner_text()
     return made
 
 
@@ -283,18 +283,18 @@ def test_the_merged_model_is_the_base_with_its_adapter(site, visit, trained, exp
 
 def assert_told(card: str, run) -> None:
     """Holds that a card says base, data and numbers, and no place of this machine."""
-    facts = json.loads((run.checkpoints()[0].folder / "provenance.json").read_text())
-    metrics = facts["metrics"]
+    metadata = json.loads((run.checkpoints()[0].folder / "provenance.json").read_text())
+    metrics = metadata["metrics"]
     before, after = metrics["before"]["val_loss"], metrics["after"]["val_loss"]
     rows = [
         ("base", "`base`"),
-        ("fingerprint of the base", f"`{facts['base']['fingerprint']}`"),
+        ("fingerprint of the base", f"`{metadata['base']['fingerprint']}`"),
         ("data", "`instructions.jsonl`"),
         ("rows", "`2838`"),
         ("rows for train", "`2638`"),
         ("tokenizer", "`base`"),
         ("val_loss", f"{before:.4g} | {after:.4g}"),
-        ("recipe sha256", f"`{facts['recipe_sha256']}`"),
+        ("recipe sha256", f"`{metadata['recipe_sha256']}`"),
     ]
     for name, value in rows:
         assert f"| {name} | {value} |" in card

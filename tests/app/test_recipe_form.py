@@ -11,39 +11,46 @@ import pytest
 import yaml
 
 import lightning_peft
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.pages.new.editor import Session
 from gradio_app.pages.new.method import changed_html, hint, set_field, typed, unset
-from gradio_app.recipe import choices
-from gradio_app.recipe.choices import (
+from gradio_app.recipe import edits
+from gradio_app.recipe.commands import command_line, python_code
+from gradio_app.recipe.content import (
+    MISSING,
+    class_name,
+    data_of,
+    merge_recipes,
+    value_at,
+    with_value,
+)
+from gradio_app.recipe.edits import (
     amount_of,
-    dry,
-    recipe_named,
-    started,
+    base_recipe,
+    limit_steps,
+    load_recipe,
     with_amount,
     with_data,
     with_method,
     with_model,
     with_task,
 )
-from gradio_app.recipe.commands import command_line, python_code
-from gradio_app.recipe.content import MISSING, class_name, data_of, laid_over, value_at, with_value
-from gradio_app.recipe.fields import BY_PATH, CHOSEN, FIELDS, FIRST, GROUPS, ONLY_YAML
+from gradio_app.recipe.fields import BASIC, BY_PATH, FIELDS, GROUPS, OTHER_STEPS, YAML_ONLY
 from gradio_app.recipe.form import (
     applies,
-    changed,
+    apply_form,
+    changed_paths,
     default_of,
-    followed,
+    display_value,
+    format_value,
     method_of,
-    read,
-    reset,
-    shown,
+    parse_value,
+    rebase_defaults,
+    reset_field,
     task_of,
-    text_of,
-    with_fields,
 )
 from gradio_app.recipe.model_files import free_bytes
-from gradio_app.recipe.planner import arguments, candidates, checked_device, with_fix
+from gradio_app.recipe.planner import applicable_fixes, plan_arguments, validate_device, with_fix
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS, TASK_NAMES, TASKS
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.cli.recipes import recipe_files
@@ -70,7 +77,7 @@ def leaves(content: object, path: str = "") -> set[str]:
 def test_every_key_of_the_explained_recipe_has_its_place_in_the_form():
     content = yaml.safe_load(recipe_files()["forkme"].read_text())
     keys = {leaf for leaf in leaves(content) if not leaf.endswith("class_path")}
-    known = {*FIELD, *CHOSEN, *ONLY_YAML}
+    known = {*FIELD, *OTHER_STEPS, *YAML_ONLY}
     assert keys - known == set()
 
 
@@ -79,7 +86,7 @@ def test_fields_are_arguments_of_the_real_classes_with_their_defaults():
     trainer = inspect.signature(import_module("lightning.pytorch").Trainer.__init__).parameters
     for task in TASKS:
         for method in ("lora", "qlora"):
-            content = started(task.name, method)
+            content = base_recipe(task.name, method)
             for field in FIELDS:
                 if not applies(field, content):
                     continue
@@ -120,20 +127,20 @@ def test_every_field_is_explained_in_every_language():
         t = Texts(language)
         for field in FIELDS:
             assert t(f"fields.{field.key}")
-            assert hint(field, started("sft"), t)
+            assert hint(field, base_recipe("sft"), t)
         assert all(t(f"fields.group_{group}") for group in GROUPS)
     assert len({field.key for field in FIELDS}) == len(FIELDS)
-    assert set(FIRST) <= set(BY_PATH)
+    assert set(BASIC) <= set(BY_PATH)
 
 
 @pytest.mark.parametrize("name", recipe_files())
 def test_a_recipe_that_is_opened_and_left_as_it_is_stays_as_it_is(name):
-    content = recipe_named(name)
-    typed = {field.path: shown(field, content) for field in FIELDS}
-    made, problems = with_fields(content, typed)
+    content = load_recipe(name)
+    typed = {field.path: display_value(field, content) for field in FIELDS}
+    made, problems = apply_form(content, typed)
     assert made == content
     assert problems == {}
-    assert changed(made, content) == []
+    assert changed_paths(made, content) == []
 
 
 ANOTHER = {
@@ -151,25 +158,29 @@ VALUES = {"7": 7, "3e-3": 3e-3, "0.5": 0.5, "chatml": "chatml"}
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.path)
 def test_every_field_goes_into_the_recipe_and_back(field):
     task = field.tasks[0]
-    content = started(task, field.method or "lora")
+    content = base_recipe(task, field.method or "lora")
     if field.kind == "switch":
-        typed = not shown(field, content)
+        typed = not display_value(field, content)
     elif field.kind == "choice":
-        typed = next(text_of(one) for one in field.choices if text_of(one) != shown(field, content))
+        typed = next(
+            format_value(one)
+            for one in field.choices
+            if format_value(one) != display_value(field, content)
+        )
     else:
         typed = ANOTHER[field.kind]
-    made, problems = with_fields(content, {field.path: typed})
+    made, problems = apply_form(content, {field.path: typed})
     assert problems == {}
     again = yaml.safe_load(yaml.safe_dump(made))
-    assert shown(field, again) == typed
-    assert changed(made, content)
-    back = reset(made, content, field.path)
+    assert display_value(field, again) == typed
+    assert changed_paths(made, content)
+    back = reset_field(made, content, field.path)
     if field.path.count("init_args") or not field.path.startswith("trainer.callbacks"):
-        assert back == content or shown(field, back) == shown(field, content)
+        assert back == content or display_value(field, back) == display_value(field, content)
 
 
 def test_callbacks_are_switched_on_and_off():
-    content = started("sft")
+    content = base_recipe("sft")
     off = with_value(content, "trainer.callbacks.StopEarly", False)
     assert [class_name(one) for one in off["trainer"]["callbacks"]] == [
         "BestCheckpoint",
@@ -203,31 +214,31 @@ def test_callbacks_are_switched_on_and_off():
     ],
 )
 def test_what_cannot_be_a_value_is_said_and_the_recipe_stays(path, typed, key):
-    with pytest.raises(Refused) as caught:
-        read(FIELD[path], typed)
+    with pytest.raises(UserError) as caught:
+        parse_value(FIELD[path], typed)
     assert caught.value.key == key
-    content = started("sft")
+    content = base_recipe("sft")
     session = Session(content, content)
     set_field(session, path, typed)
     assert session.content == content
     assert session.refused[path].key == key
-    set_field(session, path, shown(FIELD[path], content))
+    set_field(session, path, display_value(FIELD[path], content))
     assert session.refused == {}
 
 
 @pytest.mark.parametrize("typed", ["2e-4", "0.0002", "2E-4", "0,0002", " 2e-4 "])
 def test_a_learning_rate_is_text(typed):
-    assert read(FIELD[f"{MODEL}learning_rate"], typed) == pytest.approx(2e-4)
-    assert text_of(2e-4) == "2e-4"
-    assert text_of(0.00025) == "2.5e-4"
-    assert text_of(0.05) == "0.05"
+    assert parse_value(FIELD[f"{MODEL}learning_rate"], typed) == pytest.approx(2e-4)
+    assert format_value(2e-4) == "2e-4"
+    assert format_value(0.00025) == "2.5e-4"
+    assert format_value(0.05) == "0.05"
 
 
 # Choices
 
 
 def test_lora_and_qlora_change_places_without_a_trace():
-    lora, qlora = recipe_named("sft-lora"), recipe_named("sft-qlora")
+    lora, qlora = load_recipe("sft-lora"), load_recipe("sft-qlora")
     assert with_method(lora, "qlora") == qlora
     assert with_method(qlora, "lora") == lora
     full = with_value(qlora, f"{STRATEGY}bnb_4bit_quant_type", "fp4")
@@ -236,18 +247,18 @@ def test_lora_and_qlora_change_places_without_a_trace():
 
 
 def test_another_model_brings_what_goes_with_its_size():
-    small = started("sft")
+    small = base_recipe("sft")
     made = with_model(small, "Qwen/Qwen2.5-0.5B-Instruct", "main")
     assert value_at(made, f"{DATA}tokenizer") == value_at(made, f"{MODEL}model")
     assert value_at(made, f"{MODEL}revision") == "main"
     assert value_at(made, f"{MODEL}learning_rate") == 2e-4
-    assert value_at(made, f"{TRAINER}precision") == choices.usual_precision(made).value
+    assert value_at(made, f"{TRAINER}precision") == edits.precision_of(made).value
     assert value_at(made, f"{DATA}chat_template") is MISSING
     back = with_model(made, DEMO_BASE, None)
     for path in (f"{MODEL}learning_rate", f"{DATA}chat_template", f"{TRAINER}precision"):
         assert value_at(back, path) == value_at(small, path)
     assert value_at(back, f"{MODEL}revision") is MISSING
-    t5 = with_model(started("summarization"), "google-t5/t5-small", None)
+    t5 = with_model(base_recipe("summarization"), "google-t5/t5-small", None)
     assert value_at(t5, f"{MODEL}config") is MISSING
 
 
@@ -261,7 +272,7 @@ def test_another_model_brings_what_goes_with_its_size():
     ],
 )
 def test_a_model_of_ones_own_takes_over_no_example(task, model):
-    small = started(task)
+    small = base_recipe(task)
     mine = with_model(small, model, None)
     assert data_of(mine) == ""
     assert value_at(mine, f"{DATA}data") is MISSING
@@ -280,12 +291,12 @@ def test_a_model_of_ones_own_takes_over_no_example(task, model):
 
 
 def test_code_of_a_model_is_trusted_for_that_model_alone():
-    trusted = with_value(started("sft"), f"{MODEL}trust_remote_code", True)
+    trusted = with_value(base_recipe("sft"), f"{MODEL}trust_remote_code", True)
     assert value_at(with_model(trusted, "a/b", None), f"{MODEL}trust_remote_code") is MISSING
 
 
 def test_own_data_is_trained_on_whole_and_read_anew():
-    small = started("sft")
+    small = base_recipe("sft")
     made = with_data(small, "/data/mine.jsonl", hub_config="x")
     assert value_at(made, f"{DATA}columns") is MISSING
     assert value_at(made, f"{TRAINER}limit_train_batches") is MISSING
@@ -299,11 +310,11 @@ def test_own_data_is_trained_on_whole_and_read_anew():
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_amounts_are_recognised(amount):
     for name in ("sft-lora", "dpo-qlora", "small/sft"):
-        made = with_amount(recipe_named(name), amount)
+        made = with_amount(load_recipe(name), amount)
         assert amount_of(made) == amount
         assert value_at(made, f"{TRAINER}max_epochs") == AMOUNTS[amount][0]
         assert value_at(made, f"{STRATEGY}lora_alpha") == 2 * value_at(made, f"{STRATEGY}r")
-    assert amount_of(recipe_named("sft-lora")) == "balanced"
+    assert amount_of(load_recipe("sft-lora")) == "balanced"
 
 
 @pytest.mark.parametrize(
@@ -311,29 +322,29 @@ def test_amounts_are_recognised(amount):
     [
         (lambda c: with_method(c, "full"), "checks.no_method"),
         (lambda c: with_amount(c, None), "checks.no_amount"),
-        (lambda c: started("../sft"), "checks.no_recipe"),
-        (lambda c: recipe_named("../../etc/passwd"), "checks.no_recipe"),
+        (lambda c: base_recipe("../sft"), "checks.no_recipe"),
+        (lambda c: load_recipe("../../etc/passwd"), "checks.no_recipe"),
         (lambda c: with_fix(c, "sell", None), "checks.no_fix"),
-        (lambda c: reset(c, c, "model.class_path"), "checks.unknown"),
+        (lambda c: reset_field(c, c, "model.class_path"), "checks.unknown"),
     ],
 )
 def test_what_was_not_offered_is_refused(change, key):
-    with pytest.raises(Refused) as caught:
-        change(started("sft"))
+    with pytest.raises(UserError) as caught:
+        change(base_recipe("sft"))
     assert caught.value.key == key
 
 
 def test_recipes_are_laid_over_each_other_as_the_command_line_does():
     below = {"a": {"class_path": "x", "init_args": {"k": 1, "columns": {"p": 1}}}, "l": [1]}
     above = {"a": {"init_args": {"j": 2, "columns": {"q": 2}}}, "l": [2]}
-    made = laid_over(below, above)
+    made = merge_recipes(below, above)
     assert made["a"]["init_args"] == {"k": 1, "j": 2, "columns": {"q": 2}}
     assert made["l"] == [2]
-    assert laid_over(below, {"a": {"class_path": "y"}})["a"] == {"class_path": "y"}
+    assert merge_recipes(below, {"a": {"class_path": "y"}})["a"] == {"class_path": "y"}
 
 
 def test_tasks_are_recognised():
-    assert [task_of(started(name)).name for name in TASK_NAMES] == list(TASK_NAMES)
+    assert [task_of(base_recipe(name)).name for name in TASK_NAMES] == list(TASK_NAMES)
     for task in TASKS:
         assert getattr(import_module("lightning_peft.tasks"), task.module)
     assert task_of({"model": {"class_path": "mine.Model"}}) is None
@@ -344,13 +355,13 @@ def test_tasks_are_recognised():
 
 def test_the_command_is_that_of_the_downloaded_file():
     assert command_line({}) == "lightning-peft fit --config recipe.yaml"
-    assert dry(started("sft"))["trainer"]["max_steps"] == 5
+    assert limit_steps(base_recipe("sft"))["trainer"]["max_steps"] == 5
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_the_python_makes_what_the_recipe_makes(name, method):
-    content = started(name, method)
+    content = base_recipe(name, method)
     made: dict[str, object] = {}
     tree = ast.parse(python_code(content))
     # All but the last line, which trains.
@@ -379,34 +390,34 @@ def test_the_python_makes_what_the_recipe_makes(name, method):
 def test_gpus_are_those_of_the_planner():
     device_memory = import_module("lightning_peft.plan.device_memory").device_memory
     for name in GPUS:
-        assert device_memory(checked_device(name)).name == name
+        assert device_memory(validate_device(name)).name == name
     for name in ("24GB", "22.5 GiB", "100MB", "this"):
-        assert checked_device(name) == name
+        assert validate_device(name) == name
     for name in ("--json", "x", "", None, "1e9GB", "24GB; rm"):
-        with pytest.raises(Refused, match=r"checks\.device"):
-            checked_device(name)
+        with pytest.raises(UserError, match=r"checks\.device"):
+            validate_device(name)
 
 
 def test_the_plan_is_asked_for_what_the_recipe_says():
-    words = arguments(started("sft", "qlora"), "rtx4090", 100)
+    words = plan_arguments(base_recipe("sft", "qlora"), "rtx4090", 100)
     assert isinstance(words, list)
     base = Path(lightning_peft.__file__).parent / "demo" / "base"
     assert {f"--model={base}", "--method=qlora", "--seq-len=100", "--batch-size=8"} <= set(words)
     assert "--gpu=rtx4090" in words
-    assert "--batch-size=16" in arguments(started("dpo"), "this", 100)
-    assert arguments(started("image-classification"), "this", 1) == "plan_not_this_task"
-    random = with_value(started("sft"), f"{MODEL}config", {"model_type": "llama"})
-    assert arguments(random, "this", 1) == "plan_not_random"
+    assert "--batch-size=16" in plan_arguments(base_recipe("dpo"), "this", 100)
+    assert plan_arguments(base_recipe("image-classification"), "this", 1) == "plan_not_this_task"
+    random = with_value(base_recipe("sft"), f"{MODEL}config", {"model_type": "llama"})
+    assert plan_arguments(random, "this", 1) == "plan_not_random"
 
 
 def test_fixes_need_less_and_learn_the_same_where_they_can():
-    content = recipe_named("sft-lora")
-    assert candidates(content, 300) == ["checkpointing", "batch", "qlora", "length"]
+    content = load_recipe("sft-lora")
+    assert applicable_fixes(content, 300) == ["checkpointing", "batch", "qlora", "length"]
     batch = with_fix(content, "batch", 300)
     assert value_at(batch, f"{DATA}batch_size") == 1
     assert value_at(batch, f"{TRAINER}accumulate_grad_batches") == 16
     everything = with_fix(content, "all", 300)
-    assert candidates(everything, 150) == ["length"]
+    assert applicable_fixes(everything, 150) == ["length"]
     assert value_at(everything, f"{DATA}max_length") == 150
     assert method_of(everything) == "qlora"
 
@@ -415,7 +426,7 @@ def test_models_are_told_once_and_each_task_knows_its_own():
     names = [model.name for model in MODELS]
     assert len(set(names)) == len(names)
     assert all(set(model.tasks) <= set(TASK_NAMES) for model in MODELS)
-    assert choices.METHODS.keys() == {"lora", "qlora"}
+    assert edits.METHODS.keys() == {"lora", "qlora"}
 
 
 def test_downloads_are_as_large_as_the_files_on_the_hub():
@@ -427,7 +438,7 @@ def test_downloads_are_as_large_as_the_files_on_the_hub():
 
 
 def test_another_task_keeps_the_model_and_data_that_it_takes():
-    mine = with_model(started("dpo"), "Qwen/Qwen2.5-0.5B-Instruct", None)
+    mine = with_model(base_recipe("dpo"), "Qwen/Qwen2.5-0.5B-Instruct", None)
     mine = with_data(mine, "upload:pairs.jsonl")
     mine = with_value(mine, "data.init_args.delimiter", ";")
     reward = with_task(mine, "reward")
@@ -441,19 +452,21 @@ def test_another_task_keeps_the_model_and_data_that_it_takes():
     assert value_at(sft, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
     assert data_of(sft) == ""
     assert data_of(with_task(sft, "dpo")) == ""
-    assert data_of(with_task(with_model(sft, DEMO_BASE, None), "dpo")) == data_of(started("dpo"))
+    assert data_of(with_task(with_model(sft, DEMO_BASE, None), "dpo")) == data_of(
+        base_recipe("dpo")
+    )
     images = with_task(mine, "image-classification")
-    assert images == started("image-classification")
-    with pytest.raises(Refused, match="no_recipe"):
+    assert images == base_recipe("image-classification")
+    with pytest.raises(UserError, match="no_recipe"):
         with_task(mine, "no-such-task")
 
 
 def test_what_a_choice_changes_counts_as_unchanged():
-    before = with_value(started("sft"), "data.init_args.batch_size", 3)
+    before = with_value(base_recipe("sft"), "data.init_args.batch_size", 3)
     after = with_model(before, "Qwen/Qwen2.5-0.5B-Instruct", None)
-    assert changed(after, started("sft")) != ["data.init_args.batch_size"]
-    since = followed(started("sft"), before, after)
-    assert changed(after, since) == ["data.init_args.batch_size"]
+    assert changed_paths(after, base_recipe("sft")) != ["data.init_args.batch_size"]
+    since = rebase_defaults(base_recipe("sft"), before, after)
+    assert changed_paths(after, since) == ["data.init_args.batch_size"]
 
 
 def test_what_can_be_empty_says_its_default():
@@ -474,7 +487,7 @@ def test_a_german_page_has_decimal_commas_in_its_fields():
     names = BY_PATH["trainer.strategy.init_args.target_modules"]
     assert typed(names, "q_proj, v_proj", t) == "q_proj, v_proj"
     assert typed(BY_PATH[warmup], "0,1", Texts("en")) == "0,1"
-    session = Session(started("sft"), started("sft"))
+    session = Session(base_recipe("sft"), base_recipe("sft"))
     set_field(session, warmup, typed(BY_PATH[warmup], "0,25", t))
     assert value_at(session.content, warmup) == 0.25
     assert "Anlauf: 0,03 → 0,25" in changed_html(session, t)

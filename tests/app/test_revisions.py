@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gradio_app.errors import Refused
-from gradio_app.recipe.checking import checked_content
-from gradio_app.recipe.choices import of_a_run, started, with_data, with_model
+from gradio_app.errors import UserError
 from gradio_app.recipe.commands import python_code
 from gradio_app.recipe.content import value_at, with_value
-from gradio_app.recipe.places import Places
+from gradio_app.recipe.edits import base_recipe, recipe_of_run, with_data, with_model
+from gradio_app.recipe.paths import AllowedPaths
+from gradio_app.recipe.validation import validate_content
 from tests.app.runs import settings
 
 COMMIT, OTHER = "0" * 40, "1" * 40
@@ -31,7 +31,7 @@ def test_the_form_pins_both(task, part):
             for path in (f"{MODEL}revision", f"{DATA}{part}", f"{DATA}{part}_revision")
         ]
 
-    content = with_model(started(task), "me/our", COMMIT)
+    content = with_model(base_recipe(task), "me/our", COMMIT)
     assert revisions(content) == [COMMIT, "me/our", COMMIT]
     assert revisions(with_model(content, "me/our", OTHER)) == [OTHER, "me/our", OTHER]
     assert revisions(with_model(content, "me/our", None)) == [None, "me/our", None]
@@ -44,20 +44,20 @@ def test_the_form_pins_both(task, part):
 
 
 def test_time_series_have_nothing_to_pin():
-    content = with_model(started("time-series"), "me/our", COMMIT)
+    content = with_model(base_recipe("time-series"), "me/our", COMMIT)
     assert not [name for name in content["data"]["init_args"] if name.endswith("revision")]
 
 
 def test_a_recipe_that_was_written_is_pinned_where_it_does_not_say(tmp_path):
     here = settings(tmp_path)
-    written = with_value(started("sft"), f"{MODEL}model", "me/our")
+    written = with_value(base_recipe("sft"), f"{MODEL}model", "me/our")
     written = with_value(written, f"{MODEL}revision", COMMIT)
 
     def checked(**data):
         content = written
         for name, value in data.items():
             content = with_value(content, f"{DATA}{name}", value)
-        return value_at(checked_content(content, here, "local"), DATA + OWN, None)
+        return value_at(validate_content(content, here, "local"), DATA + OWN, None)
 
     assert checked(tokenizer="me/our") == COMMIT
     assert checked(tokenizer=" me/our ") == COMMIT
@@ -66,15 +66,15 @@ def test_a_recipe_that_was_written_is_pinned_where_it_does_not_say(tmp_path):
     assert checked(tokenizer="you/yours") is None
     assert checked(tokenizer="package:demo/base") is None
     for value in ("-x", "a..b", "a b", "--config=x"):
-        with pytest.raises(Refused, match=r"errors\.revision"):
+        with pytest.raises(UserError, match=r"errors\.revision"):
             checked(tokenizer="me/our", tokenizer_revision=value)
 
 
 def test_it_stays_in_what_is_made_of_the_recipe(tmp_path):
     here = settings(tmp_path)
-    made = with_model(started("sft"), "me/our", COMMIT)
+    made = with_model(base_recipe("sft"), "me/our", COMMIT)
     made = with_data(made, "package:demo/instructions.jsonl")
-    content = checked_content(made, here, "local")
+    content = validate_content(made, here, "local")
     assert python_code(content).count(COMMIT) == 2
-    again = of_a_run(content, Places(here, "local"))
+    again = recipe_of_run(content, AllowedPaths(here, "local"))
     assert value_at(again, DATA + OWN) == COMMIT

@@ -20,13 +20,13 @@ PAGE = "gradio_app"
 # Who may import Gradio; all others can be tried without a browser.
 SHOWN = {"pages", "look", "serving", "app"}
 # What everyone may use, and who may use what else. Pages and the parts that join them use all.
-GROUND = {"errors", "guards", "public", "settings", "texts", "uploads", "visitors"}
+GROUND = {"errors", "guards", "redaction", "settings", "texts", "uploads", "visitors"}
 ROOMS: dict[str, set[str]] = {
-    "running": set(),
-    "recipe": set(),
-    "speaking": {"running"},
-    "exporting": {"running"},
-    "comparing": {"running"},
+    "runs": set(),
+    "recipe": {"runs"},
+    "chat": {"runs"},
+    "export": {"runs"},
+    "compare": {"runs"},
 }
 # Of the library, what costs nothing to import.
 LIGHT = {

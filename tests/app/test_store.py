@@ -10,9 +10,9 @@ from dataclasses import asdict
 import psutil
 import pytest
 
-from gradio_app.errors import Refused
-from gradio_app.running.environment import trainer_environment
-from gradio_app.running.store import RunStore, checked_name
+from gradio_app.errors import UserError
+from gradio_app.runs.environment import training_environment
+from gradio_app.runs.store import RunStore, checked_name
 from lightning_peft.runs.status import Status, write_json
 from tests.app.runs import recipe, settings
 
@@ -46,7 +46,7 @@ def test_a_new_run_is_on_disk_and_belongs_to_who_asked(store):
 
 @pytest.mark.parametrize("run_id", ["", "..", "../runs", "A", "x" * 81, None, 3, "no-such-run"])
 def test_an_unknown_or_malformed_id_is_refused(store, run_id):
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         store.get("local", run_id)
     assert refusal.value.key == "errors.no_such_run"
 
@@ -60,7 +60,7 @@ def test_what_belongs_to_others_is_refused_like_what_does_not_exist(store):
         "mark": lambda: store.mark_stopped("v-two", run.id),
     }
     for ask in asks.values():
-        with pytest.raises(Refused) as refusal:
+        with pytest.raises(UserError) as refusal:
             ask()
         assert refusal.value.key == "errors.no_such_run"
     assert store.get("v-one", run.id).name == "mine"
@@ -80,13 +80,13 @@ def test_a_process_that_is_gone_or_another_is_a_crash(store):
         assert store.get("local", name).status.state == "crashed"
         assert store.mark_stopped("local", name).status.state == "stopped"
     written(store.root / "alive")
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         store.mark_stopped("local", "alive")
 
 
 def test_a_stop_at_once_that_left_no_word_is_no_crash(store):
     run = store.create("local", recipe(), "a")
-    store.note(run, launched=time.time() - 1, kill_asked=time.time())
+    store.update_metadata(run, launched=time.time() - 1, kill_asked=time.time())
     written(run.folder.path, pid=2**22 + 1)
     assert store.get("local", run.id).status.state == "stopped"
 
@@ -94,20 +94,20 @@ def test_a_stop_at_once_that_left_no_word_is_no_crash(store):
 def test_a_start_that_left_no_word_has_failed(store):
     run = store.create("local", recipe(), "a")
     # It is launched, and its process is not there yet; then it never comes.
-    run = store.note(run, launched=time.time())
+    run = store.update_metadata(run, launched=time.time())
     assert (run.status.state, run.status.phase) == ("preparing", "starting")
-    run = store.note(run, launched=time.time() - 10)
+    run = store.update_metadata(run, launched=time.time() - 10)
     assert (run.status.state, run.status.phase) == ("failed", "failed before it began")
 
 
 def test_a_run_that_goes_on_is_not_taken_for_what_it_was(store):
     run = store.create("local", recipe(), "a")
     written(run.folder.path, state="stopped", step=7, started=time.time() - 60)
-    run = store.note(run, waiting=time.time(), resume=True, from_step=7)
+    run = store.update_metadata(run, waiting=time.time(), resume=True, from_step=7)
     assert (run.status.state, run.status.step) == ("queued", 7)
     me = {"pid": os.getpid(), "created": psutil.Process().create_time()}
     write_json(run.folder.path / "proc.json", me)
-    run = store.note(run, waiting=None, launched=time.time() - 10)
+    run = store.update_metadata(run, waiting=None, launched=time.time() - 10)
     assert (run.status.state, run.status.step) == ("preparing", 7)
 
 
@@ -116,13 +116,13 @@ def test_only_what_rests_is_deleted_and_nothing_outside(store, tmp_path):
     store.delete("local", run.id)
     assert not run.folder.path.exists()
     written(store.root / "alive")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         store.delete("local", "alive")
     assert refusal.value.key == "run.refused_active"
     outside = tmp_path / "outside"
     written(outside, state="finished")
     (store.root / "link").symlink_to(outside)
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         store.delete("local", "link")
     assert (outside / "status.json").is_file()
 
@@ -143,7 +143,7 @@ def test_names_are_one_line_without_secrets():
     assert checked_name("  a\n b\x00 \u202e ") == "a b"
     assert len(checked_name("x" * 500)) == 80
     assert "hf_" not in checked_name("hf_abcdefghijk")
-    with pytest.raises(Refused):
+    with pytest.raises(UserError):
         checked_name(" \n ")
 
 
@@ -167,12 +167,12 @@ def test_the_token_of_a_spaces_owner_stays_with_the_server(store, tmp_path):
         "AWS_SECRET": "y",
         "WANDB_API_KEY": "z",
     }
-    local = trainer_environment(settings(tmp_path), outer)
+    local = training_environment(settings(tmp_path), outer)
     assert (local["HF_TOKEN"], local["WANDB_API_KEY"]) == ("x", "z")
     assert "AWS_SECRET" not in local
     assert local["OMP_WAIT_POLICY"] == "PASSIVE"
-    chosen = trainer_environment(settings(tmp_path), {"OMP_WAIT_POLICY": "ACTIVE"})
+    chosen = training_environment(settings(tmp_path), {"OMP_WAIT_POLICY": "ACTIVE"})
     assert chosen["OMP_WAIT_POLICY"] == "ACTIVE"
-    space = trainer_environment(settings(tmp_path, space=True), outer)
+    space = training_environment(settings(tmp_path, space=True), outer)
     assert space["HF_HOME"] == "/h"
     assert not {"HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET"} & set(space)

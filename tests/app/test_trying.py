@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from gradio_app.running.store import Run, RunStore
+from gradio_app.runs.store import Run, RunStore
 from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
 from lightning_peft.data.templates import NAMED
@@ -34,9 +34,9 @@ def tried(store: RunStore, owner: str, trained: Path) -> Run:
     for name, step in (("best", 6), ("last", 8)):
         adapter = run.folder.checkpoints / "adapters" / name
         shutil.copytree(next((trained / "checkpoints" / "adapters").iterdir()), adapter)
-        facts = json.loads((adapter / "provenance.json").read_text())
-        facts |= {"global_step": step, "chat_template": NAMED["plain"]}
-        write_json(adapter / "provenance.json", facts)
+        metadata = json.loads((adapter / "provenance.json").read_text())
+        metadata |= {"global_step": step, "chat_template": NAMED["plain"]}
+        write_json(adapter / "provenance.json", metadata)
     prompts = (QUESTION, "What is `decimal.Context`?", "Which module provides `Decimal`?")
     rows = [[("system", SYSTEM), *EARLIER, ("user", prompts[0]), ("assistant", ANSWER)]]
     rows += [[("user", prompt), ("assistant", ANSWER)] for prompt in prompts[1:]]

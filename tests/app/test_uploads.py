@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gradio_app.errors import Refused
-from gradio_app.recipe.rows import first_rows
+from gradio_app.errors import UserError
+from gradio_app.recipe.table import first_rows
 from gradio_app.settings import Limits, Settings
-from gradio_app.uploads import MOST_FILES, Uploads
+from gradio_app.uploads import MAX_FILES, Uploads
 
 DAY = "20261126"
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": None}]
@@ -61,7 +61,7 @@ LINES = "\n".join(map(json.dumps, ROWS))
     ],
 )
 def test_data_is_kept_and_its_first_rows_are_shown(name, content, uploads, tmp_path):
-    upload = uploads.keep(written(tmp_path, name, content), DAY)
+    upload = uploads.save(written(tmp_path, name, content), DAY)
     assert upload.path.parent == uploads.folder
     assert upload.path.read_bytes() == (tmp_path / name).read_bytes()
     table = first_rows(upload.path)
@@ -73,7 +73,7 @@ def test_data_is_kept_and_its_first_rows_are_shown(name, content, uploads, tmp_p
 
 def test_text_of_windows_is_kept_and_shown_as_it_is_meant(uploads, tmp_path):
     rows = "prompt;completion\n" + "Wie heißt er?;Müller, natürlich\n" * 3
-    upload = uploads.keep(written(tmp_path, "excel.csv", rows.encode("cp1252")), DAY)
+    upload = uploads.save(written(tmp_path, "excel.csv", rows.encode("cp1252")), DAY)
     assert first_rows(upload.path).rows == [["Wie heißt er?", "Müller, natürlich"]] * 3
     content = {"data": {"init_args": {"encoding": "cp1251", "delimiter": ";"}}}
     assert first_rows(upload.path, content).rows[0][0] != "Wie heißt er?"
@@ -84,18 +84,18 @@ def test_a_workbook_is_kept_and_shown_unless_it_unpacks_to_too_much(uploads, tmp
     for row in (["prompt", "completion"], ["a", "b"], ["c", "d"]):
         book.active.append(row)
     book.save(tmp_path / "rows.xlsx")
-    upload = uploads.keep(tmp_path / "rows.xlsx", DAY)
+    upload = uploads.save(tmp_path / "rows.xlsx", DAY)
     assert first_rows(upload.path).rows == [["a", "b"], ["c", "d"]]
     with zipfile.ZipFile(tmp_path / "many.xlsx", "w") as archive:
         archive.writestr("xl/workbook.xml", "")
         for number in range(2001):
             archive.writestr(f"xl/{number}", "")
-    with pytest.raises(Refused, match=r"checks\.upload_book"):
-        uploads.keep(tmp_path / "many.xlsx", DAY)
+    with pytest.raises(UserError, match=r"checks\.upload_book"):
+        uploads.save(tmp_path / "many.xlsx", DAY)
 
 
 def test_parquet_is_kept_and_shown(uploads, tmp_path):
-    upload = uploads.keep(parquet(tmp_path), DAY)
+    upload = uploads.save(parquet(tmp_path), DAY)
     assert first_rows(upload.path).rows == [["a", "b"], ["c", ""]]
 
 
@@ -123,8 +123,8 @@ def test_parquet_is_kept_and_shown(uploads, tmp_path):
     ],
 )
 def test_everything_else_is_refused(name, content, key, uploads, tmp_path):
-    with pytest.raises(Refused) as caught:
-        uploads.keep(written(tmp_path, name, content), DAY)
+    with pytest.raises(UserError) as caught:
+        uploads.save(written(tmp_path, name, content), DAY)
     assert caught.value.key == key
     assert uploads.list() == []
 
@@ -132,12 +132,12 @@ def test_everything_else_is_refused(name, content, key, uploads, tmp_path):
 def test_archives_and_links_are_not_opened(uploads, tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.jsonl", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x", b"0" * 1_000_000)
-    with pytest.raises(Refused, match=r"checks\.upload_binary"):
-        uploads.keep(tmp_path / "bomb.jsonl", DAY)
+    with pytest.raises(UserError, match=r"checks\.upload_binary"):
+        uploads.save(tmp_path / "bomb.jsonl", DAY)
     (tmp_path / "link.jsonl").symlink_to("/etc/passwd")
     for path in (tmp_path / "link.jsonl", tmp_path / "no-such.jsonl", tmp_path):
-        with pytest.raises(Refused):
-            uploads.keep(path, DAY)
+        with pytest.raises(UserError):
+            uploads.save(path, DAY)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_names_here_are_the_pages_own(name, uploads, tmp_path):
     path = written(tmp_path / "gradio" / "deep", name, LINES)
     if path.suffix != ".jsonl":
         return
-    upload = uploads.keep(path, DAY)
+    upload = uploads.save(path, DAY)
     assert upload.path.parent == uploads.folder
     assert all(c.isalnum() and c.isascii() or c in "-." for c in upload.name)
     assert upload.name.startswith(DAY)
@@ -157,12 +157,12 @@ def test_names_here_are_the_pages_own(name, uploads, tmp_path):
     "name", ["../local/x", "/etc/passwd", "", None, ["a"], "20261126-00000000-x.jsonl", "a\0b"]
 )
 def test_only_own_files_are_given_out(name, uploads, settings, tmp_path):
-    mine = uploads.keep(written(tmp_path, "rows.jsonl", LINES), DAY)
-    with pytest.raises(Refused, match=r"checks\.no_upload"):
+    mine = uploads.save(written(tmp_path, "rows.jsonl", LINES), DAY)
+    with pytest.raises(UserError, match=r"checks\.no_upload"):
         uploads.get(name)
     other = Uploads(settings, "v-other")
     assert other.list() == []
-    with pytest.raises(Refused, match=r"checks\.no_upload"):
+    with pytest.raises(UserError, match=r"checks\.no_upload"):
         other.get(mine.name)
     with pytest.raises(ValueError, match="no owner"):
         Uploads(settings, "../local")
@@ -172,13 +172,13 @@ def test_only_own_files_are_given_out(name, uploads, settings, tmp_path):
 
 def test_an_owner_cannot_fill_the_disk_with_many_files(uploads, settings, tmp_path):
     path = written(tmp_path, "rows.jsonl", LINES)
-    for _ in range(MOST_FILES):
-        uploads.keep(path, DAY)
-    with pytest.raises(Refused, match=r"checks\.upload_many"):
-        uploads.keep(path, DAY)
+    for _ in range(MAX_FILES):
+        uploads.save(path, DAY)
+    with pytest.raises(UserError, match=r"checks\.upload_many"):
+        uploads.save(path, DAY)
     larger = dataclasses.replace(settings, limits=Limits(upload_bytes=1))
-    with pytest.raises(Refused, match=r"checks\.upload_size"):
-        Uploads(larger, "v-2").keep(path, DAY)
+    with pytest.raises(UserError, match=r"checks\.upload_size"):
+        Uploads(larger, "v-2").save(path, DAY)
 
 
 def test_rows_that_hold_much_are_shown_short(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from gradio_app.running.store import RunStore
+from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
 from tests.app.attacking import Call, Handler, attack, handlers_of

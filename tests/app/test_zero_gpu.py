@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from gradio_app.recipe.demo import demo_recipe
-from gradio_app.running.line import Line
-from gradio_app.running.local import LocalExecutor
-from gradio_app.running.store import RunStore
-from gradio_app.running.zero_gpu import WHERE, ZeroGpuExecutor
+from gradio_app.runs.local import LocalExecutor
+from gradio_app.runs.run_queue import RunQueue
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.zero_gpu import EXECUTOR, ZeroGpuExecutor
 from gradio_app.settings import Settings
 from tests.app import fake_trainer
 from tests.app.runs import settings, until
@@ -31,7 +31,7 @@ class NoQuota(Exception):
     title = "ZeroGPU quota exceeded"
 
 
-class Lender:
+class GpuDecorator:
     """Forks a process for each call, and calls in a thread of it; notes who pays for how long."""
 
     def __init__(self):
@@ -69,12 +69,12 @@ class Lender:
 
 
 def executors(made, lender):
-    return {WHERE: ZeroGpuExecutor(made, lender), "local": LocalExecutor(made)}
+    return {EXECUTOR: ZeroGpuExecutor(made, lender), "local": LocalExecutor(made)}
 
 
 @pytest.fixture
 def lender():
-    return Lender()
+    return GpuDecorator()
 
 
 @pytest.fixture
@@ -88,10 +88,10 @@ def store(tmp_path, lender, monkeypatch):
 
 @pytest.fixture
 def line(store):
-    made = Line(store.settings, store)
+    made = RunQueue(store.settings, store)
     yield made
     made.close()
-    executor = store.executors[WHERE]
+    executor = store.executors[EXECUTOR]
     for run in store.all():
         if executor.active(run):
             executor.kill(run)
@@ -121,12 +121,12 @@ def state(store, run):
 def test_a_run_is_paid_by_who_asks_and_leaves_this_process_as_it_was(store, line, lender):
     environment, folder = dict(os.environ), os.getcwd()
     run = store.create("v-a", yaml.safe_dump({"fake": {"steps": 3}}), "lent")
-    assert run.facts.where == WHERE
+    assert run.metadata.where == EXECUTOR
     asked_by("ann", line, run)
     until(lambda: state(store, run) == "finished")
     assert lender.paid == [("ann", 120)]
     assert (dict(os.environ), os.getcwd()) == (environment, folder)
-    until(lambda: not store.executors[WHERE].active(get(store, run)))
+    until(lambda: not store.executors[EXECUTOR].active(get(store, run)))
     assert "step 3" in run.folder.log.read_text()
     store.delete("v-a", run.id)
 
@@ -138,7 +138,7 @@ def test_stopped_and_resumed_by_another_visitor(store, line, lender):
     line.stop("local", run.id)
     until(lambda: state(store, run) == "stopped")
     step = get(store, run).status.step
-    until(lambda: not store.executors[WHERE].active(get(store, run)))
+    until(lambda: not store.executors[EXECUTOR].active(get(store, run)))
     asked_by("bob", line, get(store, run), resume=True)
     until(lambda: get(store, run).status.step > step)
     assert [who for who, _ in lender.paid] == ["ann", "bob"]
@@ -168,7 +168,7 @@ def test_a_space_with_zero_gpu_lends_for_less_than_two_minutes(tmp_path, monkeyp
 def test_the_real_command_line_trains_in_a_lent_call(tmp_path, lender):
     made = replace(settings(tmp_path), command=Settings().command)
     store = RunStore(made, executors(made, lender))
-    line = Line(made, store)
+    line = RunQueue(made, store)
     run = store.create("v-a", demo_recipe(), "real")
     try:
         asked_by("ann", line, run)

@@ -9,17 +9,17 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
 from gradio_app.pages.frame import when_opened
 from gradio_app.pages.handling import sentence
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.checking import checked_content
-from gradio_app.recipe.choices import of_a_run, recipe_named, started, with_method, with_task
 from gradio_app.recipe.content import MISSING, value_at, with_value
+from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.parsing import MOST_CHARACTERS, parsed
 from gradio_app.recipe.presets import TASK_NAMES
+from gradio_app.recipe.validation import validate_content
+from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
 
@@ -78,16 +78,16 @@ def bind_load(editor: Editor) -> None:
     """Fills the page when it is opened: from its address, from the draft, or anew."""
 
     def load(draft: Any, request: gr.Request) -> list[Any]:
-        first = started("sft")
+        first = base_recipe("sft")
         session = editor.of(Session(first, first, opened=True), request)
         try:
             session.content = session.since = _asked_for(editor, session, draft, request)
             since = draft.get("since") if session.drafted else None
             if since:
-                session.since = recognised(parsed(since))
-        except Refused as refused:
+                session.since = recognised(parse_yaml(since))
+        except UserError as refused:
             session.told = sentence(refused, editor.t)
-        editor.studio.warm.start()
+        editor.studio.worker.start()
         return editor.updates(session)
 
     loaded = when_opened(load, editor.draft, editor.outputs)
@@ -101,16 +101,16 @@ def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request
     places = editor.places(session)
     if asked.get("from"):
         run = editor.studio.store.get(session.owner, asked["from"])
-        content = recognised(of_a_run(parsed(run.recipe_text), places))
+        content = recognised(recipe_of_run(parse_yaml(run.recipe_text), places))
         names = {other.name for other in editor.studio.store.list(session.owner)}
         session.copied, session.named = run.name, next_name(run.name, names)
         return content
     if asked.get("recipe"):
-        content = recipe_named(asked["recipe"])
+        content = load_recipe(asked["recipe"])
     elif asked.get("method"):
-        return with_method(started("sft"), asked["method"])
+        return with_method(base_recipe("sft"), asked["method"])
     elif isinstance(draft, dict) and draft.get("recipe"):
-        content, session.drafted = parsed(draft["recipe"]), True
+        content, session.drafted = parse_yaml(draft["recipe"]), True
     else:
         return session.content
     return recognised(content)
@@ -134,10 +134,10 @@ def recognised(content: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe that the form can show.
 
     Raises:
-        Refused: If it is for no task of this page.
+        UserError: If it is for no task of this page.
     """
     if task_of(content) is None:
-        raise Refused("checks.no_task")
+        raise UserError("checks.no_task")
     return content
 
 
@@ -145,11 +145,11 @@ def checked(editor: Editor, session: Session, content: dict[str, Any]) -> dict[s
     """Returns a recipe that somebody wrote, checked but for the presence of its data.
 
     Raises:
-        Refused: With all that is wrong with it.
+        UserError: With all that is wrong with it.
     """
     try:
-        checked_content(content, editor.studio.settings, session.owner)
-    except Refused as refused:
+        validate_content(content, editor.studio.settings, session.owner)
+    except UserError as refused:
         problems = refused.values.get("problems")
         left = [one for one in problems if not _of_places(one)] if isinstance(problems, list) else 0
         if left or not isinstance(problems, list):
@@ -169,7 +169,7 @@ def _confirmed(editor: Editor, session: Session, content: dict[str, Any]) -> dic
     return with_value(content, names[-1], MISSING)
 
 
-def _of_places(problem: Refused) -> bool:
+def _of_places(problem: UserError) -> bool:
     """Says whether a problem is one that the steps of the form can solve."""
     inner = problem.values.get("problem")
     keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
@@ -215,7 +215,7 @@ def _task(session: Session, name: Any) -> dict[str, Any]:
 
 def _undone(session: Session, _: gr.EventData) -> dict[str, Any]:
     if session.undo is None:
-        raise Refused("checks.nothing_to_undo")
+        raise UserError("checks.nothing_to_undo")
     content, session.since = session.undo
     session.undo = None
     return content
@@ -225,7 +225,7 @@ def _named(session: Session, name: Any) -> dict[str, Any]:
     if not name:
         return session.content
     session.copied, session.undo = "", None
-    session.since = recipe_named(name)
+    session.since = load_recipe(name)
     return session.since
 
 
@@ -233,15 +233,15 @@ def read_recipe(file: Any) -> dict[str, Any]:
     """Returns the recipe in a file that was uploaded.
 
     Raises:
-        Refused: If it is none.
+        UserError: If it is none.
     """
     path = Path(str(file))
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4 * MOST_CHARACTERS:
-        raise Refused("checks.upload_gone")
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4 * MAX_CHARACTERS:
+        raise UserError("checks.upload_gone")
     try:
-        return parsed(path.read_text(encoding="utf-8"))
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise Refused("checks.yaml", line="?", reason="UTF-8") from error
+        raise UserError("checks.yaml", line="?", reason="UTF-8") from error
 
 
 def _key(name: str) -> str:

@@ -10,21 +10,21 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
 from gradio_app.pages.new import data_html, reading
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import looks
-from gradio_app.public import UPLOAD
-from gradio_app.recipe.choices import started, with_data
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
-from gradio_app.recipe.data import DataReport, local
+from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.places import data_files
-from gradio_app.recipe.rows import first_rows, rows_in
-from gradio_app.running.words import size
+from gradio_app.recipe.paths import data_files
+from gradio_app.recipe.preview import DataReport, local_path
+from gradio_app.recipe.table import count_rows, first_rows
+from gradio_app.redaction import UPLOAD
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.uploads import KINDS, Uploads
 
 SOURCES = ("example", "upload", "path", "hub")
@@ -86,7 +86,7 @@ def _example(editor: Editor) -> None:
 
     def chosen(session: Session) -> dict[str, Any]:
         task = task_of(session.content)
-        example = started(task.name if task else "")
+        example = base_recipe(task.name if task else "")
         content = with_data(session.content, value_at(example, _DATA + "data"))
         return with_value(content, _DATA + "skip_bad_rows", MISSING)
 
@@ -106,7 +106,7 @@ def _upload(editor: Editor) -> None:
     )
 
     def kept(session: Session, given: Any) -> dict[str, Any]:
-        upload = Uploads(settings, session.owner).keep(given, time.strftime("%Y%m%d"))
+        upload = Uploads(settings, session.owner).save(given, time.strftime("%Y%m%d"))
         return with_data(session.content, f"{UPLOAD}{upload.name}")
 
     def again(session: Session, name: Any) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _upload(editor: Editor) -> None:
         own = Uploads(settings, session.owner).list()
         place = data_of(session.content)
         current = place.removeprefix(UPLOAD) if place.startswith(UPLOAD) else None
-        rows = [(f"{one.title} ({size(one.size, t)})", one.name) for one in own]
+        rows = [(f"{one.title} ({format_bytes(one.size, t)})", one.name) for one in own]
         known = current if current in [one.name for one in own] else None
         return [gr.update(choices=rows, value=known, visible=bool(rows))]
 
@@ -143,7 +143,7 @@ def _path(editor: Editor) -> None:
     def listed(session: Session) -> list[Any]:
         # Looked up each time: files come and go while the page is open.
         sizes = data_files(root) if root else {}
-        rows = [(f"{name} ({size(count, t)})", name) for name, count in sizes.items()]
+        rows = [(f"{name} ({format_bytes(count, t)})", name) for name, count in sizes.items()]
         place = data_of(session.content)
         known = next((one for one in sizes if root and (root / one).as_posix() == place), None)
         return [gr.update(choices=rows, value=known or (place if place.startswith("/") else None))]
@@ -154,8 +154,8 @@ def _path(editor: Editor) -> None:
     def chosen(session: Session, given: Any) -> dict[str, Any]:
         place = editor.places(session).data(given)
         if "/" not in place.strip("/") or not place.startswith("/"):
-            raise Refused(
-                "checks.no_data", path=shortened(given), more=[Refused("checks.not_near")]
+            raise UserError(
+                "checks.no_data", path=shortened(given), more=[UserError("checks.not_near")]
             )
         return with_data(session.content, place)
 
@@ -283,7 +283,7 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
                 break
             if read < 0:
                 yield [gr.skip(), data_html.checking(editor.t), gr.update(visible=True), *quiet]
-                first, of = first_rows(place, session.content), rows_in(place)
+                first, of = first_rows(place, session.content), count_rows(place)
             elif rows != read:
                 shown = data_html.checking(editor.t, rows, of, first)
                 yield [gr.skip(), shown, gr.update(visible=True), *quiet]
@@ -310,9 +310,9 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
 def _place_of(editor: Editor, session: Session) -> Path:
     """Returns where the rows of a session lie, if that is on this machine."""
     place = data_of(session.content)
-    with contextlib.suppress(Refused):
+    with contextlib.suppress(UserError):
         place = editor.places(session).data(place)
-    return local(place)
+    return local_path(place)
 
 
 def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:

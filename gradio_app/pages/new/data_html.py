@@ -7,11 +7,11 @@ from typing import Any
 
 from gradio_app.guards import escaped
 from gradio_app.pages.new import reading
-from gradio_app.public import UPLOAD
-from gradio_app.recipe.data import DataReport
-from gradio_app.recipe.rows import Table
+from gradio_app.recipe.preview import DataReport
+from gradio_app.recipe.table import Table
+from gradio_app.redaction import UPLOAD
 from gradio_app.texts import Texts
-from gradio_app.uploads import own_name
+from gradio_app.uploads import original_name
 
 # Of each kind of problem, as many rows are told one by one.
 MOST_PROBLEMS = 20
@@ -55,7 +55,7 @@ def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None
 def report(found: DataReport, t: Texts) -> str:
     """Returns everything that was found."""
     parts = []
-    if found.refusal and found.columns_unknown:
+    if found.refusal and found.needs_column_names:
         names = ", ".join(found.table.columns if found.table else [])
         parts.append(
             f'<section class="failure" role="alert"><h4>{escaped(t("new.columns_unknown"))}</h4>'
@@ -112,7 +112,7 @@ def _problems(found: DataReport, t: Texts) -> str:
         listed = "".join(
             f"<li><strong>{escaped(t('new.row', row=row['row']))}</strong> "
             f"{escaped(row['detail'])} "
-            f"<span class='file'>{escaped(own_name(row['file']))}</span></li>"
+            f"<span class='file'>{escaped(original_name(row['file']))}</span></li>"
             for row in rows
         )
         more = len(one["rows"]) - len(rows)

@@ -8,15 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
-from gradio_app.recipe.choices import started
-from gradio_app.recipe.form import followed
-from gradio_app.recipe.parsing import dumped
-from gradio_app.recipe.places import Places
-from gradio_app.recipe.planner import Known
+from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.form import rebase_defaults
+from gradio_app.recipe.paths import AllowedPaths
+from gradio_app.recipe.planner import PlanCache
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -57,7 +57,7 @@ class Session:
     content: dict[str, Any]
     since: dict[str, Any]
     owner: str = "local"
-    refused: dict[str, Refused] = field(default_factory=dict)
+    refused: dict[str, UserError] = field(default_factory=dict)
     report: Any = None
     told: str = ""
     copied: str = ""
@@ -71,7 +71,7 @@ class Session:
     drafted: bool = False
     undo: Any = None
     starting: bool = False
-    plans: Known = field(default_factory=Known)
+    plans: PlanCache = field(default_factory=PlanCache)
 
     def while_current(
         self, name: str, updates: Iterator[Any] | Updates, nothing: Any
@@ -109,7 +109,7 @@ class Editor:
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
-        first = started("sft")
+        first = base_recipe("sft")
         self.session = gr.State(Session(first, first))
         self.draft = gr.BrowserState({}, storage_key=_DRAFT, secret=_DRAFT)
         self._shown: list[tuple[list[Any], Show]] = []
@@ -174,7 +174,7 @@ class Editor:
             session = self.of(session, request)
             try:
                 content = change(session, *given)
-            except Refused as refused:
+            except UserError as refused:
                 if problem is None:
                     raise
                 shown = [gr.skip()] * len(self.outputs)
@@ -220,16 +220,16 @@ class Editor:
         """Returns the session of who asks.
 
         Raises:
-            Refused: If the server does not know what the page shows.
+            UserError: If the server does not know what the page shows.
         """
         if not isinstance(session, Session) or not session.opened:
-            raise Refused("checks.session")
+            raise UserError("checks.session")
         session.owner = owner_of(request, self.studio.settings.space)
         return session
 
-    def places(self, session: Session) -> Places:
+    def places(self, session: Session) -> AllowedPaths:
         """Returns what the owner of a session may read."""
-        return Places(self.studio.settings, session.owner)
+        return AllowedPaths(self.studio.settings, session.owner)
 
 
 def problem_html(text: str) -> str:
@@ -239,13 +239,13 @@ def problem_html(text: str) -> str:
 
 def draft_of(session: Session) -> dict[str, str]:
     """Returns what the browser keeps of a page: the recipe, and what it was made of."""
-    return {"recipe": dumped(session.content), "since": dumped(session.since)}
+    return {"recipe": dump_yaml(session.content), "since": dump_yaml(session.since)}
 
 
 def _take(session: Session, content: dict[str, Any], own: bool) -> None:
     """Makes a session's recipe another one; what was found of other data counts no more."""
     if not own:
-        session.since = followed(session.since, session.content, content)
+        session.since = rebase_defaults(session.since, session.content, content)
     if content.get("data") != session.content.get("data"):
         session.report = None
     session.content, session.refused = content, {}

@@ -8,15 +8,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.pages.handling import as_shown, sentence
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.recipe.checking import checked_content, with_revision
-from gradio_app.recipe.choices import started
 from gradio_app.recipe.content import data_of, value_at
-from gradio_app.recipe.data import DataReport, looked_at
+from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.model_files import on_this_machine
+from gradio_app.recipe.model_files import is_cached
+from gradio_app.recipe.preview import DataReport, preview_data
+from gradio_app.recipe.validation import validate_content, with_revision
 
 _LOOK_SECONDS = 0.5
 
@@ -30,22 +30,22 @@ def away(content: dict[str, Any]) -> str:
     """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
     task = task_of(content)
     names = [value_at(content, "model.init_args.model", None)]
-    if task is not None and task.reads is not None:
-        names.append(value_at(content, f"data.init_args.{task.reads}", None))
+    if task is not None and task.processor_argument is not None:
+        names.append(value_at(content, f"data.init_args.{task.processor_argument}", None))
     named = [name for name in names if isinstance(name, str)]
     hub = [name for name in named if ":" not in name and not os.path.isabs(name)]
-    return next((name for name in hub if offline() and not on_this_machine(name)), "")
+    return next((name for name in hub if offline() and not is_cached(name)), "")
 
 
 def report_of(editor: Editor, session: Session) -> DataReport:
     """Returns what is known of the data of a session, looked at now if need be.
 
     Raises:
-        Refused: If no data is chosen.
+        UserError: If no data is chosen.
     """
     while session.report is None:
         if not data_of(session.content):
-            raise Refused("checks.no_rows")
+            raise UserError("checks.no_rows")
         for _ in looks(editor, session):
             pass
     found: DataReport = session.report
@@ -75,7 +75,7 @@ def looks(editor: Editor, session: Session) -> Iterator[int]:
     finally:
         if session.looking is data:
             session.looking = None
-            if found and _data_of(session) == data and not found[0].unwanted:
+            if found and _data_of(session) == data and not found[0].cancelled:
                 session.report = found[0]
             elif session.stopped:
                 session.report = DataReport(refusal=editor.t("new.check_stopped"))
@@ -84,20 +84,20 @@ def looks(editor: Editor, session: Session) -> Iterator[int]:
 def _report(editor: Editor, session: Session, data: Any) -> DataReport:
     settings, t = editor.studio.settings, editor.t
 
-    def wanted() -> bool:
+    def still_needed() -> bool:
         return session.looking is data and not session.stopped and _data_of(session) == data
 
-    def heard(rows: int) -> None:
+    def on_rows(rows: int) -> None:
         session.rows_read = rows
 
     missing = away(session.content)
     if missing:
         return DataReport(refusal=t("new.model_away", name=missing), step="model")
     try:
-        content = {**started("sft"), "data": data}
-        content = checked_content(content, settings, session.owner)
-        return looked_at(content, editor.studio.warm, settings.space, wanted, heard)
-    except Refused as refused:
+        content = {**base_recipe("sft"), "data": data}
+        content = validate_content(content, settings, session.owner)
+        return preview_data(content, editor.studio.worker, settings.space, still_needed, on_rows)
+    except UserError as refused:
         return DataReport(refusal=sentence(refused, t))
     except Exception as error:
         return DataReport(refusal=str(as_shown(error, t).message))

@@ -8,16 +8,16 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import away
-from gradio_app.recipe.checking import checked_content
-from gradio_app.recipe.choices import started
-from gradio_app.recipe.planner import Fix, Plan, checked_device, fixes, planned, with_fix
-from gradio_app.recipe.presets import GPUS, THIS
+from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
+from gradio_app.recipe.presets import GPUS, THIS_MACHINE
+from gradio_app.recipe.validation import validate_content
 from gradio_app.texts import Texts
 
 # The planner's parts, as few as a person wants to tell apart.
@@ -39,8 +39,8 @@ def build(editor: Editor) -> None:
     """Makes the part."""
     t = editor.t
     device = gr.Dropdown(
-        [(t("new.this_machine"), THIS), *((name, name) for name in GPUS)],
-        value=THIS,
+        [(t("new.this_machine"), THIS_MACHINE), *((name, name) for name in GPUS)],
+        value=THIS_MACHINE,
         label=t("new.device"),
         info=t("new.device_hint"),
         allow_custom_value=True,
@@ -70,7 +70,7 @@ def build(editor: Editor) -> None:
 
 
 def _planned(
-    editor: Editor, session: Session, device: Any, wanted: Callable[[], bool]
+    editor: Editor, session: Session, device: Any, still_needed: Callable[[], bool]
 ) -> Iterator[str]:
     t = editor.t
     longest = session.report.longest if session.report else None
@@ -81,24 +81,26 @@ def _planned(
         yield f'<p class="careful" role="status">{escaped(told)}</p>'
         return
     try:
-        name = checked_device(device)
+        name = validate_device(device)
         # Data is looked at elsewhere; that it is missing changes nothing here.
         content = {**session.content, "data": {**session.content["data"]}}
         arguments = dict(content["data"].get("init_args") or {})
-        arguments["data"] = started("sft")["data"]["init_args"]["data"]
+        arguments["data"] = base_recipe("sft")["data"]["init_args"]["data"]
         content["data"]["init_args"] = arguments
-        content = checked_content(content, editor.studio.settings, session.owner)
-    except Refused as refused:
+        content = validate_content(content, editor.studio.settings, session.owner)
+    except UserError as refused:
         yield f'<p class="careful" role="status">{escaped(sentence(refused, t))}</p>'
         return
-    ask = partial(session.plans.ask, warm=editor.studio.planning, wanted=wanted)
-    plan = planned(content, name, ask, longest)
+    ask = partial(
+        session.plans.ask, worker=editor.studio.planning_worker, still_needed=still_needed
+    )
+    plan = plan_memory(content, name, ask, longest)
     if plan.fits is not False:
         yield shown(plan, t)
         return
     found: list[Fix] = []
     yield shown(plan, t, found, more=True)
-    for fix in fixes(content, name, ask, longest):
+    for fix in find_fixes(content, name, ask, longest):
         found.append(fix)
         yield shown(plan, t, found, more=True)
     yield shown(plan, t, found)
@@ -114,8 +116,8 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
     if plan.refusal:
         reason = f"<pre>{escaped(plan.reason)}</pre>" if plan.reason else ""
         return f'<p class="careful" role="status">{escaped(t(f"new.{plan.refusal}"))}</p>{reason}'
-    has = plan.has or plan.needs
-    full = max(has, plan.needs)
+    has = plan.available_bytes or plan.required_bytes
+    full = max(has, plan.required_bytes)
     pieces, words = "", []
     for part, names in PARTS.items():
         size = sum(plan.numbers["breakdown"].get(name, 0) for name in names)
@@ -138,7 +140,7 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
     one = gigabytes(low) == gigabytes(high)
     said = t(
         "new.needs_about" if one else "new.needs",
-        needs=t.localized(gigabytes(plan.needs)),
+        needs=t.localized(gigabytes(plan.required_bytes)),
         low=t.localized(gigabytes(low)),
         high=t.localized(gigabytes(high)),
         has=t.localized(gigabytes(has)),
@@ -161,7 +163,9 @@ def _mark(state: str) -> str:
 
 def _length(plan: Plan, t: Texts) -> str:
     run = plan.numbers["run"]
-    return t(f"new.length_{plan.length_is}", length=t.number(plan.length), batch=run["batch_size"])
+    return t(
+        f"new.length_{plan.length_source}", length=t.number(plan.length), batch=run["batch_size"]
+    )
 
 
 def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
@@ -170,7 +174,7 @@ def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
     buttons = ""
     for fix in found:
         fits = t("new.then_fits") if fix.plan.fits else t("new.then_not")
-        total = t("new.fix_total", needs=t.localized(gigabytes(fix.plan.needs)), fits=fits)
+        total = t("new.fix_total", needs=t.localized(gigabytes(fix.plan.required_bytes)), fits=fits)
         kind = "as-button fits" if fix.plan.fits else "as-button"
         buttons += (
             f'<button type="button" class="{kind}" data-fix="{fix.name}">'

@@ -7,22 +7,30 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.new import memory
 from gradio_app.pages.new.editor import Editor, Session, draft_of
-from gradio_app.recipe.choices import (
+from gradio_app.recipe.content import with_value
+from gradio_app.recipe.edits import (
     amount_of,
-    started,
-    usual_precision,
+    base_recipe,
+    precision_of,
     with_amount,
     with_method,
 )
-from gradio_app.recipe.content import with_value
-from gradio_app.recipe.fields import BY_PATH, FIELDS, FIRST, GROUPS, Field
-from gradio_app.recipe.form import applies, changed, method_of, read, reset, shown, text_of
+from gradio_app.recipe.fields import BASIC, BY_PATH, FIELDS, GROUPS, Field
+from gradio_app.recipe.form import (
+    applies,
+    changed_paths,
+    display_value,
+    format_value,
+    method_of,
+    parse_value,
+    reset_field,
+)
 from gradio_app.recipe.presets import AMOUNTS
 from gradio_app.texts import Texts
 
@@ -64,7 +72,7 @@ def build(editor: Editor) -> None:
     )
     made: dict[str, Any] = {}
     with gr.Row(elem_id="first-settings", elem_classes="settings"):
-        for path in FIRST:
+        for path in BASIC:
             made[path] = component(BY_PATH[path], t)
     gr.HTML(f"<h3>{escaped(t('new.memory'))}</h3>", padding=False)
     memory.build(editor)
@@ -95,18 +103,18 @@ def component(field: Field, t: Texts) -> Any:
     """Returns the input for a setting."""
     options: dict[str, Any] = {
         "label": t(f"fields.{field.key}"),
-        "info": hint(field, started("sft"), t),
+        "info": hint(field, base_recipe("sft"), t),
         "interactive": True,
         "elem_id": f"f-{field.key.replace('_', '-')}",
     }
     if field.kind == "switch":
         return gr.Checkbox(value=bool(field.default), **options)
     if field.kind == "choice":
-        names = [(_name(choice, field, t), text_of(choice)) for choice in field.choices]
-        return gr.Dropdown(names, value=text_of(field.default), min_width=200, **options)
+        names = [(_name(choice, field, t), format_value(choice)) for choice in field.choices]
+        return gr.Dropdown(names, value=format_value(field.default), min_width=200, **options)
     placeholder = unset(field, t) if field.optional else ""
     return gr.Textbox(
-        _written(field, text_of(field.default), t),
+        _written(field, format_value(field.default), t),
         max_length=10_000,
         placeholder=placeholder,
         min_width=200,
@@ -118,19 +126,19 @@ def hint(field: Field, content: dict[str, Any], t: Texts) -> str:
     """Returns the help of a setting; that of the precision is for the model and this machine."""
     if field.key != "precision":
         return t(f"fields.{field.key}_hint")
-    found = usual_precision(content)
+    found = precision_of(content)
     reason = t(f"fields.precision_{found.reason}")
     return t("fields.precision_hint", value=found.value, reason=reason)
 
 
 def _name(choice: Any, field: Field, t: Texts) -> str:
-    key = f"fields.{field.key}_{text_of(choice) or 'null'}"
+    key = f"fields.{field.key}_{format_value(choice) or 'null'}"
     if t.has(key):
         return t(key)
     if choice is None:
         return unset(field, t)
     words = {True: "fields.yes", False: "fields.no"}
-    return t(words[choice]) if isinstance(choice, bool) else text_of(choice)
+    return t(words[choice]) if isinstance(choice, bool) else format_value(choice)
 
 
 def unset(field: Field, t: Texts) -> str:
@@ -151,7 +159,7 @@ def typed(field: Field, value: Any, t: Texts) -> Any:
 
 def _update(field: Field, session: Session, t: Texts) -> Any:
     value, applied = (
-        _written(field, shown(field, session.content), t),
+        _written(field, display_value(field, session.content), t),
         applies(field, session.content),
     )
     return gr.update(value=value, visible=applied, **_marks(field, session, t))
@@ -159,7 +167,7 @@ def _update(field: Field, session: Session, t: Texts) -> Any:
 
 def _has_some(group: str, session: Session) -> Any:
     """Shows a group that has settings for the recipe: quantization has none without QLoRA."""
-    of_it = [field for field in FIELDS if field.group == group and field.path not in FIRST]
+    of_it = [field for field in FIELDS if field.group == group and field.path not in BASIC]
     return gr.update(visible=any(applies(field, session.content) for field in of_it))
 
 
@@ -201,11 +209,11 @@ def set_field(session: Session, path: str, typed: Any) -> None:
     """Changes a setting of a session, or remembers why what is typed cannot be one."""
     field = BY_PATH[path]
     session.refused.pop(path, None)
-    if not applies(field, session.content) or typed == shown(field, session.content):
+    if not applies(field, session.content) or typed == display_value(field, session.content):
         return
     try:
-        value = read(field, typed)
-    except Refused as refused:
+        value = parse_value(field, typed)
+    except UserError as refused:
         session.refused[path] = refused
         return
     if path.startswith("data.") and path not in _OF_BATCHES:
@@ -216,13 +224,13 @@ def set_field(session: Session, path: str, typed: Any) -> None:
 def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
     data = getattr(event, "_data", None)
     path = data.get("setting") if isinstance(data, dict) else None
-    return reset(session.content, session.since, str(path))
+    return reset_field(session.content, session.since, str(path))
 
 
 def changed_html(session: Session, t: Texts) -> str:
     """Returns the settings that are not those of the recipe it was started from."""
     rows = ""
-    for path in changed(session.content, session.since):
+    for path in changed_paths(session.content, session.since):
         field = BY_PATH[path]
         label = t(f"fields.{field.key}")
         before, now = (_said(field, one, t) for one in (session.since, session.content))
@@ -254,7 +262,7 @@ def changed_html(session: Session, t: Texts) -> str:
 
 
 def _said(field: Field, content: dict[str, Any], t: Texts) -> str:
-    value = _written(field, shown(field, content), t)
+    value = _written(field, display_value(field, content), t)
     if isinstance(value, bool):
         return t("fields.yes" if value else "fields.no")
     return str(value) or unset(field, t)

@@ -7,18 +7,18 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside, shortened
 from gradio_app.pages.frame import private
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import offline
-from gradio_app.recipe.checking import check_files
-from gradio_app.recipe.choices import with_model
 from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.edits import with_model
 from gradio_app.recipe.form import task_of
-from gradio_app.recipe.model_files import described, free_bytes, on_this_machine, weight_bytes
+from gradio_app.recipe.model_files import free_bytes, is_cached, model_info, weight_bytes
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
-from gradio_app.running.words import size
+from gradio_app.recipe.validation import check_files
+from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
 
 SOURCES = ("preset", "hub", "folder")
@@ -104,9 +104,9 @@ def _hub(editor: Editor) -> None:
         content = with_model(session.content, place, at)
         if code is True:
             if editor.studio.settings.space:
-                raise Refused("checks.remote_here")
+                raise UserError("checks.remote_here")
             if again != hub_name:
-                raise Refused("checks.remote_confirm", name=hub_name)
+                raise UserError("checks.remote_confirm", name=hub_name)
             content = with_value(content, "model.init_args.trust_remote_code", True)
         return content
 
@@ -134,7 +134,7 @@ def _folder(editor: Editor) -> None:
 
     def chosen(session: Session, name: Any) -> dict[str, Any]:
         if name not in model_folders(root):
-            raise Refused("checks.no_model", path=shortened(name))
+            raise UserError("checks.no_model", path=shortened(name))
         place = inside(root, str(name))
         check_files(place.as_posix(), None, trusted=False)
         return with_model(session.content, place.as_posix(), None)
@@ -164,7 +164,7 @@ def offered(session: Session, editor: Editor) -> list[Model]:
 
 def _chosen(session: Session, name: Any) -> dict[str, Any]:
     if not any(model.name == name for model in MODELS):
-        raise Refused("checks.no_model", path=str(name)[:60])
+        raise UserError("checks.no_model", path=str(name)[:60])
     return with_model(session.content, name, None)
 
 
@@ -190,8 +190,8 @@ def _row(model: Model, t: Texts) -> str:
     title = t("new.demo_base") if model.name == DEMO_BASE else model.name
     row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
     if model.name != DEMO_BASE:
-        fetched = t("new.not_here", size=size(model.download_bytes, t))
-        row += ", " + (t("new.here") if on_this_machine(model.name) else fetched)
+        fetched = t("new.not_here", size=format_bytes(model.download_bytes, t))
+        row += ", " + (t("new.here") if is_cached(model.name) else fetched)
     return row
 
 
@@ -214,13 +214,13 @@ def _facts(session: Session, t: Texts) -> str:
         shown = t("new.demo_base") if name == DEMO_BASE else name
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
-            lines.append(t("new.model_weighs", size=size(model.weight_bytes, t)))
+            lines.append(t("new.model_weighs", size=format_bytes(model.weight_bytes, t)))
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
             lines.append(_described(Path(name), t))
-            lines.append(t("new.model_files", size=size(weight_bytes(Path(name)), t)))
-        elif on_this_machine(name):
+            lines.append(t("new.model_files", size=format_bytes(weight_bytes(Path(name)), t)))
+        elif is_cached(name):
             lines.append(t("new.model_here"))
         else:
             lines.append(t("new.model_fetched"))
@@ -237,7 +237,7 @@ def _facts(session: Session, t: Texts) -> str:
 
 def _described(folder: Path, t: Texts) -> str:
     """Returns in a sentence what a model in a folder is."""
-    found = described(folder)
+    found = model_info(folder)
     words = []
     if found.parameters:
         words.append(t("new.about_parameters", count=t.localized(weights(found.parameters))))
@@ -245,7 +245,7 @@ def _described(folder: Path, t: Texts) -> str:
     if found.context:
         words.append(t("new.about_context", tokens=t.number(found.context)))
     words += filter(None, [found.dtype])
-    words.append(t("new.about_chats" if found.chats else "new.about_no_template"))
+    words.append(t("new.about_chats" if found.has_chat_template else "new.about_no_template"))
     return ", ".join(words) + "."
 
 
@@ -253,6 +253,6 @@ def _download(model: Model | None, t: Texts) -> list[str]:
     """Returns how much is fetched for a model, as far as that is known, and how much room is."""
     free = free_bytes()
     if model is None:
-        return [t("new.download_unknown", free=size(free, t))]
+        return [t("new.download_unknown", free=format_bytes(free, t))]
     key = "new.download_fits" if model.download_bytes < free else "new.download_no_room"
-    return [t(key, size=size(model.download_bytes, t), free=size(free, t))]
+    return [t(key, size=format_bytes(model.download_bytes, t), free=format_bytes(free, t))]

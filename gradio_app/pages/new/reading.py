@@ -9,11 +9,11 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
-from gradio_app.recipe.data import DataReport
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.recipe.form import read
+from gradio_app.recipe.form import parse_value
+from gradio_app.recipe.preview import DataReport
 from gradio_app.texts import Texts
-from gradio_app.uploads import own_name
+from gradio_app.uploads import original_name
 
 _DATA = "data.init_args."
 NAMES = ("encoding", "delimiter", "sheet")
@@ -60,7 +60,7 @@ def build(editor: Editor) -> None:
 
 def _changed(name: str) -> Any:
     def changed(session: Session, given: Any) -> dict[str, Any]:
-        value = read(BY_PATH[_DATA + name], given)
+        value = parse_value(BY_PATH[_DATA + name], given)
         return with_value(session.content, _DATA + name, MISSING if value is None else value)
 
     return changed
@@ -92,4 +92,6 @@ def _words(one: dict[str, Any], t: Texts) -> str:
     if one.get("sheet"):
         parts.append(t("new.read_sheet", name=one["sheet"]))
     notes = [str(note) for note in one.get("notes") or ()]
-    return f"{own_name(str(one['file']))}: {'; '.join([', '.join(filter(None, parts)), *notes])}"
+    return (
+        f"{original_name(str(one['file']))}: {'; '.join([', '.join(filter(None, parts)), *notes])}"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
 from gradio_app.pages import elsewhere
 from gradio_app.pages.frame import private
@@ -17,13 +17,13 @@ from gradio_app.pages.new import review_html
 from gradio_app.pages.new.choosing import checked
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.looking import away, report_of
-from gradio_app.recipe.checking import checked_content
-from gradio_app.recipe.choices import dry
-from gradio_app.recipe.complete import completed_problem
 from gradio_app.recipe.content import data_of, value_at
-from gradio_app.recipe.data import DataReport
+from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.recipe.parsing import dumped, parsed
+from gradio_app.recipe.parser_check import parser_error
+from gradio_app.recipe.preview import DataReport
+from gradio_app.recipe.validation import validate_content
+from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from gradio_app.texts import Texts
 
 _GO = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
@@ -61,7 +61,7 @@ def build(editor: Editor) -> None:
     editor.show([text, forms], lambda session: _written(editor, session))
 
     def edited(session: Session, given: Any) -> dict[str, Any]:
-        return checked(editor, session, parsed(given))
+        return checked(editor, session, parse_yaml(given))
 
     editor.bind(apply.click, edited, [text], own=True)
     buttons = [start, trial, said]
@@ -78,33 +78,33 @@ def content_of(editor: Editor, session: Session) -> dict[str, Any]:
     """Returns the recipe as it would be run.
 
     Raises:
-        Refused: With all that is wrong with it, what is typed in settings included.
+        UserError: With all that is wrong with it, what is typed in settings included.
     """
-    problems: list[Refused] = []
+    problems: list[UserError] = []
     for path, refused in session.refused.items():
         label = editor.t(f"fields.{BY_PATH[path].key}")
-        problems.append(Refused("checks.at", where=label, problem=[refused]))
+        problems.append(UserError("checks.at", where=label, problem=[refused]))
     content = session.content
     try:
-        content = checked_content(session.content, editor.studio.settings, session.owner)
-    except Refused as refused:
+        content = validate_content(session.content, editor.studio.settings, session.owner)
+    except UserError as refused:
         problems += refused.values.get("problems", [refused])  # type: ignore[arg-type]
     if problems:
-        raise Refused("checks.all", problems=problems)
+        raise UserError("checks.all", problems=problems)
     return content
 
 
 def shown_yaml(editor: Editor, session: Session) -> str:
     """Returns the recipe as it is read and downloaded: on a Space, without its places."""
-    return dumped(_shown_content(editor, session))
+    return dump_yaml(_shown_content(editor, session))
 
 
 def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
     if editor.studio.settings.space:
         return session.content
     try:
-        return checked_content(session.content, editor.studio.settings, session.owner)
-    except Refused:
+        return validate_content(session.content, editor.studio.settings, session.owner)
+    except UserError:
         return session.content
 
 
@@ -129,16 +129,16 @@ def _refresher(editor: Editor) -> Any:
         made = partial(refreshed, session)
         yield from session.while_current("review", made, [gr.skip()] * 6)
 
-    def refreshed(session: Session, wanted: Callable[[], bool]) -> Iterator[list[Any]]:
+    def refreshed(session: Session, still_needed: Callable[[], bool]) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
         same = shown_yaml(editor, session) == session.written
         forms = [gr.skip(), gr.skip()] if same else _written(editor, session)
         yield shown(session, None, forms)
         try:
             content = content_of(editor, session)
-        except Refused:
+        except UserError:
             return
-        problem = completed_problem(content, editor.studio.warm, wanted)
+        problem = parser_error(content, editor.studio.worker, still_needed)
         yield shown(session, problem, [gr.skip(), gr.skip()])
 
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
@@ -166,7 +166,7 @@ def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tup
     blocking: list[tuple[str, str]] = []
     try:
         content_of(editor, session)
-    except Refused as refused:
+    except UserError as refused:
         problems = refused.values.get("problems", [refused])
         assert isinstance(problems, list)
         blocking += [(review_html.step_of(one), sentence(one, t)) for one in problems]
@@ -175,7 +175,7 @@ def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tup
         # Else the look at the data says so.
         told = t("new.model_away", name=missing)
         blocking.append(("model", t("new.blocked_model", reason=told)))
-    if report is not None and not report.fine:
+    if report is not None and not report.ok:
         step = "data" if report.numbers else report.step
         blocking.append((step, sentence(_unfit(report), t)))
     if problem:
@@ -216,33 +216,33 @@ def _started(editor: Editor, session: Session, name: Any, steps: int | None) -> 
     """Checks all and starts the run; returns its id.
 
     Raises:
-        Refused: If it cannot be started.
+        UserError: If it cannot be started.
     """
     content = content_of(editor, session)
     if steps is not None:
-        content = dry(content, steps)
+        content = limit_steps(content, steps)
     report = report_of(editor, session)
-    if not report.fine:
+    if not report.ok:
         raise _unfit(report)
-    problem = completed_problem(content, editor.studio.warm)
+    problem = parser_error(content, editor.studio.worker)
     if problem:
-        raise Refused("new.blocked_recipe", reason=shortened(problem, 400))
+        raise UserError("new.blocked_recipe", reason=shortened(problem, 400))
     title = str(name or "").strip() or _title(content)
-    run = editor.studio.store.create(session.owner, dumped(content), title)
+    run = editor.studio.store.create(session.owner, dump_yaml(content), title)
     try:
-        editor.studio.line.add(run)
-    except Refused:
+        editor.studio.queue.add(run)
+    except UserError:
         editor.studio.store.delete(session.owner, run.id)
         raise
     return str(run.id)
 
 
-def _unfit(report: DataReport) -> Refused:
+def _unfit(report: DataReport) -> UserError:
     """Returns why no run can be started with some data."""
     if report.refusal or not report.numbers:
         key = "new.blocked_model" if report.step == "model" else "new.blocked_data"
-        return Refused(key, reason=shortened(report.refusal, 300))
-    return Refused("new.blocked_rows", rows=report.numbers.get("rejected", 0))
+        return UserError(key, reason=shortened(report.refusal, 300))
+    return UserError("new.blocked_rows", rows=report.numbers.get("rejected", 0))
 
 
 def _title(content: dict[str, Any]) -> str:

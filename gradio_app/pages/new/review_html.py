@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.new.editor import Session
 from gradio_app.recipe.commands import FILE, command_line, python_code
 from gradio_app.recipe.content import data_of, value_at
-from gradio_app.recipe.form import method_of, task_of, text_of
-from gradio_app.recipe.parsing import dumped
+from gradio_app.recipe.form import format_value, method_of, task_of
 from gradio_app.recipe.presets import DEMO_BASE
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 
@@ -26,7 +26,7 @@ _OF_MODEL = {
 }
 
 
-def step_of(problem: Refused) -> str:
+def step_of(problem: UserError) -> str:
     """Returns the step in which a problem can be solved."""
     inner = problem.values.get("problem")
     keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
@@ -105,20 +105,20 @@ def in_words(session: Session, t: Texts) -> str:
         if isinstance(steps, int) and steps > 0
         else t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
     )
-    rate = t.localized(text_of(value_at(content, "model.init_args.learning_rate", 2e-4)))
+    rate = t.localized(format_value(value_at(content, "model.init_args.learning_rate", 2e-4)))
     rank = value_at(content, "trainer.strategy.init_args.r", 16)
     words.append(t("new.words_how", amount=amount, rows=each, rate=rate, rank=rank))
     words = [", ".join(words) + "."]
     batches = value_at(content, "trainer.limit_train_batches", None)
     if batches not in (None, 1.0):
-        words.append(t("new.words_limited", batches=t.localized(text_of(batches))))
+        words.append(t("new.words_limited", batches=t.localized(format_value(batches))))
     words.append(t("new.words_end"))
     return " ".join(words)
 
 
 def forms(content: dict[str, Any], t: Texts) -> str:
     """Returns the recipe as YAML, as a command, and as Python, each to be copied."""
-    text = dumped(content)
+    text = dump_yaml(content)
     address = f"data:text/yaml;charset=utf-8,{quote(text)}"
     download = (
         f'<a class="as-button small" download="{FILE}" href="{address}">'

@@ -13,7 +13,7 @@ from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
 from gradio_app.pages.run.recipe import RecipeTab
 from gradio_app.pages.run.view import View
-from gradio_app.running.metrics import MetricsCache
+from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 

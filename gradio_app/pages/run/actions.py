@@ -12,8 +12,8 @@ from gradio_app.pages.frame import private
 from gradio_app.pages.handling import told
 from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, View, asked_for, html
-from gradio_app.running.store import Run
-from gradio_app.running.words import size
+from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -29,7 +29,7 @@ def offered(run: Run) -> set[str]:
     if run.waiting:
         return {"leave"}
     if run.active:
-        asked = run.facts.stop_asked is not None or run.status.state == "stopping"
+        asked = run.metadata.stop_asked is not None or run.status.state == "stopping"
         steps = {"save_now"} if run.status.state == "running" and not asked else set()
         return {"stop_now"} | (set() if asked else {"stop"}) | steps
     found = {"delete"}
@@ -111,13 +111,13 @@ class Actions:
             other = escaped(self.t.url("compare", runs=run.id))
             link += f' <a class="as-button" href="{other}">{self.t("compare.with_another")}</a>'
             if "delete" in names:
-                whole = size(run.bytes, self.t)
+                whole = format_bytes(run.bytes, self.t)
                 question = _alert(self.t("run.sure_delete", name=run.name, size=whole))
         return [*shown, Shown(gr.Button(visible=there), there), html(link), html(question)]
 
     def bind(self, view: View) -> None:
         """Binds what the buttons do."""
-        line, store = self.studio.line, self.studio.store
+        line, store = self.studio.queue, self.studio.store
         self._view = view
         does: dict[str, Callable[[str, str], Any]] = {
             "stop": line.stop,

@@ -8,15 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
-from gradio_app.exporting.archive import archive
-from gradio_app.exporting.wishes import BITS, FORMATS, checked_wish
+from gradio_app.errors import UserError
+from gradio_app.export.archive import build_archive
+from gradio_app.export.request import BITS, FORMATS, validate_request
 from gradio_app.pages.asking import CLICKS
 from gradio_app.pages.frame import private, quiet
 from gradio_app.pages.handling import told
 from gradio_app.pages.run import exporting_html
 from gradio_app.pages.run.view import Shown, html
-from gradio_app.running.store import Run
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of
@@ -187,7 +187,7 @@ class ExportTab:
         """Shows what has changed."""
         try:
             run = self.studio.store.get(self._owner(request), run_id)
-        except Refused:
+        except UserError:
             run = None
         items = self._items(run, (kind, checkpoint, bits, measure))
         keys = tuple(hash(item.key) for item in items)
@@ -224,7 +224,7 @@ class ExportTab:
             Shown(gr.Dropdown(choices=labels, value=chosen_name), (tuple(labels), chosen_name)),
             html(about),
             Shown(gr.Radio(visible=kind == "quantized"), kind == "quantized"),
-            Shown(gr.Checkbox(visible=form.heavy), form.heavy),
+            Shown(gr.Checkbox(visible=form.writes_model), form.writes_model),
             Shown(gr.Column(visible=asks is not None), asks is not None),
             html(text),
             html(exporting_html.going(run, [one for one in exports if one.active], t)),
@@ -247,7 +247,9 @@ class ExportTab:
         ) -> list[Any]:
             owner = self._owner(request)
             run = studio.store.get(owner, run_id)
-            wish = checked_wish(run, kind, checkpoint, bits=bits, measure=measure, base_name=base)
+            wish = validate_request(
+                run, kind, checkpoint, bits=bits, measure=measure, base_name=base
+            )
             studio.exports.start(owner, run_id, wish)
             return self.looked(run_id, seen, kind, checkpoint, bits, measure, request)
 
@@ -266,7 +268,7 @@ class ExportTab:
         ) -> list[Any]:
             owner = self._owner(request)
             run = studio.store.get(owner, run_id)
-            wish = checked_wish(
+            wish = validate_request(
                 run,
                 kind,
                 checkpoint,
@@ -338,7 +340,7 @@ class ExportTab:
         act, name, file = data.get("act"), data.get("export"), None
         if act == "download":
             run, export = exports.get(owner, run_id, name)
-            file = str(archive(export, run, Path(self._staging.name)))
+            file = str(build_archive(export, run, Path(self._staging.name)))
         elif act == "cancel":
             exports.cancel(owner, run_id, name)
         elif act == "delete":

@@ -9,17 +9,17 @@ from typing import Any
 
 import psutil
 
-from gradio_app.errors import Refused
-from gradio_app.exporting.export import Export
-from gradio_app.exporting.loading_code import loading_code
-from gradio_app.exporting.sizes import BaseSize, base_size
-from gradio_app.exporting.wishes import BITS, FORMATS, HEAVY, Wish
+from gradio_app.errors import UserError
+from gradio_app.export.base_size import BaseSize, base_size
+from gradio_app.export.loading_code import loading_code
+from gradio_app.export.record import Export
+from gradio_app.export.request import BITS, FORMATS, FULL_MODEL_FORMATS, ExportRequest
 from gradio_app.guards import escaped
 from gradio_app.pages import states
 from gradio_app.pages.asking import opener, question
 from gradio_app.pages.handling import sentence
-from gradio_app.running.store import Checkpoint, Run
-from gradio_app.running.words import size
+from gradio_app.runs.formatting import format_bytes
+from gradio_app.runs.store import Checkpoint, Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -56,7 +56,7 @@ class Form:
     bits: Any
     measure: bool
 
-    heavy = property(lambda self: self.kind in HEAVY)
+    writes_model = property(lambda self: self.kind in FULL_MODEL_FORMATS)
 
 
 def checkpoint(one: Checkpoint, t: Texts) -> str:
@@ -79,16 +79,16 @@ def about(studio: Studio, run: Run, form: Form, t: Texts) -> str:
     if form.kind not in FORMATS or form.checkpoint is None:
         return ""
     parts = [t(f"exporting.about_{form.kind}")]
-    if form.heavy:
+    if form.writes_model:
         found = base_size(form.checkpoint.folder, studio.settings.data_root)
         parts.append(_takes(form, found, t))
     else:
         weights = form.checkpoint.folder / "adapter_model.safetensors"
-        parts.append(t("exporting.takes_adapter", size=size(weights.stat().st_size, t)))
+        parts.append(t("exporting.takes_adapter", size=format_bytes(weights.stat().st_size, t)))
     text = f'<p class="note">{" ".join(map(escaped, parts))}</p>'
     try:
-        studio.exports.check(run, Wish(format=form.kind, checkpoint=form.checkpoint.name))
-    except Refused as refusal:
+        studio.exports.check(run, ExportRequest(format=form.kind, checkpoint=form.checkpoint.name))
+    except UserError as refusal:
         # The one that is being made stands below.
         if refusal.key == "exporting.refused_one":
             return text
@@ -101,14 +101,14 @@ def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
     if found is None:
         return t("exporting.takes_unknown")
     bits = form.bits if form.bits in BITS else BITS[0]
-    disk = found.quantized(bits) if form.kind == "quantized" else found.merged
-    memory = found.memory(form.kind, form.measure)
+    disk = found.quantized_bytes(bits) if form.kind == "quantized" else found.merged_bytes
+    memory = found.memory_bytes(form.kind, form.measure)
     free = psutil.virtual_memory().available
     # Rounded, so that the sentence does not change at every look.
     words = t(
         "exporting.takes",
-        size=size(disk, t),
-        memory=size(memory, t),
+        size=format_bytes(disk, t),
+        memory=format_bytes(memory, t),
         free=f"{round(free / 1e9)} GB",
     )
     return words + (" " + t("exporting.takes_more") if memory > free else "")
@@ -116,13 +116,17 @@ def _takes(form: Form, found: BaseSize | None, t: Texts) -> str:
 
 def asks(run: Run, export: Export, t: Texts) -> str:
     """Returns what would be pushed, before it is."""
-    kind = t("exporting.is_private" if export.wish.private else "exporting.is_public")
-    total = size(sum(count for _, count in export.files), t)
+    kind = t("exporting.is_private" if export.request.private else "exporting.is_public")
+    total = format_bytes(sum(count for _, count in export.files), t)
     said = t(
-        "exporting.would_push", n=len(export.files), size=total, to=export.wish.push_to, kind=kind
+        "exporting.would_push",
+        n=len(export.files),
+        size=total,
+        to=export.request.push_to,
+        kind=kind,
     )
     warning = (
-        "" if export.wish.private else f'<p class="not-now">{t("exporting.public_warning")}</p>'
+        "" if export.request.private else f'<p class="not-now">{t("exporting.public_warning")}</p>'
     )
     return (
         f'<h3>{t("exporting.confirm")}</h3><p role="status">{escaped(said)}</p>{warning}'
@@ -158,7 +162,7 @@ def done(run: Run | None, exports: Sequence[Export], t: Texts) -> str:
     if run is None or not exports:
         return ""
     known = {one.name: one for one in run.checkpoints()}
-    items = "".join(_done(run, one, known.get(one.wish.checkpoint), t) for one in exports)
+    items = "".join(_done(run, one, known.get(one.request.checkpoint), t) for one in exports)
     title = t("exporting.list")
     return f'<section aria-label="{title}"><h2>{title}</h2>{items}</section>'
 
@@ -170,20 +174,24 @@ def _done(run: Run, export: Export, found: Checkpoint | None, t: Texts) -> str:
     if export.address:
         url = escaped(export.address)
         parts.append(f'<p>{t("exporting.is_at")} <a href="{url}" rel="noopener">{url}</a></p>')
-    if export.whole:
+    if export.is_complete:
         parts.append(_error(export, t))
         # What waits to be uploaded is listed where that is asked.
         if export.state != "asks":
             todo = f'<p class="not-now" role="status">{t("exporting.todo_template")}</p>'
-            parts += [todo if export.unfinished else "", _notes(run, export, t), _files(export, t)]
+            parts += [
+                todo if export.needs_template else "",
+                _notes(run, export, t),
+                _files(export, t),
+            ]
         parts.append(_commands(run, export, t))
         code = loading_code(export, found.folder) if found is not None else ""
         parts.append(_code(_given(code, run, export), t) if code else "")
-    buttons = [_button("download", export, t)] if export.whole else []
+    buttons = [_button("download", export, t)] if export.is_complete else []
     buttons.append(opener(export.name, t("exporting.delete")))
     parts.append(f'<div class="acts">{"".join(buttons)}</div>')
-    whole = size(sum(count for _, count in export.files), t)
-    kind = t(f"exporting.format_{export.wish.format}")
+    whole = format_bytes(sum(count for _, count in export.files), t)
+    kind = t(f"exporting.format_{export.request.format}")
     asked = t("exporting.sure_delete", name=kind, size=whole)
     parts.append(question(export.name, asked, _button("delete", export, t, "run.yes_delete"), t))
     return f'<article class="export">{"".join(parts)}</article>'
@@ -191,24 +199,24 @@ def _done(run: Run, export: Export, found: Checkpoint | None, t: Texts) -> str:
 
 def _given(text: str, run: Run, export: Export) -> str:
     """Returns what is said of an export; strangers have the folder that is in the zip."""
-    if run.public.settings.space:
+    if run.redactor.settings.space:
         text = text.replace(str(export.output), export.run_name)
-    return run.public.text(text)
+    return run.redactor.text(text)
 
 
 def _head(export: Export, t: Texts) -> str:
     look, state = _LOOKS[export.state], export.state
-    if export.unfinished:
+    if export.needs_template:
         look = state = "unfinished"
-    title = t(f"exporting.format_{export.wish.format}")
-    if export.wish.format == "quantized":
-        title += f", {t('exporting.bits_of', n=export.wish.bits)}"
+    title = t(f"exporting.format_{export.request.format}")
+    if export.request.format == "quantized":
+        title += f", {t('exporting.bits_of', n=export.request.bits)}"
     facts = [
-        export.wish.checkpoint,
+        export.request.checkpoint,
         time.strftime("%Y-%m-%d %H:%M", time.localtime(export.created)),
     ]
-    if export.wish.push_to:
-        facts.append(export.wish.push_to)
+    if export.request.push_to:
+        facts.append(export.request.push_to)
     return (
         f'<div class="about"><h3>{title}</h3><span class="badge {look}"><span aria-hidden="true">'
         f"{SIGNS[look]}</span> {t(f'exporting.state_{state}')}</span>"
@@ -219,7 +227,7 @@ def _head(export: Export, t: Texts) -> str:
 def _failure(run: Run, export: Export, t: Texts) -> str:
     kind, said = export.failure
     key = kind if t.has(f"exporting.why_{kind}") else "other"
-    if export.whole:
+    if export.is_complete:
         key = "push" if kind == "explained" else key
     words = escaped(_given(said, run, export))
     details = (
@@ -261,7 +269,7 @@ def _notes(run: Run, export: Export, t: Texts) -> str:
 
 def _files(export: Export, t: Texts) -> str:
     rows = "".join(
-        f"<li><code>{escaped(path)}</code> <span>{size(count, t)}</span></li>"
+        f"<li><code>{escaped(path)}</code> <span>{format_bytes(count, t)}</span></li>"
         for path, count in export.files[:_MOST_FILES]
     )
     rest = len(export.files) - _MOST_FILES
@@ -275,7 +283,7 @@ def _commands(run: Run, export: Export, t: Texts) -> str:
         return ""
     rows = "".join(_copied(_given(command, run, export), t) for command in export.commands)
     title = t("exporting.commands")
-    shown = " open" if export.wish.format in ("vllm", "ollama") else ""
+    shown = " open" if export.request.format in ("vllm", "ollama") else ""
     return f"<details{shown}><summary>{title}</summary>{rows}</details>"
 
 
@@ -298,7 +306,7 @@ def _code(code: str, t: Texts) -> str:
 
 
 def _button(act: str, export: Export, t: Texts, name: str = "") -> str:
-    whole = size(sum(count for _, count in export.files), t)
+    whole = format_bytes(sum(count for _, count in export.files), t)
     label = t(name or f"exporting.{act}", size=whole)
     return (
         f'<button type="button" class="as-button {act}" data-act="{act}" '

@@ -9,13 +9,13 @@ from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup
 from gradio_app.pages.run.view import Choices, Shown, html
 from gradio_app.pages.states import badge, left, name_of, part, percent, phase
-from gradio_app.running.failures import failure_of, report
-from gradio_app.running.local import GRACE_SECONDS
-from gradio_app.running.metrics import MetricsCache
-from gradio_app.running.reading import json_object
-from gradio_app.running.store import Run
-from gradio_app.running.verdict import ended_worse, got_worse
-from gradio_app.running.words import duration, number, value
+from gradio_app.runs.failures import find_failure, report
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.formatting import format_duration, format_metric, format_number
+from gradio_app.runs.local import GRACE_SECONDS
+from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
+from gradio_app.runs.metrics import MetricsCache
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -52,20 +52,20 @@ class Head:
         t, status = self.t, run.status
         words = ", ".join(filter(None, [phase(run, t), part(run, t)[0]]))
         if run.waiting:
-            place = self.studio.line.place(run)
-            words = t("run.place", place=place or 1, all=len(self.studio.line.order()))
+            place = self.studio.queue.place(run)
+            words = t("run.place", place=place or 1, all=len(self.studio.queue.order()))
         elif status.state == "queued":
             words = t("run.not_started")
         elif status.state in ("stopped", "crashed", "failed") and status.step:
-            at_once = status.phase == "stopped at once"
-            name = "stopped_at_once" if at_once else f"{status.state}_at"
+            max_concurrent_runs = status.phase == "stopped at once"
+            name = "stopped_at_once" if max_concurrent_runs else f"{status.state}_at"
             words = t(f"run.{name}", step=status.step)
         elif status.state == "finished":
             words = self._outcome(run)
         return f'<p class="state" role="status">{badge(run, t)} <span>{escaped(words)}</span></p>'
 
     def _outcome(self, run: Run) -> str:
-        t, result = self.t, json_object(run.folder.result)
+        t, result = self.t, read_json_object(run.folder.result)
         before, after = (
             (result.get(part) or {}).get("val_loss") if isinstance(result.get(part), dict) else None
             for part in ("before", "after")
@@ -73,8 +73,8 @@ class Head:
         if not isinstance(after, (int, float)):
             return t("run.outcome_none")
         if not isinstance(before, (int, float)):
-            return t("run.outcome_plain", after=value(after, t))
-        return t("run.outcome_loss", before=value(before, t), after=value(after, t))
+            return t("run.outcome_plain", after=format_metric(after, t))
+        return t("run.outcome_loss", before=format_metric(before, t), after=format_metric(after, t))
 
     def _progress(self, run: Run) -> str:
         t, status = self.t, run.status
@@ -90,16 +90,16 @@ class Head:
             facts.append(t("run.step", step=status.step))
         if done is not None:
             facts.append(f"<strong>{t('run.percent', percent=done)}</strong>")
-        seconds = json_object(run.folder.result).get("seconds")
+        seconds = read_json_object(run.folder.result).get("seconds")
         if status.state == "finished" and isinstance(seconds, (int, float)):
-            facts.append(t("run.took", time=duration(seconds, t)))
+            facts.append(t("run.took", time=format_duration(seconds, t)))
         elif left(run, t):
             facts.append(left(run, t))
         kind: str = "unknown" if done is None and run.active else status.state
         share = part(run, t)[1]
         if kind == "unknown" and share is not None:
             kind, done, shown = status.state, share, share
-        if ended_worse(run):
+        if finished_worse(run):
             kind = "worse"
         news = escaped(f"{title} - {run.name}")
         return (
@@ -112,7 +112,7 @@ class Head:
         )
 
     def _note(self, run: Run) -> str:
-        t, facts = self.t, run.facts
+        t, facts = self.t, run.metadata
         if run.waiting:
             text = t("run.waits")
         elif run.active and facts.kill_asked:
@@ -120,7 +120,7 @@ class Head:
         elif run.active and facts.stop_asked:
             # In tens, so that the sentence is not read out every second.
             asked = (time.time() - facts.stop_asked) // 10 * 10
-            text = t("run.stopping_since", time=duration(asked, t))
+            text = t("run.stopping_since", time=format_duration(asked, t))
         elif run.active:
             text = t("run.close_tab")
         elif facts.out_of_time and run.status.state == "stopped":
@@ -131,10 +131,10 @@ class Head:
         return f'<p class="note">{escaped(text)}</p>'
 
     def _failure(self, run: Run) -> str:
-        failure, t = failure_of(run), self.t
+        failure, t = find_failure(run), self.t
         if failure is None:
             return ""
-        said = f"<pre>{escaped(failure.said)}</pre>" if failure.said else ""
+        said = f"<pre>{escaped(failure.message)}</pre>" if failure.message else ""
         return (
             f'<section class="failure" aria-label="{t("run.why")}"><div role="alert">'
             f"<h2>{t(f'run.why_{failure.kind}')}</h2><p>{t(f'run.todo_{failure.kind}')}</p></div>"
@@ -146,15 +146,18 @@ class Head:
 
     def _verdict(self, run: Run) -> str:
         """Returns that the model is worse than before training, and what helps."""
-        t, found = self.t, got_worse(run, self._metrics.of(run.folder.metrics))
+        t, found = self.t, find_loss_increase(run, self._metrics.of(run.folder.metrics))
         if found is None:
             return ""
         name = "worse_so_far" if run.active else "worse"
-        loss, before = t(f"run.{found.metric}"), number(found.before, t)
-        title = t(f"run.{name}", loss=loss, before=before, after=value(found.after, t))
+        loss, before = t(f"run.{found.metric}"), format_number(found.before, t)
+        title = t(f"run.{name}", loss=loss, before=before, after=format_metric(found.after, t))
         advice = t("run.worse_advice")
         if found.rate:
-            rates = {"rate": number(found.rate, t), "lower": number(found.rate / 10, t)}
+            rates = {
+                "rate": format_number(found.rate, t),
+                "lower": format_number(found.rate / 10, t),
+            }
             advice = t("run.worse_rate", **rates)
         link = escaped(t.url("new", **{"from": run.id}) + "#method")
         return (

@@ -6,18 +6,18 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.chat.prompts import held_out_prompts
 from gradio_app.pages.markup import markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.samples_html import samples
 from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.running.curves import Points, finite, smoothed, thinned
-from gradio_app.running.local import START_LOG
-from gradio_app.running.metrics import Metrics, MetricsCache
-from gradio_app.running.reading import LOG_LINES, rows_of, tail, without_noise
-from gradio_app.running.store import Run
-from gradio_app.running.watch import Watch
-from gradio_app.speaking.samples import held_out
+from gradio_app.runs.curves import Points, downsample, finite_points, smooth
+from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
+from gradio_app.runs.health import HealthMonitor
+from gradio_app.runs.local import START_LOG
+from gradio_app.runs.metrics import Metrics, MetricsCache
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -49,7 +49,7 @@ class Live:
 
     def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
         self.studio, self.t = studio, t
-        self._metrics, self._watch = metrics, Watch()
+        self._metrics, self._watch = metrics, HealthMonitor()
         self._alerts = markup("", elem_id="run-alerts")
         self._numbers = markup("", elem_id="run-numbers")
         self._build_curves()
@@ -115,9 +115,9 @@ class Live:
         if run is None:
             return [Shown(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
-        events = run.public.value(list(rows_of(run.folder.events, 200_000)))
-        said = without_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
-        log = run.public.text(said)
+        events = run.redactor.value(list(read_rows(run.folder.events, 200_000)))
+        said = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
+        log = run.redactor.text(said)
         return [
             html(live_html.alerts(events, self._watch.warnings(run), t)),
             html(live_html.numbers(metrics, t)),
@@ -125,13 +125,13 @@ class Live:
             html(live_html.summary(metrics, t)),
             html(live_html.table(metrics, t)),
             html(self._rate_plot(metrics)),
-            html(samples(list(rows_of(run.folder.samples)), held_out(run), t)),
+            html(samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t)),
             html(log or t("run.log_empty")),
         ]
 
     def _loss_plot(self, metrics: Metrics, choices: Choices) -> str:
         t = self.t
-        training = smoothed(metrics.curve("train_loss"), choices.smoothing)
+        training = smooth(metrics.curve("train_loss"), choices.smoothing)
         curves = [
             _series(t("run.training"), TRAINING, training),
             _series(t("run.validation"), VALIDATION, metrics.curve("val_loss")),
@@ -157,4 +157,4 @@ class Live:
 
 
 def _series(name: str, color: str, points: Points) -> Series:
-    return Series(name, color, thinned(finite(points)))
+    return Series(name, color, downsample(finite_points(points)))

@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradio_app.guards import escaped
-from gradio_app.running.curves import Points, finite, risen, thinned, trend
-from gradio_app.running.metrics import Metrics
-from gradio_app.running.watch import Warned
-from gradio_app.running.words import amount, duration, metric, number, size, value
+from gradio_app.runs.curves import Points, downsample, finite_points, relative_increase, trend
+from gradio_app.runs.formatting import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_metric,
+    format_number,
+    metric,
+)
+from gradio_app.runs.health import HealthWarning
+from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
@@ -21,7 +28,7 @@ TABLE_ROWS = 40
 MOST_OTHERS = 3
 
 
-def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[Warned], t: Texts) -> str:
+def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[HealthWarning], t: Texts) -> str:
     """Returns what the visitor should look at."""
     found = [event for event in events if event.get("kind") in ALERTS or "alert" in event]
     items = "".join(_warned(one, t) for one in warned)
@@ -48,7 +55,9 @@ def _said(event: Mapping[str, Any], t: Texts) -> str:
         return str(event.get("text", ""))
     seen = seen if isinstance(seen, dict) else {}
     values = {name: seen.get(name) for name in ALERTS[kind]}
-    said = {name: number(one, t) for name, one in values.items() if isinstance(one, (int, float))}
+    said = {
+        name: format_number(one, t) for name, one in values.items() if isinstance(one, (int, float))
+    }
     if len(said) < len(values):
         # A run of a version that wrote words alone.
         return t(f"run.alert_{kind}_plain")
@@ -58,8 +67,8 @@ def _said(event: Mapping[str, Any], t: Texts) -> str:
     return t(f"run.alert_{kind}_more", **said)
 
 
-def _warned(one: Warned, t: Texts) -> str:
-    values = {"stuck": duration(one.value, t), "disk": size(one.value, t)}
+def _warned(one: HealthWarning, t: Texts) -> str:
+    values = {"stuck": format_duration(one.value, t), "disk": format_bytes(one.value, t)}
     more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, t.localized(f"{one.value:g}")))
     return (
         f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> '
@@ -72,21 +81,21 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     latest = metrics.latest
     cards = [_training(metrics, t), _validation(metrics, t)]
     if "learning_rate" in latest:
-        cards.append((t("run.learning_rate"), number(latest["learning_rate"], t), ""))
+        cards.append((t("run.learning_rate"), format_number(latest["learning_rate"], t), ""))
     for name in ("tokens", "steps"):
         speed = latest.get(f"{name}_per_second")
         if speed:
-            cards.append((t(f"run.speed_{name}"), amount(speed, t), ""))
+            cards.append((t(f"run.speed_{name}"), format_count(speed, t), ""))
             break
     cards += _others(latest, t)
-    memory = metrics.most("peak_cuda_bytes") or metrics.most("peak_process_bytes")
+    memory = metrics.maximum("peak_cuda_bytes") or metrics.maximum("peak_process_bytes")
     if memory:
-        cards.append((t("run.memory"), size(memory, t), ""))
+        cards.append((t("run.memory"), format_bytes(memory, t), ""))
     items = "".join(
-        f"<div><dt>{title}</dt><dd><strong>{value}</strong>"
+        f"<div><dt>{title}</dt><dd><strong>{format_metric}</strong>"
         + (f"<span>{more}</span>" if more else "")
         + "</dd></div>"
-        for title, value, more in cards
+        for title, format_metric, more in cards
     )
     return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
 
@@ -94,7 +103,10 @@ def numbers(metrics: Metrics, t: Texts) -> str:
 def _others(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
     """Returns what else is measured on the validation rows."""
     names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
-    return [(escaped(metric(name, t)), number(latest[name], t), "") for name in names[:MOST_OTHERS]]
+    return [
+        (escaped(metric(name, t)), format_number(latest[name], t), "")
+        for name in names[:MOST_OTHERS]
+    ]
 
 
 def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
@@ -102,10 +114,10 @@ def _training(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     if not points:
         return t("run.train_loss"), "\u2013", ""
     word = _trend(points, t)
-    known = finite(points)
+    known = finite_points(points)
     if not word and len(known) > 1:
-        word = t("run.first", value=number(known[0][1], t), step=known[0][0])
-    return t("run.train_loss"), value(points[-1][1], t), word
+        word = t("run.first", value=format_number(known[0][1], t), step=known[0][0])
+    return t("run.train_loss"), format_metric(points[-1][1], t), word
 
 
 def _trend(points: Points, t: Texts) -> str:
@@ -113,27 +125,34 @@ def _trend(points: Points, t: Texts) -> str:
     way = trend(points)
     if way is None:
         return ""
-    if risen(points) and way < 1:
+    if relative_increase(points) and way < 1:
         return f"{ARROWS[1]} {t('run.above_start')}"
     return f"{ARROWS[way]} {t(f'run.{WORDS[way]}')}"
 
 
 def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
-    points = finite(metrics.curve("val_loss"))
+    points = finite_points(metrics.curve("val_loss"))
     if not points:
         return t("run.val_loss"), "\u2013", t("run.no_validation")
     if len(points) == 1:
-        return t("run.val_loss"), number(points[0][1], t), ""
+        return t("run.val_loss"), format_number(points[0][1], t), ""
     step, least = min(points, key=lambda point: point[1])
-    best = t("run.best", value=number(least, t), step=step)
-    first = t("run.before", value=number(points[0][1], t)) if points[0][0] == 0 else ""
+    best = t("run.best", value=format_number(least, t), step=step)
+    first = t("run.before", value=format_number(points[0][1], t)) if points[0][0] == 0 else ""
     last_is_best = step == points[-1][0]
-    return t("run.val_loss"), number(points[-1][1], t), first if last_is_best and first else best
+    return (
+        t("run.val_loss"),
+        format_number(points[-1][1], t),
+        first if last_is_best and first else best,
+    )
 
 
 def summary(metrics: Metrics, t: Texts) -> str:
     """Returns in sentences what the curves show."""
-    training, validation = finite(metrics.curve("train_loss")), finite(metrics.curve("val_loss"))
+    training, validation = (
+        finite_points(metrics.curve("train_loss")),
+        finite_points(metrics.curve("val_loss")),
+    )
     if not training and not validation:
         return f'<p class="note">{t("run.curves_empty")}</p>'
     said = []
@@ -144,7 +163,9 @@ def summary(metrics: Metrics, t: Texts) -> str:
     if validation:
         step, least = min(validation, key=lambda point: point[1])
         ends = _ends(validation, t)
-        said.append(t("run.curves_validation", best=number(least, t), best_step=step, **ends))
+        said.append(
+            t("run.curves_validation", best=format_number(least, t), best_step=step, **ends)
+        )
     else:
         said.append(t("run.curves_no_validation"))
     return f'<p class="note">{" ".join(said)}</p>'
@@ -153,9 +174,9 @@ def summary(metrics: Metrics, t: Texts) -> str:
 def _ends(points: Points, t: Texts) -> dict[str, Any]:
     (begin, first), (end, last) = points[0], points[-1]
     return {
-        "first": number(first, t),
+        "first": format_number(first, t),
         "from_step": begin,
-        "last": number(last, t),
+        "last": format_number(last, t),
         "to_step": end,
     }
 
@@ -163,13 +184,13 @@ def _ends(points: Points, t: Texts) -> dict[str, Any]:
 def table(metrics: Metrics, t: Texts) -> str:
     """Returns the numbers of the curves as a table."""
     names = ("train_loss", "val_loss", "learning_rate")
-    curves = {name: dict(thinned(metrics.curve(name), TABLE_ROWS)) for name in names}
+    curves = {name: dict(downsample(metrics.curve(name), TABLE_ROWS)) for name in names}
     steps = sorted({step for curve in curves.values() for step in curve})
     head = "".join(f'<th scope="col">{t(f"run.{name}")}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row">{step}</th>'
         + "".join(
-            f"<td>{value(curve[step], t) if step in curve else ''}</td>"
+            f"<td>{format_metric(curve[step], t) if step in curve else ''}</td>"
             for curve in curves.values()
         )
         + "</tr>"

@@ -15,10 +15,10 @@ import gradio as gr
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup, with_code
 from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.running.failures import versions
-from gradio_app.running.left_out import left_out
-from gradio_app.running.reading import json_object
-from gradio_app.running.store import Run
+from gradio_app.runs.failures import versions
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.skipped_rows import skipped_rows_file
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -78,7 +78,7 @@ class RecipeTab:
 
     def _rows_of(self, run: Run) -> Shown:
         """Returns the button for the rows that were left out, which few runs have."""
-        source = left_out(run.folder)
+        source = skipped_rows_file(run.folder)
         try:
             stamp = source.stat().st_mtime_ns
         except OSError:
@@ -88,7 +88,7 @@ class RecipeTab:
         if not file.is_file() or file.stat().st_mtime_ns != stamp:
             shutil.copy2(source, file)
             if self.studio.settings.space:
-                text = run.public.record(source.read_text(encoding="utf-8"))
+                text = run.redactor.record(source.read_text(encoding="utf-8"))
                 file.write_text(text, encoding="utf-8")
                 os.utime(file, ns=(stamp, stamp))
         return Shown(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
@@ -96,7 +96,7 @@ class RecipeTab:
     def _command_of(self, run: Run) -> str:
         # A path of the server is no business of a stranger's.
         file = "recipe.yaml" if self.studio.settings.space else str(run.folder.recipe)
-        command = f"lightning-peft {run.facts.command} --config {shlex.quote(file)}"
+        command = f"lightning-peft {run.metadata.command} --config {shlex.quote(file)}"
         return (
             f'<div class="command"><code tabindex="0">{escaped(command)}</code>'
             f'<button type="button" class="as-button" data-copies="{escaped(command)}">'
@@ -104,7 +104,7 @@ class RecipeTab:
         )
 
     def _facts_of(self, run: Run) -> str:
-        t, known = self.t, run.public.value(json_object(run.folder.provenance))
+        t, known = self.t, run.redactor.value(read_json_object(run.folder.provenance))
         facts = [(t("run.fact_run"), run.id)]
         if not self.studio.settings.space:
             facts.append((t("run.fact_folder"), str(run.folder.path)))

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from gradio_app.chat.prompts import HeldOutPrompt
 from gradio_app.guards import escaped
-from gradio_app.speaking.samples import HeldOut
 from gradio_app.texts import Texts
 
 COLUMNS = 4
@@ -16,7 +16,7 @@ _CELL = 400
 Row = Mapping[str, Any]
 
 
-def samples(rows: Sequence[Row], known: Sequence[HeldOut], t: Texts) -> str:
+def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> str:
     """Returns what the model said to the same prompts at different steps.
 
     Args:
@@ -56,7 +56,7 @@ def _row(
     steps: Sequence[int],
     said: Mapping[tuple[int, int], Row],
     titles: Sequence[str],
-    known: Sequence[HeldOut],
+    known: Sequence[HeldOutPrompt],
     t: Texts,
 ) -> str:
     first = next(row for (_, sample), row in said.items() if sample == place)
@@ -70,7 +70,7 @@ def _row(
     return f'<tr><th scope="row">{_prompt(prompt, expected, known, t)}</th>{columns}</tr>'
 
 
-def _prompt(prompt: str, expected: str, known: Sequence[HeldOut], t: Texts) -> str:
+def _prompt(prompt: str, expected: str, known: Sequence[HeldOutPrompt], t: Texts) -> str:
     """Returns a prompt by its turns where they are known, else the text that was given."""
     for row in known:
         if (

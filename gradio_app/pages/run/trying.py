@@ -8,17 +8,17 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.chat import votes
+from gradio_app.chat.prompts import held_out_prompts, labels, system_prompt
+from gradio_app.chat.support import unsupported_task
+from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.frame import private, quiet
 from gradio_app.pages.handling import sentence, told
 from gradio_app.pages.run import trying_html
 from gradio_app.pages.run.trying_parts import Parts
-from gradio_app.pages.run.trying_talk import Talk, answers, checked, checkpoint_of, step_of
-from gradio_app.running.store import Run
-from gradio_app.speaking import votes
-from gradio_app.speaking.samples import held_out, labels, system_prompt
-from gradio_app.speaking.talkable import silent
+from gradio_app.pages.run.trying_talk import Talk, answers, checked, find_checkpoint, step_of
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -46,7 +46,7 @@ class Trying:
         """Binds what the buttons do."""
         p, t = self.parts, self.t
         given = [self.run_id, self.talk, *p.settings]
-        shown = [self.talk, *p.talking, p.standing]
+        shown = [self.talk, *p.talking, p.model_status]
         # What goes on stands in words beside the model. Who has to wait is told so at once.
         calm = {**private(), "show_progress": "hidden"}
         every = {**calm, "concurrency_limit": None}
@@ -55,15 +55,15 @@ class Trying:
         for place, button in enumerate(p.prompts):
             button.click(told(t)(self._placed(place)), given, [p.system, *shown], **every)
         p.clear_system.click(lambda: "", None, p.system, **calm)
-        p.load.click(told(t)(self._load), [self.run_id, p.checkpoint], p.standing, **every)
+        p.load.click(told(t)(self._load), [self.run_id, p.checkpoint], p.model_status, **every)
         for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
-            button.click(told(t)(act), self.run_id, p.standing, **every)
+            button.click(told(t)(act), self.run_id, p.model_status, **every)
         anew = (p.anew.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
         for event in anew:
             event(told(t)(self._anew), p.settings, [self.talk, *p.talking], **calm)
         for name, button in p.votes.items():
             given = [self.run_id, self.talk]
-            voted = [self.talk, *p.talking, p.tally]
+            voted = [self.talk, *p.talking, p.count_votes]
             button.click(told(t)(self._vote(name)), given, voted, **every)
         looked = [self.run_id, p.checkpoint, self._seen]
         changing = [self._seen, *p.changing]
@@ -98,7 +98,7 @@ class Trying:
 
     def _system_of(self, place: int, run_id: Any, request: gr.Request) -> Any:
         """Returns the system turn of a row that is asked, to be shown; its own may be none."""
-        rows = held_out(self._run(run_id, request))
+        rows = held_out_prompts(self._run(run_id, request))
         known = place < len(rows) and rows[place].turns is not None
         return rows[place].system if known else gr.skip()
 
@@ -111,21 +111,21 @@ class Trying:
         try:
             run = self._run(run_id, request)
             asked = checked(run, question, values)
-            for _ in self.studio.speakers.load(run.owner, run, asked.checkpoint):
+            for _ in self.studio.chat.load(run.owner, run, asked.checkpoint):
                 skips = (gr.skip(),) * len(self.parts.talking)
                 yield True, (gr.skip(), *skips, self._standing(run))
-            for now in answers(self.studio.speakers, run, talk, asked):
+            for now in answers(self.studio.chat, run, talk, asked):
                 shown = self.parts.shown(now, asked.mode, going_on=True)
                 yield True, (now, *shown, self._standing(run))
             standing = self._standing(run)
-        except Refused as refusal:
+        except UserError as refusal:
             self._warn(refusal)
             # The conversation is as before the question.
             yield False, (talk, *self.parts.shown(talk, mode), standing)
             return
         yield True, (now, *self.parts.shown(now, asked.mode), standing)
 
-    def _warn(self, refusal: Refused) -> None:
+    def _warn(self, refusal: UserError) -> None:
         # An error would lie upon the conversation until it is clicked away.
         gr.Warning(sentence(refusal, self.t), title=self.t("frame.refused"))
 
@@ -139,29 +139,29 @@ class Trying:
     def _load(self, run_id: Any, checkpoint: Any, request: gr.Request) -> Iterator[str]:
         run = self._run(run_id, request)
         try:
-            for _ in self.studio.speakers.load(run.owner, run, checkpoint_of(run, checkpoint)):
+            for _ in self.studio.chat.load(run.owner, run, find_checkpoint(run, checkpoint)):
                 yield self._standing(run)
-        except Refused as refusal:
+        except UserError as refusal:
             self._warn(refusal)
         yield self._standing(run)
 
     def _unload(self, run_id: Any, request: gr.Request) -> str:
         run = self._run(run_id, request)
-        self.studio.speakers.unload(run.owner)
+        self.studio.chat.unload(run.owner)
         gr.Info(self.t("trying.unloaded"))
         return self._standing(run)
 
     def _stop(self, run_id: Any, request: gr.Request) -> str:
         run = self._run(run_id, request)
-        self.studio.speakers.stop(run.owner)
+        self.studio.chat.stop(run.owner)
         return self._standing(run)
 
     def _standing(self, run: Run) -> str:
-        speakers = self.studio.speakers
+        speakers = self.studio.chat
         reason = speakers.reason(run.owner)
         said = sentence(reason, self.t) if reason is not None else ""
         minutes = round(speakers.patience.idle / 60)
-        return trying_html.standing(speakers.standing(run.owner), said, minutes, self.t)
+        return trying_html.model_status(speakers.model_status(run.owner), said, minutes, self.t)
 
     # Voting
 
@@ -176,9 +176,9 @@ class Trying:
         ballot = talk.ballot if isinstance(talk, Talk) else None
         try:
             if ballot is None:
-                raise Refused("trying.refused_vote")
-            outcome = votes.record(run, ballot, vote)
-        except Refused as refusal:
+                raise UserError("trying.refused_vote")
+            outcome = votes.record_vote(run, ballot, vote)
+        except UserError as refusal:
             self._warn(refusal)
             return (gr.skip(),) * (2 + len(self.parts.talking))
         told_now = trying_html.revealed(outcome, ballot.who, self.t)
@@ -188,40 +188,50 @@ class Trying:
 
     def _tally(self, run: Run, checkpoint: str) -> str:
         which = trying_html.which(checkpoint, step_of(run, checkpoint), self.t)
-        return trying_html.tally(votes.tally(run, checkpoint), which, self.t)
+        return trying_html.count_votes(votes.count_votes(run, checkpoint), which, self.t)
 
     # What changes by itself
 
     def _look(self, run_id: Any, checkpoint: Any, seen: Any, request: gr.Request) -> list[Any]:
         try:
             run = self._run(run_id, request)
-        except Refused:
+        except UserError:
             return [gr.skip()] * (1 + len(self.parts.changing))
-        kind = silent(run)
+        kind = unsupported_task(run)
         # Of a task that cannot be talked to, nothing is offered.
         known = [] if kind else run.checkpoints()
         nothing = trying_html.silent(kind, self.t) if kind else trying_html.empty(self.t)
         names = [one.name for one in known]
         chosen = checkpoint if checkpoint in names else next(iter(names), None)
-        rows = held_out(run) if names else []
+        rows = held_out_prompts(run) if names else []
         texts = [trying_html.sentences([text]) for text in labels(rows)]
         standing = self._standing(run) if names else ""
-        free = bool(names) and self.studio.speakers.reason(run.owner) is None
-        phase = self.studio.speakers.standing(run.owner).phase
-        tally = self._tally(run, chosen) if chosen else ""
+        free = bool(names) and self.studio.chat.reason(run.owner) is None
+        phase = self.studio.chat.model_status(run.owner).phase
+        count_votes = self._tally(run, chosen) if chosen else ""
         choices = [
             (escaped(one.name) if one.step is None else self._stepped(one.name, one.step), one.name)
             for one in known
         ]
         known_run = run.id if names else ""
-        key = (known_run, chosen, tuple(choices), tuple(texts), standing, free, phase, tally, kind)
+        key = (
+            known_run,
+            chosen,
+            tuple(choices),
+            tuple(texts),
+            standing,
+            free,
+            phase,
+            count_votes,
+            kind,
+        )
         if key == seen:
             return [gr.skip()] * (1 + len(self.parts.changing))
         # Once for each page, and then it is the visitor's.
         before = seen[0] if isinstance(seen, tuple) and seen else None
         system = system_prompt(run) if names and before != run.id else None
         parts = self.parts.changed(
-            choices, chosen, texts, standing, free, phase, tally, nothing, system
+            choices, chosen, texts, standing, free, phase, count_votes, nothing, system
         )
         return [key, *parts]
 

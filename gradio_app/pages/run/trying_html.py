@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from gradio_app.chat.prompts import SystemPrompt
+from gradio_app.chat.sessions import AnswerChunk, ModelStatus
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import with_code
-from gradio_app.running.words import amount, duration, size
-from gradio_app.speaking.samples import SystemPrompt
-from gradio_app.speaking.speakers import Piece, Standing
+from gradio_app.runs.formatting import format_bytes, format_count, format_duration
 from gradio_app.texts import Texts
 
 _WHATS = {
@@ -30,7 +30,7 @@ def silent(kind: str, t: Texts) -> str:
     return f'<div class="nothing"><h2>{t("trying.silent")}</h2><p>{what}</p><p>{more}</p></div>'
 
 
-def standing(now: Standing, reason: str, minutes: int, t: Texts) -> str:
+def model_status(now: ModelStatus, reason: str, minutes: int, t: Texts) -> str:
     """Returns how the model is.
 
     Args:
@@ -44,12 +44,12 @@ def standing(now: Standing, reason: str, minutes: int, t: Texts) -> str:
         sign, text = "\u26a0", reason
     elif now.phase == "loading":
         what = t(f"trying.what_{_WHATS.get(now.what, 'starting')}")
-        sign, text = "\u25cc", t("trying.loading", what=what, time=duration(now.seconds, t))
+        sign, text = "\u25cc", t("trying.loading", what=what, time=format_duration(now.seconds, t))
     elif now.phase == "none":
         sign, text = "\u25cb", t("trying.none")
     else:
         device = t("trying.device_cpu" if now.device == "cpu" else "trying.device_cuda")
-        memory = size(now.memory_bytes, t)
+        memory = format_bytes(now.memory_bytes, t)
         sign, text = "\u25cf", t(f"trying.{now.phase}", device=device, memory=memory)
         note = t("trying.idle_note", minutes=minutes)
     more = "".join(f'<p class="note">{escaped(line)}</p>' for line in (note, *now.notes) if line)
@@ -82,14 +82,14 @@ def system_note(found: SystemPrompt, t: Texts) -> str:
     return f'<p class="note">{escaped(text)}</p>'
 
 
-def notes(ends: Mapping[str, Piece], t: Texts) -> str:
+def notes(ends: Mapping[str, AnswerChunk], t: Texts) -> str:
     """Returns how answers ended, by who gave them."""
     lines = []
     for who, piece in ends.items():
         kind = "stopped" if piece.stopped else "whole" if piece.ended else "cut"
         lines.append(t(f"trying.note_{kind}", who=who, tokens=piece.tokens))
         if piece.speed:
-            lines[-1] += " " + t("trying.speed", n=amount(piece.speed, t))
+            lines[-1] += " " + t("trying.speed", n=format_count(piece.speed, t))
     dropped = max((piece.dropped for piece in ends.values()), default=0)
     if dropped:
         lines.append(t("trying.note_dropped", n=dropped))
@@ -112,7 +112,7 @@ def which(checkpoint: str, step: int | None, t: Texts) -> str:
     return checkpoint if step is None else t("trying.at_step", step=step)
 
 
-def tally(counts: Mapping[str, int], which: str, t: Texts) -> str:
+def count_votes(counts: Mapping[str, int], which: str, t: Texts) -> str:
     """Returns the votes so far."""
     title = f"<h2>{escaped(t('trying.votes', which=which))}</h2>"
     total = sum(counts.values())

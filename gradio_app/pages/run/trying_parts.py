@@ -7,11 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.chat.prompts import MAX_PROMPTS, SystemPrompt
+from gradio_app.chat.request import MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_TEXT, Sampling
+from gradio_app.chat.votes import VOTES
 from gradio_app.pages.run import trying_html
 from gradio_app.pages.run.trying_talk import MODES, Talk, Turns
-from gradio_app.speaking.asking import LONGEST_TEXT, MOST_TEMPERATURE, MOST_TOKENS, Sampling
-from gradio_app.speaking.samples import MOST, SystemPrompt
-from gradio_app.speaking.votes import VOTES
 from gradio_app.texts import Texts
 
 _HEIGHT = 440
@@ -39,7 +39,7 @@ class Parts:
             self._build_columns()
             self._build_question()
             sampling = self._build_settings()
-            self.tally = gr.HTML("", elem_id="try-tally", padding=False)
+            self.count_votes = gr.HTML("", elem_id="try-tally", padding=False)
         self.settings: list[Any] = [self.mode, self.checkpoint, *sampling]
         self.talking: list[Any] = [
             self.left,
@@ -53,14 +53,14 @@ class Parts:
         self.changing: list[Any] = [
             self.empty,
             self.body,
-            self.standing,
+            self.model_status,
             self.load,
             self.unload,
             self.checkpoint,
             self.held_out,
             *self.prompts,
             self.ask,
-            self.tally,
+            self.count_votes,
             self.system,
             self.system_note,
         ]
@@ -69,7 +69,7 @@ class Parts:
         t = self.t
         gr.HTML(f"<h2>{t('trying.state')}</h2>", padding=False)
         with gr.Row(elem_id="try-model", equal_height=True):
-            self.standing = gr.HTML("", elem_id="try-state", padding=False)
+            self.model_status = gr.HTML("", elem_id="try-state", padding=False)
             self.load = gr.Button(t("trying.load"), elem_id="try-load", size="md", scale=0)
             self.unload = gr.Button(
                 t("trying.unload"), elem_id="try-unload", size="md", scale=0, visible=False
@@ -100,7 +100,7 @@ class Parts:
                 label=t("trying.system"),
                 elem_id="try-system-prompt",
                 max_lines=6,
-                max_length=LONGEST_TEXT,
+                max_length=MAX_TEXT,
                 interactive=True,
                 scale=4,
             )
@@ -116,7 +116,7 @@ class Parts:
             with gr.Row(elem_id="try-prompts"):
                 self.prompts = [
                     gr.Button("", visible=False, size="md", elem_id=f"try-prompt-{place}")
-                    for place in range(MOST)
+                    for place in range(MAX_PROMPTS)
                 ]
         gr.Checkbox(
             label=t("trying.mono"), elem_id="try-mono", interactive=True, container=False
@@ -161,7 +161,7 @@ class Parts:
                 info=t("trying.question_hint"),
                 elem_id="try-question",
                 max_lines=8,
-                max_length=LONGEST_TEXT,
+                max_length=MAX_TEXT,
                 interactive=True,
             )
             with gr.Row(elem_id="try-actions"):
@@ -177,14 +177,14 @@ class Parts:
         t, usual = self.t, Sampling()
         with gr.Accordion(t("trying.settings"), open=False, elem_id="try-settings"):
             with gr.Row():
-                temperature = self._number("temperature", usual.temperature, 0, MOST_TEMPERATURE)
+                temperature = self._number("temperature", usual.temperature, 0, MAX_TEMPERATURE)
                 top_p = self._number("top_p", usual.top_p, 0.05, 1)
             with gr.Row():
                 length = gr.Number(
                     usual.max_new_tokens,
                     label=t("trying.length"),
                     minimum=1,
-                    maximum=MOST_TOKENS,
+                    maximum=MAX_NEW_TOKENS,
                     precision=0,
                     interactive=True,
                 )
@@ -254,7 +254,7 @@ class Parts:
         standing: str,
         free: bool,
         phase: str,
-        tally: str,
+        count_votes: str,
         nothing: str,
         system: SystemPrompt | None,
     ) -> list[Any]:
@@ -268,7 +268,7 @@ class Parts:
             gr.Button(texts[place], visible=True, interactive=resting)
             if place < len(texts)
             else gr.Button(visible=False)
-            for place in range(MOST)
+            for place in range(MAX_PROMPTS)
         ]
         return [
             gr.HTML(nothing, visible=not there),
@@ -280,7 +280,7 @@ class Parts:
             gr.Column(visible=bool(texts)),
             *prompts,
             gr.Button(interactive=resting),
-            tally,
+            count_votes,
             gr.skip() if system is None else system.text,
             gr.skip() if system is None else trying_html.system_note(system, self.t),
         ]

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gradio_app.errors import Refused
-from gradio_app.running.store import Run
-from gradio_app.speaking.asking import Sampling, checked_sampling, checked_text, conversation
-from gradio_app.speaking.samples import HeldOut, held_out, question_of
-from gradio_app.speaking.speakers import Piece, Speakers
-from gradio_app.speaking.votes import SIDES, Ballot, drawn_sides
+from gradio_app.chat.prompts import HeldOutPrompt, extract_question, held_out_prompts
+from gradio_app.chat.request import Sampling, build_messages, validate_sampling, validate_text
+from gradio_app.chat.sessions import AnswerChunk, ChatSessions
+from gradio_app.chat.votes import SIDES, Ballot, shuffle_sides
+from gradio_app.errors import UserError
+from gradio_app.runs.store import Run
 
 MODES = ("both", "tuned", "base", "blind")
 Turns = list[dict[str, str]]
@@ -36,7 +36,7 @@ class Talk:
     blind: bool = False
     left: Turns = field(default_factory=list)
     right: Turns = field(default_factory=list)
-    ends: Mapping[str, Piece] = field(default_factory=dict)
+    ends: Mapping[str, AnswerChunk] = field(default_factory=dict)
     reference: str = ""
     ballot: Ballot | None = None
     step: int | None = None
@@ -54,7 +54,7 @@ class Asked:
         sampling: How tokens are drawn.
     """
 
-    question: str | HeldOut
+    question: str | HeldOutPrompt
     mode: str
     checkpoint: str
     system: str
@@ -70,39 +70,39 @@ def checked(run: Run, question: Any, values: tuple[Any, ...]) -> Asked:
         values: Mode, checkpoint, system turn, temperature, top-p, length and seed.
 
     Raises:
-        Refused: If it cannot be asked.
+        UserError: If it cannot be asked.
     """
     mode, checkpoint, system, *numbers = values
-    rows = held_out(run)
-    asked: str | HeldOut
+    rows = held_out_prompts(run)
+    asked: str | HeldOutPrompt
     if isinstance(question, int):
         if not 0 <= question < len(rows):
-            raise Refused("trying.refused_empty")
+            raise UserError("trying.refused_empty")
         asked = rows[question]
     else:
-        asked = checked_text(question)
+        asked = validate_text(question)
     # A row of the data is asked as it is there.
-    if isinstance(asked, HeldOut) and asked.turns is not None:
+    if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system
     return Asked(
         question=asked,
         mode=mode if mode in MODES else "both",
-        checkpoint=checkpoint_of(run, checkpoint),
-        system=checked_text(system, "system"),
-        sampling=checked_sampling(*numbers),
+        checkpoint=find_checkpoint(run, checkpoint),
+        system=validate_text(system, "system"),
+        sampling=validate_sampling(*numbers),
     )
 
 
-def checkpoint_of(run: Run, name: Any) -> str:
+def find_checkpoint(run: Run, name: Any) -> str:
     """Returns the name of a checkpoint of a run, by default the first one.
 
     Raises:
-        Refused: If it has none of that name.
+        UserError: If it has none of that name.
     """
     names = [one.name for one in run.checkpoints()]
     found = name if name else next(iter(names), "")
     if found not in names:
-        raise Refused("trying.refused_checkpoint", name=str(name)[:80])
+        raise UserError("trying.refused_checkpoint", name=str(name)[:80])
     return str(found)
 
 
@@ -111,7 +111,7 @@ def step_of(run: Run, name: str) -> int | None:
     return next((one.step for one in run.checkpoints() if one.name == name), None)
 
 
-def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[Talk]:
+def answers(speakers: ChatSessions, run: Run, talk: Talk, asked: Asked) -> Iterator[Talk]:
     """Yields a conversation while it goes on.
 
     Args:
@@ -121,19 +121,19 @@ def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[
         asked: The question.
 
     Raises:
-        Refused: If the model cannot answer.
+        UserError: If the model cannot answer.
     """
     blind = asked.mode == "blind"
     if blind or talk.blind or talk.checkpoint != asked.checkpoint:
         # Answers that are judged must not lean on what one of them has said before.
         talk = Talk(checkpoint=asked.checkpoint, blind=blind)
     question, reference = _question(speakers, run, asked)
-    if isinstance(asked.question, HeldOut) and asked.question.turns is not None:
+    if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
         before = asked.question.earlier
         talk = Talk(asked.checkpoint, blind, list(before), list(before))
     step = step_of(run, asked.checkpoint)
     talk = replace(talk, ends={}, reference=reference, ballot=None, step=step)
-    who = drawn_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
+    who = shuffle_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
     for side, name in who.items():
         if asked.mode in ("base", "tuned") and name != asked.mode:
@@ -148,27 +148,27 @@ def answers(speakers: Speakers, run: Run, talk: Talk, asked: Asked) -> Iterator[
         yield replace(talk, ballot=_ballot(run, talk, asked, who, question))
 
 
-def _question(speakers: Speakers, run: Run, asked: Asked) -> tuple[str, str]:
+def _question(speakers: ChatSessions, run: Run, asked: Asked) -> tuple[str, str]:
     """Returns the question, and the answer in the data if it is one of its rows."""
-    around = speakers.around_question(run.owner)
-    if isinstance(asked.question, HeldOut):
-        return question_of(asked.question, around), asked.question.reference
-    for row in held_out(run):
+    around = speakers.prompt_affixes(run.owner)
+    if isinstance(asked.question, HeldOutPrompt):
+        return extract_question(asked.question, around), asked.question.reference
+    for row in held_out_prompts(run):
         try:
             same = row.turns is None or (row.system == asked.system and not row.earlier)
-            if same and question_of(row, around) == asked.question:
+            if same and extract_question(row, around) == asked.question:
                 return asked.question, row.reference
-        except Refused:
+        except UserError:
             continue
     return asked.question, ""
 
 
 def _answer(
-    speakers: Speakers, run: Run, talk: Talk, asked: Asked, part: tuple[str, str, str]
+    speakers: ChatSessions, run: Run, talk: Talk, asked: Asked, part: tuple[str, str, str]
 ) -> Iterator[Talk]:
     column, name, question = part
     before: Turns = getattr(talk, column)
-    messages = conversation(asked.system, before, question)
+    messages = build_messages(asked.system, before, question)
     said = [*before, {"role": "user", "content": question}]
     yield _changed(talk, column, said, talk.ends)
     checkpoint = None if name == "base" else asked.checkpoint
@@ -179,7 +179,7 @@ def _answer(
         yield _changed(talk, column, turns, ends)
 
 
-def _changed(talk: Talk, column: str, turns: Turns, ends: Mapping[str, Piece]) -> Talk:
+def _changed(talk: Talk, column: str, turns: Turns, ends: Mapping[str, AnswerChunk]) -> Talk:
     if column == "left":
         return replace(talk, left=turns, ends=ends)
     return replace(talk, right=turns, ends=ends)

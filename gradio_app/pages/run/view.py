@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 import gradio as gr
 
-from gradio_app.errors import Refused
+from gradio_app.errors import UserError
 from gradio_app.pages.frame import quiet, referring_run
 from gradio_app.pages.markup import markup
 from gradio_app.pages.news import news
-from gradio_app.running.hf_jobs import JobsExecutor
-from gradio_app.running.store import Run
+from gradio_app.runs.hf_jobs import JobsExecutor
+from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of
@@ -142,7 +142,7 @@ class View:
         try:
             owner = owner_of(request, self.studio.settings.space)
             run = self.studio.store.get(owner, run_id)
-        except Refused:
+        except UserError:
             return None
         executor = self.studio.store.executor(run)
         if isinstance(executor, JobsExecutor):
@@ -154,7 +154,7 @@ class View:
         if run is None or not (run.active or run.waiting):
             seconds *= RESTING
         else:
-            begun = run.facts.launched or run.status.started
+            begun = run.metadata.launched or run.status.started
             passed = 0.0 if run.waiting else time.time() - begun
             seconds *= next((slow for limit, slow in SLOWER if passed < limit), SLOWEST)
         there = run is not None

@@ -1,0 +1,63 @@
+"""The command that talks for the adapters of a run, and what of its words a visitor sees."""
+
+from __future__ import annotations
+
+from gradio_app.chat.process import ModelProcess
+from gradio_app.errors import UserError
+from gradio_app.guards import redacted
+from gradio_app.redaction import Redactor
+from gradio_app.runs.environment import training_environment
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.store import Checkpoint, Run
+from gradio_app.settings import Settings
+
+# Adapters take memory too; which others are loaded beside the one that is asked for.
+MOST_ADAPTERS = 4
+_MAX_MESSAGE = 600
+
+
+def start_chat_process(
+    settings: Settings, run: Run, checkpoint: str
+) -> tuple[ModelProcess, dict[str, str]]:
+    """Starts the process for a run.
+
+    Args:
+        settings: What the server was started with.
+        run: The run.
+        checkpoint: Name of the checkpoint that is to be there.
+
+    Returns:
+        The process, and what each checkpoint is called in it.
+
+    Raises:
+        UserError: If there is no such checkpoint, or the process cannot be started.
+    """
+    chosen = _select_checkpoints(run, checkpoint)
+    # Names of our own: those of folders could hold what a command line or a module cannot.
+    names = {one.name: f"checkpoint-{number}" for number, one in enumerate(chosen, 1)}
+    words = [*settings.command, "chat", "--serve"]
+    words += [f"{names[one.name]}={one.folder.resolve()}" for one in chosen]
+    folder = settings.data_root or run.folder.path
+    try:
+        return ModelProcess(words, folder, training_environment(settings)), names
+    except OSError as error:
+        raise UserError("run.refused_start", why=error.strerror or type(error).__name__) from None
+
+
+def _select_checkpoints(run: Run, checkpoint: str) -> list[Checkpoint]:
+    known = run.checkpoints()
+    wanted = [one for one in known if one.name == checkpoint]
+    if not wanted:
+        raise UserError("trying.refused_checkpoint", name=checkpoint)
+    # Copies of trained layers cannot share a base.
+    whole = any(
+        read_json_object(one.folder / "adapter_config.json").get("modules_to_save") for one in known
+    )
+    others = [] if whole else [one for one in known if one.name != checkpoint]
+    return [*wanted, *others[: MOST_ADAPTERS - 1]]
+
+
+def redact_message(text: object, settings: Settings) -> str:
+    """Returns what the process said for a visitor: no secrets, not long, no places on a Space."""
+    found = Redactor(settings).text(redacted(str(text)))
+    return found if len(found) <= _MAX_MESSAGE else found[: _MAX_MESSAGE - 1] + "\u2026"

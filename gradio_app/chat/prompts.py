@@ -1,0 +1,141 @@
+"""Questions that a model was not trained on, with what would be a good answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gradio_app.chat.request import MAX_TEXT
+from gradio_app.errors import UserError
+from gradio_app.runs.files import read_json_object, read_rows
+from gradio_app.runs.store import Run
+
+MAX_PROMPTS = 3
+Turns = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """A row of the validation data.
+
+    Attributes:
+        prompt: The question; where turns are not known, the text that the model was given.
+        reference: The answer in the data.
+        turns: Role and text of the turns before the question; ``None`` where they are not known.
+    """
+
+    prompt: str
+    reference: str
+    turns: Turns | None = None
+
+    @property
+    def system(self) -> str:
+        """Its system turn; empty if it has none."""
+        first = self.turns[0] if self.turns else ("", "")
+        return first[1] if first[0] == "system" else ""
+
+    @property
+    def earlier(self) -> list[dict[str, str]]:
+        """The turns between system turn and question."""
+        return [
+            {"role": role, "content": text} for role, text in self.turns or () if role != "system"
+        ]
+
+
+@dataclass(frozen=True)
+class SystemPrompt:
+    """The system prompt that most rows of the training data have.
+
+    Attributes:
+        text: The prompt; empty if no row has one.
+        rows: How many rows have this one.
+        of: How many rows there are.
+    """
+
+    text: str = ""
+    rows: int = 0
+    of: int = 0
+
+
+def system_prompt(run: Run) -> SystemPrompt:
+    """Returns the system prompt of a run's data."""
+    found = read_json_object(run.folder.prompts).get("system")
+    known = found if isinstance(found, dict) else {}
+    text, rows, of = known.get("text"), known.get("rows"), known.get("of")
+    if not isinstance(text, str) or not isinstance(rows, int) or not isinstance(of, int):
+        return SystemPrompt()
+    return SystemPrompt(text, rows, of) if len(text) <= MAX_TEXT else SystemPrompt(of=of)
+
+
+def held_out_prompts(run: Run) -> list[HeldOutPrompt]:
+    """Returns up to three validation rows, of older runs those that it has shown samples of."""
+    known = read_json_object(run.folder.prompts).get("held_out")
+    rows = [_row(turns) for turns in known] if isinstance(known, list) else []
+    found = {(row.turns, row.prompt): row for row in rows if row is not None}
+    return list(found.values())[:MAX_PROMPTS] or _sampled(run)
+
+
+def _row(turns: Any) -> HeldOutPrompt | None:
+    """Returns a row whose turns are known, if it can be asked."""
+    try:
+        said = tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
+    except (KeyError, TypeError):
+        return None
+    if [role for role, _ in said[-2:]] != ["user", "assistant"]:
+        return None
+    if any(len(text) > MAX_TEXT for _, text in said):
+        return None
+    return HeldOutPrompt(said[-2][1].strip(), said[-1][1], said[:-2])
+
+
+def _sampled(run: Run) -> list[HeldOutPrompt]:
+    found: dict[str, HeldOutPrompt] = {}
+    for row in read_rows(run.folder.samples):
+        prompt, reference = row.get("prompt"), row.get("expected")
+        if not isinstance(prompt, str) or not isinstance(reference, str):
+            continue
+        if prompt.strip() and len(prompt) <= MAX_TEXT:
+            found.setdefault(prompt, HeldOutPrompt(prompt, reference))
+        if len(found) == MAX_PROMPTS:
+            break
+    return list(found.values())
+
+
+def extract_question(row: HeldOutPrompt, around: Sequence[str] | None) -> str:
+    """Returns the question of a row.
+
+    Args:
+        row: A row. Where its turns are not known, its prompt is the text that the model was given,
+            with the template in it.
+        around: What the template puts before and after a first question.
+
+    Raises:
+        UserError: If more than a question is in that text, such as a system turn.
+    """
+    if row.turns is not None:
+        return row.prompt
+    if around is None:
+        raise UserError("trying.refused_row")
+    before, after = around
+    text = row.prompt.strip()
+    before, after = before.lstrip(), after.rstrip()
+    enough = len(text) > len(before) + len(after)
+    if not (enough and text.startswith(before) and text.endswith(after)):
+        raise UserError("trying.refused_row")
+    return text[len(before) : len(text) - len(after)].strip()
+
+
+def labels(rows: Sequence[HeldOutPrompt]) -> list[str]:
+    """Returns the prompts as they are offered.
+
+    Of texts with the template in them, the lines that all of them begin and end with are left out.
+    """
+    texts = [row.prompt.strip() for row in rows]
+    if len(texts) < 2 or any(row.turns is not None for row in rows):
+        return texts
+    before = os.path.commonprefix(texts).rpartition("\n")
+    after = os.path.commonprefix([text[::-1] for text in texts])[::-1].partition("\n")
+    first, last = len("".join(before[:2])), len("".join(after[1:]))
+    return [text[first : len(text) - last].strip() or text for text in texts]

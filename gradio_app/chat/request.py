@@ -1,0 +1,84 @@
+"""What is asked of a model: a conversation and how tokens are drawn, checked before it is sent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gradio_app.errors import UserError
+
+Turns = Sequence[dict[str, str]]
+MAX_TEXT = 20_000
+MAX_TURNS = 60
+MAX_NEW_TOKENS = 1_024
+MAX_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, as ``chat --serve`` takes it.
+
+    Attributes:
+        temperature: 0 always takes the likeliest token.
+        top_p: Share of the probability from which is drawn.
+        max_new_tokens: Most tokens of an answer.
+        seed: Of what is drawn.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields of a request."""
+        return asdict(self)
+
+
+def validate_sampling(temperature: Any, top_p: Any, tokens: Any, seed: Any) -> Sampling:
+    """Returns the settings that a visitor has chosen.
+
+    Raises:
+        UserError: If a value is none that can be.
+    """
+    return Sampling(
+        temperature=_number("temperature", temperature, 0, MAX_TEMPERATURE),
+        top_p=_number("top_p", top_p, 0.01, 1),
+        max_new_tokens=int(_number("length", tokens, 1, MAX_NEW_TOKENS)),
+        seed=int(_number("seed", seed, 0, 2**53)),
+    )
+
+
+def _number(name: str, value: Any, least: float, most: float) -> float:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not math.isfinite(value) or not least <= value <= most:
+        raise UserError(f"trying.refused_{name}", least=least, most=f"{most:,}")
+    return float(value)
+
+
+def validate_text(text: Any, name: str = "question") -> str:
+    """Returns what a visitor has written.
+
+    Raises:
+        UserError: If it is too long, or no text; for a question, also if it is empty.
+    """
+    found = text.strip() if isinstance(text, str) else ""
+    if len(found) > MAX_TEXT:
+        raise UserError("trying.refused_long", most=f"{MAX_TEXT:,}")
+    if not found and name == "question":
+        raise UserError("trying.refused_empty")
+    return found
+
+
+def build_messages(system: str, turns: Turns, question: str) -> list[dict[str, str]]:
+    """Returns the messages of a request.
+
+    Raises:
+        UserError: If there are more turns than one conversation may have.
+    """
+    if len(turns) >= MAX_TURNS:
+        raise UserError("trying.refused_turns", n=MAX_TURNS // 2)
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, *turns, {"role": "user", "content": question}]

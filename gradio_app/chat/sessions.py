@@ -1,0 +1,371 @@
+"""The model that is talked to: at most one on the machine, for one visitor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gradio_app.chat.command import redact_message, start_chat_process
+from gradio_app.chat.process import ModelProcess, ProcessExited
+from gradio_app.chat.request import Sampling, Turns
+from gradio_app.chat.support import unsupported_task
+from gradio_app.errors import UserError
+from gradio_app.runs.store import Run
+from gradio_app.settings import Settings
+
+_log = logging.getLogger(__name__)
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long is waited for what, in seconds.
+
+    Attributes:
+        loading: For a model to be loaded.
+        silence: For the next word, after which the process counts as hung.
+        idle: For the next question, before the model is unloaded.
+        reservation: For the next question, before another visitor of a Space may take the place.
+    """
+
+    loading: float = 1_800.0
+    silence: float = 300.0
+    idle: float = 600.0
+    reservation: float = 60.0
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """What of a model process is told to whoever uses it.
+
+    Attributes:
+        phase: ``"none"``, ``"loading"``, ``"ready"`` or ``"answering"``.
+        run_id: The run whose adapters it has.
+        what: What is being loaded, in the words of the command line.
+        seconds: For how long.
+        device: ``"cpu"`` or ``"cuda"``.
+        memory_bytes: What it takes: of the GPU its weights, else all of its main memory.
+        notes: What a user should know.
+    """
+
+    phase: str = "none"
+    run_id: str = ""
+    what: str = ""
+    seconds: float = 0.0
+    device: str = ""
+    memory_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AnswerChunk:
+    """An answer as far as it is there.
+
+    Attributes:
+        text: All of it so far.
+        done: Whether it is whole.
+        tokens: How many tokens it has.
+        ended: Whether the model ended it itself.
+        stopped: Whether the visitor did.
+        dropped: Turns of the conversation that were left out.
+        seconds: How long it took, once it is whole.
+    """
+
+    text: str
+    done: bool = False
+    tokens: int = 0
+    ended: bool = False
+    stopped: bool = False
+    dropped: int = 0
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; 0 where that is not known."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class _LoadedModel:
+    """The model process, and whose it is."""
+
+    process: ModelProcess
+    names: dict[str, str]
+    owner: str
+    run_id: str
+    used: float
+    phase: str = "loading"
+    what: str = ""
+    seconds: float = 0.0
+    ready: dict[str, Any] | None = None
+    answering: int | None = None
+
+    def serves(self, run: Run, checkpoint: str) -> bool:
+        same = self.run_id == run.id and checkpoint in self.names
+        return same and self.phase in ("ready", "answering") and self.process.alive
+
+
+class ChatSessions:
+    """Starts, asks and ends the model process.
+
+    Args:
+        settings: What the server was started with.
+        using: Returns the run that uses the machine, which is then not shared with a model.
+        patience: How long is waited for what.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        using: Callable[[], Run | None],
+        patience: Timeouts | None = None,
+    ) -> None:
+        self.settings, self.patience = settings, patience or Timeouts()
+        self._using = using
+        self._lock = threading.RLock()
+        self._loaded: _LoadedModel | None = None
+        self._keys = itertools.count(1)
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch_idle, name="speakers", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._closed.set()
+        with self._lock:
+            self._unload(self._loaded)
+
+    def model_status(self, owner: str) -> ModelStatus:
+        """Returns how a visitor's model is; of another's, nothing is told."""
+        loaded = self._loaded
+        if loaded is None or loaded.owner != owner:
+            return ModelStatus()
+        ready = loaded.ready or {}
+        device = str(ready.get("device", ""))
+        memory = loaded.process.resident_bytes
+        if device not in ("", "cpu"):
+            memory = int(ready.get("memory_bytes", 0))
+        return ModelStatus(
+            phase=loaded.phase,
+            run_id=loaded.run_id,
+            what=loaded.what,
+            seconds=loaded.seconds,
+            device=device,
+            memory_bytes=memory,
+            notes=tuple(redact_message(note, self.settings) for note in ready.get("notes", ())),
+        )
+
+    def reason(self, owner: str) -> UserError | None:
+        """Returns why a visitor cannot talk to a model now, ``None`` if they can."""
+        run = self._using()
+        if run is not None:
+            if run.owner == owner:
+                return UserError("trying.refused_active", name=run.name)
+            return UserError("trying.refused_active_other")
+        loaded = self._loaded
+        if loaded is None or loaded.owner == owner:
+            return None
+        rested = time.monotonic() - loaded.used > self.patience.reservation
+        free = loaded.phase == "ready" and rested
+        return None if free else UserError("trying.refused_other")
+
+    def load(self, owner: str, run: Run, checkpoint: str) -> Iterator[ModelStatus]:
+        """Loads a run's base and adapters, unless they are; yields how far it is.
+
+        Args:
+            owner: Who asks; the run is theirs.
+            run: The run.
+            checkpoint: Name of the checkpoint that must be among the adapters.
+
+        Raises:
+            UserError: If a run uses the machine, or another visitor the model; if there is no such
+                checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
+        """
+        if unsupported_task(run):
+            raise UserError("trying.refused_silent", name=run.name)
+        with self._lock:
+            self._check(owner)
+            loaded = self._loaded
+            if loaded is not None and loaded.owner == owner and loaded.serves(run, checkpoint):
+                return
+            self._unload(loaded)
+            process, names = start_chat_process(self.settings, run, checkpoint)
+            loaded = _LoadedModel(process, names, owner, run.id, time.monotonic())
+            self._loaded = loaded
+        try:
+            yield from self._loading(loaded)
+        finally:
+            # Also where nobody waits for it any more.
+            if loaded.phase == "loading":
+                self._unload(loaded)
+
+    def _loading(self, loaded: _LoadedModel) -> Iterator[ModelStatus]:
+        end = time.monotonic() + self.patience.loading
+        yield self.model_status(loaded.owner)
+        while loaded.ready is None:
+            row = self._next(loaded, min(self.patience.silence, max(end - time.monotonic(), 0.0)))
+            progress = row.get("progress")
+            if isinstance(progress, dict):
+                loaded.what = str(progress.get("what", ""))
+                loaded.seconds = float(progress.get("seconds", 0.0))
+            elif isinstance(row.get("ready"), dict):
+                loaded.ready, loaded.phase, loaded.used = row["ready"], "ready", time.monotonic()
+            elif "error" in row:
+                raise UserError(
+                    "trying.refused_load", why=redact_message(row["error"], self.settings)
+                )
+            yield self.model_status(loaded.owner)
+
+    def answer(
+        self, owner: str, run: Run, checkpoint: str | None, messages: Turns, sampling: Sampling
+    ) -> Iterator[AnswerChunk]:
+        """Yields an answer as it comes.
+
+        Args:
+            owner: Who asks.
+            run: The run whose model is loaded.
+            checkpoint: Which adapters answer; ``None`` for the base.
+            messages: The conversation, the question last.
+            sampling: How tokens are drawn.
+
+        Raises:
+            UserError: If the model is not loaded any more, may not be used now, or cannot answer.
+        """
+        loaded, key = self._reserve(owner, run, checkpoint)
+        whole = False
+        try:
+            name = "base" if checkpoint is None else loaded.names[checkpoint]
+            asked = {"id": key, "adapter": name, "messages": list(messages), **sampling.as_dict()}
+            self._send(loaded, asked)
+            for piece in self._chunks(loaded, key):
+                whole = piece.done
+                yield piece
+        except UserError:
+            whole = True
+            raise
+        finally:
+            if not whole:
+                # Nobody waits for the rest.
+                with contextlib.suppress(ProcessExited):
+                    loaded.process.send({"stop": key})
+            with self._lock:
+                loaded.phase, loaded.answering, loaded.used = "ready", None, time.monotonic()
+
+    def _reserve(self, owner: str, run: Run, checkpoint: str | None) -> tuple[_LoadedModel, int]:
+        with self._lock:
+            self._check(owner)
+            loaded = self._loaded
+            if (
+                loaded is None
+                or loaded.owner != owner
+                or not loaded.serves(run, checkpoint or _any_checkpoint(loaded))
+            ):
+                raise UserError("trying.was_unloaded")
+            loaded.phase, loaded.answering = "answering", next(self._keys)
+            return loaded, loaded.answering
+
+    def _chunks(self, loaded: _LoadedModel, key: int) -> Iterator[AnswerChunk]:
+        text, begun = "", time.monotonic()
+        while True:
+            row = self._next(loaded, self.patience.silence)
+            if row.get("id") != key:
+                # The rest of an answer that nobody waited for.
+                continue
+            if "error" in row:
+                raise UserError(
+                    "trying.refused_answer", why=redact_message(row["error"], self.settings)
+                )
+            if not row.get("done"):
+                text += str(row.get("text", ""))
+                # Who reads slower than the model writes gets more at a time, and can still stop it.
+                if not loaded.process.waiting:
+                    yield AnswerChunk(text)
+                continue
+            facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
+            yield AnswerChunk(text.strip(), done=True, seconds=time.monotonic() - begun, **facts)
+            return
+
+    def prompt_affixes(self, owner: str) -> list[str] | None:
+        """Returns what the template puts before and after a first question."""
+        loaded = self._loaded
+        ready = loaded.ready if loaded is not None and loaded.owner == owner else None
+        found = (ready or {}).get("around_question")
+        return found if isinstance(found, list) and len(found) == 2 else None
+
+    def stop(self, owner: str) -> None:
+        """Ends the answer that a visitor is being given, if there is one."""
+        loaded = self._loaded
+        if loaded is not None and loaded.owner == owner and loaded.answering is not None:
+            with contextlib.suppress(ProcessExited):
+                loaded.process.send({"stop": loaded.answering})
+
+    def unload(self, owner: str) -> None:
+        """Ends a visitor's model process, also while it loads or answers."""
+        with self._lock:
+            if self._loaded is not None and self._loaded.owner == owner:
+                self._unload(self._loaded)
+
+    def _check(self, owner: str) -> None:
+        if self._closed.is_set():
+            raise UserError("trying.was_unloaded")
+        reason = self.reason(owner)
+        if reason is not None:
+            raise reason
+        if self._loaded is not None and self._loaded.phase in ("loading", "answering"):
+            raise UserError(f"trying.refused_{self._loaded.phase}")
+
+    def _send(self, loaded: _LoadedModel, row: dict[str, Any]) -> None:
+        try:
+            loaded.process.send(row)
+        except ProcessExited:
+            raise self._end_of(loaded) from None
+
+    def _next(self, loaded: _LoadedModel, seconds: float) -> dict[str, Any]:
+        try:
+            return loaded.process.next(seconds)
+        except ProcessExited:
+            raise self._end_of(loaded) from None
+        except TimeoutError:
+            self._unload(loaded)
+            raise UserError("trying.hung", seconds=round(seconds)) from None
+
+    def _end_of(self, loaded: _LoadedModel) -> UserError:
+        asked_for = self._loaded is not loaded
+        why = redact_message(loaded.process.last_output().rpartition("\n")[2], self.settings)
+        self._unload(loaded)
+        if asked_for:
+            return UserError("trying.was_unloaded")
+        return UserError("trying.died_saying", why=why) if why else UserError("trying.died")
+
+    def _unload(self, loaded: _LoadedModel | None) -> None:
+        with self._lock:
+            if loaded is not None and self._loaded is loaded:
+                self._loaded = None
+        if loaded is not None:
+            loaded.process.kill()
+
+    def _watch_idle(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                self.check_idle()
+            except Exception:
+                _log.exception("the model process could not be looked after")
+
+    def check_idle(self) -> None:
+        """Ends the process where it is not used, is gone, or a run wants the machine."""
+        with self._lock:
+            loaded = self._loaded
+            if loaded is None or loaded.phase != "ready":
+                return
+            idle = time.monotonic() - loaded.used > self.patience.idle
+            if idle or not loaded.process.alive or self._using() is not None:
+                self._unload(loaded)
+
+
+def _any_checkpoint(loaded: _LoadedModel) -> str:
+    return next(iter(loaded.names))

@@ -1,0 +1,89 @@
+"""Blind votes: which answer was better, before it is said whose it was; ``votes.jsonl``."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gradio_app.errors import UserError
+from gradio_app.runs.files import read_rows
+from gradio_app.runs.store import Run
+
+FILE = "votes.jsonl"
+SIDES = ("a", "b")
+VOTES = (*SIDES, "tie", "both_bad")
+OUTCOMES = ("tuned", "base", "tie", "both_bad")
+# A public page is no place to fill a disk.
+MAX_BYTES = 5_000_000
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Two answers whose givers are not told yet.
+
+    Attributes:
+        run_id: The run.
+        checkpoint: Name of the checkpoint that is compared with the base.
+        prompt: What was asked.
+        who: ``"base"`` and ``"tuned"``, by side.
+        answers: What was said, by side.
+        settings: How tokens were drawn.
+    """
+
+    run_id: str
+    checkpoint: str
+    prompt: str
+    who: Mapping[str, str]
+    answers: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+def shuffle_sides(chance: random.Random | None = None) -> dict[str, str]:
+    """Returns who answers as A and who as B, by chance."""
+    names = ["base", "tuned"]
+    (chance or random.SystemRandom()).shuffle(names)
+    return dict(zip(SIDES, names, strict=True))
+
+
+def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
+    """Writes a vote down.
+
+    Returns:
+        Whom it was for: ``"tuned"``, ``"base"``, ``"tie"`` or ``"both_bad"``.
+
+    Raises:
+        UserError: If it is no vote, or there are too many.
+    """
+    if vote not in VOTES or ballot.run_id != run.id or set(ballot.answers) != set(SIDES):
+        raise UserError("trying.refused_vote")
+    outcome = ballot.who.get(str(vote), str(vote))
+    row = {
+        "time": time.time(),
+        "checkpoint": ballot.checkpoint,
+        "prompt": ballot.prompt,
+        "answers": {ballot.who[side]: ballot.answers[side] for side in SIDES},
+        "shown": dict(ballot.who),
+        "settings": dict(ballot.settings),
+        "vote": vote,
+        "outcome": outcome,
+    }
+    with _lock:
+        file = run.folder.path / FILE
+        if file.is_file() and file.stat().st_size > MAX_BYTES:
+            raise UserError("trying.refused_votes")
+        run.folder.append(file, row)
+    return outcome
+
+
+def count_votes(run: Run, checkpoint: str) -> dict[str, int]:
+    """Returns how often each outcome was voted for, for one checkpoint against the base."""
+    counts = dict.fromkeys(OUTCOMES, 0)
+    for row in read_rows(run.folder.path / FILE, 2 * MAX_BYTES):
+        outcome = row.get("outcome")
+        if row.get("checkpoint") == checkpoint and outcome in counts:
+            counts[outcome] += 1
+    return counts

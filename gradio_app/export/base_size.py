@@ -1,0 +1,107 @@
+"""How large a base is, read from the headers of its files: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gradio_app.runs.files import read_json_object
+
+# What the libraries take besides the weights.
+_LIBRARIES = 800_000_000
+# A header of more is none.
+_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class BaseSize:
+    """The weights of a base.
+
+    Attributes:
+        parameters: How many numbers there are.
+        largest: How many the largest tensor has.
+    """
+
+    parameters: int
+    largest: int
+
+    @property
+    def merged_bytes(self) -> int:
+        """Bytes of the merged model, in 16 bits."""
+        return 2 * self.parameters
+
+    def quantized_bytes(self, bits: int) -> int:
+        """Bytes of the quantized model at least: embeddings stay in 16 bits."""
+        return self.parameters * bits // 8
+
+    def memory_bytes(self, kind: str, measure: bool) -> int:
+        """Returns about how many bytes of memory an export takes.
+
+        Merging holds a few copies of one tensor in float32; quantizing loads the merged model;
+        comparing outputs loads it in float32 and computes with it.
+        """
+        work = 4 * 4 * self.largest
+        if kind == "quantized":
+            work = max(work, self.merged_bytes)
+        if measure:
+            work = max(work, 2 * 4 * self.parameters)
+        return _LIBRARIES + work
+
+
+def recorded_base(checkpoint: Path) -> tuple[str, str | None]:
+    """Returns the base that a checkpoint records, and its commit; an empty name for none."""
+    base = read_json_object(checkpoint / "provenance.json").get("base")
+    if not isinstance(base, dict):
+        name = read_json_object(checkpoint / "adapter_config.json").get("base_model_name_or_path")
+        return str(name or ""), None
+    revision = base.get("revision")
+    return str(base.get("name_or_path") or ""), str(revision) if revision else None
+
+
+def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
+    """Returns the size of a checkpoint's base; ``None`` if its files are not on this machine.
+
+    Args:
+        checkpoint: Folder of an adapter.
+        root: Where runs are started, from which a base may be named.
+    """
+    name, revision = recorded_base(checkpoint)
+    if root is not None and name and (root / name).is_dir():
+        name = str(root / name)
+    return _size(name, revision) if name else None
+
+
+@lru_cache(maxsize=64)
+def _size(name: str, revision: str | None) -> BaseSize | None:
+    folder = Path(name) if Path(name).is_dir() else _cached(name, revision)
+    counts = [
+        math.prod(entry["shape"])
+        for file in sorted(folder.glob("*.safetensors") if folder else ())
+        for key, entry in _header(file).items()
+        if key != "__metadata__" and isinstance(entry, dict) and "shape" in entry
+    ]
+    return BaseSize(sum(counts), max(counts)) if counts else None
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """Returns the folder of a base that was fetched from the hub before."""
+    try:
+        hub = import_module("huggingface_hub")
+        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            content = json.loads(opened.read(length)) if length <= _HEADER else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

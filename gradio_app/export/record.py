@@ -1,0 +1,176 @@
+"""One export on disk: what was asked for, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from gradio_app.errors import UserError
+from gradio_app.export.request import ExportRequest
+from gradio_app.guards import shortened
+from gradio_app.runs.failures import classify_error
+from gradio_app.runs.files import read_json_object, tail
+
+# Folder of all exports of a run, and what is in the folder of one.
+FOLDER = "exports"
+REQUEST_FILE, RESULT_FILE, LOG_FILE, OUTPUT = "export.json", "result.json", "log", "output"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,79}")
+_PROGRESS = re.compile(r"(?P<what>[^\n:]{1,60}): (?P<percent>\d{1,3})%")
+_MESSAGE_PREFIX = "lightning-peft: "
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export as it is at a moment.
+
+    Attributes:
+        name: Name of its folder, made by the server.
+        folder: The folder.
+        run_name: What the run's adapter is called.
+        request: What was asked for.
+        created: When, in seconds since 1970.
+        state: ``"going"``, ``"cancelling"``, ``"cancelled"``, ``"failed"``, ``"finished"``,
+            ``"asks"`` (whether what it lists is to be pushed), or ``"pushed"``.
+        result: What the command printed.
+    """
+
+    name: str
+    folder: Path
+    run_name: str
+    request: ExportRequest
+    created: float
+    state: str
+    result: dict[str, Any]
+
+    @property
+    def active(self) -> bool:
+        """Whether its process is there."""
+        return self.state in ("going", "cancelling")
+
+    @property
+    def output(self) -> Path:
+        """The folder that was made."""
+        return self.folder / OUTPUT
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the folder is there: a push can fail after it."""
+        return not self.active and self.output.is_dir()
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether something is left to do by hand: a Modelfile that says nothing of turns.
+
+        Ollama sends prompts as they are then, which a model that was trained on turns has not seen.
+        """
+        if self.request.format != "ollama" or not self.is_complete:
+            return False
+        try:
+            text = (self.output / "Modelfile").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        return not re.search(r"^\s*TEMPLATE\b", text, re.MULTILINE | re.IGNORECASE)
+
+    @property
+    def progress(self) -> tuple[str, int | None]:
+        """What is being done, and how much of it in percent, where that is known."""
+        lines = list(_PROGRESS.finditer(tail(self.folder / LOG_FILE)))
+        if not lines:
+            return "", None
+        return lines[-1]["what"].strip(), min(100, int(lines[-1]["percent"]))
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Paths in the folder, and their bytes."""
+        return [
+            (str(file["path"]), int(file["bytes"]))
+            for file in _dicts(self.result.get("files"))
+            if isinstance(file.get("bytes"), int) and "path" in file
+        ]
+
+    @property
+    def commands(self) -> list[str]:
+        """Commands of other programs that take it."""
+        return _strings(self.result.get("commands"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the command wants known."""
+        return _strings(self.result.get("notes"))
+
+    @property
+    def address(self) -> str:
+        """Where it was pushed to; empty if it was not."""
+        push = self.result.get("push")
+        url = str(push.get("url", "")) if isinstance(push, dict) else ""
+        return url if url.startswith(("https://", "http://")) else ""
+
+    @property
+    def failure(self) -> tuple[str, str]:
+        """Which texts say why it failed, and what the command itself said."""
+        log = tail(self.folder / LOG_FILE)
+        said = log.rpartition(_MESSAGE_PREFIX)[2].strip() if _MESSAGE_PREFIX in log else ""
+        kind = classify_error(said or log) or (
+            "explained" if said else "other" if log else "killed"
+        )
+        return kind, said or "\n".join(log.splitlines()[-6:])
+
+
+def read_export(folder: Path, in_progress: bool) -> Export | None:
+    """Returns the export in a folder; ``None`` if there is none.
+
+    Args:
+        folder: The folder.
+        in_progress: Whether its process was there just before.
+    """
+    facts = read_json_object(folder / REQUEST_FILE)
+    if not _NAME.fullmatch(folder.name) or not facts:
+        return None
+    known = {field.name for field in fields(ExportRequest)}
+    given = facts.get("wish")
+    given = given if isinstance(given, dict) else {}
+    request = ExportRequest(**{name: value for name, value in given.items() if name in known})
+    result = {} if in_progress else read_json_object(folder / RESULT_FILE)
+    return Export(
+        name=folder.name,
+        folder=folder,
+        run_name=str(facts.get("run_name", "adapter")),
+        request=request,
+        created=float(facts.get("created", 0.0)),
+        state=_state(facts, result, in_progress),
+        result=result,
+    )
+
+
+def _state(facts: dict[str, Any], result: dict[str, Any], in_progress: bool) -> str:
+    if in_progress:
+        return "cancelling" if facts.get("cancelled") else "going"
+    push = result.get("push")
+    if isinstance(push, dict):
+        return "pushed" if push.get("pushed") else "asks"
+    if result:
+        return "finished"
+    return "cancelled" if facts.get("cancelled") else "failed"
+
+
+def checked_name(text: object) -> str:
+    """Returns ``text`` if it can be the name of an export.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    if not isinstance(text, str) or not _NAME.fullmatch(text):
+        raise UserError("exporting.refused_name", name=shortened(text))
+    return text
+
+
+def _dicts(found: object) -> list[dict[str, Any]]:
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def _strings(found: object) -> list[str]:
+    rows: Sequence[object] = found if isinstance(found, list) else ()
+    return [one for one in rows if isinstance(one, str)]

@@ -1,0 +1,132 @@
+"""What a visitor wants exported: checked, and as the words of the command line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradio_app.errors import UserError
+from gradio_app.guards import checked_hub_name, shortened
+from gradio_app.runs.store import Checkpoint, Run
+
+FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
+# These write the whole model, and need memory for it.
+FULL_MODEL_FORMATS = frozenset({"merged", "quantized", "ollama"})
+# What is worth a place on the hub; the others are commands for programs on a machine.
+PUSHABLE_FORMATS = ("adapter", "merged", "quantized")
+BITS = (8, 4)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is to be exported.
+
+    Attributes:
+        format: One of ``FORMATS``.
+        checkpoint: Name of the checkpoint.
+        bits: Of a quantized model.
+        measure: Whether outputs are compared, which loads the model.
+        base_name: What the files call the base, where it is not what the run called it.
+        push_to: Repository to push to; empty for none.
+        private: Whether a new repository is private.
+    """
+
+    format: str = "adapter"
+    checkpoint: str = "best"
+    bits: int = 8
+    measure: bool = False
+    base_name: str = ""
+    push_to: str = ""
+    private: bool = True
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether it writes the whole model."""
+        return self.format in FULL_MODEL_FORMATS
+
+    def argv(self, adapter: str, output: Path, dry_run: bool) -> list[str]:
+        """Returns the arguments of ``lightning-peft``.
+
+        Args:
+            adapter: Name and folder of the adapter.
+            output: The folder to make.
+            dry_run: Whether nothing is pushed yet.
+        """
+        words = ["export", f"--format={self.format}", "--json"]
+        if self.format == "quantized":
+            words.append(f"--bits={self.bits}")
+        if self.writes_model and not self.measure:
+            words.append("--no-measure")
+        if self.base_name:
+            words.append(f"--base-name={self.base_name}")
+        if self.push_to:
+            words += [f"--push-to={self.push_to}", "--private" if self.private else "--no-private"]
+            words += ["--dry-run"] if dry_run else []
+        # Nothing that follows can become an option.
+        return [*words, "--", adapter, str(output)]
+
+
+def validate_request(
+    run: Run,
+    kind: object,
+    checkpoint: object,
+    *,
+    bits: object = 8,
+    measure: object = False,
+    base_name: object = "",
+    push_to: object = None,
+    private: object = True,
+) -> ExportRequest:
+    """Returns what a visitor wants, if it can be had.
+
+    Args:
+        run: The run.
+        kind: One of ``FORMATS``.
+        checkpoint: Name of one of the run's checkpoints.
+        bits: 8 or 4.
+        measure: Whether outputs are compared.
+        base_name: Name of the base on the hub, or nothing.
+        push_to: ``namespace/name``, or ``None`` if nothing is pushed.
+        private: Anything but ``False`` makes the repository private.
+
+    Raises:
+        UserError: If a value is none of those.
+    """
+    if kind not in (FORMATS if push_to is None else PUSHABLE_FORMATS):
+        raise UserError("exporting.refused_format", format=shortened(kind))
+    if bits not in BITS:
+        raise UserError("exporting.refused_bits", bits=shortened(bits))
+    found = find_checkpoint(run, checkpoint)
+    name = str(base_name or "").strip()
+    repository = ""
+    if push_to is not None:
+        repository = checked_hub_name(push_to)
+        if "/" not in repository:
+            raise UserError("errors.hub_name", name=shortened(push_to))
+    return ExportRequest(
+        format=str(kind),
+        checkpoint=found.name,
+        bits=int(str(bits)),
+        measure=measure is True,
+        base_name=checked_hub_name(name) if name else "",
+        push_to=repository,
+        private=private is not False,
+    )
+
+
+def find_checkpoint(run: Run, name: object) -> Checkpoint:
+    """Returns a checkpoint of a run.
+
+    Raises:
+        UserError: If it has none of that name.
+    """
+    found = next((one for one in run.checkpoints() if one.name == name), None)
+    if found is None:
+        raise UserError("exporting.refused_checkpoint", name=shortened(name))
+    return found
+
+
+def slug(run: Run) -> str:
+    """Returns what files and programs call the adapter of a run."""
+    return re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40].strip("-") or "adapter"

@@ -1,0 +1,128 @@
+"""A process that has imported all of the library already, and runs its commands one by one.
+
+It reads a JSON line for each command, ``{"id": 1, "arguments": ["plan", ...]}``, and answers with
+one: ``{"id": 1, "code": 0, "out": "...", "err": "..."}``. Lines such as ``{"id": 1, "rows": 1200}``
+come before it while rows are read. The command ``import`` only imports what the others take seconds
+for. An interrupt ends the command and not the process, which ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+IMPORT = "import"
+# What shells give for a command that was interrupted.
+INTERRUPTED = 130
+_HEAVY = (
+    "lightning_peft.cli.preview",
+    "lightning_peft.data.preview",
+    "lightning_peft.plan.survey",
+    "lightning_peft.plugin.lightning_cli",
+    "lightning_peft.tasks",
+    "lightning.pytorch.cli",
+)
+
+
+def answer(
+    arguments: list[str], on_rows: Callable[[int], None] | None = None
+) -> tuple[int, str, str]:
+    """Runs a command; returns its exit code and what it wrote to both outputs.
+
+    Args:
+        arguments: The command.
+        on_rows: Is given how many rows of data it has read, again and again.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    _Interrupts.taken = True
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if arguments == [IMPORT]:
+                return _prepare(), "", ""
+            counted = import_module("lightning_peft.data.rows_read").counted_by
+            with counted(on_rows):
+                code = int(import_module("lightning_peft.cli").main(arguments))
+        except SystemExit as stop:
+            # argparse ends the process; this one goes on.
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        except KeyboardInterrupt as stop:
+            if _in_import(stop.__traceback__):
+                # Half a module would be left behind.
+                os._exit(INTERRUPTED)
+            code = INTERRUPTED
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            _Interrupts.taken = False
+    return code, out.getvalue(), err.getvalue()
+
+
+class _Interrupts:
+    """Whether an interrupt ends something: between two commands there is nothing to end."""
+
+    taken = False
+
+    @classmethod
+    def handle(cls, *_: object) -> None:
+        if cls.taken:
+            cls.taken = False
+            raise KeyboardInterrupt
+
+
+def _in_import(trace: TracebackType | None) -> bool:
+    """Says whether an exception was raised while a module was being imported."""
+    names = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+    return any(name.startswith("<frozen importlib") for name in names)
+
+
+def serve(lines: IO[str], answers: IO[str]) -> None:
+    """Answers each line until there are no more."""
+    for line in lines:
+        asked = json.loads(line)
+
+        def on_rows(rows: int, number: int = asked["id"]) -> None:
+            answers.write(json.dumps({"id": number, "rows": rows}) + "\n")
+            answers.flush()
+
+        code, out, err = answer([str(word) for word in asked["arguments"]], on_rows)
+        found = {"id": asked["id"], "code": code, "out": out, "err": err}
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
+
+
+def _prepare() -> int:
+    for module in _HEAVY:
+        with contextlib.suppress(ImportError):
+            import_module(module)
+    return 0
+
+
+def main() -> None:
+    """Serves on the standard streams, which are then closed to whatever libraries print."""
+    here = str(Path(__file__).resolve().parent)
+    # Started as a file, or its neighbours could be taken for modules of others.
+    sys.path[:] = [path for path in sys.path if str(Path(path or ".").resolve()) != here]
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    lines = os.fdopen(os.dup(0), encoding="utf-8")
+    # A library that asks a question is answered with nothing, and not with the next command.
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    signal.signal(signal.SIGINT, _Interrupts.handle)
+    serve(lines, answers)
+
+
+if __name__ == "__main__":
+    main()

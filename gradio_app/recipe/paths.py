@@ -1,0 +1,161 @@
+"""Where data and models of a visitor's recipe may lie: in the package, below a root, on the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from gradio_app.errors import UserError
+from gradio_app.guards import checked_hub_name, inside, shortened
+from gradio_app.redaction import UPLOAD, Redactor, bundled_folders
+from gradio_app.settings import Settings
+from gradio_app.uploads import Uploads
+
+# Of the files below a root, as many are listed.
+MAX_LISTED = 500
+_MARKS = ("package:", "recipe:")
+_KINDS = "jsonl|ndjson|json|csv|tsv|tab|parquet|arrow|xlsx|xlsm|txt|md"
+_FILE = re.compile(rf".*\.({_KINDS})(\.(gz|bz2|xz|zst|zip))?")
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class AllowedPaths:
+    """What one owner may read and write on a server.
+
+    Args:
+        settings: What the server was started with.
+        owner: Whose recipe it is.
+    """
+
+    settings: Settings
+    owner: str
+
+    @property
+    def uploads(self) -> Path:
+        """Folder of what the owner has uploaded."""
+        return self.settings.uploads / self.owner
+
+    def data(self, value: object) -> str:
+        """Returns the place of some rows as the run is told it.
+
+        Raises:
+            UserError: If it is no file or folder that this page may read, and no name on the hub.
+        """
+        text = _checked_text(value)
+        if text.startswith(UPLOAD):
+            return Uploads(self.settings, self.owner).get(text.removeprefix(UPLOAD)).path.as_posix()
+        found = _bundled_path(text) or _path_below(text, self.uploads)
+        root = self.settings.data_root
+        if found is None and root is not None:
+            found = _path_below(text, root)
+            if found is None and not Path(text).is_absolute() and (root / text).exists():
+                found = inside(root, text).as_posix()
+        if found is not None:
+            return found
+        path_like = Path(text).is_absolute() or text.startswith((".", "~"))
+        if path_like or "\\" in text or _FILE.fullmatch(text.lower()):
+            if root is None:
+                raise UserError("checks.no_paths", path=shortened(text))
+            near = get_close_matches(text, data_files(root), n=1)
+            hint = UserError("checks.near", near=shortened(near[0])) if near else None
+            more = [hint or UserError("checks.not_near")]
+            raise UserError("checks.no_data", path=shortened(text), more=more)
+        return _hub_name(text)
+
+    def model(self, value: object) -> str:
+        """Returns the place of a model, tokenizer or processor as the run is told it.
+
+        Raises:
+            UserError: If it is none that this page may read, and no name on the hub.
+        """
+        text = _checked_text(value)
+        found = _bundled_path(text)
+        root = self.settings.models_root
+        if found is None and root is not None:
+            found = _path_below(text, root)
+            if found is None and not Path(text).is_absolute() and (root / text).is_dir():
+                found = inside(root, text).as_posix()
+        if found is not None:
+            return found
+        if Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text:
+            raise UserError("checks.no_model", path=shortened(text))
+        return _hub_name(text)
+
+    def portable(self, value: str) -> str:
+        """Returns a place with the mark that stands for its folder, if there is one."""
+        return Redactor(self.settings).portable(value)
+
+    def written(self, value: object) -> str:
+        """Returns the name of the file that rows are written to which a run leaves out.
+
+        The folder is that of the run, which is only known when it starts; a path that an earlier
+        run had there stands for the name.
+
+        Raises:
+            UserError: If it is more than a name.
+        """
+        text = _checked_text(value)
+        if _path_below(text, self.settings.runs) is not None:
+            text = Path(text).name
+        if not _FILE_NAME.fullmatch(text) or ".." in text:
+            raise UserError("checks.written", path=shortened(text))
+        return text
+
+
+def data_files(root: Path) -> dict[str, int]:
+    """Returns the files and folders of data below a root by name, with their bytes.
+
+    Args:
+        root: The folder; what lies deeper in it than in a folder is not listed.
+    """
+    found = [path for pattern in ("*", "*/*") for path in root.glob(pattern)]
+    files = [path for path in found if path.is_file() and _FILE.fullmatch(path.name.lower())]
+    shown = [path for path in files if not any(p.startswith(".") for p in _parts(path, root))]
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(shown)}
+    return dict(list(sizes.items())[:MAX_LISTED])
+
+
+def _parts(path: Path, root: Path) -> tuple[str, ...]:
+    return path.relative_to(root).parts
+
+
+def _checked_text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > 500:
+        raise UserError("checks.place", value=shortened(value))
+    return value.strip()
+
+
+def _bundled_path(text: str) -> str | None:
+    """Returns ``text`` with its mark if it stands for a file or folder of the package."""
+    for mark, folder in bundled_folders().items():
+        if text.startswith(mark) or _path_below(text, folder) is not None:
+            path = inside(folder, text.removeprefix(mark))
+            if not path.exists():
+                raise UserError("checks.not_bundled", path=shortened(text.removeprefix(mark)))
+            return f"{mark}{path.relative_to(folder).as_posix()}"
+    if text.startswith(_MARKS) or re.match(r"\w+:", text):
+        raise UserError("errors.hub_name", name=shortened(text))
+    return None
+
+
+def _path_below(text: str, root: Path) -> str | None:
+    """Returns an absolute path below ``root`` that exists; ``None`` for everything else."""
+    path = Path(text)
+    if not path.is_absolute():
+        return None
+    resolved = path.resolve()
+    below = resolved.is_relative_to(root.resolve())
+    return (
+        resolved.as_posix() if below and (resolved.exists() or resolved.parent.is_dir()) else None
+    )
+
+
+def _hub_name(text: str) -> str:
+    name = checked_hub_name(text)
+    # Libraries take a folder of that name in the working directory before they ask the hub.
+    if Path(name).exists():
+        raise UserError("checks.shadowed", name=name)
+    return name

@@ -1,0 +1,127 @@
+"""What training on some rows would be like: ``lightning-peft preview`` of a recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradio_app.guards import redacted
+from gradio_app.recipe.command_worker import CommandResult, CommandWorker
+from gradio_app.recipe.content import data_of, value_at, with_value
+from gradio_app.recipe.table import Table, first_rows
+from gradio_app.recipe.yaml_text import dump_yaml
+from gradio_app.redaction import bundled_folders
+
+SAMPLE_ROWS = 5
+# Every row is read and turned into tokens; a shared machine has less time for one visitor.
+SECONDS = 900.0
+SPACE_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is known of some rows.
+
+    Attributes:
+        numbers: What ``preview --json`` printed; empty where it could not be said.
+        table: The first rows as they stand in the file, where it is one of this machine.
+        refusal: Why nothing could be said, in the words of the command.
+        skipping: Whether rows with problems are left out.
+        step: Step of the form in which the refusal can be solved.
+        cancelled: Whether nobody waits for it any more.
+    """
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    table: Table | None = None
+    refusal: str = ""
+    skipping: bool = False
+    step: str = "data"
+    cancelled: bool = False
+
+    @property
+    def problems(self) -> list[dict[str, Any]]:
+        """What is wrong with rows, by kind."""
+        return list(self.numbers.get("problems", []))
+
+    @property
+    def ok(self) -> bool:
+        """Whether a run can be started with them."""
+        usable = self.numbers.get("splits", {}).get("train", {}).get("rows", 1) > 0
+        return bool(self.numbers) and usable and (self.skipping or not self.problems)
+
+    @property
+    def needs_column_names(self) -> bool:
+        """Whether only which column is which has to be said."""
+        return "Say which column is which" in self.refusal and self.table is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns that a field can be read from."""
+        known = [*self.numbers.get("columns", {}).values(), *self.numbers.get("columns_unused", [])]
+        return list(dict.fromkeys([*(self.table.columns if self.table else []), *map(str, known)]))
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest training row, where rows have tokens."""
+        found = self.numbers.get("lengths", {}).get("longest")
+        return int(found) if found else None
+
+
+def preview_data(
+    content: dict[str, Any],
+    worker: CommandWorker,
+    space: bool,
+    still_needed: Callable[[], bool] | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> DataReport:
+    """Returns what training on the rows of a recipe would be like.
+
+    Args:
+        content: A recipe that has been checked.
+        worker: Runs the command.
+        space: Whether strangers ask.
+        still_needed: Says whether the answer is still wanted.
+        on_rows: Is given how many rows have been read, again and again.
+    """
+    place = data_of(content)
+    skipping = value_at(content, "data.init_args.skip_bad_rows", None)
+    table = first_rows(local_path(place), content)
+    if value_at(content, "data.class_path", "").endswith("SeriesData"):
+        # A table of numbers is no rows of examples; the run checks it before its first step.
+        return DataReport({"series": True} if table else {}, table)
+    with tempfile.TemporaryDirectory(prefix="studio-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        if skipping is not None:
+            # The file is the run's; here it is only asked what would be in it.
+            skipped_rows_file = str(Path(folder) / "left-out.jsonl")
+            content = with_value(content, "data.init_args.skip_bad_rows", skipped_rows_file)
+        file.write_text(dump_yaml({"data": content["data"]}), encoding="utf-8")
+        words = ["preview", "--json", f"--rows={SAMPLE_ROWS}", f"--config={file}"]
+        answer = worker.run(words, SPACE_SECONDS if space else SECONDS, still_needed, on_rows)
+    if answer.cancelled:
+        return DataReport(table=table, cancelled=True)
+    numbers = answer.json() if answer.code in (0, 1) else None
+    if numbers is None:
+        return DataReport(table=table, refusal=error_message(answer), skipping=skipping is not None)
+    # Of the rows themselves nothing is changed.
+    told = {"problems": worker.redactor.value(numbers.get("problems", []), worker.redactor.record)}
+    return DataReport(numbers | told, table, skipping=skipping is not None)
+
+
+def local_path(place: str) -> Path:
+    """Returns where the rows of a checked recipe lie, if they lie on this machine."""
+    for mark, folder in bundled_folders().items():
+        if place.startswith(mark):
+            return folder / place.removeprefix(mark)
+    return Path(place)
+
+
+def error_message(answer: CommandResult) -> str:
+    """Returns the last thing that a command said of what went wrong."""
+    text = redacted(answer.err)
+    place = text.rfind("lightning-peft: ")
+    found = text[place:].removeprefix("lightning-peft: ") if place >= 0 else text[-600:]
+    return found.strip()

@@ -1,0 +1,114 @@
+"""Reading the files of a run while it writes them: only what is new, and never too much."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradio_app.guards import redacted
+
+LOG_LINES = 200
+_TAIL_BYTES = 64 * 1024
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# What no browser should be sent: control characters besides the end of a line and the tab.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
+
+# Adverts of Lightning, kernels that bitsandbytes looks for in vain, and bars of tqdm.
+_NOISE = re.compile(
+    r"litlogger|LitLogger|Failed to load CPU gemm_4bit_forward|\d+%\|.*\| *[\d.]+\w*/[\d.]+\w* \["
+)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_rows(file: Path, most_bytes: int = 2_000_000) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a JSONL file, of a long one only the last.
+
+    Lines that are not whole, or no objects, are passed over.
+    """
+    try:
+        with file.open("rb") as opened:
+            beginning = max(0, opened.seek(0, 2) - most_bytes)
+            opened.seek(beginning)
+            content = opened.read(most_bytes)
+    except OSError:
+        return
+    lines = content.split(b"\n")
+    for line in lines[1 if beginning else 0 : -1]:
+        row = parse_row(line)
+        if row is not None:
+            yield row
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """Returns the object that a line of a JSONL file holds, if it holds one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def remove_noise(text: str) -> str:
+    """Returns a log without what other libraries write into every one: adverts, finished bars."""
+    return "\n".join(line for line in text.split("\n") if not _NOISE.search(line))
+
+
+def tail(file: Path, lines: int = LOG_LINES) -> str:
+    """Returns the last lines of a log as text without colours, control characters and secrets."""
+    try:
+        with file.open("rb") as opened:
+            beginning = max(0, opened.seek(0, 2) - _TAIL_BYTES)
+            opened.seek(beginning)
+            content = opened.read(_TAIL_BYTES)
+    except OSError:
+        return ""
+    text = _ESCAPES.sub("", content.decode("utf-8", errors="replace"))
+    found = text.split("\n")[1 if beginning else 0 :]
+    # Of a progress bar, its last state.
+    whole = [line.rstrip("\r").rpartition("\r")[2] for line in found]
+    cleaned = [_CONTROLS.sub("", line) for line in whole]
+    return "\n".join(redacted("\n".join(cleaned).strip("\n")).split("\n")[-lines:])
+
+
+class Files:
+    """Texts of small files, read again only when they have changed.
+
+    Args:
+        most: How many are kept.
+    """
+
+    def __init__(self, most: int = 2_000) -> None:
+        self._kept: OrderedDict[Path, tuple[tuple[int, int, int], str]] = OrderedDict()
+        self._most = most
+        self._lock = threading.Lock()
+
+    def text(self, file: Path) -> str | None:
+        """Returns the text of a file, ``None`` where there is none."""
+        try:
+            found = file.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            with self._lock:
+                kept = self._kept.get(file)
+            if kept is not None and kept[0] == stamp:
+                return kept[1]
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return None
+        with self._lock:
+            self._kept[file] = (stamp, text)
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return text

@@ -1,0 +1,309 @@
+"""Runs on the hub, in the account of the visitor, who pays for them: Hugging Face Jobs.
+
+The job outlives the page, the tab and the visitor. Its log carries the folder of the run
+(``job_script``), which is rebuilt here, so that the page of the run shows it as any other. The
+visitor's token is never written down: it is used while they look at the page, and the job gets its
+own as a secret of the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from gradio_app.errors import UserError
+from gradio_app.guards import checked_hub_name, redacted
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import ACTIVE, Status, write_json
+
+if TYPE_CHECKING:
+    from gradio_app.runs.store import Run
+
+_log = logging.getLogger(__name__)
+JOB_FILE = "job.json"
+# Where such a run is, in what the page knows of it.
+EXECUTOR = "hf_jobs"
+# A token is forgotten so long after its owner last looked.
+TOKEN_SECONDS = 120.0
+LINE_PREFIX = "@run-file "
+# An image that has uv, which installs the rest into a container of its own.
+IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
+_SCRIPT = Path(__file__).with_name("job_script.py")
+_JSONL_FILES = {"metrics.jsonl", "events.jsonl", "samples.jsonl"}
+_JSON_FILES = {"status.json", "provenance.json", "result.json", "error.json"}
+# How the hub calls the states of jobs, and what the page calls them.
+_ENDED = {"COMPLETED": "finished", "CANCELED": "stopped", "ERROR": "failed", "DELETED": "stopped"}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine on the hub.
+
+    Attributes:
+        flavor: What the hub calls it.
+        title: For people.
+        dollars_per_hour: Price.
+    """
+
+    flavor: str
+    title: str
+    dollars_per_hour: float
+
+
+@dataclass
+class Job:
+    """A run on the hub, as ``job.json`` in its folder keeps it.
+
+    Attributes:
+        id: The hub's id of the job.
+        namespace: Account that it runs in and that pays.
+        flavor: The machine.
+        minutes: After how many minutes the hub ends it.
+        repository: Where the adapter is pushed.
+        lines: Lines of the log that were read.
+    """
+
+    id: str
+    namespace: str
+    flavor: str
+    minutes: float
+    repository: str
+    lines: int = 0
+
+
+def _api(token: str) -> Any:
+    # Half a second of import, which a page without jobs never needs.
+    return import_module("huggingface_hub").HfApi(token=token)
+
+
+def list_hardware(token: str) -> list[Hardware]:
+    """Returns the machines that the hub lends, the cheapest first, with what they cost now."""
+    found = []
+    for one in _api(token).list_jobs_hardware():
+        per_hour = one.unit_cost_usd * (60 if one.unit_label == "minute" else 1)
+        graphics = one.accelerator
+        more = f", {graphics.quantity} x {graphics.model}" if graphics else ""
+        found.append(Hardware(one.name, f"{one.pretty_name}{more}, {one.ram}", per_hour))
+    return sorted(found, key=lambda machine: machine.dollars_per_hour)
+
+
+def max_cost(machine: Hardware, minutes: float) -> float:
+    """Returns what a job costs at most."""
+    return machine.dollars_per_hour * minutes / 60
+
+
+def start_job(
+    folder: RunFolder, token: str, flavor: str, minutes: float, repository: str, package: str
+) -> Job:
+    """Hands a run to the hub.
+
+    Args:
+        folder: Folder of the run, with its recipe.
+        token: The visitor's, with the scopes ``jobs`` and ``contribute-repos``.
+        flavor: One of :func:`list_hardware`.
+        minutes: After how many minutes the hub ends it.
+        repository: ``namespace/name`` on the hub for the adapter.
+        package: What the job installs, as pip takes it.
+
+    Raises:
+        UserError: If the recipe needs files of this machine, which the job does not have.
+    """
+    repository = checked_hub_name(repository)
+    recipe = folder.recipe.read_text(encoding="utf-8")
+    local = sorted(local_paths(yaml.safe_load(recipe)))
+    if local:
+        raise UserError("errors.only_here", paths=", ".join(Path(path).name for path in local))
+    api = _api(token)
+    namespace = str(api.whoami()["name"])
+    info = api.run_job(
+        image=IMAGE,
+        command=["uv", "run", "--with", package, "python", "-c", _SCRIPT.read_text("utf-8")],
+        env={"RECIPE": recipe, "PUSH_TO": repository},
+        secrets={"HF_TOKEN": token},
+        flavor=flavor,
+        timeout=f"{round(minutes * 60)}s",
+        labels={"lightning-peft-run": folder.path.name},
+        namespace=namespace,
+        token=token,
+    )
+    job = Job(info.id, namespace, flavor, minutes, repository)
+    _save(folder, job)
+    now = time.time()
+    first = Status(phase="waiting for a machine on the hub", started=now, updated=now)
+    write_json(folder.status_file, asdict(first))
+    return job
+
+
+def local_paths(recipe: Any) -> set[str]:
+    """Returns what in a recipe names files that only this machine has.
+
+    What comes with the package (``package:``, ``recipe:``) is on every machine.
+    """
+    if isinstance(recipe, dict):
+        return {path for value in recipe.values() for path in local_paths(value)}
+    if isinstance(recipe, list):
+        return {path for value in recipe for path in local_paths(value)}
+    is_path = isinstance(recipe, str) and (Path(recipe).is_absolute() or Path(recipe).exists())
+    return {recipe} if is_path else set()
+
+
+def job_of(folder: RunFolder) -> Job | None:
+    """Returns the job that a run is, or ``None`` for a run on this machine."""
+    file = folder.path / JOB_FILE
+    if not file.is_file():
+        return None
+    return Job(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def status_of(folder: RunFolder) -> Status | None:
+    """Returns what the job last said; its process is on no machine where one could look for it."""
+    try:
+        content = json.loads(folder.status_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    known = set(asdict(Status()))
+    return Status(**{key: value for key, value in content.items() if key in known})
+
+
+def refresh(folder: RunFolder, token: str) -> None:
+    """Brings the folder of a run up to what its job has said."""
+    job = job_of(folder)
+    if job is None:
+        raise UserError("errors.no_such_run", run=folder.path.name)
+    api = _api(token)
+    where = {"job_id": job.id, "namespace": job.namespace}
+    # The stage first: what a job says before it ends is then in the lines that follow.
+    stage = api.inspect_job(**where).status.stage
+    stage = str(getattr(stage, "value", stage))
+    lines = list(api.fetch_job_logs(**where))
+    rebuild_folder(folder, lines[job.lines :])
+    job.lines = max(job.lines, len(lines))
+    _save(folder, job)
+    said = status_of(folder) or Status()
+    if stage in _ENDED and said.state in ("queued", "preparing", "running", "stopping"):
+        ended = asdict(said) | {"state": _ENDED[stage], "eta_seconds": None}
+        write_json(folder.status_file, ended)
+
+
+def cancel(folder: RunFolder, token: str) -> None:
+    """Ends the job of a run."""
+    job = job_of(folder)
+    if job is None:
+        raise UserError("errors.no_such_run", run=folder.path.name)
+    _api(token).cancel_job(job_id=job.id, namespace=job.namespace)
+
+
+def rebuild_folder(folder: RunFolder, lines: Iterable[str]) -> None:
+    """Writes into the folder what lines of the log hold of it; others are the log of the run.
+
+    The log is text that a program on another machine has printed: only known names are written,
+    and only JSON.
+    """
+    for line in lines:
+        text = line.rstrip("\n")
+        name, content = _parse(text)
+        if name in _JSONL_FILES:
+            folder.append(folder.path / name, content)
+        elif name in _JSON_FILES:
+            write_json(folder.path / name, content)
+        else:
+            with folder.log.open("a", encoding="utf-8") as log:
+                log.write(redacted(text) + "\n")
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    if not text.startswith(LINE_PREFIX):
+        return "", None
+    try:
+        row = json.loads(text[len(LINE_PREFIX) :])
+        content = json.loads(row["line"])
+    except (ValueError, KeyError, TypeError):
+        return "", None
+    return (str(row.get("file")), content) if isinstance(content, dict) else ("", None)
+
+
+def _save(folder: RunFolder, job: Job) -> None:
+    write_json(folder.path / JOB_FILE, asdict(job))
+
+
+class JobsExecutor:
+    """Runs that are jobs on the hub, kept up to date while somebody looks at them.
+
+    Reading a log takes seconds, so a page never waits for it: each look starts it in a thread,
+    unless the last one is still going on or not long ago. Tokens are kept in memory alone, for as
+    long as their owner looks.
+    """
+
+    uses_this_machine = False
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next: dict[Path, float] = {}
+        self._tokens: dict[Path, tuple[str, float]] = {}
+
+    def look(self, folder: RunFolder, token: str | None) -> None:
+        """Brings the folder up to date, soon; without a token nothing new can be seen."""
+        now = time.monotonic()
+        with self._lock:
+            fresh = {p: kept for p, kept in self._tokens.items() if now - kept[1] < TOKEN_SECONDS}
+            self._tokens = fresh | ({folder.path: (token, now)} if token else {})
+            if token is None or now < self._next.get(folder.path, 0.0):
+                return
+            self._next[folder.path] = math.inf
+        threading.Thread(target=self._refresh, args=(folder, token), daemon=True).start()
+
+    def _refresh(self, folder: RunFolder, token: str) -> None:
+        try:
+            refresh(folder, token)
+        except Exception as error:
+            # The hub may be away for a while; the next look asks again.
+            _log.warning("job of %s: %s", folder.path.name, redacted(repr(error)))
+        finally:
+            with self._lock:
+                self._next[folder.path] = time.monotonic() + self.SECONDS
+
+    def on_queued(self, run: Run) -> None:
+        """Keeps nothing: a job does not wait in the line."""
+
+    def start_job(self, run: Run) -> None:
+        """Refuses: a job is started with its owner's token and consent, by :func:`start_job`."""
+        raise UserError("elsewhere.not_from_line")
+
+    def stop(self, run: Run) -> None:
+        """Ends the job; it saves what it has, as far as the hub lets it."""
+        with self._lock:
+            token = self._tokens.get(run.folder.path, ("", 0.0))[0]
+        if not token:
+            raise UserError("elsewhere.sign_in")
+        threading.Thread(target=cancel, args=(run.folder, token), daemon=True).start()
+
+    def save(self, run: Run) -> None:
+        """Refuses: nothing can be sent to a job."""
+        raise UserError("elsewhere.not_saved")
+
+    def kill(self, run: Run) -> None:
+        """The same as :meth:`stop`: the hub knows one way to end a job."""
+        self.stop(run)
+
+    def active(self, run: Run) -> bool:
+        """Says whether the job goes on, as far as is known."""
+        return run.status.state in ACTIVE
+
+    def in_progress(self, folder: RunFolder) -> bool:
+        """Says whether there is a job of which nothing was heard yet."""
+        return job_of(folder) is not None
+
+    def status(self, folder: RunFolder) -> Status | None:
+        """Returns what the job last said."""
+        return status_of(folder)

@@ -1,0 +1,181 @@
+"""Runs on this machine: each a process of its own, which goes on when the page is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from gradio_app.errors import UserError
+from gradio_app.runs.environment import training_environment
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.skipped_rows import skipped_rows_file, skips_bad_rows
+from gradio_app.settings import Settings
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import Status, write_json
+
+if TYPE_CHECKING:
+    from gradio_app.runs.store import Run
+
+PROCESS = "proc.json"
+# What a process prints before it has a log of its own, such as that its config cannot be read.
+START_LOG = "start.log"
+# After the second interrupt, a process has this long to end by itself.
+GRACE_SECONDS = 10.0
+# Between the two interrupts: the first one must have been taken.
+_SIGNAL_GAP_SECONDS = 0.3
+
+
+class LocalExecutor:
+    """Starts the command line in processes that belong to no server.
+
+    Args:
+        settings: What the server was started with.
+        grace: Seconds between the last request to end and the end by force.
+    """
+
+    uses_this_machine = True
+
+    def __init__(self, settings: Settings, grace: float = GRACE_SECONDS) -> None:
+        self.settings, self.grace = settings, grace
+        # The server's own children must be waited for, or they stay as zombies.
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        # Of runs that rest nothing changes unless their file does.
+        self._resting: dict[Path, tuple[tuple[int, int], Status]] = {}
+
+    def on_queued(self, run: Run) -> None:
+        """Keeps nothing: whoever asks, the process is the same."""
+
+    def start(self, run: Run) -> None:
+        """Starts a run, or lets it go on; returns at once."""
+        folder = run.folder.path
+        run.folder.control.unlink(missing_ok=True)
+        words = [*self.settings.command, *self.argv(run)]
+        try:
+            with (folder / START_LOG).open("wb") as log:
+                process = subprocess.Popen(
+                    words,
+                    cwd=self.settings.data_root or folder,
+                    env=training_environment(self.settings),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise UserError(
+                "run.refused_start", why=error.strerror or type(error).__name__
+            ) from None
+        self._children[process.pid] = process
+        created = _created(process.pid)
+        write_json(folder / PROCESS, {"pid": process.pid, "created": created})
+
+    def argv(self, run: Run) -> list[str]:
+        """Returns what the command line is called with."""
+        folder = run.folder.path
+        words = [run.metadata.command]
+        if run.metadata.resume:
+            words += [f"--resume={folder}"]
+        else:
+            words += [f"--config={run.folder.recipe}", f"--run_dir={folder}"]
+        if "ProgressBar" not in run.recipe_text:
+            # A bar would be written to the file some times a second.
+            words += ["--trainer.enable_progress_bar=false"]
+        if skips_bad_rows(run.recipe_text):
+            words += [f"--data.init_args.skip_bad_rows={skipped_rows_file(run.folder)}"]
+        return words
+
+    def stop(self, run: Run) -> None:
+        """Asks a run to finish its step, save, and end; before its first step, to end."""
+        run.folder.write(run.folder.control, {"stop": True})
+        if run.status.state == "preparing":
+            # It does not look for wishes yet; if it has just begun to, this asks for the same.
+            self._signal(run.folder, signal.SIGTERM)
+
+    def save(self, run: Run) -> None:
+        """Asks a run to save after its step, and go on."""
+        run.folder.write(run.folder.control, {"save_now": True})
+
+    def kill(self, run: Run) -> None:
+        """Interrupts a run twice, and ends all its processes by force if it is still there."""
+        threading.Thread(target=self._kill, args=(run.folder,), daemon=True).start()
+
+    def _kill(self, folder: RunFolder) -> None:
+        self._signal(folder, signal.SIGTERM)
+        time.sleep(_SIGNAL_GAP_SECONDS)
+        self._signal(folder, signal.SIGTERM)
+        end = time.monotonic() + self.grace
+        while self._process(folder) is not None and time.monotonic() < end:
+            time.sleep(0.1)
+        self._signal(folder, signal.SIGKILL, group=True)
+
+    def active(self, run: Run) -> bool:
+        """Says whether a run's process is there."""
+        return self.in_progress(run.folder)
+
+    def in_progress(self, folder: RunFolder) -> bool:
+        """Says whether the process that was started last in a folder is there."""
+        return self._process(folder) is not None
+
+    def status(self, folder: RunFolder) -> Status | None:
+        """Returns what a run wrote last, ``"crashed"`` if its process is gone."""
+        self._reap()
+        try:
+            found = folder.status_file.stat()
+            stamp = (found.st_mtime_ns, found.st_ino)
+            kept = self._resting.get(folder.path)
+            if kept is not None and kept[0] == stamp:
+                return kept[1]
+            status = folder.status
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError, OSError):
+            return Status(state="failed", phase="status.json cannot be read")
+        if status is not None and status.state in ("stopped", "finished", "failed"):
+            self._resting[folder.path] = (stamp, status)
+        return status
+
+    def _process(self, folder: RunFolder) -> psutil.Process | None:
+        """Returns the process that runs in a folder; never another that has its number now."""
+        self._reap()
+        started = _alive(read_json_object(folder.path / PROCESS), "pid", "created")
+        return started or _alive(read_json_object(folder.status_file), "pid", "process_started")
+
+    def _signal(self, folder: RunFolder, number: int, group: bool = False) -> None:
+        process = self._process(folder)
+        if process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            # Only a process that leads a group has one that is all its own.
+            if group and os.getpgid(process.pid) == process.pid:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+
+    def _reap(self) -> None:
+        for pid, process in list(self._children.items()):
+            if process.poll() is not None:
+                self._children.pop(pid, None)
+
+
+def _created(pid: int) -> float:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def _alive(record: dict[str, Any], pid: str, created: str) -> psutil.Process | None:
+    try:
+        process = psutil.Process(int(record[pid]))
+        same = abs(process.create_time() - float(record[created])) < 1.0
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return None

@@ -1,0 +1,92 @@
+"""What this machine can train, without torch: its GPU as the driver tells it, memory, cores."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+# GB per billion weights that a run takes at its fullest, and GB that the libraries take besides:
+# what the planner says for an 8B model at 512 tokens and one row, checkpointing with QLoRA
+# (docs/planner.md).
+_LORA, _QLORA, _OVERHEAD = 2.6, 1.2, 0.8
+# On a processor, time is the limit before memory is.
+_CPU_MAX_BILLIONS = 0.5
+_SIZES = (0.1, 0.3, 0.5, 1, 1.5, 3, 4, 7, 8, 13, 14, 24, 32, 70)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine has. Memory is in bytes.
+
+    Attributes:
+        gpu: Name of its first NVIDIA GPU, or ``None``.
+        gpu_bytes: Memory of that GPU; 0 if the driver does not say.
+        memory_bytes: Main memory.
+        free_bytes: What of it is free now.
+        cores: Cores that this process may use.
+    """
+
+    gpu: str | None
+    gpu_bytes: int
+    memory_bytes: int
+    free_bytes: int
+    cores: int
+
+    def max_billions(self, quantized: bool) -> float:
+        """Returns about how many billion weights a base may have, rounded down to usual sizes.
+
+        Args:
+            quantized: Whether it is kept in 4 bits (QLoRA), rather than in 16 (LoRA).
+        """
+        memory = (self.gpu_bytes if self.gpu else self.memory_bytes) / 1e9
+        most = (memory - _OVERHEAD) / (_QLORA if quantized else _LORA)
+        if not self.gpu:
+            most = min(most, _CPU_MAX_BILLIONS)
+        return max((size for size in _SIZES if size <= most), default=0)
+
+
+def this_machine() -> Machine:
+    """Returns what this machine has."""
+    memory = psutil.virtual_memory()
+    name, total = _gpu()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Machine(name, total, memory.total, memory.available, cores or 1)
+
+
+@cache
+def _gpu() -> tuple[str | None, int]:
+    return _from_nvidia_smi() or _from_driver(_DRIVER) or (None, 0)
+
+
+def _from_nvidia_smi() -> tuple[str, int] | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    words = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_nvidia_smi(said.stdout) if said.returncode == 0 else None
+
+
+def parse_nvidia_smi(text: str) -> tuple[str, int] | None:
+    """Returns name and bytes of the first GPU that nvidia-smi lists, in MiB."""
+    name, _, memory = text.strip().partition("\n")[0].rpartition(",")
+    digits = memory.strip()
+    return (name.strip(), int(digits) * 2**20 if digits.isdigit() else 0) if name else None
+
+
+def _from_driver(driver: Path) -> tuple[str, int] | None:
+    for file in sorted(driver.glob("*/information")):
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Model:"):
+                return line.partition(":")[2].strip(), 0
+    return None

@@ -1,0 +1,89 @@
+"""What the page knows of a run besides what the run says of itself: ``app.json`` in its folder."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.runs.status import write_json
+
+METADATA_FILE = "app.json"
+# Runs that were started on the command line have no such file, and are of whoever owns the machine.
+LOCAL = "local"
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class RunMetadata:
+    """What ``app.json`` holds. Times are seconds since 1970.
+
+    Attributes:
+        owner: Who may see the run, see ``visitors.owner_of``.
+        name: What its owner calls it.
+        created: When it was asked for.
+        command: The subcommand that runs it.
+        where: Name of the executor that it was, or will be, started by.
+        waiting: Its place in the line, the least first; ``None`` if it does not wait.
+        resume: Whether it waits to go on, rather than to begin.
+        from_step: Optimizer steps that were done when it was asked to go on.
+        launched: When its process was started last.
+        stop_asked: When it was asked to stop and save since then.
+        kill_asked: When it was told to stop at once since then.
+        out_of_time: Whether it was stopped because it took longer than a run may take.
+    """
+
+    owner: str = LOCAL
+    name: str = ""
+    created: float = 0.0
+    command: str = "fit"
+    where: str = LOCAL
+    waiting: float | None = None
+    resume: bool = False
+    from_step: int = 0
+    launched: float | None = None
+    stop_asked: float | None = None
+    kill_asked: float | None = None
+    out_of_time: bool = False
+
+
+def parse(text: str) -> RunMetadata:
+    """Returns what the text of an ``app.json`` says; later versions may say more.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("app.json holds no object")
+    known = {field.name for field in fields(RunMetadata)}
+    metadata = RunMetadata(**{name: value for name, value in content.items() if name in known})
+    words = (metadata.owner, metadata.name, metadata.command, metadata.where)
+    times = (metadata.created, metadata.waiting, metadata.from_step, metadata.launched)
+    if not all(isinstance(word, str) for word in words) or not all(
+        number is None or isinstance(number, (int, float)) for number in times
+    ):
+        raise ValueError("app.json holds values of other kinds")
+    return metadata
+
+
+def update(folder: Path, metadata: RunMetadata, **changes: Any) -> RunMetadata:
+    """Changes what is known of a run.
+
+    Args:
+        folder: The run's folder.
+        metadata: What is known where there is no file yet.
+        **changes: Fields of :class:`RunMetadata`.
+
+    Returns:
+        What is known now.
+    """
+    with _lock:
+        file = folder / METADATA_FILE
+        if file.is_file():
+            metadata = parse(file.read_text(encoding="utf-8"))
+        metadata = replace(metadata, **changes)
+        write_json(file, asdict(metadata))
+    return metadata

@@ -1,0 +1,117 @@
+"""The numbers of runs, read while they are written: new bytes only, and bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from gradio_app.runs.curves import Points, downsample
+from gradio_app.runs.files import parse_row
+
+# Of longer curves, half of the points go: those between the extremes.
+MAX_POINTS = 4_000
+# Runs that somebody looks at, or has just looked at.
+MAX_RUNS = 24
+_NOT_METRICS = frozenset({"step", "epoch", "time"})
+
+
+class Metrics:
+    """The numbers of one run so far.
+
+    Attributes:
+        curves: Points ``(step, value)`` of each metric, steps rising; values may be no number.
+        latest: The last value of each metric.
+        version: Rises with everything that is read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.curves: dict[str, Points] = {}
+        self.latest: dict[str, float] = {}
+        self.version = 0
+        self._offset = 0
+        self._inode = 0
+        self._step = -1
+        self._lock = threading.Lock()
+
+    def refresh(self) -> Metrics:
+        """Reads what is new, and returns itself."""
+        with self._lock:
+            try:
+                found = self.file.stat()
+                if found.st_size < self._offset or found.st_ino != self._inode:
+                    self._begin(found.st_ino)
+                if found.st_size > self._offset:
+                    with self.file.open("rb") as opened:
+                        opened.seek(self._offset)
+                        self._take(opened.read(found.st_size - self._offset))
+            except OSError:
+                self._begin(0)
+        return self
+
+    def _begin(self, inode: int) -> None:
+        if self.curves:
+            self.version += 1
+        self.curves, self.latest = {}, {}
+        self._offset, self._inode, self._step = 0, inode, -1
+
+    def _take(self, content: bytes) -> None:
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            row = parse_row(line)
+            step = row.get("step") if row is not None else None
+            if row is not None and isinstance(step, int):
+                self._add(step, row)
+        self.version += bool(whole)
+
+    def _add(self, step: int, row: dict[str, Any]) -> None:
+        if step < self._step:
+            # It went on from a checkpoint: what came after that is of a run that was given up.
+            for name, points in self.curves.items():
+                self.curves[name] = [point for point in points if point[0] <= step]
+        self._step = step
+        for name, value in row.items():
+            if (
+                name in _NOT_METRICS
+                or isinstance(value, bool)
+                or not isinstance(value, (int, float))
+            ):
+                continue
+            points = self.curves.setdefault(name, [])
+            # The last line of a step counts.
+            while points and points[-1][0] >= step:
+                points.pop()
+            points.append((step, float(value)))
+            self.latest[name] = float(value)
+            if len(points) > MAX_POINTS:
+                self.curves[name] = downsample(points, MAX_POINTS // 2)
+
+    def curve(self, name: str) -> Points:
+        """Returns the points of a metric, of which there may be none."""
+        with self._lock:
+            return list(self.curves.get(name, ()))
+
+    def maximum(self, name: str) -> float | None:
+        """Returns the greatest value of a metric, over all sessions of the run."""
+        return max((value for _, value in self.curve(name)), default=None)
+
+
+class MetricsCache:
+    """The numbers of the runs that are being looked at."""
+
+    def __init__(self, most: int = MAX_RUNS) -> None:
+        self._kept: OrderedDict[Path, Metrics] = OrderedDict()
+        self._most = most
+        self._lock = threading.Lock()
+
+    def of(self, file: Path) -> Metrics:
+        """Returns the numbers in a ``metrics.jsonl`` as they are now."""
+        with self._lock:
+            kept = self._kept.pop(file, None) or Metrics(file)
+            self._kept[file] = kept
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return kept.refresh()

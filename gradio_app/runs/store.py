@@ -1,0 +1,260 @@
+"""All runs on disk: the only truth about them, and who may see which."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradio_app.errors import UserError
+from gradio_app.guards import checked_run_id, inside, redacted
+from gradio_app.redaction import Redactor
+from gradio_app.runs import metadata as run_metadata
+from gradio_app.runs.derived_status import derive_status
+from gradio_app.runs.executors import Executor, executors_of
+from gradio_app.runs.files import Files, read_json_object
+from gradio_app.runs.metadata import LOCAL, METADATA_FILE, RunMetadata
+from gradio_app.settings import Settings
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import ACTIVE, Status, write_json
+
+NAME_LENGTH = 80
+COMMANDS = frozenset({"fit"})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Adapters that can be talked to and exported.
+
+    Attributes:
+        name: Name of their folder, such as ``"best"``.
+        step: Optimizer step after which they were saved, where that is known.
+        folder: The folder.
+    """
+
+    name: str
+    step: int | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as it is at a moment.
+
+    Attributes:
+        id: Name of its folder.
+        folder: The folder.
+        metadata: What the page knows of it.
+        status: What it says of itself; ``"queued"`` while it waits, ``"crashed"`` if it is gone.
+        redactor: How what it has written is given out.
+    """
+
+    id: str
+    folder: RunFolder
+    metadata: RunMetadata
+    status: Status
+    redactor: Redactor = Redactor()
+
+    name = property(lambda self: self.metadata.name or self.id)
+    owner = property(lambda self: self.metadata.owner)
+    created = property(lambda self: self.metadata.created or self.status.started)
+
+    @property
+    def active(self) -> bool:
+        """Whether it is at work."""
+        return self.status.state in ACTIVE
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it stands in the line."""
+        return self.metadata.waiting is not None
+
+    @property
+    def recipe_text(self) -> str:
+        """Its recipe as it is given out: as it was resolved, once it has begun."""
+        try:
+            text = self.folder.recipe.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return self.redactor.record(text)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it can go on from a checkpoint."""
+        resting = self.status.state in ("stopped", "failed", "crashed")
+        return resting and self.status.kind == "fit" and self.folder.newest_checkpoint() is not None
+
+    @property
+    def checkpoint_step(self) -> int:
+        """After which step it would go on."""
+        newest = self.folder.newest_checkpoint()
+        names = {one.name: one.step for one in self.checkpoints()}
+        step = names.get(newest.stem) if newest is not None else None
+        return self.status.step if step is None else step
+
+    @property
+    def bytes(self) -> int:
+        """How much disk it takes, exports included; what is being deleted counts no more."""
+        total = 0
+        for folder, _, names in os.walk(self.folder.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+        return total
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Returns the adapters it has saved: the best ones first, then the newest."""
+        root = self.folder.checkpoints / "adapters"
+        found = [path.parent for path in root.glob("*/adapter_model.safetensors")]
+        steps = {
+            path: read_json_object(path / "provenance.json").get("global_step") for path in found
+        }
+        made = [
+            Checkpoint(path.name, step if isinstance(step, int) else None, path)
+            for path, step in steps.items()
+        ]
+        return sorted(made, key=lambda one: (not one.name.startswith("best"), -(one.step or 0)))
+
+
+class RunStore:
+    """All runs below one folder.
+
+    Args:
+        settings: What the server was started with.
+        executors: What runs are started by, by name; by default those that the settings allow.
+    """
+
+    def __init__(self, settings: Settings, executors: Mapping[str, Executor] | None = None) -> None:
+        self.settings = settings
+        self.root = settings.runs
+        self.executors = executors if executors is not None else executors_of(settings)
+        self._files = Files()
+
+    def list(self, owner: str) -> Sequence[Run]:
+        """Returns the runs that ``owner`` may see, the newest first."""
+        return [run for run in self.all() if run.owner == owner]
+
+    def all(self) -> Sequence[Run]:
+        """Returns the runs of everyone, the newest first: for the line, never for a page."""
+        try:
+            names = [path.name for path in self.root.iterdir() if path.is_dir()]
+        except OSError:
+            return []
+        found = [run for run in map(self._read, names) if run is not None]
+        return sorted(found, key=lambda run: (run.created, run.id), reverse=True)
+
+    def get(self, owner: str, run_id: object) -> Run:
+        """Returns a run.
+
+        Raises:
+            UserError: If there is none of that id, or it is not this owner's: the same answer.
+        """
+        name = checked_run_id(run_id)
+        run = self._read(name)
+        if run is None or run.owner != owner:
+            raise UserError("errors.no_such_run", run=name)
+        return run
+
+    def create(self, owner: str, recipe: str, name: str, command: str = "fit") -> Run:
+        """Makes the folder of a new run, which waits for nothing yet; see ``RunQueue.add``.
+
+        Args:
+            owner: Whose it is.
+            recipe: A recipe that has been checked.
+            name: What its owner calls it.
+            command: The subcommand that will run it.
+        """
+        if command not in COMMANDS:
+            raise ValueError(f"no run is started with {command!r}")
+        folder = RunFolder.create(self.root, checked_name(name))
+        folder.recipe.write_text(recipe, encoding="utf-8")
+        metadata = RunMetadata(owner, checked_name(name), time.time(), command, self._where())
+        run_metadata.update(folder.path, metadata)
+        return self.get(owner, folder.path.name)
+
+    def rename(self, owner: str, run_id: str, name: str) -> Run:
+        """Gives a run another name; its id stays."""
+        return self.update_metadata(self.get(owner, run_id), name=checked_name(name))
+
+    def delete(self, owner: str, run_id: str) -> None:
+        """Deletes a run and everything it has saved.
+
+        Raises:
+            UserError: If it is at work, or something of it is being exported.
+        """
+        run = self.get(owner, run_id)
+        if run.active or self.executor(run).active(run):
+            raise UserError("run.refused_active", name=run.name)
+        here = self.executors[LOCAL]
+        if any(
+            here.in_progress(RunFolder(path)) for path in (run.folder.path / "exports").glob("*")
+        ):
+            raise UserError("exporting.refused_delete", name=run.name)
+        path = inside(self.root, run.id)
+        # A link in place of a folder would lead out of the root.
+        if path.parent != self.root.resolve() or (self.root / run.id).is_symlink():
+            raise UserError("errors.no_such_run", run=run.id)
+        shutil.rmtree(path)
+
+    def mark_stopped(self, owner: str, run_id: str) -> Run:
+        """Writes down that a run that vanished is stopped.
+
+        Raises:
+            UserError: If it has not vanished.
+        """
+        run = self.get(owner, run_id)
+        if run.status.state != "crashed" or self.executor(run).active(run):
+            raise UserError("run.refused_not_crashed", name=run.name)
+        newest = run.folder.newest_checkpoint()
+        place = newest.relative_to(run.folder.path).as_posix() if newest else None
+        content = read_json_object(run.folder.status_file)
+        changes = {"state": "stopped", "phase": "marked as stopped", "checkpoint": place}
+        write_json(run.folder.status_file, {**content, **changes})
+        return self.get(owner, run_id)
+
+    def update_metadata(self, run: Run, **changes: Any) -> Run:
+        """Changes what the page knows of a run; see :class:`RunMetadata`."""
+        run_metadata.update(run.folder.path, run.metadata, **changes)
+        return self.get(run.owner, run.id)
+
+    def executor(self, run: Run) -> Executor:
+        """Returns what a run was, or will be, started by."""
+        return self.executors.get(run.metadata.where) or self.executors[LOCAL]
+
+    def _where(self) -> str:
+        return next(iter(self.executors))
+
+    def _read(self, name: str) -> Run | None:
+        path = self.root / name
+        folder = RunFolder(path)
+        text = self._files.text(path / METADATA_FILE)
+        if text is None and not folder.status_file.is_file():
+            return None
+        try:
+            metadata = RunMetadata(name=name) if text is None else run_metadata.parse(text)
+            executor = self.executors.get(metadata.where) or self.executors[LOCAL]
+            checked_run_id(name)
+            redactor = Redactor(self.settings, path)
+            status = redactor.status(derive_status(folder, metadata, executor))
+            return Run(name, folder, metadata, status, redactor)
+        except (UserError, ValueError, TypeError, KeyError):
+            # Somebody else's folder, or a file that no version of this page writes.
+            return None
+
+
+def checked_name(text: object) -> str:
+    """Returns ``text`` as the name of a run: one line, of no more than some words.
+
+    Raises:
+        UserError: If nothing is left of it.
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    name = redacted(line)[:NAME_LENGTH].strip()
+    if not name:
+        raise UserError("run.refused_name")
+    return name

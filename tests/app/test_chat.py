@@ -1,0 +1,424 @@
+"""The model process: who gets it, how it ends, and what is asked of it and voted on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gradio_app.chat import request, support, votes
+from gradio_app.chat.prompts import (
+    HeldOutPrompt,
+    SystemPrompt,
+    extract_question,
+    held_out_prompts,
+    labels,
+    system_prompt,
+)
+from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
+from gradio_app.errors import UserError
+from gradio_app.recipe.allowlist import TASKS
+from gradio_app.runs.store import Run, RunStore
+from gradio_app.settings import Settings
+from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.runs.status import write_json
+from tests.app.runs import settings, until
+
+FAKE = str(Path(__file__).with_name("fake_chat_server.py"))
+USUAL = request.Sampling()
+
+
+def with_adapters(
+    store: RunStore, owner: str = "local", loading: str = "", **config: object
+) -> Run:
+    run = store.create(owner, "seed_everything: 0\n", "Mine")
+    for name, step in (("best", 4), ("last", 8)):
+        adapter = run.folder.checkpoints / "adapters" / name
+        adapter.mkdir(parents=True)
+        (adapter / "adapter_model.safetensors").write_bytes(b"")
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        (adapter / "provenance.json").write_text(json.dumps({"global_step": step}))
+        if loading:
+            (adapter / "fake.json").write_text(json.dumps({"loading": loading}))
+    return store.get(owner, run.id)
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> Settings:
+    return settings(tmp_path, max_concurrent_runs=0)
+
+
+@pytest.fixture
+def store(given: Settings) -> RunStore:
+    return RunStore(given)
+
+
+@pytest.fixture
+def speak(given: Settings) -> Iterator[Callable[..., ChatSessions]]:
+    made: list[ChatSessions] = []
+
+    def make(
+        using: Callable[[], Run | None] = lambda: None, space: bool = False, **patience: float
+    ) -> ChatSessions:
+        fake = replace(given, command=(sys.executable, FAKE), space=space)
+        made.append(ChatSessions(fake, using, Timeouts(**patience)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def loaded(speakers: ChatSessions, run: Run, checkpoint: str = "best") -> None:
+    for _ in speakers.load(run.owner, run, checkpoint):
+        pass
+
+
+def ask(
+    speakers: ChatSessions, run: Run, question: str = "Hello", who: str | None = "best"
+) -> AnswerChunk:
+    messages = request.build_messages("", [], question)
+    *_, last = speakers.answer(run.owner, run, who, messages, USUAL)
+    return last
+
+
+def started(run: Run, checkpoint: str = "best") -> dict:
+    file = run.folder.checkpoints / "adapters" / checkpoint / "started.json"
+    return json.loads(file.read_text())
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def refused(key: str) -> pytest.RaisesExc:
+    return pytest.raises(UserError, match=rf"^trying\.{key}")
+
+
+def test_it_loads_answers_and_is_unloaded(speak, store):
+    speakers, run = speak(), with_adapters(store)
+    seen = list(speakers.load("local", run, "best"))
+    assert seen[0].phase == "loading"
+    assert any(one.what == "loading the model" for one in seen)
+    assert seen[-1].phase == "ready"
+    assert seen[-1].memory_bytes > 1_000_000
+    assert seen[-1].notes == ("a note",)
+    messages = request.build_messages("Be kind", [], "Hello")
+    pieces = list(speakers.answer("local", run, "best", messages, USUAL))
+    assert all(later.text.startswith(piece.text) for piece, later in pairwise(pieces))
+    assert not any(piece.done for piece in pieces[:-1])
+    last = pieces[-1]
+    assert last == AnswerChunk("checkpoint-1 heard Hello", True, 3, True, False, 0, last.seconds)
+    assert 0 < last.seconds < 60
+    assert ask(speakers, run, who=None).text == "base heard Hello"
+    # Another checkpoint of the same run is there already, another process is not needed.
+    pid = started(run)["pid"]
+    assert list(speakers.load("local", run, "last")) == []
+    assert ask(speakers, run, who="last").text == "checkpoint-2 heard Hello"
+    assert not gone(pid)
+    speakers.unload("local")
+    assert speakers.model_status("local").phase == "none"
+    until(lambda: gone(pid))
+    with refused("was_unloaded"):
+        ask(speakers, run)
+
+
+def test_what_the_process_is_told_and_sees(speak, store, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "secret")
+    run = with_adapters(store)
+    loaded(speak(), run)
+    told = started(run)
+    folder = run.folder.checkpoints / "adapters"
+    assert told["words"] == [
+        "chat",
+        "--serve",
+        f"checkpoint-1={folder / 'best'}",
+        f"checkpoint-2={folder / 'last'}",
+    ]
+    assert "MY_PASSWORD" not in told["environment"]
+    assert told["environment"]["PYTHONSAFEPATH"] == "1"
+
+
+def test_adapters_with_whole_layers_are_loaded_one_at_a_time(speak, store):
+    speakers, run = speak(), with_adapters(store, modules_to_save=["lm_head"])
+    loaded(speakers, run, "best")
+    assert len(started(run)["words"]) == 3
+    loaded(speakers, run, "last")
+    assert ask(speakers, run, who="last").text == "checkpoint-1 heard Hello"
+    assert gone(started(run)["pid"])
+
+
+def test_there_is_one_process_and_the_next_run_takes_its_place(speak, store):
+    speakers, first, second = speak(), with_adapters(store), with_adapters(store)
+    loaded(speakers, first)
+    loaded(speakers, second)
+    assert gone(started(first)["pid"])
+    assert not gone(started(second)["pid"])
+    with refused("was_unloaded"):
+        ask(speakers, first)
+    with refused("refused_checkpoint"):
+        loaded(speakers, second, "../../other")
+
+
+def test_an_answer_is_stopped(speak, store):
+    speakers, run = speak(), with_adapters(store)
+    loaded(speakers, run)
+    answer = speakers.answer("local", run, "best", request.build_messages("", [], "long"), USUAL)
+    next(answer)
+    assert speakers.model_status("local").phase == "answering"
+    with refused("refused_answering"):
+        ask(speakers, run)
+    speakers.stop("somebody else")
+    speakers.stop("local")
+    *_, last = answer
+    assert last.stopped
+    assert 0 < last.tokens < 2_000
+    # One that nobody waits for any more is stopped too, and its rest is nobody's answer.
+    answer = speakers.answer("local", run, "best", request.build_messages("", [], "long"), USUAL)
+    next(answer)
+    answer.close()
+    assert ask(speakers, run).text == "checkpoint-1 heard Hello"
+
+
+def test_its_end_is_told_and_survived(speak, store):
+    speakers, run = speak(), with_adapters(store)
+    for end in ("die", "kill"):
+        loaded(speakers, run)
+        if end == "kill":
+            os.kill(started(run)["pid"], signal.SIGKILL)
+        with refused("(died|was_unloaded)"):
+            ask(speakers, run, "die")
+        # The answer ends a moment before the process does.
+        until(lambda: speakers.model_status("local").phase == "none")
+    loaded(speakers, run)
+    with refused("refused_answer"):
+        ask(speakers, run, "fail")
+    assert ask(speakers, run).done
+
+
+def test_one_that_hangs_is_ended(speak, store):
+    speakers, run = speak(silence=0.5), with_adapters(store)
+    loaded(speakers, run)
+    pid = started(run)["pid"]
+    with refused("hung"):
+        ask(speakers, run, "hang")
+    assert gone(pid)
+    with refused("hung"):
+        loaded(speakers, with_adapters(store, loading="hang"))
+
+
+def test_what_cannot_be_loaded_is_told_a_stranger_without_places_and_secrets(speak, store, given):
+    speakers = speak(space=True)
+    with refused("refused_load") as caught:
+        loaded(speakers, with_adapters(store, loading="error"))
+    assert "is another one" in str(caught.value)
+    assert str(given.runs) not in str(caught.value)
+    assert "hf_abc" not in str(caught.value)
+    with refused("died_saying") as caught:
+        loaded(speakers, with_adapters(store, loading="die"))
+    assert caught.value.values["why"] == "no memory is left"
+
+
+def test_loading_can_be_given_up(speak, store):
+    speakers, run = speak(), with_adapters(store, loading="hang")
+    loading = speakers.load("local", run, "best")
+    next(loading)
+    with refused("refused_loading"):
+        loaded(speakers, run)
+    threading.Timer(0.3, speakers.unload, ["local"]).start()
+    with refused("was_unloaded"):
+        list(loading)
+    # A tab that was closed.
+    loading = speakers.load("local", run, "best")
+    next(loading)
+    loading.close()
+    assert speakers.model_status("local").phase == "none"
+
+
+def test_a_run_has_the_machine_to_itself(speak, store):
+    run, active = with_adapters(store), []
+    speakers = speak(lambda: next(iter(active), None))
+    loaded(speakers, run)
+    active.append(run)
+    until(lambda: speakers.model_status("local").phase == "none")
+    with refused("refused_active .*Mine"):
+        loaded(speakers, run)
+    # Its name is for its owner.
+    assert speakers.reason("somebody else").key == "trying.refused_active_other"
+
+
+def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
+    tasks = {name.rpartition(".")[2] for name in TASKS}
+    assert tasks == support.CHAT_TASKS | set(support.UNSUPPORTED_TASKS)
+    assert not support.CHAT_TASKS & set(support.UNSUPPORTED_TASKS)
+    speakers, run = speak(), with_adapters(store)
+    for task, kind in support.UNSUPPORTED_TASKS.items():
+        known = getattr(import_module("lightning_peft.tasks"), task)
+        write_json(run.folder.provenance, {"task": f"{known.__module__}.{known.__name__}"})
+        assert support.unsupported_task(run) == kind
+        for language in LANGUAGES:
+            assert Texts(language).has(f"trying.silent_{kind}")
+    with refused("refused_silent"):
+        loaded(speakers, run)
+    for task in ("lightning_peft.tasks.causal_lm.CausalLM", "mine.TextClassifier"):
+        write_json(run.folder.provenance, {"task": task})
+        assert support.unsupported_task(run) == ""
+    run.folder.provenance.unlink()
+    run.folder.recipe.write_text("model:\n  class_path: lightning_peft.tasks.RewardModel\n")
+    assert support.unsupported_task(run) == "reward_model"
+
+
+def test_visitors_take_turns(speak, store):
+    hers, his = with_adapters(store, "v-1"), with_adapters(store, "v-2")
+    speakers = speak(reservation=1.5)
+    loaded(speakers, hers)
+    with refused("refused_other"):
+        loaded(speakers, his)
+    assert speakers.model_status("v-2").phase == "none"
+    speakers.unload("v-2")
+    assert speakers.model_status("v-1").phase == "ready"
+    until(lambda: speakers.reason("v-2") is None)
+    loaded(speakers, his)
+    assert gone(started(hers)["pid"])
+
+
+def test_it_is_ended_when_it_is_not_used_and_with_the_server(speak, store):
+    speakers, run = speak(idle=0.1), with_adapters(store)
+    loaded(speakers, run)
+    until(lambda: speakers.model_status("local").phase == "none")
+    until(lambda: gone(started(run)["pid"]))
+    other = speak()
+    loaded(other, run)
+    other.close()
+    assert gone(started(run)["pid"])
+    with refused("was_unloaded"):
+        loaded(other, run)
+
+
+# What is asked
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ((3, 1, 10, 0), "temperature"),
+        ((float("nan"), 1, 10, 0), "temperature"),
+        ((None, 1, 10, 0), "temperature"),
+        (("0", 1, 10, 0), "temperature"),
+        ((0, 0, 10, 0), "top_p"),
+        ((0, 1, 0, 0), "length"),
+        ((0, 1, 10**6, 0), "length"),
+        ((0, 1, 10, -1), "seed"),
+        ((0, 1, 10, True), "seed"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(values, key):
+    with refused(f"refused_{key}"):
+        request.validate_sampling(*values)
+
+
+def test_questions_are_checked():
+    assert request.validate_sampling(0.5, 0.9, 12.0, 3.0) == request.Sampling(0.5, 0.9, 12, 3)
+    for text in ("", "  ", None, 3):
+        with refused("refused_empty"):
+            request.validate_text(text)
+    with refused("refused_long"):
+        request.validate_text("x" * 20_001)
+    assert request.validate_text("", "system") == ""
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 30
+    with refused("refused_turns"):
+        request.build_messages("", turns, "z")
+    asked = request.build_messages("s", turns[:2], "z")
+    assert [one["role"] for one in asked] == ["system", "user", "assistant", "user"]
+
+
+def test_rows_that_were_held_out_are_asked_without_the_template_around_them(store):
+    run = with_adapters(store)
+    around = ["### User:\n", "\n\n### Assistant:\n"]
+    questions = ["What is a?", "What is b?\nIn short.", "Why?"]
+    for step in (0, 5):
+        for place, question in enumerate([*questions, "One too many"]):
+            row = {"step": step, "sample": place, "prompt": question.join(around), "expected": "E"}
+            run.folder.append(run.folder.samples, row)
+    run.folder.append(run.folder.samples, {"prompt": 3, "expected": None})
+    rows = held_out_prompts(run)
+    assert [extract_question(row, around) for row in rows] == questions
+    assert labels(rows) == questions
+    for prompt in ("### System:\nBe kind\n\n### User:\nWhy?\n\n### Assistant:\n", "Why?", ""):
+        with refused("refused_row"):
+            extract_question(HeldOutPrompt(prompt, "E"), around)
+    with refused("refused_row"):
+        extract_question(rows[0], None)
+
+
+def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
+    run = with_adapters(store)
+    row = {"step": 0, "sample": 0, "prompt": "as text", "expected": "E"}
+    run.folder.append(run.folder.samples, row)
+    said = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", " c "), ("assistant", "d")]
+    turns = [{"role": role, "content": text} for role, text in said]
+    system = {"text": "S", "rows": 4, "of": 9}
+    write_json(run.folder.prompts, {"system": system, "held_out": [turns, turns, turns[:3]]})
+    first, second = held_out_prompts(run)
+    assert (first.system, first.prompt, first.reference) == ("S", "c", "d")
+    assert first.earlier == turns[1:3]
+    assert (second.system, second.prompt, second.earlier) == ("S", "a", [])
+    assert extract_question(first, None) == "c"
+    assert labels([first, second]) == ["c", "a"]
+    assert system_prompt(run) == SystemPrompt("S", 4, 9)
+    # What is no conversation is passed over, and the samples are there.
+    for strange in ({"held_out": [3, [], [{}], turns[:2]], "system": 7}, {"system": {"text": 1}}):
+        write_json(run.folder.prompts, strange)
+        assert [one.prompt for one in held_out_prompts(run)] == ["as text"]
+        assert system_prompt(run) == SystemPrompt()
+
+
+# Votes
+
+
+def test_votes_are_kept_with_who_was_who(store):
+    run = with_adapters(store)
+    ballot = votes.Ballot(
+        run.id, "best", "Why?", {"a": "tuned", "b": "base"}, {"a": "So.", "b": "No."}, {"seed": 0}
+    )
+    outcomes = [votes.record_vote(run, ballot, vote) for vote in ("a", "b", "a", "tie", "both_bad")]
+    assert outcomes == ["tuned", "base", "tuned", "tie", "both_bad"]
+    rows = [json.loads(line) for line in (run.folder.path / votes.FILE).read_text().splitlines()]
+    assert rows[1]["answers"] == {"tuned": "So.", "base": "No."}
+    assert rows[1]["shown"] == {"a": "tuned", "b": "base"}
+    assert (rows[1]["vote"], rows[1]["outcome"]) == ("b", "base")
+    assert votes.count_votes(run, "best") == {"tuned": 2, "base": 1, "tie": 1, "both_bad": 1}
+    assert sum(votes.count_votes(run, "last").values()) == 0
+    for vote in ("c", "tuned", None, ["a"]):
+        with refused("refused_vote"):
+            votes.record_vote(run, ballot, vote)
+    with refused("refused_vote"):
+        votes.record_vote(with_adapters(store), ballot, "a")
+
+
+def test_a_file_of_votes_does_not_grow_without_end(store, monkeypatch):
+    run = with_adapters(store)
+    ballot = votes.Ballot(run.id, "best", "?", {"a": "tuned", "b": "base"}, {"a": "", "b": ""})
+    votes.record_vote(run, ballot, "a")
+    monkeypatch.setattr(votes, "MAX_BYTES", 10)
+    with refused("refused_votes"):
+        votes.record_vote(run, ballot, "a")
+
+
+def test_who_is_a_is_chance():
+    chance = random.Random(0)
+    drawn = [votes.shuffle_sides(chance)["a"] for _ in range(400)]
+    assert set(drawn) == {"base", "tuned"}
+    assert 150 < drawn.count("base") < 250
+    assert set(votes.shuffle_sides().values()) == {"base", "tuned"}

@@ -1,0 +1,184 @@
+"""The line of runs: one at a time, in order, across servers, within what a visitor may use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from gradio_app.errors import UserError
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.run_queue import RunQueue
+from gradio_app.runs.store import RunStore
+from gradio_app.settings import Limits
+from tests.app.runs import queued, recipe, settings, until
+from tests.app.test_store import written
+
+LONG = {"steps": 2_000, "seconds": 0.02}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return RunStore(settings(tmp_path))
+
+
+@pytest.fixture
+def lines(store):
+    """Makes lines; at the end nothing that they started is left."""
+    made: list[RunQueue] = []
+
+    def line(**changes):
+        made.append(RunQueue(replace(store.settings, **changes), store))
+        return made[-1]
+
+    yield line
+    for one in made:
+        one.close()
+    for run in store.all():
+        record = read_json_object(run.folder.path / "proc.json")
+        if record and store.executor(run).active(run):
+            os.killpg(record["pid"], signal.SIGKILL)
+
+
+def state(store, run):
+    return store.get(run.owner, run.id).status.state
+
+
+def test_runs_are_carried_out_one_after_the_other(store, lines):
+    first, second = (queued(store, name, steps=4) for name in ("first", "second"))
+    lines()
+    until(lambda: state(store, first) in ("preparing", "running"))
+    assert state(store, second) == "queued"
+    until(lambda: state(store, second) == "finished")
+    one, two = (store.get("local", run.id) for run in (first, second))
+    assert one.status.state == "finished"
+    assert two.metadata.launched > one.status.updated - 1
+    assert one.checkpoints()[-1].step == 4
+
+
+def test_stop_and_go_on_where_it_stopped(store, lines):
+    run = queued(store, "a", **LONG)
+    line = lines()
+    until(lambda: store.get("local", run.id).status.step > 2)
+    line.stop("local", run.id)
+    until(lambda: state(store, run) == "stopped")
+    stopped = store.get("local", run.id)
+    assert stopped.can_resume
+    assert stopped.checkpoint_step == stopped.status.step
+    assert line.add(stopped, resume=True).metadata.from_step == stopped.status.step
+    until(lambda: state(store, run) == "running")
+    assert store.get("local", run.id).status.step >= stopped.status.step
+    events = (run.folder.path / "events.jsonl").read_text()
+    assert f"Training starts at step {stopped.status.step}" in events
+    # The name and the owner are what they were.
+    assert store.get("local", run.id).name == "a"
+
+
+def test_a_process_that_does_not_listen_is_ended_by_force(store, lines):
+    run = queued(store, "a", **LONG)
+    store.executors["local"].grace = 0.2
+    line = lines()
+    until(lambda: store.get("local", run.id).status.step > 0)
+    pid = store.get("local", run.id).status.pid
+    os.kill(pid, signal.SIGSTOP)
+    line.kill("local", run.id)
+    until(
+        lambda: not psutil.pid_exists(pid) or not store.executors["local"].in_progress(run.folder)
+    )
+    assert state(store, run) == "stopped"
+
+
+def test_a_stop_before_the_first_step_ends_the_run(store, lines):
+    run = queued(store, "a", start_seconds=30)
+    line = lines()
+    until(lambda: state(store, run) == "preparing")
+    line.stop("local", run.id)
+    until(lambda: state(store, run) == "stopped")
+
+
+def test_a_number_that_belongs_to_another_process_is_left_alone(store):
+    run = store.create("local", recipe(), "a")
+    me = psutil.Process()
+    (run.folder.path / "proc.json").write_text(f'{{"pid": {me.pid}, "created": 1.0}}')
+    written(run.folder.path, process_started=1.0)
+    executor = store.executors["local"]
+    executor._signal(run.folder, signal.SIGKILL, group=True)
+    assert not executor.active(run)
+
+
+def test_what_runs_on_the_command_line_makes_the_machine_busy(store, lines):
+    written(store.root / "of-the-command-line")
+    run = queued(store, "a", steps=2)
+    line = lines()
+    line.process_pending()
+    assert line.active().id == "of-the-command-line"
+    assert state(store, run) == "queued"
+    written(store.root / "of-the-command-line", state="finished")
+    until(lambda: state(store, run) == "finished")
+
+
+def test_order_and_cancel_are_each_owners_own(store, lines):
+    written(store.root / "busy")
+    line = lines()
+    runs = [store.create(owner, recipe(), owner) for owner in ("v-a", "v-b", "v-a", "v-a")]
+    a1, b1, a2, a3 = (line.add(run).id for run in runs)
+    assert [run.id for run in line.order()] == [a1, b1, a2, a3]
+    line.move("v-a", a3, -1)
+    assert [run.id for run in line.order()] == [a1, b1, a3, a2]
+    line.move("v-a", a3, -5)
+    # Before the other's run only on a place that was one's own.
+    assert [run.id for run in line.order()] == [a3, b1, a1, a2]
+    with pytest.raises(UserError):
+        line.move("v-a", b1, 1)
+    with pytest.raises(UserError):
+        line.cancel("v-a", b1)
+    line.cancel("v-b", b1)
+    assert [run.id for run in line.order()] == [a3, a1, a2]
+    assert line.place(store.get("v-a", a2)) == 3
+    again = RunQueue(store.settings, RunStore(store.settings))
+    assert [run.id for run in again.order()] == [a3, a1, a2]
+    again.close()
+
+
+def test_a_visitor_has_so_many_runs_at_a_time(store, lines):
+    written(store.root / "busy")
+    line = lines(limits=Limits(waiting=1))
+    line.add(store.create("v-a", recipe(), "one"))
+    with pytest.raises(UserError) as refusal:
+        line.add(store.create("v-a", recipe(), "two"))
+    assert refusal.value.key == "run.refused_waiting"
+    line.add(store.create("v-b", recipe(), "three"))
+
+
+def test_nothing_waits_twice_and_nothing_goes_on_without_a_checkpoint(store, lines):
+    written(store.root / "busy")
+    line = lines()
+    run = store.create("local", recipe(), "a")
+    with pytest.raises(UserError) as refusal:
+        line.add(run, resume=True)
+    assert refusal.value.key == "run.refused_resume"
+    line.add(run)
+    with pytest.raises(UserError):
+        line.add(run)
+
+
+def test_a_run_that_takes_too_long_is_stopped_and_saved(store, lines):
+    run = queued(store, "a", **LONG)
+    lines(limits=Limits(minutes=0.02))
+    until(lambda: state(store, run) == "stopped")
+    stopped = store.get("local", run.id)
+    assert stopped.metadata.out_of_time
+    assert stopped.folder.newest_checkpoint().name == "interrupted.ckpt"
+
+
+def test_visitors_runs_are_deleted_after_some_hours(store, lines):
+    old, mine = store.create("v-a", recipe(), "old"), store.create("local", recipe(), "mine")
+    new = store.create("v-a", recipe(), "new")
+    for run in (old, mine):
+        store.update_metadata(run, created=time.time() - 25 * 3600)
+    lines(limits=Limits(keep_hours=24)).process_pending()
+    assert {run.id for run in store.all()} == {mine.id, new.id}
