@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -16,18 +19,23 @@ from transformers import (
 VOCABULARY = 61
 
 
+def llama_config(**changes: Any) -> LlamaConfig:
+    """The config of a Llama of 64 hidden units, so that NF4 blocks and odd shapes both occur."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, **heads, **changes})
+
+
+def bert_config(**changes: Any) -> BertConfig:
+    """The config of a BERT of 32 hidden units."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    return BertConfig(**{"vocab_size": VOCABULARY, "num_attention_heads": 2, **sizes, **changes})
+
+
 def tiny_llama(tied: bool = False, layers: int = 2) -> LlamaForCausalLM:
-    """A Llama of 64 hidden units, in eval mode, so that NF4 blocks and odd shapes both occur."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        attention_dropout=0.0,
+    """A Llama with random values, in eval mode."""
+    config = llama_config(
+        num_hidden_layers=layers, max_position_embeddings=64, tie_word_embeddings=tied
     )
     return LlamaForCausalLM(config).eval()
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import tiny_gpt2, tiny_llama, token_batch
+from models import bert_config, tiny_gpt2, tiny_llama, token_batch
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
@@ -151,11 +150,7 @@ def gpt2() -> Base:
 
 def bert() -> Base:
     """An encoder with a classifier."""
-    config = BertConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, num_labels=3, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    config = bert_config(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertForSequenceClassification(config), _ids()
 
 

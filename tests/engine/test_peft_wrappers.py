@@ -5,11 +5,11 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from models import Stack, stack, tiny_gpt2, tiny_llama, token_batch
+from models import Stack, bert_config, stack, tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig
+from transformers import BertForSequenceClassification, BitsAndBytesConfig
 
 import lightning_peft
 from lightning_peft import engine
@@ -86,10 +86,7 @@ def test_the_base_is_quantized_beneath() -> None:
 
 
 def test_saved_modules_are_the_copies_that_trained(tmp_path) -> None:
-    config = BertConfig(
-        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=32, num_labels=3,
-    )  # fmt: skip
+    config = bert_config(num_hidden_layers=1, num_labels=3)
     lora = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query"])
     holder = Holder(wrapped(lambda: BertForSequenceClassification(config), lora))
     copy_of_head = holder.model.base_model.model.classifier.modules_to_save["default"]

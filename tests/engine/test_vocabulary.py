@@ -7,9 +7,10 @@ import json
 
 import pytest
 import torch
+from models import llama_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 import lightning_peft
 from lightning_peft.engine.files.description import describe, inject_as_described
@@ -18,10 +19,7 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.merged_folder import base_of, merge_into_folder
 
-CONFIG = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-    num_attention_heads=4, num_key_value_heads=2,
-)  # fmt: skip
+CONFIG = llama_config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
 IDS = torch.tensor([[1, 3, 65, 64]])
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from finished import BASE, adapter_in
-from models import tiny_gpt2, tiny_llama, token_batch
+from models import llama_config, tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 import lightning_peft
 from lightning_peft import engine
@@ -206,12 +206,11 @@ def peak_bytes(run) -> int:
 
 
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=64,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=12,
-        num_attention_heads=4,
         num_key_value_heads=4,
     )
     base = tmp_path / "base"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as L
 import pytorch_lightning as pl
 import torch
+from models import bert_config, llama_config
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -38,14 +37,8 @@ def text(count: int = 4) -> list[dict[str, torch.Tensor]]:
 
 def llama(tied: bool) -> nn.Module:
     return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=TOKENS,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=tied,
+        llama_config(
+            vocab_size=TOKENS, hidden_size=32, intermediate_size=64, tie_word_embeddings=tied
         )
     )
 
@@ -149,14 +142,7 @@ def labelled(count: int = 4, classes: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def bert() -> nn.Module:
     return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=TOKENS,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            num_labels=3,
-        )
+        bert_config(vocab_size=TOKENS, intermediate_size=64, num_labels=3)
     ).eval()
 
 

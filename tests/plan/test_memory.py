@@ -1,6 +1,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+from models import llama_config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -11,14 +12,7 @@ from lightning_peft.plan.memory import four_bit_bytes, static_memory
 
 @pytest.fixture
 def model():
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = llama_config(vocab_size=128, intermediate_size=192)
     return LlamaForCausalLM(config)
 
 

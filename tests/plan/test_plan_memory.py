@@ -4,8 +4,9 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from models import llama_config
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -89,10 +90,9 @@ def test_more_rows_of_a_sample():
 
 
 def test_quantized_weights_to_the_byte():
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=96, intermediate_size=160, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    config = llama_config(
+        vocab_size=64, hidden_size=96, intermediate_size=160, architectures=["LlamaForCausalLM"]
+    )
     plan = plan_memory(config, method="qlora", lora={"r": 8})
     model = LlamaForCausalLM(config)
     report = engine.inject(model, r=8, quantization_config=engine.quantization_config())

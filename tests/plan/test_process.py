@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from models import llama_config
 
 from lightning_peft.plan.margins import KERNEL_BYTES, KERNELS_KEPT
 from lightning_peft.plan.prediction import plan_memory
@@ -53,10 +53,7 @@ def test_every_recorded_peak_is_in_the_planned_range(benchmark, model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_are_counted_where_products_are_in_16_bits(dtype):
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    config = llama_config(vocab_size=256, intermediate_size=128, architectures=["LlamaForCausalLM"])
     plan = plan_memory(config, dtype=dtype, method="lora", seq_len=32, device="cpu")
     kernels = plan.breakdown["kernels"]
     if dtype == "float32":

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from models import llama_config
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import lightning_peft
 from lightning_peft.plugin.namespace import bind_to_lightning
@@ -55,13 +56,10 @@ def residuals() -> nn.Module:
 def llama(tied: bool = False) -> nn.Module:
     """A Llama of two blocks; grouped queries, so that shapes differ."""
     return LlamaForCausalLM(
-        LlamaConfig(
+        llama_config(
             vocab_size=VOCABULARY,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=32,
             tie_word_embeddings=tied,
         )
