@@ -58,7 +58,10 @@ NEIGHBOURS = {("tasks", "data"), ("data", "tasks")}
 # Third party -> the only room that may import it. Imports for type checkers alone cost nothing and
 # are free, except that the engine must not even speak of Lightning.
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-OWNERS = {"peft": "engine", "bitsandbytes": "engine", **dict.fromkeys(LIGHTNING, "plugin")}
+OWNERS = {"peft": "engine", **dict.fromkeys(LIGHTNING, "plugin")}
+
+# Libraries that only the handlers of quantization backends may import.
+QUANTIZERS = {"bitsandbytes", "torchao", "hqq", "gptqmodel"}
 
 DRAWERS = {"util", "utils", "helper", "helpers", "common", "misc", "tools"}
 MAX_FILE_LINES = 400
@@ -223,6 +226,31 @@ def owner_problems(package: Package) -> list[str]:
     return found
 
 
+# What a quantized parameter consists of, which only the handlers know.
+QUANTIZATION = re.compile(
+    r"(quant_state|Params4bit|Int8Params|Linear4bit|Linear8bitLt|QuantState|MatmulLtState|SCB)"
+)
+BACKENDS = f"{PACKAGE}.engine.backends"
+
+
+def backend_problems(package: Package) -> list[str]:
+    """Code outside of the handlers that imports or knows a quantization library."""
+    found = []
+    for source, imported in package.imports():
+        library = imported.target.split(".")[0]
+        if library in QUANTIZERS and not f"{source.name}.".startswith(f"{BACKENDS}."):
+            found.append(f"{imported.place}: only {BACKENDS} imports {library}")
+    for source in package.values():
+        if f"{source.name}.".startswith(f"{BACKENDS}."):
+            continue
+        for node in ast.walk(source.tree):
+            name = getattr(node, "attr", getattr(node, "id", None))
+            name = node.value if isinstance(node, ast.Constant) else name
+            if isinstance(name, str) and QUANTIZATION.fullmatch(name):
+                found.append(f"{source.name}:{node.lineno}: only {BACKENDS} knows {name}")
+    return found
+
+
 def cycle_problems(package: Package) -> list[str]:
     """A cycle of imports that run at import time, if there is one."""
     graph: dict[str, set[str]] = {name: set() for name in package}
@@ -267,6 +295,7 @@ RULES: list[Callable[[Package], list[str]]] = [
     neighbour_problems,
     root_problems,
     owner_problems,
+    backend_problems,
     cycle_problems,
     drawer_problems,
     size_problems,
@@ -359,7 +388,11 @@ BROKEN = [
     (root_problems, {"engine/a.py": "import lightning_peft"}, "imports all from the root"),
     (root_problems, {"engine/a.py": "from .. import merge"}, "imports merge from the root"),
     (owner_problems, {"plugin/a.py": "from peft import LoraConfig"}, "only engine imports peft"),
-    (owner_problems, {"cli.py": "def f():\n    import bitsandbytes"}, "imports bitsandbytes"),
+    (backend_problems, {"cli.py": "def f():\n    import bitsandbytes"}, "imports bitsandbytes"),
+    (backend_problems, {"engine/a.py": "import torchao.quantization"}, "imports torchao"),
+    (backend_problems, {"engine/a.py": "x = y.weight.quant_state"}, "a:1: only lightning_peft.eng"),
+    (backend_problems, {"plan/a.py": "getattr(x, 'quant_state', None)"}, "knows quant_state"),
+    (backend_problems, {"engine/a.py": "isinstance(x, Params4bit)"}, "knows Params4bit"),
     (owner_problems, {"data.py": "from lightning_peft.compat.peft import a"}, "imports peft"),
     (owner_problems, {"compat/torch.py": "import peft"}, "only engine imports peft"),
     (owner_problems, {"engine/a.py": "from ..compat.lightning import b"}, "imports lightning"),
@@ -398,8 +431,9 @@ def test_rules_allow_what_the_design_allows(tmp_path: Path) -> None:
         "plugin/__init__.py": "import lightning\nfrom ..engine import _private",
         "engine/__init__.py": "from .a import f",
         "compat/lightning.py": "import pytorch_lightning",
-        "engine/a.py": "import peft\nimport bitsandbytes\nfrom lightning_peft.compat import peft\n"
+        "engine/a.py": "import peft\nfrom lightning_peft.compat import peft\n# quant_state\n"
         "from .b import g\n" + TYPED + "from lightning_peft.plugin import h",
+        "engine/backends/b.py": "import bitsandbytes\nx.quant_state",
         "engine/b.py": "def f():\n    from lightning_peft.engine import a\n" + "    x = 1\n" * 58,
         "errors.py": "x = 1\n" * 400,
     }

@@ -146,8 +146,7 @@ def _how(row: dict[str, Any]) -> str:
     settings = row["settings"]
     if not settings:
         return "-"
-    double = ", double" if settings.get("bnb_4bit_use_double_quant") else ""
-    return f"{settings.get('bnb_4bit_quant_type')}{double}, {row['device']}"
+    return f"{settings.get('label', '?')}, {row['device']}"
 
 
 def _size(size: int) -> str:

@@ -4,6 +4,15 @@ from .adapters import all_adapter_parameters as all_adapter_parameters
 from .adapters import disable_adapters as disable_adapters
 from .adapters import set_adapter as set_adapter
 from .adapters import trained_parameters as trained_parameters
+from .backends.conversion import quantize as quantize
+from .backends.registry import is_dequantization as is_dequantization
+from .backends.registry import parameter_count as parameter_count
+from .backends.registry import quantization_bits as quantization_bits
+from .backends.registry import quantization_from_dict as quantization_from_dict
+from .backends.registry import quantization_to_dict as quantization_to_dict
+from .backends.registry import quantized_bytes as quantized_bytes
+from .backends.registry import register_backend as register_backend
+from .backends.registry import workspace_bytes as workspace_bytes
 from .configuration import DECISIVE_FIELDS as DECISIVE_FIELDS
 from .configuration import as_peft_config as as_peft_config
 from .configuration import config_to_dict as config_to_dict
@@ -25,7 +34,6 @@ from .injection import inject as inject
 from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
-from .layers.quantization import quantize as quantize
 from .loading.quantize_on_load import loading_for_injection as loading_for_injection
 from .loading.quantize_on_load import quantize_on_load as quantize_on_load
 from .loading.tracked_loads import store_quantized as store_quantized
@@ -41,8 +49,6 @@ from .momentum_copies import check_momentum_copies as check_momentum_copies
 from .momentum_copies import freeze_unoptimized_copies as freeze_unoptimized_copies
 from .momentum_copies import unregistered_copies as unregistered_copies
 from .quantization_settings import quantization_config as quantization_config
-from .quantization_settings import quantization_from_dict as quantization_from_dict
-from .quantization_settings import quantization_to_dict as quantization_to_dict
 from .record import record_of as record_of
 from .record import require_record as require_record
 from .record import set_record as set_record

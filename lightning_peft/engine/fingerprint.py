@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine.layers.quantized import quantization_constants
+from lightning_peft.engine.backends.registry import quantization_constants
 
 # The checksum of a tensor on the meta device: no real one is negative.
 NO_VALUES = -1

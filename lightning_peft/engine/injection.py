@@ -12,11 +12,16 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 from torch import nn
-from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.adapters import activate, adapted_layers
+from lightning_peft.engine.backends.conversion import (
+    adopt_prequantized,
+    quantize,
+    release_freed_memory,
+)
+from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import (
     as_peft_config,
     changes_base,
@@ -31,12 +36,6 @@ from lightning_peft.engine.layers.convolution_adapters import TransposedFactors,
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
 from lightning_peft.engine.layers.lora import attach, low_rank_factors
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantization import (
-    adopt_prequantized,
-    quantize,
-    release_freed_memory,
-)
-from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
 from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
@@ -51,7 +50,6 @@ from lightning_peft.engine.peft_wrappers import (
     values_before_training,
 )
 from lightning_peft.engine.primitives import to_primitives
-from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
     AdapterInfo,
@@ -76,7 +74,7 @@ def inject(
     module: nn.Module,
     peft_config: PeftConfig | Mapping[str, Any] | None = None,
     *,
-    quantization_config: BitsAndBytesConfig | None = None,
+    quantization_config: Any | None = None,
     adapt: str | Iterable[str] | None = None,
     adapter_name: str = "default",
     device: torch.device | str | None = None,
@@ -163,7 +161,7 @@ def inject_config(
 def _take_over(
     module: nn.Module,
     wrapped: list[PeftWrapped],
-    quantization: BitsAndBytesConfig | None,
+    quantization: Any | None,
     device: torch.device | str | None,
 ) -> Report:
     saved = {part.name: list(part.saved) for part in wrapped}
@@ -270,7 +268,7 @@ def _inject_part(
 
 
 def _new_part_record(
-    plan: InjectionPlan, config: BitsAndBytesConfig | None, kept: frozenset[int]
+    plan: InjectionPlan, config: Any | None, kept: frozenset[int]
 ) -> AdaptedModuleRecord:
     part = plan.part
     source = getattr(part, "config", None)
@@ -334,7 +332,7 @@ class _InPlaceLoraModel(LoraModel):
     constructor, before attributes of the object could be set.
     """
 
-    quantize_with: tuple[BitsAndBytesConfig, torch.device | None] | None = None
+    quantize_with: tuple[Any, torch.device | None] | None = None
     to_quantize: frozenset[int] = frozenset()
 
     def _replace_module(
@@ -390,7 +388,7 @@ def _attach_in_place(
 def _quantize_layers(
     part: nn.Module,
     names: list[str],
-    config: BitsAndBytesConfig | None,
+    config: Any | None,
     device: torch.device | None,
 ) -> None:
     for name in names:

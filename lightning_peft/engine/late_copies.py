@@ -12,6 +12,7 @@ import traceback
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.backends.registry import backends
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.momentum_copies import (
@@ -27,8 +28,6 @@ from lightning_peft.errors import LifecycleError
 
 _WRITES = re.compile(
     r"can't be cast to the desired output type (Byte|Char)|not implemented for '(Byte|Char)'"
-    r"|Unexpected key\(s\) in state_dict: .*(absmax|quant_state|SCB|weight_format)",
-    re.DOTALL,
 )
 
 _ADAPTERS = re.compile(r"Unexpected key\(s\) in state_dict: .*\.lora_[AB]\.", re.DOTALL)
@@ -103,6 +102,13 @@ def _in_hook(error: BaseException) -> bool:
     return any(name in frames for name in hooks) and "_call_impl" not in frames
 
 
+def _names_codes(text: str) -> bool:
+    """Says whether torch's error is one of writing to stored weights that are quantized."""
+    _, found, keys = text.partition("Unexpected key(s) in state_dict: ")
+    names = {name for backend in backends() for name in backend.state_keys}
+    return bool(_WRITES.search(text) or (found and any(name in keys for name in names)))
+
+
 def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | None:
     """Returns the error that says what averaging over weights and adapters ran into, if it did.
 
@@ -114,7 +120,7 @@ def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | 
         return None
     text = str(error)
     quantized = [n for n, child in module.named_modules() if isinstance(child, QuantizedLayer)]
-    if isinstance(error, RuntimeError) and quantized and _WRITES.search(text):
+    if isinstance(error, RuntimeError) and quantized and _names_codes(text):
         return LifecycleError(
             f"A hook computes with stored weights that are quantized, such as those of "
             f"{quantized[0]!r}: packed codes cannot be averaged, and load into layers alike only. "

@@ -22,16 +22,15 @@ from lightning_peft.engine.adapters import (
     is_merged,
 )
 from lightning_peft.engine.all_or_nothing import all_or_nothing, without_autocast
-from lightning_peft.engine.layers.lora import accumulation_dtype, without_adapters
-from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
-from lightning_peft.engine.layers.quantization import (
-    QuantizedBackup,
+from lightning_peft.engine.backends.conversion import (
     convert_to_dense,
     requantize,
     restore_quantized,
 )
-from lightning_peft.engine.layers.quantized import FourBitLayer, QuantizedLayer, is_quantized
+from lightning_peft.engine.layers.lora import accumulation_dtype, without_adapters
+from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
+from lightning_peft.engine.layers.quantized import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.mergeable import (
     base_parameters,
     check_mergeable,
@@ -165,12 +164,12 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     todo = layer.effective_adapters()
     if not todo:
         return None
-    quantized = is_quantized(layer)
+    quantized = isinstance(layer, QuantizedLayer)
     with without_adapters(layer):
         base = layer.effective_weight()
     delta, target = merged_weight(layer, base, todo)
     stored = target.to((dtype or base.dtype) if quantized else base.dtype)
-    again = requantize(layer, target.to(base.dtype)) if isinstance(layer, FourBitLayer) else None
+    again = requantize(layer, target.to(base.dtype)) if quantized else None
     if quantized:
         layer.lora_quantized_backup = convert_to_dense(layer, stored.contiguous())
     else:

@@ -12,8 +12,12 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.backends.registry import (
+    parameter_count,
+    quantization_label,
+    storage_bytes,
+)
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantized import element_count, storage_bytes
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.engine.selection.parts import inside as lies_inside
 
@@ -172,7 +176,7 @@ def report(module: nn.Module) -> Report:
         inside |= {id(param) for param in part.parameters()}
         result.dense_base_bytes += entry.dense_bytes
     for param in module.parameters():
-        result.total_parameters += element_count(param)
+        result.total_parameters += parameter_count(param)
         size = storage_bytes(param)
         if param.requires_grad:
             result.trainable_parameters += param.numel()
@@ -234,7 +238,4 @@ def _quantization_label(entry: AdaptedModuleRecord) -> str:
     settings = entry.quantization
     if settings is None:
         return "as loaded" if entry.quantized else ""
-    if settings.get("load_in_8bit"):
-        return "int8"
-    double = ", double quantization" if settings["bnb_4bit_use_double_quant"] else ""
-    return f"{settings['bnb_4bit_quant_type']}{double}"
+    return quantization_label(settings)

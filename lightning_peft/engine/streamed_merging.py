@@ -14,19 +14,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import adapted_layers
+from lightning_peft.engine.backends.conversion import convert_to_dense, quantize, requantize
+from lightning_peft.engine.backends.registry import quantization_from_dict
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import read_adapter, recorded_base
 from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantization import convert_to_dense, quantize, requantize
-from lightning_peft.engine.layers.quantized import FourBitLayer
 from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
-from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
     InjectionRequest,
@@ -219,10 +217,8 @@ class StreamedMerge:
             "original": (dense.to(delta.dtype) + delta).to(dtype),
         }
         lost = {way: relative_norm(w.to(delta.dtype) - target, delta) for way, w in ways.items()}
-        again = None
-        if isinstance(plain, FourBitLayer):
-            twice = requantize(plain, target.to(base.dtype))
-            again = relative_norm(twice.to(delta.dtype) - target, delta)
+        twice = requantize(plain, target.to(base.dtype))
+        again = None if twice is None else relative_norm(twice.to(delta.dtype) - target, delta)
         self.errors.append(WeightErrors(owner, lost["dequantized"], lost["original"], again))
         return ways[self.into]
 
@@ -234,7 +230,7 @@ def _quantized_in_training(
     plain: nn.Module,
     fields: dict[str, Any],
     facts: dict[str, Any],
-    settings: BitsAndBytesConfig | None,
+    settings: Any | None,
 ) -> set[str]:
     if settings is None:
         return set()

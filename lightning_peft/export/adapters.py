@@ -45,10 +45,8 @@ class Adapter:
     @property
     def bits(self) -> int:
         """Bits per weight of the base in training: 4, 8 or 16 (which stands for dense)."""
-        settings = self.facts.get("quantization") or {}
-        if settings.get("load_in_8bit"):
-            return 8
-        return 4 if settings else 16
+        settings = self.facts.get("quantization")
+        return engine.quantization_bits(settings) if settings else 16
 
     @property
     def chat_template(self) -> str | None:

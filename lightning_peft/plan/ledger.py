@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_peft import engine
 from lightning_peft.compat.torch import (
     FakeTensor,
     TorchDispatchMode,
@@ -111,12 +112,12 @@ class Ledger(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor, self._purpose(func, tensor), move=False)
-        dense = func.namespace == "bitsandbytes" and "gemm_4bit" in func.name()
-        if (dense or func.overloadpacket in _PRODUCTS) and out.dtype in _HALVES:
+        workspace = engine.workspace_bytes(func, args, bool(kwargs))
+        if (workspace or func.overloadpacket in _PRODUCTS) and out.dtype in _HALVES:
             shapes = [(tuple(a.shape), a.stride()) for a in args if isinstance(a, Tensor)]
             self.products.add((func, *shapes))
-        if dense:
-            self._pass(DEQUANTIZATION, _dense_bytes(args, nested=bool(kwargs)))
+        if workspace:
+            self._pass(DEQUANTIZATION, workspace)
         return out
 
     def _value(self, tensor: Tensor) -> Any:
@@ -125,18 +126,8 @@ class Ledger(TorchDispatchMode):
         return 1.0 if tensor.is_floating_point() else 1
 
     def _purpose(self, func: Any, tensor: Tensor) -> str:
-        if func.namespace == "bitsandbytes" and "dequantize" in func.name():
+        if engine.is_dequantization(func):
             return DEQUANTIZATION
         if self._vocabulary and tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary:
             return LOGITS
         return ACTIVATIONS
-
-
-def _dense_bytes(args: tuple[Any, ...], nested: bool) -> int:
-    """Bytes of the weight that a 4-bit product dequantizes, and of its constants in float32.
-
-    The arguments are those of ``bitsandbytes::gemm_4bit``: input, codes, shape, constants, block.
-    """
-    weights, block = torch.Size(args[2]).numel(), args[4]
-    size: int = weights * args[0].element_size() + (2 * 4 * -(-weights // block) if nested else 0)
-    return size

@@ -55,20 +55,11 @@ def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
     engine.inject(twin, r=r)
     adapters = sum(p.numel() for p in engine.all_adapter_parameters(twin))
     quantized = [weights[f"{name}.weight"] for name in engine.adapted_layers(twin)]
-    saved = sum(numel * size - four_bit_bytes(numel) for numel, size in quantized)
+    config = engine.quantization_config()
+    saved = sum(numel * size - engine.quantized_bytes(numel, config) for numel, size in quantized)
     master = 4 * adapters
     return [
         MethodMemory("full", count, dense, dense, _ADAM_BYTES * count),
         MethodMemory("lora", adapters, dense + master, master, _ADAM_BYTES * adapters),
         MethodMemory("qlora", adapters, dense - saved + master, master, _ADAM_BYTES * adapters),
     ]
-
-
-def four_bit_bytes(weights: int, block: int = 64, outer_block: int = 256) -> int:
-    """Returns the bytes of ``weights`` weights in NF4 with double quantization.
-
-    Half a byte each, one 8-bit constant per block of 64, one float32 per 256 of those: 4.127 bits
-    per weight (arXiv 2305.14314, section 3).
-    """
-    blocks = -(-weights // block)
-    return -(-weights // 2) + blocks + 4 * -(-blocks // outer_block)

@@ -242,15 +242,9 @@ def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: 
         optimizer=states,
         paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
         trainable=sum(param.numel() for param in trained),
-        total=sum(_weights(param) for param in module.parameters()),
+        total=sum(map(engine.parameter_count, module.parameters())),
         products=len(ledger.products),
     )
-
-
-def _weights(param: Any) -> int:
-    """How many weights a parameter stands for: codes are two in a byte."""
-    state = getattr(param, "quant_state", None)
-    return int(param.numel() if state is None else torch.Size(state.shape).numel())
 
 
 def _loss(module: nn.Module, batch: Any, settings: Settings, step: Step) -> Tensor:

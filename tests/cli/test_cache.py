@@ -11,7 +11,7 @@ import pytest
 from lightning_peft.cli import main
 from lightning_peft.engine import cache_entries
 
-SETTINGS = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+SETTINGS = {"label": "nf4, double quantization", "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,8 @@ def test_the_list_says_what_is_there(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert any(
-        line.startswith("aa11\tquantized base\tsome/model\tnf4, double, cpu\t") for line in lines
+        line.startswith("aa11\tquantized base\tsome/model\tnf4, double quantization, cpu\t")
+        for line in lines
     )
     assert any("left behind" in line for line in lines)
 

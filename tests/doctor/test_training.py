@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lightning_peft.doctor.training import check_optimizer, check_quantized
-from lightning_peft.engine.layers import lora, quantized
+from lightning_peft.engine.backends import bnb4
+from lightning_peft.engine.layers import lora
 
 gpu = pytest.param(
     "cuda",
@@ -65,8 +66,8 @@ def test_gradients_that_an_evaluation_pass_loses_are_found(monkeypatch):
 
 
 def test_weights_that_come_back_wrong_are_found(monkeypatch):
-    real = quantized.dequantize_4bit
-    monkeypatch.setattr(quantized, "dequantize_4bit", lambda *given: real(*given) * 1.5)
+    real = bnb4.dequantize_4bit
+    monkeypatch.setattr(bnb4, "dequantize_4bit", lambda *given: real(*given) * 1.5)
     found = check_quantized(4, "cpu")
     assert found.status == "failed"
     assert "weights come back 0.5" in found.detail

@@ -29,7 +29,7 @@ from lightning_peft import engine
 from lightning_peft.engine import merging
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.all_or_nothing import all_or_nothing
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import copy_adapter, randomize, relative_error

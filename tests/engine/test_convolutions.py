@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.backends.bnb4 import FourBitConvolution
+from lightning_peft.engine.backends.conversion import quantize
 from lightning_peft.engine.layers.lora import LoraConvolution
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantization import quantize
-from lightning_peft.engine.layers.quantized import FourBitConvolution
 from lightning_peft.errors import TargetModulesError, UnsupportedError
 
 from .reference import copy_adapter, peft_model, randomize, relative_error

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_peft import engine
 from lightning_peft.engine import fingerprint as module
+from lightning_peft.engine.backends.conversion import quantize
 from lightning_peft.engine.fingerprint import NO_VALUES, checksum, exact_checksum, fingerprint
-from lightning_peft.engine.layers.quantization import quantize
 
 
 def changed(tensor: Tensor, index: int, factor: float) -> Tensor:

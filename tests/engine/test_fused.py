@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.engine.backends.bnb4 import FourBitLayer
 from lightning_peft.engine.layers import fused
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantized import FourBitLayer
 
 from .reference import copy_adapter, peft_model, randomize, relative_error, without_repacking
 

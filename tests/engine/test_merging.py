@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import LifecycleError, UnsupportedError
 
 from .reference import output_of, randomize, relative_error
@@ -121,7 +121,7 @@ def test_a_merged_qlora_keeps_the_adapter_that_requantizing_would_lose(build) ->
 
 
 def test_what_the_report_says_of_requantizing_is_what_it_would_be() -> None:
-    from lightning_peft.engine.layers.quantization import quantize
+    from lightning_peft.engine.backends.conversion import quantize
 
     model = trained(quantization_config=NF4)
     with lightning_peft.disable_adapters(model):

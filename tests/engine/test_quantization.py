@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers import codes
-from lightning_peft.engine.layers.quantization import (
+from lightning_peft.engine.backends import nf4_cpu
+from lightning_peft.engine.backends.bnb4 import FOUR_BIT, FourBitLayer
+from lightning_peft.engine.backends.bnb8 import EightBitLayer
+from lightning_peft.engine.backends.conversion import (
     adopt_prequantized,
     convert_to_dense,
     quantization_unsupported_reason,
@@ -23,7 +25,7 @@ from lightning_peft.engine.layers.quantization import (
     requantize,
     restore_quantized,
 )
-from lightning_peft.engine.layers.quantized import EightBitLayer, FourBitLayer, is_quantized
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import UnsupportedError
 
 from .reference import relative_error
@@ -57,14 +59,14 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, kind: str, double: bool, shape: tuple[int, int]
 ) -> None:
     # The last piece is whole, ends within a block, or has an odd number of weights.
-    monkeypatch.setattr(codes, "CHUNK", 128)
+    monkeypatch.setattr(nf4_cpu, "CHUNK", 128)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         dense = torch.randn(shape).to(dtype)
         dense[0] = 0
         config = engine.quantization_config(
             bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double
         )
-        made = codes.make_params4bit(dense, config, torch.device("cpu"))
+        made = FOUR_BIT.quantize(dense, config, torch.device("cpu"))
         theirs: Any = bnb.nn.Params4bit(
             dense, requires_grad=False, quant_type=kind, compress_statistics=double
         )
@@ -83,11 +85,11 @@ def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
 def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
     dense = torch.randn(64, 64).bfloat16()
     theirs, _ = quantize_4bit(dense, quant_type="nf4")
-    codes.matches_bitsandbytes.cache_clear()
+    nf4_cpu.matches_bitsandbytes.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert codes.matches_bitsandbytes("nf4")
-        made = codes.make_params4bit(dense, NF4, torch.device("cpu"))
+        assert nf4_cpu.matches_bitsandbytes("nf4")
+        made = FOUR_BIT.quantize(dense, NF4, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(made.data, theirs)
@@ -96,22 +98,22 @@ def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
 def test_what_comparing_does_not_cover_is_left_to_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert codes.matches_bitsandbytes("nf4")
-    assert not codes.matches_bitsandbytes("fp4")
+    assert nf4_cpu.matches_bitsandbytes("nf4")
+    assert not nf4_cpu.matches_bitsandbytes("fp4")
     dense = torch.randn(64, 64)
     dense[3, 5], dense[40, 1] = float("nan"), float("inf")
     theirs, state = quantize_4bit(dense, quant_type="nf4")
-    made = codes.make_params4bit(dense, NF4, torch.device("cpu"))
+    made = FOUR_BIT.quantize(dense, NF4, torch.device("cpu"))
     assert torch.equal(made.data, theirs)
     assert str(made.quant_state.absmax.tolist()) == str(state.absmax.tolist())
     # A bitsandbytes with other levels than those that are compared with.
-    bounds = codes._bounds()
-    monkeypatch.setattr(codes, "_bounds", lambda: [bounds[0] + 1e-6, *bounds[1:]])
-    codes.matches_bitsandbytes.cache_clear()
+    bounds = nf4_cpu._bounds()
+    monkeypatch.setattr(nf4_cpu, "_bounds", lambda: [bounds[0] + 1e-6, *bounds[1:]])
+    nf4_cpu.matches_bitsandbytes.cache_clear()
     try:
-        assert not codes.matches_bitsandbytes("nf4")
+        assert not nf4_cpu.matches_bitsandbytes("nf4")
     finally:
-        codes.matches_bitsandbytes.cache_clear()
+        nf4_cpu.matches_bitsandbytes.cache_clear()
 
 
 def test_nf4_loses_less_than_fp4() -> None:

@@ -27,7 +27,7 @@ from transformers import (
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine import cache_entries
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.loading import quantized_cache, streamed_quantizer, weight_files
 from lightning_peft.errors import UnsupportedError
 

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.quantization import quantize
-from lightning_peft.engine.layers.quantized import (
-    FourBitLayer,
-    element_count,
+from lightning_peft.engine.backends.bnb4 import FourBitLayer
+from lightning_peft.engine.backends.conversion import quantize
+from lightning_peft.engine.backends.registry import (
+    parameter_count,
     quantization_constants,
     storage_bytes,
 )
@@ -215,7 +215,7 @@ def test_four_and_a_bit_bits_per_parameter() -> None:
         layer = layer_of((512, 256), config, bias=False)
         stored = layer._parameters["weight"]
         assert stored.quant_state.blocksize == 64
-        assert element_count(stored) == 512 * 256
+        assert parameter_count(stored) == 512 * 256
         assert storage_bytes(stored) * 8 == bits * 512 * 256
         constants = sum(c.numel() * c.element_size() for c in quantization_constants(stored))
         assert stored.numel() + constants == storage_bytes(stored)
@@ -225,7 +225,7 @@ def test_four_and_a_bit_bits_per_parameter() -> None:
 def test_eight_bits_and_one_scale_per_row() -> None:
     stored = layer_of((512, 256), INT8, bias=False)._parameters["weight"]
     assert storage_bytes(stored) == 512 * 256 + 256 * 4
-    assert element_count(stored) == 512 * 256
+    assert parameter_count(stored) == 512 * 256
     assert storage_bytes(torch.zeros(3, dtype=torch.bfloat16)) == 6
 
 

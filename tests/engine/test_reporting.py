@@ -12,7 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.quantized import storage_bytes
+from lightning_peft.engine.backends.registry import storage_bytes
 from lightning_peft.errors import LifecycleError
 
 NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)

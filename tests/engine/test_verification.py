@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers import quantized
+from lightning_peft.engine.backends import bnb4
 from lightning_peft.engine.verification.verify import Check, Verification, default_step
 from lightning_peft.errors import LifecycleError
 
@@ -88,14 +88,14 @@ def test_trained_adapters_are_not_asked_for_no_effect() -> None:
 
 def test_a_layer_that_passes_no_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bitsandbytes' repacked layers do: right output, no way back, no error."""
-    sound = quantized.FourBitLayer.forward
+    sound = bnb4.FourBitLayer.forward
 
     def cut(self: Any, input: Tensor) -> Tensor:
         return sound(self, input.detach())
 
     model = stack()
     lightning_peft.inject(model, r=4, quantization_config=NF4)
-    monkeypatch.setattr(quantized.FourBitLayer, "forward", cut)
+    monkeypatch.setattr(bnb4.FourBitLayer, "forward", cut)
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert results(verification)[THROUGH] is False
     assert "first, second" in detail(verification, THROUGH)
@@ -106,14 +106,14 @@ def test_a_layer_that_passes_no_gradient_is_caught(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_layer_that_passes_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = quantized.FourBitLayer.forward
+    sound = bnb4.FourBitLayer.forward
 
     def halved(self: Any, input: Tensor) -> Tensor:
         return sound(self, 0.5 * input + 0.5 * input.detach())
 
     model = stack()
     lightning_peft.inject(model, r=4, quantization_config=NF4)
-    monkeypatch.setattr(quantized.FourBitLayer, "forward", halved)
+    monkeypatch.setattr(bnb4.FourBitLayer, "forward", halved)
     assert results(lightning_peft.verify(model, torch.randn(3, 96)))[THROUGH] is False
 
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers import lora, quantized
+from lightning_peft.engine.backends import bnb4
+from lightning_peft.engine.layers import lora
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.errors import LifecycleError
@@ -49,7 +50,7 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 
 def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes' repacking: the first evaluation cuts the way back, without a sign of it."""
-    sound = quantized.FourBitLayer.forward
+    sound = bnb4.FourBitLayer.forward
 
     def repacking(self: Any, input: Tensor) -> Tensor:
         if not (self.training or torch.is_grad_enabled()):
@@ -57,7 +58,7 @@ def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyP
         return sound(self, input.detach() if hasattr(self, "repacked") else input)
 
     model = adapted(stack(), quantization_config=NF4)
-    monkeypatch.setattr(quantized.FourBitLayer, "forward", repacking)
+    monkeypatch.setattr(bnb4.FourBitLayer, "forward", repacking)
     # Else a linear layer and its adapter are one step, which does not come by there.
     monkeypatch.setattr(lora, "fused_output", lambda *_: None)
     verification = lightning_peft.verify(model, torch.randn(3, 96))
@@ -131,8 +132,10 @@ def test_a_fast_path_past_the_adapters_is_caught(monkeypatch: pytest.MonkeyPatch
 
 
 def test_adapters_that_are_ignored_in_eval_mode_are_caught(monkeypatch: Any) -> None:
-    sound = LoraLayer.running
-    monkeypatch.setattr(LoraLayer, "running", lambda layer: sound(layer) if layer.training else [])
+    sound = LoraLayer.effective_adapters
+    monkeypatch.setattr(
+        LoraLayer, "effective_adapters", lambda layer: sound(layer) if layer.training else []
+    )
     verification = lightning_peft.verify(adapted(stack()), torch.randn(3, 96))
     assert ACT in failed(verification)
     assert detail(verification, ACT) == "called without effect in eval mode: first, second"
@@ -475,8 +478,10 @@ def test_compiled_modules_are_checked_as_written() -> None:
 
 
 def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    sound = LoraLayer.running
-    monkeypatch.setattr(LoraLayer, "running", lambda layer: sound(layer) if layer.training else [])
+    sound = LoraLayer.effective_adapters
+    monkeypatch.setattr(
+        LoraLayer, "effective_adapters", lambda layer: sound(layer) if layer.training else []
+    )
     model = adapted(Drifting())
     model.norm.eval()
     with pytest.raises(LifecycleError, match=f"{ACT}(.|\n)*{UNCHANGED}"):

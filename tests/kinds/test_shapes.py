@@ -10,7 +10,7 @@ from torch import nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.backends.registry import is_quantized
 
 from .shapes import SHAPES, Shape
 

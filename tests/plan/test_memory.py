@@ -7,7 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.plan.memory import four_bit_bytes, static_memory
+from lightning_peft.plan.memory import static_memory
+
+NF4 = engine.quantization_config()
 
 
 @pytest.fixture
@@ -21,8 +23,8 @@ def test_four_bit_bytes_are_those_of_the_stored_tensors():
     packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
     state = packed.quant_state
     stored = packed.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
-    assert four_bit_bytes(weight.numel()) == stored
-    assert 8 * four_bit_bytes(4096 * 4096) / 4096**2 == pytest.approx(4.127, abs=5e-4)
+    assert engine.quantized_bytes(weight.numel(), NF4) == stored
+    assert 8 * engine.quantized_bytes(4096 * 4096, NF4) / 4096**2 == pytest.approx(4.127, abs=5e-4)
 
 
 def test_predicted_bytes_are_those_of_the_adapted_models(model):

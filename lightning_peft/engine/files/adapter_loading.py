@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import (
     adapter_parameters,
@@ -61,7 +60,7 @@ def load_adapter(
     adapt: str | None = None,
     is_trainable: bool = False,
     check_base: bool = True,
-    quantization_config: BitsAndBytesConfig | None = None,
+    quantization_config: Any | None = None,
     allow_unknown_fields: bool = False,
 ) -> None:
     """Adds an adapter from a folder in PEFT's format, ours or PEFT's own, and makes it active.
@@ -234,7 +233,7 @@ def _put_on(
     folder: AdapterFolder,
     adapter_name: str,
     check_base: bool,
-    quantization: BitsAndBytesConfig | None,
+    quantization: Any | None,
 ) -> None:
     """Adds the adapter of a folder where it is not there yet, and checks that all of it fits."""
     record = record_of(module)
@@ -253,7 +252,7 @@ def _inject_for_file(
     module: nn.Module,
     folder: AdapterFolder,
     adapter_name: str,
-    quantization: BitsAndBytesConfig | None,
+    quantization: Any | None,
 ) -> None:
     fields = dict(folder.fields)
     if isinstance(fields.get("init_lora_weights"), str) and not _rewrites_base(fields):

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import set_adapter
+from lightning_peft.engine.backends.registry import quantization_from_dict
 from lightning_peft.engine.configuration import config_differences, config_from_dict
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.primitives import to_primitives
-from lightning_peft.engine.quantization_settings import quantization_from_dict
 from lightning_peft.engine.record import (
     AdaptedModuleRecord,
     Record,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.compat.torch import persistent_buffers
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
+from lightning_peft.engine.backends.registry import backends
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
@@ -103,11 +104,12 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def _without_names(state: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
-    # "a.weight.absmax" and "a.SCB" are constants of the quantized weight "a.weight".
+    # "a.weight.absmax" and, of some backends, "a.SCB" belong to the quantized weight "a.weight".
+    leaves = [leaf for backend in backends() for leaf in backend.state_keys]
     scales = {
         f"{name.removesuffix('weight')}{leaf}"
         for name in frozen
-        for leaf in ("SCB", "weight_format")
+        for leaf in leaves
         if name.endswith("weight")
     }
     return {

@@ -11,14 +11,11 @@ What :func:`fused_output` does not cover is left to :mod:`.lora`, which gives th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,14 +28,13 @@ from lightning_peft.compat.torch import (
 )
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, has_standard_forward
 from lightning_peft.engine.layers.mixin import LayerMixin
-from lightning_peft.engine.layers.quantized import FourBitLayer, output_dtype
+from lightning_peft.engine.layers.quantized import QuantizedLayer, output_dtype
 
 # Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS_16 = (torch.float16, torch.bfloat16)
 # So many rows are converted to float32 at a time: they stay in the cache of a CPU.
 _ROWS = 512
-_FOUR_BIT_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 _SUPPORTED: dict[type, bool] = {}
 
 
@@ -49,32 +45,30 @@ class FrozenMatmul(NamedTuple):
         layer: The layer.
         dtype: What the result and the adapters are computed in.
         compute: What the product with the frozen weight is computed in.
-        state: bitsandbytes' constants of a 4-bit weight.
+        quantized: The stored weight, where it is quantized. What autograd saved may be a plain
+            tensor of the same values.
     """
 
     layer: Any
     dtype: torch.dtype
     compute: torch.dtype
-    state: Any
+    quantized: Any
 
     def matmul(self, rows: Tensor, stored: Tensor, bias: Tensor | None) -> Tensor:
         """Returns ``rows @ W.T + bias`` for ``rows`` of shape ``(n, in)``; a new tensor."""
         rows = rows.to(self.compute)
         bias = None if bias is None else bias.to(self.compute)
-        if self.state is None:
+        if self.quantized is None:
             return F.linear(rows, self.weight(stored), bias)
-        product = bnb.matmul_4bit(rows, stored, bias=bias, quant_state=self.state)
+        product: Tensor = self.layer.backend.matmul(self.layer, rows, self.quantized, bias)
         return product.to(self.dtype)
 
     def weight(self, stored: Tensor) -> Tensor:
         """Returns the weight as ``(out, in)`` in the dtype that it is multiplied in."""
-        if self.state is None:
+        if self.quantized is None:
             return as_rows(self.layer, stored).to(self.compute)
-        # The codes become numbers of the dtype that is needed at once: bitsandbytes would make
-        # those of the weight before quantization, and they would be copied.
-        state = copy.copy(self.state)
-        state.dtype = self.compute
-        return dequantize_4bit(stored, state)
+        weight: Tensor = self.layer.backend.dequantize(self.quantized, self.compute)
+        return weight
 
 
 def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor | None:
@@ -241,10 +235,10 @@ def _apply_mask(rows: Tensor, mask: Tensor | None) -> Tensor:
 def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
     """Returns how the weight takes part, or ``None`` where ``x`` does not fit it."""
     dtype, autocast = output_dtype(x), torch.is_autocast_enabled(x.device.type)
-    if isinstance(layer, FourBitLayer):
-        frozen = FrozenMatmul(layer, dtype, layer.compute_dtype or dtype, stored.quant_state)
-        width = frozen.state.shape[1]
-        known = {x.dtype, frozen.compute} <= _FOUR_BIT_DTYPES
+    if isinstance(layer, QuantizedLayer):
+        frozen = FrozenMatmul(layer, dtype, layer.compute_dtype or dtype, stored)
+        width = layer.backend.weight_info(stored)[0][1]
+        known = {x.dtype, frozen.compute} <= layer.backend.compute_dtypes
     else:
         frozen = FrozenMatmul(layer, dtype, dtype, None)
         width = as_rows(layer, stored).shape[1]
@@ -264,12 +258,13 @@ def is_transformed() -> bool:
 def _is_supported_class(cls: type, layer: Any) -> bool:
     if cls not in _SUPPORTED:
         known = [m for m in layer.mixins if issubclass(m, LayerMixin)]
-        four_bit = isinstance(layer, FourBitLayer)
+        backend = layer.backend if isinstance(layer, QuantizedLayer) else None
         overriding = [m for m in layer.mixins if "forward" in vars(m) and m not in known]
         _SUPPORTED[cls] = (
             isinstance(layer, LINEAR_LIKE)
             and has_standard_forward(layer)
-            and len(known) == (2 if four_bit else 1)
+            and len(known) == (1 if backend is None else 2)
+            and (backend is None or backend.fuses_adapters)
             and not overriding
         )
     return _SUPPORTED[cls]

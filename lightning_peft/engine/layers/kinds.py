@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import bitsandbytes as bnb
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -18,7 +17,7 @@ CONVOLUTION_LIKE = (*CONVOLUTIONS, *TRANSPOSED)
 ADAPTABLE = (*LINEAR_LIKE, *CONVOLUTION_LIKE, nn.Embedding)
 
 # Whose code is known to be the product with `weight` plus `bias` and nothing else.
-_STANDARD = (*ADAPTABLE, ConvNd, bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+_STANDARD = (*ADAPTABLE, ConvNd)
 # Subclasses with a forward pass of their own that is this product, by full name.
 _SAME_FORWARD = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _STANDARD_CODE = {
@@ -35,6 +34,8 @@ def has_standard_forward(layer: nn.Module) -> bool:
     A subclass may pad, scale or standardize in a ``forward`` of its own: what an adapter adds to
     the weight is then another thing than what it adds to the output.
     """
+    if getattr(layer, "standard_forward", False):
+        return True
     origin = class_key(layer)[2]
     if f"{origin.__module__}.{origin.__qualname__}" in _SAME_FORWARD:
         return True

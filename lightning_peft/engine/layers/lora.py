@@ -26,8 +26,7 @@ from lightning_peft.engine.layers.kinds import (
     has_standard_forward,
 )
 from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin, stored_parameter
-from lightning_peft.engine.layers.quantization import QuantizedBackup
-from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.layers.quantized import QuantizedBackup
 from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 
@@ -97,7 +96,7 @@ class LoraLayer(LayerMixin):
             **kwargs: The same by name.
         """
         names = self.effective_adapters()
-        if names and not (has_standard_forward(self) or isinstance(self, QuantizedLayer)):  # type: ignore[arg-type]
+        if names and not has_standard_forward(self):  # type: ignore[arg-type]
             changed: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return changed
         with self.own_forward():

@@ -37,6 +37,9 @@ class LayerMixin(DynamicMixin):
     before comes next in the method resolution order.
     """
 
+    # Whether `forward` is the product with the weight, whatever class lies below.
+    standard_forward: ClassVar[bool] = False
+
     _parameters: dict[str, Any]
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.layers.quantized import QuantizedLayer
 
 
 def probe_input(layer: Any) -> Tensor | None:
@@ -31,7 +31,7 @@ def probe_input(layer: Any) -> Tensor | None:
         shape = (2, layer.in_channels, *(kernel * dilation + 2 for kernel, dilation in spans))
     else:
         return None
-    dtype = layer.weight_info()[1] if is_quantized(layer) else stored.dtype
+    dtype = layer.weight_info()[1] if isinstance(layer, QuantizedLayer) else stored.dtype
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return values.to(stored.device, dtype)
 
@@ -50,5 +50,5 @@ def in_eval_mode(layer: nn.Module) -> Iterator[None]:
 
 def rounding_tolerance(layer: nn.Module, dtype: torch.dtype) -> float:
     """Returns which relative difference of outputs may be rounding."""
-    coarse = torch.bfloat16 if is_quantized(layer) else dtype
+    coarse = torch.bfloat16 if isinstance(layer, QuantizedLayer) else dtype
     return float(max(torch.finfo(coarse).eps, torch.finfo(dtype).eps) ** 0.5)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from lightning_peft.engine.backends.conversion import release_freed_memory
+from lightning_peft.engine.backends.registry import backend_for, storage_bytes
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantization import release_freed_memory
-from lightning_peft.engine.layers.quantized import storage_bytes
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import CachedLoad, DenseInfo
 from lightning_peft.engine.loading.streamed_quantizer import Loading, StreamedConfig, dense_info
@@ -59,7 +59,7 @@ _original: Any = None
 
 @contextmanager
 def quantize_on_load(
-    settings: BitsAndBytesConfig, device: torch.device, dense: list[str], cached: bool = False
+    settings: Any, device: torch.device, dense: list[str], cached: bool = False
 ) -> Iterator[Loading]:
     """Within the body, ``from_pretrained`` of this thread quantizes linear layers as it reads them.
 
@@ -67,7 +67,7 @@ def quantize_on_load(
     quantized already, and it saves memory. Heads, output embeddings and tied layers stay dense.
 
     Args:
-        settings: 4-bit settings.
+        settings: The config of a quantization backend.
         device: Where the model goes.
         dense: Names of further modules that stay dense; parts of names count too.
         cached: Take codes from the cache of quantized bases, and note what may go into it.
@@ -89,15 +89,16 @@ def quantize_on_load(
 def loading_for_injection(
     module: nn.Module,
     peft_config: Any,
-    settings: BitsAndBytesConfig | None,
+    settings: Any | None,
     adapt: Any,
     device: torch.device,
     cached: bool = False,
 ) -> Iterator[Loading | None]:
     """Within the body, models are loaded as the injection that follows would quantize them.
 
-    Not for 8 bits, for initialisations that need the dense weight, for modules with adapters, and
-    where ``adapt`` names parts, which cannot be told apart before they are built.
+    Not for backends that quantize afterwards, for initialisations that need the dense weight, for
+    modules with adapters, and where ``adapt`` names parts, which are not known before they are
+    built.
 
     Args:
         module: What the models are loaded into.
@@ -115,11 +116,13 @@ def loading_for_injection(
             weights were replaced that came quantized out of the cache.
     """
     needs_dense = getattr(peft_config, "init_lora_weights", True) not in (True, False, "gaussian")
-    if settings is None or settings.load_in_8bit or adapt or needs_dense or record_of(module):
+    backend = None if settings is None else backend_for(settings)
+    streams = backend is not None and backend.quantizes_on_load
+    if backend is None or not streams or adapt or needs_dense or record_of(module):
         yield None
         return
     dense = [
-        *(settings.llm_int8_skip_modules or []),
+        *backend.skip_modules(settings),
         *(getattr(peft_config, "modules_to_save", None) or []),
     ]
     with quantize_on_load(settings, device, dense, cached) as loading:
@@ -165,7 +168,9 @@ def _find_entry(
         return None
     way = "while it is read" if streams else "after loading"
     settings = quantized_cache.cache_settings(loading.settings, loading.dense, way)
-    return quantized_cache.find_entry(cls, name, kwargs, settings, loading.device)
+    return quantized_cache.find_entry(
+        cls, name, kwargs, backend_for(loading.settings), settings, loading.device
+    )
 
 
 def _load(

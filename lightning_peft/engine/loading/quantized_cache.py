@@ -17,18 +17,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.utils import unpack_tensor_to_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from lightning_peft.engine import cache_entries
-from lightning_peft.engine.layers.quantized import storage_bytes
+from lightning_peft.engine.backends.registry import (
+    Backend,
+    backend_for,
+    backend_of,
+    storage_bytes,
+)
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
-from lightning_peft.engine.quantization_settings import quantization_to_dict
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
 FORMAT = 1
@@ -69,9 +71,9 @@ class CachedWeight:
     """A quantized weight.
 
     Attributes:
-        stored: ``bitsandbytes.nn.Params4bit``.
+        stored: The parameter.
         facts: What it was.
-        deferred: Whether it would be dense after loading, and quantized when adapters are added.
+        late: Whether it would be dense after loading, and quantized when adapters are added.
     """
 
     stored: Any
@@ -125,7 +127,12 @@ class CacheEntry:
 
 
 def find_entry(
-    cls: type, name: Any, options: Mapping[str, Any], settings: dict[str, Any], where: torch.device
+    cls: type,
+    name: Any,
+    options: Mapping[str, Any],
+    backend: Backend,
+    settings: dict[str, Any],
+    where: torch.device,
 ) -> CachedLoad | None:
     """Finds the entry that a call decides, and reads it if it is there.
 
@@ -133,6 +140,7 @@ def find_entry(
         cls: Class of the model.
         name: Folder or name on the hub.
         options: Further arguments of ``from_pretrained``.
+        backend: The quantization backend.
         settings: What else decides which layers become which codes, ready for JSON.
         where: Device that quantizes.
 
@@ -168,7 +176,7 @@ def find_entry(
         files=sums,
     )
     load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
-    load.weights = _read(load.final, where)
+    load.weights = _read(load.final, backend, where)
     return load
 
 
@@ -201,18 +209,17 @@ def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names if options.get(name) is not None}
 
 
-def cache_settings(settings: BitsAndBytesConfig, dense: Iterable[str], way: str) -> dict[str, Any]:
+def cache_settings(settings: Any, dense: Iterable[str], way: str) -> dict[str, Any]:
     """Returns what decides which layers become which codes, ready for JSON.
 
     Args:
-        settings: 4-bit settings.
+        settings: The config of a quantization backend.
         dense: Names of modules that stay dense.
         way: How a model is loaded that is not in the cache.
     """
-    fields = dict(quantization_to_dict(settings) or {})
-    # That is for the product, not for the codes.
-    fields.pop("bnb_4bit_compute_dtype", None)
-    return {**fields, "dense": sorted(dense), "way": way}
+    backend = backend_for(settings)
+    fields = backend.codes_settings(settings)
+    return {"label": backend.label(fields), **fields, "dense": sorted(dense), "way": way}
 
 
 def _device_name(device: torch.device) -> str:
@@ -220,18 +227,20 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _read(final: Path, device: torch.device) -> dict[str, CachedWeight]:
+def _read(final: Path, backend: Backend, device: torch.device) -> dict[str, CachedWeight]:
     summary = cache_entries.find(final, KIND)
     if summary is None:
         return {}
     try:
-        return _weights(final, summary["layers"], device)
+        return _weights(final, summary["layers"], backend, device)
     except (OSError, ValueError, KeyError, AssertionError, SafetensorError) as error:
         cache_entries.discard(final, KIND, str(error))
         return {}
 
 
-def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[str, CachedWeight]:
+def _weights(
+    final: Path, layers: dict[str, Any], backend: Backend, device: torch.device
+) -> dict[str, CachedWeight]:
     stored: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for path in sorted(final.glob("*.safetensors")):
         # Memory-mapped: several processes share the pages.
@@ -246,26 +255,12 @@ def _weights(final: Path, layers: dict[str, Any], device: torch.device) -> dict[
         raise ValueError(f"the codes of {wrong[0]} are not those that were written")
     return {
         name: CachedWeight(
-            _restored(stored[name], device),
+            backend.from_state_tensors(stored[name], device),
             DenseInfo(facts["checksum"], tuple(facts["shape"]), facts["bytes"]),
             facts["late"],
         )
         for name, facts in layers.items()
     }
-
-
-def _restored(parts: dict[str, Tensor], device: torch.device) -> Any:
-    rest = {f"weight.{part}": tensor for part, tensor in parts.items() if part != "codes"}
-    made = bnb.nn.Params4bit.from_prequantized(parts["codes"], rest, device=device)
-    if made.quant_state.nested:
-        # bitsandbytes makes it in the default dtype, which Lightning changes for configure_model.
-        offset = unpack_tensor_to_dict(parts[_rest_of(parts)])["nested_offset"]
-        made.quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=device)
-    return made
-
-
-def _rest_of(parts: Mapping[str, Tensor]) -> str:
-    return next(name for name in parts if name.startswith("quant_state."))
 
 
 def store(load: CachedLoad, weights: Mapping[str, CachedWeight]) -> CacheEntry | None:
@@ -323,7 +318,9 @@ def _shards(
     size = 0
     for name, weight in weights.items():
         stored = weight.stored
-        parts = {"codes": stored.data, **stored.quant_state.as_dict(packed=True)}
+        backend = backend_of(stored)
+        assert backend is not None
+        parts = backend.state_tensors(stored)
         shard[name] = {part: tensor.cpu().contiguous() for part, tensor in parts.items()}
         size += storage_bytes(stored)
         if size >= _SHARD:

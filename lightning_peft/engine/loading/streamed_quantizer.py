@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -20,16 +20,15 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lightning_peft.engine.fingerprint import checksum
-from lightning_peft.engine.layers.codes import make_params4bit
-from lightning_peft.engine.layers.kinds import LINEAR_LIKE
-from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantization import (
-    convert_to_4bit,
+from lightning_peft.engine.backends.conversion import (
     convert_to_dense,
     release_freed_memory,
+    use_backend,
 )
-from lightning_peft.engine.layers.quantized import storage_bytes
+from lightning_peft.engine.backends.registry import backend_for, storage_bytes
+from lightning_peft.engine.fingerprint import checksum
+from lightning_peft.engine.layers.kinds import LINEAR_LIKE
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantized_cache import CachedLoad, CachedWeight, DenseInfo
 from lightning_peft.engine.selection.parts import (
     find_heads,
@@ -38,7 +37,7 @@ from lightning_peft.engine.selection.parts import (
     parameter_holders,
 )
 
-_METHOD = "lightning_peft_4bit"
+_METHOD = "lightning_peft"
 _FACTS = "_dense_facts"
 _DEFERRED = "_deferred_dtype"
 
@@ -48,7 +47,7 @@ class Loading:
     """What is loaded how, while it is.
 
     Attributes:
-        settings: 4-bit settings.
+        settings: The config of a quantization backend.
         device: Where the model ends up.
         dense: Names, relative to the model, of modules that stay dense.
         cached: Whether the cache of quantized bases is used.
@@ -56,7 +55,7 @@ class Loading:
         loads: The calls that the cache may serve, in order, with their models.
     """
 
-    settings: BitsAndBytesConfig
+    settings: Any
     device: torch.device
     dense: list[str]
     cached: bool = False
@@ -190,7 +189,7 @@ class _StreamedQuantizer(HfQuantizer):
             layer._parameters["weight"] = weight.stored
             self._note(name, layer, weight.facts)
             if weight.deferred:
-                layer.__dict__[_DEFERRED] = weight.stored.quant_state.dtype
+                layer.__dict__[_DEFERRED] = layer.weight_info()[1]
         for name, facts in self.facts.items():
             self._note(name, model.get_submodule(name), facts)
         # The model is what it would be had it been quantized after loading.
@@ -201,7 +200,9 @@ class _StreamedQuantizer(HfQuantizer):
                 child.config.__dict__.pop("_is_quantized", None)
 
     def _note(self, name: str, layer: nn.Module, facts: DenseInfo) -> None:
-        convert_to_4bit(layer, self.loading.settings)
+        backend = backend_for(self.loading.settings)
+        dtype = backend.weight_info(stored_parameter(layer, "weight"))[1]
+        use_backend(layer, self.loading.settings, dtype)
         layer.__dict__[_FACTS] = facts
         self.loading.layers.append((name, layer))
 
@@ -221,17 +222,17 @@ class _QuantizeOne(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the 4-bit parameter for a dense tensor, and notes what that was."""
-        settings = self.quantizer.loading.settings
+        """Returns the quantized parameter for a dense tensor, and notes what that was."""
+        settings, device = self.quantizer.loading.settings, self.quantizer.loading.device
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             dense = value[0] if isinstance(value, list) else value
             if name in self.quantizer.chosen:
                 facts = DenseInfo(checksum(dense), tuple(dense.shape), storage_bytes(dense))
                 self.quantizer.facts[name.removesuffix(".weight")] = facts
-                dense = make_params4bit(dense, settings, self.quantizer.loading.device)
+                dense = backend_for(settings).quantize(dense, settings, device)
             result[name] = dense
-        if self.quantizer.loading.device.type == "cpu":
+        if device.type == "cpu":
             release_freed_memory()
         return result
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantized import FourBitLayer
+from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import (
     CachedLoad,
@@ -146,7 +146,7 @@ def _known_weights(load: TrackedLoad, sums: dict[int, int]) -> dict[str, CachedW
     known: dict[str, CachedWeight] = {}
     for name in (*load.on_load, *load.deferred):
         layer = _layer(load.model, name)
-        if not isinstance(layer, FourBitLayer):
+        if not isinstance(layer, QuantizedLayer):
             continue
         stored = stored_parameter(layer, "weight")
         deferred = name in load.deferred

@@ -10,10 +10,10 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantized import is_quantized
 
 
 def initialization_problems(

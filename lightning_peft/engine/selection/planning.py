@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from torch import nn
-from transformers import BitsAndBytesConfig
 
 from lightning_peft.engine.adapters import trained_heads
+from lightning_peft.engine.backends.conversion import quantization_unsupported_reason
+from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import (
     ADAPTABLE,
@@ -21,10 +23,7 @@ from lightning_peft.engine.layers.kinds import (
     has_quantizable_class,
 )
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantization import quantization_unsupported_reason
-from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.layers.sizes import shape_unsupported_reason
-from lightning_peft.engine.quantization_settings import quantization_to_dict
 from lightning_peft.engine.record import AdaptedModuleRecord, MomentumCopy, Record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
@@ -65,7 +64,7 @@ class InjectionRequest:
     """
 
     config: PeftConfig
-    quantization: BitsAndBytesConfig | None
+    quantization: Any | None
     adapter_name: str = "default"
     saved: dict[str, list[str]] | None = None
 
@@ -264,7 +263,7 @@ def _display_name(plan: InjectionPlan) -> str:
     return plan.name or type(plan.part).__name__
 
 
-def layers_to_quantize(plan: InjectionPlan, config: BitsAndBytesConfig | None) -> list[str]:
+def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
     """Returns the names of the layers of a part that injection quantizes first.
 
     Args:
@@ -274,9 +273,10 @@ def layers_to_quantize(plan: InjectionPlan, config: BitsAndBytesConfig | None) -
     if config is None:
         return []
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
+    backend = backend_for(config)
     # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
-    kernels = plan.in_place and not config.load_in_8bit
-    skip = [*plan.heads, *plan.saved, *(config.llm_int8_skip_modules or [])]
+    kernels = plan.in_place and backend.convolution_class is not None
+    skip = [*plan.heads, *plan.saved, *backend.skip_modules(config)]
     targets, rewritten = set(plan.targets), self_modified_layers(plan.part)
     return [
         name
@@ -346,9 +346,8 @@ def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -
     if request.quantization is None or not plans:
         return
     parts = {plan.name: plan.part for plan in plans}
-    check_names_match(
-        "llm_int8_skip_modules", request.quantization.llm_int8_skip_modules or [], parts
-    )
+    backend = backend_for(request.quantization)
+    check_names_match(backend.skip_argument, backend.skip_modules(request.quantization), parts)
     already = any(
         is_quantized(child) and child not in plan.left
         for plan in plans

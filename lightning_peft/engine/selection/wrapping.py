@@ -9,8 +9,8 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
-from lightning_peft.engine.layers.quantized import is_quantized
 from lightning_peft.engine.model_types import fused_kernel_problem
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.selection.parts import inside
@@ -56,7 +56,7 @@ def wrapping_problems(
         if method in _DENSE_ONLY and (target in quantize or is_quantized(layer)):
             problems.append(
                 f"{target} is quantized, and {type(config).__name__} works on dense weights only. "
-                "Name it in `llm_int8_skip_modules`, or do not quantize"
+                "Leave it dense (`llm_int8_skip_modules`), or do not quantize"
             )
         if isinstance(layer, CONVOLUTIONS):
             problems += [f"{target} {problem}" for problem in _convolution_problems(layer, config)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_peft.compat.torch import forget_parameter_count
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
-from lightning_peft.engine.layers.quantization import layer_of_dense_weight, release_freed_memory
+from lightning_peft.engine.backends.conversion import layer_of_dense_weight, release_freed_memory
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 

@@ -10,9 +10,7 @@ import itertools
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional
 
 from lightning_peft.compat.torch import (
     OPTIMIZER_HOOKS,
@@ -21,26 +19,9 @@ from lightning_peft.compat.torch import (
     is_lr_scheduler_step,
     lr_scheduler_step,
 )
+from lightning_peft.engine.backends.bnb_optimizers import OPTIMIZERS, paged_copy
 from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
-# transformers' names (``OptimizerNames``), and beside them the variants it has no name for.
-OPTIMIZERS: dict[str, Any] = {
-    "adamw_8bit": bnb.optim.AdamW8bit,
-    "adamw_bnb_8bit": bnb.optim.AdamW8bit,
-    "adamw_32bit": bnb.optim.AdamW32bit,
-    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
-    "lion_8bit": bnb.optim.Lion8bit,
-    "lion_32bit": bnb.optim.Lion32bit,
-    "paged_lion_8bit": bnb.optim.PagedLion8bit,
-    "paged_lion_32bit": bnb.optim.PagedLion32bit,
-    # Not bitsandbytes' classes with 32bit in their name, whose states have a wrong shape (0.50.2).
-    "ademamix": bnb.optim.AdEMAMix,
-    "ademamix_32bit": bnb.optim.AdEMAMix,
-    "ademamix_8bit": bnb.optim.AdEMAMix8bit,
-    "paged_ademamix_8bit": bnb.optim.PagedAdEMAMix8bit,
-    "paged_ademamix_32bit": bnb.optim.PagedAdEMAMix,
-}
 _AUTO = "paged_adamw_32bit"
 # bitsandbytes pages only states of parameters with at least this many elements.
 _PAGED_FROM = 100_000
@@ -280,8 +261,6 @@ def restore_paging(optimizer: Any) -> int:
                 and not getattr(value, "is_paged", False)
             )
             if pageable:
-                paged = functional.get_paged(*value.shape, dtype=value.dtype, device=param.device)
-                paged.copy_(value.cpu())
-                state[name] = paged
+                state[name] = paged_copy(value, param.device)
                 moved += 1
     return moved

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, is_enabled
-from lightning_peft.engine.layers.quantized import is_quantized
+from lightning_peft.engine.backends.registry import backend_of, is_quantized
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 
 
@@ -51,12 +51,10 @@ def _quantization_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[
         if not is_quantized(layer):
             problems.append(f"{entry.qualified(name)}: is not quantized any more")
             continue
-        state = getattr(layer._parameters["weight"], "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
-            problems.append(
-                f"{entry.qualified(name)}: bitsandbytes repacked the weight in an evaluation, and "
-                "passes no gradients through it any more"
-            )
+        stored = layer._parameters["weight"]
+        backend = backend_of(stored)
+        problem = None if backend is None else backend.storage_problem(stored)
+        problems += [f"{entry.qualified(name)}: {problem}"] if problem else []
     return problems
 
 

@@ -11,59 +11,45 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import get_4bit_type, quantize_4bit, quantize_blockwise
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig
 
 # Weights at once: enough that calls cost nothing, and few enough to stay near a core.
 CHUNK = 1 << 19
 # Of the weights and of their constants, with double quantization; bitsandbytes' defaults.
-_BLOCK, _NESTED_BLOCK = 64, 256
+BLOCK, NESTED_BLOCK = 64, 256
 # bitsandbytes' lower limit for the constant of a block.
 _SMALLEST = 1e-38
 
 
-def make_params4bit(rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
-    """Returns the ``bitsandbytes.nn.Params4bit`` on ``device`` that stands for ``rows``.
+def quantize_rows(rows: Tensor, kind: str, double: bool) -> tuple[Tensor, Any]:
+    """What ``quantize_4bit`` makes of ``rows`` on a CPU, bit for bit: codes and their state.
 
     Args:
-        rows: ``(out, in)``, float32, float16 or bfloat16.
-        config: 4-bit settings.
-        device: Where it is quantized, and stays.
+        rows: ``(out, in)``, float32, float16 or bfloat16, contiguous.
+        kind: ``"nf4"`` or ``"fp4"``.
+        double: Quantize the constants of blocks too.
     """
-    double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
-    rows = rows.contiguous()
-    kept: dict[str, Any] = {"requires_grad": False, "compress_statistics": double}
-    if device.type != "cpu":
-        packed: Any = bnb.nn.Params4bit(rows, quant_type=kind, **kept)
-        return packed.to(device)
-    codes, state = _quantize_in_chunks(rows.to(device), kind)
-    if double:
-        _quantize_constants(state)
-    return bnb.nn.Params4bit(codes, quant_type=kind, quant_state=state, bnb_quantized=True, **kept)
-
-
-def _quantize_in_chunks(rows: Tensor, kind: str) -> tuple[Tensor, Any]:
-    """Returns what ``quantize_4bit`` does without double quantization, bit for bit."""
     flat = rows.detach().view(-1)
     codes = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
-    constants = torch.empty(-(-flat.numel() // _BLOCK), dtype=torch.float32)
-    quick = _NF4Encoder(min(CHUNK, flat.numel())) if matches_bitsandbytes(kind) else None
+    constants = torch.empty(-(-flat.numel() // BLOCK), dtype=torch.float32)
+    encoder = _NF4Encoder(min(CHUNK, flat.numel())) if matches_bitsandbytes(kind) else None
     for start in range(0, flat.numel(), CHUNK):
-        piece = flat[start : start + CHUNK]
-        end = start + len(piece)
+        chunk = flat[start : start + CHUNK]
+        end = start + len(chunk)
         codes_of_it = codes[start // 2 : (end + 1) // 2]
-        constants_of_it = constants[start // _BLOCK : -(-end // _BLOCK)]
-        if quick is None or not quick.quantize(piece, codes_of_it.view(-1), constants_of_it):
-            packed, state = quantize_4bit(piece, blocksize=_BLOCK, quant_type=kind)
+        constants_of_it = constants[start // BLOCK : -(-end // BLOCK)]
+        if encoder is None or not encoder.quantize(chunk, codes_of_it.view(-1), constants_of_it):
+            packed, state = quantize_4bit(chunk, blocksize=BLOCK, quant_type=kind)
             codes_of_it.copy_(packed)
             constants_of_it.copy_(state.absmax)
     # All but the numbers, as bitsandbytes makes it.
-    state = quantize_4bit(flat[:1], blocksize=_BLOCK, quant_type=kind)[1]
+    state = quantize_4bit(flat[:1], blocksize=BLOCK, quant_type=kind)[1]
     state.absmax, state.shape = constants, rows.shape
+    if double:
+        _quantize_constants(state)
     return codes, state
 
 
@@ -89,15 +75,15 @@ class _NF4Encoder:
             constants: ``(n / 64,)``, float32.
         """
         size = len(piece)
-        if size % _BLOCK:
+        if size % BLOCK:
             return False
         scaled, above, place = self.scaled[:size], self.above[:size], self.place[:size]
         scaled.copy_(piece)
         torch.abs(scaled, out=above)
-        torch.amax(above.view(-1, _BLOCK), dim=1, out=constants)
+        torch.amax(above.view(-1, BLOCK), dim=1, out=constants)
         if not constants.isfinite().all():
             return False
-        scaled.view(-1, _BLOCK).mul_((1.0 / constants.clamp(min=_SMALLEST)).unsqueeze(1))
+        scaled.view(-1, BLOCK).mul_((1.0 / constants.clamp(min=_SMALLEST)).unsqueeze(1))
         place.zero_()
         for bound in _bounds():
             # As numbers: torch writes truth values one after the other.
@@ -126,11 +112,11 @@ def matches_bitsandbytes(kind: str) -> bool:
     single: dict[str, Any] = {"dtype": torch.float32}
     bounds = torch.tensor(_bounds(), **single)
     edges = [bounds.nextafter(torch.full_like(bounds, to)) for to in (-2.0, 2.0)]
-    between = torch.linspace(-1, 1, 16 * (_BLOCK - 1) - 45, **single)
+    between = torch.linspace(-1, 1, 16 * (BLOCK - 1) - 45, **single)
     values = torch.cat([bounds, *edges, between])
     # The largest of a block is 1, so that scaling changes nothing.
-    blocks = F.pad(values.view(-1, _BLOCK - 1), (0, 1), value=1.0).view(-1)
-    theirs, state = quantize_4bit(blocks, blocksize=_BLOCK, quant_type=kind)
+    blocks = F.pad(values.view(-1, BLOCK - 1), (0, 1), value=1.0).view(-1)
+    theirs, state = quantize_4bit(blocks, blocksize=BLOCK, quant_type=kind)
     mine, constants = torch.empty_like(theirs.view(-1)), torch.empty_like(state.absmax)
     made = _NF4Encoder(len(blocks)).quantize(blocks, mine, constants)
     return made and torch.equal(mine, theirs.view(-1)) and torch.equal(constants, state.absmax)
@@ -140,6 +126,6 @@ def _quantize_constants(state: Any) -> None:
     """Quantizes the constants of the blocks as ``quantize_4bit(compress_statistics=True)`` does."""
     state.offset = state.absmax.mean()
     state.absmax, state.state2 = quantize_blockwise(
-        state.absmax - state.offset, blocksize=_NESTED_BLOCK
+        state.absmax - state.offset, blocksize=NESTED_BLOCK
     )
     state.nested = True

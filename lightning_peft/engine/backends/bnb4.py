@@ -1,0 +1,272 @@
+"""bitsandbytes' 4-bit types, NF4 and FP4, after Dettmers et al. 2023 (arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.utils import unpack_tensor_to_dict
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+
+from lightning_peft.engine.backends import bnb_config, nf4_cpu
+from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
+from lightning_peft.engine.layers.mixin import add_mixin
+from lightning_peft.engine.layers.quantized import QuantizedConvolution, QuantizedLinear
+
+_PARAMETER_FIELDS = (
+    "quant_state",
+    "blocksize",
+    "compress_statistics",
+    "quant_type",
+    "quant_storage",
+)
+
+
+class FourBitLayer(QuantizedLinear):
+    """A linear layer whose weight is a ``bitsandbytes.nn.Params4bit``.
+
+    The forward pass never takes bitsandbytes' CPU repacking path: that path replaces the weight
+    in place during the first evaluation and has no backward pass, so gradients through the layer
+    would vanish from then on without an error.
+    """
+
+    label = "FourBit"
+
+
+class FourBitConvolution(QuantizedConvolution):
+    """A convolution whose kernel is a ``Params4bit``; bitsandbytes has none of its own."""
+
+    label = "FourBit"
+
+
+class FourBit(BitsAndBytesBackend):
+    """NF4 and FP4, with or without double quantization."""
+
+    layer_class = FourBitLayer
+    convolution_class = FourBitConvolution
+    module_classes = (bnb.nn.Linear4bit,)
+    layer_attributes = (
+        "compute_dtype",
+        "compute_type_is_set",
+        "quant_state",
+        "quant_storage",
+        "support_avx512bf16_for_cpu",
+    )
+    state_keys = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
+    bits = 4
+
+    def accepts(self, config: BitsAndBytesConfig) -> bool:
+        return bool(config.load_in_4bit)
+
+    def config_to_dict(self, config: BitsAndBytesConfig) -> dict[str, Any]:
+        return bnb_config.to_dict(
+            config,
+            "load_in_4bit",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_use_double_quant",
+            "bnb_4bit_compute_dtype",
+        )
+
+    def codes_settings(self, config: BitsAndBytesConfig) -> dict[str, Any]:
+        fields = self.config_to_dict(config)
+        # That is for the product, not for the codes.
+        del fields["bnb_4bit_compute_dtype"]
+        return fields
+
+    def label(self, fields: Mapping[str, Any]) -> str:
+        double = ", double quantization" if fields.get("bnb_4bit_use_double_quant") else ""
+        return f"{fields.get('bnb_4bit_quant_type')}{double}"
+
+    def compute_dtype(self, config: BitsAndBytesConfig) -> torch.dtype | None:
+        dtype: torch.dtype | None = config.bnb_4bit_compute_dtype
+        return dtype
+
+    def base_class(self, layer: nn.Module) -> type[nn.Module] | None:
+        return None if isinstance(layer, (*CONVOLUTION_LIKE, Conv1D)) else bnb.nn.Linear4bit
+
+    def prepare(self, layer: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+        super().prepare(layer, config, dtype)
+        if isinstance(layer, bnb.nn.Linear4bit):
+            _fill(layer)
+
+    def adopt(self, layer: Any) -> None:
+        bnb_config.require_codes(layer, layer.weight.quant_state is not None)
+        # Reading the state dict undoes bitsandbytes' CPU repacking, if it already happened, up to
+        # the rounding of the constants. Those of single quantization it leaves transposed, so that
+        # each block of weights would be scaled by the constant of another one.
+        layer.state_dict()
+        state = layer.weight.quant_state
+        if state.absmax.ndim == 2:
+            state.absmax = state.absmax.t().reshape(-1).float()
+        compute_dtype = layer.compute_dtype if layer.compute_type_is_set else None
+        add_mixin(layer, FourBitLayer)
+        _fill(layer)
+        layer.compute_dtype = compute_dtype
+
+    def storage_problem(self, stored: Any) -> str | None:
+        if getattr(stored.quant_state, "packing_format_for_cpu", False):
+            return (
+                "bitsandbytes repacked the weight in an evaluation, and passes no gradients "
+                "through it any more"
+            )
+        return None
+
+    def quantize(self, rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
+        double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
+        rows = rows.contiguous()
+        fields: dict[str, Any] = {
+            "requires_grad": False,
+            "compress_statistics": double,
+            "quant_type": kind,
+        }
+        if device.type != "cpu":
+            dense: Any = bnb.nn.Params4bit(rows, **fields)
+            return dense.to(device)
+        codes, state = nf4_cpu.quantize_rows(rows.to(device), kind, double)
+        return bnb.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, **fields)
+
+    def requantize(self, stored: Any, rows: Tensor) -> Tensor:
+        state = stored.quant_state
+        packed, new_state = quantize_4bit(
+            rows.contiguous(),
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+        )
+        again: Tensor = dequantize_4bit(packed, new_state)
+        return again
+
+    def dequantize(self, stored: Any, dtype: torch.dtype | None = None) -> Tensor:
+        state = stored.quant_state
+        if dtype is not None:
+            # The codes become numbers of the dtype that is needed at once: bitsandbytes would make
+            # those of the weight before quantization, and they would be copied.
+            state = copy.copy(state)
+            state.dtype = dtype
+        rows: Tensor = dequantize_4bit(stored.data, state)
+        return rows
+
+    def matmul(self, layer: Any, input: Tensor, stored: Any, bias: Tensor | None) -> Tensor:
+        product: Tensor = bnb.matmul_4bit(input, stored, bias=bias, quant_state=stored.quant_state)
+        return product
+
+    def owns(self, stored: Any) -> bool:
+        return getattr(stored, "quant_state", None) is not None
+
+    def weight_info(self, stored: Any) -> tuple[torch.Size, torch.dtype]:
+        return torch.Size(stored.quant_state.shape), stored.quant_state.dtype
+
+    def constants(self, stored: Any) -> list[Tensor]:
+        state = stored.quant_state
+        return [state.absmax, *([state.state2.absmax] if state.nested else [])]
+
+    def tables(self, stored: Any) -> list[Tensor]:
+        state = stored.quant_state
+        return [state.code, *([state.state2.code, state.offset] if state.nested else [])]
+
+    def state_tensors(self, stored: Any) -> dict[str, Tensor]:
+        return {"codes": stored.data, **stored.quant_state.as_dict(packed=True)}
+
+    def from_state_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+        rest = {f"weight.{key}": tensor for key, tensor in tensors.items() if key != "codes"}
+        stored = bnb.nn.Params4bit.from_prequantized(tensors["codes"], rest, device=device)
+        if stored.quant_state.nested:
+            # bitsandbytes makes it in the default dtype, which Lightning changes for
+            # configure_model.
+            packed = next(key for key in tensors if key.startswith("quant_state."))
+            offset = unpack_tensor_to_dict(tensors[packed])["nested_offset"]
+            stored.quant_state.offset = torch.tensor(offset, dtype=torch.float32, device=device)
+        return stored
+
+    def restore(self, stored: Any, device: torch.device) -> Any:
+        if not isinstance(stored, bnb.nn.Params4bit):
+            fields = {name: getattr(stored, name) for name in _PARAMETER_FIELDS}
+            stored = bnb.nn.Params4bit(
+                stored.data, requires_grad=False, bnb_quantized=True, **fields
+            )
+        return stored.to(device)
+
+    def meta(self, rows: Tensor, config: BitsAndBytesConfig) -> Any:
+        blocks = -(-rows.numel() // nf4_cpu.BLOCK)
+        nested = None
+        if config.bnb_4bit_use_double_quant:
+            outer = rows.new_empty(-(-blocks // nf4_cpu.NESTED_BLOCK), dtype=torch.float32)
+            nested = QuantState(
+                absmax=outer,
+                blocksize=nf4_cpu.NESTED_BLOCK,
+                code=outer.new_empty(256),
+                dtype=torch.float32,
+            )
+        codes = rows.new_empty((rows.numel() + 1) // 2, 1, dtype=torch.uint8)
+        stored: Any = nn.Parameter(codes, requires_grad=False)
+        stored.quant_state = QuantState(
+            absmax=rows.new_empty(blocks, dtype=torch.uint8 if nested else torch.float32),
+            shape=rows.shape,
+            dtype=rows.dtype,
+            blocksize=nf4_cpu.BLOCK,
+            code=rows.new_empty(16, dtype=torch.float32),
+            quant_type=config.bnb_4bit_quant_type,
+            offset=rows.new_empty((), dtype=torch.float32) if nested else None,
+            state2=nested,
+        )
+        return stored
+
+    def map_tensors(self, stored: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        copied: Any = nn.Parameter(function(stored), requires_grad=False)
+        for name in _PARAMETER_FIELDS:
+            setattr(copied, name, getattr(stored, name, None))
+        copied.quant_state = _map_state(stored.quant_state, function)
+        return copied
+
+    def stored_bytes(self, parameters: int, config: BitsAndBytesConfig) -> int:
+        # Half a byte each and a float32 constant for each block, or an 8-bit one and a float32 for
+        # each block of those: 4.5 or 4.127 bits each (arXiv 2305.14314, section 3).
+        blocks = -(-parameters // nf4_cpu.BLOCK)
+        nested = blocks + 4 * -(-blocks // nf4_cpu.NESTED_BLOCK)
+        constants = nested if config.bnb_4bit_use_double_quant else 4 * blocks
+        return -(-parameters // 2) + constants
+
+    def workspace_bytes(self, operation: Any, args: tuple[Any, ...], nested: bool) -> int | None:
+        # The dequantized weight, and its constants in float32. The arguments are those of
+        # `bitsandbytes::gemm_4bit`: input, codes, shape, constants, block.
+        if operation.namespace != "bitsandbytes" or "gemm_4bit" not in operation.name():
+            return None
+        parameters, block = torch.Size(args[2]).numel(), args[4]
+        constants = 2 * 4 * -(-parameters // block) if nested else 0
+        size: int = parameters * args[0].element_size() + constants
+        return size
+
+    def is_dequantization(self, operation: Any) -> bool:
+        return operation.namespace == "bitsandbytes" and "dequantize" in operation.name()
+
+
+def _fill(layer: Any) -> None:
+    """Sets what the constructor of ``bitsandbytes.nn.Linear4bit`` would have set."""
+    layer.compute_type_is_set = True
+    layer.quant_state = None
+    layer.quant_storage = torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+
+
+def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return QuantState(
+        absmax=function(state.absmax),
+        shape=state.shape,
+        dtype=state.dtype,
+        blocksize=state.blocksize,
+        code=function(state.code),
+        quant_type=state.quant_type,
+        offset=function(state.offset) if state.nested else None,
+        state2=_map_state(state.state2, function) if state.nested else None,
+    )
+
+
+FOUR_BIT: QuantizationBackend[BitsAndBytesConfig] = FourBit()

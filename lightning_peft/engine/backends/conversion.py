@@ -1,0 +1,157 @@
+"""Turning the dense weight of a layer into a quantized one and back, in place.
+
+A quantized layer stays the object that it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_peft.engine.backends.registry import backend_for, backends
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
+from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
+from lightning_peft.engine.layers.quantized import QuantizedBackup, QuantizedLayer
+from lightning_peft.errors import UnsupportedError
+
+# Parameters from which a layer is worth a call to the allocator.
+_TRIM_FROM = 1 << 19
+# By the dense weight, which lives only as long as someone else holds it.
+_LAYERS: Any = WeakTensorKeyDictionary()
+
+
+def quantize(layer: nn.Module, config: Any, device: torch.device | None = None) -> None:
+    """Quantizes the weight of ``layer`` in place, on ``device``, and frees the dense weight.
+
+    Args:
+        layer: ``nn.Linear``, transformers' ``Conv1D`` or a convolution, with a dense weight.
+        config: The config of a registered backend.
+        device: Where the quantized weight ends up; ``None`` leaves it where it is.
+
+    Raises:
+        UnsupportedError: If :func:`quantization_unsupported_reason` has a reason.
+    """
+    reason = quantization_unsupported_reason(layer, config)
+    if reason is not None:
+        raise UnsupportedError(f"A layer cannot be quantized: {reason}.")
+    backend = backend_for(config)
+    dense = stored_parameter(layer, "weight")
+    device = device or dense.device
+    # Through the dictionary: it keeps the order of parameters, which is part of every optimizer
+    # state that is saved by position.
+    layer._parameters["weight"] = backend.quantize(as_rows(layer, dense.data), config, device)
+    use_backend(layer, config, dense.dtype)
+    _LAYERS[dense] = weakref.ref(layer)
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        bias.data = bias.data.to(device)
+    trim = backend.leaves_freed_memory and device.type == "cpu" and dense.numel() >= _TRIM_FROM
+    del dense
+    if trim:
+        release_freed_memory()
+
+
+def use_backend(layer: Any, config: Any, dtype: torch.dtype, below_adapters: bool = False) -> None:
+    """Gives a layer whose stored weight is quantized the class that computes with it.
+
+    Args:
+        layer: The layer.
+        config: The config of a registered backend.
+        dtype: Dtype of the weight before quantization.
+        below_adapters: Put the class below the mixins that the layer has, not in front of them.
+    """
+    backend = backend_for(config)
+    kernel = isinstance(layer, CONVOLUTION_LIKE)
+    mixin = backend.convolution_class if kernel else backend.layer_class
+    assert mixin is not None
+    mixins, below, origin = class_key(layer)
+    mixins = (*mixins, mixin) if below_adapters else (mixin, *mixins)
+    layer.__class__ = class_for_key((mixins, backend.base_class(layer) or below, origin))
+    backend.prepare(layer, config, dtype)
+
+
+def layer_of_dense_weight(param: Tensor) -> Any:
+    """The layer whose dense weight ``param`` was until it was quantized, if there is one.
+
+    Whoever took hold of the weight before, such as an optimizer, still has the dense one.
+    """
+    layer = _LAYERS.get(param)
+    return None if layer is None else layer()
+
+
+def quantization_unsupported_reason(layer: nn.Module, config: Any) -> str | None:
+    """Why ``layer`` cannot be quantized correctly, or ``None`` where it can."""
+    return backend_for(config).unsupported_reason(layer)
+
+
+def release_freed_memory() -> None:
+    """Gives freed heap pages back to the system.
+
+    Dense weights, and what quantization needs besides, are freed in between results that stay, and
+    glibc keeps such pages: a quantized model then could hold as much memory as a 16-bit one. Each
+    call costs time, also later, when the pages are taken again.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def adopt_prequantized(layer: Any) -> None:
+    """Gives a layer that its library or ``from_pretrained`` quantized the safe forward pass.
+
+    Raises:
+        UnsupportedError: If the weight is not quantized yet, or stays in 16 bits.
+    """
+    if isinstance(layer, QuantizedLayer):
+        return
+    for backend in backends():
+        if isinstance(layer, backend.module_classes):
+            backend.adopt(layer)
+            return
+
+
+def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:
+    """Replaces the quantized weight of ``layer`` by a dense one; the layer's class goes back.
+
+    Returns:
+        What :func:`restore_quantized` needs to undo it exactly.
+    """
+    backend = layer.backend
+    attributes = {
+        name: layer.__dict__.pop(name)
+        for name in backend.layer_attributes
+        if name in layer.__dict__
+    }
+    mixins, base, origin = key = class_key(layer)
+    backup = QuantizedBackup(layer._parameters["weight"], attributes, key)
+    if issubclass(origin, backend.module_classes):
+        origin = nn.Linear
+    others = tuple(mixin for mixin in mixins if not issubclass(mixin, QuantizedLayer))
+    layer.__class__ = class_for_key((others, origin, origin))
+    layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+    return backup
+
+
+def restore_quantized(layer: Any, backup: QuantizedBackup) -> None:
+    """Puts a quantized weight back, bit for bit, on the device where the layer is now."""
+    device = stored_parameter(layer, "weight").device
+    layer.__class__ = class_for_key(backup.key)
+    layer._parameters["weight"] = layer.backend.restore(backup.weight, device)
+    layer.__dict__.update(backup.attributes)
+
+
+def requantize(layer: Any, weight: Tensor) -> Tensor | None:
+    """What ``weight`` becomes when it is quantized again as ``layer`` is; ``None`` if unknown.
+
+    The merge report uses it for what re-quantizing would cost.
+    """
+    rows = as_rows(layer, weight)
+    again = layer.backend.requantize(layer._parameters["weight"], rows)
+    return None if again is None else from_rows(layer, again)

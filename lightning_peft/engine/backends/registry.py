@@ -1,0 +1,167 @@
+"""The registered quantization backends, and questions that go to the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.engine.backends import bnb_config
+from lightning_peft.engine.backends.base import QuantizationBackend
+from lightning_peft.engine.backends.bnb4 import FOUR_BIT
+from lightning_peft.engine.backends.bnb8 import EIGHT_BIT
+from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.errors import ConfigError
+
+Backend = QuantizationBackend[Any]
+
+_BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT]
+
+
+def register_backend(backend: Backend) -> None:
+    """Registers a backend; one of the same name and type of config takes the place of it.
+
+    Args:
+        backend: An instance. Several may share a ``config_type`` and ``name``, where
+            ``accepts`` tells their configs apart.
+    """
+    _BACKENDS[:] = [known for known in _BACKENDS if type(known) is not type(backend)]
+    _BACKENDS.append(backend)
+
+
+def backends() -> tuple[Backend, ...]:
+    """All registered backends."""
+    return tuple(_BACKENDS)
+
+
+def backend_for(config: Any) -> Backend:
+    """The backend that a config means.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    named = [backend for backend in _BACKENDS if isinstance(config, backend.config_type)]
+    for backend in named:
+        if backend.accepts(config):
+            return backend
+    kind = type(config).__name__
+    if any(backend.name == bnb_config.NAME for backend in named):
+        raise ConfigError(
+            "This BitsAndBytesConfig quantizes nothing (load_in_4bit and load_in_8bit are both "
+            "False). Set one of them, or use LoRAStrategy for a base that is not quantized."
+        )
+    types = sorted({backend.config_type.__name__ for backend in _BACKENDS})
+    raise ConfigError(f"There is no quantization backend for a {kind}; there is {types}.")
+
+
+def backend_of(stored: Any) -> Backend | None:
+    """The backend that made a parameter, or ``None`` for a dense one."""
+    return next((backend for backend in _BACKENDS if backend.owns(stored)), None)
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether the weight of ``layer`` is quantized, by this package or before."""
+    return isinstance(layer, (QuantizedLayer, *(c for b in _BACKENDS for c in b.module_classes)))
+
+
+def quantization_constants(param: Tensor) -> list[Tensor]:
+    """The scales that a quantized parameter carries; an empty list for a dense one."""
+    backend = backend_of(param)
+    return [] if backend is None else backend.constants(param)
+
+
+def storage_bytes(param: Tensor) -> int:
+    """Bytes that a parameter occupies, with the constants of its quantization.
+
+    Tables (of 4-bit types: 16 and 256 numbers per layer) are left out, as is usual.
+    """
+    tensors = [param, *quantization_constants(param)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def parameter_count(param: Tensor) -> int:
+    """How many parameters a tensor stands for (4-bit types pack two in a byte)."""
+    backend = backend_of(param)
+    return param.numel() if backend is None else backend.weight_info(param)[0].numel()
+
+
+def quantized_bytes(parameters: int, config: Any) -> int:
+    """Bytes of so many parameters of one layer, quantized by ``config``, with the constants."""
+    return backend_for(config).stored_bytes(parameters, config)
+
+
+def workspace_bytes(operation: Any, args: tuple[Any, ...], nested: bool) -> int:
+    """Bytes that an operator of a backend's library takes while it runs; 0 for all others.
+
+    Args:
+        operation: The operator, as torch dispatches it.
+        args: Its positional arguments.
+        nested: Whether it has keyword arguments.
+    """
+    found = (backend.workspace_bytes(operation, args, nested) for backend in _BACKENDS)
+    return next((size for size in found if size is not None), 0)
+
+
+def is_dequantization(operation: Any) -> bool:
+    """Whether an operator's result is a dequantized weight."""
+    return any(backend.is_dequantization(operation) for backend in _BACKENDS)
+
+
+def quantization_to_dict(config: Any | None) -> dict[str, Any] | None:
+    """The settings that decide what the quantized weights are, as primitives."""
+    if config is None:
+        return None
+    backend = backend_for(config)
+    fields = backend.config_to_dict(config)
+    # Records of bitsandbytes have never had it.
+    return fields if backend.name == bnb_config.NAME else {"quant_method": backend.name, **fields}
+
+
+def quantization_from_dict(fields: Mapping[str, Any] | None) -> Any | None:
+    """The config that :func:`quantization_to_dict` wrote, or that a user wrote as a mapping.
+
+    Raises:
+        ConfigError: If no backend is called so, or the values cannot work.
+        UnsupportedError: If the backend cannot work with them here.
+    """
+    if fields is None:
+        return None
+    backend = _named(fields)[0]
+    others = {name: value for name, value in fields.items() if name != "quant_method"}
+    return checked_config(backend.config_from_dict(others))
+
+
+def checked_config(config: Any) -> Any:
+    """``config`` itself, if a backend can work with it.
+
+    Raises:
+        ConfigError, UnsupportedError: Else.
+    """
+    backend_for(config).check_config(config)
+    return config
+
+
+def quantization_label(fields: Mapping[str, Any]) -> str:
+    """A few words on a recorded quantization."""
+    return _recorded(fields).label(fields)
+
+
+def quantization_bits(fields: Mapping[str, Any]) -> int:
+    """Bits of a weight in a recorded quantization."""
+    return _recorded(fields).bits
+
+
+def _recorded(fields: Mapping[str, Any]) -> Backend:
+    return backend_for(quantization_from_dict(fields))
+
+
+def _named(fields: Mapping[str, Any]) -> list[Backend]:
+    name = fields.get("quant_method") or bnb_config.NAME
+    # transformers' own configs hold a member of an enumeration.
+    name = str(getattr(name, "value", name))
+    found = [backend for backend in _BACKENDS if backend.name == name]
+    if not found:
+        known = sorted({backend.name for backend in _BACKENDS})
+        raise ConfigError(f"quant_method={name!r}: one of {', '.join(known)}.")
+    return found
