@@ -103,8 +103,9 @@ class QLoRAArguments(LoRAArguments):
     """The arguments of :class:`lightning_peft.QLoRAStrategy`: those of LoRA, and the base's format.
 
     Args:
-        quantization_config: A ready ``transformers.BitsAndBytesConfig``, or its fields; the next
-            four arguments must then keep their defaults.
+        quantization_config: A ready config of a quantization backend, such as
+            ``transformers.BitsAndBytesConfig``, or its fields; the next four arguments must then
+            keep their defaults.
         load_in_8bit: 8-bit weights (LLM.int8, arXiv 2208.07339) instead of 4-bit ones.
         bnb_4bit_quant_type: ``"nf4"`` or ``"fp4"``.
         bnb_4bit_use_double_quant: Quantize the block constants too: 4.127 bits per weight instead
