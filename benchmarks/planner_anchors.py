@@ -13,7 +13,7 @@ from typing import Any
 from planner_grid import write_between
 
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import from_config
 
 GB, GIB = 1e9, 2**30
@@ -53,7 +53,7 @@ class Anchor:
 
     what: str
     model: str
-    settings: Settings
+    settings: PlanSettings
     published: float
     share: Callable[[Prediction], float]
     note: str
@@ -84,14 +84,14 @@ def anchors() -> list[Anchor]:
     accumulated: dict[str, Any] = {"seq_len": 512, "accumulate": 4}
     packed: dict[str, Any] = {"batch_size": 2, "seq_len": 2048, "padded": False, "lora": {"r": 8}}
     on: dict[str, Any] = {"gradient_checkpointing": True}
-    lora, qlora = Settings("lora"), Settings("qlora")
+    lora, qlora = PlanSettings("lora"), PlanSettings("qlora")
     chunked = "without logits: they compute the loss in chunks and never hold all of them"
     return [
         Anchor("LoRA r=16, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
-               Settings("lora", **accumulated), 22.8 * GB, peak,
+               PlanSettings("lora", **accumulated), 22.8 * GB, peak,
                "without checkpointing, not stated by the source"),
         Anchor("QLoRA r=64, batch 1 x 4, 512 tokens, RTX 4090", "Llama-3-8B",
-               Settings("qlora", **accumulated, lora={"r": 64}), 10.5 * GB, peak,
+               PlanSettings("qlora", **accumulated, lora={"r": 64}), 10.5 * GB, peak,
                "with checkpointing, not stated by the source"),
         Anchor("smallest LoRA", "Llama-3-8B", lora, 16 * GB, weights,
                "frozen weights; a run takes more"),
@@ -101,14 +101,14 @@ def anchors() -> list[Anchor]:
         Anchor("base in NF4, 35 to 40 GB", "Llama-3-70B", qlora, 37.5 * GB, weights,
                "35.3 GB of it in 4-bit; embeddings and output stay in 16"),
         Anchor("QLoRA r=64 on one 48 GB card", "Llama-65B",
-               Settings("qlora", lora={"r": 64}), 41 * GB, without_paged,
+               PlanSettings("qlora", lora={"r": 64}), 41 * GB, without_paged,
                "after the 6.4 GB of optimizer states were paged out"),
         Anchor("base of QLoRA", "Llama-7B", qlora, 5.048 * GB, weights,
                "see below"),
         Anchor("torchtune, LoRA, batch 2, 2048 tokens", "Llama-3-8B",
-               Settings("lora", **packed, **on), 16.2 * GIB, without_logits, chunked),
+               PlanSettings("lora", **packed, **on), 16.2 * GIB, without_logits, chunked),
         Anchor("torchtune, QLoRA, batch 2, 2048 tokens", "Llama-3-8B",
-               Settings("qlora", **packed, **on), 7.4 * GIB, without_logits, chunked),
+               PlanSettings("qlora", **packed, **on), 7.4 * GIB, without_logits, chunked),
     ]  # fmt: skip
 
 

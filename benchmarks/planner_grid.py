@@ -111,22 +111,22 @@ def config_of(model: str) -> Any:
 
 def settings_of(row: dict[str, Any], device: str) -> Any:
     """Returns the planner's settings for a row."""
-    from lightning_peft.plan.settings import Settings
+    from lightning_peft.plan.settings import PlanSettings
 
-    fields = {key: value for key, value in row.items() if key in Settings.__dataclass_fields__}
+    fields = {key: value for key, value in row.items() if key in PlanSettings.__dataclass_fields__}
     # What `train` configures: torch's own, unless the strategy puts another in its place.
     if row["method"] != "qlora":
         fields.setdefault("optimizer", "adamw_torch")
-    return Settings(**fields, device=device)
+    return PlanSettings(**fields, device=device)
 
 
 def predict(row: dict[str, Any], device: str) -> int:
     """Returns the predicted peak of a row, in bytes."""
     from lightning_peft.plan.prediction import predict as planned
     from lightning_peft.plan.sources import from_config
-    from lightning_peft.tasks.token_loss import loss_by_parts
+    from lightning_peft.tasks.token_loss import chunked_loss
 
-    step = loss_by_parts if row.get("logits") == "chunked" else None
+    step = chunked_loss if row.get("logits") == "chunked" else None
     source = from_config(config_of(row["model"]))
     return planned(source, settings_of(row, device), step).allocated
 

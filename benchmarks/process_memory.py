@@ -160,9 +160,9 @@ def plan(row: dict[str, Any]) -> Any:
     import transformers
 
     from lightning_peft.plan.prediction import predict
-    from lightning_peft.plan.settings import Settings
+    from lightning_peft.plan.settings import PlanSettings
     from lightning_peft.plan.sources import from_config, from_name
-    from lightning_peft.tasks.token_loss import loss_by_parts
+    from lightning_peft.tasks.token_loss import chunked_loss
 
     if row["model"] == "demo":
         source = from_name(str(DEMO))
@@ -170,8 +170,8 @@ def plan(row: dict[str, Any]) -> Any:
         config = transformers.LlamaConfig(**SMOLLM2, architectures=["LlamaForCausalLM"])
         source = from_config(config, dtype="bfloat16")
     names = ("method", "precision", "batch_size", "seq_len")
-    settings = Settings(**{name: row[name] for name in names}, device="cpu")
-    return predict(source, settings, loss_by_parts)
+    settings = PlanSettings(**{name: row[name] for name in names}, device="cpu")
+    return predict(source, settings, chunked_loss)
 
 
 def table() -> str:

@@ -294,7 +294,7 @@ class ChatSessions:
         """Returns what the template puts before and after a first question."""
         loaded = self._loaded
         ready = loaded.ready if loaded is not None and loaded.owner == owner else None
-        found = (ready or {}).get("around_question")
+        found = (ready or {}).get("prompt_affixes")
         return found if isinstance(found, list) and len(found) == 2 else None
 
     def stop(self, owner: str) -> None:

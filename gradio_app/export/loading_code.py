@@ -7,7 +7,7 @@ from pathlib import Path
 from gradio_app.export.base_size import recorded_base
 from gradio_app.export.record import Export
 from gradio_app.runs.files import read_json_object
-from lightning_peft.export.loading_code import adapter_code, labels_of, whole_code
+from lightning_peft.export.loading_code import adapter_code, labels_of, merged_model_code
 
 
 def loading_code(export: Export, checkpoint: Path) -> str:
@@ -22,7 +22,7 @@ def loading_code(export: Export, checkpoint: Path) -> str:
     if export.request.format == "ollama":
         return ""
     if export.request.format in ("merged", "quantized"):
-        return whole_code(facts, place)
+        return merged_model_code(facts, place)
     base, revision = recorded_base(checkpoint)
     name = export.request.base_name or base
     labels = labels_of(checkpoint)

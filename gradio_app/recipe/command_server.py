@@ -27,7 +27,7 @@ INTERRUPTED = 130
 _HEAVY = (
     "lightning_peft.cli.preview",
     "lightning_peft.data.preview",
-    "lightning_peft.plan.survey",
+    "lightning_peft.plan.method_comparison",
     "lightning_peft.plugin.lightning_cli",
     "lightning_peft.tasks",
     "lightning.pytorch.cli",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lightning_peft.chat.speaking import BASE, Answer, Speaker
+from lightning_peft.chat.chat_model import BASE, Answer, ChatModel
 from lightning_peft.errors import ConfigError, similar_names
 
 HELP = """\
@@ -28,7 +28,7 @@ class Conversation:
         turns: Questions and answers.
     """
 
-    speaker: Speaker
+    chat_model: ChatModel
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
 
@@ -40,11 +40,11 @@ class Conversation:
         """
         opening = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": question}
-        found = self.speaker.answer([*opening, *self.turns, asked], write)
+        found = self.chat_model.answer([*opening, *self.turns, asked], write)
         self.turns += [asked, {"role": "assistant", "content": found.text}]
         return found
 
-    def obey(self, line: str) -> str | None:
+    def run_command(self, line: str) -> str | None:
         """Carries out a command.
 
         Returns:
@@ -63,11 +63,11 @@ class Conversation:
             self.turns.clear()
             return "the conversation is forgotten"
         if word == "/adapters":
-            active = self.speaker.active
-            return "\n".join(f"{'*' if n == active else ' '} {n}" for n in self.speaker.names)
+            active = self.chat_model.active
+            return "\n".join(f"{'*' if n == active else ' '} {n}" for n in self.chat_model.names)
         if word in ("/adapter", "/base"):
-            self.speaker.switch(BASE if word == "/base" else rest)
-            return f"{self.speaker.active} answers"
+            self.chat_model.switch(BASE if word == "/base" else rest)
+            return f"{self.chat_model.active} answers"
         known = ("/adapter", "/base", "/adapters", "/reset", "/help", "/quit")
         raise ConfigError(
             f"There is no command {word!r}{similar_names(word, known)}. /help lists all."

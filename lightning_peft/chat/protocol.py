@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 
 if TYPE_CHECKING:
-    from lightning_peft.chat.speaking import Speaker
+    from lightning_peft.chat.chat_model import ChatModel
 
-Say = Callable[[str], None]
+SendReply = Callable[[str], None]
 ROLES = ("system", "user", "assistant", "tool")
 FIELDS = (
     *("id", "adapter", "messages", "tools", "chat_template_kwargs"),
@@ -52,7 +52,7 @@ class Server:
         self._stopped: set[Any] = set()
         self._first = ""
 
-    def serve(self, make: Callable[[Say], Speaker]) -> None:
+    def serve(self, make: Callable[[SendReply], ChatModel]) -> None:
         """Loads the model, and answers until the lines end.
 
         Args:
@@ -64,15 +64,15 @@ class Server:
         threading.Thread(target=self._read, daemon=True).start()
         try:
             with self._loading() as say:
-                speaker = make(say)
-                ready = self._described(speaker)
+                chat_model = make(say)
+                ready = self._described(chat_model)
         except LightningPeftError as error:
             self._write({"error": str(error)})
             raise
-        self._first = speaker.active
+        self._first = chat_model.active
         self._write({"ready": ready})
         while (line := self._waiting.get()) is not None:
-            self._take(speaker, line)
+            self._take(chat_model, line)
 
     def _read(self) -> None:
         try:
@@ -98,11 +98,11 @@ class Server:
             if isinstance(key, (str, int)) and key in self._open:
                 self._stopped.add(key)
 
-    def _take(self, speaker: Speaker, line: str) -> None:
+    def _take(self, chat_model: ChatModel, line: str) -> None:
         row = _object(line)
         key = _id_of(row)
         try:
-            self._answer(speaker, key, _checked(row, key, speaker.names))
+            self._answer(chat_model, key, _checked(row, key, chat_model.names))
         except BrokenPipeError:
             raise
         except LightningPeftError as error:
@@ -114,52 +114,52 @@ class Server:
             self._open.discard(key)
             self._stopped.discard(key)
 
-    def _answer(self, speaker: Speaker, key: Any, row: Mapping[str, Any]) -> None:
-        usual = speaker.sampling
+    def _answer(self, chat_model: ChatModel, key: Any, row: Mapping[str, Any]) -> None:
+        usual = chat_model.sampling
         messages = row["messages"]
         if self._system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._system}, *messages]
         # Not who answered last: a request means the same whatever came before it.
-        speaker.switch(row.get("adapter", self._first))
+        chat_model.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
         asked = {
             name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
         }
-        speaker.sampling = replace(usual, **asked)
-        before = speaker.tools, speaker.asked_variables
-        given = import_module("lightning_peft.chat.given")
+        chat_model.sampling = replace(usual, **asked)
+        before = chat_model.tools, chat_model.variables_override
+        given = import_module("lightning_peft.chat.template_inputs")
         try:
             for name in ("tools", "chat_template_kwargs"):
                 context = given.context_of(name, row[name], "The request") if name in row else None
                 if context is not None and name == "tools":
-                    speaker.tools = context.get("tools", [])
+                    chat_model.tools = context.get("tools", [])
                 elif context is not None:
-                    speaker.asked_variables = context
-            found = speaker.answer(
+                    chat_model.variables_override = context
+            found = chat_model.answer(
                 list(map(given.turn_of, messages)),
                 lambda text: self._write({"id": key, "text": text}),
                 lambda: key in self._stopped,
             )
         finally:
-            speaker.sampling = usual
-            speaker.tools, speaker.asked_variables = before
+            chat_model.sampling = usual
+            chat_model.tools, chat_model.variables_override = before
         done = {"tokens": found.tokens, "ended": found.ended, "stopped": found.stopped}
         self._write({"id": key, "done": True, **done, "dropped": found.dropped})
 
-    def _described(self, speaker: Speaker) -> dict[str, Any]:
-        model = speaker.loaded.model
+    def _described(self, chat_model: ChatModel) -> dict[str, Any]:
+        model = chat_model.loaded.model
         return {
-            "names": speaker.names,
-            "active": speaker.active,
+            "names": chat_model.names,
+            "active": chat_model.active,
             "device": model.device.type,
-            "template": speaker.template().name,
-            "around_question": speaker.around_question(),
+            "template": chat_model.template().name,
+            "prompt_affixes": chat_model.prompt_affixes(),
             "memory_bytes": model.get_memory_footprint(),
-            "notes": list(speaker.loaded.notes),
+            "notes": list(chat_model.loaded.notes),
         }
 
     @contextmanager
-    def _loading(self) -> Iterator[Say]:
+    def _loading(self) -> Iterator[SendReply]:
         begun, ended, current = time.monotonic(), threading.Event(), ["starting"]
 
         def tell() -> None:

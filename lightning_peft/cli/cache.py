@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(list(arguments))
     found = [(kind, item) for kind in KINDS for item in entries(cache_root() / kind)]
     if given.command == "clear":
-        _clear(_chosen(found, given.name, given.all), given.json)
+        _clear(_selected(found, given.name, given.all), given.json)
     else:
         _list(found, given.json)
     return 0
@@ -59,7 +59,7 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _chosen(found: list[tuple[str, Entry]], name: str | None, every: bool) -> list[Entry]:
+def _selected(found: list[tuple[str, Entry]], name: str | None, every: bool) -> list[Entry]:
     if every == (name is not None):
         raise ConfigError("Name one entry, or pass --all: lightning-peft cache clear NAME")
     if every:
@@ -98,7 +98,7 @@ def _list(found: list[tuple[str, Entry]], as_json: bool) -> None:
         print(f"Nothing is kept in {cache_root()}.")
         return
     total = f"{_size(sum(item.size for _, item in found))} in {cache_root()}"
-    table = [_words(row) for row in rows]
+    table = [_cells(row) for row in rows]
     console = import_module("rich.console").Console()
     if not console.is_terminal:
         for words in table:
@@ -130,19 +130,19 @@ def _row(kind: str, item: Entry) -> dict[str, Any]:
     }
 
 
-def _words(row: dict[str, Any]) -> dict[str, str]:
+def _cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "name": row["name"][:_SHOWN],
         "kind": row["kind"] if row["whole"] else f"{row['kind']}, left behind",
         "of": str(row["model"] or "-"),
-        "how": _how(row),
+        "how": _quantization_text(row),
         "size": _size(row["bytes"]),
         "age": _time(row["age_seconds"]),
         "last use": _time(row["unused_seconds"]) + " ago",
     }
 
 
-def _how(row: dict[str, Any]) -> str:
+def _quantization_text(row: dict[str, Any]) -> str:
     settings = row["settings"]
     if not settings:
         return "-"

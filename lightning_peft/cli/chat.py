@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     return _answer_all(talk, given)
 
 
-def add_speaking_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
+def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
     """Adds the options that say how the model is loaded and speaks."""
     add_base_options(parser)
     parser.add_argument(
@@ -78,7 +78,7 @@ def _parser() -> OptionParser:
         epilog=_MORE,
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
-    add_speaking_options(parser)
+    add_model_options(parser)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", help="ask this, print the answer, and end")
     asked.add_argument(
@@ -91,13 +91,13 @@ def _parser() -> OptionParser:
     return parser
 
 
-def make_speaker(
+def load_chat_model(
     given: argparse.Namespace,
     temperature: float = 0.0,
     top_p: float = 1.0,
     say: Callable[[str], None] = lambda what: None,
 ) -> Any:
-    """Returns the speaker that the options of :func:`add_speaking_options` describe.
+    """Returns the speaker that the options of :func:`add_model_options` describe.
 
     Args:
         given: Options.
@@ -110,14 +110,14 @@ def make_speaker(
     """
     _check_options(given, temperature, top_p)
     say("loading the libraries")
-    reading = import_module("lightning_peft.chat.given")
+    reading = import_module("lightning_peft.chat.template_inputs")
     for_template = {
         "tools": reading.read_tools_file(given.tools),
-        "asked_variables": reading.read_variables(given.chat_template_kwargs),
+        "variables_override": reading.read_variables(given.chat_template_kwargs),
     }
     import_module("lightning_peft.cli.progress").quiet_libraries()
     loading = import_module("lightning_peft.export.loading")
-    speaking = import_module("lightning_peft.chat.speaking")
+    speaking = import_module("lightning_peft.chat.chat_model")
     say("finding the base")
     adapters = import_module("lightning_peft.export.adapters").find_adapters(given.adapters)
     if adapters:
@@ -132,13 +132,13 @@ def make_speaker(
         base,
         adapters,
         bits=given.bits,
-        device=loading.find_device(given.device),
+        device=loading.select_device(given.device),
         check_base=given.check_base,
     )
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     sampling = speaking.Sampling(given.max_new_tokens, temperature, top_p)
-    return speaking.Speaker(loaded, adapters, given.chat_template, sampling, **for_template)
+    return speaking.ChatModel(loaded, adapters, given.chat_template, sampling, **for_template)
 
 
 def _check_options(given: argparse.Namespace, temperature: float, top_p: float) -> None:
@@ -156,10 +156,10 @@ def _check_options(given: argparse.Namespace, temperature: float, top_p: float) 
 
 
 def _load(given: argparse.Namespace) -> Conversation:
-    speaker = make_speaker(given, given.temperature, given.top_p)
+    chat_model = load_chat_model(given, given.temperature, given.top_p)
     import_module("torch").manual_seed(given.seed)
     made: Conversation = import_module("lightning_peft.chat.conversation").Conversation(
-        speaker, given.system
+        chat_model, given.system
     )
     return made
 
@@ -169,7 +169,7 @@ def _serve(given: argparse.Namespace) -> int:
     out = sys.stdout
 
     def make(say: Callable[[str], None]) -> Any:
-        return make_speaker(given, given.temperature, given.top_p, say)
+        return load_chat_model(given, given.temperature, given.top_p, say)
 
     # A byte that is no UTF-8 makes a bad request, and no end.
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -184,11 +184,11 @@ def _answer_all(talk: Conversation, given: argparse.Namespace) -> int:
     alone = given.prompt is not None
     lively = sys.stdin.isatty() and not alone
     if lively:
-        print(f"{talk.speaker.active} answers. /help lists the commands.", file=sys.stderr)
+        print(f"{talk.chat_model.active} answers. /help lists the commands.", file=sys.stderr)
     for line in [given.prompt] if alone else _lines(talk, lively):
         try:
             if not alone and conversation.is_command(line):
-                told = talk.obey(line)
+                told = talk.run_command(line)
                 if told is None:
                     break
                 print(told, file=sys.stderr)
@@ -224,7 +224,7 @@ def _ask(talk: Conversation, question: str, as_json: bool, lively: bool) -> None
             print(text, end="", flush=True)
 
     if lively and not as_json:
-        print(f"{talk.speaker.active}> ", end="", flush=True)
+        print(f"{talk.chat_model.active}> ", end="", flush=True)
     try:
         found = talk.ask(question, write)
     except KeyboardInterrupt:
@@ -233,7 +233,7 @@ def _ask(talk: Conversation, question: str, as_json: bool, lively: bool) -> None
         print(" (stopped; not part of the conversation)")
         return
     if as_json:
-        row = {"adapter": talk.speaker.active, "prompt": question, "answer": found.text}
+        row = {"adapter": talk.chat_model.active, "prompt": question, "answer": found.text}
         print(json.dumps(row | {"tokens": found.tokens, "ended": found.ended}), flush=True)
     else:
         print(flush=True)

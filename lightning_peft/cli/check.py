@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from lightning_peft.cli.described_data import described_data
+from lightning_peft.cli.data_from_config import data_from_config
 from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError, LightningPeftError
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the data cannot be read.
     """
     given, rest = _parser().parse_known_args(list(arguments))
-    rest = _with_place(rest)
+    rest = _with_configs(rest)
     try:
         # Whatever libraries print, the result alone goes to the standard output.
         with redirect_stdout(sys.stderr) if given.json else nullcontext():
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if found["passed"] else 1
 
 
-def _with_place(words: Sequence[str]) -> list[str]:
+def _with_configs(words: Sequence[str]) -> list[str]:
     """Returns the arguments with DATA as the option that it stands for."""
     found: list[str] = []
     for word, before in zip(words, ["", *words], strict=False):
@@ -88,7 +88,7 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     named = any(word.partition("=")[0] in ("--data", "--data.init_args.data") for word in words)
     if not named and not configs:
         raise ConfigError("Nothing to check: name a file, a folder or a dataset on the hub.")
-    data = described_data(configs, words, _TOKENS if tokens else _ROWS, _parser().known())
+    data = data_from_config(configs, words, _TOKENS if tokens else _ROWS, _parser().known())
     numbers = import_module("lightning_peft.data.preview").preview(data, 0).numbers
     left_out = bool(data.hparams["skip_bad_rows"])
     names = ("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused")

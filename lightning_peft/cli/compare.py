@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.chat import add_speaking_options, make_speaker
+from lightning_peft.cli.chat import add_model_options, load_chat_model
 from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
@@ -50,7 +50,7 @@ def _parser() -> OptionParser:
     on = parser.add_mutually_exclusive_group(required=True)
     on.add_argument("--prompts", help="text file, one a line, or JSONL with prompt and reference")
     on.add_argument("--data", help="data as for SupervisedData: losses instead of answers")
-    add_speaking_options(parser)
+    add_model_options(parser)
     data = parser.add_argument_group("with --data")
     data.add_argument(
         "--split",
@@ -70,7 +70,7 @@ def _parser() -> OptionParser:
 
 
 def _compare(given: argparse.Namespace) -> dict[str, Any]:
-    comparing = import_module("lightning_peft.chat.comparing")
+    comparing = import_module("lightning_peft.chat.comparison")
     if given.output and Path(given.output).exists():
         raise ConfigError(
             f"--output {given.output!r} is there already. Remove it, or name another."
@@ -81,19 +81,21 @@ def _compare(given: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
     if given.data and not Path(given.data).exists() and "/" not in given.data:
         raise ConfigError(f"--data {given.data!r} is not a file or folder here.")
-    speaker = make_speaker(given)
+    chat_model = load_chat_model(given)
     with import_module("lightning_peft.cli.progress").progress_to_stderr() as progress:
         if prompts is not None:
             rows = []
-            for row in comparing.answers(speaker, prompts, given.system, progress):
+            for row in comparing.answers(chat_model, prompts, given.system, progress):
                 rows.append(row)
                 # At once: what is there survives an interrupt.
                 _append(given.output, [row])
-            return {"compared": speaker.names, "answers": rows}
-        found = comparing.scores(speaker, _data(given, speaker, columns), given.split, progress)
+            return {"compared": chat_model.names, "answers": rows}
+        found = comparing.scores(
+            chat_model, _data(given, chat_model, columns), given.split, progress
+        )
     _append(given.output, _by_row(found))
     return {
-        "compared": speaker.names,
+        "compared": chat_model.names,
         "data": given.data,
         "split": given.split,
         "rows": len(found[0].rows),
@@ -109,17 +111,17 @@ def _columns(given: list[str] | None) -> dict[str, str] | None:
     return {ours: theirs for ours, _, theirs in pairs} or None
 
 
-def _data(given: argparse.Namespace, speaker: Any, columns: dict[str, str] | None) -> Any:
+def _data(given: argparse.Namespace, chat_model: Any, columns: dict[str, str] | None) -> Any:
     made = import_module("lightning_peft.data.supervised").SupervisedData
     return made(
         data=given.data,
-        tokenizer=speaker.loaded.tokenizer.name_or_path,
+        tokenizer=chat_model.loaded.tokenizer.name_or_path,
         columns=columns,
-        chat_template=speaker.template_source(),
+        chat_template=chat_model.template_source(),
         system_prompt=given.system,
         # As in training, or what is compared would be other tokens.
-        reasoning=speaker.recorded("reasoning", "train"),
-        chat_template_kwargs=speaker.variables() or None,
+        reasoning=chat_model.recorded("reasoning", "train"),
+        chat_template_kwargs=chat_model.variables() or None,
         validation_share=given.validation_share,
         split_seed=given.split_seed,
         max_length=given.max_length,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.cli.options import OptionParser
 
 if TYPE_CHECKING:
-    from lightning_peft.doctor.findings import Finding
+    from lightning_peft.doctor.results import CheckResult
 
 ABOUT = "Try what training needs on this machine, and say the way out where something is broken."
 _MORE = """\
@@ -36,22 +36,22 @@ def main(arguments: Sequence[str]) -> int:
         arguments exit with 2.
     """
     given = _parser().parse_args(list(arguments))
-    examination = import_module("lightning_peft.doctor.examination")
-    wishes = examination.Wishes(device=given.device, folder=Path(given.folder), hub=given.hub)
+    checks = import_module("lightning_peft.doctor.checks")
+    options = checks.DoctorOptions(device=given.device, folder=Path(given.folder), hub=given.hub)
     # A broken kernel can end the process; then the trace and the last line say which it was.
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
     console = import_module("rich.console").Console(highlight=False)
-    findings = []
-    for finding in examination.examine(wishes, _progress):
-        findings.append(finding)
+    results = []
+    for result in checks.run_checks(options, _progress):
+        results.append(result)
         if not given.json:
-            _show(console, finding)
-    broken = [finding.name for finding in findings if finding.status == "failed"]
+            _show(console, result)
+    broken = [result.name for result in results if result.status == "failed"]
     if given.json:
-        print(json.dumps(_as_dict(findings, passed=not broken), indent=2))
+        print(json.dumps(_as_dict(results, passed=not broken), indent=2))
     else:
-        unsure = sum(finding.status == "warning" for finding in findings)
+        unsure = sum(result.status == "warning" for result in results)
         warned = f"; warnings: {unsure}" if unsure else ""
         works = f"Everything that training needs works{warned}."
         print(f"\nBroken: {', '.join(broken)}." if broken else f"\n{works}")
@@ -78,9 +78,9 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _as_dict(findings: list[Finding], passed: bool) -> dict[str, Any]:
-    keys = ("name", "status", "detail", "way_out", "seconds")
-    checks = [{key: getattr(finding, key) for key in keys} for finding in findings]
+def _as_dict(results: list[CheckResult], passed: bool) -> dict[str, Any]:
+    keys = ("name", "status", "detail", "remedy", "seconds")
+    checks = [{key: getattr(result, key) for key in keys} for result in results]
     version = import_module("importlib.metadata").version("lightning-peft")
     return {"version": version, "passed": passed, "checks": checks}
 
@@ -104,17 +104,17 @@ def _progress(name: str) -> Iterator[None]:
             say.cancel()
 
 
-def _show(console: Any, finding: Finding) -> None:
-    way_out = f"way out: {finding.way_out}" if finding.way_out else ""
-    mark = _MARKS[finding.status]
+def _show(console: Any, result: CheckResult) -> None:
+    remedy = f"way out: {result.remedy}" if result.remedy else ""
+    mark = _MARKS[result.status]
     if not console.is_terminal:
-        print(f"{mark} {finding.name}: {finding.detail}", flush=True)
-        if way_out:
-            print(f"{'':8}{way_out}", flush=True)
+        print(f"{mark} {result.name}: {result.detail}", flush=True)
+        if remedy:
+            print(f"{'':8}{remedy}", flush=True)
         return
     escape = import_module("rich.markup").escape
     console.print(
-        f"[{_STYLES[finding.status]}]{mark}[/] [bold]{finding.name}[/]: {escape(finding.detail)}"
+        f"[{_STYLES[result.status]}]{mark}[/] [bold]{result.name}[/]: {escape(result.detail)}"
     )
-    if way_out:
-        console.print(f"{'':8}{escape(way_out)}", style="yellow")
+    if remedy:
+        console.print(f"{'':8}{escape(remedy)}", style="yellow")

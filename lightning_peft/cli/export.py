@@ -118,7 +118,7 @@ def _wishes(given: argparse.Namespace, formats: Any, prompts: Any, progress: Any
         find = import_module("lightning_peft.data.templates").find_template
         template = find(tokenizer, given.chat_template).text
         adapter = replace(adapter, facts=adapter.facts | {"chat_template": template})
-    return formats.Wishes(
+    return formats.ExportRequest(
         adapter=adapter,
         base=base,
         output=Path(given.output),
@@ -136,7 +136,7 @@ def _wishes(given: argparse.Namespace, formats: Any, prompts: Any, progress: Any
         bits=given.bits,
         chat_template=template,
         system=given.system,
-        with_adapter=given.with_adapter,
+        separate_adapter=given.separate_adapter,
     )
 
 

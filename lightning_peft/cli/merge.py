@@ -107,7 +107,7 @@ def read_prompts(file: str) -> list[str]:
     Raises:
         ConfigError: If it cannot be read, or has none.
     """
-    read = import_module("lightning_peft.chat.comparing").read_prompts
+    read = import_module("lightning_peft.chat.comparison").read_prompts
     return [prompt.text for prompt in read(file)]
 
 

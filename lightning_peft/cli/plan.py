@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.cli.options import OptionParser, refuse_unknown
 
 if TYPE_CHECKING:
-    from lightning_peft.plan.survey import Survey
+    from lightning_peft.plan.method_comparison import MethodComparison
 
 ABOUT = "Predict the memory of a run from the model's config, and say which method to choose."
 _MORE = """\
@@ -49,7 +49,7 @@ def _given(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     given, overrides = parser.parse_known_args(arguments)
     if given.config:
-        planned = import_module("lightning_peft.cli.planned_config").planned_config
+        planned = import_module("lightning_peft.cli.plan_config").plan_from_config
         of_config = parser.parse_args(planned(given.config, overrides))
         # What is named here is put over it.
         return parser.parse_known_args(arguments, of_config)[0]
@@ -111,10 +111,10 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Survey:
-    plan = import_module("lightning_peft.plan.survey")
+def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:
+    plan = import_module("lightning_peft.plan.method_comparison")
     devices = import_module("lightning_peft.plan.device_memory")
-    settings = import_module("lightning_peft.plan.settings").Settings
+    settings = import_module("lightning_peft.plan.settings").PlanSettings
     device = None if given.gpu is None else devices.device_memory(given.gpu)
     targets = given.target_modules
     lora: dict[str, Any] = {"r": given.r}
@@ -138,10 +138,12 @@ def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> Surve
         given.model, given.revision, given.dtype
     )
     if given.logits == "chunked" and source.causal:
-        step = import_module("lightning_peft.tasks.token_loss").loss_by_parts
+        step = import_module("lightning_peft.tasks.token_loss").chunked_loss
         source = replace(source, step=step)
-    survey: Survey = plan.survey(source, run, device, limits=not given.no_limits, progress=progress)
-    return survey
+    comparison: MethodComparison = plan.compare_methods(
+        source, run, device, limits=not given.no_limits, progress=progress
+    )
+    return comparison
 
 
 @contextmanager

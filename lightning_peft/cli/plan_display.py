@@ -11,13 +11,13 @@ from rich.table import Table
 
 from lightning_peft.plan.device_memory import readable
 from lightning_peft.plan.explanation import NAMES
+from lightning_peft.plan.method_comparison import MethodComparison
 from lightning_peft.plan.prediction import PARTS
-from lightning_peft.plan.survey import Survey
 
 _SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
 
 
-def show(found: Survey) -> None:
+def show(found: MethodComparison) -> None:
     """Prints the answers."""
     console = Console(highlight=False)
     for part in _parts(found):
@@ -29,7 +29,7 @@ def show(found: Survey) -> None:
             _print_plain(*part)
 
 
-def _parts(found: Survey) -> Iterator[str | tuple[str, list[list[str]]]]:
+def _parts(found: MethodComparison) -> Iterator[str | tuple[str, list[list[str]]]]:
     run, plan, trace = found.plan.settings, found.plan, found.plan.trace
     share = 100 * trace.trainable / trace.total
     yield (
@@ -61,7 +61,7 @@ def _parts(found: Survey) -> Iterator[str | tuple[str, list[list[str]]]]:
     yield found.recommendation.text
 
 
-def _activations(found: Survey) -> Iterator[str]:
+def _activations(found: MethodComparison) -> Iterator[str]:
     words = {True: "with", False: "without"}
     kept = [
         f"{readable(size)} {words[on]} checkpointing" for on, size in sorted(found.kept.items())
@@ -71,7 +71,7 @@ def _activations(found: Survey) -> Iterator[str]:
         yield f"of the optimizer, {readable(found.plan.trace.paged)} can be paged out to the CPU"
 
 
-def _room(found: Survey) -> Iterator[str]:
+def _room(found: MethodComparison) -> Iterator[str]:
     if found.device is None:
         return
     run, device = found.plan.settings, found.device

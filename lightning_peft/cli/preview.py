@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.described_data import described_data
+from lightning_peft.cli.data_from_config import data_from_config
 from lightning_peft.cli.options import OptionParser
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
         words = ["--help", *rest] if given.help_all else rest
-        data = described_data(given.config, words, options=parser.known())
+        data = data_from_config(given.config, words, options=parser.known())
         shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:

@@ -99,7 +99,7 @@ def resolved(file: Path) -> str:
     return text
 
 
-def with_files(words: Sequence[str], folder: Path) -> list[str]:
+def resolve_recipes(words: Sequence[str], folder: Path) -> list[str]:
     """Returns the arguments with every ``--config`` as a file that LightningCLI can read.
 
     Args:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     given = parser.parse_args(list(arguments))
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        again, found = _reproduced(given.run)
+        again, found = _rerun(given.run)
     if again is None:
         return 130
     if given.json:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if found.passed else 1
 
 
-def _reproduced(path: Path) -> tuple[Path | None, Any]:
+def _rerun(path: Path) -> tuple[Path | None, Any]:
     reproduction = import_module("lightning_peft.runs.reproduction")
     folders = import_module("lightning_peft.runs.folder")
     first = folders.RunFolder(path)

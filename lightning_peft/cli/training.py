@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.recipes import with_files
+from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word != "--json"]
     words = ["--help" if word == "--help-all" else word for word in words]
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        words = _resumed(words)
+        words = _with_resume(words)
         session = run(subcommand, words)
     if session.saved is not None:
-        _tell_how_to_go_on(subcommand, words, session)
+        _print_resume_command(subcommand, words, session)
         return 130
     if session.result is not None:
         _show(session, as_json)
@@ -96,7 +96,7 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
     session: RunSession = import_module("lightning_peft.runs.session").RunSession(subcommand, name)
     run_subcommand = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
     with tempfile.TemporaryDirectory() as folder, session:
-        run_subcommand(subcommand, with_files(words, Path(folder)), session)
+        run_subcommand(subcommand, resolve_recipes(words, Path(folder)), session)
     return session
 
 
@@ -110,7 +110,7 @@ def _configs(words: Sequence[str]) -> list[str]:
     return found
 
 
-def _resumed(words: list[str]) -> list[str]:
+def _with_resume(words: list[str]) -> list[str]:
     """Returns the arguments with ``--resume RUN`` as the recipe, folder and checkpoint of a run."""
     places = [place for place, word in enumerate(words) if word.partition("=")[0] == "--resume"]
     if not places:
@@ -131,7 +131,7 @@ def _resumed(words: list[str]) -> list[str]:
     return [*own, f"--run_dir={folder.path}", f"--ckpt_path={checkpoint}"]
 
 
-def _tell_how_to_go_on(subcommand: str, words: Sequence[str], session: RunSession) -> None:
+def _print_resume_command(subcommand: str, words: Sequence[str], session: RunSession) -> None:
     saved = session.saved
     assert saved is not None
     if session.folder is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.cli.options import OptionParser
-from lightning_peft.cli.recipes import with_files
+from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import BaseMismatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     given, rest = parser.parse_known_args(words)
     # Whatever the user's own code prints, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        module, verification = _checked(run, given.config, rest, print_summary=not given.json)
+        module, verification = _verify(run, given.config, rest, print_summary=not given.json)
     if given.json:
         print(_as_json(module, verification))
     else:
@@ -65,14 +65,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if verification.passed else 1
 
 
-def _checked(
+def _verify(
     path: Path | None, files: list[str], rest: list[str], print_summary: bool
 ) -> tuple[str, Verification]:
     configs = [f"--config={file}" for file in files]
     verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
-            words = with_files([*configs, *rest], Path(folder))
+            words = resolve_recipes([*configs, *rest], Path(folder))
             found = verify_config(words, print_summary=print_summary)
         return found.module, found.verification
     if configs:
@@ -80,10 +80,10 @@ def _checked(
             f"Both a run ({path}) and --config were given. A run has its own recipe: leave "
             "--config out."
         )
-    proof = import_module("lightning_peft.runs.proof")
+    integrity = import_module("lightning_peft.runs.integrity")
     engine = import_module("lightning_peft.engine")
-    checks = proof.file_checks(path)
-    run = proof.run_of(path)
+    checks = integrity.file_checks(path)
+    run = integrity.run_of(path)
     if run is None:
         detail = "there is no run folder around the adapter, so no recipe to build them from"
         checks.append(engine.Check("base, data and the checks of the engine", None, detail))
@@ -98,7 +98,7 @@ def _checked(
         return run.path.name, engine.Verification(checks)
     detail = "checksums of every frozen tensor"
     checks.append(engine.Check("the base is the one that was trained on", True, detail))
-    checks.append(proof.data_check(run, found.datamodule))
+    checks.append(integrity.data_check(run, found.datamodule))
     return run.path.name, engine.Verification([*checks, *found.verification.checks])
 
 

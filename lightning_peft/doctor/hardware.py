@@ -13,8 +13,8 @@ import psutil
 import torch
 from torch import nn
 
-from lightning_peft.doctor import ways_out
-from lightning_peft.doctor.findings import Finding, Status, in_one_line
+from lightning_peft.doctor import remedies
+from lightning_peft.doctor.results import CheckResult, Status, error_line
 
 _GIB = 2**30
 _CPUINFO = Path("/proc/cpuinfo")
@@ -29,7 +29,7 @@ def chosen_device(asked: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
 
 
-def check_torch(device: str) -> Finding:
+def check_torch(device: str) -> CheckResult:
     """Says which build of torch this is, and whether a GPU of this machine is out of its reach.
 
     Args:
@@ -43,26 +43,26 @@ def check_torch(device: str) -> Finding:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        return Finding("torch", "ok", detail)
+        return CheckResult("torch", "ok", detail)
     driver = nvidia_devices()
     status: Status = "failed" if device == "cuda" else "warning"
     if driver and torch.version.cuda is None and torch.version.hip is None:
         detail += f"; nvidia-smi lists {driver}, which a CPU build of torch cannot use"
-        return Finding("torch", status, detail, ways_out.TORCH)
+        return CheckResult("torch", status, detail, remedies.TORCH)
     if driver:
         why = "; ".join(" ".join(str(one.message).split()) for one in said)
         detail += f"; nvidia-smi lists {driver}, but torch sees no CUDA device{': ' * bool(why)}"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        way_out = (
+        remedy = (
             f"CUDA_VISIBLE_DEVICES={hidden!r} hides devices: unset it."
             if hidden is not None
-            else f"Update the NVIDIA driver, or else: {ways_out.TORCH}"
+            else f"Update the NVIDIA driver, or else: {remedies.TORCH}"
         )
-        return Finding("torch", status, detail + why, way_out)
+        return CheckResult("torch", status, detail + why, remedy)
     if device == "cuda":
-        way_out = "Use --device cpu, or a machine with an NVIDIA GPU, its driver and a CUDA build."
-        return Finding("torch", "failed", f"{detail}; there is no CUDA device", way_out)
-    return Finding("torch", "ok", detail)
+        remedy = "Use --device cpu, or a machine with an NVIDIA GPU, its driver and a CUDA build."
+        return CheckResult("torch", "failed", f"{detail}; there is no CUDA device", remedy)
+    return CheckResult("torch", "ok", detail)
 
 
 def nvidia_devices() -> str:
@@ -79,7 +79,7 @@ def nvidia_devices() -> str:
     return ", ".join(line.partition(" (UUID")[0] for line in lines if line.startswith("GPU "))
 
 
-def check_device(device: str) -> Finding:
+def check_device(device: str) -> CheckResult:
     """Computes something on the device and says how much memory it has.
 
     Args:
@@ -88,14 +88,14 @@ def check_device(device: str) -> Finding:
     ones = torch.ones(64, 64, device=device)
     total = float((ones @ ones).sum())
     if total != 64**3:
-        way_out = "Compute on another device, and have this one looked at."
-        return Finding("device", "failed", f"{device} sums 64^3 ones up to {total:g}", way_out)
+        remedy = "Compute on another device, and have this one looked at."
+        return CheckResult("device", "failed", f"{device} sums 64^3 ones up to {total:g}", remedy)
     if device == "cpu":
         memory = psutil.virtual_memory()
         free, whole = memory.available / _GIB, memory.total / _GIB
         name = platform.processor() or platform.machine()
         detail = f"cpu: {name}, {psutil.cpu_count()} cores, {free:.1f} of {whole:.1f} GiB free"
-        return Finding("device", "ok", detail)
+        return CheckResult("device", "ok", detail)
     shown = []
     for index in range(torch.cuda.device_count()):
         free_bytes, all_bytes = torch.cuda.mem_get_info(index)
@@ -104,10 +104,12 @@ def check_device(device: str) -> Finding:
             f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability "
             f"{major}.{minor}, {free_bytes / _GIB:.1f} of {all_bytes / _GIB:.1f} GiB free"
         )
-    return Finding("device", "ok", "; ".join(shown))
+    return CheckResult("device", "ok", "; ".join(shown))
 
 
-def check_bf16(device: str, network: nn.Module | None = None, cpuinfo: Path = _CPUINFO) -> Finding:
+def check_bf16(
+    device: str, network: nn.Module | None = None, cpuinfo: Path = _CPUINFO
+) -> CheckResult:
     """Runs forward and backward under bfloat16 autocast and compares them with float32.
 
     Args:
@@ -115,7 +117,7 @@ def check_bf16(device: str, network: nn.Module | None = None, cpuinfo: Path = _C
         network: What to run on 64 features; by default two linear layers.
         cpuinfo: Where Linux lists what a processor can do.
     """
-    way_out = ways_out.NO_BF16
+    remedy = remedies.NO_BF16
     torch.manual_seed(0)
     if network is None:
         network = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
@@ -130,19 +132,19 @@ def check_bf16(device: str, network: nn.Module | None = None, cpuinfo: Path = _C
         outcome[enabled] = (output.dtype, torch.cat(grads))
     dtype, (exact, rounded) = outcome[True][0], (outcome[False][1], outcome[True][1])
     if dtype != torch.bfloat16:
-        return Finding("bf16", "warning", f"autocast gave {dtype}", way_out)
+        return CheckResult("bf16", "warning", f"autocast gave {dtype}", remedy)
     error = float((rounded - exact).norm() / exact.norm())
     if not error <= _BF16_ERROR:
         detail = f"gradients are off by {error:.2g} of their size, at most {_BF16_ERROR} expected"
-        return Finding("bf16", "warning", detail, way_out)
+        return CheckResult("bf16", "warning", detail, remedy)
     detail = f"autocast ran forward and backward, {error:.2g} off float32"
     native = native_bf16(device, cpuinfo)
     if native == "":
         slow = "precision='16-mixed'" if device == "cuda" else "precision='32-true'"
         detail += "; the hardware emulates it, which is slow"
-        return Finding("bf16", "warning", detail, f"Where speed matters: Trainer({slow}).")
+        return CheckResult("bf16", "warning", detail, f"Where speed matters: Trainer({slow}).")
     detail += "" if native is None else f"; native ({native})"
-    return Finding("bf16", "ok", detail)
+    return CheckResult("bf16", "ok", detail)
 
 
 def native_bf16(device: str, cpuinfo: Path = _CPUINFO) -> str | None:
@@ -170,19 +172,19 @@ def native_bf16(device: str, cpuinfo: Path = _CPUINFO) -> str | None:
     return ", ".join(shown for flag, shown in _BF16_FLAGS.items() if flag in flags)
 
 
-def check_compiler() -> Finding:
+def check_compiler() -> CheckResult:
     """Looks for the compiler that ``torch.compile`` calls, and has it say its version."""
-    way_out = ways_out.COMPILER
+    remedy = remedies.COMPILER
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
     found = next((tool for name in names if (tool := shutil.which(name))), None)
     if found is None:
-        return Finding("compiler", "warning", f"no {' or '.join(names)} found", way_out)
+        return CheckResult("compiler", "warning", f"no {' or '.join(names)} found", remedy)
     try:
         asked = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=15)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("compiler", "warning", f"{found}: {in_one_line(error)}", way_out)
+        return CheckResult("compiler", "warning", f"{found}: {error_line(error)}", remedy)
     said = (asked.stdout or asked.stderr).strip().partition("\n")[0]
     # Microsoft's has no such option and says its version all the same.
     if asked.returncode and Path(found).stem != "cl":
-        return Finding("compiler", "warning", f"{found} fails: {said}", way_out)
-    return Finding("compiler", "ok", said)
+        return CheckResult("compiler", "warning", f"{found} fails: {said}", remedy)
+    return CheckResult("compiler", "ok", said)

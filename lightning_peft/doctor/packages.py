@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from lightning_peft.doctor.findings import Finding
+from lightning_peft.doctor.results import CheckResult
 
 OURS = "lightning-peft"
 LIGHTNING = ("lightning", "pytorch-lightning")
@@ -52,19 +52,19 @@ def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -
     return [one for one in every if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 
-def check_python() -> Finding:
+def check_python() -> CheckResult:
     """Compares the running Python with what this package requires."""
     version = platform.python_version()
     allowed = distribution(OURS).metadata["Requires-Python"] or ""
     detail = f"{platform.python_implementation()} {version} on {platform.platform()}"
     # A build of its own may call itself 3.12.1+, which is no version of a package.
     if SpecifierSet(allowed).contains(version.rstrip("+"), prereleases=True):
-        return Finding("python", "ok", detail)
-    way_out = f"Make an environment with a Python {allowed}."
-    return Finding("python", "failed", f"{detail}; {allowed} is required", way_out)
+        return CheckResult("python", "ok", detail)
+    remedy = f"Make an environment with a Python {allowed}."
+    return CheckResult("python", "failed", f"{detail}; {allowed} is required", remedy)
 
 
-def check_compromised(path: list[str] | None = None) -> Finding:
+def check_compromised(path: list[str] | None = None) -> CheckResult:
     """Looks for the releases of Lightning that steal credentials.
 
     Args:
@@ -74,7 +74,7 @@ def check_compromised(path: list[str] | None = None) -> Finding:
     bad = [f"{name} {one}" for name, all_ in found.items() for one in all_ if one in COMPROMISED]
     if bad:
         names = " ".join(dict.fromkeys(one.partition(" ")[0] for one in bad))
-        return Finding(
+        return CheckResult(
             "lightning releases",
             "failed",
             f"{', '.join(bad)}: withdrawn after a supply-chain compromise",
@@ -86,10 +86,10 @@ def check_compromised(path: list[str] | None = None) -> Finding:
     detail = shown or "neither lightning nor pytorch-lightning"
     if len(found) == 2 and len({tuple(all_) for all_ in found.values()}) == 2:
         detail += "; different versions side by side are fine: each Trainer gets classes of its own"
-    return Finding("lightning releases", "ok", detail)
+    return CheckResult("lightning releases", "ok", detail)
 
 
-def check_requirements(path: list[str] | None = None) -> Finding:
+def check_requirements(path: list[str] | None = None) -> CheckResult:
     """Compares what is installed with the ranges that this package declares.
 
     Args:
@@ -98,8 +98,8 @@ def check_requirements(path: list[str] | None = None) -> Finding:
     try:
         wanted = required(path=path)
     except PackageNotFoundError:
-        way_out = f"Install it: pip install {OURS}"
-        return Finding("packages", "warning", f"{OURS} has no metadata: not installed", way_out)
+        remedy = f"Install it: pip install {OURS}"
+        return CheckResult("packages", "warning", f"{OURS} has no metadata: not installed", remedy)
     known = {canonicalize_name(one.name) for one in wanted}
     wanted += [
         one
@@ -110,13 +110,13 @@ def check_requirements(path: list[str] | None = None) -> Finding:
     if problems:
         command = " ".join(f'"{_plain(one)}"' for one in wanted if str(one) in problems)
         detail = "; ".join(problems.values())
-        return Finding("packages", "failed", detail, f"Run `pip install {command}`.")
+        return CheckResult("packages", "failed", detail, f"Run `pip install {command}`.")
     shown = [canonicalize_name(one.name) for one in wanted if one.specifier]
     detail = ", ".join(f"{name} {installed_versions(name, path)[0]}" for name in shown)
-    return Finding("packages", "ok", detail)
+    return CheckResult("packages", "ok", detail)
 
 
-def check_fit(path: list[str] | None = None) -> Finding:
+def check_compatibility(path: list[str] | None = None) -> CheckResult:
     """Compares packages with what each of them requires of the others, torchvision of torch first.
 
     Args:
@@ -131,13 +131,13 @@ def check_fit(path: list[str] | None = None) -> Finding:
         if (said := _unmet(one, path))
     ]
     if problems:
-        way_out = (
+        remedy = (
             "Install releases that belong together in one command, such as "
             f"`pip install --upgrade {' '.join(_named(problems))}`; packages of torch come from "
             "the same index as torch."
         )
-        return Finding("packages together", "warning", "; ".join(problems), way_out)
-    return Finding("packages together", "ok", f"{', '.join(present)} get what they require")
+        return CheckResult("packages together", "warning", "; ".join(problems), remedy)
+    return CheckResult("packages together", "ok", f"{', '.join(present)} get what they require")
 
 
 def _named(problems: list[str]) -> list[str]:

@@ -9,8 +9,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
-from lightning_peft.doctor import ways_out
-from lightning_peft.doctor.findings import Finding, Status, in_one_line
+from lightning_peft.doctor import remedies
+from lightning_peft.doctor.results import CheckResult, Status, error_line
 
 _MIB, _GIB = 2**20, 2**30
 _WRITTEN = 8 * _MIB
@@ -21,7 +21,7 @@ _TIMEOUT_SECONDS = 5.0
 _MODEL = "openai-community/gpt2"
 
 
-def check_folder(folder: Path) -> Finding:
+def check_folder(folder: Path) -> CheckResult:
     """Writes a file where runs would be written, through to the disk, and takes it away again.
 
     A folder that is not there yet is not made; its nearest parent is tried.
@@ -30,9 +30,9 @@ def check_folder(folder: Path) -> Finding:
     while not place.exists() and place != place.parent:
         place = place.parent
     shown = str(folder) if place == folder.expanduser().absolute() else f"{folder} (in {place})"
-    way_out = ways_out.FOLDER
+    remedy = remedies.FOLDER
     if not place.is_dir():
-        return Finding("folder", "failed", f"{shown}: {place} is a file", way_out)
+        return CheckResult("folder", "failed", f"{shown}: {place} is a file", remedy)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".lightning-peft-doctor-") as file:
             file.write(os.urandom(_WRITTEN))
@@ -41,21 +41,21 @@ def check_folder(folder: Path) -> Finding:
             os.fsync(file.fileno())
             seconds = time.perf_counter() - started
     except OSError as error:
-        return Finding("folder", "failed", f"{shown}: {in_one_line(error)}", way_out)
+        return CheckResult("folder", "failed", f"{shown}: {error_line(error)}", remedy)
     free = shutil.disk_usage(place).free
     detail = (
         f"{shown}: writable, {free / _GIB:.1f} GiB free, {_WRITTEN // _MIB} MiB reach the disk "
         f"in {seconds:.2f} s"
     )
     if free < _LITTLE:
-        return Finding("folder", "warning", detail, f"Make room, or: {way_out}")
+        return CheckResult("folder", "warning", detail, f"Make room, or: {remedy}")
     if seconds > _SLOW_SECONDS:
         detail += ", which makes every checkpoint slow"
-        return Finding("folder", "warning", detail, way_out)
-    return Finding("folder", "ok", detail)
+        return CheckResult("folder", "warning", detail, remedy)
+    return CheckResult("folder", "ok", detail)
 
 
-def check_hub(needed: bool) -> Finding:
+def check_hub(needed: bool) -> CheckResult:
     """Asks the Hugging Face hub for something, unless HF_HUB_OFFLINE forbids it.
 
     Args:
@@ -67,11 +67,11 @@ def check_hub(needed: bool) -> Finding:
     if constants.HF_HUB_OFFLINE:
         detail = f"HF_HUB_OFFLINE is set: {address} was not asked, only cached models load"
         if needed:
-            return Finding("hub", "failed", detail, "Unset HF_HUB_OFFLINE, or drop --hub.")
-        return Finding("hub", "skipped", detail)
+            return CheckResult("hub", "failed", detail, "Unset HF_HUB_OFFLINE, or drop --hub.")
+        return CheckResult("hub", "skipped", detail)
     started = time.perf_counter()
     status: Status = "failed" if needed else "warning"
-    way_out = (
+    remedy = (
         "Check network, proxy (HTTPS_PROXY) and HF_ENDPOINT. Models in the cache or in a folder "
         "load all the same; with HF_HUB_OFFLINE=1 nothing waits for the network."
     )
@@ -80,8 +80,8 @@ def check_hub(needed: bool) -> Finding:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         if code >= 500:
-            return Finding("hub", status, f"{address} answers with error {code}", way_out)
+            return CheckResult("hub", status, f"{address} answers with error {code}", remedy)
     # The library below changes between its releases, and its errors with it.
     except Exception as error:
-        return Finding("hub", status, f"{address}: {in_one_line(error)}", way_out)
-    return Finding("hub", "ok", f"{address} answers in {time.perf_counter() - started:.2f} s")
+        return CheckResult("hub", status, f"{address}: {error_line(error)}", remedy)
+    return CheckResult("hub", "ok", f"{address} answers in {time.perf_counter() - started:.2f} s")

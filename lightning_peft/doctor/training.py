@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lightning_peft import engine
-from lightning_peft.doctor import ways_out
-from lightning_peft.doctor.findings import Finding, Status
+from lightning_peft.doctor import remedies
+from lightning_peft.doctor.results import CheckResult, Status
 
 # Rounding of normally distributed weights, relative to their size, is about 0.09 for NF4 and 0.004
 # for int8.
@@ -29,7 +29,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def check_quantized(bits: int, device: str, network: nn.Module | None = None) -> Finding:
+def check_quantized(bits: int, device: str, network: nn.Module | None = None) -> CheckResult:
     """Quantizes a small network, adds LoRA and verifies it, gradients after evaluation included.
 
     Args:
@@ -57,24 +57,24 @@ def check_quantized(bits: int, device: str, network: nn.Module | None = None) ->
     detail = f"{version('bitsandbytes')}, {kind} on {device}: "
     if not max(errors) <= _ROUNDING[bits]:
         detail += f"weights come back {max(errors):.2g} off, at most {_ROUNDING[bits]} expected"
-        return Finding(name, broken, detail, ways_out.quantized(bits))
+        return CheckResult(name, broken, detail, remedies.quantized(bits))
     torch.manual_seed(1)
     verification = engine.verify(network, torch.randn(8, _FEATURES, device=device))
     failed = [f"{one.name}: {one.detail}" for one in verification.checks if not one.passed]
     if failed:
-        return Finding(name, broken, detail + "; ".join(failed), ways_out.quantized(bits))
+        return CheckResult(name, broken, detail + "; ".join(failed), remedies.quantized(bits))
     detail += (
         f"weights {max(errors):.2g} off, gradients right before and after an evaluation pass "
         f"({len(verification.checks)} checks)"
     )
-    return Finding(name, "ok", detail)
+    return CheckResult(name, "ok", detail)
 
 
 def _severity(bits: int) -> Status:
     return "failed" if bits == 4 else "warning"
 
 
-def check_optimizer(kind: str, device: str) -> Finding:
+def check_optimizer(kind: str, device: str) -> CheckResult:
     """Takes steps with an optimizer of bitsandbytes and compares them with torch's AdamW.
 
     Args:
@@ -103,12 +103,12 @@ def check_optimizer(kind: str, device: str) -> Finding:
     detail = f"{_STEPS} steps on {device}, {error:.2g} off torch's AdamW"
     if not error <= _STEP_ERROR:
         detail += f", at most {_STEP_ERROR} expected"
-        return Finding(name, status, detail, ways_out.OWN_OPTIMIZER)
+        return CheckResult(name, status, detail, remedies.OWN_OPTIMIZER)
     if not paged:
-        return Finding(name, "ok", detail)
+        return CheckResult(name, "ok", detail)
     if any(getattr(value, "is_paged", False) for value in optimizer.state[param].values()):
-        return Finding(name, "ok", f"{detail}; states are paged")
+        return CheckResult(name, "ok", f"{detail}; states are paged")
     if device == "cpu":
-        return Finding(name, "ok", f"{detail}; the CPU pages nothing: states stay in memory")
+        return CheckResult(name, "ok", f"{detail}; the CPU pages nothing: states stay in memory")
     detail += "; states are not paged, so they all stay on the GPU"
-    return Finding(name, "warning", detail, ways_out.OWN_OPTIMIZER)
+    return CheckResult(name, "warning", detail, remedies.OWN_OPTIMIZER)

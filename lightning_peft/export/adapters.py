@@ -118,7 +118,7 @@ def find_adapters(given: Iterable[str]) -> list[Adapter]:
 
 def _folder_of(path: Path) -> Path:
     if path.suffix == ".ckpt":
-        return _beside(path)
+        return _adapter_of_checkpoint(path)
     if not path.is_dir():
         raise ConfigError(
             f"{str(path)!r} is no folder and no checkpoint here. Give an adapter folder (with "
@@ -139,7 +139,7 @@ def _folder_of(path: Path) -> Path:
     )
 
 
-def _beside(checkpoint: Path) -> Path:
+def _adapter_of_checkpoint(checkpoint: Path) -> Path:
     folder = checkpoint.parent / "adapters" / checkpoint.name.removesuffix(".ckpt")
     if (folder / CONFIG).is_file():
         return folder

@@ -42,7 +42,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor in a file, without its values."""
 
     dtype: torch.dtype
@@ -68,10 +68,10 @@ class Base:
     name: str
     folder: Path
     config: Any
-    shards: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    shards: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
 
     @property
-    def keys(self) -> dict[str, Stored]:
+    def keys(self) -> dict[str, StoredTensor]:
         """All tensors by their names in the files."""
         return {key: stored for shard in self.shards.values() for key, stored in shard.items()}
 
@@ -156,12 +156,12 @@ def _files(folder: Path) -> list[str]:
     )
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
             return {
-                key: Stored(DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                key: StoredTensor(DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for key, part in slices.items()
             }
     except (SafetensorError, OSError, KeyError) as error:

@@ -59,7 +59,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
             f"\nIt was trained on a base of {adapter.bits} bits. On the base in 16 bits its "
             "answers may differ; `lightning-peft merge` says by how much.\n"
         )
-    return f"{front}\n# {name}\n\n{_about(adapter)}\n{use}\n{_facts(adapter, license)}"
+    return f"{front}\n# {name}\n\n{_about(adapter)}\n{use}\n{_provenance_rows(adapter, license)}"
 
 
 def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]) -> str:
@@ -93,7 +93,7 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
     elif report.get("not_measured"):
         text += f"\nThe outputs were not compared: {report['not_measured']}.\n"
     title = f"# {adapter.name}, merged"
-    return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_facts(adapter, license)}"
+    return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_provenance_rows(adapter, license)}"
 
 
 def quantized_section(found: Mapping[str, Any]) -> str:
@@ -140,7 +140,7 @@ def _about(adapter: Adapter) -> str:
     return f"{method}{rank}, trained on `{base}` with lightning-peft.\n"
 
 
-def _facts(adapter: Adapter, license: str | None) -> str:
+def _provenance_rows(adapter: Adapter, license: str | None) -> str:
     facts, base = adapter.facts, adapter.facts.get("base") or {}
     trained = facts.get("config") or adapter.config
     rows = [

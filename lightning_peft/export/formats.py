@@ -11,13 +11,13 @@ from typing import Any
 
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.atomic_folder import atomic_folder
 from lightning_peft.export.base import Base, license_of
 from lightning_peft.export.card import adapter_card, public, quantized_section
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
 from lightning_peft.export.merging import merge
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
-from lightning_peft.export.whole_folder import whole_folder
 
 # The ranks that vLLM lays out memory for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -27,7 +27,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "provenanc
 
 
 @dataclass
-class Wishes:
+class ExportRequest:
     """What all formats are told.
 
     Attributes:
@@ -39,7 +39,7 @@ class Wishes:
         bits: Of a quantized model.
         chat_template: Jinja source, where one is known.
         system: System turn for Ollama.
-        with_adapter: Keep base and adapter apart for Ollama.
+        separate_adapter: Keep base and adapter apart for Ollama.
     """
 
     adapter: Adapter
@@ -50,32 +50,36 @@ class Wishes:
     bits: int = 8
     chat_template: str | None = None
     system: str | None = None
-    with_adapter: bool = False
+    separate_adapter: bool = False
 
 
-def as_adapter(wishes: Wishes) -> dict[str, Any]:
+def as_adapter(request: ExportRequest) -> dict[str, Any]:
     """Exports the adapter in PEFT's format, with a model card."""
-    with whole_folder(wishes.output) as folder:
-        _copy_adapter(wishes, folder)
-    return {"notes": _notes_on_base(wishes), "commands": []}
+    with atomic_folder(request.output) as folder:
+        _copy_adapter(request, folder)
+    return {"notes": _notes_on_base(request), "commands": []}
 
 
-def as_merged(wishes: Wishes) -> dict[str, Any]:
+def as_merged(request: ExportRequest) -> dict[str, Any]:
     """Exports the merged model."""
-    report = merge(wishes.adapter, wishes.output, **wishes.options)
-    return {"notes": [], "commands": _quantizing_elsewhere(wishes.output), "merge": report}
+    report = merge(request.adapter, request.output, **request.options)
+    return {
+        "notes": [],
+        "commands": _external_quantization_commands(request.output),
+        "merge": report,
+    }
 
 
-def as_quantized(wishes: Wishes) -> dict[str, Any]:
+def as_quantized(request: ExportRequest) -> dict[str, Any]:
     """Exports the merged model, quantized by bitsandbytes."""
-    with whole_folder(wishes.output) as folder:
+    with atomic_folder(request.output) as folder:
         merged = folder / "merged"
-        report = merge(wishes.adapter, merged, **wishes.options)
-        quantize_folder(merged, folder, wishes.bits)
-        error, reason = measure_quantized(wishes.adapter, wishes.base, folder, wishes.options)
+        report = merge(request.adapter, merged, **request.options)
+        quantize_folder(merged, folder, request.bits)
+        error, reason = measure_quantized(request.adapter, request.base, folder, request.options)
         shutil.rmtree(merged)
         found = {
-            "bits": wishes.bits,
+            "bits": request.bits,
             "logit_error": asdict(error) if error else None,
             "not_measured": reason,
         }
@@ -83,18 +87,18 @@ def as_quantized(wishes: Wishes) -> dict[str, Any]:
         (folder / "quantization_report.json").write_text(text, encoding="utf-8")
         with open(folder / "README.md", "a", encoding="utf-8") as card:
             card.write(quantized_section(found))
-    report["output"] = str(wishes.output)
-    commands = [f"vllm serve {_quoted(wishes.output)}"]
+    report["output"] = str(request.output)
+    commands = [f"vllm serve {_quoted(request.output)}"]
     return {"notes": [], "commands": commands, "merge": report, "quantized": found}
 
 
-def as_vllm(wishes: Wishes) -> dict[str, Any]:
+def as_vllm(request: ExportRequest) -> dict[str, Any]:
     """Exports the adapter, and says how vLLM serves it beside its base.
 
     Raises:
         UnsupportedError: If vLLM does not take such an adapter.
     """
-    config = wishes.adapter.config
+    config = request.adapter.config
     full = [name for name in ("modules_to_save", "use_dora") if config.get(name)]
     biased = ["bias"] if config.get("bias") not in (None, "none") else []
     if full or biased:
@@ -109,15 +113,15 @@ def as_vllm(wishes: Wishes) -> dict[str, Any]:
             f"The adapter has rank {max(ranks)}, and vLLM takes at most {_VLLM_RANKS[-1]}. Export "
             "it with --format merged, and serve that folder."
         )
-    with whole_folder(wishes.output) as folder:
-        _copy_adapter(wishes, folder)
-    base = wishes.base_name or wishes.base.name
+    with atomic_folder(request.output) as folder:
+        _copy_adapter(request, folder)
+    base = request.base_name or request.base.name
     serve = (
         f"vllm serve {_quoted(base)} --enable-lora --max-lora-rank {rank} "
-        f"--lora-modules {_quoted(f'{wishes.adapter.name}={wishes.output}')}"
+        f"--lora-modules {_quoted(f'{request.adapter.name}={request.output}')}"
     )
-    notes, commands = _notes_on_base(wishes), [serve]
-    if wishes.adapter.bits == 4:
+    notes, commands = _notes_on_base(request), [serve]
+    if request.adapter.bits == 4:
         commands.append(f"{serve} --quantization bitsandbytes")
         notes.append(
             "the adapter was trained on a 4-bit base: the first command serves it on 16 bits, the "
@@ -126,41 +130,43 @@ def as_vllm(wishes: Wishes) -> dict[str, Any]:
     return {"notes": notes, "commands": commands}
 
 
-def as_ollama(wishes: Wishes) -> dict[str, Any]:
+def as_ollama(request: ExportRequest) -> dict[str, Any]:
     """Exports a folder with a Modelfile, and the merged model or the adapter."""
     notes, report = [], None
-    architecture = str((wishes.base.config.architectures or [""])[0])
+    architecture = str((request.base.config.architectures or [""])[0])
     if not architecture.startswith(_OLLAMA):
         notes.append(
             f"{architecture} is not among the architectures that Ollama documents for safetensors "
             f"({', '.join(_OLLAMA)}): if `ollama create` refuses it, convert the model to GGUF "
             "first (see the commands)"
         )
-    with whole_folder(wishes.output) as folder:
-        if wishes.with_adapter:
-            _copy_adapter(wishes, folder / "adapter")
-            source = f"FROM {wishes.base_name or wishes.base.folder.resolve()}\nADAPTER ./adapter\n"
-            notes += _notes_on_base(wishes)
+    with atomic_folder(request.output) as folder:
+        if request.separate_adapter:
+            _copy_adapter(request, folder / "adapter")
+            source = (
+                f"FROM {request.base_name or request.base.folder.resolve()}\nADAPTER ./adapter\n"
+            )
+            notes += _notes_on_base(request)
         else:
-            report = merge(wishes.adapter, folder / "model", **wishes.options)
+            report = merge(request.adapter, folder / "model", **request.options)
             source = "FROM ./model\n"
-        text, more = _modelfile(wishes, source)
+        text, more = _modelfile(request, source)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-    name = wishes.adapter.name.lower()
+    name = request.adapter.name.lower()
     commands = [
-        f"cd {_quoted(wishes.output)} && ollama create {_quoted(name)} -f Modelfile",
+        f"cd {_quoted(request.output)} && ollama create {_quoted(name)} -f Modelfile",
         f"ollama run {_quoted(name)}",
     ]
     if report is not None:
-        report["output"] = str(wishes.output / "model")
-        commands.append(_gguf(wishes.output / "model"))
+        report["output"] = str(request.output / "model")
+        commands.append(_gguf(request.output / "model"))
     found = {"notes": [*notes, *more], "commands": commands}
     return found | ({"merge": report} if report else {})
 
 
-def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
-    tokenizer, notes = load_tokenizer(wishes.base), []
-    template = wishes.chat_template or getattr(tokenizer, "chat_template", None)
+def _modelfile(request: ExportRequest, source: str) -> tuple[str, list[str]]:
+    tokenizer, notes = load_tokenizer(request.base), []
+    template = request.chat_template or getattr(tokenizer, "chat_template", None)
     turns = translate(tokenizer, template) if template else None
     text = source
     ends = [tokenizer.eos_token]
@@ -183,12 +189,12 @@ def _modelfile(wishes: Wishes, source: str) -> tuple[str, list[str]]:
         )
     for end in dict.fromkeys(filter(None, ends)):
         text += f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
-    if wishes.system:
-        if '"""' in wishes.system:
+    if request.system:
+        if '"""' in request.system:
             raise ConfigError(
                 'The system turn holds """, which ends a text in a Modelfile. Write it without.'
             )
-        text += f'SYSTEM """{wishes.system}"""\n'
+        text += f'SYSTEM """{request.system}"""\n'
     return text, notes
 
 
@@ -201,14 +207,14 @@ def _added_token(tokenizer: Any) -> str | None:
     return str(tokenizer.bos_token) if ids and ids[0] == tokenizer.bos_token_id else None
 
 
-def _copy_adapter(wishes: Wishes, folder: Path) -> None:
+def _copy_adapter(request: ExportRequest, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    adapter = wishes.adapter
+    adapter = request.adapter
     for name in _ADAPTER_FILES:
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
-    if wishes.base_name:
-        adapter = _renamed(adapter, wishes.base_name)
+    if request.base_name:
+        adapter = _with_base_name(adapter, request.base_name)
     if adapter.facts.get("data"):
         # The folder travels, and the data stays where it was.
         facts = adapter.facts | {"data": public(adapter.facts["data"])}
@@ -217,13 +223,13 @@ def _copy_adapter(wishes: Wishes, folder: Path) -> None:
         if fields:
             text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
-    card = adapter_card(adapter, license_of(wishes.base.folder))
+    card = adapter_card(adapter, license_of(request.base.folder))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    if wishes.chat_template:
-        (folder / "chat_template.jinja").write_text(wishes.chat_template, encoding="utf-8")
+    if request.chat_template:
+        (folder / "chat_template.jinja").write_text(request.chat_template, encoding="utf-8")
 
 
-def _renamed(adapter: Adapter, base: str) -> Adapter:
+def _with_base_name(adapter: Adapter, base: str) -> Adapter:
     config = adapter.config | {"base_model_name_or_path": base}
     recorded = adapter.facts.get("base")
     facts = adapter.facts
@@ -232,8 +238,8 @@ def _renamed(adapter: Adapter, base: str) -> Adapter:
     return Adapter(adapter.name, adapter.folder, config, facts)
 
 
-def _notes_on_base(wishes: Wishes) -> list[str]:
-    named = wishes.base_name or wishes.adapter.base_name
+def _notes_on_base(request: ExportRequest) -> list[str]:
+    named = request.base_name or request.adapter.base_name
     # A mark, such as of the shipped base, stands for a folder too.
     if not named or not (Path(named).is_absolute() or ":" in named):
         return []
@@ -254,7 +260,7 @@ def _gguf(folder: Path) -> str:
     )
 
 
-def _quantizing_elsewhere(folder: Path) -> list[str]:
+def _external_quantization_commands(folder: Path) -> list[str]:
     """Returns how other libraries quantize a merged folder, where the hardware is."""
     source, into = json.dumps(str(folder)), f"{folder}-gptq"
     gptq = (

@@ -26,7 +26,7 @@ _PLACES = {
 
 
 @dataclass(frozen=True)
-class Turns:
+class TurnTemplate:
     """Fixed text around turns.
 
     Attributes:
@@ -85,7 +85,7 @@ class Turns:
             words = "else if"
         return text + "{{ end }}{{ end }}" + _literal(turns.prompt)
 
-    def _without_first(self, bos: str) -> Turns:
+    def _without_first(self, bos: str) -> TurnTemplate:
         """Returns the same without the token that Ollama adds before the first turn."""
         if self.opening.startswith(bos):
             return replace(self, opening=self.opening.removeprefix(bos))
@@ -111,7 +111,7 @@ def _literal(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}')
 
 
-def translate(tokenizer: Any, template: str) -> Turns | None:
+def translate(tokenizer: Any, template: str) -> TurnTemplate | None:
     """Returns the turns of a chat template, or ``None`` if it says more than they can."""
 
     def rendered(messages: Messages, prompt: bool = True) -> str:
@@ -124,7 +124,7 @@ def translate(tokenizer: Any, template: str) -> Turns | None:
         found = _turns(rendered)
         if '"""' in found.as_go(None):
             return None
-        return found if _is_the_same(found, rendered) else None
+        return found if _renders_identically(found, rendered) else None
     except (TemplateError, ValueError):
         return None
 
@@ -133,7 +133,7 @@ def _turn(role: str, content: str | None = None) -> dict[str, str]:
     return {"role": role, "content": content or _MARKS[role]}
 
 
-def _turns(rendered: Rendered) -> Turns:
+def _turns(rendered: Rendered) -> TurnTemplate:
     user, assistant = _MARKS["user"], _MARKS["assistant"]
     exchange = [_turn("user"), _turn("assistant")]
     start, closing = _cut(rendered([_turn("user")]), user)
@@ -145,7 +145,7 @@ def _turns(rendered: Rendered) -> Turns:
     after_assistant = commonprefix([_cut(rendered(exchange, False), assistant)[1], bridge])
     later = bridge[len(after_assistant) :]
     before_user = commonprefix([start[::-1], later[::-1]])[::-1]
-    turns = Turns(
+    turns = TurnTemplate(
         opening=start.removesuffix(before_user),
         around={
             "user": (before_user, after_user),
@@ -180,7 +180,7 @@ def _cut(text: str, mark: str) -> tuple[str, str]:
     return before, after
 
 
-def _is_the_same(turns: Turns, rendered: Rendered) -> bool:
+def _renders_identically(turns: TurnTemplate, rendered: Rendered) -> bool:
     talk = [_turn("user", "One?"), _turn("assistant", "Two."), _turn("user", "Three?\n\nFour!")]
     longer = [*talk, _turn("assistant", "Five"), _turn("user", "Six")]
     tries = [talk[:1], talk, longer]

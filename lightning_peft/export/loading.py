@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Loaded:
+class LoadedModel:
     """A model with adapters.
 
     Attributes:
@@ -37,7 +37,7 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def find_device(asked: str) -> torch.device:
+def select_device(asked: str) -> torch.device:
     """Returns the device that ``asked`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
@@ -69,7 +69,7 @@ def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) ->
     return cls.from_pretrained(base.folder, config=base.config, dtype=dtype).eval()
 
 
-def settings_of(adapter: Adapter) -> BitsAndBytesConfig | None:
+def quantization_of(adapter: Adapter) -> BitsAndBytesConfig | None:
     """Returns how the base of ``adapter`` was quantized in training; ``None`` if it was not."""
     return engine.quantization_from_dict(adapter.facts.get("quantization"))
 
@@ -83,7 +83,7 @@ def dtype_in_training(adapter: Adapter) -> torch.dtype | str:
 def load_as_trained(base: Base, adapter: Adapter, *, check_base: bool = True) -> nn.Module:
     """Returns the base, quantized as in training, with the adapter on it, on the CPU."""
     model: nn.Module = load_model(base, adapter, dtype_in_training(adapter))
-    settings = settings_of(adapter)
+    settings = quantization_of(adapter)
     engine.load_adapter(model, adapter.folder, check_base=check_base, quantization_config=settings)
     return model
 
@@ -95,7 +95,7 @@ def load_with_adapters(
     bits: int | None = None,
     device: torch.device,
     check_base: bool = True,
-) -> Loaded:
+) -> LoadedModel:
     """Loads a causal language model once, with several adapters between which to switch.
 
     Args:
@@ -118,7 +118,7 @@ def load_with_adapters(
     dense = [name for names in saved for name in names or []]
     streamed = settings is not None and wanted == 4 and device.type != "cpu"
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
-    _refuse_silent(adapters)
+    _check_generates(adapters)
     with (
         engine.quantize_on_load(settings, device, dense)
         if streamed and settings is not None
@@ -145,10 +145,10 @@ def load_with_adapters(
         for a in adapters
         if not (a.facts.get("base") or {}).get("fingerprint")
     ]
-    return Loaded(model.eval(), load_tokenizer(base), notes)
+    return LoadedModel(model.eval(), load_tokenizer(base), notes)
 
 
-def _refuse_silent(adapters: Sequence[Adapter]) -> None:
+def _check_generates(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         name = str((adapter.facts.get("base") or {}).get("class"))
         cls: Any = getattr(transformers, name, None)
@@ -166,7 +166,7 @@ def _settings(adapters: Sequence[Adapter], bits: int) -> BitsAndBytesConfig | No
         raise ConfigError(f"bits={bits}: 16, 8 or 4.")
     same = [a for a in adapters if a.bits == bits]
     if same:
-        return settings_of(same[0])
+        return quantization_of(same[0])
     return engine.quantization_config(load_in_8bit=bits == 8)
 
 

@@ -56,7 +56,7 @@ def adapter_code(
     return "\n".join([*lines, *_reader_line(reader, given)])
 
 
-def whole_code(facts: Mapping[str, Any], place: str) -> str:
+def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
     """Returns code that loads a merged model.
 
     Args:

@@ -27,7 +27,7 @@ from lightning_peft.export.loading import (
     load_model,
     load_tokenizer,
     needed_bytes,
-    settings_of,
+    quantization_of,
 )
 
 # A question, prose and code: what tuned models are asked.
@@ -55,7 +55,7 @@ class LogitError:
     same_choice: float
 
 
-def why_not_measured(adapter: Adapter, base: Base) -> str | None:
+def unmeasurable_reason(adapter: Adapter, base: Base) -> str | None:
     """Returns why outputs cannot be compared here, or ``None`` where they can."""
     needed, free = needed_bytes(base), free_bytes()
     if needed > free:
@@ -64,7 +64,7 @@ def why_not_measured(adapter: Adapter, base: Base) -> str | None:
             f"{free / 1e9:.1f} GB are free"
         )
     init = str((adapter.facts.get("config") or {}).get("init_lora_weights", "")).lower()
-    if settings_of(adapter) is not None and init.startswith(BASE_CHANGING_INITS):
+    if quantization_of(adapter) is not None and init.startswith(BASE_CHANGING_INITS):
         return f"with init_lora_weights={init!r} the folder does not hold the base in training"
     return None
 
@@ -96,7 +96,7 @@ def measure_merge(
         progress: Is told what is going on.
     """
     tokenizer = load_tokenizer(base)
-    settings, found = settings_of(adapter), {}
+    settings, found = quantization_of(adapter), {}
     steps = 2 if settings is None else 4
     progress("comparing outputs", 0, steps)
     trained = load_as_trained(base, adapter, check_base=check_base)
@@ -169,7 +169,7 @@ def measured(
 
     The merged folder is complete at this point: nothing that goes wrong here may lose it.
     """
-    reason = why_not_measured(adapter, base)
+    reason = unmeasurable_reason(adapter, base)
     if reason is not None:
         return {}, reason
     try:

@@ -19,17 +19,17 @@ from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightEr
 from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.atomic_folder import atomic_folder, check_output_free
 from lightning_peft.export.base import (
     COMPANIONS,
     INDEX,
     Base,
-    Stored,
+    StoredTensor,
     find_base,
     make_outline,
     names_in_model,
 )
 from lightning_peft.export.shards import in_file_order, write_safetensors
-from lightning_peft.export.whole_folder import refuse_taken, whole_folder
 
 REPORT = "merge_report.json"
 WAYS = ("dequantized", "original", "requantized")
@@ -97,13 +97,13 @@ def merge_into_folder(
         CheckpointError: If a file is damaged, or adapter and base do not fit.
         UnsupportedError: If the adapter cannot be merged.
     """
-    refuse_taken(output)
+    check_output_free(output)
     merge, names = prepare(adapter, base, into, dtype)
     checked = check_base and _check_base(adapter, base, merge, names, progress)
     plan = _plan(base, merge, names)
     size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
     _refuse_full_disk(output, size)
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         _write_weights(folder, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
         _write_companions(folder, base, adapter, written, vocabulary_size(merge.outline))
@@ -222,11 +222,13 @@ def _aliases(outline: Any) -> dict[str, list[str]]:
     return {name: group for group in groups.values() for name in group}
 
 
-def _plan(base: Base, merge: StreamedMerge, names: dict[str, str]) -> dict[str, dict[str, Stored]]:
+def _plan(
+    base: Base, merge: StreamedMerge, names: dict[str, str]
+) -> dict[str, dict[str, StoredTensor]]:
     """Returns what will be in each file."""
     plan = {
         file: {
-            key: Stored(merge.dtype_of(names[key], stored.dtype), stored.shape)
+            key: StoredTensor(merge.dtype_of(names[key], stored.dtype), stored.shape)
             for key, stored in shard.items()
         }
         for file, shard in base.shards.items()
@@ -236,10 +238,10 @@ def _plan(base: Base, merge: StreamedMerge, names: dict[str, str]) -> dict[str, 
         for key, stored in shard.items():
             value = replaced.get(names[key])
             if value is not None:
-                plan[file][key] = Stored(stored.dtype, tuple(value.shape))
+                plan[file][key] = StoredTensor(stored.dtype, tuple(value.shape))
     tied = _aliases(merge.outline)
     new = {
-        name: Stored(merge.dtype_of(name, value.dtype), tuple(value.shape))
+        name: StoredTensor(merge.dtype_of(name, value.dtype), tuple(value.shape))
         for name, value in replaced.items()
         if name not in there and not there & set(tied.get(name, []))
     }
@@ -248,7 +250,7 @@ def _plan(base: Base, merge: StreamedMerge, names: dict[str, str]) -> dict[str, 
     return plan
 
 
-def _main_dtype(plan: dict[str, dict[str, Stored]]) -> torch.dtype:
+def _main_dtype(plan: dict[str, dict[str, StoredTensor]]) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for shard in plan.values():
         for stored in shard.values():
@@ -262,7 +264,7 @@ def _write_weights(
     base: Base,
     merge: StreamedMerge,
     names: dict[str, str],
-    plan: dict[str, dict[str, Stored]],
+    plan: dict[str, dict[str, StoredTensor]],
     progress: Progress,
     size: int,
 ) -> None:

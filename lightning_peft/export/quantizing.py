@@ -19,7 +19,7 @@ from lightning_peft.errors import ConfigError, LightningPeftError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import COMPANIONS, INDEX, Base
 from lightning_peft.export.loading import load_as_trained, load_tokenizer
-from lightning_peft.export.measuring import LogitError, compare, logits_of, why_not_measured
+from lightning_peft.export.measuring import LogitError, compare, logits_of, unmeasurable_reason
 from lightning_peft.export.merged_folder import REPORT
 
 
@@ -74,7 +74,7 @@ def measure_quantized(
     """
     if not options.get("measure", True):
         return None, "it was not asked for"
-    reason = why_not_measured(adapter, base)
+    reason = unmeasurable_reason(adapter, base)
     if reason is not None:
         return None, reason
     try:

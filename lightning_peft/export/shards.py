@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_peft.export.base import DTYPES, Stored
+from lightning_peft.export.base import DTYPES, StoredTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def in_file_order(entries: dict[str, Stored]) -> list[str]:
+def in_file_order(entries: dict[str, StoredTensor]) -> list[str]:
     """Returns the keys in the order in which their values are written: wide dtypes first.
 
     So that every tensor starts at a multiple of its item size.
@@ -27,7 +27,9 @@ def in_file_order(entries: dict[str, Stored]) -> list[str]:
     return sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
 
 
-def write_safetensors(file: Path, entries: dict[str, Stored], tensors: Iterable[Tensor]) -> None:
+def write_safetensors(
+    file: Path, entries: dict[str, StoredTensor], tensors: Iterable[Tensor]
+) -> None:
     """Writes a safetensors file and flushes it to disk.
 
     Args:

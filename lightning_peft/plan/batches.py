@@ -9,10 +9,10 @@ import torch
 
 from lightning_peft.errors import UnsupportedError
 
-Maker = Callable[[int, int, bool], dict[str, Any]]
+BatchMaker = Callable[[int, int, bool], dict[str, Any]]
 
 
-def batch_maker(model_class: Any, config: Any) -> Maker:
+def batch_maker(model_class: Any, config: Any) -> BatchMaker:
     """Returns what makes a batch for a model class: rows, tokens, and whether rows are padded.
 
     Images have the size of the config, and audio has ``length`` samples or frames.
@@ -25,7 +25,7 @@ def batch_maker(model_class: Any, config: Any) -> Maker:
         UnsupportedError: If the input is of another kind than text, images or audio.
     """
     kind, name = getattr(model_class, "main_input_name", "input_ids"), model_class.__name__
-    makers: dict[str, Maker] = {
+    makers: dict[str, BatchMaker] = {
         "input_ids": _text,
         "pixel_values": lambda rows, length, padded: {"pixel_values": _images(rows, config)},
         "input_features": lambda rows, length, padded: {"input_features": _frames(rows, config)},

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_peft.errors import itemize
 from lightning_peft.plan.device_memory import DeviceMemory, readable
 from lightning_peft.plan.prediction import PARTS, Prediction
-from lightning_peft.plan.savings import Change
+from lightning_peft.plan.suggestions import Change
 
 NAMES = {
     "weights_quantized": "weights in 4 bits",
@@ -32,7 +32,7 @@ def breakdown_lines(plan: Prediction) -> list[str]:
     ]
 
 
-def warning_before(
+def memory_warning(
     plan: Prediction, device: DeviceMemory, changes: Sequence[Change] = ()
 ) -> str | None:
     """Returns what to warn of before a run starts, or ``None`` where it should fit.
@@ -40,7 +40,7 @@ def warning_before(
     Args:
         plan: The prediction.
         device: What is free where it is to run.
-        changes: What :func:`lightning_peft.plan.savings.best_changes` found.
+        changes: What :func:`lightning_peft.plan.suggestions.suggest_changes` found.
     """
     if plan.fits(device.bytes):
         return None
@@ -49,26 +49,26 @@ def warning_before(
         f"This run {'will' if sure else 'may'} not fit: it is expected to take "
         f"{readable(plan.peak_bytes)} (between {readable(plan.low_bytes)} and "
         f"{readable(plan.high_bytes)}), and {device.name} has {readable(device.bytes)}. At the "
-        f"fullest moment there are:{itemize(breakdown_lines(plan))}" + _ways_out(changes, device)
+        f"fullest moment there are:{itemize(breakdown_lines(plan))}" + _remedies(changes, device)
     )
 
 
-def out_of_memory(plan: Prediction, device: DeviceMemory, changes: Sequence[Change]) -> str:
+def out_of_memory_message(plan: Prediction, device: DeviceMemory, changes: Sequence[Change]) -> str:
     """Returns what used the memory when it ran out, and what would make the run fit.
 
     Args:
         plan: The prediction for the run that failed.
         device: Where it ran.
-        changes: What :func:`lightning_peft.plan.savings.best_changes` found.
+        changes: What :func:`lightning_peft.plan.suggestions.suggest_changes` found.
     """
     return (
         f"Out of memory on {device.name} ({readable(device.bytes)}). The run is expected to take "
         f"{readable(plan.peak_bytes)}, at the fullest moment:{itemize(breakdown_lines(plan))}"
-        + _ways_out(changes, device)
+        + _remedies(changes, device)
     )
 
 
-def _ways_out(changes: Sequence[Change], device: DeviceMemory) -> str:
+def _remedies(changes: Sequence[Change], device: DeviceMemory) -> str:
     if not changes:
         return "\nNo single change of the settings saves memory; take a larger device."
     return "\nWhat helps:" + itemize(change.line(device.bytes) for change in changes)

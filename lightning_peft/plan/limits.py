@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.sources import Source
+from lightning_peft.plan.sources import ModelSource
 
 # Where the search ends, and how fine it is for sequences.
 _LARGEST_BATCH, _LONGEST, _STEP = 4096, 1 << 20, 64
 
 
-def largest_batch(source: Source, plan: Prediction, device_bytes: int) -> int:
+def largest_batch(source: ModelSource, plan: Prediction, device_bytes: int) -> int:
     """Returns the most rows that fit at the sequence length of a run; 0 where none do.
 
     Args:
@@ -32,7 +32,7 @@ def largest_batch(source: Source, plan: Prediction, device_bytes: int) -> int:
     return _largest(needed, known, device_bytes, _LARGEST_BATCH)
 
 
-def longest_sequence(source: Source, plan: Prediction, device_bytes: int) -> int:
+def longest_sequence(source: ModelSource, plan: Prediction, device_bytes: int) -> int:
     """Returns the longest sequence that fits at the batch size of a run; 0 where none does.
 
     In steps of 64 tokens, and at most as long as the model was made for.

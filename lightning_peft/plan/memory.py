@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft import engine
-from lightning_peft.plan.twin import meta_copy
+from lightning_peft.plan.meta_copy import meta_copy
 
 # Adam keeps two float32 moments for every trained weight.
 _ADAM_BYTES = 8

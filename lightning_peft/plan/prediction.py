@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.plan.ledger import ACTIVATIONS, DEQUANTIZATION, LOGITS
 from lightning_peft.plan.margins import OVER, UNDER
 from lightning_peft.plan.process import HEAP, KERNELS, OVERHEAD, PROCESS, process_bytes
-from lightning_peft.plan.settings import Settings
-from lightning_peft.plan.sources import Source, from_config, from_module, from_name, rows_of
+from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.sources import ModelSource, from_config, from_module, from_name, rows_of
 from lightning_peft.plan.trace import (
     ADAPTERS,
     DENSE,
@@ -22,6 +21,7 @@ from lightning_peft.plan.trace import (
     Trace,
     trace,
 )
+from lightning_peft.plan.tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
 
 # The order in which a breakdown is shown.
 PARTS = (
@@ -41,7 +41,7 @@ class Prediction:
             is not in memory at that moment is zero.
     """
 
-    settings: Settings
+    settings: PlanSettings
     trace: Trace
     breakdown: dict[str, int]
 
@@ -81,7 +81,7 @@ class Prediction:
         return "may not fit" if self.low_bytes <= device_bytes else "does not fit"
 
 
-def predict(source: Source, settings: Settings, step: Step | None = None) -> Prediction:
+def predict(source: ModelSource, settings: PlanSettings, step: Step | None = None) -> Prediction:
     """Predicts the memory of one run.
 
     Args:
@@ -129,7 +129,7 @@ def plan_memory(
             ``loss`` of what the module returns.
         dtype: Dtype of the weights, for names and configs.
         revision: Branch, tag or commit, for names.
-        **settings: The fields of :class:`lightning_peft.plan.settings.Settings`: ``method``,
+        **settings: The fields of :class:`lightning_peft.plan.settings.PlanSettings`: ``method``,
             ``batch_size``, ``seq_len``, ``gradient_checkpointing``, ``precision``, ``optimizer``,
             ``lora``, ...
 
@@ -141,13 +141,13 @@ def plan_memory(
         UnsupportedError: If the forward pass cannot be traced without values.
     """
     rows = None if batch is None else rows_of(batch)
-    chosen = Settings(**({} if rows is None else {"batch_size": rows}) | settings)
+    chosen = PlanSettings(**({} if rows is None else {"batch_size": rows}) | settings)
     return predict(source_of(model, batch, dtype, revision), chosen, step)
 
 
 def source_of(
     model: Any, batch: Any = None, dtype: str = "auto", revision: str | None = None
-) -> Source:
+) -> ModelSource:
     """Returns the source for whatever :func:`plan_memory` takes as ``model``."""
     if isinstance(model, nn.Module):
         return from_module(model, batch)

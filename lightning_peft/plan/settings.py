@@ -19,7 +19,7 @@ PRECISIONS = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True)
-class Settings:
+class PlanSettings:
     """One training run, as far as memory is concerned.
 
     Attributes:

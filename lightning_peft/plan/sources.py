@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from lightning_peft.compat.torch import tree_iter, tree_map
 from lightning_peft.errors import ConfigError, UnsupportedError, similar_names
 from lightning_peft.plan.batches import batch_maker
+from lightning_peft.plan.meta_copy import meta_copy
 from lightning_peft.plan.trace import Step
-from lightning_peft.plan.twin import meta_copy
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model to plan for.
 
     Attributes:
@@ -46,7 +46,7 @@ class Source:
     length_changes: bool = True
 
 
-def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Source:
+def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> ModelSource:
     """Returns the source for a hub name, or a folder that holds at least ``config.json``.
 
     No weights are read and no code of the repository is run.
@@ -68,7 +68,7 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> So
     return from_config(config, name, dtype)
 
 
-def from_config(config: Any, name: str = "", dtype: str = "auto") -> Source:
+def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource:
     """Returns the source for a transformers config.
 
     Args:
@@ -94,7 +94,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> Source:
         model: nn.Module = made
         return model
 
-    return Source(
+    return ModelSource(
         name or model_class.__name__,
         twin,
         batch_maker(model_class, config),
@@ -142,7 +142,7 @@ def _causal_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
-def from_module(module: nn.Module, batch: Any) -> Source:
+def from_module(module: nn.Module, batch: Any) -> ModelSource:
     """Returns the source for a module and a sample batch.
 
     Args:
@@ -172,7 +172,7 @@ def from_module(module: nn.Module, batch: Any) -> Source:
             f"{type(module).__name__} is no transformers model, so it is not known what its "
             "batches look like. Pass one as `batch`."
         )
-    return Source(
+    return ModelSource(
         type(module).__name__,
         lambda: meta_copy(module),
         maker,

@@ -19,10 +19,10 @@ from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.verification.probe import NoLossError
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
-from lightning_peft.plan.ledger import Ledger
+from lightning_peft.plan.memory_tracker import MemoryTracker
+from lightning_peft.plan.meta_copy import cast, fake_mode, make_fake
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
-from lightning_peft.plan.settings import Settings
-from lightning_peft.plan.twin import cast, fake_mode, make_fake
+from lightning_peft.plan.settings import PlanSettings
 
 Step = Callable[[nn.Module, Any], Tensor]
 
@@ -60,7 +60,7 @@ class Trace:
 def trace(
     module: nn.Module,
     batch: Callable[[], Any],
-    settings: Settings,
+    settings: PlanSettings,
     step: Step | None = None,
     vocabulary: int | None = None,
 ) -> Trace:
@@ -86,7 +86,7 @@ def trace(
 def _trace(
     module: nn.Module,
     batch: Callable[[], Any],
-    settings: Settings,
+    settings: PlanSettings,
     step: Step,
     vocabulary: int | None,
 ) -> Trace:
@@ -98,9 +98,9 @@ def _trace(
     try:
         with fake_mode() as mode, _default_dtype(settings.cast):
             make_fake(module, mode)
-            ledger = Ledger(vocabulary, settings.is_padded)
-            _enter_weights(module, quantized, names, settings, ledger)
-            return _run(module, batch(), settings, step, ledger)
+            tracker = MemoryTracker(vocabulary, settings.is_padded)
+            _enter_weights(module, quantized, names, settings, tracker)
+            return _run(module, batch(), settings, step, tracker)
     finally:
         checkpointing()
 
@@ -132,7 +132,7 @@ def _explained(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def _adapt(module: nn.Module, settings: Settings) -> list[str]:
+def _adapt(module: nn.Module, settings: PlanSettings) -> list[str]:
     quantization = (
         engine.quantization_config(**settings.quantization) if settings.method == "qlora" else None
     )
@@ -152,7 +152,7 @@ def _adapt(module: nn.Module, settings: Settings) -> list[str]:
     )
 
 
-def _checkpoint(module: Any, settings: Settings) -> Callable[[], None]:
+def _checkpoint(module: Any, settings: PlanSettings) -> Callable[[], None]:
     """Switches checkpointing on; returns how to switch it off."""
     if not settings.checkpointing or engine.is_checkpointed(module):
         return _nothing
@@ -190,64 +190,70 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def _enter_weights(
-    module: nn.Module, quantized: list[str], adapters: list[str], settings: Settings, ledger: Ledger
+    module: nn.Module,
+    quantized: list[str],
+    adapters: list[str],
+    settings: PlanSettings,
+    tracker: MemoryTracker,
 ) -> None:
     """Quantizes, and enters all weights under what they are."""
     for name in quantized:
         config = engine.quantization_config(**settings.quantization)
         engine.quantize_on_meta(module.get_submodule(name), config)
     codes = engine.quantized_tensors(module)
-    ledger.enter(codes, QUANTIZED)
+    tracker.enter(codes, QUANTIZED)
     params = dict(module.named_parameters())
-    ledger.enter((params[name] for name in adapters), ADAPTERS)
+    tracker.enter((params[name] for name in adapters), ADAPTERS)
     known = {*map(id, codes), *(id(params[name]) for name in adapters)}
-    ledger.enter((p for p in params.values() if id(p) not in known), DENSE)
-    ledger.enter(module.buffers(), DENSE)
+    tracker.enter((p for p in params.values() if id(p) not in known), DENSE)
+    tracker.enter(module.buffers(), DENSE)
 
 
-def _run(module: nn.Module, batch: Any, settings: Settings, step: Step, ledger: Ledger) -> Trace:
+def _run(
+    module: nn.Module, batch: Any, settings: PlanSettings, step: Step, tracker: MemoryTracker
+) -> Trace:
     trained = [param for param in module.parameters() if param.requires_grad]
     if engine.has_activation_budget(module):
         # It measures first, and keeps less than allowed meanwhile.
         _loss(module, batch, settings, step).backward()
     name = settings.optimizer_name
     states, needed = state_bytes(trained, name), step_bytes(trained, name, settings.device)
-    ledger.hold(OPTIMIZER, states)
+    tracker.hold(OPTIMIZER, states)
 
     def accumulated(param: Tensor) -> None:
         if param.grad is not None:
-            ledger.enter([param.grad], GRADIENTS)
+            tracker.enter([param.grad], GRADIENTS)
 
     for param in trained:
         param.grad = torch.empty_like(param)
         param.register_post_accumulate_grad_hook(accumulated)
-    gradients = ledger.enter((p.grad for p in trained if p.grad is not None), GRADIENTS)
-    before = ledger.total
+    gradients = tracker.enter((p.grad for p in trained if p.grad is not None), GRADIENTS)
+    before = tracker.total
     kept = 0
-    with ledger:
+    with tracker:
         for index in range(min(2, settings.accumulate)):
             loss = _loss(module, batch, settings, step)
-            kept = max(kept, ledger.total - before)
+            kept = max(kept, tracker.total - before)
             if index == 0:
                 for param in trained:
                     param.grad = None
             loss.backward()
             del loss
-    ledger.hold(OPTIMIZER, needed)
+    tracker.hold(OPTIMIZER, needed)
     return Trace(
-        peak=ledger.peak,
-        at_peak={purpose: size for purpose, size in ledger.at_peak.items() if size},
+        peak=tracker.peak,
+        at_peak={purpose: size for purpose, size in tracker.at_peak.items() if size},
         kept=kept,
         gradients=gradients,
         optimizer=states,
         paged=paged_bytes(trained, name) if settings.device == "cuda" else 0,
         trainable=sum(param.numel() for param in trained),
         total=sum(map(engine.parameter_count, module.parameters())),
-        products=len(ledger.products),
+        products=len(tracker.products),
     )
 
 
-def _loss(module: nn.Module, batch: Any, settings: Settings, step: Step) -> Tensor:
+def _loss(module: nn.Module, batch: Any, settings: PlanSettings, step: Step) -> Tensor:
     autocast = (
         torch.autocast("cpu", settings.autocast) if settings.autocast is not None else nullcontext()
     )

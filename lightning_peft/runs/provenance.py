@@ -11,7 +11,7 @@ from lightning_peft import engine
 from lightning_peft.runs.machine import hardware, versions
 
 
-def digest_of(text: str) -> str:
+def text_digest(text: str) -> str:
     """Returns the sha256 of a text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -27,7 +27,7 @@ def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> d
     """
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "recipe_sha256": digest_of(recipe),
+        "recipe_sha256": text_digest(recipe),
         "seed": seed,
         "task": _name(module),
         "base": _base(module),

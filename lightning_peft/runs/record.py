@@ -12,10 +12,10 @@ import torch
 
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.machine import peak_memory
-from lightning_peft.runs.pace import Pace
-from lightning_peft.runs.provenance import digest_of
+from lightning_peft.runs.provenance import text_digest
 from lightning_peft.runs.result import result
 from lightning_peft.runs.status import StatusFile
+from lightning_peft.runs.throughput import Throughput
 
 
 class RunRecord:
@@ -39,7 +39,7 @@ class RunRecord:
         self.validations: dict[int, dict[str, float]] = {}
         self.started = time.time()
         self.status: StatusFile | None = None
-        self.pace = Pace()
+        self.pace = Throughput()
         # Whoever opens the record closes it; in Python that is the Trainer.
         self._of_trainer = False
         self._losses: list[float] = []
@@ -54,7 +54,7 @@ class RunRecord:
         if self.status is None:
             self.status = StatusFile(self.folder.status_file, self.kind)
 
-    def say(self, **changes: Any) -> None:
+    def update_status(self, **changes: Any) -> None:
         """Changes fields of the status, on the process that keeps the record."""
         if self.status is not None:
             self.status.update(**changes)
@@ -69,7 +69,9 @@ class RunRecord:
     def fail(self, exception: BaseException) -> None:
         """Writes down why the run ended: stopped by the user, or failed."""
         if isinstance(exception, KeyboardInterrupt):
-            self.say(state="stopped", phase="stopped at once", part=None, eta_seconds=None)
+            self.update_status(
+                state="stopped", phase="stopped at once", part=None, eta_seconds=None
+            )
         elif self.status is not None:
             content = {
                 "error": type(exception).__name__,
@@ -78,7 +80,7 @@ class RunRecord:
             }
             self.folder.write(self.folder.error, content)
             name = type(exception).__name__
-            self.say(state="failed", phase=f"failed: {name}", part=None, eta_seconds=None)
+            self.update_status(state="failed", phase=f"failed: {name}", part=None, eta_seconds=None)
         if self._of_trainer:
             self.close()
 
@@ -86,7 +88,7 @@ class RunRecord:
         """Writes down that the run was stopped, and where it can go on."""
         place = checkpoint.resolve().relative_to(self.folder.path.resolve()).as_posix()
         ended = {"state": "stopped", "phase": "stopped and saved", "part": None}
-        self.say(**ended, checkpoint=place, eta_seconds=None)
+        self.update_status(**ended, checkpoint=place, eta_seconds=None)
 
     def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
         """Writes the result of the run, and returns it.
@@ -105,12 +107,14 @@ class RunRecord:
             "tokens": self.pace.tokens,
             "seconds": round(self._earlier_seconds + time.time() - self.started, 1),
             "seed": self.seed,
-            "recipe_sha256": digest_of(self.recipe),
+            "recipe_sha256": text_digest(self.recipe),
         }
         record = result(trainer, module, known) | {"peak_memory": self._peak()}
         self.folder.write(self.folder.result, record)
         newest = self._newest()
-        self.say(state="finished", phase="finished", checkpoint=newest, part=None, eta_seconds=None)
+        self.update_status(
+            state="finished", phase="finished", checkpoint=newest, part=None, eta_seconds=None
+        )
         return record
 
     def close(self) -> None:

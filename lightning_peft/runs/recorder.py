@@ -54,7 +54,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "dirpath", "") is None:
                 callback.dirpath = str(self.folder.checkpoints)
-        self.say(phase="preparing model and data")
+        self.update_status(phase="preparing model and data")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Writes what the run is made of, also for the adapters that it will save."""
@@ -76,7 +76,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that the base is evaluated."""
         self.pace.validation_begins()
-        self.say(phase="evaluating before training")
+        self.update_status(phase="evaluating before training")
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the metrics of the base, if all of the validation rows were looked at."""
@@ -96,7 +96,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if trainer.global_step:
             self._remember()
         else:
-            self.say(earlier_seconds=0.0, rows=0, tokens=0)
+            self.update_status(earlier_seconds=0.0, rows=0, tokens=0)
         self.pace.validation_ends(whole=trainer.num_sanity_val_steps == math.inf)
         self.pace.step(trainer.global_step)
         place = f" at step {trainer.global_step}" if trainer.global_step else ""
@@ -104,7 +104,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         # Whoever reads that it runs may interrupt it at once.
         for callback in self._interruptions(trainer):
             callback.listen()
-        self.say(state="running", phase="training", total_steps=steps, part=None)
+        self.update_status(state="running", phase="training", total_steps=steps, part=None)
 
     def _remember(self) -> None:
         """Reads what was validated, and used, before the run was resumed."""
@@ -126,7 +126,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         """Ends a validation, of which samples and checkpoints are part."""
         self.pace.validation_ends()
         if self.status is not None and self.status.status.part is not None:
-            self.say(phase="training", part=None)
+            self.update_status(phase="training", part=None)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Notes the rate of the step and the norm of its gradients, where they will be logged."""
@@ -275,7 +275,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             schedule = schedule_of(trainer)
             more = schedule.until(total) - schedule.until(step) if schedule is not None else 0
             eta = self.pace.eta(max(0, total - step), more)
-        self.say(
+        self.update_status(
             step=step,
             epoch=trainer.current_epoch,
             steps_per_second=self.pace.rates().get("steps"),
@@ -297,7 +297,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             return
         self.folder.control.unlink(missing_ok=True)
         if asked.get("stop"):
-            self.say(state="stopping", phase="stopping after this step")
+            self.update_status(state="stopping", phase="stopping after this step")
         for callback in self._interruptions(trainer):
             callback.request(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
 

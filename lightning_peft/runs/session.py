@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from lightning_peft.plan.watch import MemoryWatch
+from lightning_peft.plan.plan_callback import MemoryPlanCallback
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
@@ -66,11 +66,11 @@ class RunSession:
             ConfigError: If the folder cannot be written to.
         """
         self._interruption = bind_to_lightning(SaveOnInterrupt, root)()
-        if _is_first_process():
+        if _is_rank_zero():
             self._begin_record(config, recipe, root)
         callbacks = [self._recorder] if self._recorder is not None else []
         if self.kind == "fit":
-            callbacks.append(bind_to_lightning(MemoryWatch, root)())
+            callbacks.append(bind_to_lightning(MemoryPlanCallback, root)())
         return [*callbacks, self._interruption]
 
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
@@ -133,7 +133,7 @@ class RunSession:
         if not trainer.num_val_batches or not sum(trainer.num_val_batches):
             return {}
         if self._recorder is not None:
-            self._recorder.say(phase="evaluating the best checkpoint")
+            self._recorder.update_status(phase="evaluating the best checkpoint")
         rows = trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False)
         return numbers(rows[0]) if rows else {}
 
@@ -151,7 +151,7 @@ class RunSession:
         self._open.close()
 
 
-def _is_first_process() -> bool:
+def _is_rank_zero() -> bool:
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     return rank == "0" and _VARIABLE not in os.environ
 

@@ -88,7 +88,7 @@ def read_status(path: Path) -> Status | None:
     return status
 
 
-def _before(path: Path, kind: str) -> Status:
+def _earlier_status(path: Path, kind: str) -> Status:
     """Returns what the session before has written; a new status where there is none like it."""
     try:
         found = read_status(path)
@@ -120,7 +120,7 @@ class StatusFile:
         self.path = path
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        before = _before(path, kind)
+        before = _earlier_status(path, kind)
         process = psutil.Process()
         self.status = Status(
             kind=kind,
@@ -133,7 +133,9 @@ class StatusFile:
             tokens=before.tokens,
         )
         self.update()
-        self._thread = threading.Thread(target=self._beat, args=(heartbeat,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_heartbeats, args=(heartbeat,), daemon=True
+        )
         self._thread.start()
 
     def update(self, **changes: Any) -> None:
@@ -147,6 +149,6 @@ class StatusFile:
         self._closed.set()
         self._thread.join()
 
-    def _beat(self, seconds: float) -> None:
+    def _write_heartbeats(self, seconds: float) -> None:
         while not self._closed.wait(seconds):
             self.update()

@@ -11,12 +11,12 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForImageClassification
 
-from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.classification import ClassificationTask
 
 log = logging.getLogger(__name__)
 
 
-class ImageClassifier(LabelledTask):
+class ImageClassifier(ClassificationTask):
     """An image model with a head for the classes of the data.
 
     Logs ``val_loss`` (nats per image), ``val_accuracy`` (share of images whose class is the most
@@ -24,7 +24,8 @@ class ImageClassifier(LabelledTask):
     that comes with a head for another number of classes, as those trained on ImageNet do, gets a
     fresh one, which is trained in full.
 
-    The arguments are those of :class:`LabelledTask <lightning_peft.tasks.labelled.LabelledTask>`.
+    The arguments are those of
+    :class:`ClassificationTask <lightning_peft.tasks.classification.ClassificationTask>`.
 
     Raises:
         ConfigError: If arguments contradict each other or the data's labels.
@@ -47,14 +48,14 @@ class ImageClassifier(LabelledTask):
         """Returns the labels, and the loss: transformers would guess it from the dtype."""
         return {**super().configuration(), "problem_type": "single_label_classification"}
 
-    def refuse_head(self, theirs: list[str]) -> None:
+    def check_head(self, theirs: list[str]) -> None:
         """Refuses a head for the same labels in another order.
 
         A head for as many other labels is kept as the start of training, which is told; one of
         another size is made anew.
         """
         if sorted(theirs) == sorted(self.labels):
-            super().refuse_head(theirs)
+            super().check_head(theirs)
         if len(theirs) == len(self.labels):
             log.warning(
                 "The head of %r is for other labels (%s). It has as many outputs as there are "

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.tasks.modes import in_eval_mode
-from lightning_peft.tasks.pairs import PairedTask
+from lightning_peft.tasks.pairwise import PairwiseTask
 from lightning_peft.tasks.preference_losses import answer_log_probabilities, dpo, orpo
 from lightning_peft.tasks.reference import check_reference, reference
 from lightning_peft.tasks.samples import GeneratedSample, answer
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _NOTICEABLE = 0.01
 
 
-class PreferenceTuning(PairedTask):
+class PreferenceTuning(PairwiseTask):
     """A causal language model that learns to prefer chosen answers to rejected ones.
 
     ``"dpo"`` is direct preference optimization (arXiv 2305.18290). Its reference is the same base
@@ -64,7 +64,7 @@ class PreferenceTuning(PairedTask):
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate, **options)
-        self._start_is_known = False
+        self._start_checked = False
 
     def _argument_problems(self) -> list[str]:
         given = self.hparams
@@ -130,7 +130,7 @@ class PreferenceTuning(PairedTask):
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Says so once if training does not begin at the reference, on its first batch."""
-        known, self._start_is_known = self._start_is_known, True
+        known, self._start_checked = self._start_checked, True
         if known or self.hparams["loss"] != "dpo" or self.trainer.global_step:
             return
         assert self.model is not None

@@ -10,10 +10,10 @@ from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.tasks.heads import keep_heads_in_float32
-from lightning_peft.tasks.pairs import PairedTask
+from lightning_peft.tasks.pairwise import PairwiseTask
 
 
-class RewardModel(PairedTask):
+class RewardModel(PairwiseTask):
     """A decoder with one output, trained so that chosen answers get greater scores.
 
     The loss is that of Bradley and Terry: minus the log-sigmoid of the difference of the scores

@@ -33,7 +33,7 @@ class GeneratedSample:
     cut: bool | None = None
 
 
-class Generates(Protocol):
+class GeneratesSamples(Protocol):
     """A task whose model generates text."""
 
     def generate_samples(

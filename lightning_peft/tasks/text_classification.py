@@ -9,13 +9,13 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.classification import ClassificationTask
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class TextClassifier(LabelledTask):
+class TextClassifier(ClassificationTask):
     """A transformers model that gives each text one of some labels.
 
     Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most

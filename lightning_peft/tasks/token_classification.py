@@ -9,14 +9,14 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForTokenClassification
 
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.tasks.labelled import LabelledTask
+from lightning_peft.tasks.classification import ClassificationTask
 from lightning_peft.tasks.spans import SpanScores, are_spans
 
 # What a batch says of its words, which is not for the model.
 _OF_WORDS = ("word_starts", "words")
 
 
-class TokenClassifier(LabelledTask):
+class TokenClassifier(ClassificationTask):
     """A transformers model that gives each word a tag.
 
     Logs ``val_loss`` (cross-entropy in nats per token with a label) and ``val_accuracy`` (share of
@@ -27,7 +27,8 @@ class TokenClassifier(LabelledTask):
     ``test_...``. A word gets the tag of its first token. The head on top of the base is new, and
     is trained in full beside the adapters.
 
-    The arguments are those of :class:`LabelledTask <lightning_peft.tasks.labelled.LabelledTask>`
+    The arguments are those of
+    :class:`ClassificationTask <lightning_peft.tasks.classification.ClassificationTask>`
     and :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
     """
 

@@ -38,7 +38,7 @@ _ROWS, _TOKENS = 2, 32
 
 
 @dataclass
-class Scored:
+class TokenScores:
     """What a batch gave.
 
     Attributes:
@@ -61,7 +61,7 @@ class TokenLoss:
 
     def __init__(self) -> None:
         # None: not tried yet. No reference to the model, which may be copied with this.
-        self._by_parts: bool | None = None
+        self._chunked: bool | None = None
 
     def train(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Tensor:
         """Returns the loss of a batch, a mean over its labelled tokens, with gradients.
@@ -71,16 +71,16 @@ class TokenLoss:
             model: The model, for its head.
             batch: ``input_ids``, ``labels`` and what else the model takes.
         """
-        if not self._goes_by_parts(call, model, batch):
+        if not self._can_chunk(call, model, batch):
             own: Tensor = call(**batch).loss
             return own
-        hidden, targets = _labelled(call, model, batch)
-        head, after = model.get_output_embeddings(), after_head(model)
+        hidden, targets = _labelled_inputs(call, model, batch)
+        head, after = model.get_output_embeddings(), postprocess_logits(model)
         trained = [param for param in head.parameters() if param.requires_grad]
-        loss: Tensor = ChunkedLoss.apply(hidden, targets, _rows(model), head, after, *trained)
+        loss: Tensor = ChunkedLoss.apply(hidden, targets, _chunk_rows(model), head, after, *trained)
         return loss
 
-    def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Scored:
+    def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> TokenScores:
         """Returns loss and accuracy of a batch, without gradients.
 
         Args:
@@ -89,38 +89,38 @@ class TokenLoss:
             batch: The same.
         """
         with torch.no_grad():
-            if not self._goes_by_parts(call, model, batch):
-                return _scored(call(**batch), shifted(batch["labels"]))
-            hidden, targets = _labelled(call, model, batch)
-            head, after = model.get_output_embeddings(), after_head(model)
+            if not self._can_chunk(call, model, batch):
+                return _score_tokens(call(**batch), shift_labels(batch["labels"]))
+            hidden, targets = _labelled_inputs(call, model, batch)
+            head, after = model.get_output_embeddings(), postprocess_logits(model)
             total = hidden.new_zeros((), dtype=torch.float32)
             correct = hidden.new_zeros((), dtype=torch.int64)
-            for rows, wanted in _chunks(hidden, targets, _rows(model)):
+            for rows, wanted in _chunks(hidden, targets, _chunk_rows(model)):
                 logits = after(head(rows))
                 correct += (logits.argmax(-1) == wanted).sum()
                 total += engine.summed_cross_entropy(logits, wanted)
-            return Scored(total / len(targets), len(targets), correct)
+            return TokenScores(total / len(targets), len(targets), correct)
 
-    def _goes_by_parts(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
+    def _can_chunk(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
         if not batch.keys() <= _KNOWN or batch["input_ids"].shape[1] < 2:
             return False
-        if self._by_parts is None:
-            reason = _why_whole(model)
+        if self._chunked is None:
+            reason = _why_not_chunked(model)
             if reason is None and not engine.is_materialized(batch["input_ids"]):
                 # A prediction of memory: there are no numbers to compare.
                 return True
-            reason = reason or _trial(call, model, batch)
-            self._by_parts = reason is None
+            reason = reason or _probe(call, model, batch)
+            self._chunked = reason is None
             if reason is not None:
                 log.info(
                     "%s computes its own loss, with the logits of all tokens: %s.",
                     type(model).__name__,
                     reason,
                 )
-        return self._by_parts
+        return self._chunked
 
 
-def loss_by_parts(model: PreTrainedModel, batch: Any) -> Tensor:
+def chunked_loss(model: PreTrainedModel, batch: Any) -> Tensor:
     """Returns the loss of a model that no task holds, as the tasks compute it.
 
     Args:
@@ -168,7 +168,7 @@ class ChunkedLoss(torch.autograd.Function):
             found = _gradients(logits, sources, gradient)
             if of_hidden is not None:
                 of_hidden[start : start + len(part)] = found.pop(0)
-            sums = [_added(held, more) for held, more in zip(sums, found, strict=True)]
+            sums = [_accumulate(held, more) for held, more in zip(sums, found, strict=True)]
             start += len(part)
             # Else they would still be there when those of the next chunk are made.
             del logits, gradient
@@ -199,7 +199,7 @@ def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[
     return list(torch.autograd.grad(logits, sources, gradient, allow_unused=True))
 
 
-def _added(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+def _accumulate(held: Tensor | None, more: Tensor | None) -> Tensor | None:
     """Returns the sum, in float32 or more: that of many chunks in 16 bits would lose the last."""
     if more is None:
         return held
@@ -207,7 +207,7 @@ def _added(held: Tensor | None, more: Tensor | None) -> Tensor | None:
     return more if held is None else held.add_(more)
 
 
-def _rows(model: PreTrainedModel) -> int:
+def _chunk_rows(model: PreTrainedModel) -> int:
     """Returns how many tokens a chunk has."""
     classes = getattr(model.get_output_embeddings(), "out_features", None)
     return max(1, CHUNK // int(classes or model.config.get_text_config().vocab_size))
@@ -218,7 +218,7 @@ def _chunks(hidden: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor
         yield from zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
-def _labelled(
+def _labelled_inputs(
     call: Callable[..., Any], model: PreTrainedModel, batch: Any
 ) -> tuple[Tensor, Tensor]:
     """Returns what the head would get where there is a label, and the labels."""
@@ -226,12 +226,12 @@ def _labelled(
     with _head_input(model, first_only=True) as seen:
         call(**inputs)
     (hidden,) = seen
-    targets = shifted(batch["labels"]).to(hidden.device)
+    targets = shift_labels(batch["labels"]).to(hidden.device)
     places = (targets != IGNORED).nonzero().squeeze(-1)
     return hidden.flatten(0, 1).index_select(0, places), targets.index_select(0, places)
 
 
-def shifted(labels: Tensor) -> Tensor:
+def shift_labels(labels: Tensor) -> Tensor:
     """Returns the label of the token that each position predicts, ``(batch * length,)``."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
@@ -252,7 +252,7 @@ def _head_input(model: PreTrainedModel, first_only: bool) -> Iterator[list[Tenso
         handle.remove()
 
 
-def after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def postprocess_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Returns what ``model`` does to the output of its head, by the names of its config."""
     config: Any = model.config.get_text_config()
     times = getattr(config, "logit_scale", None)
@@ -269,7 +269,7 @@ def after_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return after
 
 
-def _why_whole(model: PreTrainedModel) -> str | None:
+def _why_not_chunked(model: PreTrainedModel) -> str | None:
     """Returns why the loss of ``model`` is known not to be the mean over tokens, or ``None``."""
     if model.get_output_embeddings() is None:
         return "it names no output embeddings"
@@ -280,10 +280,10 @@ def _why_whole(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _trial(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str | None:
+def _probe(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str | None:
     """Returns in what the model differs from what :class:`TokenLoss` computes, or ``None``."""
-    corner = _corner(batch)
-    head, after = model.get_output_embeddings(), after_head(model)
+    corner = _probe_batch(batch)
+    head, after = model.get_output_embeddings(), postprocess_logits(model)
     devices = [model.device] if model.device.type == "cuda" else []
     inputs = {name: value for name, value in corner.items() if name != "labels"}
     try:
@@ -300,14 +300,16 @@ def _trial(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str 
     precision = max(1e-4, 4 * torch.finfo(output.logits.dtype).eps)
     if mine.shape != logits.shape or not (mine - logits).norm() <= precision * logits.norm():
         return "it does more to its logits than its config says"
-    loss = F.cross_entropy(logits.flatten(0, 1), shifted(corner["labels"]), ignore_index=IGNORED)
+    loss = F.cross_entropy(
+        logits.flatten(0, 1), shift_labels(corner["labels"]), ignore_index=IGNORED
+    )
     # From the same logits, so that even a small term of its own shows.
     if not (loss - output.loss).abs() <= 1e-6 * loss.abs():
         return f"its loss is no mean over tokens ({output.loss:.6f}, which would be {loss:.6f})"
     return None
 
 
-def _corner(batch: Any) -> dict[str, Tensor]:
+def _probe_batch(batch: Any) -> dict[str, Tensor]:
     """Returns the first tokens of the first rows, with labels on two of three tokens."""
     corner = {name: value[:_ROWS, :_TOKENS] for name, value in batch.items()}
     mask = batch.get("attention_mask")
@@ -320,9 +322,9 @@ def _corner(batch: Any) -> dict[str, Tensor]:
     return {**corner, "labels": labels}
 
 
-def _scored(output: Any, targets: Tensor) -> Scored:
+def _score_tokens(output: Any, targets: Tensor) -> TokenScores:
     """Returns loss and accuracy from the logits of all tokens."""
     targets = targets.to(output.logits.device)
     labelled = targets != IGNORED
     correct = (output.logits.argmax(-1).flatten() == targets) & labelled
-    return Scored(output.loss, int(labelled.sum()), correct.sum())
+    return TokenScores(output.loss, int(labelled.sum()), correct.sum())

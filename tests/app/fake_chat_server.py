@@ -38,7 +38,7 @@ def main(words: list[str]) -> None:
         time.sleep(60)
     names = ["base", *adapters]
     around = ["### User:\n", "\n\n### Assistant:\n"]
-    say(ready={"names": names, "device": "cpu", "notes": ["a note"], "around_question": around})
+    say(ready={"names": names, "device": "cpu", "notes": ["a note"], "prompt_affixes": around})
     rows: queue.SimpleQueue[dict] = queue.SimpleQueue()
     stopped: set[int] = set()
 

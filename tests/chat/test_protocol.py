@@ -77,7 +77,7 @@ def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
     assert client.ready["active"] == "mine"
     assert client.ready["device"] == "cpu"
     assert client.ready["template"] == "plain"
-    assert client.ready["around_question"] == ["### User:\n", "\n\n### Assistant:\n"]
+    assert client.ready["prompt_affixes"] == ["### User:\n", "\n\n### Assistant:\n"]
     # 4.26 million float32 weights of the demo's base, and the adapter's.
     assert client.ready["memory_bytes"] > 4 * 4_000_000
 

@@ -55,9 +55,9 @@ def test_this_machine_can_train(doctor, tmp_path):
     assert found["passed"] is True
     assert [check["name"] for check in found["checks"]] == NAMES
     for check in found["checks"]:
-        assert set(check) == {"name", "status", "detail", "way_out", "seconds"}
+        assert set(check) == {"name", "status", "detail", "remedy", "seconds"}
         assert check["status"] in ("ok", "warning", "skipped")
-        assert bool(check["way_out"]) == (check["status"] == "warning")
+        assert bool(check["remedy"]) == (check["status"] == "warning")
     assert found["checks"][-1]["status"] == "skipped"
     assert "HF_HUB_OFFLINE is set" in found["checks"][-1]["detail"]
     assert not list((tmp_path / "here").iterdir())

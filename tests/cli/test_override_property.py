@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from properties import few_and_many
 
-from lightning_peft.cli.described_data import described_data
-from lightning_peft.cli.planned_config import planned_config
-from lightning_peft.cli.recipes import find_recipe, with_files
+from lightning_peft.cli.data_config import described_data
+from lightning_peft.cli.plan_config import planned_config
+from lightning_peft.cli.recipes import find_recipe, resolve_recipes
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plugin.config_errors import constructor_parameters
 from lightning_peft.plugin.lightning_cli import parsed_config
@@ -41,7 +41,7 @@ def plan(recipe, option):
 
 def fit(recipe, option):
     with tempfile.TemporaryDirectory() as folder:
-        parsed_config(with_files([f"--config={recipe}", option], Path(folder)))
+        parsed_config(resolve_recipes([f"--config={recipe}", option], Path(folder)))
 
 
 COMMANDS = [preview, check, plan, fit]

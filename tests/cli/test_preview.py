@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_peft.cli import main
-from lightning_peft.cli.described_data import spelled
+from lightning_peft.cli.data_config import as_option
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 
 GOOD = [{"q": f"What is {i}?", "a": f"It is {'very ' * i}{i}.", "id": i} for i in range(20)]
@@ -194,8 +194,8 @@ def test_all_arguments_are_listed(here):
 
 
 def test_options_are_spelled_either_way():
-    assert spelled("--skip-bad-rows=a-b") == "--skip_bad_rows=a-b"
-    assert spelled("--data.init_args.max-length=9") == "--max_length=9"
-    assert spelled("--data.data=x") == "--data=x"
-    assert spelled("--json") == "--json"
-    assert spelled("a--b-c") == "a--b-c"
+    assert as_option("--skip-bad-rows=a-b") == "--skip_bad_rows=a-b"
+    assert as_option("--data.init_args.max-length=9") == "--max_length=9"
+    assert as_option("--data.data=x") == "--data=x"
+    assert as_option("--json") == "--json"
+    assert as_option("a--b-c") == "a--b-c"

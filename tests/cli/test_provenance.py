@@ -102,7 +102,7 @@ def test_changed_files_are_found(copy, capsys):
     facts["data"]["key"] = "another"
     facts["base"]["fingerprint"] = "another"
     (copy.checkpoints / "adapters" / "last" / "provenance.json").write_text(json.dumps(facts))
-    from lightning_peft.runs.proof import file_checks
+    from lightning_peft.runs.integrity import file_checks
 
     found = {c.name: c.detail for c in file_checks(copy.path) if c.passed is False}
     assert found["the recipe is the one that was run"] == "recipe.yaml was changed since the run"

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft.doctor.findings import Check
 from lightning_peft.doctor.hardware import (
     check_bf16,
     check_compiler,
@@ -13,6 +12,7 @@ from lightning_peft.doctor.hardware import (
     chosen_device,
     native_bf16,
 )
+from lightning_peft.doctor.results import Check
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -52,8 +52,8 @@ def test_a_device_that_computes_wrongly_is_found(monkeypatch):
 
 @no_cuda
 def test_a_device_that_is_not_there_is_a_finding():
-    found = Check("device", lambda: check_device("cuda"), "another one").finding()
-    assert (found.name, found.status, found.way_out) == ("device", "failed", "another one")
+    found = Check("device", lambda: check_device("cuda"), "another one").result()
+    assert (found.name, found.status, found.remedy) == ("device", "failed", "another one")
     assert found.detail.startswith(("AssertionError", "RuntimeError"))
 
 
@@ -64,14 +64,14 @@ def test_a_gpu_that_torch_does_not_see_is_found(program, device, status):
     found = check_torch(device)
     assert found.status == status
     assert "nvidia-smi lists GPU 0: NVIDIA Something, " in found.detail
-    assert "https://pytorch.org/get-started/locally/" in found.way_out
+    assert "https://pytorch.org/get-started/locally/" in found.remedy
 
 
 @no_cuda
 @pytest.mark.parametrize(
-    ("hidden", "way_out"), [("", "CUDA_VISIBLE_DEVICES='' hides devices"), (None, "Update the")]
+    ("hidden", "remedy"), [("", "CUDA_VISIBLE_DEVICES='' hides devices"), (None, "Update the")]
 )
-def test_a_gpu_that_a_cuda_build_does_not_see_is_found(program, monkeypatch, hidden, way_out):
+def test_a_gpu_that_a_cuda_build_does_not_see_is_found(program, monkeypatch, hidden, remedy):
     program("nvidia-smi", 'echo "GPU 0: NVIDIA Something (UUID: GPU-1)"')
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     if hidden is not None:
@@ -80,7 +80,7 @@ def test_a_gpu_that_a_cuda_build_does_not_see_is_found(program, monkeypatch, hid
     assert found.status == "warning"
     assert "built for CUDA 12.8" in found.detail
     assert "but torch sees no CUDA device" in found.detail
-    assert way_out in found.way_out
+    assert remedy in found.remedy
 
 
 @no_cuda
@@ -119,7 +119,7 @@ def test_bf16_that_is_none_or_too_rough_is_found(kind, detail):
     found = check_bf16("cpu", kind(64, 64))
     assert found.status == "warning"
     assert detail in found.detail
-    assert "32-true" in found.way_out
+    assert "32-true" in found.remedy
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_native_bf16_is_read_from_the_processor(tmp_path, line, native, status):
     found = check_bf16("cpu", cpuinfo=file)
     assert found.status == status
     assert ("emulates" in found.detail) == (native == "")
-    assert bool(found.way_out) == (native == "")
+    assert bool(found.remedy) == (native == "")
 
 
 def test_bf16_of_an_unknown_processor_is_not_guessed(tmp_path):
@@ -156,7 +156,7 @@ def test_a_missing_and_a_broken_compiler_are_found(program, monkeypatch):
     missing = check_compiler()
     assert missing.status == "warning"
     assert "g++" in missing.detail
-    assert "torch.compile" in missing.way_out
+    assert "torch.compile" in missing.remedy
     program("g++", "echo cannot find cc1plus >&2", "exit 1")
     broken = check_compiler()
     assert broken.status == "warning"

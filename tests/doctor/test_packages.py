@@ -3,8 +3,8 @@
 import pytest
 
 from lightning_peft.doctor.packages import (
+    check_compatibility,
     check_compromised,
-    check_fit,
     check_python,
     check_requirements,
 )
@@ -31,9 +31,9 @@ def installed(tmp_path):
 
 def test_a_good_environment_is_fine(installed):
     path = installed(**GOOD)
-    for check in (check_compromised, check_requirements, check_fit):
+    for check in (check_compromised, check_requirements, check_compatibility):
         found = check(path)
-        assert (found.status, found.way_out) == ("ok", ""), found
+        assert (found.status, found.remedy) == ("ok", ""), found
     assert "peft 0.20" in check_requirements(path).detail
     assert "lightning 2.6.6" in check_requirements(path).detail
     assert check_python().status == "ok"
@@ -46,8 +46,8 @@ def test_a_compromised_release_is_found(installed, name, version):
     assert found.status == "failed"
     spelled = name.replace("_", "-")
     assert f"{spelled} {version}" in found.detail
-    assert f"pip uninstall {spelled}`" in found.way_out
-    assert "rotate every credential" in found.way_out
+    assert f"pip uninstall {spelled}`" in found.remedy
+    assert "rotate every credential" in found.remedy
 
 
 def test_a_compromised_release_is_found_behind_a_good_one(installed):
@@ -67,18 +67,18 @@ def test_two_versions_of_lightning_are_said_and_fine(installed):
 
 
 @pytest.mark.parametrize(
-    ("change", "detail", "way_out"),
+    ("change", "detail", "remedy"),
     [
         ({"peft": ("0.18", [])}, "peft 0.18 is installed, >=0.19 is required", '"peft>=0.19"'),
         ({"peft": ("main", [])}, "peft main is installed", '"peft>=0.19"'),
         ({"lightning": ("2.5", [])}, "lightning 2.5 is installed", '"lightning>=2.6"'),
     ],
 )
-def test_a_version_out_of_range_is_found(installed, change, detail, way_out):
+def test_a_version_out_of_range_is_found(installed, change, detail, remedy):
     found = check_requirements(installed(**{**GOOD, **change}))
     assert found.status == "failed"
     assert detail in found.detail
-    assert found.way_out == f"Run `pip install {way_out}`."
+    assert found.remedy == f"Run `pip install {remedy}`."
 
 
 def test_an_optional_package_is_not_missed(installed):
@@ -107,18 +107,18 @@ def test_remains_of_an_installation_are_not_taken_for_it(installed, tmp_path):
 def test_no_metadata_at_all_is_said(installed):
     found = check_requirements(installed(peft=GOOD["peft"]))
     assert found.status == "warning"
-    assert "pip install lightning-peft" in found.way_out
+    assert "pip install lightning-peft" in found.remedy
 
 
 @pytest.mark.parametrize("name", ["torchvision", "torchaudio"])
 def test_a_package_for_another_torch_is_found(installed, name):
     path = installed(torch=("2.6.0+cu124", []), accelerate=("1.0", ["torch==2.6.0"]))
     # A local label such as +cu124 does not make another version of it.
-    assert check_fit(path).status == "ok"
+    assert check_compatibility(path).status == "ok"
     installed(**{name: ("0.22.0", ["torch==2.7.0"])})
-    found = check_fit(path)
+    found = check_compatibility(path)
     assert found.status == "warning"
     assert found.detail == (
         f"{name} 0.22.0 requires torch==2.7.0: torch 2.6.0+cu124 is installed, ==2.7.0 is required"
     )
-    assert f"pip install --upgrade {name}`" in found.way_out
+    assert f"pip install --upgrade {name}`" in found.remedy

@@ -18,7 +18,7 @@ from lightning_peft.doctor.places import check_folder
 
 def in_process(code, **environment):
     """Runs code that leaves a finding in ``found``; the hub's settings are read on import."""
-    program = f"import json\n{code}\nprint(json.dumps([found.status, found.detail, found.way_out]))"
+    program = f"import json\n{code}\nprint(json.dumps([found.status, found.detail, found.remedy]))"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "HF_HUB_OFFLINE": "0", **environment},
@@ -53,7 +53,7 @@ def test_a_file_in_the_way_is_found(tmp_path, below):
     found = check_folder(tmp_path / "taken" / below)
     assert found.status == "failed"
     assert "taken is a file" in found.detail
-    assert "default_root_dir" in found.way_out
+    assert "default_root_dir" in found.remedy
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs Linux")
@@ -71,10 +71,10 @@ def test_a_folder_that_takes_no_data_is_found(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         f"found = check_folder(Path({str(tmp_path)!r}))"
     )
-    status, detail, way_out = in_process(code)
+    status, detail, remedy = in_process(code)
     assert status == "failed"
     assert "OSError" in detail
-    assert way_out
+    assert remedy
     assert not list(tmp_path.iterdir())
 
 
@@ -84,7 +84,7 @@ def test_little_room_is_found(tmp_path, monkeypatch):
     found = check_folder(tmp_path)
     assert found.status == "warning"
     assert "1.0 GiB free" in found.detail
-    assert "Make room" in found.way_out
+    assert "Make room" in found.remedy
 
 
 @pytest.fixture
@@ -129,10 +129,10 @@ def silent():
 
 
 def test_a_hub_that_does_not_answer_is_found_and_is_a_fault_where_it_is_needed(silent):
-    status, detail, way_out = ask(silent, needed=True)
+    status, detail, remedy = ask(silent, needed=True)
     assert status == "failed"
     assert "Timeout" in detail
-    assert "HTTPS_PROXY" in way_out
+    assert "HTTPS_PROXY" in remedy
 
 
 def test_a_hub_that_refuses_is_found():

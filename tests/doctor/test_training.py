@@ -45,7 +45,7 @@ def test_a_product_that_loses_gradients_is_found(bits, function, status, monkeyp
     found = check_quantized(bits, "cpu")
     assert found.status == status
     assert "gradients pass through every quantized layer" in found.detail
-    assert "python -m bitsandbytes" in found.way_out
+    assert "python -m bitsandbytes" in found.remedy
 
 
 def test_gradients_that_an_evaluation_pass_loses_are_found(monkeypatch):
@@ -85,4 +85,4 @@ def test_steps_that_do_nothing_are_found(kind, cls, status, monkeypatch):
     found = check_optimizer(kind, "cpu")
     assert found.status == status
     assert "1 off torch's AdamW, at most" in found.detail
-    assert "optimizer=None" in found.way_out
+    assert "optimizer=None" in found.remedy

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from lightning_peft.data.templates import NAMED
 from lightning_peft.export.formats import _added_token
-from lightning_peft.export.go_template import Turns, translate
+from lightning_peft.export.go_template import TurnTemplate, translate
 
 from .go_rendering import go
 
@@ -139,7 +139,7 @@ def test_what_says_more_is_not_translated(kind: str, tokenizer) -> None:
 
 
 def test_turns_are_text() -> None:
-    turns = Turns("<s>", {"user": ("U:", "\n"), "assistant": ("A:", "\n")}, "A:")
+    turns = TurnTemplate("<s>", {"user": ("U:", "\n"), "assistant": ("A:", "\n")}, "A:")
     assert turns.render(TALK[:3]) == "<s>U:One?\nA:Two.\nU:Three\nA:"
 
 

@@ -21,8 +21,8 @@ from lightning_peft.export.card import adapter_card
 from lightning_peft.export.loading_code import (
     adapter_code,
     labels_of,
+    merged_model_code,
     model_class,
-    whole_code,
 )
 
 
@@ -104,7 +104,7 @@ def test_what_has_no_auto_class_is_named_and_what_reads_the_inputs_too():
         "base": {"class": "WhisperForConditionalGeneration"},
         "data": {"class": "lightning_peft.data.speech.SpeechData"},
     }
-    code = whole_code(whisper, "mine")
+    code = merged_model_code(whisper, "mine")
     assert "WhisperForConditionalGeneration.from_pretrained('mine')" in code
     assert "processor = AutoProcessor.from_pretrained('mine')" in code
     series = {

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_peft.plan.limits import _largest, largest_batch, longest_sequence
 from lightning_peft.plan.prediction import predict
-from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import from_name
 
 
@@ -25,13 +25,13 @@ def test_the_search_is_right_for_every_convex_need():
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_largest_batch_fits_and_one_more_does_not(folder, method):
     source = from_name(str(folder()))
-    run = Settings(method, batch_size=4, seq_len=64)
+    run = PlanSettings(method, batch_size=4, seq_len=64)
     room = 810_000_000
     plan = predict(source, run)
     rows = largest_batch(source, plan, room)
     assert rows > 4
-    assert predict(source, Settings(method, batch_size=rows, seq_len=64)).fits(room)
-    assert not predict(source, Settings(method, batch_size=rows + 1, seq_len=64)).fits(room)
+    assert predict(source, PlanSettings(method, batch_size=rows, seq_len=64)).fits(room)
+    assert not predict(source, PlanSettings(method, batch_size=rows + 1, seq_len=64)).fits(room)
     assert largest_batch(source, plan, 1000) == 0
     # What the model was made for is the end.
     assert longest_sequence(source, plan, 10**12) == 256

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.plan.ledger import Ledger
+from lightning_peft.plan.memory_tracker import MemoryTracker
 from lightning_peft.plan.prediction import plan_memory
-from lightning_peft.plan.settings import Settings
+from lightning_peft.plan.settings import PlanSettings
 
 
 class Attending(pl.LightningModule):
@@ -43,25 +43,25 @@ def really(module, batch, **injection):
         engine.inject(module, **injection)
     module.train()
     trained = [p for p in module.parameters() if p.requires_grad]
-    ledger = Ledger()
-    ledger.enter(module.parameters(), "weights")
-    ledger.enter(module.buffers(), "weights")
+    tracker = MemoryTracker()
+    tracker.enter(module.parameters(), "weights")
+    tracker.enter(module.buffers(), "weights")
     for child in module.modules():
         state = getattr(child._parameters.get("weight"), "quant_state", None)
         if state is not None:
             inner = [state.state2.absmax, state.state2.code, state.offset]
-            ledger.enter([state.absmax, state.code, *inner], "weights")
-    ledger.hold("optimizer", 8 * sum(p.numel() for p in trained))
+            tracker.enter([state.absmax, state.code, *inner], "weights")
+    tracker.hold("optimizer", 8 * sum(p.numel() for p in trained))
     for param in trained:
         param.grad = torch.zeros_like(param)
-    ledger.enter([p.grad for p in trained], "gradients")
-    ledger.enter(batch, "batch")
-    with ledger:
+    tracker.enter([p.grad for p in trained], "gradients")
+    tracker.enter(batch, "batch")
+    with tracker:
         loss = engine.default_step(module, batch)
         for param in trained:
             param.grad = None
         loss.backward()
-    return ledger.peak
+    return tracker.peak
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -129,7 +129,7 @@ def test_what_cannot_be_planned_says_why():
     with pytest.raises(ConfigError, match="no loss to plan with"):
         plan_memory(manual, batch(), method="lora")
     with pytest.raises(ConfigError) as caught:
-        Settings(method="loar", batch_size=0, precision="bf16", optimizer="adam8")
+        PlanSettings(method="loar", batch_size=0, precision="bf16", optimizer="adam8")
     assert all(word in str(caught.value) for word in ("loar", "batch_size=0", "bf16", "adam8"))
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_peft import engine
 from lightning_peft.data import packing
-from lightning_peft.plan.ledger import Ledger
-from lightning_peft.plan.twin import fake_mode, make_fake, meta_copy
+from lightning_peft.plan.memory_tracker import MemoryTracker
+from lightning_peft.plan.meta_copy import fake_mode, make_fake, meta_copy
 from lightning_peft.tasks import token_loss
 from lightning_peft.tasks.token_loss import ChunkedLoss, TokenLoss
 
@@ -91,7 +91,7 @@ def compared(model, batch, tolerance=1e-5):
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_and_gradients_of_all_weights_are_the_models_own(kind, chunk, monkeypatch):
     monkeypatch.setattr(token_loss, "CHUNK", chunk)
-    assert compared(MODELS[kind](), batch_of())._by_parts is True
+    assert compared(MODELS[kind](), batch_of())._chunked is True
 
 
 HEADS = {
@@ -112,7 +112,7 @@ def test_heads_with_adapters_and_saved_heads(head, quantized, monkeypatch):
     with torch.no_grad():
         for param in engine.adapter_parameters(model).values():
             param.copy_(torch.randn_like(param) * 0.1)
-    assert compared(model, batch_of(), 1e-4)._by_parts is True
+    assert compared(model, batch_of(), 1e-4)._chunked is True
 
 
 def test_a_quantized_head():
@@ -121,7 +121,7 @@ def test_a_quantized_head():
     engine.inject(
         holder, r=4, target_modules=["head"], quantization_config=engine.quantization_config()
     )
-    assert compared(model, batch_of(), 1e-4)._by_parts is True
+    assert compared(model, batch_of(), 1e-4)._chunked is True
 
 
 def test_packed_rows():
@@ -132,14 +132,14 @@ def test_packed_rows():
         for row in examples
     ]
     batch = packing.to_model(packing.collate(rows, 0), model)
-    assert compared(model, batch)._by_parts is True
+    assert compared(model, batch)._chunked is True
 
 
 def test_bfloat16_and_autocast_up_to_rounding():
-    assert compared(tiny_llama().bfloat16(), batch_of(), 0.02)._by_parts is True
+    assert compared(tiny_llama().bfloat16(), batch_of(), 0.02)._chunked is True
     model = tiny_llama()
     with torch.autocast("cpu", torch.bfloat16):
-        assert compared(model, batch_of(), 0.02)._by_parts is True
+        assert compared(model, batch_of(), 0.02)._chunked is True
 
 
 def test_float16_keeps_what_a_mean_over_many_tokens_would_lose():
@@ -161,7 +161,7 @@ def test_dropout_and_checkpointing_see_the_same_random_numbers():
     model.transformer.drop.p = 0.3
     engine.inject(model, r=4, lora_dropout=0.2)
     engine.checkpoint_activations(model, True)
-    assert compared(model, batch_of())._by_parts is True
+    assert compared(model, batch_of())._chunked is True
 
 
 def test_a_batch_without_labels_gives_no_number_and_no_gradient():
@@ -200,7 +200,7 @@ def test_evaluation_counts_as_the_logits_say():
     assert scored.correct == ((logits.argmax(-1) == labels) & (labels != -100)).sum()
     torch.testing.assert_close(scored.loss, model(**batch).loss)
     whole = TokenLoss()
-    whole._by_parts = False
+    whole._chunked = False
     other = whole.evaluate(model, model, batch)
     assert (other.tokens, other.correct) == (scored.tokens, scored.correct)
 
@@ -248,7 +248,7 @@ def test_other_models_compute_their_own_loss_and_it_is_said_once(make, said, cap
     with caplog.at_level(logging.INFO, "lightning_peft"):
         parts = compared(model, batch_of())
         parts.train(model, model, batch_of())
-    assert parts._by_parts is False
+    assert parts._chunked is False
     # transformers warns of a class once, in whichever test makes the first one.
     ours = [record for record in caplog.records if record.name.startswith("lightning_peft")]
     assert [said in record.message for record in ours] == [True]
@@ -257,7 +257,7 @@ def test_other_models_compute_their_own_loss_and_it_is_said_once(make, said, cap
 def test_a_batch_with_more_in_it_is_the_models_own_affair():
     model, batch = tiny_llama(), batch_of()
     batch["num_items_in_batch"] = torch.tensor(7)
-    assert compared(model, batch)._by_parts is None
+    assert compared(model, batch)._chunked is None
 
 
 def test_the_trial_leaves_random_numbers_hooks_and_modes_alone():
@@ -266,7 +266,7 @@ def test_the_trial_leaves_random_numbers_hooks_and_modes_alone():
     modes = [m.training for m in model.modules()]
     state = torch.get_rng_state()
     parts = TokenLoss()
-    assert parts._goes_by_parts(model, model, batch)
+    assert parts._can_chunk(model, model, batch)
     assert torch.equal(torch.get_rng_state(), state)
     assert [m.training for m in model.modules()] == modes
     assert not model.lm_head._forward_pre_hooks
@@ -278,8 +278,8 @@ def test_the_planner_can_trace_it():
     with fake_mode() as mode:
         make_fake(twin, mode)
         batch = {name: torch.empty(2, 9, dtype=torch.int64) for name in batch_of()}
-        with Ledger(VOCABULARY) as ledger:
+        with MemoryTracker(VOCABULARY) as ledger:
             parts.train(twin, twin, batch).backward()
     assert ledger.peak > 0
     assert twin.lm_head.weight.grad.shape == model.lm_head.weight.shape
-    assert parts._by_parts is None
+    assert parts._chunked is None

@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from lightning_peft.tasks.pretrained import PretrainedTask
 
 
-class PairedTask(PretrainedTask):
+class PairwiseTask(PretrainedTask):
     """A model that is trained on batches of :class:`lightning_peft.PreferenceData`.
 
     The arguments are those of :class:`PretrainedTask

@@ -18,7 +18,7 @@ from lightning_peft.data.templates import Template, find_template
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.loading import Loaded
+from lightning_peft.export.loading import LoadedModel
 
 BASE = "base"
 Messages = Sequence[dict[str, Any]]
@@ -61,27 +61,27 @@ class Answer:
 
 
 @dataclass
-class Speaker:
+class ChatModel:
     """A loaded model, with a choice of who is speaking.
 
     Attributes:
         loaded: Model and tokenizer.
         adapters: The adapters on the model.
-        asked_template: As ``chat_template`` of the data; ``None`` takes that of the adapter's
-            record, or else the tokenizer's.
+        chat_template_override: As ``chat_template`` of the data; ``None`` takes that of the
+            adapter's record, or else the tokenizer's.
         sampling: How tokens are chosen.
         active: Name of the adapter that speaks, or ``"base"``.
-        asked_variables: Values for variables of the chat template; ``None`` takes those of the
+        variables_override: Values for variables of the chat template; ``None`` takes those of the
             adapter's record.
         tools: What the model may call, as the chat template takes it.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     adapters: Sequence[Adapter]
-    asked_template: str | None = None
+    chat_template_override: str | None = None
     sampling: Sampling = field(default_factory=Sampling)
     active: str = BASE
-    asked_variables: dict[str, Any] | None = None
+    variables_override: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class Speaker:
         self.active = name
 
     @contextmanager
-    def speaking(self) -> Iterator[Any]:
+    def activated(self) -> Iterator[Any]:
         """Within the body, the model computes as the one who is active."""
         if self.active == BASE and self.adapters:
             with engine.disable_adapters(self.loaded.model):
@@ -124,18 +124,18 @@ class Speaker:
         Raises:
             ConfigError: If none is known.
         """
-        tokenizer, asked = self.loaded.tokenizer, self.asked_template
+        tokenizer, asked = self.loaded.tokenizer, self.chat_template_override
         return template_for(tokenizer, self.adapters, asked, self.active)
 
     def template_source(self) -> str | None:
         """Returns what data should be encoded with, as its ``chat_template``."""
         known = (adapter.chat_template for adapter in self.adapters)
-        return self.asked_template or next(known, None)
+        return self.chat_template_override or next(known, None)
 
     def variables(self) -> dict[str, Any]:
         """Returns the values for variables of the chat template, of who is active."""
-        if self.asked_variables is not None:
-            return self.asked_variables
+        if self.variables_override is not None:
+            return self.variables_override
         known = {adapter.name: adapter.chat_template_kwargs for adapter in self.adapters}
         # As with the template: the base is asked as the first adapter.
         return known.get(self.active, next(iter(known.values()), {}))
@@ -173,7 +173,7 @@ class Speaker:
         found: torch.Tensor = ids["input_ids"]
         return found
 
-    def around_question(self) -> tuple[str, str] | None:
+    def prompt_affixes(self) -> tuple[str, str] | None:
         """Returns what stands before and after a first question, without special tokens.
 
         Texts of the record, such as those in ``samples.jsonl``, have it around their questions.
@@ -204,14 +204,14 @@ class Speaker:
             ConfigError: If even the last turn is too long for the model.
         """
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        ids, dropped, room = self._fitting(messages)
-        streamer = _Pieces(tokenizer, write)
+        ids, dropped, room = self._fit_context(messages)
+        streamer = _TextStreamer(tokenizer, write)
         ends = _end_tokens(model, tokenizer)
         drawing = self.sampling.temperature > 0
         options: dict[str, Any] = {"do_sample": drawing, "temperature": None, "top_p": None}
         if drawing:
             options |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
-        with self.speaking(), torch.no_grad():
+        with self.activated(), torch.no_grad():
             out = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=torch.ones_like(ids).to(model.device),
@@ -222,7 +222,7 @@ class Speaker:
                 else ends[0],
                 top_k=None,
                 streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([_Asked(stop)]),
+                stopping_criteria=StoppingCriteriaList([_StopRequested(stop)]),
                 **options,
             )
         new = out[0, ids.shape[1] :].tolist()
@@ -230,7 +230,7 @@ class Speaker:
         stopped = not ended and stop()
         return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
 
-    def _fitting(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
+    def _fit_context(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
         """Returns the ids of the turns that fit, how many turns do not, and the room after them."""
         limit = _longest(self.loaded)
         system = [m for m in messages[:1] if m["role"] == "system"]
@@ -267,7 +267,7 @@ def template_for(
     return find_template(tokenizer, asked or recorded)
 
 
-def _longest(loaded: Loaded) -> int:
+def _longest(loaded: LoadedModel) -> int:
     sizes = (
         getattr(loaded.model.config, "max_position_embeddings", None),
         getattr(loaded.tokenizer, "model_max_length", None),
@@ -287,7 +287,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-class _Pieces(TextStreamer):
+class _TextStreamer(TextStreamer):
     """Hands finished pieces of text to a function."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -301,7 +301,7 @@ class _Pieces(TextStreamer):
             self.write(text)
 
 
-class _Asked(StoppingCriteria):
+class _StopRequested(StoppingCriteria):
     """Ends a generation when a function says so."""
 
     def __init__(self, stop: Callable[[], bool]) -> None:

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lightning_peft.runs import pace
-from lightning_peft.runs.pace import Pace, size_of
+from lightning_peft.runs import throughput
+from lightning_peft.runs.throughput import Throughput, size_of
 
 IDS = torch.zeros(3, 5, dtype=torch.int64)
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
@@ -25,8 +25,8 @@ def test_rows_and_tokens_of_a_batch(batch, size):
 
 def test_rates_and_what_is_left(monkeypatch):
     now = iter([10.0, 12.0, 14.0])
-    monkeypatch.setattr(pace.time, "monotonic", lambda: next(now))
-    measured = Pace()
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(now))
+    measured = Throughput()
     measured.step(100)
     assert measured.rates() == {}
     assert measured.eta(5) is None
@@ -39,8 +39,8 @@ def test_rates_and_what_is_left(monkeypatch):
 
 def test_validations_are_timed_apart_from_steps_and_counted(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
-    measured = Pace()
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
+    measured = Throughput()
     measured.validation_begins()
     now[0] = 30.0
     measured.validation_ends(whole=False)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.provenance import digest_of
+from lightning_peft.runs.provenance import text_digest
 
 Check = engine.Check
 
@@ -54,7 +54,7 @@ def file_checks(path: Path) -> list[Check]:
     facts = _read(run.provenance) if run is not None else {}
     checks = []
     if run is not None:
-        recipe = digest_of(run.recipe.read_text(encoding="utf-8"))
+        recipe = text_digest(run.recipe.read_text(encoding="utf-8"))
         same = recipe == facts["recipe_sha256"]
         detail = "sha256 as recorded" if same else "recipe.yaml was changed since the run"
         checks.append(Check("the recipe is the one that was run", same, detail))

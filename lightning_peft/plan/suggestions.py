@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plan.device_memory import readable
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.settings import Settings
-from lightning_peft.plan.sources import Source
+from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.sources import ModelSource
 from lightning_peft.plan.trace import Step
 
 _SHORTEST = 32
@@ -26,7 +26,7 @@ class Change:
     """
 
     words: str
-    settings: Settings
+    settings: PlanSettings
     saved: int
     needed: int
 
@@ -36,8 +36,8 @@ class Change:
         return f"{self.words}: saves about {readable(self.saved)}, {enough}"
 
 
-def best_changes(
-    source: Source,
+def suggest_changes(
+    source: ModelSource,
     plan: Prediction,
     device_bytes: int,
     step: Step | None = None,
@@ -68,8 +68,8 @@ def best_changes(
 
 
 def _of_kind(
-    kind: list[tuple[str, Settings]],
-    source: Source,
+    kind: list[tuple[str, PlanSettings]],
+    source: ModelSource,
     plan: Prediction,
     device_bytes: int,
     step: Step | None,
@@ -88,9 +88,9 @@ def _of_kind(
     return change
 
 
-def _kinds(source: Source, run: Settings) -> list[list[tuple[str, Settings]]]:
+def _kinds(source: ModelSource, run: PlanSettings) -> list[list[tuple[str, PlanSettings]]]:
     """Returns what can be changed, for each kind from the smallest change to the largest."""
-    kinds: list[list[tuple[str, Settings]]] = []
+    kinds: list[list[tuple[str, PlanSettings]]] = []
     if not run.checkpointing:
         on = replace(run, gradient_checkpointing=True)
         kinds.append([("gradient_checkpointing=True", on)])
@@ -114,7 +114,7 @@ def _halves(size: int, least: int) -> list[int]:
     return list(dict.fromkeys(max(least, part) for part in (size // 2, size // 4, least)))
 
 
-def _smaller(run: Settings, rows: int) -> tuple[str, Settings]:
+def _smaller(run: PlanSettings, rows: int) -> tuple[str, PlanSettings]:
     times = -(-run.batch_size // rows) * run.accumulate
     words = f"batch_size={rows} with accumulate_grad_batches={times}"
     return words, replace(run, batch_size=rows, accumulate=times)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.chat.speaking import Speaker
+from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_keys import check_column, unread
@@ -93,25 +93,25 @@ def _object(line: str) -> dict[str, Any]:
 
 
 def answers(
-    speaker: Speaker, prompts: Sequence[Prompt], system: str | None, progress: Progress
+    chat_model: ChatModel, prompts: Sequence[Prompt], system: str | None, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """Yields, for each prompt, the answers of the base and of every adapter.
 
     Args:
-        speaker: The model.
+        chat_model: The model.
         prompts: The questions; each begins a new conversation.
         system: System turn.
         progress: Is told what is going on.
     """
     opening = [{"role": "system", "content": system}] if system else []
-    total = len(prompts) * len(speaker.names)
+    total = len(prompts) * len(chat_model.names)
     for number, prompt in enumerate(prompts):
         given: dict[str, str] = {}
-        for place, name in enumerate(speaker.names):
-            speaker.switch(name)
+        for place, name in enumerate(chat_model.names):
+            chat_model.switch(name)
             messages = [*opening, {"role": "user", "content": prompt.text}]
-            given[name] = speaker.answer(messages).text
-            progress("answering", number * len(speaker.names) + place + 1, total)
+            given[name] = chat_model.answer(messages).text
+            progress("answering", number * len(chat_model.names) + place + 1, total)
         row: dict[str, Any] = {"prompt": prompt.text, "answers": given}
         yield row | ({"reference": prompt.reference} if prompt.reference else {})
 
@@ -142,11 +142,13 @@ class Score:
         return {key: value for key, value in asdict(self).items() if key != "rows"}
 
 
-def scores(speaker: Speaker, data: SupervisedData, split: str, progress: Progress) -> list[Score]:
+def scores(
+    chat_model: ChatModel, data: SupervisedData, split: str, progress: Progress
+) -> list[Score]:
     """Returns the scores of the base and of every adapter on the trained tokens of data.
 
     Args:
-        speaker: The model.
+        chat_model: The model.
         data: The data; its tokenizer is the base's.
         split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``.
         progress: Is told what is going on.
@@ -161,17 +163,17 @@ def scores(speaker: Speaker, data: SupervisedData, split: str, progress: Progres
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     found: list[Score] = []
-    for turn, name in enumerate(speaker.names):
-        speaker.switch(name)
+    for turn, name in enumerate(chat_model.names):
+        chat_model.switch(name)
         per_row: list[dict[str, Any]] = [{} for _ in rows]
         for number, places in enumerate(batches):
             batch = pad([rows[place] for place in places], filler)
-            with speaker.speaking() as model, torch.no_grad():
+            with chat_model.activated() as model, torch.no_grad():
                 measured = _measure(model, {k: v.to(model.device) for k, v in batch.items()})
             for place, one in zip(places, measured, strict=True):
                 per_row[place] = one
             done = turn * len(batches) + number + 1
-            progress("scoring", done, len(batches) * len(speaker.names))
+            progress("scoring", done, len(batches) * len(chat_model.names))
         found.append(_score(name, per_row))
     return found
 

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
-from lightning_peft.plan import watch
+from lightning_peft.plan import plan_callback
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.prediction import plan_memory, predict
 
@@ -42,7 +42,7 @@ def fit(strategy, task=None, **settings):
         strategy=strategy,
         accelerator="cpu",
         max_steps=2,
-        callbacks=[watch.MemoryWatch()],
+        callbacks=[plan_callback.MemoryPlanCallback()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -55,7 +55,7 @@ def fit(strategy, task=None, **settings):
 @pytest.fixture
 def small_device(monkeypatch):
     small = DeviceMemory("a small device", 410_000_000, "cpu")
-    monkeypatch.setattr(watch, "_device_of", lambda module: small)
+    monkeypatch.setattr(plan_callback, "_device_of", lambda module: small)
 
 
 def test_nothing_is_said_of_a_run_that_fits(caplog):
@@ -68,7 +68,7 @@ def test_nothing_is_said_of_a_run_that_fits(caplog):
 def test_a_run_that_does_not_fit_is_warned_of(small_device, strategy, caplog):
     with caplog.at_level(logging.INFO):
         fit(strategy if strategy == "auto" else strategy(print_summary=False))
-    (warning,) = [r for r in caplog.records if r.name == watch.__name__]
+    (warning,) = [r for r in caplog.records if r.name == plan_callback.__name__]
     assert warning.levelname == "WARNING"
     assert "will not fit" in warning.message
     assert "logits" in warning.message
@@ -77,8 +77,10 @@ def test_a_run_that_does_not_fit_is_warned_of(small_device, strategy, caplog):
 
 def test_a_budget_is_planned_with(monkeypatch):
     found = []
-    original = watch._planned
-    monkeypatch.setattr(watch, "_planned", lambda *g: found.append(original(*g)) or found[-1])
+    original = plan_callback._planned
+    monkeypatch.setattr(
+        plan_callback, "_planned", lambda *g: found.append(original(*g)) or found[-1]
+    )
     kept = {}
     for checkpointing in (False, 0.9, 0.5, True):
         fit(LoRAStrategy(print_summary=False, gradient_checkpointing=checkpointing))
@@ -88,13 +90,13 @@ def test_a_budget_is_planned_with(monkeypatch):
 
 def test_a_plan_of_the_running_module_is_that_of_the_config(monkeypatch):
     found = []
-    original = watch._planned
+    original = plan_callback._planned
 
     def noting(*arguments):
         found.append(original(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(watch, "_planned", noting)
+    monkeypatch.setattr(plan_callback, "_planned", noting)
     for strategy, method in ((LoRAStrategy, "lora"), (QLoRAStrategy, "qlora")):
         for checkpointing in (False, True):
             fit(strategy(print_summary=False, gradient_checkpointing=checkpointing))
@@ -120,7 +122,7 @@ def test_out_of_memory_is_explained(small_device, caplog):
     task.fails = True
     with pytest.raises(torch.OutOfMemoryError):
         fit(LoRAStrategy(print_summary=False), task)
-    message = [r.message for r in caplog.records if r.name == watch.__name__][-1]
+    message = [r.message for r in caplog.records if r.name == plan_callback.__name__][-1]
     assert message.startswith("Out of memory on a small device (410 MB)")
     assert "activations" in message
     assert "gradient_checkpointing=True: saves about" in message
@@ -139,7 +141,9 @@ def test_what_cannot_be_planned_trains_all_the_same(caplog):
 
 
 def test_kinds_of_ends():
-    assert watch.is_out_of_memory(MemoryError())
-    assert watch.is_out_of_memory(RuntimeError("[enforce fail] not enough memory: you tried"))
-    assert not watch.is_out_of_memory(RuntimeError("shapes"))
-    assert not watch.is_out_of_memory(KeyboardInterrupt())
+    assert plan_callback.is_out_of_memory(MemoryError())
+    assert plan_callback.is_out_of_memory(
+        RuntimeError("[enforce fail] not enough memory: you tried")
+    )
+    assert not plan_callback.is_out_of_memory(RuntimeError("shapes"))
+    assert not plan_callback.is_out_of_memory(KeyboardInterrupt())

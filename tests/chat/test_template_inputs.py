@@ -10,9 +10,9 @@ import pytest
 import torch
 from finished import BASE, adapter_in
 
-from lightning_peft.chat.comparing import Prompt, read_prompts
-from lightning_peft.chat.given import read_tools_file, read_variables
-from lightning_peft.chat.speaking import Sampling, Speaker
+from lightning_peft.chat.chat_model import ChatModel, Sampling
+from lightning_peft.chat.comparison import Prompt, read_prompts
+from lightning_peft.chat.template_inputs import read_tools_file, read_variables
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.templates import find_template
@@ -43,19 +43,19 @@ CALLED = [
 
 
 @pytest.fixture(scope="module")
-def talk() -> Speaker:
+def talk() -> ChatModel:
     loaded = load_with_adapters(find_base(str(BASE)), [], device=torch.device("cpu"))
-    return Speaker(loaded, [], TEMPLATE, Sampling(max_new_tokens=2))
+    return ChatModel(loaded, [], TEMPLATE, Sampling(max_new_tokens=2))
 
 
 @pytest.mark.parametrize("turns", [ASKED, CALLED])
-def test_a_prompt_is_that_of_training(talk: Speaker, turns) -> None:
+def test_a_prompt_is_that_of_training(talk: ChatModel, turns) -> None:
     tokenizer = talk.loaded.tokenizer
     template = find_template(tokenizer, TEMPLATE)
     encoder = Encoder(tokenizer, template, 256, "completion", "error", variables={"style": "low"})
     said = [*turns, {"role": "assistant", "content": "Sun."}]
     (row,) = encoder.encode(Sample(said, context={"tools": [TOOL]}))
-    talk.tools, talk.asked_variables = [TOOL], {"style": "low"}
+    talk.tools, talk.variables_override = [TOOL], {"style": "low"}
     asked = talk.tokens_of(turns)[0].tolist()
     assert row.input_ids[: len(asked)] == asked
     assert set(row.labels[: len(asked)]) == {-100}
@@ -63,11 +63,11 @@ def test_a_prompt_is_that_of_training(talk: Speaker, turns) -> None:
     assert talk.answer(turns).tokens > 0
 
 
-def test_what_the_template_would_not_write_is_refused(talk: Speaker) -> None:
-    talk.tools, talk.asked_variables = [], {"stile": "low"}
+def test_what_the_template_would_not_write_is_refused(talk: ChatModel) -> None:
+    talk.tools, talk.variables_override = [], {"stile": "low"}
     with pytest.raises(ConfigError, match="no variable 'stile'; near names: style"):
         talk.tokens_of(ASKED)
-    talk.asked_variables, talk.asked_template = None, "plain"
+    talk.variables_override, talk.chat_template_override = None, "plain"
     try:
         with pytest.raises(ConfigError, match="has tool_calls, and the chat template plain"):
             talk.tokens_of(CALLED)
@@ -75,7 +75,7 @@ def test_what_the_template_would_not_write_is_refused(talk: Speaker) -> None:
         with pytest.raises(ConfigError, match="has tools, and the chat template plain writes noth"):
             talk.tokens_of(ASKED)
     finally:
-        talk.tools, talk.asked_template = [], TEMPLATE
+        talk.tools, talk.chat_template_override = [], TEMPLATE
 
 
 def test_recorded_variables_are_used(lora_run: Path, tmp_path: Path) -> None:
@@ -88,12 +88,12 @@ def test_recorded_variables_are_used(lora_run: Path, tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text(json.dumps(facts))
     adapter = find_adapter(str(tmp_path))
     loaded = load_with_adapters(find_base(str(BASE)), [adapter], device=torch.device("cpu"))
-    talk = Speaker(loaded, [adapter], TEMPLATE)
+    talk = ChatModel(loaded, [adapter], TEMPLATE)
     for name in (adapter.name, "base"):
         talk.switch(name)
         assert loaded.tokenizer.decode(talk.tokens_of(ASKED)[0]).startswith("[low]<user>")
     assert talk.recorded("reasoning", "train") == "mask"
-    talk.asked_variables = {}
+    talk.variables_override = {}
     assert loaded.tokenizer.decode(talk.tokens_of(ASKED)[0]).startswith("<user>")
     assert find_adapter(str(lora_run)).chat_template_kwargs == {}
 

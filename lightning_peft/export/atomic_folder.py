@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_peft.errors import ConfigError
 
 
-def refuse_taken(output: Path) -> None:
+def check_output_free(output: Path) -> None:
     """Refuses a place where something is.
 
     Raises:
@@ -24,7 +24,7 @@ def refuse_taken(output: Path) -> None:
 
 
 @contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
+def atomic_folder(output: Path) -> Iterator[Path]:
     """Yields an unfinished folder that becomes ``output`` if the body succeeds.
 
     What processes left that were killed while they wrote the same folder is removed.
@@ -32,7 +32,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
     Raises:
         ConfigError: If ``output`` is there already.
     """
-    refuse_taken(output)
+    check_output_free(output)
     unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
     for left in output.parent.glob(f".incomplete-*-{output.name}"):
         shutil.rmtree(left, ignore_errors=True)

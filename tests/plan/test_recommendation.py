@@ -2,13 +2,13 @@
 
 import pytest
 
-from lightning_peft.plan.advice import recommend
 from lightning_peft.plan.device_memory import DeviceMemory
-from lightning_peft.plan.explanation import out_of_memory, warning_before
+from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.prediction import predict
-from lightning_peft.plan.savings import best_changes
-from lightning_peft.plan.settings import METHODS, Settings
+from lightning_peft.plan.recommendation import recommend
+from lightning_peft.plan.settings import METHODS, PlanSettings
 from lightning_peft.plan.sources import from_name
+from lightning_peft.plan.suggestions import suggest_changes
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def source(folder):
 
 @pytest.fixture
 def plans(source):
-    runs = {m: Settings(m, gradient_checkpointing=False, device="cpu") for m in METHODS}
+    runs = {m: PlanSettings(m, gradient_checkpointing=False, device="cpu") for m in METHODS}
     return {method: predict(source, run) for method, run in runs.items()}
 
 
@@ -56,16 +56,18 @@ def test_without_a_device_the_sizes_are_compared(plans):
 
 def test_a_warning_only_where_the_plan_does_not_fit(plans):
     plan = plans["lora"]
-    assert warning_before(plan, device(plan.high_bytes)) is None
-    assert "may not fit" in warning_before(plan, device(plan.peak_bytes))
-    assert "will not fit" in warning_before(plan, device(plan.low_bytes - 1))
+    assert memory_warning(plan, device(plan.high_bytes)) is None
+    assert "may not fit" in memory_warning(plan, device(plan.peak_bytes))
+    assert "will not fit" in memory_warning(plan, device(plan.low_bytes - 1))
 
 
 def test_out_of_memory_names_the_parts_and_three_changes(source, plans):
-    run = Settings("lora", batch_size=8, seq_len=256, gradient_checkpointing=False, device="cpu")
+    run = PlanSettings(
+        "lora", batch_size=8, seq_len=256, gradient_checkpointing=False, device="cpu"
+    )
     plan = predict(source, run)
     room = device(plan.high_bytes - plan.allocated // 2)
-    changes = best_changes(source, plan, room.bytes)
+    changes = suggest_changes(source, plan, room.bytes)
     assert len(changes) == 3
     for change in changes:
         after = predict(source, change.settings)
@@ -73,7 +75,7 @@ def test_out_of_memory_names_the_parts_and_three_changes(source, plans):
         assert after.fits(room.bytes) == (change.needed <= room.bytes)
     assert changes[0].words == "gradient_checkpointing=True"
     assert all(change.needed <= room.bytes for change in changes)
-    text = out_of_memory(plan, room, changes)
+    text = out_of_memory_message(plan, room, changes)
     assert "activations" in text
     assert text.count("then it fits") == 3
     # The same number of rows in each step.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-class LabelledTask(PretrainedTask):
+class ClassificationTask(PretrainedTask):
     """A transformers model with a head that tells labels apart.
 
     The names of the labels come from the data when the model is loaded, unless they are given.
@@ -126,9 +126,9 @@ class LabelledTask(PretrainedTask):
         unnamed = all(name.startswith("LABEL_") for name in theirs)
         if theirs == self.labels or (unnamed and len(theirs) == len(self.labels)):
             return
-        self.refuse_head(theirs)
+        self.check_head(theirs)
 
-    def refuse_head(self, theirs: list[str]) -> None:
+    def check_head(self, theirs: list[str]) -> None:
         """Refuses the trained head of a base, which is for other labels.
 
         Args:
@@ -138,14 +138,14 @@ class LabelledTask(PretrainedTask):
             ConfigError: Always; a task that can begin from such a head overrides this.
         """
         same = sorted(theirs) == sorted(self.labels)
-        way_out = (
+        remedy = (
             f"Give labels={theirs} to the data module, so that it numbers them in this order."
             if same
             else "Begin with the model that it was tuned from, whose head is made anew."
         )
         raise ConfigError(
             f"{self.hparams['model']!r} has a head that was trained for other labels, which would "
-            f"be taken over. {_difference(theirs, self.labels)} {way_out}"
+            f"be taken over. {_difference(theirs, self.labels)} {remedy}"
         )
 
     def _load(self) -> PreTrainedModel:

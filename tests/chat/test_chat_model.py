@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lightning_peft import engine
+from lightning_peft.chat.chat_model import ChatModel, Sampling
 from lightning_peft.chat.conversation import Conversation, is_command, question_of
-from lightning_peft.chat.speaking import Sampling, Speaker
 from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
 from lightning_peft.export.adapters import Adapter, find_adapters
 from lightning_peft.export.base import find_base
@@ -23,10 +23,10 @@ QUESTION = [{"role": "user", "content": "What does `len` do?"}]
 CPU = torch.device("cpu")
 
 
-def speaker(*adapters: str, tokens: int = 12, template: str = "plain", **options) -> Speaker:
+def chat_model(*adapters: str, tokens: int = 12, template: str = "plain", **options) -> ChatModel:
     found = find_adapters(adapters)
     loaded = load_with_adapters(find_base(str(BASE)), found, device=CPU, **options)
-    return Speaker(loaded, found, template, Sampling(max_new_tokens=tokens))
+    return ChatModel(loaded, found, template, Sampling(max_new_tokens=tokens))
 
 
 def greedy(model, ids: torch.Tensor, tokenizer, tokens: int = 12) -> str:
@@ -41,7 +41,7 @@ def greedy(model, ids: torch.Tensor, tokenizer, tokens: int = 12) -> str:
 
 
 def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: Path) -> None:
-    talk = speaker(str(lora_run))
+    talk = chat_model(str(lora_run))
     assert talk.names == ["base", talk.active]
     pieces: list[str] = []
     tuned = talk.answer(QUESTION, pieces.append)
@@ -60,15 +60,15 @@ def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: P
 
 
 def test_bits_are_those_in_training_or_asked_for(qlora_run: Path, lora_run: Path) -> None:
-    trained = speaker(str(qlora_run))
+    trained = chat_model(str(qlora_run))
     assert not trained.loaded.notes
     (entry,) = engine.require_record(trained.loaded.model).parts.values()
     assert len(entry.quantized) == 28
-    dense = speaker(str(qlora_run), bits=16)
+    dense = chat_model(str(qlora_run), bits=16)
     assert "was trained on a base of 4 bits, and this one has 16" in dense.loaded.notes[0]
     (entry,) = engine.require_record(dense.loaded.model).parts.values()
     assert not entry.quantized
-    both = speaker(f"four={qlora_run}", f"full={lora_run}")
+    both = chat_model(f"four={qlora_run}", f"full={lora_run}")
     assert both.names == ["base", "four", "full"]
     assert "full was trained on a base of 16 bits" in both.loaded.notes[0]
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_adapters_of_one_name_get_numbers(lora_run: Path) -> None:
     first, second = find_adapters([str(lora_run), str(adapter_in(lora_run))])
     assert second.name == f"{first.name}-2"
     with pytest.raises(ConfigError, match="There is no adapter 'lats'; near names"):
-        speaker(str(lora_run)).switch("lats")
+        chat_model(str(lora_run)).switch("lats")
 
 
 def test_another_base_is_refused(lora_run: Path, tmp_path: Path) -> None:
@@ -103,17 +103,17 @@ def test_the_recorded_template_is_used(lora_run: Path, tmp_path: Path) -> None:
     facts = json.loads((folder / "provenance.json").read_text())
     for place in ({"chat_template": jinja}, {"data": {"template": {"name": "x", "text": jinja}}}):
         (tmp_path / "provenance.json").write_text(json.dumps(facts | place))
-        talk = speaker(str(tmp_path), template=None)
+        talk = chat_model(str(tmp_path), template=None)
         text = talk.loaded.tokenizer.decode(talk.tokens_of(QUESTION)[0])
         assert text == "Q: What does `len` do?\nA:"
         talk.switch("base")
         assert talk.template().text == jinja
     with pytest.raises(ConfigError, match="has no chat template"):
-        speaker(str(lora_run), template=None).template()
+        chat_model(str(lora_run), template=None).template()
 
 
 def test_old_turns_make_room(lora_run: Path) -> None:
-    talk = Conversation(speaker(str(lora_run), tokens=4), system="Be brief.")
+    talk = Conversation(chat_model(str(lora_run), tokens=4), system="Be brief.")
     for number in range(12):
         found = talk.ask(f"What does `len` do, and for the {number}th time?", lambda text: None)
     assert found.dropped > 0
@@ -125,24 +125,24 @@ def test_old_turns_make_room(lora_run: Path) -> None:
 
 
 def test_commands(lora_run: Path) -> None:
-    talk = Conversation(speaker(f"mine={lora_run}", tokens=2))
+    talk = Conversation(chat_model(f"mine={lora_run}", tokens=2))
     talk.ask("hello", lambda text: None)
-    assert talk.obey("/base") == "base answers"
-    assert talk.obey("/adapter mine ") == "mine answers"
-    assert talk.obey("/adapters") == "  base\n* mine"
+    assert talk.run_command("/base") == "base answers"
+    assert talk.run_command("/adapter mine ") == "mine answers"
+    assert talk.run_command("/adapters") == "  base\n* mine"
     assert len(talk.turns) == 2
-    assert "/adapter NAME" in talk.obey("/help")
-    talk.obey("/reset")
+    assert "/adapter NAME" in talk.run_command("/help")
+    talk.run_command("/reset")
     assert talk.turns == []
-    assert talk.obey("/quit") is None
+    assert talk.run_command("/quit") is None
     with pytest.raises(ConfigError, match="There is no command '/adaptr'; near names: /adapter"):
-        talk.obey("/adaptr mine")
+        talk.run_command("/adaptr mine")
     assert [is_command(x) for x in ("/help", "//help", "help")] == [True, False, False]
     assert question_of("//etc") == "/etc"
 
 
 def test_without_adapters_the_base_speaks() -> None:
-    talk = speaker()
+    talk = chat_model()
     assert talk.names == ["base"]
     plain = AutoModelForCausalLM.from_pretrained(BASE)
     ids = talk.tokens_of(QUESTION)
@@ -150,7 +150,7 @@ def test_without_adapters_the_base_speaks() -> None:
 
 
 def test_where_no_answer_would_end(lora_run: Path) -> None:
-    talk = speaker(str(lora_run))
+    talk = chat_model(str(lora_run))
     talk.loaded.model.generation_config.eos_token_id = None
     talk.loaded.tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="names an end token"):

@@ -12,21 +12,21 @@ Status = Literal["ok", "warning", "failed", "skipped"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """The outcome of one check.
 
     Attributes:
         name: The check; the same in every release and on every machine.
         status: ``"failed"`` where training needs it, ``"warning"`` where some training does.
         detail: What was measured.
-        way_out: What to do about it; empty where nothing has to be done.
+        remedy: What to do about it; empty where nothing has to be done.
         seconds: How long the check took.
     """
 
     name: str
     status: Status
     detail: str
-    way_out: str = ""
+    remedy: str = ""
     seconds: float = 0.0
 
 
@@ -37,16 +37,16 @@ class Check:
     Attributes:
         name: What its finding is called.
         run: Finds out; whatever it raises is a finding too.
-        way_out: What to do where ``run`` raises.
+        remedy: What to do where ``run`` raises.
         broken: The status where ``run`` raises.
     """
 
     name: str
-    run: Callable[[], Finding]
-    way_out: str
+    run: Callable[[], CheckResult]
+    remedy: str
     broken: Status = "failed"
 
-    def finding(self) -> Finding:
+    def result(self) -> CheckResult:
         """Runs the check."""
         started = time.perf_counter()
         # What matters of them is in the details; on the screen they would be between the lines.
@@ -55,15 +55,15 @@ class Check:
                 found = self.run()
             # The parts under trial raise whatever their loaders and kernels do.
             except Exception as error:
-                found = Finding(self.name, self.broken, in_one_line(error), self.way_out)
+                found = CheckResult(self.name, self.broken, error_line(error), self.remedy)
         return replace(found, seconds=round(time.perf_counter() - started, 2))
 
-    def skipped(self, why: str) -> Finding:
+    def skipped(self, why: str) -> CheckResult:
         """Returns the finding of a check that cannot run."""
-        return Finding(self.name, "skipped", why)
+        return CheckResult(self.name, "skipped", why)
 
 
-def in_one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Returns the kind of an error and the start of its message."""
     words = " ".join(str(error).split())
     shown = words if len(words) <= 300 else f"{words[:300]} ..."

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.recipes import find_recipe, resolved, with_files
+from lightning_peft.cli.recipes import find_recipe, resolve_recipes, resolved
 from lightning_peft.errors import ConfigError, similar_names
 
 _DEFAULT = "lightning_peft.SupervisedData"
@@ -19,7 +19,7 @@ _OF_CONFIGS = {"model", "trainer", "seed_everything", "run_dir", "ckpt_path"}
 _OF_CONFIGS |= {"optimizer", "lr_scheduler"}
 
 
-def described_data(
+def data_from_config(
     configs: Sequence[str],
     words: Sequence[str],
     default: str = _DEFAULT,
@@ -38,8 +38,8 @@ def described_data(
     Raises:
         ConfigError: If they do not describe data that is read row by row.
     """
-    path, arguments = _described(configs, default)
-    words, overrides = _parted(words)
+    path, arguments = _data_section(configs, default)
+    words, overrides = _split_arguments(words)
     if overrides:
         _check(configs, overrides)
     cls = _class(path, words)
@@ -101,7 +101,7 @@ def _explained(message: str, cls: type, options: Sequence[str]) -> str:
     return f"--{key}: {cls.__name__} has no such argument{errors.near_key(key, known)}"
 
 
-def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the arguments of the data as they are in Python, and overrides of the rest."""
     ours: list[str] = []
     others: list[str] = []
@@ -110,7 +110,7 @@ def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if word.startswith("--"):
             first = word.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
             target = others if first in _OF_CONFIGS else ours
-        target.append(spelled(word) if target is ours else word)
+        target.append(as_option(word) if target is ours else word)
     return ours, others
 
 
@@ -122,11 +122,13 @@ def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
             "--config, or leave it out."
         )
     with tempfile.TemporaryDirectory() as folder:
-        words = with_files([*(f"--config={name}" for name in configs), *overrides], Path(folder))
+        words = resolve_recipes(
+            [*(f"--config={name}" for name in configs), *overrides], Path(folder)
+        )
         import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
 
 
-def _described(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:
+def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:
     """Returns the class of the data and its arguments, the last config on top."""
     path = default
     arguments: dict[str, Any] = {}
@@ -145,7 +147,7 @@ def _described(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any
     return path, arguments
 
 
-def spelled(word: str) -> str:
+def as_option(word: str) -> str:
     """Returns an option as the Python argument it is: --skip-bad-rows, --data.init_args.x."""
     if not word.startswith("--") or word == "--":
         return word

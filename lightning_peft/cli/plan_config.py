@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.recipes import with_files
+from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
 
 # Tasks that can be planned, and how many rows of the model a row of the data is.
@@ -16,7 +16,7 @@ _TASKS = {"CausalLM": 1, "PreferenceTuning": 2}
 _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
 
 
-def planned_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Returns the arguments of the command for the run of a config.
 
     Args:
@@ -27,7 +27,9 @@ def planned_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str
         ConfigError: If they cannot be read, or the memory of such a run is not predicted.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = with_files([*(f"--config={name}" for name in configs), *overrides], Path(folder))
+        words = resolve_recipes(
+            [*(f"--config={name}" for name in configs), *overrides], Path(folder)
+        )
         config = import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
     task = str(config["model"]["class_path"]).rpartition(".")[2]
     model, data = _arguments(config["model"]), _arguments(config.get("data"))

@@ -12,7 +12,7 @@ from torch import Tensor
 WINDOW = 50
 
 
-class Pace:
+class Throughput:
     """Steps, rows and tokens per second over the last steps since the start.
 
     Validations are timed apart: they are not part of a step, and come more or less often.

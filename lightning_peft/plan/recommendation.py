@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_peft.plan.device_memory import DeviceMemory, readable
-from lightning_peft.plan.ledger import ACTIVATIONS, LOGITS
+from lightning_peft.plan.memory_tracker import ACTIVATIONS, LOGITS
 from lightning_peft.plan.prediction import Prediction
 from lightning_peft.plan.settings import Method
 

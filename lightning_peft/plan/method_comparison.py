@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_peft.errors import UnsupportedError
-from lightning_peft.plan.advice import Recommendation, recommend
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.limits import largest_batch, longest_sequence
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.settings import METHODS, Method, Settings
-from lightning_peft.plan.sources import Source
+from lightning_peft.plan.recommendation import Recommendation, recommend
+from lightning_peft.plan.settings import METHODS, Method, PlanSettings
+from lightning_peft.plan.sources import ModelSource
 
 
 @dataclass(frozen=True)
-class Survey:
+class MethodComparison:
     """The answers.
 
     Attributes:
@@ -101,14 +101,14 @@ def _bytes(plan: Prediction) -> dict[str, int]:
     }
 
 
-def survey(
-    source: Source,
-    settings: Settings,
+def compare_methods(
+    source: ModelSource,
+    settings: PlanSettings,
     device: DeviceMemory | None = None,
     *,
     limits: bool = True,
     progress: Callable[[str], None] = lambda doing: None,
-) -> Survey:
+) -> MethodComparison:
     """Predicts a run, the same run by the other methods, and how far it could grow.
 
     Args:
@@ -142,7 +142,7 @@ def survey(
         if source.length_changes:
             progress("the longest sequence that fits")
             seq_len = longest_sequence(source, plan, device.bytes)
-    return Survey(
+    return MethodComparison(
         source.name,
         plan,
         device,
@@ -156,7 +156,7 @@ def survey(
     )
 
 
-def _by(method: Method, settings: Settings) -> Settings:
+def _by(method: Method, settings: PlanSettings) -> PlanSettings:
     """Returns the run with another method and, where it was left open, that method's optimizer.
 
     Checkpointing is that of the run asked for, so that the methods are compared and nothing else.

@@ -11,12 +11,12 @@ import torch
 from lightning_peft import engine
 from lightning_peft.compat.torch import tree_map
 from lightning_peft.plan.device_memory import DeviceMemory
-from lightning_peft.plan.explanation import out_of_memory, warning_before
+from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
 from lightning_peft.plan.margins import OVERHEAD
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.savings import best_changes
-from lightning_peft.plan.settings import PRECISIONS, Settings
-from lightning_peft.plan.sources import Source, from_module, rows_of
+from lightning_peft.plan.settings import PRECISIONS, PlanSettings
+from lightning_peft.plan.sources import ModelSource, from_module, rows_of
+from lightning_peft.plan.suggestions import suggest_changes
 from lightning_peft.plugin.namespace import LateBoundMeta
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ else:
 log = logging.getLogger(__name__)
 
 
-class MemoryWatch(_Base, metaclass=LateBoundMeta):
+class MemoryPlanCallback(_Base, metaclass=LateBoundMeta):
     """Plans the run on its first batch, warns where it does not fit, and explains an end by memory.
 
     The first batch is not the largest, so a run can still end where nothing was said at first. A
@@ -56,7 +56,7 @@ class MemoryWatch(_Base, metaclass=LateBoundMeta):
             return
         source, plan, device = planned
         if not plan.fits(device.bytes):
-            log.warning(warning_before(plan, device, _changes(source, plan, device)))
+            log.warning(memory_warning(plan, device, _changes(source, plan, device)))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Lets go of the batch."""
@@ -70,7 +70,7 @@ class MemoryWatch(_Base, metaclass=LateBoundMeta):
         planned = _planned(trainer, pl_module, latest)
         if planned is not None:
             source, plan, device = planned
-            log.error(out_of_memory(plan, device, _changes(source, plan, device)))
+            log.error(out_of_memory_message(plan, device, _changes(source, plan, device)))
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
@@ -89,7 +89,7 @@ def _shape(value: Any) -> Any:
 
 def _planned(
     trainer: Any, module: Any, batch: Any
-) -> tuple[Source, Prediction, DeviceMemory] | None:
+) -> tuple[ModelSource, Prediction, DeviceMemory] | None:
     try:
         source = from_module(module, batch)
         settings = settings_of(trainer, module, rows_of(batch))
@@ -100,11 +100,11 @@ def _planned(
         return None
 
 
-def _changes(source: Source, plan: Prediction, device: DeviceMemory) -> list[Any]:
-    return best_changes(source, plan, device.bytes)
+def _changes(source: ModelSource, plan: Prediction, device: DeviceMemory) -> list[Any]:
+    return suggest_changes(source, plan, device.bytes)
 
 
-def settings_of(trainer: Any, module: Any, rows: int | None) -> Settings:
+def settings_of(trainer: Any, module: Any, rows: int | None) -> PlanSettings:
     """Returns the settings of a run that has started.
 
     An optimizer that the planner does not know counts as torch's AdamW.
@@ -112,7 +112,7 @@ def settings_of(trainer: Any, module: Any, rows: int | None) -> Settings:
     record = engine.record_of(module)
     quantized = record is not None and any(p.quantized for p in record.parts.values())
     precision = str(trainer.precision)
-    return Settings(
+    return PlanSettings(
         method="full" if record is None else "qlora" if quantized else "lora",
         batch_size=rows or 1,
         accumulate=trainer.accumulate_grad_batches,
