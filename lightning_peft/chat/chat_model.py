@@ -124,8 +124,8 @@ class ChatModel:
         Raises:
             ConfigError: If none is known.
         """
-        tokenizer, asked = self.loaded.tokenizer, self.chat_template_override
-        return template_for(tokenizer, self.adapters, asked, self.active)
+        tokenizer, override = self.loaded.tokenizer, self.chat_template_override
+        return template_for(tokenizer, self.adapters, override, self.active)
 
     def template_source(self) -> str | None:
         """Returns what data should be encoded with, as its ``chat_template``."""
@@ -170,8 +170,8 @@ class ChatModel:
                 "--chat-template."
             )
         ids = self.loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        found: torch.Tensor = ids["input_ids"]
-        return found
+        input_ids: torch.Tensor = ids["input_ids"]
+        return input_ids
 
     def prompt_affixes(self) -> tuple[str, str] | None:
         """Returns what stands before and after a first question, without special tokens.
@@ -184,8 +184,8 @@ class ChatModel:
         except ConfigError:
             return None
         text = self.loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
-        before, found, after = text.partition(_MARK)
-        return (before, after) if found else None
+        before, mark, after = text.partition(_MARK)
+        return (before, after) if mark else None
 
     def answer(
         self,
@@ -253,7 +253,7 @@ class ChatModel:
 
 
 def template_for(
-    tokenizer: Any, adapters: Sequence[Adapter], asked: str | None, active: str = BASE
+    tokenizer: Any, adapters: Sequence[Adapter], override: str | None, active: str = BASE
 ) -> Template:
     """Returns the template asked for, else that of the active adapter's record, or the tokenizer's.
 
@@ -264,7 +264,7 @@ def template_for(
     """
     known = {adapter.name: adapter.chat_template for adapter in adapters}
     recorded = known.get(active) if active in known else next(iter(known.values()), None)
-    return find_template(tokenizer, asked or recorded)
+    return find_template(tokenizer, override or recorded)
 
 
 def _longest(loaded: LoadedModel) -> int:
@@ -278,13 +278,13 @@ def _longest(loaded: LoadedModel) -> int:
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     listed = model.generation_config.eos_token_id
     ends = listed if isinstance(listed, list) else [listed]
-    found = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
-    if not found:
+    tokens = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
+    if not tokens:
         raise ConfigError(
             "Neither the generation config nor the tokenizer of the base names an end token, so no "
             "answer would end. Set eos_token_id in its generation_config.json."
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(tokens))
 
 
 class _TextStreamer(TextStreamer):

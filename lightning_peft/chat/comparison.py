@@ -54,7 +54,7 @@ def read_prompts(file: str) -> list[Prompt]:
         raise ConfigError(f"--prompts {file!r} has no line with a prompt.")
     if not file.endswith((".jsonl", ".ndjson")):
         return [Prompt(line.strip()) for _, line in numbered]
-    found, bad = [], []
+    prompts, bad = [], []
     unused, refused = KeyCount(), []
     for number, line in numbered:
         row = _object(line)
@@ -64,7 +64,7 @@ def read_prompts(file: str) -> list[Prompt]:
             unused.add([name] if problems == [] else [], file, number)
         text, reference = row.get("prompt"), row.get("reference", row.get("response"))
         if isinstance(text, str) and text.strip():
-            found.append(Prompt(text, reference if isinstance(reference, str) else None))
+            prompts.append(Prompt(text, reference if isinstance(reference, str) else None))
         else:
             bad.append(str(number))
     if bad:
@@ -81,7 +81,7 @@ def read_prompts(file: str) -> list[Prompt]:
     keys = [f"{key['key']!r} (lines {key['rows'][file]})" for key in unused.summary()]
     if keys:
         log.warning(f"Keys of {file!r} that are not used: {', '.join(keys)}.")
-    return found
+    return prompts
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -106,13 +106,13 @@ def answers(
     opening = [{"role": "system", "content": system}] if system else []
     total = len(prompts) * len(chat_model.names)
     for number, prompt in enumerate(prompts):
-        given: dict[str, str] = {}
+        texts: dict[str, str] = {}
         for place, name in enumerate(chat_model.names):
             chat_model.switch(name)
             messages = [*opening, {"role": "user", "content": prompt.text}]
-            given[name] = chat_model.answer(messages).text
+            texts[name] = chat_model.answer(messages).text
             progress("answering", number * len(chat_model.names) + place + 1, total)
-        row: dict[str, Any] = {"prompt": prompt.text, "answers": given}
+        row: dict[str, Any] = {"prompt": prompt.text, "answers": texts}
         yield row | ({"reference": prompt.reference} if prompt.reference else {})
 
 
@@ -162,7 +162,7 @@ def scores(
     # Rows of like length together; where they were is put back at the end.
     order = sorted(range(len(rows)), key=lambda place: len(rows[place]["input_ids"]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    found: list[Score] = []
+    results: list[Score] = []
     for turn, name in enumerate(chat_model.names):
         chat_model.switch(name)
         per_row: list[dict[str, Any]] = [{} for _ in rows]
@@ -170,12 +170,12 @@ def scores(
             batch = pad([rows[place] for place in places], filler)
             with chat_model.activated() as model, torch.no_grad():
                 measured = _measure(model, {k: v.to(model.device) for k, v in batch.items()})
-            for place, one in zip(places, measured, strict=True):
-                per_row[place] = one
+            for place, score in zip(places, measured, strict=True):
+                per_row[place] = score
             done = turn * len(batches) + number + 1
             progress("scoring", done, len(batches) * len(chat_model.names))
-        found.append(_score(name, per_row))
-    return found
+        results.append(_score(name, per_row))
+    return results
 
 
 def _rows_of(data: SupervisedData, split: str) -> list[dict[str, Any]]:
@@ -185,8 +185,8 @@ def _rows_of(data: SupervisedData, split: str) -> list[dict[str, Any]]:
             "The data cannot be compared on. "
             + describe(prepared.problems, prepared.summary["rows"])
         )
-    wanted = SPLITS if split == "all" else (split,)
-    rows = [dict(row) for one in wanted if one in prepared.splits for row in prepared.splits[one]]
+    splits = SPLITS if split == "all" else (split,)
+    rows = [dict(row) for one in splits if one in prepared.splits for row in prepared.splits[one]]
     if not rows:
         there = ", ".join(f"{name} ({len(prepared.splits[name]):,})" for name in prepared.splits)
         raise ConfigError(

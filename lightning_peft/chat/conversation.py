@@ -39,10 +39,10 @@ class Conversation:
             ConfigError: If the question cannot be put; the conversation is as before.
         """
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        asked = {"role": "user", "content": question}
-        found = self.chat_model.answer([*opening, *self.turns, asked], write)
-        self.turns += [asked, {"role": "assistant", "content": found.text}]
-        return found
+        turn = {"role": "user", "content": question}
+        answer = self.chat_model.answer([*opening, *self.turns, turn], write)
+        self.turns += [turn, {"role": "assistant", "content": answer.text}]
+        return answer
 
     def run_command(self, line: str) -> str | None:
         """Carries out a command.

@@ -122,29 +122,29 @@ class Server:
         # Not who answered last: a request means the same whatever came before it.
         chat_model.switch(row.get("adapter", self._first))
         import_module("torch").manual_seed(row.get("seed", self._seed))
-        asked = {
+        options = {
             name: row[name] for name in ("max_new_tokens", "temperature", "top_p") if name in row
         }
-        chat_model.sampling = replace(usual, **asked)
+        chat_model.sampling = replace(usual, **options)
         before = chat_model.tools, chat_model.variables_override
-        given = import_module("lightning_peft.chat.template_inputs")
+        inputs = import_module("lightning_peft.chat.template_inputs")
         try:
             for name in ("tools", "chat_template_kwargs"):
-                context = given.context_of(name, row[name], "The request") if name in row else None
+                context = inputs.context_of(name, row[name], "The request") if name in row else None
                 if context is not None and name == "tools":
                     chat_model.tools = context.get("tools", [])
                 elif context is not None:
                     chat_model.variables_override = context
-            found = chat_model.answer(
-                list(map(given.turn_of, messages)),
+            answer = chat_model.answer(
+                list(map(inputs.turn_of, messages)),
                 lambda text: self._write({"id": key, "text": text}),
                 lambda: key in self._stopped,
             )
         finally:
             chat_model.sampling = usual
             chat_model.tools, chat_model.variables_override = before
-        done = {"tokens": found.tokens, "ended": found.ended, "stopped": found.stopped}
-        self._write({"id": key, "done": True, **done, "dropped": found.dropped})
+        done = {"tokens": answer.tokens, "ended": answer.ended, "stopped": answer.stopped}
+        self._write({"id": key, "done": True, **done, "dropped": answer.dropped})
 
     def _described(self, chat_model: ChatModel) -> dict[str, Any]:
         model = chat_model.loaded.model

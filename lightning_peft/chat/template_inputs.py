@@ -31,19 +31,19 @@ def read_tools_file(file: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def read_variables(given: str | None) -> dict[str, Any] | None:
+def read_variables(text: str | None) -> dict[str, Any] | None:
     """Returns the values in a JSON object, ``None`` where there is none.
 
     Raises:
         ConfigError: If it is not a JSON object, or sets what the command sets itself.
     """
-    if given is None:
+    if text is None:
         return None
     try:
-        found = json.loads(given)
+        variables = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--chat-template-kwargs {given!r} is not JSON: {error}") from error
-    return context_of("chat_template_kwargs", found, "--chat-template-kwargs")
+        raise ConfigError(f"--chat-template-kwargs {text!r} is not JSON: {error}") from error
+    return context_of("chat_template_kwargs", variables, "--chat-template-kwargs")
 
 
 def context_of(name: str, value: Any, what: str) -> dict[str, Any]:

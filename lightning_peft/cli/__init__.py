@@ -12,12 +12,12 @@ from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 # What each group of commands is for, and the commands, which are modules of this room. Their heavy
 # parts load when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "See it work": ("demo", "doctor", "app"),
-    "Choose a recipe, look at your data, see what fits": ("recipes", "preview", "check", "plan"),
+    "Get started": ("demo", "doctor", "app"),
+    "Prepare": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
-    "Prove it": ("verify", "reproduce"),
-    "Use what was trained": ("chat", "compare", "merge", "export"),
-    "Tidy up": ("cache",),
+    "Verify": ("verify", "reproduce"),
+    "Use the result": ("chat", "compare", "merge", "export"),
+    "Maintenance": ("cache",),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)
 _TRAINING = GROUPS["Train"]
@@ -79,4 +79,4 @@ def _overview() -> str:
                 fill(about(name), 92, initial_indent=f"  {name:<12}", subsequent_indent=indent)
             )
         lines.append("")
-    return "\n".join([*lines, "lightning-peft COMMAND --help says more; --version says which."])
+    return "\n".join([*lines, "Run `lightning-peft COMMAND --help` for details."])

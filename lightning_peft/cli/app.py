@@ -37,18 +37,18 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 when the page was stopped, 1 if the port is taken, 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
+    args = _parser().parse_args(list(arguments))
     site = _site()
-    password = None if site.is_loopback(given.host) else _password(given.host)
+    password = None if site.is_loopback(args.host) else _password(args.host)
     for name in ("data_root", "models"):
-        folder = getattr(given, name)
+        folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} {str(folder)!r} is no folder. Make it, or name another.")
     settings = import_module("gradio_app.settings").Settings.on_this_machine(
-        given.runs, given.data_root, given.models
+        args.runs, args.data_root, args.models
     )
-    return int(site.serve(settings, given.host, given.port, password, given.open))
+    return int(site.serve(settings, args.host, args.port, password, args.open))
 
 
 def _parser() -> OptionParser:

@@ -33,12 +33,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 2 for a name that is none.
     """
-    given = _parser().parse_args(list(arguments))
-    found = [(kind, item) for kind in KINDS for item in entries(cache_root() / kind)]
-    if given.command == "clear":
-        _clear(_selected(found, given.name, given.all), given.json)
+    args = _parser().parse_args(list(arguments))
+    cached = [(kind, item) for kind in KINDS for item in entries(cache_root() / kind)]
+    if args.command == "clear":
+        _clear(_selected(cached, args.name, args.all), args.json)
     else:
-        _list(found, given.json)
+        _list(cached, args.json)
     return 0
 
 
@@ -59,13 +59,13 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _selected(found: list[tuple[str, Entry]], name: str | None, every: bool) -> list[Entry]:
+def _selected(cached: list[tuple[str, Entry]], name: str | None, every: bool) -> list[Entry]:
     if every == (name is not None):
         raise ConfigError("Name one entry, or pass --all: lightning-peft cache clear NAME")
     if every:
-        return [item for _, item in found]
-    names = [item.folder.name for _, item in found]
-    fitting = [item for _, item in found if item.folder.name.startswith(str(name))]
+        return [item for _, item in cached]
+    names = [item.folder.name for _, item in cached]
+    fitting = [item for _, item in cached if item.folder.name.startswith(str(name))]
     if len(fitting) != 1 or not name:
         known = f"The names are: {', '.join(names)}" if names else "There is no entry at all"
         problem = "is the start of several names" if fitting and name else "is no entry"
@@ -89,15 +89,15 @@ def _clear(chosen: list[Entry], as_json: bool) -> None:
         print(f"{len(gone)} removed, {_size(freed)} freed")
 
 
-def _list(found: list[tuple[str, Entry]], as_json: bool) -> None:
-    rows = [_row(kind, item) for kind, item in found]
+def _list(cached: list[tuple[str, Entry]], as_json: bool) -> None:
+    rows = [_row(kind, item) for kind, item in cached]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     if not rows:
         print(f"Nothing is kept in {cache_root()}.")
         return
-    total = f"{_size(sum(item.size for _, item in found))} in {cache_root()}"
+    total = f"{_size(sum(item.size for _, item in cached))} in {cache_root()}"
     table = [_cells(row) for row in rows]
     console = import_module("rich.console").Console()
     if not console.is_terminal:

@@ -35,12 +35,12 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
-    if given.serve:
-        return _serve(given)
+    args = _parser().parse_args(list(arguments))
+    if args.serve:
+        return _serve(args)
     with redirect_stdout(sys.stderr):
-        talk = _load(given)
-    return _answer_all(talk, given)
+        conversation = _load(args)
+    return _answer_all(conversation, args)
 
 
 def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
@@ -79,121 +79,126 @@ def _parser() -> OptionParser:
     )
     parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
     add_model_options(parser)
-    asked = parser.add_mutually_exclusive_group()
-    asked.add_argument("--prompt", help="ask this, print the answer, and end")
-    asked.add_argument(
-        "--serve", action="store_true", help="answer another program, in lines of JSON"
+    once = parser.add_mutually_exclusive_group()
+    once.add_argument("--prompt", help="ask this, print the answer, and end")
+    once.add_argument(
+        "--serve", action="store_true", help="serve requests over stdin/stdout as JSON lines"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 draws nothing")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy"
+    )
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for sampling")
     parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     return parser
 
 
 def load_chat_model(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    say: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> Any:
     """Returns the speaker that the options of :func:`add_model_options` describe.
 
     Args:
-        given: Options.
+        args: Options.
         temperature: How its tokens are drawn.
         top_p: Likewise.
-        say: Is told what is going on.
+        progress: Is told what is going on.
 
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.
     """
-    _check_options(given, temperature, top_p)
-    say("loading the libraries")
+    _check_options(args, temperature, top_p)
+    progress("loading the libraries")
     reading = import_module("lightning_peft.chat.template_inputs")
     for_template = {
-        "tools": reading.read_tools_file(given.tools),
-        "variables_override": reading.read_variables(given.chat_template_kwargs),
+        "tools": reading.read_tools_file(args.tools),
+        "variables_override": reading.read_variables(args.chat_template_kwargs),
     }
     import_module("lightning_peft.cli.progress").quiet_libraries()
     loading = import_module("lightning_peft.export.loading")
     speaking = import_module("lightning_peft.chat.chat_model")
-    say("finding the base")
-    adapters = import_module("lightning_peft.export.adapters").find_adapters(given.adapters)
+    progress("finding the base")
+    adapters = import_module("lightning_peft.export.adapters").find_adapters(args.adapters)
     if adapters:
         folders = import_module("lightning_peft.export.merged_folder")
-        base = folders.base_of(adapters[0], given.base, given.revision)
+        base = folders.base_of(adapters[0], args.base, args.revision)
     else:
-        base = import_module("lightning_peft.export.base").find_base(given.base, given.revision)
+        base = import_module("lightning_peft.export.base").find_base(args.base, args.revision)
     # Before the model, which can take minutes.
-    speaking.template_for(loading.load_tokenizer(base), adapters, given.chat_template)
-    say("loading the model")
+    speaking.template_for(loading.load_tokenizer(base), adapters, args.chat_template)
+    progress("loading the model")
     loaded = loading.load_with_adapters(
         base,
         adapters,
-        bits=given.bits,
-        device=loading.select_device(given.device),
-        check_base=given.check_base,
+        bits=args.bits,
+        device=loading.select_device(args.device),
+        check_base=args.check_base,
     )
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    sampling = speaking.Sampling(given.max_new_tokens, temperature, top_p)
-    return speaking.ChatModel(loaded, adapters, given.chat_template, sampling, **for_template)
+    sampling = speaking.Sampling(args.max_new_tokens, temperature, top_p)
+    return speaking.ChatModel(loaded, adapters, args.chat_template, sampling, **for_template)
 
 
-def _check_options(given: argparse.Namespace, temperature: float, top_p: float) -> None:
+def _check_options(args: argparse.Namespace, temperature: float, top_p: float) -> None:
     problems = []
-    if given.max_new_tokens < 1:
-        problems.append(f"--max-new-tokens {given.max_new_tokens}: at least 1")
+    if args.max_new_tokens < 1:
+        problems.append(f"--max-new-tokens {args.max_new_tokens}: at least 1")
     if temperature < 0:
         problems.append(f"--temperature {temperature}: 0 or more")
     if not 0 < top_p <= 1:
         problems.append(f"--top-p {top_p}: more than 0, and at most 1")
-    if not given.adapters and not given.base:
+    if not args.adapters and not args.base:
         problems.append("neither an ADAPTER nor --base is given")
     if problems:
         raise ConfigError("; ".join(problems))
 
 
-def _load(given: argparse.Namespace) -> Conversation:
-    chat_model = load_chat_model(given, given.temperature, given.top_p)
-    import_module("torch").manual_seed(given.seed)
-    made: Conversation = import_module("lightning_peft.chat.conversation").Conversation(
-        chat_model, given.system
+def _load(args: argparse.Namespace) -> Conversation:
+    chat_model = load_chat_model(args, args.temperature, args.top_p)
+    import_module("torch").manual_seed(args.seed)
+    conversation: Conversation = import_module("lightning_peft.chat.conversation").Conversation(
+        chat_model, args.system
     )
-    return made
+    return conversation
 
 
-def _serve(given: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace) -> int:
     protocol = import_module("lightning_peft.chat.protocol")
     out = sys.stdout
 
-    def make(say: Callable[[str], None]) -> Any:
-        return load_chat_model(given, given.temperature, given.top_p, say)
+    def make(progress: Callable[[str], None]) -> Any:
+        return load_chat_model(args, args.temperature, args.top_p, progress)
 
     # A byte that is no UTF-8 makes a bad request, and no end.
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     # Nothing else may get between the lines of the protocol.
     with redirect_stdout(sys.stderr):
-        protocol.Server(sys.stdin, out, given.system, given.seed).serve(make)
+        protocol.Server(sys.stdin, out, args.system, args.seed).serve(make)
     return 0
 
 
-def _answer_all(talk: Conversation, given: argparse.Namespace) -> int:
-    conversation = import_module("lightning_peft.chat.conversation")
-    alone = given.prompt is not None
+def _answer_all(conversation: Conversation, args: argparse.Namespace) -> int:
+    from lightning_peft.chat.conversation import is_command, question_of
+
+    alone = args.prompt is not None
     lively = sys.stdin.isatty() and not alone
     if lively:
-        print(f"{talk.chat_model.active} answers. /help lists the commands.", file=sys.stderr)
-    for line in [given.prompt] if alone else _lines(talk, lively):
+        print(
+            f"{conversation.chat_model.active} answers. /help lists the commands.", file=sys.stderr
+        )
+    for line in [args.prompt] if alone else _lines(conversation, lively):
         try:
-            if not alone and conversation.is_command(line):
-                told = talk.run_command(line)
-                if told is None:
+            if not alone and is_command(line):
+                reply = conversation.run_command(line)
+                if reply is None:
                     break
-                print(told, file=sys.stderr)
+                print(reply, file=sys.stderr)
             elif line.strip():
-                _ask(talk, line if alone else conversation.question_of(line), given.json, lively)
+                _ask(conversation, line if alone else question_of(line), args.json, lively)
         except ConfigError as error:
             # One bad line ends no conversation with a person, but a script must notice it.
             if not lively:
@@ -202,7 +207,7 @@ def _answer_all(talk: Conversation, given: argparse.Namespace) -> int:
     return 0
 
 
-def _lines(talk: Conversation, lively: bool) -> Iterator[str]:
+def _lines(conversation: Conversation, lively: bool) -> Iterator[str]:
     if not lively:
         for line in sys.stdin:
             yield line.rstrip("\n")
@@ -218,25 +223,25 @@ def _lines(talk: Conversation, lively: bool) -> Iterator[str]:
             return
 
 
-def _ask(talk: Conversation, question: str, as_json: bool, lively: bool) -> None:
+def _ask(conversation: Conversation, question: str, as_json: bool, lively: bool) -> None:
     def write(text: str) -> None:
         if not as_json:
             print(text, end="", flush=True)
 
     if lively and not as_json:
-        print(f"{talk.chat_model.active}> ", end="", flush=True)
+        print(f"{conversation.chat_model.active}> ", end="", flush=True)
     try:
-        found = talk.ask(question, write)
+        answer = conversation.ask(question, write)
     except KeyboardInterrupt:
         if not lively:
             raise
         print(" (stopped; not part of the conversation)")
         return
     if as_json:
-        row = {"adapter": talk.chat_model.active, "prompt": question, "answer": found.text}
-        print(json.dumps(row | {"tokens": found.tokens, "ended": found.ended}), flush=True)
+        row = {"adapter": conversation.chat_model.active, "prompt": question, "answer": answer.text}
+        print(json.dumps(row | {"tokens": answer.tokens, "ended": answer.ended}), flush=True)
     else:
         print(flush=True)
-    if found.dropped:
-        note = f"the first {found.dropped} turns were left out: the model takes no more tokens"
+    if answer.dropped:
+        note = f"the first {answer.dropped} turns were left out: the model takes no more tokens"
         print(f"note: {note}", file=sys.stderr)

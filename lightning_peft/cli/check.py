@@ -9,7 +9,7 @@ from contextlib import nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any
 
-from lightning_peft.cli.data_from_config import data_from_config
+from lightning_peft.cli.data_config import data_from_config
 from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError, LightningPeftError
 
@@ -34,30 +34,30 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the data cannot be read.
     """
-    given, rest = _parser().parse_known_args(list(arguments))
+    args, rest = _parser().parse_known_args(list(arguments))
     rest = _with_configs(rest)
     try:
         # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr) if given.json else nullcontext():
-            found = checked(given.config, rest)
+        with redirect_stdout(sys.stderr) if args.json else nullcontext():
+            report = checked(args.config, rest)
     except LightningPeftError as error:
-        if given.json:
+        if args.json:
             print(json.dumps({"passed": False, "error": str(error)}, indent=2))
         raise
-    if given.json:
-        print(json.dumps(found, indent=2))
+    if args.json:
+        print(json.dumps(report, indent=2))
     else:
-        _show(found)
-    return 0 if found["passed"] else 1
+        _show(report)
+    return 0 if report["passed"] else 1
 
 
 def _with_configs(words: Sequence[str]) -> list[str]:
     """Returns the arguments with DATA as the option that it stands for."""
-    found: list[str] = []
+    result: list[str] = []
     for word, before in zip(words, ["", *words], strict=False):
         is_value = before.startswith("--") and "=" not in before
-        found.append(word if word.startswith("-") or is_value else f"--data={word}")
-    return found
+        result.append(word if word.startswith("-") or is_value else f"--data={word}")
+    return result
 
 
 def _parser() -> OptionParser:
@@ -102,23 +102,23 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
         "labels",
         "max_length",
     )
-    found = {name: numbers[name] for name in (*names, *more) if name in numbers}
+    report = {name: numbers[name] for name in (*names, *more) if name in numbers}
     passed = left_out or not numbers["problems"]
     if passed and tokens and not left_out:
         # What is wrong with all rows together, such as a split without any.
         data.setup("fit")
-    return {"passed": passed, "tokens_checked": tokens, **found}
+    return {"passed": passed, "tokens_checked": tokens, **report}
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     preview = import_module("lightning_peft.cli.preview")
     console = import_module("rich.console").Console(highlight=False)
-    for line in preview.overview(found):
+    for line in preview.overview(report):
         console.print(line, markup=False, soft_wrap=True)
-    if not found["tokens_checked"]:
+    if not report["tokens_checked"]:
         console.print(
             "tokens    not checked: name a --tokenizer or a --config for lengths and templates",
             markup=False,
             soft_wrap=True,
         )
-    preview.show_problems(console, found)
+    preview.show_problems(console, report)

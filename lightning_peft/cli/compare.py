@@ -30,13 +30,13 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
+    args = _parser().parse_args(list(arguments))
     with redirect_stdout(sys.stderr):
-        found = _compare(given)
-    if given.json:
-        print(json.dumps(found, indent=2))
+        report = _compare(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
     else:
-        _show(found)
+        _show(report)
     return 0
 
 
@@ -69,75 +69,73 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _compare(given: argparse.Namespace) -> dict[str, Any]:
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
     comparing = import_module("lightning_peft.chat.comparison")
-    if given.output and Path(given.output).exists():
-        raise ConfigError(
-            f"--output {given.output!r} is there already. Remove it, or name another."
-        )
-    prompts = comparing.read_prompts(given.prompts) if given.prompts else None
-    columns = _columns(given.columns)
-    if given.data and given.tools:
+    if args.output and Path(args.output).exists():
+        raise ConfigError(f"--output {args.output!r} is there already. Remove it, or name another.")
+    prompts = comparing.read_prompts(args.prompts) if args.prompts else None
+    columns = _columns(args.columns)
+    if args.data and args.tools:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
-    if given.data and not Path(given.data).exists() and "/" not in given.data:
-        raise ConfigError(f"--data {given.data!r} is not a file or folder here.")
-    chat_model = load_chat_model(given)
+    if args.data and not Path(args.data).exists() and "/" not in args.data:
+        raise ConfigError(f"--data {args.data!r} is not a file or folder here.")
+    chat_model = load_chat_model(args)
     with import_module("lightning_peft.cli.progress").progress_to_stderr() as progress:
         if prompts is not None:
             rows = []
-            for row in comparing.answers(chat_model, prompts, given.system, progress):
+            for row in comparing.answers(chat_model, prompts, args.system, progress):
                 rows.append(row)
                 # At once: what is there survives an interrupt.
-                _append(given.output, [row])
+                _append(args.output, [row])
             return {"compared": chat_model.names, "answers": rows}
-        found = comparing.scores(
-            chat_model, _data(given, chat_model, columns), given.split, progress
+        scores = comparing.scores(
+            chat_model, _data(args, chat_model, columns), args.split, progress
         )
-    _append(given.output, _by_row(found))
+    _append(args.output, _by_row(scores))
     return {
         "compared": chat_model.names,
-        "data": given.data,
-        "split": given.split,
-        "rows": len(found[0].rows),
-        "scores": [score.as_dict() for score in found],
+        "data": args.data,
+        "split": args.split,
+        "rows": len(scores[0].rows),
+        "scores": [score.as_dict() for score in scores],
     }
 
 
-def _columns(given: list[str] | None) -> dict[str, str] | None:
-    pairs = [one.partition("=") for one in given or []]
-    bad = [ours for ours, equals, theirs in pairs if not (equals and theirs)]
+def _columns(options: list[str] | None) -> dict[str, str] | None:
+    pairs = [option.partition("=") for option in options or []]
+    bad = [name for name, equals, column in pairs if not (equals and column)]
     if bad:
         raise ConfigError(f"--columns {' '.join(bad)}: write OURS=THEIRS, as in prompt=question.")
-    return {ours: theirs for ours, _, theirs in pairs} or None
+    return {name: column for name, _, column in pairs} or None
 
 
-def _data(given: argparse.Namespace, chat_model: Any, columns: dict[str, str] | None) -> Any:
-    made = import_module("lightning_peft.data.supervised").SupervisedData
-    return made(
-        data=given.data,
+def _data(args: argparse.Namespace, chat_model: Any, columns: dict[str, str] | None) -> Any:
+    data_class = import_module("lightning_peft.data.supervised").SupervisedData
+    return data_class(
+        data=args.data,
         tokenizer=chat_model.loaded.tokenizer.name_or_path,
         columns=columns,
         chat_template=chat_model.template_source(),
-        system_prompt=given.system,
+        system_prompt=args.system,
         # As in training, or what is compared would be other tokens.
         reasoning=chat_model.recorded("reasoning", "train"),
         chat_template_kwargs=chat_model.variables() or None,
-        validation_share=given.validation_share,
-        split_seed=given.split_seed,
-        max_length=given.max_length,
-        limit=given.limit,
-        batch_size=given.batch_size,
+        validation_share=args.validation_share,
+        split_seed=args.split_seed,
+        max_length=args.max_length,
+        limit=args.limit,
+        batch_size=args.batch_size,
     )
 
 
-def _by_row(found: list[Any]) -> list[dict[str, Any]]:
+def _by_row(scores: list[Any]) -> list[dict[str, Any]]:
     return [
-        {"row": number, "tokens": found[0].rows[number]["tokens"]}
+        {"row": number, "tokens": scores[0].rows[number]["tokens"]}
         | {
             score.name: {key: score.rows[number][key] for key in ("loss", "hits")}
-            for score in found
+            for score in scores
         }
-        for number in range(len(found[0].rows))
+        for number in range(len(scores[0].rows))
     ]
 
 
@@ -147,13 +145,13 @@ def _append(file: str | None, rows: list[dict[str, Any]]) -> None:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     console = import_module("rich.console").Console(highlight=False)
-    if "scores" in found:
-        _show_scores(found)
+    if "scores" in report:
+        _show_scores(report)
         return
     if not console.is_terminal:
-        for row in found["answers"]:
+        for row in report["answers"]:
             print(f"prompt     {row['prompt']}")
             if "reference" in row:
                 print(f"reference  {row['reference']}")
@@ -163,20 +161,19 @@ def _show(found: dict[str, Any]) -> None:
         return
     table = import_module("rich.table").Table(show_lines=True)
     escape = import_module("rich.markup").escape
-    reference = any("reference" in row for row in found["answers"])
-    for heading in ["prompt", *(["reference"] if reference else []), *found["compared"]]:
+    reference = any("reference" in row for row in report["answers"])
+    for heading in ["prompt", *(["reference"] if reference else []), *report["compared"]]:
         table.add_column(escape(heading))
-    for row in found["answers"]:
+    for row in report["answers"]:
         more = [row.get("reference", "")] if reference else []
         table.add_row(*(escape(x) for x in (row["prompt"], *more, *row["answers"].values())))
     console.print(table)
 
 
-def _show_scores(found: dict[str, Any]) -> None:
-    scores = found["scores"]
-    print(
-        f"{found['data']}, {found['split']}: {found['rows']:,} rows, {scores[0]['tokens']:,} tokens"
-    )
+def _show_scores(report: dict[str, Any]) -> None:
+    scores = report["scores"]
+    data, split, tokens = report["data"], report["split"], scores[0]["tokens"]
+    print(f"{data}, {split}: {report['rows']:,} rows, {tokens:,} tokens")
     width = max(len(score["name"]) for score in scores) + 2
     print(f"{'':<{width}}{'loss/token':>12}{'change':>10}{'perplexity':>12}{'token accuracy':>16}")
     for score in scores:

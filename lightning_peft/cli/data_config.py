@@ -52,16 +52,16 @@ def data_from_config(
     )
     parser.add_argument("--config", action="config", help="YAML file with these arguments.")
     parser.add_class_arguments(cls, skip=_OF_TRAINING)
-    kept = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
+    settings = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "data.yaml"
-        file.write_text(import_module("yaml").safe_dump(kept), encoding="utf-8")
+        file.write_text(import_module("yaml").safe_dump(settings), encoding="utf-8")
         try:
-            given = parser.parse_args([f"--config={file}", *words]).as_dict()
+            parsed = parser.parse_args([f"--config={file}", *words]).as_dict()
         except (jsonargparse.ArgumentError, ValueError) as error:
             raise ConfigError(_explained(str(error), cls, options)) from error
-    given.pop("config", None)
-    return cls(**given)
+    parsed.pop("config", None)
+    return cls(**parsed)
 
 
 def _class(path: str, words: Sequence[str]) -> Any:
@@ -121,11 +121,10 @@ def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
             f"{overrides[0]} is for a config with a model, and there is none. Name a recipe with "
             "--config, or leave it out."
         )
+    words = [*(f"--config={name}" for name in configs), *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        words = resolve_recipes(
-            [*(f"--config={name}" for name in configs), *overrides], Path(folder)
-        )
-        import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
+        parse = import_module("lightning_peft.plugin.lightning_cli").parsed_config
+        parse(resolve_recipes(words, Path(folder)))
 
 
 def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:

@@ -59,10 +59,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--config", action="config", help="YAML file with these arguments.")
     parser.add_function_arguments(demo)
     refuse_unknown(arguments, [one for one in parser._option_string_actions if one[:2] == "--"])
-    given = parser.parse_args(list(arguments)).as_dict()
-    given.pop("config", None)
+    args = parser.parse_args(list(arguments)).as_dict()
+    args.pop("config", None)
     try:
-        demo(**given)
+        demo(**args)
     except LightningPeftError as error:
         print(f"lightning-peft: {error}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ from lightning_peft.cli.options import OptionParser
 if TYPE_CHECKING:
     from lightning_peft.doctor.results import CheckResult
 
-ABOUT = "Try what training needs on this machine, and say the way out where something is broken."
+ABOUT = "Check that this machine can train, and suggest fixes."
 _MORE = """\
 exit code: 0 if everything that training needs works (warnings included), 1 if something that it
 needs is broken, 2 for bad input
@@ -35,9 +35,9 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if everything needed works, 1 if something is broken. Bad
         arguments exit with 2.
     """
-    given = _parser().parse_args(list(arguments))
+    args = _parser().parse_args(list(arguments))
     checks = import_module("lightning_peft.doctor.checks")
-    options = checks.DoctorOptions(device=given.device, folder=Path(given.folder), hub=given.hub)
+    options = checks.DoctorOptions(device=args.device, folder=Path(args.folder), hub=args.hub)
     # A broken kernel can end the process; then the trace and the last line say which it was.
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     results = []
     for result in checks.run_checks(options, _progress):
         results.append(result)
-        if not given.json:
+        if not args.json:
             _show(console, result)
     broken = [result.name for result in results if result.status == "failed"]
-    if given.json:
+    if args.json:
         print(json.dumps(_as_dict(results, passed=not broken), indent=2))
     else:
         unsure = sum(result.status == "warning" for result in results)
@@ -71,8 +71,7 @@ def _parser() -> OptionParser:
     parser.add_argument(
         "--hub",
         action=argparse.BooleanOptionalAction,
-        help="need the Hugging Face hub, or leave it alone; by default it is asked, and no answer "
-        "is a warning",
+        help="require the Hub or skip the check; by default an unreachable Hub is a warning",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
@@ -92,10 +91,10 @@ def _progress(name: str) -> Iterator[None]:
     # What the parts under trial print must not get between the lines, or into the JSON.
     with redirect_stdout(sys.stderr):
         if console.is_terminal:
-            with console.status(f"trying {name}"):
+            with console.status(f"checking {name}"):
                 yield
             return
-        say = threading.Timer(_QUIET_SECONDS, print, [f"trying {name} ..."], {"file": sys.stderr})
+        say = threading.Timer(_QUIET_SECONDS, print, [f"checking {name} ..."], {"file": sys.stderr})
         say.daemon = True
         say.start()
         try:
@@ -105,7 +104,7 @@ def _progress(name: str) -> Iterator[None]:
 
 
 def _show(console: Any, result: CheckResult) -> None:
-    remedy = f"way out: {result.remedy}" if result.remedy else ""
+    remedy = f"fix: {result.remedy}" if result.remedy else ""
     mark = _MARKS[result.status]
     if not console.is_terminal:
         print(f"{mark} {result.name}: {result.detail}", flush=True)

@@ -35,14 +35,14 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if all was written, 1 if something cannot be, 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
+    args = _parser().parse_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr):
-        found = _export(given)
-    if given.json:
-        print(json.dumps(found, indent=2))
+        report = _export(args)
+    if args.json:
+        print(json.dumps(report, indent=2))
     else:
-        _show(found)
+        _show(report)
     return 0
 
 
@@ -83,85 +83,85 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _export(given: argparse.Namespace) -> dict[str, Any]:
-    if given.dry_run and not given.push_to:
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    if args.dry_run and not args.push_to:
         raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
-    prompts = read_prompts(given.prompts) if given.prompts else None
+    prompts = read_prompts(args.prompts) if args.prompts else None
     progress_room = import_module("lightning_peft.cli.progress")
     progress_room.quiet_libraries()
     hub = import_module("lightning_peft.export.hub")
-    if given.push_to:
-        hub.check_repo(given.push_to)
-        if not given.dry_run:
+    if args.push_to:
+        hub.check_repo(args.push_to)
+        if not args.dry_run:
             hub.check_token()
     formats = import_module("lightning_peft.export.formats")
     with progress_room.progress_to_stderr() as progress:
-        wishes = _wishes(given, formats, prompts, progress)
-        found = formats.FORMATS[given.format](wishes)
-    found = {"format": given.format, "output": given.output, **found}
-    found["files"] = hub.files_of(Path(given.output))
-    if given.push_to:
-        found["push"] = {"repo": given.push_to, "private": given.private, "pushed": False}
-        if not given.dry_run:
-            url = hub.push(Path(given.output), given.push_to, private=given.private)
-            found["push"] |= {"pushed": True, "url": url}
-    return found
+        wishes = _wishes(args, formats, prompts, progress)
+        report = formats.FORMATS[args.format](wishes)
+    report = {"format": args.format, "output": args.output, **report}
+    report["files"] = hub.files_of(Path(args.output))
+    if args.push_to:
+        report["push"] = {"repo": args.push_to, "private": args.private, "pushed": False}
+        if not args.dry_run:
+            url = hub.push(Path(args.output), args.push_to, private=args.private)
+            report["push"] |= {"pushed": True, "url": url}
+    return report
 
 
-def _wishes(given: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
-    adapter = import_module("lightning_peft.export.adapters").find_adapter(given.adapter)
+def _wishes(args: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
+    adapter = import_module("lightning_peft.export.adapters").find_adapter(args.adapter)
     folders = import_module("lightning_peft.export.merged_folder")
-    base = folders.base_of(adapter, given.base, given.revision)
+    base = folders.base_of(adapter, args.base, args.revision)
     template = adapter.chat_template
-    if given.chat_template:
+    if args.chat_template:
         tokenizer = import_module("lightning_peft.export.loading").load_tokenizer(base)
         find = import_module("lightning_peft.data.templates").find_template
-        template = find(tokenizer, given.chat_template).text
+        template = find(tokenizer, args.chat_template).text
         adapter = replace(adapter, facts=adapter.facts | {"chat_template": template})
     return formats.ExportRequest(
         adapter=adapter,
         base=base,
-        output=Path(given.output),
-        base_name=given.base_name,
+        output=Path(args.output),
+        base_name=args.base_name,
         options={
-            "base": given.base,
-            "revision": given.revision,
-            "dtype": given.dtype,
-            "into": given.into,
+            "base": args.base,
+            "revision": args.revision,
+            "dtype": args.dtype,
+            "into": args.into,
             "prompts": prompts,
-            "measure": given.measure,
-            "check_base": given.check_base,
+            "measure": args.measure,
+            "check_base": args.check_base,
             "progress": progress,
         },
-        bits=given.bits,
+        bits=args.bits,
         chat_template=template,
-        system=given.system,
-        separate_adapter=given.separate_adapter,
+        system=args.system,
+        separate_adapter=args.separate_adapter,
     )
 
 
-def _show(found: dict[str, Any]) -> None:
-    if "merge" in found:
-        print(as_text(found["merge"]))
-    if "quantized" in found:
-        _show_quantized(found["quantized"])
-    print(f"\n{found['output']}")
-    for file in found["files"]:
+def _show(report: dict[str, Any]) -> None:
+    if "merge" in report:
+        print(as_text(report["merge"]))
+    if "quantized" in report:
+        _show_quantized(report["quantized"])
+    print(f"\n{report['output']}")
+    for file in report["files"]:
         print(f"  {file['bytes'] / 1e6:>12,.3f} MB  {file['path']}")
-    for note in found["notes"]:
+    for note in report["notes"]:
         print(f"note: {note}")
-    if found["commands"]:
+    if report["commands"]:
         print("\nThese use other programs, which are not part of this package:")
-        for command in found["commands"]:
+        for command in report["commands"]:
             print(f"  {command}")
-    push = found.get("push")
+    push = report.get("push")
     if push:
         kind = "private" if push["private"] else "public"
-        total = sum(file["bytes"] for file in found["files"]) / 1e6
+        total = sum(file["bytes"] for file in report["files"]) / 1e6
         if push["pushed"]:
             print(f"pushed to {push['url']}")
         else:
-            count = len(found["files"])
+            count = len(report["files"])
             print(f"would push {count} files, {total:,.1f} MB, to {push['repo']} ({kind})")
 
 

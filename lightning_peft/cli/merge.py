@@ -42,11 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 if the model was written, 1 if it cannot be, 2 for bad input.
     """
-    given = _parser().parse_args(list(arguments))
+    args = _parser().parse_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr):
-        report = _merge(given)
-    print(json.dumps(report, indent=2) if given.json else as_text(report))
+        report = _merge(args)
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
     return 0
 
 
@@ -80,22 +80,22 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _merge(given: argparse.Namespace) -> dict[str, Any]:
-    prompts = read_prompts(given.prompts) if given.prompts else None
+def _merge(args: argparse.Namespace) -> dict[str, Any]:
+    prompts = read_prompts(args.prompts) if args.prompts else None
     progress_room = import_module("lightning_peft.cli.progress")
     progress_room.quiet_libraries()
     merging = import_module("lightning_peft.export.merging")
     with progress_room.progress_to_stderr() as progress:
         report: dict[str, Any] = merging.merge(
-            given.adapter,
-            Path(given.output),
-            base=given.base,
-            revision=given.revision,
-            dtype=given.dtype,
-            into=given.into,
+            args.adapter,
+            Path(args.output),
+            base=args.base,
+            revision=args.revision,
+            dtype=args.dtype,
+            into=args.into,
             prompts=prompts,
-            measure=given.measure,
-            check_base=given.check_base,
+            measure=args.measure,
+            check_base=args.check_base,
             progress=progress,
         )
     return report
@@ -132,8 +132,10 @@ def as_text(report: dict[str, Any]) -> str:
         share = f"{weights['median']:.2%}, worst {weights['worst']:.2%}" if weights else ""
         line = f"  {name:<22}{share:>24}"
         if way in logits:
-            found = logits[way]
-            line += f"{found['relative']:>10.2%}{found['kl']:>12.2e}{found['same_choice']:>12.1%}"
+            errors = logits[way]
+            line += (
+                f"{errors['relative']:>10.2%}{errors['kl']:>12.2e}{errors['same_choice']:>12.1%}"
+            )
         lines.append(line)
     if report["not_measured"]:
         lines.append(f"outputs were not compared: {report['not_measured']}")

@@ -33,34 +33,34 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0, or 1 where the model cannot be planned for, or 2 for bad input.
     """
-    given = _given(list(arguments))
+    args = _given(list(arguments))
     # Whatever the libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr), _progress() as progress:
-        found = _survey(given, progress)
-    if given.json:
-        print(json.dumps(found.as_dict(), indent=2))
+        comparison = _survey(args, progress)
+    if args.json:
+        print(json.dumps(comparison.as_dict(), indent=2))
     else:
-        import_module("lightning_peft.cli.plan_display").show(found)
+        import_module("lightning_peft.cli.plan_display").show(comparison)
     return 0
 
 
 def _given(arguments: list[str]) -> argparse.Namespace:
     """Returns the arguments, those of ``--config`` below those that are named here."""
     parser = _parser()
-    given, overrides = parser.parse_known_args(arguments)
-    if given.config:
+    args, overrides = parser.parse_known_args(arguments)
+    if args.config:
         planned = import_module("lightning_peft.cli.plan_config").plan_from_config
-        of_config = parser.parse_args(planned(given.config, overrides))
+        of_config = parser.parse_args(planned(args.config, overrides))
         # What is named here is put over it.
         return parser.parse_known_args(arguments, of_config)[0]
     refuse_unknown(overrides, parser.known())
-    if overrides or given.model is None:
+    if overrides or args.model is None:
         parser.error(
             f"unrecognized arguments: {' '.join(overrides)}"
             if overrides
             else "the following arguments are required: --model, or --config"
         )
-    return given
+    return args
 
 
 def _parser() -> OptionParser:
@@ -96,8 +96,8 @@ def _parser() -> OptionParser:
         "--logits",
         choices=("chunked", "all"),
         default="chunked",
-        help="of a causal language model: of some tokens at a time, as in the task CausalLM (the "
-        "default), or of all, as in preference tuning and in modules that call their model",
+        help="whether causal-LM logits are computed in chunks, as CausalLM does (the default), "
+        "or all at once, as in preference tuning",
     )
     add("--precision", default="32-true", help="the Trainer's; default: 32-true, as it is loaded")
     add("--dtype", default="auto", help="dtype of the weights; by default that of the config")
@@ -111,37 +111,37 @@ def _parser() -> OptionParser:
     return parser
 
 
-def _survey(given: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:
+def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:
     plan = import_module("lightning_peft.plan.method_comparison")
     devices = import_module("lightning_peft.plan.device_memory")
     settings = import_module("lightning_peft.plan.settings").PlanSettings
-    device = None if given.gpu is None else devices.device_memory(given.gpu)
-    targets = given.target_modules
-    lora: dict[str, Any] = {"r": given.r}
+    device = None if args.gpu is None else devices.device_memory(args.gpu)
+    targets = args.target_modules
+    lora: dict[str, Any] = {"r": args.r}
     if targets is not None:
         # One word may be a regular expression, or "all-linear".
         lora["target_modules"] = targets[0] if targets == ["all-linear"] else targets
-    if given.modules_to_save is not None:
-        lora["modules_to_save"] = given.modules_to_save
+    if args.modules_to_save is not None:
+        lora["modules_to_save"] = args.modules_to_save
     run = settings(
-        method=given.method,
-        batch_size=given.batch_size,
-        seq_len=given.seq_len,
-        accumulate=given.accumulate,
-        precision=given.precision,
-        optimizer=given.optimizer,
-        gradient_checkpointing={"on": True, "off": False}.get(given.gradient_checkpointing, "auto"),
+        method=args.method,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        accumulate=args.accumulate,
+        precision=args.precision,
+        optimizer=args.optimizer,
+        gradient_checkpointing={"on": True, "off": False}.get(args.gradient_checkpointing, "auto"),
         lora=lora,
         device="cuda" if device is None else device.kind,
     )
     source = import_module("lightning_peft.plan.sources").from_name(
-        given.model, given.revision, given.dtype
+        args.model, args.revision, args.dtype
     )
-    if given.logits == "chunked" and source.causal:
+    if args.logits == "chunked" and source.causal:
         step = import_module("lightning_peft.tasks.token_loss").chunked_loss
         source = replace(source, step=step)
     comparison: MethodComparison = plan.compare_methods(
-        source, run, device, limits=not given.no_limits, progress=progress
+        source, run, device, limits=not args.no_limits, progress=progress
     )
     return comparison
 

@@ -26,11 +26,10 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     Raises:
         ConfigError: If they cannot be read, or the memory of such a run is not predicted.
     """
+    words = [*(f"--config={name}" for name in configs), *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        words = resolve_recipes(
-            [*(f"--config={name}" for name in configs), *overrides], Path(folder)
-        )
-        config = import_module("lightning_peft.plugin.lightning_cli").parsed_config(words)
+        parse = import_module("lightning_peft.plugin.lightning_cli").parsed_config
+        config = parse(resolve_recipes(words, Path(folder)))
     task = str(config["model"]["class_path"]).rpartition(".")[2]
     model, data = _arguments(config["model"]), _arguments(config.get("data"))
     trainer = config["trainer"]
@@ -71,18 +70,15 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     }
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
     for name in ("target_modules", "modules_to_save"):
-        value = strategy.get(name)
-        if value:
-            words += [
-                f"--{name.replace('_', '-')}",
-                *([value] if isinstance(value, str) else value),
-            ]
+        if value := strategy.get(name):
+            values = [value] if isinstance(value, str) else value
+            words += [f"--{name.replace('_', '-')}", *values]
     return words
 
 
 def _arguments(part: Any) -> dict[str, Any]:
-    found = (part or {}).get("init_args") or {}
-    return dict(found)
+    arguments = (part or {}).get("init_args") or {}
+    return dict(arguments)
 
 
 def _method(trainer: dict[str, Any]) -> tuple[str, dict[str, Any]]:

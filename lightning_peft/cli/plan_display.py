@@ -17,10 +17,10 @@ from lightning_peft.plan.prediction import PARTS
 _SHORT = {"fits": "yes", "may not fit": "maybe", "does not fit": "no"}
 
 
-def show(found: MethodComparison) -> None:
+def show(comparison: MethodComparison) -> None:
     """Prints the answers."""
     console = Console(highlight=False)
-    for part in _parts(found):
+    for part in _parts(comparison):
         if isinstance(part, str):
             console.print(escape(part), soft_wrap=not console.is_terminal)
         elif console.is_terminal:
@@ -29,19 +29,19 @@ def show(found: MethodComparison) -> None:
             _print_plain(*part)
 
 
-def _parts(found: MethodComparison) -> Iterator[str | tuple[str, list[list[str]]]]:
-    run, plan, trace = found.plan.settings, found.plan, found.plan.trace
+def _parts(comparison: MethodComparison) -> Iterator[str | tuple[str, list[list[str]]]]:
+    run, plan, trace = comparison.plan.settings, comparison.plan, comparison.plan.trace
     share = 100 * trace.trainable / trace.total
     yield (
-        f"{found.model}: {run.method}, batch_size={run.batch_size}, seq_len={run.seq_len}, "
+        f"{comparison.model}: {run.method}, batch_size={run.batch_size}, seq_len={run.seq_len}, "
         f"gradient checkpointing {'on' if run.checkpointing else 'off'}, "
         f"optimizer {run.optimizer_name}"
     )
     yield f"trainable {trace.trainable:,} of {trace.total:,} parameters ({share:.2f} %)"
-    if found.logits == "chunked":
-        yield "logits of some tokens at a time, as in the task CausalLM; --logits all: of all"
-    if found.longest is not None and run.seq_len > found.longest:
-        yield f"seq_len={run.seq_len} is more than the {found.longest} that the model was made for"
+    if comparison.logits == "chunked":
+        yield "logits are computed in chunks, as in the task CausalLM; --logits all: all at once"
+    if comparison.longest is not None and run.seq_len > comparison.longest:
+        yield f"seq_len={run.seq_len} exceeds the model's maximum of {comparison.longest}"
     rows = [["at the fullest moment", "bytes", ""]]
     for part in PARTS:
         size = plan.breakdown[part]
@@ -50,36 +50,39 @@ def _parts(found: MethodComparison) -> Iterator[str | tuple[str, list[list[str]]
     rows.append(["peak", f"{plan.peak_bytes:,}", readable(plan.peak_bytes)])
     yield "memory", rows
     yield f"between {readable(plan.low_bytes)} and {readable(plan.high_bytes)}"
-    yield from _activations(found)
-    yield from _room(found)
+    yield from _activations(comparison)
+    yield from _room(comparison)
     rows = [["method", "trained", "peak", "up to", "fits"]]
-    for method, other in found.methods.items():
-        fits = "" if found.device is None else _SHORT[other.verdict(found.device.bytes)]
+    for method, other in comparison.methods.items():
+        fits = "" if comparison.device is None else _SHORT[other.verdict(comparison.device.bytes)]
         peaks = [readable(other.peak_bytes), readable(other.high_bytes)]
         rows.append([method, f"{other.trace.trainable:,}", *peaks, fits])
     yield "side by side", rows
-    yield found.recommendation.text
+    yield comparison.recommendation.text
 
 
-def _activations(found: MethodComparison) -> Iterator[str]:
+def _activations(comparison: MethodComparison) -> Iterator[str]:
     words = {True: "with", False: "without"}
-    kept = [
-        f"{readable(size)} {words[on]} checkpointing" for on, size in sorted(found.kept.items())
+    saved = [
+        f"{readable(size)} {words[on]} checkpointing"
+        for on, size in sorted(comparison.kept.items())
     ]
-    yield f"kept from forward for backward: {', '.join(kept)}"
-    if found.plan.trace.paged:
-        yield f"of the optimizer, {readable(found.plan.trace.paged)} can be paged out to the CPU"
+    yield f"saved activations: {', '.join(saved)}"
+    if comparison.plan.trace.paged:
+        paged = readable(comparison.plan.trace.paged)
+        yield f"{paged} of the optimizer state can be paged out to the CPU"
 
 
-def _room(found: MethodComparison) -> Iterator[str]:
-    if found.device is None:
+def _room(comparison: MethodComparison) -> Iterator[str]:
+    if comparison.device is None:
         return
-    run, device = found.plan.settings, found.device
-    yield f"{found.plan.verdict(device.bytes)} into {readable(device.bytes)} ({device.name})"
-    if found.batch_size is not None:
-        yield f"largest batch at seq_len={run.seq_len}: {found.batch_size or 'none for sure'}"
-    if found.seq_len is not None:
-        yield f"longest sequence at batch_size={run.batch_size}: {found.seq_len or 'none for sure'}"
+    run, device = comparison.plan.settings, comparison.device
+    yield f"{comparison.plan.verdict(device.bytes)} into {readable(device.bytes)} ({device.name})"
+    none = "none is guaranteed to fit"
+    if comparison.batch_size is not None:
+        yield f"largest batch at seq_len={run.seq_len}: {comparison.batch_size or none}"
+    if comparison.seq_len is not None:
+        yield f"longest sequence at batch_size={run.batch_size}: {comparison.seq_len or none}"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.data_from_config import data_from_config
+from lightning_peft.cli.data_config import data_from_config
 from lightning_peft.cli.options import OptionParser
 
 if TYPE_CHECKING:
@@ -45,16 +45,16 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if all is well, 1 if rows have problems, 2 if the input cannot be used.
     """
     parser = _parser()
-    given, rest = parser.parse_known_args(list(arguments))
+    args, rest = parser.parse_known_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        words = ["--help", *rest] if given.help_all else rest
-        data = data_from_config(given.config, words, options=parser.known())
-        shown = import_module("lightning_peft.data.preview").preview(data, given.rows)
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        words = ["--help", *rest] if args.help_all else rest
+        data = data_from_config(args.config, words, options=parser.known())
+        shown = import_module("lightning_peft.data.preview").preview(data, args.rows)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:
             data.setup("fit")
-    if given.json:
+    if args.json:
         content = {**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]}
         print(json.dumps(content, indent=2))
     else:
@@ -122,7 +122,7 @@ def overview(numbers: dict[str, Any]) -> list[str]:
     lines.append(f"splits    {counts or 'no rows'} ({how})")
     if "labels" in numbers:
         lines.append(f"labels    {', '.join(map(str, numbers['labels']))}")
-    read = [f"{one['file']}: {one['words']}" for one in numbers["read_as"]]
+    read = [f"{file['file']}: {file['words']}" for file in numbers["read_as"]]
     lines += [f"read as   {words}" for words in read[:_FILES]]
     if len(read) > _FILES:
         lines.append(f"read as   ... and {len(read) - _FILES:,} more files (--json lists them)")

@@ -144,13 +144,13 @@ def main(arguments: Sequence[str]) -> int:
     copy = commands.add_parser("copy", help="copy a recipe to a file of your own")
     copy.add_argument("name")
     copy.add_argument("file", type=Path)
-    given = parser.parse_args(list(arguments))
-    if given.command == "show":
-        print(find_recipe(given.name).read_text(encoding="utf-8"), end="")
-    elif given.command == "copy":
-        _copy(find_recipe(given.name), given.file)
+    args = parser.parse_args(list(arguments))
+    if args.command == "show":
+        print(find_recipe(args.name).read_text(encoding="utf-8"), end="")
+    elif args.command == "copy":
+        _copy(find_recipe(args.name), args.file)
     else:
-        _list(given.json)
+        _list(args.json)
     return 0
 
 
@@ -186,7 +186,7 @@ def _row(name: str, file: Path, result: dict[str, Any] | None) -> dict[str, Any]
     content = import_module("yaml").safe_load(text)
     model = content.get("model", {})
     strategy = content.get("trainer", {}).get("strategy", {})
-    said = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+    comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
     return {
         "name": name,
         "task": str(model.get("class_path", "")).rpartition(".")[2] or None,
@@ -194,7 +194,7 @@ def _row(name: str, file: Path, result: dict[str, Any] | None) -> dict[str, Any]
         "model": model.get("init_args", {}).get("model"),
         "memory": result and memory_text(result),
         "small trial": result and result_text(result),
-        "about": " ".join(said).partition(". ")[0].rstrip(".") + ".",
+        "about": " ".join(comments).partition(". ")[0].rstrip(".") + ".",
     }
 
 

@@ -39,16 +39,21 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    given = parser.parse_args(list(arguments))
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        again, found = _rerun(given.run)
+    args = parser.parse_args(list(arguments))
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        again, reproduction = _rerun(args.run)
     if again is None:
         return 130
-    if given.json:
-        print(json.dumps({"passed": found.passed, "folder": str(again), **asdict(found)}, indent=2))
+    if args.json:
+        print(
+            json.dumps(
+                {"passed": reproduction.passed, "folder": str(again), **asdict(reproduction)},
+                indent=2,
+            )
+        )
     else:
-        _show(found, again)
-    return 0 if found.passed else 1
+        _show(reproduction, again)
+    return 0 if reproduction.passed else 1
 
 
 def _rerun(path: Path) -> tuple[Path | None, Any]:
@@ -67,14 +72,14 @@ def _rerun(path: Path) -> tuple[Path | None, Any]:
     return second.path, reproduction.compare(first, second)
 
 
-def _show(found: Reproduction, again: Path) -> None:
-    print(f"steps compared          {found.steps}")
-    print(f"largest loss difference {found.loss_difference:.3g}")
-    print(f"largest weight difference {found.adapter_difference:.3g}")
-    for name, (then, now) in found.metrics.items():
+def _show(reproduction: Reproduction, again: Path) -> None:
+    print(f"steps compared          {reproduction.steps}")
+    print(f"largest loss difference {reproduction.loss_difference:.3g}")
+    print(f"largest weight difference {reproduction.adapter_difference:.3g}")
+    for name, (then, now) in reproduction.metrics.items():
         print(f"{name:<24}{then:.6g} then, {now:.6g} now")
-    for name, (then, now) in found.other.items():
+    for name, (then, now) in reproduction.other.items():
         print(f"other {name}: {then} then, {now} now")
-    verdict = "the same to the bit" if found.identical else "within 1 %"
-    print(f"reproduced: {verdict}" if found.passed else "not reproduced")
+    verdict = "the same to the bit" if reproduction.identical else "within 1 %"
+    print(f"reproduced: {verdict}" if reproduction.passed else "not reproduced")
     print(f"second run  {again}")

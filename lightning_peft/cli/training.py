@@ -101,13 +101,13 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
 
 
 def _configs(words: Sequence[str]) -> list[str]:
-    found = []
+    configs = []
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word == "--config":
-            found.append(after)
+            configs.append(after)
         elif word.startswith("--config="):
-            found.append(word.partition("=")[2])
-    return found
+            configs.append(word.partition("=")[2])
+    return configs
 
 
 def _with_resume(words: list[str]) -> list[str]:
@@ -137,8 +137,8 @@ def _print_resume_command(subcommand: str, words: Sequence[str], session: RunSes
     if session.folder is not None:
         again = f"{subcommand} --resume {_short(session.folder.path)}"
     else:
-        kept = [word for word in words if not word.startswith("--ckpt_path")]
-        again = " ".join([subcommand, *kept, f"--ckpt_path={saved}"])
+        options = [word for word in words if not word.startswith("--ckpt_path")]
+        again = " ".join([subcommand, *options, f"--ckpt_path={saved}"])
     print(f"Saved {_short(saved)}. Go on from there:\n  lightning-peft {again}", file=sys.stderr)
 
 

@@ -54,11 +54,11 @@ def main(arguments: Sequence[str]) -> int:
     words = list(arguments)
     # No argument of the parser: it would take the values of LightningCLI's options for the run.
     run = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    given, rest = parser.parse_known_args(words)
+    args, rest = parser.parse_known_args(words)
     # Whatever the user's own code prints, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr) if given.json else nullcontext():
-        module, verification = _verify(run, given.config, rest, print_summary=not given.json)
-    if given.json:
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        module, verification = _verify(run, args.config, rest, print_summary=not args.json)
+    if args.json:
         print(_as_json(module, verification))
     else:
         _show(module, verification)
@@ -73,8 +73,8 @@ def _verify(
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             words = resolve_recipes([*configs, *rest], Path(folder))
-            found = verify_config(words, print_summary=print_summary)
-        return found.module, found.verification
+            verified = verify_config(words, print_summary=print_summary)
+        return verified.module, verified.verification
     if configs:
         raise ConfigError(
             f"Both a run ({path}) and --config were given. A run has its own recipe: leave "
@@ -92,14 +92,14 @@ def _verify(
     best = run.checkpoints / "best.ckpt"
     words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]
     try:
-        found = verify_config([*words, *rest], print_summary=False)
+        verified = verify_config([*words, *rest], print_summary=False)
     except BaseMismatchError as error:
         checks.append(engine.Check("the base is the one that was trained on", False, str(error)))
         return run.path.name, engine.Verification(checks)
     detail = "checksums of every frozen tensor"
     checks.append(engine.Check("the base is the one that was trained on", True, detail))
-    checks.append(integrity.data_check(run, found.datamodule))
-    return run.path.name, engine.Verification([*checks, *found.verification.checks])
+    checks.append(integrity.data_check(run, verified.datamodule))
+    return run.path.name, engine.Verification([*checks, *verified.verification.checks])
 
 
 def _as_json(module: str, verification: Verification) -> str:

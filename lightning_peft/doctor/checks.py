@@ -55,9 +55,9 @@ def run_checks(
     if releases.status == "failed":
         stopped = f"{releases.name} failed: nothing is imported beside them"
     for check, decides in _heavy(options):
-        found = check.skipped(stopped) if stopped else run(check)
-        yield found
-        if decides and not stopped and found.status == "failed":
+        result = check.skipped(stopped) if stopped else run(check)
+        yield result
+        if decides and not stopped and result.status == "failed":
             stopped = f"{check.name} failed"
     yield run(Check("folder", lambda: places.check_folder(options.folder), remedies.FOLDER))
     needed = bool(options.hub)

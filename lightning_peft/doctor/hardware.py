@@ -24,9 +24,9 @@ _BF16_FLAGS = {"avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX", "bf16": "BF16"}
 _BF16_ERROR = 0.05
 
 
-def chosen_device(asked: str) -> str:
+def chosen_device(requested: str) -> str:
     """Returns ``"cuda"`` or ``"cpu"`` for ``"auto"``, and anything else as it is."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if asked == "auto" else asked
+    return ("cuda" if torch.cuda.is_available() else "cpu") if requested == "auto" else requested
 
 
 def check_torch(device: str) -> CheckResult:
@@ -39,7 +39,7 @@ def check_torch(device: str) -> CheckResult:
     if torch.version.hip:
         built = f"ROCm {torch.version.hip}"
     detail = f"{torch.__version__}, built for {built}, {torch.get_num_threads()} CPU threads"
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
@@ -50,7 +50,7 @@ def check_torch(device: str) -> CheckResult:
         detail += f"; nvidia-smi lists {driver}, which a CPU build of torch cannot use"
         return CheckResult("torch", status, detail, remedies.TORCH)
     if driver:
-        why = "; ".join(" ".join(str(one.message).split()) for one in said)
+        why = "; ".join(" ".join(str(warning.message).split()) for warning in caught)
         detail += f"; nvidia-smi lists {driver}, but torch sees no CUDA device{': ' * bool(why)}"
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         remedy = (
@@ -176,15 +176,17 @@ def check_compiler() -> CheckResult:
     """Looks for the compiler that ``torch.compile`` calls, and has it say its version."""
     remedy = remedies.COMPILER
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
-    found = next((tool for name in names if (tool := shutil.which(name))), None)
-    if found is None:
+    compiler = next((tool for name in names if (tool := shutil.which(name))), None)
+    if compiler is None:
         return CheckResult("compiler", "warning", f"no {' or '.join(names)} found", remedy)
     try:
-        asked = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=15)
+        process = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, timeout=15
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return CheckResult("compiler", "warning", f"{found}: {error_line(error)}", remedy)
-    said = (asked.stdout or asked.stderr).strip().partition("\n")[0]
+        return CheckResult("compiler", "warning", f"{compiler}: {error_line(error)}", remedy)
+    version = (process.stdout or process.stderr).strip().partition("\n")[0]
     # Microsoft's has no such option and says its version all the same.
-    if asked.returncode and Path(found).stem != "cl":
-        return CheckResult("compiler", "warning", f"{found} fails: {said}", remedy)
-    return CheckResult("compiler", "ok", said)
+    if process.returncode and Path(compiler).stem != "cl":
+        return CheckResult("compiler", "warning", f"{compiler} fails: {version}", remedy)
+    return CheckResult("compiler", "ok", version)

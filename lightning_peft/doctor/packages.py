@@ -32,7 +32,7 @@ def installed_versions(name: str, path: list[str] | None = None) -> list[str]:
     """
     places = _distributions(name, path)
     # A folder without a METADATA file has no version.
-    return list(dict.fromkeys(one.version for one in places if one.metadata["Version"]))
+    return list(dict.fromkeys(place.version for place in places if place.metadata["Version"]))
 
 
 def _distributions(name: str, path: list[str] | None) -> Iterable[Distribution]:
@@ -49,7 +49,11 @@ def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -
     if first is None:
         raise PackageNotFoundError(name)
     every = [Requirement(line) for line in first.requires or []]
-    return [one for one in every if one.marker is None or one.marker.evaluate({"extra": extra})]
+    return [
+        requirement
+        for requirement in every
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+    ]
 
 
 def check_python() -> CheckResult:
@@ -70,10 +74,15 @@ def check_compromised(path: list[str] | None = None) -> CheckResult:
     Args:
         path: Folders to look in, in place of ``sys.path``.
     """
-    found = {name: there for name in LIGHTNING if (there := installed_versions(name, path))}
-    bad = [f"{name} {one}" for name, all_ in found.items() for one in all_ if one in COMPROMISED]
+    installed = {name: there for name in LIGHTNING if (there := installed_versions(name, path))}
+    bad = [
+        f"{name} {version}"
+        for name, all_ in installed.items()
+        for version in all_
+        if version in COMPROMISED
+    ]
     if bad:
-        names = " ".join(dict.fromkeys(one.partition(" ")[0] for one in bad))
+        names = " ".join(dict.fromkeys(version.partition(" ")[0] for version in bad))
         return CheckResult(
             "lightning releases",
             "failed",
@@ -82,9 +91,9 @@ def check_compromised(path: list[str] | None = None) -> CheckResult:
             "machine could read (tokens, keys, passwords), and install a release that is neither "
             f"{' nor '.join(COMPROMISED)}.",
         )
-    shown = ", ".join(f"{name} {' and '.join(all_)}" for name, all_ in found.items())
+    shown = ", ".join(f"{name} {' and '.join(all_)}" for name, all_ in installed.items())
     detail = shown or "neither lightning nor pytorch-lightning"
-    if len(found) == 2 and len({tuple(all_) for all_ in found.values()}) == 2:
+    if len(installed) == 2 and len({tuple(all_) for all_ in installed.values()}) == 2:
         detail += "; different versions side by side are fine: each Trainer gets classes of its own"
     return CheckResult("lightning releases", "ok", detail)
 
@@ -96,22 +105,33 @@ def check_requirements(path: list[str] | None = None) -> CheckResult:
         path: Folders to look in, in place of ``sys.path``.
     """
     try:
-        wanted = required(path=path)
+        requirements = required(path=path)
     except PackageNotFoundError:
         remedy = f"Install it: pip install {OURS}"
         return CheckResult("packages", "warning", f"{OURS} has no metadata: not installed", remedy)
-    known = {canonicalize_name(one.name) for one in wanted}
-    wanted += [
-        one
-        for one in required(extra="lightning", path=path)
-        if canonicalize_name(one.name) not in known and installed_versions(one.name, path)
+    known = {canonicalize_name(requirement.name) for requirement in requirements}
+    requirements += [
+        requirement
+        for requirement in required(extra="lightning", path=path)
+        if canonicalize_name(requirement.name) not in known
+        and installed_versions(requirement.name, path)
     ]
-    problems = {str(one): said for one in wanted if (said := _unmet(one, path))}
+    problems = {
+        str(requirement): problem
+        for requirement in requirements
+        if (problem := _unmet(requirement, path))
+    }
     if problems:
-        command = " ".join(f'"{_plain(one)}"' for one in wanted if str(one) in problems)
+        command = " ".join(
+            f'"{_plain(requirement)}"'
+            for requirement in requirements
+            if str(requirement) in problems
+        )
         detail = "; ".join(problems.values())
         return CheckResult("packages", "failed", detail, f"Run `pip install {command}`.")
-    shown = [canonicalize_name(one.name) for one in wanted if one.specifier]
+    shown = [
+        canonicalize_name(requirement.name) for requirement in requirements if requirement.specifier
+    ]
     detail = ", ".join(f"{name} {installed_versions(name, path)[0]}" for name in shown)
     return CheckResult("packages", "ok", detail)
 
@@ -125,10 +145,10 @@ def check_compatibility(path: list[str] | None = None) -> CheckResult:
     names = [*_RELATED, *LIGHTNING, "transformers", "peft", "bitsandbytes"]
     present = {name: there[0] for name in names if (there := installed_versions(name, path))}
     problems = [
-        f"{name} {version} requires {_plain(one)}: {said}"
+        f"{name} {version} requires {_plain(requirement)}: {problem}"
         for name, version in present.items()
-        for one in required(name, path=path)
-        if (said := _unmet(one, path))
+        for requirement in required(name, path=path)
+        if (problem := _unmet(requirement, path))
     ]
     if problems:
         remedy = (

@@ -60,7 +60,7 @@ def check_quantized(bits: int, device: str, network: nn.Module | None = None) ->
         return CheckResult(name, broken, detail, remedies.quantized(bits))
     torch.manual_seed(1)
     verification = engine.verify(network, torch.randn(8, _FEATURES, device=device))
-    failed = [f"{one.name}: {one.detail}" for one in verification.checks if not one.passed]
+    failed = [f"{check.name}: {check.detail}" for check in verification.checks if not check.passed]
     if failed:
         return CheckResult(name, broken, detail + "; ".join(failed), remedies.quantized(bits))
     detail += (

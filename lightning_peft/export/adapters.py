@@ -53,8 +53,8 @@ class Adapter:
         """Jinja source of the chat template that it was trained with, where that is recorded."""
         for place in (self.facts, self.facts.get("data")):
             for key in ("chat_template", "template"):
-                found = place.get(key) if isinstance(place, dict) else None
-                text = found.get("text") if isinstance(found, dict) else found
+                value = place.get(key) if isinstance(place, dict) else None
+                text = value.get("text") if isinstance(value, dict) else value
                 if isinstance(text, str) and ("{%" in text or "{{" in text):
                     return text
         return None
@@ -62,32 +62,32 @@ class Adapter:
     @property
     def encoding(self) -> dict[str, Any]:
         """How the rows were encoded that it was trained on, where that is recorded."""
-        found: Any = self.facts
+        record: Any = self.facts
         for key in ("data", "settings", "encoding"):
-            found = found.get(key) if isinstance(found, dict) else None
-        return found if isinstance(found, dict) else {}
+            record = record.get(key) if isinstance(record, dict) else None
+        return record if isinstance(record, dict) else {}
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
         """Values for variables of the chat template that it was trained with."""
-        found = self.encoding.get("chat_template_kwargs")
-        return found if isinstance(found, dict) else {}
+        variables = self.encoding.get("chat_template_kwargs")
+        return variables if isinstance(variables, dict) else {}
 
 
-def find_adapter(given: str) -> Adapter:
-    """Returns the adapter that ``given`` means.
+def find_adapter(path: str) -> Adapter:
+    """Returns the adapter that ``path`` means.
 
     Args:
-        given: An adapter folder; a ``.ckpt`` file, beside which the adapter lies; or the folder of
+        path: An adapter folder; a ``.ckpt`` file, beside which the adapter lies; or the folder of
             a run, whose best adapter is taken, or the newest. ``NAME=PATH`` gives it another name.
 
     Raises:
         ConfigError: If there is none, or several parts have one each.
         CheckpointError: If its files cannot be read.
     """
-    name, equals, rest = given.partition("=")
-    named = bool(equals) and "/" not in name and not Path(given).exists()
-    folder = _folder_of(Path(rest if named else given))
+    name, equals, rest = path.partition("=")
+    named = bool(equals) and "/" not in name and not Path(path).exists()
+    folder = _folder_of(Path(rest if named else path))
     written = folder / PROVENANCE
     return Adapter(
         name=name if named else folder.resolve().name,
@@ -97,23 +97,23 @@ def find_adapter(given: str) -> Adapter:
     )
 
 
-def find_adapters(given: Iterable[str]) -> list[Adapter]:
+def find_adapters(paths: Iterable[str]) -> list[Adapter]:
     """Returns several adapters; those whose names are the same get numbers.
 
     Raises:
         ConfigError, CheckpointError: See :func:`find_adapter`.
     """
-    found: list[Adapter] = []
-    for one in given:
-        adapter = find_adapter(one)
-        taken = {other.name for other in found}
+    adapters: list[Adapter] = []
+    for path in paths:
+        adapter = find_adapter(path)
+        taken = {other.name for other in adapters}
         # A name becomes a part of parameter names, in which dots separate.
-        wanted = name = adapter.name.replace(".", "_")
+        original = name = adapter.name.replace(".", "_")
         number = 2
         while name in taken:
-            name, number = f"{wanted}-{number}", number + 1
-        found.append(Adapter(name, adapter.folder, adapter.config, adapter.facts))
-    return found
+            name, number = f"{original}-{number}", number + 1
+        adapters.append(Adapter(name, adapter.folder, adapter.config, adapter.facts))
+    return adapters
 
 
 def _folder_of(path: Path) -> Path:
@@ -127,11 +127,11 @@ def _folder_of(path: Path) -> Path:
     if (path / CONFIG).is_file():
         return path
     for place in _IN_RUN:
-        found = sorted((path / place).glob(f"*/{CONFIG}"), key=_age)
+        folders = sorted((path / place).glob(f"*/{CONFIG}"), key=_age)
         # The recipes keep the best one by that name; after it comes the newest.
-        best = [file for file in found if file.parent.name == "best"]
-        if found:
-            return (best or found)[-1].parent
+        best = [file for file in folders if file.parent.name == "best"]
+        if folders:
+            return (best or folders)[-1].parent
     _refuse_parts(path)
     raise ConfigError(
         f"{str(path)!r} holds no {CONFIG}, and no checkpoints/adapters/ with one: it is neither an "

@@ -117,14 +117,14 @@ def find_base(name: str, revision: str | None = None) -> Base:
 def _from_hub(name: str, revision: str | None) -> Path:
     patterns = ["*.safetensors", *COMPANIONS]
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"The base {name!r} is no folder here, and the hub did not give it ({reason}). Check "
             "the name and the network (HF_HUB_OFFLINE must not be set), or give a folder by --base."
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _method(settings: Any) -> Any:
@@ -213,8 +213,10 @@ def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
     """
     model: Any = outline
     conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [
+        conversion for conversion in conversions if isinstance(conversion, WeightConverter)
+    ]
     state = model.state_dict()
     names, joined = {}, []
     for key in base.keys:
@@ -240,5 +242,5 @@ def license_of(folder: Path) -> str | None:
     if not card.is_file():
         return None
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-    found = front and re.search(r"^license:\s*([\w.\-]+)\s*$", front[1], re.M)
-    return found[1] if found else None
+    match = front and re.search(r"^license:\s*([\w.\-]+)\s*$", front[1], re.M)
+    return match[1] if match else None

@@ -84,11 +84,11 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
             "prompts:\n\n| merged into | relative error of logits | KL, nats per token | same next "
             "token |\n| --- | --- | --- | --- |\n"
         )
-        for way, found in errors.items():
+        for way, error in errors.items():
             chosen = " (this folder)" if way == report["into"] else ""
             text += (
-                f"| {way}{chosen} | {found['relative']:.2%} | {found['kl']:.2e} | "
-                f"{found['same_choice']:.1%} |\n"
+                f"| {way}{chosen} | {error['relative']:.2%} | {error['kl']:.2e} | "
+                f"{error['same_choice']:.1%} |\n"
             )
     elif report.get("not_measured"):
         text += f"\nThe outputs were not compared: {report['not_measured']}.\n"
@@ -199,9 +199,9 @@ def _metrics(record: Any) -> str:
     stages = {name: record[name] for name in order if isinstance(record[name], Mapping)}
     if len(stages) < len(record):
         return f"\n### Metrics\n\n{_block(public(record))}"
-    names = dict.fromkeys(name for found in stages.values() for name in found)
+    names = dict.fromkeys(name for values in stages.values() for name in values)
     lines = [["", *stages], ["---"] * (1 + len(stages))]
-    lines += [[name, *(_number(found.get(name)) for found in stages.values())] for name in names]
+    lines += [[name, *(_number(values.get(name)) for values in stages.values())] for name in names]
     return "\n### Metrics\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -214,9 +214,9 @@ def _number(value: Any) -> str:
 def public(value: Any) -> Any:
     """Returns a record without the folders of the machine that it was written on."""
     if isinstance(value, Mapping):
-        return {key: public(one) for key, one in value.items()}
+        return {key: public(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [public(one) for one in value]
+        return [public(item) for item in value]
     absolute = isinstance(value, str) and "\n" not in value and value.startswith(("/", "~"))
     return public_name(value) if absolute else value
 

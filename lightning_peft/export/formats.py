@@ -78,18 +78,18 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
         quantize_folder(merged, folder, request.bits)
         error, reason = measure_quantized(request.adapter, request.base, folder, request.options)
         shutil.rmtree(merged)
-        found = {
+        record = {
             "bits": request.bits,
             "logit_error": asdict(error) if error else None,
             "not_measured": reason,
         }
-        text = json.dumps(found, indent=2) + "\n"
+        text = json.dumps(record, indent=2) + "\n"
         (folder / "quantization_report.json").write_text(text, encoding="utf-8")
         with open(folder / "README.md", "a", encoding="utf-8") as card:
-            card.write(quantized_section(found))
+            card.write(quantized_section(record))
     report["output"] = str(request.output)
     commands = [f"vllm serve {_quoted(request.output)}"]
-    return {"notes": [], "commands": commands, "merge": report, "quantized": found}
+    return {"notes": [], "commands": commands, "merge": report, "quantized": record}
 
 
 def as_vllm(request: ExportRequest) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def as_ollama(request: ExportRequest) -> dict[str, Any]:
     if report is not None:
         report["output"] = str(request.output / "model")
         commands.append(_gguf(request.output / "model"))
-    found = {"notes": [*notes, *more], "commands": commands}
-    return found | ({"merge": report} if report else {})
+    result = {"notes": [*notes, *more], "commands": commands}
+    return result | ({"merge": report} if report else {})
 
 
 def _modelfile(request: ExportRequest, source: str) -> tuple[str, list[str]]:

@@ -121,10 +121,10 @@ def translate(tokenizer: Any, template: str) -> TurnTemplate | None:
         return text
 
     try:
-        found = _turns(rendered)
-        if '"""' in found.as_go(None):
+        turns = _turns(rendered)
+        if '"""' in turns.as_go(None):
             return None
-        return found if _renders_identically(found, rendered) else None
+        return turns if _renders_identically(turns, rendered) else None
     except (TemplateError, ValueError):
         return None
 
@@ -174,16 +174,16 @@ def _turns(rendered: Rendered) -> TurnTemplate:
 
 
 def _cut(text: str, mark: str) -> tuple[str, str]:
-    before, found, after = text.partition(mark)
-    if not found:
+    before, match, after = text.partition(mark)
+    if not match:
         raise ValueError(f"{mark!r} is not in the rendered text")
     return before, after
 
 
 def _renders_identically(turns: TurnTemplate, rendered: Rendered) -> bool:
-    talk = [_turn("user", "One?"), _turn("assistant", "Two."), _turn("user", "Three?\n\nFour!")]
-    longer = [*talk, _turn("assistant", "Five"), _turn("user", "Six")]
-    tries = [talk[:1], talk, longer]
+    messages = [_turn("user", "One?"), _turn("assistant", "Two."), _turn("user", "Three?\n\nFour!")]
+    longer = [*messages, _turn("assistant", "Five"), _turn("user", "Six")]
+    tries = [messages[:1], messages, longer]
     if "system" in turns.around:
         tries += [[_turn("system", "Be kind."), *one] for one in tries]
     return all(turns.render(one) == rendered(one) for one in tries)

@@ -68,7 +68,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     """
     api = HfApi()
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True)
+        created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -80,7 +80,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
             f"The hub did not take {repo!r} ({_reason(error)}). Nothing is lost: the export is "
             f"complete in {str(folder)!r}. Try again with `hf upload {repo} {folder}`."
         ) from error
-    return str(made)
+    return str(created)
 
 
 def _reason(error: Exception) -> str:

@@ -37,15 +37,15 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
 
 
-def select_device(asked: str) -> torch.device:
-    """Returns the device that ``asked`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+def select_device(name: str) -> torch.device:
+    """Returns the device that ``name`` means: ``"auto"``, ``"cpu"`` or ``"cuda"``.
 
     Raises:
         ConfigError: If there is no such device.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda': torch sees no CUDA device here. Use 'cpu' or 'auto'.")
-    cuda = asked == "cuda" or (asked == "auto" and torch.cuda.is_available())
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda", 0) if cuda else torch.device("cpu")
 
 
@@ -111,12 +111,12 @@ def load_with_adapters(
         BaseMismatchError, CheckpointError: If an adapter does not fit.
         UnsupportedError: If the model generates no text, or adapters cannot share it.
     """
-    wanted = bits or (adapters[0].bits if adapters else 16)
-    settings = _settings(adapters, wanted)
+    base_bits = bits or (adapters[0].bits if adapters else 16)
+    settings = _settings(adapters, base_bits)
     # Everything that is to stay dense, when weights are quantized as they are read.
     saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
     dense = [name for names in saved for name in names or []]
-    streamed = settings is not None and wanted == 4 and device.type != "cpu"
+    streamed = settings is not None and base_bits == 4 and device.type != "cpu"
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
     _check_generates(adapters)
     with (
@@ -135,10 +135,10 @@ def load_with_adapters(
         )
     model.to(device)
     notes = [
-        f"{a.name} was trained on a base of {a.bits} bits, and this one has {wanted}: its answers "
-        "may differ from those in training"
+        f"{a.name} was trained on a {a.bits}-bit base, and this one has {base_bits} bits: its "
+        "answers may differ from those in training"
         for a in adapters
-        if a.bits != wanted
+        if a.bits != base_bits
     ]
     notes += [
         f"{a.name} does not record its base, so whether it is this one was not checked"

@@ -39,7 +39,7 @@ def adapter_code(
     model, reader = model_class(facts), reader_class(facts)
     settings = _settings(facts.get("quantization"))
     names = [model, *([reader] if reader else []), *(["BitsAndBytesConfig"] if settings else [])]
-    given = repr(base) + (f", revision={revision!r}" if revision else "")
+    arguments = repr(base) + (f", revision={revision!r}" if revision else "")
     more = ", quantization_config=settings" if settings else ""
     if labels is not None and model.endswith(_LABELLED):
         # Bases for pictures mostly come with a head for other labels.
@@ -50,10 +50,10 @@ def adapter_code(
     if settings:
         lines += ["# The adapter was trained on the base in fewer bits.", settings]
     lines += [
-        f"base = {model}.from_pretrained({given}{more})",
+        f"base = {model}.from_pretrained({arguments}{more})",
         f"model = PeftModel.from_pretrained(base, {adapter!r})",
     ]
-    return "\n".join([*lines, *_reader_line(reader, given)])
+    return "\n".join([*lines, *_reader_line(reader, arguments)])
 
 
 def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
@@ -70,11 +70,11 @@ def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
     return "\n".join([*lines, *_reader_line(reader, repr(place))])
 
 
-def _reader_line(reader: str | None, given: str) -> list[str]:
+def _reader_line(reader: str | None, arguments: str) -> list[str]:
     if reader is None:
         return []
     name = "tokenizer" if reader == "AutoTokenizer" else "processor"
-    return [f"{name} = {reader}.from_pretrained({given})"]
+    return [f"{name} = {reader}.from_pretrained({arguments})"]
 
 
 def model_class(facts: Mapping[str, Any]) -> str:
@@ -117,5 +117,5 @@ def _settings(quantization: object) -> str:
     }
     if not plain:
         return ""
-    given = "".join(f"    {name}={value!r},\n" for name, value in sorted(plain.items()))
-    return f"settings = BitsAndBytesConfig(\n{given})"
+    arguments = "".join(f"    {name}={value!r},\n" for name, value in sorted(plain.items()))
+    return f"settings = BitsAndBytesConfig(\n{arguments})"

@@ -96,7 +96,7 @@ def measure_merge(
         progress: Is told what is going on.
     """
     tokenizer = load_tokenizer(base)
-    settings, found = quantization_of(adapter), {}
+    settings, errors = quantization_of(adapter), {}
     steps = 2 if settings is None else 4
     progress("comparing outputs", 0, steps)
     trained = load_as_trained(base, adapter, check_base=check_base)
@@ -107,24 +107,24 @@ def measure_merge(
         quantized = list(entry.quantized)
         _as_stored(trained, dtype)
         if into != "dequantized":
-            found["dequantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
+            errors["dequantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
         for name in quantized:
             engine.quantize(trained.get_submodule(name), settings)
-        found["requantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
+        errors["requantized"] = compare(logits_of(trained, tokenizer, prompts), reference)
         progress("comparing outputs", 2, steps)
         del trained
         if into != "original":
             dense = load_model(base, adapter, dtype_in_training(adapter))
             engine.load_adapter(dense, adapter.folder, check_base=check_base)
             _as_stored(dense, dtype)
-            found["original"] = compare(logits_of(dense, tokenizer, prompts), reference)
+            errors["original"] = compare(logits_of(dense, tokenizer, prompts), reference)
             del dense
         progress("comparing outputs", 3, steps)
     cls: Any = getattr(transformers, base.config.architectures[0])
     written = cls.from_pretrained(merged, dtype=torch.float32).eval()
-    found[into] = compare(logits_of(written, tokenizer, prompts), reference)
+    errors[into] = compare(logits_of(written, tokenizer, prompts), reference)
     progress("comparing outputs", steps, steps)
-    return found
+    return errors
 
 
 def _as_stored(model: Any, dtype: torch.dtype) -> None:
@@ -141,23 +141,25 @@ def logits_of(model: Any, tokenizer: Any, prompts: Sequence[str] | None = None) 
     """
     if getattr(model, "hf_quantizer", None) is None:
         model.float()
-    found = []
+    logits_per_prompt = []
     for text in prompts or PROMPTS:
         ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :_LONGEST]
         output = model(input_ids=ids.to(model.device))
         logits = getattr(output, "logits", output[0])
-        found.append(logits.float().cpu().reshape(-1, logits.shape[-1]))
-    return torch.cat(found)
+        logits_per_prompt.append(logits.float().cpu().reshape(-1, logits.shape[-1]))
+    return torch.cat(logits_per_prompt)
 
 
-def compare(mine: Tensor, theirs: Tensor) -> LogitError:
-    """Returns how far the logits ``mine`` are from ``theirs``."""
-    kl = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="sum")
-    same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean()
+def compare(actual: Tensor, expected: Tensor) -> LogitError:
+    """Returns how far the logits ``actual`` are from ``expected``."""
+    kl = F.kl_div(
+        actual.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="sum"
+    )
+    same = (actual.argmax(-1) == expected.argmax(-1)).float().mean()
     return LogitError(
-        relative=((mine - theirs).norm() / theirs.norm()).item(),
+        relative=((actual - expected).norm() / expected.norm()).item(),
         # Rounding can make the sum of tiny terms negative.
-        kl=max(0.0, kl.item() / len(mine)),
+        kl=max(0.0, kl.item() / len(actual)),
         same_choice=same.item(),
     )
 

@@ -60,8 +60,8 @@ class MergedFolder:
 
     def summary(self, way: str) -> dict[str, float] | None:
         """Returns median and largest error of the layers, for one way of merging."""
-        found = [value for x in self.weights if (value := getattr(x, way)) is not None]
-        return {"median": median(found), "worst": max(found)} if found else None
+        values = [value for x in self.weights if (value := getattr(x, way)) is not None]
+        return {"median": median(values), "worst": max(values)} if values else None
 
 
 def merge_into_folder(
@@ -202,12 +202,12 @@ def _check_base(
         sums.append(checksum(next(base.tensors([key]))))
         done += base.keys[key].numel
         progress("checking the base", done, total)
-    found = Fingerprint(merge.base.names, merge.base.shapes, tuple(sums)).digest()
-    if found != recorded:
+    digest = Fingerprint(merge.base.names, merge.base.shapes, tuple(sums)).digest()
+    if digest != recorded:
         raise BaseMismatchError(
             f"The adapter in {str(adapter.folder)!r} was trained on other weights "
             f"({adapter.base_name or 'unnamed'}, fingerprint {recorded[:12]}) than those in "
-            f"{base.name!r} (fingerprint {found[:12]}). The merged model would compute something "
+            f"{base.name!r} (fingerprint {digest[:12]}). The merged model would compute something "
             "else. Name the base of the run by --base and --revision, or pass --no-check-base if "
             "they are meant to differ."
         )

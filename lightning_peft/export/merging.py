@@ -61,9 +61,15 @@ def merge(
     """
     found = find_adapter(adapter) if isinstance(adapter, str) else adapter
     source = base_of(found, base, revision)
-    wanted = getattr(torch, dtype) if dtype else None
+    torch_dtype = getattr(torch, dtype) if dtype else None
     result = merge_into_folder(
-        found, output, source, dtype=wanted, into=into, check_base=check_base, progress=progress
+        found,
+        output,
+        source,
+        dtype=torch_dtype,
+        into=into,
+        check_base=check_base,
+        progress=progress,
     )
     errors: dict[str, LogitError] = {}
     reason: str | None = "it was not asked for"

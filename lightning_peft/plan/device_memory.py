@@ -39,31 +39,31 @@ class DeviceMemory:
     kind: Literal["cuda", "cpu"]
 
 
-def device_memory(words: str) -> DeviceMemory:
-    """Returns the device that ``words`` mean.
+def device_memory(text: str) -> DeviceMemory:
+    """Returns the device that ``text`` mean.
 
     Args:
-        words: An amount such as ``"24GB"`` or ``"22.5GiB"``; the name of a GPU such as
+        text: An amount such as ``"24GB"`` or ``"22.5GiB"``; the name of a GPU such as
             ``"rtx4090"`` or ``"A100-40"``; or ``"this"``: what is free on this machine's first GPU,
             or in its memory where it has none.
 
     Raises:
         ConfigError: If it is none of them.
     """
-    if words.strip().lower() == "this":
+    if text.strip().lower() == "this":
         return this_device()
-    amount = re.fullmatch(r"\s*([\d.]+)\s*([GM]i?B?)\s*", words, flags=re.IGNORECASE)
+    amount = re.fullmatch(r"\s*([\d.]+)\s*([GM]i?B?)\s*", text, flags=re.IGNORECASE)
     if amount and amount[1].count(".") <= 1 and amount[1] != ".":
         unit = amount[2].upper()
         size = float(amount[1]) * _UNITS[unit if unit.endswith("B") else f"{unit}B"]
         if size > 0:
-            return DeviceMemory(words.strip(), round(size), "cuda")
-    plain = re.sub(r"nvidia|geforce|tesla|sxm\d|pcie|hbm\d|[\s_-]|gb$", "", words.lower())
+            return DeviceMemory(text.strip(), round(size), "cuda")
+    plain = re.sub(r"nvidia|geforce|tesla|sxm\d|pcie|hbm\d|[\s_-]|gb$", "", text.lower())
     for name in _GIGABYTES:
         if name.replace("-", "") in (plain, f"rtx{plain}"):
             return DeviceMemory(name, _GIGABYTES[name] * 10**9, "cuda")
     raise ConfigError(
-        f"--gpu {words!r} is no amount such as 24GB, no GPU of the planner's list"
+        f"--gpu {text!r} is no amount such as 24GB, no GPU of the planner's list"
         f"{similar_names(plain, _GIGABYTES)}, and not 'this'. Known: {', '.join(_GIGABYTES)}. Give "
         "the amount for others."
     )

@@ -54,14 +54,14 @@ def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
     Ties stay ties.
     """
-    made: dict[int, Any] = {}
+    copies: dict[int, Any] = {}
 
     def fake(tensor: Tensor) -> Any:
-        if id(tensor) not in made:
-            made[id(tensor)] = engine.recreate_parameter(
+        if id(tensor) not in copies:
+            copies[id(tensor)] = engine.recreate_parameter(
                 tensor, lambda one: FakeTensor(mode, _on_meta(one), _DEVICE)
             )
-        return made[id(tensor)]
+        return copies[id(tensor)]
 
     for child in module.modules():
         for held in (child._parameters, child._buffers):

@@ -128,12 +128,12 @@ def compare_methods(
         run = settings if method == settings.method else _by(method, settings)
         methods[method] = predict(source, run)
     plan = methods[settings.method]
-    kept = {settings.checkpointing: plan.trace.kept}
+    saved = {settings.checkpointing: plan.trace.kept}
     other = not settings.checkpointing
     progress(f"gradient_checkpointing={other}")
     with suppress(UnsupportedError):
         changed = replace(settings, gradient_checkpointing=other)
-        kept[other] = predict(source, changed).trace.kept
+        saved[other] = predict(source, changed).trace.kept
     batch_size = seq_len = None
     if device is not None and limits:
         if source.rows_change:
@@ -147,7 +147,7 @@ def compare_methods(
         plan,
         device,
         {method: methods[method] for method in METHODS},
-        kept,
+        saved,
         batch_size,
         seq_len,
         recommend(methods, device),

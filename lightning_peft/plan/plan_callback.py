@@ -132,8 +132,8 @@ def _device_of(module: Any) -> DeviceMemory:
     """Returns what the run can have: what is free, and what it has already."""
     if module.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(module.device)
-        mine = torch.cuda.memory_reserved(module.device) + OVERHEAD["cuda"][1]
-        return DeviceMemory(torch.cuda.get_device_name(module.device), free + mine, "cuda")
-    mine = psutil.Process().memory_info().rss
+        used = torch.cuda.memory_reserved(module.device) + OVERHEAD["cuda"][1]
+        return DeviceMemory(torch.cuda.get_device_name(module.device), free + used, "cuda")
+    used = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
-    return DeviceMemory("this machine's memory", free + mine, "cpu")
+    return DeviceMemory("this machine's memory", free + used, "cpu")

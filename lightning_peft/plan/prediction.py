@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.plan.margins import OVER, UNDER
+from lightning_peft.plan.memory_tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
 from lightning_peft.plan.process import HEAP, KERNELS, OVERHEAD, PROCESS, process_bytes
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import ModelSource, from_config, from_module, from_name, rows_of
@@ -21,7 +22,6 @@ from lightning_peft.plan.trace import (
     Trace,
     trace,
 )
-from lightning_peft.plan.tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
 
 # The order in which a breakdown is shown.
 PARTS = (
@@ -100,9 +100,9 @@ def predict(source: ModelSource, settings: PlanSettings, step: Step | None = Non
         step or source.step,
         source.vocabulary,
     )
-    found = {part: traced.at_peak.get(part, 0) for part in PARTS}
-    found |= process_bytes(traced, settings.device)
-    return Prediction(settings, traced, found)
+    breakdown = {part: traced.at_peak.get(part, 0) for part in PARTS}
+    breakdown |= process_bytes(traced, settings.device)
+    return Prediction(settings, traced, breakdown)
 
 
 def plan_memory(

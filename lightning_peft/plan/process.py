@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning_peft.plan import margins
+from lightning_peft.plan.memory_tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
 from lightning_peft.plan.trace import Trace
-from lightning_peft.plan.tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
 
 OVERHEAD, KERNELS, HEAP = "overhead", "kernels", "heap"
 PROCESS = (OVERHEAD, KERNELS, HEAP)

@@ -74,8 +74,8 @@ class PlanSettings:
     @property
     def checkpointing(self) -> bool:
         """Whether activations are checkpointed."""
-        wanted = self.gradient_checkpointing
-        return self.method == "qlora" if wanted == "auto" else bool(wanted)
+        setting = self.gradient_checkpointing
+        return self.method == "qlora" if setting == "auto" else bool(setting)
 
     @property
     def optimizer_name(self) -> str:

@@ -105,12 +105,12 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
     )
 
 
-def _dtype(wanted: str, config: Any) -> torch.dtype:
-    found = getattr(config, "dtype", None) if wanted == "auto" else wanted
+def _dtype(requested: str, config: Any) -> torch.dtype:
+    value = getattr(config, "dtype", None) if requested == "auto" else requested
     known = ("float32", "bfloat16", "float16")
-    name = str(found or "float32").removeprefix("torch.")
+    name = str(value or "float32").removeprefix("torch.")
     if name not in known:
-        raise ConfigError(f"dtype={wanted!r}: one of auto, {', '.join(known)}.")
+        raise ConfigError(f"dtype={requested!r}: one of auto, {', '.join(known)}.")
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
@@ -119,21 +119,21 @@ def _class_of(config: Any) -> Any:
     transformers = import_module("transformers")
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        found = _causal_class(config)
-        if found is None:
+        model_class = _causal_class(config)
+        if model_class is None:
             raise UnsupportedError(
                 f"{type(config).__name__} names no architecture, and there is no causal language "
                 "model of its kind. Put the class into `architectures` of the config.json."
             )
-        return found
-    found = getattr(transformers, names[0], None)
-    if found is None:
+        return model_class
+    model_class = getattr(transformers, names[0], None)
+    if model_class is None:
         raise UnsupportedError(
             f"architectures={names} in the config: transformers {transformers.__version__} has no "
             f"class of that name{similar_names(names[0], dir(transformers))}. Code that comes with "
             "a model is not run to plan; build the model yourself, and call plan_memory with it."
         )
-    return found
+    return model_class
 
 
 def _causal_class(config: Any) -> Any:

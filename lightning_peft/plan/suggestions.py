@@ -57,13 +57,13 @@ def suggest_changes(
         count: How many at most.
     """
     kinds = _kinds(source, plan.settings)
-    found = [
+    helpful = [
         change
         for kind in kinds
         if (change := _of_kind(kind, source, plan, device_bytes, step)) and change.saved > 0
     ]
-    fitting = [change for change in found if change.needed <= device_bytes]
-    rest = sorted((c for c in found if c not in fitting), key=lambda change: -change.saved)
+    fitting = [change for change in helpful if change.needed <= device_bytes]
+    rest = sorted((c for c in helpful if c not in fitting), key=lambda change: -change.saved)
     return [*fitting, *rest][:count]
 
 

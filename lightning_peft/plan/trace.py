@@ -157,8 +157,8 @@ def _checkpoint(module: Any, settings: PlanSettings) -> Callable[[], None]:
     if not settings.checkpointing or engine.is_checkpointed(module):
         return _nothing
     if settings.method != "full":
-        wanted = "auto" if settings.gradient_checkpointing == "auto" else True
-        return engine.checkpoint_activations(module, wanted).disable
+        mode = "auto" if settings.gradient_checkpointing == "auto" else True
+        return engine.checkpoint_activations(module, mode).disable
     models: list[Any] = [
         m for m in module.modules() if getattr(m, "supports_gradient_checkpointing", False)
     ]

@@ -109,11 +109,13 @@ class RunFolder:
             saved = self.path / status.checkpoint
             if saved.is_file():
                 return saved
-        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-        return found[-1] if found else None
+        checkpoints = sorted(
+            self.checkpoints.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns
+        )
+        return checkpoints[-1] if checkpoints else None
 
 
 def runs_in(root: Path) -> list[RunFolder]:
     """Returns the runs below ``root``, the newest first."""
-    found = [path for path in root.iterdir() if (path / "status.json").is_file()]
-    return [RunFolder(path) for path in sorted(found, reverse=True)]
+    runs = [path for path in root.iterdir() if (path / "status.json").is_file()]
+    return [RunFolder(path) for path in sorted(runs, reverse=True)]

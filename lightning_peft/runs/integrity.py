@@ -32,13 +32,13 @@ def adapters_in(path: Path) -> list[Path]:
         return [path]
     if path.suffix == ".ckpt":
         path = path.parent / "adapters" / path.stem
-    found = sorted(file.parent for file in path.rglob("adapter_config.json"))
-    if not found:
+    folders = sorted(file.parent for file in path.rglob("adapter_config.json"))
+    if not folders:
         raise ConfigError(
             f"{str(path)!r} is no adapter folder and no run with one: there is no "
             "adapter_config.json in it. Name a folder below `runs`, or an adapter folder."
         )
-    return found
+    return folders
 
 
 def file_checks(path: Path) -> list[Check]:

@@ -28,13 +28,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of what a result depends on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def hardware() -> dict[str, Any]:
@@ -69,10 +69,10 @@ def peak_memory() -> dict[str, int]:
     that were read, included; what other processes of the run use is not. ``cuda_bytes`` is what
     torch allocated on the GPU, where there is one.
     """
-    found = {"process_bytes": _peak_resident()}
+    memory = {"process_bytes": _peak_resident()}
     if torch.cuda.is_available():
-        found["cuda_bytes"] = torch.cuda.max_memory_allocated()
-    return found
+        memory["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return memory
 
 
 def _peak_resident() -> int:

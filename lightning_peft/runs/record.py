@@ -133,8 +133,8 @@ class RunRecord:
         return {name: max(most, self._peaks.get(name, 0)) for name, most in here.items()}
 
     def _newest(self) -> str | None:
-        found = self.folder.newest_checkpoint()
-        return None if found is None else found.relative_to(self.folder.path).as_posix()
+        checkpoint = self.folder.newest_checkpoint()
+        return None if checkpoint is None else checkpoint.relative_to(self.folder.path).as_posix()
 
     def _log_metrics(self, trainer: Any, values: dict[str, Any]) -> None:
         if self.status is not None and values:

@@ -114,11 +114,11 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         for row in self.folder.rows(self.folder.metrics):
             for name in ("process_bytes", "cuda_bytes"):
                 self._peaks[name] = max(self._peaks.get(name, 0), int(row.get(f"peak_{name}", 0)))
-            found = {name: value for name, value in row.items() if name.startswith("val_")}
-            if found and row["step"] == 0:
-                self.before = found
-            elif found:
-                self.validations[row["step"]] = found
+            metrics = {name: value for name, value in row.items() if name.startswith("val_")}
+            if metrics and row["step"] == 0:
+                self.before = metrics
+            elif metrics:
+                self.validations[row["step"]] = metrics
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -153,14 +153,14 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             self._report_progress(trainer)
 
     def _log_training(self, trainer: Any) -> None:
-        found = {
+        values = {
             k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("train")
         }
         rates = {f"{name}_per_second": rate for name, rate in self.pace.rates().items()}
         memory = {f"peak_{name}": value for name, value in self._peak().items()}
-        self._log_metrics(trainer, {**found, **self._of_step, **rates, **memory})
-        if "train_loss" in found:
-            self._losses.append(found["train_loss"])
+        self._log_metrics(trainer, {**values, **self._of_step, **rates, **memory})
+        if "train_loss" in values:
+            self._losses.append(values["train_loss"])
             self._alert(trainer, training_alert(self._losses))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -210,17 +210,19 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         """Writes the numbers of the validation."""
         if trainer.sanity_checking:
             return
-        found = {k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("val")}
-        self._log_metrics(trainer, found)
+        metrics = {
+            k: v for k, v in numbers(trainer.callback_metrics).items() if k.startswith("val")
+        }
+        self._log_metrics(trainer, metrics)
         if trainer.state.fn != "fit":
             return
-        self.validations[trainer.global_step] = found
+        self.validations[trainer.global_step] = metrics
         # Checkpoint callbacks come after the others, so the adapter they save knows its metrics.
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
             lifecycle.facts = {
                 **lifecycle.facts,
-                "metrics": {"before": self.before, "after": found},
+                "metrics": {"before": self.before, "after": metrics},
             }
         losses = [row["val_loss"] for row in self.validations.values() if "val_loss" in row]
         self._alert(trainer, validation_alert(losses))
@@ -258,7 +260,10 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Ends the record, unless it was begun by another than the Trainer."""
         if self._of_trainer and self.status is not None:
-            saved = next((one.saved for one in self._interruptions(trainer) if one.saved), None)
+            saved = next(
+                (callback.saved for callback in self._interruptions(trainer) if callback.saved),
+                None,
+            )
             if saved is not None:
                 self.stopped(saved)
             else:
@@ -292,17 +297,17 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if self.status is None:
             return
         try:
-            asked = json.loads(self.folder.control.read_text(encoding="utf-8"))
+            request = json.loads(self.folder.control.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return
         self.folder.control.unlink(missing_ok=True)
-        if asked.get("stop"):
+        if request.get("stop"):
             self.update_status(state="stopping", phase="stopping after this step")
         for callback in self._interruptions(trainer):
-            callback.request(stop=bool(asked.get("stop")), save=bool(asked.get("save_now")))
+            callback.request(stop=bool(request.get("stop")), save=bool(request.get("save_now")))
 
     def _interruptions(self, trainer: Any) -> list[Any]:
-        return [one for one in trainer.callbacks if isinstance(one, SaveOnInterrupt)]
+        return [callback for callback in trainer.callbacks if isinstance(callback, SaveOnInterrupt)]
 
 
 def _plain(value: Any) -> Any:

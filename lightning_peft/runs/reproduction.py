@@ -110,10 +110,10 @@ def _adapter_difference(first: RunFolder, second: RunFolder) -> float:
 
 def _other(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     machines = [result["hardware"] for result in (first, second)]
-    found = {name: (machines[0][name], machines[1][name]) for name in _DECIDES_BITS}
+    differing = {name: (machines[0][name], machines[1][name]) for name in _DECIDES_BITS}
     versions = [result["versions"] for result in (first, second)]
-    found |= {
+    differing |= {
         name: (versions[0].get(name), versions[1].get(name))
         for name in {**versions[0], **versions[1]}
     }
-    return {name: (a, b) for name, (a, b) in found.items() if a != b}
+    return {name: (a, b) for name, (a, b) in differing.items() if a != b}

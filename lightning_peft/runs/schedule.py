@@ -32,8 +32,8 @@ class Schedule:
         every = self.every or self.batches
         if self.epochs is None:
             return (whole * self.batches + batches) // every
-        found = whole // self.epochs * (self.batches // every)
-        return found + (batches // every if (whole + 1) % self.epochs == 0 else 0)
+        validations = whole // self.epochs * (self.batches // every)
+        return validations + (batches // every if (whole + 1) % self.epochs == 0 else 0)
 
 
 def schedule_of(trainer: Any) -> Schedule | None:

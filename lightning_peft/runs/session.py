@@ -74,10 +74,10 @@ class RunSession:
         return [*callbacks, self._interruption]
 
     def _begin_record(self, config: Namespace, recipe: str, root: str) -> None:
-        given = config.get("run_dir")
+        run_dir = config.get("run_dir")
         self.folder = (
-            RunFolder.at(Path(given))
-            if given
+            RunFolder.at(Path(run_dir))
+            if run_dir
             else RunFolder.create(Path(DEFAULT_ROOT), f"{self._prefix}{self.name}")
         )
         os.environ[_VARIABLE] = str(self.folder.path)
@@ -87,8 +87,8 @@ class RunSession:
         for stale in (self.folder.control, self.folder.error):
             stale.unlink(missing_ok=True)
         seed = config.get("seed_everything")
-        made = bind_to_lightning(RunRecorder, root)
-        self._recorder = made(
+        recorder_class = bind_to_lightning(RunRecorder, root)
+        self._recorder = recorder_class(
             self.folder, recipe, self.kind, seed if isinstance(seed, int) else None
         )
         self._recorder.open()

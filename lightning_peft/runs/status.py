@@ -91,10 +91,10 @@ def read_status(path: Path) -> Status | None:
 def _earlier_status(path: Path, kind: str) -> Status:
     """Returns what the session before has written; a new status where there is none like it."""
     try:
-        found = read_status(path)
+        status = read_status(path)
     except (ValueError, TypeError, AttributeError, OSError):
-        found = None
-    return found if found is not None and found.kind == kind == "fit" else Status()
+        status = None
+    return status if status is not None and status.kind == kind == "fit" else Status()
 
 
 def is_alive(status: Status) -> bool:

@@ -64,14 +64,14 @@ class CausalLM(PretrainedTask):
 
     def results(self) -> dict[str, Any]:
         """Returns loss, perplexity and token accuracy."""
-        found = super().results()
-        return {**found, "perplexity": torch.exp(found["loss"])}
+        metrics = super().results()
+        return {**metrics, "perplexity": torch.exp(metrics["loss"])}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
         """Returns prompt, expected and generated text of each row."""
         rows = [
-            {"input_ids": ids[kept].tolist(), "labels": labels[kept].tolist()}
-            for ids, labels, kept in zip(
+            {"input_ids": ids[columns].tolist(), "labels": labels[columns].tolist()}
+            for ids, labels, columns in zip(
                 batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
             )
         ]

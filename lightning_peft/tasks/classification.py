@@ -97,15 +97,15 @@ class ClassificationTask(PretrainedTask):
         Raises:
             ConfigError: If it names other labels.
         """
-        found = getattr(data, "labels", None)
-        if found is None:
+        labels = getattr(data, "labels", None)
+        if labels is None:
             return
         if self.hparams["labels"] is None:
-            self.hparams["labels"] = list(found)
-        elif self.labels != list(found):
+            self.hparams["labels"] = list(labels)
+        elif self.labels != list(labels):
             raise ConfigError(
                 "The labels of the data are not those of the model. "
-                f"{_difference(self.labels, list(found))} Give the data module "
+                f"{_difference(self.labels, list(labels))} Give the data module "
                 f"labels={self.labels}, so that it numbers them in this order, or make the "
                 "model for the labels of the data."
             )
@@ -128,24 +128,24 @@ class ClassificationTask(PretrainedTask):
             return
         self.check_head(theirs)
 
-    def check_head(self, theirs: list[str]) -> None:
+    def check_head(self, base_labels: list[str]) -> None:
         """Refuses the trained head of a base, which is for other labels.
 
         Args:
-            theirs: Its labels.
+            base_labels: Its labels.
 
         Raises:
             ConfigError: Always; a task that can begin from such a head overrides this.
         """
-        same = sorted(theirs) == sorted(self.labels)
+        same = sorted(base_labels) == sorted(self.labels)
         remedy = (
-            f"Give labels={theirs} to the data module, so that it numbers them in this order."
+            f"Give labels={base_labels} to the data module, so that it numbers them in this order."
             if same
             else "Begin with the model that it was tuned from, whose head is made anew."
         )
         raise ConfigError(
             f"{self.hparams['model']!r} has a head that was trained for other labels, which would "
-            f"be taken over. {_difference(theirs, self.labels)} {remedy}"
+            f"be taken over. {_difference(base_labels, self.labels)} {remedy}"
         )
 
     def _load(self) -> PreTrainedModel:
@@ -168,16 +168,16 @@ class ClassificationTask(PretrainedTask):
             )
 
 
-def _difference(theirs: list[str], ours: list[str]) -> str:
+def _difference(other: list[str], ours: list[str]) -> str:
     """Returns in what two lists of names differ, as sentences."""
-    if sorted(theirs) == sorted(ours):
+    if sorted(other) == sorted(ours):
         place = next(
-            i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]
+            i for i, pair in enumerate(zip(other, ours, strict=True)) if pair[0] != pair[1]
         )
         return (
-            f"They are in another order: number {place} is {theirs[place]!r}, not {ours[place]!r}."
+            f"They are in another order: number {place} is {other[place]!r}, not {ours[place]!r}."
         )
-    lacking = [name for name in theirs if name not in ours]
-    new = [name for name in ours if name not in theirs]
+    lacking = [name for name in other if name not in ours]
+    new = [name for name in ours if name not in other]
     parts = [f"only there: {lacking}"] * bool(lacking) + [f"only here: {new}"] * bool(new)
-    return f"There are {len(theirs)} there and {len(ours)} here; {'; '.join(parts)}."
+    return f"There are {len(other)} there and {len(ours)} here; {'; '.join(parts)}."

@@ -52,33 +52,33 @@ class EncoderDecoderTask(PretrainedTask):
 
     def _argument_problems(self) -> list[str]:
         problems = super()._argument_problems()
-        given = self.hparams
-        unknown = [name for name in given["metrics"] or () if name not in METRICS]
+        hparams = self.hparams
+        unknown = [name for name in hparams["metrics"] or () if name not in METRICS]
         if unknown:
             problems.append(f"metrics={unknown} are none of {', '.join(METRICS)}")
-        if given["generate_limit"] < 0:
-            problems.append(f"generate_limit={given['generate_limit']} is less than 0")
-        if given["max_new_tokens"] < 1:
-            problems.append(f"max_new_tokens={given['max_new_tokens']} is less than 1")
+        if hparams["generate_limit"] < 0:
+            problems.append(f"generate_limit={hparams['generate_limit']} is less than 0")
+        if hparams["max_new_tokens"] < 1:
+            problems.append(f"max_new_tokens={hparams['max_new_tokens']} is less than 1")
         return problems
 
     @property
     def text_metrics(self) -> list[TextMetric]:
         """The metrics of generated text that are evaluated."""
-        asked = self.hparams["metrics"]
-        names = self.metrics_by_default if asked is None else asked
+        requested = self.hparams["metrics"]
+        names = self.metrics_by_default if requested is None else requested
         limit: int = self.hparams["generate_limit"]
         return [name for name in names if name in METRICS and limit > 0]
 
     def generation(self) -> dict[str, Any]:
         """Returns what the data tells ``generate`` beside the encoder's input: a language."""
-        found: dict[str, Any] = getattr(self._datamodule, "generation", {})
-        return found
+        settings: dict[str, Any] = getattr(self._datamodule, "generation", {})
+        return settings
 
     def make_metrics(self) -> dict[str, Any]:
         """Returns means over labelled tokens, and the metrics of text."""
-        made: dict[str, Any] = {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
-        return made | {name: METRICS[name]() for name in self.text_metrics}
+        metrics: dict[str, Any] = {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+        return metrics | {name: METRICS[name]() for name in self.text_metrics}
 
     def setup(self, stage: str) -> None:
         """Checks what would cost a run, before anything is loaded.
@@ -146,8 +146,8 @@ class EncoderDecoderTask(PretrainedTask):
 
     def results(self) -> dict[str, Any]:
         """Returns loss, perplexity, token accuracy, and the metrics of text."""
-        found = named(super().results())
-        return {**found, "perplexity": torch.exp(found["loss"])}
+        metrics = named(super().results())
+        return {**metrics, "perplexity": torch.exp(metrics["loss"])}
 
     def _inputs_of(self, batch: dict[str, Any]) -> list[str]:
         return [name for name in self.encoder_inputs if name in batch]

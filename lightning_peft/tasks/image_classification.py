@@ -48,21 +48,21 @@ class ImageClassifier(ClassificationTask):
         """Returns the labels, and the loss: transformers would guess it from the dtype."""
         return {**super().configuration(), "problem_type": "single_label_classification"}
 
-    def check_head(self, theirs: list[str]) -> None:
+    def check_head(self, base_labels: list[str]) -> None:
         """Refuses a head for the same labels in another order.
 
         A head for as many other labels is kept as the start of training, which is told; one of
         another size is made anew.
         """
-        if sorted(theirs) == sorted(self.labels):
-            super().check_head(theirs)
-        if len(theirs) == len(self.labels):
+        if sorted(base_labels) == sorted(self.labels):
+            super().check_head(base_labels)
+        if len(base_labels) == len(self.labels):
             log.warning(
                 "The head of %r is for other labels (%s). It has as many outputs as there are "
                 "labels here, so its weights are kept as the start of training; until then its "
                 "answers mean nothing.",
                 self.hparams["model"],
-                ", ".join(theirs[:20]),
+                ", ".join(base_labels[:20]),
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

@@ -32,9 +32,9 @@ class PairwiseTask(PretrainedTask):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the mean loss over the pairs of ``batch``."""
-        found = self.compare(batch)
-        pairs = len(found["loss"])
-        means = {name: values.mean() for name, values in found.items()}
+        measured = self.compare(batch)
+        pairs = len(measured["loss"])
+        means = {name: values.mean() for name, values in measured.items()}
         self.log_training(batch_idx, means, means["loss"].new_tensor(pairs), pairs)
         return means["loss"]
 
@@ -45,7 +45,8 @@ class PairwiseTask(PretrainedTask):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, float]]:
         """Returns what is measured of each pair, by name."""
-        found = {name: values.tolist() for name, values in self.compare(batch).items()}
+        measured = {name: values.tolist() for name, values in self.compare(batch).items()}
         return [
-            dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)
+            dict(zip(measured, values, strict=True))
+            for values in zip(*measured.values(), strict=True)
         ]

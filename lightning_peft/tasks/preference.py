@@ -67,15 +67,15 @@ class PreferenceTuning(PairwiseTask):
         self._start_checked = False
 
     def _argument_problems(self) -> list[str]:
-        given = self.hparams
+        hparams = self.hparams
         problems = super()._argument_problems()
-        if given["loss"] not in ("dpo", "orpo"):
-            problems.append(f"loss={given['loss']!r} is neither 'dpo' nor 'orpo'")
-        if given["beta"] <= 0:
-            problems.append(f"beta={given['beta']} is not above 0")
-        if not 0 <= given["label_smoothing"] < 0.5:
-            problems.append(f"label_smoothing={given['label_smoothing']} is not in [0, 0.5)")
-        elif given["label_smoothing"] and given["loss"] != "dpo":
+        if hparams["loss"] not in ("dpo", "orpo"):
+            problems.append(f"loss={hparams['loss']!r} is neither 'dpo' nor 'orpo'")
+        if hparams["beta"] <= 0:
+            problems.append(f"beta={hparams['beta']} is not above 0")
+        if not 0 <= hparams["label_smoothing"] < 0.5:
+            problems.append(f"label_smoothing={hparams['label_smoothing']} is not in [0, 0.5)")
+        elif hparams["label_smoothing"] and hparams["loss"] != "dpo":
             problems.append("label_smoothing is for loss='dpo' alone; leave it out")
         return problems
 
@@ -87,13 +87,13 @@ class PreferenceTuning(PairwiseTask):
 
     def compare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the loss and what else is measured of each pair of ``batch``."""
-        given = self.hparams
-        if given["loss"] == "orpo":
-            return orpo(*self._answers(batch), given["beta"])
+        hparams = self.hparams
+        if hparams["loss"] == "orpo":
+            return orpo(*self._answers(batch), hparams["beta"])
         # Before the policy: no graph may hold weights that are exchanged for the reference.
         expected = self._reference(batch)
         policy, _ = self._answers(batch)
-        return dpo(policy, expected, given["beta"], given["label_smoothing"])
+        return dpo(policy, expected, hparams["beta"], hparams["label_smoothing"])
 
     def _answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         output = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])

@@ -84,19 +84,21 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 
     def _argument_problems(self) -> list[str]:
         """Returns what is wrong with the arguments alone; subclasses add to it."""
-        given = self.hparams
+        hparams = self.hparams
         problems = []
-        if given["learning_rate"] <= 0:
-            problems.append(f"learning_rate={given['learning_rate']} is not above 0")
-        if not 0 <= given["warmup"] < 1:
-            problems.append(f"warmup={given['warmup']} is a share of the steps, from 0 to below 1")
-        if given["trust_remote_code"] and given["revision"] is None:
+        if hparams["learning_rate"] <= 0:
+            problems.append(f"learning_rate={hparams['learning_rate']} is not above 0")
+        if not 0 <= hparams["warmup"] < 1:
+            problems.append(
+                f"warmup={hparams['warmup']} is a share of the steps, from 0 to below 1"
+            )
+        if hparams["trust_remote_code"] and hparams["revision"] is None:
             problems.append(
                 "trust_remote_code=True runs whatever code the repository holds at that moment; "
                 "read it, and name the commit that you have read with revision="
             )
-        if given["config"] is not None and "model_type" not in given["config"]:
-            problems.append(f"config={given['config']!r} has no model_type, such as 'llama'")
+        if hparams["config"] is not None and "model_type" not in hparams["config"]:
+            problems.append(f"config={hparams['config']!r} has no model_type, such as 'llama'")
         return problems
 
     @abstractmethod
@@ -125,10 +127,10 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
             self.model = self._load() if self.hparams["config"] is None else self._build()
 
     def _load(self) -> PreTrainedModel:
-        given = self.hparams
+        hparams = self.hparams
         names = ("dtype", "revision", "trust_remote_code")
-        options = {name: given[name] for name in names} | self.loading | self.configuration()
-        model: PreTrainedModel = self.auto_class.from_pretrained(given["model"], **options)
+        options = {name: hparams[name] for name in names} | self.loading | self.configuration()
+        model: PreTrainedModel = self.auto_class.from_pretrained(hparams["model"], **options)
         return model
 
     def _build(self) -> PreTrainedModel:
@@ -140,13 +142,13 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 
     def model_config(self) -> PretrainedConfig:
         """Returns the configuration of the model, without loading its weights."""
-        given = self.hparams
-        if given["config"] is not None:
-            fields = {**given["config"], **self.configuration()}
+        hparams = self.hparams
+        if hparams["config"] is not None:
+            fields = {**hparams["config"], **self.configuration()}
             return AutoConfig.for_model(**fields)
         names = ("revision", "trust_remote_code")
-        options = {name: given[name] for name in names}
-        return AutoConfig.from_pretrained(given["model"], **options, **self.configuration())
+        options = {name: hparams[name] for name in names}
+        return AutoConfig.from_pretrained(hparams["model"], **options, **self.configuration())
 
     def on_fit_start(self) -> None:
         """Puts the model in train mode: ``from_pretrained`` returns it in eval mode."""
@@ -170,15 +172,15 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
             rows: Rows of the batch.
         """
         trainer: Any = self._trainer
-        found = means
+        means_of_step = means
         if trainer is not None and self.hparams["average_across_step"]:
             # By the rule by which Lightning sets gradients to zero.
             if batch_idx % trainer.accumulate_grad_batches == 0:
                 self.step_mean.reset()
-            found = self.step_mean.add(
+            means_of_step = self.step_mean.add(
                 items, means, lambda t: trainer.strategy.reduce(t, None, "sum")
             )
-        for name, value in found.items():
+        for name, value in means_of_step.items():
             self.log(
                 f"train_{name}", value.detach().float(), prog_bar=name == "loss", batch_size=rows
             )

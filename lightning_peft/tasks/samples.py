@@ -92,17 +92,17 @@ def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) ->
     first = first if first > 1 else -(-len(ids) // 2)
     prompt = torch.tensor([ids[:first]])
     filler = tokenizer.pad_token_id
-    found = continue_greedily(
+    tokens = continue_greedily(
         task.model,
         {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
         max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if filler is None else filler,
     )
-    said = found[first:].tolist()
+    new_tokens = tokens[first:].tolist()
     prompt, expected, generated = (
         tokenizer.decode(text, skip_special_tokens=True)
-        for text in (ids[:first], ids[first:], said)
+        for text in (ids[:first], ids[first:], new_tokens)
     )
-    cut = len(said) >= max_new_tokens and said[-1] != tokenizer.eos_token_id
+    cut = len(new_tokens) >= max_new_tokens and new_tokens[-1] != tokenizer.eos_token_id
     return GeneratedSample(prompt, expected, generated, cut)

@@ -25,16 +25,16 @@ def spans_of(tags: Sequence[str]) -> set[Span]:
     that is how the evaluation script of the CoNLL shared tasks, conlleval, reads answers that are
     no valid IOB2.
     """
-    found: set[Span] = set()
+    spans: set[Span] = set()
     begin, kind = 0, ""
     for place, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")
         if kind and (prefix != "I" or name != kind):
-            found.add((begin, place, kind))
+            spans.add((begin, place, kind))
             kind = ""
         if prefix in ("B", "I") and not kind:
             begin, kind = place, name
-    return found
+    return spans
 
 
 class SpanScores(Metric):
@@ -64,8 +64,8 @@ class SpanScores(Metric):
             predicted: Tags of the words of each sentence, as the model gives them.
             expected: The same, as they should be.
         """
-        for said, right in zip(predicted, expected, strict=True):
-            answers, spans = spans_of(said), spans_of(right)
+        for tags, right in zip(predicted, expected, strict=True):
+            answers, spans = spans_of(tags), spans_of(right)
             self.found += len(answers & spans)
             self.answers += len(answers)
             self.spans += len(spans)

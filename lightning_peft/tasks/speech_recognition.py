@@ -37,12 +37,13 @@ class SpeechRecognizer(EncoderDecoderTask):
         """
         super().setup(stage)
         extractor = getattr(self._datamodule, "extractor", None)
-        made = getattr(extractor, "feature_size", None)
+        features = getattr(extractor, "feature_size", None)
         heard = getattr(self.model_config(), "num_mel_bins", None)
-        if None not in (made, heard) and made != heard:
+        if None not in (features, heard) and features != heard:
             raise ConfigError(
-                f"The feature extractor makes {made} mel bins, and {self.hparams['model']!r} hears "
-                f"{heard}. Give the data the model's own: processor={self.hparams['model']!r}."
+                f"The feature extractor makes {features} mel bins, and {self.hparams['model']!r} "
+                f"takes {heard}. Give the data the model's own: "
+                f"processor={self.hparams['model']!r}."
             )
 
     def configure_model(self) -> None:
@@ -53,16 +54,16 @@ class SpeechRecognizer(EncoderDecoderTask):
         """
         super().configure_model()
         assert self.model is not None
-        asked = self.generation()
+        settings = self.generation()
         several = bool(getattr(self.model.generation_config, "is_multilingual", False))
-        if several and "language" not in asked and self._datamodule is not None:
+        if several and "language" not in settings and self._datamodule is not None:
             raise ConfigError(
                 f"{self.hparams['model']!r} hears many languages. Without one it would be trained "
                 "to write no language token, and asked to write after one. Say which with "
                 "data.language."
             )
-        if asked and not several:
+        if settings and not several:
             raise ConfigError(
-                f"{asked} is given, and {self.hparams['model']!r} knows no languages and tasks. "
+                f"{settings} is given, and {self.hparams['model']!r} knows no languages and tasks. "
                 "Leave them out."
             )

@@ -146,14 +146,14 @@ class TextClassifier(ClassificationTask):
         """
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         probabilities = self(**inputs).logits.float().softmax(-1)
-        found = []
+        predictions = []
         for row, chances in enumerate(probabilities.tolist()):
             best = max(range(len(chances)), key=chances.__getitem__)
-            said = {
+            row_prediction = {
                 "label": self.labels[best],
                 "probabilities": dict(zip(self.labels, chances, strict=True)),
             }
             if "labels" in batch:
-                said["expected"] = self.labels[int(batch["labels"][row])]
-            found.append(said)
-        return found
+                row_prediction["expected"] = self.labels[int(batch["labels"][row])]
+            predictions.append(row_prediction)
+        return predictions

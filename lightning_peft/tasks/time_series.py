@@ -145,19 +145,20 @@ class Forecaster(_Base, metaclass=LateBoundMeta):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "statistics"):
             return
-        given = self.hparams
-        if data.horizon != given["horizon"]:
+        hparams = self.hparams
+        if data.horizon != hparams["horizon"]:
             raise ConfigError(
-                f"Forecaster(horizon={given['horizon']}) and the data with horizon={data.horizon} "
-                "do not fit. Give the same to both."
+                f"Forecaster(horizon={hparams['horizon']}) and the data with "
+                f"horizon={data.horizon} do not fit. Give the same to both."
             )
         statistics = data.statistics()
-        if given["columns"] not in (None, data.columns):
+        if hparams["columns"] not in (None, data.columns):
             raise ConfigError(
-                f"Forecaster was made for the columns {', '.join(given['columns'])}, and the data "
-                f"has {', '.join(data.columns)}. Name the same ones in the same order with columns="
+                f"Forecaster was made for the columns {', '.join(hparams['columns'])}, and the "
+                f"data has {', '.join(data.columns)}. Name the same ones in the same order with "
+                "columns="
             )
-        given["columns"], self.season = list(data.columns), data.season
+        hparams["columns"], self.season = list(data.columns), data.season
         for name in _STATISTICS:
             setattr(self, name, getattr(statistics, name).to(self.device))
 

@@ -58,8 +58,8 @@ class TokenClassifier(ClassificationTask):
         self.metrics["loss"].update(output.loss, (labels != IGNORED).sum())
         self.metrics["accuracy"].update(predicted[starts], labels[starts])
         if are_spans(self.labels):
-            said, right = (self._tags(numbers, starts) for numbers in (predicted, labels))
-            self.metrics["spans"].update(said, right)
+            predicted_tags, right = (self._tags(numbers, starts) for numbers in (predicted, labels))
+            self.metrics["spans"].update(predicted_tags, right)
         else:
             self.metrics["macro_f1"].update(predicted[starts], labels[starts])
 
@@ -77,14 +77,14 @@ class TokenClassifier(ClassificationTask):
         inputs = {name: value for name, value in _for_model(batch).items() if name != "labels"}
         starts = batch["word_starts"].bool()
         tags = self._tags(self(**inputs).logits.argmax(-1), starts)
-        found = [
-            {"words": list(words), "tags": said}
-            for words, said in zip(batch["words"], tags, strict=True)
+        predictions = [
+            {"words": list(words), "tags": word_tags}
+            for words, word_tags in zip(batch["words"], tags, strict=True)
         ]
         if "labels" in batch:
-            for row, right in zip(found, self._tags(batch["labels"], starts), strict=True):
+            for row, right in zip(predictions, self._tags(batch["labels"], starts), strict=True):
                 row["expected"] = right
-        return found
+        return predictions
 
 
 def _for_model(batch: dict[str, Any]) -> dict[str, Tensor]:

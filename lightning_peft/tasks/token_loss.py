@@ -95,10 +95,10 @@ class TokenLoss:
             head, after = model.get_output_embeddings(), postprocess_logits(model)
             total = hidden.new_zeros((), dtype=torch.float32)
             correct = hidden.new_zeros((), dtype=torch.int64)
-            for rows, wanted in _chunks(hidden, targets, _chunk_rows(model)):
+            for rows, labels in _chunks(hidden, targets, _chunk_rows(model)):
                 logits = after(head(rows))
-                correct += (logits.argmax(-1) == wanted).sum()
-                total += engine.summed_cross_entropy(logits, wanted)
+                correct += (logits.argmax(-1) == labels).sum()
+                total += engine.summed_cross_entropy(logits, labels)
             return TokenScores(total / len(targets), len(targets), correct)
 
     def _can_chunk(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> bool:
@@ -158,17 +158,17 @@ class ChunkedLoss(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(trained)
         start = 0
-        for some, wanted in _chunks(hidden, targets, rows):
+        for some, labels in _chunks(hidden, targets, rows):
             part = some.detach().requires_grad_(of_hidden is not None)
             with torch.enable_grad():
                 logits = after(head(part))
-            loss, gradient = engine.cross_entropy_and_gradient(logits.detach(), wanted)
+            loss, gradient = engine.cross_entropy_and_gradient(logits.detach(), labels)
             total += loss
             sources = [part, *trained] if of_hidden is not None else [*trained]
-            found = _gradients(logits, sources, gradient)
+            gradients = _gradients(logits, sources, gradient)
             if of_hidden is not None:
-                of_hidden[start : start + len(part)] = found.pop(0)
-            sums = [_accumulate(held, more) for held, more in zip(sums, found, strict=True)]
+                of_hidden[start : start + len(part)] = gradients.pop(0)
+            sums = [_accumulate(held, more) for held, more in zip(sums, gradients, strict=True)]
             start += len(part)
             # Else they would still be there when those of the next chunk are made.
             del logits, gradient
@@ -199,12 +199,12 @@ def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[
     return list(torch.autograd.grad(logits, sources, gradient, allow_unused=True))
 
 
-def _accumulate(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+def _accumulate(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     """Returns the sum, in float32 or more: that of many chunks in 16 bits would lose the last."""
     if more is None:
-        return held
+        return total
     more = more.to(torch.promote_types(more.dtype, torch.float32))
-    return more if held is None else held.add_(more)
+    return more if total is None else total.add_(more)
 
 
 def _chunk_rows(model: PreTrainedModel) -> int:

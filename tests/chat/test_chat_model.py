@@ -65,12 +65,12 @@ def test_bits_are_those_in_training_or_asked_for(qlora_run: Path, lora_run: Path
     (entry,) = engine.require_record(trained.loaded.model).parts.values()
     assert len(entry.quantized) == 28
     dense = chat_model(str(qlora_run), bits=16)
-    assert "was trained on a base of 4 bits, and this one has 16" in dense.loaded.notes[0]
+    assert "was trained on a 4-bit base, and this one has 16" in dense.loaded.notes[0]
     (entry,) = engine.require_record(dense.loaded.model).parts.values()
     assert not entry.quantized
     both = chat_model(f"four={qlora_run}", f"full={lora_run}")
     assert both.names == ["base", "four", "full"]
-    assert "full was trained on a base of 16 bits" in both.loaded.notes[0]
+    assert "full was trained on a 16-bit base" in both.loaded.notes[0]
     with torch.no_grad():
         both.switch("four")
         ids = both.tokens_of(QUESTION)

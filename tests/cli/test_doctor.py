@@ -77,13 +77,13 @@ def test_a_bitsandbytes_that_does_not_load_is_named_with_the_way_out(doctor, tmp
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     at = lines.index("FAILED  bitsandbytes 4-bit: RuntimeError: no library for CUDA")
-    assert lines[at + 1].startswith("        way out: Install bitsandbytes")
+    assert lines[at + 1].startswith("        fix: Install bitsandbytes")
     assert any(line.startswith("warning bitsandbytes 8-bit: ") for line in lines)
     assert "ok      device: cpu" in done.stdout
     assert "--      hub: --no-hub" in lines
     assert lines[-1] == "Broken: bitsandbytes 4-bit, optimizer paged_adamw_32bit."
     assert "\x1b" not in done.stdout
-    assert "trying bitsandbytes 4-bit ..." in done.stderr
+    assert "checking bitsandbytes 4-bit ..." in done.stderr
     assert "noise" in done.stderr
     assert "noise" not in done.stdout
     assert "Traceback" not in done.stderr

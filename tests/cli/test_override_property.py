@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer
 from properties import few_and_many
 
-from lightning_peft.cli.data_config import described_data
-from lightning_peft.cli.plan_config import planned_config
+from lightning_peft.cli.data_config import data_from_config
+from lightning_peft.cli.plan_config import plan_from_config
 from lightning_peft.cli.recipes import find_recipe, resolve_recipes
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plugin.config_errors import constructor_parameters
@@ -28,15 +28,15 @@ RECIPES = ["sft-qlora", "dpo-lora", "text-classification-qlora", "translation-lo
 
 
 def preview(recipe, option):
-    described_data([recipe], ["--data.init_args.data=rows.jsonl", option])
+    data_from_config([recipe], ["--data.init_args.data=rows.jsonl", option])
 
 
 def check(recipe, option):
-    described_data([recipe], ["--data=rows.jsonl", option], options=["--config", "--json"])
+    data_from_config([recipe], ["--data=rows.jsonl", option], options=["--config", "--json"])
 
 
 def plan(recipe, option):
-    planned_config([recipe], [option])
+    plan_from_config([recipe], [option])
 
 
 def fit(recipe, option):

@@ -97,7 +97,7 @@ def test_plain_lines_where_there_is_no_terminal(here):
     assert "qlora, batch_size=2, seq_len=32, gradient checkpointing off" in done.stdout
     assert f"trainable {2 * 8 * (64 + 64):,} of" in done.stdout
     assert "weights in 4 bits" in done.stdout
-    assert "logits of some tokens at a time, as in the task CausalLM" in done.stdout
+    assert "logits are computed in chunks, as in the task CausalLM" in done.stdout
     assert "\x1b" not in done.stdout
 
 
