@@ -61,15 +61,9 @@ def merge(
     """
     found = find_adapter(adapter) if isinstance(adapter, str) else adapter
     source = base_of(found, base, revision)
-    torch_dtype = getattr(torch, dtype) if dtype else None
+    target = getattr(torch, dtype) if dtype else None
     result = merge_into_folder(
-        found,
-        output,
-        source,
-        dtype=torch_dtype,
-        into=into,
-        check_base=check_base,
-        progress=progress,
+        found, output, source, dtype=target, into=into, check_base=check_base, progress=progress
     )
     errors: dict[str, LogitError] = {}
     reason: str | None = "it was not asked for"
