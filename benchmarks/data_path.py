@@ -49,7 +49,7 @@ def prepare(way: str, file: Path, cache: Path) -> None:
     from lightning_peft.data.supervised import SupervisedRows
     from lightning_peft.demo.run import BASE
 
-    SupervisedRows.in_processes = way != "one"
+    SupervisedRows.parallelizable = way != "one"
     data = SupervisedData(
         str(file), str(BASE), chat_template="plain", max_length=256, cache_dir=str(cache)
     )

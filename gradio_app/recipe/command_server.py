@@ -50,8 +50,8 @@ def answer(
         try:
             if arguments == [IMPORT]:
                 return _prepare(), "", ""
-            counted = import_module("lightning_peft.data.rows_read").counted_by
-            with counted(on_rows):
+            report_rows_to = import_module("lightning_peft.data.progress").report_rows_to
+            with report_rows_to(on_rows):
                 code = int(import_module("lightning_peft.cli").main(arguments))
         except SystemExit as stop:
             # argparse ends the process; this one goes on.

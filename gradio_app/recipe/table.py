@@ -118,7 +118,7 @@ def _document(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _with_library(path: Path, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields rows as the library reads them: encoding, delimiter and sheet given or detected."""
-    options = import_module("lightning_peft.data.read_as").Options(**given)
+    options = import_module("lightning_peft.data.file_format").ReadOptions(**given)
     reading = import_module("lightning_peft.data.data_files").read_file(path, path.name, options)
     yield from (entry.value for entry in reading.rows() if entry.value is not None)
 

@@ -12,8 +12,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
-from lightning_peft.data.key_use import unwritten
 from lightning_peft.data.rendering import Rendering, check_variables
+from lightning_peft.data.template_keys import keys_without_effect
 from lightning_peft.data.templates import Template, find_template
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
@@ -157,10 +157,13 @@ class ChatModel:
         check_variables(variables, f"the chat template {name}", rendering.variables)
         context = {"tools": self.tools} if self.tools else {}
         try:
-            turns = rendering.readable(messages, context)
+            turns = rendering.with_tool_arguments(messages, context)
             text = rendering.text(turns, context, prompt=True)
             rendered = partial(rendering.text, prompt=True)
-            lost = {key for _, key in unwritten(rendered, turns, context)} & {"tools", "tool_calls"}
+            lost = {key for _, key in keys_without_effect(rendered, turns, context)} & {
+                "tools",
+                "tool_calls",
+            }
         except EncodingProblem as problem:
             raise ConfigError(f"This conversation {problem}") from problem
         if lost:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.row_keys import check_column, unread
+from lightning_peft.data.row_keys import check_column, unread_columns
 from lightning_peft.data.unused_keys import KeyCount
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError, itemize
@@ -58,7 +58,7 @@ def read_prompts(file: str) -> list[Prompt]:
     unused, refused = KeyCount(), []
     for number, line in numbered:
         row = _object(line)
-        for name, value in unread(row, ("prompt", "reference", "response")).items():
+        for name, value in unread_columns(row, ("prompt", "reference", "response")).items():
             problems = check_column(name, value, True, True, False)
             refused += [f"line {number} has {name}"] if problems else []
             unused.add([name] if problems == [] else [], file, number)

@@ -74,11 +74,11 @@ def _class(path: str, words: Sequence[str]) -> Any:
         cls = None
     if cls is None:
         shapes = import_module("lightning_peft.data.shapes").SHAPES.values()
-        known = dict.fromkeys(f"lightning_peft.{shape.taken_by}" for shape in shapes)
+        known = dict.fromkeys(f"lightning_peft.{shape.data_class}" for shape in shapes)
         raise ConfigError(
             f"data.class_path={path!r}: there is no such class{similar_names(path, known)}."
         )
-    base = import_module("lightning_peft.data.rows_data").RowsData
+    base = import_module("lightning_peft.data.row_data_module").RowDataModule
     if not isinstance(cls, type) or not issubclass(cls, base):
         raise ConfigError(
             f"data.class_path={path!r} is not a data module of this package that reads row by row, "

@@ -174,15 +174,15 @@ def _show_row(console: Console, row: PreviewedRow) -> None:
     if console.is_terminal:
         console.print(f"{title} (trained, not trained)", markup=False, style="bold")
         text = made()
-        for run in row.runs:
-            text.append(run.text, style="bold green" if run.trained else "dim")
+        for span in row.spans:
+            text.append(span.text, style="bold green" if span.trained else "dim")
         console.print(text)
         return
     # Without colour, a mark before each line says it, as in a patch.
     print(f"{title} (+ trained, | not trained)")
-    for run in row.runs:
-        for line in run.text.split("\n"):
-            print(f"  {'+' if run.trained else '|'} {line}")
+    for span in row.spans:
+        for line in span.text.split("\n"):
+            print(f"  {'+' if span.trained else '|'} {line}")
 
 
 def _show_lengths(console: Console, numbers: dict[str, Any]) -> None:

@@ -16,12 +16,12 @@ from lightning_peft.data.encoding import IGNORED
 BATCHES_SORTED_TOGETHER = 50
 
 
-def pad(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tensor]:
+def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns a batch of rows of different lengths.
 
     Args:
         rows: ``input_ids`` and ``labels`` of each.
-        filler: Token that fills up short rows, which is neither attended to nor trained.
+        pad_token_id: Token that fills up short rows, which is neither attended to nor trained.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, length)``, int64.
@@ -33,7 +33,7 @@ def pad(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tensor]:
 
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     mask = (torch.arange(length) < lengths[:, None]).to(torch.int64)
-    ids, labels = filled("input_ids", filler), filled("labels", IGNORED)
+    ids, labels = filled("input_ids", pad_token_id), filled("labels", IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -8,7 +8,7 @@ import tokenize
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_peft.data.json_text import half_in, parsed
+from lightning_peft.data.json_text import lone_surrogate_in, parse_json
 from lightning_peft.data.samples import RowProblems
 
 # Fields that are never text.
@@ -21,7 +21,7 @@ _TURNS = {"prompt", "completion", "chosen", "rejected"}
 _ROLES = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
 
 
-def unpacked(fields: Mapping[str, Any]) -> dict[str, Any]:
+def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``fields`` with the lists and objects that are in them as text.
 
     Text is JSON, or what Python prints. A prompt or an answer is text unless it is a list of turns.
@@ -59,7 +59,7 @@ def _are_turns(value: Any) -> bool:
 
 
 def _value_of(text: str) -> tuple[Any, str | None]:
-    value, problem = parsed(text)
+    value, problem = parse_json(text)
     if problem is None or "'" not in text:
         return value, problem
     if _is_printed_array(text):
@@ -72,7 +72,7 @@ def _value_of(text: str) -> tuple[Any, str | None]:
     # MemoryError and RecursionError: nested too deeply for Python's own parser.
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None, problem
-    half = half_in(value)
+    half = lone_surrogate_in(value)
     return (None, half) if half is not None else (value, None)
 
 

@@ -70,18 +70,20 @@ def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
     """
     start = next(iter(blocks()), b"")
     if given is not None:
-        return _given(blocks, name, given)
+        return _checked_encoding(blocks, name, given)
     marked = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
     if marked == "utf-8-sig":
-        return Charset(marked, "mark", whole=_fault(blocks, "utf-8") is None)
+        return Charset(marked, "mark", whole=_first_undecodable(blocks, "utf-8") is None)
     if marked is not None:
-        return Charset(_whole(blocks, name, marked), "mark")
+        return Charset(_check_decodable(blocks, name, marked), "mark")
     if b"\0" in start[:_SAMPLE]:
-        return Charset(_whole(blocks, name, _wide(start[:_SAMPLE], name)), "sure")
+        return Charset(
+            _check_decodable(blocks, name, _wide_encoding(start[:_SAMPLE], name)), "sure"
+        )
     sound, unsound = _utf8(blocks)
     if not unsound:
         return Charset("utf-8", "sure")
-    if _fault(blocks, "utf-8", "surrogatepass") is None:
+    if _first_undecodable(blocks, "utf-8", "surrogatepass") is None:
         raise ConfigError(
             f"{name!r} is UTF-8 in which a character such as an emoji is written as two halves "
             "(CESU-8), as Java and Oracle write it. Convert it: "
@@ -93,10 +95,10 @@ def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
     # A few damaged bytes in what is UTF-8 everywhere else.
     if sound >= unsound:
         return Charset("utf-8", "sure", whole=False)
-    return _guessed(blocks, name)
+    return _guess(blocks, name)
 
 
-def _given(blocks: Blocks, name: str, given: str) -> Charset:
+def _checked_encoding(blocks: Blocks, name: str, given: str) -> Charset:
     try:
         found = codecs.lookup(given)
         "".encode(found.name)
@@ -106,7 +108,7 @@ def _given(blocks: Blocks, name: str, given: str) -> Charset:
         raise ConfigError(f"encoding={given!r} is not an encoding of Python.{hint}") from error
     # A mark at the start is never part of the text.
     encoding = "utf-8-sig" if found.name == "utf-8" else found.name
-    fault = _fault(blocks, encoding)
+    fault = _first_undecodable(blocks, encoding)
     if fault is not None:
         raise ConfigError(
             f"{name!r} is not in encoding={given!r}: byte {fault + 1:,} does not exist in it. "
@@ -115,8 +117,8 @@ def _given(blocks: Blocks, name: str, given: str) -> Charset:
     return Charset(encoding, "given")
 
 
-def _whole(blocks: Blocks, name: str, encoding: str) -> str:
-    fault = _fault(blocks, encoding)
+def _check_decodable(blocks: Blocks, name: str, encoding: str) -> str:
+    fault = _first_undecodable(blocks, encoding)
     if fault is not None:
         raise ConfigError(
             f"{name!r} is {encoding.upper()} by its first bytes, and damaged or cut off at byte "
@@ -125,7 +127,7 @@ def _whole(blocks: Blocks, name: str, encoding: str) -> str:
     return encoding
 
 
-def _fault(blocks: Blocks, encoding: str, errors: str = "strict") -> int | None:
+def _first_undecodable(blocks: Blocks, encoding: str, errors: str = "strict") -> int | None:
     """Returns the place of the first byte that cannot be decoded."""
     decoder, place = codecs.getincrementaldecoder(encoding)(errors), 0
     try:
@@ -141,7 +143,7 @@ def _fault(blocks: Blocks, encoding: str, errors: str = "strict") -> int | None:
     return None
 
 
-def _wide(start: bytes, name: str) -> str:
+def _wide_encoding(start: bytes, name: str) -> str:
     """Returns which UTF-16 or UTF-32 without a mark some bytes are; no other text has zeros."""
     zero = start.index(0)
     # Whole characters; the zero itself may be in what is left over.
@@ -169,7 +171,7 @@ def _utf8(blocks: Blocks) -> tuple[int, int]:
     """Returns how many characters above ASCII are UTF-8, and how many bytes are not."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     sound = unsound = 0
-    for block in _with_end(blocks()):
+    for block in _with_end_marker(blocks()):
         text = decoder.decode(block, final=not block)
         if not text.isascii():
             escaped = sum("\udc80" <= char <= "\udcff" for char in text)
@@ -178,15 +180,15 @@ def _utf8(blocks: Blocks) -> tuple[int, int]:
     return sound, unsound
 
 
-def _with_end(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def _with_end_marker(blocks: Iterable[bytes]) -> Iterator[bytes]:
     yield from (block for block in blocks if block)
     yield b""
 
 
-def _guessed(blocks: Blocks, name: str) -> Charset:
+def _guess(blocks: Blocks, name: str) -> Charset:
     sample = b"".join(islice(_lines_above_ascii(blocks), 400))[:_SAMPLE]
     controls = sum(byte < 32 and byte not in b"\t\r\n\f\x1b" for byte in sample)
-    fitting = [c for c in (*_LATIN, *_OTHER) if _fault(blocks, c) is None]
+    fitting = [c for c in (*_LATIN, *_OTHER) if _first_undecodable(blocks, c) is None]
     if controls > len(sample) / 200 or not fitting:
         raise ConfigError(
             f"{name!r} holds bytes that are not text in UTF-8 or another encoding that is known "

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from pyarrow import ipc, parquet
 
-from lightning_peft.data.opening import compression_of, opened, readable
-from lightning_peft.data.read_as import Entry, ReadAs, Reading
+from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
+from lightning_peft.data.open_files import compression_of, explain_errors, open_file
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BATCH = 256
 
 
-def read_columnar(path: Path, name: str, kind: str) -> Reading:
+def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
     """Returns the rows of a Parquet or Arrow file.
 
     Args:
@@ -46,7 +46,7 @@ def read_columnar(path: Path, name: str, kind: str) -> Reading:
     if "__index_level_0__" in schema.names:
         notes.append("the column '__index_level_0__' is an index of pandas: not read")
 
-    def rows() -> Iterator[Entry]:
+    def rows() -> Iterator[FileRow]:
         number = 0
         with _batches(path, name, kind) as (_, batches):
             for batch in batches:
@@ -54,9 +54,9 @@ def read_columnar(path: Path, name: str, kind: str) -> Reading:
                     number += 1
                     value.pop("__index_level_0__", None)
                     named = {**value, **_named(value, classes)}
-                    yield Entry(number, None if problem else named, problem)
+                    yield FileRow(number, None if problem else named, problem)
 
-    return Reading(ReadAs(kind, compression_of(path), notes=tuple(notes)), rows)
+    return ReadableFile(FileFormat(kind, compression_of(path), notes=tuple(notes)), rows)
 
 
 @contextmanager
@@ -67,9 +67,9 @@ def _batches(path: Path, name: str, kind: str) -> Iterator[tuple[Any, Iterator[A
         ConfigError: In place of what pyarrow raises.
     """
     hint = "Write or download it once more, or convert it to JSONL."
-    with ExitStack() as stack, readable(name):
+    with ExitStack() as stack, explain_errors(name):
         try:
-            file: Any = stack.enter_context(opened(path, name))
+            file: Any = stack.enter_context(open_file(path, name))
             if compression_of(path) is not None:
                 # These are read from their end.
                 file = pyarrow.BufferReader(file.read())
@@ -109,7 +109,7 @@ def _guarded(batches: Iterator[Any], name: str) -> Iterator[Any]:
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
     try:
         for row in batch.to_pylist(maps_as_pydicts="strict"):
-            yield {name: present(value) for name, value in row.items()}, None
+            yield {name: without_nulls(value) for name, value in row.items()}, None
     # What a cell cannot be: text that is not UTF-8, a time before the first one of Python.
     except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError):
         yield from (_by_cell(batch.slice(place, 1)) for place in range(batch.num_rows))
@@ -120,7 +120,7 @@ def _by_cell(row: Any) -> tuple[dict[str, Any], str | None]:
     problem = None
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
-            values[name] = present(column.to_pylist(maps_as_pydicts="strict")[0])
+            values[name] = without_nulls(column.to_pylist(maps_as_pydicts="strict")[0])
         except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError) as error:
             try:
                 values[name] = column.cast(pyarrow.string()).to_pylist()[0]
@@ -137,8 +137,8 @@ def _classes(schema: Any) -> dict[str, ClassLabel]:
     # On use: the web page reads the first rows of a file in a process that stays light.
     datasets = import_module("datasets")
     try:
-        kept = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        features = datasets.Features.from_dict(kept)
+        stored = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = datasets.Features.from_dict(stored)
     # Written by a newer version, or by hand: the numbers are labels as well.
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -152,16 +152,16 @@ def _named(row: dict[str, Any], classes: dict[str, ClassLabel]) -> dict[str, Any
     return gaps | {n: class_name(kind, row.get(n)) for n, kind in classes.items()}
 
 
-def present(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Returns a value without the null keys of its objects.
 
     A column has one type, so that an object gets the keys of all others: a tool with a town would
     have the parameters of every tool in the file.
     """
     if isinstance(value, dict):
-        return {key: present(one) for key, one in value.items() if one is not None}
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
     if isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value):
-        return [present(one) for one in value]
+        return [without_nulls(one) for one in value]
     return value
 
 

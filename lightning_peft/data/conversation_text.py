@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_peft.data.reasoning import (
+    Reasoning,
+    reasoning_texts,
+    replace_reasoning,
+    strip_reasoning,
+)
 from lightning_peft.data.rendering import Rendering
 from lightning_peft.data.samples import Message
-from lightning_peft.data.thoughts import Reasoning, bodies, replaced, without
 from lightning_peft.data.validation import EncodingProblem
 
 LossOn = Literal["assistant", "completion"]
@@ -56,8 +61,8 @@ class ConversationText:
         Raises:
             EncodingProblem: If the template refuses them.
         """
-        kept = map(without, messages) if self.reasoning == "strip" else messages
-        return self.rendering.readable(list(kept), context)
+        turns = map(strip_reasoning, messages) if self.reasoning == "strip" else messages
+        return self.rendering.with_tool_arguments(list(turns), context)
 
     def trained(self, messages: Sequence[Message]) -> list[int]:
         """Returns the places of the turns that are learnt."""
@@ -138,7 +143,7 @@ class ConversationText:
                     f"{name} leaves out",
                 )
 
-    def with_thoughts(self, part: Part, context: Mapping[str, Any]) -> Part:
+    def with_masked_reasoning(self, part: Part, context: Mapping[str, Any]) -> Part:
         """Returns a part with the thoughts hidden that are not learnt.
 
         Raises:
@@ -146,7 +151,7 @@ class ConversationText:
         """
         hidden = []
         for place, (first, last) in part.answers.items():
-            for body in bodies(part.messages[place]):
+            for body in reasoning_texts(part.messages[place]):
                 if body not in part.text[first:last]:
                     raise EncodingProblem(
                         "thoughts",
@@ -160,7 +165,7 @@ class ConversationText:
     def _characters(self, part: Part, context: Mapping[str, Any], place: int, body: str) -> Span:
         """Returns where the thoughts of a turn are, by what stands around others in their place."""
         turns = [*part.messages]
-        turns[place] = replaced(turns[place], body, _MARK)
+        turns[place] = replace_reasoning(turns[place], body, _MARK)
         before, mark, after = self.rendering.text(turns, context).partition(_MARK)
         text = part.text
         if not mark or not text.startswith(before) or not text.endswith(after):

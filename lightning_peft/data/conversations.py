@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_peft.data.json_text import kind_of
+from lightning_peft.data.json_text import json_type
+from lightning_peft.data.reasoning import REASONING_KEYS, merge_reasoning
 from lightning_peft.data.row_keys import is_turn
-from lightning_peft.data.samples import Message, RowProblems, Sample, all_of, shortened, texts
+from lightning_peft.data.samples import (
+    Message,
+    RowProblems,
+    Sample,
+    collect,
+    required_texts,
+    shortened,
+)
 from lightning_peft.data.template_context import read_context
-from lightning_peft.data.thoughts import THOUGHTS, in_one_place
-from lightning_peft.data.tool_calls import is_empty, parsed
+from lightning_peft.data.tool_calls import is_empty, json_value
 from lightning_peft.data.turns import ROLES, read_turn
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:
     if fields.get("system") in (None, ""):
         return []
-    return [{"role": "system", "content": texts(fields, ["system"])[0]}]
+    return [{"role": "system", "content": required_texts(fields, ["system"])[0]}]
 
 
 def _messages(turns: Any, name: str, unused: list[str]) -> list[Message]:
     """Returns turns; keys in them that nothing reads are added to ``unused``."""
     # Tables hold them as JSON text.
-    turns = parsed(turns)
+    turns = json_value(turns)
     if not isinstance(turns, list) or not turns:
         what = "no" if turns is None else "an empty" if turns == [] else "no list in"
         raise RowProblems([("missing", f"has {what} {name}")])
@@ -50,9 +57,9 @@ def _joined_channels(turns: list[Message]) -> list[Message]:
     for turn in turns:
         before = joined[-1] if joined else {}
         answers = turn["role"] == before.get("role") == "assistant"
-        alone = not before.get("tool_calls") and THOUGHTS[0] not in turn
+        alone = not before.get("tool_calls") and REASONING_KEYS[0] not in turn
         if answers and alone and before.get("channel") == "analysis":
-            joined[-1] = {**turn, THOUGHTS[0]: before["content"]}
+            joined[-1] = {**turn, REASONING_KEYS[0]: before["content"]}
         else:
             joined.append(turn)
     return joined
@@ -88,7 +95,7 @@ def _conversation(messages: list[Message]) -> list[Message]:
 def parse_messages(fields: Mapping[str, Any]) -> Sample:
     """Returns the turns of a row in ChatML or ShareGPT."""
     unused: list[str] = []
-    turns, system, context = all_of(
+    turns, system, context = collect(
         lambda: _messages(fields.get("messages"), "messages", unused),
         lambda: _system(fields),
         lambda: read_context(fields),
@@ -111,18 +118,18 @@ def _sample(
 
 
 def _turns(value: Any, role: str, name: str, unused: list[str]) -> list[Message]:
-    found = parsed(value)
+    found = json_value(value)
     if is_turn(found):
         found = [found]
     # A text that is a JSON list of something else stays a text.
     if isinstance(found, list) and (found is value or (found and all(map(is_turn, found)))):
         return _messages(found, name, unused)
-    return [{"role": role, "content": texts({name: value}, [name])[0]}]
+    return [{"role": role, "content": required_texts({name: value}, [name])[0]}]
 
 
 def _history(value: Any) -> list[Message]:
     """Returns earlier questions and answers, as Alpaca data has them."""
-    found = parsed(value)
+    found = json_value(value)
     if is_empty(found):
         return []
     pairs = isinstance(found, list) and all(
@@ -138,15 +145,15 @@ def _history(value: Any) -> list[Message]:
     ]
 
 
-def _thinking(answer: list[Message], value: Any) -> list[Message]:
+def _with_reasoning(answer: list[Message], value: Any) -> list[Message]:
     """Returns an answer with the thoughts of a column of their own."""
     if is_empty(value):
         return answer
     if not isinstance(value, str):
         raise RowProblems([("thoughts", f"has {shortened(value)} as reasoning, not text")])
     last = answer[-1]
-    settled = in_one_place({**last, THOUGHTS[0]: value})
-    if last.get(THOUGHTS[0], value) != value or settled is None:
+    settled = merge_reasoning({**last, REASONING_KEYS[0]: value})
+    if last.get(REASONING_KEYS[0], value) != value or settled is None:
         raise RowProblems([("thoughts", "has other thoughts in its answer than in reasoning")])
     return [*answer[:-1], settled]
 
@@ -154,14 +161,14 @@ def _thinking(answer: list[Message], value: Any) -> list[Message]:
 def parse_pair(fields: Mapping[str, Any]) -> Sample:
     """Returns a prompt and its completion as turns."""
     unused: list[str] = []
-    system, history, prompt, completion, context = all_of(
+    system, history, prompt, completion, context = collect(
         lambda: _system(fields),
         lambda: _history(fields.get("history")),
         lambda: _turns(fields.get("prompt"), "user", "prompt", unused),
         lambda: _turns(fields.get("completion"), "assistant", "completion", unused),
         lambda: read_context(fields),
     )
-    completion = _thinking(completion, fields.get("reasoning"))
+    completion = _with_reasoning(completion, fields.get("reasoning"))
     turns = _conversation([*system, *history, *prompt, *completion])
     return _sample(turns, context, unused)
 
@@ -170,17 +177,19 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     """Returns an instruction, with its input below it, and the output as turns."""
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowProblems([("missing", f"has {kind_of(given)} as input, not text")])
-    system, history, (instruction,), (output,), context = all_of(
+        raise RowProblems([("missing", f"has {json_type(given)} as input, not text")])
+    system, history, (instruction,), (output,), context = collect(
         lambda: _system(fields),
         lambda: _history(fields.get("history")),
-        lambda: texts(fields, ["instruction"]),
-        lambda: texts(fields, ["output"]),
+        lambda: required_texts(fields, ["instruction"]),
+        lambda: required_texts(fields, ["output"]),
         lambda: read_context(fields),
     )
-    asked = f"{instruction}\n\n{given}" if given and given.strip() else instruction
-    answer = _thinking([{"role": "assistant", "content": output}], fields.get("reasoning"))
-    return _sample([*system, *history, {"role": "user", "content": asked}, *answer], context, [])
+    requested = f"{instruction}\n\n{given}" if given and given.strip() else instruction
+    answer = _with_reasoning([{"role": "assistant", "content": output}], fields.get("reasoning"))
+    return _sample(
+        [*system, *history, {"role": "user", "content": requested}, *answer], context, []
+    )
 
 
 def parse_preference(fields: Mapping[str, Any]) -> Sample:
@@ -188,10 +197,10 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     unused: list[str] = []
     fields = _with_input(fields, unused)
     # Without a prompt of their own, the answers belong to the conversation next to them.
-    asked = fields.get("prompt") or fields.get("messages")
-    system, prompt, chosen, rejected, context = all_of(
+    requested = fields.get("prompt") or fields.get("messages")
+    system, prompt, chosen, rejected, context = collect(
         lambda: _system(fields),
-        lambda: _turns(asked, "user", "prompt", unused) if asked else [],
+        lambda: _turns(requested, "user", "prompt", unused) if requested else [],
         lambda: _turns(fields.get("chosen"), "assistant", "chosen", unused),
         lambda: _turns(fields.get("rejected"), "assistant", "rejected", unused),
         lambda: read_context(fields),
@@ -199,7 +208,7 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     if chosen[0]["role"] in ("system", "user"):
         # The answers hold the prompt as well, as in UltraFeedback.
         if fields.get("prompt"):
-            _check_inside(prompt, chosen)
+            _check_prompt_in_answer(prompt, chosen)
         prompt = []
     if chosen == rejected:
         raise RowProblems([("preference", "has the same text as chosen and rejected")])
@@ -220,7 +229,7 @@ def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, An
 
     OpenAI's input is an object with messages and tools, Alpaca's a text below an instruction.
     """
-    given = {name: parsed(fields.get(name)) for name in ("instruction", "input")}
+    given = {name: json_value(fields.get(name)) for name in ("instruction", "input")}
     given = {name: value for name, value in given.items() if not is_empty(value)}
     inner = given.get("input")
     if isinstance(inner, dict) and "messages" in inner:
@@ -230,7 +239,7 @@ def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, An
             raise RowProblems([("missing", "has a prompt or tools in its input and outside of it")])
         unused += [f"input.{key}" for key in inner if key not in found]
         return {**fields, **found}
-    if _is_whole(fields.get("chosen")) or fields.get("prompt") or fields.get("messages"):
+    if _contains_prompt(fields.get("chosen")) or fields.get("prompt") or fields.get("messages"):
         unused += given
         return fields
     if len(given) == 1:
@@ -242,18 +251,18 @@ def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, An
     return {**fields, "prompt": "\n\n".join(given.values())} if given else fields
 
 
-def _is_whole(answer: Any) -> bool:
+def _contains_prompt(answer: Any) -> bool:
     """Says whether an answer begins with the prompt."""
-    found = parsed(answer)
+    found = json_value(answer)
     first = found[0] if isinstance(found, list) and found else None
     if not isinstance(first, Mapping):
         return False
     return ROLES.get(first.get("role", first.get("from"))) in ("system", "user")
 
 
-def _check_inside(prompt: list[Message], answer: list[Message]) -> None:
-    said = [turn["content"].strip() for turn in answer[:-1]]
-    if prompt[-1]["content"].strip() not in said:
+def _check_prompt_in_answer(prompt: list[Message], answer: list[Message]) -> None:
+    contents = [turn["content"].strip() for turn in answer[:-1]]
+    if prompt[-1]["content"].strip() not in contents:
         shown = shortened(prompt[-1]["content"])
         problem = f"has the prompt {shown}, and answers that begin with other turns"
         raise RowProblems([("preference", problem)])
@@ -261,7 +270,7 @@ def _check_inside(prompt: list[Message], answer: list[Message]) -> None:
 
 def parse_source(fields: Mapping[str, Any]) -> Sample:
     """Returns a source as the user's turn, and its target as the answer."""
-    source, target = texts(fields, ["source", "target"])
+    source, target = required_texts(fields, ["source", "target"])
     return Sample(
         [{"role": "user", "content": source}, {"role": "assistant", "content": target}],
     )

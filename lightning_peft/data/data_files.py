@@ -8,17 +8,17 @@ from pathlib import Path, PurePosixPath
 
 from lightning_peft.data.charsets import detect
 from lightning_peft.data.columnar import read_columnar
+from lightning_peft.data.file_format import ReadableFile, ReadOptions
 from lightning_peft.data.json_files import read_json
-from lightning_peft.data.opening import (
+from lightning_peft.data.open_files import (
     COMPRESSED,
-    bare_name,
     compression_of,
+    explain_errors,
     is_workbook,
-    opened,
-    readable,
-    refuse_others,
+    open_file,
+    refuse_foreign_formats,
+    uncompressed_name,
 )
-from lightning_peft.data.read_as import Options, Reading
 from lightning_peft.data.sheets import read_sheet
 from lightning_peft.data.tables import read_table
 from lightning_peft.data.text_files import read_text
@@ -63,7 +63,7 @@ def suffix_of(path: Path) -> str:
     """
     bare = PurePosixPath(path.name)
     if path.suffix.lower() == ".zip" or not is_data_file(path):
-        bare = bare_name(path)
+        bare = uncompressed_name(path)
     suffix = Path(bare).with_suffix("").suffix if bare.suffix.lower() in COMPRESSED else bare.suffix
     if suffix.lower() in SUFFIXES:
         return suffix.lower()
@@ -75,7 +75,7 @@ def suffix_of(path: Path) -> str:
     )
 
 
-def read_file(path: Path, name: str, options: Options) -> Reading:
+def read_file(path: Path, name: str, options: ReadOptions) -> ReadableFile:
     """Returns how a file is read, and its rows.
 
     Args:
@@ -86,25 +86,25 @@ def read_file(path: Path, name: str, options: Options) -> Reading:
     Raises:
         ConfigError: If it cannot be read, with the place and what to do.
     """
-    with readable(name):
+    with explain_errors(name):
         stat = path.stat()
     return _read(path, name, options, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
 
 
 @lru_cache(maxsize=64)
-def _read(path: Path, name: str, options: Options, stamp: tuple[int, int, int]) -> Reading:
+def _read(path: Path, name: str, options: ReadOptions, stamp: tuple[int, int, int]) -> ReadableFile:
     if not stamp[0]:
         raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
     suffix = suffix_of(path)
     # A workbook is a zip of many files.
     if suffix in _BOOKS or (compression_of(path) == "zip" and is_workbook(path)):
         return read_sheet(path, name, options.sheet)
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         start = file.read(512)
     magic = {b"PAR1": "Parquet", b"ARRO": "Arrow"}.get(start[:4])
     if magic is not None or suffix in _BINARY:
         return read_columnar(path, name, magic or _BINARY[suffix])
-    refuse_others(start, name)
+    refuse_foreign_formats(start, name)
     charset = detect(lambda: _blocks(path, name), name, options.encoding)
     if suffix in _LINES or suffix == ".json":
         return read_json(path, name, charset, suffix in _LINES)
@@ -114,6 +114,6 @@ def _read(path: Path, name: str, options: Options, stamp: tuple[int, int, int]) 
 
 
 def _blocks(path: Path, name: str) -> Iterator[bytes]:
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         while block := file.read(1 << 20):
             yield block

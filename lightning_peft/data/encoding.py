@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
+from lightning_peft.data.reasoning import Reasoning, reasoning_texts
 from lightning_peft.data.rendering import Rendering, check_variables
 from lightning_peft.data.samples import Message, Sample
 from lightning_peft.data.templates import Template
-from lightning_peft.data.thoughts import Reasoning, bodies
 from lightning_peft.data.turn_keys import TurnKeys
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
@@ -114,9 +114,9 @@ class Encoder:
             row = self._label(ids, spans)
             for first, last in hidden:
                 row.labels[first:last] = [IGNORED] * (min(last, len(row.labels)) - first)
-            self._check_shares(row)
+            self._check_trained_fraction(row)
             self._texts.check_contents(read, sample.context)
-            rows.append(self._fit(row))
+            rows.append(self._fit_to_length(row))
         return rows
 
     def unused(self, sample: Sample) -> list[str]:
@@ -147,7 +147,7 @@ class Encoder:
             if len(pieces[-1]) == 1:
                 pieces[-2:] = [pieces[-2][:-1], [pieces[-2][-1], *pieces[-1]]]
             return [Encoded(piece, [IGNORED, *piece[1:]], 0, added) for piece in pieces]
-        return [self._fit(Encoded(ids, [IGNORED, *ids[1:]], 0, added))]
+        return [self._fit_to_length(Encoded(ids, [IGNORED, *ids[1:]], 0, added))]
 
     def _check_marks(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
         assert self.template is not None
@@ -167,17 +167,22 @@ class Encoder:
     ) -> Iterator[tuple[list[Message], list[int], list[Span], list[Span]]]:
         """Yields turns and tokens of each text, its answers, and what of them is not learnt."""
         assert self.template is not None
-        plain = not any("train" in turn or bodies(turn) for turn in turns)
+        plain = not any("train" in turn or reasoning_texts(turn) for turn in turns)
         if self.template.marks_answers and plain:
             ids, mask = self._masked(turns, context)
             spans = _runs(mask, 0, len(mask))
-            asked = self._texts.trained(turns)
+            requested = self._texts.trained(turns)
             answers = sum(turn["role"] == "assistant" for turn in turns)
-            if len(asked) == answers or len(spans) == answers:
-                yield turns, ids, spans[-len(asked) :] if len(asked) < answers else spans, []
+            if len(requested) == answers or len(spans) == answers:
+                yield (
+                    turns,
+                    ids,
+                    spans[-len(requested) :] if len(requested) < answers else spans,
+                    [],
+                )
                 return
         for part in self._texts.parts(turns, context):
-            found = self._part(self._texts.with_thoughts(part, context), context)
+            found = self._part(self._texts.with_masked_reasoning(part, context), context)
             yield part.messages, *found
 
     def _part(
@@ -203,7 +208,7 @@ class Encoder:
         self, turns: Sequence[Message], context: Mapping[str, Any]
     ) -> tuple[list[int], list[int]]:
         """Returns tokens, and 1 for each that the template marks as generated."""
-        found = self._rendering.applied(
+        found = self._rendering.apply(
             turns,
             context,
             tokenize=True,
@@ -279,7 +284,7 @@ class Encoder:
         labels[:1] = [IGNORED] * len(labels[:1])
         return Encoded(ids, labels, 0, added)
 
-    def _check_shares(self, row: Encoded) -> None:
+    def _check_trained_fraction(self, row: Encoded) -> None:
         assert self.template is not None
         trained = [label for label in row.labels if label != IGNORED]
         if not trained or trained == [self.end]:
@@ -299,7 +304,7 @@ class Encoder:
                 f"does not train the end token with the chat template {self.template.name}",
             )
 
-    def _fit(self, row: Encoded) -> Encoded:
+    def _fit_to_length(self, row: Encoded) -> Encoded:
         length = len(row.input_ids)
         if length <= self.max_length:
             return row

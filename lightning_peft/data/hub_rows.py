@@ -10,7 +10,7 @@ from typing import Any
 from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
-from lightning_peft.data.columnar import class_name, present
+from lightning_peft.data.columnar import class_name, without_nulls
 from lightning_peft.errors import ConfigError, LightningPeftError
 
 
@@ -38,18 +38,18 @@ def hub_dataset(data: str, config: str | None, revision: str | None, streaming: 
 
 
 def _reason(error: Exception) -> str:
-    said, kind = str(error), type(error).__name__
-    if "Config name is missing" in said or ("BuilderConfig" in said and "not found" in said):
-        names = re.search(r"\[(.*?)\]", said, re.DOTALL)
+    text, kind = str(error), type(error).__name__
+    if "Config name is missing" in text or ("BuilderConfig" in text and "not found" in text):
+        names = re.search(r"\[(.*?)\]", text, re.DOTALL)
         listed = f" ({' '.join(names[1].split())[:300]})" if names else ""
         return f"it has several configurations{listed}, of which hub_config names one"
-    if "trust_remote_code" in said or "scripts are no longer supported" in said:
+    if "trust_remote_code" in text or "scripts are no longer supported" in text:
         return "it is read by a script of its own, which is not run; look for a Parquet branch"
-    if "gated" in said.lower():
+    if "gated" in text.lower():
         return "it is gated, and asks for a login"
     if isinstance(error, DatasetNotFoundError) or kind == "RepositoryNotFoundError":
         return "there is none, or it is private"
-    if isinstance(error, ConnectionError) or "offline" in said.lower() or "Connect" in kind:
+    if isinstance(error, ConnectionError) or "offline" in text.lower() or "Connect" in kind:
         return "the hub cannot be reached, and no copy of it is on this machine"
     return "its files cannot be read as rows"
 
@@ -84,5 +84,7 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
             ) from error
         number += 1
         # What is kept as JSON has only the keys that it was given.
-        nested = {n: present(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"}
+        nested = {
+            n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"
+        }
         yield {**row, **nested, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}

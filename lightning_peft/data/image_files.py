@@ -39,7 +39,7 @@ def require_pillow() -> None:
         raise ConfigError("Images are read by Pillow, which is not installed: pip install pillow")
 
 
-def decoded(content: bytes) -> Image:
+def decode_image(content: bytes) -> Image:
     """Returns the image in ``content``, with every pixel read.
 
     Args:
@@ -61,7 +61,7 @@ def decoded(content: bytes) -> Image:
     return image
 
 
-def how_converted(image: Image) -> str | None:
+def conversion_of(image: Image) -> str | None:
     """Returns what is lost or changed when ``image`` becomes RGB; ``None`` where it is RGB.
 
     A key of :data:`CONVERSIONS`, or the mode of an image that loses nothing.

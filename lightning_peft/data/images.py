@@ -18,14 +18,14 @@ from transformers import AutoImageProcessor
 
 from lightning_peft.data import image_files
 from lightning_peft.data.image_source import ImageSource
-from lightning_peft.data.labels import LabelNames, argument_problems
-from lightning_peft.data.preparation import Settings
+from lightning_peft.data.labels import LabelNames, label_problems
+from lightning_peft.data.preparation import PreparationSettings
 from lightning_peft.data.reading import Source
+from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.rows_data import RowsData
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run
+from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
@@ -46,7 +46,7 @@ class ImageRows(RowEncoder):
         {"image": Value("binary"), "label": Value("string"), "conversion": Value("string")}
     )
     counts = ("converted",)
-    rows_in_memory: ClassVar[int | None] = 32
+    writer_batch_size: ClassVar[int | None] = 32
 
     def __init__(self, labels: LabelNames) -> None:
         self.labels = labels
@@ -59,7 +59,7 @@ class ImageRows(RowEncoder):
         assert content is not None
         assert sample.label is not None
         try:
-            conversion = image_files.how_converted(image_files.decoded(content))
+            conversion = image_files.conversion_of(image_files.decode_image(content))
         except image_files.ImageProblem as problem:
             raise EncodingProblem("image", str(problem)) from problem
         label = self.labels.find(sample.label)
@@ -104,13 +104,13 @@ class ImageBatch:
             ``pixel_values``, ``(batch, 3, height, width)``, float32, and ``labels``, ``(batch,)``,
             int64.
         """
-        images = [image_files.as_rgb(image_files.decoded(row["image"])) for row in rows]
+        images = [image_files.as_rgb(image_files.decode_image(row["image"])) for row in rows]
         pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = torch.tensor([self.places[row["label"]] for row in rows])
         return {"pixel_values": pixels, "labels": labels}
 
 
-class ImageData(RowsData):
+class ImageData(RowDataModule):
     """Images to fine-tune a classifier on.
 
     Every image is opened and decoded before training. Rows with problems are an error that lists
@@ -127,7 +127,7 @@ class ImageData(RowsData):
             occur, sorted, with numbers by their value.
         processor_revision: Branch, tag or commit of the processor on the hub.
         **options: Keyword arguments of
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, the data cannot be used, or Pillow is not
@@ -135,7 +135,7 @@ class ImageData(RowsData):
     """
 
     accepts = ("image_label",)
-    fed = ("image", "label")
+    batch_columns = ("image", "label")
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class ImageData(RowsData):
 
     def _argument_problems(self) -> list[str]:
         problems = super()._argument_problems()
-        problems += argument_problems(self.hparams["labels"])
+        problems += label_problems(self.hparams["labels"])
         processor = self.hparams["processor"]
         if isinstance(processor, dict) and "image_processor_type" not in processor:
             problems.append(
@@ -167,15 +167,15 @@ class ImageData(RowsData):
             ConfigError: If it cannot be had.
         """
         if self._processor is None:
-            asked, revision = self.hparams["processor"], self.hparams["processor_revision"]
+            requested, revision = self.hparams["processor"], self.hparams["processor_revision"]
             try:
-                self._processor = _processor(asked, revision)
+                self._processor = _processor(requested, revision)
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"processor={asked!r} is no folder with an image processor, no name that the "
-                    f"hub gives one for, and no settings of one ({reason}). Check the name, the "
-                    "settings, and the network (HF_HUB_OFFLINE must not be set)."
+                    f"processor={requested!r} is no folder with an image processor, no name that "
+                    f"the hub gives one for, and no settings of one ({reason}). Check the name, "
+                    "the settings, and the network (HF_HUB_OFFLINE must not be set)."
                 ) from error
         return self._processor
 
@@ -197,18 +197,20 @@ class ImageData(RowsData):
         """Returns what decodes and processes the images of a batch."""
         return ImageBatch(self.image_processor, self.labels)
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the size of the image, and its label."""
-        width, height = image_files.decoded(row["image"]).size
+        width, height = image_files.decode_image(row["image"]).size
         size = f"image of {width} x {height}, {len(row['image']):,} bytes\n"
-        return [Run(False, size, []), Run(True, row["label"], [])]
+        return [TextSpan(False, size, []), TextSpan(True, row["label"], [])]
 
     def prepare_data(self) -> None:
         """Reads and checks all images, in one process, and says what becomes of odd ones."""
         for kind, count in self.read().summary["conversions"].items():
-            told = image_files.CONVERSIONS.get(kind)
-            level = logging.INFO if told is None else logging.WARNING
-            log.log(level, f"{count:,} images ({kind}) become RGB" + (f": {told}" if told else ""))
+            details = image_files.CONVERSIONS.get(kind)
+            level = logging.INFO if details is None else logging.WARNING
+            log.log(
+                level, f"{count:,} images ({kind}) become RGB" + (f": {details}" if details else "")
+            )
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows.
@@ -241,16 +243,18 @@ class ImageData(RowsData):
         column = (self.hparams["columns"] or {}).get("image")
         return [ImageSource(**vars(source), image_column=column) for source in super()._sources()]
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> PreparationSettings:
         return replace(super()._settings(), shape="image_label")
 
 
-def _processor(asked: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
-    if isinstance(asked, str):
+def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
+    if isinstance(requested, str):
         found: BaseImageProcessor = AutoImageProcessor.from_pretrained(
-            asked, revision=revision, trust_remote_code=False
+            requested, revision=revision, trust_remote_code=False
         )
         return found
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(asked), encoding="utf-8")
+        (Path(folder) / "preprocessor_config.json").write_text(
+            json.dumps(requested), encoding="utf-8"
+        )
         return _processor(folder, None)

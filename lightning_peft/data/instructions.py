@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.row_keys import check_column, unread
+from lightning_peft.data.row_keys import check_column, unread_columns
 from lightning_peft.data.unused_keys import KeyCount, describe_unused, unused_keys
 from lightning_peft.errors import ConfigError, itemize
 from lightning_peft.plugin.namespace import LateBoundMeta
@@ -60,7 +60,7 @@ def read_rows(path: Path) -> list[Row]:
             problems.append(f"row {number} has no {' and no '.join(absent)}")
             continue
         rows.append(row)
-        for name, value in unread(row, ("prompt", "response", "split")).items():
+        for name, value in unread_columns(row, ("prompt", "response", "split")).items():
             # Neither turns nor a template are read here.
             found = check_column(name, value, True, True, False)
             problems += [f"row {number} {text}" for _, text in found or []]
@@ -137,14 +137,14 @@ class InstructionData(_Base, metaclass=LateBoundMeta):
         """Returns a DataLoader over one split, or its first ``limit`` rows."""
         self.setup("fit")
         tokenizer = self.tokenizer
-        filler = (
+        pad_token_id = (
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         )
         return DataLoader(
             self.splits[split][:limit],  # type: ignore[arg-type]
             batch_size=self.batch_size,
             shuffle=shuffle,
-            collate_fn=lambda examples: pad(examples, filler),
+            collate_fn=lambda examples: pad(examples, pad_token_id),
         )
 
     def train_dataloader(self) -> Any:

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.charsets import Charset
-from lightning_peft.data.json_text import explained, half_in, has_halves, kind_of, parsed, values_in
-from lightning_peft.data.opening import compression_of, opened
-from lightning_peft.data.read_as import Entry, Reading, of_text
+from lightning_peft.data.file_format import FileRow, ReadableFile, text_format
+from lightning_peft.data.json_text import (
+    explain_error,
+    iter_json_values,
+    json_type,
+    lone_surrogate_in,
+    may_have_lone_surrogates,
+    parse_json,
+)
+from lightning_peft.data.open_files import compression_of, open_file
 from lightning_peft.errors import ConfigError
 
 SPLIT_KEYS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test", "testing")
 _ROW_KEYS = ("data", "rows", "examples", "items", "instances", "records", "samples")
 # Lines that are looked at to see whether each is a value of its own.
-_LOOKED_AT = 20
+_SAMPLE_LINES = 20
 
 
-def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> Reading:
+def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> ReadableFile:
     """Returns the rows of a JSON file.
 
     Args:
@@ -33,8 +40,8 @@ def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> Reading
     """
     compression = compression_of(path)
     if _lines_are_rows(path, name, charset, by_line):
-        read_as = of_text("JSON lines", charset, compression)
-        return Reading(read_as, lambda: _by_line(path, name, charset))
+        format = text_format("JSON lines", charset, compression)
+        return ReadableFile(format, lambda: _by_line(path, name, charset))
     try:
         count = len(_values(path, name, charset)[1])
     except (ValueError, RecursionError) as error:
@@ -43,44 +50,44 @@ def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> Reading
         text = _text(path, name, charset)
         if by_line or _lines_fit(text.splitlines()):
             # One damaged row hides no other.
-            read_as = of_text("JSON lines", charset, compression)
-            return Reading(read_as, lambda: _by_line(path, name, charset))
+            format = text_format("JSON lines", charset, compression)
+            return ReadableFile(format, lambda: _by_line(path, name, charset))
         raise ConfigError(
-            f"{name!r} {explained(error, text)}{_line(error)}. Repair the file; `python -m "
+            f"{name!r} {explain_error(error, text)}{_line(error)}. Repair the file; `python -m "
             f"json.tool {name}` checks it, and in JSONL one bad row does not hide the others."
         ) from error
     kind = "JSON" if count == 1 else "JSON, one value after another"
-    read_as = of_text(kind, charset, compression)
+    format = text_format(kind, charset, compression)
     # It is not kept in memory from one reading to the next.
-    return Reading(read_as, lambda: _of_document(path, name, charset, by_line))
+    return ReadableFile(format, lambda: _of_document(path, name, charset, by_line))
 
 
 def _values(path: Path, name: str, charset: Charset) -> tuple[str, list[Any]]:
     text = _text(path, name, charset)
     if not text.strip():
         raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
-    return text, list(values_in(text))
+    return text, list(iter_json_values(text))
 
 
-def _of_document(path: Path, name: str, charset: Charset, by_line: bool) -> Iterator[Entry]:
+def _of_document(path: Path, name: str, charset: Charset, by_line: bool) -> Iterator[FileRow]:
     text, values = _values(path, name, charset)
     one = values[0] if len(values) == 1 else values
     if by_line and len(values) == 1 and isinstance(one, dict):
         one = values
-    halves = has_halves(text) or not charset.whole
+    lone_surrogates = may_have_lone_surrogates(text) or not charset.whole
     for number, (value, split) in enumerate(_rows_in(one, name), start=1):
-        problem = _problem_of(value, halves)
-        yield Entry(number, None if problem else value, problem, split)
+        problem = _problem_of(value, lone_surrogates)
+        yield FileRow(number, None if problem else value, problem, split)
 
 
-def _problem_of(value: Any, halves: bool) -> str | None:
+def _problem_of(value: Any, lone_surrogates: bool) -> str | None:
     cut = f"was cut by the viewer of the hub in {value}; download the data itself"
-    if isinstance(value, _Cut):
+    if isinstance(value, _TruncatedCells):
         return cut
-    return (half_in(value) if halves else None) or _as_row(value)[1]
+    return (lone_surrogate_in(value) if lone_surrogates else None) or _as_row(value)[1]
 
 
-class _Cut(str):
+class _TruncatedCells(str):
     """Names of cells that the viewer of the hub has cut."""
 
 
@@ -90,7 +97,7 @@ def _line(error: Exception) -> str:
 
 
 def _text(path: Path, name: str, charset: Charset) -> str:
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         content = file.read()
     text = content.decode(charset.name, "surrogateescape" if not charset.whole else "strict")
     return text.removeprefix("\ufeff")
@@ -98,9 +105,9 @@ def _text(path: Path, name: str, charset: Charset) -> str:
 
 def _lines_are_rows(path: Path, name: str, charset: Charset, by_line: bool) -> bool:
     """Says by the first lines whether each of them is a row."""
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         lines = _first(file, charset)
-    objects = [isinstance(parsed(line)[0], dict) for line in lines]
+    objects = [isinstance(parse_json(line)[0], dict) for line in lines]
     if by_line:
         opens = bool(lines) and lines[0].strip()[:1] in ("{", "[")
         return not opens or objects[0] or (2 * sum(objects) > len(lines) and len(lines[0]) > 3)
@@ -113,7 +120,7 @@ def _first(file: Any, charset: Charset) -> list[str]:
     for line in text:
         # A document in one line is read whole, and not here.
         found += [line] if line.strip() else []
-        if len(found) == _LOOKED_AT:
+        if len(found) == _SAMPLE_LINES:
             break
     text.detach()
     return found
@@ -126,14 +133,14 @@ def _lines_fit(lines: list[str]) -> bool:
     return len(some) > 1 and 2 * good >= len(some)
 
 
-def _by_line(path: Path, name: str, charset: Charset) -> Iterator[Entry]:
-    with opened(path, name) as file:
+def _by_line(path: Path, name: str, charset: Charset) -> Iterator[FileRow]:
+    with open_file(path, name) as file:
         if charset.name.startswith("utf-8"):
             for number, line in enumerate(file, start=1):
                 try:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    yield Entry(number, None, f"is not UTF-8 (byte {error.start + 1})")
+                    yield FileRow(number, None, f"is not UTF-8 (byte {error.start + 1})")
                     continue
                 yield from _entry(number, text)
             return
@@ -143,7 +150,7 @@ def _by_line(path: Path, name: str, charset: Charset) -> Iterator[Entry]:
         lines.detach()
 
 
-def _entry(number: int, text: str) -> Iterator[Entry]:
+def _entry(number: int, text: str) -> Iterator[FileRow]:
     # Marks at the start of a file, or of each that was joined to it, and of RFC 7464.
     text = text.lstrip("\ufeff\x1e")
     # A list with a value in each line is read like lines.
@@ -151,14 +158,16 @@ def _entry(number: int, text: str) -> Iterator[Entry]:
         value, problem = _row_of(text)
         if problem is None:
             value, problem = _as_row(value)
-        yield Entry(number, value, problem)
+        yield FileRow(number, value, problem)
 
 
 def _row_of(text: str) -> tuple[Any, str | None]:
-    value, problem = parsed(text)
+    value, problem = parse_json(text)
     body = text.strip()
     if problem is not None and body.endswith((",", "]")) or body.startswith("[{"):
-        inner, inner_problem = parsed(body.removeprefix("[").removesuffix("]").removesuffix(","))
+        inner, inner_problem = parse_json(
+            body.removeprefix("[").removesuffix("]").removesuffix(",")
+        )
         if inner_problem is None:
             return inner, None
     return value, problem
@@ -166,7 +175,7 @@ def _row_of(text: str) -> tuple[Any, str | None]:
 
 def _as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
     if not isinstance(value, dict):
-        return None, f"is {kind_of(value)}, not an object with named fields"
+        return None, f"is {json_type(value)}, not an object with named fields"
     return value, None
 
 
@@ -174,21 +183,21 @@ def _as_row(value: Any) -> tuple[dict[str, Any] | None, str | None]:
 _IN_A_ROW = {"messages", "conversations", "conversation", "prompt", "completion", "chosen"}
 _IN_A_ROW |= {"rejected", "tokens", "words", "tags", "ner_tags", "labels", "tools"}
 
-_Found = tuple[Any, str | None]
+_ValueAndSplit = tuple[Any, str | None]
 
 
-def _rows_in(found: Any, name: str) -> Iterator[_Found]:
+def _rows_in(found: Any, name: str) -> Iterator[_ValueAndSplit]:
     """Yields the rows of a document with the split that it names."""
     if isinstance(found, list):
         yield from _listed(found)
         return
     if not isinstance(found, dict):
-        raise ConfigError(f"{name!r} holds {kind_of(found)}, not a list of objects.")
+        raise ConfigError(f"{name!r} holds {json_type(found)}, not a list of objects.")
     lists = {key: value for key, value in found.items() if isinstance(value, list)}
-    if _is_answer_of_hub(found):
+    if _is_hub_viewer_page(found):
         for row in found["rows"]:
             cut = row.get("truncated_cells")
-            yield _Cut(", ".join(map(str, cut))) if cut else row["row"], None
+            yield _TruncatedCells(", ".join(map(str, cut))) if cut else row["row"], None
     elif set(found) == {"columns", "index", "data"} and len(lists) == 3:
         # pandas, orient="split".
         yield from _listed([dict(zip(lists["columns"], r, strict=False)) for r in lists["data"]])
@@ -200,7 +209,7 @@ def _rows_in(found: Any, name: str) -> Iterator[_Found]:
     elif len(lists) == 1:
         yield from _listed(next(iter(lists.values())))
     else:
-        yield from _listed(_of_columns(found) or _chosen(found, lists, name))
+        yield from _listed(_of_columns(found) or _choose_list(found, lists, name))
 
 
 def _of_columns(found: dict[str, Any]) -> list[Any]:
@@ -217,7 +226,7 @@ def _of_columns(found: dict[str, Any]) -> list[Any]:
     return values if _are_numbers(found) else []
 
 
-def _chosen(found: dict[str, Any], lists: dict[str, list[Any]], name: str) -> list[Any]:
+def _choose_list(found: dict[str, Any], lists: dict[str, list[Any]], name: str) -> list[Any]:
     named = [key for key in _ROW_KEYS if key in lists]
     objects = [k for k, rows in lists.items() if rows and all(isinstance(r, dict) for r in rows)]
     for keys in (named, objects):
@@ -231,11 +240,11 @@ def _chosen(found: dict[str, Any], lists: dict[str, list[Any]], name: str) -> li
     )
 
 
-def _listed(rows: list[Any], split: str | None = None) -> Iterator[_Found]:
+def _listed(rows: list[Any], split: str | None = None) -> Iterator[_ValueAndSplit]:
     yield from ((row, split) for row in rows)
 
 
-def _is_answer_of_hub(found: dict[str, Any]) -> bool:
+def _is_hub_viewer_page(found: dict[str, Any]) -> bool:
     """Says whether this is an answer of the hub's viewer of datasets."""
     rows = found.get("rows")
     return (

@@ -33,17 +33,17 @@ def _constant(name: str) -> float | None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def parsed(text: str) -> tuple[Any, str | None]:
+def parse_json(text: str) -> tuple[Any, str | None]:
     """Returns the value of a JSON text and what is wrong with it, one of them ``None``."""
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        return None, explained(error, text)
-    problem = half_in(value) if has_halves(text) else None
+        return None, explain_error(error, text)
+    problem = lone_surrogate_in(value) if may_have_lone_surrogates(text) else None
     return (None, problem) if problem is not None else (value, None)
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """Returns what kind of value of JSON this is, such as ``"a number"`` or ``"a list"``."""
     names = (
         (str, "a text"),
@@ -60,12 +60,12 @@ def kind_of(value: Any) -> str:
     return next((name for kind, name in names if isinstance(value, kind)), "a value")
 
 
-def has_halves(text: str) -> bool:
+def may_have_lone_surrogates(text: str) -> bool:
     """Says whether a JSON text may hold halves of characters; these are escaped in it."""
     return _ESCAPED_HALF.search(text) is not None
 
 
-def values_in(text: str) -> Iterator[Any]:
+def iter_json_values(text: str) -> Iterator[Any]:
     """Yields the values of a text in which JSON follows on JSON.
 
     Raises:
@@ -86,7 +86,7 @@ def _skip(text: str, place: int) -> int:
     return found.end() if found else place
 
 
-def half_in(value: Any, where: str = "") -> str | None:
+def lone_surrogate_in(value: Any, where: str = "") -> str | None:
     """Returns where a value holds half of a surrogate pair, which is not a character."""
     if isinstance(value, str):
         found = _HALF.search(value)
@@ -104,10 +104,12 @@ def half_in(value: Any, where: str = "") -> str | None:
         items = [(f"{where}[{place}]", one) for place, one in enumerate(value)]
     else:
         return None
-    return next((half for name, one in items if (half := half_in(one, name)) is not None), None)
+    return next(
+        (half for name, one in items if (half := lone_surrogate_in(one, name)) is not None), None
+    )
 
 
-def explained(error: Exception, text: str) -> str:
+def explain_error(error: Exception, text: str) -> str:
     """Returns why a text is not JSON, as the end of a sentence that begins with the row."""
     if isinstance(error, RecursionError):
         return "is JSON that is nested too deeply to be read"

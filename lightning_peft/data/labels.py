@@ -50,17 +50,17 @@ class LabelNames:
 
     def names(self) -> list[str]:
         """Returns all names, in the order of their numbers."""
-        return in_order(self.seen) if self.given is None else self.given
+        return sort_labels(self.seen) if self.given is None else self.given
 
 
-def in_order(names: Iterable[str]) -> list[str]:
+def sort_labels(names: Iterable[str]) -> list[str]:
     """Returns names sorted; by their values where all are whole numbers."""
     found = list(names)
     numbers = all(name.lstrip("-").isdecimal() for name in found)
     return sorted(found, key=lambda name: (int(name) if numbers else 0, name))
 
 
-def argument_problems(labels: Sequence[str] | None) -> list[str]:
+def label_problems(labels: Sequence[str] | None) -> list[str]:
     """Returns what is wrong with names that the user gives."""
     if labels is None:
         return []
@@ -73,7 +73,7 @@ def argument_problems(labels: Sequence[str] | None) -> list[str]:
     return problems
 
 
-def look_alikes(names: Sequence[str]) -> list[list[str]]:
+def similar_labels(names: Sequence[str]) -> list[list[str]]:
     """Returns groups of names that differ in case, blanks and ``_`` only."""
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -81,7 +81,7 @@ def look_alikes(names: Sequence[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def untrained(names: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+def label_notes(names: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Returns what of the labels cannot be learnt, or is not measured, as sentences.
 
     Args:

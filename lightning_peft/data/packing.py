@@ -80,12 +80,12 @@ class PackedRows(Dataset[list[dict[str, Any]]]):
         return self.tokens / (len(self.rows) * self.capacity)
 
 
-def collate(rows: Sequence[Sequence[dict[str, Any]]], filler: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns a batch of packed rows.
 
     Args:
         rows: The examples of each row.
-        filler: Token that fills up the rows.
+        pad_token_id: Token that fills up the rows.
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, each ``(batch, length)``, int64; positions
@@ -93,10 +93,10 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], filler: int) -> dict[str, 
         float32, is added to the scores: 0 where an example attends to its own past, else ``-inf``.
     """
     length = max(sum(len(example["input_ids"]) for example in row) for row in rows)
-    ids = torch.full((len(rows), length), filler)
+    ids = torch.full((len(rows), length), pad_token_id)
     labels = torch.full((len(rows), length), IGNORED)
     positions = torch.zeros((len(rows), length), dtype=torch.int64)
-    owners = torch.zeros((len(rows), length), dtype=torch.int64)
+    example_ids = torch.zeros((len(rows), length), dtype=torch.int64)
     for i, row in enumerate(rows):
         start = 0
         for owner, example in enumerate(row, start=1):
@@ -106,26 +106,26 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], filler: int) -> dict[str, 
             # Otherwise the last token of the example before would learn to predict it.
             labels[i, start] = IGNORED
             positions[i, start:stop] = torch.arange(stop - start)
-            owners[i, start:stop] = owner
+            example_ids[i, start:stop] = owner
             start = stop
         positions[i, start:] = torch.arange(length - start)
-    mask = block_causal_mask(owners)
+    mask = block_causal_mask(example_ids)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
 
 
-def block_causal_mask(owners: Tensor) -> Tensor:
+def block_causal_mask(example_ids: Tensor) -> Tensor:
     """Returns the mask in which every token attends to its own example's past.
 
     Args:
-        owners: Number of the example of each token, ``(batch, length)``.
+        example_ids: Number of the example of each token, ``(batch, length)``.
 
     Returns:
         ``(batch, 1, length, length)``, float32: 0 or ``-inf``.
     """
-    length = owners.shape[1]
-    past = torch.ones(length, length, dtype=torch.bool, device=owners.device).tril()
-    allowed = (owners[:, None, :, None] == owners[:, None, None, :]) & past
-    mask = torch.zeros(allowed.shape, device=owners.device)
+    length = example_ids.shape[1]
+    past = torch.ones(length, length, dtype=torch.bool, device=example_ids.device).tril()
+    allowed = (example_ids[:, None, :, None] == example_ids[:, None, None, :]) & past
+    mask = torch.zeros(allowed.shape, device=example_ids.device)
     return mask.masked_fill_(~allowed, float("-inf"))
 
 
@@ -172,7 +172,7 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
         )
     try:
         with _evaluating(model), torch.no_grad():
-            leak, shift = _trial(model)
+            leak, shift = _measure_leakage(model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UnsupportedError(
             f"{type(model).__name__} cannot run packed rows: {error}. Use packing=False, with "
@@ -188,7 +188,7 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
         )
 
 
-def _trial(model: PreTrainedModel) -> tuple[float, float]:
+def _measure_leakage(model: PreTrainedModel) -> tuple[float, float]:
     size = min(100, int(model.config.get_text_config().vocab_size))
     first, second = torch.arange(6) % size, (torch.arange(9) * 7 + 3) % size
 

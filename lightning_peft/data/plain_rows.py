@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.audio import Recording
-from lightning_peft.data.json_text import kind_of
-from lightning_peft.data.samples import RowProblems, Sample, all_of, shortened, texts
+from lightning_peft.data.json_text import json_type
+from lightning_peft.data.samples import RowProblems, Sample, collect, required_texts, shortened
 
 
 def parse_text(fields: Mapping[str, Any]) -> Sample:
     """Returns plain text."""
-    return Sample(text=texts(fields, ["text"])[0])
+    return Sample(text=required_texts(fields, ["text"])[0])
 
 
 def _label(value: Any) -> str:
@@ -32,9 +32,9 @@ def _label(value: Any) -> str:
 
 def parse_label(fields: Mapping[str, Any]) -> Sample:
     """Returns a text, or two that belong together, and its class."""
-    text, pair, label = all_of(
-        lambda: texts(fields, ["text"])[0],
-        lambda: texts(fields, ["text_pair"])[0] if "text_pair" in fields else None,
+    text, pair, label = collect(
+        lambda: required_texts(fields, ["text"])[0],
+        lambda: required_texts(fields, ["text_pair"])[0] if "text_pair" in fields else None,
         lambda: _label(fields.get("label")),
     )
     return Sample(text=text, text_pair=pair, label=label)
@@ -59,7 +59,7 @@ def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> l
 
 def parse_tags(fields: Mapping[str, Any]) -> Sample:
     """Returns words and their tags."""
-    tokens, tags = all_of(
+    tokens, tags = collect(
         lambda: _list_of(fields, "tokens", (str,)),
         lambda: _list_of(fields, "tags", (str, int)),
     )
@@ -70,7 +70,7 @@ def parse_tags(fields: Mapping[str, Any]) -> Sample:
 
 def parse_image(fields: Mapping[str, Any]) -> Sample:
     """Returns the image, read from its file where the row names one, and its class."""
-    image, label = all_of(
+    image, label = collect(
         lambda: _image(fields.get("image")),
         lambda: _label(fields.get("label")),
     )
@@ -85,7 +85,7 @@ def _image(image: Any) -> bytes:
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
-        problem = f"has {kind_of(image)} as image, neither a path nor bytes"
+        problem = f"has {json_type(image)} as image, neither a path nor bytes"
         raise RowProblems([("missing", problem)])
     try:
         return Path(image).read_bytes()
@@ -118,7 +118,7 @@ def parse_speech(fields: Mapping[str, Any]) -> Sample:
         what = "no" if found in (None, "") else f"{shortened(found)}, neither a path nor a file, as"
         problems.append(("audio", f"has {what} audio"))
     try:
-        text = texts(fields, ["transcript"])[0]
+        text = required_texts(fields, ["transcript"])[0]
     except RowProblems as error:
         problems += error.problems
     if problems:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED, Encoded, Encoder
+from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run, token_runs
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.thoughts import Reasoning
+from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.data.validation import EncodingProblem
 
@@ -41,7 +41,7 @@ class PreferenceRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
-    in_processes = True
+    parallelizable = True
     counts = (
         "answers",
         "tokens",
@@ -157,14 +157,17 @@ class PreferenceData(TokenizedData):
             ``{"enable_thinking": False}``; a row's own come first.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`; ``batch_size`` counts pairs.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`;
+            ``batch_size`` counts pairs.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("preference",)
-    fed = tuple(f"{answer}_{kind}" for answer in ANSWERS for kind in ("input_ids", "labels"))
+    batch_columns = tuple(
+        f"{answer}_{kind}" for answer in ANSWERS for kind in ("input_ids", "labels")
+    )
 
     def __init__(
         self,
@@ -180,50 +183,50 @@ class PreferenceData(TokenizedData):
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of pairs."""
-        given = self.hparams
-        template = find_template(self.tokenizer, given["chat_template"])
+        hparams = self.hparams
+        template = find_template(self.tokenizer, hparams["chat_template"])
         encoder = Encoder(
             self.tokenizer,
             template,
             self.max_length,
             "completion",
-            given["over_long"],
-            given["reasoning"],
-            given["chat_template_kwargs"],
+            hparams["over_long"],
+            hparams["reasoning"],
+            hparams["chat_template_kwargs"],
         )
-        return PreferenceRows(encoder, given["system_prompt"])
+        return PreferenceRows(encoder, hparams["system_prompt"])
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides the tokens and labels of a row."""
         names = ("chat_template", "system_prompt", "reasoning", "chat_template_kwargs")
-        asked = {name: self.hparams[name] for name in names}
+        requested = {name: self.hparams[name] for name in names}
         template = getattr(self.tokenizer, "chat_template", None)
-        return {**super().encoding(), **asked, "tokenizers_template": template}
+        return {**super().encoding(), **requested, "tokenizers_template": template}
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns both answers with their prompts, in runs that are trained or not."""
-        runs = []
+        spans = []
         for answer in ANSWERS:
-            runs.append(Run(False, f"[{answer}]\n", []))
+            spans.append(TextSpan(False, f"[{answer}]\n", []))
             ids, labels = row[f"{answer}_input_ids"], row[f"{answer}_labels"]
-            runs += [*token_runs(self.tokenizer, ids, labels), Run(False, "\n", [])]
-        return runs
+            spans += [*token_spans(self.tokenizer, ids, labels), TextSpan(False, "\n", [])]
+        return spans
 
     def collator(self) -> Callable[[list[Any]], Any]:
         """Returns what makes one batch of both answers."""
-        return partial(collate, filler=self.filler)
+        return partial(collate, pad_token_id=self.pad_token_id)
 
 
-def collate(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns the chosen answers of ``rows``, then the rejected ones, padded together.
 
     Args:
         rows: What :class:`PreferenceData` feeds.
-        filler: Token that fills up short rows.
+        pad_token_id: Token that fills up short rows.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``(2 * rows, length)``, int64.
     """
     kinds = ("input_ids", "labels")
     both = [{kind: row[f"{name}_{kind}"] for kind in kinds} for name in ANSWERS for row in rows]
-    return pad(both, filler)
+    return pad(both, pad_token_id)

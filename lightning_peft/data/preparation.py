@@ -17,15 +17,20 @@ from datasets.arrow_writer import ArrowWriter
 from datasets.utils import tqdm
 
 from lightning_peft.data import cache
-from lightning_peft.data.encoding_in_processes import encoded
 from lightning_peft.data.encoding_worker import Outcome
-from lightning_peft.data.files_read import how_read, refuse_changed, say_how_read, stamps
-from lightning_peft.data.prompts import Prompts
+from lightning_peft.data.parallel_encoding import encode_rows
+from lightning_peft.data.progress import counted_rows
+from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.reading import SPLITS, Row, Source, split_named
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.rows_read import counting
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import Layout, recognise
+from lightning_peft.data.shapes import Layout, detect_layout
+from lightning_peft.data.source_files import (
+    check_unchanged,
+    describe_formats,
+    file_stamps,
+    log_formats,
+)
 from lightning_peft.data.unused_keys import KeyCount, check_ignored
 from lightning_peft.data.validation import Problem
 from lightning_peft.errors import ConfigError
@@ -34,14 +39,14 @@ log = logging.getLogger(__name__)
 
 REJECTED = "rejected.jsonl"
 # Rows that are looked at to recognise their shape.
-FIRST = 100
-DEFAULT_SHARES = {"validation": 0.05}
+SCHEMA_SAMPLE_ROWS = 100
+DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}
 # Where every row came from, beside what its encoder makes of it.
 _ORIGIN = {"file": Value("string"), "row": Value("int64")}
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreparationSettings:
     """What decides, with the rows, what the prepared data is.
 
     Attributes:
@@ -93,7 +98,7 @@ class Prepared:
         return found
 
 
-def split_of(digest: bytes, seed: int, shares: dict[str, float]) -> str:
+def draw_split(digest: bytes, seed: int, shares: dict[str, float]) -> str:
     """Returns the split of a row, which depends on its content and the seed and nothing else.
 
     Args:
@@ -111,7 +116,10 @@ def split_of(digest: bytes, seed: int, shares: dict[str, float]) -> str:
 
 
 def prepare(
-    sources: Sequence[Source], settings: Settings, encoder_for: EncoderFor, folder: Path | None
+    sources: Sequence[Source],
+    settings: PreparationSettings,
+    encoder_for: EncoderFor,
+    folder: Path | None,
 ) -> Prepared:
     """Returns the prepared data, from the cache where it was prepared before.
 
@@ -126,15 +134,15 @@ def prepare(
     Raises:
         ConfigError: If the data cannot be read at all, or settings do not fit it.
     """
-    before = stamps(sources)
+    before = file_stamps(sources)
     key = cache.key_of(
-        sources=[{**asdict(source), "data": _content(source)} for source in sources],
+        sources=[{**asdict(source), "data": _content_digest(source)} for source in sources],
         settings=asdict(settings),
     )
 
     def build(working: Path) -> dict[str, Any]:
-        summary = _Pass(sources, settings, encoder_for, working).run()
-        refuse_changed(before, stamps(sources))
+        summary = _PreparationPass(sources, settings, encoder_for, working).run()
+        check_unchanged(before, file_stamps(sources))
         return summary
 
     final = cache.entry(folder or cache.default_folder(), key, build)
@@ -143,7 +151,7 @@ def prepare(
             names = ", ".join(source.left_out())
             log.warning(f"Not read as data in {source.data!r}: {names}")
     summary = json.loads((final / cache.SUMMARY).read_text(encoding="utf-8"))
-    say_how_read(summary["read_as"])
+    log_formats(summary["read_as"])
     splits = {
         split: Dataset.from_file(str(final / f"{split}.arrow"))
         for split in SPLITS
@@ -152,7 +160,7 @@ def prepare(
     return Prepared(splits, _read_problems(final / REJECTED), summary, final)
 
 
-def _content(source: Source) -> str:
+def _content_digest(source: Source) -> str:
     files = source.content()
     if files:
         return cache.digest_of_files(files)
@@ -169,15 +177,8 @@ def _read_problems(file: Path) -> list[Problem]:
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """A row that was read.
-
-    Attributes:
-        row: The row.
-        sample: What it says; ``None`` where that is not known.
-        split: Where it goes.
-        problems: Kind and text of all that is wrong with it so far.
-    """
+class _ParsedRow:
+    """A row that was read, with the kind and text of its problems so far."""
 
     row: Row
     sample: Sample | None
@@ -185,17 +186,13 @@ class _Taken:
     problems: list[tuple[str, str]]
 
 
-def _sample(taken: _Taken) -> Sample | None:
-    return taken.sample
-
-
-class _Pass:
+class _PreparationPass:
     """One pass over all rows, which writes the good ones and the rejected ones to a folder."""
 
     def __init__(
         self,
         sources: Sequence[Source],
-        settings: Settings,
+        settings: PreparationSettings,
         encoder_for: EncoderFor,
         working: Path,
     ) -> None:
@@ -203,7 +200,7 @@ class _Pass:
         self.encoder_for, self.working = encoder_for, working
         self.seen: dict[bytes, tuple[str, str, int]] = {}
         self.prompts: dict[bytes, str] = {}
-        self.kept_prompts = Prompts()
+        self.prompt_collector = PromptCollector()
         self.counts: Counter[str] = Counter()
         self.unused = KeyCount()
         self.names: set[str] = set()
@@ -216,7 +213,7 @@ class _Pass:
             ConfigError: If there are no rows, or settings do not fit them.
         """
         rows: Iterator[Row] = chain.from_iterable(source.rows() for source in self.sources)
-        first = list(islice(self.sources[0].rows(), FIRST))
+        first = list(islice(self.sources[0].rows(), SCHEMA_SAMPLE_ROWS))
         values = [row.value for row in first if row.value is not None]
         if not first:
             raise ConfigError(
@@ -229,7 +226,7 @@ class _Pass:
                 "table below the names of its columns."
             )
         settings = self.settings
-        self.layout = recognise(values, settings.columns, settings.shape, settings.accepts)
+        self.layout = detect_layout(values, settings.columns, settings.shape, settings.accepts)
         column = self.layout.split_column
         self.by_column = any(split_named(value.get(column)) for value in values if column)
         self.given = self.by_column or any(row.split is not None for row in first)
@@ -246,26 +243,26 @@ class _Pass:
             split: ArrowWriter(
                 features=features,
                 path=str(self.working / f"{split}.arrow"),
-                writer_batch_size=self.encoder.rows_in_memory,
+                writer_batch_size=self.encoder.writer_batch_size,
             )
             for split in SPLITS
         }
         with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
-            read = encoded(self.encoder, map(self._read, self._shown(rows)), _sample)
-            for taken, outcome in read:
-                reasons = self._take(taken, outcome, writers)
+            parsed = map(self._parse, self._with_progress_bar(rows))
+            for parsed_row, outcome in encode_rows(self.encoder, parsed, lambda one: one.sample):
+                reasons = self._write(parsed_row, outcome, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    kept = _rejection(taken.row, reasons)
-                    rejected.write(json.dumps(kept, default=_told, skipkeys=True) + "\n")
+                    record = _rejected_record(parsed_row.row, reasons)
+                    rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()
             else:
                 writer.close()
                 (self.working / f"{split}.arrow").unlink(missing_ok=True)
-        check_ignored(settings.ignored_keys, self.layout.met)
-        self.kept_prompts.write(self.working)
+        check_ignored(settings.ignored_keys, self.layout.seen_keys)
+        self.prompt_collector.write(self.working)
         return self._summary()
 
     def _check_settings(self) -> None:
@@ -274,8 +271,8 @@ class _Pass:
             raise ConfigError(
                 f"The rows are {shape.title}, and what is trained here is "
                 f"{', '.join(settings.accepts)}. {shape.title[:1].upper()}{shape.title[1:]} are "
-                f"for {shape.taken_by}. If they only look like it, say which column is which, such "
-                'as columns={"prompt": "text", "completion": "label"}.'
+                f"for {shape.data_class}. If they only look like it, say which column is which, "
+                'such as columns={"prompt": "text", "completion": "label"}.'
             )
         if self.given and settings.shares is not None:
             raise ConfigError(
@@ -284,47 +281,49 @@ class _Pass:
                 "the shares out, or name one file of rows to share out."
             )
 
-    def _shown(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def _with_progress_bar(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yields the rows; in a terminal, a bar says how far they are once it takes seconds."""
         name = Path(str(self.sources[0].data)).name
-        counted = counting(rows)
+        counted = counted_rows(rows)
         yield from tqdm(counted, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
 
-    def _read(self, row: Row) -> _Taken:
+    def _parse(self, row: Row) -> _ParsedRow:
         """Returns what a row says, and what of it is known before it is encoded."""
         self.counts["rows"] += 1
         if row.value is None:
-            return _Taken(row, None, "", [("unreadable", row.problem or "")])
+            return _ParsedRow(row, None, "", [("unreadable", row.problem or "")])
         self.names.update(row.value)
         sample = self.layout.parse(row.value)
         split, problems = self._split(row)
         if not isinstance(sample, Sample):
-            return _Taken(row, None, "", [*problems, *sample])
+            return _ParsedRow(row, None, "", [*problems, *sample])
         digest = sample.digest()
-        split = split or split_of(digest, self.settings.split_seed, self._shares())
-        problems += self._repetition(row, digest, split)
-        return _Taken(row, sample, split, problems)
+        split = split or draw_split(digest, self.settings.split_seed, self._split_fractions())
+        problems += self._duplicate_problems(row, digest, split)
+        return _ParsedRow(row, sample, split, problems)
 
-    def _take(
-        self, taken: _Taken, outcome: Outcome, writers: dict[str, ArrowWriter]
+    def _write(
+        self, parsed_row: _ParsedRow, outcome: Outcome, writers: dict[str, ArrowWriter]
     ) -> list[tuple[str, str]]:
         """Writes a row, or returns why it cannot be used."""
-        problems = [*taken.problems, *outcome.problems]
-        if taken.sample is not None:
-            keys = [*taken.sample.unused, *map(self.layout.renamed, outcome.unused)]
-            self.unused.add(dict.fromkeys(keys), taken.row.file, taken.row.number)
+        problems = [*parsed_row.problems, *outcome.problems]
+        if parsed_row.sample is not None:
+            keys = [*parsed_row.sample.unused, *map(self.layout.with_column_name, outcome.unused)]
+            self.unused.add(dict.fromkeys(keys), parsed_row.row.file, parsed_row.row.number)
         if not problems:
-            assert taken.sample is not None
-            self._count(taken.sample, taken.split, outcome.rows)
+            assert parsed_row.sample is not None
+            self._count(parsed_row.sample, parsed_row.split, outcome.rows)
             for one in outcome.rows:
-                writers[taken.split].write({**one, "file": taken.row.file, "row": taken.row.number})
+                writers[parsed_row.split].write(
+                    {**one, "file": parsed_row.row.file, "row": parsed_row.row.number}
+                )
         return problems
 
-    def _shares(self) -> dict[str, float]:
+    def _split_fractions(self) -> dict[str, float]:
         if self.given:
             return {}
         shares = self.settings.shares
-        return DEFAULT_SHARES if shares is None else shares
+        return DEFAULT_SPLIT_FRACTIONS if shares is None else shares
 
     def _split(self, row: Row) -> tuple[str | None, list[tuple[str, str]]]:
         if row.split is not None or not self.by_column:
@@ -334,7 +333,7 @@ class _Pass:
         found = split_named(name)
         return found, [] if found else [("split", f"has {name!r} as split")]
 
-    def _repetition(self, row: Row, digest: bytes, split: str) -> list[tuple[str, str]]:
+    def _duplicate_problems(self, row: Row, digest: bytes, split: str) -> list[tuple[str, str]]:
         before = self.seen.setdefault(digest, (split, row.file, row.number))
         if before == (split, row.file, row.number):
             return []
@@ -347,14 +346,14 @@ class _Pass:
             return []
         return [("duplicate", f"is the same as row {before[2]}{file}")]
 
-    def _count(self, sample: Sample, split: str, encoded: Sequence[dict[str, Any]]) -> None:
+    def _count(self, sample: Sample, split: str, encode_rows: Sequence[dict[str, Any]]) -> None:
         counts = self.splits[split]
         system = getattr(self.encoder, "system_prompt", None)
-        self.kept_prompts.add(sample.with_system(system), split)
+        self.prompt_collector.add(sample.with_system(system), split)
         prompt = sample.prompt_digest()
         if prompt is not None and self.prompts.setdefault(prompt, split) != split:
             self.counts["shared_prompts"] += 1
-        for one in encoded:
+        for one in encode_rows:
             counts["rows"] += 1
             counts.update(self.encoder.count(one))
 
@@ -368,7 +367,7 @@ class _Pass:
             "columns": self.layout.columns,
             "columns_unused": sorted(self.names - {*self.layout.columns.values(), split}),
             "keys_unused": self.unused.summary(),
-            "read_as": [one for source in self.sources for one in how_read(source)],
+            "read_as": [one for source in self.sources for one in describe_formats(source)],
             "files_left_out": [name for source in self.sources for name in source.left_out()],
             "split_by": self._split_by(),
             "shared_prompts": self.counts["shared_prompts"],
@@ -383,15 +382,15 @@ class _Pass:
         return {
             "by": "content",
             "seed": self.settings.split_seed,
-            "shares": self._shares(),
+            "shares": self._split_fractions(),
         }
 
 
-def _rejection(row: Row, reasons: list[tuple[str, str]]) -> dict[str, Any]:
-    told = [{"kind": kind, "detail": detail} for kind, detail in reasons]
-    return {"file": row.file, "row": row.number, "reasons": told, "value": row.value}
+def _rejected_record(row: Row, reasons: list[tuple[str, str]]) -> dict[str, Any]:
+    details = [{"kind": kind, "detail": detail} for kind, detail in reasons]
+    return {"file": row.file, "row": row.number, "reasons": details, "value": row.value}
 
 
-def _told(value: object) -> str:
+def _json_default(value: object) -> str:
     # The bytes of an image are of no use to a reader.
     return f"<{len(value):,} bytes>" if isinstance(value, bytes) else repr(value)

@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning_peft.data.packing import PackedRows
 from lightning_peft.data.preparation import Prepared
-from lightning_peft.data.rows_data import RowsData
+from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.shapes import SHAPES
-from lightning_peft.data.shown import Run
+from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import KINDS, ranges
 
 BUCKETS = 8
@@ -30,7 +30,7 @@ class PreviewedRow:
     split: str
     file: str
     row: int
-    runs: list[Run]
+    spans: list[TextSpan]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Preview:
     numbers: dict[str, Any]
 
 
-def preview(data: RowsData, rows: int) -> Preview:
+def preview(data: RowDataModule, rows: int) -> Preview:
     """Returns what training on ``data`` would be like.
 
     Args:
@@ -74,14 +74,14 @@ def preview(data: RowsData, rows: int) -> Preview:
         numbers["trained_share"] = train["trained_tokens"] / max(1, train["tokens"])
     if "packing" in data.hparams:
         numbers["packing"] = _packing(lengths, data)
-    return Preview(list(_shown(data, prepared, rows)), numbers)
+    return Preview(list(_rendered_rows(data, prepared, rows)), numbers)
 
 
-def _shown(data: RowsData, prepared: Prepared, count: int) -> Iterator[PreviewedRow]:
+def _rendered_rows(data: RowDataModule, prepared: Prepared, count: int) -> Iterator[PreviewedRow]:
     for split in list(prepared.splits)[:1]:
         found = prepared.splits[split]
         for row in (found[place] for place in range(min(count, len(found)))):
-            yield PreviewedRow(split, row["file"], row["row"], data.shown(row))
+            yield PreviewedRow(split, row["file"], row["row"], data.render_row(row))
 
 
 def _histogram(lengths: Sequence[int], longest: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _histogram(lengths: Sequence[int], longest: int) -> dict[str, Any]:
     return {"mean": round(mean, 1), "longest": max(lengths), "buckets": buckets}
 
 
-def _packing(lengths: Sequence[int], data: RowsData) -> dict[str, Any]:
+def _packing(lengths: Sequence[int], data: RowDataModule) -> dict[str, Any]:
     if not lengths:
         return {"rows": 0, "efficiency": 0.0}
     packed = PackedRows([], lengths, data.max_length)  # type: ignore[attr-defined]
@@ -113,11 +113,11 @@ def _padding(lengths: Sequence[int], batch_size: int) -> dict[str, float]:
 
 def _problems(prepared: Prepared) -> list[dict[str, Any]]:
     found = []
-    for kind, (title, way_out) in KINDS.items():
+    for kind, (title, remedy) in KINDS.items():
         ones = [problem for problem in prepared.problems if problem.kind == kind]
         if ones:
             rows = [{"file": p.file, "row": p.row, "detail": p.detail} for p in ones]
             numbers = ranges(problem.row for problem in ones)
-            entry = {"kind": kind, "title": title, "what_to_do": way_out, "numbers": numbers}
+            entry = {"kind": kind, "title": title, "what_to_do": remedy, "numbers": numbers}
             found.append({**entry, "rows": rows})
     return found

@@ -12,13 +12,13 @@ from lightning_peft.data.samples import Message, Sample
 # Kept beside the prepared rows; never in a record that goes with an adapter, since it holds rows.
 FILE = "prompts.json"
 # Validation rows that are kept, and their longest conversation in characters.
-HELD_OUT, LONGEST = 3, 20_000
+MAX_HELD_OUT, MAX_CHARACTERS = 3, 20_000
 # Different system prompts that are told apart; data with more has none that stands for it.
-MOST = 1_000
+MAX_SYSTEM_PROMPTS = 1_000
 _ROLES = frozenset({"system", "user", "assistant"})
 
 
-class Prompts:
+class PromptCollector:
     """Collects the prompts of conversations while rows are prepared."""
 
     def __init__(self) -> None:
@@ -39,11 +39,13 @@ class Prompts:
             self._conversations += 1
             first = sample.messages[0]
             text = first["content"] if first["role"] == "system" else ""
-            known = isinstance(text, str) and (text in self._systems or len(self._systems) < MOST)
-            if known and text and len(text) <= LONGEST:
+            known = isinstance(text, str) and (
+                text in self._systems or len(self._systems) < MAX_SYSTEM_PROMPTS
+            )
+            if known and text and len(text) <= MAX_CHARACTERS:
                 self._systems[text] += 1
         # Without its tools, a row would be asked for something else.
-        elif split == "validation" and not sample.context and len(self._held_out) < HELD_OUT:
+        elif split == "validation" and not sample.context and len(self._held_out) < MAX_HELD_OUT:
             turns = _plain(sample.messages)
             if turns is not None:
                 self._held_out.append(turns)
@@ -65,12 +67,12 @@ def _plain(messages: list[Message]) -> list[Message] | None:
     turns = [{"role": one["role"], "content": one["content"]} for one in messages]
     if not all(one["role"] in _ROLES and isinstance(one["content"], str) for one in turns):
         return None
-    long = sum(len(one["content"]) for one in turns) > LONGEST
+    long = sum(len(one["content"]) for one in turns) > MAX_CHARACTERS
     ends = [one["role"] for one in turns[-2:]] == ["user", "assistant"]
     return turns if ends and not long else None
 
 
-def prompts_in(folder: Path) -> dict[str, Any] | None:
+def read_prompts(folder: Path) -> dict[str, Any] | None:
     """Returns what was found in the rows that were prepared in a folder, if anything was."""
     file = folder / FILE
     if not file.is_file():

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
+from lightning_peft.data.file_format import FileFormat, ReadOptions, TextUnit
 from lightning_peft.data.hub_rows import hub_dataset, stored_rows
-from lightning_peft.data.read_as import Options, ReadAs, TextUnit
 from lightning_peft.errors import ConfigError, itemize
 
 SPLITS = ("train", "validation", "test")
@@ -116,7 +116,7 @@ class Source:
             name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             yield from islice(self._file_rows(path, name, split), self.limit)
 
-    def read_as(self) -> dict[str, ReadAs]:
+    def file_formats(self) -> dict[str, FileFormat]:
         """Returns how each file of rows is read, by its name.
 
         Raises:
@@ -125,13 +125,13 @@ class Source:
         options = self._options()
         lists = [(name, path) for name, path in self.content() if path in self.files()]
         return {
-            name: read_file(path, name, options).read_as
+            name: read_file(path, name, options).format
             for name, path in lists
             if is_data_file(path) or len(lists) == 1
         }
 
-    def _options(self) -> Options:
-        return Options(self.encoding, self.delimiter, self.sheet, self.text_unit)
+    def _options(self) -> ReadOptions:
+        return ReadOptions(self.encoding, self.delimiter, self.sheet, self.text_unit)
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for entry in read_file(path, name, self._options()).rows():

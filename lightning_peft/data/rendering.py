@@ -11,10 +11,10 @@ from jinja2 import TemplateError, meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lightning_peft.data.reasoning import template_message
 from lightning_peft.data.samples import Message
 from lightning_peft.data.template_context import reserved
 from lightning_peft.data.templates import Template
-from lightning_peft.data.thoughts import for_templates
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # What transformers gives every template, with the special tokens of its tokenizer.
-_GIVEN = frozenset(
+_STANDARD_VARIABLES = frozenset(
     (
         *("messages", "tools", "documents", "add_generation_prompt"),
         *("raise_exception", "strftime_now"),
@@ -68,12 +68,16 @@ class Rendering:
     ) -> None:
         self.tokenizer: Any = tokenizer
         self.template = template
-        self.given = dict(variables or {})
+        self.defaults = dict(variables or {})
 
     @property
     def variables(self) -> frozenset[str]:
         """Names that the template reads from outside, but those that transformers sets."""
-        return _free_names(self.template.text) - _GIVEN - set(self.tokenizer.special_tokens_map)
+        return (
+            _free_names(self.template.text)
+            - _STANDARD_VARIABLES
+            - set(self.tokenizer.special_tokens_map)
+        )
 
     def text(
         self, messages: Sequence[Message], context: Mapping[str, Any], prompt: bool = False
@@ -88,12 +92,10 @@ class Rendering:
         Raises:
             EncodingProblem: If the template refuses it.
         """
-        found: str = self.applied(messages, context, tokenize=False, add_generation_prompt=prompt)
+        found: str = self.apply(messages, context, tokenize=False, add_generation_prompt=prompt)
         return found
 
-    def applied(
-        self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any
-    ) -> Any:
+    def apply(self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any) -> Any:
         """Returns what ``apply_chat_template`` returns.
 
         Raises:
@@ -101,9 +103,9 @@ class Rendering:
         """
         try:
             return self.tokenizer.apply_chat_template(
-                [for_templates(message) for message in messages],
+                [template_message(message) for message in messages],
                 chat_template=self.template.text,
-                **{**self.given, **context},
+                **{**self.defaults, **context},
                 **options,
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -111,7 +113,9 @@ class Rendering:
                 "template", f"is refused by the chat template {self.template.name}: {error}"
             ) from error
 
-    def readable(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Message]:
+    def with_tool_arguments(
+        self, messages: Sequence[Message], context: Mapping[str, Any]
+    ) -> list[Message]:
         """Returns the turns with the arguments of tool calls as the template takes them.
 
         Most templates write an object as JSON, some want the JSON text.
@@ -123,7 +127,7 @@ class Rendering:
         if not any(turn.get("tool_calls") for turn in turns):
             return turns
         problems = []
-        for form in (turns, [_with_text(turn) for turn in turns]):
+        for form in (turns, [_with_json_arguments(turn) for turn in turns]):
             try:
                 text = self.text(form, context)
             except EncodingProblem as problem:
@@ -150,7 +154,7 @@ def _as_python(arguments: dict[str, Any], text: str) -> bool:
     return python != json.dumps(arguments, ensure_ascii=False) and python in text
 
 
-def _with_text(turn: Message) -> Message:
+def _with_json_arguments(turn: Message) -> Message:
     if not turn.get("tool_calls"):
         return turn
     calls = [
@@ -166,23 +170,23 @@ def _with_text(turn: Message) -> Message:
     return {**turn, "tool_calls": calls}
 
 
-def check_variables(given: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
+def check_variables(values: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
     """Refuses values for variables that a template does not read.
 
     Args:
-        given: The values by name.
+        values: The values by name.
         what: What the template is called.
         known: The names that it reads.
 
     Raises:
         ConfigError: With the names that are nearest to the unknown ones.
     """
-    taken = reserved(given)
-    unknown = [name for name in given if name not in known and name not in taken]
+    taken = reserved(values)
+    unknown = [name for name in values if name not in known and name not in taken]
     problems = [f"{name!r} is set by the data and its other arguments" for name in taken]
     problems += [f"{what} has no variable {name!r}{similar_names(name, known)}" for name in unknown]
     if problems:
         has = f" It has {', '.join(sorted(known))}." if known else ""
         raise ConfigError(
-            f"chat_template_kwargs={dict(given)!r} cannot be used: {'; '.join(problems)}.{has}"
+            f"chat_template_kwargs={dict(values)!r} cannot be used: {'; '.join(problems)}.{has}"
         )

@@ -7,8 +7,8 @@ from typing import Any
 
 from datasets import Features, Value
 
+from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.rows_data import RowsData
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import SHAPES, Layout
 
@@ -25,11 +25,11 @@ class _NoTokens(RowEncoder):
         return [{"length": 1}]
 
 
-class CheckedRows(RowsData):
+class CheckedRows(RowDataModule):
     """Rows of any shape, which are read and checked, and cannot be trained on."""
 
     accepts = tuple(SHAPES)
-    fed = ("length",)
+    batch_columns = ("length",)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns what keeps that a row can be read."""

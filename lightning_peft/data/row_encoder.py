@@ -20,17 +20,17 @@ class RowEncoder(ABC):
         features: Columns of a prepared row. A column ``length`` (int32) is needed for grouping and
             packing by length, and for the histogram of ``preview``.
         counts: Names of the numbers that :meth:`count` returns.
-        rows_in_memory: Prepared rows that are held before they are written: few, where each holds
-            a file. ``None`` leaves it to the library.
-        in_processes: Whether rows may be encoded in several processes, with copies of this object:
-            only where ``encode`` changes nothing of it.
+        writer_batch_size: Prepared rows in memory before they are written: few, where each holds a
+            file. ``None`` is the default of ``datasets``.
+        parallelizable: Whether rows may be encoded in several processes, with copies of this
+            object: only where ``encode`` does not change it.
         variables: Names that the chat template reads next to the turns; ``None`` without one.
     """
 
     features: ClassVar[Features]
     counts: ClassVar[tuple[str, ...]] = ()
-    rows_in_memory: ClassVar[int | None] = None
-    in_processes: ClassVar[bool] = False
+    writer_batch_size: ClassVar[int | None] = None
+    parallelizable: ClassVar[bool] = False
     variables: frozenset[str] | None = None
 
     @abstractmethod

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_peft.data.samples import shortened
-from lightning_peft.data.tool_calls import is_empty, parsed
-from lightning_peft.data.turns import FLAGS, WHY, switch
+from lightning_peft.data.tool_calls import is_empty, json_value
+from lightning_peft.data.turns import FLAGS, WEIGHT_HINT, parse_flag
 
 # How much a row counts, where rows are texts to learn.
 _WEIGHTS = (*FLAGS[:4], "weights", "loss_weight", "sample_weight", "example_weight", "loss_scale")
@@ -23,18 +23,18 @@ _MEDIA = frozenset(
 _LEARNT = ("system", "tools", "functions", "documents", "chat_template_kwargs", "history")
 # Common columns of data: `function` next to a prompt is code, and not a misspelled list of tools.
 _ORDINARY = ("function", "tool", "document")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def check_column(
-    name: str, value: Any, weighed: bool, with_turns: bool, with_template: bool
+    name: str, value: Any, trains_text: bool, with_turns: bool, with_template: bool
 ) -> list[tuple[str, str]] | None:
     """Returns what is wrong with a column that no field reads.
 
     Args:
         name: Its name.
         value: What the row has in it, not empty.
-        weighed: Whether rows are texts to learn, of which one could count more than another.
+        trains_text: Whether rows are texts to learn, of which one could count more than another.
         with_turns: Whether the rows become turns.
         with_template: Whether a chat template writes them.
 
@@ -43,19 +43,19 @@ def check_column(
         learnt, so that it is enough to name it; ``None`` where it asks for what is done anyway.
     """
     key = name.strip().lower()
-    if key in (_WEIGHTS if weighed else _WEIGHTS_OF_ALL):
-        on = switch(value)
+    if key in (_WEIGHTS if trains_text else _WEIGHTS_OF_ALL):
+        on = parse_flag(value)
         if on:
             return None
-        why = "to leave a row out, take it out of the file" if on is False else WHY
+        why = "to leave a row out, take it out of the file" if on is False else WEIGHT_HINT
         return [("weight", f"has {name}={shortened(value)} for the whole row: {why}")]
     if not with_turns:
         return []
-    if key == "label" and switch(value) is False and str(value).strip().lower() != "0":
+    if key == "label" and parse_flag(value) is False and str(value).strip().lower() != "0":
         return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
     if key in _MEDIA:
         return [("key", f"has {name}, and the answer would be learnt without seeing or hearing it")]
-    if key in _THOUGHTS:
+    if key in _REASONING_KEYS:
         return [
             ("key", f"has {name} next to its turns: put the thoughts into the turn they are of")
         ]
@@ -73,37 +73,39 @@ def _misspelled(name: str, key: str) -> list[tuple[str, str]]:
     return [("key", f"has the key {name!r} ({reason})")]
 
 
-def unread(row: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
+def unread_columns(row: Mapping[str, Any], read: Collection[str]) -> dict[str, Any]:
     """Returns the columns of a row that are not in ``read`` and not empty."""
     return {name: value for name, value in row.items() if name not in read and not is_empty(value)}
 
 
-def kept(row: Mapping[str, Any], ignored: Collection[str], met: set[str]) -> dict[str, Any]:
+def drop_ignored(
+    row: Mapping[str, Any], ignored: Collection[str], seen_keys: set[str]
+) -> dict[str, Any]:
     """Returns a row without the keys ``ignored``, of itself, its turns, and their parts.
 
     Args:
         row: The row.
         ignored: Names of keys.
-        met: Takes the names of all keys that the row has.
+        seen_keys: Takes the names of all keys that the row has.
     """
 
-    def less(fields: Mapping[str, Any]) -> dict[str, Any]:
-        met.update(fields)
+    def without_ignored(fields: Mapping[str, Any]) -> dict[str, Any]:
+        seen_keys.update(fields)
         return {name: value for name, value in fields.items() if name not in ignored}
 
     def inside(value: Any) -> Any:
-        found = parsed(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
+        found = json_value(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
         if isinstance(found, list) and any(map(is_turn, found)):
             return [inside(one) for one in found]
         if is_turn(found):
-            return {key: parts(one) for key, one in less(found).items()}
+            return {key: parts(one) for key, one in without_ignored(found).items()}
         return value
 
     def parts(value: Any) -> Any:
         listed = isinstance(value, list) and all(isinstance(one, dict) for one in value)
-        return [less(part) for part in value] if listed else value
+        return [without_ignored(part) for part in value] if listed else value
 
-    return {name: inside(value) for name, value in less(row).items()}
+    return {name: inside(value) for name, value in without_ignored(row).items()}
 
 
 def is_turn(value: Any) -> bool:

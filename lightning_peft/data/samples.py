@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_peft.data.audio import Recording
-from lightning_peft.data.json_text import kind_of
+from lightning_peft.data.json_text import json_type
 
 Message = dict[str, Any]
 
@@ -56,7 +56,7 @@ class Sample:
         """
         if self.image is not None:
             return hashlib.sha256(self.image).digest()[:16]
-        both = [_said(turns) for turns in (self.messages, self.rejected)]
+        both = [_message_content(turns) for turns in (self.messages, self.rejected)]
         content: list[Any] = [*both, self.text, self.label]
         # Only where there is one, so that rows of other shapes keep their digest and their split.
         if self.text_pair is not None:
@@ -84,16 +84,16 @@ class Sample:
             return _digest([self.text, self.text_pair])
         if not self.messages:
             return None
-        prompt = _said(self.messages[:-1])
+        prompt = _message_content(self.messages[:-1])
         return _digest([prompt, self.context] if self.context else prompt)
 
 
 # Keys that say where a turn comes from, not what it says.
-_ORIGINS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
+_METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
 
-def _said(turns: Sequence[Message]) -> list[Message]:
-    return [{key: turn[key] for key in turn if key not in _ORIGINS} for turn in turns]
+def _message_content(turns: Sequence[Message]) -> list[Message]:
+    return [{key: turn[key] for key in turn if key not in _METADATA_KEYS} for turn in turns]
 
 
 def _digest(content: Any) -> bytes:
@@ -109,7 +109,7 @@ class RowProblems(Exception):
         self.problems = problems
 
 
-def texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def required_texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Returns the fields ``names``, each a text, or raises all that is wrong with them."""
     problems, texts = [], []
     for name in names:
@@ -117,7 +117,7 @@ def texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
         if value is None:
             problems.append(("missing", f"has no {name}"))
         elif not isinstance(value, str):
-            kind = kind_of(value)
+            kind = json_type(value)
             problems.append(("missing", f"has {kind} as {name}, not text: {shortened(value)}"))
         elif not value.strip():
             problems.append(("missing", f"has an empty {name}"))
@@ -134,7 +134,7 @@ def shortened(value: object) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def all_of(*steps: Callable[[], Any]) -> list[Any]:
+def collect(*steps: Callable[[], Any]) -> list[Any]:
     """Returns what each step returns, or raises the problems of all of them."""
     found: list[Any] = []
     problems = []

@@ -50,7 +50,7 @@ class PairRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
-    in_processes = True
+    parallelizable = True
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added"),
         *("truncated", "tokens_cut", "unknown_tokens"),
@@ -209,14 +209,14 @@ class Seq2SeqData(TokenizedData):
             kept.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("source_target", "translation", "prompt_completion")
-    fed = ("input_ids", "labels", "source", "target")
+    batch_columns = ("input_ids", "labels", "source", "target")
 
     def __init__(
         self,
@@ -235,13 +235,13 @@ class Seq2SeqData(TokenizedData):
 
     def _argument_problems(self) -> list[str]:
         problems = super()._argument_problems()
-        given = self.hparams
-        if given["max_target_length"] is not None and given["max_target_length"] < 1:
-            problems.append(f"max_target_length={given['max_target_length']} is less than 1")
+        hparams = self.hparams
+        if hparams["max_target_length"] is not None and hparams["max_target_length"] < 1:
+            problems.append(f"max_target_length={hparams['max_target_length']} is less than 1")
         names = ("source_language", "target_language")
-        if len({given[name] is None for name in names}) > 1:
-            told = ", ".join(f"{name}={given[name]!r}" for name in names)
-            problems.append(f"one language alone is given ({told}); give both, or none")
+        if len({hparams[name] is None for name in names}) > 1:
+            details = ", ".join(f"{name}={hparams[name]!r}" for name in names)
+            problems.append(f"one language alone is given ({details}); give both, or none")
         return problems
 
     @property
@@ -274,9 +274,9 @@ class Seq2SeqData(TokenizedData):
                 "rows. Say which with source_language= and target_language=."
             )
         codes = self.hparams["language_codes"] or {}
-        asked = [codes.get(language, language) for language in self.languages]
+        requested = [codes.get(language, language) for language in self.languages]
         known = [token for token in tokenizer.all_special_tokens if not token.startswith("<")]
-        strange = [code for code in asked if code not in known]
+        strange = [code for code in requested if code not in known]
         if strange:
             hints = "".join(f"\n  - {code!r}{similar_names(code, known)}" for code in strange)
             raise ConfigError(
@@ -284,7 +284,7 @@ class Seq2SeqData(TokenizedData):
                 'names with the tokenizer\'s codes: language_codes={"en": "eng_Latn"}.'
             )
         self._tokenizer = tokenizer
-        return asked
+        return requested
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -297,12 +297,12 @@ class Seq2SeqData(TokenizedData):
     @property
     def max_target_length(self) -> int:
         """Longest target in tokens."""
-        asked: int | None = self.hparams["max_target_length"]
-        return self.max_length if asked is None else asked
+        requested: int | None = self.hparams["max_target_length"]
+        return self.max_length if requested is None else requested
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of pairs."""
-        given = self.hparams
+        hparams = self.hparams
         if layout.shape.name == "translation" and self.languages is None:
             raise ConfigError(
                 "The rows hold texts in several languages. Say which is read and which is written, "
@@ -312,36 +312,36 @@ class Seq2SeqData(TokenizedData):
             self.tokenizer,
             self.max_length,
             self.max_target_length,
-            given["over_long"] == "truncate",
-            given["prefix"],
+            hparams["over_long"] == "truncate",
+            hparams["prefix"],
             self.languages,
-            given["unknown"] == "keep",
+            hparams["unknown"] == "keep",
         )
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides the tokens and labels of a row."""
         names = ("prefix", "source_language", "target_language", "language_codes", "unknown")
-        asked = {name: self.hparams[name] for name in names}
-        return {**super().encoding(), **asked, "max_target_length": self.max_target_length}
+        requested = {name: self.hparams[name] for name in names}
+        return {**super().encoding(), **requested, "max_target_length": self.max_target_length}
 
     def collator(self) -> Callable[[list[Any]], Any]:
         """Returns what pads sources and targets to a batch."""
-        return partial(pad_pairs, filler=self.filler)
+        return partial(pad_pairs, pad_token_id=self.pad_token_id)
 
 
-def pad_pairs(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Any]:
+def pad_pairs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Returns a batch of pairs, sources and targets each padded to their longest.
 
     Args:
         rows: ``input_ids``, ``labels``, ``source`` and ``target`` of each.
-        filler: Token that fills up short sources, which is not attended to.
+        pad_token_id: Token that fills up short sources, which is not attended to.
 
     Returns:
         ``input_ids`` and ``attention_mask`` of shape ``(batch, source length)`` and ``labels`` of
         shape ``(batch, target length)``, all int64, with -100 where there is no label; and the
         texts ``source`` and ``target``, lists.
     """
-    sources = pad([{"input_ids": r["input_ids"], "labels": []} for r in rows], filler)
+    sources = pad([{"input_ids": r["input_ids"], "labels": []} for r in rows], pad_token_id)
     return {
         "input_ids": sources["input_ids"],
         "attention_mask": sources["attention_mask"],

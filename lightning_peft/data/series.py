@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.data.files_read import how_read, say_how_read
 from lightning_peft.data.reading import Row, Source
+from lightning_peft.data.source_files import describe_formats, log_formats
 from lightning_peft.data.validation import Problem, describe
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.plugin.namespace import LateBoundMeta
@@ -141,14 +141,16 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         """
         if self._values is None:
             given = self.hparams
-            asked = {name: given[name] for name in ("encoding", "delimiter", "sheet")}
-            source = Source(given["data"], "train", None, None, None, False, None, "line", **asked)
+            requested = {name: given[name] for name in ("encoding", "delimiter", "sheet")}
+            source = Source(
+                given["data"], "train", None, None, None, False, None, "line", **requested
+            )
             if not source.files():
                 raise ConfigError(f"There is no file {given['data']!r}. Check the path.")
             rows = list(source.rows())
             if not rows:
                 raise ConfigError(f"There are no rows in {given['data']!r}.")
-            say_how_read(how_read(source))
+            log_formats(describe_formats(source))
             self.columns = _columns(rows, given["columns"], given["time"])
             table, problems = _table(rows, self.columns)
             if given["time"] is not None:
@@ -248,13 +250,15 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         return DataLoader(windows, self.batch_size, shuffle=shuffle, num_workers=workers)
 
 
-def _columns(rows: Sequence[Row], asked: list[str] | None, time: str | None) -> list[str]:
+def _columns(rows: Sequence[Row], requested: list[str] | None, time: str | None) -> list[str]:
     first = rows[0].value or {}
-    names = [*(asked or []), *([] if time is None else [time])]
+    names = [*(requested or []), *([] if time is None else [time])]
     unknown = [
         f"{name!r} is no column{similar_names(name, first)}" for name in names if name not in first
     ]
-    found = asked or [n for n, value in first.items() if n != time and _number(value) is not None]
+    found = requested or [
+        n for n, value in first.items() if n != time and _number(value) is not None
+    ]
     if unknown or not found:
         what = "; ".join(unknown) or "no column of the first row holds a number"
         raise ConfigError(
@@ -282,8 +286,8 @@ def _table(rows: Sequence[Row], columns: list[str]) -> tuple[Any, list[Problem]]
         for place, name in enumerate(columns):
             number = _number(row.value.get(name))
             if number is None:
-                told = f"has {row.value.get(name)!r} as {name}"
-                problems.append(Problem("value", row.file, row.number, told))
+                details = f"has {row.value.get(name)!r} as {name}"
+                problems.append(Problem("value", row.file, row.number, details))
             else:
                 table[step, place] = number
     return table, problems
@@ -302,8 +306,10 @@ def _time_problems(rows: Sequence[Row], column: str) -> list[Problem]:
     step = float(np.nanmedian(gaps)) if np.isfinite(gaps).any() else 0.0
     for place, gap in enumerate(gaps, start=1):
         if not math.isnan(gap) and not (gap > 0 and math.isclose(gap, step, rel_tol=1e-6)):
-            told = f"has {column} {values[place]!r} after {values[place - 1]!r}, not one step later"
-            problems.append(Problem("time", rows[place].file, rows[place].number, told))
+            details = (
+                f"has {column} {values[place]!r} after {values[place - 1]!r}, not one step later"
+            )
+            problems.append(Problem("time", rows[place].file, rows[place].number, details))
     return problems
 
 

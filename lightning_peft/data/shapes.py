@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from lightning_peft.data.cells import unpacked
+from lightning_peft.data.cells import parse_cells
 from lightning_peft.data.conversations import (
     parse_alpaca,
     parse_messages,
@@ -24,7 +24,7 @@ from lightning_peft.data.plain_rows import (
     parse_text,
     parse_translation,
 )
-from lightning_peft.data.row_keys import check_column, kept, unread
+from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
 from lightning_peft.data.samples import RowProblems, Sample
 from lightning_peft.errors import ConfigError
 
@@ -87,7 +87,7 @@ class Shape:
         required: Fields that each row has.
         optional: Fields that a row may have.
         parse: Makes a sample of the fields, or raises all that is wrong with them.
-        taken_by: The data class that is for such rows.
+        data_class: The data class that is for such rows.
     """
 
     name: ShapeName
@@ -95,7 +95,7 @@ class Shape:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], Sample]
-    taken_by: str
+    data_class: str
 
     @property
     def has_turns(self) -> bool:
@@ -196,7 +196,7 @@ class Layout:
         variables: Names that the chat template reads next to the turns; ``None`` where no
             template writes the rows.
         ignored: Keys of rows and turns that are left out on purpose.
-        met: Keys of the rows so far, their turns and the parts of those; only where some are
+        seen_keys: Keys of the rows so far, their turns and the parts of those; only where some are
             ignored.
     """
 
@@ -205,24 +205,24 @@ class Layout:
     split_column: str | None = None
     variables: frozenset[str] | None = None
     ignored: frozenset[str] = frozenset()
-    met: set[str] = field(default_factory=set, compare=False)
+    seen_keys: set[str] = field(default_factory=set, compare=False)
 
     def parse(self, row: Mapping[str, Any]) -> Sample | list[tuple[str, str]]:
         """Returns what ``row`` says, or all that is wrong with it as ``(kind, problem)``."""
-        row = kept(row, self.ignored, self.met) if self.ignored else row
+        row = drop_ignored(row, self.ignored, self.seen_keys) if self.ignored else row
         columns = self._columns_of(row)
         fields = {ours: row.get(theirs) for ours, theirs in columns.items()}
-        rest = unread(row, {*columns.values(), self.split_column or ""})
+        rest = unread_columns(row, {*columns.values(), self.split_column or ""})
         own = {name: rest.pop(name) for name in sorted((self.variables or frozenset()) & set(rest))}
         problems, named = self._unread(rest)
         try:
-            sample = self.shape.parse(unpacked(fields))
+            sample = self.shape.parse(parse_cells(fields))
         except RowProblems as error:
-            told = [(kind, self._in_their_words(problem)) for kind, problem in error.problems]
-            return [*told, *problems]
+            details = [(kind, self._with_column_name(problem)) for kind, problem in error.problems]
+            return [*details, *problems]
         if problems:
             return problems
-        turns = [self.renamed(key) for key in sample.unused]
+        turns = [self.with_column_name(key) for key in sample.unused]
         return replace(
             sample, context={**own, **sample.context}, unused=tuple(dict.fromkeys(named + turns))
         )
@@ -246,25 +246,25 @@ class Layout:
         problems: list[tuple[str, str]] = []
         named = []
         turns = self.shape.has_turns
-        weighed = turns or self.shape.name in ("text", "source_target", "translation")
+        trains_text = turns or self.shape.name in ("text", "source_target", "translation")
         for name, value in rest.items():
-            found = check_column(name, value, weighed, turns, self.variables is not None)
+            found = check_column(name, value, trains_text, turns, self.variables is not None)
             problems += found or []
             named += [name] if found == [] else []
         return problems, named
 
-    def renamed(self, key: str) -> str:
+    def with_column_name(self, key: str) -> str:
         """Returns a key of turns, ``"messages[].name"``, with the column's own name."""
         ours, mark, rest = key.partition("[]")
         return f"{self.columns.get(ours, ours)}{mark}{rest}"
 
-    def _in_their_words(self, problem: str) -> str:
+    def _with_column_name(self, problem: str) -> str:
         last = problem.rpartition(" ")[2]
         theirs = self.columns.get(last, last)
         return problem if theirs == last else f"{problem} (column {theirs!r})"
 
 
-def recognise(
+def detect_layout(
     rows: Sequence[Mapping[str, Any]],
     columns: Mapping[str, str] | None,
     shape: str,

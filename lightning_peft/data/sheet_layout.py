@@ -12,7 +12,7 @@ _SHOWN = 10
 
 
 @dataclass
-class Layout:
+class SheetLayout:
     """Hidden and merged parts of a sheet; rows and columns count from 1.
 
     Attributes:
@@ -67,9 +67,9 @@ class Layout:
         return None
 
 
-def layout_of(sheet: Any) -> Layout:
+def read_layout(sheet: Any) -> SheetLayout:
     """Returns the layout of a sheet of openpyxl that is read row by row."""
-    found, line = Layout(), 0
+    found, line = SheetLayout(), 0
     bounds = import_module("openpyxl.utils").range_boundaries
     with sheet._get_source() as file:
         for _, node in import_module("openpyxl.xml.functions").iterparse(file):

@@ -14,17 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.opening import readable
-from lightning_peft.data.read_as import Entry, ReadAs, Reading
+from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
+from lightning_peft.data.open_files import explain_errors
 from lightning_peft.data.shapes import FIELDS
-from lightning_peft.data.sheet_layout import Layout, layout_of
-from lightning_peft.data.table_columns import Columns, Widths, columns_of
+from lightning_peft.data.sheet_layout import SheetLayout, read_layout
+from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
 from lightning_peft.errors import ConfigError
 
 _KNOWN = {name for names in FIELDS.values() for name in names}
 
 
-def read_sheet(path: Path, name: str, sheet: str | int | None) -> Reading:
+def read_sheet(path: Path, name: str, sheet: str | int | None) -> ReadableFile:
     """Returns the rows of a sheet; numbers and dates as text, as a table of text has them.
 
     Args:
@@ -42,12 +42,12 @@ def read_sheet(path: Path, name: str, sheet: str | int | None) -> Reading:
             "'lightning-peft[excel]'. Or save its sheet as CSV (UTF-8)."
         )
     with _book(path, name) as books:
-        found = {title: _seen(books[0][title]) for title in books[0].sheetnames}
+        found = {title: _scan_names(books[0][title]) for title in books[0].sheetnames}
         hidden = {t for t in found if books[0][t].sheet_state != "visible"}
-    title = _chosen(found, hidden, name, sheet)
+    title = _choose_sheet(found, hidden, name, sheet)
     _refuse_names_below(found[title], name, title)
-    columns = columns_of(found[title], name, None)
-    layout, notes = _looked_at(path, name, title, columns)
+    columns = resolve_columns(found[title], name, None)
+    layout, notes = _scan(path, name, title, columns)
     notes = [*(["the sheet is hidden"] if title in hidden else []), *columns.notes, *notes]
     others = [
         f"{other} (hidden)" if other in hidden else other
@@ -56,15 +56,15 @@ def read_sheet(path: Path, name: str, sheet: str | int | None) -> Reading:
     ]
     if others:
         notes.append(f"other sheets are not read: {', '.join(others)}")
-    read_as = ReadAs("Excel", sheet=title, notes=tuple(notes))
-    return Reading(read_as, lambda: _rows(path, name, title, columns, layout))
+    format = FileFormat("Excel", sheet=title, notes=tuple(notes))
+    return ReadableFile(format, lambda: _rows(path, name, title, columns, layout))
 
 
 @contextmanager
 def _book(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
     """Opens a workbook, with the values of its formulas and with the formulas themselves."""
     openpyxl = import_module("openpyxl")
-    with readable(name):
+    with explain_errors(name):
         content = path.read_bytes()
     books: list[Any] = []
     try:
@@ -100,8 +100,8 @@ def _cells(sheet: Any, name: str) -> Iterator[tuple[Any, ...]]:
         yield row
 
 
-def _seen(sheet: Any) -> Widths:
-    widths = Widths()
+def _scan_names(sheet: Any) -> TableScan:
+    widths = TableScan()
     for line, row in enumerate(_cells(sheet, sheet.title), start=1):
         record = _texts(row)
         if widths.header or any(value is not None for value in record):
@@ -138,7 +138,9 @@ def _text(value: Any) -> str | None:
     return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda found: chr(int(found[1], 16)), str(value))
 
 
-def _chosen(found: dict[str, Widths], hidden: set[str], name: str, sheet: str | int | None) -> str:
+def _choose_sheet(
+    found: dict[str, TableScan], hidden: set[str], name: str, sheet: str | int | None
+) -> str:
     titles = list(found)
     if sheet is not None:
         number = int(sheet) if str(sheet).isdecimal() and str(sheet) not in titles else None
@@ -163,7 +165,7 @@ def _chosen(found: dict[str, Widths], hidden: set[str], name: str, sheet: str | 
     )
 
 
-def _looked_at(path: Path, name: str, title: str, columns: Columns) -> tuple[Layout, list[str]]:
+def _scan(path: Path, name: str, title: str, columns: Columns) -> tuple[SheetLayout, list[str]]:
     """Returns the layout of a sheet, and what is hidden in it or becomes text, by column.
 
     Raises:
@@ -173,7 +175,7 @@ def _looked_at(path: Path, name: str, title: str, columns: Columns) -> tuple[Lay
     lines = []
     with _book(path, name) as books:
         try:
-            layout = layout_of(books[0][title])
+            layout = read_layout(books[0][title])
         # As on reading its cells.
         except Exception as error:
             raise ConfigError(_damaged(name)) from error
@@ -224,17 +226,19 @@ def _refuse_formulas(header: tuple[Any, ...], line: int, formulas: Any, name: st
         )
 
 
-def _refuse_names_below(seen: Widths, name: str, title: str) -> None:
+def _refuse_names_below(scan: TableScan, name: str, title: str) -> None:
     """Refuses a title above the names of the columns that has as many cells as they."""
-    below = seen.named
-    if below is not None and not _KNOWN & set(seen.header):
+    below = scan.named
+    if below is not None and not _KNOWN & set(scan.header):
         raise ConfigError(
             f"{name!r} has names of columns in row {below} of the sheet {title!r}, below "
-            f"{seen.header}. They belong into the first row: delete the rows above them in Excel."
+            f"{scan.header}. They belong into the first row: delete the rows above them in Excel."
         )
 
 
-def _rows(path: Path, name: str, title: str, columns: Columns, layout: Layout) -> Iterator[Entry]:
+def _rows(
+    path: Path, name: str, title: str, columns: Columns, layout: SheetLayout
+) -> Iterator[FileRow]:
     with _book(path, name) as books:
         pairs = zip(_cells(books[0][title], name), _cells(books[1][title], name), strict=False)
         started, number = False, 0
@@ -248,13 +252,15 @@ def _rows(path: Path, name: str, title: str, columns: Columns, layout: Layout) -
                 continue
             number += 1
             value = None
-            problem = problem or layout.merged_in(line, columns.names) or _beside(row, columns)
+            problem = (
+                problem or layout.merged_in(line, columns.names) or _outside_problem(row, columns)
+            )
             if problem is None:
                 value, problem = columns.row(record, line)
-            yield Entry(number, value, problem)
+            yield FileRow(number, value, problem)
 
 
-def _beside(row: tuple[Any, ...], columns: Columns) -> str | None:
+def _outside_problem(row: tuple[Any, ...], columns: Columns) -> str | None:
     """Returns where a row has a value to the right of the names of the columns."""
     cell = next((cell for cell in row[columns.width :] if cell.value is not None), None)
     if cell is None:

@@ -14,9 +14,9 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from lightning_peft.data import cache
 from lightning_peft.data.audio import Recording
-from lightning_peft.data.preparation import Settings
+from lightning_peft.data.preparation import PreparationSettings
+from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.rows_data import RowsData
 from lightning_peft.data.sequence_to_sequence import pad_labels
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.speech_rows import AudioSource, SpeechRows
@@ -25,12 +25,12 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 
 # Whisper's decoder has so many places; others have more.
-LONGEST_TRANSCRIPT = 448
+MAX_TRANSCRIPT_TOKENS = 448
 # Where the feature extractor does not say what its model hears at once.
-LONGEST_SECONDS = 30.0
+DEFAULT_MAX_SECONDS = 30.0
 
 
-class SpeechData(RowsData):
+class SpeechData(RowDataModule):
     """Recordings and their transcripts to train a speech recognizer on.
 
     Every row is checked before training, and every recording is read once for that. What the model
@@ -48,14 +48,15 @@ class SpeechData(RowsData):
         max_seconds: Longest recording; by default what the model hears at once: 30 for Whisper.
         max_length: Longest transcript in tokens; 448, which is Whisper's, by default.
         processor_revision: Branch, tag or commit of the processor on the hub.
-        **options: Keyword arguments of :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+        **options: Keyword arguments of
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("speech",)
-    fed = ("path", "content", "seconds", "labels", "target")
+    batch_columns = ("path", "content", "seconds", "labels", "target")
 
     def __init__(
         self,
@@ -89,12 +90,12 @@ class SpeechData(RowsData):
         if self._tokenizer is None:
             name, revision = self.hparams["processor"], self.hparams["processor_revision"]
             tokenizer: Any = load_tokenizer(name, revision)
-            asked = self.generation
+            requested = self.generation
             if hasattr(tokenizer, "set_prefix_tokens"):
-                _set_language(tokenizer, asked)
-            elif asked:
+                _set_language(tokenizer, requested)
+            elif requested:
                 raise ConfigError(
-                    f"{asked} is given, and the tokenizer {self.hparams['processor']!r} has no "
+                    f"{requested} is given, and the tokenizer {self.hparams['processor']!r} has no "
                     "tokens for languages and tasks. Leave them out."
                 )
             self._tokenizer = tokenizer
@@ -117,7 +118,7 @@ class SpeechData(RowsData):
         """
         if self._extractor is None:
             given = self.hparams["feature_extractor"]
-            self._extractor = self._load_extractor() if given is None else _made(given)
+            self._extractor = self._load_extractor() if given is None else _build_extractor(given)
         return self._extractor
 
     def _load_extractor(self) -> Any:
@@ -136,8 +137,8 @@ class SpeechData(RowsData):
     @property
     def max_length(self) -> int:
         """Longest transcript in tokens."""
-        limit, asked = int(self.tokenizer.model_max_length), self.hparams["max_length"]
-        return min(limit, LONGEST_TRANSCRIPT if asked is None else asked)
+        limit, requested = int(self.tokenizer.model_max_length), self.hparams["max_length"]
+        return min(limit, MAX_TRANSCRIPT_TOKENS if requested is None else requested)
 
     @property
     def max_seconds(self) -> float:
@@ -146,15 +147,16 @@ class SpeechData(RowsData):
         Raises:
             ConfigError: If more is asked for than the model hears at once.
         """
-        extractor, asked = self.extractor, self.hparams["max_seconds"]
+        extractor, requested = self.extractor, self.hparams["max_seconds"]
         heard = getattr(extractor, "n_samples", None)
-        limit = LONGEST_SECONDS if heard is None else heard / extractor.sampling_rate
-        if asked is not None and heard is not None and asked > limit:
+        limit = DEFAULT_MAX_SECONDS if heard is None else heard / extractor.sampling_rate
+        if requested is not None and heard is not None and requested > limit:
             raise ConfigError(
-                f"max_seconds={asked:g} is more than the {limit:g} seconds that the model hears at "
-                "once: it would be trained on a transcript of what it never heard. Lower it."
+                f"max_seconds={requested:g} is more than the {limit:g} seconds that the model "
+                "hears at once: it would be trained on a transcript of what it never heard. Lower "
+                "it."
             )
-        return limit if asked is None else float(asked)
+        return limit if requested is None else float(requested)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of recordings and transcripts."""
@@ -188,7 +190,7 @@ class SpeechData(RowsData):
         column = (self.hparams["columns"] or {}).get("audio")
         return [AudioSource(**vars(source), column=column) for source in super()._sources()]
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> PreparationSettings:
         # A text beside a recording would be recognised as plain text.
         return replace(super()._settings(), shape="speech")
 
@@ -246,8 +248,8 @@ class SpeechBatch:
 _CHANGED = "Recordings must stay as they are while a run goes on; start it again."
 
 
-def _set_language(tokenizer: Any, asked: dict[str, Any]) -> None:
-    language, task = asked.get("language"), asked.get("task")
+def _set_language(tokenizer: Any, requested: dict[str, Any]) -> None:
+    language, task = requested.get("language"), requested.get("task")
     code = TO_LANGUAGE_CODE.get(str(language).lower(), str(language).lower())
     wanted = [f"<|{token}|>" for token in (language and code, task) if token is not None]
     try:
@@ -260,13 +262,13 @@ def _set_language(tokenizer: Any, asked: dict[str, Any]) -> None:
     if lacking:
         known = [token[2:-2] for token in tokenizer.all_special_tokens if token.startswith("<|")]
         raise ConfigError(
-            f"{asked} cannot be used: the tokenizer {tokenizer.name_or_path!r} has no token "
+            f"{requested} cannot be used: the tokenizer {tokenizer.name_or_path!r} has no token "
             f"{' and '.join(lacking)}{similar_names(str(language), [*known, *TO_LANGUAGE_CODE])}. "
             "Name what the model was trained on."
         )
 
 
-def _made(settings: dict[str, Any]) -> Any:
+def _build_extractor(settings: dict[str, Any]) -> Any:
     given = dict(settings)
     name = given.pop("feature_extractor_type", None)
     kind = feature_extractor_class_from_name(name) if isinstance(name, str) else None

@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong
+from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run, token_runs
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.thoughts import Reasoning
+from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
 
@@ -41,7 +41,7 @@ class SupervisedRows(RowEncoder):
             "part": Value("int32"),
         }
     )
-    in_processes = True
+    parallelizable = True
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
         "further_parts",
@@ -115,14 +115,14 @@ class SupervisedData(TokenizedData):
         packing: Put several examples in a row of ``max_length`` tokens, kept apart exactly.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("messages", "alpaca", "prompt_completion", "text")
-    fed = ("input_ids", "labels")
+    batch_columns = ("input_ids", "labels")
 
     def __init__(
         self,
@@ -150,40 +150,40 @@ class SupervisedData(TokenizedData):
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of turns, or of plain text."""
-        given = self.hparams
+        hparams = self.hparams
         plain = layout.shape.name == "text"
-        if given["over_long"] == "split" and not plain:
+        if hparams["over_long"] == "split" and not plain:
             raise ConfigError(
                 f'over_long="split" is for plain text, and the rows are {layout.shape.title}: the '
                 'second half would have no prompt. Use "truncate", or raise max_length.'
             )
-        if plain and given["system_prompt"] is not None:
+        if plain and hparams["system_prompt"] is not None:
             raise ConfigError(
-                f"system_prompt={given['system_prompt']!r} is given, and plain text has no turns. "
-                "Leave it out."
+                f"system_prompt={hparams['system_prompt']!r} is given, and plain text has no "
+                "turns. Leave it out."
             )
-        template = None if plain else find_template(self.tokenizer, given["chat_template"])
+        template = None if plain else find_template(self.tokenizer, hparams["chat_template"])
         encoder = Encoder(
             self.tokenizer,
             template,
             self.max_length,
-            given["loss_on"],
-            given["over_long"],
-            given["reasoning"],
-            given["chat_template_kwargs"],
+            hparams["loss_on"],
+            hparams["over_long"],
+            hparams["reasoning"],
+            hparams["chat_template_kwargs"],
         )
-        return SupervisedRows(encoder, given["system_prompt"])
+        return SupervisedRows(encoder, hparams["system_prompt"])
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides the tokens and labels of a row."""
         names = ("chat_template", "system_prompt", "loss_on", "reasoning", "chat_template_kwargs")
         template = getattr(self.tokenizer, "chat_template", None)
-        asked = {name: self.hparams[name] for name in names}
-        return {**super().encoding(), **asked, "tokenizers_template": template}
+        requested = {name: self.hparams[name] for name in names}
+        return {**super().encoding(), **requested, "tokenizers_template": template}
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the tokens of a row, in runs that are trained or not."""
-        return token_runs(self.tokenizer, row["input_ids"], row["labels"])
+        return token_spans(self.tokenizer, row["input_ids"], row["labels"])
 
     def rows(self, split: str) -> Any:
         """Returns the rows, several to a row if packed."""
@@ -194,7 +194,9 @@ class SupervisedData(TokenizedData):
 
     def collator(self) -> Callable[[list[Any]], Any]:
         """Returns what pads rows to a batch, or joins packed ones."""
-        return partial(packed.collate if self.hparams["packing"] else pad, filler=self.filler)
+        return partial(
+            packed.collate if self.hparams["packing"] else pad, pad_token_id=self.pad_token_id
+        )
 
     def on_after_batch_transfer(
         self, batch: dict[str, Tensor], dataloader_idx: int

@@ -20,7 +20,7 @@ _ABSENT = frozenset(
 
 
 @dataclass
-class Widths:
+class TableScan:
     """What is seen of all rows of a table before the first is read.
 
     Attributes:
@@ -113,29 +113,29 @@ class Columns:
         }, None
 
 
-def columns_of(seen: Widths, name: str, empty: str | None = "") -> Columns:
+def resolve_columns(scan: TableScan, name: str, empty: str | None = "") -> Columns:
     """Returns the columns of a table.
 
     Args:
-        seen: What was seen of its rows.
+        scan: What was seen of its rows.
         name: What messages call the file.
         empty: What stands for a field that is not there.
 
     Raises:
         ConfigError: If columns have one name twice, or the rows do not fit the names.
     """
-    header, notes = list(seen.header), []
-    shift = _shift(seen, name)
+    header, notes = list(scan.header), []
+    shift = _shift(scan, name)
     if shift:
         notes.append("the first field of each row has no column name and is an index: not read")
     names = {place + shift: title for place, title in enumerate(header)}
     for place, title in list(names.items()):
         if title:
             continue
-        if place == 0 and seen.index and seen.rows:
+        if place == 0 and scan.index and scan.rows:
             notes.append("the first column has no name and is an index: not read")
             del names[place]
-        elif place not in seen.used:
+        elif place not in scan.used:
             del names[place]
         else:
             names[place] = f"Unnamed: {place}"
@@ -145,36 +145,36 @@ def columns_of(seen: Widths, name: str, empty: str | None = "") -> Columns:
             f"{name!r} has the columns {repeated} twice below the {len(header)} column names "
             f"{header}. Its first line names each column once."
         )
-    if seen.blank:
-        notes.append(f"{seen.blank:,} rows without any value are left out and not counted")
-    if seen.narrow:
-        numbers = ", ".join(map(str, seen.narrow))
+    if scan.blank:
+        notes.append(f"{scan.blank:,} rows without any value are left out and not counted")
+    if scan.narrow:
+        numbers = ", ".join(map(str, scan.narrow))
         notes.append(
             f"rows with fewer fields than columns (first {numbers}): those missing are empty"
         )
     notes += [
         f"column {names[place]!r} has the text {word!r} (first in row {row}): if that is no value, "
         "leave it empty"
-        for place, (word, row) in sorted(seen.absent.items())
+        for place, (word, row) in sorted(scan.absent.items())
         if place in names
     ]
     return Columns(names, len(header) + shift, empty, tuple(notes))
 
 
-def _shift(seen: Widths, name: str) -> int:
+def _shift(scan: TableScan, name: str) -> int:
     """Returns 1 where each row begins with an index that has no name, as R writes it."""
-    wide = len(seen.header)
-    over = {width: count for width, count in seen.widths.items() if width > wide}
-    if not over or not any(place >= wide for place in seen.used):
+    wide = len(scan.header)
+    over = {width: count for width, count in scan.widths.items() if width > wide}
+    if not over or not any(place >= wide for place in scan.used):
         return 0
-    if seen.widths == {wide + 1: seen.rows} and seen.counted and seen.rows > 1:
+    if scan.widths == {wide + 1: scan.rows} and scan.counted and scan.rows > 1:
         return 1
-    if sum(over.values()) == seen.rows or (wide == 1 and 2 * sum(over.values()) > seen.rows):
-        row, line = seen.wide[0]
+    if sum(over.values()) == scan.rows or (wide == 1 and 2 * sum(over.values()) > scan.rows):
+        row, line = scan.wide[0]
         fields = max(over, key=lambda width: over[width])
         raise ConfigError(
             f"{name!r} has {fields} fields in row {row} below the {wide} column names "
-            f"{seen.header}. Its first line names each column once; text with the delimiter in it "
+            f"{scan.header}. Its first line names each column once; text with the delimiter in it "
             f"is in quotes. Where a title stands above the names: {_without_title(name, line)}"
         )
     return 0

@@ -56,7 +56,7 @@ class Dialect:
         )
 
 
-def delimiter_given(given: str) -> str:
+def parse_delimiter(given: str) -> str:
     """Returns the delimiter that the user means, such as ``";"`` or ``"tab"``.
 
     Raises:
@@ -71,7 +71,7 @@ def delimiter_given(given: str) -> str:
     return found
 
 
-def dialect_of(head: str, whole: bool, usual: str, given: str | None) -> Dialect:
+def detect_dialect(head: str, whole: bool, usual: str, given: str | None) -> Dialect:
     """Returns how a table is written, by its first lines.
 
     Args:
@@ -81,11 +81,11 @@ def dialect_of(head: str, whole: bool, usual: str, given: str | None) -> Dialect
         given: The delimiter that the user says it has.
     """
     skipped = 0
-    said = re.match(r'"?sep=(.)"?\r?\n', head)
-    if said:
+    excel_hint = re.match(r'"?sep=(.)"?\r?\n', head)
+    if excel_hint:
         # A line that Excel writes for itself.
-        skipped, head = 1, head[said.end() :]
-        given = given or said[1]
+        skipped, head = 1, head[excel_hint.end() :]
+        given = given or excel_hint[1]
     candidates = (given,) if given is not None else _USUAL
     found = _best(head, whole, candidates, usual)
     if found is None and given is None:
@@ -98,8 +98,8 @@ def dialect_of(head: str, whole: bool, usual: str, given: str | None) -> Dialect
 def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dialect | None:
     ranked = []
     for delimiter in candidates:
-        for dialect in _ways(head, delimiter):
-            records = _some(dialect, head, whole)
+        for dialect in _candidates(head, delimiter):
+            records = _sample_records(dialect, head, whole)
             if not records or len(records[0]) < 2:
                 continue
             width = len(records[0])
@@ -110,7 +110,7 @@ def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dial
     return max(ranked, key=lambda one: one[0])[1] if ranked else None
 
 
-def _ways(head: str, delimiter: str) -> Iterator[Dialect]:
+def _candidates(head: str, delimiter: str) -> Iterator[Dialect]:
     plain = Dialect(delimiter)
     first = head.partition("\n")[0].strip()
     names = first.split(delimiter)
@@ -122,7 +122,7 @@ def _ways(head: str, delimiter: str) -> Iterator[Dialect]:
     yield replace(plain, spaced=spaced)
 
 
-def _some(dialect: Dialect, head: str, whole: bool) -> list[list[str]]:
+def _sample_records(dialect: Dialect, head: str, whole: bool) -> list[list[str]]:
     found: list[list[str]] = []
     try:
         for record in dialect.records(io.StringIO(head, newline="")):

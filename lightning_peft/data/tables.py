@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_peft.data.charsets import Charset
-from lightning_peft.data.opening import compression_of, opened
-from lightning_peft.data.read_as import Entry, Reading, of_text
-from lightning_peft.data.table_columns import Columns, Widths, columns_of
-from lightning_peft.data.table_dialect import Dialect, delimiter_given, dialect_of
+from lightning_peft.data.file_format import FileRow, ReadableFile, text_format
+from lightning_peft.data.open_files import compression_of, open_file
+from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
+from lightning_peft.data.table_dialect import Dialect, detect_dialect, parse_delimiter
 from lightning_peft.errors import ConfigError
 
 _HEAD = 1 << 18
@@ -21,7 +21,7 @@ _HEAD = 1 << 18
 
 def read_table(
     path: Path, name: str, charset: Charset, suffix: str, delimiter: str | None
-) -> Reading:
+) -> ReadableFile:
     """Returns the rows of a table, every value a text.
 
     Args:
@@ -50,28 +50,28 @@ def read_table(
             f"{name!r} begins like JSON, and its name says that it is a table. Name it .jsonl "
             f"where each line is an object, else .json: mv {name} {Path(name).stem}.jsonl"
         )
-    given = None if delimiter is None else delimiter_given(delimiter)
-    dialect = dialect_of(head, whole, "\t" if suffix == ".tsv" else ",", given)
-    dialect, widths = table.looked_at(dialect)
-    columns = columns_of(widths, name)
+    given = None if delimiter is None else parse_delimiter(delimiter)
+    dialect = detect_dialect(head, whole, "\t" if suffix == ".tsv" else ",", given)
+    dialect, widths = table.scan(dialect)
+    columns = resolve_columns(widths, name)
     notes = list(columns.notes)
     if dialect.escaped:
         notes.append("quotes in a value have a backslash before them")
     if dialect.quote != '"':
         notes.append("values are in single quotes")
     kind = "TSV" if suffix == ".tsv" else "CSV"
-    read_as = of_text(
+    format = text_format(
         kind,
         charset,
         compression_of(path),
         delimiter=dialect.delimiter if len(widths.header) > 1 else None,
         notes=tuple(notes),
     )
-    return Reading(read_as, lambda: table.rows(dialect, columns))
+    return ReadableFile(format, lambda: table.rows(dialect, columns))
 
 
 def _damaged_line(path: Path, name: str) -> int:
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
@@ -89,13 +89,13 @@ class _Table:
     @contextmanager
     def text(self) -> Iterator[io.TextIOWrapper]:
         """Opens it as text, with its line ends as they are."""
-        with opened(self.path, self.name) as file:
+        with open_file(self.path, self.name) as file:
             text = io.TextIOWrapper(file, self.charset.name, newline="")
             yield text
             # Closing is for whoever opened it.
             text.detach()
 
-    def looked_at(self, dialect: Dialect) -> tuple[Dialect, Widths]:
+    def scan(self, dialect: Dialect) -> tuple[Dialect, TableScan]:
         """Reads all of it, and returns how it is quoted and what its rows look like.
 
         Raises:
@@ -105,12 +105,12 @@ class _Table:
             return dialect, self._widths(dialect)
         except _QuoteError as error:
             if not self._has_escaped_quotes():
-                raise error.words from error
+                raise error.config_error from error
             escaped = replace(dialect, escaped=True)
             try:
                 return escaped, self._widths(escaped)
             except _QuoteError:
-                raise error.words from error
+                raise error.config_error from error
 
     def _has_escaped_quotes(self) -> bool:
         """Says whether quotes have a backslash before them.
@@ -132,8 +132,8 @@ class _Table:
             )
         return found
 
-    def _widths(self, dialect: Dialect) -> Widths:
-        widths = Widths()
+    def _widths(self, dialect: Dialect) -> TableScan:
+        widths = TableScan()
         ends: dict[str, int] = {}
         for line, end, record in self._records(dialect):
             widths.add(record, line)
@@ -155,7 +155,7 @@ class _Table:
         with self.text() as text:
             for _ in range(dialect.skipped):
                 text.readline()
-            last = _Last(text)
+            last = _LineRecorder(text)
             reader = dialect.records(last)
             while True:
                 first = dialect.skipped + reader.line_num + 1
@@ -170,7 +170,7 @@ class _Table:
                     ending = last.lines[-1] if last.lines else ""
                     yield first, ending[len(ending.rstrip("\r\n")) :][-2:], record
 
-    def rows(self, dialect: Dialect, columns: Columns) -> Iterator[Entry]:
+    def rows(self, dialect: Dialect, columns: Columns) -> Iterator[FileRow]:
         """Yields the rows."""
         number, records = 0, self._records(dialect)
         # The names of the columns.
@@ -179,10 +179,10 @@ class _Table:
             if any(record):
                 number += 1
                 value, problem = columns.row(record, line)
-                yield Entry(number, value, problem)
+                yield FileRow(number, value, problem)
 
 
-class _Last:
+class _LineRecorder:
     """Hands lines on, and keeps those of the record that is being read."""
 
     def __init__(self, text: io.TextIOWrapper) -> None:
@@ -204,7 +204,7 @@ class _QuoteError(Exception):
         super().__init__(name)
         line, field, what = _quote_fault("".join(lines), dialect)
         at = first + line
-        self.words = ConfigError(
+        self.config_error = ConfigError(
             f"{name!r} has {what} in line {at}, field {field}. Double a quote that is part of the "
             f'text ("" for "), and put such a value in quotes. To see the line: sed -n {at}p {name}'
         )

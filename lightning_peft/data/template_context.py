@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_peft.data.samples import RowProblems, all_of, shortened
-from lightning_peft.data.tool_calls import is_empty, parsed, read_tools
+from lightning_peft.data.samples import RowProblems, collect, shortened
+from lightning_peft.data.tool_calls import is_empty, json_value, read_tools
 
 # Arguments of `apply_chat_template` that are not variables of a template, or set for each row.
 RESERVED = frozenset(
@@ -25,7 +25,7 @@ def read_context(fields: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RowProblems: With all that is wrong with it.
     """
-    tools, documents, variables = all_of(
+    tools, documents, variables = collect(
         lambda: read_tools(fields.get("tools"), "tools"),
         lambda: _documents(fields.get("documents")),
         lambda: _variables(fields.get("chat_template_kwargs")),
@@ -35,7 +35,7 @@ def read_context(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _documents(value: Any) -> list[Any]:
-    found = parsed(value)
+    found = json_value(value)
     if is_empty(found):
         return []
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
@@ -45,7 +45,7 @@ def _documents(value: Any) -> list[Any]:
 
 
 def _variables(value: Any) -> dict[str, Any]:
-    found = parsed(value)
+    found = json_value(value)
     if is_empty(found):
         return {}
     if not isinstance(found, dict):

@@ -55,22 +55,22 @@ class Template:
         return re.search(r"\{%[-+]?\s*generation\b", self.text) is not None
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Template:
+def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> Template:
     """Returns the template to render conversations with.
 
     Args:
         tokenizer: The tokenizer.
-        asked: ``None`` for the tokenizer's own, else ``"chatml"``, ``"plain"``, ``"raw"``, the name
-            of one of several that the tokenizer has, or the Jinja source of a template.
+        requested: ``None`` for the tokenizer's own, else ``"chatml"``, ``"plain"``, ``"raw"``, the
+            name of one of several that the tokenizer has, or the Jinja source of a template.
 
     Raises:
         ConfigError: If the tokenizer has none and none was asked for, or the name is unknown.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    if asked is None:
+    if requested is None:
         if several:
-            return Template(f"of {name}", _of_several(several, name))
+            return Template(f"of {name}", _combine_named(several, name))
         try:
             return Template(f"of {name}", tokenizer.get_chat_template())
         except ValueError as error:
@@ -81,22 +81,22 @@ def find_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> Temp
                 'in words), "raw" (prompt and answer one after the other), or Jinja source. Ask '
                 "the tuned model with the same one."
             ) from error
-    if asked in NAMED:
+    if requested in NAMED:
         starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         # As the tokenizer begins every other text.
-        return Template(asked, ("{{ bos_token }}" if starts else "") + NAMED[asked])
-    if asked in several:
-        return Template(f"{asked!r} of {name}", several[asked])
-    if "{%" not in asked and "{{" not in asked:
+        return Template(requested, ("{{ bos_token }}" if starts else "") + NAMED[requested])
+    if requested in several:
+        return Template(f"{requested!r} of {name}", several[requested])
+    if "{%" not in requested and "{{" not in requested:
         known = [*NAMED, *several]
         raise ConfigError(
-            f"chat_template={asked!r} is neither Jinja source nor one of {', '.join(known)}"
-            f"{similar_names(asked, known)}."
+            f"chat_template={requested!r} is neither Jinja source nor one of {', '.join(known)}"
+            f"{similar_names(requested, known)}."
         )
-    return Template("given as chat_template", asked)
+    return Template("given as chat_template", requested)
 
 
-def _of_several(several: dict[str, str], name: str) -> str:
+def _combine_named(several: dict[str, str], name: str) -> str:
     """Returns one source for a tokenizer with named templates, which chooses as transformers does.
 
     Rows with tools are written by the template ``tool_use`` where there is one, and all others by

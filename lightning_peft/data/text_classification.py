@@ -13,12 +13,12 @@ from datasets import Sequence as ListOf
 from torch import Tensor
 
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled import LabelledData
+from lightning_peft.data.labelled_data import LabelledData
 from lightning_peft.data.labels import LabelNames
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run, token_runs
+from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.validation import EncodingProblem
 
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ class TextLabelRows(RowEncoder):
         length = len(full["input_ids"])
         if length <= self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2):
             raise EncodingProblem("missing", "has a text of which the tokenizer makes no token")
-        kept = full
+        tokens = full
         if length > self.max_length:
             if not self.truncate:
                 raise EncodingProblem(
                     "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
                 )
             # Of a pair, the longer text is cut first.
-            kept = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
-        ids = kept["input_ids"]
-        types = kept.get("token_type_ids", [])
+            tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        ids = tokens["input_ids"]
+        types = tokens.get("token_type_ids", [])
         return [
             {
                 "input_ids": ids,
@@ -131,26 +131,26 @@ class TextClassificationData(LabelledData):
             the tokenizer cuts, which is usually the end; of two texts, the longer one.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("text_label",)
-    fed = ("input_ids", "token_type_ids", "label")
+    batch_columns = ("input_ids", "token_type_ids", "label")
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of texts."""
-        given = self.hparams
-        names = LabelNames(given["labels"])
-        truncate = given["over_long"] == "truncate"
+        hparams = self.hparams
+        names = LabelNames(hparams["labels"])
+        truncate = hparams["over_long"] == "truncate"
         return TextLabelRows(self.tokenizer, names, self.max_length, truncate)
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the text as the model reads it, and its label."""
-        text = token_runs(self.tokenizer, row["input_ids"], [IGNORED] * len(row["input_ids"]))
-        return [*text, Run(False, "\n", []), Run(True, row["label"], [])]
+        text = token_spans(self.tokenizer, row["input_ids"], [IGNORED] * len(row["input_ids"]))
+        return [*text, TextSpan(False, "\n", []), TextSpan(True, row["label"], [])]
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Returns the number of rows of each label."""
@@ -160,17 +160,17 @@ class TextClassificationData(LabelledData):
     def collator(self) -> Callable[[list[Any]], Any]:
         """Returns what pads rows to a batch and numbers their labels."""
         numbers = {name: number for number, name in enumerate(self.labels)}
-        return partial(collate_texts, filler=self.filler, numbers=numbers)
+        return partial(collate_texts, pad_token_id=self.pad_token_id, numbers=numbers)
 
 
 def collate_texts(
-    rows: Sequence[dict[str, Any]], filler: int, numbers: dict[str, int]
+    rows: Sequence[dict[str, Any]], pad_token_id: int, numbers: dict[str, int]
 ) -> dict[str, Tensor]:
     """Returns a batch of texts.
 
     Args:
         rows: ``input_ids``, ``token_type_ids`` (empty where the tokenizer has none), ``label``.
-        filler: Token that fills up short rows, which is not attended to.
+        pad_token_id: Token that fills up short rows, which is not attended to.
         numbers: Name of each label to its number.
 
     Returns:
@@ -178,12 +178,12 @@ def collate_texts(
         ``(batch, length)``, and ``labels``, ``(batch,)``; all int64.
     """
     return {
-        **padded_tokens(rows, filler),
+        **padded_tokens(rows, pad_token_id),
         "labels": torch.tensor([numbers[row["label"]] for row in rows]),
     }
 
 
-def padded_tokens(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tensor]:
+def padded_tokens(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns ``input_ids``, ``attention_mask`` and, if there are, ``token_type_ids`` of rows."""
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     longest = int(lengths.max())
@@ -192,7 +192,7 @@ def padded_tokens(rows: Sequence[dict[str, Any]], filler: int) -> dict[str, Tens
         return torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
 
     mask = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
-    batch = {"input_ids": filled("input_ids", filler), "attention_mask": mask}
+    batch = {"input_ids": filled("input_ids", pad_token_id), "attention_mask": mask}
     if rows[0]["token_type_ids"]:
         batch["token_type_ids"] = filled("token_type_ids", 0)
     return batch

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning_peft.data.charsets import Charset
-from lightning_peft.data.json_text import parsed
-from lightning_peft.data.opening import compression_of, opened
-from lightning_peft.data.read_as import Entry, Reading, TextUnit, of_text
+from lightning_peft.data.file_format import FileRow, ReadableFile, TextUnit, text_format
+from lightning_peft.data.json_text import parse_json
+from lightning_peft.data.open_files import compression_of, open_file
 
 _DAMAGED = re.compile("[\udc80-\udcff]")
 
 
-def read_text(path: Path, name: str, charset: Charset, unit: TextUnit) -> Reading:
+def read_text(path: Path, name: str, charset: Charset, unit: TextUnit) -> ReadableFile:
     """Returns the rows of a text file, each with the field ``text``; empty ones are left out.
 
     Args:
@@ -25,19 +25,19 @@ def read_text(path: Path, name: str, charset: Charset, unit: TextUnit) -> Readin
         unit: What is one row.
     """
     notes = []
-    with opened(path, name) as file:
+    with open_file(path, name) as file:
         first = file.readline(1 << 16).decode(charset.name, "replace").strip()
-    if first.startswith("{") and isinstance(parsed(first)[0], dict):
+    if first.startswith("{") and isinstance(parse_json(first)[0], dict):
         notes.append(
             "its first line is a JSON object, and it is trained as plain text; name the file "
             ".jsonl to train on what the fields say"
         )
-    read_as = of_text("text", charset, compression_of(path), notes=tuple(notes))
-    return Reading(read_as, lambda: _entries(path, name, charset, unit))
+    format = text_format("text", charset, compression_of(path), notes=tuple(notes))
+    return ReadableFile(format, lambda: _entries(path, name, charset, unit))
 
 
-def _entries(path: Path, name: str, charset: Charset, unit: TextUnit) -> Iterator[Entry]:
-    with opened(path, name) as file:
+def _entries(path: Path, name: str, charset: Charset, unit: TextUnit) -> Iterator[FileRow]:
+    with open_file(path, name) as file:
         errors = "strict" if charset.whole else "surrogateescape"
         text = io.TextIOWrapper(file, charset.name, errors=errors)
         parts = {"line": _lines, "paragraph": _paragraphs}.get(unit, _document)(text)
@@ -46,9 +46,9 @@ def _entries(path: Path, name: str, charset: Charset, unit: TextUnit) -> Iterato
             if damaged is not None:
                 byte = ord(damaged[0]) - 0xDC00
                 problem = f"is not UTF-8 (byte 0x{byte:02x} as character {damaged.start() + 1})"
-                yield Entry(number, None, problem)
+                yield FileRow(number, None, problem)
             elif part.strip():
-                yield Entry(number, {"text": part})
+                yield FileRow(number, {"text": part})
         text.detach()
 
 

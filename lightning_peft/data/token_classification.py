@@ -14,13 +14,13 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled import LabelledData
+from lightning_peft.data.labelled_data import LabelledData
 from lightning_peft.data.labels import LabelNames
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run
 from lightning_peft.data.text_classification import check_marks, padded_tokens, special_tokens_in
+from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
@@ -88,27 +88,27 @@ class TagRows(RowEncoder):
                 "makes no token",
             )
         ids, length = found["input_ids"], len(found["input_ids"])
-        kept = range(length)
+        positions = range(length)
         if length > self.max_length:
-            kept = self._kept(word_of)
-        places = [word_of[place] for place in kept]
+            positions = self._positions_kept(word_of)
+        places = [word_of[place] for place in positions]
         # A word that is cut within is kept: its first token is there.
         count = max(places) + 1
         types = found.get("token_type_ids", [])
         return [
             {
-                "input_ids": [ids[place] for place in kept],
-                "token_type_ids": [types[place] for place in kept] if types else [],
+                "input_ids": [ids[place] for place in positions],
+                "token_type_ids": [types[place] for place in positions] if types else [],
                 "word_of": places,
                 "words": words[:count],
                 "tags": tags[:count],
-                "length": len(kept),
-                "tokens_cut": length - len(kept),
+                "length": len(positions),
+                "tokens_cut": length - len(positions),
                 "words_cut": len(words) - count,
             }
         ]
 
-    def _kept(self, word_of: Sequence[int]) -> Any:
+    def _positions_kept(self, word_of: Sequence[int]) -> Any:
         """Returns the places of the tokens that fit, with the special ones at the end."""
         length = len(word_of)
         end = max(place for place in range(length) if word_of[place] != NO_WORD) + 1
@@ -192,14 +192,14 @@ class TokenClassificationData(LabelledData):
             the tag ``B-X`` and there is such a tag, else on the tag of the word.
         **options: Keyword arguments of
             :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>` and
-            :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+            :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
     """
 
     accepts = ("tokens_tags",)
-    fed = ("input_ids", "token_type_ids", "word_of", "words", "tags")
+    batch_columns = ("input_ids", "token_type_ids", "word_of", "words", "tags")
     label_field = "tags"
 
     def __init__(
@@ -213,10 +213,10 @@ class TokenClassificationData(LabelledData):
     ) -> None:
         super().__init__(data, tokenizer, labels, over_long, **options)
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the words, each with its tag."""
         pairs = zip(row["words"], row["tags"], strict=False)
-        return [Run(True, " ".join(f"{word}/{tag}" for word, tag in pairs), [])]
+        return [TextSpan(True, " ".join(f"{word}/{tag}" for word, tag in pairs), [])]
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of sentences.
@@ -224,15 +224,15 @@ class TokenClassificationData(LabelledData):
         Raises:
             ConfigError: If the tokenizer does not say which characters a token stands for.
         """
-        given = self.hparams
+        hparams = self.hparams
         if not self.tokenizer.is_fast:
             raise ConfigError(
-                f"The tokenizer {given['tokenizer']!r} is a slow one "
+                f"The tokenizer {hparams['tokenizer']!r} is a slow one "
                 f"({type(self.tokenizer).__name__}), which does not say which word a token belongs "
                 "to. Use a model that has a fast tokenizer (a file tokenizer.json)."
             )
-        names = LabelNames(given["labels"])
-        truncate = given["over_long"] == "truncate"
+        names = LabelNames(hparams["labels"])
+        truncate = hparams["over_long"] == "truncate"
         return TagRows(self.tokenizer, names, self.max_length, truncate)
 
     def label_counts(self, split: str) -> dict[str, int]:
@@ -248,21 +248,21 @@ class TokenClassificationData(LabelledData):
         """Returns what pads rows to a batch and puts the numbers of their tags on tokens."""
         return partial(
             collate_tags,
-            filler=self.filler,
+            pad_token_id=self.pad_token_id,
             numbers={name: number for number, name in enumerate(self.labels)},
             all_subwords=self.hparams["label_all_subwords"],
         )
 
 
 def collate_tags(
-    rows: Sequence[dict[str, Any]], filler: int, numbers: dict[str, int], all_subwords: bool
+    rows: Sequence[dict[str, Any]], pad_token_id: int, numbers: dict[str, int], all_subwords: bool
 ) -> dict[str, Any]:
     """Returns a batch of sentences.
 
     Args:
         rows: ``input_ids``, ``token_type_ids`` (empty where the tokenizer has none), ``word_of``,
             ``words`` and ``tags``.
-        filler: Token that fills up short rows, which is neither attended to nor trained.
+        pad_token_id: Token that fills up short rows, which is neither attended to nor trained.
         numbers: Name of each tag to its number.
         all_subwords: Whether the tokens after the first of a word have labels.
 
@@ -271,7 +271,7 @@ def collate_tags(
         (1 on the first token of each word) and, if the tokenizer has them, ``token_type_ids``,
         each ``(batch, length)``, int64; and ``words``, the words of each row.
     """
-    batch: dict[str, Any] = dict(padded_tokens(rows, filler))
+    batch: dict[str, Any] = dict(padded_tokens(rows, pad_token_id))
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     batch["word_starts"] = torch.zeros_like(batch["input_ids"])
     for number, row in enumerate(rows):

@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 
 from lightning_peft.data import cache
 from lightning_peft.data.batching import LengthGroupedSampler
-from lightning_peft.data.rows_data import RowsData
+from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST_DEFAULT = 2048
+DEFAULT_MAX_LENGTH = 2048
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -44,11 +44,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return found
 
 
-class TokenizedData(RowsData):
+class TokenizedData(RowDataModule):
     """Rows that a tokenizer encodes.
 
     Args:
-        data: As of :class:`RowsData`.
+        data: As of :class:`RowDataModule`.
         tokenizer: Name on the hub, or folder.
         max_length: Longest row in tokens; by default what the tokenizer says its model takes, and
             2048 at most.
@@ -57,7 +57,7 @@ class TokenizedData(RowsData):
         shuffle_seed: Seed of the order of length groups.
         tokenizer_revision: Branch, tag or commit of the tokenizer on the hub; where the model has
             a ``revision``, usually the same.
-        **options: Keyword arguments of :class:`RowsData`.
+        **options: Keyword arguments of :class:`RowDataModule`.
 
     Raises:
         ConfigError: If arguments contradict each other, or the data cannot be used.
@@ -85,29 +85,29 @@ class TokenizedData(RowsData):
             ConfigError: If it cannot be had.
         """
         if self._tokenizer is None:
-            given = self.hparams
-            self._tokenizer = load_tokenizer(given["tokenizer"], given["tokenizer_revision"])
+            hparams = self.hparams
+            self._tokenizer = load_tokenizer(hparams["tokenizer"], hparams["tokenizer_revision"])
         return self._tokenizer
 
     @property
     def max_length(self) -> int:
         """Longest row in tokens."""
         limit = int(self.tokenizer.model_max_length)
-        asked: int | None = self.hparams["max_length"]
-        if asked is not None and asked > limit:
+        requested: int | None = self.hparams["max_length"]
+        if requested is not None and requested > limit:
             raise ConfigError(
-                f"max_length={asked:,} is more than the {limit:,} tokens that the tokenizer "
+                f"max_length={requested:,} is more than the {limit:,} tokens that the tokenizer "
                 f"{self.hparams['tokenizer']!r} says its model takes. Lower it, or set "
                 "model_max_length in the tokenizer's files if they are wrong."
             )
-        return min(limit, LONGEST_DEFAULT) if asked is None else asked
+        return min(limit, DEFAULT_MAX_LENGTH) if requested is None else requested
 
     @property
-    def filler(self) -> int:
+    def pad_token_id(self) -> int:
         """The token that fills up short rows, which is neither attended to nor trained."""
         tokenizer: Any = self.tokenizer
-        filler = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if filler is None else filler)
+        pad_token_id = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad_token_id is None else pad_token_id)
 
     def encoding(self) -> dict[str, Any]:
         """Returns the tokenizer's content and revision, and the longest row."""

@@ -11,7 +11,7 @@ from lightning_peft.data.samples import RowProblems, shortened
 
 def _items(value: Any) -> list[Any] | None:
     """Returns a list, a single object as a list of one, or ``None`` for anything else."""
-    found = parsed(value)
+    found = json_value(value)
     if is_empty(found):
         return []
     if isinstance(found, Mapping):
@@ -19,7 +19,7 @@ def _items(value: Any) -> list[Any] | None:
     return found if isinstance(found, list) else None
 
 
-def parsed(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """Returns what a JSON string holds, or ``value`` itself where it is not one."""
     if not isinstance(value, str):
         return value
@@ -50,7 +50,7 @@ def read_tools(value: Any, name: str) -> list[dict[str, Any]]:
         raise RowProblems([("tools", f"has {shortened(value)} as {name}, not a list of tools")])
     tools, problems = [], []
     for place, one in enumerate(found, start=1):
-        tool = parsed(one)
+        tool = json_value(one)
         if not isinstance(tool, dict) or not tool:
             problems.append(("tools", f"has {shortened(one)} as tool {place}, not an object"))
         else:
@@ -85,7 +85,7 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     calls, problems = [], []
     for number, one in enumerate(found, start=1):
         try:
-            calls.append(_call(parsed(one), f"{place} has a tool call ({number})"))
+            calls.append(_call(json_value(one), f"{place} has a tool call ({number})"))
         except RowProblems as error:
             problems += error.problems
     if problems:
@@ -104,9 +104,9 @@ def _call(call: Any, what: str) -> dict[str, Any]:
         raise RowProblems([("tools", f"{what} without the name of a function: {shortened(call)}")])
     name = "arguments" if "arguments" in function else "parameters"
     given = function.get(name)
-    arguments = {} if given is None or given == "" else parsed(given)
+    arguments = {} if given is None or given == "" else json_value(given)
     if not isinstance(arguments, dict):
         problem = f"{what} whose arguments are not a JSON object: {shortened(given)}"
         raise RowProblems([("tools", problem)])
-    kept = {key: value for key, value in function.items() if key != name}
-    return {**call, "function": {**kept, "arguments": arguments}}
+    rest = {key: value for key, value in function.items() if key != name}
+    return {**call, "function": {**rest, "arguments": arguments}}

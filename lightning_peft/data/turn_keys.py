@@ -8,16 +8,16 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_peft.data.conversation_text import ConversationText
-from lightning_peft.data.key_use import unwritten, unwritten_in_tools
+from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.samples import Message, shortened
-from lightning_peft.data.thoughts import THOUGHTS
+from lightning_peft.data.template_keys import keys_without_effect, tool_keys_without_effect
 from lightning_peft.data.turns import FLAGS
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import similar_names
 
 _NAME = "tool_calls[].function.name"
 # What an answer says, or is an answer to, besides its text.
-_SAID = frozenset(
+_CONTENT_KEYS = frozenset(
     (
         *("tool_calls", _NAME, "tool_calls[].function.arguments"),
         *("image", "images", "image_url", "audio", "audios", "video", "videos", "file", "files"),
@@ -25,15 +25,15 @@ _SAID = frozenset(
     )
 )
 # What says in more detail, or as a number, what of a turn is learnt.
-_DETAILS = frozenset(
+_LOSS_KEYS = frozenset(
     (
         *("train_detail", "training_detail", "loss_scale", "loss_weight", "weights", "loss_mask"),
         *("mask", "masked", "token_weights", "train_on_turn", "trained", "is_trained"),
         *("learn", "learnable", "ignore", "ignore_loss", "supervised", "no_loss", "compute_loss"),
     )
 )
-_OF_TOOLS = ("tools[].function.name", "tools[].function.parameters")
-_KNOWN = (*THOUGHTS, *FLAGS, "tool_calls", "tool_call_id", "function_call")
+_REQUIRED_TOOL_KEYS = ("tools[].function.name", "tools[].function.parameters")
+_KNOWN = (*REASONING_KEYS, *FLAGS, "tool_calls", "tool_call_id", "function_call")
 
 
 class TurnKeys:
@@ -61,9 +61,9 @@ class TurnKeys:
         messages = self.texts.turns(messages, context)
         name = self.texts.rendering.template.name
         problems, named = [], []
-        for place, key in unwritten(self._rendered, messages, context):
+        for place, key in keys_without_effect(self._rendered, messages, context):
             if place is None:
-                problems += self._of_context(key, context[key])
+                problems += self._context_problems(key, context[key])
                 continue
             if key == _NAME and len(context.get("tools", ())) == 1:
                 # Which tool is called goes without saying.
@@ -76,9 +76,9 @@ class TurnKeys:
                 what = f"{key}={shown}" if shown else key
                 problems.append(f"{what} in turn {place + 1}{reason}")
         if "tools" in context and not problems:
-            of_tools = self._of_tools(messages, context)
-            problems += [f"{key} of its tools" for key in of_tools if key in _OF_TOOLS]
-            named += [key for key in of_tools if key not in _OF_TOOLS]
+            tool_keys = self._tool_keys(messages, context)
+            problems += [f"{key} of its tools" for key in tool_keys if key in _REQUIRED_TOOL_KEYS]
+            named += [key for key in tool_keys if key not in _REQUIRED_TOOL_KEYS]
         if problems:
             listed = ", ".join(dict.fromkeys(problems))
             raise EncodingProblem(
@@ -89,7 +89,7 @@ class TurnKeys:
     def _rendered(self, messages: Sequence[Message], context: Mapping[str, Any]) -> object:
         return [part.text for part in self.texts.parts(messages, context)]
 
-    def _of_context(self, key: str, value: Any) -> list[str]:
+    def _context_problems(self, key: str, value: Any) -> list[str]:
         variables = self.texts.rendering.variables
         if key in variables:
             # Such as `enable_thinking` with the value that it has anyway.
@@ -98,21 +98,21 @@ class TurnKeys:
             return [key]
         return [f"{key}={shortened(value)} in chat_template_kwargs{similar_names(key, variables)}"]
 
-    def _of_tools(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
+    def _tool_keys(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
         key = json.dumps(context["tools"], sort_keys=True)
         if key not in self._tools:
-            self._tools[key] = unwritten_in_tools(self._rendered, messages, context)
+            self._tools[key] = tool_keys_without_effect(self._rendered, messages, context)
         return self._tools[key]
 
 
 def _refusal(key: str, turn: Message) -> str | None:
     """Returns why a key cannot be left out, as the end of a phrase; ``None`` where it can."""
-    if key in _SAID or key in _DETAILS:
+    if key in _CONTENT_KEYS or key in _LOSS_KEYS:
         return ""
     if key == "channel" and turn[key] != "final":
         # Thoughts, or a call, as gpt-oss writes them.
         return ""
-    if key in (*THOUGHTS, "tool_call_id") or "[]" in key:
+    if key in (*REASONING_KEYS, "tool_call_id") or "[]" in key:
         return None
     near = get_close_matches(key.strip().lower(), _KNOWN, n=1, cutoff=0.8)
     return f" (nearest key that is read: {near[0]!r})" if near else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_peft.data.reasoning import REASONING_KEYS, REASONING_PART_TYPES, merge_reasoning
 from lightning_peft.data.samples import Message, RowProblems, shortened
-from lightning_peft.data.thoughts import THOUGHT_PARTS, THOUGHTS, in_one_place
-from lightning_peft.data.tool_calls import is_empty, parsed, read_calls
+from lightning_peft.data.tool_calls import is_empty, json_value, read_calls
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
@@ -20,7 +20,7 @@ _CALLING = ("function_call", "tool_call")
 # Whether a turn is trained, as OpenAI, axolotl and ms-swift write it.
 FLAGS = ("weight", "train", "training", "trainable", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-WHY = "it is trained (1) or not (0), as the loss is one mean over tokens of equal weight"
+WEIGHT_HINT = "it is trained (1) or not (0), as the loss is one mean over tokens of equal weight"
 
 
 def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
@@ -39,11 +39,11 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     if not isinstance(turn, dict):
         raise RowProblems([("missing", f"{place} is {shortened(turn)}, not an object")])
     keys = {key: value for key, value in turn.items() if not is_empty(value)}
-    role = _one_of(keys, ("role", "from"), place)
+    role = _pop_alias(keys, ("role", "from"), place)
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise RowProblems([("roles", f"{place} has the role {shortened(role)}; roles are {known}")])
-    content = _one_of(keys, ("content", "value"), place)
+    content = _pop_alias(keys, ("content", "value"), place)
     problems: list[tuple[str, str]] = []
     calls = _calls(keys, place, problems)
     if role in _CALLING:
@@ -51,9 +51,9 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     thoughts: list[Any] = []
     unused: list[str] = []
     if isinstance(content, list):
-        content, thoughts, unused = _joined(content, place)
+        content, thoughts, unused = _join_parts(content, place)
     if ROLES[role] == "assistant":
-        thoughts += [keys.pop(key) for key in THOUGHTS if key in keys]
+        thoughts += [keys.pop(key) for key in REASONING_KEYS if key in keys]
     if content is None and calls:
         content = ""
     name = f"{place} ({role})"
@@ -65,10 +65,10 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     elif not problems and not content.strip() and not calls:
         problems.append(("missing", f"{name} is empty"))
     message: Message = {"role": ROLES[role], "content": content}
-    thought = _thought(thoughts, name, problems)
+    thought = _single_reasoning(thoughts, name, problems)
     if thought:
-        message[THOUGHTS[0]] = thought
-        settled = in_one_place(message) if isinstance(content, str) else message
+        message[REASONING_KEYS[0]] = thought
+        settled = merge_reasoning(message) if isinstance(content, str) else message
         if settled is None:
             problems.append(("thoughts", f"{name} has other thoughts in its text than in a key"))
         elif not problems and not settled["content"].strip() and not calls:
@@ -76,14 +76,15 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
         message = settled or message
     if calls:
         message["tool_calls"] = calls
-    if _trained(keys, message["role"], name, problems) is False and message["role"] == "assistant":
+    flag = _train_flag(keys, message["role"], name, problems)
+    if flag is False and message["role"] == "assistant":
         message["train"] = False
     if problems:
         raise RowProblems(problems)
     return {**message, **keys}, unused
 
 
-def _one_of(keys: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
+def _pop_alias(keys: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
     """Takes the one of two keys that is there."""
     found = [keys.pop(name) for name in names if name in keys]
     if len(found) > 1 and found[0] != found[1]:
@@ -105,7 +106,7 @@ def _calls(
     return calls
 
 
-def _joined(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]]:
+def _join_parts(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]]:
     """Returns text, thoughts, and keys that nothing reads, of a content in parts."""
     text = ""
     thoughts: list[Any] = []
@@ -116,7 +117,7 @@ def _joined(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]]:
         used = {"type", "text"}
         if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             text += part["text"]
-        elif kind in THOUGHT_PARTS and not text.strip():
+        elif kind in REASONING_PART_TYPES and not text.strip():
             used |= {kind}
             found = part.get(kind, part.get("text"))
             # Mistral writes the thoughts of a part as a list of parts.
@@ -131,7 +132,7 @@ def _joined(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]]:
     return text, [thoughts] if thoughts else [], list(dict.fromkeys(unused))
 
 
-def _thought(found: list[Any], name: str, problems: list[tuple[str, str]]) -> str:
+def _single_reasoning(found: list[Any], name: str, problems: list[tuple[str, str]]) -> str:
     texts = []
     for one in found:
         inner = one if isinstance(one, list) else [{"text": one}]
@@ -147,27 +148,27 @@ def _thought(found: list[Any], name: str, problems: list[tuple[str, str]]) -> st
     return different[0] if different else ""
 
 
-def _trained(
+def _train_flag(
     keys: dict[str, Any], role: str, name: str, problems: list[tuple[str, str]]
 ) -> bool | None:
     """Returns whether a turn says that it is trained; ``None`` where it says nothing."""
     given = {key: keys.pop(key) for key in FLAGS if key in keys}
-    asked = {key: switch(value) for key, value in given.items()}
-    for key in [key for key, on in asked.items() if on is None]:
-        problems.append(("weight", f"{name} has {key}={shortened(given[key])}: {WHY}"))
-    answers = {on for on in asked.values() if on is not None}
+    requested = {key: parse_flag(value) for key, value in given.items()}
+    for key in [key for key, on in requested.items() if on is None]:
+        problems.append(("weight", f"{name} has {key}={shortened(given[key])}: {WEIGHT_HINT}"))
+    answers = {on for on in requested.values() if on is not None}
     if len(answers) > 1:
         shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
         problems.append(("weight", f"{name} has {shown}, which contradict each other"))
     if True in answers and role != "assistant":
-        key = next(key for key, on in asked.items() if on)
+        key = next(key for key, on in requested.items() if on)
         shown = f"{key}={given[key]!r}"
         problems.append(("weight", f"{name} has {shown}, and assistant turns alone are trained"))
     return next(iter(answers)) if len(answers) == 1 else None
 
 
-def switch(value: Any) -> bool | None:
+def parse_flag(value: Any) -> bool | None:
     """Returns whether a weight or flag is on or off; ``None`` for all between and beyond."""
-    value = parsed(value.strip().lower()) if isinstance(value, str) else value
+    value = json_value(value.strip().lower()) if isinstance(value, str) else value
     # True and 1.0 equal 1.
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None

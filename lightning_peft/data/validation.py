@@ -164,7 +164,7 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
     # In a folder, a number alone does not say which file is meant.
     several = len(files) > 1 or any("/" in file for file in files)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
-    for kind, (title, way_out) in KINDS.items():
+    for kind, (title, remedy) in KINDS.items():
         found = [problem for problem in problems if problem.kind == kind]
         if not found:
             continue
@@ -172,8 +172,8 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
         for problem in found[:limit]:
             lines.append(f"    - {_place(problem, several)} {problem.detail}")
         if len(found) > limit:
-            lines.append(f"    - ... and rows {_rest(found[limit:], several)}")
-        lines.append(f"    What to do: {way_out}.")
+            lines.append(f"    - ... and rows {_row_numbers(found[limit:], several)}")
+        lines.append(f"    What to do: {remedy}.")
     return "\n".join(lines)
 
 
@@ -181,7 +181,7 @@ def _place(problem: Problem, several: bool) -> str:
     return f"{problem.file} row {problem.row}" if several else f"row {problem.row}"
 
 
-def _rest(problems: Sequence[Problem], several: bool) -> str:
+def _row_numbers(problems: Sequence[Problem], several: bool) -> str:
     files = list(dict.fromkeys(problem.file for problem in problems))
     parts = []
     for file in files:

@@ -64,7 +64,7 @@ class TextClassifier(ClassificationTask):
         """Takes over labels and padding of the data module, or checks that they are the same.
 
         Args:
-            data: A data module; only one with ``labels`` or ``filler`` says anything.
+            data: A data module; only one with ``labels`` or ``pad_token_id`` says anything.
 
         Raises:
             ConfigError: If it says something else than the arguments.

@@ -10,7 +10,7 @@ from lightning_peft.data.row_encoder import RowEncoder
 class Doubled(RowEncoder):
     """Takes numbers for samples."""
 
-    in_processes = True
+    parallelizable = True
 
     def encode(self, sample: Any) -> list[dict[str, Any]]:
         """Returns twice the number."""

@@ -22,7 +22,7 @@ def test_padding_is_neither_attended_to_nor_trained():
         {"input_ids": [5, 6], "labels": [IGNORED, 6]},
         {"input_ids": [7, 8, 9], "labels": [IGNORED, 8, 9]},
     ]
-    batch = pad(rows, filler=1)
+    batch = pad(rows, pad_token_id=1)
     assert batch["input_ids"].tolist() == [[5, 6, 1], [7, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[IGNORED, 6, IGNORED], [IGNORED, 8, 9]]

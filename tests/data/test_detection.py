@@ -14,8 +14,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from lightning_peft.data.files_read import refuse_changed, stamps
 from lightning_peft.data.reading import Source
+from lightning_peft.data.source_files import check_unchanged, file_stamps
 from lightning_peft.errors import ConfigError
 
 TABLE = [{"prompt": "Wo liegt Köln?", "completion": "Am Rhein"}, {"prompt": "b", "completion": "2"}]
@@ -31,7 +31,7 @@ def read(tmp_path):
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         source = Source(str(path), None, None, None, None, False, None, "line", **options)
         rows = list(source.rows())
-        return rows, source.read_as()[name]
+        return rows, source.file_formats()[name]
 
     return read
 
@@ -61,12 +61,12 @@ GUESSES = [
 @pytest.mark.parametrize(("encoding", "text"), GUESSES)
 def test_an_encoding_is_guessed_and_the_guess_is_shown(read, encoding, text):
     found, how = read("a.csv", text.encode(encoding))
-    assert (how.encoding, how.encoding_by, how.usual) == (encoding, "guessed", False)
+    assert (how.encoding, how.encoding_by, how.is_standard) == (encoding, "guessed", False)
     first = text.splitlines()[1].partition(",")[0]
     assert found[0].value["prompt"] == first
-    assert f"in {encoding} by a guess (a line of it: {how.example})" in how.words()
+    assert f"in {encoding} by a guess (a line of it: {how.example})" in how.describe()
     assert first[:8] in how.example
-    assert 'say encoding=, such as encoding="cp1250"' in how.words()
+    assert 'say encoding=, such as encoding="cp1250"' in how.describe()
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
@@ -91,7 +91,7 @@ def test_too_little_to_guess_from_is_refused_with_the_choices(read):
     assert "iconv -f CP1251 -t UTF-8 a.csv > utf8-a.csv" in str(error.value)
     found = read("a.csv", None, encoding="cp1251")
     assert values(found) == [{"prompt": "Привет", "completion": "Да"}]
-    assert "in cp1251 as asked for" in found[1].words()
+    assert "in cp1251 as asked for" in found[1].describe()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_table_with_commas_in_a_file_for_tabs_and_a_line_of_excel(read):
 def test_indexes_and_empty_columns_are_named_and_left_out(read, text, expected, note):
     found = read("a.csv", text)
     assert values(found) == [{"a": a, "b": b} for a, b in expected]
-    assert note in found[1].words()
+    assert note in found[1].describe()
 
 
 def test_a_nameless_column_of_text_keeps_a_name(read):
@@ -191,7 +191,7 @@ def test_tables_that_cannot_be_read_are_refused_with_place_and_remedy(read, text
 def test_quotes_with_backslashes_are_read_where_that_is_sure(read):
     found = read("a.csv", 'a,b\n"say \\"hi\\", x",1\n')
     assert values(found) == [{"a": 'say "hi", x', "b": "1"}]
-    assert "have a backslash before them" in found[1].words()
+    assert "have a backslash before them" in found[1].describe()
 
 
 def test_long_values_and_old_line_ends_are_read(read):
@@ -216,7 +216,7 @@ def test_compression_is_known_by_bytes_whatever_the_name(read, tmp_path, suffix)
     else:
         found = read(f"a.csv{suffix}", packed[suffix](content))
     assert values(found) == [{"a": "1", "b": "2"}]
-    assert "compressed by " in found[1].words()
+    assert "compressed by " in found[1].describe()
 
 
 def test_archives_that_are_cut_or_hold_several_files_are_refused(read, tmp_path):
@@ -384,7 +384,7 @@ def test_a_sheet_is_read_as_text_and_the_choice_is_shown(read, book):
         {"prompt": "b", "completion": "0.5"},
         {"prompt": "c", "completion": "TRUE"},
     ]
-    words = found[1].words()
+    words = found[1].describe()
     assert words.startswith("Excel, sheet 'Rows'; 1 rows without any value are left out")
     assert "column 'completion': 2 numbers, 1 truth values as text" in words
     assert "other sheets are not read: About" in words
@@ -414,7 +414,7 @@ def test_formulas_without_values_and_errors_are_problems_of_their_rows(read, boo
     )
     assert found[1].problem == "has the error #N/A in column 'completion' (cell B3)"
     assert found[2].value == {"prompt": "c", "completion": "2024-05-01"}
-    assert "1 dates or times as text" in how.words()
+    assert "1 dates or times as text" in how.describe()
     with pytest.raises(ConfigError, match="cannot be read as a workbook of Excel"):
         read("b.xlsx", b"PK\x03\x04 nothing")
 
@@ -459,8 +459,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
     source = Source(str(path), None, None, None, None, False, None, "line")
-    before = stamps([source])
-    refuse_changed(before, stamps([source]))
+    before = file_stamps([source])
+    check_unchanged(before, file_stamps([source]))
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(ConfigError, match="a.jsonl changed while the rows were read"):
-        refuse_changed(before, stamps([source]))
+        check_unchanged(before, file_stamps([source]))

@@ -67,7 +67,7 @@ def read(name, content, **options):
         path = Path(folder) / name
         path.write_bytes(content)
         source = Source(str(path), None, None, None, None, False, None, "line", **options)
-        return list(source.rows()), source.read_as()[name]
+        return list(source.rows()), source.file_formats()[name]
 
 
 def refused_in_words(name, content):
@@ -103,15 +103,15 @@ def test_a_table_is_read_as_it_was_written(table, delimiter, end, quoting, encod
     name = "rows.csv" + (how and f".{how}")
     packed = compressed(content, how, "rows.csv")
     if encoding in SURE:
-        found, how_read = read(name, packed)
+        found, file_format = read(name, packed)
     else:
         # A guess is shown or refused; what the user says holds.
         refused_in_words(name, packed)
-        found, how_read = read(name, packed, encoding=encoding)
-    assert how_read.encoding_by in ("mark", "sure", "given")
+        found, file_format = read(name, packed, encoding=encoding)
+    assert file_format.encoding_by in ("mark", "sure", "given")
     assert [row.value for row in found] == [dict(zip(names, row, strict=True)) for row in rows]
     assert [row.number for row in found] == list(range(1, len(rows) + 1))
-    assert how_read.delimiter == delimiter
+    assert file_format.delimiter == delimiter
 
 
 LAYOUTS = {

@@ -61,7 +61,7 @@ def test_words_for_no_value_are_named(word):
 
     assert rows[1] == {"prompt": "c", "completion": word}
     note = f"column 'completion' has the text {word!r} (first in row 2): if that is no value"
-    assert note in read_as.words()
+    assert note in read_as.describe()
 
 
 def test_escapes_of_excel_are_characters_and_titles_are_deleted_there(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from lightning_peft.data.encoding import Encoder
-from lightning_peft.data.prompts import Prompts
+from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.validation import EncodingProblem
@@ -176,7 +176,7 @@ MARKED_CONTENT = (
 
 
 def test_a_held_out_row_with_tools_is_not_asked_without_them(tmp_path):
-    prompts = Prompts()
+    prompts = PromptCollector()
     prompts.add(Sample(TALK, context={"tools": [TOOL]}), "validation")
     prompts.add(Sample(TALK), "validation")
     prompts.write(tmp_path)

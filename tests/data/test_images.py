@@ -103,7 +103,7 @@ def test_all_problems_are_told_at_once_with_their_rows(make, folder):
     data = make(path, labels=["cat", "dog"], validation_share=0)
     with pytest.raises(ConfigError) as error:
         data.setup("fit")
-    told = str(error.value)
+    errors = str(error.value)
     for wanted in (
         "9 of 10 rows cannot be used",
         "row 2 names ",
@@ -118,7 +118,7 @@ def test_all_problems_are_told_at_once_with_their_rows(make, folder):
         "row 9 has no image",
         "row 10 has a number as image",
     ):
-        assert wanted in told, told
+        assert wanted in errors, errors
 
 
 def test_bad_rows_are_skipped_and_kept_without_their_bytes(make, tmp_path):
@@ -159,12 +159,12 @@ def test_images_in_no_class_and_leaks_are_told_by_their_file(make, folder):
     path = folder({**files, "validation/dog/c.png": same, "train/loose.png": picture(3)})
     with pytest.raises(ConfigError) as error:
         make(path).setup("fit")
-    told = str(error.value)
+    errors = str(error.value)
     assert (
         "validation/dog/c.png row 4 is for validation and the same as row 1 of train/cat/a.png"
-        in told
+        in errors
     )
-    assert "train/loose.png row 3 has no label" in told
+    assert "train/loose.png row 3 has no label" in errors
 
 
 def test_pictures_of_trains_are_no_split(make, folder):

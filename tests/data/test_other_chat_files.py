@@ -59,7 +59,7 @@ def texts(write, tmp_path):
         data.setup("fit")
         prepared = data.read()
         return [
-            "".join(f"[{r.text}]" if r.trained else r.text for r in data.shown(row))
+            "".join(f"[{r.text}]" if r.trained else r.text for r in data.render_row(row))
             for row in prepared.splits["train"]
         ], prepared.summary
 

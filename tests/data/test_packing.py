@@ -64,7 +64,7 @@ def gradients(model):
 def test_a_packed_batch_equals_its_examples_alone(build, attention):
     model = build(attention, torch.float64)
     rows = [examples(7, 12, 4), examples(9, 5)]  # The second row is filled up.
-    batch = collate(rows, filler=0)
+    batch = collate(rows, pad_token_id=0)
     batch["attention_mask"] = batch["attention_mask"].double()
     assert batch["input_ids"].shape == (2, 23)
     labels = batch.pop("labels")
@@ -91,7 +91,7 @@ def test_a_packed_batch_equals_its_examples_alone(build, attention):
 def test_the_comparison_notices_a_leak(spoil):
     model = gpt2(dtype=torch.float64)
     (row,) = [examples(7, 12)]
-    batch = collate([row], filler=0)
+    batch = collate([row], pad_token_id=0)
     del batch[spoil]
     if "attention_mask" in batch:
         batch["attention_mask"] = batch["attention_mask"].double()
@@ -103,7 +103,7 @@ def test_the_comparison_notices_a_leak(spoil):
 
 def test_the_first_token_of_an_example_is_never_trained():
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4], "labels": [3, 4]}]
-    batch = collate([rows], filler=0)
+    batch = collate([rows], pad_token_id=0)
     assert batch["labels"].tolist() == [[IGNORED, 2, IGNORED, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1]]
 

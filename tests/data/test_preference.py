@@ -97,7 +97,7 @@ def test_a_batch_is_the_chosen_rows_and_then_the_rejected_ones(pairs):
 def test_one_row_in_a_batch():
     row = {"chosen_input_ids": [1, 5, 2], "chosen_labels": [-100, 5, 2]}
     row |= {"rejected_input_ids": [1, 2], "rejected_labels": [-100, 2]}
-    batch = {name: tensor.tolist() for name, tensor in collate([row], filler=9).items()}
+    batch = {name: tensor.tolist() for name, tensor in collate([row], pad_token_id=9).items()}
     assert batch == {
         "input_ids": [[1, 5, 2], [1, 2, 9]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
@@ -117,15 +117,15 @@ def test_all_that_is_wrong_is_told_by_row(pairs):
     data = pairs([*rows(8), *bad])
     with pytest.raises(ConfigError) as caught:
         data.setup("fit")
-    told = str(caught.value)
-    assert "6 of 14 rows cannot be used" in told
-    assert "row 9 has the same text as chosen and rejected" in told
-    assert "row 10 has an empty rejected" in told
-    assert "row 11 has no prompt" in told
-    assert "of 256 allowed (chosen answer); has " in told
-    assert "of 256 allowed (rejected answer)" in told
-    assert "row 13 has different turns before the last" in told
-    assert "row 14 has the special token '</s>'" in told
+    errors = str(caught.value)
+    assert "6 of 14 rows cannot be used" in errors
+    assert "row 9 has the same text as chosen and rejected" in errors
+    assert "row 10 has an empty rejected" in errors
+    assert "row 11 has no prompt" in errors
+    assert "of 256 allowed (chosen answer); has " in errors
+    assert "of 256 allowed (rejected answer)" in errors
+    assert "row 13 has different turns before the last" in errors
+    assert "row 14 has the special token '</s>'" in errors
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from lightning_peft.data.preparation import split_of
+from lightning_peft.data.preparation import draw_split
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.validation import KINDS, Problem, describe, ranges
 from lightning_peft.errors import ConfigError
@@ -59,8 +59,8 @@ def test_bad_rows_are_written_with_reasons_and_the_rest_is_trained(make, write, 
         data = make(write(BAD), validation_share=0, skip_bad_rows=str(target))
         data.setup("fit")
         written = [json.loads(line) for line in target.read_text().splitlines()]
-        told = [(r["kind"], row["row"]) for row in written for r in row["reasons"]]
-        assert told == [(kind, row) for kind, row, _ in EXPECTED]
+        errors = [(r["kind"], row["row"]) for row in written for r in row["reasons"]]
+        assert errors == [(kind, row) for kind, row, _ in EXPECTED]
         assert written[1]["value"] == {"prompt": "two"}
         assert data.read().splits["train"]["row"][:] == [1, 8]
         assert "6 of 8 rows are left out" in caplog.text
@@ -151,10 +151,10 @@ def test_the_same_row_always_falls_in_the_same_split(make, write):
 def test_shares_are_kept_and_depend_on_the_seed():
     digests = [bytes([i % 256, i // 256]) for i in range(4000)]
     shares = {"validation": 0.1, "test": 0.3}
-    counts = Counter(split_of(digest, 0, shares) for digest in digests)
+    counts = Counter(draw_split(digest, 0, shares) for digest in digests)
     assert abs(counts["validation"] / 4000 - 0.1) < 0.02
     assert abs(counts["test"] / 4000 - 0.3) < 0.03
-    assert {split_of(digest, 0, {}) for digest in digests} == {"train"}
+    assert {draw_split(digest, 0, {}) for digest in digests} == {"train"}
 
 
 def test_a_split_that_stays_empty_is_an_error(make, write):

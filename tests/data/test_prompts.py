@@ -4,7 +4,13 @@ import json
 
 import pytest
 
-from lightning_peft.data.prompts import FILE, LONGEST, MOST, Prompts, prompts_in
+from lightning_peft.data.prompts import (
+    FILE,
+    MAX_CHARACTERS,
+    MAX_SYSTEM_PROMPTS,
+    PromptCollector,
+    read_prompts,
+)
 from lightning_peft.data.samples import Sample
 
 SYSTEM = "You turn orders into JSON."
@@ -19,11 +25,11 @@ def conversation(*turns, system=SYSTEM):
 
 def kept(folder, prompts):
     prompts.write(folder)
-    return prompts_in(folder)
+    return read_prompts(folder)
 
 
 def test_the_most_frequent_system_prompt_of_the_training_rows(tmp_path):
-    prompts = Prompts()
+    prompts = PromptCollector()
     for number in range(3):
         prompts.add(conversation(f"two lamps {number}", "{}"), "train")
     prompts.add(conversation("a rare one", "{}", system="Other."), "train")
@@ -34,9 +40,9 @@ def test_the_most_frequent_system_prompt_of_the_training_rows(tmp_path):
 
 
 def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
-    prompts = Prompts()
+    prompts = PromptCollector()
     prompts.add(conversation("q", "a", "q2"), "validation")
-    prompts.add(conversation("q", "x" * (LONGEST + 1)), "validation")
+    prompts.add(conversation("q", "x" * (MAX_CHARACTERS + 1)), "validation")
     parts = [{"type": "text", "text": "q"}]
     prompts.add(Sample(messages=[{"role": "user", "content": parts}]), "validation")
     tool = [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "three"}]
@@ -54,13 +60,13 @@ def test_rows_are_kept_that_can_be_asked_as_text(tmp_path):
 
 
 def test_many_different_system_prompts_take_bounded_memory(tmp_path):
-    prompts = Prompts()
-    for number in range(MOST + 50):
+    prompts = PromptCollector()
+    for number in range(MAX_SYSTEM_PROMPTS + 50):
         prompts.add(conversation("q", "a", system=f"You are number {number}."), "train")
-    assert len(prompts._systems) == MOST
+    assert len(prompts._systems) == MAX_SYSTEM_PROMPTS
     prompts.add(conversation("q", "a", system="You are number 7."), "train")
     found = kept(tmp_path, prompts)["system"]
-    assert found == {"text": "You are number 7.", "rows": 2, "of": MOST + 51}
+    assert found == {"text": "You are number 7.", "rows": 2, "of": MAX_SYSTEM_PROMPTS + 51}
 
 
 @pytest.mark.parametrize("given", [None, "Be brief."])
@@ -72,7 +78,7 @@ def test_data_has_its_prompts_and_its_record_no_rows(make, write, given):
     assert found["system"] == {"text": given or "", "rows": trained if given else 0, "of": trained}
     assert [len(row) for row in found["held_out"]] == [3 if given else 2] * 3
     # In the order in which samples are taken of them.
-    first = data.shown(data.read().splits["validation"][0])
+    first = data.render_row(data.read().splits["validation"][0])
     assert found["held_out"][0][-1]["content"] in "".join(run.text for run in first)
     assert "secret" not in json.dumps(data.record, default=str)
     assert (data.read().folder / FILE).is_file()

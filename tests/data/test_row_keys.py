@@ -8,7 +8,7 @@ import pytest
 
 from lightning_peft.data.preview import preview
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import recognise
+from lightning_peft.data.shapes import detect_layout
 from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -30,7 +30,7 @@ READS = (
 
 
 def parsed(row, variables=frozenset(), first=None):
-    layout = recognise([first or row], None, "auto")
+    layout = detect_layout([first or row], None, "auto")
     return replace(layout, variables=variables).parse(row)
 
 
@@ -41,9 +41,7 @@ def talk(**keys):
 def shown(data):
     """Returns what is trained of each row, and what is not, in turn."""
     prepared = data.read()
-    return [
-        [(run.trained, run.text) for run in data.shown(row)] for row in prepared.splits["train"]
-    ]
+    return [[(s.trained, s.text) for s in data.render_row(row)] for row in prepared.splits["train"]]
 
 
 @pytest.fixture
@@ -161,12 +159,12 @@ def test_unused_keys_are_described_by_file():
 def test_a_row_with_messages_and_two_answers_is_a_preference_where_those_are_wanted():
     other = [TALK[0], {"role": "assistant", "content": "c."}]
     row = {"messages": TALK, "chosen": TALK, "rejected": other, "prompt": "a?"}
-    layout = recognise([row], None, "auto", ("preference",))
+    layout = detect_layout([row], None, "auto", ("preference",))
     assert layout.shape.name == "preference"
     assert (layout.parse(row).messages, layout.parse(row).rejected) == (TALK, other)
-    assert recognise([row], None, "auto", ("messages",)).shape.name == "messages"
+    assert detect_layout([row], None, "auto", ("messages",)).shape.name == "messages"
     # A label is still not left out for a shape without one.
-    assert recognise([{"text": "a", "label": "b"}], None, "auto", ("text",)).shape.name == (
+    assert detect_layout([{"text": "a", "label": "b"}], None, "auto", ("text",)).shape.name == (
         "text_label"
     )
 
@@ -177,7 +175,7 @@ def test_a_conversation_with_two_answers_to_its_end():
         "chosen": {"from": "gpt", "value": "b."},
         "rejected": {"from": "gpt", "value": "c."},
     }
-    sample = recognise([row], None, "auto", ("preference",)).parse(row)
+    sample = detect_layout([row], None, "auto", ("preference",)).parse(row)
     assert sample.messages == TALK
     assert sample.rejected[-1] == {"role": "assistant", "content": "c."}
 

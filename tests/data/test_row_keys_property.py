@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_peft.data.encoding import Encoder
+from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import recognise
+from lightning_peft.data.shapes import detect_layout
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.thoughts import THOUGHTS
 from lightning_peft.data.tool_calls import is_empty
-from lightning_peft.data.turns import FLAGS, switch
+from lightning_peft.data.turns import FLAGS, parse_flag
 from lightning_peft.data.validation import EncodingProblem
 
 from .test_row_keys import READS
@@ -99,7 +99,7 @@ class Read:
     """What becomes of a row: problems, or tokens with labels and the keys that are not used."""
 
     def __init__(self, encoder: Encoder, row: dict[str, Any], like: dict[str, Any]) -> None:
-        layout = replace(recognise([like], None, "auto"), variables=encoder.variables)
+        layout = replace(detect_layout([like], None, "auto"), variables=encoder.variables)
         sample = layout.parse(row)
         self.refused = not isinstance(sample, Sample)
         self.named: set[str] = set()
@@ -117,7 +117,11 @@ class Read:
 
     def names(self, path: tuple[Any, ...]) -> bool:
         key = ("content[]." if len(path) > 3 else "") + str(path[-1])
-        if len(path) == 3 and key in THOUGHTS and f"messages[].{THOUGHTS[0]}" in self.named:
+        if (
+            len(path) == 3
+            and key in REASONING_KEYS
+            and f"messages[].{REASONING_KEYS[0]}" in self.named
+        ):
             # An answer has them under one name.
             return True
         return any(
@@ -155,7 +159,7 @@ def check(encoder: Encoder, row: dict[str, Any]) -> None:
     if found.refused:
         return
     for path, value in keys_of(row):
-        on = path[-1] in ON and switch(value) is True
+        on = path[-1] in ON and parse_flag(value) is True
         # A turn that is not an answer is never trained.
         off = path[-1] in FLAGS and len(path) == 3 and row[path[0]][path[1]]["role"] == "user"
         variable = path[-1] == "style" or path[-1] == "chat_template_kwargs"

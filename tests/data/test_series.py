@@ -77,7 +77,7 @@ def test_all_rows_that_break_the_series_are_told(write):
     rows[20] = "2024-01-01T00:29,19,361"
     with pytest.raises(ConfigError) as error:
         make(write("\n".join(rows)), time="t").setup("fit")
-    told = str(error.value)
+    errors = str(error.value)
     for wanted in (
         "row 4 has '' as x",
         "row 6 has 'inf' as y",
@@ -86,8 +86,8 @@ def test_all_rows_that_break_the_series_are_told(write):
         "row 20 has t '2024-01-01T00:29' after '2024-01-01T00:18'",
         "row 21 has t '2024-01-01T00:20' after '2024-01-01T00:29'",
     ):
-        assert wanted in told, told
-    assert "7 of 30 rows cannot be used" in told
+        assert wanted in errors, errors
+    assert "7 of 30 rows cannot be used" in errors
 
 
 @pytest.mark.parametrize("form", ["{}-{:02d}", "{}-{:02d}-01", "{}/{:02d}/15"])

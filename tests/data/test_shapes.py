@@ -1,7 +1,7 @@
 import pytest
 
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import SHAPES, recognise
+from lightning_peft.data.shapes import SHAPES, detect_layout
 from lightning_peft.errors import ConfigError
 
 USER = {"role": "user", "content": "a"}
@@ -56,7 +56,7 @@ OTHERS = {"text", "text_label", "tokens_tags", "image_label", "translation", "sp
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)
 def test_a_shape_is_recognised_and_read(shape, row, turns):
-    layout = recognise([row], None, "auto")
+    layout = detect_layout([row], None, "auto")
     assert layout.shape.name == shape
     sample = layout.parse(row)
     assert isinstance(sample, Sample), sample
@@ -74,7 +74,7 @@ def test_images_and_labels(tmp_path):
     path = str(tmp_path / "one.png")
     for image in (b"bytes", path, {"bytes": b"bytes", "path": "x"}, {"bytes": None, "path": path}):
         row = {"img": image, "label": 3}
-        layout = recognise([row], None, "auto")
+        layout = detect_layout([row], None, "auto")
         assert layout.shape.name == "image_label"
         assert layout.parse(row) == Sample(image=b"bytes", label="3")
     assert Sample(image=b"a", label="x").digest() == Sample(image=b"a", label="y").digest()
@@ -82,8 +82,8 @@ def test_images_and_labels(tmp_path):
 
 
 def test_texts_and_labels():
-    assert recognise([{"text": "x"}], None, "auto").parse({"text": "x"}) == Sample(text="x")
-    layout = recognise([{"text": "x", "label": 0}], None, "auto")
+    assert detect_layout([{"text": "x"}], None, "auto").parse({"text": "x"}) == Sample(text="x")
+    layout = detect_layout([{"text": "x", "label": 0}], None, "auto")
     assert layout.shape.name == "text_label"
     assert layout.parse({"text": "x", "label": 0}) == Sample(text="x", label="0")
     assert layout.parse({"text": "", "label": None}) == [
@@ -94,7 +94,7 @@ def test_texts_and_labels():
 
 def test_two_texts_and_their_label():
     row = {"text": "x", "text_pair": "y", "label": "a"}
-    layout = recognise([row], None, "auto")
+    layout = detect_layout([row], None, "auto")
     sample = layout.parse(row)
     assert sample == Sample(text="x", text_pair="y", label="a")
     assert sample.digest() != Sample(text="x", label="a").digest()
@@ -115,7 +115,7 @@ def test_two_texts_and_their_label():
     ],
 )
 def test_labels_are_names_or_whole_numbers(label, found):
-    layout = recognise([{"text": "x", "label": "a"}], None, "text_label")
+    layout = detect_layout([{"text": "x", "label": "a"}], None, "text_label")
     parsed = layout.parse({"text": "x", "label": label})
     assert parsed == (found if isinstance(found, list) else Sample(text="x", label=found))
 
@@ -123,7 +123,7 @@ def test_labels_are_names_or_whole_numbers(label, found):
 @pytest.mark.parametrize("column", ["tags", "ner_tags", "labels"])
 def test_tokens_and_tags(column):
     row = {"tokens": ["a", "b"], column: [0, "B-X"]}
-    layout = recognise([row], None, "auto")
+    layout = detect_layout([row], None, "auto")
     assert layout.shape.name == "tokens_tags"
     assert layout.parse(row) == Sample(tokens=["a", "b"], tags=["0", "B-X"])
 
@@ -145,7 +145,7 @@ def test_tokens_and_tags(column):
     ],
 )
 def test_wrong_tokens_and_tags_are_told(tokens, tags, kind, message):
-    layout = recognise([{"tokens": ["a"], "tags": ["O"]}], None, "auto")
+    layout = detect_layout([{"tokens": ["a"], "tags": ["O"]}], None, "auto")
     ((found, text),) = layout.parse({"tokens": tokens, "tags": tags})
     assert found == kind
     assert message in text
@@ -153,7 +153,7 @@ def test_wrong_tokens_and_tags_are_told(tokens, tags, kind, message):
 
 def test_most_rows_decide_and_columns_can_be_mapped():
     rows = [{"q": 1}, {"q": "a", "a": "b", "id": 3}, {"q": "c", "a": "d", "id": 4}]
-    layout = recognise(rows, {"prompt": "q", "completion": "a"}, "auto")
+    layout = detect_layout(rows, {"prompt": "q", "completion": "a"}, "auto")
     assert layout.shape.name == "prompt_completion"
     assert layout.parse(rows[1]).unused == ("id",)
     assert layout.parse(rows[1]).messages == TALK
@@ -175,7 +175,7 @@ def test_most_rows_decide_and_columns_can_be_mapped():
 )
 def test_what_cannot_be_recognised_is_told(rows, columns, shape, message):
     with pytest.raises(ConfigError) as error:
-        recognise(rows, columns, shape)
+        detect_layout(rows, columns, shape)
     assert message in str(error.value)
 
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_recognised_is_told(rows, columns, shape, message):
     ],
 )
 def test_wrong_turns_are_told(turns, kind, message):
-    layout = recognise([{"messages": TALK}], None, "auto")
+    layout = detect_layout([{"messages": TALK}], None, "auto")
     found = layout.parse({"messages": turns})
     assert any(k == kind and message in text for k, text in found), found
 
@@ -211,20 +211,20 @@ def test_tool_calls_are_kept():
         "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
     }
     turns = [USER, call, {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, ANSWER]
-    sample = recognise([{"messages": turns}], None, "auto").parse({"messages": turns})
+    sample = detect_layout([{"messages": turns}], None, "auto").parse({"messages": turns})
     assert sample.messages[1] == {**call, "content": ""}
     assert len(sample.messages) == 5
 
 
 def test_the_same_answers_are_no_preference():
     row = {"prompt": "a", "chosen": "b", "rejected": "b"}
-    (problem,) = recognise([row], None, "auto").parse(row)
+    (problem,) = detect_layout([row], None, "auto").parse(row)
     assert problem[0] == "preference"
 
 
 def test_digests_are_of_what_is_said():
-    one = recognise([{"prompt": "a", "response": "b"}], None, "auto")
-    two = recognise([{"messages": TALK}], None, "auto")
+    one = detect_layout([{"prompt": "a", "response": "b"}], None, "auto")
+    two = detect_layout([{"messages": TALK}], None, "auto")
     first, second = one.parse({"prompt": "a", "response": "b"}), two.parse({"messages": TALK})
     assert first.digest() == second.digest() != Sample(text="ab").digest()
     assert Sample(text="\ud800").digest() != Sample(text="?").digest()

@@ -7,7 +7,7 @@ import pytest
 from openpyxl.worksheet.formula import ArrayFormula
 
 from lightning_peft.data.encoding_names import near_encodings
-from lightning_peft.data.json_text import kind_of
+from lightning_peft.data.json_text import json_type
 from lightning_peft.data.reading import Source
 from lightning_peft.errors import ConfigError
 
@@ -26,7 +26,7 @@ def read(tmp_path):
         change(book, book.active)
         book.save(tmp_path / "a.xlsx")
         source = Source(str(tmp_path / "a.xlsx"), None, None, None, None, False, None, "line")
-        return list(source.rows()), source.read_as()["a.xlsx"].notes
+        return list(source.rows()), source.file_formats()["a.xlsx"].notes
 
     return read
 
@@ -159,7 +159,7 @@ def test_misspelled_encodings_have_near_names(wrong, right, tmp_path):
 
 def test_names_of_kinds_of_values():
     values = ["", True, 1, 1.5, [], {}, None, b"", datetime.date(2024, 1, 1), object()]
-    assert [kind_of(value) for value in values] == [
+    assert [json_type(value) for value in values] == [
         *("a text", "true or false", "a number", "a number", "a list", "an object", "null"),
         *("bytes", "a date or time", "a value"),
     ]

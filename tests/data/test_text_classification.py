@@ -61,12 +61,13 @@ def test_unknown_labels_are_all_told_with_near_names(classified, write):
     data = classified(write(rows(["good", "bad", "god", 2])), labels=["bad", "good"])
     with pytest.raises(ConfigError) as error:
         data.setup("fit")
-    told = str(error.value)
-    assert "rows whose label cannot be used: 2" in told
+    errors = str(error.value)
+    assert "rows whose label cannot be used: 2" in errors
     assert (
-        "row 3 has the label 'god', which is none of the 2 that are given; near names: goo" in told
+        "row 3 has the label 'god', which is none of the 2 that are given; near names: goo"
+        in errors
     )
-    assert "row 4 has the label '2'" in told
+    assert "row 4 has the label '2'" in errors
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,9 @@ def test_classes_that_a_split_lacks_are_told(classified, write, caplog):
     data = classified(write(found), labels=["a", "b", "c", "d", "e"], validation_share=None)
     data.setup("fit")
     data.setup("validate")
-    told = [record.message for record in caplog.records]
-    assert told == data.record["notes"]
-    assert told == [
+    errors = [record.message for record in caplog.records]
+    assert errors == data.record["notes"]
+    assert errors == [
         "Label 'd' is in validation (1 times) and never in train, so the model cannot learn to "
         "say so.",
         "Label 'e' is given and in no row.",
@@ -193,8 +194,8 @@ def test_equal_texts_with_other_labels_are_counted(classified, write):
     assert record["shared_prompts"] == 1
     assert record["splits"]["train"]["contradictions"] == 1
     assert record["splits"]["validation"]["contradictions"] == 1
-    told = "1 rows of train have the text of an earlier row and another label."
-    assert told in record["notes"]
+    errors = "1 rows of train have the text of an earlier row and another label."
+    assert errors in record["notes"]
 
 
 def test_other_shapes_are_refused(classified, write):

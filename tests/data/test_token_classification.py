@@ -123,7 +123,7 @@ def test_a_blank_between_the_tokens_of_a_word_does_not_begin_it_again():
         "words": ["a b", "c"],
         "tags": ["B-X", "O"],
     }
-    batch = collate_tags([row], filler=0, numbers={"B-X": 0, "O": 1}, all_subwords=False)
+    batch = collate_tags([row], pad_token_id=0, numbers={"B-X": 0, "O": 1}, all_subwords=False)
     assert batch["word_starts"].tolist() == [[1, 0, 0, 1]]
     assert batch["labels"].tolist() == [[0, IGNORED, IGNORED, 1]]
 
@@ -157,8 +157,8 @@ def test_bad_rows_are_all_told(tagged, write, bert):
     ]
     with pytest.raises(ConfigError) as error:
         tagged(write(rows), tokenizer=bert, labels=["O", "B-X"]).setup("fit")
-    told = str(error.value)
-    assert "5 of 6 rows cannot be used" in told
+    errors = str(error.value)
+    assert "5 of 6 rows cannot be used" in errors
     for text in (
         "row 2 has 2 tokens and 1 tags",
         "row 3 has the word '\\u200b' as number 1, of which the tokenizer makes no token",
@@ -166,7 +166,7 @@ def test_bad_rows_are_all_told(tagged, write, bert):
         "row 5 has the tag 'b-X', which is none of the 2 that are given; near names: B-X",
         "row 6 has empty tokens",
     ):
-        assert text in told
+        assert text in errors
 
 
 def test_numbers_of_tags_stand_for_given_names(tagged, write):

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.samples import RowProblems, Sample
-from lightning_peft.data.shapes import recognise
+from lightning_peft.data.shapes import detect_layout
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.tool_calls import read_tools
 from lightning_peft.data.validation import EncodingProblem
@@ -38,7 +38,7 @@ NO_STRICT = READS.replace("t | tojson", "[t.function.name, t.function.parameters
 
 
 def parse(row, variables=frozenset()):
-    return replace(recognise([row], None, "auto"), variables=variables).parse(row)
+    return replace(detect_layout([row], None, "auto"), variables=variables).parse(row)
 
 
 def encoder(tokenizer, template=READS, **options):

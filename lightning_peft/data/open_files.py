@@ -73,12 +73,12 @@ def compression_of(path: Path) -> str | None:
     Raises:
         ConfigError: If the file cannot be opened.
     """
-    with readable(path.name), path.open("rb") as file:
+    with explain_errors(path.name), path.open("rb") as file:
         start = file.read(8)
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
 
 
-def bare_name(path: Path) -> PurePosixPath:
+def uncompressed_name(path: Path) -> PurePosixPath:
     """Returns the name without the suffix of its compression; of a zip, its one file's.
 
     Raises:
@@ -93,13 +93,13 @@ def bare_name(path: Path) -> PurePosixPath:
 
 def is_workbook(path: Path) -> bool:
     """Says whether a zip is a workbook of Excel or LibreOffice, or a like document."""
-    with readable(path.name), zipfile.ZipFile(path) as archive:
+    with explain_errors(path.name), zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
     return bool(names & {"[Content_Types].xml", "content.xml", "mimetype"})
 
 
 def _member(path: Path) -> str:
-    with readable(path.name), zipfile.ZipFile(path) as archive:
+    with explain_errors(path.name), zipfile.ZipFile(path) as archive:
         names = [
             info.filename
             for info in archive.infolist()
@@ -118,7 +118,7 @@ def _is_hidden(name: str) -> bool:
 
 
 @contextmanager
-def opened(path: Path, name: str) -> Iterator[BinaryIO]:
+def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
     """Opens a file for reading, unpacked if it is compressed.
 
     Args:
@@ -129,7 +129,7 @@ def opened(path: Path, name: str) -> Iterator[BinaryIO]:
         ConfigError: If it cannot be read, is damaged, or breaks off.
     """
     compression = compression_of(path)
-    with readable(name, compression), path.open("rb") as raw:
+    with explain_errors(name, compression), path.open("rb") as raw:
         stream: Any
         if compression == "zip":
             with zipfile.ZipFile(raw) as archive, archive.open(_member(path)) as stream:
@@ -165,7 +165,7 @@ class _Raw(io.RawIOBase):
 
 
 @contextmanager
-def readable(name: str, compression: str | None = None) -> Iterator[None]:
+def explain_errors(name: str, compression: str | None = None) -> Iterator[None]:
     """Turns what goes wrong with a file into words.
 
     Args:
@@ -203,7 +203,7 @@ def readable(name: str, compression: str | None = None) -> Iterator[None]:
         ) from error
 
 
-def refuse_others(start: bytes, name: str) -> None:
+def refuse_foreign_formats(start: bytes, name: str) -> None:
     """Refuses files of a wholly other kind, known by their first bytes.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lightning_peft.data import encoding_in_processes as home
+from lightning_peft.data import parallel_encoding as home
 from lightning_peft.data.encoding_worker import Outcome
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
@@ -40,7 +40,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 return
             time.sleep(0.1)
 
-    monkeypatch.setattr(home, "ALONE", 5)
+    monkeypatch.setattr(home, "MIN_ROWS_FOR_WORKERS", 5)
     monkeypatch.setattr(home, "CHUNK", 4)
     monkeypatch.setattr(home, "usable_cores", lambda: 2)
     monkeypatch.setattr(home._Process, "submit", noting)
@@ -82,7 +82,7 @@ def test_what_is_prepared_is_the_same(make, write, at_once, tmp_path, monkeypatc
     several = prepared(make, file, tmp_path / "several")
     assert sum(at_once) > 50
     asked = len(at_once)
-    monkeypatch.setattr(SupervisedRows, "in_processes", False)
+    monkeypatch.setattr(SupervisedRows, "parallelizable", False)
     alone = prepared(make, file, tmp_path / "alone")
     assert len(at_once) == asked
     assert several[0] == alone[0]
@@ -94,7 +94,7 @@ def test_what_is_prepared_is_the_same(make, write, at_once, tmp_path, monkeypatc
 
 
 def through(encoder: RowEncoder, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
-    return home.encoded(encoder, numbers, lambda number: number)
+    return home.encode_rows(encoder, numbers, lambda number: number)
 
 
 def test_a_process_that_dies_changes_nothing(at_once, monkeypatch) -> None:

@@ -14,23 +14,23 @@ from lightning_peft.errors import ConfigError, itemize
 log = logging.getLogger(__name__)
 
 
-def how_read(source: Source) -> list[dict[str, Any]]:
+def describe_formats(source: Source) -> list[dict[str, Any]]:
     """Returns how each file is read, ready for JSON: ``file``, ``words``, ``encoding`` ...
 
     Raises:
         ConfigError: If one cannot be read.
     """
     return [
-        {"file": name, "usual": one.usual, "words": one.words(), **asdict(one)}
-        for name, one in source.read_as().items()
+        {"file": name, "usual": one.is_standard, "words": one.describe(), **asdict(one)}
+        for name, one in source.file_formats().items()
     ]
 
 
-def say_how_read(files: Sequence[dict[str, Any]]) -> None:
+def log_formats(files: Sequence[dict[str, Any]]) -> None:
     """Logs how files are read, as a warning where it was detected and may be wrong.
 
     Args:
-        files: As of :func:`how_read`.
+        files: As of :func:`describe_formats`.
     """
     for usual, level in ((True, logging.INFO), (False, logging.WARNING)):
         found = [f"{one['file']}: {one['words']}" for one in files if one["usual"] is usual]
@@ -38,18 +38,18 @@ def say_how_read(files: Sequence[dict[str, Any]]) -> None:
             log.log(level, f"Read as:{itemize(found)}")
 
 
-def stamps(sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
+def file_stamps(sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
     """Returns size in bytes and time of change, in nanoseconds, of each file by its path."""
     paths = [path for source in sources for _, path in source.content()]
     stats = {str(path): path.stat() for path in paths if path.is_file()}
     return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
-def refuse_changed(before: dict[str, Any], after: dict[str, Any]) -> None:
+def check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Refuses rows of files that changed while they were read.
 
     Args:
-        before: As of :func:`stamps`.
+        before: As of :func:`file_stamps`.
         after: The same afterwards.
 
     Raises:

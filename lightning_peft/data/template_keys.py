@@ -15,7 +15,7 @@ _ALWAYS = ("role", "content", "train")
 _KINDS = ("type",)
 
 
-def unwritten(
+def keys_without_effect(
     rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
 ) -> Iterator[tuple[int | None, str]]:
     """Yields every key without which the same is rendered, with the place of its turn.
@@ -30,7 +30,7 @@ def unwritten(
     """
     whole: object = None
 
-    def same(turns: Sequence[Message], given: Mapping[str, Any]) -> bool:
+    def renders_same(turns: Sequence[Message], given: Mapping[str, Any]) -> bool:
         nonlocal whole
         whole = rendered(messages, context) if whole is None else whole
         try:
@@ -40,21 +40,21 @@ def unwritten(
             return False
 
     for place, turn in enumerate(messages):
-        for path, less in _lesser(turn):
-            if same([*messages[:place], less, *messages[place + 1 :]], context):
+        for path, reduced in _turns_without_one_key(turn):
+            if renders_same([*messages[:place], reduced, *messages[place + 1 :]], context):
                 yield place, path
     for name in context:
-        if same(messages, {key: context[key] for key in context if key != name}):
+        if renders_same(messages, {key: context[key] for key in context if key != name}):
             yield None, name
 
 
-def unwritten_in_tools(
+def tool_keys_without_effect(
     rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
 ) -> list[str]:
     """Returns the keys of the tools in ``context`` without which the same is rendered."""
     whole = rendered(messages, context)
     found = []
-    for path, fewer in _lesser_tools(context["tools"]):
+    for path, fewer in _tools_without_one_key(context["tools"]):
         try:
             if rendered(messages, {**context, "tools": fewer}) == whole:
                 found.append(path)
@@ -63,39 +63,39 @@ def unwritten_in_tools(
     return list(dict.fromkeys(found))
 
 
-def _lesser(turn: Message) -> Iterator[tuple[str, Message]]:
+def _turns_without_one_key(turn: Message) -> Iterator[tuple[str, Message]]:
     for key in turn:
         if key not in _ALWAYS:
             yield key, {name: turn[name] for name in turn if name != key}
     calls = turn.get("tool_calls", [])
     for place, call in enumerate(calls):
-        for path, less in _lesser_call(call):
+        for path, reduced in _calls_without_one_key(call):
             yield (
                 f"tool_calls[].{path}",
                 {
                     **turn,
-                    "tool_calls": [*calls[:place], less, *calls[place + 1 :]],
+                    "tool_calls": [*calls[:place], reduced, *calls[place + 1 :]],
                 },
             )
 
 
-def _lesser_call(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _calls_without_one_key(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for key in call:
         if key != "function" and key not in _KINDS:
             yield key, {name: call[name] for name in call if name != key}
     function = call["function"]
     for key in function:
         if function[key]:
-            less = {name: function[name] for name in function if name != key}
-            yield f"function.{key}", {**call, "function": less}
+            reduced = {name: function[name] for name in function if name != key}
+            yield f"function.{key}", {**call, "function": reduced}
 
 
-def _lesser_tools(tools: list[Any]) -> Iterator[tuple[str, list[Any]]]:
+def _tools_without_one_key(tools: list[Any]) -> Iterator[tuple[str, list[Any]]]:
     for place, tool in enumerate(tools):
         function = tool.get("function")
         for key in function if isinstance(function, dict) else ():
-            less = {name: function[name] for name in function if name != key}
+            reduced = {name: function[name] for name in function if name != key}
             yield (
                 f"tools[].function.{key}",
-                [*tools[:place], {**tool, "function": less}, *tools[place + 1 :]],
+                [*tools[:place], {**tool, "function": reduced}, *tools[place + 1 :]],
             )

@@ -7,8 +7,8 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from lightning_peft.data.labels import argument_problems, look_alikes, untrained
-from lightning_peft.data.preparation import Settings
+from lightning_peft.data.labels import label_notes, label_problems, similar_labels
+from lightning_peft.data.preparation import PreparationSettings
 from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
 
@@ -19,7 +19,7 @@ class LabelledData(TokenizedData):
     """Rows with named labels, which a tokenizer encodes.
 
     Args:
-        data: As of :class:`RowsData <lightning_peft.data.rows_data.RowsData>`.
+        data: As of :class:`RowDataModule <lightning_peft.data.row_data_module.RowDataModule>`.
         tokenizer: As of :class:`TokenizedData <lightning_peft.data.tokenized.TokenizedData>`.
         labels: All names in the order of their numbers; by default those in the rows, sorted.
         **options: Keyword arguments of both.
@@ -39,13 +39,13 @@ class LabelledData(TokenizedData):
         over_long: Literal["error", "truncate"] = "error",
         **options: Any,
     ) -> None:
-        self._told = False
+        self._notes_logged = False
         super().__init__(data, tokenizer, over_long=over_long, **options)
 
     def _argument_problems(self) -> list[str]:
-        return [*super()._argument_problems(), *argument_problems(self.hparams["labels"])]
+        return [*super()._argument_problems(), *label_problems(self.hparams["labels"])]
 
-    def _settings(self) -> Settings:
+    def _settings(self) -> PreparationSettings:
         # There is no choice of shapes, also where the rows look like another one besides.
         return replace(super()._settings(), shape=self.accepts[0])
 
@@ -87,7 +87,7 @@ class LabelledData(TokenizedData):
             for split, count in counts.items()
             if count
         ]
-        return [*untrained(self.labels, self.classes), *contradictions]
+        return [*label_notes(self.labels, self.classes), *contradictions]
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows, and checks that their labels can be told apart.
@@ -98,25 +98,25 @@ class LabelledData(TokenizedData):
         """
         super().setup(stage)
         self._check_labels()
-        if not self._told and (self.trainer is None or self.trainer.is_global_zero):
-            self._told = True
+        if not self._notes_logged and (self.trainer is None or self.trainer.is_global_zero):
+            self._notes_logged = True
             for note in self.notes:
                 log.warning(note)
 
     def _check_labels(self) -> None:
-        given = self.hparams
+        hparams = self.hparams
         trained = [name for name, count in self.classes["train"].items() if count]
         if len(trained) < 2:
             raise ConfigError(
-                f"Every label to train on in {given['data']!r} is {trained[0]!r}: a model that "
+                f"Every label to train on in {hparams['data']!r} is {trained[0]!r}: a model that "
                 "always says the same learns nothing. Add rows of other classes, or say which "
                 f'column holds them, such as columns={{"{self.label_field}": "my_column"}}.'
             )
-        alike = look_alikes(self.labels) if given["labels"] is None else []
+        alike = similar_labels(self.labels) if hparams["labels"] is None else []
         if alike:
             groups = "; ".join(" and ".join(map(repr, group)) for group in alike)
             raise ConfigError(
-                f"Some labels in {given['data']!r} differ in case or blanks only, and would be "
+                f"Some labels in {hparams['data']!r} differ in case or blanks only, and would be "
                 f"classes of their own: {groups}. Write them alike in the rows, or name all labels "
                 "with labels= if they are meant."
             )

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_peft.data.preparation import DEFAULT_SHARES, REJECTED, Prepared, Settings, prepare
-from lightning_peft.data.prompts import prompts_in
+from lightning_peft.data.preparation import (
+    DEFAULT_SPLIT_FRACTIONS,
+    REJECTED,
+    PreparationSettings,
+    Prepared,
+    prepare,
+)
+from lightning_peft.data.prompts import read_prompts
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.shown import Run
+from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
@@ -31,7 +37,7 @@ else:
 log = logging.getLogger(__name__)
 
 
-class RowsData(_Base, metaclass=LateBoundMeta):
+class RowDataModule(_Base, metaclass=LateBoundMeta):
     """Rows of examples, every one of which is checked before training.
 
     Rows with problems are an error that lists all of them, unless ``skip_bad_rows`` is given. What
@@ -76,7 +82,7 @@ class RowsData(_Base, metaclass=LateBoundMeta):
     # Names of the shapes that can be trained on.
     accepts: ClassVar[tuple[str, ...]]
     # Columns of a prepared row that reach the batch.
-    fed: ClassVar[tuple[str, ...]]
+    batch_columns: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -117,19 +123,19 @@ class RowsData(_Base, metaclass=LateBoundMeta):
 
     def _argument_problems(self) -> list[str]:
         """Returns what is wrong with the arguments alone; subclasses add to it."""
-        given = self.hparams
+        hparams = self.hparams
         problems = []
-        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
+        shares = {name: hparams[f"{name}_share"] for name in ("validation", "test")}
         if any(share is not None and not 0 <= share < 1 for share in shares.values()):
             problems.append(f"shares are between 0 and 1, not {shares}")
         elif sum(share or 0 for share in shares.values()) >= 1:
             problems.append(f"the shares {shares} leave nothing to train on")
         for name in ("validation", "test"):
-            if given[f"{name}_data"] is not None and given[f"{name}_share"] is not None:
+            if hparams[f"{name}_data"] is not None and hparams[f"{name}_share"] is not None:
                 problems.append(f"{name}_data and {name}_share are both given; drop one")
         for name in ("batch_size", "max_length", "limit"):
-            if given.get(name) is not None and given[name] < 1:
-                problems.append(f"{name}={given[name]} is less than 1")
+            if hparams.get(name) is not None and hparams[name] < 1:
+                problems.append(f"{name}={hparams[name]} is less than 1")
         return problems
 
     @abstractmethod
@@ -146,15 +152,15 @@ class RowsData(_Base, metaclass=LateBoundMeta):
 
     @abstractmethod
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what makes a batch of prepared rows (their columns ``fed``); it is picklable."""
+        """Returns the picklable collate function for rows of ``batch_columns``."""
 
     def sampler(self, split: str) -> Sampler[int] | None:
         """Returns the order of the rows of ``split``, where it is a special one."""
         return None
 
-    def shown(self, row: dict[str, Any]) -> list[Run]:
+    def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns a prepared row as it is shown to a person: trained or not."""
-        return [Run(False, f"{name}: {row[name]}", []) for name in self.fed]
+        return [TextSpan(False, f"{name}: {row[name]}", []) for name in self.batch_columns]
 
     def prepare_data(self) -> None:
         """Reads, checks and encodes all rows, in one process, unless that was done before."""
@@ -238,7 +244,7 @@ class RowsData(_Base, metaclass=LateBoundMeta):
 
         They are rows of the data, so they are not part of the record that goes with adapters.
         """
-        return prompts_in(self.read().folder)
+        return read_prompts(self.read().folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint holds of the data: the key of what was trained on."""
@@ -271,7 +277,7 @@ class RowsData(_Base, metaclass=LateBoundMeta):
 
     def rows(self, split: str) -> Any:
         """Returns the prepared rows of a split with rows, as a map-style dataset."""
-        return self.read().splits[split].select_columns(list(self.fed))
+        return self.read().splits[split].select_columns(list(self.batch_columns))
 
     def loader(self, split: str) -> Any:
         """Returns the rows of ``split`` in batches; an empty list where there are none."""
@@ -289,29 +295,29 @@ class RowsData(_Base, metaclass=LateBoundMeta):
         )
 
     def _sources(self) -> list[Source]:
-        given = self.hparams
-        apart = [(split, given[f"{split}_data"]) for split in ("validation", "test")]
+        hparams = self.hparams
+        apart = [(split, hparams[f"{split}_data"]) for split in ("validation", "test")]
         named = [(split, data) for split, data in apart if data is not None]
         # Without validation rows of its own, the data is shared out.
-        first = [("train" if given["validation_data"] else None, given["data"])]
+        first = [("train" if hparams["validation_data"] else None, hparams["data"])]
         of_hub = ("hub_config", "hub_splits", "hub_revision", "streaming")
         of_files = ("limit", "text_unit", "encoding", "delimiter", "sheet")
-        options = {name: given[name] for name in (*of_hub, *of_files)}
+        options = {name: hparams[name] for name in (*of_hub, *of_files)}
         return [Source(data, split, **options) for split, data in [*first, *named]]
 
-    def _settings(self) -> Settings:
-        given = self.hparams
-        shares = {name: given[f"{name}_share"] for name in ("validation", "test")}
-        asked = {name: share for name, share in shares.items() if share is not None}
-        if asked and given["validation_data"] is None:
-            asked = {**DEFAULT_SHARES, **asked}
-        return Settings(
+    def _settings(self) -> PreparationSettings:
+        hparams = self.hparams
+        shares = {name: hparams[f"{name}_share"] for name in ("validation", "test")}
+        requested = {name: share for name, share in shares.items() if share is not None}
+        if requested and hparams["validation_data"] is None:
+            requested = {**DEFAULT_SPLIT_FRACTIONS, **requested}
+        return PreparationSettings(
             accepts=self.accepts,
-            shape=given.get("shape", "auto"),
-            columns=given["columns"],
-            duplicates=given["duplicates"],
-            shares=asked or None,
-            split_seed=given["split_seed"],
+            shape=hparams.get("shape", "auto"),
+            columns=hparams["columns"],
+            duplicates=hparams["duplicates"],
+            shares=requested or None,
+            split_seed=hparams["split_seed"],
             encoding=self.encoding(),
-            ignored_keys=tuple(sorted(given["ignored_keys"] or ())),
+            ignored_keys=tuple(sorted(hparams["ignored_keys"] or ())),
         )

@@ -14,7 +14,7 @@ _listener: ContextVar[Callable[[int], None] | None] = ContextVar("rows_read", de
 
 
 @contextmanager
-def counted_by(listener: Callable[[int], None] | None) -> Iterator[None]:
+def report_rows_to(listener: Callable[[int], None] | None) -> Iterator[None]:
     """Calls ``listener`` with the number of rows read, twice a second, within the context."""
     token = _listener.set(listener)
     try:
@@ -23,8 +23,8 @@ def counted_by(listener: Callable[[int], None] | None) -> Iterator[None]:
         _listener.reset(token)
 
 
-def counting(rows: Iterable[T]) -> Iterator[T]:
-    """Yields ``rows`` and gives their number to the listener of :func:`counted_by`, if any."""
+def counted_rows(rows: Iterable[T]) -> Iterator[T]:
+    """Yields ``rows`` and gives their number to the listener of :func:`report_rows_to`, if any."""
     listener, last = _listener.get(), time.monotonic()
     for number, row in enumerate(rows, start=1):
         yield row

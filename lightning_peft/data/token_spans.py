@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Run:
+class TextSpan:
     """A piece of a row that is trained as a whole, or not at all.
 
     Attributes:
@@ -28,15 +28,15 @@ class Run:
     tokens: list[str]
 
 
-def token_runs(
+def token_spans(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]
-) -> list[Run]:
+) -> list[TextSpan]:
     """Returns a row of tokens in runs of those with a label and those without."""
     reads: Any = tokenizer
-    runs = []
+    spans = []
     pairs = zip(ids, labels, strict=True)
     for trained, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
         tokens = [token for token, _ in group]
         text = reads.decode(tokens, clean_up_tokenization_spaces=False)
-        runs.append(Run(trained, text, reads.convert_ids_to_tokens(tokens)))
-    return runs
+        spans.append(TextSpan(trained, text, reads.convert_ids_to_tokens(tokens)))
+    return spans

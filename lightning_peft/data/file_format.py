@@ -16,7 +16,7 @@ _ENCODINGS = {"utf-8": "UTF-8", "utf-8-sig": "UTF-8 with a mark at its start"}
 _USUAL = {"utf-8", "utf-8-sig"}
 
 
-class Entry(NamedTuple):
+class FileRow(NamedTuple):
     """One row of a file.
 
     Attributes:
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Options:
+class ReadOptions:
     """What the user says of files.
 
     Attributes:
@@ -50,7 +50,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class ReadAs:
+class FileFormat:
     """How a file is read.
 
     Attributes:
@@ -74,14 +74,14 @@ class ReadAs:
     notes: tuple[str, ...] = ()
 
     @property
-    def usual(self) -> bool:
+    def is_standard(self) -> bool:
         """Whether there is nothing that a user should look at."""
-        usual = {"CSV": ",", "TSV": "\t"}
+        delimiters = {"CSV": ",", "TSV": "\t"}
         plain = self.encoding is None or self.encoding in _USUAL
-        parted = self.delimiter is None or usual.get(self.kind) == self.delimiter
+        parted = self.delimiter is None or delimiters.get(self.kind) == self.delimiter
         return plain and parted and self.sheet is None and not self.notes
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """Returns all of it in a line."""
         parts = [self.kind]
         if self.compression is not None:
@@ -105,26 +105,26 @@ class ReadAs:
         return text
 
 
-def of_text(kind: str, charset: Charset, compression: str | None, **more: Any) -> ReadAs:
+def text_format(kind: str, charset: Charset, compression: str | None, **more: Any) -> FileFormat:
     """Returns how a file of text is read.
 
     Args:
         kind: Of the file.
         charset: Its encoding.
         compression: How it is compressed.
-        **more: Other attributes of :class:`ReadAs`.
+        **more: Other attributes of :class:`FileFormat`.
     """
-    return ReadAs(kind, compression, charset.name, charset.how, charset.example, **more)
+    return FileFormat(kind, compression, charset.name, charset.how, charset.example, **more)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadableFile:
     """A file that can be read.
 
     Attributes:
-        read_as: How.
+        format: How it is read.
         rows: Yields its rows, from the first one each time.
     """
 
-    read_as: ReadAs
-    rows: Callable[[], Iterator[Entry]]
+    format: FileFormat
+    rows: Callable[[], Iterator[FileRow]]

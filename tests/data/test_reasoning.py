@@ -4,7 +4,7 @@ import pytest
 
 from lightning_peft.data.encoding import IGNORED, Encoder
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import recognise
+from lightning_peft.data.shapes import detect_layout
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.validation import EncodingProblem
 
@@ -43,7 +43,7 @@ def encoded(tokenizer, turns, template=WRITES, reasoning="train", loss_on="assis
 
 def read(turn):
     row = {"messages": [KEYED[0], {"role": "assistant", "content": "It is 8.", **turn}]}
-    parsed = recognise([row], None, "auto").parse(row)
+    parsed = detect_layout([row], None, "auto").parse(row)
     return parsed.messages[1] if isinstance(parsed, Sample) else parsed
 
 
@@ -80,12 +80,12 @@ def test_thoughts_that_cannot_be_read_are_refused(turn, message):
 
 def test_thoughts_of_other_turns_are_a_key_like_any_other(tokenizer):
     row = {"messages": [{**KEYED[0], "thinking": "Hm."}, {"role": "assistant", "content": "8"}]}
-    sample = recognise([row], None, "auto").parse(row)
+    sample = detect_layout([row], None, "auto").parse(row)
     assert sample.messages[0] == {**KEYED[0], "thinking": "Hm."}
     one = Encoder(tokenizer, find_template(tokenizer, NONE), 256, "assistant", "error")
     assert one.unused(sample) == ["messages[].thinking"]
     part = {"role": "user", "content": [{"type": "thinking", "thinking": "x"}, {"text": "y"}]}
-    ((kind, text),) = recognise([row], None, "auto").parse(
+    ((kind, text),) = detect_layout([row], None, "auto").parse(
         {"messages": [part, *row["messages"][1:]]}
     )
     assert (kind, "(user) has thoughts as a part" in text) == ("thoughts", True)

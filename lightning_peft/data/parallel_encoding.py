@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # So many rows take about as long as starting the processes, which import transformers.
-ALONE = 4096
+MIN_ROWS_FOR_WORKERS = 4096
 # Rows that go to a process at once, and how often: the next ones lie ready when it is done.
-CHUNK, CHUNKS = 128, 2
+CHUNK, MAX_PENDING_CHUNKS = 128, 2
 # The one that reads and writes encodes too, so this makes eight.
-MOST_PROCESSES = 7
+MAX_WORKERS = 7
 # With the path of this process before the first import: `-m` would look into the current folder
 # first, which may be somebody's data.
 _START = """import sys
@@ -40,7 +40,7 @@ from lightning_peft.data.encoding_worker import main
 main()"""
 
 
-def encoded(
+def encode_rows(
     encoder: RowEncoder, items: Iterable[T], sample_of: Callable[[T], Sample | None]
 ) -> Iterator[tuple[T, Outcome]]:
     """Yields every item, in order, with what becomes of its sample.
@@ -56,11 +56,11 @@ def encoded(
         return item, Outcome() if sample is None else outcome(encoder, sample)
 
     iterator = iter(items)
-    yield from map(here, itertools.islice(iterator, ALONE))
+    yield from map(here, itertools.islice(iterator, MIN_ROWS_FOR_WORKERS))
     first = list(itertools.islice(iterator, 1))
     rest = itertools.chain(first, iterator)
-    count = min(usable_cores() - 1, MOST_PROCESSES)
-    given = pickled(encoder) if first and count > 0 and encoder.in_processes else None
+    count = min(usable_cores() - 1, MAX_WORKERS)
+    given = pickled(encoder) if first and count > 0 and encoder.parallelizable else None
     if given is None:
         yield from map(here, rest)
         return
@@ -69,15 +69,17 @@ def encoded(
     try:
         while chunk := list(itertools.islice(rest, CHUNK)):
             samples = [sample for sample in map(sample_of, chunk) if sample is not None]
-            free = [process for process in processes if process.takes_more()]
+            free = [process for process in processes if process.has_capacity()]
             if free:
-                asked = min(free, key=_Process.load).submit(samples)
+                requested = min(free, key=_Process.load).submit(samples)
             else:
                 # All have enough to do, so this one takes part meanwhile.
-                asked = Future()
-                asked.set_result(outcomes(encoder, samples))
-            waiting.append((chunk, asked))
-            while waiting and (waiting[0][1].done() or len(waiting) > 2 * CHUNKS * (count + 1)):
+                requested = Future()
+                requested.set_result(outcomes(encoder, samples))
+            waiting.append((chunk, requested))
+            while waiting and (
+                waiting[0][1].done() or len(waiting) > 2 * MAX_PENDING_CHUNKS * (count + 1)
+            ):
                 yield from _paired(*waiting.popleft(), sample_of)
         while waiting:
             yield from _paired(*waiting.popleft(), sample_of)
@@ -87,9 +89,9 @@ def encoded(
 
 
 def _paired(
-    chunk: list[T], asked: Future[list[Outcome]], sample_of: Callable[[T], Sample | None]
+    chunk: list[T], requested: Future[list[Outcome]], sample_of: Callable[[T], Sample | None]
 ) -> Iterator[tuple[T, Outcome]]:
-    made = iter(asked.result())
+    made = iter(requested.result())
     for item in chunk:
         yield item, Outcome() if sample_of(item) is None else next(made)
 
@@ -120,7 +122,7 @@ class _Process:
     def __init__(self, encoder: RowEncoder, given: bytes) -> None:
         self.encoder = encoder
         self.thread = ThreadPoolExecutor(1, "encoding")
-        self.asked: list[Future[list[Outcome]]] = []
+        self.requested: list[Future[list[Outcome]]] = []
         self.ready = self.ended = False
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, "\n".join(sys.path)],
@@ -147,17 +149,17 @@ class _Process:
 
     def load(self) -> int:
         """Returns how many chunks it has yet to answer."""
-        self.asked = [future for future in self.asked if not future.done()]
-        return len(self.asked)
+        self.requested = [future for future in self.requested if not future.done()]
+        return len(self.requested)
 
-    def takes_more(self) -> bool:
+    def has_capacity(self) -> bool:
         """Says whether it is there, and has less to do than it may have at once."""
-        return self.ready and self.load() < CHUNKS
+        return self.ready and self.load() < MAX_PENDING_CHUNKS
 
     def submit(self, samples: list[Sample]) -> Future[list[Outcome]]:
         """Returns what becomes of samples, later."""
         future = self.thread.submit(self._outcomes, samples)
-        self.asked.append(future)
+        self.requested.append(future)
         return future
 
     def _outcomes(self, samples: list[Sample]) -> list[Outcome]:
