@@ -70,7 +70,7 @@ class TextClassifier(ClassificationTask):
             ConfigError: If it says something else than the arguments.
         """
         super().follow(data)
-        filler = getattr(data, "filler", None)
+        filler = getattr(data, "pad_token_id", None)
         if filler is None or filler == self.hparams["pad_token_id"]:
             return
         if self.hparams["pad_token_id"] is not None:

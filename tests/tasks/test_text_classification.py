@@ -94,7 +94,7 @@ def base_with(tmp_path):
 def test_a_decoder_without_padding_learns_it_from_the_data(base_with, data):
     made = task(model=base_with(pad_token_id=None))
     trainer("lora", max_steps=1, limit_val_batches=0).fit(made, data())
-    assert made.model.config.pad_token_id == data().filler == 0
+    assert made.model.config.pad_token_id == data().pad_token_id == 0
     assert made.hparams["pad_token_id"] == 0
 
 
