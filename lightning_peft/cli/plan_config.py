@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lightning_peft import engine
 from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
 
@@ -34,14 +35,13 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     model, data = _arguments(config["model"]), _arguments(config.get("data"))
     trainer = config["trainer"]
     method, strategy = _method(trainer)
+    quantization = _quantization_problem(strategy) if method == "qlora" else ""
     problems = [
         text
         for text, wrong in {
             f"model.class_path={task!r} is not a task that is planned": task not in _TASKS,
             "model.init_args.config makes a model of random weights": model.get("config"),
-            "load_in_8bit=True: memory of 8-bit layers is not predicted": strategy.get(
-                "load_in_8bit"
-            ),
+            quantization: quantization,
             "there is no model.init_args.model": not model.get("model"),
         }.items()
         if wrong
@@ -74,6 +74,22 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
             values = [value] if isinstance(value, str) else value
             words += [f"--{name.replace('_', '-')}", *values]
     return words
+
+
+def _quantization_problem(strategy: dict[str, Any]) -> str:
+    """Why the command, which plans for NF4 with double quantization, cannot plan for the run."""
+    names = ("load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    given = {name: strategy[name] for name in names if name in strategy}
+    config = engine.quantization_config(strategy.get("quantization_config"), **given)
+    problem = engine.planning_problem(config)
+    sizes = {engine.quantized_bytes(1 << 20, one) for one in (config, engine.quantization_config())}
+    if problem is None and len(sizes) > 1:
+        label = engine.quantization_label(engine.quantization_to_dict(config) or {})
+        return (
+            f"its base is quantized as {label}, and this command plans for NF4 with double "
+            "quantization"
+        )
+    return problem or ""
 
 
 def _arguments(part: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters, is_enabled
+from lightning_peft.engine.backends.registry import requantizes_when_merged
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.selection.parts import inside
@@ -53,7 +54,7 @@ def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
 
 def _problem_of(layer: Any) -> str | None:
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-    if isinstance(layer, BaseTunerLayer) and type(layer).__module__.endswith(".bnb"):
+    if layer is not base and requantizes_when_merged(layer):
         return (
             "is in PEFT's wrapper for quantized layers, which would quantize the sum again and "
             "lose part of the adapter. Load the adapter onto the dense base "

@@ -49,6 +49,11 @@ def adapter_code(
     lines.append("")
     if settings:
         lines += ["# The adapter was trained on the base in fewer bits.", settings]
+    elif facts.get("quantization"):
+        method = facts["quantization"].get("quant_method")
+        lines.append(
+            f"# The adapter was trained on a base quantized by {method}, which this does not do."
+        )
     lines += [
         f"base = {model}.from_pretrained({arguments}{more})",
         f"model = PeftModel.from_pretrained(base, {adapter!r})",
@@ -108,7 +113,8 @@ def labels_of(folder: Path) -> int | None:
 
 
 def _settings(quantization: object) -> str:
-    if not isinstance(quantization, Mapping):
+    # That of bitsandbytes has no name.
+    if not isinstance(quantization, Mapping) or "quant_method" in quantization:
         return ""
     plain = {
         name: value

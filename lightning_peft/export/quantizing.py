@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig
 
+from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LightningPeftError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import COMPANIONS, INDEX, Base
@@ -36,13 +36,7 @@ def quantize_folder(merged: Path, output: Path, bits: int) -> None:
     """
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 8 or 4.")
-    settings = BitsAndBytesConfig(
-        load_in_8bit=bits == 8,
-        load_in_4bit=bits == 4,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    settings = engine.quantization_config(load_in_8bit=bits == 8, bnb_4bit_compute_dtype="bfloat16")
     where = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model: Any = _class_of(merged).from_pretrained(
         merged, quantization_config=settings, dtype="auto", device_map={"": where}

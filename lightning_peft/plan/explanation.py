@@ -10,7 +10,7 @@ from lightning_peft.plan.prediction import PARTS, Prediction
 from lightning_peft.plan.suggestions import Change
 
 NAMES = {
-    "weights_quantized": "weights in 4 bits",
+    "weights_quantized": "quantized weights",
     "weights_dense": "other weights and buffers",
     "adapters": "adapters",
     "gradients": "gradients",

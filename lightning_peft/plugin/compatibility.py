@@ -38,8 +38,8 @@ def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
         )
     if "DoublePrecision" in precisions and quantized:
         problems.append(
-            "precision='64-true': bitsandbytes computes in 16 and 32 bits. Use another "
-            "precision, or LoRA without quantization"
+            "precision='64-true': products with quantized weights are computed in 16 and 32 bits. "
+            "Use another precision, or LoRA without quantization"
         )
     devices = getattr(strategy, "parallel_devices", None) or [strategy.root_device]
     problems += [

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from lightning_peft.cli import main
+from lightning_peft.cli.plan_config import plan_from_config
+from lightning_peft.errors import ConfigError
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
@@ -96,7 +98,7 @@ def test_plain_lines_where_there_is_no_terminal(here):
     assert done.returncode == 0, done.stderr
     assert "qlora, batch_size=2, seq_len=32, gradient checkpointing off" in done.stdout
     assert f"trainable {2 * 8 * (64 + 64):,} of" in done.stdout
-    assert "weights in 4 bits" in done.stdout
+    assert "quantized weights" in done.stdout
     assert "logits are computed in chunks, as in the task CausalLM" in done.stdout
     assert "\x1b" not in done.stdout
 
@@ -147,6 +149,15 @@ def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):
     done = here(*words, "--trainer.strategy.init_args.rank=4")
     assert done.returncode == 2
     assert "'rank' is not an argument of QLoRAStrategy; near names: " in done.stderr
+    for given, problem in (
+        ("load_in_8bit=true", "memory of 8-bit layers is not predicted"),
+        (
+            "bnb_4bit_use_double_quant=false",
+            "quantized as nf4, and this command plans for NF4 with",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            plan_from_config(["sft-qlora"], [f"--trainer.strategy.init_args.{given}"])
     done = here("--config=text-classification-lora", "--model.init_args.model=model")
     assert done.returncode == 2
     assert "is not a task that is planned" in done.stderr

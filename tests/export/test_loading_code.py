@@ -116,3 +116,10 @@ def test_what_has_no_auto_class_is_named_and_what_reads_the_inputs_too():
     # A class is not taken at its word: the file is somebody's.
     assert model_class({"base": {"class": "os; import x"}}) == "AutoModel"
     assert labels_of(Path("nowhere")) is None
+
+
+def test_code_does_not_give_transformers_a_config_of_another_backend():
+    facts = {"quantization": {"quant_method": "toy_int8", "levels": 127}}
+    code = adapter_code(facts, "adapter", "base", None, None)
+    assert "BitsAndBytesConfig" not in code
+    assert "quantized by toy_int8, which this does not do" in code

@@ -37,6 +37,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         quantizes_on_load: Whether weights may be quantized while ``from_pretrained`` reads them.
         compute_dtypes: Dtypes that :meth:`matmul` takes.
         state_keys: How the keys of :meth:`state_tensors` start that are not the values.
+        peft_modules: Names of PEFT's modules with wrappers for layers of the library.
         bits: Bits of a value, for reports.
     """
 
@@ -54,6 +55,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         {torch.float16, torch.bfloat16, torch.float32}
     )
     state_keys: ClassVar[tuple[str, ...]] = ()
+    peft_modules: ClassVar[tuple[str, ...]] = ()
     bits: ClassVar[int]
 
     def __init__(self) -> None:

@@ -22,8 +22,14 @@ class BitsAndBytesBackend(QuantizationBackend[BitsAndBytesConfig]):
     name = NAME
     config_type = BitsAndBytesConfig
     skip_argument = "llm_int8_skip_modules"
+    peft_modules = ("bnb",)
 
     def check_config(self, config: BitsAndBytesConfig) -> None:
+        if not (config.load_in_4bit or config.load_in_8bit):
+            raise ConfigError(
+                "This BitsAndBytesConfig quantizes nothing (load_in_4bit and load_in_8bit are both "
+                "False). Set one of them, or use LoRAStrategy for a base that is not quantized."
+            )
         if config.load_in_4bit and config.bnb_4bit_quant_storage != torch.uint8:
             raise UnsupportedError(
                 f"bnb_4bit_quant_storage={config.bnb_4bit_quant_storage}: packed 4-bit codes "

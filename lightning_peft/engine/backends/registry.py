@@ -45,12 +45,9 @@ def backend_for(config: Any) -> Backend:
     for backend in named:
         if backend.accepts(config):
             return backend
+    for backend in named:
+        backend.check_config(config)
     kind = type(config).__name__
-    if any(backend.name == bnb_config.NAME for backend in named):
-        raise ConfigError(
-            "This BitsAndBytesConfig quantizes nothing (load_in_4bit and load_in_8bit are both "
-            "False). Set one of them, or use LoRAStrategy for a base that is not quantized."
-        )
     types = sorted({backend.config_type.__name__ for backend in _BACKENDS})
     raise ConfigError(f"There is no quantization backend for a {kind}; there is {types}.")
 
@@ -58,6 +55,12 @@ def backend_for(config: Any) -> Backend:
 def backend_of(stored: Any) -> Backend | None:
     """The backend that made a parameter, or ``None`` for a dense one."""
     return next((backend for backend in _BACKENDS if backend.owns(stored)), None)
+
+
+def requantizes_when_merged(wrapper: nn.Module) -> bool:
+    """Whether PEFT's wrapper is one for quantized layers, which merges into codes."""
+    name = type(wrapper).__module__.rpartition(".")[2]
+    return any(name in backend.peft_modules for backend in _BACKENDS)
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -101,6 +104,11 @@ def workspace_bytes(operation: Any, args: tuple[Any, ...], nested: bool) -> int:
     """
     found = (backend.workspace_bytes(operation, args, nested) for backend in _BACKENDS)
     return next((size for size in found if size is not None), 0)
+
+
+def planning_problem(config: Any) -> str | None:
+    """Why memory cannot be predicted for ``config``, or ``None`` where it can."""
+    return backend_for(config).planning_problem(config)
 
 
 def is_dequantization(operation: Any) -> bool:
