@@ -20,7 +20,7 @@ from gradio_app.texts import DEFAULT, LANGUAGES, Texts, route
 PAGES = ("home", "new", "run", "compare", "help")
 # Labels of Gradio's that its own translations leave out.
 GRADIO = ("upload", "drop")
-_LOOK = Path(__file__).parent / "look"
+_ASSETS = Path(__file__).parent / "assets"
 
 
 def prepare_environment() -> None:
@@ -50,7 +50,7 @@ def build(studio: Studio) -> Any:
 
 
 def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
-    frame = import_module("gradio_app.pages.frame")
+    layout = import_module("gradio_app.pages.layout")
     page = "" if module == "home" else module
     path = route(page, t.language)
     if path:
@@ -59,7 +59,7 @@ def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
         demo.pages.append((path, path, False))
         demo.current_page = path
     import_module("gradio").Navbar(main_page_name=False, visible=False)
-    with frame.framed(studio, t, page):
+    with layout.page_layout(studio, t, page):
         import_module(f"gradio_app.pages.{module}").build(studio, t)
     if not path:
         import_module("gradio_app.pages.api").declare(studio, t)
@@ -67,7 +67,7 @@ def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
 
 def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict[str, Any]:
     """Returns the arguments of ``Blocks.launch`` that make the page safe and its look its own."""
-    look = import_module("gradio_app.look")
+    assets = import_module("gradio_app.assets")
     options: dict[str, Any] = {
         "share": False,
         "show_error": False,
@@ -83,9 +83,9 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
         "ssr_mode": False,
         "pwa": False,
         "mcp_server": False,
-        "theme": look.theme(),
-        "css_paths": sorted(_LOOK.glob("*.css")),
-        "head": look.head(titles(), labels()),
+        "theme": assets.theme(),
+        "css_paths": sorted(_ASSETS.glob("*.css")),
+        "head": assets.head(titles(), labels()),
         "auth": password,
         "root_path": os.environ.get("GRADIO_ROOT_PATH"),
         # Gradio announces the end of an event under a name that it has no text for.
@@ -105,10 +105,10 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
 
 def titles() -> dict[str, str]:
     """Returns what the browser calls each page, by path."""
-    frame = import_module("gradio_app.pages.frame")
+    layout = import_module("gradio_app.pages.layout")
     pages = ["", *PAGES[1:]]
     return {
-        route(page, language): frame.title(Texts(language), page)
+        route(page, language): layout.page_title(Texts(language), page)
         for language in LANGUAGES
         for page in pages
     }
@@ -165,7 +165,7 @@ def serve(
             prevent_thread_lock=True,
             **launch_options(settings, password),
         )
-        import_module("gradio_app.pages.sessions").keep_lean(demo)
+        import_module("gradio_app.pages.compact_sessions").use_compact_sessions(demo)
     except OSError:
         studio.close()
         print(

@@ -48,7 +48,7 @@ def _select_checkpoints(run: Run, checkpoint: str) -> list[Checkpoint]:
     known = run.checkpoints()
     wanted = [one for one in known if one.name == checkpoint]
     if not wanted:
-        raise UserError("trying.refused_checkpoint", name=checkpoint)
+        raise UserError("playground.refused_checkpoint", name=checkpoint)
     # Copies of trained layers cannot share a base.
     whole = any(
         read_json_object(one.folder / "adapter_config.json").get("modules_to_save") for one in known

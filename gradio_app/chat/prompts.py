@@ -117,13 +117,13 @@ def extract_question(row: HeldOutPrompt, around: Sequence[str] | None) -> str:
     if row.turns is not None:
         return row.prompt
     if around is None:
-        raise UserError("trying.refused_row")
+        raise UserError("playground.refused_row")
     before, after = around
     text = row.prompt.strip()
     before, after = before.lstrip(), after.rstrip()
     enough = len(text) > len(before) + len(after)
     if not (enough and text.startswith(before) and text.endswith(after)):
-        raise UserError("trying.refused_row")
+        raise UserError("playground.refused_row")
     return text[len(before) : len(text) - len(after)].strip()
 
 

@@ -54,7 +54,7 @@ def validate_sampling(temperature: Any, top_p: Any, tokens: Any, seed: Any) -> S
 def _number(name: str, value: Any, least: float, most: float) -> float:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not known or not math.isfinite(value) or not least <= value <= most:
-        raise UserError(f"trying.refused_{name}", least=least, most=f"{most:,}")
+        raise UserError(f"playground.refused_{name}", least=least, most=f"{most:,}")
     return float(value)
 
 
@@ -66,9 +66,9 @@ def validate_text(text: Any, name: str = "question") -> str:
     """
     found = text.strip() if isinstance(text, str) else ""
     if len(found) > MAX_TEXT:
-        raise UserError("trying.refused_long", most=f"{MAX_TEXT:,}")
+        raise UserError("playground.refused_long", most=f"{MAX_TEXT:,}")
     if not found and name == "question":
-        raise UserError("trying.refused_empty")
+        raise UserError("playground.refused_empty")
     return found
 
 
@@ -79,6 +79,6 @@ def build_messages(system: str, turns: Turns, question: str) -> list[dict[str, s
         UserError: If there are more turns than one conversation may have.
     """
     if len(turns) >= MAX_TURNS:
-        raise UserError("trying.refused_turns", n=MAX_TURNS // 2)
+        raise UserError("playground.refused_turns", n=MAX_TURNS // 2)
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, *turns, {"role": "user", "content": question}]

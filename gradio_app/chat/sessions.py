@@ -165,14 +165,14 @@ class ChatSessions:
         run = self._using()
         if run is not None:
             if run.owner == owner:
-                return UserError("trying.refused_active", name=run.name)
-            return UserError("trying.refused_active_other")
+                return UserError("playground.refused_active", name=run.name)
+            return UserError("playground.refused_active_other")
         loaded = self._loaded
         if loaded is None or loaded.owner == owner:
             return None
         rested = time.monotonic() - loaded.used > self.patience.reservation
         free = loaded.phase == "ready" and rested
-        return None if free else UserError("trying.refused_other")
+        return None if free else UserError("playground.refused_other")
 
     def load(self, owner: str, run: Run, checkpoint: str) -> Iterator[ModelStatus]:
         """Loads a run's base and adapters, unless they are; yields how far it is.
@@ -187,7 +187,7 @@ class ChatSessions:
                 checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
         """
         if unsupported_task(run):
-            raise UserError("trying.refused_silent", name=run.name)
+            raise UserError("playground.refused_silent", name=run.name)
         with self._lock:
             self._check(owner)
             loaded = self._loaded
@@ -217,7 +217,7 @@ class ChatSessions:
                 loaded.ready, loaded.phase, loaded.used = row["ready"], "ready", time.monotonic()
             elif "error" in row:
                 raise UserError(
-                    "trying.refused_load", why=redact_message(row["error"], self.settings)
+                    "playground.refused_load", why=redact_message(row["error"], self.settings)
                 )
             yield self.model_status(loaded.owner)
 
@@ -265,7 +265,7 @@ class ChatSessions:
                 or loaded.owner != owner
                 or not loaded.serves(run, checkpoint or _any_checkpoint(loaded))
             ):
-                raise UserError("trying.was_unloaded")
+                raise UserError("playground.was_unloaded")
             loaded.phase, loaded.answering = "answering", next(self._keys)
             return loaded, loaded.answering
 
@@ -278,7 +278,7 @@ class ChatSessions:
                 continue
             if "error" in row:
                 raise UserError(
-                    "trying.refused_answer", why=redact_message(row["error"], self.settings)
+                    "playground.refused_answer", why=redact_message(row["error"], self.settings)
                 )
             if not row.get("done"):
                 text += str(row.get("text", ""))
@@ -312,12 +312,12 @@ class ChatSessions:
 
     def _check(self, owner: str) -> None:
         if self._closed.is_set():
-            raise UserError("trying.was_unloaded")
+            raise UserError("playground.was_unloaded")
         reason = self.reason(owner)
         if reason is not None:
             raise reason
         if self._loaded is not None and self._loaded.phase in ("loading", "answering"):
-            raise UserError(f"trying.refused_{self._loaded.phase}")
+            raise UserError(f"playground.refused_{self._loaded.phase}")
 
     def _send(self, loaded: _LoadedModel, row: dict[str, Any]) -> None:
         try:
@@ -332,15 +332,15 @@ class ChatSessions:
             raise self._end_of(loaded) from None
         except TimeoutError:
             self._unload(loaded)
-            raise UserError("trying.hung", seconds=round(seconds)) from None
+            raise UserError("playground.hung", seconds=round(seconds)) from None
 
     def _end_of(self, loaded: _LoadedModel) -> UserError:
-        asked_for = self._loaded is not loaded
+        requested_run_id = self._loaded is not loaded
         why = redact_message(loaded.process.last_output().rpartition("\n")[2], self.settings)
         self._unload(loaded)
-        if asked_for:
-            return UserError("trying.was_unloaded")
-        return UserError("trying.died_saying", why=why) if why else UserError("trying.died")
+        if requested_run_id:
+            return UserError("playground.was_unloaded")
+        return UserError("playground.died_saying", why=why) if why else UserError("playground.died")
 
     def _unload(self, loaded: _LoadedModel | None) -> None:
         with self._lock:

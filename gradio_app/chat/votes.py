@@ -59,7 +59,7 @@ def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
         UserError: If it is no vote, or there are too many.
     """
     if vote not in VOTES or ballot.run_id != run.id or set(ballot.answers) != set(SIDES):
-        raise UserError("trying.refused_vote")
+        raise UserError("playground.refused_vote")
     outcome = ballot.who.get(str(vote), str(vote))
     row = {
         "time": time.time(),
@@ -74,7 +74,7 @@ def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
     with _lock:
         file = run.folder.path / FILE
         if file.is_file() and file.stat().st_size > MAX_BYTES:
-            raise UserError("trying.refused_votes")
+            raise UserError("playground.refused_votes")
         run.folder.append(file, row)
     return outcome
 

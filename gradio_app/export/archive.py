@@ -39,14 +39,14 @@ def build_archive(export: Export, run: Run, staging: Path) -> Path:
         UserError: If there is nothing, or no room for it.
     """
     if not export.is_complete:
-        raise UserError("exporting.refused_not_whole")
+        raise UserError("export.refused_not_whole")
     _sweep(staging)
     files = list(iter_files(export.output))
     needed, free = sum(file.stat().st_size for file, _ in files), shutil.disk_usage(staging).free
     # The page keeps a copy of what is fetched from it.
     if 2 * needed > free:
         raise UserError(
-            "exporting.refused_disk", needed=f"{2 * needed / 1e9:.1f}", free=f"{free / 1e9:.1f}"
+            "export.refused_disk", needed=f"{2 * needed / 1e9:.1f}", free=f"{free / 1e9:.1f}"
         )
     place = staging / export.name
     place.mkdir(exist_ok=True)

@@ -27,8 +27,8 @@ def check_machine(busy: Run | None, owner: str) -> None:
     if busy is None:
         return
     if busy.owner != owner:
-        raise UserError("exporting.refused_busy_other")
-    raise UserError("exporting.refused_busy", name=busy.name)
+        raise UserError("export.refused_busy_other")
+    raise UserError("export.refused_busy", name=busy.name)
 
 
 def check_size(size: BaseSize | None, settings: Settings) -> None:
@@ -39,12 +39,12 @@ def check_size(size: BaseSize | None, settings: Settings) -> None:
     """
     most = settings.limits.parameters
     if most is not None and size is None:
-        raise UserError("exporting.refused_unknown")
+        raise UserError("export.refused_unknown")
     if size is None:
         return
     if most is not None and size.parameters > most:
         raise UserError(
-            "exporting.refused_large",
+            "export.refused_large",
             billions=f"{size.parameters / 1e9:.2g}",
             most=f"{most / 1e9:.2g}",
         )
@@ -52,7 +52,7 @@ def check_size(size: BaseSize | None, settings: Settings) -> None:
     free = shutil.disk_usage(settings.runs).free
     if 2 * size.merged_bytes > free:
         needed = f"{2 * size.merged_bytes / 1e9:.1f}"
-        raise UserError("exporting.refused_disk", needed=needed, free=f"{free / 1e9:.1f}")
+        raise UserError("export.refused_disk", needed=needed, free=f"{free / 1e9:.1f}")
 
 
 def check_count(kept: Sequence[object], settings: Settings) -> None:
@@ -62,4 +62,4 @@ def check_count(kept: Sequence[object], settings: Settings) -> None:
         UserError: If there are so many.
     """
     if settings.space and len(kept) >= MAX_EXPORTS_ON_SPACE:
-        raise UserError("exporting.refused_many", most=MAX_EXPORTS_ON_SPACE)
+        raise UserError("export.refused_many", most=MAX_EXPORTS_ON_SPACE)

@@ -79,7 +79,7 @@ class ExportManager:
         wanted = checked_name(name)
         found = next((export for export in self.list(run) if export.name == wanted), None)
         if found is None:
-            raise UserError("exporting.refused_name", name=wanted)
+            raise UserError("export.refused_name", name=wanted)
         return run, found
 
     def start(self, owner: str, run_id: object, request: ExportRequest) -> Export:
@@ -120,9 +120,9 @@ class ExportManager:
         with self._lock:
             run, export = self.get(owner, run_id, name)
             if export.state != "asks":
-                raise UserError("exporting.refused_nothing_listed")
+                raise UserError("export.refused_nothing_listed")
             if self.settings.space and not token:
-                raise UserError("exporting.refused_no_token")
+                raise UserError("export.refused_no_token")
             self.check(run, export.request)
             shutil.rmtree(export.output, ignore_errors=True)
             self._start(run, export.folder, export.request, dry_run=False, token=token)
@@ -136,7 +136,7 @@ class ExportManager:
         """
         checkpoint = find_checkpoint(run, request.checkpoint)
         if any(export.active for export in self.list(run)):
-            raise UserError("exporting.refused_one")
+            raise UserError("export.refused_one")
         if not request.writes_model:
             return
         limits.check_machine(self._busy(), run.owner)
@@ -146,7 +146,7 @@ class ExportManager:
         if any(
             one.active and one.request.writes_model for other in runs for one in self.list(other)
         ):
-            raise UserError("exporting.refused_heavy")
+            raise UserError("export.refused_heavy")
 
     def cancel(self, owner: str, run_id: object, name: object) -> Export:
         """Ends an export; what it has written goes.
@@ -157,7 +157,7 @@ class ExportManager:
         with self._lock:
             run, export = self.get(owner, run_id, name)
             if not export.active:
-                raise UserError("exporting.refused_over")
+                raise UserError("export.refused_over")
             facts = read_json_object(export.folder / REQUEST_FILE)
             write_json(export.folder / REQUEST_FILE, {**facts, "cancelled": time.time()})
             self._local.kill(replace(run, folder=RunFolder(export.folder)))
@@ -172,7 +172,7 @@ class ExportManager:
         with self._lock:
             run, export = self.get(owner, run_id, name)
             if export.active:
-                raise UserError("exporting.refused_going")
+                raise UserError("export.refused_going")
             shutil.rmtree(inside(run.folder.path / FOLDER, export.name))
 
     def _start(

@@ -163,7 +163,7 @@ def checked_name(text: object) -> str:
         UserError: If it cannot.
     """
     if not isinstance(text, str) or not _NAME.fullmatch(text):
-        raise UserError("exporting.refused_name", name=shortened(text))
+        raise UserError("export.refused_name", name=shortened(text))
     return text
 
 

@@ -94,9 +94,9 @@ def validate_request(
         UserError: If a value is none of those.
     """
     if kind not in (FORMATS if push_to is None else PUSHABLE_FORMATS):
-        raise UserError("exporting.refused_format", format=shortened(kind))
+        raise UserError("export.refused_format", format=shortened(kind))
     if bits not in BITS:
-        raise UserError("exporting.refused_bits", bits=shortened(bits))
+        raise UserError("export.refused_bits", bits=shortened(bits))
     found = find_checkpoint(run, checkpoint)
     name = str(base_name or "").strip()
     repository = ""
@@ -123,7 +123,7 @@ def find_checkpoint(run: Run, name: object) -> Checkpoint:
     """
     found = next((one for one in run.checkpoints() if one.name == name), None)
     if found is None:
-        raise UserError("exporting.refused_checkpoint", name=shortened(name))
+        raise UserError("export.refused_checkpoint", name=shortened(name))
     return found
 
 

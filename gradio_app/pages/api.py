@@ -15,7 +15,7 @@ import yaml
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_run_id, shortened
-from gradio_app.pages.handling import told
+from gradio_app.pages.error_reporting import report_errors
 from gradio_app.recipe.validation import remote_code_model, validate_recipe
 from gradio_app.redaction import Redactor
 from gradio_app.studio import Studio
@@ -24,13 +24,13 @@ from gradio_app.visitors import owner_of
 from lightning_peft.cli.recipes import recipe_files
 
 # Most rows that one call returns; the next one asks for those after them.
-MOST_ROWS = 1000
+MAX_ROWS = 1000
 
 
 def declare(studio: Studio, t: Texts) -> None:
     """Declares the endpoints, within the open Blocks."""
     for endpoint in (*_about_recipes(studio), *_about_runs(studio)):
-        gr.api(told(t)(endpoint), api_name=endpoint.__name__)
+        gr.api(report_errors(t)(endpoint), api_name=endpoint.__name__)
 
 
 def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
@@ -91,7 +91,7 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
         one = found(run, request)
         rows = list(one.folder.rows(one.folder.metrics))
         start = max(int(after), 0)
-        return one.redactor.value(rows[start : start + MOST_ROWS])
+        return one.redactor.value(rows[start : start + MAX_ROWS])
 
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""

@@ -10,7 +10,7 @@ from gradio_app.compare.loss_curves import AXES, LOSSES, loss_curve
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
 from gradio_app.compare.validation_rows import same_validation_rows
 from gradio_app.pages import compare_html
-from gradio_app.pages.frame import heading, private, when_opened
+from gradio_app.pages.layout import event_options, heading, on_load
 from gradio_app.pages.plot import Series, plot
 from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
@@ -100,12 +100,12 @@ class ComparePage:
     def bind(self) -> None:
         """Binds what happens."""
         given: list[Any] = [self._runs, self._loss, self._axis]
-        when_opened(self._opened, given[1:], [self._runs, *self._outputs])
+        on_load(self._on_load, given[1:], [self._runs, *self._outputs])
         self._runs.input(None, self._runs, None, js=_FOLLOW)
         for choice in given:
-            choice.input(self._changed, given, self._outputs, **private())
+            choice.input(self._on_change, given, self._outputs, **event_options())
 
-    def _opened(self, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
+    def _on_load(self, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
         owner = owner_of(request, self.studio.settings.space)
         found = select_runs(
             self.studio.store, owner, parse_ids(str(request.query_params.get("runs") or ""))
@@ -118,14 +118,14 @@ class ComparePage:
             for name, run_id in offered
         ]
         picker = gr.Dropdown(choices=choices, value=[run.id for run in found.runs])
-        return [picker, *self._shown(found, loss, axis, len(offered))]
+        return [picker, *self._updates(found, loss, axis, len(offered))]
 
-    def _changed(self, ids: Any, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
+    def _on_change(self, ids: Any, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
         owner = owner_of(request, self.studio.settings.space)
         found = select_runs(self.studio.store, owner, ids if isinstance(ids, list) else [])
-        return self._shown(found, loss, axis, len(self.studio.store.list(owner)))
+        return self._updates(found, loss, axis, len(self.studio.store.list(owner)))
 
-    def _shown(self, found: RunSelection, loss: Any, axis: Any, offered: int) -> list[Any]:
+    def _updates(self, found: RunSelection, loss: Any, axis: Any, offered: int) -> list[Any]:
         t = self.t
         notice = compare_html.notice(found, offered, t)
         if len(found.runs) < 2:
@@ -153,8 +153,8 @@ class ComparePage:
             gr.Column(visible=True),
             drawn,
             compare_html.summary(curves, loss, axis, same_validation_rows(found.runs), t),
-            compare_html.table(curves, axis, t),
+            compare_html.curve_table(curves, axis, t),
             compare_html.outcomes(found, metrics, t),
-            compare_html.differing(found, t),
+            compare_html.settings_diff(found, t),
             compare_html.samples(found, t),
         ]

@@ -9,7 +9,7 @@ from gradio_app.compare.outcomes import Outcome, outcome_of
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.selection import MAX_RUNS, RunSelection
 from gradio_app.guards import escaped
-from gradio_app.pages.states import badge
+from gradio_app.pages.run_state import state_badge
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
 from gradio_app.runs.metrics import Metrics
@@ -17,11 +17,11 @@ from gradio_app.texts import Texts
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 TABLE_ROWS = 12
-_CELL = 400
-_MOST_DIFFERENCES = 60
-_NOTHING = "\u2013"
+_MAX_CELL = 400
+_MAX_DIFFERENCES = 60
+_DASH = "\u2013"
 # Settings that are chosen in other steps of the form than its fields.
-_CHOSEN = {
+_OTHER_STEPS = {
     "model.class_path": "task",
     "model.init_args.model": "model",
     "data.init_args.data": "data",
@@ -78,7 +78,7 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
                 run=label,
                 first=format_number(points[0][1], t),
                 last=format_number(points[-1][1], t),
-                at=_place(points[-1][0], axis, t),
+                at=_position(points[-1][0], axis, t),
                 least=format_number(least, t),
             )
         )
@@ -92,7 +92,7 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
     return f'<div role="status"><ul class="said">{items}</ul></div>'
 
 
-def _place(x: float, axis: str, t: Texts) -> str:
+def _position(x: float, axis: str, t: Texts) -> str:
     return (
         t("compare.at_step", step=int(x))
         if axis == "step"
@@ -100,9 +100,9 @@ def _place(x: float, axis: str, t: Texts) -> str:
     )
 
 
-def table(curves: Curves, axis: str, t: Texts) -> str:
+def curve_table(curves: Curves, axis: str, t: Texts) -> str:
     """Returns the curves as a table: of each run some points, the last one among them."""
-    chosen = {label: _some(points) for label, points in curves.items()}
+    chosen = {label: _sample_points(points) for label, points in curves.items()}
     places = sorted({x for points in chosen.values() for x in points})
     head = [t(f"compare.axis_{axis}"), *curves]
     rows = [
@@ -115,7 +115,7 @@ def table(curves: Curves, axis: str, t: Texts) -> str:
     return _table(t("run.as_table"), head, rows)
 
 
-def _some(points: Sequence[tuple[float, float]]) -> dict[float, float]:
+def _sample_points(points: Sequence[tuple[float, float]]) -> dict[float, float]:
     if len(points) <= TABLE_ROWS:
         return dict(points)
     last = len(points) - 1
@@ -130,14 +130,14 @@ def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:
         (metric(name, t), [_change(one, name, t) for one in known]) for name in names
     ]
     for key, values in (
-        ("steps", [_plain(one.steps, t) for one in known]),
+        ("steps", [_optional_number(one.steps, t) for one in known]),
         ("time", [format_duration(one.seconds, t) if one.seconds else "" for one in known]),
         ("memory", [format_bytes(one.memory, t) if one.memory else "" for one in known]),
-        ("trainable", [_plain(one.trainable, t) for one in known]),
+        ("trainable", [_optional_number(one.trainable, t) for one in known]),
     ):
         rows.append((t(f"compare.{key}"), values))
     links = [
-        f'<a href="{escaped(t.url("run", run=run.id))}">{escaped(label)}</a> {badge(run, t)}'
+        f'<a href="{escaped(t.url("run", run=run.id))}">{escaped(label)}</a> {state_badge(run, t)}'
         for run, label in zip(found.runs, found.labels, strict=True)
     ]
     title = t("compare.outcomes")
@@ -152,11 +152,11 @@ def _change(one: Outcome, name: str, t: Texts) -> str:
     return f"{format_number(one.before[name], t)} \u2192 {after}" if name in one.before else after
 
 
-def _plain(value: int | None, t: Texts) -> str:
+def _optional_number(value: int | None, t: Texts) -> str:
     return "" if value is None else t.number(value)
 
 
-def differing(found: RunSelection, t: Texts) -> str:
+def settings_diff(found: RunSelection, t: Texts) -> str:
     """Returns the settings that differ."""
     seen = differences([run.recipe_text for run in found.runs])
     parts = [f"<h2>{t('compare.settings')}</h2>"]
@@ -164,9 +164,9 @@ def differing(found: RunSelection, t: Texts) -> str:
         text = t("compare.unreadable", run=found.labels[place])
         parts.append(f'<p class="note">{escaped(text)}</p>')
     rows = [
-        (name, [_NOTHING if value is None else _short(value) for value in values])
+        (name, [_DASH if value is None else _shorten(value) for value in values])
         for name, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
-    ][:_MOST_DIFFERENCES]
+    ][:_MAX_DIFFERENCES]
     if rows:
         head = [t("compare.setting"), *found.labels]
         parts.append(_table(t("compare.settings"), head, rows, settings=t))
@@ -182,7 +182,7 @@ def _label(path: str, t: Texts) -> str:
     """Returns what the form calls a setting; empty for one that it does not have."""
     if path in BY_PATH:
         return t(f"fields.{BY_PATH[path].key}")
-    return t(f"compare.path_{_CHOSEN[path]}") if path in _CHOSEN else ""
+    return t(f"compare.path_{_OTHER_STEPS[path]}") if path in _OTHER_STEPS else ""
 
 
 def samples(found: RunSelection, t: Texts) -> str:
@@ -195,11 +195,11 @@ def samples(found: RunSelection, t: Texts) -> str:
     head = [t("run.prompt"), t("run.expected"), *found.labels]
     rows = [
         (
-            _short(one.prompt),
+            _shorten(one.prompt),
             [
-                _short(one.expected),
+                _shorten(one.expected),
                 *(
-                    t("compare.not_asked") if answer is None else _short(answer)
+                    t("compare.not_asked") if answer is None else _shorten(answer)
                     for answer in one.answers
                 ),
             ],
@@ -210,9 +210,9 @@ def samples(found: RunSelection, t: Texts) -> str:
     return f"<h2>{title}</h2>{note}" + _table(title, head, rows, kind="samples")
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     words = text.strip()
-    return words if len(words) <= _CELL else words[:_CELL] + "\u2026"
+    return words if len(words) <= _MAX_CELL else words[:_MAX_CELL] + "\u2026"
 
 
 def _table(
@@ -244,7 +244,7 @@ def _table(
             name = f'<span title="{name}">{escaped(label)}</span>' if label else name
             name = name if label else f"<code>{name}</code>"
         body += f'<tr><th scope="row">{name}</th>'
-        body += "".join(f"<td>{escaped(cell) or _NOTHING}</td>" for cell in cells) + "</tr>"
+        body += "".join(f"<td>{escaped(cell) or _DASH}</td>" for cell in cells) + "</tr>"
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escaped(label)}">'
         f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

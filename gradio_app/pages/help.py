@@ -5,11 +5,11 @@ from __future__ import annotations
 import gradio as gr
 
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import heading
+from gradio_app.pages.layout import heading
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
-WORDS = (
+TERMS = (
     "adapter",
     "lora",
     "qlora",
@@ -22,23 +22,23 @@ WORDS = (
     "template",
 )
 # The first three are the kinds of alerts of a run, whose page links here.
-WRONG = ("nan", "diverging", "overfitting", "memory", "stuck", "crashed")
+PROBLEMS = ("nan", "diverging", "overfitting", "memory", "stuck", "crashed")
 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
     heading(t("help.heading"), t("help.below"))
     parts = [
-        _part(t("help.how"), _paragraphs(t, "how_1", "how_2", "how_3")),
-        _part(t("help.words"), _definitions(t, "word", "about", WORDS)),
-        _part(t("help.wrong"), _definitions(t, "wrong", "do", WRONG)),
-        _part(t("help.keys"), _paragraphs(t, "keys_text")),
-        _part(t("help.data"), f"<p>{escaped(_about_data(studio, t))}</p>", "data_secrets", t),
+        _section(t("help.how"), _paragraphs(t, "how_1", "how_2", "how_3")),
+        _section(t("help.words"), _definitions(t, "word", "about", TERMS)),
+        _section(t("help.wrong"), _definitions(t, "wrong", "do", PROBLEMS)),
+        _section(t("help.keys"), _paragraphs(t, "keys_text")),
+        _section(t("help.data"), f"<p>{escaped(_about_data(studio, t))}</p>", "data_secrets", t),
     ]
     gr.HTML("".join(parts), elem_id="help", padding=False)
 
 
-def _part(title: str, body: str, last: str = "", t: Texts | None = None) -> str:
+def _section(title: str, body: str, last: str = "", t: Texts | None = None) -> str:
     more = _paragraphs(t, last) if t else ""
     return f"<section><h2>{escaped(title)}</h2>{body}{more}</section>"
 

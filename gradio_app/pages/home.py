@@ -8,11 +8,11 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.pages import home_html
-from gradio_app.pages.asking import CLICKS
-from gradio_app.pages.frame import heading, private, quiet, when_opened
-from gradio_app.pages.handling import told
+from gradio_app.pages.confirmation import CLICK_DELEGATE
+from gradio_app.pages.error_reporting import report_errors
+from gradio_app.pages.layout import event_options, heading, on_load, timer_options
 from gradio_app.pages.markup import markup
-from gradio_app.pages.news import news
+from gradio_app.pages.updates import changed_updates
 from gradio_app.recipe.demo import demo_recipe
 from gradio_app.runs.machine import this_machine
 from gradio_app.studio import Studio
@@ -29,7 +29,7 @@ def build(studio: Studio, t: Texts) -> None:
     machine = markup("", elem_id="machine")
     now = markup("", elem_id="running-now")
     _cards(studio, t)
-    lists = markup("", elem_id="runs", js_on_load=CLICKS)
+    lists = markup("", elem_id="runs", js_on_load=CLICK_DELEGATE)
     page, seen = gr.State(1), gr.Textbox(visible=False)
     outputs = [now, lists, page, seen]
 
@@ -39,26 +39,26 @@ def build(studio: Studio, t: Texts) -> None:
 
     def first(request: gr.Request) -> list[Any]:
         lent = studio.settings.limits.minutes if studio.settings.zero_gpu else None
-        return [home_html.machine(this_machine(), t, lent), *look(1, "", request)]
+        return [home_html.machine_summary(this_machine(), t, lent), *look(1, "", request)]
 
-    @told(t)
+    @report_errors(t)
     def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
         owner = owner_of(request, studio.settings.space)
         number = _act(studio, owner, number, event)
         return _changed(studio, t, owner, number, "")
 
-    when_opened(first, None, [machine, *outputs])
-    gr.Timer(SECONDS).tick(look, [page, seen], outputs, **quiet())
-    lists.click(act, page, outputs, **private())
+    on_load(first, None, [machine, *outputs])
+    gr.Timer(SECONDS).tick(look, [page, seen], outputs, **timer_options())
+    lists.click(act, page, outputs, **event_options())
 
 
 def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
     """Returns what a browser does not have yet."""
     runs = studio.store.list(owner)
-    page = home_html.Listed.of(runs, number if isinstance(number, int) else 1)
+    page = home_html.RunPage.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.queue.order()]
-    shown = (home_html.running(runs, t), home_html.lists(page, line, t))
-    known, values = news([(text, text) for text in shown], before)
+    shown = (home_html.active_runs(runs, t), home_html.run_lists(page, line, t))
+    known, values = changed_updates([(text, text) for text in shown], before)
     return [*values, page.number, known]
 
 
@@ -88,7 +88,7 @@ def _cards(studio: Studio, t: Texts) -> None:
                 markup(home_html.card(name, t, link, this_machine().gpu))
     to = gr.Textbox(visible=False)
 
-    @told(t)
+    @report_errors(t)
     def begin(request: gr.Request) -> str:
         owner = owner_of(request, studio.settings.space)
         run = studio.store.create(owner, demo_recipe(), t("home.try_name"))
@@ -100,4 +100,4 @@ def _cards(studio: Studio, t: Texts) -> None:
         return t.url("run", run=run.id)
 
     go = "(url) => { if (url) window.location.href = url; }"
-    start.click(begin, None, to, **private()).success(None, to, None, js=go)
+    start.click(begin, None, to, **event_options()).success(None, to, None, js=go)

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradio_app.guards import escaped
-from gradio_app.pages.asking import opener, question
-from gradio_app.pages.states import badge, left, name_of, percent, phase
+from gradio_app.pages.confirmation import confirm_button, confirmation
+from gradio_app.pages.run_state import (
+    escaped_name,
+    percent_done,
+    phase_text,
+    state_badge,
+    time_left,
+)
 from gradio_app.runs.formatting import format_bytes, format_number, time_ago
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import Run
@@ -18,7 +24,7 @@ PER_PAGE = 10
 
 
 @dataclass(frozen=True)
-class Listed:
+class RunPage:
     """One page of the list of runs.
 
     Attributes:
@@ -32,7 +38,7 @@ class Listed:
     pages: int
 
     @classmethod
-    def of(cls, runs: Sequence[Run], wanted: int) -> Listed:
+    def of(cls, runs: Sequence[Run], wanted: int) -> RunPage:
         """Returns a page of the runs that do not wait, the nearest to the one that is wanted."""
         resting = [run for run in runs if not run.waiting]
         pages = max(1, -(-len(resting) // PER_PAGE))
@@ -40,7 +46,7 @@ class Listed:
         return cls(resting[(page - 1) * PER_PAGE : page * PER_PAGE], page, pages)
 
 
-def machine(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
+def machine_summary(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
     """Returns in sentences what a machine can do.
 
     Args:
@@ -84,25 +90,26 @@ def card(name: str, t: Texts, link: str = "", gpu: str | None = None) -> str:
     return f'<div class="way">{text}</div>'
 
 
-def running(runs: Sequence[Run], t: Texts) -> str:
+def active_runs(runs: Sequence[Run], t: Texts) -> str:
     """Returns the runs that are at work."""
     items = "".join(_active_item(run, t) for run in runs if run.active)
     return f'<section aria-label="{t("home.running_now")}">{items}</section>' if items else ""
 
 
 def _active_item(run: Run, t: Texts) -> str:
-    done = percent(run)
-    facts = [phase(run, t)]
+    done = percent_done(run)
+    facts = [phase_text(run, t)]
     if done is not None:
-        facts = [t("run.percent", percent=done), *filter(None, [left(run, t)])]
+        facts = [t("run.percent", percent=done), *filter(None, [time_left(run, t)])]
     return (
-        f'<div class="at-work">{badge(run, t)} <a href="{_url(run, t)}">{name_of(run)}</a>'
+        f'<div class="at-work">{state_badge(run, t)} '
+        f'<a href="{_url(run, t)}">{escaped_name(run)}</a>'
         f'<span>{escaped(", ".join(facts))}</span><div class="bar {run.status.state}" '
         f'aria-hidden="true"><span style="width: {done or 0}%"></span></div></div>'
     )
 
 
-def lists(page: Listed, line: Sequence[Run | None], t: Texts) -> str:
+def run_lists(page: RunPage, line: Sequence[Run | None], t: Texts) -> str:
     """Returns the line, and a page of the runs.
 
     Args:
@@ -110,32 +117,31 @@ def lists(page: Listed, line: Sequence[Run | None], t: Texts) -> str:
         line: The runs that wait; ``None`` for those of others.
         t: Texts.
     """
-    return _line(line, t) + _runs(page, bool(line), t)
+    return _queue(line, t) + _runs(page, bool(line), t)
 
 
-def _line(line: Sequence[Run | None], t: Texts) -> str:
+def _queue(line: Sequence[Run | None], t: Texts) -> str:
     if not line:
         return ""
     own = [run.id for run in line if run is not None]
-    items = "".join(_waiting(run, own, t) for run in line)
+    items = "".join(_queued_run(run, own, t) for run in line)
     return (
         f"<section><h2>{t('home.line')}</h2><p>{t('home.line_note')}</p>"
         f'<ol class="line">{items}</ol></section>'
     )
 
 
-def _waiting(run: Run | None, own: Sequence[str], t: Texts) -> str:
+def _queued_run(run: Run | None, own: Sequence[str], t: Texts) -> str:
     if run is None:
         return f"<li><span>{t('home.someone')}</span></li>"
     place = own.index(run.id)
     ends = {"earlier": place == 0, "later": place == len(own) - 1, "leave": False}
     buttons = "".join(_button(act, run, t, off) for act, off in ends.items())
-    return (
-        f'<li><a href="{_url(run, t)}">{name_of(run)}</a><span class="does">{buttons}</span></li>'
-    )
+    name = f'<a href="{_url(run, t)}">{escaped_name(run)}</a>'
+    return f'<li>{name}<span class="does">{buttons}</span></li>'
 
 
-def _runs(page: Listed, waiting: bool, t: Texts) -> str:
+def _runs(page: RunPage, waiting: bool, t: Texts) -> str:
     title = f"<h2>{t('home.runs')}</h2>"
     if not page.runs:
         if waiting:
@@ -161,12 +167,12 @@ def _row(run: Run, t: Texts) -> str:
         loss = t(f"home.loss_{kind}", value=format_number(found.loss, t))
     task = " ".join(filter(None, [found.task, found.method]))
     moment = time_ago(run.created, t) if run.created else ""
-    cells = {"state": badge(run, t), "task": escaped(task), "loss": loss, "when": moment}
+    cells = {"state": state_badge(run, t), "task": escaped(task), "loss": loss, "when": moment}
     middle = "".join(
         f'<td data-label="{t(f"home.{name}")}">{cell}</td>' for name, cell in cells.items()
     )
     return (
-        f'<tr><th scope="row"><a href="{_url(run, t)}">{name_of(run)}</a></th>{middle}'
+        f'<tr><th scope="row"><a href="{_url(run, t)}">{escaped_name(run)}</a></th>{middle}'
         f'<td class="does">{"" if run.active else _delete(run, t)}</td></tr>'
     )
 
@@ -178,10 +184,10 @@ def _delete(run: Run, t: Texts) -> str:
         f'<button type="button" class="as-button danger" data-act="delete" data-run="{run.id}">'
         f"{t('run.yes_delete')}</button>"
     )
-    return opener(run.id, t("home.delete"), label) + question(run.id, asked, yes, t)
+    return confirm_button(run.id, t("home.delete"), label) + confirmation(run.id, asked, yes, t)
 
 
-def _pages(page: Listed, t: Texts) -> str:
+def _pages(page: RunPage, t: Texts) -> str:
     if page.pages == 1:
         return ""
     ways = (("newer", page.number - 1), ("older", page.number + 1))

@@ -17,10 +17,10 @@ from gradio_app.texts import Texts
 
 Curve = Sequence[tuple[float, float]]
 # Inside, lengths are thousandths of the plot's width and height.
-_WHOLE = 1000
+_SCALE = 1000
 _TICKS = 6
 # Curves with more points show as lines alone.
-_MARKED = 60
+_MAX_MARKED_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,12 @@ def plot(
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points]
     across, up = linear(xs, whole_x), logarithmic(ys) if log_y else linear(ys)
-    said = f"{y_title}, {x_title}: " + ", ".join(one.name for one in drawn)
+    labels = escaped(_pointer_labels(drawn, across, x_title, t))
+    summary = f"{y_title}, {x_title}: " + ", ".join(one.name for one in drawn)
     return (
         f'<div class="plot">{_head(drawn, y_title, t)}'
-        f'<div class="plot-area" data-points="{escaped(_said(drawn, across, x_title, t))}">'
-        f'<svg class="marks" role="img" aria-label="{escaped(said)}" overflow="visible">'
+        f'<div class="plot-area" data-points="{labels}">'
+        f'<svg class="marks" role="img" aria-label="{escaped(summary)}" overflow="visible">'
         f"{_grid(across, up, t)}{_curves(drawn, across, up)}</svg>"
         f'<div class="plot-said" aria-hidden="true"></div></div>'
         f'<div class="x-title">{escaped(x_title)}</div></div>'
@@ -169,12 +170,12 @@ def _grid(across: Axis, up: Axis, t: Texts) -> str:
         parts.append(
             f'<line x1="{x}" x2="{x}" y1="0" y2="100%" {line} stroke-opacity=".5"/>'
             f'<text class="x-tick" x="{x}" y="100%" dy="18" text-anchor="middle" {text}>'
-            f"{_whole(tick, t)}</text>"
+            f"{_format_tick(tick, t)}</text>"
         )
     return "".join(parts)
 
 
-def _whole(value: float, t: Texts) -> str:
+def _format_tick(value: float, t: Texts) -> str:
     return f"{value:.0f}" if float(value).is_integer() else t.localized(f"{value:g}")
 
 
@@ -183,7 +184,7 @@ def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
     paths = []
     for one in drawn:
         places = [
-            (round(_WHOLE * across.place(x), 1), round(_WHOLE * (1 - up.place(y)), 1))
+            (round(_SCALE * across.place(x), 1), round(_SCALE * (1 - up.place(y)), 1))
             for x, y in one.points
         ]
         looks = f'fill="none" stroke="{one.color}" vector-effect="non-scaling-stroke"'
@@ -192,18 +193,18 @@ def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
             f'<path class="line" data-series="{escaped(one.name)}" d="{line}" {looks} '
             f'stroke-width="2" stroke-linejoin="round"/>'
         )
-        if len(places) <= _MARKED:
+        if len(places) <= _MAX_MARKED_POINTS:
             dots = "".join(f"M{x:g} {y:g}h0" for x, y in places)
             paths.append(
                 f'<path class="points" d="{dots}" {looks} stroke-width="7" stroke-linecap="round"/>'
             )
     return (
-        f'<svg viewBox="0 0 {_WHOLE} {_WHOLE}" width="100%" height="100%" overflow="visible" '
+        f'<svg viewBox="0 0 {_SCALE} {_SCALE}" width="100%" height="100%" overflow="visible" '
         f'preserveAspectRatio="none">{"".join(paths)}</svg>'
     )
 
 
-def _said(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
+def _pointer_labels(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
     """Returns as JSON what is said where the pointer is: the place of each x, and its values."""
     rows: dict[float, list[str]] = {}
     for one in drawn:
@@ -211,7 +212,7 @@ def _said(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
             rows.setdefault(x, []).append(f"{one.name} {format_number(y, t)}")
     place: Callable[[float], float] = across.place
     found = [
-        [round(place(x), 4), f"{x_title} {_whole(round(x, 2), t)}: {', '.join(rows[x])}"]
+        [round(place(x), 4), f"{x_title} {_format_tick(round(x, 2), t)}: {', '.join(rows[x])}"]
         for x in sorted(rows)
     ]
     return json.dumps(found, ensure_ascii=False)

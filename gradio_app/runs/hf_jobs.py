@@ -278,19 +278,19 @@ class JobsExecutor:
 
     def start_job(self, run: Run) -> None:
         """Refuses: a job is started with its owner's token and consent, by :func:`start_job`."""
-        raise UserError("elsewhere.not_from_line")
+        raise UserError("hub_job.not_from_line")
 
     def stop(self, run: Run) -> None:
         """Ends the job; it saves what it has, as far as the hub lets it."""
         with self._lock:
             token = self._tokens.get(run.folder.path, ("", 0.0))[0]
         if not token:
-            raise UserError("elsewhere.sign_in")
+            raise UserError("hub_job.sign_in")
         threading.Thread(target=cancel, args=(run.folder, token), daemon=True).start()
 
     def save(self, run: Run) -> None:
         """Refuses: nothing can be sent to a job."""
-        raise UserError("elsewhere.not_saved")
+        raise UserError("hub_job.not_saved")
 
     def kill(self, run: Run) -> None:
         """The same as :meth:`stop`: the hub knows one way to end a job."""

@@ -194,7 +194,7 @@ class RunStore:
         if any(
             here.in_progress(RunFolder(path)) for path in (run.folder.path / "exports").glob("*")
         ):
-            raise UserError("exporting.refused_delete", name=run.name)
+            raise UserError("export.refused_delete", name=run.name)
         path = inside(self.root, run.id)
         # A link in place of a folder would lead out of the root.
         if path.parent != self.root.resolve() or (self.root / run.id).is_symlink():

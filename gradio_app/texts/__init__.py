@@ -9,11 +9,11 @@ from urllib.parse import urlencode
 
 LANGUAGES = {"en": "English", "de": "Deutsch"}
 DEFAULT = "en"
-_GERMAN_SIGNS = str.maketrans(",.", ".,")
+_GERMAN_SEPARATORS = str.maketrans(",.", ".,")
 
 
 @cache
-def _loaded(language: str) -> dict[str, str]:
+def _load(language: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in sorted((Path(__file__).parent / language).glob("*.json")):
         area = json.loads(file.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ class Texts:
 
     def __init__(self, language: str = DEFAULT) -> None:
         self.language = language
-        self._texts = _loaded(language)
+        self._texts = _load(language)
 
     def __call__(self, key: str, **values: object) -> str:
         """Returns a text.
@@ -47,7 +47,7 @@ class Texts:
 
     def localized(self, text: str) -> str:
         """Returns text of numbers and units in English with the signs of this language."""
-        return text.translate(_GERMAN_SIGNS) if self.language == "de" else text
+        return text.translate(_GERMAN_SEPARATORS) if self.language == "de" else text
 
     def has(self, key: str) -> bool:
         """Says whether there is a text of that name."""

@@ -103,7 +103,7 @@ def gone(pid: int) -> bool:
 
 
 def refused(key: str) -> pytest.RaisesExc:
-    return pytest.raises(UserError, match=rf"^trying\.{key}")
+    return pytest.raises(UserError, match=rf"^playground\.{key}")
 
 
 def test_it_loads_answers_and_is_unloaded(speak, store):
@@ -255,7 +255,7 @@ def test_a_run_has_the_machine_to_itself(speak, store):
     with refused("refused_active .*Mine"):
         loaded(speakers, run)
     # Its name is for its owner.
-    assert speakers.reason("somebody else").key == "trying.refused_active_other"
+    assert speakers.reason("somebody else").key == "playground.refused_active_other"
 
 
 def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
@@ -268,7 +268,7 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
         write_json(run.folder.provenance, {"task": f"{known.__module__}.{known.__name__}"})
         assert support.unsupported_task(run) == kind
         for language in LANGUAGES:
-            assert Texts(language).has(f"trying.silent_{kind}")
+            assert Texts(language).has(f"playground.silent_{kind}")
     with refused("refused_silent"):
         loaded(speakers, run)
     for task in ("lightning_peft.tasks.causal_lm.CausalLM", "mine.TextClassifier"):

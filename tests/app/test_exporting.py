@@ -28,7 +28,7 @@ from gradio_app.export.base_size import base_size
 from gradio_app.export.loading_code import loading_code
 from gradio_app.export.manager import ExportManager, pusher_environment
 from gradio_app.export.request import validate_request
-from gradio_app.pages.run import exporting_html
+from gradio_app.pages.run import export_html
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import DEMO_LIMITS, Settings
 from gradio_app.texts import Texts
@@ -132,9 +132,9 @@ def test_an_export_that_is_cancelled_leaves_nothing(room):
     export = room.start("local", run.id, validate_request(run, "merged", "best"))
     until(lambda: room.list(run)[0].progress == ("merging", 40))
     for refused, key in (
-        (lambda: room.start("local", run.id, export.request), "exporting.refused_one"),
-        (lambda: room.delete("local", run.id, export.name), "exporting.refused_going"),
-        (lambda: room.store.delete("local", run.id), "exporting.refused_delete"),
+        (lambda: room.start("local", run.id, export.request), "export.refused_one"),
+        (lambda: room.delete("local", run.id, export.name), "export.refused_going"),
+        (lambda: room.store.delete("local", run.id), "export.refused_delete"),
     ):
         with pytest.raises(UserError, match=key):
             refused()
@@ -372,7 +372,7 @@ def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
         modelfile.write_text(text)
         export = record.read_export(folder, in_progress=False)
         assert export.needs_template is not ready
-        shown = exporting_html._head(export, Texts())
+        shown = export_html._heading(export, Texts())
         look, words = ("finished", "Ready") if ready else ("unfinished", "Needs a template")
         assert f'class="badge {look}"' in shown
         assert words in shown

@@ -13,8 +13,8 @@ import gradio as gr
 import pytest
 
 from gradio_app.localizing import language_of, localized
-from gradio_app.pages.frame import title
-from gradio_app.pages.sessions import KEPT, MOST_SESSIONS, LeanStates
+from gradio_app.pages.compact_sessions import CLOSED_SESSION_AGE, MAX_SESSIONS, CompactSessions
+from gradio_app.pages.layout import page_title
 from gradio_app.texts import LANGUAGES, Texts
 from tests.app.browsing import PHONE, not_german, overflow, violations
 from tests.app.servers import environment
@@ -69,7 +69,7 @@ def test_german_pages_are_german(site, visit, page):
 def wait_for_title(opened, page, language):
     opened.locator("nav.head [aria-current=page]").first.wait_for()
     opened.locator("h1").first.wait_for()
-    wanted = title(Texts(language), page)
+    wanted = page_title(Texts(language), page)
     opened.wait_for_function(f"document.title === {json.dumps(wanted)}")
 
 
@@ -129,25 +129,25 @@ print(sorted({"torch", "transformers", "lightning", "pytorch_lightning"} & set(s
 def test_pages_that_were_closed_are_forgotten_and_others_are_not():
     with gr.Blocks() as demo:
         gr.State("")
-    states = LeanStates()
+    states = CompactSessions()
     states.set_blocks(demo)
     for name in ("closed", "open", "just closed"):
         states[name].is_closed = "closed" in name
     for name in ("closed", "open"):
-        states.time_last_used[name] -= 2 * KEPT
+        states.time_last_used[name] -= 2 * CLOSED_SESSION_AGE
     states.delete_all_expired_state()
     assert list(states.session_data) == ["open", "just closed"]
     assert set(states.time_last_used) == set(states.session_data)
-    for number in range(MOST_SESSIONS + 10):
+    for number in range(MAX_SESSIONS + 10):
         assert states[f"caller {number}"].config_values == {}
-    assert len(states.session_data) == MOST_SESSIONS
+    assert len(states.session_data) == MAX_SESSIONS
 
 
 def test_each_rule_for_the_dark_has_one_selector():
     """Gradio sets the ``.dark`` of a list's first selector before its own, and of no other."""
     rules = [
         (file.name, selectors.strip())
-        for file in (TEXTS.parent / "look").glob("*.css")
+        for file in (TEXTS.parent / "assets").glob("*.css")
         for selectors in re.findall(
             r"([^{}]+)\{", re.sub(r"/\*.*?\*/", "", file.read_text(), flags=re.S)
         )

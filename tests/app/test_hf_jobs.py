@@ -200,7 +200,7 @@ def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
     assert run.status.state == "preparing"
     assert run.active
     executor = store.executor(run)
-    with pytest.raises(UserError, match=r"elsewhere\.sign_in"):
+    with pytest.raises(UserError, match=r"hub_job\.sign_in"):
         executor.stop(run)
     status = {"state": "running", "step": 5, "pid": 1, "process_started": 1.0, "started": 9e9}
     hub.logs[:] = [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gradio_app.pages.run.view import asked_for
+from gradio_app.pages.run.view import requested_run_id
 from gradio_app.runs.store import RunStore
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.runs import queued, recipe, settings, until
@@ -215,7 +215,7 @@ def test_a_server_that_has_forgotten_a_page_reads_its_address():
     def request(referer):
         return SimpleNamespace(headers={"referer": referer})
 
-    assert asked_for("known", request("http://x/run?run=other")) == "known"
-    assert asked_for("", request("http://x/de-run?__theme=dark&run=a-b")) == "a-b"
-    assert asked_for("", request("http://x/run")) == ""
-    assert asked_for("", SimpleNamespace(headers={})) == ""
+    assert requested_run_id("known", request("http://x/run?run=other")) == "known"
+    assert requested_run_id("", request("http://x/de-run?__theme=dark&run=a-b")) == "a-b"
+    assert requested_run_id("", request("http://x/run")) == ""
+    assert requested_run_id("", SimpleNamespace(headers={})) == ""

@@ -12,7 +12,7 @@ import pytest
 from gradio_app.compare.outcomes import outcome_of
 from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
-from gradio_app.pages.states import left, part
+from gradio_app.pages.run_state import phase_progress, time_left
 from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.store import RunStore
@@ -117,16 +117,20 @@ def at_work(run, **status):
 def test_time_goes_on_between_two_reports_and_a_validation_says_its_row(run):
     t = Texts()
     busy = at_work(run, eta_seconds=130.0, eta_at=1_000.0, updated=1_060.0)
-    assert [left(busy, t, now) for now in (1_000, 1_100, 1_131)] == ["2 min left", "30 s left", ""]
+    assert [time_left(busy, t, now) for now in (1_000, 1_100, 1_131)] == [
+        "2 min left",
+        "30 s left",
+        "",
+    ]
     rows = {"unit": "rows", "done": 8, "of": 17}
     busy = at_work(run, part=rows)
-    assert part(busy, t) == ("row 9 of 17", 47)
-    assert part(busy, Texts("de"))[0] == "Zeile 9 von 17"
-    assert part(at_work(run, part={**rows, "done": 17}), t) == ("row 17 of 17", 100)
-    assert part(at_work(run, part={**rows, "unit": "samples"}), t)[0] == "sample 9 of 17"
+    assert phase_progress(busy, t) == ("row 9 of 17", 47)
+    assert phase_progress(busy, Texts("de"))[0] == "Zeile 9 von 17"
+    assert phase_progress(at_work(run, part={**rows, "done": 17}), t) == ("row 17 of 17", 100)
+    assert phase_progress(at_work(run, part={**rows, "unit": "samples"}), t)[0] == "sample 9 of 17"
     for strange in (None, [], {}, {**rows, "of": None}, {**rows, "unit": "<b>"}, {**rows, "of": 0}):
-        assert part(at_work(run, part=strange), t) == ("", None)
-    assert part(at_work(run, part=rows, state="stopped"), t) == ("", None)
+        assert phase_progress(at_work(run, part=strange), t) == ("", None)
+    assert phase_progress(at_work(run, part=rows, state="stopped"), t) == ("", None)
 
 
 def test_memory_and_time_are_of_all_sessions(run):

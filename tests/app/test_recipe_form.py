@@ -13,7 +13,13 @@ import yaml
 import lightning_peft
 from gradio_app.errors import UserError
 from gradio_app.pages.new.editor import Session
-from gradio_app.pages.new.method import changed_html, hint, set_field, typed, unset
+from gradio_app.pages.new.method import (
+    apply_field,
+    changed_html,
+    hint,
+    normalize_decimal,
+    unset_text,
+)
 from gradio_app.recipe import edits
 from gradio_app.recipe.commands import command_line, python_code
 from gradio_app.recipe.content import (
@@ -219,11 +225,11 @@ def test_what_cannot_be_a_value_is_said_and_the_recipe_stays(path, typed, key):
     assert caught.value.key == key
     content = base_recipe("sft")
     session = Session(content, content)
-    set_field(session, path, typed)
+    apply_field(session, path, typed)
     assert session.content == content
-    assert session.refused[path].key == key
-    set_field(session, path, display_value(FIELD[path], content))
-    assert session.refused == {}
+    assert session.field_errors[path].key == key
+    apply_field(session, path, display_value(FIELD[path], content))
+    assert session.field_errors == {}
 
 
 @pytest.mark.parametrize("typed", ["2e-4", "0.0002", "2E-4", "0,0002", " 2e-4 "])
@@ -474,20 +480,24 @@ def test_what_can_be_empty_says_its_default():
     assert len(empty) > 25
     for language, word in (("en", "default: "), ("de", "Standard: ")):
         for field in empty:
-            assert len(unset(field, Texts(language))) > len(word), field.key
-            assert unset(field, Texts(language)).startswith(word)
-    assert unset(BY_PATH["trainer.log_every_n_steps"], Texts()) == "default: 50"
+            assert len(unset_text(field, Texts(language))) > len(word), field.key
+            assert unset_text(field, Texts(language)).startswith(word)
+    assert unset_text(BY_PATH["trainer.log_every_n_steps"], Texts()) == "default: 50"
 
 
 def test_a_german_page_has_decimal_commas_in_its_fields():
     t, warmup, batches = Texts("de"), "model.init_args.warmup", "trainer.val_check_interval"
-    assert typed(BY_PATH[warmup], "0,1", t) == typed(BY_PATH[warmup], "0.1", t) == "0.1"
+    assert (
+        normalize_decimal(BY_PATH[warmup], "0,1", t)
+        == normalize_decimal(BY_PATH[warmup], "0.1", t)
+        == "0.1"
+    )
     # Of batches, 1 is one and 1.0 are all.
-    assert typed(BY_PATH[batches], "1,0", t) == "1.0"
+    assert normalize_decimal(BY_PATH[batches], "1,0", t) == "1.0"
     names = BY_PATH["trainer.strategy.init_args.target_modules"]
-    assert typed(names, "q_proj, v_proj", t) == "q_proj, v_proj"
-    assert typed(BY_PATH[warmup], "0,1", Texts("en")) == "0,1"
+    assert normalize_decimal(names, "q_proj, v_proj", t) == "q_proj, v_proj"
+    assert normalize_decimal(BY_PATH[warmup], "0,1", Texts("en")) == "0,1"
     session = Session(base_recipe("sft"), base_recipe("sft"))
-    set_field(session, warmup, typed(BY_PATH[warmup], "0,25", t))
+    apply_field(session, warmup, normalize_decimal(BY_PATH[warmup], "0,25", t))
     assert value_at(session.content, warmup) == 0.25
     assert "Anlauf: 0,03 → 0,25" in changed_html(session, t)

@@ -14,7 +14,7 @@ import yaml
 from finished import BASE
 
 from gradio_app.errors import UserError
-from gradio_app.pages.handling import sentence
+from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
 from gradio_app.recipe.presets import TASK_NAMES
@@ -53,7 +53,7 @@ def problems(content: dict | str, settings: Settings, owner: str = "local") -> l
         else:
             validate_content(content, settings, owner)
     except UserError as refused:
-        said = [sentence(refused, Texts(language)) for language in LANGUAGES]
+        said = [localized_message(refused, Texts(language)) for language in LANGUAGES]
         found = [] if "" in said else refused.values.get("problems", [refused])
         return [
             one.values["problem"][0].key if "problem" in one.values else one.key for one in found
@@ -366,5 +366,5 @@ def test_everything_is_told_at_once_and_nothing_is_changed(here):
     assert content == before
     with pytest.raises(UserError) as caught:
         validate_content(content, here, "local")
-    text = sentence(caught.value, Texts("en"))
+    text = localized_message(caught.value, Texts("en"))
     assert all(word in text for word in ("/etc/passwd", "../x", "trainer.plugins"))

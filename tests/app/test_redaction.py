@@ -256,8 +256,8 @@ def test_nothing_that_a_visitor_gets_names_a_folder_of_the_server(space):
             answers[page] = client.get(page).text
         ask("build.<locals>.first")
         ask("ComparePage._opened", "val_loss", "step")
-        ask("View.opened", run=other.id)
-        ask("View.opened")
+        ask("RunView.on_load", run=other.id)
+        ask("RunView.on_load")
         ask("ExportTab.looked", None, None, "adapter")
         ask("ExportTab._act", None, None, "adapter", click="one")
         ask("Trying._look")
@@ -276,7 +276,7 @@ def test_nothing_that_a_visitor_gets_names_a_folder_of_the_server(space):
 
 def _all_was_there(answers: dict[str, str], files: dict[str, str], run: Run) -> None:
     """Says that what was looked through is what it is taken for."""
-    opened = answers[f"View.opened  {run.id}"]
+    opened = answers[f"RunView.on_load  {run.id}"]
     for word in (OURS, "last line", "failed: a.py", "package:demo/base", f"upload:{UPLOADED}"):
         assert word in opened
     assert f"upload:{UPLOADED}" in answers[f"bind_load.<locals>.load  {run.id}"]

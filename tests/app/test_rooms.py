@@ -18,7 +18,7 @@ from tests.test_architecture import (
 ROOT = Path(__file__).parents[2]
 PAGE = "gradio_app"
 # Who may import Gradio; all others can be tried without a browser.
-SHOWN = {"pages", "look", "serving", "app"}
+SHOWN = {"pages", "assets", "serving", "app"}
 # What everyone may use, and who may use what else. Pages and the parts that join them use all.
 GROUND = {"errors", "guards", "redaction", "settings", "texts", "uploads", "visitors"}
 ROOMS: dict[str, set[str]] = {

@@ -273,7 +273,7 @@ def test_the_numbers_of_a_run_in_words(tmp_path):
     for text in ("no number", "best 1 at step 2", "2.1k", "Token accuracy", "0.75"):
         assert text in shown
     assert "least 1 at step 2" in live_html.summary(metrics, t)
-    assert '<th scope="row">4</th>' in live_html.table(metrics, t)
+    assert '<th scope="row">4</th>' in live_html.curve_table(metrics, t)
     warned = [
         HealthWarning("stuck", 120),
         HealthWarning("disk", 10**9),

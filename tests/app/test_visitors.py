@@ -96,7 +96,9 @@ def test_her_own_recipe_shows_no_folder_of_the_server(space, store, hers):
     shown = []
     cookies = {COOKIE: HERS}
     with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
-        groups = [group for group in handlers_of(space, client) if group[0].name == "View.opened"]
+        groups = [
+            group for group in handlers_of(space, client) if group[0].name == "RunView.on_load"
+        ]
         query = {"run": hers}
         attack(client, groups, lambda one, _: [Call([], None, query)], lambda _, t: shown.append(t))
     (text,) = shown

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gradio as gr
 
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import heading
-from gradio_app.pages.new import choosing, data, method, model, review
+from gradio_app.pages.layout import heading
+from gradio_app.pages.new import data, method, model, review, starting_point
 from gradio_app.pages.new.editor import Editor
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -57,7 +57,7 @@ def build(studio: Studio, t: Texts) -> None:
     gr.HTML(_steps(t), elem_id="steps", padding=False)
     editor = Editor(studio, t)
     of = gr.HTML("", elem_id="new-copied", padding=False)
-    editor.show([of], lambda session: [choosing.copied(session, t)])
+    editor.show([of], lambda session: [starting_point.copied_from(session, t)])
     makers = {"model": _model, "data": data.build, "method": method.build, "review": review.build}
     for number, (step, make) in enumerate(makers.items(), start=1):
         with gr.Column(elem_id=f"step-{step}", elem_classes="step"):
@@ -66,12 +66,12 @@ def build(studio: Studio, t: Texts) -> None:
             if step != STEPS[-1]:
                 gr.HTML(_next(STEPS[number], t), padding=False)
     editor.finish()
-    choosing.bind_load(editor)
+    starting_point.bind_page_load(editor)
     gr.on(None, None, None, None, js=_STEPPING)
 
 
 def _model(editor: Editor) -> None:
-    choosing.build(editor)
+    starting_point.build(editor)
     model.build(editor)
 
 

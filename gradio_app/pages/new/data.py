@@ -12,11 +12,11 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import told
-from gradio_app.pages.new import data_html, reading
+from gradio_app.pages.error_reporting import report_errors
+from gradio_app.pages.layout import event_options
+from gradio_app.pages.new import data_html, file_format
+from gradio_app.pages.new.data_check import check_data
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.new.looking import looks
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.form import task_of
@@ -29,10 +29,10 @@ from gradio_app.uploads import KINDS, Uploads
 
 SOURCES = ("example", "upload", "path", "hub")
 # Most fields that rows of any shape have.
-FIELDS = 5
+MAX_FIELDS = 5
 _DATA = "data.init_args."
-_LEFT_OUT = "left-out.jsonl"
-_CLICKS = """
+_SKIPPED_ROWS = "left-out.jsonl"
+_SKIP_CLICK = """
 element.addEventListener('click', (event) => {
   if (event.target.closest('button[data-skip]')) trigger('click', {});
 });
@@ -55,24 +55,24 @@ def build(editor: Editor) -> None:
         with gr.Column(visible=name == "example", elem_id=f"data-{name}") as columns[name]:
             _BUILDERS[name](editor)
     facts = gr.HTML("", elem_id="data-facts", padding=False)
-    editor.show([source, *columns.values(), facts], lambda session: _shown(session, editor))
+    editor.show([source, *columns.values(), facts], lambda session: _updates(session, editor))
     source.input(
         lambda name: [gr.update(visible=name == one) for one in SOURCES],
         source,
         list(columns.values()),
-        **private(),
+        **event_options(),
     )
-    _report(editor)
+    _build_report(editor)
 
 
-def _shown(session: Session, editor: Editor) -> list[Any]:
+def _updates(session: Session, editor: Editor) -> list[Any]:
     place = data_of(session.content)
-    source = source_of(session, place)
+    source = data_source(session, place)
     shown = [gr.update(visible=source == one) for one in SOURCES]
-    return [source, *shown, data_html.chosen(place, editor.t)]
+    return [source, *shown, data_html.selected_data(place, editor.t)]
 
 
-def source_of(session: Session, place: str) -> str:
+def data_source(session: Session, place: str) -> str:
     """Returns where rows are from: one of :data:`SOURCES`; without any, what is offered first."""
     if place.startswith(("package:", "recipe:")):
         return "example"
@@ -81,7 +81,7 @@ def source_of(session: Session, place: str) -> str:
     return "path" if place.startswith(("/", ".")) or "." in place.rpartition("/")[2] else "hub"
 
 
-def _example(editor: Editor) -> None:
+def _build_example(editor: Editor) -> None:
     use = gr.Button(editor.t("new.use_example"), elem_id="use-example")
 
     def chosen(session: Session) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _example(editor: Editor) -> None:
     editor.bind(use.click, chosen)
 
 
-def _upload(editor: Editor) -> None:
+def _build_upload(editor: Editor) -> None:
     t, settings = editor.t, editor.studio.settings
     most = f"{t.number(settings.limits.upload_bytes / 1e6)} MB"
     file = gr.File(
@@ -127,7 +127,7 @@ def _upload(editor: Editor) -> None:
     editor.bind(earlier.input, again, [earlier], problem=problem)
 
 
-def _path(editor: Editor) -> None:
+def _build_path(editor: Editor) -> None:
     t = editor.t
     root = editor.studio.settings.data_root
     path = gr.Dropdown(
@@ -164,7 +164,7 @@ def _path(editor: Editor) -> None:
     editor.bind(path.input, chosen, [path], problem=problem)
 
 
-def _hub(editor: Editor) -> None:
+def _build_hub(editor: Editor) -> None:
     t = editor.t
     with gr.Row():
         name = gr.Textbox(
@@ -212,13 +212,18 @@ def _hub(editor: Editor) -> None:
     editor.bind(use.click, chosen, [name, config, split, revision], problem=problem)
 
 
-_BUILDERS = {"example": _example, "upload": _upload, "path": _path, "hub": _hub}
+_BUILDERS = {
+    "example": _build_example,
+    "upload": _build_upload,
+    "path": _build_path,
+    "hub": _build_hub,
+}
 
 
-def _report(editor: Editor) -> None:
+def _build_report(editor: Editor) -> None:
     t = editor.t
     gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
-    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=_CLICKS)
+    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=_SKIP_CLICK)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = gr.Checkbox(
         label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"
@@ -229,10 +234,10 @@ def _report(editor: Editor) -> None:
         with gr.Row(elem_id="mapping-columns"):
             columns = [
                 gr.Dropdown([], label=str(place), interactive=True, elem_id=f"mapping-{place}")
-                for place in range(FIELDS)
+                for place in range(MAX_FIELDS)
             ]
         use = gr.Button(t("new.use_mapping"), elem_id="use-mapping")
-    reading.build(editor)
+    file_format.build(editor)
     again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
     editor.show(
         [skip],
@@ -241,17 +246,17 @@ def _report(editor: Editor) -> None:
     outputs = [editor.session, report, stop, mapping, shape, *columns]
 
     def look(session: Any, request: gr.Request) -> Iterator[list[Any]]:
-        yield from _looked(editor, session, request)
+        yield from _check_updates(editor, session, request)
 
-    editor.follow(look, [], outputs)
-    editor.bind(skip.input, _skip, [skip])
-    editor.bind_event(report.click, lambda session, _: _skip(session, True))
-    editor.bind(use.click, _mapped, [shape, *columns])
+    editor.after_change(look, [], outputs)
+    editor.bind(skip.input, _skip_bad_rows, [skip])
+    editor.bind_event(report.click, lambda session, _: _skip_bad_rows(session, True))
+    editor.bind(use.click, _map_columns, [shape, *columns])
     shape.input(
         lambda session, name: _dropdowns(session, name, editor),
         [editor.session, shape],
         columns,
-        **private(),
+        **event_options(),
     )
 
     def forget(session: Session) -> dict[str, Any]:
@@ -263,22 +268,22 @@ def _report(editor: Editor) -> None:
     def stopped(session: Any, request: gr.Request) -> None:
         editor.of(session, request).stopped = True
 
-    stop.click(told(t)(stopped), editor.session, None, **private())
+    stop.click(report_errors(t)(stopped), editor.session, None, **event_options())
 
 
-def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
+def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
     """Yields what the step shows while the data is looked at, and then of it."""
     session = editor.of(session, request)
-    nothing, quiet = [gr.skip()] * (5 + FIELDS), [gr.skip()] * (2 + FIELDS)
+    nothing, quiet = [gr.skip()] * (5 + MAX_FIELDS), [gr.skip()] * (2 + MAX_FIELDS)
     if not data_of(session.content):
-        off, none = gr.update(visible=False), data_html.to_choose(editor.t)
-        yield [session, none, off, off, *[gr.skip()] * (1 + FIELDS)]
+        off, none = gr.update(visible=False), data_html.choose_data(editor.t)
+        yield [session, none, off, off, *[gr.skip()] * (1 + MAX_FIELDS)]
         return
     if session.report is None:
         data, read = session.content.get("data"), -1
-        place = _place_of(editor, session)
+        place = _data_path(editor, session)
         first, of = None, None
-        for rows in looks(editor, session):
+        for rows in check_data(editor, session):
             if session.content.get("data") != data:
                 break
             if read < 0:
@@ -307,7 +312,7 @@ def _looked(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[
     ]
 
 
-def _place_of(editor: Editor, session: Session) -> Path:
+def _data_path(editor: Editor, session: Session) -> Path:
     """Returns where the rows of a session lie, if that is on this machine."""
     place = data_of(session.content)
     with contextlib.suppress(UserError):
@@ -323,7 +328,7 @@ def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
     mapped = value_at(session.content, _DATA + "columns", None) or {}
     found = report.numbers.get("columns", {})
     updates = []
-    for place in range(FIELDS):
+    for place in range(MAX_FIELDS):
         if place >= len(fields):
             # Not "": a value that is none of the choices would be refused with all that is sent.
             updates.append(gr.update(visible=False, choices=[], value=None))
@@ -337,11 +342,11 @@ def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
     return updates
 
 
-def _skip(session: Session, on: Any) -> dict[str, Any]:
-    return with_value(session.content, _DATA + "skip_bad_rows", _LEFT_OUT if on else MISSING)
+def _skip_bad_rows(session: Session, on: Any) -> dict[str, Any]:
+    return with_value(session.content, _DATA + "skip_bad_rows", _SKIPPED_ROWS if on else MISSING)
 
 
-def _mapped(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
+def _map_columns(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
     task = task_of(session.content)
     fields = dict(task.shapes).get(str(shape), ()) if task else ()
     known = session.report.columns if session.report else []

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from typing import Any
 
 from gradio_app.guards import escaped
-from gradio_app.pages.new import reading
+from gradio_app.pages.new import file_format
 from gradio_app.recipe.preview import DataReport
 from gradio_app.recipe.table import Table
 from gradio_app.redaction import UPLOAD
 from gradio_app.texts import Texts
 from gradio_app.uploads import original_name
 
-# Of each kind of problem, as many rows are told one by one.
-MOST_PROBLEMS = 20
-_LONGEST_RUN = 4000
+# Of each kind of problem, as many rows are message one by one.
+MAX_PROBLEMS = 20
+_MAX_SPAN = 4000
 
 
-def chosen(place: str, t: Texts) -> str:
+def selected_data(place: str, t: Texts) -> str:
     """Returns the line that names the data, or asks for some."""
     if not place:
         return f'<p class="not-now" role="status">{escaped(t("new.data_none"))}</p>'
@@ -30,7 +30,7 @@ def chosen(place: str, t: Texts) -> str:
     return f'<p class="chosen" role="status">{escaped(text)}</p>'
 
 
-def to_choose(t: Texts) -> str:
+def choose_data(t: Texts) -> str:
     """Returns what stands for the look at the data where none is chosen."""
     return f'<p class="note">{escaped(t("new.data_then"))}</p>'
 
@@ -70,9 +70,9 @@ def report(found: DataReport, t: Texts) -> str:
     if numbers.get("series"):
         parts.append(f'<p class="fine" role="status">{escaped(t("new.series"))}</p>')
     elif numbers:
-        parts += [reading.shown(found, t), _verdict(found, t), _problems(found, t)]
-        parts += [_unvalidated(numbers, t), _facts(numbers, t)]
-        parts += [_trained(numbers, t), _lengths(numbers, t)]
+        parts += [file_format.detected_formats(found, t), _verdict(found, t), _problems(found, t)]
+        parts += [_no_validation_warning(numbers, t), _facts(numbers, t)]
+        parts += [_token_preview(numbers, t), _lengths(numbers, t)]
     if found.table is not None and found.table.rows:
         parts.append(_table(found.table, t))
     return "".join(parts)
@@ -95,7 +95,7 @@ def _verdict(found: DataReport, t: Texts) -> str:
     return f'<p class="bad" role="alert">\u2717 {text}{button}</p>'
 
 
-def _unvalidated(numbers: dict[str, Any], t: Texts) -> str:
+def _no_validation_warning(numbers: dict[str, Any], t: Texts) -> str:
     splits = numbers.get("splits", {})
     if not splits.get("train", {}).get("rows") or splits.get("validation", {}).get("rows"):
         return ""
@@ -108,7 +108,7 @@ def _problems(found: DataReport, t: Texts) -> str:
         title = t.has(f"new.problem_{one['kind']}")
         heading = t(f"new.problem_{one['kind']}") if title else one["title"]
         todo = t(f"new.todo_{one['kind']}") if title else one["what_to_do"]
-        rows = one["rows"][:MOST_PROBLEMS]
+        rows = one["rows"][:MAX_PROBLEMS]
         listed = "".join(
             f"<li><strong>{escaped(t('new.row', row=row['row']))}</strong> "
             f"{escaped(row['detail'])} "
@@ -163,20 +163,20 @@ def _facts(numbers: dict[str, Any], t: Texts) -> str:
     return f'<dl class="numbers data-numbers">{cells}</dl>'
 
 
-def _trained(numbers: dict[str, Any], t: Texts) -> str:
+def _token_preview(numbers: dict[str, Any], t: Texts) -> str:
     rows = numbers.get("first_rows", [])
     if not rows:
         return ""
-    told = any(run["trained"] for row in rows for run in row["runs"])
+    message = any(run["trained"] for row in rows for run in row["runs"])
     legend = (
         f'<p class="legend"><span class="trained">{escaped(t("new.legend_trained"))}</span> '
         f'<span class="read">{escaped(t("new.legend_read"))}</span></p>'
-        if told
+        if message
         else ""
     )
     shown = "".join(
         f'<li><span class="which">{escaped(t("new.row", row=row["row"]))}</span>'
-        f"<div>{''.join(_run(run, t) for run in row['runs'])}</div></li>"
+        f"<div>{''.join(_text_span(run, t) for run in row['runs'])}</div></li>"
         for row in rows
     )
     return (
@@ -185,9 +185,9 @@ def _trained(numbers: dict[str, Any], t: Texts) -> str:
     )
 
 
-def _run(run: dict[str, Any], t: Texts) -> str:
+def _text_span(run: dict[str, Any], t: Texts) -> str:
     text = str(run["text"])
-    text = text if len(text) <= _LONGEST_RUN else text[:_LONGEST_RUN] + " \u2026"
+    text = text if len(text) <= _MAX_SPAN else text[:_MAX_SPAN] + " \u2026"
     if not run["trained"]:
         return f"<span>{escaped(text)}</span>"
     # For those who do not see the line and the colour.

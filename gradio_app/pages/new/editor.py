@@ -10,8 +10,8 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.error_reporting import localized_message, report_errors
+from gradio_app.pages.layout import event_options
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.form import rebase_defaults
 from gradio_app.recipe.paths import AllowedPaths
@@ -34,41 +34,41 @@ class Session:
 
     Attributes:
         content: The recipe.
-        since: What it was made of, to which settings can be reset.
+        baseline: What it was made of, to which settings can be reset.
         owner: Whose it is.
-        refused: What is typed in settings and cannot be, by path.
+        field_errors: What is typed in settings and cannot be, by path.
         report: What is known of its data; ``None`` before that was asked, or for other data.
-        told: Something the visitor should read.
-        copied: Name of the run that the recipe is a copy of; empty if it is not.
-        named: What the run is to be called, for the field of the name; given once.
-        written: The YAML that the page was given last.
+        notice: Something the visitor should read.
+        copied_from: Name of the run that the recipe is a copy of; empty if it is not.
+        suggested_name: What the run is to be called, for the field of the name; given once.
+        displayed_yaml: The YAML that the page was given last.
         opened: Whether the page was opened since the server knows it. Otherwise the server was
             started again meanwhile, or has forgotten it, and what the page shows is not this.
-        asked: Which call of a handler is the last one, by handler; those before it show nothing.
-        looking: The data that is being looked at; ``None`` if none is.
+        latest_calls: The latest call of each handler; those before it show nothing.
+        checking: The data that is being looked at; ``None`` if none is.
         stopped: Whether the visitor has stopped that.
         rows_read: How many rows of it have been read.
-        drafted: Whether it was opened with the draft of the browser.
+        from_draft: Whether it was opened with the draft of the browser.
         undo: Recipe and what it was made of before the task was changed; ``None`` for none.
         starting: Whether a run is being started.
         plans: Memory plans that are known.
     """
 
     content: dict[str, Any]
-    since: dict[str, Any]
+    baseline: dict[str, Any]
     owner: str = "local"
-    refused: dict[str, UserError] = field(default_factory=dict)
+    field_errors: dict[str, UserError] = field(default_factory=dict)
     report: Any = None
-    told: str = ""
-    copied: str = ""
-    named: str = ""
-    written: str = ""
+    notice: str = ""
+    copied_from: str = ""
+    suggested_name: str = ""
+    displayed_yaml: str = ""
     opened: bool = False
-    asked: dict[str, object] = field(default_factory=dict)
-    looking: Any = None
+    latest_calls: dict[str, object] = field(default_factory=dict)
+    checking: Any = None
     stopped: bool = False
     rows_read: int = 0
-    drafted: bool = False
+    from_draft: bool = False
     undo: Any = None
     starting: bool = False
     plans: PlanCache = field(default_factory=PlanCache)
@@ -85,10 +85,10 @@ class Session:
             nothing: What changes nothing of what is shown.
         """
         this, content = object(), self.content
-        self.asked[name] = this
+        self.latest_calls[name] = this
 
         def current() -> bool:
-            return self.asked[name] is this and self.content is content
+            return self.latest_calls[name] is this and self.content is content
 
         for shown in updates(current) if callable(updates) else updates:
             if not current():
@@ -112,15 +112,17 @@ class Editor:
         first = base_recipe("sft")
         self.session = gr.State(Session(first, first))
         self.draft = gr.BrowserState({}, storage_key=_DRAFT, secret=_DRAFT)
-        self._shown: list[tuple[list[Any], Show]] = []
+        self._displays: list[tuple[list[Any], Show]] = []
         self._bindings: list[Callable[[], Any]] = []
         self._follows: list[tuple[Callable[..., Any], list[Any], list[Any]]] = []
 
     def show(self, components: Sequence[Any], update: Show) -> None:
         """Adds components that show some of the recipe, and what they then show."""
-        self._shown.append((list(components), update))
+        self._displays.append((list(components), update))
 
-    def follow(self, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    def after_change(
+        self, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+    ) -> None:
         """Adds a handler that is called after every change, with the session first.
 
         The first one that is added looks at the data; the others wait for what it finds.
@@ -130,18 +132,18 @@ class Editor:
     @property
     def outputs(self) -> list[Any]:
         """Everything that changes with the recipe."""
-        return [self.session, self.draft, *(one for ones, _ in self._shown for one in ones)]
+        return [self.session, self.draft, *(one for ones, _ in self._displays for one in ones)]
 
     def updates(self, session: Session) -> list[Any]:
         """Returns what all components show."""
         found: list[Any] = [session, draft_of(session)]
-        for components, update in self._shown:
+        for components, update in self._displays:
             values = list(update(session))
             assert len(values) == len(components)
             found += values
         return found
 
-    def later(self, binding: Callable[[], Any]) -> None:
+    def on_finish(self, binding: Callable[[], Any]) -> None:
         """Adds an event that is bound when all components are made."""
         self._bindings.append(binding)
 
@@ -169,7 +171,7 @@ class Editor:
             problem: HTML of :meth:`problem` that says why nothing was changed; else a notice does.
         """
 
-        @told(self.t)
+        @report_errors(self.t)
         def handle(session: Any, request: gr.Request, *given: Any) -> list[Any]:
             session = self.of(session, request)
             try:
@@ -178,14 +180,16 @@ class Editor:
                 if problem is None:
                     raise
                 shown = [gr.skip()] * len(self.outputs)
-                shown[self.outputs.index(problem)] = problem_html(sentence(refused, self.t))
+                shown[self.outputs.index(problem)] = problem_html(
+                    localized_message(refused, self.t)
+                )
                 return shown
-            _take(session, content, own)
+            _replace_content(session, content, own)
             return self.updates(session)
 
         given = [self.session, *inputs]
-        options = {"trigger_mode": "multiple", **private()}
-        self.later(lambda: self.then(event(handle, given, self.outputs, **options)))
+        options = {"trigger_mode": "multiple", **event_options()}
+        self.on_finish(lambda: self.then(event(handle, given, self.outputs, **options)))
 
     def problem(self, name: str) -> Any:
         """Returns a place for why something was refused; it is empty again after any change."""
@@ -196,13 +200,15 @@ class Editor:
     def bind_event(self, event: Callable[..., Any], change: Change) -> None:
         """Does the same for an event that tells what it is about: a click in HTML of the page."""
 
-        @told(self.t)
+        @report_errors(self.t)
         def handle(session: Any, request: gr.Request, data: gr.EventData) -> list[Any]:
             session = self.of(session, request)
-            _take(session, change(session, data), own=True)
+            _replace_content(session, change(session, data), own=True)
             return self.updates(session)
 
-        self.later(lambda: self.then(event(handle, self.session, self.outputs, **private())))
+        self.on_finish(
+            lambda: self.then(event(handle, self.session, self.outputs, **event_options()))
+        )
 
     def then(self, event: Any) -> Any:
         """Lets everything follow an event that has changed the session."""
@@ -214,7 +220,9 @@ class Editor:
 
     def _success(self, event: Any, follows: tuple[Any, list[Any], list[Any]]) -> Any:
         handler, inputs, outputs = follows
-        return event.success(handler, inputs, outputs, trigger_mode="always_last", **private())
+        return event.success(
+            handler, inputs, outputs, trigger_mode="always_last", **event_options()
+        )
 
     def of(self, session: Any, request: gr.Request) -> Session:
         """Returns the session of who asks.
@@ -239,13 +247,13 @@ def problem_html(text: str) -> str:
 
 def draft_of(session: Session) -> dict[str, str]:
     """Returns what the browser keeps of a page: the recipe, and what it was made of."""
-    return {"recipe": dump_yaml(session.content), "since": dump_yaml(session.since)}
+    return {"recipe": dump_yaml(session.content), "since": dump_yaml(session.baseline)}
 
 
-def _take(session: Session, content: dict[str, Any], own: bool) -> None:
+def _replace_content(session: Session, content: dict[str, Any], own: bool) -> None:
     """Makes a session's recipe another one; what was found of other data counts no more."""
     if not own:
-        session.since = rebase_defaults(session.since, session.content, content)
+        session.baseline = rebase_defaults(session.baseline, session.content, content)
     if content.get("data") != session.content.get("data"):
         session.report = None
-    session.content, session.refused = content, {}
+    session.content, session.field_errors = content, {}

@@ -10,10 +10,10 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import sentence, told
+from gradio_app.pages.error_reporting import localized_message, report_errors
+from gradio_app.pages.layout import event_options
+from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.new.looking import away
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
 from gradio_app.recipe.presets import GPUS, THIS_MACHINE
@@ -27,7 +27,7 @@ PARTS = {
     "activations": ("activations", "logits"),
     "overhead": ("overhead", "kernels", "heap"),
 }
-_CLICKS = """
+_FIX_CLICK = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button[data-fix]');
   if (button) trigger('click', { fix: button.dataset.fix });
@@ -47,17 +47,21 @@ def build(editor: Editor) -> None:
         interactive=True,
         elem_id="memory-device",
     )
-    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=_CLICKS)
+    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=_FIX_CLICK)
 
     def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
         session = editor.of(session, request)
         # Changes that would fit are looked for one by one; meanwhile one may have been made.
-        made = partial(_planned, editor, session, name)
+        made = partial(_plan_updates, editor, session, name)
         yield from session.while_current("memory", made, gr.skip())
 
-    editor.follow(plan, [device], [bar])
+    editor.after_change(plan, [device], [bar])
     device.input(
-        told(t)(plan), [editor.session, device], bar, trigger_mode="always_last", **private()
+        report_errors(t)(plan),
+        [editor.session, device],
+        bar,
+        trigger_mode="always_last",
+        **event_options(),
     )
 
     def fix(session: Session, event: gr.EventData) -> dict[str, Any]:
@@ -69,16 +73,16 @@ def build(editor: Editor) -> None:
     editor.bind_event(bar.click, fix)
 
 
-def _planned(
+def _plan_updates(
     editor: Editor, session: Session, device: Any, still_needed: Callable[[], bool]
 ) -> Iterator[str]:
     t = editor.t
     longest = session.report.longest if session.report else None
     yield f'<p class="busy" role="status">{escaped(t("new.calculating"))}</p>'
-    missing = away(session.content)
+    missing = unavailable_model(session.content)
     if missing:
-        told = t("new.model_away", name=missing)
-        yield f'<p class="careful" role="status">{escaped(told)}</p>'
+        message = t("new.model_away", name=missing)
+        yield f'<p class="careful" role="status">{escaped(message)}</p>'
         return
     try:
         name = validate_device(device)
@@ -89,29 +93,29 @@ def _planned(
         content["data"]["init_args"] = arguments
         content = validate_content(content, editor.studio.settings, session.owner)
     except UserError as refused:
-        yield f'<p class="careful" role="status">{escaped(sentence(refused, t))}</p>'
+        yield f'<p class="careful" role="status">{escaped(localized_message(refused, t))}</p>'
         return
     ask = partial(
         session.plans.ask, worker=editor.studio.planning_worker, still_needed=still_needed
     )
     plan = plan_memory(content, name, ask, longest)
     if plan.fits is not False:
-        yield shown(plan, t)
+        yield plan_html(plan, t)
         return
     found: list[Fix] = []
-    yield shown(plan, t, found, more=True)
+    yield plan_html(plan, t, found, more=True)
     for fix in find_fixes(content, name, ask, longest):
         found.append(fix)
-        yield shown(plan, t, found, more=True)
-    yield shown(plan, t, found)
+        yield plan_html(plan, t, found, more=True)
+    yield plan_html(plan, t, found)
 
 
-def gigabytes(size: float) -> str:
+def format_gigabytes(size: float) -> str:
     """Returns bytes as makers of devices count."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"
 
 
-def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:
+def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:
     """Returns the bar with its words, and the changes that were found."""
     if plan.refusal:
         reason = f"<pre>{escaped(plan.reason)}</pre>" if plan.reason else ""
@@ -124,9 +128,8 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
         width = 100 * size / full
         pieces += f'<span class="{part}" style="width:{width:.2f}%"></span>'
         label = escaped(t(f"new.part_{part}"))
-        words.append(
-            f'<li><span class="dot {part}"></span>{label} {t.localized(gigabytes(size))}</li>'
-        )
+        amount = t.localized(format_gigabytes(size))
+        words.append(f'<li><span class="dot {part}"></span>{label} {amount}</li>')
     low, high = plan.numbers["low_bytes"], plan.numbers["high_bytes"]
     device = plan.numbers.get("device") or {}
     state = {True: "fine", False: "bad"}.get(bool(plan.fits), "careful")
@@ -137,31 +140,31 @@ def shown(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = Fal
     if name == "this machine's memory":
         name = t("new.main_memory")
     # Both ends come out the same where the range is narrow.
-    one = gigabytes(low) == gigabytes(high)
+    one = format_gigabytes(low) == format_gigabytes(high)
     said = t(
         "new.needs_about" if one else "new.needs",
-        needs=t.localized(gigabytes(plan.required_bytes)),
-        low=t.localized(gigabytes(low)),
-        high=t.localized(gigabytes(high)),
-        has=t.localized(gigabytes(has)),
+        needs=t.localized(format_gigabytes(plan.required_bytes)),
+        low=t.localized(format_gigabytes(low)),
+        high=t.localized(format_gigabytes(high)),
+        has=t.localized(format_gigabytes(has)),
         name=name,
     )
     line = 100 * has / full
     return (
-        f'<div class="memory"><p class="{state}" role="status"><strong>{_mark(state)} '
+        f'<div class="memory"><p class="{state}" role="status"><strong>{_icon(state)} '
         f"{escaped(verdict)}</strong> {escaped(said)}</p>"
         f'<div class="pieces" aria-hidden="true">{pieces}<i style="left:{line:.2f}%"></i></div>'
         f'<ul class="parts">{"".join(words)}</ul>'
-        f'<p class="note">{escaped(_length(plan, t))}</p>{_fixes(plan, t, found, more)}'
+        f'<p class="note">{escaped(_length_note(plan, t))}</p>{_fixes(plan, t, found, more)}'
         f"{_recommendation(plan, t)}</div>"
     )
 
 
-def _mark(state: str) -> str:
+def _icon(state: str) -> str:
     return {"fine": "\u2713", "bad": "\u2717"}.get(state, "!")
 
 
-def _length(plan: Plan, t: Texts) -> str:
+def _length_note(plan: Plan, t: Texts) -> str:
     run = plan.numbers["run"]
     return t(
         f"new.length_{plan.length_source}", length=t.number(plan.length), batch=run["batch_size"]
@@ -174,7 +177,9 @@ def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
     buttons = ""
     for fix in found:
         fits = t("new.then_fits") if fix.plan.fits else t("new.then_not")
-        total = t("new.fix_total", needs=t.localized(gigabytes(fix.plan.required_bytes)), fits=fits)
+        total = t(
+            "new.fix_total", needs=t.localized(format_gigabytes(fix.plan.required_bytes)), fits=fits
+        )
         kind = "as-button fits" if fix.plan.fits else "as-button"
         buttons += (
             f'<button type="button" class="{kind}" data-fix="{fix.name}">'
@@ -192,7 +197,7 @@ def _recommendation(plan: Plan, t: Texts) -> str:
     if not methods:
         return ""
     lora, qlora = (
-        t.localized(gigabytes(methods[name]["peak_bytes"])) for name in ("lora", "qlora")
+        t.localized(format_gigabytes(methods[name]["peak_bytes"])) for name in ("lora", "qlora")
     )
     best = plan.numbers.get("recommended_method")
     advice = t(f"new.recommend_{best}" if best in ("lora", "qlora") else "new.recommend_none")

@@ -9,9 +9,9 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside, shortened
-from gradio_app.pages.frame import private
+from gradio_app.pages.layout import event_options
+from gradio_app.pages.new.data_check import is_offline
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.new.looking import offline
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_model
 from gradio_app.recipe.form import task_of
@@ -41,29 +41,29 @@ def build(editor: Editor) -> None:
     )
     preset = gr.Dropdown([], label=t("new.model_list"), interactive=True, elem_id="model-preset")
     with gr.Column(visible=False, elem_id="model-hub") as hub:
-        _hub(editor)
+        _build_hub(editor)
     with gr.Column(visible=False, elem_id="model-folder") as folder:
-        _folder(editor)
+        _build_folder(editor)
     facts = gr.HTML("", elem_id="model-facts", padding=False)
     parts = {"preset": preset, "hub": hub, "folder": folder}
 
     def shown(session: Session) -> list[Any]:
-        found = source_of(session.content)
+        found = model_source(session.content)
         found = found if found in sources else "preset"
         visible = [gr.update(visible=name == found) for name in ("hub", "folder")]
         listed = gr.update(**_preset(session, editor), visible=found == "preset")
         return [found, listed, *visible, _facts(session, t)]
 
     editor.show([source, *parts.values(), facts], shown)
-    editor.bind(preset.input, lambda session, name: _chosen(session, name), [preset])
+    editor.bind(preset.input, lambda session, name: _choose_preset(session, name), [preset])
 
     def reveal(name: Any) -> list[Any]:
         return [gr.update(visible=name == one) for one in SOURCES]
 
-    source.input(reveal, source, [preset, hub, folder], **private())
+    source.input(reveal, source, [preset, hub, folder], **event_options())
 
 
-def _hub(editor: Editor) -> None:
+def _build_hub(editor: Editor) -> None:
     t = editor.t
     with gr.Row():
         name = gr.Textbox(
@@ -93,7 +93,7 @@ def _hub(editor: Editor) -> None:
         confirmed = gr.Textbox(
             label=t("new.trust_confirm"), interactive=True, visible=False, elem_id="trust-confirm"
         )
-        trust.input(lambda on: gr.update(visible=bool(on)), trust, confirmed, **private())
+        trust.input(lambda on: gr.update(visible=bool(on)), trust, confirmed, **event_options())
     use = gr.Button(t("new.use_model"), elem_id="use-model")
 
     def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _hub(editor: Editor) -> None:
     editor.bind(use.click, chosen, [name, revision, trust, confirmed])
 
 
-def _folder(editor: Editor) -> None:
+def _build_folder(editor: Editor) -> None:
     t, root = editor.t, editor.studio.settings.models_root
     if root is None:
         return
@@ -124,7 +124,7 @@ def _folder(editor: Editor) -> None:
 
     def shown(session: Session) -> list[Any]:
         # Looked up each time: folders come and go while the page is open.
-        folders, name = model_folders(root), None
+        folders, name = list_model_folders(root), None
         chosen = value_at(session.content, "model.init_args.model", None)
         if isinstance(chosen, str) and Path(chosen).is_absolute():
             name = next((one for one in folders if (root / one).resolve() == Path(chosen)), None)
@@ -133,7 +133,7 @@ def _folder(editor: Editor) -> None:
         return [gr.update(visible=not there), choices]
 
     def chosen(session: Session, name: Any) -> dict[str, Any]:
-        if name not in model_folders(root):
+        if name not in list_model_folders(root):
             raise UserError("checks.no_model", path=shortened(name))
         place = inside(root, str(name))
         check_files(place.as_posix(), None, trusted=False)
@@ -143,13 +143,13 @@ def _folder(editor: Editor) -> None:
     editor.bind(folder.input, chosen, [folder])
 
 
-def model_folders(root: Path) -> list[str]:
+def list_model_folders(root: Path) -> list[str]:
     """Returns the names of the subfolders of ``root`` that hold a model."""
     found = {path.parent for path in (*root.glob("*/config.json"), *root.glob("*/*/config.json"))}
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
-def offered(session: Session, editor: Editor) -> list[Model]:
+def available_models(session: Session, editor: Editor) -> list[Model]:
     """Returns the models that are offered for the task of a recipe."""
     task = task_of(session.content)
     most = editor.studio.settings.limits.parameters
@@ -162,13 +162,13 @@ def offered(session: Session, editor: Editor) -> list[Model]:
     ]
 
 
-def _chosen(session: Session, name: Any) -> dict[str, Any]:
+def _choose_preset(session: Session, name: Any) -> dict[str, Any]:
     if not any(model.name == name for model in MODELS):
         raise UserError("checks.no_model", path=str(name)[:60])
     return with_model(session.content, name, None)
 
 
-def source_of(content: dict[str, Any]) -> str:
+def model_source(content: dict[str, Any]) -> str:
     """Returns where the model of a recipe is from: one of :data:`SOURCES`."""
     model = value_at(content, "model.init_args.model", None)
     listed = model is None or any(one.name == model for one in MODELS)
@@ -178,24 +178,29 @@ def source_of(content: dict[str, Any]) -> str:
 
 
 def _preset(session: Session, editor: Editor) -> dict[str, Any]:
-    models = offered(session, editor)
+    models = available_models(session, editor)
     current = value_at(session.content, "model.init_args.model", None)
     drawn = value_at(session.content, "model.init_args.config", None) is not None
-    rows = [(_row(model, editor.t), model.name) for model in models]
+    rows = [(_model_label(model, editor.t), model.name) for model in models]
     known = current if not drawn and current in [model.name for model in models] else None
     return {"choices": rows, "value": known}
 
 
-def _row(model: Model, t: Texts) -> str:
+def _model_label(model: Model, t: Texts) -> str:
     title = t("new.demo_base") if model.name == DEMO_BASE else model.name
-    row = t("new.model_row", title=title, weights=weights(model.parameters), licence=model.licence)
+    row = t(
+        "new.model_row",
+        title=title,
+        weights=format_parameters(model.parameters),
+        licence=model.licence,
+    )
     if model.name != DEMO_BASE:
         fetched = t("new.not_here", size=format_bytes(model.download_bytes, t))
         row += ", " + (t("new.here") if is_cached(model.name) else fetched)
     return row
 
 
-def weights(number: int) -> str:
+def format_parameters(number: int) -> str:
     """Returns a number of weights as people say it."""
     if number >= 999_500_000:
         return f"{number / 1e9:.1f} B"
@@ -218,29 +223,31 @@ def _facts(session: Session, t: Texts) -> str:
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
-            lines.append(_described(Path(name), t))
+            lines.append(_folder_summary(Path(name), t))
             lines.append(t("new.model_files", size=format_bytes(weight_bytes(Path(name)), t)))
         elif is_cached(name):
             lines.append(t("new.model_here"))
         else:
             lines.append(t("new.model_fetched"))
-            lines += _download(model, t)
+            lines += _download_notes(model, t)
         if model is not None and model.gated:
             lines.append(t("new.model_gated"))
         if value_at(session.content, "model.init_args.trust_remote_code", None):
             revision = value_at(session.content, "model.init_args.revision", "")
             lines.append(t("new.model_trusted", commit=revision))
     text = " ".join(escaped(line) for line in lines)
-    away = f'<p class="note">{escaped(t("new.offline"))}</p>' if offline() else ""
+    away = f'<p class="note">{escaped(t("new.offline"))}</p>' if is_offline() else ""
     return f'<p class="chosen" role="status">{text}</p>{away}'
 
 
-def _described(folder: Path, t: Texts) -> str:
+def _folder_summary(folder: Path, t: Texts) -> str:
     """Returns in a sentence what a model in a folder is."""
     found = model_info(folder)
     words = []
     if found.parameters:
-        words.append(t("new.about_parameters", count=t.localized(weights(found.parameters))))
+        words.append(
+            t("new.about_parameters", count=t.localized(format_parameters(found.parameters)))
+        )
     words += filter(None, [found.architecture])
     if found.context:
         words.append(t("new.about_context", tokens=t.number(found.context)))
@@ -249,7 +256,7 @@ def _described(folder: Path, t: Texts) -> str:
     return ", ".join(words) + "."
 
 
-def _download(model: Model | None, t: Texts) -> list[str]:
+def _download_notes(model: Model | None, t: Texts) -> list[str]:
     """Returns how much is fetched for a model, as far as that is known, and how much room is."""
     free = free_bytes()
     if model is None:

@@ -10,13 +10,13 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
-from gradio_app.pages import elsewhere
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import sentence, told
+from gradio_app.pages import hub_job
+from gradio_app.pages.error_reporting import localized_message, report_errors
+from gradio_app.pages.layout import event_options
 from gradio_app.pages.new import review_html
-from gradio_app.pages.new.choosing import checked
+from gradio_app.pages.new.data_check import require_report, unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
-from gradio_app.pages.new.looking import away, report_of
+from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
@@ -26,7 +26,7 @@ from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from gradio_app.texts import Texts
 
-_GO = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
+_OPEN_RUN = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
 
 
 def build(editor: Editor) -> None:
@@ -39,7 +39,7 @@ def build(editor: Editor) -> None:
         interactive=True,
         elem_id="run-title",
     )
-    editor.show([name], lambda session: [_name_of(session)])
+    editor.show([name], lambda session: [_suggested_name(session)])
     overview = gr.HTML("", elem_id="overview", padding=False)
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
@@ -58,30 +58,30 @@ def build(editor: Editor) -> None:
             elem_classes="code",
         )
         apply = gr.Button(t("new.apply_yaml"), elem_id="apply-yaml")
-    editor.show([text, forms], lambda session: _written(editor, session))
+    editor.show([text, forms], lambda session: _yaml_updates(editor, session))
 
     def edited(session: Session, given: Any) -> dict[str, Any]:
-        return checked(editor, session, parse_yaml(given))
+        return validate_pasted(editor, session, parse_yaml(given))
 
     editor.bind(apply.click, edited, [text], own=True)
     buttons = [start, trial, said]
     for button, steps in ((start, None), (trial, 5)):
-        starter = told(t)(_starter(editor, steps))
-        button.click(starter, [editor.session, name], [gone, *buttons], **private())
-    editor.follow(_refresher(editor), [], [overview, text, forms, *buttons])
-    elsewhere.build(editor.studio, t, text, name, gone)
+        starter = report_errors(t)(_start_handler(editor, steps))
+        button.click(starter, [editor.session, name], [gone, *buttons], **event_options())
+    editor.after_change(_refresh_handler(editor), [], [overview, text, forms, *buttons])
+    hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
-    gone.change(None, gone, None, js=_GO.replace("{url}", url))
+    gone.change(None, gone, None, js=_OPEN_RUN.replace("{url}", url))
 
 
-def content_of(editor: Editor, session: Session) -> dict[str, Any]:
+def runnable_recipe(editor: Editor, session: Session) -> dict[str, Any]:
     """Returns the recipe as it would be run.
 
     Raises:
         UserError: With all that is wrong with it, what is typed in settings included.
     """
     problems: list[UserError] = []
-    for path, refused in session.refused.items():
+    for path, refused in session.field_errors.items():
         label = editor.t(f"fields.{BY_PATH[path].key}")
         problems.append(UserError("checks.at", where=label, problem=[refused]))
     content = session.content
@@ -94,12 +94,12 @@ def content_of(editor: Editor, session: Session) -> dict[str, Any]:
     return content
 
 
-def shown_yaml(editor: Editor, session: Session) -> str:
+def displayed_yaml(editor: Editor, session: Session) -> str:
     """Returns the recipe as it is read and downloaded: on a Space, without its places."""
-    return dump_yaml(_shown_content(editor, session))
+    return dump_yaml(_displayed_content(editor, session))
 
 
-def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
+def _displayed_content(editor: Editor, session: Session) -> dict[str, Any]:
     if editor.studio.settings.space:
         return session.content
     try:
@@ -108,22 +108,22 @@ def _shown_content(editor: Editor, session: Session) -> dict[str, Any]:
         return session.content
 
 
-def _name_of(session: Session) -> Any:
+def _suggested_name(session: Session) -> Any:
     """Returns the name of a copy for its field, once: then it is the visitor's."""
-    name, session.named = session.named, ""
+    name, session.suggested_name = session.suggested_name, ""
     return name or gr.skip()
 
 
-def _written(editor: Editor, session: Session) -> list[Any]:
-    session.written = shown_yaml(editor, session)
-    return [session.written, _forms(editor, session)]
+def _yaml_updates(editor: Editor, session: Session) -> list[Any]:
+    session.displayed_yaml = displayed_yaml(editor, session)
+    return [session.displayed_yaml, _forms(editor, session)]
 
 
 def _forms(editor: Editor, session: Session) -> str:
-    return review_html.forms(_shown_content(editor, session), editor.t)
+    return review_html.forms(_displayed_content(editor, session), editor.t)
 
 
-def _refresher(editor: Editor) -> Any:
+def _refresh_handler(editor: Editor) -> Any:
     def refresh(session: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
         made = partial(refreshed, session)
@@ -131,18 +131,18 @@ def _refresher(editor: Editor) -> Any:
 
     def refreshed(session: Session, still_needed: Callable[[], bool]) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
-        same = shown_yaml(editor, session) == session.written
-        forms = [gr.skip(), gr.skip()] if same else _written(editor, session)
+        same = displayed_yaml(editor, session) == session.displayed_yaml
+        forms = [gr.skip(), gr.skip()] if same else _yaml_updates(editor, session)
         yield shown(session, None, forms)
         try:
-            content = content_of(editor, session)
+            content = runnable_recipe(editor, session)
         except UserError:
             return
         problem = parser_error(content, editor.studio.worker, still_needed)
         yield shown(session, problem, [gr.skip(), gr.skip()])
 
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
-        blocking = _blocking(editor, session, problem)
+        blocking = _blockers(editor, session, problem)
         text = review_html.overview(
             session, blocking, editor.studio.settings, editor.t, problem is not None
         )
@@ -154,7 +154,7 @@ def _refresher(editor: Editor) -> Any:
     return refresh
 
 
-def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tuple[str, str]]:
+def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tuple[str, str]]:
     """Returns what is in the way, with the step in which it can be solved.
 
     Args:
@@ -165,25 +165,25 @@ def _blocking(editor: Editor, session: Session, problem: str | None) -> list[tup
     t = editor.t
     blocking: list[tuple[str, str]] = []
     try:
-        content_of(editor, session)
+        runnable_recipe(editor, session)
     except UserError as refused:
         problems = refused.values.get("problems", [refused])
         assert isinstance(problems, list)
-        blocking += [(review_html.step_of(one), sentence(one, t)) for one in problems]
-    report, missing = session.report, away(session.content)
+        blocking += [(review_html.step_of(one), localized_message(one, t)) for one in problems]
+    report, missing = session.report, unavailable_model(session.content)
     if missing and not data_of(session.content):
         # Else the look at the data says so.
-        told = t("new.model_away", name=missing)
-        blocking.append(("model", t("new.blocked_model", reason=told)))
+        message = t("new.model_away", name=missing)
+        blocking.append(("model", t("new.blocked_model", reason=message)))
     if report is not None and not report.ok:
         step = "data" if report.numbers else report.step
-        blocking.append((step, sentence(_unfit(report), t)))
+        blocking.append((step, localized_message(_data_error(report), t)))
     if problem:
         blocking.append(("all", problem))
     return blocking
 
 
-def _starter(editor: Editor, steps: int | None) -> Any:
+def _start_handler(editor: Editor, steps: int | None) -> Any:
     def start(session: Any, name: Any, request: gr.Request) -> Iterator[list[Any]]:
         session = editor.of(session, request)
         if session.starting:
@@ -192,7 +192,7 @@ def _starter(editor: Editor, steps: int | None) -> Any:
         session.starting = True
         try:
             yield [gr.skip(), *_buttons(editor.t, starting=True)]
-            run = _started(editor, session, name, steps)
+            run = _start_run(editor, session, name, steps)
         except Exception:
             session.starting = False
             yield [gr.skip(), *_buttons(editor.t)]
@@ -212,22 +212,22 @@ def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[An
     return [gr.update(value=label, interactive=free), gr.update(interactive=free), said]
 
 
-def _started(editor: Editor, session: Session, name: Any, steps: int | None) -> str:
+def _start_run(editor: Editor, session: Session, name: Any, steps: int | None) -> str:
     """Checks all and starts the run; returns its id.
 
     Raises:
         UserError: If it cannot be started.
     """
-    content = content_of(editor, session)
+    content = runnable_recipe(editor, session)
     if steps is not None:
         content = limit_steps(content, steps)
-    report = report_of(editor, session)
+    report = require_report(editor, session)
     if not report.ok:
-        raise _unfit(report)
+        raise _data_error(report)
     problem = parser_error(content, editor.studio.worker)
     if problem:
         raise UserError("new.blocked_recipe", reason=shortened(problem, 400))
-    title = str(name or "").strip() or _title(content)
+    title = str(name or "").strip() or _default_title(content)
     run = editor.studio.store.create(session.owner, dump_yaml(content), title)
     try:
         editor.studio.queue.add(run)
@@ -237,7 +237,7 @@ def _started(editor: Editor, session: Session, name: Any, steps: int | None) -> 
     return str(run.id)
 
 
-def _unfit(report: DataReport) -> UserError:
+def _data_error(report: DataReport) -> UserError:
     """Returns why no run can be started with some data."""
     if report.refusal or not report.numbers:
         key = "new.blocked_model" if report.step == "model" else "new.blocked_data"
@@ -245,7 +245,7 @@ def _unfit(report: DataReport) -> UserError:
     return UserError("new.blocked_rows", rows=report.numbers.get("rejected", 0))
 
 
-def _title(content: dict[str, Any]) -> str:
+def _default_title(content: dict[str, Any]) -> str:
     """Returns what a run is called if its owner calls it nothing: data and model."""
     data = data_of(content).rpartition("/")[2]
     model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]

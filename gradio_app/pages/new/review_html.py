@@ -17,10 +17,10 @@ from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
 
-_OF_DATA = {
+_DATA_ERRORS = {
     *("checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"),
 }
-_OF_MODEL = {
+_MODEL_ERRORS = {
     *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
     *("checks.remote_folder", "checks.own_code"),
 }
@@ -31,9 +31,9 @@ def step_of(problem: UserError) -> str:
     inner = problem.values.get("problem")
     keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
     where = str(problem.values.get("where", ""))
-    if keys & _OF_DATA:
+    if keys & _DATA_ERRORS:
         return "data"
-    if keys & _OF_MODEL or any(key.startswith("checks.folder_") for key in keys):
+    if keys & _MODEL_ERRORS or any(key.startswith("checks.folder_") for key in keys):
         return "model"
     if where.startswith(("model", "tokenizer", "revision")):
         return "model"
@@ -53,14 +53,14 @@ def overview(
         asked: Whether the command line has said that it takes the recipe.
     """
     kind, stale = "plain", ""
-    if session.refused:
+    if session.field_errors:
         # The recipe still has the values from before.
         kind, stale = "plain stale", f'<p class="note">{escaped(t("new.words_stale"))}</p>'
-    text = f'<p class="{kind}">{escaped(in_words(session, t))}</p>{stale}'
+    text = f'<p class="{kind}">{escaped(summary_text(session, t))}</p>{stale}'
     limits = settings.limits
     if limits.steps is not None:
-        told = t("new.limited", steps=limits.steps, rows=limits.rows, minutes=limits.minutes)
-        text += f'<p class="note">{escaped(told)}</p>'
+        message = t("new.limited", steps=limits.steps, rows=limits.rows, minutes=limits.minutes)
+        text += f'<p class="note">{escaped(message)}</p>'
     if blocking:
         items = "".join(
             f'<li>{escaped(reason)} <a href="#{step}">{escaped(t(f"new.to_{step}"))}</a></li>'
@@ -75,7 +75,7 @@ def overview(
     return f'{text}<p class="fine" role="status">\u2713 {escaped(t("new.ready"))}</p>'
 
 
-def in_words(session: Session, t: Texts) -> str:
+def summary_text(session: Session, t: Texts) -> str:
     """Returns in a paragraph what a run of the recipe does."""
     content = session.content
     task = task_of(content)

@@ -7,22 +7,22 @@ from importlib import import_module, util
 
 import gradio as gr
 
-from gradio_app.pages.frame import when_opened
+from gradio_app.pages.layout import on_load
 from gradio_app.pages.run.actions import Actions
 from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
 from gradio_app.pages.run.recipe import RecipeTab
-from gradio_app.pages.run.view import View
+from gradio_app.pages.run.view import RunView
 from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
-TABS = {"try": "trying", "export": "exporting"}
+TABS = {"try": "playground", "export": "export_tab"}
 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    view = View(studio, t)
+    view = RunView(studio, t)
     metrics = MetricsCache()
     view.add(Head(studio, t, metrics))
     actions = Actions(studio, t)
@@ -37,7 +37,7 @@ def build(studio: Studio, t: Texts) -> None:
             view.add(RecipeTab(studio, t))
     view.bind(tabs)
     actions.bind(view)
-    when_opened(view.opened, None, view.outputs)
+    on_load(view.on_load, None, view.outputs)
 
 
 def _built_by(module: str) -> Callable[[Studio, Texts, gr.State], None]:

@@ -8,10 +8,16 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.guards import escaped
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import told
+from gradio_app.pages.error_reporting import report_errors
+from gradio_app.pages.layout import event_options
 from gradio_app.pages.markup import markup
-from gradio_app.pages.run.view import Choices, Shown, View, asked_for, html
+from gradio_app.pages.run.view import (
+    ComponentUpdate,
+    CurveOptions,
+    RunView,
+    html_update,
+    requested_run_id,
+)
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
@@ -24,7 +30,7 @@ _PRIMARY = frozenset({"stop", "resume", "start", "try_it"})
 _DANGEROUS = frozenset({"stop_now", "delete"})
 
 
-def offered(run: Run) -> set[str]:
+def available_actions(run: Run) -> set[str]:
     """Returns the buttons that a run has."""
     if run.waiting:
         return {"leave"}
@@ -70,7 +76,7 @@ class Actions:
                 t("run.rename"), elem_id="run-rename", size="md", visible=False, scale=0
             )
             self._duplicate = markup("", elem_id="run-duplicate")
-        self._sure = {name: self._asked(name) for name in ("kill", "delete")}
+        self._confirmations = {name: self._build_confirmation(name) for name in ("kill", "delete")}
         with gr.Row(elem_id="run-renaming", visible=False) as self._renaming:
             self._name = gr.Textbox(
                 label=t("run.new_name"), max_length=80, elem_id="run-new-name", interactive=True
@@ -84,7 +90,7 @@ class Actions:
             self._question,
         ]
 
-    def _asked(self, what: str) -> tuple[Any, gr.Button, gr.Button]:
+    def _build_confirmation(self, what: str) -> tuple[Any, gr.Button, gr.Button]:
         with gr.Row(elem_id=f"run-sure-{what}", elem_classes="sure", visible=False) as row:
             known = {"name": "", "size": ""}
             text = markup(_alert(self.t(f"run.sure_{what}", **known)))
@@ -94,13 +100,15 @@ class Actions:
             self._question = text
         return row, yes, no
 
-    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
         """Returns which buttons a run has."""
-        names = offered(run) if run is not None else set()
-        shown = [Shown(gr.Button(visible=name in names), name in names) for name in BUTTONS]
+        names = available_actions(run) if run is not None else set()
+        shown = [
+            ComponentUpdate(gr.Button(visible=name in names), name in names) for name in BUTTONS
+        ]
         if run is not None and "resume" in names:
             label = self.t("run.resume_from", step=run.checkpoint_step)
-            shown[BUTTONS.index("resume")] = Shown(gr.Button(label, visible=True), label)
+            shown[BUTTONS.index("resume")] = ComponentUpdate(gr.Button(label, visible=True), label)
         there = run is not None
         link = question = ""
         if run is not None:
@@ -113,9 +121,14 @@ class Actions:
             if "delete" in names:
                 whole = format_bytes(run.bytes, self.t)
                 question = _alert(self.t("run.sure_delete", name=run.name, size=whole))
-        return [*shown, Shown(gr.Button(visible=there), there), html(link), html(question)]
+        return [
+            *shown,
+            ComponentUpdate(gr.Button(visible=there), there),
+            html_update(link),
+            html_update(question),
+        ]
 
-    def bind(self, view: View) -> None:
+    def bind(self, view: RunView) -> None:
         """Binds what the buttons do."""
         line, store = self.studio.queue, self.studio.store
         self._view = view
@@ -133,50 +146,54 @@ class Actions:
         self.buttons["try_it"].click(
             None, None, None, js="() => document.querySelector('#tab-try-button')?.click()"
         )
-        self._bind_sure("kill", self.buttons["stop_now"], line.kill)
-        self._bind_sure("delete", self.buttons["delete"], store.delete)
+        self._bind_confirmation("kill", self.buttons["stop_now"], line.kill)
+        self._bind_confirmation("delete", self.buttons["delete"], store.delete)
         self._bind_name()
 
     def _on(self, button: gr.Button, do: Callable[[str, str], Any], said: str = "") -> Any:
         view = self._view
 
-        @told(self.t)
+        @report_errors(self.t)
         def act(run_id: str, smoothing: Any, logarithmic: Any, request: gr.Request) -> list[Any]:
-            run_id = asked_for(run_id, request)
+            run_id = requested_run_id(run_id, request)
             do(owner_of(request, self.studio.settings.space), run_id)
             if said:
                 gr.Info(said)
             notice = "gone" if do == self.studio.store.delete else "unknown"
             return view.update(run_id, "", (smoothing, logarithmic), request, notice)
 
-        return button.click(act, view.asked, view.outputs, **private())
+        return button.click(act, view.click_inputs, view.outputs, **event_options())
 
-    def _bind_sure(self, name: str, button: gr.Button, do: Callable[[str, str], Any]) -> None:
-        row, yes, no = self._sure[name]
-        button.click(lambda: gr.Row(visible=True), None, row, **private())
-        no.click(lambda: gr.Row(visible=False), None, row, **private())
-        self._on(yes, do).then(lambda: gr.Row(visible=False), None, row, **private())
+    def _bind_confirmation(
+        self, name: str, button: gr.Button, do: Callable[[str, str], Any]
+    ) -> None:
+        row, yes, no = self._confirmations[name]
+        button.click(lambda: gr.Row(visible=True), None, row, **event_options())
+        no.click(lambda: gr.Row(visible=False), None, row, **event_options())
+        self._on(yes, do).then(lambda: gr.Row(visible=False), None, row, **event_options())
 
     def _bind_name(self) -> None:
         studio, view = self.studio, self._view
 
-        @told(self.t)
+        @report_errors(self.t)
         def ask(run_id: str, request: gr.Request) -> tuple[Any, Any]:
             owner = owner_of(request, studio.settings.space)
-            run = studio.store.get(owner, asked_for(run_id, request))
+            run = studio.store.get(owner, requested_run_id(run_id, request))
             return gr.Row(visible=True), run.name
 
-        @told(self.t)
+        @report_errors(self.t)
         def rename(
             name: str, run_id: str, smoothing: Any, logarithmic: Any, request: gr.Request
         ) -> list[Any]:
-            run_id = asked_for(run_id, request)
+            run_id = requested_run_id(run_id, request)
             studio.store.rename(owner_of(request, studio.settings.space), run_id, name)
             shown = view.update(run_id, "", (smoothing, logarithmic), request)
             return [gr.Row(visible=False), *shown]
 
-        self._rename.click(ask, view.run_id, [self._renaming, self._name], **private())
-        self._keep_name.click(lambda: gr.Row(visible=False), None, self._renaming, **private())
-        given = [self._name, *view.asked]
+        self._rename.click(ask, view.run_id, [self._renaming, self._name], **event_options())
+        self._keep_name.click(
+            lambda: gr.Row(visible=False), None, self._renaming, **event_options()
+        )
+        given = [self._name, *view.click_inputs]
         for event in (self._save_name.click, self._name.submit):
-            event(rename, given, [self._renaming, *view.outputs], **private())
+            event(rename, given, [self._renaming, *view.outputs], **event_options())

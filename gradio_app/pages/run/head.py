@@ -7,8 +7,15 @@ from typing import Any
 
 from gradio_app.guards import escaped
 from gradio_app.pages.markup import markup
-from gradio_app.pages.run.view import Choices, Shown, html
-from gradio_app.pages.states import badge, left, name_of, part, percent, phase
+from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
+from gradio_app.pages.run_state import (
+    escaped_name,
+    percent_done,
+    phase_progress,
+    phase_text,
+    state_badge,
+    time_left,
+)
 from gradio_app.runs.failures import find_failure, report
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.formatting import format_duration, format_metric, format_number
@@ -34,41 +41,44 @@ class Head:
             markup("", elem_id="run-verdict"),
         ]
 
-    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
         """Returns how a run is shown."""
         if run is None:
-            return [html("")] * len(self.outputs)
-        title = f"<h1>{name_of(run)}</h1>"
+            return [html_update("")] * len(self.outputs)
+        title = f"<h1>{escaped_name(run)}</h1>"
         return [
-            html(title),
-            html(self._state(run)),
-            html(self._progress(run)),
-            html(self._note(run)),
-            html(self._failure(run)),
-            html(self._verdict(run)),
+            html_update(title),
+            html_update(self._state(run)),
+            html_update(self._progress(run)),
+            html_update(self._note(run)),
+            html_update(self._failure(run)),
+            html_update(self._verdict(run)),
         ]
 
     def _state(self, run: Run) -> str:
         t, status = self.t, run.status
-        words = ", ".join(filter(None, [phase(run, t), part(run, t)[0]]))
+        words = ", ".join(filter(None, [phase_text(run, t), phase_progress(run, t)[0]]))
         if run.waiting:
             place = self.studio.queue.place(run)
             words = t("run.place", place=place or 1, all=len(self.studio.queue.order()))
         elif status.state == "queued":
             words = t("run.not_started")
         elif status.state in ("stopped", "crashed", "failed") and status.step:
-            max_concurrent_runs = status.phase == "stopped at once"
-            name = "stopped_at_once" if max_concurrent_runs else f"{status.state}_at"
+            immediately = status.phase == "stopped at once"
+            name = "stopped_at_once" if immediately else f"{status.state}_at"
             words = t(f"run.{name}", step=status.step)
         elif status.state == "finished":
             words = self._outcome(run)
-        return f'<p class="state" role="status">{badge(run, t)} <span>{escaped(words)}</span></p>'
+        badge = state_badge(run, t)
+        return f'<p class="state" role="status">{badge} <span>{escaped(words)}</span></p>'
 
     def _outcome(self, run: Run) -> str:
         t, result = self.t, read_json_object(run.folder.result)
         before, after = (
-            (result.get(part) or {}).get("val_loss") if isinstance(result.get(part), dict) else None
-            for part in ("before", "after")
+            (result.get(phase_progress) or {}).get("val_loss")
+            if isinstance(result.get(phase_progress), dict)
+            else None
+            for phase_progress in ("before", "after")
         )
         if not isinstance(after, (int, float)):
             return t("run.outcome_none")
@@ -78,7 +88,7 @@ class Head:
 
     def _progress(self, run: Run) -> str:
         t, status = self.t, run.status
-        done = percent(run)
+        done = percent_done(run)
         shown = done if done is not None else 0
         title = (
             t("run.percent", percent=done) if done is not None else t(f"run.state_{status.state}")
@@ -93,10 +103,10 @@ class Head:
         seconds = read_json_object(run.folder.result).get("seconds")
         if status.state == "finished" and isinstance(seconds, (int, float)):
             facts.append(t("run.took", time=format_duration(seconds, t)))
-        elif left(run, t):
-            facts.append(left(run, t))
+        elif time_left(run, t):
+            facts.append(time_left(run, t))
         kind: str = "unknown" if done is None and run.active else status.state
-        share = part(run, t)[1]
+        share = phase_progress(run, t)[1]
         if kind == "unknown" and share is not None:
             kind, done, shown = status.state, share, share
         if finished_worse(run):

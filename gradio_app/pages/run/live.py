@@ -11,7 +11,7 @@ from gradio_app.pages.markup import markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run.samples_html import samples
-from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
 from gradio_app.runs.curves import Points, downsample, finite_points, smooth
 from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
@@ -110,26 +110,26 @@ class Live:
         note = t("run.log_note", lines=LOG_LINES)
         markup(f'<p class="note">{note}</p>')
 
-    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
         """Returns how a run is shown."""
         if run is None:
-            return [Shown(gr.skip(), None)] * len(self.outputs)
+            return [ComponentUpdate(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         events = run.redactor.value(list(read_rows(run.folder.events, 200_000)))
         said = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         log = run.redactor.text(said)
         return [
-            html(live_html.alerts(events, self._watch.warnings(run), t)),
-            html(live_html.numbers(metrics, t)),
-            html(self._loss_plot(metrics, choices)),
-            html(live_html.summary(metrics, t)),
-            html(live_html.table(metrics, t)),
-            html(self._rate_plot(metrics)),
-            html(samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t)),
-            html(log or t("run.log_empty")),
+            html_update(live_html.alerts(events, self._watch.warnings(run), t)),
+            html_update(live_html.numbers(metrics, t)),
+            html_update(self._loss_plot(metrics, choices)),
+            html_update(live_html.summary(metrics, t)),
+            html_update(live_html.curve_table(metrics, t)),
+            html_update(self._rate_plot(metrics)),
+            html_update(samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t)),
+            html_update(log or t("run.log_empty")),
         ]
 
-    def _loss_plot(self, metrics: Metrics, choices: Choices) -> str:
+    def _loss_plot(self, metrics: Metrics, choices: CurveOptions) -> str:
         t = self.t
         training = smooth(metrics.curve("train_loss"), choices.smoothing)
         curves = [

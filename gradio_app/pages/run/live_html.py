@@ -20,18 +20,18 @@ from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
-WORDS = {-1: "falling", 0: "steady", 1: "rising"}
+TREND_KEYS = {-1: "falling", 0: "steady", 1: "rising"}
 # Kinds of alerts, with the numbers that their sentence needs.
 ALERTS = {"nan": (), "diverging": ("first", "last"), "overfitting": ("times", "first", "last")}
 METRICS = ("train_loss", "val_loss")
 TABLE_ROWS = 40
-MOST_OTHERS = 3
+MAX_OTHER_METRICS = 3
 
 
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[HealthWarning], t: Texts) -> str:
     """Returns what the visitor should look at."""
     found = [event for event in events if event.get("kind") in ALERTS or "alert" in event]
-    items = "".join(_warned(one, t) for one in warned)
+    items = "".join(_health_alert(one, t) for one in warned)
     items += "".join(_alert(event, t) for event in found)
     return f'<section aria-label="{t("run.alerts")}">{items}</section>' if items else ""
 
@@ -44,11 +44,11 @@ def _alert(event: Mapping[str, Any], t: Texts) -> str:
     link = f'<a href="{t.url("help")}#{kind}">{t("run.what_does_it_mean")}</a>' if known else ""
     return (
         f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> {title}'
-        f"</strong> <span>({step})</span><p>{escaped(_said(event, t))} {link}</p></div>"
+        f"</strong> <span>({step})</span><p>{escaped(_alert_text(event, t))} {link}</p></div>"
     )
 
 
-def _said(event: Mapping[str, Any], t: Texts) -> str:
+def _alert_text(event: Mapping[str, Any], t: Texts) -> str:
     """Returns an alert in the language of the page; the trainer's own words if it is a new one."""
     kind, seen = str(event.get("kind")), event.get("alert")
     if kind not in ALERTS:
@@ -67,7 +67,7 @@ def _said(event: Mapping[str, Any], t: Texts) -> str:
     return t(f"run.alert_{kind}_more", **said)
 
 
-def _warned(one: HealthWarning, t: Texts) -> str:
+def _health_alert(one: HealthWarning, t: Texts) -> str:
     values = {"stuck": format_duration(one.value, t), "disk": format_bytes(one.value, t)}
     more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, t.localized(f"{one.value:g}")))
     return (
@@ -87,7 +87,7 @@ def numbers(metrics: Metrics, t: Texts) -> str:
         if speed:
             cards.append((t(f"run.speed_{name}"), format_count(speed, t), ""))
             break
-    cards += _others(latest, t)
+    cards += _other_metrics(latest, t)
     memory = metrics.maximum("peak_cuda_bytes") or metrics.maximum("peak_process_bytes")
     if memory:
         cards.append((t("run.memory"), format_bytes(memory, t), ""))
@@ -100,12 +100,12 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
 
 
-def _others(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
+def _other_metrics(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
     """Returns what else is measured on the validation rows."""
     names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
     return [
         (escaped(metric(name, t)), format_number(latest[name], t), "")
-        for name in names[:MOST_OTHERS]
+        for name in names[:MAX_OTHER_METRICS]
     ]
 
 
@@ -127,7 +127,7 @@ def _trend(points: Points, t: Texts) -> str:
         return ""
     if relative_increase(points) and way < 1:
         return f"{ARROWS[1]} {t('run.above_start')}"
-    return f"{ARROWS[way]} {t(f'run.{WORDS[way]}')}"
+    return f"{ARROWS[way]} {t(f'run.{TREND_KEYS[way]}')}"
 
 
 def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
@@ -157,12 +157,12 @@ def summary(metrics: Metrics, t: Texts) -> str:
         return f'<p class="note">{t("run.curves_empty")}</p>'
     said = []
     if training:
-        said.append(t("run.curves_text", **_ends(training, t)))
+        said.append(t("run.curves_text", **_endpoints(training, t)))
         way = _trend(training, t).partition(" ")[2]
         said += [t("run.curves_trend", direction=way)] if way else []
     if validation:
         step, least = min(validation, key=lambda point: point[1])
-        ends = _ends(validation, t)
+        ends = _endpoints(validation, t)
         said.append(
             t("run.curves_validation", best=format_number(least, t), best_step=step, **ends)
         )
@@ -171,7 +171,7 @@ def summary(metrics: Metrics, t: Texts) -> str:
     return f'<p class="note">{" ".join(said)}</p>'
 
 
-def _ends(points: Points, t: Texts) -> dict[str, Any]:
+def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
     (begin, first), (end, last) = points[0], points[-1]
     return {
         "first": format_number(first, t),
@@ -181,7 +181,7 @@ def _ends(points: Points, t: Texts) -> dict[str, Any]:
     }
 
 
-def table(metrics: Metrics, t: Texts) -> str:
+def curve_table(metrics: Metrics, t: Texts) -> str:
     """Returns the numbers of the curves as a table."""
     names = ("train_loss", "val_loss", "learning_rate")
     curves = {name: dict(downsample(metrics.curve(name), TABLE_ROWS)) for name in names}

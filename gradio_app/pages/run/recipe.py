@@ -13,8 +13,8 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.guards import escaped
-from gradio_app.pages.markup import markup, with_code
-from gradio_app.pages.run.view import Choices, Shown, html
+from gradio_app.pages.markup import markup, render_code_spans
+from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
 from gradio_app.runs.failures import versions
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.skipped_rows import skipped_rows_file
@@ -30,9 +30,8 @@ class RecipeTab:
         self.studio, self.t = studio, t
         # The folder of runs is never served: what is downloaded is copied here first.
         self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-")
-        markup(
-            f'<h2>{t("run.recipe")}</h2><p class="note">{with_code(t("run.recipe_note"))}</p>',
-        )
+        note = render_code_spans(t("run.recipe_note"))
+        markup(f'<h2>{t("run.recipe")}</h2><p class="note">{note}</p>')
         self._text = markup("", elem_id="recipe-text")
         self._download = gr.DownloadButton(
             t("run.recipe_download"), elem_id="recipe-download", size="md", scale=0
@@ -52,10 +51,10 @@ class RecipeTab:
             self._left_out,
         ]
 
-    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
         """Returns how a run is shown."""
         if run is None:
-            return [Shown(gr.skip(), None)] * len(self.outputs)
+            return [ComponentUpdate(gr.skip(), None)] * len(self.outputs)
         t = self.t
         text = run.recipe_text
         code = (
@@ -63,10 +62,10 @@ class RecipeTab:
             f"{escaped(text)}</pre>"
         )
         return [
-            html(code),
-            Shown(self._staged(run, text), (run.id, text)),
-            html(self._command_of(run)),
-            html(self._facts_of(run)),
+            html_update(code),
+            ComponentUpdate(self._staged(run, text), (run.id, text)),
+            html_update(self._command_of(run)),
+            html_update(self._facts_of(run)),
             self._rows_of(run),
         ]
 
@@ -76,13 +75,13 @@ class RecipeTab:
         file.write_text(text, encoding="utf-8")
         return str(file)
 
-    def _rows_of(self, run: Run) -> Shown:
+    def _rows_of(self, run: Run) -> ComponentUpdate:
         """Returns the button for the rows that were left out, which few runs have."""
         source = skipped_rows_file(run.folder)
         try:
             stamp = source.stat().st_mtime_ns
         except OSError:
-            return Shown(gr.DownloadButton(visible=False), None)
+            return ComponentUpdate(gr.DownloadButton(visible=False), None)
         file = Path(self._staging.name) / run.id / source.name
         file.parent.mkdir(exist_ok=True)
         if not file.is_file() or file.stat().st_mtime_ns != stamp:
@@ -91,7 +90,7 @@ class RecipeTab:
                 text = run.redactor.record(source.read_text(encoding="utf-8"))
                 file.write_text(text, encoding="utf-8")
                 os.utime(file, ns=(stamp, stamp))
-        return Shown(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
+        return ComponentUpdate(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
 
     def _command_of(self, run: Run) -> str:
         # A path of the server is no business of a stranger's.

@@ -10,9 +10,9 @@ from gradio_app.chat.prompts import HeldOutPrompt
 from gradio_app.guards import escaped
 from gradio_app.texts import Texts
 
-COLUMNS = 4
-ROWS = 12
-_CELL = 400
+MAX_STEPS = 4
+MAX_PROMPTS = 12
+_MAX_CELL = 400
 Row = Mapping[str, Any]
 
 
@@ -30,14 +30,14 @@ def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> st
             said[row["step"], row["sample"]] = row
     if not said:
         return f'<p class="note">{t("run.samples_empty")}</p>'
-    steps = _chosen(sorted({step for step, _ in said}))
-    places = sorted({place for _, place in said})[:ROWS]
+    steps = _select_steps(sorted({step for step, _ in said}))
+    places = sorted({place for _, place in said})[:MAX_PROMPTS]
     titles = [t("run.prompt"), t("run.expected")]
     counts = ["", ""]
     for step in steps:
         titles.append(t("run.after_step", step=step) if step else t("run.before_training"))
         found = [said[step, place] for place in places if (step, place) in said]
-        right = sum(map(_is_right, found))
+        right = sum(map(_is_correct, found))
         counts.append(t("run.samples_right", n=right, of=len(found)))
     head = "".join(
         f'<th scope="col">{title}'
@@ -61,7 +61,7 @@ def _row(
 ) -> str:
     first = next(row for (_, sample), row in said.items() if sample == place)
     prompt, expected = str(first.get("prompt", "")), str(first.get("expected", ""))
-    cells = [_short(expected)]
+    cells = [_shorten(expected)]
     cells += [_answer(said.get((step, place)), t) for step in steps]
     columns = "".join(
         f'<td data-label="{title}">{cell}</td>'
@@ -81,17 +81,17 @@ def _prompt(prompt: str, expected: str, known: Sequence[HeldOutPrompt], t: Texts
             continue
         turns = [*row.turns, ("user", row.prompt)]
         return "".join(
-            f'<div class="turn"><span class="role">{_role(role, t)}</span> {_short(text)}</div>'
+            f'<div class="turn"><span class="role">{_role(role, t)}</span> {_shorten(text)}</div>'
             for role, text in turns
         )
-    return _short(prompt)
+    return _shorten(prompt)
 
 
 def _role(role: str, t: Texts) -> str:
     return t(f"run.role_{role}") if t.has(f"run.role_{role}") else escaped(role)
 
 
-def _is_right(row: Row) -> bool:
+def _is_correct(row: Row) -> bool:
     said, expected = (str(row.get(name, "")).split() for name in ("generated", "expected"))
     return bool(expected) and said == expected
 
@@ -101,16 +101,16 @@ def _answer(row: Row | None, t: Texts) -> str:
     if row is None:
         return ""
     generated, expected = str(row.get("generated", "")), str(row.get("expected", ""))
-    if _is_right(row):
-        return f'{_short(generated)} <span class="right">\u2713 {t("run.as_expected")}</span>'
+    if _is_correct(row):
+        return f'{_shorten(generated)} <span class="right">\u2713 {t("run.as_expected")}</span>'
     cut = f' <span class="cut">{t("run.cut")}</span>' if row.get("cut") is True else ""
     text = generated.strip()
-    if len(text) > _CELL:
-        return _short(text) + cut
-    return _marked(text, expected) + cut
+    if len(text) > _MAX_CELL:
+        return _shorten(text) + cut
+    return _mark_differences(text, expected) + cut
 
 
-def _marked(text: str, expected: str) -> str:
+def _mark_differences(text: str, expected: str) -> str:
     words, wanted = text.split(" "), expected.strip().split(" ")
     blocks = SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks()
     same = {block.a + place for block in blocks for place in range(block.size)}
@@ -123,14 +123,14 @@ def _marked(text: str, expected: str) -> str:
     )
 
 
-def _short(text: object) -> str:
+def _shorten(text: object) -> str:
     words = str(text).strip()
-    return escaped(words if len(words) <= _CELL else words[:_CELL] + "\u2026")
+    return escaped(words if len(words) <= _MAX_CELL else words[:_MAX_CELL] + "\u2026")
 
 
-def _chosen(steps: list[int]) -> list[int]:
+def _select_steps(steps: list[int]) -> list[int]:
     """Returns the first step, the last one, and those evenly between."""
-    if len(steps) <= COLUMNS:
+    if len(steps) <= MAX_STEPS:
         return steps
     last = len(steps) - 1
-    return [steps[round(last * place / (COLUMNS - 1))] for place in range(COLUMNS)]
+    return [steps[round(last * place / (MAX_STEPS - 1))] for place in range(MAX_STEPS)]

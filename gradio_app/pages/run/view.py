@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.pages.frame import quiet, referring_run
+from gradio_app.pages.layout import referring_run_id, timer_options
 from gradio_app.pages.markup import markup
-from gradio_app.pages.news import news
+from gradio_app.pages.updates import changed_updates
 from gradio_app.runs.hf_jobs import JobsExecutor
 from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
@@ -21,14 +21,14 @@ from gradio_app.visitors import owner_of, token_of
 
 # Seconds since the start of a run after which its page asks for news less often: how many ticks
 # apart.
-SLOWER = ((60.0, 1.0), (600.0, 2.0))
-SLOWEST = 5.0
+TICK_FACTORS = ((60.0, 1.0), (600.0, 2.0))
+SLOWEST_TICK = 5.0
 # A run that rests may be resumed in another tab, or by the command line.
-RESTING = 10.0
+IDLE_TICK = 10.0
 
 
 @dataclass(frozen=True)
-class Shown:
+class ComponentUpdate:
     """One component as it is to be shown.
 
     Attributes:
@@ -40,13 +40,13 @@ class Shown:
     key: Hashable
 
 
-def html(text: str) -> Shown:
+def html_update(text: str) -> ComponentUpdate:
     """Returns text to be shown, which is its own key."""
-    return Shown(text, text)
+    return ComponentUpdate(text, text)
 
 
 @dataclass(frozen=True)
-class Choices:
+class CurveOptions:
     """What a visitor has chosen to see; a browser can send anything.
 
     Attributes:
@@ -58,17 +58,17 @@ class Choices:
     logarithmic: bool = False
 
 
-class Part(Protocol):
+class PageSection(Protocol):
     """A part of the page."""
 
     # Its components, in the order of what `shown` returns.
     outputs: list[Any]
 
-    def shown(self, run: Run | None, choices: Choices) -> list[Shown]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
         """Returns how a run is shown; ``None`` where there is none."""
 
 
-class View:
+class RunView:
     """All parts of the page of a run, for whoever looks at it.
 
     Args:
@@ -88,10 +88,10 @@ class View:
         self._seen = gr.Textbox(visible=False, elem_id="run-seen")
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
         self._notice = markup("", elem_id="run-notice")
-        self._parts: list[Part] = []
+        self._parts: list[PageSection] = []
         self.choices: list[Any] = []
 
-    def add(self, part: Part) -> None:
+    def add(self, part: PageSection) -> None:
         """Adds a part."""
         self._parts.append(part)
 
@@ -99,23 +99,23 @@ class View:
         """Binds the clock, once all parts are there."""
         self._tabs = tabs
         self.choices = [choice for part in self._parts for choice in getattr(part, "choices", ())]
-        self.asked = [self.run_id, *self.choices]
+        self.click_inputs = [self.run_id, *self.choices]
         self.inputs = [self.run_id, self._seen, *self.choices]
         shown = [output for part in self._parts for output in part.outputs]
         self.outputs = [self.run_id, self._seen, self._timer, self._notice, tabs, *shown]
-        self._timer.tick(self.ticked, self.inputs, self.outputs, **quiet())
+        self._timer.tick(self.on_tick, self.inputs, self.outputs, **timer_options())
         for choice in self.choices:
-            choice.change(self.ticked, self.inputs, self.outputs, **quiet())
+            choice.change(self.on_tick, self.inputs, self.outputs, **timer_options())
 
-    def opened(self, request: gr.Request) -> list[Any]:
+    def on_load(self, request: gr.Request) -> list[Any]:
         """Shows the run that the address names."""
         return self.update(str(request.query_params.get("run") or ""), "", (), request)
 
-    def ticked(
+    def on_tick(
         self, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
     ) -> list[Any]:
         """Shows what has changed."""
-        run_id = asked_for(run_id, request)
+        run_id = requested_run_id(run_id, request)
         return self.update(run_id, seen, (smoothing, logarithmic), request)
 
     def update(
@@ -130,15 +130,15 @@ class View:
             request: Who asks.
             notice: What is said where there is no such run.
         """
-        run = self._found(run_id, request)
-        chosen = _checked(choices)
-        items = [self._clock(run), self._said(run, run_id, notice), self._body(run)]
+        run = self._find_run(run_id, request)
+        chosen = _curve_options(choices)
+        items = [self._clock(run), self._notice_update(run, run_id, notice), self._body(run)]
         for part in self._parts:
-            items += part.shown(run, chosen)
-        known, values = news([(item.value, item.key) for item in items], seen)
+            items += part.updates(run, chosen)
+        known, values = changed_updates([(item.value, item.key) for item in items], seen)
         return [run.id if run is not None else "", known, *values]
 
-    def _found(self, run_id: str, request: gr.Request) -> Run | None:
+    def _find_run(self, run_id: str, request: gr.Request) -> Run | None:
         try:
             owner = owner_of(request, self.studio.settings.space)
             run = self.studio.store.get(owner, run_id)
@@ -149,33 +149,33 @@ class View:
             executor.look(run.folder, token_of(request))
         return run
 
-    def _clock(self, run: Run | None) -> Shown:
+    def _clock(self, run: Run | None) -> ComponentUpdate:
         seconds = self.studio.settings.tick_seconds
         if run is None or not (run.active or run.waiting):
-            seconds *= RESTING
+            seconds *= IDLE_TICK
         else:
             begun = run.metadata.launched or run.status.started
             passed = 0.0 if run.waiting else time.time() - begun
-            seconds *= next((slow for limit, slow in SLOWER if passed < limit), SLOWEST)
+            seconds *= next((slow for limit, slow in TICK_FACTORS if passed < limit), SLOWEST_TICK)
         there = run is not None
-        return Shown(gr.Timer(seconds, active=there), (seconds, there))
+        return ComponentUpdate(gr.Timer(seconds, active=there), (seconds, there))
 
-    def _said(self, run: Run | None, run_id: str, notice: str) -> Shown:
+    def _notice_update(self, run: Run | None, run_id: str, notice: str) -> ComponentUpdate:
         if run is not None:
-            return html("")
+            return html_update("")
         name = notice if run_id else "none_chosen"
         t = self.t
-        return html(
+        return html_update(
             f'<div class="notice" role="alert"><h1>{t(f"run.{name}")}</h1>'
             f"<p>{t(f'run.{name}_more')}</p>"
             f'<a class="as-button" href="{t.url()}">{t("run.to_runs")}</a></div>'
         )
 
-    def _body(self, run: Run | None) -> Shown:
-        return Shown(gr.Tabs(visible=run is not None), run is not None)
+    def _body(self, run: Run | None) -> ComponentUpdate:
+        return ComponentUpdate(gr.Tabs(visible=run is not None), run is not None)
 
 
-def asked_for(run_id: str, request: gr.Request) -> str:
+def requested_run_id(run_id: str, request: gr.Request) -> str:
     """Returns the run that a page shows, also to a server that has forgotten that page.
 
     Args:
@@ -183,12 +183,12 @@ def asked_for(run_id: str, request: gr.Request) -> str:
         request: Who asks; the address of their page names the run. Whatever it names is checked
             like any other id.
     """
-    return run_id or referring_run(request)
+    return run_id or referring_run_id(request)
 
 
-def _checked(choices: Any) -> Choices:
+def _curve_options(choices: Any) -> CurveOptions:
     if len(choices) < 2:
-        return Choices()
+        return CurveOptions()
     smoothing, logarithmic = choices[:2]
     weights = {"none": 0.0, "light": 0.6, "strong": 0.9}
-    return Choices(weights.get(str(smoothing), 0.0), logarithmic is True)
+    return CurveOptions(weights.get(str(smoothing), 0.0), logarithmic is True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gradio_app.errors import UserError
-from gradio_app.pages.handling import as_shown, sentence
+from gradio_app.pages.error_reporting import as_gradio_error, localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.edits import base_recipe
@@ -18,15 +18,15 @@ from gradio_app.recipe.model_files import is_cached
 from gradio_app.recipe.preview import DataReport, preview_data
 from gradio_app.recipe.validation import validate_content, with_revision
 
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
-def offline() -> bool:
+def is_offline() -> bool:
     """Says whether nothing is fetched from the hub."""
     return os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
-def away(content: dict[str, Any]) -> str:
+def unavailable_model(content: dict[str, Any]) -> str:
     """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
     task = task_of(content)
     names = [value_at(content, "model.init_args.model", None)]
@@ -34,10 +34,10 @@ def away(content: dict[str, Any]) -> str:
         names.append(value_at(content, f"data.init_args.{task.processor_argument}", None))
     named = [name for name in names if isinstance(name, str)]
     hub = [name for name in named if ":" not in name and not os.path.isabs(name)]
-    return next((name for name in hub if offline() and not is_cached(name)), "")
+    return next((name for name in hub if is_offline() and not is_cached(name)), "")
 
 
-def report_of(editor: Editor, session: Session) -> DataReport:
+def require_report(editor: Editor, session: Session) -> DataReport:
     """Returns what is known of the data of a session, looked at now if need be.
 
     Raises:
@@ -46,51 +46,51 @@ def report_of(editor: Editor, session: Session) -> DataReport:
     while session.report is None:
         if not data_of(session.content):
             raise UserError("checks.no_rows")
-        for _ in looks(editor, session):
+        for _ in check_data(editor, session):
             pass
     found: DataReport = session.report
     return found
 
 
-def looks(editor: Editor, session: Session) -> Iterator[int]:
+def check_data(editor: Editor, session: Session) -> Iterator[int]:
     """Looks at the data of a session; yields how many rows have been read, again and again.
 
     Afterwards its report is set, unless other data was chosen meanwhile. Data that is being looked
     at already is not looked at twice.
     """
-    data = _data_of(session)
-    while session.looking == data and session.report is None and _data_of(session) == data:
+    data = _data_section(session)
+    while session.checking == data and session.report is None and _data_section(session) == data:
         yield session.rows_read
-        time.sleep(_LOOK_SECONDS)
-    if session.report is not None or _data_of(session) != data:
+        time.sleep(_POLL_SECONDS)
+    if session.report is not None or _data_section(session) != data:
         return
-    session.looking, session.stopped, session.rows_read = data, False, 0
+    session.checking, session.stopped, session.rows_read = data, False, 0
     found: list[DataReport] = []
-    thread = threading.Thread(target=lambda: found.append(_report(editor, session, data)))
+    thread = threading.Thread(target=lambda: found.append(_check(editor, session, data)))
     thread.start()
     try:
         while thread.is_alive():
-            thread.join(_LOOK_SECONDS)
+            thread.join(_POLL_SECONDS)
             yield session.rows_read
     finally:
-        if session.looking is data:
-            session.looking = None
-            if found and _data_of(session) == data and not found[0].cancelled:
+        if session.checking is data:
+            session.checking = None
+            if found and _data_section(session) == data and not found[0].cancelled:
                 session.report = found[0]
             elif session.stopped:
                 session.report = DataReport(refusal=editor.t("new.check_stopped"))
 
 
-def _report(editor: Editor, session: Session, data: Any) -> DataReport:
+def _check(editor: Editor, session: Session, data: Any) -> DataReport:
     settings, t = editor.studio.settings, editor.t
 
     def still_needed() -> bool:
-        return session.looking is data and not session.stopped and _data_of(session) == data
+        return session.checking is data and not session.stopped and _data_section(session) == data
 
     def on_rows(rows: int) -> None:
         session.rows_read = rows
 
-    missing = away(session.content)
+    missing = unavailable_model(session.content)
     if missing:
         return DataReport(refusal=t("new.model_away", name=missing), step="model")
     try:
@@ -98,10 +98,10 @@ def _report(editor: Editor, session: Session, data: Any) -> DataReport:
         content = validate_content(content, settings, session.owner)
         return preview_data(content, editor.studio.worker, settings.space, still_needed, on_rows)
     except UserError as refused:
-        return DataReport(refusal=sentence(refused, t))
+        return DataReport(refusal=localized_message(refused, t))
     except Exception as error:
-        return DataReport(refusal=str(as_shown(error, t).message))
+        return DataReport(refusal=str(as_gradio_error(error, t).message))
 
 
-def _data_of(session: Session) -> Any:
+def _data_section(session: Session) -> Any:
     return with_revision(session.content).get("data")

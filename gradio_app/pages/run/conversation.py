@@ -18,7 +18,7 @@ Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """What was said in a tab so far; it stays on the server.
 
     Attributes:
@@ -43,7 +43,7 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChatRequest:
     """A question with its settings, checked.
 
     Attributes:
@@ -61,7 +61,7 @@ class Asked:
     sampling: Sampling
 
 
-def checked(run: Run, question: Any, values: tuple[Any, ...]) -> Asked:
+def parse_request(run: Run, question: Any, values: tuple[Any, ...]) -> ChatRequest:
     """Returns what a visitor has asked.
 
     Args:
@@ -77,14 +77,14 @@ def checked(run: Run, question: Any, values: tuple[Any, ...]) -> Asked:
     asked: str | HeldOutPrompt
     if isinstance(question, int):
         if not 0 <= question < len(rows):
-            raise UserError("trying.refused_empty")
+            raise UserError("playground.refused_empty")
         asked = rows[question]
     else:
         asked = validate_text(question)
     # A row of the data is asked as it is there.
     if isinstance(asked, HeldOutPrompt) and asked.turns is not None:
         system = asked.system
-    return Asked(
+    return ChatRequest(
         question=asked,
         mode=mode if mode in MODES else "both",
         checkpoint=find_checkpoint(run, checkpoint),
@@ -102,7 +102,7 @@ def find_checkpoint(run: Run, name: Any) -> str:
     names = [one.name for one in run.checkpoints()]
     found = name if name else next(iter(names), "")
     if found not in names:
-        raise UserError("trying.refused_checkpoint", name=str(name)[:80])
+        raise UserError("playground.refused_checkpoint", name=str(name)[:80])
     return str(found)
 
 
@@ -111,7 +111,9 @@ def step_of(run: Run, name: str) -> int | None:
     return next((one.step for one in run.checkpoints() if one.name == name), None)
 
 
-def answers(speakers: ChatSessions, run: Run, talk: Talk, asked: Asked) -> Iterator[Talk]:
+def stream_answers(
+    speakers: ChatSessions, run: Run, talk: Conversation, asked: ChatRequest
+) -> Iterator[Conversation]:
     """Yields a conversation while it goes on.
 
     Args:
@@ -126,11 +128,11 @@ def answers(speakers: ChatSessions, run: Run, talk: Talk, asked: Asked) -> Itera
     blind = asked.mode == "blind"
     if blind or talk.blind or talk.checkpoint != asked.checkpoint:
         # Answers that are judged must not lean on what one of them has said before.
-        talk = Talk(checkpoint=asked.checkpoint, blind=blind)
+        talk = Conversation(checkpoint=asked.checkpoint, blind=blind)
     question, reference = _question(speakers, run, asked)
     if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
         before = asked.question.earlier
-        talk = Talk(asked.checkpoint, blind, list(before), list(before))
+        talk = Conversation(asked.checkpoint, blind, list(before), list(before))
     step = step_of(run, asked.checkpoint)
     talk = replace(talk, ends={}, reference=reference, ballot=None, step=step)
     who = shuffle_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
@@ -148,7 +150,7 @@ def answers(speakers: ChatSessions, run: Run, talk: Talk, asked: Asked) -> Itera
         yield replace(talk, ballot=_ballot(run, talk, asked, who, question))
 
 
-def _question(speakers: ChatSessions, run: Run, asked: Asked) -> tuple[str, str]:
+def _question(speakers: ChatSessions, run: Run, asked: ChatRequest) -> tuple[str, str]:
     """Returns the question, and the answer in the data if it is one of its rows."""
     around = speakers.prompt_affixes(run.owner)
     if isinstance(asked.question, HeldOutPrompt):
@@ -164,28 +166,36 @@ def _question(speakers: ChatSessions, run: Run, asked: Asked) -> tuple[str, str]
 
 
 def _answer(
-    speakers: ChatSessions, run: Run, talk: Talk, asked: Asked, part: tuple[str, str, str]
-) -> Iterator[Talk]:
+    speakers: ChatSessions,
+    run: Run,
+    talk: Conversation,
+    asked: ChatRequest,
+    part: tuple[str, str, str],
+) -> Iterator[Conversation]:
     column, name, question = part
     before: Turns = getattr(talk, column)
     messages = build_messages(asked.system, before, question)
     said = [*before, {"role": "user", "content": question}]
-    yield _changed(talk, column, said, talk.ends)
+    yield _with_turns(talk, column, said, talk.ends)
     checkpoint = None if name == "base" else asked.checkpoint
     pieces = speakers.answer(run.owner, run, checkpoint, messages, asked.sampling)
     for piece in pieces:
         turns = [*said, {"role": "assistant", "content": piece.text}]
         ends = {**talk.ends, column: piece} if piece.done else talk.ends
-        yield _changed(talk, column, turns, ends)
+        yield _with_turns(talk, column, turns, ends)
 
 
-def _changed(talk: Talk, column: str, turns: Turns, ends: Mapping[str, AnswerChunk]) -> Talk:
+def _with_turns(
+    talk: Conversation, column: str, turns: Turns, ends: Mapping[str, AnswerChunk]
+) -> Conversation:
     if column == "left":
         return replace(talk, left=turns, ends=ends)
     return replace(talk, right=turns, ends=ends)
 
 
-def _ballot(run: Run, talk: Talk, asked: Asked, who: dict[str, str], question: str) -> Ballot:
+def _ballot(
+    run: Run, talk: Conversation, asked: ChatRequest, who: dict[str, str], question: str
+) -> Ballot:
     return Ballot(
         run_id=run.id,
         checkpoint=asked.checkpoint,

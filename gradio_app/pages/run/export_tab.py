@@ -11,11 +11,11 @@ import gradio as gr
 from gradio_app.errors import UserError
 from gradio_app.export.archive import build_archive
 from gradio_app.export.request import BITS, FORMATS, validate_request
-from gradio_app.pages.asking import CLICKS
-from gradio_app.pages.frame import private, quiet
-from gradio_app.pages.handling import told
-from gradio_app.pages.run import exporting_html
-from gradio_app.pages.run.view import Shown, html
+from gradio_app.pages.confirmation import CLICK_DELEGATE
+from gradio_app.pages.error_reporting import report_errors
+from gradio_app.pages.layout import event_options, timer_options
+from gradio_app.pages.run import export_html
+from gradio_app.pages.run.view import ComponentUpdate, html_update
 from gradio_app.runs.store import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
@@ -54,15 +54,15 @@ class ExportTab:
         self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-exports-")
         self._seen, self._asked = gr.State(()), gr.State("")
         self._timer = gr.Timer(SLOW_SECONDS)
-        text = f"<h2>{t('exporting.heading')}</h2><p class='note'>{t('exporting.below')}</p>"
+        text = f"<h2>{t('export.heading')}</h2><p class='note'>{t('export.below')}</p>"
         gr.HTML(text, padding=False)
         self._empty = gr.HTML("", elem_id="export-empty", padding=False)
         with gr.Column(elem_id="export-form", visible=False) as self._form:
             self._build_form()
             self._build_hub()
         self._build_confirmation()
-        self._now = gr.HTML("", elem_id="export-now", padding=False, js_on_load=CLICKS)
-        self._list = gr.HTML("", elem_id="export-list", padding=False, js_on_load=CLICKS)
+        self._now = gr.HTML("", elem_id="export-now", padding=False, js_on_load=CLICK_DELEGATE)
+        self._list = gr.HTML("", elem_id="export-list", padding=False, js_on_load=CLICK_DELEGATE)
         self._file = gr.DownloadButton(visible=False)
         self._chosen: list[Any] = [self._kind, self._checkpoint, self._bits, self._measure]
         self._inputs = [run_id, self._seen, *self._chosen]
@@ -85,49 +85,49 @@ class ExportTab:
     def _build_form(self) -> None:
         t = self.t
         self._kind = gr.Radio(
-            [(t(f"exporting.format_{name}"), name) for name in FORMATS],
+            [(t(f"export.format_{name}"), name) for name in FORMATS],
             value="adapter",
-            label=t("exporting.format"),
+            label=t("export.format"),
             elem_id="export-format",
             interactive=True,
         )
         self._about = gr.HTML("", elem_id="export-about", padding=False)
         with gr.Row(elem_id="export-choices"):
             self._checkpoint = gr.Dropdown(
-                [], label=t("exporting.checkpoint"), elem_id="export-checkpoint", interactive=True
+                [], label=t("export.checkpoint"), elem_id="export-checkpoint", interactive=True
             )
             self._base = gr.Textbox(
-                label=t("exporting.base_name"),
-                info=t("exporting.base_name_more"),
+                label=t("export.base_name"),
+                info=t("export.base_name_more"),
                 max_length=200,
                 elem_id="export-base-name",
                 interactive=True,
             )
             self._bits = gr.Radio(
-                [(t("exporting.bits_of", n=bits), bits) for bits in BITS],
+                [(t("export.bits_of", n=bits), bits) for bits in BITS],
                 value=BITS[0],
-                label=t("exporting.bits"),
+                label=t("export.bits"),
                 elem_id="export-bits",
                 interactive=True,
                 visible=False,
             )
         self._measure = gr.Checkbox(
-            label=t("exporting.measure"),
-            info=t("exporting.measure_more"),
+            label=t("export.measure"),
+            info=t("export.measure_more"),
             elem_id="export-measure",
             interactive=True,
             visible=False,
         )
         self._start = gr.Button(
-            t("exporting.start"), variant="primary", elem_id="export-start", scale=0
+            t("export.start"), variant="primary", elem_id="export-start", scale=0
         )
 
     def _build_hub(self) -> None:
         t = self.t
-        with gr.Accordion(t("exporting.hub"), open=False, elem_id="export-hub"):
-            gr.HTML(f'<p class="note">{t("exporting.hub_below")}</p>', padding=False)
+        with gr.Accordion(t("export.hub"), open=False, elem_id="export-hub"):
+            gr.HTML(f'<p class="note">{t("export.hub_below")}</p>', padding=False)
             self._repository = gr.Textbox(
-                label=t("exporting.repository"),
+                label=t("export.repository"),
                 placeholder="my-name/my-adapter",
                 max_length=200,
                 elem_id="export-repository",
@@ -135,12 +135,12 @@ class ExportTab:
             )
             self._private = gr.Checkbox(
                 True,
-                label=t("exporting.private"),
-                info=t("exporting.private_more"),
+                label=t("export.private"),
+                info=t("export.private_more"),
                 elem_id="export-private",
                 interactive=True,
             )
-            self._preview = gr.Button(t("exporting.preview"), elem_id="export-preview", scale=0)
+            self._preview = gr.Button(t("export.preview"), elem_id="export-preview", scale=0)
 
     def _build_confirmation(self) -> None:
         t = self.t
@@ -149,8 +149,8 @@ class ExportTab:
             self._listed = gr.HTML("", padding=False)
             here = "space" if self.studio.settings.space else "here"
             self._token = gr.Textbox(
-                label=t("exporting.token"),
-                info=t(f"exporting.token_{here}"),
+                label=t("export.token"),
+                info=t(f"export.token_{here}"),
                 type="password",
                 max_length=200,
                 autofocus=False,
@@ -159,22 +159,25 @@ class ExportTab:
             )
             with gr.Row(elem_id="export-answers"):
                 self._push = gr.Button(
-                    t("exporting.push"), variant="primary", elem_id="export-push", scale=0
+                    t("export.push"), variant="primary", elem_id="export-push", scale=0
                 )
-                self._not = gr.Button(t("exporting.do_not_push"), elem_id="export-not", scale=0)
+                self._not = gr.Button(t("export.do_not_push"), elem_id="export-not", scale=0)
 
     def bind(self) -> None:
         """Binds what happens."""
         for event in (self._run_id.change, self._timer.tick, *(c.input for c in self._chosen)):
-            event(self.looked, self._inputs, self._outputs, **quiet())
+            event(self.refresh, self._inputs, self._outputs, **timer_options())
         self._bind_start()
         self._bind_push()
         for part in (self._now, self._list):
             part.click(
-                told(self.t)(self._act), self._inputs, [self._file, *self._outputs], **private()
+                report_errors(self.t)(self._act),
+                self._inputs,
+                [self._file, *self._outputs],
+                **event_options(),
             ).success(None, self._file, None, js=_SAVE)
 
-    def looked(
+    def refresh(
         self,
         run_id: str,
         seen: Any,
@@ -201,7 +204,7 @@ class ExportTab:
     def _owner(self, request: gr.Request) -> str:
         return owner_of(request, self.studio.settings.space)
 
-    def _items(self, run: Run | None, chosen: tuple[Any, ...]) -> list[Shown]:
+    def _items(self, run: Run | None, chosen: tuple[Any, ...]) -> list[ComponentUpdate]:
         """Returns how everything is shown, in the order of the outputs after the first."""
         t, (kind, wanted, bits, measure) = self.t, chosen
         exports = self.studio.exports.list(run) if run is not None else []
@@ -209,32 +212,36 @@ class ExportTab:
         names = [one.name for one in checkpoints]
         chosen_name = wanted if wanted in names else next(iter(names), None)
         checkpoint = next((one for one in checkpoints if one.name == chosen_name), None)
-        labels = [(exporting_html.checkpoint(one, t), one.name) for one in checkpoints]
-        form = exporting_html.Form(kind, checkpoint, bits, measure is True)
+        labels = [(export_html.checkpoint_label(one, t), one.name) for one in checkpoints]
+        form = export_html.ExportForm(kind, checkpoint, bits, measure is True)
         asks = next((one for one in exports if one.state == "asks"), None)
         going = any(one.active for one in exports)
         seconds = SECONDS if going else SLOW_SECONDS
-        about = exporting_html.about(self.studio, run, form, t) if run and checkpoint else ""
-        text = exporting_html.asks(run, asks, t) if run and asks else ""
+        about = export_html.about(self.studio, run, form, t) if run and checkpoint else ""
+        text = export_html.push_confirmation(run, asks, t) if run and asks else ""
         return [
-            Shown(asks.name if asks else "", asks.name if asks else ""),
-            Shown(gr.Timer(seconds), seconds),
-            html("" if checkpoints or run is None else exporting_html.empty(run, t)),
-            Shown(gr.Column(visible=bool(checkpoints)), bool(checkpoints)),
-            Shown(gr.Dropdown(choices=labels, value=chosen_name), (tuple(labels), chosen_name)),
-            html(about),
-            Shown(gr.Radio(visible=kind == "quantized"), kind == "quantized"),
-            Shown(gr.Checkbox(visible=form.writes_model), form.writes_model),
-            Shown(gr.Column(visible=asks is not None), asks is not None),
-            html(text),
-            html(exporting_html.going(run, [one for one in exports if one.active], t)),
-            html(exporting_html.done(run, [one for one in exports if not one.active], t)),
+            ComponentUpdate(asks.name if asks else "", asks.name if asks else ""),
+            ComponentUpdate(gr.Timer(seconds), seconds),
+            html_update("" if checkpoints or run is None else export_html.empty(run, t)),
+            ComponentUpdate(gr.Column(visible=bool(checkpoints)), bool(checkpoints)),
+            ComponentUpdate(
+                gr.Dropdown(choices=labels, value=chosen_name), (tuple(labels), chosen_name)
+            ),
+            html_update(about),
+            ComponentUpdate(gr.Radio(visible=kind == "quantized"), kind == "quantized"),
+            ComponentUpdate(gr.Checkbox(visible=form.writes_model), form.writes_model),
+            ComponentUpdate(gr.Column(visible=asks is not None), asks is not None),
+            html_update(text),
+            html_update(export_html.active_exports(run, [one for one in exports if one.active], t)),
+            html_update(
+                export_html.finished_exports(run, [one for one in exports if not one.active], t)
+            ),
         ]
 
     def _bind_start(self) -> None:
         studio, t = self.studio, self.t
 
-        @told(t)
+        @report_errors(t)
         def start(
             run_id: str,
             seen: Any,
@@ -251,9 +258,9 @@ class ExportTab:
                 run, kind, checkpoint, bits=bits, measure=measure, base_name=base
             )
             studio.exports.start(owner, run_id, wish)
-            return self.looked(run_id, seen, kind, checkpoint, bits, measure, request)
+            return self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)
 
-        @told(t)
+        @report_errors(t)
         def preview(
             run_id: str,
             seen: Any,
@@ -279,17 +286,17 @@ class ExportTab:
                 private=hidden,
             )
             studio.exports.start(owner, run_id, wish)
-            return self.looked(run_id, seen, kind, checkpoint, bits, measure, request)
+            return self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)
 
         given = [*self._inputs, self._base]
-        self._start.click(start, given, self._outputs, **private())
+        self._start.click(start, given, self._outputs, **event_options())
         to_hub = [*given, self._repository, self._private]
-        self._preview.click(preview, to_hub, self._outputs, **private())
+        self._preview.click(preview, to_hub, self._outputs, **event_options())
 
     def _bind_push(self) -> None:
         studio = self.studio
 
-        @told(self.t)
+        @report_errors(self.t)
         def push(
             token: Any,
             asked: str,
@@ -303,9 +310,9 @@ class ExportTab:
         ) -> list[Any]:
             given = str(token or "").strip() or token_of(request)
             studio.exports.push(self._owner(request), run_id, asked, given)
-            return ["", *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]
+            return ["", *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]
 
-        @told(self.t)
+        @report_errors(self.t)
         def leave(
             asked: str,
             run_id: str,
@@ -317,11 +324,11 @@ class ExportTab:
             request: gr.Request,
         ) -> list[Any]:
             studio.exports.delete(self._owner(request), run_id, asked)
-            return ["", *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]
+            return ["", *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]
 
         given, shown = [self._asked, *self._inputs], [self._token, *self._outputs]
-        self._push.click(push, [self._token, *given], shown, **private())
-        self._not.click(leave, given, shown, **private())
+        self._push.click(push, [self._token, *given], shown, **event_options())
+        self._not.click(leave, given, shown, **event_options())
 
     def _act(
         self,
@@ -345,4 +352,4 @@ class ExportTab:
             exports.cancel(owner, run_id, name)
         elif act == "delete":
             exports.delete(owner, run_id, name)
-        return [file, *self.looked(run_id, seen, kind, checkpoint, bits, measure, request)]
+        return [file, *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]

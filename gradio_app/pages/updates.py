@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 
-def news(items: Sequence[tuple[Any, Hashable]], seen: object) -> tuple[Any, list[Any]]:
+def changed_updates(items: Sequence[tuple[Any, Hashable]], seen: object) -> tuple[Any, list[Any]]:
     """Returns what a browser is to be sent.
 
     The browser keeps what it was sent last, in a component that nobody sees: so this is what it

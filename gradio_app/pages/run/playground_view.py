@@ -1,4 +1,4 @@
-"""The components of the tab for trying a model, and how a conversation is shown in them."""
+"""The components of the playground, and how a conversation is shown in them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import gradio as gr
 from gradio_app.chat.prompts import MAX_PROMPTS, SystemPrompt
 from gradio_app.chat.request import MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_TEXT, Sampling
 from gradio_app.chat.votes import VOTES
-from gradio_app.pages.run import trying_html
-from gradio_app.pages.run.trying_talk import MODES, Talk, Turns
+from gradio_app.pages.run import playground_html
+from gradio_app.pages.run.conversation import MODES, Conversation, Turns
 from gradio_app.texts import Texts
 
 _HEIGHT = 440
@@ -21,7 +21,7 @@ _MONO = """
 """
 
 
-class Parts:
+class PlaygroundView:
     """The components.
 
     Attributes:
@@ -32,16 +32,16 @@ class Parts:
 
     def __init__(self, t: Texts) -> None:
         self.t = t
-        self.empty = gr.HTML(trying_html.empty(t), elem_id="try-empty", padding=False)
+        self.empty = gr.HTML(playground_html.empty(t), elem_id="try-empty", padding=False)
         with gr.Column(elem_id="try-body", visible=False) as self.body:
             self._build_model()
             self._build_system()
             self._build_columns()
             self._build_question()
             sampling = self._build_settings()
-            self.count_votes = gr.HTML("", elem_id="try-tally", padding=False)
+            self.vote_summary = gr.HTML("", elem_id="try-tally", padding=False)
         self.settings: list[Any] = [self.mode, self.checkpoint, *sampling]
-        self.talking: list[Any] = [
+        self.conversation_outputs: list[Any] = [
             self.left,
             self.right,
             self.notes,
@@ -50,7 +50,7 @@ class Parts:
             self.revealed,
             self.stop,
         ]
-        self.changing: list[Any] = [
+        self.polled_outputs: list[Any] = [
             self.empty,
             self.body,
             self.model_status,
@@ -60,33 +60,33 @@ class Parts:
             self.held_out,
             *self.prompts,
             self.ask,
-            self.count_votes,
+            self.vote_summary,
             self.system,
             self.system_note,
         ]
 
     def _build_model(self) -> None:
         t = self.t
-        gr.HTML(f"<h2>{t('trying.state')}</h2>", padding=False)
+        gr.HTML(f"<h2>{t('playground.state')}</h2>", padding=False)
         with gr.Row(elem_id="try-model", equal_height=True):
             self.model_status = gr.HTML("", elem_id="try-state", padding=False)
-            self.load = gr.Button(t("trying.load"), elem_id="try-load", size="md", scale=0)
+            self.load = gr.Button(t("playground.load"), elem_id="try-load", size="md", scale=0)
             self.unload = gr.Button(
-                t("trying.unload"), elem_id="try-unload", size="md", scale=0, visible=False
+                t("playground.unload"), elem_id="try-unload", size="md", scale=0, visible=False
             )
         with gr.Row(elem_id="try-choices"):
             self.mode = gr.Radio(
-                [(t(f"trying.mode_{mode}"), mode) for mode in MODES],
+                [(t(f"playground.mode_{mode}"), mode) for mode in MODES],
                 value="both",
-                label=t("trying.mode"),
-                info=t("trying.mode_info"),
+                label=t("playground.mode"),
+                info=t("playground.mode_info"),
                 elem_id="try-mode",
                 interactive=True,
                 scale=2,
             )
             self.checkpoint = gr.Dropdown(
                 [],
-                label=t("trying.checkpoint"),
+                label=t("playground.checkpoint"),
                 elem_id="try-checkpoint",
                 interactive=True,
                 filterable=False,
@@ -97,7 +97,7 @@ class Parts:
         t = self.t
         with gr.Row(elem_id="try-system", equal_height=True):
             self.system = gr.Textbox(
-                label=t("trying.system"),
+                label=t("playground.system"),
                 elem_id="try-system-prompt",
                 max_lines=6,
                 max_length=MAX_TEXT,
@@ -105,33 +105,33 @@ class Parts:
                 scale=4,
             )
             self.clear_system = gr.Button(
-                t("trying.system_clear"), elem_id="try-system-clear", size="md", scale=0
+                t("playground.system_clear"), elem_id="try-system-clear", size="md", scale=0
             )
         self.system_note = gr.HTML("", elem_id="try-system-note", padding=False)
 
     def _build_columns(self) -> None:
         t = self.t
         with gr.Column(elem_id="try-held-out", visible=False) as self.held_out:
-            gr.HTML(f"<h2>{t('trying.held_out')}</h2>", padding=False)
+            gr.HTML(f"<h2>{t('playground.held_out')}</h2>", padding=False)
             with gr.Row(elem_id="try-prompts"):
                 self.prompts = [
                     gr.Button("", visible=False, size="md", elem_id=f"try-prompt-{place}")
                     for place in range(MAX_PROMPTS)
                 ]
         gr.Checkbox(
-            label=t("trying.mono"), elem_id="try-mono", interactive=True, container=False
+            label=t("playground.mono"), elem_id="try-mono", interactive=True, container=False
         ).input(None, None, None, js=_MONO)
         with gr.Row(elem_id="try-columns"):
-            self.left = self._column("try-left", t("trying.base"))
-            self.right = self._column("try-right", t("trying.mode_tuned"))
+            self.left = self._column("try-left", t("playground.base"))
+            self.right = self._column("try-right", t("playground.mode_tuned"))
         self.notes = gr.HTML("", elem_id="try-notes", padding=False)
         self.reference = gr.HTML("", elem_id="try-reference", padding=False)
         with gr.Column(elem_id="try-ballot", visible=False) as self.ballot:
-            gr.HTML(f"<h2>{t('trying.which_better')}</h2>", padding=False)
+            gr.HTML(f"<h2>{t('playground.which_better')}</h2>", padding=False)
             with gr.Row(elem_id="try-votes"):
                 self.votes = {
                     vote: gr.Button(
-                        t(f"trying.vote_{vote}"),
+                        t(f"playground.vote_{vote}"),
                         elem_id=f"try-vote-{vote.replace('_', '-')}",
                         size="md",
                     )
@@ -147,7 +147,7 @@ class Parts:
             elem_id=name,
             buttons=["copy"],
             render_markdown=False,
-            placeholder=self.t("trying.nothing_said"),
+            placeholder=self.t("playground.nothing_said"),
             height=_HEIGHT,
             layout="bubble",
             min_width=280,
@@ -157,8 +157,8 @@ class Parts:
         t = self.t
         with gr.Column(elem_id="try-asking"):
             self.question = gr.Textbox(
-                label=t("trying.question"),
-                info=t("trying.question_hint"),
+                label=t("playground.question"),
+                info=t("playground.question_hint"),
                 elem_id="try-question",
                 max_lines=8,
                 max_length=MAX_TEXT,
@@ -166,23 +166,25 @@ class Parts:
             )
             with gr.Row(elem_id="try-actions"):
                 self.ask = gr.Button(
-                    t("trying.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
+                    t("playground.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
                 )
                 self.stop = gr.Button(
-                    t("trying.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
+                    t("playground.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
                 )
-                self.anew = gr.Button(t("trying.anew"), elem_id="try-anew", size="lg", scale=0)
+                self.reset = gr.Button(
+                    t("playground.reset"), elem_id="try-reset", size="lg", scale=0
+                )
 
     def _build_settings(self) -> list[Any]:
         t, usual = self.t, Sampling()
-        with gr.Accordion(t("trying.settings"), open=False, elem_id="try-settings"):
+        with gr.Accordion(t("playground.settings"), open=False, elem_id="try-settings"):
             with gr.Row():
                 temperature = self._number("temperature", usual.temperature, 0, MAX_TEMPERATURE)
                 top_p = self._number("top_p", usual.top_p, 0.05, 1)
             with gr.Row():
                 length = gr.Number(
                     usual.max_new_tokens,
-                    label=t("trying.length"),
+                    label=t("playground.length"),
                     minimum=1,
                     maximum=MAX_NEW_TOKENS,
                     precision=0,
@@ -190,8 +192,8 @@ class Parts:
                 )
                 seed = gr.Number(
                     usual.seed,
-                    label=t("trying.seed"),
-                    info=t("trying.seed_info"),
+                    label=t("playground.seed"),
+                    info=t("playground.seed_info"),
                     minimum=0,
                     precision=0,
                     interactive=True,
@@ -201,17 +203,17 @@ class Parts:
     def _number(self, name: str, value: float, least: float, most: float) -> gr.Number:
         return gr.Number(
             value,
-            label=self.t(f"trying.{name}"),
-            info=self.t(f"trying.{name}_info"),
+            label=self.t(f"playground.{name}"),
+            info=self.t(f"playground.{name}_info"),
             minimum=least,
             maximum=most,
             step=0.05,
             interactive=True,
         )
 
-    def shown(
+    def updates(
         self,
-        talk: Talk,
+        talk: Conversation,
         mode: str,
         going_on: bool = False,
         revealed: str = "",
@@ -223,24 +225,24 @@ class Parts:
             talk: The conversation.
             mode: Who answers.
             going_on: Whether more is to come.
-            revealed: What is told after a vote.
-            who: Who was A and B, once that is told.
+            revealed: What is message after a vote.
+            who: Who was A and B, once that is message.
         """
-        t, which = self.t, trying_html.which(talk.checkpoint, talk.step, self.t)
-        tuned = t("trying.tuned", which=which)
-        names = {"base": t("trying.base"), "tuned": tuned}
+        t, which = self.t, playground_html.checkpoint_label(talk.checkpoint, talk.step, self.t)
+        tuned = t("playground.tuned", which=which)
+        names = {"base": t("playground.base"), "tuned": tuned}
         left, right = names["base"], names["tuned"]
         if talk.blind:
-            left, right = t("trying.side_a"), t("trying.side_b")
+            left, right = t("playground.side_a"), t("playground.side_b")
             if who is not None:
                 left, right = f"{left}: {names[who['a']]}", f"{right}: {names[who['b']]}"
         ends = {{"left": left, "right": right}[side]: end for side, end in talk.ends.items()}
         voting = talk.ballot is not None and not going_on
         return (
-            gr.Chatbot(_turns(talk.left), label=left, visible=mode != "tuned"),
-            gr.Chatbot(_turns(talk.right), label=right, visible=mode != "base"),
-            trying_html.notes(ends, t) if ends and not going_on else "",
-            trying_html.reference(talk.reference, t),
+            gr.Chatbot(_chat_messages(talk.left), label=left, visible=mode != "tuned"),
+            gr.Chatbot(_chat_messages(talk.right), label=right, visible=mode != "base"),
+            playground_html.answer_notes(ends, t) if ends and not going_on else "",
+            playground_html.reference(talk.reference, t),
             gr.Column(visible=voting),
             revealed,
             gr.Button(interactive=going_on),
@@ -254,7 +256,7 @@ class Parts:
         standing: str,
         free: bool,
         phase: str,
-        count_votes: str,
+        vote_summary: str,
         nothing: str,
         system: SystemPrompt | None,
     ) -> list[Any]:
@@ -280,12 +282,12 @@ class Parts:
             gr.Column(visible=bool(texts)),
             *prompts,
             gr.Button(interactive=resting),
-            count_votes,
+            vote_summary,
             gr.skip() if system is None else system.text,
-            gr.skip() if system is None else trying_html.system_note(system, self.t),
+            gr.skip() if system is None else playground_html.system_note(system, self.t),
         ]
 
 
-def _turns(turns: Turns) -> list[Any]:
-    """Returns turns as Gradio shows them; an answer without a word is told, not left empty."""
+def _chat_messages(turns: Turns) -> list[Any]:
+    """Returns turns as Gradio shows them; an answer without a word is message, not left empty."""
     return [turn if turn["content"] else {**turn, "content": "\u2026"} for turn in turns]

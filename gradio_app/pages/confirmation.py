@@ -7,7 +7,7 @@ from gradio_app.texts import Texts
 
 # Buttons say what they are about; what arrives is checked like all that arrives. A question that
 # was opened stays open when the list around it is sent again.
-CLICKS = """
+CLICK_DELEGATE = """
 let asked = null;
 const show = () => {
   for (const box of element.querySelectorAll('[data-question]')) {
@@ -30,8 +30,8 @@ watch('value', () => setTimeout(show));
 """
 
 
-def question(name: str, text: str, yes: str, t: Texts) -> str:
-    """Returns what is asked before a button does something, hidden until :func:`opener` is clicked.
+def confirmation(name: str, text: str, yes: str, t: Texts) -> str:
+    """Returns a question with a button, hidden until :func:`confirm_button` is clicked.
 
     Args:
         name: Which one it is, within its list.
@@ -46,7 +46,7 @@ def question(name: str, text: str, yes: str, t: Texts) -> str:
     )
 
 
-def opener(name: str, label: str, spoken: str = "") -> str:
+def confirm_button(name: str, label: str, spoken: str = "") -> str:
     """Returns the button that asks the question of that name."""
     said = f' aria-label="{escaped(spoken)}"' if spoken else ""
     return (

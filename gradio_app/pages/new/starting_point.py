@@ -11,8 +11,8 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
-from gradio_app.pages.frame import when_opened
-from gradio_app.pages.handling import sentence
+from gradio_app.pages.error_reporting import localized_message
+from gradio_app.pages.layout import on_load
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
@@ -23,12 +23,12 @@ from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
 
-_CLICKS = """
+_UNDO_CLICK = """
 element.addEventListener('click', (event) => {
   if (event.target.closest('button[data-undo]')) trigger('click', {});
 });
 """
-_FORGET = """() => {
+_CLEAR_QUERY = """() => {
   const address = new URL(window.location.href);
   for (const name of ['from', 'recipe', 'method']) address.searchParams.delete(name);
   window.history.replaceState(window.history.state, '', address);
@@ -40,7 +40,7 @@ def build(editor: Editor) -> None:
     t = editor.t
     notice = gr.HTML("", elem_id="new-notice", padding=False)
     task = gr.Radio(
-        [(t(f"new.task_{_key(name)}"), name) for name in TASK_NAMES],
+        [(t(f"new.task_{_text_key(name)}"), name) for name in TASK_NAMES],
         label=t("new.task"),
         info=t("new.task_hint"),
         value="sft",
@@ -49,7 +49,7 @@ def build(editor: Editor) -> None:
     )
     with gr.Accordion(t("new.start_from"), open=False, elem_id="new-start-from"):
         named = gr.Dropdown(
-            [(f"{name}: {_about(name)}", name) for name in recipe_files()],
+            [(f"{name}: {_recipe_summary(name)}", name) for name in recipe_files()],
             label=t("new.recipe"),
             value=None,
             interactive=True,
@@ -61,59 +61,61 @@ def build(editor: Editor) -> None:
             height=120,
             elem_id="new-recipe-file",
         )
-    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=_CLICKS)
-    editor.show([task, notice, undo], lambda session: _shown(session, t))
-    editor.bind_event(undo.click, _undone)
-    editor.bind(task.input, _task, [task])
-    editor.bind(named.input, _named, [named])
+    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=_UNDO_CLICK)
+    editor.show([task, notice, undo], lambda session: _updates(session, t))
+    editor.bind_event(undo.click, _undo_task_change)
+    editor.bind(task.input, _change_task, [task])
+    editor.bind(named.input, _load_named, [named])
 
     def read(session: Session, given: Any) -> dict[str, Any]:
-        session.since = checked(editor, session, read_recipe(given))
-        return session.since
+        session.baseline = validate_pasted(editor, session, read_recipe_file(given))
+        return session.baseline
 
     editor.bind(file.upload, read, [file])
 
 
-def bind_load(editor: Editor) -> None:
+def bind_page_load(editor: Editor) -> None:
     """Fills the page when it is opened: from its address, from the draft, or anew."""
 
     def load(draft: Any, request: gr.Request) -> list[Any]:
         first = base_recipe("sft")
         session = editor.of(Session(first, first, opened=True), request)
         try:
-            session.content = session.since = _asked_for(editor, session, draft, request)
-            since = draft.get("since") if session.drafted else None
+            session.content = session.baseline = _requested_recipe(editor, session, draft, request)
+            since = draft.get("since") if session.from_draft else None
             if since:
-                session.since = recognised(parse_yaml(since))
+                session.baseline = require_known_task(parse_yaml(since))
         except UserError as refused:
-            session.told = sentence(refused, editor.t)
+            session.notice = localized_message(refused, editor.t)
         editor.studio.worker.start()
         return editor.updates(session)
 
-    loaded = when_opened(load, editor.draft, editor.outputs)
+    loaded = on_load(load, editor.draft, editor.outputs)
     # From now on the draft counts: opened again, the address would take all changes back.
-    loaded.then(None, None, None, js=_FORGET)
+    loaded.then(None, None, None, js=_CLEAR_QUERY)
     editor.then(loaded)
 
 
-def _asked_for(editor: Editor, session: Session, draft: Any, request: gr.Request) -> dict[str, Any]:
+def _requested_recipe(
+    editor: Editor, session: Session, draft: Any, request: gr.Request
+) -> dict[str, Any]:
     asked = dict(request.query_params)
     places = editor.places(session)
     if asked.get("from"):
         run = editor.studio.store.get(session.owner, asked["from"])
-        content = recognised(recipe_of_run(parse_yaml(run.recipe_text), places))
+        content = require_known_task(recipe_of_run(parse_yaml(run.recipe_text), places))
         names = {other.name for other in editor.studio.store.list(session.owner)}
-        session.copied, session.named = run.name, next_name(run.name, names)
+        session.copied_from, session.suggested_name = run.name, next_name(run.name, names)
         return content
     if asked.get("recipe"):
         content = load_recipe(asked["recipe"])
     elif asked.get("method"):
         return with_method(base_recipe("sft"), asked["method"])
     elif isinstance(draft, dict) and draft.get("recipe"):
-        content, session.drafted = parse_yaml(draft["recipe"]), True
+        content, session.from_draft = parse_yaml(draft["recipe"]), True
     else:
         return session.content
-    return recognised(content)
+    return require_known_task(content)
 
 
 def next_name(name: str, taken: Collection[str]) -> str:
@@ -123,14 +125,16 @@ def next_name(name: str, taken: Collection[str]) -> str:
     return next(f"{stem}-{n}" for n in count(2) if f"{stem}-{n}" not in taken)
 
 
-def copied(session: Session, t: Texts) -> str:
+def copied_from(session: Session, t: Texts) -> str:
     """Returns of which run the recipe is a copy."""
-    if not session.copied:
+    if not session.copied_from:
         return ""
-    return f'<p class="copied" role="status">{escaped(t("new.copy_of", name=session.copied))}</p>'
+    return (
+        f'<p class="copied" role="status">{escaped(t("new.copy_of", name=session.copied_from))}</p>'
+    )
 
 
-def recognised(content: dict[str, Any]) -> dict[str, Any]:
+def require_known_task(content: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe that the form can show.
 
     Raises:
@@ -141,7 +145,7 @@ def recognised(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def checked(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
+def validate_pasted(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe that somebody wrote, checked but for the presence of its data.
 
     Raises:
@@ -151,25 +155,31 @@ def checked(editor: Editor, session: Session, content: dict[str, Any]) -> dict[s
         validate_content(content, editor.studio.settings, session.owner)
     except UserError as refused:
         problems = refused.values.get("problems")
-        left = [one for one in problems if not _of_places(one)] if isinstance(problems, list) else 0
+        left = (
+            [one for one in problems if not _is_path_problem(one)]
+            if isinstance(problems, list)
+            else 0
+        )
         if left or not isinstance(problems, list):
             raise
-    return _confirmed(editor, session, recognised(content))
+    return _without_remote_code(editor, session, require_known_task(content))
 
 
-def _confirmed(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
+def _without_remote_code(
+    editor: Editor, session: Session, content: dict[str, Any]
+) -> dict[str, Any]:
     """Returns a recipe without leave to run code that was not given on this page."""
     names = [f"model.init_args.{name}" for name in ("model", "revision", "trust_remote_code")]
     wanted = [value_at(content, name, None) for name in names]
     if not wanted[-1] or wanted == [value_at(session.content, name, None) for name in names]:
         return content
     # Beside the page: whoever edits the text does not see the step of the model.
-    told = editor.t("checks.code_left_out", name=shortened(wanted[0]))
-    gr.Warning(escaped(told), title=editor.t("frame.refused"), duration=None)
+    message = editor.t("checks.code_left_out", name=shortened(wanted[0]))
+    gr.Warning(escaped(message), title=editor.t("frame.refused"), duration=None)
     return with_value(content, names[-1], MISSING)
 
 
-def _of_places(problem: UserError) -> bool:
+def _is_path_problem(problem: UserError) -> bool:
     """Says whether a problem is one that the steps of the form can solve."""
     inner = problem.values.get("problem")
     keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
@@ -177,16 +187,16 @@ def _of_places(problem: UserError) -> bool:
     return bool(keys & named)
 
 
-def _shown(session: Session, t: Texts) -> list[Any]:
+def _updates(session: Session, t: Texts) -> list[Any]:
     task = task_of(session.content)
     notice = ""
-    if session.told:
-        notice = f'<div class="alert" role="alert"><p>{escaped(session.told)}</p></div>'
-        session.told = ""
-    return [task.name if task else None, notice, _undo(session, t)]
+    if session.notice:
+        notice = f'<div class="alert" role="alert"><p>{escaped(session.notice)}</p></div>'
+        session.notice = ""
+    return [task.name if task else None, notice, _undo_html(session, t)]
 
 
-def _undo(session: Session, t: Texts) -> str:
+def _undo_html(session: Session, t: Texts) -> str:
     """Returns what a change of the task has kept, with the button that takes it back."""
     if session.undo is None:
         return ""
@@ -199,37 +209,37 @@ def _undo(session: Session, t: Texts) -> str:
     task = task_of(before)
     key = {0: "new.kept_nothing", 1: "new.kept_one", 2: "new.kept_both"}[len(kept)]
     said = t(key, what=kept[0] if kept else "")
-    back = t("new.undo_task", task=t(f"new.task_{_key(task.name)}") if task else "")
+    back = t("new.undo_task", task=t(f"new.task_{_text_key(task.name)}") if task else "")
     return (
         f'<p class="copied" role="status">{escaped(said)} '
         f'<button type="button" class="as-button small" data-undo>{escaped(back)}</button></p>'
     )
 
 
-def _task(session: Session, name: Any) -> dict[str, Any]:
+def _change_task(session: Session, name: Any) -> dict[str, Any]:
     content = with_task(session.content, name)
-    session.undo = (session.content, session.since)
-    session.copied, session.since = "", content
+    session.undo = (session.content, session.baseline)
+    session.copied_from, session.baseline = "", content
     return content
 
 
-def _undone(session: Session, _: gr.EventData) -> dict[str, Any]:
+def _undo_task_change(session: Session, _: gr.EventData) -> dict[str, Any]:
     if session.undo is None:
         raise UserError("checks.nothing_to_undo")
-    content, session.since = session.undo
+    content, session.baseline = session.undo
     session.undo = None
     return content
 
 
-def _named(session: Session, name: Any) -> dict[str, Any]:
+def _load_named(session: Session, name: Any) -> dict[str, Any]:
     if not name:
         return session.content
-    session.copied, session.undo = "", None
-    session.since = load_recipe(name)
-    return session.since
+    session.copied_from, session.undo = "", None
+    session.baseline = load_recipe(name)
+    return session.baseline
 
 
-def read_recipe(file: Any) -> dict[str, Any]:
+def read_recipe_file(file: Any) -> dict[str, Any]:
     """Returns the recipe in a file that was uploaded.
 
     Raises:
@@ -244,11 +254,11 @@ def read_recipe(file: Any) -> dict[str, Any]:
         raise UserError("checks.yaml", line="?", reason="UTF-8") from error
 
 
-def _key(name: str) -> str:
+def _text_key(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _about(name: str) -> str:
+def _recipe_summary(name: str) -> str:
     for line in recipe_files()[name].read_text(encoding="utf-8").splitlines():
         return line.removeprefix("# ").partition(". ")[0].rstrip(".")
     return ""

@@ -9,8 +9,8 @@ import gradio as gr
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, escaped, shortened
-from gradio_app.pages.frame import private
-from gradio_app.pages.handling import told
+from gradio_app.pages.error_reporting import report_errors
+from gradio_app.pages.layout import event_options
 from gradio_app.recipe.validation import validate_recipe
 from gradio_app.redaction import Redactor
 from gradio_app.runs import hf_jobs
@@ -21,7 +21,7 @@ from gradio_app.visitors import owner_of, token_of, username_of
 
 # What a job installs. It trains with the release that is on the index, not with this page.
 PACKAGE = "lightning-peft"
-MOST_MINUTES = 24 * 60
+MAX_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -46,78 +46,91 @@ def build(studio: Studio, t: Texts, recipe: Any, name: Any, gone: Any) -> None:
     """
     if not studio.settings.space:
         return
-    with gr.Accordion(t("elsewhere.heading"), open=False, elem_id="elsewhere"):
-        gr.HTML(f"<p>{escaped(t('elsewhere.below'))}</p>", padding=False)
-        show = gr.Button(t("elsewhere.show"))
+    with gr.Accordion(t("hub_job.heading"), open=False, elem_id="hub-job"):
+        gr.HTML(f"<p>{escaped(t('hub_job.below'))}</p>", padding=False)
+        show = gr.Button(t("hub_job.show"))
         form = _form(t)
-    show.click(told(t)(_shower(t)), None, [form.machine, form.repository, form.start], **private())
+    show.click(
+        report_errors(t)(_hardware_handler(t)),
+        None,
+        [form.machine, form.repository, form.start],
+        **event_options(),
+    )
     for changed in (form.machine.change, form.minutes.change):
-        changed(told(t)(_pricer(t)), [form.machine, form.minutes], form.cost, **private())
+        changed(
+            report_errors(t)(_cost_handler(t)),
+            [form.machine, form.minutes],
+            form.cost,
+            **event_options(),
+        )
     given = [recipe, name, form.machine, form.minutes, form.repository, form.agreed]
-    form.start.click(told(t)(_starter(studio)), given, gone, **private())
+    form.start.click(report_errors(t)(_start_handler(studio)), given, gone, **event_options())
 
 
 def _form(t: Texts) -> _Form:
     return _Form(
-        machine=gr.Dropdown([], label=t("elsewhere.machine"), interactive=True),
-        minutes=gr.Number(60, label=t("elsewhere.minutes"), precision=0, interactive=True),
+        machine=gr.Dropdown([], label=t("hub_job.machine"), interactive=True),
+        minutes=gr.Number(60, label=t("hub_job.minutes"), precision=0, interactive=True),
         repository=gr.Textbox(
-            label=t("elsewhere.repository"), info=t("elsewhere.repository_hint"), interactive=True
+            label=t("hub_job.repository"), info=t("hub_job.repository_hint"), interactive=True
         ),
         cost=gr.HTML("", padding=False),
-        agreed=gr.Checkbox(label=t("elsewhere.agree"), interactive=True),
-        start=gr.Button(t("elsewhere.start"), variant="primary", interactive=False),
+        agreed=gr.Checkbox(label=t("hub_job.agree"), interactive=True),
+        start=gr.Button(t("hub_job.start"), variant="primary", interactive=False),
     )
 
 
-def _token(request: gr.Request) -> str:
+def _require_token(request: gr.Request) -> str:
     token = token_of(request)
     if token is None:
-        raise UserError("elsewhere.sign_in")
+        raise UserError("hub_job.sign_in")
     return token
 
 
-def _shower(t: Texts) -> Any:
+def _hardware_handler(t: Texts) -> Any:
     def show(request: gr.Request) -> tuple[Any, Any, Any]:
-        rows = [(_row(t, one), one.flavor) for one in hf_jobs.list_hardware(_token(request))]
+        rows = [
+            (_hardware_label(t, one), one.flavor)
+            for one in hf_jobs.list_hardware(_require_token(request))
+        ]
         mine = f"{username_of(request)}/my-adapter"
         return gr.Dropdown(rows), mine, gr.Button(interactive=True)
 
     return show
 
 
-def _row(t: Texts, machine: hf_jobs.Hardware) -> str:
+def _hardware_label(t: Texts, machine: hf_jobs.Hardware) -> str:
     return t(
-        "elsewhere.machine_row",
+        "hub_job.machine_row",
         title=machine.title,
         dollars=f"{machine.dollars_per_hour:.2f}",
     )
 
 
-def _pricer(t: Texts) -> Any:
+def _cost_handler(t: Texts) -> Any:
     def price(flavor: Any, minutes: Any, request: gr.Request) -> str:
-        machine, asked = _chosen(flavor, _token(request)), _minutes(minutes)
+        machine, asked = _find_hardware(flavor, _require_token(request)), _validate_minutes(minutes)
         dollars = f"{hf_jobs.max_cost(machine, asked):.2f}"
-        text = t("elsewhere.cost", dollars=dollars, minutes=f"{asked:g}", title=machine.title)
+        text = t("hub_job.cost", dollars=dollars, minutes=f"{asked:g}", title=machine.title)
         return f'<p role="status">{escaped(text)}</p>'
 
     return price
 
 
-def _chosen(flavor: Any, token: str) -> hf_jobs.Hardware:
+def _find_hardware(flavor: Any, token: str) -> hf_jobs.Hardware:
     for machine in hf_jobs.list_hardware(token):
         if machine.flavor == flavor:
             return machine
-    raise UserError("elsewhere.no_machine")
+    raise UserError("hub_job.no_machine")
 
 
-def _minutes(value: Any) -> float:
-    if not isinstance(value, (int, float)) or not 1 <= value <= MOST_MINUTES:
-        raise UserError("elsewhere.bad_minutes", minutes=shortened(value))
+def _validate_minutes(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 1 <= value <= MAX_MINUTES:
+        raise UserError("hub_job.bad_minutes", minutes=shortened(value))
     return float(value)
 
 
-def _starter(studio: Studio) -> Any:
+def _start_handler(studio: Studio) -> Any:
     def start(
         recipe: Any,
         name: Any,
@@ -127,10 +140,10 @@ def _starter(studio: Studio) -> Any:
         agreed: Any,
         request: gr.Request,
     ) -> str:
-        token = _token(request)
+        token = _require_token(request)
         if agreed is not True:
-            raise UserError("elsewhere.not_agreed")
-        machine, asked = _chosen(flavor, token), _minutes(minutes)
+            raise UserError("hub_job.not_agreed")
+        machine, asked = _find_hardware(flavor, token), _validate_minutes(minutes)
         repository = checked_hub_name(repository)
         owner = owner_of(request, studio.settings.space)
         # What the visitor pays for needs no limits of this machine.
@@ -144,7 +157,7 @@ def _starter(studio: Studio) -> Any:
             if isinstance(error, UserError):
                 raise
             reason = shortened(Redactor(studio.settings).text(str(error)), 300)
-            raise UserError("elsewhere.refused", reason=reason) from error
+            raise UserError("hub_job.refused", reason=reason) from error
         return str(run.id)
 
     return start

@@ -16,17 +16,17 @@ from gradio_app.texts import Texts
 from gradio_app.uploads import original_name
 
 _DATA = "data.init_args."
-NAMES = ("encoding", "delimiter", "sheet")
+OPTIONS = ("encoding", "delimiter", "sheet")
 _ENCODINGS = {
     **{"utf-8": "UTF-8", "cp1252": "Windows-1252", "cp1250": "Windows-1250", "utf-16": "UTF-16"},
     **{"cp1251": "Windows-1251", "iso8859_15": "ISO-8859-15", "mac_roman": "Mac Roman"},
     **{"shift_jis": "Shift JIS", "gb18030": "GB 18030"},
 }
 # By the name of its text: as it is given, and as it stands in a file.
-_PARTED = {"comma": ",", "semicolon": ";", "tab": "tab", "pipe": "|"}
-_SIGNS = {**_PARTED, "tab": "\t"}
+_DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "tab", "pipe": "|"}
+_DELIMITER_CHARACTERS = {**_DELIMITERS, "tab": "\t"}
 # Of more files, the first ones are named.
-_MOST = 5
+_MAX_NAMED_FILES = 5
 
 
 def build(editor: Editor) -> None:
@@ -34,7 +34,7 @@ def build(editor: Editor) -> None:
     t = editor.t
     choices = {
         "encoding": [(title, name) for name, title in _ENCODINGS.items()],
-        "delimiter": [(t(f"new.delimiter_{key}"), value) for key, value in _PARTED.items()],
+        "delimiter": [(t(f"new.delimiter_{key}"), value) for key, value in _DELIMITERS.items()],
         "sheet": [],
     }
     with (
@@ -51,14 +51,14 @@ def build(editor: Editor) -> None:
                 interactive=True,
                 elem_id=f"reading-{name}",
             )
-            for name in NAMES
+            for name in OPTIONS
         ]
-    for name, part in zip(NAMES, parts, strict=True):
-        editor.bind(part.input, _changed(name), [part], own=True)
-    editor.show(parts, lambda s: [str(value_at(s.content, _DATA + n, None) or "") for n in NAMES])
+    for name, part in zip(OPTIONS, parts, strict=True):
+        editor.bind(part.input, _change_handler(name), [part], own=True)
+    editor.show(parts, lambda s: [str(value_at(s.content, _DATA + n, None) or "") for n in OPTIONS])
 
 
-def _changed(name: str) -> Any:
+def _change_handler(name: str) -> Any:
     def changed(session: Session, given: Any) -> dict[str, Any]:
         value = parse_value(BY_PATH[_DATA + name], given)
         return with_value(session.content, _DATA + name, MISSING if value is None else value)
@@ -66,10 +66,10 @@ def _changed(name: str) -> Any:
     return changed
 
 
-def shown(found: DataReport, t: Texts) -> str:
+def detected_formats(found: DataReport, t: Texts) -> str:
     """Returns how files were read that are not read as usual; empty if all are."""
     unusual = [one for one in found.numbers.get("read_as", []) if not one.get("usual")]
-    items = "".join(f"<li>{escaped(_words(one, t))}</li>" for one in unusual[:_MOST])
+    items = "".join(f"<li>{escaped(_describe(one, t))}</li>" for one in unusual[:_MAX_NAMED_FILES])
     if not items:
         return ""
     return (
@@ -78,7 +78,7 @@ def shown(found: DataReport, t: Texts) -> str:
     )
 
 
-def _words(one: dict[str, Any], t: Texts) -> str:
+def _describe(one: dict[str, Any], t: Texts) -> str:
     parts = [str(one.get("kind") or "")]
     if one.get("encoding"):
         title = _ENCODINGS.get(one["encoding"], one["encoding"])
@@ -86,7 +86,7 @@ def _words(one: dict[str, Any], t: Texts) -> str:
         key = "new.read_encoding_guessed" if guessed else "new.read_encoding"
         parts.append(t(key, name=title, example=one.get("example", "")))
     if one.get("delimiter"):
-        name = next((k for k, v in _SIGNS.items() if v == one["delimiter"]), None)
+        name = next((k for k, v in _DELIMITER_CHARACTERS.items() if v == one["delimiter"]), None)
         sign = t(f"new.delimiter_{name}") if name else repr(one["delimiter"])
         parts.append(t("new.read_delimiter", sign=sign))
     if one.get("sheet"):

@@ -106,7 +106,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     first = {side: said(page, side) for side in ("left", "right")}
     assert first["left"] != first["right"]
     page.get_by_text("of memory").wait_for()
-    screenshot(page, "trying")
+    screenshot(page, "playground")
     page.locator("#try-columns").scroll_into_view_if_needed()
     assert violations(page) == []
     # Somebody else waits until she is done.
@@ -134,7 +134,7 @@ def blind(page, run: Run) -> None:
     assert "Base" not in shown
     assert "Tuned" not in shown
     answers = {"a": said(page, "left"), "b": said(page, "right")}
-    screenshot(page, "trying-blind")
+    screenshot(page, "playground-blind")
     page.get_by_role("button", name="A is better").click()
     page.get_by_text("You chose the").wait_for()
     (vote,) = map(json.loads, (run.folder.path / "votes.jsonl").read_text().splitlines())
@@ -158,7 +158,7 @@ def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
     page.get_by_role("heading", name="There is nobody to talk to here").wait_for()
     page.get_by_text("gives texts a label").wait_for()
     assert not page.get_by_role("button", name="Ask", exact=True).is_visible()
-    screenshot(page, "trying-silent")
+    screenshot(page, "playground-silent")
 
 
 @pytest.mark.long
@@ -169,7 +169,7 @@ def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit)
     page.get_by_role("button", name="Ask", exact=True).wait_for()
     assert overflow(page) == 0
     assert violations(page) == []
-    screenshot(page, "trying-phone")
+    screenshot(page, "playground-phone")
     status = {"state": "running", "phase": "training", "step": 1, "total_steps": 9, "kind": "fit"}
     me = {"pid": os.getpid(), "process_started": psutil.Process().create_time()}
     write_json(busy.folder.status_file, {**status, **me, "started": 1.0, "updated": 1.0})

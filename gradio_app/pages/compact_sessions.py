@@ -8,13 +8,13 @@ import gradio as gr
 from gradio.state_holder import SessionState, StateHolder
 
 # What is not asked for any longer after its page was closed is forgotten. A page that lives on, as
-# its machine slept, is told so where it matters, and loads itself again when the machine wakes.
-KEPT = datetime.timedelta(minutes=10)
+# its machine slept, is message so where it matters, and loads itself again when the machine wakes.
+CLOSED_SESSION_AGE = datetime.timedelta(minutes=10)
 # Callers that say nothing when they leave are forgotten when so many others have come.
-MOST_SESSIONS = 1_000
+MAX_SESSIONS = 1_000
 
 
-class LeanStates(StateHolder):
+class CompactSessions(StateHolder):
     """Sessions without a description of every component of every page, while their pages live.
 
     Gradio keeps one for each session, megabytes of it, so that a link to a page with its values can
@@ -25,7 +25,7 @@ class LeanStates(StateHolder):
     def set_blocks(self, blocks: gr.Blocks) -> None:
         """Takes the pages that the sessions are of."""
         super().set_blocks(blocks)
-        self.capacity = MOST_SESSIONS
+        self.capacity = MAX_SESSIONS
 
     def __getitem__(self, session_id: str) -> SessionState:
         known = session_id in self.session_data
@@ -39,14 +39,17 @@ class LeanStates(StateHolder):
         super().delete_all_expired_state()
         now = datetime.datetime.now()
         for session_id, session in list(self.session_data.items()):
-            if session.is_closed and now - self.time_last_used.get(session_id, now) > KEPT:
+            if (
+                session.is_closed
+                and now - self.time_last_used.get(session_id, now) > CLOSED_SESSION_AGE
+            ):
                 self.session_data.pop(session_id, None)
                 self.time_last_used.pop(session_id, None)
 
 
-def keep_lean(demo: gr.Blocks) -> None:
+def use_compact_sessions(demo: gr.Blocks) -> None:
     """Makes the sessions of a server that was just started lean ones."""
-    before, states = demo.app.state_holder, LeanStates()
+    before, states = demo.app.state_holder, CompactSessions()
     # Whoever came first keeps what they have.
     states.session_data, states.time_last_used = before.session_data, before.time_last_used
     states.lock = before.lock

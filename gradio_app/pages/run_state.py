@@ -12,7 +12,7 @@ from gradio_app.runs.store import Run
 from gradio_app.texts import Texts
 
 # Beside the word, never instead of it.
-SIGNS = {
+STATE_ICONS = {
     "queued": "\u25cb",
     "preparing": "\u25cc",
     "running": "\u25cf",
@@ -25,25 +25,25 @@ SIGNS = {
 }
 
 
-def badge(run: Run, t: Texts) -> str:
+def state_badge(run: Run, t: Texts) -> str:
     """Returns the HTML of a run's state."""
-    state: str = run.status.state if run.status.state in SIGNS else "failed"
+    state: str = run.status.state if run.status.state in STATE_ICONS else "failed"
     if finished_worse(run):
         state = "worse"
     return (
-        f'<span class="badge {state}"><span aria-hidden="true">{SIGNS[state]}</span> '
+        f'<span class="badge {state}"><span aria-hidden="true">{STATE_ICONS[state]}</span> '
         f"{t(f'run.state_{state}')}</span>"
     )
 
 
-def phase(run: Run, t: Texts) -> str:
+def phase_text(run: Run, t: Texts) -> str:
     """Returns as text what a run is doing."""
     said = "crashed" if run.status.state == "crashed" else str(run.status.phase)
     key = "run.phase_" + re.sub(r"[^a-z]+", "-", said.lower()).strip("-")
     return t(key) if t.has(key) else said
 
 
-def percent(run: Run) -> int | None:
+def percent_done(run: Run) -> int | None:
     """Returns how much of a run's steps are done, where that is known."""
     total = run.status.total_steps
     if run.status.state == "finished":
@@ -54,7 +54,7 @@ def percent(run: Run) -> int | None:
     return min(99, int(100 * run.status.step / total))
 
 
-def part(run: Run, t: Texts) -> tuple[str, int | None]:
+def phase_progress(run: Run, t: Texts) -> tuple[str, int | None]:
     """Returns in words how far a phase in parts is, and in percent; nothing for other phases."""
     found = run.status.part if run.active else None
     if not isinstance(found, dict) or not t.has(f"run.part_{found.get('unit')}"):
@@ -67,7 +67,7 @@ def part(run: Run, t: Texts) -> tuple[str, int | None]:
     return words, int(100 * done / of)
 
 
-def left(run: Run, t: Texts, now: float | None = None) -> str:
+def time_left(run: Run, t: Texts, now: float | None = None) -> str:
     """Returns in words how long a run still takes; empty where that is not known.
 
     Between two reports of the run the time goes on; where it takes longer than was thought, nothing
@@ -81,6 +81,6 @@ def left(run: Run, t: Texts, now: float | None = None) -> str:
     return t("run.left", time=format_duration(seconds, t)) if seconds > 0 else ""
 
 
-def name_of(run: Run) -> str:
+def escaped_name(run: Run) -> str:
     """Returns the name of a run as HTML."""
     return escaped(run.name)

@@ -20,8 +20,8 @@ _log = logging.getLogger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
-def told(t: Texts) -> Callable[[Handler], Handler]:
-    """Returns a decorator for handlers whose errors the visitor is told.
+def report_errors(t: Texts) -> Callable[[Handler], Handler]:
+    """Returns a decorator for handlers whose errors the visitor is message.
 
     A :class:`UserError` becomes its text. Anything else is logged under a number, which is all that
     the visitor sees of it: messages of Python hold paths, and sometimes more.
@@ -37,7 +37,7 @@ def told(t: Texts) -> Callable[[Handler], Handler]:
                 try:
                     yield from handler(*args, **kwargs)
                 except Exception as error:
-                    raise as_shown(error, t) from None
+                    raise as_gradio_error(error, t) from None
 
             return generating  # type: ignore[return-value]
 
@@ -46,20 +46,20 @@ def told(t: Texts) -> Callable[[Handler], Handler]:
             try:
                 return handler(*args, **kwargs)
             except Exception as error:
-                raise as_shown(error, t) from None
+                raise as_gradio_error(error, t) from None
 
         return calling  # type: ignore[return-value]
 
     return decorate
 
 
-def as_shown(error: Exception, t: Texts) -> gr.Error:
+def as_gradio_error(error: Exception, t: Texts) -> gr.Error:
     """Returns the error that a visitor sees."""
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, UserError):
         # A toast shows HTML, and what is refused may be somebody's idea of it.
-        text = html.escape(sentence(error, t), quote=False)
+        text = html.escape(localized_message(error, t), quote=False)
         return gr.Error(text, title=t("frame.refused"), print_exception=False)
     number = secrets.token_hex(3)
     _log.error("error %s: %s", number, redacted(repr(error)), exc_info=error)
@@ -67,14 +67,14 @@ def as_shown(error: Exception, t: Texts) -> gr.Error:
     return gr.Error(text, title=t("frame.failed"), print_exception=False)
 
 
-def sentence(error: UserError, t: Texts) -> str:
+def localized_message(error: UserError, t: Texts) -> str:
     """Returns a refusal in the visitor's language; a list among its values is of refusals."""
-    values = {name: _said(name, value, t) for name, value in error.values.items()}
+    values = {name: _localized_value(name, value, t) for name, value in error.values.items()}
     return t(error.key, **values)
 
 
-def _said(name: str, value: object, t: Texts) -> object:
+def _localized_value(name: str, value: object, t: Texts) -> object:
     if isinstance(value, list):
-        return "\n".join(sentence(one, t) for one in value)
+        return "\n".join(localized_message(one, t) for one in value)
     # Bounds are numbers of the page; other values are what somebody typed.
     return t.localized(f"{value}") if name in ("least", "most") else value
