@@ -233,15 +233,20 @@ QUANTIZATION = re.compile(
 BACKENDS = f"{PACKAGE}.engine.backends"
 
 
+def is_backend(source: Source, library: str) -> bool:
+    handler = f"{source.name}.".startswith(f"{BACKENDS}.")
+    return handler or source.name == f"{PACKAGE}.compat.{library}"
+
+
 def backend_problems(package: Package) -> list[str]:
     """Code outside of the handlers that imports or knows a quantization library."""
     found = []
     for source, imported in package.imports():
-        library = imported.target.split(".")[0]
-        if library in QUANTIZERS and not f"{source.name}.".startswith(f"{BACKENDS}."):
+        library = imported.target.removeprefix(f"{PACKAGE}.compat.").split(".")[0]
+        if library in QUANTIZERS and not is_backend(source, library):
             found.append(f"{imported.place}: only {BACKENDS} imports {library}")
     for source in package.values():
-        if f"{source.name}.".startswith(f"{BACKENDS}."):
+        if any(is_backend(source, library) for library in QUANTIZERS):
             continue
         for node in ast.walk(source.tree):
             name = getattr(node, "attr", getattr(node, "id", None))

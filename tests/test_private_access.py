@@ -92,7 +92,6 @@ REMAINING = (
     "lightning_peft/data/",
     "lightning_peft/demo/",
     "lightning_peft/engine/",
-    "lightning_peft/export/",
     "lightning_peft/plan/",
     "lightning_peft/plugin/",
     "lightning_peft/tasks/",

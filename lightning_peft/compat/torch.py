@@ -33,6 +33,8 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 BatchNorm = batchnorm._BatchNorm
 ConvNd, ConvTransposeNd = conv._ConvNd, conv._ConvTransposeNd
 Loss = loss._Loss
+# The method of a convolution that computes it, apart from its padding.
+CONVOLUTION_FORWARD = "_conv_forward"
 
 _aten = torch.ops.aten
 # Operations that torch does not mark as pointwise, and that make new memory for their results.

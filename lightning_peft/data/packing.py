@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from lightning_peft.compat.transformers import attention_implementation
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import UnsupportedError
 
@@ -155,7 +156,7 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
         UnsupportedError: If it does not.
     """
     config = model.config.get_text_config()
-    kind = getattr(config, "_attn_implementation", None)
+    kind = attention_implementation(config)
     if kind not in ATTENTIONS:
         raise UnsupportedError(
             f"packing=True needs attention that takes a mask of any form, and "

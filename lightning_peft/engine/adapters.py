@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import BaseTunerLayer, enable_layer
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
@@ -180,8 +180,7 @@ def enable(layer: Any, enabled: bool) -> None:
     if isinstance(layer, LoraLayer):
         layer.lora_enabled = enabled
     else:
-        # PEFT's own switch also rewrites requires_grad, which an optimizer may rely on.
-        layer._disable_adapters = not enabled
+        enable_layer(layer, enabled)
 
 
 def _exchange(

@@ -16,6 +16,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_config
 
 from lightning_peft.arguments import LoRAFields
+from lightning_peft.compat.peft import CUSTOM_MODULES_FIELD
 from lightning_peft.engine.methods import METHODS, refuse_method
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError, itemize
@@ -42,7 +43,7 @@ _REFUSED_FIELDS = (
     "kasa_config",
     "use_qalora",
     "ensure_weight_tying",
-    "_custom_modules",
+    CUSTOM_MODULES_FIELD,
 )
 
 # Fields that decide what the tensors mean. Others (dropout, the way targets were written) may

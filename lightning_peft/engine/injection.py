@@ -9,16 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraModel
+from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.arguments import LoRAFields
+from lightning_peft.compat.transformers import origin_of
 from lightning_peft.engine.adapters import activate, adapted_layers
 from lightning_peft.engine.backends.conversion import (
     adopt_prequantized,
-    quantize,
     release_freed_memory,
 )
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
@@ -32,14 +31,10 @@ from lightning_peft.engine.configuration import (
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
-from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
-from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
-from lightning_peft.engine.layers.lora import attach, low_rank_factors
+from lightning_peft.engine.in_place_injection import inject_in_place, quantize_layers
+from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
-from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
-from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_with_peft
 from lightning_peft.engine.peft_wrappers import (
@@ -248,9 +243,9 @@ def _inject_part(
     where = None if device is None else torch.device(device)
     config = _resolved(plan, request.config)
     if plan.in_place:
-        _attach_in_place(plan, config, request, where)
+        inject_in_place(plan, config, request, where)
     else:
-        _quantize_layers(plan.part, plan.quantize, request.quantization, where)
+        quantize_layers(plan.part, plan.quantize, request.quantization, where)
         inject_with_peft(plan, config, request.adapter_name)
     info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place)
     info.heads = plan.heads
@@ -271,7 +266,7 @@ def _new_part_record(
     plan: InjectionPlan, config: Any | None, kept: frozenset[int]
 ) -> AdaptedModuleRecord:
     part = plan.part
-    source = getattr(part, "config", None)
+    name, revision = origin_of(getattr(part, "config", None))
     planned = set(plan.quantize)
     quantized = [
         name
@@ -284,8 +279,8 @@ def _new_part_record(
         name=plan.name,
         base=loaded.only(lambda name: not inside(name, [*plan.heads, *plan.saved])),
         base_id={
-            "name_or_path": getattr(source, "_name_or_path", None) or None,
-            "revision": getattr(source, "_commit_hash", None),
+            "name_or_path": name,
+            "revision": revision,
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
             "vocabulary": vocabulary_size(part),
@@ -322,75 +317,3 @@ def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
             setattr(exact, applied, None)
     resolved: PeftConfig = exact
     return resolved
-
-
-class _InPlaceLoraModel(LoraModel):
-    """PEFT's LoRA tuner, except that a made layer hands its adapter to the layer it was made for.
-
-    PEFT matches, creates and initialises; only the last step, replacing the child in its parent,
-    is another one. The class attributes are set on a subclass, since PEFT injects inside the
-    constructor, before attributes of the object could be set.
-    """
-
-    quantize_with: tuple[Any, torch.device | None] | None = None
-    to_quantize: frozenset[int] = frozenset()
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        # After PEFT's init, which may need the dense weight, and before the adapter moves over.
-        if self.quantize_with is not None and id(child) in self.to_quantize:
-            quantize(child, *self.quantize_with)
-        attach(child, new_module, next(reversed(self.peft_config)))
-
-    @staticmethod
-    def _create_new_module(
-        lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
-        if isinstance(target, TRANSPOSED):
-            return TransposedFactors(target, adapter_name, lora_config, kwargs)
-        if isinstance(target, CONVOLUTIONS):
-            # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
-            target = bare_convolution(target)
-        with weight_sizes(target):
-            made: nn.Module = LoraModel._create_new_module(
-                lora_config, adapter_name, target, **kwargs
-            )
-        dtype = deferred_dtype(target)
-        if dtype is not None:
-            # As if the weight were quantized after this.
-            for factors in (made.lora_A, made.lora_B):
-                for param in factors[adapter_name].parameters():  # type: ignore[index,union-attr]
-                    param.data = param.data.to(dtype).to(param.dtype)
-        return made
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Freezing is done once for the whole part, by this package's own rules."""
-
-
-def _attach_in_place(
-    plan: InjectionPlan, config: PeftConfig, request: InjectionRequest, device: torch.device | None
-) -> None:
-    settings: dict[str, Any] = {}
-    if request.quantization is not None:
-        chosen = [plan.part.get_submodule(name) for name in plan.quantize]
-        settings["quantize_with"] = (request.quantization, device)
-        settings["to_quantize"] = frozenset(id(layer) for layer in chosen)
-    tuner = type("InPlaceLoraModel", (_InPlaceLoraModel,), settings)
-    with hidden_model_type(plan.part):
-        tuner(plan.part, config, adapter_name=request.adapter_name)
-    # PEFT leaves its config on the model as a mark of wrapped layers, and there are none.
-    del plan.part.peft_config
-    rest = [name for name in plan.quantize if name not in set(plan.targets)]
-    _quantize_layers(plan.part, rest, request.quantization, device)
-
-
-def _quantize_layers(
-    part: nn.Module,
-    names: list[str],
-    config: Any | None,
-    device: torch.device | None,
-) -> None:
-    for name in names:
-        assert config is not None
-        quantize(part.get_submodule(name), config, device)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.adapters import adapter_parameters, is_enabled
 from lightning_peft.engine.backends.registry import requantizes_when_merged
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import BaseTunerLayer
 from lightning_peft.engine.adapters import (
     adapted_layers_of,
     adapter_parameters,

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraModel
-from peft.utils.transformers_weight_conversion import (
+from peft import PeftConfig
+from torch import nn
+
+from lightning_peft.compat.peft import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
+    is_refused_target,
 )
-from torch import nn
 
 
 @contextmanager
@@ -43,15 +44,10 @@ def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
         part: The module, with its config.
         target: Dotted name of the layer.
     """
-    check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
-    if check is None or not hasattr(part, "config"):
+    if not is_refused_target(part, target.rpartition(".")[2]):
         return None
-    try:
-        check(None, LoraConfig(), part, target.rpartition(".")[2])
-    except ValueError:
-        kind = getattr(part.config, "model_type", type(part).__name__)
-        return f"{target}: the fused kernels of {kind} read its weight without calling the layer"
-    return None
+    kind = getattr(part.config, "model_type", type(part).__name__)
+    return f"{target}: the fused kernels of {kind} read its weight without calling the layer"
 
 
 def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
 from torch import nn
 
+from lightning_peft.compat.peft import cast_adapters
 from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
@@ -42,7 +43,7 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
     try:
         with _put_back_on_error(plan.part, layers), rewritten, unknown:
             made = tuners[config.peft_type](plan.part, config, adapter_name=adapter_name)
-            made._cast_adapter_dtype(adapter_name)
+            cast_adapters(made, adapter_name)
     except Exception as error:
         raise UnsupportedError(
             f"PEFT cannot inject {type(config).__name__} into {type(plan.part).__name__}: {error}."

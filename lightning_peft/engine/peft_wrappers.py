@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
-from peft.tuners.lora.layer import MultiheadAttention
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import (
+    BaseTuner,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    MultiheadAttention,
+)
+from lightning_peft.compat.transformers import forget_peft_adapters
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.configuration import as_peft_config, changes_base, config_differences
 from lightning_peft.engine.configuration import config_to_dict as fields_of
@@ -219,10 +223,5 @@ def _exchange(part: nn.Module, name: str, new: nn.Module) -> tuple[nn.Module, st
 def _restore(wrapped: PeftWrapped) -> None:
     for name, factor in adapter_parameters(wrapped.part).items():
         factor.copy_(wrapped.values[name])
-    part: Any = wrapped.part
-    if any(isinstance(child, BaseTunerLayer) for child in part.modules()):
-        return
-    # Marks of wrapped layers, and there are none any more.
-    part.__dict__.pop("peft_config", None)
-    if hasattr(part, "_hf_peft_config_loaded"):
-        part._hf_peft_config_loaded = False
+    if not any(isinstance(child, BaseTunerLayer) for child in wrapped.part.modules()):
+        forget_peft_adapters(wrapped.part)

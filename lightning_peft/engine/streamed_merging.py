@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.compat.transformers import float32_modules
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.backends.conversion import convert_to_dense, quantize, requantize
 from lightning_peft.engine.backends.registry import quantization_from_dict
@@ -109,7 +110,7 @@ class StreamedMerge:
         self._check_layers()
         names = {str(dtype).removeprefix("torch."): dtype for dtype in _FLOATS}
         self._dtype_in_training = names.get((facts.get("base") or {}).get("dtype") or "")
-        self._wide = _kept_wide(outline)
+        self._wide = float32_modules(outline)
 
     def _check_way(self, facts: dict[str, Any], folder: Path) -> None:
         if self.into == "original":
@@ -239,9 +240,3 @@ def _quantized_in_training(
     request = InjectionRequest(config_from_dict(fields), None, _ADAPTER, saved)
     plans = make_plans(plain, request, [""], Record())
     return {name for plan in plans for name in layers_to_quantize(plan, settings)}
-
-
-def _kept_wide(model: Any) -> set[str]:
-    """Returns parts of names whose tensors transformers keeps in float32."""
-    lists = (getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict"))
-    return {name for names in lists for name in names or ()}

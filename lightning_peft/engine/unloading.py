@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from lightning_peft.compat.peft import BaseTuner, BaseTunerLayer
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.layers.attention import AttentionMixin

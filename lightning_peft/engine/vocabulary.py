@@ -15,6 +15,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lightning_peft.compat.transformers import origin_of
+
 log = logging.getLogger(__name__)
 
 
@@ -35,13 +37,11 @@ def pretrained_vocabulary_size(part: nn.Module) -> int | None:
     Only files on this machine are read. ``None`` where there is no such file, or where it has no
     vocabulary.
     """
-    if not isinstance(part, PreTrainedModel) or not part.config._name_or_path:
+    name, revision = origin_of(getattr(part, "config", None))
+    if not isinstance(part, PreTrainedModel) or name is None:
         return None
-    revision = getattr(part.config, "_commit_hash", None)
     try:
-        fields, _ = PreTrainedConfig.get_config_dict(
-            part.config._name_or_path, revision=revision, local_files_only=True
-        )
+        fields, _ = PreTrainedConfig.get_config_dict(name, revision=revision, local_files_only=True)
     except (OSError, ValueError):
         return None
     for holder in (fields, fields.get("text_config") or {}):

@@ -17,9 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from lightning_peft.compat.transformers import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    weight_conversions,
+)
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, itemize
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -212,7 +216,7 @@ def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
         UnsupportedError: If the model puts tensors together from several in the files.
     """
     model: Any = outline
-    conversions = get_model_conversion_mapping(model)
+    conversions = weight_conversions(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [
         conversion for conversion in conversions if isinstance(conversion, WeightConverter)

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lightning_peft.compat.torch import tree_iter, tree_map
+from lightning_peft.compat.transformers import causal_lm_class, model_from_config
 from lightning_peft.errors import ConfigError, UnsupportedError, similar_names
 from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.meta_copy import meta_copy
@@ -54,7 +55,6 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Mo
     Raises:
         ConfigError: If there is no config, or ``dtype`` is none.
     """
-    transformers = import_module("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(
             name, revision=revision, trust_remote_code=False
@@ -89,7 +89,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
         own = copy.deepcopy(config)
         own.quantization_config = None
         with torch.device("meta"):
-            made = model_class._from_config(own, dtype=weights)
+            made = model_from_config(model_class, own, weights)
         made.tie_weights()
         model: nn.Module = made
         return model
@@ -100,7 +100,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
         batch_maker(model_class, config),
         getattr(text, "vocab_size", None),
         getattr(text, "max_position_embeddings", None),
-        causal=model_class is _causal_class(config),
+        causal=model_class is causal_lm_class(config),
         length_changes=model_class.main_input_name != "pixel_values",
     )
 
@@ -116,10 +116,9 @@ def _dtype(requested: str, config: Any) -> torch.dtype:
 
 
 def _class_of(config: Any) -> Any:
-    transformers = import_module("transformers")
     names = list(getattr(config, "architectures", None) or [])
     if not names:
-        model_class = _causal_class(config)
+        model_class = causal_lm_class(config)
         if model_class is None:
             raise UnsupportedError(
                 f"{type(config).__name__} names no architecture, and there is no causal language "
@@ -134,12 +133,6 @@ def _class_of(config: Any) -> Any:
             "a model is not run to plan; build the model yourself, and call plan_memory with it."
         )
     return model_class
-
-
-def _causal_class(config: Any) -> Any:
-    """Returns the causal language model of a config's kind, or ``None``."""
-    transformers = import_module("transformers")
-    return transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def from_module(module: nn.Module, batch: Any) -> ModelSource:

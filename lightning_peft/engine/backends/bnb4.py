@@ -9,11 +9,18 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
-from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.bitsandbytes import (
+    LINEAR4BIT_ATTRIBUTES,
+    chosen_compute_dtype,
+    fill_linear4bit,
+    is_repacked_for_cpu,
+    prequantized,
+    unpack_tensor_to_dict,
+)
 from lightning_peft.engine.backends import bnb_config, nf4_cpu
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
@@ -53,13 +60,7 @@ class FourBit(BitsAndBytesBackend):
     layer_class = FourBitLayer
     convolution_class = FourBitConvolution
     module_classes = (bnb.nn.Linear4bit,)
-    layer_attributes = (
-        "compute_dtype",
-        "compute_type_is_set",
-        "quant_state",
-        "quant_storage",
-        "support_avx512bf16_for_cpu",
-    )
+    layer_attributes = LINEAR4BIT_ATTRIBUTES
     state_keys = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
     bits = 4
 
@@ -95,7 +96,7 @@ class FourBit(BitsAndBytesBackend):
     def prepare(self, layer: Any, config: BitsAndBytesConfig, dtype: torch.dtype) -> None:
         super().prepare(layer, config, dtype)
         if isinstance(layer, bnb.nn.Linear4bit):
-            _fill(layer)
+            fill_linear4bit(layer)
 
     def adopt(self, layer: Any) -> None:
         bnb_config.require_codes(layer, layer.weight.quant_state is not None)
@@ -106,13 +107,13 @@ class FourBit(BitsAndBytesBackend):
         state = layer.weight.quant_state
         if state.absmax.ndim == 2:
             state.absmax = state.absmax.t().reshape(-1).float()
-        compute_dtype = layer.compute_dtype if layer.compute_type_is_set else None
+        compute_dtype = chosen_compute_dtype(layer)
         add_mixin(layer, FourBitLayer)
-        _fill(layer)
+        fill_linear4bit(layer)
         layer.compute_dtype = compute_dtype
 
     def storage_problem(self, stored: Any) -> str | None:
-        if getattr(stored.quant_state, "packing_format_for_cpu", False):
+        if is_repacked_for_cpu(stored):
             return (
                 "bitsandbytes repacked the weight in an evaluation, and passes no gradients "
                 "through it any more"
@@ -122,16 +123,12 @@ class FourBit(BitsAndBytesBackend):
     def quantize(self, rows: Tensor, config: BitsAndBytesConfig, device: torch.device) -> Any:
         double, kind = config.bnb_4bit_use_double_quant, config.bnb_4bit_quant_type
         rows = rows.contiguous()
-        fields: dict[str, Any] = {
-            "requires_grad": False,
-            "compress_statistics": double,
-            "quant_type": kind,
-        }
+        fields: dict[str, Any] = {"compress_statistics": double, "quant_type": kind}
         if device.type != "cpu":
-            dense: Any = bnb.nn.Params4bit(rows, **fields)
+            dense: Any = bnb.nn.Params4bit(rows, requires_grad=False, **fields)
             return dense.to(device)
         codes, state = nf4_cpu.quantize_rows(rows.to(device), kind, double)
-        return bnb.nn.Params4bit(codes, quant_state=state, bnb_quantized=True, **fields)
+        return prequantized(codes, quant_state=state, **fields)
 
     def requantize(self, stored: Any, rows: Tensor) -> Tensor:
         state = stored.quant_state
@@ -189,9 +186,7 @@ class FourBit(BitsAndBytesBackend):
     def restore(self, stored: Any, device: torch.device) -> Any:
         if not isinstance(stored, bnb.nn.Params4bit):
             fields = {name: getattr(stored, name) for name in _PARAMETER_FIELDS}
-            stored = bnb.nn.Params4bit(
-                stored.data, requires_grad=False, bnb_quantized=True, **fields
-            )
+            stored = prequantized(stored.data, **fields)
         return stored.to(device)
 
     def meta(self, rows: Tensor, config: BitsAndBytesConfig) -> Any:
@@ -246,14 +241,6 @@ class FourBit(BitsAndBytesBackend):
 
     def is_dequantization(self, operation: Any) -> bool:
         return operation.namespace == "bitsandbytes" and "dequantize" in operation.name()
-
-
-def _fill(layer: Any) -> None:
-    """Sets what the constructor of ``bitsandbytes.nn.Linear4bit`` would have set."""
-    layer.compute_type_is_set = True
-    layer.quant_state = None
-    layer.quant_storage = torch.uint8
-    layer.support_avx512bf16_for_cpu = False
 
 
 def _map_state(state: Any, function: Callable[[Tensor], Tensor]) -> Any:

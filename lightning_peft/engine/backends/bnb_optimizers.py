@@ -6,8 +6,11 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes import functional
 from torch import Tensor
+
+from lightning_peft.compat.bitsandbytes import paged_memory, warn_of_missing_paging
+
+__all__ = ["OPTIMIZERS", "paged_copy", "warn_of_missing_paging"]
 
 # transformers' names (``OptimizerNames``), and besides them the variants it has no name for.
 OPTIMIZERS: dict[str, Any] = {
@@ -31,5 +34,5 @@ OPTIMIZERS: dict[str, Any] = {
 
 def paged_copy(value: Tensor, device: torch.device) -> Tensor:
     """A copy in memory that moves between ``device``, a GPU, and the CPU as it is used."""
-    paged: Tensor = functional.get_paged(*value.shape, dtype=value.dtype, device=device)
+    paged: Tensor = paged_memory(value.shape, value.dtype, device)
     return paged.copy_(value.cpu())

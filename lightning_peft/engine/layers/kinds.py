@@ -7,7 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.compat.torch import ConvNd, ConvTransposeNd, convolution_padding
+from lightning_peft.compat.torch import (
+    CONVOLUTION_FORWARD,
+    ConvNd,
+    ConvTransposeNd,
+    convolution_padding,
+)
 from lightning_peft.engine.layers.mixin import class_key
 
 LINEAR_LIKE = (nn.Linear, Conv1D)
@@ -23,7 +28,7 @@ _SAME_FORWARD = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
 _STANDARD_CODE = {
     vars(cls)[name]
     for cls in _STANDARD
-    for name in ("forward", "_conv_forward")
+    for name in ("forward", CONVOLUTION_FORWARD)
     if name in vars(cls)
 }
 
@@ -39,7 +44,7 @@ def has_standard_forward(layer: nn.Module) -> bool:
     origin = class_key(layer)[2]
     if f"{origin.__module__}.{origin.__qualname__}" in _SAME_FORWARD:
         return True
-    code = [getattr(origin, name, None) for name in ("forward", "_conv_forward")]
+    code = [getattr(origin, name, None) for name in ("forward", CONVOLUTION_FORWARD)]
     return all(function is None or function in _STANDARD_CODE for function in code)
 
 

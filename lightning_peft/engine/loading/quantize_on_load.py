@@ -6,17 +6,16 @@ and forgets what a base fingerprint is made of. This is its extension point for 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lightning_peft.compat.transformers import intercepted_from_pretrained
 from lightning_peft.engine.backends.conversion import release_freed_memory
 from lightning_peft.engine.backends.registry import backend_for, storage_bytes
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
@@ -52,9 +51,6 @@ _EXPLICIT_OPTIONS = (
 
 
 _current: ContextVar[Loading | None] = ContextVar("quantize_on_load", default=None)
-_patching = threading.Lock()
-_users = 0
-_original: Any = None
 
 
 @contextmanager
@@ -77,11 +73,10 @@ def quantize_on_load(
     """
     loading = Loading(settings, device, dense, cached)
     token = _current.set(loading)
-    _patch()
     try:
-        yield loading
+        with intercepted_from_pretrained(_from_pretrained):
+            yield loading
     finally:
-        _unpatch()
         _current.reset(token)
 
 
@@ -130,35 +125,14 @@ def loading_for_injection(
     check_loaded(module, loading)
 
 
-def _patch() -> None:
-    global _users, _original
-    with _patching:
-        _users += 1
-        if _users == 1:
-            _original = PreTrainedModel.__dict__["from_pretrained"]
-            PreTrainedModel.from_pretrained = classmethod(_wrapped(_original.__func__))  # type: ignore[method-assign,assignment]
-
-
-def _unpatch() -> None:
-    global _users
-    with _patching:
-        _users -= 1
-        if _users == 0:
-            PreTrainedModel.from_pretrained = _original  # type: ignore[method-assign]
-
-
-def _wrapped(original: Any) -> Any:
-    @wraps(original)
-    def from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
-        loading = _current.get()
-        own = any(kwargs.get(key) is not None for key in _EXPLICIT_OPTIONS)
-        if loading is None or own or _is_quantized(name, kwargs):
-            return original(cls, name, *args, **kwargs)
-        streams = _saves_memory(loading, name, kwargs)
-        cached = None if args else _find_entry(loading, cls, name, kwargs, streams)
-        return _load(original, loading, cached, streams, cls, name, *args, **kwargs)
-
-    return from_pretrained
+def _from_pretrained(original: Any, cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+    loading = _current.get()
+    explicit = any(kwargs.get(key) is not None for key in _EXPLICIT_OPTIONS)
+    if loading is None or explicit or _is_quantized(name, kwargs):
+        return original(cls, name, *args, **kwargs)
+    streams = _saves_memory(loading, name, kwargs)
+    cached = None if args else _find_entry(loading, cls, name, kwargs, streams)
+    return _load(original, loading, cached, streams, cls, name, *args, **kwargs)
 
 
 def _find_entry(

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from lightning_peft.compat.transformers import COMMIT_KEY, NAME_KEY
 from lightning_peft.engine import cache_entries
 from lightning_peft.engine.backends.registry import (
     Backend,
@@ -51,7 +52,7 @@ _NOT_COVERED = (
     "from_flax",
 )
 # Where files come from, which their hash makes up for.
-_WHERE = ("cache_dir", "token", "local_files_only", "revision", "code_revision", "_commit_hash")
+_WHERE = ("cache_dir", "token", "local_files_only", "revision", "code_revision", COMMIT_KEY)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ def _serializable_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
         if isinstance(value, PreTrainedConfig):
             found[key] = json.loads(value.to_json_string(use_diff=False))
             # The name under which it was found.
-            found[key].pop("_name_or_path", None)
+            found[key].pop(NAME_KEY, None)
         elif key not in _WHERE and value is not None:
             if not isinstance(value, _PLAIN):
                 return None

@@ -5,7 +5,6 @@ Where the cache has the codes of a layer, its tensor in the file is not read at 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lightning_peft.compat.transformers import (
+    ConversionOps,
+    HfQuantizer,
+    WeightConverter,
+    forget_quantization,
+    skip_while_loading,
+    tied_parameters,
+    weight_conversions,
+)
 from lightning_peft.engine.backends.conversion import (
     convert_to_dense,
     release_freed_memory,
@@ -143,35 +148,10 @@ class _StreamedQuantizer(HfQuantizer):
             if name in known and _shape(model.get_submodule(name)) == known[name].facts.shape
         }
         if self.known:
-            self._skip_cached_tensors(model)
+            self.undo.append(skip_while_loading(model, [f"{name}.weight" for name in self.known]))
         if self.streams:
             linear = [n for n in candidates if not isinstance(model.get_submodule(n), Conv1D)]
             self.chosen = {f"{name}.weight" for name in linear if name not in self.known}
-
-    def _skip_cached_tensors(self, model: Any) -> None:
-        """Makes transformers pass over the tensors of the file whose codes are known."""
-        hidden = {f"{name}.weight" for name in self.known}
-        for name in hidden:
-            # Nothing is to make random values for it.
-            model.get_parameter(name)._is_hf_initialized = True
-
-        def hide(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            for name in hidden:
-                state.pop(prefix + name, None)
-
-        ignored = model._keys_to_ignore_on_load_unexpected
-        inner = f"{model.base_model_prefix}."
-        model._keys_to_ignore_on_load_unexpected = {
-            *(ignored or ()),
-            *(rf"(^|\.){re.escape(name.removeprefix(inner))}$" for name in hidden),
-        }
-        hook = model.register_state_dict_post_hook(hide)
-
-        def undo() -> None:
-            hook.remove()
-            model._keys_to_ignore_on_load_unexpected = ignored
-
-        self.undo.append(undo)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Says whether a tensor of the file becomes codes."""
@@ -194,10 +174,7 @@ class _StreamedQuantizer(HfQuantizer):
             self._note(name, model.get_submodule(name), facts)
         # The model is what it would be had it been quantized after loading.
         self.remove_quantization_config(model)
-        model.__dict__.pop("is_quantized", None)
-        for child in model.modules():
-            if isinstance(child, PreTrainedModel):
-                child.config.__dict__.pop("_is_quantized", None)
+        forget_quantization(model)
 
     def _note(self, name: str, layer: nn.Module, facts: DenseInfo) -> None:
         backend = backend_for(self.loading.settings)
@@ -245,8 +222,7 @@ def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
         dense: Names of further modules that stay dense; parts of names count too.
     """
     output, holders = output_embeddings(model), parameter_holders(model)
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    shared = {name.removesuffix(".weight") for pair in dict(tied).items() for name in pair}
+    shared = {name.removesuffix(".weight") for name in tied_parameters(model)}
     heads = list(find_heads(model))
     return [
         name
@@ -266,7 +242,7 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
 
 def has_weight_conversions(model: PreTrainedModel) -> bool:
     """Says whether tensors of the file are merged or split when this model is loaded."""
-    return any(isinstance(each, WeightConverter) for each in get_model_conversion_mapping(model))
+    return any(isinstance(each, WeightConverter) for each in weight_conversions(model))
 
 
 def dense_info(layer: nn.Module) -> DenseInfo | None:

@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from lightning_peft.compat.transformers import file_on_this_machine
 
 # Arguments that say where a file is.
 _WHERE = ("revision", "cache_dir", "token")
@@ -60,16 +62,7 @@ def _on_this_machine(name: Any, file: str, where: Mapping[str, Any]) -> Path | N
     if os.path.isdir(name):
         path = Path(name) / file
         return path if path.is_file() else None
-    found = cached_file(
-        str(name),
-        file,
-        local_files_only=True,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **where,
-    )
-    return None if found is None else Path(found)
+    return file_on_this_machine(str(name), file, **where)
 
 
 def stamps(files: Iterable[Path]) -> list[Stamp]:

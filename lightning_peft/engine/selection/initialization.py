@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.peft import get_pattern_key
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE

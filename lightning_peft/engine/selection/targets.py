@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from lightning_peft.compat.peft import check_target_module_exists
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
 from lightning_peft.engine.selection.parts import (
     NO_EXCLUSIONS,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft.compat.torch import (
     disable_compile,
@@ -26,6 +25,7 @@ from lightning_peft.compat.torch import (
     tree_unflatten,
     version_of,
 )
+from lightning_peft.compat.transformers import CHECKPOINT_FUNCTION, GradientCheckpointingLayer
 from lightning_peft.engine.adapters import adapted_layers
 from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, remove_mixin
 from lightning_peft.engine.record import require_record
@@ -144,7 +144,7 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 def has_activation_budget(module: nn.Module) -> bool:
     """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
-    functions = (child.__dict__.get("_gradient_checkpointing_func") for child in module.modules())
+    functions = (child.__dict__.get(CHECKPOINT_FUNCTION) for child in module.modules())
     return any(
         isinstance(function, functools.partial)
         and any(isinstance(argument, ActivationBudget) for argument in function.args)
@@ -178,9 +178,7 @@ def _enable_in_transformers(
             if not hasattr(child, "gradient_checkpointing"):
                 continue
             done.set(child, "gradient_checkpointing", True)
-            done.set(
-                child, "_gradient_checkpointing_func", functools.partial(run_checkpointed, budget)
-            )
+            done.set(child, CHECKPOINT_FUNCTION, functools.partial(run_checkpointed, budget))
             switched.append(child)
     configs = {id(m.config): m.config for m in part.modules() if hasattr(m, "config")}
     for config in configs.values():

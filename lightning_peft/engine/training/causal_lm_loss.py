@@ -12,9 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from lightning_peft.compat.torch import FakeTensor
+from lightning_peft.compat.transformers import (
+    LOSS_MAPPING,
+    ForCausalLMLoss,
+    own_loss_function,
+    reset_loss_function,
+)
 from lightning_peft.engine.layers.fused import is_transformed
 from lightning_peft.engine.selection.parts import output_embeddings
 from lightning_peft.engine.training.cross_entropy import summed_cross_entropy
@@ -40,8 +45,8 @@ def patch_causal_lm_loss(module: nn.Module, parts: list[nn.Module]) -> None:
 def restore_causal_lm_loss(module: nn.Module) -> None:
     """Undoes :func:`patch_causal_lm_loss`."""
     for model in module.modules():
-        if model.__dict__.get("_loss_function") is causal_lm_loss:
-            del model._loss_function
+        if own_loss_function(model) is causal_lm_loss:
+            reset_loss_function(model)
 
 
 def has_default_loss(model: PreTrainedModel) -> bool:
@@ -54,7 +59,7 @@ def _causal_models(module: nn.Module) -> list[Any]:
     return [
         model
         for model in models
-        if "_loss_function" not in vars(model) and _expects_causal_lm_loss(model)
+        if own_loss_function(model) is None and _expects_causal_lm_loss(model)
     ]
 
 

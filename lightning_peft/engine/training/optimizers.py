@@ -19,7 +19,11 @@ from lightning_peft.compat.torch import (
     is_lr_scheduler_step,
     lr_scheduler_step,
 )
-from lightning_peft.engine.backends.bnb_optimizers import OPTIMIZERS, paged_copy
+from lightning_peft.engine.backends.bnb_optimizers import (
+    OPTIMIZERS,
+    paged_copy,
+    warn_of_missing_paging,
+)
 from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
 _AUTO = "paged_adamw_32bit"
@@ -89,7 +93,7 @@ def replace_optimizers(
             continue
         notes = _convert(optimizer, target)
         # Nobody asked for paging by name, so bitsandbytes need not warn that the CPU has none.
-        optimizer._cpu_paged_warned = name == "auto"
+        warn_of_missing_paging(optimizer, name != "auto")
         outcomes[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
         for group in optimizer.param_groups:
             stays = [id(p) not in frozen for p in group["params"]]

@@ -1,0 +1,58 @@
+"""bitsandbytes: what its layers, parameters and optimizers keep without documenting it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+from bitsandbytes.utils import unpack_tensor_to_dict as unpack_tensor_to_dict
+
+# What the constructor of Linear4bit sets besides the parameters.
+LINEAR4BIT_ATTRIBUTES = (
+    "compute_dtype",
+    "compute_type_is_set",
+    "quant_state",
+    "quant_storage",
+    "support_avx512bf16_for_cpu",
+)
+
+
+def prequantized(codes: torch.Tensor, **fields: Any) -> Any:
+    """Returns the ``Params4bit`` of codes that are there already.
+
+    Public alternative: ``Params4bit.from_prequantized``, which takes the constants as they are in
+    a file, and computes them again.
+    """
+    return bnb.nn.Params4bit(codes, requires_grad=False, bnb_quantized=True, **fields)
+
+
+def fill_linear4bit(layer: Any) -> None:
+    """Sets what the constructor of ``Linear4bit`` would have set."""
+    layer.compute_type_is_set = True
+    layer.quant_state = None
+    layer.quant_storage = torch.uint8
+    layer.support_avx512bf16_for_cpu = False
+
+
+def chosen_compute_dtype(layer: Any) -> torch.dtype | None:
+    """Returns the dtype that the user chose for a ``Linear4bit``; ``None`` for the input's."""
+    dtype: torch.dtype | None = layer.compute_dtype if layer.compute_type_is_set else None
+    return dtype
+
+
+def is_repacked_for_cpu(weight: Any) -> bool:
+    """Says whether an evaluation on a CPU repacked a weight, which passes no gradients then."""
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def paged_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns memory that the driver moves between ``device`` and the CPU as it is used."""
+    memory: torch.Tensor = functional.get_paged(*shape, dtype=dtype, device=device)
+    return memory
+
+
+def warn_of_missing_paging(optimizer: Any, warn: bool) -> None:
+    """Chooses whether a paged optimizer warns on CPUs, which have no paging."""
+    optimizer._cpu_paged_warned = not warn
