@@ -154,7 +154,7 @@ def test_an_interrupt_leaves_every_layer_unmerged(
     expected, before = model(x), state_of(model)
     kinds = [type(child) for child in model.modules()]
 
-    where, name = (type(model.second), "merge") if settings else (merging, "weight_sum")
+    where, name = (type(model.second), "merge") if settings else (merging, "merged_weight")
     monkeypatch.setattr(where, name, _once(getattr(where, name)))
     with pytest.raises(KeyboardInterrupt):
         lightning_peft.merge(model)

@@ -27,7 +27,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 @pytest.fixture(autouse=True)
 def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of logits at a time, so that tests have many pieces, and a last smaller one."""
-    monkeypatch.setattr(cross_entropy, "_PIECE", 2 * WORDS + 1)
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 2 * WORDS + 1)
 
 
 def made(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
