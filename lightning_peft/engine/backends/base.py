@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from lightning_peft.engine.layers.kinds import has_quantizable_class
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 
 Config = TypeVar("Config")
 
@@ -43,8 +42,8 @@ class QuantizationBackend(ABC, Generic[Config]):
 
     name: ClassVar[str]
     config_type: ClassVar[type]
-    layer_class: ClassVar[type[QuantizedLayer]]
-    convolution_class: ClassVar[type[QuantizedLayer] | None] = None
+    layer_class: ClassVar[type[Any]]
+    convolution_class: ClassVar[type[Any] | None] = None
     module_classes: ClassVar[tuple[type[nn.Module], ...]] = ()
     layer_attributes: ClassVar[tuple[str, ...]] = ("compute_dtype",)
     skip_argument: ClassVar[str] = "skip_modules"
