@@ -2,33 +2,6 @@
 
 from __future__ import annotations
 
-TASKS = frozenset(
-    f"lightning_peft.tasks.{name}"
-    for name in (
-        "CausalLM",
-        "Forecaster",
-        "ImageClassifier",
-        "PreferenceTuning",
-        "RewardModel",
-        "Seq2SeqLM",
-        "SpeechRecognizer",
-        "TextClassifier",
-        "TokenClassifier",
-    )
-)
-DATA = frozenset(
-    f"lightning_peft.{name}"
-    for name in (
-        "ImageData",
-        "PreferenceData",
-        "Seq2SeqData",
-        "SeriesData",
-        "SpeechData",
-        "SupervisedData",
-        "TextClassificationData",
-        "TokenClassificationData",
-    )
-)
 STRATEGIES = frozenset({"lightning_peft.LoRAStrategy", "lightning_peft.QLoRAStrategy"})
 STRATEGY_WORDS = frozenset({"auto", "lora", "qlora"})
 _LIGHTNINGS = ("lightning.pytorch", "pytorch_lightning")

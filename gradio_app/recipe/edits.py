@@ -12,21 +12,18 @@ from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 from gradio_app.recipe.content import MISSING, data_of, merge_recipes, value_at, with_value
 from gradio_app.recipe.fields import FIELDS
-from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.form import method_of
 from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.precision import Precision, default_precision
 from gradio_app.recipe.presets import (
     AMOUNTS,
     DEMO_BASE,
-    FAMILIES,
     MODELS,
-    TASK_NAMES,
-    Task,
-    get_task,
 )
 from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.runs.bfloat16 import detect_bfloat16
 from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
 
 METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}
 _MODEL, _DATA = "model.init_args.", "data.init_args."
@@ -69,12 +66,12 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
     Raises:
         UserError: If there is no such task.
     """
-    if task not in TASK_NAMES or method not in METHODS:
+    if task not in TASKS or method not in METHODS:
         raise UserError("checks.no_recipe", name=shortened(task))
     content = load_recipe(f"{task}-{method}")
     if not small:
         return content
-    return merge_recipes(content, load_recipe_file(f"small/{get_task(str(task)).small_recipe}"))
+    return merge_recipes(content, load_recipe_file(f"small/{task}"))
 
 
 def load_recipe_file(name: str) -> dict[str, Any]:
@@ -125,7 +122,7 @@ def with_model(content: dict[str, Any], model: str, revision: str | None) -> dic
         revision: Branch, tag or commit on the hub.
     """
     before = value_at(content, _MODEL + "model", None)
-    task = task_of(content) or get_task("")
+    task = task_of_config(content) or TASKS["sft"]
     content = with_value(content, _MODEL + "revision", revision or MISSING)
     if revision is None or model != before:
         content = with_value(content, _MODEL + "trust_remote_code", MISSING)
@@ -162,7 +159,7 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
         UserError: If there is no such task.
     """
     other = base_recipe(name, method_of(content))
-    before, after = task_of(content), get_task(str(name))
+    before, after = task_of_config(content), TASKS[str(name)]
     if before is None or before.name == after.name:
         return other
     model = value_at(content, _MODEL + "model", None)
@@ -181,12 +178,12 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
     return other
 
 
-def _model_fits_task(model: str, before: Task, after: Task) -> bool:
+def _model_fits_task(model: str, before: TaskSpec, after: TaskSpec) -> bool:
     known = next((one for one in MODELS if one.name == model), None)
     if known is not None:
-        return after.name in known.tasks
+        return after.family in known.families
     # What a model of the visitor's own can do is known by what it was chosen for.
-    return any({before.name, after.name} <= set(family) for family in FAMILIES)
+    return before.family == after.family
 
 
 def _read_at(
@@ -206,7 +203,7 @@ def with_data(content: dict[str, Any], data: str | None, **hub: Any) -> dict[str
         data: What has been checked to be readable; ``None`` for nothing yet.
         **hub: ``hub_config``, ``hub_splits`` and ``hub_revision`` of a data set on the hub.
     """
-    task = task_of(content) or get_task("")
+    task = task_of_config(content) or TASKS["sft"]
     before = data_of(content)
     for name in ("hub_config", "hub_splits", "hub_revision"):
         content = with_value(content, _DATA + name, hub.get(name) or MISSING)
@@ -225,7 +222,7 @@ def with_data(content: dict[str, Any], data: str | None, **hub: Any) -> dict[str
 
 def precision_of(content: dict[str, Any]) -> Precision:
     """Returns the default precision for a recipe's task and model on this machine."""
-    task = task_of(content)
+    task = task_of_config(content)
     return default_precision(task.name if task else "", _is_small(content), detect_bfloat16())
 
 
@@ -305,8 +302,8 @@ def amount_of(content: dict[str, Any]) -> str | None:
 
 def default_learning_rate(content: dict[str, Any]) -> float:
     """Returns the learning rate of the recipe for this task, and for a model of this size."""
-    task = task_of(content)
-    name = task.name if task else TASK_NAMES[0]
+    task = task_of_config(content)
+    name = task.name if task else "sft"
     source = base_recipe(name, small=_is_small(content))
     return float(value_at(source, f"{_MODEL}learning_rate", 2e-4))
 

@@ -7,7 +7,7 @@ the classes.
 
 from __future__ import annotations
 
-from gradio_app.recipe.setting import LANGUAGE_TASKS, ROW_TASKS, TOKEN_TASKS, Field
+from gradio_app.recipe.setting import Field
 
 _MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
     "model.init_args.",
@@ -29,7 +29,6 @@ def _training() -> tuple[Field, ...]:
             2e-4,
             gt=0,
             le=1,
-            defaults=(("dpo", 5e-6), ("orpo", 5e-6), ("reward", 1e-4), ("time-series", 1e-3)),
         ),
         Field(
             _MODEL + "schedule",
@@ -37,10 +36,10 @@ def _training() -> tuple[Field, ...]:
             "choice",
             "cosine",
             ("cosine", "linear", "constant"),
-            tasks=ROW_TASKS,
+            tasks="rows",
         ),
-        Field(_MODEL + "warmup", group, "number", 0.03, ge=0, le=0.99, tasks=ROW_TASKS),
-        Field(_MODEL + "weight_decay", group, "number", 0.001, ge=0, le=10, tasks=ROW_TASKS),
+        Field(_MODEL + "warmup", group, "number", 0.03, ge=0, le=0.99, tasks="rows"),
+        Field(_MODEL + "weight_decay", group, "number", 0.001, ge=0, le=10, tasks="rows"),
         Field(_TRAINER + "gradient_clip_val", group, "number", None, ge=0, optional=True),
         Field(_TRAINER + "max_steps", group, "integer", -1, ge=-1, le=100_000_000),
         Field(_TRAINER + "max_time", group, "text", None, optional=True),
@@ -133,7 +132,7 @@ def _memory() -> tuple[Field, ...]:
             "choice",
             "auto",
             ("auto", "float32", "bfloat16", "float16"),
-            tasks=ROW_TASKS,
+            tasks="rows",
         ),
     )
 
@@ -148,7 +147,6 @@ def _batches() -> tuple[Field, ...]:
             8,
             ge=1,
             le=65_536,
-            defaults=(("time-series", 64),),
         ),
         Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, ge=1, le=65_536),
         Field(
@@ -159,7 +157,7 @@ def _batches() -> tuple[Field, ...]:
             ge=1,
             le=1_000_000,
             optional=True,
-            tasks=(*TOKEN_TASKS, "speech-recognition"),
+            tasks="lengths",
         ),
         Field(
             _DATA + "over_long",
@@ -167,32 +165,31 @@ def _batches() -> tuple[Field, ...]:
             "choice",
             "error",
             ("error", "truncate", "split"),
-            tasks=TOKEN_TASKS,
+            tasks="tokens",
         ),
-        Field(_DATA + "length_grouping", group, "switch", False, tasks=TOKEN_TASKS),
-        Field(_DATA + "packing", group, "switch", False, tasks=("sft",)),
-        Field(_DATA + "shuffle_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks=TOKEN_TASKS),
+        Field(_DATA + "length_grouping", group, "switch", False, tasks="tokens"),
+        Field(_DATA + "packing", group, "switch", False, tasks="SupervisedData"),
+        Field(_DATA + "shuffle_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks="tokens"),
         Field(_DATA + "num_workers", group, "integer", 0, ge=0, le=64),
     )
 
 
 def _rows() -> tuple[Field, ...]:
     group = "rows"
-    seq2seq = ("summarization", "translation")
     shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
     return (
-        Field(_DATA + "shape", group, "choice", "auto", shapes, tasks=("sft",)),
-        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks=LANGUAGE_TASKS),
-        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks=LANGUAGE_TASKS),
+        Field(_DATA + "shape", group, "choice", "auto", shapes, tasks="SupervisedData"),
+        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks="chat_template"),
+        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks="chat_template"),
         Field(
             _DATA + "loss_on",
             group,
             "choice",
             "assistant",
             ("assistant", "completion"),
-            tasks=("sft",),
+            tasks="SupervisedData",
         ),
-        Field(_DATA + "prefix", group, "text", "", tasks=seq2seq),
+        Field(_DATA + "prefix", group, "text", "", tasks="Seq2SeqData"),
         Field(
             _DATA + "validation_share",
             group,
@@ -201,7 +198,7 @@ def _rows() -> tuple[Field, ...]:
             ge=0,
             le=0.99,
             optional=True,
-            tasks=ROW_TASKS,
+            tasks="rows",
         ),
         Field(
             _DATA + "test_share",
@@ -211,25 +208,23 @@ def _rows() -> tuple[Field, ...]:
             ge=0,
             le=0.99,
             optional=True,
-            tasks=ROW_TASKS,
+            tasks="rows",
         ),
-        Field(_DATA + "split_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks=ROW_TASKS),
-        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks=ROW_TASKS),
-        Field(
-            _DATA + "limit", group, "integer", None, ge=1, le=10**9, optional=True, tasks=ROW_TASKS
-        ),
+        Field(_DATA + "split_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks="rows"),
+        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks="rows"),
+        Field(_DATA + "limit", group, "integer", None, ge=1, le=10**9, optional=True, tasks="rows"),
         Field(
             _DATA + "text_unit",
             group,
             "choice",
             "line",
             ("line", "paragraph", "document"),
-            tasks=ROW_TASKS,
+            tasks="rows",
         ),
-        Field(_DATA + "encoding", group, "text", None, optional=True, tasks=ROW_TASKS),
-        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks=ROW_TASKS),
-        Field(_DATA + "sheet", group, "text", None, optional=True, tasks=ROW_TASKS),
-        Field(_DATA + "streaming", group, "switch", False, tasks=ROW_TASKS),
+        Field(_DATA + "encoding", group, "text", None, optional=True, tasks="rows"),
+        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks="rows"),
+        Field(_DATA + "sheet", group, "text", None, optional=True, tasks="rows"),
+        Field(_DATA + "streaming", group, "switch", False, tasks="rows"),
     )
 
 
@@ -277,17 +272,22 @@ def _stopping() -> tuple[Field, ...]:
 def _keeping() -> tuple[Field, ...]:
     group = "keeping"
     best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
-    talk = (*LANGUAGE_TASKS[:3], "summarization", "translation", "speech-recognition")
     return (
         Field(best + "monitor", group, "text", "val_loss"),
         Field(best + "mode", group, "choice", "min", ("min", "max")),
         Field(best + "save_top_k", group, "integer", 1, ge=-1, le=1000),
         Field(best + "save_last", group, "switch", True),
         Field(best + "save_every", group, "integer", None, ge=1, le=10**8, optional=True),
-        Field(samples, group, "switch", False, tasks=talk),
-        Field(samples + ".init_args.count", group, "integer", 3, ge=1, le=50, tasks=talk),
+        Field(samples, group, "switch", False, tasks="generation"),
+        Field(samples + ".init_args.count", group, "integer", 3, ge=1, le=50, tasks="generation"),
         Field(
-            samples + ".init_args.max_new_tokens", group, "integer", 64, ge=1, le=4096, tasks=talk
+            samples + ".init_args.max_new_tokens",
+            group,
+            "integer",
+            64,
+            ge=1,
+            le=4096,
+            tasks="generation",
         ),
         Field(_STRATEGY + "verify", group, "choice", "cheap", ("off", "cheap", "full")),
         Field(_STRATEGY + "print_summary", group, "switch", True),

@@ -11,22 +11,10 @@ from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 from gradio_app.recipe.content import MISSING, class_name, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH, FIELDS, Field
-from gradio_app.recipe.presets import TASKS, Task
 from gradio_app.recipe.yaml_text import parse_yaml
+from lightning_peft.task_registry import task_of_config
 
 LONGEST_TEXT = 10_000
-
-
-def task_of(content: Mapping[str, Any]) -> Task | None:
-    """Returns the task that a recipe is for; ``None`` for a class that none has."""
-    name = class_name(content.get("model"))
-    found = [task for task in TASKS if task.module == name]
-    if name == "PreferenceTuning":
-        loss = value_at(content, "model.init_args.loss", "dpo")
-        found = [task for task in found if task.name == loss] or found
-    if name == "Seq2SeqLM" and value_at(content, "data.init_args.prefix", "").startswith("transl"):
-        found = [task for task in found if task.name == "translation"]
-    return found[0] if found else None
 
 
 def method_of(content: Mapping[str, Any]) -> str:
@@ -38,16 +26,16 @@ def method_of(content: Mapping[str, Any]) -> str:
 
 def applies(field: Field, content: Mapping[str, Any]) -> bool:
     """Says whether a recipe can have the setting."""
-    task = task_of(content)
-    known = task is not None and task.name in field.tasks
+    task = task_of_config(content)
+    known = task is not None and field.is_for(task)
     return known and field.method in (None, method_of(content))
 
 
 def default_of(field: Field, content: Mapping[str, Any]) -> Any:
     """Returns the value of a setting where the recipe does not have it."""
-    task = task_of(content)
-    names = (method_of(content), task.name if task else "")
-    return next((value for name, value in field.defaults if name in names), field.default)
+    task = task_of_config(content)
+    own = dict(task.defaults if task else ())
+    return own.get(field.path, dict(field.defaults).get(method_of(content), field.default))
 
 
 def display_value(field: Field, content: Mapping[str, Any]) -> Any:

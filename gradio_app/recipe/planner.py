@@ -13,9 +13,10 @@ from gradio_app.guards import shortened
 from gradio_app.recipe.command_worker import CommandResult, CommandWorker
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_method
-from gradio_app.recipe.form import method_of, task_of
+from gradio_app.recipe.form import method_of
 from gradio_app.recipe.presets import GPUS, THIS_MACHINE
 from gradio_app.recipe.preview import error_message, local_path
+from lightning_peft.task_registry import task_of_config
 
 SECONDS = 120.0
 # Where neither the recipe nor the data says how long rows are.
@@ -123,7 +124,7 @@ def validate_device(text: object) -> str:
 
 def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[str] | str:
     """Returns the arguments of the command, or the key of the text that says why there are none."""
-    task = task_of(content)
+    task = task_of_config(content)
     model = value_at(content, "model.init_args.model", None)
     if task is None or not task.sequences_per_row or model is None:
         return "plan_not_this_task"
@@ -152,8 +153,7 @@ def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[st
         "dtype": value_at(content, "model.init_args.dtype", "auto"),
         "gradient-checkpointing": {True: "on", False: "off"}.get(checkpointing, "auto"),
         "optimizer": strategy["optimizer"] or "auto",
-        # Preference tuning asks the model for those of all tokens.
-        "logits": "chunked" if task.module == "CausalLM" else "all",
+        "logits": task.logits,
     }
     made = ["plan", "--json", *(f"--{name}={value}" for name, value in words.items())]
     made += [f"--revision={revision}"] if revision else []

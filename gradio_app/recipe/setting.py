@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from lightning_peft.task_registry import TaskSpec
 
 Kind = Literal[
     "integer", "number", "switch", "choice", "text", "words", "numbers", "pairs", "batches"
 ]
-LANGUAGE_TASKS = ("sft", "dpo", "orpo", "reward")
-TOKEN_TASKS = (
-    *LANGUAGE_TASKS,
-    "text-classification",
-    "token-classification",
-    "summarization",
-    "translation",
-)
-_SERIES = "time-series"
-ROW_TASKS = (*TOKEN_TASKS, "speech-recognition", "image-classification")
-ALL_TASKS = (*ROW_TASKS, _SERIES)
+# What a setting may be for, besides the name of a task, or of the class of its module or data.
+_TRAITS: dict[str, Callable[[TaskSpec], bool]] = {
+    "all": lambda task: True,
+    "rows": lambda task: task.reader is not None,
+    "tokens": lambda task: task.reader == "AutoTokenizer",
+    "lengths": lambda task: task.reader in ("AutoTokenizer", "AutoProcessor"),
+    "chat_template": lambda task: task.chat_template,
+    "generation": lambda task: task.generates,
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Field:
         gt: Number that it must exceed.
         le: Largest number.
         optional: Whether it can be empty: ``null``.
-        tasks: Names of the tasks that have it.
+        tasks: The tasks that have it: a trait, or the name of a class of theirs.
         method: ``"qlora"`` if only that has it.
-        defaults: Defaults of methods or tasks that have another, by name.
+        defaults: Defaults of methods that have another, by name.
     """
 
     path: str
@@ -49,7 +50,7 @@ class Field:
     gt: float | None = None
     le: float | None = None
     optional: bool = False
-    tasks: tuple[str, ...] = ALL_TASKS
+    tasks: str = "all"
     method: str | None = None
     defaults: tuple[tuple[str, Any], ...] = ()
 
@@ -61,3 +62,9 @@ class Field:
             place = words.index("callbacks") + 1
             return "_".join(word for word in words[place:] if word != "init_args").lower()
         return words[-1]
+
+    def is_for(self, task: TaskSpec) -> bool:
+        """Whether recipes of ``task`` can have it."""
+        if self.tasks in _TRAITS:
+            return _TRAITS[self.tasks](task)
+        return self.tasks in (task.class_name, task.data_name)

@@ -19,6 +19,7 @@ from gradio_app.recipe.presets import MODELS
 from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.settings import Settings
 from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.task_registry import TASKS
 
 _WORD = re.compile(r"[\w.{}=:,%+*()|\\^$\[\] -]{0,300}")
 _MODEL, _DATA = "model.init_args.", "data.init_args."
@@ -57,8 +58,8 @@ class _Check:
     def everything(self) -> None:
         for key in sorted(set(self.content) - allowlist.TOP):
             self._refuse("checks.unknown", where=shortened(key))
-        model = self._part("model", allowlist.TASKS)
-        data = self._part("data", allowlist.DATA)
+        model = self._part("model", frozenset(spec.module for spec in TASKS.values()))
+        data = self._part("data", frozenset(spec.data for spec in TASKS.values()))
         trainer = self.content.get("trainer")
         if not isinstance(trainer, dict):
             self._refuse("checks.part", where="trainer")

@@ -11,9 +11,8 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
+from lightning_peft.task_registry import task_of_config
 
-# Tasks that can be planned, and how many rows of the model a row of the data is.
-_TASKS = {"CausalLM": 1, "PreferenceTuning": 2}
 _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
 
 
@@ -31,7 +30,8 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     with tempfile.TemporaryDirectory() as folder:
         parse = import_module("lightning_peft.plugin.lightning_cli").parsed_config
         config = parse(resolve_recipes(words, Path(folder)))
-    task = str(config["model"]["class_path"]).rpartition(".")[2]
+    path, task = str(config["model"]["class_path"]), task_of_config(config)
+    sequences = task.sequences_per_row if task else 0
     model, data = _arguments(config["model"]), _arguments(config.get("data"))
     trainer = config["trainer"]
     method, strategy = _method(trainer)
@@ -39,7 +39,7 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     problems = [
         text
         for text, wrong in {
-            f"model.class_path={task!r} is not a task that is planned": task not in _TASKS,
+            f"model.class_path={path!r} is not a task that is planned": not sequences,
             "model.init_args.config makes a model of random weights": model.get("config"),
             quantization: quantization,
             "there is no model.init_args.model": not model.get("model"),
@@ -60,13 +60,13 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
         "dtype": model.get("dtype"),
         "method": method,
         "seq-len": data.get("max_length"),
-        "batch-size": int(data.get("batch_size") or 8) * _TASKS[task],
+        "batch-size": int(data.get("batch_size") or 8) * sequences,
         "accumulate": trainer.get("accumulate_grad_batches"),
         "precision": trainer.get("precision"),
         "r": strategy.get("r"),
         "optimizer": strategy.get("optimizer"),
         "gradient-checkpointing": checkpointing,
-        "logits": "chunked" if task == "CausalLM" else "all",
+        "logits": task.logits if task else None,
     }
     words = [f"--{name}={value}" for name, value in named.items() if value is not None]
     for name in ("target_modules", "modules_to_save"):

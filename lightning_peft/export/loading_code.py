@@ -8,20 +8,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-# Ends of the names of models' classes, and what transformers loads any model of that kind with.
-_AUTO = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForImageClassification": "AutoModelForImageClassification",
-}
-_LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
-_READERS = {
-    "lightning_peft.data.images.ImageData": "AutoImageProcessor",
-    "lightning_peft.data.speech.SpeechData": "AutoProcessor",
-    "lightning_peft.data.series.SeriesData": None,
-}
+from lightning_peft.task_registry import TASKS
 
 
 def adapter_code(
@@ -41,9 +28,10 @@ def adapter_code(
     names = [model, *([reader] if reader else []), *(["BitsAndBytesConfig"] if settings else [])]
     arguments = repr(base) + (f", revision={revision!r}" if revision else "")
     more = ", quantization_config=settings" if settings else ""
-    if labels is not None and model.endswith(_LABELLED):
-        # Bases for pictures mostly come with a head for other labels.
-        other = ", ignore_mismatched_sizes=True" if "Image" in model else ""
+    heads = [spec for spec in TASKS.values() if spec.head and spec.auto_class == model]
+    if labels is not None and heads:
+        replaces = any(spec.replaces_head for spec in heads)
+        other = ", ignore_mismatched_sizes=True" if replaces else ""
         more = f", num_labels={labels}{other}{more}"
     lines = ["from peft import PeftModel", f"from transformers import {', '.join(sorted(names))}"]
     lines.append("")
@@ -89,7 +77,8 @@ def model_class(facts: Mapping[str, Any]) -> str:
     """
     base = facts.get("base")
     name = str(base.get("class", "")) if isinstance(base, Mapping) else ""
-    auto = next((auto for end, auto in _AUTO.items() if name.endswith(end)), None)
+    known = [spec.auto_class for spec in TASKS.values()] + ["AutoModelForQuestionAnswering"]
+    auto = next((x for x in known if x and name.endswith(x.removeprefix("AutoModel"))), None)
     return auto or (name if name.isidentifier() else "AutoModel")
 
 
@@ -97,7 +86,9 @@ def reader_class(facts: Mapping[str, Any]) -> str | None:
     """Returns the class that makes inputs of text, pictures or sound; ``None`` if none does."""
     data = facts.get("data")
     name = str(data.get("class", "")) if isinstance(data, Mapping) else ""
-    return _READERS.get(name, "AutoTokenizer")
+    data_class = name.rpartition(".")[2] if name.startswith("lightning_peft.data.") else name
+    readers = {spec.data: spec.reader for spec in TASKS.values()}
+    return readers.get(f"lightning_peft.{data_class}", readers.get(name, "AutoTokenizer"))
 
 
 def labels_of(folder: Path) -> int | None:

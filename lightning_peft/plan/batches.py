@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lightning_peft.errors import UnsupportedError
+from lightning_peft.task_registry import TASKS
 
 BatchMaker = Callable[[int, int, bool], dict[str, Any]]
 
@@ -65,9 +66,9 @@ def _frames(rows: int, config: Any) -> Any:
 
 
 def _labels(name: str, rows: int, length: int) -> Any:
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return torch.zeros(rows, dtype=torch.long)
-    per_token = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM")
-    if name.endswith((*per_token, "ForTokenClassification")):
+    suffixes = {spec.base_suffix: spec.label_per for spec in TASKS.values() if spec.base_suffix}
+    per_token = ("LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+    per = next((per for end, per in suffixes.items() if name.endswith(end)), None)
+    if name.endswith(per_token) or per == "token":
         return torch.zeros(rows, length, dtype=torch.long)
-    return None
+    return torch.zeros(rows, dtype=torch.long) if per == "row" else None

@@ -28,11 +28,11 @@ from gradio_app.chat.prompts import (
 )
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
-from gradio_app.recipe.allowlist import TASKS
 from gradio_app.runs.store import Run, RunStore
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.status import write_json
+from lightning_peft.task_registry import TASKS
 from tests.app.runs import settings, until
 
 FAKE = str(Path(__file__).with_name("fake_chat_server.py"))
@@ -259,12 +259,9 @@ def test_a_run_has_the_machine_to_itself(speak, store):
 
 
 def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
-    tasks = {name.rpartition(".")[2] for name in TASKS}
-    assert tasks == support.CHAT_TASKS | set(support.UNSUPPORTED_TASKS)
-    assert not support.CHAT_TASKS & set(support.UNSUPPORTED_TASKS)
     speakers, run = speak(), with_adapters(store)
-    for task, kind in support.UNSUPPORTED_TASKS.items():
-        known = getattr(import_module("lightning_peft.tasks"), task)
+    for kind in {task.class_name for task in TASKS.values() if not task.chats}:
+        known = getattr(import_module("lightning_peft.tasks"), kind)
         write_json(run.folder.provenance, {"task": f"{known.__module__}.{known.__name__}"})
         assert support.unsupported_task(run) == kind
         for language in LANGUAGES:
@@ -276,7 +273,7 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
         assert support.unsupported_task(run) == ""
     run.folder.provenance.unlink()
     run.folder.recipe.write_text("model:\n  class_path: lightning_peft.tasks.RewardModel\n")
-    assert support.unsupported_task(run) == "reward_model"
+    assert support.unsupported_task(run) == "RewardModel"
 
 
 def test_visitors_take_turns(speak, store):

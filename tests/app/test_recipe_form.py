@@ -53,13 +53,13 @@ from gradio_app.recipe.form import (
     parse_value,
     rebase_defaults,
     reset_field,
-    task_of,
 )
 from gradio_app.recipe.model_files import free_bytes
 from gradio_app.recipe.planner import applicable_fixes, plan_arguments, validate_device, with_fix
-from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS, TASK_NAMES, TASKS
+from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.task_registry import TASKS, task_of_config
 
 DATA, MODEL, TRAINER = "data.init_args.", "model.init_args.", "trainer."
 STRATEGY = "trainer.strategy.init_args."
@@ -90,7 +90,7 @@ def test_every_key_of_the_explained_recipe_has_its_place_in_the_form():
 def test_fields_are_arguments_of_the_real_classes_with_their_defaults():
     wrong = []
     trainer = inspect.signature(import_module("lightning.pytorch").Trainer.__init__).parameters
-    for task in TASKS:
+    for task in TASKS.values():
         for method in ("lora", "qlora"):
             content = base_recipe(task.name, method)
             for field in FIELDS:
@@ -163,7 +163,7 @@ VALUES = {"7": 7, "3e-3": 3e-3, "0.5": 0.5, "chatml": "chatml"}
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.path)
 def test_every_field_goes_into_the_recipe_and_back(field):
-    task = field.tasks[0]
+    task = next(task.name for task in TASKS.values() if field.is_for(task))
     content = base_recipe(task, field.method or "lora")
     if field.kind == "switch":
         typed = not display_value(field, content)
@@ -350,10 +350,8 @@ def test_recipes_are_laid_over_each_other_as_the_command_line_does():
 
 
 def test_tasks_are_recognised():
-    assert [task_of(base_recipe(name)).name for name in TASK_NAMES] == list(TASK_NAMES)
-    for task in TASKS:
-        assert getattr(import_module("lightning_peft.tasks"), task.module)
-    assert task_of({"model": {"class_path": "mine.Model"}}) is None
+    assert [task_of_config(base_recipe(name)).name for name in TASKS] == list(TASKS)
+    assert task_of_config({"model": {"class_path": "mine.Model"}}) is None
 
 
 # Commands
@@ -365,7 +363,7 @@ def test_the_command_is_that_of_the_downloaded_file():
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("name", TASKS)
 def test_the_python_makes_what_the_recipe_makes(name, method):
     content = base_recipe(name, method)
     made: dict[str, object] = {}
@@ -431,7 +429,8 @@ def test_fixes_need_less_and_learn_the_same_where_they_can():
 def test_models_are_told_once_and_each_task_knows_its_own():
     names = [model.name for model in MODELS]
     assert len(set(names)) == len(names)
-    assert all(set(model.tasks) <= set(TASK_NAMES) for model in MODELS)
+    families = {task.family for task in TASKS.values()}
+    assert all(set(model.families) <= families for model in MODELS)
     assert edits.METHODS.keys() == {"lora", "qlora"}
 
 
@@ -448,7 +447,7 @@ def test_another_task_keeps_the_model_and_data_that_it_takes():
     mine = with_data(mine, "upload:pairs.jsonl")
     mine = with_value(mine, "data.init_args.delimiter", ";")
     reward = with_task(mine, "reward")
-    assert task_of(reward).name == "reward"
+    assert task_of_config(reward).name == "reward"
     assert value_at(reward, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
     assert value_at(reward, "data.init_args.tokenizer") == "Qwen/Qwen2.5-0.5B-Instruct"
     assert value_at(reward, "data.init_args.data") == "upload:pairs.jsonl"

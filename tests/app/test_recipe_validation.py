@@ -17,12 +17,12 @@ from gradio_app.errors import UserError
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
-from gradio_app.recipe.presets import TASK_NAMES
 from gradio_app.recipe.validation import validate_content, validate_recipe
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from gradio_app.settings import Limits, Settings
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.cli.recipes import recipe_files, resolved
+from lightning_peft.task_registry import TASKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DATA, MODEL, TRAINER = "data.init_args.", "model.init_args.", "trainer."
@@ -112,7 +112,7 @@ def test_numbers_are_read_as_they_are_meant():
     }
 
 
-@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_what_the_form_starts_from_can_be_run(name, method, here, space):
     content = base_recipe(name, method)

@@ -19,13 +19,13 @@ from gradio_app.pages.new.data_check import check_data
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
-from gradio_app.recipe.form import task_of
 from gradio_app.recipe.paths import data_files
 from gradio_app.recipe.preview import DataReport, local_path
 from gradio_app.recipe.table import count_rows, first_rows
 from gradio_app.redaction import UPLOAD
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.uploads import KINDS, Uploads
+from lightning_peft.task_registry import task_of_config
 
 SOURCES = ("example", "upload", "path", "hub")
 # Most fields that rows of any shape have.
@@ -85,7 +85,7 @@ def _build_example(editor: Editor) -> None:
     use = gr.Button(editor.t("new.use_example"), elem_id="use-example")
 
     def chosen(session: Session) -> dict[str, Any]:
-        task = task_of(session.content)
+        task = task_of_config(session.content)
         example = base_recipe(task.name if task else "")
         content = with_data(session.content, value_at(example, _DATA + "data"))
         return with_value(content, _DATA + "skip_bad_rows", MISSING)
@@ -297,7 +297,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
             # Other data was chosen meanwhile, and is looked at next.
             yield nothing
             return
-    task = task_of(session.content)
+    task = task_of_config(session.content)
     shapes = task.shapes if task else ()
     current = session.report.numbers.get("shape", {}).get("name")
     names = [(editor.t(f"new.shape_{name}"), name) for name, _ in shapes]
@@ -321,7 +321,7 @@ def _data_path(editor: Editor, session: Session) -> Path:
 
 
 def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
-    task = task_of(session.content)
+    task = task_of_config(session.content)
     shapes = dict(task.shapes) if task else {}
     fields = shapes.get(str(shape), ())
     report = session.report or DataReport()
@@ -347,7 +347,7 @@ def _skip_bad_rows(session: Session, on: Any) -> dict[str, Any]:
 
 
 def _map_columns(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
-    task = task_of(session.content)
+    task = task_of_config(session.content)
     fields = dict(task.shapes).get(str(shape), ()) if task else ()
     known = session.report.columns if session.report else []
     chosen = {

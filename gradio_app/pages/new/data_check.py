@@ -13,10 +13,10 @@ from gradio_app.pages.error_reporting import as_gradio_error, localized_message
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.edits import base_recipe
-from gradio_app.recipe.form import task_of
 from gradio_app.recipe.model_files import is_cached
 from gradio_app.recipe.preview import DataReport, preview_data
 from gradio_app.recipe.validation import validate_content, with_revision
+from lightning_peft.task_registry import task_of_config
 
 _POLL_SECONDS = 0.5
 
@@ -28,7 +28,7 @@ def is_offline() -> bool:
 
 def unavailable_model(content: dict[str, Any]) -> str:
     """Returns the model of a recipe if it would have to be fetched and cannot be; else nothing."""
-    task = task_of(content)
+    task = task_of_config(content)
     names = [value_at(content, "model.init_args.model", None)]
     if task is not None and task.processor_argument is not None:
         names.append(value_at(content, f"data.init_args.{task.processor_argument}", None))

@@ -14,12 +14,12 @@ from gradio_app.pages.new.data_check import is_offline
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_model
-from gradio_app.recipe.form import task_of
 from gradio_app.recipe.model_files import free_bytes, is_cached, model_info, weight_bytes
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
 from gradio_app.recipe.validation import check_files
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
+from lightning_peft.task_registry import task_of_config
 
 SOURCES = ("preset", "hub", "folder")
 
@@ -151,13 +151,13 @@ def list_model_folders(root: Path) -> list[str]:
 
 def available_models(session: Session, editor: Editor) -> list[Model]:
     """Returns the models that are offered for the task of a recipe."""
-    task = task_of(session.content)
+    task = task_of_config(session.content)
     most = editor.studio.settings.limits.parameters
     return [
         model
         for model in MODELS
         if task is not None
-        and task.name in model.tasks
+        and task.family in model.families
         and (most is None or model.parameters <= most)
     ]
 

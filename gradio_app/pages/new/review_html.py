@@ -11,11 +11,12 @@ from gradio_app.guards import escaped
 from gradio_app.pages.new.editor import Session
 from gradio_app.recipe.commands import FILE, command_line, python_code
 from gradio_app.recipe.content import data_of, value_at
-from gradio_app.recipe.form import format_value, method_of, task_of
+from gradio_app.recipe.form import format_value, method_of
 from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.settings import Settings
 from gradio_app.texts import Texts
+from lightning_peft.task_registry import task_of_config
 
 _DATA_ERRORS = {
     *("checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"),
@@ -78,7 +79,7 @@ def overview(
 def summary_text(session: Session, t: Texts) -> str:
     """Returns in a paragraph what a run of the recipe does."""
     content = session.content
-    task = task_of(content)
+    task = task_of_config(content)
     model = value_at(content, "model.init_args.model", None)
     name = t("new.demo_base") if model == DEMO_BASE else Path(str(model or "-")).name
     splits = session.report.numbers.get("splits", {}) if session.report else {}

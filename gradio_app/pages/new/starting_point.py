@@ -16,12 +16,11 @@ from gradio_app.pages.layout import on_load
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
-from gradio_app.recipe.form import task_of
-from gradio_app.recipe.presets import TASK_NAMES
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.task_registry import TASKS, task_of_config
 
 _UNDO_CLICK = """
 element.addEventListener('click', (event) => {
@@ -40,7 +39,7 @@ def build(editor: Editor) -> None:
     t = editor.t
     notice = gr.HTML("", elem_id="new-notice", padding=False)
     task = gr.Radio(
-        [(t(f"new.task_{_text_key(name)}"), name) for name in TASK_NAMES],
+        [(t(f"new.task_{_text_key(name)}"), name) for name in TASKS],
         label=t("new.task"),
         info=t("new.task_hint"),
         value="sft",
@@ -140,7 +139,7 @@ def require_known_task(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: If it is for no task of this page.
     """
-    if task_of(content) is None:
+    if task_of_config(content) is None:
         raise UserError("checks.no_task")
     return content
 
@@ -188,7 +187,7 @@ def _is_path_problem(problem: UserError) -> bool:
 
 
 def _updates(session: Session, t: Texts) -> list[Any]:
-    task = task_of(session.content)
+    task = task_of_config(session.content)
     notice = ""
     if session.notice:
         notice = f'<div class="alert" role="alert"><p>{escaped(session.notice)}</p></div>'
@@ -206,7 +205,7 @@ def _undo_html(session: Session, t: Texts) -> str:
         for name, path in (("model", "model.init_args.model"), ("data", "data.init_args.data"))
         if value_at(before, path, None) == value_at(session.content, path, None) is not None
     ]
-    task = task_of(before)
+    task = task_of_config(before)
     key = {0: "new.kept_nothing", 1: "new.kept_one", 2: "new.kept_both"}[len(kept)]
     said = t(key, what=kept[0] if kept else "")
     back = t("new.undo_task", task=t(f"new.task_{_text_key(task.name)}") if task else "")
