@@ -81,15 +81,14 @@ def _quantization_problem(strategy: dict[str, Any]) -> str:
     names = ("load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     given = {name: strategy[name] for name in names if name in strategy}
     config = engine.quantization_config(strategy.get("quantization_config"), **given)
-    problem = engine.planning_problem(config)
-    sizes = {engine.quantized_bytes(1 << 20, one) for one in (config, engine.quantization_config())}
-    if problem is None and len(sizes) > 1:
-        label = engine.quantization_label(engine.quantization_to_dict(config) or {})
-        return (
-            f"its base is quantized as {label}, and this command plans for NF4 with double "
-            "quantization"
-        )
-    return problem or ""
+    backend, default = engine.backend_for(config), engine.quantization_config()
+    size = engine.backend_for(default).stored_bytes(1 << 20, default)
+    if backend.planning_problem(config) or backend.stored_bytes(1 << 20, config) == size:
+        return backend.planning_problem(config) or ""
+    label = backend.label(backend.config_to_dict(config))
+    return (
+        f"its base is quantized as {label}, and this command plans for NF4 with double quantization"
+    )
 
 
 def _arguments(part: Any) -> dict[str, Any]:

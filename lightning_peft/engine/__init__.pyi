@@ -5,14 +5,12 @@ from .adapters import disable_adapters as disable_adapters
 from .adapters import set_adapter as set_adapter
 from .adapters import trained_parameters as trained_parameters
 from .backends.conversion import quantize as quantize
+from .backends.registry import backend_for as backend_for
 from .backends.registry import is_dequantization as is_dequantization
 from .backends.registry import parameter_count as parameter_count
-from .backends.registry import planning_problem as planning_problem
-from .backends.registry import quantization_bits as quantization_bits
 from .backends.registry import quantization_from_dict as quantization_from_dict
-from .backends.registry import quantization_label as quantization_label
 from .backends.registry import quantization_to_dict as quantization_to_dict
-from .backends.registry import quantized_bytes as quantized_bytes
+from .backends.registry import recorded_backend as recorded_backend
 from .backends.registry import register_backend as register_backend
 from .backends.registry import workspace_bytes as workspace_bytes
 from .configuration import DECISIVE_FIELDS as DECISIVE_FIELDS

@@ -141,7 +141,7 @@ def _lora_problems(fields: Mapping[str, Any]) -> list[str]:
         problems.append("target_modules is empty: name at least one layer, or 'all-linear'")
     if fields["layers_to_transform"] is not None and _is_pattern(targets):
         problems.append(
-            "layers_to_transform beside a regular expression in target_modules: put the indices "
+            "layers_to_transform with a regular expression in target_modules: put the indices "
             "into the expression"
         )
     return problems + _init_problems(fields) + _pattern_problems(fields)
@@ -192,12 +192,12 @@ def _pattern_problems(fields: Mapping[str, Any]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"{name}: {pattern!r} is no regular expression ({error})")
+            problems.append(f"{name}: {pattern!r} is not a regular expression ({error})")
     return problems
 
 
 def _make_config(cls: Any, fields: Mapping[str, Any]) -> Any:
-    """Returns ``cls(**fields)``, also for indices of blocks beside ``"all-linear"``.
+    """Returns ``cls(**fields)``, also for indices of blocks with ``"all-linear"``.
 
     PEFT refuses the pair when a config is made, since it would ignore the indices. Here they are
     resolved together, with the names of the lists that they count in.
@@ -345,15 +345,15 @@ def config_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> li
 
 def _comparable(value: Any) -> Any:
     value = to_primitives(value)
-    # Sets of names have no order, and what first values were is no matter.
+    # Sets of names have no order, and the first values do not matter.
     return sorted(value, key=repr) if isinstance(value, list) else value
 
 
 def changes_base(config: PeftConfig) -> bool:
-    """Says whether the initialisation writes into the base weights."""
+    """Whether the initialisation writes into the base weights."""
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(BASE_CHANGING_INITS)
 
 
 def subtracts_from_base(config: PeftConfig) -> bool:
-    """Says whether the initialisation takes ``s B A`` of the first factors off the base."""
+    """Whether the initialisation takes ``s B A`` of the first factors off the base."""
     return str(getattr(config, "init_lora_weights", "")).lower().startswith(_SUBTRACTING_INITS)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_peft.compat.torch import FakeTensor
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.conversion import use_backend
-from lightning_peft.engine.backends.registry import backend_for, backend_of, planning_problem
+from lightning_peft.engine.backends.registry import backend_for, backend_of
 from lightning_peft.engine.injection import inject
 from lightning_peft.engine.layers.kinds import as_rows
 from lightning_peft.engine.layers.mixin import (
@@ -58,7 +58,7 @@ def inject_on_meta(
     """
     names: list[str] = []
     if quantization_config is not None:
-        problem = planning_problem(quantization_config)
+        problem = backend_for(quantization_config).planning_problem(quantization_config)
         if problem is not None:
             raise UnsupportedError(f"{problem}.")
         for plan in make_plans(

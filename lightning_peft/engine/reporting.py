@@ -14,7 +14,7 @@ from torch import nn
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import (
     parameter_count,
-    quantization_label,
+    recorded_backend,
     storage_bytes,
 )
 from lightning_peft.engine.layers.mixin import stored_parameter
@@ -238,4 +238,4 @@ def _quantization_label(entry: AdaptedModuleRecord) -> str:
     settings = entry.quantization
     if settings is None:
         return "as loaded" if entry.quantized else ""
-    return quantization_label(settings)
+    return recorded_backend(settings).label(settings)

@@ -46,7 +46,7 @@ class Adapter:
     def bits(self) -> int:
         """Bits per weight of the base in training: 4, 8 or 16 (which stands for dense)."""
         settings = self.facts.get("quantization")
-        return engine.quantization_bits(settings) if settings else 16
+        return engine.recorded_backend(settings).bits if settings else 16
 
     @property
     def chat_template(self) -> str | None:

@@ -56,7 +56,8 @@ def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
     adapters = sum(p.numel() for p in engine.all_adapter_parameters(twin))
     quantized = [weights[f"{name}.weight"] for name in engine.adapted_layers(twin)]
     config = engine.quantization_config()
-    saved = sum(numel * size - engine.quantized_bytes(numel, config) for numel, size in quantized)
+    stored_bytes = engine.backend_for(config).stored_bytes
+    saved = sum(numel * size - stored_bytes(numel, config) for numel, size in quantized)
     master = 4 * adapters
     return [
         MethodMemory("full", count, dense, dense, _ADAM_BYTES * count),

@@ -23,11 +23,10 @@ from lightning_peft.engine.backends.registry import (
     backend_for,
     backend_of,
     checked_config,
-    quantization_bits,
     quantization_constants,
     quantization_from_dict,
-    quantization_label,
     quantization_to_dict,
+    recorded_backend,
     storage_bytes,
 )
 from lightning_peft.engine.fingerprint import checksum
@@ -67,8 +66,7 @@ def test_each_config_has_one_backend_and_comes_back_from_a_record(config, backen
     again = quantization_from_dict(fields)
     assert type(again) is type(config)
     assert quantization_to_dict(again) == fields
-    assert quantization_bits(fields) == backend.bits
-    assert quantization_label(fields) == backend.label(fields)
+    assert recorded_backend(fields) is backend
 
 
 @EACH

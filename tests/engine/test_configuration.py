@@ -51,7 +51,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "alpha_pattern['v']='a'",
         "target_modules is empty",
         "init_lora_weights='magic'",
-        "exclude_modules: '(' is no regular expression",
+        "exclude_modules: '(' is not a regular expression",
     ):
         assert part in message, part
 
@@ -68,11 +68,11 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"init_lora_weights": "pissa_niter_x"}, "one of gaussian, orthogonal, pissa"),
         ({"init_lora_weights": "loftq"}, "set lora_alpha to r"),
         ({"target_modules": ".*_proj", "layers_to_transform": [0]}, "put the indices into"),
-        ({"target_modules": "*_proj"}, "no regular expression"),
+        ({"target_modules": "*_proj"}, "not a regular expression"),
         ({"rank_pattern": {"[": 4}}, "rank_pattern: '\\['"),
     ],
 )
-def test_one_problem_says_what_and_why(settings: dict, message: str) -> None:
+def test_each_problem_names_value_and_reason(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         lora_config(LoRAFields(**settings))
 
@@ -103,7 +103,7 @@ def test_a_mapping_as_yaml_gives_it() -> None:
     assert isinstance(as_peft_config({"peft_type": "IA3"}), peft.IA3Config)
 
 
-def test_a_mapping_does_not_lose_layers_beside_all_linear() -> None:
+def test_a_mapping_keeps_layers_to_transform_with_all_linear() -> None:
     fields = {"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": [1]}
     assert as_peft_config(fields).layers_to_transform == [1]
 
@@ -135,7 +135,7 @@ def test_a_wrong_mapping_is_a_config_error(fields: dict, message: str) -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_methods_that_would_be_wrong_in_silence_are_refused(config, message: str) -> None:
+def test_methods_that_would_be_silently_wrong_are_refused(config, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         as_peft_config(config)
 

@@ -104,7 +104,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_look_up_makes_no_table(kind) -> None:
+def test_a_lookup_does_not_materialize_the_table(kind) -> None:
     model = adapted(kind)
     randomize(model)
     with torch.no_grad(), Largest() as seen:

@@ -94,7 +94,7 @@ def test_kinds_of_tensors() -> None:
     assert checksum(torch.arange(10)) != checksum(torch.arange(10).flip(0))
 
 
-def test_tensors_without_values_have_a_mark_that_no_tensor_has() -> None:
+def test_meta_tensors_have_a_checksum_of_their_own() -> None:
     assert checksum(torch.empty(3, device="meta")) == NO_VALUES == -1
 
 

@@ -211,7 +211,7 @@ def test_derivatives_of_derivatives_pass_dropout_and_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_the_base_gets_no_gradient_and_the_input_need_not(kind):
+def test_only_what_requires_a_gradient_gets_one(kind):
     layer = adapted(nn.Linear(64, 32), kind)
     x = torch.randn(4, 64)
     layer(x).sum().backward()
@@ -339,7 +339,7 @@ def _own(layer, x):
 @pytest.mark.parametrize(
     "use", [_two, _off, _merged, _hooked, _trained, _functional, _eight_bit, _own]
 )
-def test_everything_else_takes_the_longer_way(use, taken):
+def test_unsupported_cases_fall_back_to_separate_products(use, taken):
     out = use(nn.Linear(64, 32), torch.randn(3, 64))
     assert out.shape == (3, 32)
     assert taken

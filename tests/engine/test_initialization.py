@@ -132,7 +132,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_initialised_is_refused_before_anything_changes(case: str) -> None:
+def test_unsupported_initialisations_are_refused_before_any_change(case: str) -> None:
     build, settings, message = REFUSED[case]
     model = build()
     kinds = [type(child) for child in model.modules()]

@@ -222,7 +222,7 @@ def test_attach_follows_the_mode_of_the_layer() -> None:
     assert all(child.training for child in model.second.modules())
 
 
-def test_detach_leaves_no_trace() -> None:
+def test_detach_restores_the_layer() -> None:
     model = stack()
     before = set(model.first.__dict__), set(model.first._modules)
     lightning_peft.inject(model, r=4)

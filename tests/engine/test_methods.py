@@ -113,7 +113,7 @@ def test_all_methods_that_are_offered_are_compared() -> None:
     assert types | {"LORA", "TRAINABLE_TOKENS"} == set(METHODS)
 
 
-def test_settings_that_decide_what_tensors_mean() -> None:
+def test_decisive_settings() -> None:
     def fields(**changed):
         return config_to_dict(
             peft.FourierFTConfig(**{"n_frequency": 10, "target_modules": ["one"], **changed})
@@ -168,7 +168,7 @@ def test_a_task_trains_its_head_as_in_peft(task: str, frozen: bool) -> None:
         assert torch.equal(output_of(model, batch), before)
 
 
-def test_heads_that_are_not_there_are_not_asked_for() -> None:
+def test_missing_task_heads_are_ignored() -> None:
     for task in ("SEQ_CLS", "QUESTION_ANS", "CAUSAL_LM", None):
         config = LoraConfig(task_type=task, target_modules=["first"])
         assert with_task_heads(config, stack()) is config
@@ -194,7 +194,7 @@ def test_the_config_that_was_given_keeps_its_spelling() -> None:
 # --- refusals ------------------------------------------------------------------------------------
 
 
-def test_what_peft_refuses_in_the_middle_is_as_it_was() -> None:
+def test_a_refusal_of_peft_changes_nothing() -> None:
     net, _ = bases.convolution(1)
     net.two = nn.Linear(5, 5)
     kept = {name: type(child) for name, child in net.named_modules()}
@@ -225,7 +225,7 @@ def test_convolutions_that_a_method_computes_otherwise(more: dict, said: str) ->
     assert type(net[0]) is nn.Conv2d
 
 
-def test_padding_and_dilation_that_change_nothing_are_no_matter() -> None:
+def test_padding_and_dilation_without_effect_are_allowed() -> None:
     layer = nn.Conv1d(4, 4, 1, padding_mode="circular", dilation=2)
     net = nn.Sequential(layer, nn.Conv1d(4, 4, 1))
     lightning_peft.inject(net, LoraConfig(target_modules=["0"], use_dora=True, r=2))

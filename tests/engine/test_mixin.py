@@ -176,7 +176,7 @@ def test_a_merged_quantized_module_can_be_pickled() -> None:
     assert torch.equal(twin(x), before)
 
 
-def test_a_users_own_getstate_is_asked() -> None:
+def test_a_custom_getstate_is_used() -> None:
     class Forgetful(nn.Linear):
         def __getstate__(self) -> dict:
             return {k: v for k, v in self.__dict__.items() if k != "cache"}

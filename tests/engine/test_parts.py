@@ -69,9 +69,9 @@ def test_wrong_names_are_listed_together_with_near_ones() -> None:
     with pytest.raises(TargetModulesError) as caught:
         find_parts(Larger(), ["encodr", "text", "text.model", "nothing"])
     message = str(caught.value)
-    assert "adapt='encodr' is no submodule of Larger; near names: encoder" in message
+    assert "adapt='encodr' is not a submodule of Larger; near names: encoder" in message
     assert "adapt='text.model' lies inside 'text'" in message
-    assert "adapt='nothing' is no submodule" in message
+    assert "adapt='nothing' is not a submodule" in message
     with pytest.raises(TargetModulesError, match="names no submodule"):
         find_parts(Larger(), [])
 
@@ -99,7 +99,7 @@ def test_classification_head_stays_as_the_user_left_it_and_is_not_quantized() ->
         assert lightning_peft.report(model).parts[0].heads == {"classifier": state}
 
 
-def test_a_pretrained_head_over_the_vocabulary_is_no_head() -> None:
+def test_pretrained_output_embeddings_are_not_a_head() -> None:
     model = BertForMaskedLM(tiny_bert_classifier().config)
     assert find_heads(model) == {}
     lightning_peft.inject(model, r=2)
@@ -128,7 +128,7 @@ def test_head_of_a_plain_stack_is_found_by_name_else_the_last_linear() -> None:
     assert list(find_heads(nn.Linear(2, 2))) == []
 
 
-def test_a_layer_in_a_repeated_block_is_no_head_whatever_its_name() -> None:
+def test_layers_in_repeated_blocks_are_not_heads() -> None:
     blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in range(3)])
     model = nn.ModuleDict({"blocks": blocks, "fc": nn.Linear(4, 2)})
     assert list(find_heads(model)) == ["fc"]
@@ -140,7 +140,7 @@ class Gate(nn.Module):
         self.fc = nn.Linear(4, 4)
 
 
-def test_a_layer_in_blocks_of_one_class_is_no_head_where_there_is_another() -> None:
+def test_layers_in_blocks_of_one_class_are_not_heads_next_to_another() -> None:
     gates = {name: Gate() for name in ("first", "second", "third")}
     assert list(find_heads(nn.ModuleDict({**gates, "head": nn.Linear(4, 2)}))) == ["head"]
     assert list(find_heads(nn.ModuleDict(gates))) == ["first.fc", "second.fc", "third.fc"]
@@ -193,7 +193,7 @@ def test_an_output_tied_to_an_embedding_is_neither_head_nor_target_and_stays_fro
     }
 
 
-def test_a_timm_model_tells_its_classifier() -> None:
+def test_the_classifier_of_a_timm_model_is_its_head() -> None:
     class Timm(Stack):
         def get_classifier(self) -> nn.Module:
             return self.second

@@ -261,7 +261,7 @@ def test_parts_that_share_layers_are_refused() -> None:
         lightning_peft.inject(nn.ModuleDict(parts), r=2, adapt=["a", "b"])
 
 
-def test_what_is_quantized() -> None:
+def test_which_layers_are_quantized() -> None:
     """Linear layers of the part, except heads, outputs, saved modules, skipped and shared ones."""
     model = nn.ModuleDict(
         {

@@ -20,7 +20,6 @@ from lightning_peft.engine.backends.bnb8 import EightBitLayer
 from lightning_peft.engine.backends.conversion import (
     adopt_prequantized,
     convert_to_dense,
-    quantization_unsupported_reason,
     quantize,
     requantize,
     restore_quantized,
@@ -55,7 +54,7 @@ def test_codes_are_those_of_bitsandbytes(kind: str, double: bool, dtype: torch.d
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("shape", [(64, 96), (33, 97), (3, 131)], ids=str)
-def test_codes_made_piece_by_piece_are_those_of_bitsandbytes(
+def test_codes_made_in_chunks_are_those_of_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch, kind: str, double: bool, shape: tuple[int, int]
 ) -> None:
     # The last piece is whole, ends within a block, or has an odd number of weights.
@@ -95,7 +94,7 @@ def test_the_codes_do_not_depend_on_the_default_dtype() -> None:
     assert torch.equal(made.data, theirs)
 
 
-def test_what_comparing_does_not_cover_is_left_to_bitsandbytes(
+def test_unsupported_values_and_types_fall_back_to_bitsandbytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert nf4_cpu.matches_bitsandbytes("nf4")
@@ -203,14 +202,14 @@ def test_layers_that_are_not_quantized_yet_are_refused(layer: nn.Module) -> None
         adopt_prequantized(layer)
 
 
-def test_requantizing_again_is_what_the_layer_would_store() -> None:
+def test_requantize_gives_what_the_layer_would_store() -> None:
     for layer in (nn.Linear(96, 64), Conv1D(64, 96)):
         dense = layer.weight.detach().clone()
         quantize(layer, NF4)
         assert torch.equal(requantize(layer, dense), layer.weight + 0)
 
 
-def test_what_cannot_be_quantized_says_why() -> None:
+def test_unsupported_layers_have_a_reason() -> None:
     class Own(nn.Linear):
         pass
 
@@ -222,12 +221,12 @@ def test_what_cannot_be_quantized_says_why() -> None:
         (nn.Linear(4, 4, device="meta"), NF4, "meta device"),
     ]
     for layer, config, reason in cases:
-        assert reason in quantization_unsupported_reason(layer, config)
+        assert reason in engine.backend_for(config).unsupported_reason(layer)
         kept = type(layer), layer._parameters["weight"]
         with pytest.raises(UnsupportedError, match=reason):
             quantize(layer, config)
         assert (type(layer), layer._parameters["weight"]) == kept
-    assert quantization_unsupported_reason(nn.Linear(4, 4), INT8) is None
+    assert engine.backend_for(INT8).unsupported_reason(nn.Linear(4, 4)) is None
 
 
 def test_device_moves_the_whole_layer() -> None:

@@ -185,7 +185,7 @@ def test_conv1d_keeps_its_orientation() -> None:
     assert relative_error(dense(x), x @ (dense.weight + 0) + dense.bias) < 1e-6
 
 
-def test_adapters_on_a_quantized_conv1d_equal_peft_on_what_it_stands_for() -> None:
+def test_adapters_on_a_quantized_conv1d_equal_peft_on_the_dequantized_one() -> None:
     """PEFT takes a quantized ``Conv1D`` for a transposed weight; dequantized, it knows it."""
     model, config = tiny_gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     dense = tiny_gpt2()

@@ -69,13 +69,13 @@ def test_an_entry_that_matches_in_a_metric_only_is_refused_with_the_reason() -> 
     assert engine.adapted_layers(module).keys() == {"exact.probe"}
 
 
-def test_nothing_else_to_adapt_names_what_is_left() -> None:
+def test_the_error_without_targets_names_skipped_modules() -> None:
     module = nn.ModuleDict({"teacher": mlp(8, 8, 4).requires_grad_(False), "head": mlp(8, 4)})
     with pytest.raises(TargetModulesError, match="Nothing is looked for in teacher: "):
         lightning_peft.inject(module, r=2)
 
 
-def test_names_of_excluded_and_saved_modules_may_be_in_what_is_left() -> None:
+def test_exclude_and_save_may_name_skipped_modules() -> None:
     module = Distiller()
     settings = {"exclude_modules": r"teacher\..*", "modules_to_save": ["1"]}
     report = lightning_peft.inject(module, r=2, **settings)
@@ -88,7 +88,7 @@ def test_names_of_excluded_and_saved_modules_may_be_in_what_is_left() -> None:
 
 
 @pytest.mark.parametrize("biases", ["all", "lora_only"])
-def test_biases_of_what_is_left_do_not_train(biases) -> None:
+def test_biases_of_skipped_modules_do_not_train(biases) -> None:
     module = Distiller()
     lightning_peft.inject(module, r=2, bias=biases)
     assert not any(p.requires_grad for p in module.teacher.parameters())
@@ -98,7 +98,7 @@ def test_biases_of_what_is_left_do_not_train(biases) -> None:
     } | ({"head.bias"} if biases == "all" else set())
 
 
-def test_what_is_left_is_not_part_of_the_base_and_is_in_the_state() -> None:
+def test_skipped_modules_are_in_the_state_and_not_in_the_base() -> None:
     module = Distiller()
     lightning_peft.inject(module, r=2)
     record = engine.require_record(module)
@@ -123,7 +123,7 @@ def test_a_second_adapter_goes_where_the_first_one_is() -> None:
     assert all(p.requires_grad for p in module.teacher.parameters())
 
 
-def test_a_description_says_what_was_left() -> None:
+def test_a_description_lists_skipped_modules() -> None:
     module, same, older = Distiller(), Distiller(), Distiller()
     same.load_state_dict(module.state_dict())
     lightning_peft.inject(module, r=2)
@@ -153,7 +153,7 @@ def test_a_description_that_does_not_fit_leaves_no_record() -> None:
     assert engine.record_of(other) is None
 
 
-def test_packed_weights_say_nothing_of_what_was_frozen() -> None:
+def test_packed_weights_do_not_count_as_frozen() -> None:
     layer = nn.Linear(4, 4)
     assert not is_frozen(layer)
     assert is_frozen(layer.requires_grad_(False))
@@ -175,13 +175,13 @@ def test_both_classifiers_of_timm_are_heads() -> None:
     assert list(find_heads(Two())) == ["head", "head_dist"]
 
 
-def test_the_text_names_what_was_left_and_why() -> None:
+def test_the_report_lists_skipped_modules_with_reasons() -> None:
     text = str(lightning_peft.inject(Distiller(), r=2))
     assert "left alone" in text
     assert "teacher (frozen by the module)" in text
 
 
-def test_what_is_left_is_not_checkpointed_and_adapters_are_found_beside_it() -> None:
+def test_skipped_modules_are_not_checkpointed() -> None:
     module = nn.ModuleDict({
         "generator": nn.ModuleList([mlp(8, 8), mlp(8, 8)]),
         "lpips": nn.ModuleList([mlp(8, 8), mlp(8, 8)]),

@@ -66,12 +66,12 @@ def test_a_convolution_of_another_shape_is_refused_by_name() -> None:
     assert type(model[0]) is nn.Conv2d
 
 
-def test_peft_s_wrappers_go_by_what_the_layer_says() -> None:
+def test_peft_wrappers_use_the_declared_sizes() -> None:
     with pytest.raises(UnsupportedError, match=r"first: its weight was replaced by one of shape"):
         lightning_peft.inject(Pruned(), r=2, use_dora=True)
 
 
-def test_transposed_and_grouped_convolutions_say_their_sizes_right() -> None:
+def test_declared_sizes_of_transposed_and_grouped_convolutions() -> None:
     model = nn.Sequential(
         nn.Conv1d(4, 8, 3, groups=2), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 2, (1, 3))
     )

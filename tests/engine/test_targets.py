@@ -44,14 +44,14 @@ def test_the_rule_is_that_of_peft(settings: dict) -> None:
     assert sorted(found) == sorted(wrapped.base_model.targeted_module_names)
 
 
-def test_indices_of_blocks_work_beside_all_linear() -> None:
+def test_layers_to_transform_works_with_all_linear() -> None:
     every = targets_of(tiny_llama())
     found = targets_of(tiny_llama(), layers_to_transform=[1])
     assert found == [name for name in every if ".layers.1." in name]
     assert len(found) == 7
 
 
-def test_exclusions_work_beside_all_linear() -> None:
+def test_exclude_modules_works_with_all_linear() -> None:
     found = targets_of(tiny_llama(), exclude_modules=["down_proj", "q_proj"])
     assert len(found) == 10
     assert not any(name.endswith(("down_proj", "q_proj")) for name in found)
@@ -89,7 +89,7 @@ def test_an_expression_that_matches_nothing() -> None:
         targets_of(tiny_llama(), target_modules=".*query")
 
 
-def test_nothing_left_to_adapt_says_what_there_is() -> None:
+def test_the_error_without_targets_lists_the_layer_types() -> None:
     with pytest.raises(TargetModulesError, match="nothing to adapt in Sequential.*Conv2d"):
         targets_of(nn.Sequential(nn.Conv2d(1, 1, 1)))
     with pytest.raises(TargetModulesError, match="nothing to adapt in Stack"):
@@ -105,7 +105,7 @@ class SameName(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
-def test_a_container_of_the_same_name_is_no_target() -> None:
+def test_a_container_of_the_same_name_is_not_a_target() -> None:
     assert targets_of(SameName(), target_modules=["encoder"]) == ["encoder.1.encoder"]
     model = SameName()
     lightning_peft.inject(model, r=2, target_modules=["encoder"])

@@ -76,7 +76,7 @@ def test_healthy_modules_pass(kind: str) -> None:
     verification.raise_if_failed()
 
 
-def test_trained_adapters_are_not_asked_for_no_effect() -> None:
+def test_trained_adapters_may_have_an_effect() -> None:
     model = stack()
     lightning_peft.inject(model, r=4)
     randomize(model)
@@ -202,7 +202,7 @@ class Idle(nn.Module):
 
 
 @pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
-def test_idle_layers_are_reported_and_no_fault(quantized: dict) -> None:
+def test_idle_layers_are_reported_without_a_failure(quantized: dict) -> None:
     model = Idle()
     lightning_peft.inject(model, r=2, **quantized)
     verification = lightning_peft.verify(model, torch.randn(3, 8))
@@ -212,7 +212,7 @@ def test_idle_layers_are_reported_and_no_fault(quantized: dict) -> None:
     )
 
 
-def test_random_numbers_in_the_step_are_no_effect() -> None:
+def test_random_numbers_in_the_step_do_not_count_as_an_effect() -> None:
     model = stack()
     lightning_peft.inject(model, r=4)
 
@@ -223,7 +223,7 @@ def test_random_numbers_in_the_step_are_no_effect() -> None:
     assert results(lightning_peft.verify(model, torch.randn(3, 96), step))[NO_OP] is True
 
 
-def test_a_loss_that_is_not_finite_says_nothing_about_the_effect() -> None:
+def test_the_effect_is_not_checked_with_a_loss_that_is_not_finite() -> None:
     model = stack()
     lightning_peft.inject(model, r=4)
     x = torch.full((3, 96), float("nan"))

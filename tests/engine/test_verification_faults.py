@@ -91,7 +91,7 @@ def test_bitsandbytes_own_repacking_is_caught() -> None:
     assert detail(verification, THROUGH) == "wrong at: second"
 
 
-def test_a_step_that_does_not_repeat_itself_is_no_fault() -> None:
+def test_a_step_that_does_not_repeat_itself_does_not_fail() -> None:
     model, calls = adapted(stack()), []
 
     def step(module: nn.Module, batch: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_a_stale_copy_of_a_weight_is_caught() -> None:
     assert model.copy is None
 
 
-def test_a_layer_that_only_training_uses_is_told() -> None:
+def test_a_layer_that_only_training_uses_is_reported() -> None:
     """It may be an auxiliary loss, which is right, or a copy from before the adapters."""
     verification = lightning_peft.verify(adapted(Copying(early=True)), torch.randn(3, 8))
     assert results(verification)[ACT] is None
@@ -251,7 +251,7 @@ def test_a_checkpoint_that_loses_a_key_is_caught() -> None:
 
 
 @pytest.mark.parametrize("key", ["second.lora_B.default.weight", "head.bias"])
-def test_keys_of_adapted_parts_are_kept_whatever_a_module_leaves_out(key: str) -> None:
+def test_keys_of_adapted_parts_stay_in_checkpoints(key: str) -> None:
     model = adapted(Forgetful(key), adapt="inner")
     assert lightning_peft.verify(model, torch.rand(3, 96)).passed
 
@@ -431,7 +431,7 @@ class Distilling(nn.Module):
 
 
 @pytest.mark.parametrize("own_step", [False, True])
-def test_a_teacher_that_moves_is_no_fault_and_is_put_back(own_step: bool) -> None:
+def test_a_teacher_that_moves_passes_and_is_restored(own_step: bool) -> None:
     model = adapted(Distilling(), adapt="student")
     before = model.teacher.weight.clone()
     step = (lambda module, batch: module.training_step(batch, 0)) if own_step else None

@@ -10,6 +10,10 @@ from lightning_peft.plan.prediction import plan_memory
 NF4 = engine.quantization_config()
 
 
+def nf4_bytes(parameters):
+    return engine.backend_for(NF4).stored_bytes(parameters, NF4)
+
+
 def plan(llama, method, **settings):
     return plan_memory(str(llama), method=method, seq_len=16, **settings)
 
@@ -27,10 +31,8 @@ def test_an_8b_model_with_qlora_of_rank_64(llama_3_8b):
     assert qlora.trace.trainable == 167_772_160
     linear = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     # To the byte but for the code tables: 16 and 256 numbers and an offset in each layer.
-    assert qlora.breakdown["weights_quantized"] == engine.quantized_bytes(linear, NF4) + 224 * 4 * (
-        16 + 256 + 1
-    )
-    assert 8 * engine.quantized_bytes(linear, NF4) / linear == pytest.approx(4.127, abs=5e-4)
+    assert qlora.breakdown["weights_quantized"] == nf4_bytes(linear) + 224 * 4 * (16 + 256 + 1)
+    assert 8 * nf4_bytes(linear) / linear == pytest.approx(4.127, abs=5e-4)
 
 
 def test_an_8b_model_in_full(llama_3_8b):
@@ -56,13 +58,13 @@ def test_one_layer():
 )
 def test_sixteen_and_four_bits(billions, sixteen, four):
     assert billions * 16 / 8 == sixteen
-    constants = engine.quantized_bytes(billions * 10**9, NF4) / 1e9 - four
+    constants = nf4_bytes(billions * 10**9) / 1e9 - four
     assert constants == pytest.approx(billions * 0.127 / 8, rel=2e-3)
 
 
 def test_double_quantization_saves_3_gigabytes_at_65b():
     single = 65e9 * 4.5 / 8
-    assert (single - engine.quantized_bytes(65 * 10**9, NF4)) / 1e9 == pytest.approx(3.03, abs=0.01)
+    assert (single - nf4_bytes(65 * 10**9)) / 1e9 == pytest.approx(3.03, abs=0.01)
 
 
 def test_one_constant_of_32_bits_for_64_weights_is_half_a_bit():

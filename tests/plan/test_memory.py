@@ -12,6 +12,10 @@ from lightning_peft.plan.memory import static_memory
 NF4 = engine.quantization_config()
 
 
+def nf4_bytes(parameters):
+    return engine.backend_for(NF4).stored_bytes(parameters, NF4)
+
+
 @pytest.fixture
 def model():
     config = llama_config(vocab_size=128, intermediate_size=192)
@@ -23,8 +27,8 @@ def test_four_bit_bytes_are_those_of_the_stored_tensors():
     packed = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
     state = packed.quant_state
     stored = packed.numel() + state.absmax.numel() + 4 * state.state2.absmax.numel()
-    assert engine.quantized_bytes(weight.numel(), NF4) == stored
-    assert 8 * engine.quantized_bytes(4096 * 4096, NF4) / 4096**2 == pytest.approx(4.127, abs=5e-4)
+    assert nf4_bytes(weight.numel()) == stored
+    assert 8 * nf4_bytes(4096 * 4096) / 4096**2 == pytest.approx(4.127, abs=5e-4)
 
 
 def test_predicted_bytes_are_those_of_the_adapted_models(model):

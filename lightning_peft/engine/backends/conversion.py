@@ -35,12 +35,12 @@ def quantize(layer: nn.Module, config: Any, device: torch.device | None = None) 
         device: Where the quantized weight ends up; ``None`` leaves it where it is.
 
     Raises:
-        UnsupportedError: If :func:`quantization_unsupported_reason` has a reason.
+        UnsupportedError: If the backend cannot quantize it correctly.
     """
-    reason = quantization_unsupported_reason(layer, config)
+    backend = backend_for(config)
+    reason = backend.unsupported_reason(layer)
     if reason is not None:
         raise UnsupportedError(f"A layer cannot be quantized: {reason}.")
-    backend = backend_for(config)
     dense = stored_parameter(layer, "weight")
     device = device or dense.device
     # Through the dictionary: it keeps the order of parameters, which is part of every optimizer
@@ -83,11 +83,6 @@ def layer_of_dense_weight(param: Tensor) -> Any:
     """
     layer = _LAYERS.get(param)
     return None if layer is None else layer()
-
-
-def quantization_unsupported_reason(layer: nn.Module, config: Any) -> str | None:
-    """Why ``layer`` cannot be quantized correctly, or ``None`` where it can."""
-    return backend_for(config).unsupported_reason(layer)
 
 
 def release_freed_memory() -> None:

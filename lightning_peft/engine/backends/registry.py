@@ -89,11 +89,6 @@ def parameter_count(param: Tensor) -> int:
     return param.numel() if backend is None else backend.weight_info(param)[0].numel()
 
 
-def quantized_bytes(parameters: int, config: Any) -> int:
-    """Bytes of so many parameters of one layer, quantized by ``config``, with the constants."""
-    return backend_for(config).stored_bytes(parameters, config)
-
-
 def workspace_bytes(operation: Any, args: tuple[Any, ...], nested: bool) -> int:
     """Bytes that an operator of a backend's library takes while it runs; 0 for all others.
 
@@ -104,11 +99,6 @@ def workspace_bytes(operation: Any, args: tuple[Any, ...], nested: bool) -> int:
     """
     found = (backend.workspace_bytes(operation, args, nested) for backend in _BACKENDS)
     return next((size for size in found if size is not None), 0)
-
-
-def planning_problem(config: Any) -> str | None:
-    """Why memory cannot be predicted for ``config``, or ``None`` where it can."""
-    return backend_for(config).planning_problem(config)
 
 
 def is_dequantization(operation: Any) -> bool:
@@ -150,17 +140,8 @@ def checked_config(config: Any) -> Any:
     return config
 
 
-def quantization_label(fields: Mapping[str, Any]) -> str:
-    """A few words on a recorded quantization."""
-    return _recorded(fields).label(fields)
-
-
-def quantization_bits(fields: Mapping[str, Any]) -> int:
-    """Bits of a weight in a recorded quantization."""
-    return _recorded(fields).bits
-
-
-def _recorded(fields: Mapping[str, Any]) -> Backend:
+def recorded_backend(fields: Mapping[str, Any]) -> Backend:
+    """The backend of a recorded quantization."""
     return backend_for(quantization_from_dict(fields))
 
 

@@ -1,6 +1,6 @@
 """``W x + s B A x`` as one step for autograd, for the layers where that is all that happens.
 
-Autograd left to itself keeps the dropped input of every adapter beside the input, and adds up two
+Autograd left to itself keeps the dropped input of every adapter besides the input, and adds up two
 outputs and two input gradients that can be accumulated into one. Here the low-rank products come
 first and go into the result of the large one, in the dtype of the activations over float32
 adapters; a 4-bit weight is dequantized once in each direction; and only the input, what dropout
@@ -251,7 +251,7 @@ def _frozen_matmul(layer: Any, stored: Any, x: Tensor) -> FrozenMatmul | None:
 
 
 def is_transformed() -> bool:
-    """Says whether more is asked of the computation than its values and gradients."""
+    """Whether more is asked of the computation than its values and gradients."""
     return torch.compiler.is_compiling() or is_functional()
 
 

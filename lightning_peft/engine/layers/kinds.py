@@ -34,7 +34,7 @@ _STANDARD_CODE = {
 
 
 def has_standard_forward(layer: nn.Module) -> bool:
-    """Says whether ``layer`` computes what its kind says.
+    """Whether ``layer`` computes what its kind says.
 
     A subclass may pad, scale or standardize in a ``forward`` of its own: what an adapter adds to
     the weight is then another thing than what it adds to the output.
@@ -49,7 +49,7 @@ def has_standard_forward(layer: nn.Module) -> bool:
 
 
 def has_quantizable_class(layer: nn.Module) -> bool:
-    """Says whether the class of ``layer`` computes the product and nothing else.
+    """Whether the class of ``layer`` computes the product and nothing else.
 
     These are the classes of torch and transformers themselves, and subclasses of ``nn.Linear``
     from transformers' own models that keep its forward pass.
@@ -89,18 +89,18 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
 
 
 def pads_with_values(layer: Any) -> bool:
-    """Says whether a convolution sees anything but zeros outside of its input."""
+    """Whether a convolution sees anything but zeros outside of its input."""
     return layer.padding_mode != "zeros" and any(convolution_padding(layer))
 
 
 def is_dilated(layer: Any) -> bool:
-    """Says whether the dilation of a convolution changes what it computes."""
+    """Whether the dilation of a convolution changes what it computes."""
     sizes = zip(layer.kernel_size, layer.dilation, strict=True)
     return any(kernel > 1 and dilation > 1 for kernel, dilation in sizes)
 
 
 def adapter_unsupported_reason(layer: Any, rank: int) -> str | None:
-    """Returns why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
+    """Why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
     kind = type(layer).__name__
     if isinstance(layer, nn.RNNBase):
         return (

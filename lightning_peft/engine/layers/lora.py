@@ -121,7 +121,7 @@ class LoraLayer(LayerMixin):
         return a * self.lora_adapters[name].scaling, b
 
     def weight_is_stored(self) -> bool:
-        """Says whether neither quantization nor an adapter changes what the weight does."""
+        """Whether neither quantization nor an adapter changes what the weight does."""
         return super().weight_is_stored() and not self.effective_adapters()
 
     def effective_weight(self) -> Tensor:
@@ -140,7 +140,7 @@ class LoraLayer(LayerMixin):
         return self.delta_weight(name).detach()
 
     def has_no_effect(self) -> bool:
-        """Says whether every adapter on the layer still adds nothing."""
+        """Whether every adapter on the layer still adds nothing."""
         return all(
             not a.any() or not b.any() for a, b in (self.factors(n) for n in self.lora_adapters)
         )

@@ -76,7 +76,7 @@ class LayerMixin(DynamicMixin):
         super().__delattr__(name)
 
     def weight_is_stored(self) -> bool:
-        """Says whether the stored parameter is the weight that the layer computes with."""
+        """Whether the stored parameter is the weight that the layer computes with."""
         return True
 
     def weight_info(self) -> tuple[torch.Size, torch.dtype]:

@@ -49,6 +49,6 @@ def in_eval_mode(layer: nn.Module) -> Iterator[None]:
 
 
 def rounding_tolerance(layer: nn.Module, dtype: torch.dtype) -> float:
-    """Returns which relative difference of outputs may be rounding."""
+    """Which relative difference of outputs may be rounding."""
     coarse = torch.bfloat16 if isinstance(layer, QuantizedLayer) else dtype
     return float(max(torch.finfo(coarse).eps, torch.finfo(dtype).eps) ** 0.5)

@@ -68,7 +68,7 @@ def weight_sizes(layer: Any) -> Iterator[None]:
 
 
 def shape_unsupported_reason(layer: Any, in_place: bool) -> str | None:
-    """Returns why the shape of a weight is in the way of an adapter, or ``None``."""
+    """Why the shape of a weight is in the way of an adapter, or ``None``."""
     shapes = mismatched_shapes(layer)
     if shapes is None or (in_place and not isinstance(layer, CONVOLUTION_LIKE)):
         return None

@@ -19,7 +19,7 @@ from lightning_peft.engine.layers.mixin import stored_parameter
 def initialization_problems(
     layers: Mapping[str, nn.Module], config: PeftConfig, holders: Mapping[int, list[str]]
 ) -> list[str]:
-    """Returns why ``init_lora_weights`` cannot be carried out on some layers.
+    """Why ``init_lora_weights`` cannot be carried out on some layers.
 
     PEFT finds out in the middle of its work, when weights are rewritten already, or not at all.
 

@@ -37,7 +37,7 @@ NO_EXCLUSIONS = Exclusions()
 
 
 def inside(name: str, owners: Iterable[str]) -> bool:
-    """Says whether the dotted ``name`` is one of ``owners`` or lies in one of them."""
+    """Whether the dotted ``name`` is one of ``owners`` or lies in one of them."""
     return any(owner in ("", name) or name.startswith(f"{owner}.") for owner in owners)
 
 
@@ -69,7 +69,7 @@ def parameter_holders(part: nn.Module) -> dict[int, list[str]]:
 
 
 def is_pretrained(module: nn.Module) -> bool:
-    """Says whether ``module`` is a model of transformers, timm or diffusers."""
+    """Whether ``module`` is a model of transformers, timm or diffusers."""
     return isinstance(module, PreTrainedModel) or _comes_from(module, "timm", "diffusers")
 
 
@@ -93,13 +93,13 @@ def output_embeddings(part: nn.Module) -> nn.Module | None:
 def find_heads(part: nn.Module, exclusions: Exclusions = NO_EXCLUSIONS) -> dict[str, nn.Module]:
     """Returns the output heads of a part, by name: they stay exactly as the user left them.
 
-    For a transformers model these are the submodules beside its base model, except those with the
-    output embeddings; for a timm model its classifiers; for one of diffusers, which is pretrained
-    up to its output, none. In any other module, layers outside of
-    repeated blocks that are called ``head``, ``classifier``, ``fc`` and the like, and else the
-    last linear layer or convolution registered. Blocks repeat in a list or, where an ``fc`` is
-    concerned, in three or more modules of one class. A layer that shares its weight with another
-    one is no head: it is as pretrained as that one.
+    For a transformers model these are the submodules outside of its base model, except those with
+    the output embeddings; for a timm model its classifiers; for one of diffusers, which is
+    pretrained up to its output, none. In any other module, layers outside of repeated blocks that
+    are called ``head``, ``classifier``, ``fc`` and the like, and else the last linear layer or
+    convolution registered. Blocks repeat in a list or, where an ``fc`` is concerned, in three or
+    more modules of one class. A layer that shares its weight with another one is not a head: it is
+    as pretrained as that one.
     """
     if isinstance(part, PreTrainedModel):
         return _transformers_heads(part)
@@ -114,7 +114,7 @@ def find_heads(part: nn.Module, exclusions: Exclusions = NO_EXCLUSIONS) -> dict[
         return {n: child for n, child in modules.items() if any(child is c for c in classifiers)}
     named: dict[str, nn.Module] = {}
     for name, child in modules.items():
-        called = _is_called_head(name) and _has_product(child)
+        called = _is_called_head(name) and has_product(child)
         if (called or child in exclusions.new_heads) and not inside(name, named):
             named[name] = child
     blocks = _in_equal_blocks(named, modules)
@@ -172,7 +172,8 @@ def tied_layers(part: nn.Module) -> list[str]:
     ]
 
 
-def _has_product(module: nn.Module) -> bool:
+def has_product(module: nn.Module) -> bool:
+    """Whether a linear layer or convolution is in ``module``."""
     return any(isinstance(child, PRODUCTS) for child in module.modules())
 
 

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from lightning_peft.engine.adapters import trained_heads
-from lightning_peft.engine.backends.conversion import quantization_unsupported_reason
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import (
@@ -294,7 +293,7 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
 
 
 def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) -> bool:
-    """Says whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
+    """Whether ``weight`` is dense and no layer shares it, so that it can be replaced."""
     return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
 
 
@@ -330,10 +329,8 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
         if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
             problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
     for name in plan.quantize:
-        assert request.quantization is not None
-        reason = quantization_unsupported_reason(
-            plan.part.get_submodule(name), request.quantization
-        )
+        backend = backend_for(request.quantization)
+        reason = backend.unsupported_reason(plan.part.get_submodule(name))
         problems += [f"{name} cannot be quantized: {reason}"] if reason else []
     if problems:
         raise UnsupportedError(

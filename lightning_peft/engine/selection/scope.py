@@ -21,6 +21,7 @@ from lightning_peft.engine.selection.parts import (
     PRODUCTS,
     Exclusions,
     base_modules,
+    has_product,
     inside,
     is_pretrained,
 )
@@ -67,7 +68,7 @@ def find_parts(module: nn.Module, adapt: str | Iterable[str] | None = None) -> d
         adapt: Names of submodules; ``None`` looks for pretrained parts.
 
     Raises:
-        TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
+        TargetModulesError: If a name in ``adapt`` is not a submodule, or lies inside another one.
     """
     return select(module, adapt).parts
 
@@ -88,7 +89,7 @@ def select(
         momentum_copies: Copies, which follow what they copy although they are frozen.
 
     Raises:
-        TargetModulesError: If a name in ``adapt`` is no submodule, or lies inside another one.
+        TargetModulesError: If a name in ``adapt`` is not a submodule, or lies inside another one.
     """
     parts = None if adapt is None else _named_parts(module, adapt)
     left = _metrics_and_losses(module, parts or {})
@@ -154,7 +155,7 @@ def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.
     for name in names:
         if name not in known:
             hint = similar_names(name, known)
-            problems.append(f"adapt={name!r} is no submodule of {type(module).__name__}{hint}")
+            problems.append(f"adapt={name!r} is not a submodule of {type(module).__name__}{hint}")
         problems += [
             f"adapt={name!r} lies inside {other!r}, which is adapted as a whole"
             for other in names
@@ -213,7 +214,7 @@ def _momentum_copies(
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Says whether ``module`` has weights and none of them trains.
+    """Whether ``module`` has weights and none of them trains.
 
     Packed weights, which never do, say nothing.
     """
@@ -290,7 +291,7 @@ def _left_inside(
 
 
 def _is_on_top(name: str, free: Mapping[str, nn.Module]) -> bool:
-    """Says whether a network that trains is a head of what is frozen, by its name."""
+    """Whether a network that trains is a head of what is frozen, by its name."""
     if _has_word(name, _TRAINED):
         return False
     alone = len(free) == 1 and isinstance(free[name], PRODUCTS)
@@ -312,7 +313,7 @@ def _frozen_networks(
     for name, child in _walk(part, {*skip, *copies}):
         if inside(name, found) or any(is_pretrained(_at(part, up)) for up in _above(name)):
             continue
-        if is_frozen(child) and _has_product(child) and not _holds(child, copies):
+        if is_frozen(child) and has_product(child) and not _holds(child, copies):
             found[name] = child
     return found
 
@@ -337,12 +338,8 @@ def _trains(network: nn.Module) -> bool:
     )
 
 
-def _has_product(module: nn.Module) -> bool:
-    return any(isinstance(child, PRODUCTS) for child in module.modules())
-
-
 def _names_explicitly(wanted: str | Iterable[str] | None, root: str, part: nn.Module) -> bool:
-    """Says whether ``target_modules`` means a frozen submodule in particular.
+    """Whether ``target_modules`` means a frozen submodule in particular.
 
     It does if an entry has the name of the submodule, or matches layers nowhere else.
     """

@@ -1,7 +1,7 @@
 """From what the user calls layers to the exact list of layers, or an error that names near misses.
 
 The matching rule is PEFT's. What PEFT lets through is refused here: names that match nothing, and
-matches on containers. What PEFT refuses, ``layers_to_transform`` beside ``"all-linear"``, works.
+matches on containers. What PEFT refuses, ``layers_to_transform`` with ``"all-linear"``, works.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Parts = Mapping[str, nn.Module]
 
 
 def is_all_linear(target_modules: Any) -> bool:
-    """Says whether ``target_modules`` is the word for all linear layers."""
+    """Whether ``target_modules`` is the word for all linear layers."""
     return isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR
 
 

@@ -117,7 +117,7 @@ def adapters_act_in_evaluation(
     loss: Tensor,
     then: dict[str, Usage],
 ) -> Check:
-    """Says whether each adapter that training reaches has an effect in evaluation too.
+    """Whether each adapter that training reaches has an effect in evaluation too.
 
     Args:
         probe: The module, with the same adapter values as in ``then``.

@@ -40,7 +40,7 @@ def owner_of(tensor: str, layers: Mapping[str, Any]) -> str:
 def base_passes_gradients(module: nn.Module) -> Check:
     """Compares each quantized layer's input gradient with the one of its dequantized weight.
 
-    The gradients of adapters below would hide it, since the path beside the layer passes some.
+    The gradients of adapters below would hide it, since the path around the layer passes some.
     """
     name = "gradients pass through every quantized layer after an evaluation pass"
     layers = {n: x for n, x in module.named_modules() if isinstance(x, QuantizedLayer)}
@@ -77,7 +77,7 @@ def gradients_reach_adapters(probe: ModuleProbe, gradients: Gradients) -> Check:
 
     Where none arrives, the layer's own weight is asked for one: if it gets any, the module uses
     the weight without the adapter, and the adapter is dead. If not, the loss does not depend on
-    the layer (it is not called, or fed with zeros), which is no fault of the adapter.
+    the layer (it is not called, or fed with zeros), which is not a fault of the adapter.
     """
     name = "gradients reach every adapter after an evaluation pass"
     if not gradients:

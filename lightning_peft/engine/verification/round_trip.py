@@ -65,7 +65,7 @@ def adapter_files_round_trip(module: nn.Module, loss: Loss) -> Check:
         with tempfile.TemporaryDirectory() as folder:
             for index, adapter in enumerate(names):
                 with warnings.catch_warnings():
-                    # What PEFT makes of the files is no matter: they are read here.
+                    # How PEFT reads the files does not matter: they are read here.
                     warnings.simplefilter("ignore", UserWarning)
                     save_adapter(module, Path(folder, str(index)), adapter_name=adapter)
             change()
