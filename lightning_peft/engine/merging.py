@@ -8,8 +8,11 @@ is usual, throws part of the adapter away. The report says by how much for both 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft.tuners.ln_tuning.layer import LNTuningLayer
@@ -21,7 +24,6 @@ from lightning_peft.engine.adapters import (
     adapter_parameters,
     is_merged,
 )
-from lightning_peft.engine.all_or_nothing import all_or_nothing, without_autocast
 from lightning_peft.engine.backends.conversion import (
     convert_to_dense,
     requantize,
@@ -38,8 +40,26 @@ from lightning_peft.engine.mergeable import (
     outermost,
 )
 from lightning_peft.engine.record import Record, require_record
+from lightning_peft.engine.rollback import floating_tensors, restored_on_error
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import UnsupportedError, itemize
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _without_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Returns ``function`` for calls under autocast too, which would round its products."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
 
 
 @dataclass
@@ -97,7 +117,7 @@ class MergeReport:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-@without_autocast
+@_without_autocast
 def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
     """Folds the active adapters into the base weights; doing it twice does it once.
 
@@ -122,7 +142,7 @@ def merge(module: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport
     check_mergeable(module, layers)
     layers = outermost(layers)
     check_values(layers, _trained_in_full(module, record))
-    with all_or_nothing(layers.values()):
+    with restored_on_error(layers.values(), floating_tensors(layers.values())):
         merged = [_merge_layer(layer, name, dtype) for name, layer in layers.items()]
         _refuse_overflow(layers)
     return MergeReport([layer for layer in merged if layer is not None])
@@ -271,7 +291,7 @@ def relative_norm(difference: Tensor, reference: Tensor) -> float:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-@without_autocast
+@_without_autocast
 def unmerge(module: nn.Module) -> None:
     """Undoes :func:`merge`: quantized layers get their exact weights back, dense ones ``- s B A``.
 
@@ -282,7 +302,7 @@ def unmerge(module: nn.Module) -> None:
         UnsupportedError: If PEFT cannot undo its own merge; nothing is changed then.
     """
     layers = outermost(adapted_layers_of(module, require_record(module)))
-    with all_or_nothing(layers.values()):
+    with restored_on_error(layers.values(), floating_tensors(layers.values())):
         for name, layer in layers.items():
             if not is_merged(layer):
                 continue

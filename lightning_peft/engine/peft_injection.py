@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
 from torch import nn
 
 from lightning_peft.compat.peft import cast_adapters
-from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
 from lightning_peft.engine.model_types import hidden_model_type
+from lightning_peft.engine.rollback import floating_tensors, restored_on_error
 from lightning_peft.engine.selection.planning import InjectionPlan
 from lightning_peft.errors import UnsupportedError
 
@@ -38,10 +37,10 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
         if isinstance(layer, nn.MultiheadAttention) and isinstance(config, LoraConfig)
     }
     again = " Build the module again: its layers are quantized already." if plan.quantize else ""
-    rewritten = all_or_nothing(layers.values()) if changes_base(config) else nullcontext()
+    rewritten = floating_tensors(layers.values()) if changes_base(config) else ()
     unknown = hidden_model_type(plan.part) if isinstance(config, LoraConfig) else nullcontext()
     try:
-        with _put_back_on_error(plan.part, layers), rewritten, unknown:
+        with restored_on_error([plan.part], rewritten), unknown:
             made = tuners[config.peft_type](plan.part, config, adapter_name=adapter_name)
             cast_adapters(made, adapter_name)
     except Exception as error:
@@ -51,28 +50,3 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
         ) from error
     for name, before in attentions.items():
         preserve_parameters(plan.part.get_submodule(name), before)
-
-
-@contextmanager
-def _put_back_on_error(part: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
-    holders = [part.get_submodule(name.rpartition(".")[0]) for name in layers]
-    attentions = [layer for layer in layers.values() if isinstance(layer, nn.MultiheadAttention)]
-    changed = {id(x): x for x in (*holders, *attentions)}.values()
-    children = [(holder, dict(holder._modules)) for holder in changed]
-    parameters = [(x, dict(x._parameters)) for layer in attentions for x in layer.modules()]
-    trained = {param: param.requires_grad for param in part.parameters()}
-    marked = "peft_config" in part.__dict__
-    try:
-        yield
-    except BaseException:
-        for holder, modules in children:
-            holder._modules = modules
-        for holder, params in parameters:
-            for name in params:
-                holder.__dict__.pop(name, None)
-            holder._parameters = params
-        for param, requires_grad in trained.items():
-            param.requires_grad_(requires_grad)
-        if not marked:
-            part.__dict__.pop("peft_config", None)
-        raise

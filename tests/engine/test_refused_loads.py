@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.engine.undoing import undone_on_error
+from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.errors import BaseMismatchError, CheckpointError, LightningPeftError
 
 from .reference import randomize
@@ -183,7 +183,7 @@ def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
     before = snapshot(module)
 
     def change() -> None:
-        with undone_on_error(module, [weight]):
+        with restored_on_error([module], [weight]):
             removed_later = module.first.register_forward_hook(lambda *args: None)
             assert removed_later.id in module.first._forward_hooks
             module.first.weight.data.mul_(2)

@@ -39,10 +39,10 @@ from lightning_peft.engine.files.fitting import (
 from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_config
 from lightning_peft.engine.record import record_of, require_record
+from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
 from lightning_peft.engine.selection.planning import InjectionRequest
 from lightning_peft.engine.selection.scope import find_parts
-from lightning_peft.engine.undoing import undone_on_error
 from lightning_peft.engine.vocabulary import resized_as_recorded, vocabulary_mismatch
 from lightning_peft.errors import (
     CheckpointError,
@@ -101,7 +101,7 @@ def load_adapter(
             refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
-    with undone_on_error(module, _rewritten(module, folders)), _resized(module, folders):
+    with restored_on_error([module], _rewritten(module, folders)), _resized(module, folders):
         for folder in folders:
             _put_on(module, folder, adapter_name, check_base, quantization_config)
         for folder in folders:

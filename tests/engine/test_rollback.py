@@ -28,8 +28,8 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine import merging
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.all_or_nothing import all_or_nothing
 from lightning_peft.engine.backends.registry import is_quantized
+from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import copy_adapter, randomize, relative_error
@@ -185,7 +185,7 @@ def test_what_the_body_does_to_layers_is_undone() -> None:
     weight, values = layer.weight, layer.weight.detach().clone()
 
     def fails() -> None:
-        with all_or_nothing([layer]):
+        with restored_on_error([layer], [layer.weight]):
             layer.weight.data.zero_()
             layer.weight.data = torch.ones(2, 2)
             layer.notes.append("lost")
