@@ -64,7 +64,7 @@ class Uploads:
 
     def __init__(self, settings: Settings, owner: str) -> None:
         if not _OWNER.fullmatch(owner):
-            raise ValueError(f"{owner!r} is no owner")
+            raise ValueError(f"{owner!r} is not an owner")
         self.settings = settings
         self.folder = settings.uploads / owner
 
@@ -160,7 +160,7 @@ def check_content(path: Path, suffix: str) -> None:
 def _decoded(head: bytes, name: str) -> str | None:
     """Returns the text that a file begins with, in the encoding that it is then read with."""
     charsets = import_module("lightning_peft.data.charsets")
-    # A letter may be cut in half at the end of what was read; a line end is no part of one.
+    # A letter may be cut in half at the end of what was read; a line end is not part of one.
     whole = head if len(head) < _SNIFF_BYTES else head[: head.rfind(b"\n") + 1] or head
     try:
         found = charsets.detect(lambda: [whole], name)

@@ -56,7 +56,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
 
 
 class Stack(nn.Module):
-    """Plain linear layers with a head; 96 and 10 are no multiples of bitsandbytes' CPU blocks."""
+    """Plain linear layers with a head; 96 and 10 are not multiples of bitsandbytes' CPU blocks."""
 
     def __init__(self, width: int = 96, classes: int = 10) -> None:
         super().__init__()

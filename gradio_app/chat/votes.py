@@ -56,7 +56,7 @@ def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
         Whom it was for: ``"tuned"``, ``"base"``, ``"tie"`` or ``"both_bad"``.
 
     Raises:
-        UserError: If it is no vote, or there are too many.
+        UserError: If it is not a vote, or there are too many.
     """
     if vote not in VOTES or ballot.run_id != run.id or set(ballot.answers) != set(SIDES):
         raise UserError("playground.refused_vote")

@@ -37,7 +37,7 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def checked(recipe: str, confirmed: object, owner: str) -> dict[str, Any]:
         content = validate_recipe(recipe, studio.settings, owner)
         name = remote_code_model(content)
-        # As on the page: what somebody else wrote is no leave to run code.
+        # As on the page: what somebody else wrote is not permission to run code.
         if name is not None and confirmed != name:
             raise UserError("checks.remote_named", name=shortened(name))
         return content

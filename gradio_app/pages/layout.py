@@ -77,7 +77,7 @@ def timer_options() -> dict[str, Any]:
 
 
 def event_options() -> dict[str, Any]:
-    """Returns the options of an event that a visitor sets off: it is no part of the API."""
+    """Returns the options of an event that a visitor sets off: it is not part of the API."""
     return {"api_visibility": "private"}
 
 

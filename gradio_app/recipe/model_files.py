@@ -195,7 +195,7 @@ def _in_transformers(kind: object) -> bool:
 def _model_types() -> frozenset[str]:
     """Returns the kinds of models that stand in transformers' tables, which is not imported.
 
-    A few words that are no kinds are among them.
+    A few words that are not kinds are among them.
     """
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:

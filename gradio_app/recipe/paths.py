@@ -42,7 +42,7 @@ class AllowedPaths:
         """Returns the place of some rows as the run is told it.
 
         Raises:
-            UserError: If it is no file or folder that this page may read, and no name on the hub.
+            UserError: If it is not a file or folder that this page may read, nor a name on the hub.
         """
         text = _checked_text(value)
         if text.startswith(UPLOAD):
@@ -69,7 +69,7 @@ class AllowedPaths:
         """Returns the place of a model, tokenizer or processor as the run is told it.
 
         Raises:
-            UserError: If it is none that this page may read, and no name on the hub.
+            UserError: If it is none that this page may read, nor a name on the hub.
         """
         text = _checked_text(value)
         found = _bundled_path(text)

@@ -90,7 +90,7 @@ def preview_data(
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
     table = first_rows(local_path(place), content)
     if value_at(content, "data.class_path", "").endswith("SeriesData"):
-        # A table of numbers is no rows of examples; the run checks it before its first step.
+        # A table of numbers is not rows of examples; the run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"

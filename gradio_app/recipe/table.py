@@ -16,7 +16,7 @@ from lightning_peft.errors import LightningPeftError
 MAX_ROWS = 20
 _READ_OPTIONS = ("encoding", "delimiter", "sheet")
 MAX_CHARACTERS = 200
-# Longer lines are no examples.
+# Longer lines are not examples.
 MAX_LINE = 1_000_000
 _DOCUMENT_BYTES = 50_000_000
 

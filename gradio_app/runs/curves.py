@@ -16,7 +16,7 @@ def downsample(points: Points, most: int = MAX_POINTS) -> Points:
     """Returns at most ``most`` of the points: of each stretch the least and the greatest.
 
     A peak of a single step is still there, and so are the first point and the last. Values that
-    are no numbers stay if a stretch has nothing else.
+    are not numbers stay if a stretch has nothing else.
     """
     if len(points) <= most:
         return list(points)

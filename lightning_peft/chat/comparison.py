@@ -43,7 +43,7 @@ def read_prompts(file: str) -> list[Prompt]:
     """Returns the prompts in a file: one a line, or JSONL with ``prompt`` and ``reference``.
 
     Raises:
-        ConfigError: If the file cannot be read, or lines are no prompts; all of them at once.
+        ConfigError: If the file cannot be read, or lines are not prompts; all of them at once.
     """
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()

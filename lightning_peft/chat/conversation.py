@@ -80,5 +80,5 @@ def is_command(line: str) -> bool:
 
 
 def question_of(line: str) -> str:
-    """Returns the question in a line that is no command."""
+    """Returns the question in a line that is not a command."""
     return line[1:] if line.startswith("//") else line

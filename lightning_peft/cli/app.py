@@ -44,7 +44,9 @@ def main(arguments: Sequence[str]) -> int:
         folder = getattr(args, name)
         if folder is not None and not folder.is_dir():
             option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {str(folder)!r} is no folder. Make it, or name another.")
+            raise ConfigError(
+                f"--{option} {str(folder)!r} is not a folder. Make it, or name another."
+            )
     settings = import_module("gradio_app.settings").Settings.on_this_machine(
         args.runs, args.data_root, args.models
     )

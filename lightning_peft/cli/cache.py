@@ -68,7 +68,7 @@ def _selected(cached: list[tuple[str, Entry]], name: str | None, every: bool) ->
     fitting = [item for _, item in cached if item.folder.name.startswith(str(name))]
     if len(fitting) != 1 or not name:
         known = f"The names are: {', '.join(names)}" if names else "There is no entry at all"
-        problem = "is the start of several names" if fitting and name else "is no entry"
+        problem = "is the start of several names" if fitting and name else "is not an entry"
         raise ConfigError(f"{name!r} {problem} in {str(cache_root())!r}. {known}.")
     return fitting
 

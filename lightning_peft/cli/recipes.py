@@ -69,7 +69,7 @@ def find_recipe(name: str) -> Path:
     if name not in known:
         near = import_module("difflib").get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"Near names: {', '.join(near)}" if near else f"Recipes: {', '.join(known)}"
-        raise ConfigError(f"{name!r} is no file, and no recipe. {hint}.")
+        raise ConfigError(f"{name!r} is neither a file nor a recipe. {hint}.")
     return known[name]
 
 

@@ -124,8 +124,8 @@ def _with_resume(words: list[str]) -> list[str]:
     if not path or not folder.recipe.is_file() or checkpoint is None:
         lacking = "checkpoint" if path and folder.recipe.is_file() else "recipe.yaml"
         raise ConfigError(
-            f"--resume {path!r}: that is no folder of a run that can go on: it has no {lacking}. "
-            "Name a folder below `runs`, or start anew with --config."
+            f"--resume {path!r}: that is not a run folder that can be resumed: it has "
+            f"no {lacking}. Name a folder below `runs`, or start a new run with --config."
         )
     own = [f"--config={folder.recipe}", *words[:place], *rest]
     return [*own, f"--run_dir={folder.path}", f"--ckpt_path={checkpoint}"]

@@ -77,7 +77,7 @@ def decode(content: bytes) -> tuple[Samples, int]:
         content: The bytes of the file.
 
     Raises:
-        EncodingProblem: If they are no sound, break off, or hold nothing to hear.
+        EncodingProblem: If they are not sound, break off, or hold nothing to hear.
     """
     if not content:
         raise EncodingProblem("audio", "has an empty file as audio")
@@ -88,7 +88,7 @@ def decode(content: bytes) -> tuple[Samples, int]:
     if not len(sound):
         raise EncodingProblem("audio", "has audio of 0 seconds")
     if not np.isfinite(sound).all():
-        raise EncodingProblem("audio", "has audio with values that are no numbers")
+        raise EncodingProblem("audio", "has audio with values that are not numbers")
     if (sound == sound[0]).all():
         raise EncodingProblem("audio", "has audio in which all samples are the same: silence")
     return sound, rate

@@ -26,7 +26,7 @@ CONVERSIONS = {
 
 
 class ImageProblem(Exception):
-    """Content that is no image, or one whose colours nothing says."""
+    """Content that is not an image, or one whose colours nothing says."""
 
 
 def require_pillow() -> None:
@@ -54,7 +54,7 @@ def decode_image(content: bytes) -> Image:
         # open() reads the header alone, and verify() passes a JPEG that ends too soon.
         image.load()
     except import_module("PIL").UnidentifiedImageError:
-        raise ImageProblem("is no image of a kind that Pillow reads") from None
+        raise ImageProblem("is not an image of a kind that Pillow reads") from None
     # Decoders of broken files raise almost anything.
     except Exception as error:
         raise ImageProblem(f"cannot be read as an image: {error}") from error

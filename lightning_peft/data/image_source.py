@@ -103,8 +103,8 @@ class ImageSource(Source):
         if deep and others:
             raise ConfigError(
                 f"The folder {Path(self.data).name!r} holds folders of classes in "
-                f"{', '.join(deep)}, and beside them {', '.join(others)}, which is no split. Move "
-                "it into one of them, or name the folders apart with data= and validation_data=."
+                f"{', '.join(deep)}, and next to them {', '.join(others)}, which is not a split. "
+                "Move it into one of them, or name the folders with data= and validation_data=."
             )
         return bool(tops) and not others
 

@@ -173,9 +173,9 @@ class ImageData(RowDataModule):
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"processor={requested!r} is no folder with an image processor, no name that "
-                    f"the hub gives one for, and no settings of one ({reason}). Check the name, "
-                    "the settings, and the network (HF_HUB_OFFLINE must not be set)."
+                    f"processor={requested!r} is not a folder with an image processor, no name "
+                    f"that the hub gives one for, and no settings of one ({reason}). Check the "
+                    "name, the settings, and the network (HF_HUB_OFFLINE must not be set)."
                 ) from error
         return self._processor
 

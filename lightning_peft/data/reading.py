@@ -184,7 +184,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 def _files_in(folder: Path) -> list[Path]:
     inside = visible_files(folder)
-    # A folder of data often holds a page about it, which is no data.
+    # A folder of data often holds a page about it, which is not data.
     pages = [p for p in inside if p.suffix.lower() == ".md" or p.name in _PAGES]
     data = [path for path in inside if is_data_file(path) and path not in pages]
     if not data:

@@ -98,7 +98,7 @@ def _message_content(turns: Sequence[Message]) -> list[Message]:
 
 def _digest(content: Any) -> bytes:
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    # surrogatepass: JSON may hold halves of characters, which are no valid UTF-8.
+    # surrogatepass: JSON may hold halves of characters, which are not valid UTF-8.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 
 

@@ -127,7 +127,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         ]
         shares = {"validation_share": validation_share, "test_share": test_share}
         if min(shares.values()) < 0 or sum(shares.values()) >= 1:
-            problems.append(f"{shares} are no shares that leave something to train on")
+            problems.append(f"{shares} are not shares that leave something to train on")
         if season > context:
             problems.append(f"season={season} is more than the context={context} that is seen")
         if problems:
@@ -254,7 +254,9 @@ def _columns(rows: Sequence[Row], requested: list[str] | None, time: str | None)
     first = rows[0].value or {}
     names = [*(requested or []), *([] if time is None else [time])]
     unknown = [
-        f"{name!r} is no column{similar_names(name, first)}" for name in names if name not in first
+        f"{name!r} is not a column{similar_names(name, first)}"
+        for name in names
+        if name not in first
     ]
     found = requested or [
         n for n, value in first.items() if n != time and _number(value) is not None
@@ -298,7 +300,7 @@ def _time_problems(rows: Sequence[Row], column: str) -> list[Problem]:
     values = [(row.value or {}).get(column) for row in rows]
     moments = np.array([_moment(value) for value in values])
     problems = [
-        Problem("time", row.file, row.number, f"has {value!r} as {column}, which is no time")
+        Problem("time", row.file, row.number, f"has {value!r} as {column}, which is not a time")
         for row, value, moment in zip(rows, values, moments, strict=True)
         if math.isnan(moment)
     ]

@@ -310,7 +310,7 @@ def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str], accepts: Seque
         if all(row.get(mapping.get(name, name)) is not None for name in shape.required)
     ]
     first = set(fitting[0].required) if fitting else set()
-    # UltraFeedback has messages and two answers. A text with a label, though, is no plain text.
+    # UltraFeedback has messages and two answers. A text with a label, though, is not a plain text.
     wanted = [one for one in fitting if one.name in accepts and not set(one.required) < first]
     return next((one.name for one in (*wanted, *fitting)), "")
 
@@ -321,7 +321,7 @@ def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]
         if ours not in FIELDS:
             near = get_close_matches(ours, FIELDS, n=1)
             hint = f"; nearest: {near[0]!r}" if near else f"; fields: {', '.join(FIELDS)}"
-            problems.append(f"{ours!r} is no field{hint}")
+            problems.append(f"{ours!r} is not a field{hint}")
         if theirs not in counts:
             near = get_close_matches(theirs, counts, n=1)
             hint = f"; nearest: {near[0]!r}" if near else ""

@@ -129,7 +129,7 @@ class SpeechData(RowDataModule):
             )
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"processor={name!r} is no folder with a feature extractor, and the hub did not "
+                f"processor={name!r} is not a folder with a feature extractor, and the hub did not "
                 f"give it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
                 "network (HF_HUB_OFFLINE must not be set), or give feature_extractor=."
             ) from error

@@ -153,8 +153,8 @@ def resolve_columns(scan: TableScan, name: str, empty: str | None = "") -> Colum
             f"rows with fewer fields than columns (first {numbers}): those missing are empty"
         )
     notes += [
-        f"column {names[place]!r} has the text {word!r} (first in row {row}): if that is no value, "
-        "leave it empty"
+        f"column {names[place]!r} has the text {word!r} (first in row {row}): if that is not a "
+        "value, leave it empty"
         for place, (word, row) in sorted(scan.absent.items())
         if place in names
     ]

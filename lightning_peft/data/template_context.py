@@ -59,5 +59,5 @@ def _variables(value: Any) -> dict[str, Any]:
 
 
 def reserved(variables: Mapping[str, Any]) -> list[str]:
-    """Returns the names that are no variables of a template, but arguments of encoding."""
+    """Returns the names that are not variables of a template, but arguments of encoding."""
     return [name for name in variables if name in RESERVED]

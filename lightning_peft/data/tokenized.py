@@ -36,7 +36,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"tokenizer={name!r} is no folder with a tokenizer, and the hub did not give "
+            f"tokenizer={name!r} is not a folder with a tokenizer, and the hub did not give "
             f"it{at} ({str(error).strip().partition(chr(10))[0]}). Check the name"
             f"{', the revision' if revision else ''} and the network (HF_HUB_OFFLINE must not be "
             "set)."

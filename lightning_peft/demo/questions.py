@@ -107,7 +107,7 @@ def is_good_sentence(sentence: str) -> bool:
 
 
 def summary(entry: Entry) -> str | None:
-    """Returns the first sentence or two of a docstring as an answer, or None if it is no good.
+    """Returns the first sentence or two of a docstring as an answer, or None if it is unsuitable.
 
     A second sentence is added where the first is short and both together stay within
     ``MAX_ANSWER_WORDS``.

@@ -126,9 +126,9 @@ def check_source(source: str) -> None:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"--model {source!r} is no folder with a transformers model, and the hub did not give "
-            f"it ({reason}). Check the name and the network (HF_HUB_OFFLINE must not be set), or "
-            "leave --model out for the base that comes with the package."
+            f"--model {source!r} is not a folder with a transformers model, and the hub did not "
+            f"give it ({reason}). Check the name and the network (HF_HUB_OFFLINE must not be set), "
+            "or leave --model out for the base that comes with the package."
         ) from error
 
 

@@ -61,7 +61,7 @@ def check_python() -> CheckResult:
     version = platform.python_version()
     allowed = distribution(OURS).metadata["Requires-Python"] or ""
     detail = f"{platform.python_implementation()} {version} on {platform.platform()}"
-    # A build of its own may call itself 3.12.1+, which is no version of a package.
+    # A build of its own may call itself 3.12.1+, which is not a version of a package.
     if SpecifierSet(allowed).contains(version.rstrip("+"), prereleases=True):
         return CheckResult("python", "ok", detail)
     remedy = f"Make an environment with a Python {allowed}."

@@ -271,7 +271,7 @@ def _merge_copy(layer: Any) -> None:
     (name,) = [name for name in layer.active_adapters if name in layer.ln_tuning_layers]
     base = layer.base_layer
     layer.base_layer = copy.deepcopy(layer.ln_tuning_layers[name]).requires_grad_(False)
-    # Not as a submodule: it is no part of the model now.
+    # Not as a submodule: it is not part of the model now.
     layer.base_layer.__dict__["before_merge"] = _UnmergeState(None, replaced=(base,))
     base.__dict__.pop("before_merge")
     layer.merged_adapters.append(name)

@@ -2,7 +2,7 @@
 
 Such a copy is made by ``copy.deepcopy`` and updated by a loop over the ``parameters()`` of both.
 Its adapters must start as the other side's and follow them; the frozen base is the same on both
-sides and must not be averaged: packed 4-bit codes are no numbers.
+sides and must not be averaged: packed 4-bit codes are not numbers.
 """
 
 from __future__ import annotations

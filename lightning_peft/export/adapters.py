@@ -121,8 +121,8 @@ def _folder_of(path: Path) -> Path:
         return _adapter_of_checkpoint(path)
     if not path.is_dir():
         raise ConfigError(
-            f"{str(path)!r} is no folder and no checkpoint here. Give an adapter folder (with "
-            f"{CONFIG}), a .ckpt file, or the folder of a run."
+            f"{str(path)!r} is neither a folder nor a checkpoint here. Give an adapter folder "
+            f"(with {CONFIG}), a .ckpt file, or the folder of a run."
         )
     if (path / CONFIG).is_file():
         return path

@@ -106,7 +106,7 @@ def find_base(name: str, revision: str | None = None) -> Base:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{name!r} is no transformers model that can be read: {reason}"
+            f"{name!r} is not a transformers model that can be read: {reason}"
         ) from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
@@ -125,8 +125,9 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"The base {name!r} is no folder here, and the hub did not give it ({reason}). Check "
-            "the name and the network (HF_HUB_OFFLINE must not be set), or give a folder by --base."
+            f"The base {name!r} is not a folder here, and the hub did not give it ({reason}). "
+            "Check the name and the network (HF_HUB_OFFLINE must not be set), or give a folder "
+            "by --base."
         ) from error
     return Path(folder)
 
@@ -144,7 +145,7 @@ def _files(folder: Path) -> list[str]:
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
         except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{str(index)!r} is no index of shards: {error!r}") from error
+            raise CheckpointError(f"{str(index)!r} is not an index of shards: {error!r}") from error
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(
@@ -170,7 +171,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             }
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{str(file)!r} is no complete safetensors file ({error}). It was cut short, or is "
+            f"{str(file)!r} is not a complete safetensors file ({error}). It was cut short, or is "
             "another format; fetch it again."
         ) from error
 

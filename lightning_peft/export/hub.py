@@ -13,7 +13,7 @@ from lightning_peft.errors import ConfigError, HubError
 
 
 def check_repo(repo: str) -> None:
-    """Refuses what is no name of a repository.
+    """Refuses what is not a repository name.
 
     Raises:
         ConfigError: If it is none.
@@ -21,7 +21,7 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ConfigError(f"--push-to {repo!r} is no name of a repository: {error}") from error
+        raise ConfigError(f"--push-to {repo!r} is not a repository name: {error}") from error
     if repo.count("/") != 1:
         raise ConfigError(f"--push-to {repo!r}: write NAMESPACE/NAME, as in my-name/my-adapter.")
 

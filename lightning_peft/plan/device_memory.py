@@ -63,7 +63,7 @@ def device_memory(text: str) -> DeviceMemory:
         if name.replace("-", "") in (plain, f"rtx{plain}"):
             return DeviceMemory(name, _GIGABYTES[name] * 10**9, "cuda")
     raise ConfigError(
-        f"--gpu {text!r} is no amount such as 24GB, no GPU of the planner's list"
+        f"--gpu {text!r} is neither an amount such as 24GB nor a GPU of the planner's list"
         f"{similar_names(plain, _GIGABYTES)}, and not 'this'. Known: {', '.join(_GIGABYTES)}. Give "
         "the amount for others."
     )

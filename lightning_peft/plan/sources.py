@@ -78,7 +78,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
         dtype: Dtype of the weights; ``"auto"`` takes that of the config, or float32.
 
     Raises:
-        ConfigError: If ``dtype`` is no dtype.
+        ConfigError: If ``dtype`` is not a dtype.
         UnsupportedError: If there is no class for it.
     """
     weights = _dtype(dtype, config)
@@ -162,7 +162,7 @@ def from_module(module: nn.Module, batch: Any) -> ModelSource:
         rows, maker = None, batch_maker(type(module), config)
     else:
         raise ConfigError(
-            f"{type(module).__name__} is no transformers model, so it is not known what its "
+            f"{type(module).__name__} is not a transformers model, so it is not known what its "
             "batches look like. Pass one as `batch`."
         )
     return ModelSource(

@@ -79,7 +79,7 @@ def read_checkpoint(
         weights_only: Only ``False`` trusts the file. Lightning's ``None`` trusts remote files.
 
     Raises:
-        CheckpointError: If the file could run code, was cut short, or is no checkpoint.
+        CheckpointError: If the file could run code, was cut short, or is not a checkpoint.
         FileNotFoundError: If there is no such file.
     """
     trusted = weights_only is False
@@ -95,13 +95,14 @@ def read_checkpoint(
         ) from error
     except Exception as error:
         raise CheckpointError(
-            f"{str(path)!r} is no complete checkpoint ({type(error).__name__}: {_reason(error)}). "
-            "It was cut short, or is another kind of file. Use an earlier checkpoint of the run."
+            f"{str(path)!r} is not a complete checkpoint "
+            f"({type(error).__name__}: {_reason(error)}). It was cut short, or is "
+            "another kind of file. Use an earlier checkpoint of the run."
         ) from error
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
         raise CheckpointError(
-            f"{str(path)!r} is no checkpoint of a Trainer: it has no `state_dict`. Adapter folders "
-            "are loaded by lightning_peft.load_adapter."
+            f"{str(path)!r} is not a checkpoint of a Trainer: it has no `state_dict`. Adapter "
+            "folders are loaded by lightning_peft.load_adapter."
         )
     return loaded
 

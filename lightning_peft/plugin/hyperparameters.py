@@ -24,7 +24,7 @@ def strip_objects(
         The checkpoint, and the names of what was left out.
     """
     saved = checkpoint.get(key)
-    # OmegaConf's containers are no dicts; the CheckpointIO warns of them.
+    # OmegaConf's containers are not dicts; the CheckpointIO warns of them.
     if not isinstance(saved, dict):
         return checkpoint, []
     left_out = [str(name) for name, value in saved.items() if not _is_plain(value)]

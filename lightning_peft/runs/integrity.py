@@ -35,7 +35,7 @@ def adapters_in(path: Path) -> list[Path]:
     folders = sorted(file.parent for file in path.rglob("adapter_config.json"))
     if not folders:
         raise ConfigError(
-            f"{str(path)!r} is no adapter folder and no run with one: there is no "
+            f"{str(path)!r} is neither an adapter folder nor a run with one: there is no "
             "adapter_config.json in it. Name a folder below `runs`, or an adapter folder."
         )
     return folders

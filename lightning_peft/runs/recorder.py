@@ -80,7 +80,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
 
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Keeps the metrics of the base, if all of the validation rows were looked at."""
-        # Fewer rows are a try of the code and no measurement; of a resumed run it is no base.
+        # Fewer rows are a try of the code and no measurement; of a resumed run it is not a base.
         if trainer.num_sanity_val_steps == math.inf and not trainer.global_step:
             self.before = numbers(trainer.callback_metrics)
             self._log_metrics(trainer, self.before)

@@ -17,7 +17,7 @@ def answer_log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Te
 
     Args:
         logits: ``(rows, length, vocabulary)``, in any precision.
-        labels: ``(rows, length)``; the token itself, or -100 where it is no part of the answer.
+        labels: ``(rows, length)``; the token itself, or -100 where it is not part of the answer.
 
     Returns:
         Sums over the tokens of each row's answer, in nats, ``(rows,)``, and their counts,

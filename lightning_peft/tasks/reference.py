@@ -59,7 +59,7 @@ def check_reference(task: Any) -> None:
     others = [name for name, p in named if p.requires_grad and id(p) not in known]
     if others:
         problems.append(
-            f"{len(others)} tensors train that are no adapters, such as {others[0]!r}: they would "
+            f"{len(others)} tensors train that are not adapters, such as {others[0]!r}: they would "
             "change the reference as well. Freeze them, adapt the whole model, or name them in "
             "modules_to_save"
         )

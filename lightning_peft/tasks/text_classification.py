@@ -23,7 +23,7 @@ class TextClassifier(ClassificationTask):
     + FN), without labels that are neither in the rows nor among the answers), and the same as
     ``test_...``. The head on top of the base is new, and is trained in full beside the adapters.
 
-    A decoder reads its answer at the last token that is no padding, so its configuration has to
+    A decoder reads its answer at the last token that is not padding, so its configuration has to
     know the padding. It is taken from the data; a base that says otherwise is refused.
 
     Args:

@@ -110,7 +110,7 @@ class Forecaster(_Base, metaclass=LateBoundMeta):
 
     def _load(self, checkpoint: str) -> None:
         if not Path(checkpoint).is_file():
-            raise ConfigError(f"checkpoint={checkpoint!r} is no file. Check the path.")
+            raise ConfigError(f"checkpoint={checkpoint!r} is not a file. Check the path.")
         if checkpoint.endswith(".safetensors"):
             weights = load_file(checkpoint)
         else:

@@ -305,7 +305,7 @@ def _probe(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str 
     )
     # From the same logits, so that even a small term of its own shows.
     if not (loss - output.loss).abs() <= 1e-6 * loss.abs():
-        return f"its loss is no mean over tokens ({output.loss:.6f}, which would be {loss:.6f})"
+        return f"its loss is not a mean over tokens ({output.loss:.6f}, which would be {loss:.6f})"
     return None
 
 

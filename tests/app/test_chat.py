@@ -374,7 +374,7 @@ def test_rows_whose_turns_are_known_are_asked_as_they_are(store):
     assert extract_question(first, None) == "c"
     assert labels([first, second]) == ["c", "a"]
     assert system_prompt(run) == SystemPrompt("S", 4, 9)
-    # What is no conversation is passed over, and the samples are there.
+    # What is not a conversation is passed over, and the samples are there.
     for strange in ({"held_out": [3, [], [{}], turns[:2]], "system": 7}, {"system": {"text": 1}}):
         write_json(run.folder.prompts, strange)
         assert [one.prompt for one in held_out_prompts(run)] == ["as text"]

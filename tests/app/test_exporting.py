@@ -297,7 +297,7 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_role("button", name="To the Hugging Face Hub").click()
     page.get_by_label("Repository").fill("../mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
-    page.get_by_text("is no name on the hub").wait_for()
+    page.get_by_text("is not a name on the hub").wait_for()
     page.get_by_label("Repository").fill("me/mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
     # Seen at once: a small adapter is exported in a moment.

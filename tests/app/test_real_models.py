@@ -128,7 +128,7 @@ def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
         area.fill(text.replace("model: package:demo/base", f"model: {place}"))
         page.get_by_role("button", name="Check and use it").click()
         blocked = page.locator("#overview [role=alert]")
-        blocked.get_by_text("is no model that this page can read").wait_for()
+        blocked.get_by_text("is not a model that this page can read").wait_for()
         assert page.get_by_role("button", name="Start training").is_disabled()
     assert "/run" not in page.url
 

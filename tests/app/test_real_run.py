@@ -104,7 +104,7 @@ def test_a_page_opened_before_the_first_step_draws_the_loss(opened, trained):
     page.wait_for_function(
         f"document.querySelector('#loss-plot path.line').getAttribute('d') === '{linear}'"
     )
-    # Twelve points are no trend.
+    # Twelve points are not a trend.
     assert not re.search("falling|rising", page.locator("#run-numbers").inner_text())
     # The button in the head turns the whole page dark, plot and log with it.
     tick = plot.locator(".y-tick").first

@@ -452,7 +452,7 @@ def test_another_task_keeps_the_model_and_data_that_it_takes():
     assert value_at(reward, "data.init_args.tokenizer") == "Qwen/Qwen2.5-0.5B-Instruct"
     assert value_at(reward, "data.init_args.data") == "upload:pairs.jsonl"
     assert value_at(reward, "data.init_args.delimiter") == ";"
-    # Conversations are no pairs, and what writes text does not mark words.
+    # Conversations are not pairs, and what writes text does not mark words.
     sft = with_task(mine, "sft")
     assert value_at(sft, "model.init_args.model") == "Qwen/Qwen2.5-0.5B-Instruct"
     assert data_of(sft) == ""

@@ -194,9 +194,9 @@ def test_failures_are_told_apart(tmp_path, kind):
 def test_a_start_that_failed_is_told_by_what_it_printed(tmp_path):
     store = RunStore(settings(tmp_path))
     run = store.update_metadata(store.create("local", recipe(), "a"), launched=1.0)
-    (run.folder.path / "start.log").write_text("noise\nlightning-peft: 'x' is no recipe.\n")
+    (run.folder.path / "start.log").write_text("noise\nlightning-peft: 'x' is not a recipe.\n")
     failure = find_failure(run)
-    assert (failure.kind, failure.message) == ("explained", "'x' is no recipe.")
+    assert (failure.kind, failure.message) == ("explained", "'x' is not a recipe.")
 
 
 def test_a_process_that_was_killed(tmp_path):

@@ -164,7 +164,7 @@ def test_only_own_files_are_given_out(name, uploads, settings, tmp_path):
     assert other.list() == []
     with pytest.raises(UserError, match=r"checks\.no_upload"):
         other.get(mine.name)
-    with pytest.raises(ValueError, match="no owner"):
+    with pytest.raises(ValueError, match="not an owner"):
         Uploads(settings, "../local")
     uploads.delete(mine.name)
     assert uploads.list() == []

@@ -200,5 +200,5 @@ def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path: Path) -> None:
     done = command("chat", str(tmp_path / "none"), "--serve", given="")
     assert done.returncode == 2
     *_, last = map(json.loads, done.stdout.splitlines())
-    assert "is no folder and no checkpoint here" in last["error"]
+    assert "is neither a folder nor a checkpoint here" in last["error"]
     assert last["error"] in done.stderr

@@ -87,10 +87,10 @@ def test_clearing_takes_what_is_named(root, capsys):
     [
         ([], "Name one entry"),
         (["aa11", "--all"], "Name one entry"),
-        (["zz"], "is no entry"),
+        (["zz"], "is not an entry"),
         (["a"], "several names"),
-        ([""], "is no entry"),
-        (["../data/cc33"], "is no entry"),
+        ([""], "is not an entry"),
+        (["../data/cc33"], "is not an entry"),
     ],
 )
 def test_what_cannot_be_meant_clears_nothing(root, capsys, words, message):

@@ -43,7 +43,7 @@ def test_bad_input(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([run, "--temperature", "-1", "--top-p", "2"], "--temperature -1.0: 0 or more; --top-p"),
         ([run, "--prompt", "x"], "has no chat template"),
         ([run, "--prompt", "x", "--chat-template", "chatlm"], "chat_template='chatlm'"),
-        (["nowhere"], "is no folder and no checkpoint"),
+        (["nowhere"], "is neither a folder nor a checkpoint"),
         ([run, "--base", "no/such-model"], "the hub did not give it"),
     ]:
         assert main(["chat", *words]) == 2

@@ -76,7 +76,7 @@ def test_a_folder_that_travels_names_no_place_of_its_data(
         notes += exported(trained, tmp_path / name, "adapter", *words)["notes"]
         facts = json.loads((tmp_path / name / "provenance.json").read_text())
         assert facts["data"] == {"data": "rows.jsonl", "tokenizer": BASE.name, "rows": 2}
-    # A mark is no name that the hub has, and the card does not say it were one.
+    # A mark is not a name that the hub has, and the card does not say it were one.
     assert "(package:demo/base): give the name" in notes[1]
     card = (tmp_path / "mark" / "README.md").read_text()
     assert "base_model:" not in card
@@ -313,7 +313,7 @@ def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = str(tmp_path / "out")
     for words, message in [
         ([out, "--dry-run"], "--dry-run is for --push-to"),
-        ([out, "--push-to", "a/b/c"], "is no name of a repository"),
+        ([out, "--push-to", "a/b/c"], "is not a repository name"),
         ([out, "--push-to", "alone"], "write NAMESPACE/NAME"),
         ([out, "--chat-template", "chatlm"], "chat_template='chatlm'"),
         ([str(BASE)], "is there already"),

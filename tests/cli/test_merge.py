@@ -58,7 +58,7 @@ def test_the_figures_are_printed(
 def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, adapter = str(tmp_path / "out"), str(adapter_in(lora_run))
     for words, code, message in [
-        (["nowhere", out], 2, "'nowhere' is no folder and no checkpoint here"),
+        (["nowhere", out], 2, "'nowhere' is neither a folder nor a checkpoint here"),
         ([str(tmp_path), out], 2, "neither an adapter folder nor the folder of a run"),
         ([str(BASE / "missing.ckpt"), out], 2, "There is no adapter folder"),
         ([adapter, out, "--base", "no/such-model"], 2, "the hub did not give it"),

@@ -144,7 +144,7 @@ def test_a_tokenizers_own_template_is_used_and_one_without_masks_is_named(here, 
     ("arguments", "message"),
     [
         (["--data", "row.jsonl"], "Nearest names there: rows.jsonl"),
-        (["--tokenizer", "nobody/nothing"], "tokenizer='nobody/nothing' is no folder"),
+        (["--tokenizer", "nobody/nothing"], "tokenizer='nobody/nothing' is not a folder"),
         ([], "has no chat template"),
         (["--chat-template", "plain", "--columns", '{"prompt": "x"}'], "no row has a column 'x'"),
         (["--chat-template", "plain", "--shape", "alpcaa"], "alpcaa"),

@@ -56,7 +56,7 @@ WRONG = {
     "--trainr.max_steps=1": "near names: trainer.max_steps",
     "--data.init_args.data=nowhere.jsonl": "no file or folder 'nowhere.jsonl'",
     "--config=sft-qlorra": "Near names: sft-qlora",
-    "--resume=nowhere": "'nowhere': that is no folder of a run that can go on",
+    "--resume=nowhere": "'nowhere': that is not a run folder that can be resumed",
     "--trainer.limit_val_batches=0": "needs validation rows, and there are none",
 }
 

@@ -60,7 +60,7 @@ def test_words_for_no_value_are_named(word):
     rows, read_as = values("rows.csv", f"prompt,completion\na,b\nc,{word}\n".encode())
 
     assert rows[1] == {"prompt": "c", "completion": word}
-    note = f"column 'completion' has the text {word!r} (first in row 2): if that is no value"
+    note = f"column 'completion' has the text {word!r} (first in row 2): if that is not a value"
     assert note in read_as.describe()
 
 

@@ -108,7 +108,7 @@ def test_all_problems_are_told_at_once_with_their_rows(make, folder):
         "9 of 10 rows cannot be used",
         "row 2 names ",
         "9.png', which cannot be read: No such file",
-        "row 3 is no image of a kind that Pillow reads",
+        "row 3 is not an image of a kind that Pillow reads",
         "row 4 cannot be read as an image: ",
         "row 5 has pixels of mode 'F'",
         "row 6 is the same as row 1",
@@ -172,7 +172,7 @@ def test_pictures_of_trains_are_no_split(make, folder):
     assert make(path, validation_share=0).labels == ["bus", "train"]
     files = {f"train/{name}": image for name, image in classes().items()}
     mixed = folder({**files, "holdout/cat/1.png": picture(70)}, "mixed")
-    with pytest.raises(ConfigError, match="classes in train, and beside them holdout"):
+    with pytest.raises(ConfigError, match="classes in train, and next to them holdout"):
         make(mixed).read()
 
 
@@ -275,7 +275,7 @@ def test_arguments_that_cannot_be(options, message, make):
 
 
 def test_what_is_no_processor_or_no_folder_of_images_is_told(make, folder, tmp_path):
-    with pytest.raises(ConfigError, match="processor='nowhere/at-all' is no folder"):
+    with pytest.raises(ConfigError, match="processor='nowhere/at-all' is not a folder"):
         _ = make(DIGITS, processor="nowhere/at-all").image_processor
     with pytest.raises(ConfigError, match="processor=.*NoSuchProcessor"):
         _ = make(DIGITS, processor={"image_processor_type": "NoSuchProcessor"}).image_processor

@@ -82,7 +82,7 @@ def test_all_rows_that_break_the_series_are_told(write):
         "row 4 has '' as x",
         "row 6 has 'inf' as y",
         "row 9 has t '2024-01-01T00:07' after '2024-01-01T00:07', not one step later",
-        "row 12 has 'soon' as t, which is no time",
+        "row 12 has 'soon' as t, which is not a time",
         "row 20 has t '2024-01-01T00:29' after '2024-01-01T00:18'",
         "row 21 has t '2024-01-01T00:20' after '2024-01-01T00:29'",
     ):
@@ -106,11 +106,11 @@ def test_months_are_steps_although_they_differ_in_length(form, write):
     [
         ({"context": 40}, "too few for context=40"),
         ({"test_share": 0.02}, "test has 1 steps"),
-        ({"columns": ["z"]}, "'z' is no column"),
+        ({"columns": ["z"]}, "'z' is not a column"),
         ({"columns": ["flat"]}, "flat in .*nothing to learn"),
         ({"season": 5}, "season=5 is more than the context=4"),
         ({"horizon": 0}, "horizon=0 is less than 1"),
-        ({"validation_share": 0.9, "test_share": 0.1}, "no shares that leave something"),
+        ({"validation_share": 0.9, "test_share": 0.1}, "not shares that leave something"),
     ],
 )
 def test_what_cannot_be_forecast_is_refused(options, message, write):

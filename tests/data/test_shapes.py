@@ -98,7 +98,7 @@ def test_two_texts_and_their_label():
     sample = layout.parse(row)
     assert sample == Sample(text="x", text_pair="y", label="a")
     assert sample.digest() != Sample(text="x", label="a").digest()
-    # Where there is a second text, a row without it is no row with one text.
+    # Where there is a second text, a row without it is not a row with one text.
     assert layout.parse({"text": "x", "label": "a"}) == [("missing", "has no text_pair")]
 
 
@@ -169,7 +169,12 @@ def test_most_rows_decide_and_columns_can_be_mapped():
         ([{"a": "x"}], None, "auto", "none of the shapes that are known. Its columns: a"),
         ([{"prompt": "x"}], None, "prompt_completion", "no completion for shape="),
         ([{"prompt": "x"}], None, "alpacca", "none of auto, messages"),
-        ([{"prompt": "x"}], {"promt": "prompt"}, "auto", "'promt' is no field; nearest: 'prompt'"),
+        (
+            [{"prompt": "x"}],
+            {"promt": "prompt"},
+            "auto",
+            "'promt' is not a field; nearest: 'prompt'",
+        ),
         ([{"query": "x"}], {"prompt": "qeury"}, "auto", "no row has a column 'qeury'; nearest"),
     ],
 )

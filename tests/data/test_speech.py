@@ -156,7 +156,7 @@ def test_arguments_that_do_not_fit_are_refused(folder, make):
         make(folder, max_seconds=0)
     with pytest.raises(ConfigError, match="max_seconds=2 is more than the 1 seconds"):
         make(folder, max_seconds=2).setup("fit")
-    with pytest.raises(ConfigError, match="no folder with a feature extractor"):
+    with pytest.raises(ConfigError, match="not a folder with a feature extractor"):
         make(folder, feature_extractor=None).setup("fit")
     with pytest.raises(ConfigError, match="no setting 'chunk_lenght'; near names: chunk_length"):
         make(folder, feature_extractor={**HEARD, "chunk_lenght": 2}).setup("fit")

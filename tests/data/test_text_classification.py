@@ -152,7 +152,7 @@ def test_texts_with_special_tokens_or_without_tokens_are_refused(classified, wri
 
 @pytest.fixture
 def bert(tmp_path):
-    """A tokenizer that marks two texts, and drops characters that are no text."""
+    """A tokenizer that marks two texts, and drops characters that are not text."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh", "##b", "##c"]
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))

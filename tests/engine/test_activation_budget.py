@@ -326,7 +326,7 @@ def test_what_is_decided_is_told() -> None:
     (line,) = told
     assert line.startswith("gradient_checkpointing=0.5: for the backward pass the blocks keep ")
     assert "what is costly" in line
-    # A smaller batch is no news.
+    # A smaller batch is not news.
     for _ in range(2):
         step(module, 2)
     assert len(told) == 1

@@ -288,7 +288,7 @@ def test_pickles_are_refused_unread(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"only 'adapter_model.bin', which is a pickle"):
         lightning_peft.load_adapter(build("llama"), folder)
-    # Under another name it is no safetensors file, and is not executed either.
+    # Under another name it is not a safetensors file, and is not executed either.
     shutil.move(trap, weights)
     (folder / "provenance.json").unlink()
     with pytest.raises(CheckpointError, match="nothing of it was executed"):
@@ -301,7 +301,7 @@ def test_a_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     whole = weights.read_bytes()
     for size in (0, 4, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="no complete safetensors file"):
+        with pytest.raises(CheckpointError, match="not a complete safetensors file"):
             lightning_peft.load_adapter(build("llama"), folder)
 
 

@@ -53,7 +53,7 @@ def test_a_frozen_head_stays_frozen_unless_it_is_saved() -> None:
         model.head.requires_grad_(False)
         lightning_peft.inject(model, r=2, modules_to_save=saved)
         assert model.head.weight.requires_grad is (saved is not None)
-        # In either case it is no part of the frozen base: its values may be random.
+        # In either case it is not part of the frozen base: its values may be random.
         entry = engine.require_record(model).parts[""]
         assert not any(name.startswith("head") for name in entry.base.names)
         assert not any(name.startswith("head") for name in entry.frozen)

@@ -1,4 +1,4 @@
-"""The record stays with the module and is no part of its state."""
+"""The record stays with the module and is not part of its state."""
 
 from __future__ import annotations
 

@@ -320,11 +320,11 @@ def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "cut short": ("model-00001", "no complete safetensors file"),
+    "cut short": ("model-00001", "not a complete safetensors file"),
     "absent": ("model-00001", "names files that are not there"),
     "pickled": ("model", "Pickled weights"),
     "quantized": ("config", "are quantized already"),
-    "unknown": ("config", "no transformers model that can be read"),
+    "unknown": ("config", "not a transformers model that can be read"),
 }
 
 

@@ -190,7 +190,7 @@ class UNet(L.LightningModule):
 
 
 class Tiny(nn.Module):
-    """Sizes that are no multiples of anything: 96 channels, 10 classes."""
+    """Sizes that are not multiples of anything: 96 channels, 10 classes."""
 
     def __init__(self) -> None:
         super().__init__()

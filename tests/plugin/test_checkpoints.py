@@ -238,7 +238,7 @@ def test_a_truncated_file_is_refused(kept, tmp_path):
     _, _, file = fitted(tmp_path)
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(CheckpointError, match=r"one\.ckpt' is no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"one\.ckpt' is not a complete checkpoint"):
         trainer(tmp_path).fit(task(), loader(), ckpt_path=file)
 
 
@@ -246,7 +246,7 @@ def test_other_files_are_refused(tmp_path):
     text, tensor = tmp_path / "text.ckpt", tmp_path / "tensor.ckpt"
     text.write_text("hello world\n" * 10)
     torch.save(torch.zeros(1), tensor)
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         trainer(tmp_path).validate(task(), loader(), ckpt_path=text)
     with pytest.raises(CheckpointError, match="no `state_dict`"):
         trainer(tmp_path).validate(task(), loader(), ckpt_path=tensor)
@@ -308,5 +308,5 @@ def test_the_users_checkpoint_io(kind, root, tmp_path):
     trainer(tmp_path, "lora", root).validate(fresh, loader(), ckpt_path=files[0], verbose=False)
     assert not differing(weights(fresh), weights(module))
     files[0].write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         trainer(tmp_path, "lora", root, plugins=[io]).validate(fresh, ckpt_path=files[0])

@@ -179,7 +179,7 @@ def test_a_checkpoint_of_the_cli_loads_again(root, tmp_path):
     # A file cannot choose which class is imported and made.
     content["hyper_parameters"]["_class_path"] = "antigravity.Anything"
     torch.save(content, file)
-    with pytest.raises(CheckpointError, match=r"'antigravity\.Anything', which is no imported"):
+    with pytest.raises(CheckpointError, match=r"'antigravity\.Anything', which is not an imported"):
         load_from_checkpoint(task_class(root), file)
     assert "antigravity" not in sys.modules
 

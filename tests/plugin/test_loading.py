@@ -86,7 +86,7 @@ def test_other_bases_and_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"Load it with Task\.load_from_checkpoint"):
         lightning_peft.load_from_checkpoint(cls, tmp_path / "plain.ckpt")
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         lightning_peft.load_from_checkpoint(cls, file)
 
 

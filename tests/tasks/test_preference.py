@@ -183,7 +183,10 @@ def test_without_adapters_there_is_no_reference(stage, tmp_path):
     ("options", "problem"),
     [
         ({"init_lora_weights": "pissa"}, "moved a part of the weights of model into the adapters"),
-        ({"adapt": "model.model.layers.0"}, "tensors train that are no adapters, such as 'model.m"),
+        (
+            {"adapt": "model.model.layers.0"},
+            "tensors train that are not adapters, such as 'model.m",
+        ),
     ],
 )
 def test_a_reference_that_is_not_the_base_is_refused(options, problem, tmp_path):

@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(tmp_path):
     assert "blocks.1.first.weight is missing" in told
     assert "more is not a weight of this net" in told
     assert "head.weight is (3, 8), and here (5, 8)" in told
-    with pytest.raises(ConfigError, match="nowhere.safetensors' is no file"):
+    with pytest.raises(ConfigError, match="nowhere.safetensors' is not a file"):
         net(checkpoint="nowhere.safetensors")
 
 

@@ -237,7 +237,7 @@ def _compiled():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (_experts, "its loss is no mean over tokens"),
+        (_experts, "its loss is not a mean over tokens"),
         (_smoothed, "a loss function of its own"),
         (lambda: Shifting(tiny_llama().config), "more to its logits than its config says"),
         (_compiled, "compiled as a whole"),

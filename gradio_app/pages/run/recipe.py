@@ -93,7 +93,7 @@ class RecipeTab:
         return ComponentUpdate(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
 
     def _command_of(self, run: Run) -> str:
-        # A path of the server is no business of a stranger's.
+        # A path of the server does not concern a stranger.
         file = "recipe.yaml" if self.studio.settings.space else str(run.folder.recipe)
         command = f"lightning-peft {run.metadata.command} --config {shlex.quote(file)}"
         return (

@@ -297,8 +297,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         tensors = load(blob)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{str(weights)!r} is no complete safetensors file ({error}). It was cut short or is "
-            "another format; nothing of it was executed."
+            f"{str(weights)!r} is not a complete safetensors file ({error}). It was cut short or "
+            "is another format; nothing of it was executed."
         ) from error
     written = folder / PROVENANCE_FILE
     facts = read_json(written) if written.is_file() else {}
