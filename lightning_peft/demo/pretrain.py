@@ -43,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lightning_peft.compat.transformers import NAME_KEY
 from lightning_peft.demo.architecture import CONTEXT, build_model, train_tokenizer
 from lightning_peft.demo.corpus import build_documents
 from lightning_peft.demo.stdlib import read_entries
@@ -323,7 +324,7 @@ def measure(
         "held_out_predictions": predictions,
         "held_out_loss": round(held_out_loss, 4),
         # Without the folder it was written to, which says nothing anywhere else.
-        "config": {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"},
+        "config": {k: v for k, v in model.config.to_dict().items() if k != NAME_KEY},
         "probe": probe,
     }
 

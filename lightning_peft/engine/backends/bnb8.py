@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lightning_peft.compat.bitsandbytes import save_linear8bit
 from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
@@ -42,7 +43,7 @@ class EightBitLayer(QuantizedLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # bitsandbytes' own: it has the key of the format, without which it loads nothing.
-        bnb.nn.Linear8bitLt._save_to_state_dict(self, destination, prefix, keep_vars)  # type: ignore[arg-type]
+        save_linear8bit(self, destination, prefix, keep_vars)
 
 
 class EightBit(BitsAndBytesBackend):
