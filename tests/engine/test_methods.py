@@ -12,6 +12,7 @@ import torch
 from models import stack
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from toy_backend import ToyConfig
 
 import lightning_peft
 from lightning_peft import engine
@@ -96,6 +97,12 @@ def test_over_4_bits(method: str) -> None:
 @pytest.mark.parametrize("method", QUANTIZABLE)
 def test_over_8_bits(method: str) -> None:
     over_quantized(method, INT8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", QUANTIZABLE)
+def test_over_a_third_backend(method: str) -> None:
+    over_quantized(method, ToyConfig())
 
 
 @pytest.mark.parametrize("method", DENSE_ONLY)

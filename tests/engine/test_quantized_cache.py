@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toy_backend import ToyConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -172,14 +173,23 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
+SINGLE = engine.quantization_config(bnb_4bit_use_double_quant=False)
+
+
 @pytest.mark.parametrize(
-    ("case", "double"), [*((case, True) for case in CASES), ("llama", False), ("gpt2", False)]
+    ("case", "settings"),
+    [
+        *((case, engine.quantization_config()) for case in CASES),
+        ("llama", SINGLE),
+        ("gpt2", SINGLE),
+        ("llama", ToyConfig()),
+        ("another dtype", ToyConfig()),
+    ],
 )
 def test_the_second_start_is_the_first(
-    case: str, double: bool, folders: dict[str, Path], bases: Path
+    case: str, settings: Any, folders: dict[str, Path], bases: Path
 ) -> None:
     name, auto, given = CASES[case]
-    settings = engine.quantization_config(bnb_4bit_use_double_quant=double)
     plain, _, none = load(folders[name], auto, cached=False, settings=settings, **given)
     assert none == 0
     assert not bases.exists()
