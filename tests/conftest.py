@@ -19,6 +19,8 @@ from finished import lora_run, qlora_run  # noqa: F401
 from hypothesis import settings
 from program import program  # noqa: F401
 
+from lightning_peft.plugin.namespace import use_namespace
+
 # What is computed here is so small that threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -48,6 +50,14 @@ def seed() -> int:
     np.random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def _lightning() -> Iterator[None]:
+    """Both Lightning packages are imported by tests; what names neither is of this one."""
+    use_namespace("pytorch_lightning")
+    yield
+    use_namespace(None)
 
 
 @pytest.fixture(autouse=True)

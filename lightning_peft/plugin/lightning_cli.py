@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ import yaml
 
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.plugin.config_errors import explain_parser_error
-from lightning_peft.plugin.namespace import namespace_in_use, namespace_of_class
+from lightning_peft.plugin.namespace import namespace, namespace_in_use, namespace_of_class
 
 # How every command parses: errors are explained here, and options are written in full.
 STRICT = {"exit_on_error": False, "allow_abbrev": False}
@@ -44,28 +45,45 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
     Raises:
         ConfigError: If the arguments cannot be read, or something of them cannot be made.
     """
-    add_working_directory_to_path()
-    root = namespace_of_config(arguments)
-    hide_tips(root)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+    with lightning_command(arguments) as root:
         # Lightning 2.6 with torch 2.13 says so in every run; seen on 2026-11-25.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
         try:
             _recording_cli(root, hooks)(
                 args=[subcommand, *qualify_optimizers(arguments)],
                 save_config_callback=None,
-                parser_kwargs={
-                    "prog": "lightning-peft",
-                    **STRICT,
-                    subcommand: STRICT,
-                },
+                parser_kwargs={"prog": "lightning-peft", **STRICT, subcommand: STRICT},
             )
         except SystemExit as stop:
             # Lightning ends an interrupted process like a failed one.
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise KeyboardInterrupt from stop
             raise
+
+
+@contextmanager
+def lightning_command(arguments: Sequence[str]) -> Iterator[str]:
+    """Within the body, a LightningCLI finds the user's modules, and its errors are explained.
+
+    Args:
+        arguments: LightningCLI's command line after a subcommand.
+
+    Yields:
+        The root of the Lightning package that the config is for.
+
+    Raises:
+        ConfigError: Instead of what LightningCLI raises.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        # As in a script.
+        sys.path.insert(0, os.getcwd())
+    root = _namespace_of_config(arguments)
+    # Without Lightning's advertisements.
+    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_is_not_tip)
+    with namespace(root), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
+        try:
+            yield root
         except argparse.ArgumentError as error:
             raise ConfigError(explain_parser_error(str(error), root)) from error
         except ValueError as error:
@@ -83,49 +101,39 @@ def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: If the arguments cannot be read, with the nearest right ones.
     """
-    add_working_directory_to_path()
-    root = namespace_of_config(arguments)
-    hide_tips(root)
-    cli = import_module(f"{root}.cli")
+    with lightning_command(arguments) as root:
+        cli = import_module(f"{root}.cli")
 
-    class ParsingCLI(cli.LightningCLI):  # type: ignore[name-defined]
-        def add_arguments_to_parser(self, parser: Any) -> None:
-            for name in ("--run_dir", "--ckpt_path"):
-                parser.add_argument(name, type=str | None, default=None)
+        class ParsingCLI(cli.LightningCLI):  # type: ignore[name-defined]
+            def add_arguments_to_parser(self, parser: Any) -> None:
+                for name in ("--run_dir", "--ckpt_path"):
+                    parser.add_argument(name, type=str | None, default=None)
 
-        def _set_seed(self) -> None:
-            """Leaves the random numbers alone."""
+            def _set_seed(self) -> None:
+                """Leaves the random numbers alone."""
 
-        def instantiate_classes(self) -> None:
-            """Makes nothing."""
+            def instantiate_classes(self) -> None:
+                """Makes nothing."""
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        try:
-            found = ParsingCLI(
-                args=qualify_optimizers(arguments),
-                run=False,
-                save_config_callback=None,
-                parser_kwargs=STRICT,
-            )
-        except argparse.ArgumentError as error:
-            raise ConfigError(explain_parser_error(str(error), root)) from error
-    config: dict[str, Any] = found.config.as_dict()
+        parsed = ParsingCLI(
+            args=qualify_optimizers(arguments),
+            run=False,
+            save_config_callback=None,
+            parser_kwargs=STRICT,
+        )
+    config: dict[str, Any] = parsed.config.as_dict()
     return config
 
 
 def _instantiation_problem(error: ValueError, root: str) -> str:
     named = re.search(r"invalid strategy name: `strategy='([^']*)'`", str(error))
     if named is None:
-        return f"Something of the config cannot be made: {constructor_error(error)}"
+        # Without all that jsonargparse tried.
+        cause = str(error).partition("\nGiven value type:")[0]
+        return f"Cannot instantiate the config: {cause}"
     known = import_module(f"{root}.strategies").StrategyRegistry.available_strategies()
     near = similar_names(named[1], known)
     return f"trainer.strategy={named[1]!r} is not a strategy of Lightning{near}"
-
-
-def hide_tips(root: str) -> None:
-    """Keeps Lightning's advertisements out of what a command prints."""
-    logging.getLogger(f"{root}.utilities.rank_zero").addFilter(_is_not_tip)
 
 
 def _is_not_tip(record: logging.LogRecord) -> bool:
@@ -185,18 +193,7 @@ def _is_torchs(name: str) -> bool:
     return isinstance(getattr(torch.optim, name, None), type)
 
 
-def add_working_directory_to_path() -> None:
-    """Lets the user's own modules be imported from the working directory, as in a script."""
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
-
-def constructor_error(error: Exception) -> str:
-    """Returns what a constructor said, which jsonargparse puts between all that it tried."""
-    return str(error).partition("\nGiven value type:")[0]
-
-
-def namespace_of_config(arguments: Sequence[str]) -> str:
+def _namespace_of_config(arguments: Sequence[str]) -> str:
     """Returns the Lightning package that the module of a config belongs to.
 
     Raises:

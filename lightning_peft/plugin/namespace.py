@@ -11,12 +11,13 @@ import copyreg
 import inspect
 import sys
 from abc import ABCMeta
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, ClassVar
 
 from lightning_peft.errors import ConfigError
@@ -24,14 +25,14 @@ from lightning_peft.errors import ConfigError
 ROOTS = ("lightning.pytorch", "pytorch_lightning")
 
 _explicit_namespace: str | None = None
-_bound_classes: dict[tuple[type, str], type] = {}
+_bound_classes: dict[tuple[Any, ...], type] = {}
 
 
 def use_namespace(root: str | None) -> None:
-    """Says which Lightning package new objects belong to; ``None`` goes back to finding out.
+    """Sets the Lightning package that new objects belong to; ``None``: the imported one.
 
-    Only needed where both packages are imported in one process and something other than a
-    strategy is made: a strategy joins the Trainer that it is given to.
+    Needed only where both packages are imported in one process, for all but strategies: these
+    are bound to the Lightning of the Trainer that they are passed to.
 
     Args:
         root: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
@@ -45,17 +46,42 @@ def use_namespace(root: str | None) -> None:
     _explicit_namespace = root
 
 
+@contextmanager
+def namespace(root: str) -> Iterator[None]:
+    """Within the body, new objects belong to ``root``, as after :func:`use_namespace`."""
+    before = _explicit_namespace
+    use_namespace(root)
+    try:
+        yield
+    finally:
+        use_namespace(before)
+
+
 def namespace_in_use() -> str:
     """Returns the root of the Lightning package that this process uses.
 
-    The one chosen by :func:`use_namespace`, else the one imported so far, else the one installed.
+    The one set by :func:`use_namespace`, else the one that is imported, else the one that is
+    installed.
+
+    Raises:
+        ConfigError: If both packages are imported and neither was chosen, or none is installed.
     """
-    if _explicit_namespace is not None:
-        return _explicit_namespace
-    loaded = [root for root in ROOTS if root in sys.modules]
-    if len(loaded) == 1:
-        return loaded[0]
-    return _in_callers(loaded or list(ROOTS)) or (loaded or _installed())[0]
+    root = _explicit_namespace or _unambiguous("")
+    if root is not None:
+        return root
+    if any(root in sys.modules for root in ROOTS):
+        raise ConfigError(
+            "Both lightning.pytorch and pytorch_lightning are imported in this process, and their "
+            "classes do not mix. Call lightning_peft.use_namespace with the one whose Trainer you "
+            "use, such as lightning_peft.use_namespace('lightning.pytorch')."
+        )
+    return _installed()[0]
+
+
+def _unambiguous(part: str) -> str | None:
+    """Returns the only root of which a part is imported."""
+    imported = [root for root in ROOTS if f"{root}{part}" in sys.modules]
+    return imported[0] if len(imported) == 1 else None
 
 
 def _installed() -> list[str]:
@@ -66,18 +92,6 @@ def _installed() -> list[str]:
             "Install one: pip install lightning"
         )
     return found
-
-
-def _in_callers(roots: list[str]) -> str | None:
-    # The nearest caller whose module refers to exactly one of the trees decides.
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_globals.get("__name__", "").startswith(("lightning_peft", "jsonargparse")):
-            seen = {_namespace_named(value) for value in frame.f_globals.values()} & set(roots)
-            if len(seen) == 1:
-                return seen.pop()
-        frame = frame.f_back
-    return None
 
 
 def _namespace_named(value: object) -> str | None:
@@ -107,12 +121,16 @@ class LateBoundMeta(ABCMeta):
 
     lightning_base: str
     lightning_root: str | None = None
+    # Whether instances are bound again, to the Lightning of the Trainer that they are passed to.
+    rebinds = False
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Makes an instance for the namespace in use."""
         if cls.lightning_root is not None:
             return super().__call__(*args, **kwargs)
-        return bind_to_lightning(cls, namespace_in_use())(*args, **kwargs)
+        ambiguous = _explicit_namespace is None and all(root in sys.modules for root in ROOTS)
+        root = ROOTS[0] if ambiguous and cls.rebinds else namespace_in_use()
+        return bind_to_lightning(cls, root)(*args, **kwargs)
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -127,21 +145,29 @@ class LateBoundMeta(ABCMeta):
         return getattr(bind_to_lightning(cls, namespace_in_use()), name)
 
 
-def bind_to_lightning(cls: type, root: str) -> Any:
-    """Returns the subclass of ``cls`` that derives from its Lightning base in ``root``."""
-    key = (cls, root)
+def bind_to_lightning(cls: Any, root: str | None, base: str | None = None) -> Any:
+    """Returns the subclass of ``cls`` that derives from its Lightning base in ``root``.
+
+    Args:
+        cls: A class with the metaclass :class:`LateBoundMeta`.
+        root: The Lightning package.
+        base: Another base than the one that ``cls`` names.
+    """
+    cls = cls.__dict__.get("unbound_class", cls)
+    key = (cls, root, base or cls.lightning_base)
     if key not in _bound_classes:
-        module, _, name = cls.lightning_base.rpartition(".")  # type: ignore[attr-defined]
-        base = getattr(import_module(f"{root}.{module}"), name)
+        module, _, name = key[2].rpartition(".")
+        lightning_class = getattr(import_module(f"{root}.{module}"), name)
         body = {
             "lightning_root": root,
-            "lightning_class": base,
+            "lightning_base": key[2],
+            "lightning_class": lightning_class,
             "unbound_class": cls,
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
         }
-        _bound_classes[key] = type(cls)(cls.__name__, (cls, base), body)
+        _bound_classes[key] = type(cls)(cls.__name__, (cls, lightning_class), body)
     return _bound_classes[key]
 
 
@@ -149,7 +175,7 @@ def _reduce_class(cls: Any) -> Any:
     """Returns how pickle finds a class: one made at run time by what it was made of."""
     if cls.__dict__.get("lightning_root") is None:
         return cls.__qualname__
-    return bind_to_lightning, (cls.unbound_class, cls.lightning_root)
+    return bind_to_lightning, (cls.unbound_class, cls.lightning_root, cls.lightning_base)
 
 
 copyreg.pickle(LateBoundMeta, _reduce_class)
@@ -158,21 +184,11 @@ copyreg.pickle(LateBoundMeta, _reduce_class)
 def bind_if_unambiguous(cls: Any) -> Any:
     """Returns ``cls`` with its Lightning base where it is clear which, else ``cls``.
 
-    For LightningCLI, which checks the class before it makes an instance.
+    For LightningCLI, which checks the class before it makes an instance; where both packages are
+    imported, the one whose LightningCLI is imported counts.
     """
-    loaded = [root for root in ROOTS if f"{root}.trainer" in sys.modules]
-    root = _explicit_namespace or (loaded[0] if len(loaded) == 1 else _cli_that_asks())
+    root = _explicit_namespace or _unambiguous(".trainer") or _unambiguous(".cli")
     return cls if root is None else bind_to_lightning(cls, root)
-
-
-def _cli_that_asks() -> str | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        asking = frame.f_globals.get("__name__", "")
-        if asking in [f"{root}.cli" for root in ROOTS]:
-            return str(asking).removesuffix(".cli")
-        frame = frame.f_back
-    return None
 
 
 class PostImportFinder(MetaPathFinder):

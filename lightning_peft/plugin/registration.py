@@ -28,8 +28,8 @@ def _register(root: str, strategies: ModuleType) -> None:
                 name, partial(_build_strategy, class_name, root), description=description
             )
         written = getattr(import_module("lightning_peft.plugin.strategies"), class_name)
-        # Lightning and LightningCLI ask for a subclass before the instance has joined a tree.
-        strategies.DDPStrategy.register(written)
+        # Lightning and LightningCLI check the class before an instance is bound to one of them.
+        strategies.Strategy.register(written)
 
 
 def _build_strategy(class_name: str, root: str, **arguments: Any) -> Any:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.lifecycle import Lifecycle
-from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
 from lightning_peft.plugin.single_or_ddp import SingleOrDDPStrategy
 
 
 class _ArgumentsStrategy(AdapterStrategy, SingleOrDDPStrategy):
     """A strategy whose constructor and attributes are those of :class:`LoRAArguments`."""
-
-    if TYPE_CHECKING:
-        ddp_kwargs: dict[str, Any] | None
 
     def __post_init__(self) -> None:
         """Validates the arguments."""
@@ -28,23 +22,6 @@ class _ArgumentsStrategy(AdapterStrategy, SingleOrDDPStrategy):
                 "forked would be lost with them. Leave `start_method` out, and run a script."
             )
         super().__init__(**ddp_kwargs)
-
-    @property
-    def accelerator(self) -> Any:
-        """The Trainer's accelerator."""
-        return self._accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Any) -> None:
-        # The first thing that a Trainer sets: here it is known which Lightning the Trainer is of.
-        root = namespace_of(accelerator)
-        if root is not None and root != type(self).lightning_root:
-            self._rebind(root)
-        self._accelerator = accelerator
-
-    def _rebind(self, root: str) -> None:
-        self.__class__ = bind_to_lightning(type(self).unbound_class, root)
-        super().__init__(**self.ddp_kwargs or {})
 
 
 class LoRAStrategy(LoRAArguments, _ArgumentsStrategy):

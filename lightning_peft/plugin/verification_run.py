@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.compatibility import PRUNING_CALLBACK, REFUSED_CALLBACKS
-from lightning_peft.plugin.config_errors import explain_parser_error
 from lightning_peft.plugin.lifecycle import Lifecycle
-from lightning_peft.plugin.lightning_cli import (
-    STRICT,
-    add_working_directory_to_path,
-    constructor_error,
-    hide_tips,
-    namespace_of_config,
-    qualify_optimizers,
-)
+from lightning_peft.plugin.lightning_cli import STRICT, lightning_command, qualify_optimizers
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -77,10 +67,8 @@ def verify_config(arguments: Sequence[str], print_summary: bool = True) -> Verif
         ConfigError: If the config asks for no adapters, or the data gives no batch.
         LightningPeftError: If the module cannot be adapted.
     """
-    add_working_directory_to_path()
-    root = namespace_of_config(arguments)
-    hide_tips(root)
-    cli = _build(root, list(arguments))
+    with lightning_command(arguments) as root:
+        cli = _build(root, arguments)
     lifecycle = _lifecycle_of(cli.trainer)
     lifecycle.print_summary = print_summary
     lifecycle.checks = TrainingChecks("cheap")
@@ -103,7 +91,7 @@ def verify_config(arguments: Sequence[str], print_summary: bool = True) -> Verif
     )
 
 
-def _build(root: str, arguments: list[str]) -> Any:
+def _build(root: str, arguments: Sequence[str]) -> Any:
     lightning_cli = import_module(f"{root}.cli").LightningCLI
 
     class VerifyCLI(lightning_cli):  # type: ignore[misc, valid-type]
@@ -120,23 +108,12 @@ def _build(root: str, arguments: list[str]) -> Any:
             configured = configured if isinstance(configured, list) else [configured]
             settings["callbacks"] = [callback for callback in configured if _is_relevant(callback)]
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended")
-        try:
-            return VerifyCLI(
-                args=qualify_optimizers(arguments),
-                run=False,
-                save_config_callback=None,
-                parser_kwargs={"prog": "lightning-peft verify", **STRICT},
-            )
-        except argparse.ArgumentError as error:
-            raise ConfigError(explain_parser_error(str(error), root)) from error
-        except ValueError as error:
-            if isinstance(error, LightningPeftError):
-                raise
-            raise ConfigError(
-                f"Something of the config cannot be made: {constructor_error(error)}"
-            ) from error
+    return VerifyCLI(
+        args=qualify_optimizers(arguments),
+        run=False,
+        save_config_callback=None,
+        parser_kwargs={"prog": "lightning-peft verify", **STRICT},
+    )
 
 
 def _is_relevant(callback: Any) -> bool:

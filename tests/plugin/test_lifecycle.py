@@ -338,7 +338,7 @@ def test_one_device_needs_no_ceremony(method, root, tmp_path):
     assert type(data) is DataLoader
     assert run.world_size == run.num_devices == 1
     assert run.strategy.model is module
-    assert isinstance(run.strategy, lightning(root).strategies.DDPStrategy)
+    assert isinstance(run.strategy, lightning(root).strategies.SingleDeviceStrategy)
 
 
 SLURM = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "7"}
@@ -374,7 +374,7 @@ def test_devices_are_those_of_the_trainer(root, tmp_path):
     assert several.strategy.launcher is not None
     ours = strategy("lora", root, ddp_kwargs={"find_unused_parameters": True})
     passed = trainer(tmp_path, ours, root)
-    assert passed.strategy._ddp_kwargs == {"find_unused_parameters": True}
+    assert passed.strategy.ddp_kwargs == {"find_unused_parameters": True}
 
 
 def test_a_compiled_module(tmp_path):

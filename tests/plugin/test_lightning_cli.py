@@ -11,7 +11,7 @@ from modules import ROOTS, lightning, loader, task_class
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy, engine, load_from_checkpoint
 from lightning_peft.errors import CheckpointError
-from lightning_peft.plugin.namespace import namespace_of
+from lightning_peft.plugin.namespace import namespace, namespace_of
 
 LORA = {
     "r": 8,
@@ -62,7 +62,8 @@ def make_cli(root, arguments, **given):
 
     cli = sys.modules.get(f"{root}.cli") or __import__(f"{root}.cli", fromlist=["cli"])
     settings = {"save_config_callback": None, "run": False, **given}
-    return cli.LightningCLI(task, Data, args=arguments, **settings)
+    with namespace(root):
+        return cli.LightningCLI(task, Data, args=arguments, **settings)
 
 
 def written(folder, config):
@@ -97,7 +98,7 @@ def test_all_arguments_of_a_strategy(name, root, tmp_path, capsys):
     config = entry.adapters["default"].config
     assert (config["r"], config["lora_alpha"], config["bias"]) == (8, 12, "lora_only")
     assert config["rank_pattern"] == {"layers.1": 2}
-    assert made._ddp_kwargs == {"find_unused_parameters": True}
+    assert made.ddp_kwargs == {"find_unused_parameters": True}
     if name == "QLoRAStrategy":
         assert entry.quantization["bnb_4bit_quant_type"] == "fp4"
         assert entry.quantization["bnb_4bit_compute_dtype"] == "bfloat16"
