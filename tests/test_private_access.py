@@ -93,7 +93,6 @@ REMAINING = (
     "lightning_peft/data/",
     "lightning_peft/engine/",
     "lightning_peft/plan/",
-    "lightning_peft/plugin/",
     "lightning_peft/tasks/",
 )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import checkpoint_io_of, set_checkpoint_io
 from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
@@ -141,17 +142,17 @@ class AdapterStrategy(_Base):
     def checkpoint_io(self) -> Any:
         """The CheckpointIO in use: the user's own, else one that writes whole files."""
         ours = bind_to_lightning(WholeFileCheckpointIO, namespace_of(self) or "")
-        current: Any = self._checkpoint_io
+        current = checkpoint_io_of(self)
         if current is None or type(current) is ours.lightning_class:
-            self._checkpoint_io = ours()
+            set_checkpoint_io(self, ours())
         elif hasattr(type(current), "checkpoint_io"):
             # A wrapper takes it only where it has none.
             current.checkpoint_io = ours()
-        return self._checkpoint_io
+        return checkpoint_io_of(self)
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: Any) -> None:
-        self._checkpoint_io = io
+        set_checkpoint_io(self, io)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns everything but the frozen base."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import pruned_parameters, start_method_of, trainer_of
 from lightning_peft.errors import UnsupportedError, itemize
 
 # By name, since each Lightning package has its own classes.
@@ -47,13 +48,13 @@ def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
         "there. Use accelerator='gpu' or 'cpu'"
         for kind in sorted({device.type for device in devices} & {"mps", "xla"})
     ]
-    start_method = getattr(strategy, "_start_method", "popen")
+    start_method = start_method_of(strategy)
     if start_method != "popen":
         problems.append(
             f"start_method={start_method!r}: the trained adapters would stay in the processes "
             "it starts and be lost with them. Use strategy='ddp', from a script"
         )
-    for callback in getattr(module._trainer, "callbacks", []):
+    for callback in getattr(trainer_of(module), "callbacks", []):
         problems += [
             f"callback {type(callback).__name__}: {REFUSED_CALLBACKS[cls.__name__]}. Remove it"
             for cls in type(callback).__mro__
@@ -72,10 +73,10 @@ def check_pruning(module: Any) -> None:
     params = dict(module.named_parameters(remove_duplicate=False))
     frozen = {id(params[n]): n for n in engine.require_record(module).frozen if n in params}
     problems = []
-    for callback in getattr(module._trainer, "callbacks", []):
+    for callback in getattr(trainer_of(module), "callbacks", []):
         if PRUNING_CALLBACK not in [cls.__name__ for cls in type(callback).__mro__]:
             continue
-        chosen = [layer._parameters.get(name) for layer, name in callback._parameters_to_prune]
+        chosen = [layer._parameters.get(name) for layer, name in pruned_parameters(callback)]
         names = [frozen[id(param)] for param in chosen if id(param) in frozen]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""

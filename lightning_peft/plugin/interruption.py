@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.compat.lightning import is_accumulating, quiet_exit
 from lightning_peft.plugin.namespace import LateBoundMeta, namespace_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves and ends the fit, if asked to and no gradients are being accumulated."""
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer.fit_loop):
             return
         # One process may have been asked, and saving takes all of them.
         stop, save = self._any_rank(trainer, self._stop), self._any_rank(trainer, self._save)
@@ -116,15 +116,14 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
         if not (fitting and self._stop and trainer.world_size == 1) or self.saved is not None:
             return
         epoch_loop = trainer.fit_loop.epoch_loop
-        if epoch_loop._should_accumulate():
+        if is_accumulating(epoch_loop):
             return
         # Or who resumes would validate the other rows alone.
         epoch_loop.val_loop.batch_progress.reset()
         self._save_interrupted(trainer)
         self._restore_handlers()
         # Lightning ends a fit in this way where a learning rate was looked for.
-        exceptions = import_module(f"{namespace_of(self)}.utilities.exceptions")
-        raise exceptions._TunerExitException()
+        raise quiet_exit(namespace_of(self) or "")
 
     def _any_rank(self, trainer: Any, requested: bool) -> bool:
         if trainer.world_size == 1:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.exclusion_advice import exclusion_advice
@@ -345,4 +346,5 @@ def _warn_unregistered_copies(module: nn.Module, outside: dict[str, str]) -> Non
 
 
 def _is_fitting(module: Any) -> bool:
-    return module._trainer is not None and module._trainer.state.fn == "fit"
+    trainer = trainer_of(module)
+    return trainer is not None and trainer.state.fn == "fit"

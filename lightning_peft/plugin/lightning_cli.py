@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
+from lightning_peft.compat.lightning import config_parser
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 from lightning_peft.plugin.config_errors import explain_parser_error
 from lightning_peft.plugin.namespace import namespace, namespace_in_use, namespace_of_class
@@ -159,15 +160,16 @@ def _recording_cli(root: str, hooks: RunHooks) -> Any:
             kept = config.clone()
             for name in ("run_dir", "ckpt_path", "weights_only", "config"):
                 kept.pop(name, None)
-            recipe = self._parser(self.subcommand).dump(kept, skip_unset=True, skip_validation=True)
+            recipe = config_parser(self).dump(kept, skip_unset=True, skip_validation=True)
             if config["trainer"].get("enable_model_summary") is None:
                 # It counts packed 4-bit weights by their bytes; the strategy shows its own report.
                 config["trainer"]["enable_model_summary"] = False
             self.trainer_defaults = {"callbacks": hooks.begin(config, recipe, root)}
 
-        def _run_subcommand(self, subcommand: str) -> None:
-            super()._run_subcommand(subcommand)
+        def _end(self) -> None:
             hooks.end(self.trainer, self.model, self.datamodule)
+
+        after_fit = after_validate = after_test = after_predict = _end
 
     return RecordingCLI
 

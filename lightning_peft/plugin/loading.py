@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import CLASS_PATH, INSTANTIATOR
 from lightning_peft.errors import CheckpointError, ConfigError, LightningPeftError
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY, load_tensors, unpack_checkpoint
 from lightning_peft.plugin.checkpoint_io import WholeFileCheckpointIO, read_checkpoint
@@ -89,7 +90,7 @@ def _build(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str,
     if name in parameters and name not in ("args", "kwargs"):
         arguments = {name: arguments}
     arguments |= overrides
-    by_cli = arguments.pop("_instantiator", None) is not None
+    by_cli = arguments.pop(INSTANTIATOR, None) is not None
     if by_cli:
         return _instantiate(cls, root, arguments)
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -105,7 +106,7 @@ def _build(cls: Any, root: str, checkpoint: dict[str, Any], overrides: dict[str,
 
 def _instantiate(cls: Any, root: str, arguments: dict[str, Any]) -> Any:
     """Makes a module that LightningCLI made, whose arguments are written as in its YAML."""
-    path = arguments.get("_class_path")
+    path = arguments.get(CLASS_PATH)
     if path is not None:
         module, _, name = str(path).rpartition(".")
         # Looked up, not imported: a file must not choose which code runs.

@@ -13,6 +13,15 @@ from functools import partial
 from typing import Any
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import (
+    LOAD_LOADER_STATES,
+    combined_loader,
+    data_fetcher,
+    end_restart,
+    loader_states,
+    reloads_training_data,
+    restore_loader_states,
+)
 from lightning_peft.plugin.mid_epoch import merge_epoch_sums, mid_epoch_state, restore_mid_epoch
 from lightning_peft.plugin.random_state import random_state, same_state, set_random_state
 from lightning_peft.plugin.tracked_loader import (
@@ -26,7 +35,7 @@ from lightning_peft.plugin.tracked_loader import (
 _METHODS = (
     ("fit", "run"),
     ("fit", "setup_data"),
-    ("fit", "_load_combined_loader_states"),
+    ("fit", LOAD_LOADER_STATES),
     ("fit", "on_advance_end"),
     ("epoch", "reset"),
     ("validation", "run"),
@@ -77,7 +86,7 @@ class TrainingLoops:
             self._final_prefetch = self._prefetched()
         for loop, method in _METHODS:
             getattr(self, loop).__dict__.pop(method, None)
-        combined = self.fit._combined_loader
+        combined = combined_loader(self.fit)
         if combined is not None and self._tracked_loaders:
             combined._iterator = None
 
@@ -97,10 +106,10 @@ class TrainingLoops:
         if resumed is None:
             return
         fit = self.fit
-        if fit.restarting and fit._combined_loader_states_to_load:
+        if fit.restarting and loader_states(fit):
             # The loaders were made before Lightning knew that it resumes.
-            type(fit)._load_combined_loader_states(fit)
-            iter(fit._data_fetcher)
+            restore_loader_states(fit)
+            iter(data_fetcher(fit))
         if "unfinished" in resumed:
             restore_mid_epoch(self, resumed["unfinished"])
         set_random_state(resumed["random"])
@@ -116,7 +125,7 @@ class TrainingLoops:
         fetched, in_hand = self._final_prefetch or self._prefetched()
         between_epochs = self.epoch.batch_progress.is_last_batch
         ahead = in_hand + max(fetched - in_hand - self.epoch.batch_progress.current.processed, 0)
-        validation = self.validation._combined_loader
+        validation = combined_loader(self.validation)
         return {
             "random": self.training_random or random_state(),
             "requested_at": self._loader_random,
@@ -131,7 +140,7 @@ class TrainingLoops:
         }
 
     def _prefetched(self) -> tuple[int, int]:
-        fetcher = self.fit._data_fetcher
+        fetcher = data_fetcher(self.fit)
         return (getattr(fetcher, "fetched", 0), len(getattr(fetcher, "batches", ())))
 
     def _fit_run(self) -> None:
@@ -147,7 +156,7 @@ class TrainingLoops:
     def _fit_setup_data(self) -> None:
         """Asks for the loaders from the random state of the run that is resumed."""
         fit = self.fit
-        if fit._combined_loader is not None and not fit._should_reload_train_dl:
+        if combined_loader(fit) is not None and not reloads_training_data(fit):
             return
         resumed = self.resumed
         if resumed is not None and resumed.get("requested_at"):
@@ -157,11 +166,11 @@ class TrainingLoops:
         try:
             type(fit).setup_data(fit)
         finally:
-            combined = fit._combined_loader
+            combined = combined_loader(fit)
             if combined is not None and self._user_loaders:
-                if fit._data_fetcher is not None:
+                if data_fetcher(fit) is not None:
                     # The loop iterates over a copy with tracked loaders; all others see the user's.
-                    fit._data_fetcher.setup(copy.copy(combined))
+                    data_fetcher(fit).setup(copy.copy(combined))
                 combined.flattened = self._user_loaders
         # Nothing to go back to where nothing was drawn.
         self._loader_random = None if same_state(before, random_state()) else before
@@ -173,13 +182,13 @@ class TrainingLoops:
     def _fit_load_combined_loader_states(self) -> None:
         """Puts tracked loaders in place, between their setup and the first fetch."""
         fit = self.fit
-        combined = fit._combined_loader
+        combined = combined_loader(fit)
         self._user_loaders = combined.flattened
-        states = fit._combined_loader_states_to_load
+        states = loader_states(fit)
         if len(states) != sum(map(is_stateful, self._user_loaders)):
             # Of files in which tracked loaders counted as stateful ones without a state.
-            fit._combined_loader_states_to_load = [state for state in states if state]
-        type(fit)._load_combined_loader_states(fit)
+            states = [state for state in states if state]
+        restore_loader_states(fit, states)
         positions: list[Any] = [None] * len(self._user_loaders)
         if self.resumed is not None and len(self.resumed["loaders"]) == len(positions):
             positions = self.resumed["loaders"]
@@ -201,7 +210,7 @@ class TrainingLoops:
         if not fit.restarted_on_epoch_end:
             # Else Lightning leaves out a step of the plateau schedulers, for which it has no
             # metrics; they were restored.
-            fit._restarting = False
+            end_restart(fit)
         self.ending_epoch = True
         try:
             type(fit).on_advance_end(fit)
@@ -240,7 +249,7 @@ class TrainingLoops:
             states, self._validation_generators = self._validation_generators, None
             if states:
                 loop.setup_data()
-                combined = loop._combined_loader
+                combined = combined_loader(loop)
                 set_generator_states([] if combined is None else combined.flattened, states)
             return getattr(type(loop), method)(loop)
         finally:

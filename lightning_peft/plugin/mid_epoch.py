@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_peft.compat.lightning import (
+    callback_metrics,
+    ends_epoch,
+    forget_computed,
+    is_accumulating,
+    is_validation_due,
+    logged_metrics,
+)
+
 if TYPE_CHECKING:
     from lightning_peft.plugin.loops import TrainingLoops
 
@@ -33,12 +42,12 @@ def mid_epoch_state(loops: TrainingLoops) -> dict[str, Any]:
     validated = epoch.val_loop.batch_progress.is_last_batch
     inside_validation = loops.training_random is not None and not validated
     place["validation_due"] = inside_validation or (
-        place["batch_end"] and epoch._should_check_val_fx(loops.fit._data_fetcher)
+        place["batch_end"] and is_validation_due(loops.fit)
     )
     metrics = _metrics(trainer)
     if loops.training_random is not None and validated and place["last_batch"]:
         # Of the epoch's end, for which no batch will log them again.
-        ending = epoch._results.metrics(False)["callback"]
+        ending = logged_metrics(epoch).metrics(False)["callback"]
         metrics |= {name: value.detach().cpu() for name, value in ending.items()}
     return {
         "place": place,
@@ -59,7 +68,7 @@ def restore_mid_epoch(loops: TrainingLoops, saved: dict[str, Any]) -> None:
         # There Lightning runs the hooks of the epoch's end again, and they must not count twice.
         device = trainer.strategy.root_device
         metrics = {name: value.to(device) for name, value in saved["metrics"].items()}
-        trainer._logger_connector._callback_metrics.update(metrics)
+        callback_metrics(trainer).update(metrics)
     if loops.mid_epoch and not place["last_batch"]:
         loops.sums = dict(saved["sums"])
         named = dict(trainer.lightning_module.named_parameters())
@@ -72,8 +81,8 @@ def restore_mid_epoch(loops: TrainingLoops, saved: dict[str, Any]) -> None:
 
 def merge_epoch_sums(loops: TrainingLoops) -> None:
     """Adds what was logged before the checkpoint to what was logged since, metric by metric."""
-    for name in [name for name in loops.sums if name in loops.epoch._results]:
-        metric = loops.epoch._results[name]
+    for name in [name for name in loops.sums if name in logged_metrics(loops.epoch)]:
+        metric = logged_metrics(loops.epoch)[name]
         if metric.has_reset:
             continue
         saved = {key: value.to(metric.value.device) for key, value in loops.sums.pop(name).items()}
@@ -83,7 +92,7 @@ def merge_epoch_sums(loops: TrainingLoops) -> None:
             metric.value = saved["value"] + metric.value
         if "weight" in saved:
             metric.cumulated_batch_size = saved["weight"] + metric.cumulated_batch_size
-        metric._computed = None
+        forget_computed(metric)
 
 
 def _metrics(trainer: Any) -> dict[str, torch.Tensor]:
@@ -91,13 +100,13 @@ def _metrics(trainer: Any) -> dict[str, torch.Tensor]:
         metrics = trainer.callback_metrics
     except Exception:
         # A checkpoint that is written because of an error must not fail with another one.
-        metrics = trainer._logger_connector._callback_metrics
+        metrics = callback_metrics(trainer)
     return {name: value.detach().cpu() for name, value in metrics.items()}
 
 
 def _epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
     sums = {}
-    for name, metric in epoch._results.items():
+    for name, metric in logged_metrics(epoch).items():
         if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset:
             sums[name] = {"value": metric.value.detach().cpu()}
             if metric.meta.is_mean_reduction:
@@ -109,7 +118,7 @@ def _gradients(loops: TrainingLoops) -> dict[str, torch.Tensor]:
     """Returns gradients that the next optimizer step needs."""
     module, epoch = loops.fit.trainer.lightning_module, loops.epoch
     if module.automatic_optimization and (
-        epoch.batch_progress.current.ready == 0 or not epoch._should_accumulate()
+        epoch.batch_progress.current.ready == 0 or not is_accumulating(epoch)
     ):
         return {}
     return {
@@ -126,11 +135,11 @@ def _plateau_steps(
     epoch, trainer = loops.epoch, loops.fit.trainer
     if not trainer.lightning_module.automatic_optimization:
         return []
-    ends = place["epoch_end"] and not loops.fit.restarting and epoch._num_ready_batches_reached()
-    steps = place["batch_end"] and not epoch._should_accumulate()
+    ends = place["epoch_end"] and not loops.fit.restarting and ends_epoch(epoch)
+    steps = place["batch_end"] and not is_accumulating(epoch)
     if steps and place["validation_due"]:
         # Metrics of the validation that comes first are not known yet.
-        known = epoch._results.metrics(True)["callback"]
+        known = logged_metrics(epoch).metrics(True)["callback"]
         metrics = {name: value for name, value in metrics.items() if name in known}
     taken = []
     for index, config in enumerate(trainer.lr_scheduler_configs):

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import is_compiled, is_mock_optimizer
 from lightning_peft.plugin.namespace import namespace_of
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def real_optimizers(strategy: Any) -> list[Any]:
     """Returns the optimizers of ``strategy`` without Lightning's stand-in for none."""
-    return [o for o in strategy.optimizers if type(o).__name__ != "_MockOptimizer"]
+    return [o for o in strategy.optimizers if not is_mock_optimizer(o)]
 
 
 def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
@@ -106,7 +107,7 @@ def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) 
     module = strategy.lightning_module
     if setting is False or module.trainer.state.fn != "fit":
         return
-    if setting == "auto" and getattr(module, "_compiler_ctx", None) is not None:
+    if setting == "auto" and is_compiled(module):
         log_info(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
         return
     strategy._checkpointing = engine.checkpoint_activations(

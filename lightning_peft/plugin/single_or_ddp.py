@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.compat.lightning import checkpoint_io_of
 from lightning_peft.errors import itemize
 from lightning_peft.plugin.namespace import LateBoundMeta, bind_to_lightning, namespace_of
 
@@ -59,7 +60,7 @@ class SingleOrDDPStrategy(_Base, metaclass=LateBoundMeta):
         # Not the root device, which asks for a rank: a job scheduler may have set only some of the
         # variables for it, or those of another job.
         (device,) = self.parallel_devices or []
-        plugins = self._checkpoint_io, self.precision_plugin
+        plugins = checkpoint_io_of(self), self.precision_plugin
         cls: Any = type(self)
         self.__class__ = bind_to_lightning(cls.unbound_class, cls.lightning_root, _SINGLE_DEVICE)
         super().__init__(device, self._accelerator, *plugins)  # type: ignore[arg-type]

@@ -1,0 +1,134 @@
+"""Lightning: parts of its Trainer, loops, callbacks and command line that have no public name.
+
+Nothing here imports Lightning: every object comes from the package that the user imported. Tested
+with Lightning 2.6. Where no public alternative is named, there is none.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Keys of the hyperparameters that LightningCLI saves.
+INSTANTIATOR, CLASS_PATH = "_instantiator", "_class_path"
+# The method of the loop over epochs that comes between the setup of the loaders and a fetch.
+LOAD_LOADER_STATES = "_load_combined_loader_states"
+
+
+def trainer_of(module: Any) -> Any:
+    """Returns the Trainer of a module, or ``None``.
+
+    Public alternative: ``module.trainer``, which raises where there is none.
+    """
+    return module._trainer
+
+
+def is_compiled(module: Any) -> bool:
+    """Says whether ``torch.compile`` made a LightningModule."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def is_mock_optimizer(optimizer: Any) -> bool:
+    """Says whether an optimizer is Lightning's placeholder for none."""
+    return type(optimizer).__name__ == "_MockOptimizer"
+
+
+def start_method_of(strategy: Any) -> str:
+    """Returns how a strategy starts its processes; ``"popen"`` runs the script again."""
+    return str(getattr(strategy, "_start_method", "popen"))
+
+
+def checkpoint_io_of(strategy: Any) -> Any:
+    """Returns the CheckpointIO that a strategy was given, or ``None``.
+
+    Public alternative: ``strategy.checkpoint_io``, which makes one where there is none.
+    """
+    return strategy._checkpoint_io
+
+
+def set_checkpoint_io(strategy: Any, io: Any) -> None:
+    """Sets the CheckpointIO, past an overridden property."""
+    strategy._checkpoint_io = io
+
+
+def pruned_parameters(callback: Any) -> list[tuple[Any, str]]:
+    """Returns the modules and names of parameters that a ``ModelPruning`` has chosen."""
+    return list(callback._parameters_to_prune)
+
+
+def quiet_exit(root: str) -> Exception:
+    """Returns the exception that ends a fit without an error."""
+    error: Exception = import_module(f"{root}.utilities.exceptions")._TunerExitException()
+    return error
+
+
+def is_accumulating(loop: Any) -> bool:
+    """Says whether the batch that was trained on last ended without an optimizer step."""
+    return bool(loop._should_accumulate())
+
+
+def is_validation_due(fit: Any) -> bool:
+    """Says whether the loop over batches validates next."""
+    return bool(fit.epoch_loop._should_check_val_fx(fit._data_fetcher))
+
+
+def ends_epoch(epoch: Any) -> bool:
+    """Says whether the batch that was begun is the last one of the epoch."""
+    return bool(epoch._num_ready_batches_reached())
+
+
+def logged_metrics(epoch: Any) -> Any:
+    """Returns what was logged in an epoch and how it is reduced, by name."""
+    return epoch._results
+
+
+def forget_computed(metric: Any) -> None:
+    """Lets a logged metric be computed again."""
+    metric._computed = None
+
+
+def callback_metrics(trainer: Any) -> dict[str, Any]:
+    """Returns the metrics of callbacks and schedulers, to be changed.
+
+    Public alternative: ``trainer.callback_metrics``, a copy, which computes metrics first.
+    """
+    metrics: dict[str, Any] = trainer._logger_connector._callback_metrics
+    return metrics
+
+
+def data_fetcher(fit: Any) -> Any:
+    """Returns what fetches the batches of a fit, or ``None``."""
+    return fit._data_fetcher
+
+
+def combined_loader(loop: Any) -> Any:
+    """Returns the ``CombinedLoader`` of a fit or validation, or ``None``."""
+    return loop._combined_loader
+
+
+def reloads_training_data(fit: Any) -> bool:
+    """Says whether ``setup_data`` asks for the loaders again."""
+    return bool(fit._should_reload_train_dl)
+
+
+def loader_states(fit: Any) -> list[Any]:
+    """Returns the states of stateful loaders that are to be restored."""
+    states: list[Any] = fit._combined_loader_states_to_load
+    return states
+
+
+def restore_loader_states(fit: Any, states: list[Any] | None = None) -> None:
+    """Restores the states of stateful loaders: ``states``, or those of the checkpoint."""
+    if states is not None:
+        fit._combined_loader_states_to_load = states
+    getattr(type(fit), LOAD_LOADER_STATES)(fit)
+
+
+def end_restart(loop: Any) -> None:
+    """Lets a loop run as one that does not resume; ``restarting`` has more effects when set."""
+    loop._restarting = False
+
+
+def config_parser(cli: Any) -> Any:
+    """Returns the parser of the subcommand of a LightningCLI."""
+    return cli._parser(cli.subcommand)
