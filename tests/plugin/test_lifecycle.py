@@ -359,7 +359,7 @@ def test_one_device_asks_no_scheduler_for_ranks(method, more, tmp_path, monkeypa
     assert (tmp_path / "one.ckpt").is_file()
     assert len(module.losses) == 6
     ours = run.strategy
-    assert (ours.global_rank, ours.local_rank, ours.node_rank, ours.world_size) == (0, 0, 0, 1)
+    assert (ours.global_rank, ours.local_rank, run.node_rank, ours.world_size) == (0, 0, 0, 1)
     assert run.is_global_zero
 
 
