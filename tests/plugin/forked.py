@@ -39,8 +39,8 @@ print(json.dumps(results))
 
 
 def environment() -> dict[str, str]:
-    """Environment in which scripts find ``modules``, and seed themselves."""
-    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    """Environment in which scripts find the modules of tests, and seed themselves."""
+    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     kept = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

@@ -49,7 +49,9 @@ def test_ranks_train_one_model(name, ranks):
 def test_a_layer_that_the_loss_does_not_reach(ranks):
     for rank in ranks:
         message, steps = rank["idle"]
-        assert message.startswith("In the step before, the loss did not reach all parameters")
+        assert message.startswith(
+            "In the step before, the loss did not reach all trainable parameters"
+        )
         assert "\n  - model.spare.lora_A.default.weight\n  - model.spare.lora_B.default" in message
         assert "ddp_kwargs={'find_unused_parameters': True}" in message
         assert "ddp_find_unused_parameters_true" not in message

@@ -108,14 +108,14 @@ def main(folder: Path) -> None:
     except BaseMismatchError as error:
         seen["other base"] = str(error)
 
-    sound = LoraLayer.running
+    sound = LoraLayer.effective_adapters
     if rank == 1:
-        LoraLayer.running = lambda layer: sound(layer) if layer.training else []
+        LoraLayer.effective_adapters = lambda layer: sound(layer) if layer.training else []
     try:
         fit(folder, "qlora")
     except LifecycleError as error:
         seen["verification"] = str(error)
-    LoraLayer.running = sound
+    LoraLayer.effective_adapters = sound
 
     torch.save(seen, folder / f"rank{rank}.pt")
     distributed.barrier()
