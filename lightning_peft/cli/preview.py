@@ -174,13 +174,13 @@ def _show_row(console: Console, row: PreviewedRow) -> None:
     if console.is_terminal:
         console.print(f"{title} (trained, not trained)", markup=False, style="bold")
         text = made()
-        for span in row.spans:
+        for span in row.runs:
             text.append(span.text, style="bold green" if span.trained else "dim")
         console.print(text)
         return
     # Without colour, a mark before each line says it, as in a patch.
     print(f"{title} (+ trained, | not trained)")
-    for span in row.spans:
+    for span in row.runs:
         for line in span.text.split("\n"):
             print(f"  {'+' if span.trained else '|'} {line}")
 

@@ -24,23 +24,14 @@ _KINDS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\xff\xfb": "MP3", b"
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording, in a file or as the bytes of one.
-
-    Attributes:
-        path: The file; beside ``content`` its name only.
-        content: The bytes, where they come with the row.
-    """
+    """A recording: the path of its file, or its bytes (then ``path`` is a name only)."""
 
     path: str | None = None
     content: bytes | None = None
 
     @cached_property
     def found(self) -> bytes:
-        """The bytes.
-
-        Raises:
-            EncodingProblem: If there is no such file, or it cannot be read.
-        """
+        """The bytes; an :class:`EncodingProblem` if they cannot be read."""
         if self.content is not None:
             return self.content
         try:
@@ -59,25 +50,18 @@ class Recording:
             return f"no file: {self.path}"
 
     def samples(self, rate: int) -> Samples:
-        """Returns the sound in one channel at ``rate`` samples per second, from -1 to 1.
-
-        Raises:
-            EncodingProblem: If it cannot be had.
-        """
+        """Returns one channel at ``rate`` samples per second, from -1 to 1."""
         sound, its_rate = decode(self.found)
         return sound if its_rate == rate else resample(sound, its_rate, rate)
 
 
 def decode(content: bytes) -> tuple[Samples, int]:
-    """Returns the samples of a file, its channels averaged, and its rate.
+    """Returns the samples of a file as one channel, and its rate.
 
     PCM WAV is read by the standard library, anything else by ``soundfile`` where it is installed.
 
-    Args:
-        content: The bytes of the file.
-
     Raises:
-        EncodingProblem: If they are not sound, break off, or hold nothing to hear.
+        EncodingProblem: If it is not sound, breaks off, or is silent.
     """
     if not content:
         raise EncodingProblem("audio", "has an empty file as audio")
@@ -138,15 +122,10 @@ def can_resample() -> bool:
 
 
 def resample(sound: Samples, rate: int, wanted: int) -> Samples:
-    """Returns ``sound`` at another rate, without what that rate cannot hold.
+    """Returns one channel at ``wanted`` samples per second.
 
-    By ``scipy.signal.resample_poly``: a linear-phase low-pass filter (Kaiser window, beta 5) at
-    half the lower rate, in ratio of whole numbers.
-
-    Args:
-        sound: Samples of one channel.
-        rate: Their rate, in samples per second.
-        wanted: The rate that is asked for.
+    By ``scipy.signal.resample_poly``: a linear-phase low-pass filter at half the lower rate
+    (Kaiser window, beta 5).
     """
     signal: Any = import_module("scipy.signal")
     common = math.gcd(rate, wanted)

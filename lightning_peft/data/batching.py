@@ -16,40 +16,42 @@ from lightning_peft.data.encoding import IGNORED
 BATCHES_SORTED_TOGETHER = 50
 
 
-def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns a batch of rows of different lengths.
+def pad_to_longest(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Returns ``rows`` of different lengths as ``(rows, length)``, int64, padded with ``value``."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
 
-    Args:
-        rows: ``input_ids`` and ``labels`` of each.
-        pad_token_id: Token that fills up short rows, which is neither attended to nor trained.
 
-    Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each ``(batch, length)``, int64.
+def pad_inputs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Returns ``input_ids``, ``attention_mask`` and, if there are, ``token_type_ids`` of rows.
+
+    Each is ``(batch, length)``, int64.
     """
-    length = max(len(row["input_ids"]) for row in rows)
+    ids = [row["input_ids"] for row in rows]
+    batch = {
+        "input_ids": pad_to_longest(ids, pad_token_id),
+        "attention_mask": pad_to_longest([[1] * len(row) for row in ids], 0),
+    }
+    if rows[0].get("token_type_ids"):
+        batch["token_type_ids"] = pad_to_longest([row["token_type_ids"] for row in rows], 0)
+    return batch
 
-    def filled(name: str, value: int) -> Tensor:
-        return torch.tensor([[*row[name], *[value] * (length - len(row[name]))] for row in rows])
 
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(length) < lengths[:, None]).to(torch.int64)
-    ids, labels = filled("input_ids", pad_token_id), filled("labels", IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Returns ``input_ids``, ``attention_mask`` and ``labels`` of rows, padded labels with -100.
+
+    Each is ``(batch, length)``, int64.
+    """
+    labels = pad_to_longest([row["labels"] for row in rows], IGNORED)
+    return {**pad_inputs(rows, pad_token_id), "labels": labels}
 
 
 class LengthGroupedSampler(DistributedSampler[int]):
-    """Draws rows in random order, with rows of like length next to each other.
+    """Draws rows in random order, with rows of similar length next to each other.
 
-    The order depends on the seed and the epoch alone, so that a resumed run sees the same. It
+    The order depends on ``seed`` and the epoch alone, so that a resumed run sees the same. It
     derives from ``DistributedSampler`` because Lightning replaces any other sampler when there are
-    several processes, and would mix the lengths again.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows per batch and process.
-        seed: Seed of the order.
-        num_replicas: Number of processes.
-        rank: Number of this process.
+    several processes, and would mix the lengths again. ``batch_size`` is per process.
     """
 
     def __init__(

@@ -63,14 +63,5 @@ def key_of(**parts: Any) -> str:
 
 
 def entry(folder: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Returns the folder of an entry, which is built first if it is not there.
-
-    Args:
-        folder: The cache.
-        key: From :func:`key_of`.
-        build: Writes the files into a folder, and returns the summary that goes beside them.
-
-    Raises:
-        ConfigError: If nothing can be written there.
-    """
+    """Returns the folder of an entry; ``build`` writes its files and returns its summary."""
     return cache_entries.entry(folder, key, build, "prepared data", "cache_dir")

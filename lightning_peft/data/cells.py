@@ -24,13 +24,10 @@ _ROLES = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
 def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``fields`` with the lists and objects that are in them as text.
 
-    Text is JSON, or what Python prints. A prompt or an answer is text unless it is a list of turns.
-
-    Args:
-        fields: The fields of a row.
+    Text is JSON, or Python's ``repr``. A prompt or an answer is text unless it is a list of turns.
 
     Raises:
-        RowProblems: If a text begins like a list and cannot be read.
+        RowProblems: If a text begins like a list and cannot be parsed.
     """
     found, problems = dict(fields), []
     for name, value in fields.items():

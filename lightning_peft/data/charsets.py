@@ -41,14 +41,10 @@ Blocks = Callable[[], Iterable[bytes]]
 
 @dataclass(frozen=True)
 class Charset:
-    """The encoding of a file.
+    """The encoding of a file, by Python's name.
 
-    Attributes:
-        name: Python's name of it.
-        how: ``"given"`` by the user, by a ``"mark"`` at the start, by the bytes (``"sure"``), or
-            ``"guessed"``.
-        example: A line in which it matters, where it was guessed.
-        whole: Whether all of the file can be decoded; else some lines of it cannot.
+    ``how`` is ``"given"`` by the user, by a ``"mark"`` at the start, by the bytes (``"sure"``), or
+    ``"guessed"`` with a line as ``example``; ``whole`` is False if some lines cannot be decoded.
     """
 
     name: str
@@ -58,12 +54,7 @@ class Charset:
 
 
 def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
-    """Returns the encoding of a file, which is read once or twice for that.
-
-    Args:
-        blocks: Gives the bytes of the file in blocks, from its start.
-        name: What messages call the file.
-        given: The encoding that the user says it has.
+    """Returns the encoding of a file, in one or two passes over its ``blocks`` of bytes.
 
     Raises:
         ConfigError: If there is no such encoding, the file is not in it, or none fits.
@@ -232,7 +223,7 @@ def _best(sample: bytes, fitting: list[str], name: str) -> str:
 
 
 def _neighbour(marks: Any, fitting: list[str]) -> str | None:
-    """Returns a code page beside cp1252 where the language of the text is surely one of its own.
+    """Returns a code page other than cp1252 where the language of the text surely needs it.
 
     The library alone likes cp1250 for nearly any text of Europe.
     """

@@ -15,7 +15,7 @@ import pyarrow
 from pyarrow import ipc, parquet
 
 from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
-from lightning_peft.data.open_files import compression_of, explain_errors, open_file
+from lightning_peft.data.open_files import compression_of, explain_errors, explained_rows, open_file
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,12 +25,7 @@ _BATCH = 256
 
 
 def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
-    """Returns the rows of a Parquet or Arrow file.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-        kind: ``"Parquet"`` or ``"Arrow"``.
+    """Opens a Parquet or Arrow file.
 
     Raises:
         ConfigError: If it is damaged, or has two columns of one name.
@@ -61,11 +56,7 @@ def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
 
 @contextmanager
 def _batches(path: Path, name: str, kind: str) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """Opens a file, and gives its schema and its rows in batches.
-
-    Raises:
-        ConfigError: In place of what pyarrow raises.
-    """
+    """Opens a file, and gives its schema and its rows in batches."""
     hint = "Write or download it once more, or convert it to JSONL."
     with ExitStack() as stack, explain_errors(name):
         try:
@@ -91,19 +82,17 @@ def _batches(path: Path, name: str, kind: str) -> Iterator[tuple[Any, Iterator[A
 
 
 def _guarded(batches: Iterator[Any], name: str) -> Iterator[Any]:
-    place, found = 0, iter(batches)
-    while True:
-        try:
-            batch = next(found)
-        except StopIteration:
-            return
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ConfigError(
-                f"{name!r} is damaged after row {place}: what follows cannot be read. Write or "
-                "download it once more, or convert it to JSONL."
-            ) from error
+    count = 0
+
+    def explain(number: int, error: Exception) -> str:
+        return (
+            f"{name!r} is damaged after row {count}: what follows cannot be read. Write or "
+            "download it once more, or convert it to JSONL."
+        )
+
+    for batch in explained_rows(batches, explain, (pyarrow.ArrowException, OSError)):
         yield batch
-        place += batch.num_rows
+        count += batch.num_rows
 
 
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str | None]]:
@@ -166,11 +155,6 @@ def without_nulls(value: Any) -> Any:
 
 
 def class_name(kind: ClassLabel, number: int | None) -> str | None:
-    """Returns the name of a class; ``None`` for one that is kept secret.
-
-    Args:
-        kind: The classes.
-        number: -1 stands for a secret one, as in the test rows of a competition.
-    """
+    """Returns the name of a class; ``None`` for -1, a label that is withheld, as in test splits."""
     known = number is not None and 0 <= number < kind.num_classes
     return kind.int2str(number) if known else None

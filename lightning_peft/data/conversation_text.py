@@ -24,14 +24,13 @@ _MARK = "Thought7240"
 
 @dataclass(frozen=True)
 class Part:
-    """A conversation up to one of its answers, as the model reads and writes it.
+    """A conversation up to one of its answers.
 
     Attributes:
         messages: The turns up to that answer.
-        text: The same as text.
-        answers: First and last character of each answer that is learnt here, by its place among
-            the turns.
-        hidden: Characters in them that are not learnt.
+        text: The rendered turns.
+        answers: First and last character of each trained answer, by the place of its turn.
+        hidden: Characters of the answers that are not trained.
     """
 
     messages: list[Message]
@@ -41,26 +40,17 @@ class Part:
 
 
 class ConversationText:
-    """Parts conversations into texts, of which each shows its answers as they are generated.
+    """Renders conversations as texts in which each answer follows the prompt it is generated from.
 
-    Usually one text has all answers. Where a template writes earlier turns in another way, as
-    those that leave out earlier thoughts, the answers before are learnt from texts of their own.
-
-    Args:
-        rendering: Writes conversations.
-        loss_on: ``"assistant"`` for every assistant turn, ``"completion"`` for the last one.
-        reasoning: What becomes of thoughts.
+    Usually one text has all answers. Where a template renders earlier turns differently, such as
+    without their reasoning, earlier answers are trained in texts of their own.
     """
 
     def __init__(self, rendering: Rendering, loss_on: LossOn, reasoning: Reasoning) -> None:
         self.rendering, self.loss_on, self.reasoning = rendering, loss_on, reasoning
 
     def turns(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Message]:
-        """Returns the turns as they are rendered.
-
-        Raises:
-            EncodingProblem: If the template refuses them.
-        """
+        """Returns the turns as they are rendered."""
         turns = map(strip_reasoning, messages) if self.reasoning == "strip" else messages
         return self.rendering.with_tool_arguments(list(turns), context)
 
@@ -72,12 +62,7 @@ class ConversationText:
         return [place for place in answers if messages[place].get("train", True)]
 
     def parts(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[Part]:
-        """Returns the texts, in the order of their last answers.
-
-        Raises:
-            EncodingProblem: If nothing is trained, or an answer cannot be found in what the
-                template writes.
-        """
+        """Returns the texts, in the order of their last answers."""
         places = self.trained(messages)
         if not places:
             raise EncodingProblem(
@@ -120,15 +105,7 @@ class ConversationText:
         )
 
     def check_contents(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
-        """Refuses turns whose text the template leaves out, as some do with a system turn.
-
-        Args:
-            turns: The turns.
-            context: What the chat template gets with them.
-
-        Raises:
-            EncodingProblem: With the first such turn.
-        """
+        """Refuses turns whose text the template leaves out, as some do with a system turn."""
         text = self.rendering.text(turns, context)
         for place, turn in enumerate(turns):
             if not turn["content"].strip() or turn["content"].strip() in text:
@@ -144,11 +121,7 @@ class ConversationText:
                 )
 
     def with_masked_reasoning(self, part: Part, context: Mapping[str, Any]) -> Part:
-        """Returns a part with the thoughts hidden that are not learnt.
-
-        Raises:
-            EncodingProblem: If thoughts are to be in a text that the template leaves them out of.
-        """
+        """Returns a part with its untrained reasoning hidden; refuses what is not rendered."""
         hidden = []
         for place, (first, last) in part.answers.items():
             for body in reasoning_texts(part.messages[place]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_peft.data.json_text import json_type
@@ -14,6 +15,7 @@ from lightning_peft.data.samples import (
     Sample,
     collect,
     required_texts,
+    row_problem,
     shortened,
 )
 from lightning_peft.data.template_context import read_context
@@ -33,19 +35,13 @@ def _messages(turns: Any, name: str, unused: list[str]) -> list[Message]:
     turns = json_value(turns)
     if not isinstance(turns, list) or not turns:
         what = "no" if turns is None else "an empty" if turns == [] else "no list in"
-        raise RowProblems([("missing", f"has {what} {name}")])
-    found, problems = [], []
-    for place, turn in enumerate(turns, start=1):
-        try:
-            message, ignored = read_turn(turn, f"turn {place} of {name}")
-        except RowProblems as error:
-            problems += error.problems
-        else:
-            found.append(message)
-            unused += [f"{name}[].{key}" for key in ignored]
-    if problems:
-        raise RowProblems(problems)
-    return _joined_channels(found)
+        raise row_problem("missing", f"has {what} {name}")
+    read = (
+        partial(read_turn, turn, f"turn {n} of {name}") for n, turn in enumerate(turns, start=1)
+    )
+    found = collect(*read)
+    unused += [f"{name}[].{key}" for _, ignored in found for key in ignored]
+    return _joined_channels([message for message, _ in found])
 
 
 def _joined_channels(turns: list[Message]) -> list[Message]:
@@ -66,7 +62,7 @@ def _joined_channels(turns: list[Message]) -> list[Message]:
 
 
 def order_problems(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Returns what is wrong with the order of roles in a conversation."""
+    """Returns the problems of the order of roles in a conversation."""
     problems = []
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
@@ -102,8 +98,9 @@ def parse_messages(fields: Mapping[str, Any]) -> Sample:
     )
     if system and turns[0]["role"] == "system":
         if turns[0]["content"].strip() != system[0]["content"].strip():
-            problem = "has one text as system and another in the system turn of its messages"
-            raise RowProblems([("roles", problem)])
+            raise row_problem(
+                "roles", "has one text as system and another in the system turn of its messages"
+            )
         system = []
     return _sample(_conversation(system + turns), context, unused)
 
@@ -137,8 +134,10 @@ def _history(value: Any) -> list[Message]:
         for pair in found
     )
     if not pairs:
-        problem = f"has {shortened(value)} as history, not a list of questions with their answers"
-        raise RowProblems([("missing", problem)])
+        raise row_problem(
+            "missing",
+            f"has {shortened(value)} as history, not a list of questions with their answers",
+        )
     roles = ("user", "assistant")
     return [
         {"role": r, "content": text} for pair in found for r, text in zip(roles, pair, strict=True)
@@ -150,11 +149,11 @@ def _with_reasoning(answer: list[Message], value: Any) -> list[Message]:
     if is_empty(value):
         return answer
     if not isinstance(value, str):
-        raise RowProblems([("thoughts", f"has {shortened(value)} as reasoning, not text")])
+        raise row_problem("thoughts", f"has {shortened(value)} as reasoning, not text")
     last = answer[-1]
     settled = merge_reasoning({**last, REASONING_KEYS[0]: value})
     if last.get(REASONING_KEYS[0], value) != value or settled is None:
-        raise RowProblems([("thoughts", "has other thoughts in its answer than in reasoning")])
+        raise row_problem("thoughts", "has other thoughts in its answer than in reasoning")
     return [*answer[:-1], settled]
 
 
@@ -177,7 +176,7 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     """Returns an instruction, with its input below it, and the output as turns."""
     given = fields.get("input")
     if given is not None and not isinstance(given, str):
-        raise RowProblems([("missing", f"has {json_type(given)} as input, not text")])
+        raise row_problem("missing", f"has {json_type(given)} as input, not text")
     system, history, (instruction,), (output,), context = collect(
         lambda: _system(fields),
         lambda: _history(fields.get("history")),
@@ -211,7 +210,7 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
             _check_prompt_in_answer(prompt, chosen)
         prompt = []
     if chosen == rejected:
-        raise RowProblems([("preference", "has the same text as chosen and rejected")])
+        raise row_problem("preference", "has the same text as chosen and rejected")
     if not prompt and chosen[:-1] != rejected[:-1]:
         raise RowProblems(
             [("preference", "has different turns before the last in the two answers")]
@@ -236,7 +235,7 @@ def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, An
         found = {name: inner[name] for name in ("messages", "tools") if name in inner}
         twice = [name for name in found if not is_empty(fields.get(name))]
         if twice or not is_empty(fields.get("prompt")) or "instruction" in given:
-            raise RowProblems([("missing", "has a prompt or tools in its input and outside of it")])
+            raise row_problem("missing", "has a prompt or tools in its input and outside of it")
         unused += [f"input.{key}" for key in inner if key not in found]
         return {**fields, **found}
     if _contains_prompt(fields.get("chosen")) or fields.get("prompt") or fields.get("messages"):
@@ -246,8 +245,9 @@ def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, An
         return {**fields, "prompt": next(iter(given.values()))}
     strange = [name for name, value in given.items() if not isinstance(value, str)]
     if strange:
-        problem = f"has {shortened(given[strange[0]])} as {strange[0]}, not text"
-        raise RowProblems([("missing", problem)])
+        raise row_problem(
+            "missing", f"has {shortened(given[strange[0]])} as {strange[0]}, not text"
+        )
     return {**fields, "prompt": "\n\n".join(given.values())} if given else fields
 
 
@@ -264,8 +264,9 @@ def _check_prompt_in_answer(prompt: list[Message], answer: list[Message]) -> Non
     contents = [turn["content"].strip() for turn in answer[:-1]]
     if prompt[-1]["content"].strip() not in contents:
         shown = shortened(prompt[-1]["content"])
-        problem = f"has the prompt {shown}, and answers that begin with other turns"
-        raise RowProblems([("preference", problem)])
+        raise row_problem(
+            "preference", f"has the prompt {shown}, and answers that begin with other turns"
+        )
 
 
 def parse_source(fields: Mapping[str, Any]) -> Sample:

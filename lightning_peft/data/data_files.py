@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from lightning_peft.data.charsets import detect
 from lightning_peft.data.columnar import read_columnar
-from lightning_peft.data.file_format import ReadableFile, ReadOptions
+from lightning_peft.data.file_format import ReadableFile, ReadOptions, TextFile
 from lightning_peft.data.json_files import read_json
 from lightning_peft.data.open_files import (
     COMPRESSED,
@@ -56,11 +56,7 @@ def is_data_file(path: Path) -> bool:
 
 
 def suffix_of(path: Path) -> str:
-    """Returns what the name of a file, or of the one file in a zip, says that it is.
-
-    Raises:
-        ConfigError: If rows cannot be read from it.
-    """
+    """Returns the suffix of a file, or of the one file in a zip, if rows can be read from it."""
     bare = PurePosixPath(path.name)
     if path.suffix.lower() == ".zip" or not is_data_file(path):
         bare = uncompressed_name(path)
@@ -76,15 +72,10 @@ def suffix_of(path: Path) -> str:
 
 
 def read_file(path: Path, name: str, options: ReadOptions) -> ReadableFile:
-    """Returns how a file is read, and its rows.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-        options: What the user says of it.
+    """Opens a file of rows.
 
     Raises:
-        ConfigError: If it cannot be read, with the place and what to do.
+        ConfigError: If it cannot be read, with the place and the fix.
     """
     with explain_errors(name):
         stat = path.stat()
@@ -99,18 +90,18 @@ def _read(path: Path, name: str, options: ReadOptions, stamp: tuple[int, int, in
     # A workbook is a zip of many files.
     if suffix in _BOOKS or (compression_of(path) == "zip" and is_workbook(path)):
         return read_sheet(path, name, options.sheet)
-    with open_file(path, name) as file:
-        start = file.read(512)
+    with open_file(path, name) as raw:
+        start = raw.read(512)
     magic = {b"PAR1": "Parquet", b"ARRO": "Arrow"}.get(start[:4])
     if magic is not None or suffix in _BINARY:
         return read_columnar(path, name, magic or _BINARY[suffix])
     refuse_foreign_formats(start, name)
-    charset = detect(lambda: _blocks(path, name), name, options.encoding)
+    file = TextFile(path, name, detect(lambda: _blocks(path, name), name, options.encoding))
     if suffix in _LINES or suffix == ".json":
-        return read_json(path, name, charset, suffix in _LINES)
+        return read_json(file, suffix in _LINES)
     if suffix in _TABLES:
-        return read_table(path, name, charset, _TABLES[suffix], options.delimiter)
-    return read_text(path, name, charset, options.text_unit)
+        return read_table(file, _TABLES[suffix], options.delimiter)
+    return read_text(file, options.text_unit)
 
 
 def _blocks(path: Path, name: str) -> Iterator[bytes]:

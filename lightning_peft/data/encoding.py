@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
 from lightning_peft.data.reasoning import Reasoning, reasoning_texts
 from lightning_peft.data.rendering import Rendering, check_variables
+from lightning_peft.data.row_encoder import SpecialTokens, end_token_id
 from lightning_peft.data.samples import Message, Sample
 from lightning_peft.data.templates import Template
 from lightning_peft.data.turn_keys import TurnKeys
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,11 +27,8 @@ OverLong = Literal["error", "truncate", "split"]
 class Encoded:
     """One row of training data.
 
-    Attributes:
-        input_ids: Tokens.
-        labels: For each token itself, or -100 where it is not learnt. Models shift them.
-        cut: Number of tokens that were cut off at the end.
-        end_added: Whether the end-of-sequence token was added, as the template writes none.
+    Labels are tokens, not shifted, or -100. ``cut`` tokens were cut off at the end; ``end_added``
+    says whether the end-of-sequence token was added, as the template has none.
     """
 
     input_ids: list[int]
@@ -47,15 +43,14 @@ class Encoder:
     Args:
         tokenizer: The tokenizer; it must have an end-of-sequence token.
         template: The chat template; ``None`` for plain text.
-        max_length: Longest row in tokens.
+        max_length: Maximum row in tokens.
         loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one.
         over_long: What happens to longer rows: refuse, cut the end off, or (plain text) split.
-        reasoning: What becomes of thoughts in answers: ``"train"`` learns them, ``"mask"`` leaves
-            them in the text without learning them, ``"strip"`` takes them out.
+        reasoning: As of :class:`SupervisedData <lightning_peft.data.supervised.SupervisedData>`.
         variables: Values for variables of the template, such as ``{"enable_thinking": False}``.
 
     Raises:
-        ConfigError: If the tokenizer has no end-of-sequence token, or the template does not read
+        ConfigError: If the tokenizer has no end-of-sequence token, or the template does not use
             one of ``variables``.
     """
 
@@ -69,18 +64,12 @@ class Encoder:
         reasoning: Reasoning = "train",
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a "
-                "model cannot learn to stop. Set tokenizer.eos_token to the token that ends an "
-                "answer, and save it."
-            )
         self.tokenizer: Any = tokenizer
-        self.end: int = tokenizer.eos_token_id
+        self.end = end_token_id(tokenizer)
         self.template = template
         self.max_length = max_length
         self.over_long = over_long
-        self._marks = special_tokens(tokenizer)
+        self._special_tokens = SpecialTokens(tokenizer)
         if template is None:
             check_variables(variables or {}, "plain text", frozenset())
             return
@@ -99,8 +88,8 @@ class Encoder:
     def encode(self, sample: Sample) -> list[Encoded]:
         """Returns the row that ``sample`` becomes.
 
-        Several, where a long text is split, or where the template writes earlier turns in another
-        way than it asks for them: each answer is learnt as it is generated.
+        Several, where a long text is split, or where the template renders earlier turns differently
+        from the way they are generated: each answer is trained as it is generated.
 
         Raises:
             EncodingProblem: If it cannot be trained on as it is.
@@ -108,7 +97,7 @@ class Encoder:
         if sample.text is not None:
             return self._text(sample.text)
         turns = self._texts.turns(sample.messages, sample.context)
-        self._check_marks(turns, sample.context)
+        self._check_special_tokens(turns, sample.context)
         rows = []
         for read, ids, spans, hidden in self._conversation(turns, sample.context):
             row = self._label(ids, spans)
@@ -120,18 +109,13 @@ class Encoder:
         return rows
 
     def unused(self, sample: Sample) -> list[str]:
-        """Returns the keys of turns that change nothing of what is encoded.
-
-        Raises:
-            EncodingProblem: If a key would change what is learnt, and the template writes none of
-                it.
-        """
+        """Returns the keys of turns that change nothing; refuses those that would, if rendered."""
         if sample.text is not None:
             return []
         return self._keys.unused(sample.messages, sample.context)
 
     def _ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        # Not verbose: long rows are counted here, and told with their numbers.
+        # Not verbose: long rows are counted here, and reported with their numbers.
         found = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         ids: list[int] = found["input_ids"]
         return ids
@@ -149,18 +133,13 @@ class Encoder:
             return [Encoded(piece, [IGNORED, *piece[1:]], 0, added) for piece in pieces]
         return [self._fit_to_length(Encoded(ids, [IGNORED, *ids[1:]], 0, added))]
 
-    def _check_marks(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
+    def _check_special_tokens(self, turns: Sequence[Message], context: Mapping[str, Any]) -> None:
         assert self.template is not None
-        if self.template.name == "raw" or self._marks is None:
+        if self.template.name == "raw":
             return
         for what, value in [*((f"{turn['role']} turn", turn) for turn in turns), *context.items()]:
             for text in _strings(value):
-                found = self._marks.search(text)
-                if found:
-                    raise EncodingProblem(
-                        "control",
-                        f"has the special token {found[0]!r} inside the text of its {what}",
-                    )
+                self._special_tokens.check(text, what)
 
     def _conversation(
         self, turns: list[Message], context: Mapping[str, Any]
@@ -319,12 +298,6 @@ class Encoder:
             )
         ids = row.input_ids[: self.max_length]
         return Encoded(ids, labels, length - self.max_length, row.end_added)
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Returns what finds the special tokens of ``tokenizer`` in a text, if it has some."""
-    marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, marks))) if marks else None
 
 
 def _inside(offsets: Sequence[Span], first: int, last: int) -> Span:

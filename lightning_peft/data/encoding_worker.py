@@ -17,13 +17,7 @@ from lightning_peft.data.validation import EncodingProblem
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of a sample.
-
-    Attributes:
-        rows: The prepared rows; none where there are problems.
-        problems: Kind and text of why there are none.
-        unused: Keys of the sample that nothing uses.
-    """
+    """The prepared rows of a sample, or why there are none, and its keys that nothing uses."""
 
     rows: Sequence[dict[str, Any]] = ()
     problems: Sequence[tuple[str, str]] = ()
@@ -31,7 +25,7 @@ class Outcome:
 
 
 def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
-    """Returns what becomes of a sample."""
+    """Returns the outcome of a sample."""
     unused: Sequence[str] = ()
     rows: Sequence[dict[str, Any]] = ()
     problems: list[tuple[str, str]] = []
@@ -49,13 +43,13 @@ def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
 
 
 def outcomes(encoder: RowEncoder, samples: Sequence[Sample]) -> list[Outcome]:
-    """Returns what becomes of each."""
+    """Returns the outcome of each sample."""
     return [outcome(encoder, sample) for sample in samples]
 
 
 def main() -> None:
     """Answers until the input ends, as it does when the other process is gone."""
-    # Who asks decides when it is over, and is told of Ctrl-C by the terminal itself.
+    # The parent process decides when to stop, and gets Ctrl-C from the terminal itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     # Nothing that a library prints may come between the answers.

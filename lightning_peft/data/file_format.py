@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lightning_peft.data.charsets import Charset
+from lightning_peft.data.open_files import compression_of, open_file
 
 TextUnit = Literal["line", "paragraph", "document"]
 
@@ -17,14 +21,7 @@ _USUAL = {"utf-8", "utf-8-sig"}
 
 
 class FileRow(NamedTuple):
-    """One row of a file.
-
-    Attributes:
-        number: Its number, from 1.
-        value: Its columns; ``None`` where it cannot be read.
-        problem: Why it cannot be read.
-        split: The split that the file says it is for.
-    """
+    """One row of a file, numbered from 1, or the problem for which it has no value."""
 
     number: int
     value: dict[str, Any] | None
@@ -34,14 +31,7 @@ class FileRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the user says of files.
-
-    Attributes:
-        encoding: Encoding of text files; ``None`` detects it.
-        delimiter: What parts the columns of a table; ``None`` detects it.
-        sheet: Name of a sheet, or its number from 1; ``None`` detects it.
-        text_unit: What is one row of a text file.
-    """
+    """How the user says that files are read; ``None`` detects it."""
 
     encoding: str | None = None
     delimiter: str | None = None
@@ -55,13 +45,13 @@ class FileFormat:
 
     Attributes:
         kind: Such as ``"CSV"`` or ``"JSON lines"``.
-        compression: How it is compressed, such as ``"gzip"``.
+        compression: Such as ``"gzip"``.
         encoding: Python's name of the encoding of its text.
         encoding_by: ``"given"``, ``"mark"``, ``"sure"`` or ``"guessed"``.
         example: A line in which a guessed encoding matters.
-        delimiter: What parts the columns.
+        delimiter: The delimiter of its columns.
         sheet: The sheet of a workbook.
-        notes: What else is to be known, such as columns that are left out.
+        notes: Anything else a user should check, such as columns that are left out.
     """
 
     kind: str
@@ -105,26 +95,35 @@ class FileFormat:
         return text
 
 
-def text_format(kind: str, charset: Charset, compression: str | None, **more: Any) -> FileFormat:
-    """Returns how a file of text is read.
+@dataclass(frozen=True)
+class TextFile:
+    """A file of text: its path, its name in messages, and its encoding."""
 
-    Args:
-        kind: Of the file.
-        charset: Its encoding.
-        compression: How it is compressed.
-        **more: Other attributes of :class:`FileFormat`.
-    """
-    return FileFormat(kind, compression, charset.name, charset.how, charset.example, **more)
+    path: Path
+    name: str
+    charset: Charset
+
+    @contextmanager
+    def open(
+        self, errors: str | None = None, newline: str | None = None
+    ) -> Iterator[TextIOWrapper]:
+        """Opens it; by default, bytes that cannot be decoded become surrogates."""
+        default = "strict" if self.charset.whole else "surrogateescape"
+        with open_file(self.path, self.name) as file:
+            text = TextIOWrapper(file, self.charset.name, errors or default, newline)
+            yield text
+            # Closing is up to `open_file`.
+            text.detach()
+
+    def format(self, kind: str, **more: Any) -> FileFormat:
+        """Returns how it is read."""
+        charset, compression = self.charset, compression_of(self.path)
+        return FileFormat(kind, compression, charset.name, charset.how, charset.example, **more)
 
 
 @dataclass(frozen=True)
 class ReadableFile:
-    """A file that can be read.
-
-    Attributes:
-        format: How it is read.
-        rows: Yields its rows, from the first one each time.
-    """
+    """A file's format, and an iterator over its rows that starts from the first one each time."""
 
     format: FileFormat
     rows: Callable[[], Iterator[FileRow]]

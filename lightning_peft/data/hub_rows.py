@@ -11,20 +11,15 @@ from datasets import ClassLabel, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from lightning_peft.data.columnar import class_name, without_nulls
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.data.open_files import explained_rows
+from lightning_peft.errors import ConfigError
 
 
 def hub_dataset(data: str, config: str | None, revision: str | None, streaming: bool) -> Any:
     """Returns the splits of a dataset on the hub.
 
-    Args:
-        data: Its name.
-        config: Its configuration.
-        revision: Branch, tag or commit.
-        streaming: Whether it is read without storing it.
-
     Raises:
-        ConfigError: If it cannot be had, with the likely reason.
+        ConfigError: If it cannot be loaded, with the likely reason.
     """
     try:
         return load_dataset(data, config, revision=revision, streaming=streaming)
@@ -55,34 +50,20 @@ def _reason(error: Exception) -> str:
 
 
 def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
-    """Yields rows with images and sounds as the bytes they are kept as, and classes by name.
-
-    Args:
-        dataset: One split.
-        data: What messages call it.
-
-    Raises:
-        ConfigError: If reading breaks off.
-    """
+    """Yields the rows of a split, images and sounds as their bytes, and classes by name."""
     features = dict(dataset.features or {})
     for name, feature in features.items():
         if getattr(feature, "decode", False) is True:
             dataset = dataset.cast_column(name, replace(feature, decode=False))
     classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
-    number, rows = 0, iter(dataset)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except LightningPeftError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"{data!r} on the hub cannot be read after row {number}: {_reason(error)}. Try "
-                "again, name another hub_revision, or download its files and name their folder."
-            ) from error
-        number += 1
+
+    def explain(number: int, error: Exception) -> str:
+        return (
+            f"{data!r} on the hub cannot be read after row {number}: {_reason(error)}. Try again, "
+            "name another hub_revision, or download its files and name their folder."
+        )
+
+    for row in explained_rows(dataset, explain):
         # What is kept as JSON has only the keys that it was given.
         nested = {
             n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"

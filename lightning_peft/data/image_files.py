@@ -26,27 +26,20 @@ CONVERSIONS = {
 
 
 class ImageProblem(Exception):
-    """Content that is not an image, or one whose colours nothing says."""
+    """Content that is not an image, or whose colours are not known."""
 
 
 def require_pillow() -> None:
-    """Checks that images can be opened at all.
-
-    Raises:
-        ConfigError: If Pillow is not installed.
-    """
+    """Raises a :class:`ConfigError` if Pillow is not installed."""
     if find_spec("PIL") is None:
         raise ConfigError("Images are read by Pillow, which is not installed: pip install pillow")
 
 
 def decode_image(content: bytes) -> Image:
-    """Returns the image in ``content``, with every pixel read.
-
-    Args:
-        content: The bytes of a file, such as a PNG or JPEG.
+    """Returns the image in the bytes of a file, with every pixel read.
 
     Raises:
-        ImageProblem: If it is none, or damaged, or so large that it may be a trap.
+        ImageProblem: If it is not an image, is damaged, or so large that it may be an attack.
     """
     pillow: Any = import_module("PIL.Image")
     try:
@@ -54,7 +47,7 @@ def decode_image(content: bytes) -> Image:
         # open() reads the header alone, and verify() passes a JPEG that ends too soon.
         image.load()
     except import_module("PIL").UnidentifiedImageError:
-        raise ImageProblem("is not an image of a kind that Pillow reads") from None
+        raise ImageProblem("is not an image that Pillow reads") from None
     # Decoders of broken files raise almost anything.
     except Exception as error:
         raise ImageProblem(f"cannot be read as an image: {error}") from error
@@ -62,12 +55,9 @@ def decode_image(content: bytes) -> Image:
 
 
 def conversion_of(image: Image) -> str | None:
-    """Returns what is lost or changed when ``image`` becomes RGB; ``None`` where it is RGB.
+    """Returns the lossy step when ``image`` becomes RGB; ``None`` where it is RGB.
 
     A key of :data:`CONVERSIONS`, or the mode of an image that loses nothing.
-
-    Raises:
-        ImageProblem: If nothing says which values are black and white.
     """
     if image.mode in ("I", "F"):
         raise ImageProblem(

@@ -26,10 +26,7 @@ class ImageSource(Source):
 
     A folder that holds files of rows (JSONL, CSV, Parquet ...) is read as these; any other folder
     holds one folder for each class, or ``train`` and ``validation`` with those in them.
-
-    Attributes:
-        image_column: The column that holds or names the image; ``None`` for one that is
-            recognised by its name.
+    ``image_column`` is detected where it is ``None``.
     """
 
     image_column: str | None = None
@@ -79,7 +76,7 @@ class ImageSource(Source):
             return []
         used = {path.resolve() for _, path in self.content()}
         unused = [path for path in visible_files(folder) if path.resolve() not in used]
-        # A class without a file would be missing from the labels without a word.
+        # A class without a file would silently be missing from the labels.
         empty = sorted(
             path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())
         )
@@ -104,7 +101,8 @@ class ImageSource(Source):
             raise ConfigError(
                 f"The folder {Path(self.data).name!r} holds folders of classes in "
                 f"{', '.join(deep)}, and next to them {', '.join(others)}, which is not a split. "
-                "Move it into one of them, or name the folders with data= and validation_data=."
+                "Move it into one of them, or name the folders apart with data= and "
+                "validation_data=."
             )
         return bool(tops) and not others
 
@@ -134,7 +132,7 @@ class ImageSource(Source):
 
 
 def _placed(value: Any, folder: Path) -> Any:
-    """Returns what a column says of an image: its bytes, or its path seen from ``folder``."""
+    """Returns the bytes of an image, or its path relative to ``folder``."""
     if isinstance(value, dict):
         # An Image column of the hub: with bytes, the path is the name it once had.
         value = value.get("bytes") or value.get("path")

@@ -7,7 +7,6 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,7 +18,6 @@ from transformers import AutoImageProcessor
 from lightning_peft.data import image_files
 from lightning_peft.data.image_source import ImageSource
 from lightning_peft.data.labels import LabelNames, label_problems
-from lightning_peft.data.preparation import PreparationSettings
 from lightning_peft.data.reading import Source
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
@@ -36,11 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class ImageRows(RowEncoder):
-    """The bytes of an image, which was decoded once to see that it can be, and its class.
-
-    Args:
-        labels: What collects the names of the classes.
-    """
+    """The bytes of an image, which was decoded once as a check, and its class."""
 
     features = Features(
         {"image": Value("binary"), "label": Value("string"), "conversion": Value("string")}
@@ -83,22 +77,14 @@ class ImageRows(RowEncoder):
 
 
 class ImageBatch:
-    """Makes a batch of prepared rows: decodes the images and hands them to the processor.
-
-    Args:
-        processor: The model's image processor.
-        labels: The names of all classes, in the order of the model's outputs.
-    """
+    """Collates rows: decodes and processes their images; ``labels`` is in model order."""
 
     def __init__(self, processor: BaseImageProcessor, labels: Sequence[str]) -> None:
         self.processor = processor
         self.places = {label: place for place, label in enumerate(labels)}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Returns a batch.
-
-        Args:
-            rows: ``image`` and ``label`` of each.
+        """Returns a batch of the ``image`` and ``label`` of rows.
 
         Returns:
             ``pixel_values``, ``(batch, 3, height, width)``, float32, and ``labels``, ``(batch,)``,
@@ -135,6 +121,7 @@ class ImageData(RowDataModule):
     """
 
     accepts = ("image_label",)
+    default_shape = "image_label"
     batch_columns = ("image", "label")
 
     def __init__(
@@ -173,9 +160,9 @@ class ImageData(RowDataModule):
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"processor={requested!r} is not a folder with an image processor, no name "
-                    f"that the hub gives one for, and no settings of one ({reason}). Check the "
-                    "name, the settings, and the network (HF_HUB_OFFLINE must not be set)."
+                    f"processor={requested!r} is not a folder with an image processor, a name that "
+                    f"the hub has one for, or the settings of one ({reason}). Check the name, the "
+                    "settings, and the network (HF_HUB_OFFLINE must not be set)."
                 ) from error
         return self._processor
 
@@ -186,7 +173,7 @@ class ImageData(RowDataModule):
         return found
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns what checks and keeps the images."""
+        """Returns the encoder of images."""
         return ImageRows(LabelNames(self.hparams["labels"]))
 
     def encoding(self) -> dict[str, Any]:
@@ -194,7 +181,7 @@ class ImageData(RowDataModule):
         return {"labels": self.hparams["labels"]}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what decodes and processes the images of a batch."""
+        """Returns the collate function, which decodes and processes images."""
         return ImageBatch(self.image_processor, self.labels)
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
@@ -234,17 +221,9 @@ class ImageData(RowDataModule):
                 "labels=, or share the rows out by another split_seed."
             )
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was prepared, for the record of a run."""
-        return {**super().record, "processor": self.hparams["processor"]}
-
     def _sources(self) -> list[Source]:
         column = (self.hparams["columns"] or {}).get("image")
         return [ImageSource(**vars(source), image_column=column) for source in super()._sources()]
-
-    def _settings(self) -> PreparationSettings:
-        return replace(super()._settings(), shape="image_label")
 
 
 def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:

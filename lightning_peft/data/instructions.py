@@ -34,11 +34,9 @@ Example = dict[str, list[int]]
 def read_rows(path: Path) -> list[Row]:
     """Reads JSON lines with ``prompt``, ``response`` and, optionally, ``split``.
 
-    Other keys are named in a warning.
-
     Raises:
-        ConfigError: If rows are no JSON objects, lack a field, or have a key that would change
-            what is learnt; every bad row is numbered.
+        ConfigError: If rows are not JSON objects, lack a field, or have a key that would change
+            what is trained; every bad row is numbered.
     """
     rows: list[Row] = []
     problems = []
@@ -49,7 +47,7 @@ def read_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            problems.append(f"row {number} is no JSON: {error}")
+            problems.append(f"row {number} is not JSON: {error}")
             continue
         absent = [
             name

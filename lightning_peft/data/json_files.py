@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-from lightning_peft.data.charsets import Charset
-from lightning_peft.data.file_format import FileRow, ReadableFile, text_format
+from lightning_peft.data.file_format import FileRow, ReadableFile, TextFile
 from lightning_peft.data.json_text import (
     explain_error,
     iter_json_values,
@@ -17,7 +15,7 @@ from lightning_peft.data.json_text import (
     may_have_lone_surrogates,
     parse_json,
 )
-from lightning_peft.data.open_files import compression_of, open_file
+from lightning_peft.data.open_files import open_file
 from lightning_peft.errors import ConfigError
 
 SPLIT_KEYS = ("train", "training", "validation", "valid", "val", "dev", "eval", "test", "testing")
@@ -26,56 +24,48 @@ _ROW_KEYS = ("data", "rows", "examples", "items", "instances", "records", "sampl
 _SAMPLE_LINES = 20
 
 
-def read_json(path: Path, name: str, charset: Charset, by_line: bool) -> ReadableFile:
-    """Returns the rows of a JSON file.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-        charset: Its encoding.
-        by_line: Whether its name says that each line is a row.
+def read_json(file: TextFile, by_line: bool) -> ReadableFile:
+    """Opens a JSON file; ``by_line`` where its name says that each line is a row.
 
     Raises:
         ConfigError: If it is not JSON, or there are no rows in it.
     """
-    compression = compression_of(path)
-    if _lines_are_rows(path, name, charset, by_line):
-        format = text_format("JSON lines", charset, compression)
-        return ReadableFile(format, lambda: _by_line(path, name, charset))
+    lines = ReadableFile(file.format("JSON lines"), lambda: _by_line(file))
+    if _lines_are_rows(file, by_line):
+        return lines
     try:
-        count = len(_values(path, name, charset)[1])
+        count = len(_values(file)[1])
     except (ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        text = _text(path, name, charset)
+        text = _text(file)
         if by_line or _lines_fit(text.splitlines()):
             # One damaged row hides no other.
-            format = text_format("JSON lines", charset, compression)
-            return ReadableFile(format, lambda: _by_line(path, name, charset))
+            return lines
         raise ConfigError(
-            f"{name!r} {explain_error(error, text)}{_line(error)}. Repair the file; `python -m "
-            f"json.tool {name}` checks it, and in JSONL one bad row does not hide the others."
+            f"{file.name!r} {explain_error(error, text)}{_line(error)}. Repair the file; `python "
+            f"-m json.tool {file.name}` checks it, and in JSONL one bad row does not hide the "
+            "others."
         ) from error
     kind = "JSON" if count == 1 else "JSON, one value after another"
-    format = text_format(kind, charset, compression)
     # It is not kept in memory from one reading to the next.
-    return ReadableFile(format, lambda: _of_document(path, name, charset, by_line))
+    return ReadableFile(file.format(kind), lambda: _of_document(file, by_line))
 
 
-def _values(path: Path, name: str, charset: Charset) -> tuple[str, list[Any]]:
-    text = _text(path, name, charset)
+def _values(file: TextFile) -> tuple[str, list[Any]]:
+    text = _text(file)
     if not text.strip():
-        raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
+        raise ConfigError(f"There are no rows in {file.name!r}: the file is empty.")
     return text, list(iter_json_values(text))
 
 
-def _of_document(path: Path, name: str, charset: Charset, by_line: bool) -> Iterator[FileRow]:
-    text, values = _values(path, name, charset)
+def _of_document(file: TextFile, by_line: bool) -> Iterator[FileRow]:
+    text, values = _values(file)
     one = values[0] if len(values) == 1 else values
     if by_line and len(values) == 1 and isinstance(one, dict):
         one = values
-    lone_surrogates = may_have_lone_surrogates(text) or not charset.whole
-    for number, (value, split) in enumerate(_rows_in(one, name), start=1):
+    lone_surrogates = may_have_lone_surrogates(text) or not file.charset.whole
+    for number, (value, split) in enumerate(_rows_in(one, file.name), start=1):
         problem = _problem_of(value, lone_surrogates)
         yield FileRow(number, None if problem else value, problem, split)
 
@@ -96,34 +86,21 @@ def _line(error: Exception) -> str:
     return f", in line {line}" if line is not None else ""
 
 
-def _text(path: Path, name: str, charset: Charset) -> str:
-    with open_file(path, name) as file:
-        content = file.read()
-    text = content.decode(charset.name, "surrogateescape" if not charset.whole else "strict")
-    return text.removeprefix("\ufeff")
+def _text(file: TextFile) -> str:
+    with file.open(newline="") as text:
+        return text.read().removeprefix("\ufeff")
 
 
-def _lines_are_rows(path: Path, name: str, charset: Charset, by_line: bool) -> bool:
+def _lines_are_rows(file: TextFile, by_line: bool) -> bool:
     """Says by the first lines whether each of them is a row."""
-    with open_file(path, name) as file:
-        lines = _first(file, charset)
+    with file.open("replace") as text:
+        # A document in one line is read whole, and not here.
+        lines = list(islice((line for line in text if line.strip()), _SAMPLE_LINES))
     objects = [isinstance(parse_json(line)[0], dict) for line in lines]
     if by_line:
         opens = bool(lines) and lines[0].strip()[:1] in ("{", "[")
         return not opens or objects[0] or (2 * sum(objects) > len(lines) and len(lines[0]) > 3)
     return len(lines) > 1 and objects[0] and any(objects[1:])
-
-
-def _first(file: Any, charset: Charset) -> list[str]:
-    text = io.TextIOWrapper(file, charset.name, errors="replace", newline=None)
-    found: list[str] = []
-    for line in text:
-        # A document in one line is read whole, and not here.
-        found += [line] if line.strip() else []
-        if len(found) == _SAMPLE_LINES:
-            break
-    text.detach()
-    return found
 
 
 def _lines_fit(lines: list[str]) -> bool:
@@ -133,21 +110,18 @@ def _lines_fit(lines: list[str]) -> bool:
     return len(some) > 1 and 2 * good >= len(some)
 
 
-def _by_line(path: Path, name: str, charset: Charset) -> Iterator[FileRow]:
-    with open_file(path, name) as file:
-        if charset.name.startswith("utf-8"):
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    yield FileRow(number, None, f"is not UTF-8 (byte {error.start + 1})")
-                    continue
+def _by_line(file: TextFile) -> Iterator[FileRow]:
+    if not file.charset.name.startswith("utf-8"):
+        with file.open() as lines:
+            for number, text in enumerate(lines, start=1):
                 yield from _entry(number, text)
-            return
-        lines = io.TextIOWrapper(file, charset.name, newline=None)
-        for number, text in enumerate(lines, start=1):
-            yield from _entry(number, text)
-        lines.detach()
+        return
+    with open_file(file.path, file.name) as raw:
+        for number, line in enumerate(raw, start=1):
+            try:
+                yield from _entry(number, line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield FileRow(number, None, f"is not UTF-8 (byte {error.start + 1})")
 
 
 def _entry(number: int, text: str) -> Iterator[FileRow]:

@@ -44,7 +44,7 @@ def parse_json(text: str) -> tuple[Any, str | None]:
 
 
 def json_type(value: Any) -> str:
-    """Returns what kind of value of JSON this is, such as ``"a number"`` or ``"a list"``."""
+    """Returns the JSON type of a value, such as ``"a number"`` or ``"a list"``."""
     names = (
         (str, "a text"),
         # Before numbers, of which Python counts it one.
@@ -66,11 +66,7 @@ def may_have_lone_surrogates(text: str) -> bool:
 
 
 def iter_json_values(text: str) -> Iterator[Any]:
-    """Yields the values of a text in which JSON follows on JSON.
-
-    Raises:
-        ValueError: Where something else stands.
-    """
+    """Yields the values of concatenated JSON; a ``ValueError`` where something else stands."""
     place, end = _skip(text, 0), len(text)
     while place < end:
         value, place = _DECODER.raw_decode(text, place)

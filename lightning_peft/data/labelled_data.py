@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lightning_peft.data.labels import label_notes, label_problems, similar_labels
-from lightning_peft.data.preparation import PreparationSettings
+from lightning_peft.data.labels import LabelNames, label_notes, label_problems, similar_labels
+from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens
+from lightning_peft.data.shapes import Layout
 from lightning_peft.data.tokenized import TokenizedData
+from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 log = logging.getLogger(__name__)
+
+
+class LabelledRows(RowEncoder):
+    """Encodes rows whose labels are collected, and cuts longer rows or refuses them."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        names: LabelNames,
+        max_length: int,
+        truncate: bool,
+    ) -> None:
+        self.tokenizer: Any = tokenizer
+        self.names, self.max_length, self.truncate = names, max_length, truncate
+        self.special_tokens = SpecialTokens(tokenizer)
+
+    def too_long(self, length: int) -> EncodingProblem:
+        """Returns the problem of a row of ``length`` tokens."""
+        return EncodingProblem(
+            "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the names of all labels."""
+        return {"labels": self.names.names()}
 
 
 class LabelledData(TokenizedData):
@@ -30,6 +59,7 @@ class LabelledData(TokenizedData):
 
     # Our name of the field that holds the labels.
     label_field: ClassVar[str] = "label"
+    row_encoder: ClassVar[type[LabelledRows]]
 
     def __init__(
         self,
@@ -45,9 +75,11 @@ class LabelledData(TokenizedData):
     def _argument_problems(self) -> list[str]:
         return [*super()._argument_problems(), *label_problems(self.hparams["labels"])]
 
-    def _settings(self) -> PreparationSettings:
-        # There is no choice of shapes, also where the rows look like another one besides.
-        return replace(super()._settings(), shape=self.accepts[0])
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns the encoder of texts with labels."""
+        names = LabelNames(self.hparams["labels"])
+        truncate = self.hparams["over_long"] == "truncate"
+        return self.row_encoder(self.tokenizer, names, self.max_length, truncate)
 
     @abstractmethod
     def label_counts(self, split: str) -> dict[str, int]:
@@ -90,7 +122,7 @@ class LabelledData(TokenizedData):
         return [*label_notes(self.labels, self.classes), *contradictions]
 
     def setup(self, stage: str) -> None:
-        """Opens the prepared rows, and checks that their labels can be told apart.
+        """Opens the prepared rows, and checks that their labels can be distinguished.
 
         Raises:
             ConfigError: With all that is wrong with the rows, unless they are to be skipped, or

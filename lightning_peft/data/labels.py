@@ -12,11 +12,7 @@ _SHOWN = 20
 
 
 class LabelNames:
-    """Collects the labels of rows, in one pass.
-
-    Args:
-        given: All names in the order of their numbers; ``None`` takes what the rows hold.
-    """
+    """Collects the labels of rows, or checks them against ``given``, all names in order."""
 
     def __init__(self, given: Sequence[str] | None) -> None:
         self.given = list(given) if given is not None else None
@@ -25,14 +21,10 @@ class LabelNames:
         self.seen: set[str] = set()
 
     def find(self, label: str, what: str = "label") -> str:
-        """Returns the name of what a row holds: a name, or a number in the order of the names.
-
-        Args:
-            label: What the row holds, as text.
-            what: What it is called.
+        """Returns the name of a label in a row: a name, or a number in the order of the names.
 
         Raises:
-            EncodingProblem: If it is none of the names that were given.
+            EncodingProblem: If it is not one of the names that were given.
         """
         if self.given is None or label in self.given:
             return label
@@ -61,7 +53,7 @@ def sort_labels(names: Iterable[str]) -> list[str]:
 
 
 def label_problems(labels: Sequence[str] | None) -> list[str]:
-    """Returns what is wrong with names that the user gives."""
+    """Returns the problems of names that the user gives."""
     if labels is None:
         return []
     twice = [name for name, count in Counter(labels).items() if count > 1]
@@ -82,12 +74,7 @@ def similar_labels(names: Sequence[str]) -> list[list[str]]:
 
 
 def label_notes(names: Sequence[str], counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Returns what of the labels cannot be learnt, or is not measured, as sentences.
-
-    Args:
-        names: All labels.
-        counts: Split to label to number of occurrences, only splits with rows.
-    """
+    """Returns sentences on labels that are not trained or evaluated, from counts by split."""
     train = counts.get("train", {})
     found = []
     for split, of in counts.items():

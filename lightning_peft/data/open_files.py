@@ -9,15 +9,16 @@ import lzma
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow
 
 from lightning_peft.errors import ConfigError, LightningPeftError, itemize
 
+T = TypeVar("T")
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zip": "zip"}
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -68,22 +69,14 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def compression_of(path: Path) -> str | None:
-    """Returns ``"gzip"``, ``"bzip2"``, ``"xz"``, ``"zstd"``, ``"zip"``, or ``None``.
-
-    Raises:
-        ConfigError: If the file cannot be opened.
-    """
+    """Returns ``"gzip"``, ``"bzip2"``, ``"xz"``, ``"zstd"``, ``"zip"``, or ``None``."""
     with explain_errors(path.name), path.open("rb") as file:
         start = file.read(8)
     return next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
 
 
 def uncompressed_name(path: Path) -> PurePosixPath:
-    """Returns the name without the suffix of its compression; of a zip, its one file's.
-
-    Raises:
-        ConfigError: If it is a zip without a file, or with several.
-    """
+    """Returns the name without the suffix of its compression; of a zip, that of the file in it."""
     compression = compression_of(path) if path.is_file() else None
     if compression == "zip" and not is_workbook(path):
         return PurePosixPath(_member(path)).relative_to(PurePosixPath(_member(path)).parent)
@@ -119,11 +112,7 @@ def _is_hidden(name: str) -> bool:
 
 @contextmanager
 def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Opens a file for reading, unpacked if it is compressed.
-
-    Args:
-        path: The file.
-        name: What messages call it.
+    """Opens a file as a stream of bytes, decompressed.
 
     Raises:
         ConfigError: If it cannot be read, is damaged, or breaks off.
@@ -166,15 +155,7 @@ class _Raw(io.RawIOBase):
 
 @contextmanager
 def explain_errors(name: str, compression: str | None = None) -> Iterator[None]:
-    """Turns what goes wrong with a file into words.
-
-    Args:
-        name: What messages call the file.
-        compression: How it is compressed.
-
-    Raises:
-        ConfigError: In place of what the system or a library raises.
-    """
+    """Turns errors of the system and of libraries on the file ``name`` into a ConfigError."""
     try:
         yield
     except LightningPeftError:
@@ -204,16 +185,28 @@ def explain_errors(name: str, compression: str | None = None) -> Iterator[None]:
 
 
 def refuse_foreign_formats(start: bytes, name: str) -> None:
-    """Refuses files of a wholly other kind, known by their first bytes.
-
-    Args:
-        start: The first bytes.
-        name: What messages call the file.
-
-    Raises:
-        ConfigError: With what it is and what to do.
-    """
+    """Refuses formats without rows, known by the first bytes of a file, with the fix."""
     head = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for magic, what, remedy in _OTHERS:
         if head.startswith(magic):
             raise ConfigError(f"{name!r} is {what}, not rows. What to do: {remedy}.")
+
+
+def explained_rows(
+    rows: Iterable[T],
+    explain: Callable[[int, Exception], str],
+    errors: tuple[type[Exception], ...] = (Exception,),
+) -> Iterator[T]:
+    """Yields ``rows``; ``explain`` gets the number before a failure and one of ``errors``."""
+    number, iterator = 0, iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except LightningPeftError:
+            raise
+        except errors as error:
+            raise ConfigError(explain(number, error)) from error
+        yield row
+        number += 1

@@ -21,14 +21,9 @@ ATTENTIONS = ("sdpa", "eager")
 
 
 def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Returns which examples share a row: best fit, longest first.
+    """Returns the places of the examples of each row: best fit, longest first.
 
-    Args:
-        lengths: Tokens of each example, at most ``capacity``.
-        capacity: Tokens of a row.
-
-    Returns:
-        For each row, the places of its examples.
+    ``lengths`` are at most ``capacity``, both in tokens.
     """
     rows: list[list[int]] = []
     # Room left -> rows with that room. There are at most ``capacity`` different values.
@@ -55,13 +50,7 @@ def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedRows(Dataset[list[dict[str, Any]]]):
-    """Rows of several examples each.
-
-    Args:
-        examples: ``input_ids`` and ``labels`` of each example.
-        lengths: Tokens of each.
-        capacity: Tokens of a row.
-    """
+    """Examples as packed rows, each a list of examples with ``input_ids`` and ``labels``."""
 
     def __init__(self, examples: Any, lengths: Sequence[int], capacity: int) -> None:
         self.examples = examples
@@ -82,11 +71,7 @@ class PackedRows(Dataset[list[dict[str, Any]]]):
 
 
 def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns a batch of packed rows.
-
-    Args:
-        rows: The examples of each row.
-        pad_token_id: Token that fills up the rows.
+    """Returns a batch of packed rows, each a list of examples.
 
     Returns:
         ``input_ids``, ``labels`` and ``position_ids``, each ``(batch, length)``, int64; positions
@@ -115,13 +100,9 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], pad_token_id: int) -> dict
 
 
 def block_causal_mask(example_ids: Tensor) -> Tensor:
-    """Returns the mask in which every token attends to its own example's past.
+    """Returns the mask, ``(batch, 1, length, length)``, float32: 0 in a token's own past, or -inf.
 
-    Args:
-        example_ids: Number of the example of each token, ``(batch, length)``.
-
-    Returns:
-        ``(batch, 1, length, length)``, float32: 0 or ``-inf``.
+    ``example_ids`` is the number of the example of each token, ``(batch, length)``.
     """
     length = example_ids.shape[1]
     past = torch.ones(length, length, dtype=torch.bool, device=example_ids.device).tril()
@@ -141,7 +122,7 @@ def language_model(module: nn.Module) -> PreTrainedModel:
             return inner
     raise UnsupportedError(
         f"packing=True needs a transformers model inside {type(module).__name__}, whose attention "
-        "can be told to keep examples apart. Use packing=False, with length_grouping=True against "
+        "can keep examples apart. Use packing=False, with length_grouping=True against "
         "padding."
     )
 
@@ -149,8 +130,8 @@ def language_model(module: nn.Module) -> PreTrainedModel:
 def check_model(model: PreTrainedModel, capacity: int) -> None:
     """Tries whether ``model`` keeps packed examples apart.
 
-    Runs it on a row of two short examples, without gradients: the second must not notice what the
-    first says, and must come out as if it were alone.
+    Runs it on a row of two short examples, without gradients: the second must not depend on the
+    first, and must come out as if it were alone.
 
     Raises:
         UnsupportedError: If it does not.

@@ -43,13 +43,7 @@ main()"""
 def encode_rows(
     encoder: RowEncoder, items: Iterable[T], sample_of: Callable[[T], Sample | None]
 ) -> Iterator[tuple[T, Outcome]]:
-    """Yields every item, in order, with what becomes of its sample.
-
-    Args:
-        encoder: What encodes; used in other processes if it says that it can be.
-        items: Read some chunks ahead.
-        sample_of: Returns the sample of an item; ``None`` becomes no rows.
-    """
+    """Yields every item, in order, with the outcome of its sample; reads some chunks ahead."""
 
     def here(item: T) -> tuple[T, Outcome]:
         sample = sample_of(item)
@@ -157,7 +151,7 @@ class _Process:
         return self.ready and self.load() < MAX_PENDING_CHUNKS
 
     def submit(self, samples: list[Sample]) -> Future[list[Outcome]]:
-        """Returns what becomes of samples, later."""
+        """Returns the future outcomes of samples."""
         future = self.thread.submit(self._outcomes, samples)
         self.requested.append(future)
         return future

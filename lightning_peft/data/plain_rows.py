@@ -8,7 +8,14 @@ from typing import Any
 
 from lightning_peft.data.audio import Recording
 from lightning_peft.data.json_text import json_type
-from lightning_peft.data.samples import RowProblems, Sample, collect, required_texts, shortened
+from lightning_peft.data.samples import (
+    RowProblems,
+    Sample,
+    collect,
+    required_texts,
+    row_problem,
+    shortened,
+)
 
 
 def parse_text(fields: Mapping[str, Any]) -> Sample:
@@ -19,11 +26,11 @@ def parse_text(fields: Mapping[str, Any]) -> Sample:
 def _label(value: Any) -> str:
     """Returns the name of a class; a whole number is its own name until names are given."""
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise RowProblems([("missing", "has no label")])
+        raise row_problem("missing", "has no label")
     if isinstance(value, (list, dict)):
-        raise RowProblems([("label", f"has {shortened(value)} as label, and one label is trained")])
+        raise row_problem("label", f"has {shortened(value)} as label, and one label is trained")
     if isinstance(value, float) and not value.is_integer():
-        raise RowProblems([("label", f"has the label {value}; labels are names or whole numbers")])
+        raise row_problem("label", f"has the label {value}; labels are names or whole numbers")
     if isinstance(value, float):
         # Tables with a gap in a column of whole numbers hold floats.
         value = int(value)
@@ -43,9 +50,9 @@ def parse_label(fields: Mapping[str, Any]) -> Sample:
 def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
     value, wanted = fields.get(name), "text or a whole number" if int in kinds else "text"
     if value is None or value == []:
-        raise RowProblems([("missing", f"has no {name}" if value is None else f"has empty {name}")])
+        raise row_problem("missing", f"has no {name}" if value is None else f"has empty {name}")
     if not isinstance(value, list):
-        raise RowProblems([("missing", f"has no list as {name}: {shortened(value)}")])
+        raise row_problem("missing", f"has no list as {name}: {shortened(value)}")
     problems = [
         ("missing", f"has {shortened(item)} as number {place} of its {name}, which is not {wanted}")
         for place, item in enumerate(value)
@@ -64,7 +71,7 @@ def parse_tags(fields: Mapping[str, Any]) -> Sample:
         lambda: _list_of(fields, "tags", (str, int)),
     )
     if len(tokens) != len(tags):
-        raise RowProblems([("tags", f"has {len(tokens)} tokens and {len(tags)} tags")])
+        raise row_problem("tags", f"has {len(tokens)} tokens and {len(tags)} tags")
     return Sample(tokens=tokens, tags=[tag.strip() for tag in tags])
 
 
@@ -81,18 +88,16 @@ def _image(image: Any) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if image is None or image in ("", b""):
-        raise RowProblems([("missing", "has no image")])
+        raise row_problem("missing", "has no image")
     if isinstance(image, bytes):
         return image
     if not isinstance(image, str):
-        problem = f"has {json_type(image)} as image, neither a path nor bytes"
-        raise RowProblems([("missing", problem)])
+        raise row_problem("missing", f"has {json_type(image)} as image, neither a path nor bytes")
     try:
         return Path(image).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        problem = f"names {image!r}, which cannot be read: {reason}"
-        raise RowProblems([("image", problem)]) from error
+        raise row_problem("image", f"names {image!r}, which cannot be read: {reason}") from error
 
 
 def parse_translation(fields: Mapping[str, Any]) -> Sample:
@@ -100,14 +105,21 @@ def parse_translation(fields: Mapping[str, Any]) -> Sample:
     found = fields.get("translation")
     if not isinstance(found, dict) or not found:
         what = "no" if found is None else f"{shortened(found)} as"
-        raise RowProblems([("missing", f"has {what} translation, not texts by language")])
+        raise row_problem("missing", f"has {what} translation, not texts by language")
     # Which of the languages are asked for is not known here; the others may be empty.
     return Sample(translation={str(name): text for name, text in found.items()})
 
 
 def parse_speech(fields: Mapping[str, Any]) -> Sample:
     """Returns a recording and its transcript."""
-    problems, found = [], fields.get("audio")
+    audio, (text,) = collect(
+        lambda: _recording(fields.get("audio")),
+        lambda: required_texts(fields, ["transcript"]),
+    )
+    return Sample(text=text, audio=audio)
+
+
+def _recording(found: Any) -> Recording:
     if isinstance(found, Mapping) and ("bytes" in found or "path" in found):
         recording = Recording(found.get("path"), found.get("bytes"))
     else:
@@ -116,11 +128,5 @@ def parse_speech(fields: Mapping[str, Any]) -> Sample:
         )
     if recording.content is None and not recording.path:
         what = "no" if found in (None, "") else f"{shortened(found)}, neither a path nor a file, as"
-        problems.append(("audio", f"has {what} audio"))
-    try:
-        text = required_texts(fields, ["transcript"])[0]
-    except RowProblems as error:
-        problems += error.problems
-    if problems:
-        raise RowProblems(problems)
-    return Sample(text=text, audio=recording)
+        raise row_problem("audio", f"has {what} audio")
+    return recording

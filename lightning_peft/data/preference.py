@@ -11,26 +11,20 @@ from datasets import Sequence as ListOf
 from torch import Tensor
 
 from lightning_peft.data.batching import pad
-from lightning_peft.data.encoding import IGNORED, Encoded, Encoder
+from lightning_peft.data.conversation_data import ConversationData, ConversationRows
+from lightning_peft.data.encoding import IGNORED, Encoded
 from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.templates import find_template
 from lightning_peft.data.token_spans import TextSpan, token_spans
-from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.data.validation import EncodingProblem
 
 ANSWERS = ("chosen", "rejected")
 
 
-class PreferenceRows(RowEncoder):
-    """Tokens of a prompt with each of its two answers, and labels on the answers.
-
-    Args:
-        encoder: What encodes a conversation; it labels the last turn alone.
-        system_prompt: System turn of conversations that have none.
-    """
+class PreferenceRows(ConversationRows):
+    """Tokens of a prompt with each of its two answers, and labels on the answers."""
 
     features = Features(
         {
@@ -41,21 +35,10 @@ class PreferenceRows(RowEncoder):
             "tokens_cut": Value("int32"),
         }
     )
-    parallelizable = True
     counts = (
-        "answers",
-        "tokens",
-        "trained_tokens",
-        "ends_trained",
-        "ends_added",
-        "truncated",
-        "tokens_cut",
+        *("answers", "tokens", "trained_tokens", "ends_trained", "ends_added"),
+        *("truncated", "tokens_cut"),
     )
-
-    def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
-        self.encoder = encoder
-        self.variables = encoder.variables
-        self.system_prompt = system_prompt
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         """Returns the row that ``sample`` becomes; its length is that of the longer answer."""
@@ -112,19 +95,12 @@ class PreferenceRows(RowEncoder):
         """Returns tokens, trained tokens, end tokens and what was cut, of both answers."""
         labels = [row[f"{answer}_labels"] for answer in ANSWERS]
         return {
+            **super().count(row),
             "answers": len(labels),
             "tokens": sum(map(len, labels)),
             "trained_tokens": sum(label != IGNORED for one in labels for label in one),
             "ends_trained": sum(self.encoder.end in one for one in labels),
-            "ends_added": row["ends_added"],
-            "truncated": int(row["tokens_cut"] > 0),
-            "tokens_cut": row["tokens_cut"],
         }
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the template."""
-        template = self.encoder.template
-        return {"template": template and {"name": template.name, "text": template.text}}
 
 
 def _named(both: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -136,7 +112,7 @@ def _prompt(row: Encoded) -> list[int]:
     return row.input_ids[:first]
 
 
-class PreferenceData(TokenizedData):
+class PreferenceData(ConversationData):
     """Prompts with a chosen and a rejected answer, for preference tuning and reward models.
 
     Every row is checked before training. Rows with problems are an error that lists all of them,
@@ -183,25 +159,7 @@ class PreferenceData(TokenizedData):
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         """Returns the encoder of pairs."""
-        hparams = self.hparams
-        template = find_template(self.tokenizer, hparams["chat_template"])
-        encoder = Encoder(
-            self.tokenizer,
-            template,
-            self.max_length,
-            "completion",
-            hparams["over_long"],
-            hparams["reasoning"],
-            hparams["chat_template_kwargs"],
-        )
-        return PreferenceRows(encoder, hparams["system_prompt"])
-
-    def encoding(self) -> dict[str, Any]:
-        """Returns all that decides the tokens and labels of a row."""
-        names = ("chat_template", "system_prompt", "reasoning", "chat_template_kwargs")
-        requested = {name: self.hparams[name] for name in names}
-        template = getattr(self.tokenizer, "chat_template", None)
-        return {**super().encoding(), **requested, "tokenizers_template": template}
+        return PreferenceRows(self.encoder("completion"), self.hparams["system_prompt"])
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns both answers with their prompts, in runs that are trained or not."""
@@ -213,16 +171,12 @@ class PreferenceData(TokenizedData):
         return spans
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what makes one batch of both answers."""
+        """Returns the collate function."""
         return partial(collate, pad_token_id=self.pad_token_id)
 
 
 def collate(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns the chosen answers of ``rows``, then the rejected ones, padded together.
-
-    Args:
-        rows: What :class:`PreferenceData` feeds.
-        pad_token_id: Token that fills up short rows.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each ``(2 * rows, length)``, int64.

@@ -41,23 +41,16 @@ REJECTED = "rejected.jsonl"
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
 DEFAULT_SPLIT_FRACTIONS = {"validation": 0.05}
-# Where every row came from, beside what its encoder makes of it.
+# The origin of every row, next to the columns of its encoder.
 _ORIGIN = {"file": Value("string"), "row": Value("int64")}
 
 
 @dataclass(frozen=True)
 class PreparationSettings:
-    """What decides, with the rows, what the prepared data is.
+    """Everything but the rows that decides how data is prepared: part of the key of the cache.
 
-    Attributes:
-        accepts: Names of the shapes that can be trained on.
-        shape: The shape that is asked for, or ``"auto"``.
-        columns: Our name of a field to the column that holds it.
-        duplicates: Whether exact duplicates are an error or are kept.
-        shares: Share of the rows for each split but ``train``; ``None`` if that was not asked for.
-        split_seed: Seed of that.
-        encoding: Everything that decides how rows are encoded, as JSON holds it.
-        ignored_keys: Keys of rows and turns that are left out on purpose.
+    ``shares`` are fractions of the rows for each split but ``train``, ``None`` for the default;
+    ``encoding`` is everything that decides how rows are encoded, as JSON holds it.
     """
 
     accepts: tuple[str, ...]
@@ -78,10 +71,10 @@ class Prepared:
     """Data that is ready to be trained on.
 
     Attributes:
-        splits: What the encoder made of each row of ``train``, ``validation`` and ``test``, with
-            the ``file`` and ``row`` that it came from, mapped from disk; only splits with rows.
-        problems: What is wrong with the rows that are not in it.
-        summary: Counts, shape, template, split and settings, as they are kept beside the data.
+        splits: The encoded rows of ``train``, ``validation`` and ``test``, with their ``file`` and
+            ``row``, memory-mapped; only splits with rows.
+        problems: The problems of the rows that are left out.
+        summary: Counts, shape, template, split and settings, as stored with the data.
         folder: Where it is on disk.
     """
 
@@ -99,12 +92,9 @@ class Prepared:
 
 
 def draw_split(digest: bytes, seed: int, shares: dict[str, float]) -> str:
-    """Returns the split of a row, which depends on its content and the seed and nothing else.
+    """Returns the split of a row, which depends only on the digest of its content and the seed.
 
-    Args:
-        digest: Of the row's content.
-        seed: Another one shares the rows out in another way.
-        shares: Share of each split but ``train``, which takes the rest.
+    ``shares`` are the fractions of each split but ``train``, which takes the rest.
     """
     number = int.from_bytes(hashlib.sha256(f"{seed}:".encode() + digest).digest()[:8], "big")
     place, edge = number / 2**64, 0.0
@@ -121,15 +111,10 @@ def prepare(
     encoder_for: EncoderFor,
     folder: Path | None,
 ) -> Prepared:
-    """Returns the prepared data, from the cache where it was prepared before.
+    """Returns the prepared data, from the cache if it was prepared before.
 
-    Rows with problems are left out and told; it is for the caller to refuse them.
-
-    Args:
-        sources: Where the rows come from.
-        settings: What is to be made of them.
-        encoder_for: Makes the encoder, once it is known what the rows look like.
-        folder: The cache; ``None`` for the user's.
+    Rows with problems are left out and listed; the caller refuses them. ``encoder_for`` is called
+    once the layout of the rows is known.
 
     Raises:
         ConfigError: If the data cannot be read at all, or settings do not fit it.
@@ -207,11 +192,7 @@ class _PreparationPass:
         self.splits: dict[str, Counter[str]] = {split: Counter() for split in SPLITS}
 
     def run(self) -> dict[str, Any]:
-        """Writes the files and returns the summary.
-
-        Raises:
-            ConfigError: If there are no rows, or settings do not fit them.
-        """
+        """Writes the files and returns the summary."""
         rows: Iterator[Row] = chain.from_iterable(source.rows() for source in self.sources)
         first = list(islice(self.sources[0].rows(), SCHEMA_SAMPLE_ROWS))
         values = [row.value for row in first if row.value is not None]
@@ -288,7 +269,7 @@ class _PreparationPass:
         yield from tqdm(counted, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
 
     def _parse(self, row: Row) -> _ParsedRow:
-        """Returns what a row says, and what of it is known before it is encoded."""
+        """Parses a row, and finds the problems known before it is encoded."""
         self.counts["rows"] += 1
         if row.value is None:
             return _ParsedRow(row, None, "", [("unreadable", row.problem or "")])

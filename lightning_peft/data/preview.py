@@ -18,41 +18,24 @@ BUCKETS = 8
 
 @dataclass(frozen=True)
 class PreviewedRow:
-    """One row as it is trained.
-
-    Attributes:
-        split: Its split.
-        file: Its file.
-        row: Its number.
-        runs: What it says.
-    """
+    """One row as it is trained, with its origin."""
 
     split: str
     file: str
     row: int
-    spans: list[TextSpan]
+    runs: list[TextSpan]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """All that is shown of some data.
-
-    Attributes:
-        rows: The first rows of the training data.
-        numbers: Shape, template, counts, lengths, packing and problems, ready for JSON.
-    """
+    """The first training rows, and all numbers on the data, ready for JSON."""
 
     rows: list[PreviewedRow]
     numbers: dict[str, Any]
 
 
 def preview(data: RowDataModule, rows: int) -> Preview:
-    """Returns what training on ``data`` would be like.
-
-    Args:
-        data: The data, with problems or without.
-        rows: How many rows are shown in full.
-    """
+    """Returns a preview of training on ``data``, with its first ``rows`` in full."""
     prepared = data.read()
     summary = prepared.summary
     train = summary["splits"]["train"]

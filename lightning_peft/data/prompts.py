@@ -9,11 +9,11 @@ from typing import Any
 
 from lightning_peft.data.samples import Message, Sample
 
-# Kept beside the prepared rows; never in a record that goes with an adapter, since it holds rows.
+# Stored with the prepared rows; never in a record that goes with an adapter, as it holds rows.
 FILE = "prompts.json"
 # Validation rows that are kept, and their longest conversation in characters.
 MAX_HELD_OUT, MAX_CHARACTERS = 3, 20_000
-# Different system prompts that are told apart; data with more has none that stands for it.
+# Different system prompts that are counted; data with more has no typical one.
 MAX_SYSTEM_PROMPTS = 1_000
 _ROLES = frozenset({"system", "user", "assistant"})
 
@@ -27,12 +27,7 @@ class PromptCollector:
         self._held_out: list[list[Message]] = []
 
     def add(self, sample: Sample, split: str) -> None:
-        """Counts a row of ``train``, or keeps one of ``validation``.
-
-        Args:
-            sample: What the row says, with the system turn that it is trained with.
-            split: Where it goes.
-        """
+        """Counts a row of ``train``, or keeps one of ``validation``."""
         if not sample.messages:
             return
         if split == "train":
@@ -73,7 +68,7 @@ def _plain(messages: list[Message]) -> list[Message] | None:
 
 
 def read_prompts(folder: Path) -> dict[str, Any] | None:
-    """Returns what was found in the rows that were prepared in a folder, if anything was."""
+    """Returns the prompts of the rows that were prepared in a folder, if any."""
     file = folder / FILE
     if not file.is_file():
         return None

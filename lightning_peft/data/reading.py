@@ -22,20 +22,16 @@ _SPLIT_NAMES = {
     **{"training": "train", "testing": "test"},
     **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
 }
-# Pages and records beside data, of the hub and of the datasets library.
+# Pages and records next to data, of the hub and of the datasets library.
 _PAGES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the data as it was read.
+    """One row of the data, or the ``problem`` for which it has no value.
 
-    Attributes:
-        number: Line of a JSONL or text file, else place among the rows; from 1.
-        file: Name of its file, or of the hub's split.
-        value: The columns; ``None`` where it could not be read.
-        problem: Why it could not be read.
-        split: ``"train"``, ``"validation"`` or ``"test"`` where the data says so.
+    ``number`` is the line in JSONL or text files, else the place among the rows, from 1; ``file``
+    may be a split of the hub; ``split`` is ours, where the data names it.
     """
 
     number: int
@@ -47,30 +43,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """A file, folder or dataset on the hub with rows; arguments as of ``RowDataModule``.
 
-    Attributes:
-        data: File, folder, or name on the hub.
-        split: The split that every row belongs to; ``None`` leaves that to the data.
-        hub_config: Configuration of a dataset on the hub.
-        hub_splits: The hub's own name of each of our splits.
-        hub_revision: Branch, tag or commit on the hub.
-        streaming: Whether a dataset on the hub is read without storing it.
-        limit: Most rows that are read from each file or split of the hub.
-        text_unit: What is one row in a text file.
-        encoding: Encoding of text files; ``None`` detects it.
-        delimiter: What parts the columns of a table; ``None`` detects it.
-        sheet: Sheet of a workbook; ``None`` detects it.
+    ``split`` is the split of every row; ``None`` leaves that to the data.
     """
 
     data: str
-    split: str | None
-    hub_config: str | None
-    hub_splits: dict[str, str] | None
-    hub_revision: str | None
-    streaming: bool
-    limit: int | None
-    text_unit: TextUnit
+    split: str | None = None
+    hub_config: str | None = None
+    hub_splits: dict[str, str] | None = None
+    hub_revision: str | None = None
+    streaming: bool = False
+    limit: int | None = None
+    text_unit: TextUnit = "line"
     encoding: str | None = None
     delimiter: str | None = None
     sheet: str | int | None = None
@@ -177,7 +162,7 @@ def visible_files(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         # A link to nothing is refused on reading, and not left out.
         if (path.is_file() or (path.is_symlink() and not path.exists()))
-        # ~$: what Excel leaves beside a workbook that is open.
+        # ~$: the lock file of a workbook that is open in Excel.
         and not any(part.startswith((".", "~$")) for part in path.relative_to(folder).parts)
     )
 

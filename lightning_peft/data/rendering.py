@@ -36,7 +36,7 @@ class _Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        """Returns what stands between the marks."""
+        """Returns the nodes between the tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -52,13 +52,7 @@ def _free_names(text: str) -> frozenset[str]:
 
 
 class Rendering:
-    """Writes conversations with one chat template.
-
-    Args:
-        tokenizer: The tokenizer, whose special tokens a template reads.
-        template: The template.
-        variables: Values for variables of the template, for every row that has none of its own.
-    """
+    """Renders conversations with one chat template and defaults for its variables."""
 
     def __init__(
         self,
@@ -82,12 +76,7 @@ class Rendering:
     def text(
         self, messages: Sequence[Message], context: Mapping[str, Any], prompt: bool = False
     ) -> str:
-        """Returns a conversation as text.
-
-        Args:
-            messages: Its turns.
-            context: What the template gets with them.
-            prompt: Whether the beginning of an answer follows.
+        """Returns a conversation as text; ``prompt`` adds the beginning of an answer.
 
         Raises:
             EncodingProblem: If the template refuses it.
@@ -96,7 +85,7 @@ class Rendering:
         return found
 
     def apply(self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any) -> Any:
-        """Returns what ``apply_chat_template`` returns.
+        """Calls ``apply_chat_template``.
 
         Raises:
             EncodingProblem: If the template refuses the conversation.
@@ -116,9 +105,9 @@ class Rendering:
     def with_tool_arguments(
         self, messages: Sequence[Message], context: Mapping[str, Any]
     ) -> list[Message]:
-        """Returns the turns with the arguments of tool calls as the template takes them.
+        """Returns the turns with the arguments of tool calls as the template expects them.
 
-        Most templates write an object as JSON, some want the JSON text.
+        Most templates write an object as JSON, some expect the JSON text.
 
         Raises:
             EncodingProblem: If the template takes neither.
@@ -171,12 +160,7 @@ def _with_json_arguments(turn: Message) -> Message:
 
 
 def check_variables(values: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
-    """Refuses values for variables that a template does not read.
-
-    Args:
-        values: The values by name.
-        what: What the template is called.
-        known: The names that it reads.
+    """Refuses values for variables that a template does not use.
 
     Raises:
         ConfigError: With the names that are nearest to the unknown ones.

@@ -32,13 +32,13 @@ class CheckedRows(RowDataModule):
     batch_columns = ("length",)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns what keeps that a row can be read."""
+        """Returns an encoder without tokens."""
         return _NoTokens()
 
     def encoding(self) -> dict[str, Any]:
-        """Returns what tells this from tokens, as part of the cache's key."""
+        """Returns a key that data with tokens never has."""
         return {"tokens": None}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what makes a list of rows."""
+        """Returns ``list``."""
         return list

@@ -81,6 +81,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
     lightning_base = "core.datamodule.LightningDataModule"
     # Names of the shapes that can be trained on.
     accepts: ClassVar[tuple[str, ...]]
+    # A fixed shape is taken also where the rows fit another one.
+    default_shape: ClassVar[str] = "auto"
     # Columns of a prepared row that reach the batch.
     batch_columns: ClassVar[tuple[str, ...]]
 
@@ -122,7 +124,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             raise ConfigError(f"{name} cannot be made: {'; '.join(problems)}.")
 
     def _argument_problems(self) -> list[str]:
-        """Returns what is wrong with the arguments alone; subclasses add to it."""
+        """Returns the problems of the arguments alone; subclasses add to them."""
         hparams = self.hparams
         problems = []
         shares = {name: hparams[f"{name}_share"] for name in ("validation", "test")}
@@ -140,7 +142,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
 
     @abstractmethod
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns what encodes rows of this layout.
+        """Returns the encoder for rows of this layout.
 
         Raises:
             ConfigError: If the arguments do not fit the layout.
@@ -231,9 +233,10 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         """What was prepared, for the record of a run: counts, splits and settings."""
         prepared = self.read()
         kinds = Counter(problem.kind for problem in prepared.problems)
+        names = ("data", "tokenizer", "tokenizer_revision", "processor")
         return {
             **prepared.summary,
-            "data": self.hparams["data"],
+            **{name: self.hparams[name] for name in names if self.hparams.get(name)},
             "key": prepared.folder.name,
             "problems": dict(kinds),
         }
@@ -247,11 +250,11 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         return read_prompts(self.read().folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint holds of the data: the key of what was trained on."""
+        """Returns the key of the prepared data for a checkpoint."""
         return {"key": self.read().folder.name}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Says so if a run is resumed on other data than it was begun on."""
+        """Warns if a run is resumed on other data than it was begun on."""
         if state_dict["key"] != self.read().folder.name:
             log.warning(
                 f"The checkpoint was trained on other data than {self.hparams['data']!r} is now: "
@@ -313,7 +316,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             requested = {**DEFAULT_SPLIT_FRACTIONS, **requested}
         return PreparationSettings(
             accepts=self.accepts,
-            shape=hparams.get("shape", "auto"),
+            shape=hparams.get("shape", self.default_shape),
             columns=hparams["columns"],
             duplicates=hparams["duplicates"],
             shares=requested or None,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_peft.data.samples import Sample
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     # Processes that encode import this module, and need not wait for that one.
     from datasets import Features
+    from transformers import PreTrainedTokenizerBase
 
 
 class RowEncoder(ABC):
@@ -42,17 +46,45 @@ class RowEncoder(ABC):
         """
 
     def unused(self, sample: Sample) -> Sequence[str]:
-        """Returns the keys in turns of ``sample`` that change nothing of what is encoded.
-
-        Raises:
-            EncodingProblem: If one of them would change what is learnt.
-        """
+        """Returns the keys in turns of ``sample`` that change nothing of what is encoded."""
         return ()
 
-    def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns what a prepared row adds to the counts of its split."""
-        return {}
+    def count(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns the counts of a prepared row, by default from its columns."""
+        tokens_cut = row.get("tokens_cut", 0)
+        known = {"tokens": row.get("length"), "truncated": tokens_cut > 0, "tokens_cut": tokens_cut}
+        known = {**known, "ends_added": row.get("end_added"), **row}
+        return {name: int(known[name]) for name in self.counts if name in known}
 
     def summary(self) -> dict[str, Any]:
-        """Returns what is known after the pass, such as the names of all labels; ready for JSON."""
+        """Returns facts of the whole pass, such as the names of all labels; ready for JSON."""
         return {}
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, which texts of rows must not contain.
+
+    A model would read such a text as several, or as ended or padded.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokens = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+    def check(self, text: str, name: str) -> None:
+        """Refuses a text with a special token; ``name`` is what the row calls it."""
+        found = self._pattern.search(text) if self._pattern is not None else None
+        if found:
+            problem = f"has the special token {found[0]!r} inside its {name}"
+            raise EncodingProblem("control", problem)
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id of the end-of-sequence token, or refuses a tokenizer without one."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a model "
+            "cannot learn to stop. Set tokenizer.eos_token to the token that ends an answer, and "
+            "save it."
+        )
+    return int(tokenizer.eos_token_id)

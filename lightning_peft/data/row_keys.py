@@ -29,18 +29,11 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 def check_column(
     name: str, value: Any, trains_text: bool, with_turns: bool, with_template: bool
 ) -> list[tuple[str, str]] | None:
-    """Returns what is wrong with a column that no field reads.
+    """Returns the problems of a column that no field reads, as kind and text.
 
-    Args:
-        name: Its name.
-        value: What the row has in it, not empty.
-        trains_text: Whether rows are texts to learn, of which one could count more than another.
-        with_turns: Whether the rows become turns.
-        with_template: Whether a chat template writes them.
-
-    Returns:
-        Kind and text of the problems. An empty list where leaving it out changes nothing that is
-        learnt, so that it is enough to name it; ``None`` where it asks for what is done anyway.
+    An empty list where leaving it out changes nothing that is trained, so that it is only listed;
+    ``None`` where it asks for the default. ``trains_text`` says whether rows are texts to train on,
+    which a weight could apply to.
     """
     key = name.strip().lower()
     if key in (_WEIGHTS if trains_text else _WEIGHTS_OF_ALL):
@@ -81,12 +74,9 @@ def unread_columns(row: Mapping[str, Any], read: Collection[str]) -> dict[str, A
 def drop_ignored(
     row: Mapping[str, Any], ignored: Collection[str], seen_keys: set[str]
 ) -> dict[str, Any]:
-    """Returns a row without the keys ``ignored``, of itself, its turns, and their parts.
+    """Returns a row without the keys ``ignored``, in itself, its turns, and their parts.
 
-    Args:
-        row: The row.
-        ignored: Names of keys.
-        seen_keys: Takes the names of all keys that the row has.
+    The names of all its keys are added to ``seen_keys``.
     """
 
     def without_ignored(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """What a row says, in one form for all shapes.
+    """The content of a row, in one form for all shapes.
 
     Attributes:
         messages: Turns with ``role`` and ``content``; empty for plain text. ``train`` is False for
@@ -28,9 +28,9 @@ class Sample:
         tokens: Words, each with a tag.
         tags: The tags of the words.
         image: The bytes of an image file.
-        translation: Language to text, where a row says the same in several.
-        audio: What ``text`` is said in.
-        context: What the chat template gets with the turns: ``tools``, ``documents`` and
+        translation: Language to text.
+        audio: The recording of ``text``.
+        context: Inputs of the chat template next to the turns: ``tools``, ``documents`` and
             variables of its own.
         unused: Keys of the row that nothing reads, such as ``id`` and ``messages[].date``.
     """
@@ -109,6 +109,11 @@ class RowProblems(Exception):
         self.problems = problems
 
 
+def row_problem(kind: str, text: str) -> RowProblems:
+    """Returns the problem of a row that has only this one."""
+    return RowProblems([(kind, text)])
+
+
 def required_texts(fields: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Returns the fields ``names``, each a text, or raises all that is wrong with them."""
     problems, texts = [], []
@@ -135,7 +140,7 @@ def shortened(value: object) -> str:
 
 
 def collect(*steps: Callable[[], Any]) -> list[Any]:
-    """Returns what each step returns, or raises the problems of all of them."""
+    """Returns the results of all steps, or raises the problems of all of them."""
     found: list[Any] = []
     problems = []
     for step in steps:

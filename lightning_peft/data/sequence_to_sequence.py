@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-from lightning_peft.data.batching import pad
-from lightning_peft.data.encoding import IGNORED, special_tokens
-from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.batching import pad_inputs, pad_to_longest
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens, end_token_id
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.tokenized import TokenizedData
@@ -24,20 +23,7 @@ if TYPE_CHECKING:
 
 
 class PairRows(RowEncoder):
-    """Tokens of a source, and of its target with the end-of-sequence token.
-
-    Args:
-        tokenizer: The tokenizer; it must have an end-of-sequence token.
-        max_length: Longest source in tokens, with the prefix.
-        max_target_length: Longest target in tokens, with its end.
-        truncate: Whether longer ones are cut; they are a problem otherwise.
-        prefix: What stands before each source.
-        languages: The languages of source and target, for rows that hold several.
-        keep_unknown: Whether targets may hold the unknown token.
-
-    Raises:
-        ConfigError: If the tokenizer has no end-of-sequence token.
-    """
+    """Tokens of a source, and of its target with the end-of-sequence token."""
 
     features = Features(
         {
@@ -66,27 +52,18 @@ class PairRows(RowEncoder):
         languages: tuple[str, str] | None = None,
         keep_unknown: bool = False,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a "
-                "model cannot learn to stop. Set tokenizer.eos_token to the token that ends an "
-                "answer, and save it."
-            )
         self.tokenizer: Any = tokenizer
-        self.end: int = tokenizer.eos_token_id
+        self.end = end_token_id(tokenizer)
         self.limits = {"source": max_length, "target": max_target_length}
         self.truncate, self.prefix = truncate, prefix
         self.languages, self.keep_unknown = languages, keep_unknown
-        self._marks = special_tokens(tokenizer)
+        self._special_tokens = SpecialTokens(tokenizer)
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes.
-
-        Raises:
-            EncodingProblem: If it cannot be trained on as it is.
-        """
+        """Returns the row that ``sample`` becomes."""
         source, target = self._texts(sample)
-        self._check_marks(source, target)
+        self._special_tokens.check(source, "source")
+        self._special_tokens.check(target, "target")
         ids, source_cut = self._source(f"{self.prefix}{source}")
         labels, target_cut, added = self._target(target)
         return [
@@ -106,12 +83,10 @@ class PairRows(RowEncoder):
         both = [*row["input_ids"], *row["labels"]]
         unknown = self.tokenizer.unk_token_id
         return {
+            **super().count(row),
             "tokens": len(both),
             "trained_tokens": len(row["labels"]),
             "ends_trained": int(self.end in row["labels"]),
-            "ends_added": int(row["end_added"]),
-            "truncated": int(row["tokens_cut"] > 0),
-            "tokens_cut": row["tokens_cut"],
             "unknown_tokens": both.count(unknown) if unknown is not None else 0,
         }
 
@@ -137,14 +112,6 @@ class PairRows(RowEncoder):
                     "key", f"has {', '.join(extra)} in turn {place}, and no template writes them"
                 )
         return sample.messages[0]["content"], sample.messages[1]["content"]
-
-    def _check_marks(self, source: str, target: str) -> None:
-        for name, text in (("source", source), ("target", target)):
-            found = self._marks.search(text) if self._marks is not None else None
-            if found:
-                raise EncodingProblem(
-                    "control", f"has the special token {found[0]!r} inside its {name}"
-                )
 
     def _source(self, text: str) -> tuple[list[int], int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
@@ -201,7 +168,7 @@ class Seq2SeqData(TokenizedData):
         max_target_length: Longest target in tokens, with its end; by default as ``max_length``,
             which is for the source with its prefix.
         source_language: Which of the texts of a row ``{"translation": {"en": ..., "fr": ...}}`` is
-            read. Tokenizers for many languages are told as well.
+            read. Tokenizers for many languages are set to them.
         target_language: Which of them is written.
         language_codes: The tokenizer's own codes, where the rows have others, such as
             ``{"en": "eng_Latn"}``.
@@ -252,11 +219,7 @@ class Seq2SeqData(TokenizedData):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, set to the languages where it is for many.
-
-        Raises:
-            ConfigError: If it cannot be had, or needs languages that it is not given or lacks.
-        """
+        """The tokenizer, set to the languages where it is for many."""
         if self._tokenizer is None:
             tokenizer: Any = super().tokenizer
             if hasattr(tokenizer, "src_lang"):
@@ -288,7 +251,7 @@ class Seq2SeqData(TokenizedData):
 
     @property
     def generation(self) -> dict[str, Any]:
-        """What ``generate`` has to be told for this data: the token of the target's language."""
+        """Arguments of ``generate`` for this data: the token of the target's language."""
         tokenizer: Any = self.tokenizer
         if getattr(tokenizer, "tgt_lang", None) is None:
             return {}
@@ -325,33 +288,21 @@ class Seq2SeqData(TokenizedData):
         return {**super().encoding(), **requested, "max_target_length": self.max_target_length}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what pads sources and targets to a batch."""
+        """Returns the collate function."""
         return partial(pad_pairs, pad_token_id=self.pad_token_id)
 
 
 def pad_pairs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
     """Returns a batch of pairs, sources and targets each padded to their longest.
 
-    Args:
-        rows: ``input_ids``, ``labels``, ``source`` and ``target`` of each.
-        pad_token_id: Token that fills up short sources, which is not attended to.
-
     Returns:
         ``input_ids`` and ``attention_mask`` of shape ``(batch, source length)`` and ``labels`` of
         shape ``(batch, target length)``, all int64, with -100 where there is no label; and the
         texts ``source`` and ``target``, lists.
     """
-    sources = pad([{"input_ids": r["input_ids"], "labels": []} for r in rows], pad_token_id)
     return {
-        "input_ids": sources["input_ids"],
-        "attention_mask": sources["attention_mask"],
-        "labels": pad_labels([row["labels"] for row in rows]),
+        **pad_inputs(rows, pad_token_id),
+        "labels": pad_to_longest([row["labels"] for row in rows], IGNORED),
         "source": [row["source"] for row in rows],
         "target": [row["target"] for row in rows],
     }
-
-
-def pad_labels(labels: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Returns labels of different lengths as ``(batch, length)``, int64, filled up with -100."""
-    length = max(map(len, labels))
-    return torch.tensor([[*row, *[IGNORED] * (length - len(row))] for row in labels])

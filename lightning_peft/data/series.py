@@ -42,14 +42,9 @@ class Statistics:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Every window whose forecast lies in a range of steps.
+    """Every window whose forecast lies in ``first`` up to ``end`` of the steps of ``values``.
 
-    Args:
-        values: ``(steps, columns)``, float32.
-        first: First step that may be forecast.
-        end: Step after the last one that may be.
-        context: Steps before a forecast that the model sees; they may lie before ``first``.
-        horizon: Steps that are forecast.
+    ``values`` is ``(steps, columns)``, float32; the ``context`` before may begin before ``first``.
     """
 
     def __init__(self, values: Tensor, first: int, end: int, context: int, horizon: int) -> None:
@@ -142,9 +137,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         if self._values is None:
             given = self.hparams
             requested = {name: given[name] for name in ("encoding", "delimiter", "sheet")}
-            source = Source(
-                given["data"], "train", None, None, None, False, None, "line", **requested
-            )
+            source = Source(given["data"], "train", **requested)
             if not source.files():
                 raise ConfigError(f"There is no file {given['data']!r}. Check the path.")
             rows = list(source.rows())
@@ -174,7 +167,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         }
 
     def statistics(self) -> Statistics:
-        """Returns what is known of the training steps."""
+        """Returns the statistics of the training steps."""
         train = self.values()[: self.borders()["train"][1]].double()
         change = (train[self.season :] - train[: -self.season]).abs().mean(0)
         return Statistics(train.mean(0).float(), train.std(0).float(), change.float())

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from lightning_peft.data.cells import parse_cells
 from lightning_peft.data.conversations import (
@@ -26,23 +25,9 @@ from lightning_peft.data.plain_rows import (
 )
 from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
 from lightning_peft.data.samples import RowProblems, Sample
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, similar_names
 
-ShapeName = Literal[
-    "messages",
-    "preference",
-    "alpaca",
-    "prompt_completion",
-    "text_label",
-    "text",
-    "tokens_tags",
-    "image_label",
-    "source_target",
-    "translation",
-    "speech",
-]
-
-# Our field -> the column names that stand for it without being told.
+# Our field -> the column names that are recognised for it.
 FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation"),
     "instruction": ("instruction",),
@@ -79,18 +64,9 @@ CONTEXT = ("tools", "documents", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of rows.
+    """One shape of rows: its name and title, its fields, its parser, and its data module."""
 
-    Attributes:
-        name: Its name, as the argument ``shape`` takes it.
-        title: What it is called in the field.
-        required: Fields that each row has.
-        optional: Fields that a row may have.
-        parse: Makes a sample of the fields, or raises all that is wrong with them.
-        data_class: The data class that is for such rows.
-    """
-
-    name: ShapeName
+    name: str
     title: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -187,14 +163,14 @@ SHAPES: dict[str, Shape] = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of some rows, and which column holds which field.
+    """The shape of some rows, and the column of each field.
 
     Attributes:
         shape: The shape.
         columns: Field to column name.
-        split_column: The column that may say which split a row is for.
-        variables: Names that the chat template reads next to the turns; ``None`` where no
-            template writes the rows.
+        split_column: The column that may name the split of a row.
+        variables: Names that the chat template uses next to the turns; ``None`` where no template
+            renders the rows.
         ignored: Keys of rows and turns that are left out on purpose.
         seen_keys: Keys of the rows so far, their turns and the parts of those; only where some are
             ignored.
@@ -208,7 +184,7 @@ class Layout:
     seen_keys: set[str] = field(default_factory=set, compare=False)
 
     def parse(self, row: Mapping[str, Any]) -> Sample | list[tuple[str, str]]:
-        """Returns what ``row`` says, or all that is wrong with it as ``(kind, problem)``."""
+        """Returns the content of ``row``, or its problems as ``(kind, text)``."""
         row = drop_ignored(row, self.ignored, self.seen_keys) if self.ignored else row
         columns = self._columns_of(row)
         fields = {ours: row.get(theirs) for ours, theirs in columns.items()}
@@ -270,13 +246,7 @@ def detect_layout(
     shape: str,
     accepts: Sequence[str] = (),
 ) -> Layout:
-    """Returns the layout of most of ``rows``.
-
-    Args:
-        rows: The first rows.
-        columns: Our name of a field to the column that holds it.
-        shape: Name of the shape, or ``"auto"``.
-        accepts: Shapes that can be trained on, which are preferred where rows fit several.
+    """Returns the layout of most of ``rows``, of a shape in ``accepts`` where several fit.
 
     Raises:
         ConfigError: If no shape fits, or ``columns`` or ``shape`` name what does not exist.
@@ -310,7 +280,7 @@ def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str], accepts: Seque
         if all(row.get(mapping.get(name, name)) is not None for name in shape.required)
     ]
     first = set(fitting[0].required) if fitting else set()
-    # UltraFeedback has messages and two answers. A text with a label, though, is not a plain text.
+    # UltraFeedback has messages and two answers. A text with a label, though, is not plain text.
     wanted = [one for one in fitting if one.name in accepts and not set(one.required) < first]
     return next((one.name for one in (*wanted, *fitting)), "")
 
@@ -319,13 +289,10 @@ def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]
     problems = []
     for ours, theirs in columns.items():
         if ours not in FIELDS:
-            near = get_close_matches(ours, FIELDS, n=1)
-            hint = f"; nearest: {near[0]!r}" if near else f"; fields: {', '.join(FIELDS)}"
+            hint = similar_names(ours, FIELDS) or f"; fields: {', '.join(FIELDS)}"
             problems.append(f"{ours!r} is not a field{hint}")
         if theirs not in counts:
-            near = get_close_matches(theirs, counts, n=1)
-            hint = f"; nearest: {near[0]!r}" if near else ""
-            problems.append(f"no row has a column {theirs!r}{hint}")
+            problems.append(f"no row has a column {theirs!r}{similar_names(theirs, counts)}")
     if problems:
         raise ConfigError(
             f"columns={dict(columns)!r} cannot be used: {'; '.join(problems)}. The data has: "

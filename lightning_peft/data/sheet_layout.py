@@ -13,13 +13,9 @@ _SHOWN = 10
 
 @dataclass
 class SheetLayout:
-    """Hidden and merged parts of a sheet; rows and columns count from 1.
+    """Hidden rows and columns, and merged ranges of a sheet, counted from 1.
 
-    Attributes:
-        rows: Hidden rows.
-        columns: First and last column of each hidden range.
-        merged: First row and column, last row and column, and the name of each merged range.
-        filtered: Whether the sheet has a filter.
+    A merged range is its first row and column, last row and column, and name.
     """
 
     rows: list[int] = field(default_factory=list)
@@ -28,11 +24,9 @@ class SheetLayout:
     filtered: bool = False
 
     def notes(self, lines: Sequence[int], names: dict[int, str]) -> list[str]:
-        """Returns what is hidden and read all the same, in words.
+        """Describes what is hidden and read all the same.
 
-        Args:
-            lines: Rows of the sheet that are read.
-            names: Columns that are read, by place from 0.
+        ``lines`` are the rows that are read, ``names`` the columns by place from 0.
         """
         hidden = set(self.rows)
         rows = [line for line in lines if line in hidden]

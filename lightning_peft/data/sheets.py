@@ -7,7 +7,6 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
@@ -15,22 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
-from lightning_peft.data.open_files import explain_errors
+from lightning_peft.data.open_files import explain_errors, explained_rows
 from lightning_peft.data.shapes import FIELDS
 from lightning_peft.data.sheet_layout import SheetLayout, read_layout
 from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, similar_names
 
 _KNOWN = {name for names in FIELDS.values() for name in names}
 
 
 def read_sheet(path: Path, name: str, sheet: str | int | None) -> ReadableFile:
-    """Returns the rows of a sheet; numbers and dates as text, as a table of text has them.
-
-    Args:
-        path: The workbook.
-        name: What messages call it.
-        sheet: Name of the sheet, or its number from 1; ``None`` for the only one with rows.
+    """Opens a sheet by name or number from 1; numbers and dates are read as text, as in CSV.
 
     Raises:
         ConfigError: If openpyxl is not installed, the workbook is damaged, or it is not known which
@@ -89,15 +83,8 @@ def _damaged(name: str) -> str:
 
 
 def _cells(sheet: Any, name: str) -> Iterator[tuple[Any, ...]]:
-    rows = sheet.iter_rows() if hasattr(sheet, "iter_rows") else iter(())
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise ConfigError(_damaged(name)) from error
-        yield row
+    rows = sheet.iter_rows() if hasattr(sheet, "iter_rows") else ()
+    return explained_rows(rows, lambda number, error: _damaged(name))
 
 
 def _scan_names(sheet: Any) -> TableScan:
@@ -148,8 +135,7 @@ def _choose_sheet(
             return titles[number - 1]
         if str(sheet) in titles:
             return str(sheet)
-        near = get_close_matches(str(sheet), titles, n=1)
-        hint = f"; nearest: {near[0]!r}" if near else ""
+        hint = similar_names(str(sheet), titles)
         raise ConfigError(f"{name!r} has no sheet {sheet!r}{hint}. Sheets: {', '.join(titles)}.")
     full = [t for t in titles if found[t].rows and t not in hidden]
     full = full or [t for t in titles if found[t].rows]
@@ -166,11 +152,7 @@ def _choose_sheet(
 
 
 def _scan(path: Path, name: str, title: str, columns: Columns) -> tuple[SheetLayout, list[str]]:
-    """Returns the layout of a sheet, and what is hidden in it or becomes text, by column.
-
-    Raises:
-        ConfigError: If the name of a column is a formula without a value.
-    """
+    """Returns the layout of a sheet, and notes on hidden cells and conversions to text."""
     kinds: dict[str, dict[str, int]] = {}
     lines = []
     with _book(path, name) as books:

@@ -15,11 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def describe_formats(source: Source) -> list[dict[str, Any]]:
-    """Returns how each file is read, ready for JSON: ``file``, ``words``, ``encoding`` ...
-
-    Raises:
-        ConfigError: If one cannot be read.
-    """
+    """Returns how each file is read, ready for JSON: ``file``, ``words``, ``encoding`` ..."""
     return [
         {"file": name, "usual": one.is_standard, "words": one.describe(), **asdict(one)}
         for name, one in source.file_formats().items()
@@ -27,11 +23,7 @@ def describe_formats(source: Source) -> list[dict[str, Any]]:
 
 
 def log_formats(files: Sequence[dict[str, Any]]) -> None:
-    """Logs how files are read, as a warning where it was detected and may be wrong.
-
-    Args:
-        files: As of :func:`describe_formats`.
-    """
+    """Logs how files are read, as a warning where it was detected and may be wrong."""
     for usual, level in ((True, logging.INFO), (False, logging.WARNING)):
         found = [f"{one['file']}: {one['words']}" for one in files if one["usual"] is usual]
         if found:
@@ -46,15 +38,7 @@ def file_stamps(sources: Sequence[Source]) -> dict[str, tuple[int, int]]:
 
 
 def check_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Refuses rows of files that changed while they were read.
-
-    Args:
-        before: As of :func:`file_stamps`.
-        after: The same afterwards.
-
-    Raises:
-        ConfigError: With the files that changed.
-    """
+    """Refuses rows of files that changed while they were read."""
     changed = sorted(path for path in before.keys() | after if before.get(path) != after.get(path))
     if changed:
         names = ", ".join(Path(path).name for path in changed[:5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,10 +13,10 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from lightning_peft.data import cache
 from lightning_peft.data.audio import Recording
-from lightning_peft.data.preparation import PreparationSettings
+from lightning_peft.data.batching import pad_to_longest
+from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.sequence_to_sequence import pad_labels
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.speech_rows import AudioSource, SpeechRows
 from lightning_peft.data.tokenized import load_tokenizer
@@ -56,6 +55,8 @@ class SpeechData(RowDataModule):
     """
 
     accepts = ("speech",)
+    # Next to a recording, a column of text would be detected as plain text.
+    default_shape = "speech"
     batch_columns = ("path", "content", "seconds", "labels", "target")
 
     def __init__(
@@ -103,7 +104,7 @@ class SpeechData(RowDataModule):
 
     @property
     def generation(self) -> dict[str, Any]:
-        """What ``generate`` has to be told, so that it begins as the labels do."""
+        """Arguments of ``generate`` with which it begins as the labels do."""
         language, task = self.hparams["language"], self.hparams["task"]
         if language is None:
             return {} if task is None else {"task": task}
@@ -177,42 +178,26 @@ class SpeechData(RowDataModule):
             "recordings": cache.digest_of_rows(stamps),
         }
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was prepared, for the record of a run."""
-        return {**super().record, "processor": self.hparams["processor"]}
-
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what reads recordings and makes a batch."""
+        """Returns the collate function, which reads recordings."""
         return SpeechBatch(self.extractor)
 
     def _sources(self) -> list[AudioSource]:  # type: ignore[override]
         column = (self.hparams["columns"] or {}).get("audio")
         return [AudioSource(**vars(source), column=column) for source in super()._sources()]
 
-    def _settings(self) -> PreparationSettings:
-        # A text beside a recording would be recognised as plain text.
-        return replace(super()._settings(), shape="speech")
-
 
 class SpeechBatch:
-    """Reads recordings and makes a batch of them.
-
-    Args:
-        extractor: The feature extractor of the model.
-    """
+    """Collates rows: reads their recordings, and computes the features that the model hears."""
 
     def __init__(self, extractor: Any) -> None:
         self.extractor = extractor
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Returns a batch.
-
-        Args:
-            rows: ``path``, ``content``, ``seconds``, ``labels`` and ``target`` of each.
+        """Returns a batch of the rows that :class:`SpeechData` prepares.
 
         Returns:
-            What the feature extractor makes of the sounds (Whisper: ``input_features``, float32,
+            The features of the sounds (Whisper: ``input_features``, float32,
             ``(batch, mel bins, frames)``), ``labels``, int64, ``(batch, length)``, with -100 where
             there is no label; and the lists ``source``, names of recordings, and ``target``.
         """
@@ -227,7 +212,7 @@ class SpeechBatch:
         )
         return {
             **features,
-            "labels": pad_labels([row["labels"] for row in rows]),
+            "labels": pad_to_longest([row["labels"] for row in rows], IGNORED),
             "source": [row["path"] or "" for row in rows],
             "target": [row["target"] for row in rows],
         }

@@ -11,24 +11,18 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from lightning_peft.data.audio import Recording, can_resample, decode
-from lightning_peft.data.encoding import special_tokens
 from lightning_peft.data.reading import Row, Source
-from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens, end_token_id
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import FIELDS
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.errors import ConfigError
 
 _SOUND = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"}
 
 
 @dataclass(frozen=True)
 class AudioSource(Source):
-    """Rows whose paths of recordings are absolute: they are relative to the file with the row.
-
-    Attributes:
-        column: The column with the path; ``None`` looks for the usual ones.
-    """
+    """Rows whose paths of recordings, which are relative to their file, are made absolute."""
 
     column: str | None = None
 
@@ -58,17 +52,7 @@ class AudioSource(Source):
 
 
 class SpeechRows(RowEncoder):
-    """Tokens of a transcript, and where its recording is; sound is read again for each batch.
-
-    Args:
-        tokenizer: The tokenizer; it must have an end-of-sequence token.
-        max_length: Longest transcript in tokens, with its end.
-        rate: Samples per second that the model hears.
-        max_seconds: Longest recording.
-
-    Raises:
-        ConfigError: If the tokenizer has no end-of-sequence token.
-    """
+    """Tokens of a transcript, and its recording, whose sound is read again for each batch."""
 
     features = Features(
         {
@@ -84,22 +68,12 @@ class SpeechRows(RowEncoder):
     counts = ("seconds", "trained_tokens", "ends_trained", "ends_added", "unknown_tokens")
 
     def __init__(self, tokenizer: Any, max_length: int, rate: int, max_seconds: float) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end-of-sequence token, so a "
-                "model cannot learn to stop. Set tokenizer.eos_token to the token that ends an "
-                "answer, and save it."
-            )
-        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.tokenizer, self.end = tokenizer, end_token_id(tokenizer)
         self.max_length, self.rate, self.max_seconds = max_length, rate, max_seconds
-        self._marks = special_tokens(tokenizer)
+        self._special_tokens = SpecialTokens(tokenizer)
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes.
-
-        Raises:
-            EncodingProblem: If recording or transcript cannot be used.
-        """
+        """Returns the row that ``sample`` becomes."""
         assert sample.audio is not None
         assert sample.text is not None
         seconds = self._seconds(sample.audio)
@@ -121,10 +95,10 @@ class SpeechRows(RowEncoder):
         """Returns seconds, trained tokens, ends and unknown tokens."""
         unknown = self.tokenizer.unk_token_id
         return {
+            **super().count(row),
             "seconds": row["seconds"],
             "trained_tokens": len(row["labels"]),
             "ends_trained": int(self.end in row["labels"]),
-            "ends_added": int(row["end_added"]),
             # Whisper's is its end token.
             "unknown_tokens": row["labels"].count(unknown) if unknown != self.end else 0,
         }
@@ -145,11 +119,7 @@ class SpeechRows(RowEncoder):
         return seconds
 
     def _labels(self, text: str) -> tuple[list[int], bool]:
-        found = self._marks.search(text) if self._marks is not None else None
-        if found:
-            raise EncodingProblem(
-                "control", f"has the special token {found[0]!r} inside its transcript"
-            )
+        self._special_tokens.check(text, "transcript")
         ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
         # The model puts its start token before the labels itself.
         start = list(getattr(self.tokenizer, "prefix_tokens", [])[:1])

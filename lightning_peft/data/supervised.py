@@ -12,24 +12,18 @@ from torch import Tensor
 
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
-from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong
+from lightning_peft.data.conversation_data import ConversationData, ConversationRows
+from lightning_peft.data.encoding import IGNORED, LossOn, OverLong
 from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.templates import find_template
 from lightning_peft.data.token_spans import TextSpan, token_spans
-from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
 
 
-class SupervisedRows(RowEncoder):
-    """Tokens of a row, with labels on what is to be learnt.
-
-    Args:
-        encoder: What encodes a sample.
-        system_prompt: System turn of conversations that have none.
-    """
+class SupervisedRows(ConversationRows):
+    """Tokens of a row, with labels on what is trained."""
 
     features = Features(
         {
@@ -41,16 +35,10 @@ class SupervisedRows(RowEncoder):
             "part": Value("int32"),
         }
     )
-    parallelizable = True
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
         "further_parts",
     )
-
-    def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
-        self.encoder = encoder
-        self.variables = encoder.variables
-        self.system_prompt = system_prompt
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         """Returns the row that ``sample`` becomes, or several: see :class:`Encoder`."""
@@ -75,22 +63,14 @@ class SupervisedRows(RowEncoder):
     def count(self, row: dict[str, Any]) -> dict[str, int]:
         """Returns tokens, trained tokens, end tokens and what was cut."""
         return {
-            "tokens": row["length"],
+            **super().count(row),
             "trained_tokens": sum(label != IGNORED for label in row["labels"]),
             "ends_trained": int(self.encoder.end in row["labels"]),
-            "ends_added": int(row["end_added"]),
-            "truncated": int(row["tokens_cut"] > 0),
-            "tokens_cut": row["tokens_cut"],
             "further_parts": int(row["part"] > 1),
         }
 
-    def summary(self) -> dict[str, Any]:
-        """Returns the template."""
-        template = self.encoder.template
-        return {"template": template and {"name": template.name, "text": template.text}}
 
-
-class SupervisedData(TokenizedData):
+class SupervisedData(ConversationData):
     """Examples to fine-tune a causal language model on.
 
     Every row is checked before training. Rows with problems are an error that lists all of them,
@@ -123,6 +103,7 @@ class SupervisedData(TokenizedData):
 
     accepts = ("messages", "alpaca", "prompt_completion", "text")
     batch_columns = ("input_ids", "labels")
+    encoding_arguments = (*ConversationData.encoding_arguments, "loss_on")
 
     def __init__(
         self,
@@ -162,24 +143,7 @@ class SupervisedData(TokenizedData):
                 f"system_prompt={hparams['system_prompt']!r} is given, and plain text has no "
                 "turns. Leave it out."
             )
-        template = None if plain else find_template(self.tokenizer, hparams["chat_template"])
-        encoder = Encoder(
-            self.tokenizer,
-            template,
-            self.max_length,
-            hparams["loss_on"],
-            hparams["over_long"],
-            hparams["reasoning"],
-            hparams["chat_template_kwargs"],
-        )
-        return SupervisedRows(encoder, hparams["system_prompt"])
-
-    def encoding(self) -> dict[str, Any]:
-        """Returns all that decides the tokens and labels of a row."""
-        names = ("chat_template", "system_prompt", "loss_on", "reasoning", "chat_template_kwargs")
-        template = getattr(self.tokenizer, "chat_template", None)
-        requested = {name: self.hparams[name] for name in names}
-        return {**super().encoding(), **requested, "tokenizers_template": template}
+        return SupervisedRows(self.encoder(hparams["loss_on"], plain), hparams["system_prompt"])
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the tokens of a row, in runs that are trained or not."""
@@ -193,7 +157,7 @@ class SupervisedData(TokenizedData):
         return packed.PackedRows(rows, self.read().lengths(split), self.max_length)
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what pads rows to a batch, or joins packed ones."""
+        """Returns the collate function, of padded or packed rows."""
         return partial(
             packed.collate if self.hparams["packing"] else pad, pad_token_id=self.pad_token_id
         )

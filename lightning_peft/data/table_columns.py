@@ -21,7 +21,7 @@ _ABSENT = frozenset(
 
 @dataclass
 class TableScan:
-    """What is seen of all rows of a table before the first is read.
+    """What one pass over a table has seen.
 
     Attributes:
         header: The names of the columns.
@@ -31,10 +31,10 @@ class TableScan:
         wide: The first rows with more values than names, as number and line.
         narrow: The first rows with fewer fields than names, as numbers.
         blank: Number of rows without any value.
-        index: Whether the first field of every row so far is a number above that of the last.
-        counted: Whether it is even one above.
-        absent: Columns with a word that other programs write for no value: the word and its row.
-        named: The first line with more than one known name of a column, of a workbook.
+        index: Whether the first fields are ascending numbers.
+        counted: Whether they are consecutive.
+        absent: Columns with a text that other programs write for no value: the text and its row.
+        named: The first line of a workbook with more than one known name of a column.
     """
 
     header: list[str] = field(default_factory=list)
@@ -83,14 +83,7 @@ class TableScan:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table that are read.
-
-    Attributes:
-        names: Names by place.
-        width: Fields that a row may have with a value in them.
-        empty: What stands for a field that is not there.
-        notes: What is left out, in words.
-    """
+    """The columns of a table that are read, by place; rows may have values in ``width`` fields."""
 
     names: dict[int, str]
     width: int
@@ -115,11 +108,6 @@ class Columns:
 
 def resolve_columns(scan: TableScan, name: str, empty: str | None = "") -> Columns:
     """Returns the columns of a table.
-
-    Args:
-        scan: What was seen of its rows.
-        name: What messages call the file.
-        empty: What stands for a field that is not there.
 
     Raises:
         ConfigError: If columns have one name twice, or the rows do not fit the names.
@@ -153,7 +141,7 @@ def resolve_columns(scan: TableScan, name: str, empty: str | None = "") -> Colum
             f"rows with fewer fields than columns (first {numbers}): those missing are empty"
         )
     notes += [
-        f"column {names[place]!r} has the text {word!r} (first in row {row}): if that is not a "
+        f"column {names[place]!r} has the text {word!r} (first in row {row}): if that means no "
         "value, leave it empty"
         for place, (word, row) in sorted(scan.absent.items())
         if place in names

@@ -23,12 +23,8 @@ _KNOWN = {name for names in FIELDS.values() for name in names} | set(FIELDS)
 class Dialect:
     """How a table is written.
 
-    Attributes:
-        delimiter: What parts its columns.
-        quote: What stands around a value that holds the delimiter or a line end.
-        escaped: Whether a quote in a quoted value has a backslash before it; else it is doubled.
-        spaced: Whether a space follows each delimiter.
-        skipped: Lines before the names of the columns.
+    A quote in a quoted value has a backslash before it if ``escaped``, else it is doubled; a space
+    follows each delimiter if ``spaced``; ``skipped`` lines precede the names of the columns.
     """
 
     delimiter: str
@@ -38,11 +34,7 @@ class Dialect:
     skipped: int = 0
 
     def records(self, lines: Iterable[str]) -> Any:
-        """Returns a reader of records.
-
-        Args:
-            lines: Lines of text with their ends.
-        """
+        """Returns a reader of records in lines of text with their ends."""
         # Python's limit of 128 KiB is the length of a long document.
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         if self.escaped:
@@ -57,11 +49,7 @@ class Dialect:
 
 
 def parse_delimiter(given: str) -> str:
-    """Returns the delimiter that the user means, such as ``";"`` or ``"tab"``.
-
-    Raises:
-        ConfigError: If it is not one character.
-    """
+    """Returns the delimiter that the user means, such as ``";"`` or ``"tab"``."""
     found = _NAMED.get(given.lower(), given)
     if len(found) != 1 or found in '"\r\n\\':
         raise ConfigError(
@@ -72,14 +60,7 @@ def parse_delimiter(given: str) -> str:
 
 
 def detect_dialect(head: str, whole: bool, usual: str, given: str | None) -> Dialect:
-    """Returns how a table is written, by its first lines.
-
-    Args:
-        head: The first lines.
-        whole: Whether they are all of the file.
-        usual: The delimiter that is usual for its kind.
-        given: The delimiter that the user says it has.
-    """
+    """Returns how a table is written, by its first lines, which may be the ``whole`` file."""
     skipped = 0
     excel_hint = re.match(r'"?sep=(.)"?\r?\n', head)
     if excel_hint:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_peft.data.charsets import Charset
-from lightning_peft.data.file_format import FileRow, ReadableFile, text_format
-from lightning_peft.data.open_files import compression_of, open_file
+from lightning_peft.data.file_format import FileRow, ReadableFile, TextFile
 from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
 from lightning_peft.data.table_dialect import Dialect, detect_dialect, parse_delimiter
 from lightning_peft.errors import ConfigError
@@ -19,30 +17,21 @@ from lightning_peft.errors import ConfigError
 _HEAD = 1 << 18
 
 
-def read_table(
-    path: Path, name: str, charset: Charset, suffix: str, delimiter: str | None
-) -> ReadableFile:
-    """Returns the rows of a table, every value a text.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-        charset: Its encoding.
-        suffix: ``".csv"`` or ``".tsv"``.
-        delimiter: The delimiter that the user says it has.
+def read_table(file: TextFile, suffix: str, delimiter: str | None) -> ReadableFile:
+    """Opens a table of text, every value a text.
 
     Raises:
         ConfigError: If it is not a table with a line of column names.
     """
-    if not charset.whole:
+    name = file.name
+    if not file.charset.whole:
         raise ConfigError(
-            f"{name!r} is UTF-8 with damaged bytes, first in line {_damaged_line(path, name)}. "
+            f"{name!r} is UTF-8 with damaged bytes, first in line {_damaged_line(file)}. "
             f"Repair that line, or drop the bytes: iconv -c -f UTF-8 -t UTF-8 {name} > repaired.csv"
         )
-    table = _Table(path, name, charset)
-    with table.text() as file:
-        head = file.read(_HEAD)
-        whole = len(head) < _HEAD
+    with file.open(newline="") as text:
+        head = text.read(_HEAD)
+    whole = len(head) < _HEAD
     if not head.strip():
         raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
     if head.lstrip().startswith(("{", "[{")):
@@ -50,6 +39,7 @@ def read_table(
             f"{name!r} begins like JSON, and its name says that it is a table. Name it .jsonl "
             f"where each line is an object, else .json: mv {name} {Path(name).stem}.jsonl"
         )
+    table = _Table(file)
     given = None if delimiter is None else parse_delimiter(delimiter)
     dialect = detect_dialect(head, whole, "\t" if suffix == ".tsv" else ",", given)
     dialect, widths = table.scan(dialect)
@@ -59,48 +49,31 @@ def read_table(
         notes.append("quotes in a value have a backslash before them")
     if dialect.quote != '"':
         notes.append("values are in single quotes")
-    kind = "TSV" if suffix == ".tsv" else "CSV"
-    format = text_format(
-        kind,
-        charset,
-        compression_of(path),
+    format = file.format(
+        "TSV" if suffix == ".tsv" else "CSV",
         delimiter=dialect.delimiter if len(widths.header) > 1 else None,
         notes=tuple(notes),
     )
     return ReadableFile(format, lambda: table.rows(dialect, columns))
 
 
-def _damaged_line(path: Path, name: str) -> int:
-    with open_file(path, name) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                return number
-    return 0
+def _damaged_line(file: TextFile) -> int:
+    with file.open(newline="\n") as text:
+        # Bytes that cannot be decoded become surrogates, which cannot be encoded.
+        lines = enumerate(text, start=1)
+        return next((n for n, line in lines if re.search("[\udc80-\udcff]", line)), 0)
 
 
 @dataclass(frozen=True)
 class _Table:
-    path: Path
-    name: str
-    charset: Charset
+    file: TextFile
 
-    @contextmanager
-    def text(self) -> Iterator[io.TextIOWrapper]:
-        """Opens it as text, with its line ends as they are."""
-        with open_file(self.path, self.name) as file:
-            text = io.TextIOWrapper(file, self.charset.name, newline="")
-            yield text
-            # Closing is for whoever opened it.
-            text.detach()
+    @property
+    def name(self) -> str:
+        return self.file.name
 
     def scan(self, dialect: Dialect) -> tuple[Dialect, TableScan]:
-        """Reads all of it, and returns how it is quoted and what its rows look like.
-
-        Raises:
-            ConfigError: If its quotes do not fit.
-        """
+        """Reads all of it, and returns how it is quoted and the scan of its rows."""
         try:
             return dialect, self._widths(dialect)
         except _QuoteError as error:
@@ -113,13 +86,9 @@ class _Table:
                 raise error.config_error from error
 
     def _has_escaped_quotes(self) -> bool:
-        """Says whether quotes have a backslash before them.
-
-        Raises:
-            ConfigError: If other characters have one too.
-        """
+        """Says whether quotes have a backslash before them; refuses other backslashes then."""
         found, other = False, None
-        with self.text() as text:
+        with self.file.open(newline="") as text:
             for number, line in enumerate(text, start=1):
                 found |= '\\"' in line
                 if other is None and "\\" in line.replace('\\"', ""):
@@ -152,7 +121,7 @@ class _Table:
 
     def _records(self, dialect: Dialect) -> Iterator[tuple[int, str, list[str]]]:
         """Yields first line, line end and fields of every record that is not empty."""
-        with self.text() as text:
+        with self.file.open(newline="") as text:
             for _ in range(dialect.skipped):
                 text.readline()
             last = _LineRecorder(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_peft.data.samples import RowProblems, collect, shortened
+from lightning_peft.data.samples import collect, row_problem, shortened
 from lightning_peft.data.tool_calls import is_empty, json_value, read_tools
 
 # Arguments of `apply_chat_template` that are not variables of a template, or set for each row.
@@ -20,11 +20,7 @@ RESERVED = frozenset(
 
 
 def read_context(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the fields of a row hold for the chat template, empty ones left out.
-
-    Raises:
-        RowProblems: With all that is wrong with it.
-    """
+    """Returns the fields of a row that the chat template gets, without empty ones."""
     tools, documents, variables = collect(
         lambda: read_tools(fields.get("tools"), "tools"),
         lambda: _documents(fields.get("documents")),
@@ -39,8 +35,7 @@ def _documents(value: Any) -> list[Any]:
     if is_empty(found):
         return []
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        problem = f"has {shortened(value)} as documents, not a list of objects"
-        raise RowProblems([("tools", problem)])
+        raise row_problem("tools", f"has {shortened(value)} as documents, not a list of objects")
     return found
 
 
@@ -49,15 +44,15 @@ def _variables(value: Any) -> dict[str, Any]:
     if is_empty(found):
         return {}
     if not isinstance(found, dict):
-        problem = f"has {shortened(value)} as chat_template_kwargs, not an object"
-        raise RowProblems([("tools", problem)])
+        raise row_problem("tools", f"has {shortened(value)} as chat_template_kwargs, not an object")
     taken = reserved(found)
     if taken:
-        problem = f"has {', '.join(taken)} in chat_template_kwargs, which encoding sets itself"
-        raise RowProblems([("tools", problem)])
+        raise row_problem(
+            "tools", f"has {', '.join(taken)} in chat_template_kwargs, which encoding sets itself"
+        )
     return {name: one for name, one in found.items() if one is not None}
 
 
 def reserved(variables: Mapping[str, Any]) -> list[str]:
-    """Returns the names that are not variables of a template, but arguments of encoding."""
+    """Returns the names that are arguments of encoding, not variables of a template."""
     return [name for name in variables if name in RESERVED]

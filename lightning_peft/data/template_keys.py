@@ -20,13 +20,7 @@ def keys_without_effect(
 ) -> Iterator[tuple[int | None, str]]:
     """Yields every key without which the same is rendered, with the place of its turn.
 
-    Args:
-        rendered: Returns all that is rendered of turns and what goes with them.
-        messages: The turns.
-        context: What goes with them; its keys come with ``None`` as place.
-
-    Raises:
-        EncodingProblem: If the conversation cannot be rendered as it is.
+    ``rendered`` is called with turns and context; keys of the context have ``None`` as place.
     """
     whole: object = None
 

@@ -39,12 +39,7 @@ NAMED = {"chatml": _CHATML, "plain": _PLAIN, "raw": _RAW}
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and what it is called.
-
-    Attributes:
-        name: ``"chatml"``, ``"plain"``, ``"raw"``, or whose own it is.
-        text: The Jinja source.
-    """
+    """The Jinja source of a chat template, and its name for messages."""
 
     name: str
     text: str
@@ -56,15 +51,10 @@ class Template:
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> Template:
-    """Returns the template to render conversations with.
-
-    Args:
-        tokenizer: The tokenizer.
-        requested: ``None`` for the tokenizer's own, else ``"chatml"``, ``"plain"``, ``"raw"``, the
-            name of one of several that the tokenizer has, or the Jinja source of a template.
+    """Returns the chat template: the tokenizer's own, a named one, or Jinja source.
 
     Raises:
-        ConfigError: If the tokenizer has none and none was asked for, or the name is unknown.
+        ConfigError: If the tokenizer has none and none was requested, or the name is unknown.
     """
     name = tokenizer.name_or_path or type(tokenizer).__name__
     several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -99,9 +89,8 @@ def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> 
 def _combine_named(several: dict[str, str], name: str) -> str:
     """Returns one source for a tokenizer with named templates, which chooses as transformers does.
 
-    Rows with tools are written by the template ``tool_use`` where there is one, and all others by
-    the one called ``default``. As one source, it is recorded, exported and asked with like any
-    other.
+    Rows with tools are rendered by the template ``tool_use`` if there is one, all others by
+    ``default``. As one source, it is recorded and exported like any other.
     """
     if "default" not in several:
         listed = ", ".join(f'chat_template="{one}"' for one in several)

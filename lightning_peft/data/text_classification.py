@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,28 +11,19 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 from torch import Tensor
 
+from lightning_peft.data.batching import pad_inputs
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled_data import LabelledData
-from lightning_peft.data.labels import LabelNames
-from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.labelled_data import LabelledData, LabelledRows
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import Layout
 from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.validation import EncodingProblem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 
-class TextLabelRows(RowEncoder):
-    """Tokens of a text, or of two, and the name of its class.
-
-    Args:
-        tokenizer: The tokenizer, which adds the special tokens that its model expects.
-        names: Finds labels, and collects them.
-        max_length: Longest row in tokens.
-        truncate: Whether longer rows are cut, instead of refused.
-    """
+class TextLabelRows(LabelledRows):
+    """Tokens of a text, or of two, and the name of its class."""
 
     features = Features(
         {
@@ -46,30 +36,16 @@ class TextLabelRows(RowEncoder):
     )
     counts = ("tokens", "truncated", "tokens_cut", "contradictions")
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        names: LabelNames,
-        max_length: int,
-        truncate: bool,
-    ) -> None:
-        self.tokenizer: Any = tokenizer
-        self.names = names
-        self.max_length = max_length
-        self.truncate = truncate
-        self.marks = special_tokens_in(tokenizer)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.label_of: dict[int, str] = {}
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes.
-
-        Raises:
-            EncodingProblem: If its label is unknown, or its text has special tokens, none at all,
-                or too many.
-        """
+        """Returns the row that ``sample`` becomes."""
         label = self.names.find(sample.label or "")
         texts = [text for text in (sample.text, sample.text_pair) if text is not None]
-        check_marks(self.marks, texts)
+        for text in texts:
+            self.special_tokens.check(text, "text")
         full = self.tokenizer(*texts, verbose=False)
         length = len(full["input_ids"])
         if length <= self.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2):
@@ -77,9 +53,7 @@ class TextLabelRows(RowEncoder):
         tokens = full
         if length > self.max_length:
             if not self.truncate:
-                raise EncodingProblem(
-                    "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
-                )
+                raise self.too_long(length)
             # Of a pair, the longer text is cut first.
             tokens = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
         ids = tokens["input_ids"]
@@ -95,24 +69,12 @@ class TextLabelRows(RowEncoder):
         ]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns tokens, what was cut, and whether an earlier row had the text with another label.
-
-        The label of the row is one of those there are.
-        """
-        label, cut = row["label"], row["tokens_cut"]
+        """Adds whether an earlier row had the text with another label; collects the label."""
+        label = row["label"]
         self.names.add([label])
         # Of numbers, so that it is the same in every process.
         before = self.label_of.setdefault(hash(tuple(row["input_ids"])), label)
-        return {
-            "tokens": row["length"],
-            "truncated": int(cut > 0),
-            "tokens_cut": cut,
-            "contradictions": int(before != label),
-        }
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the names of all labels."""
-        return {"labels": self.names.names()}
+        return {**super().count(row), "contradictions": int(before != label)}
 
 
 class TextClassificationData(LabelledData):
@@ -120,7 +82,7 @@ class TextClassificationData(LabelledData):
 
     Rows have a ``text`` and a ``label``, and may have a ``text_pair``: then both texts are
     classified together, as in entailment. Labels are names or whole numbers. Every row is checked
-    before training, and a label that is in no training row is told.
+    before training, and a label without a training row is named in a warning.
 
     Args:
         data: File (JSONL, JSON, CSV, TSV, Parquet), folder of such, or dataset on the hub.
@@ -138,14 +100,9 @@ class TextClassificationData(LabelledData):
     """
 
     accepts = ("text_label",)
+    default_shape = "text_label"
     batch_columns = ("input_ids", "token_type_ids", "label")
-
-    def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of texts."""
-        hparams = self.hparams
-        names = LabelNames(hparams["labels"])
-        truncate = hparams["over_long"] == "truncate"
-        return TextLabelRows(self.tokenizer, names, self.max_length, truncate)
+    row_encoder = TextLabelRows
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the text as the model reads it, and its label."""
@@ -158,7 +115,7 @@ class TextClassificationData(LabelledData):
         return {pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what pads rows to a batch and numbers their labels."""
+        """Returns the collate function, which numbers the labels."""
         numbers = {name: number for number, name in enumerate(self.labels)}
         return partial(collate_texts, pad_token_id=self.pad_token_id, numbers=numbers)
 
@@ -166,51 +123,13 @@ class TextClassificationData(LabelledData):
 def collate_texts(
     rows: Sequence[dict[str, Any]], pad_token_id: int, numbers: dict[str, int]
 ) -> dict[str, Tensor]:
-    """Returns a batch of texts.
-
-    Args:
-        rows: ``input_ids``, ``token_type_ids`` (empty where the tokenizer has none), ``label``.
-        pad_token_id: Token that fills up short rows, which is not attended to.
-        numbers: Name of each label to its number.
+    """Returns a batch of texts; ``numbers`` is that of each label.
 
     Returns:
         ``input_ids``, ``attention_mask`` and, if the tokenizer has them, ``token_type_ids``, each
         ``(batch, length)``, and ``labels``, ``(batch,)``; all int64.
     """
     return {
-        **padded_tokens(rows, pad_token_id),
+        **pad_inputs(rows, pad_token_id),
         "labels": torch.tensor([numbers[row["label"]] for row in rows]),
     }
-
-
-def padded_tokens(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Returns ``input_ids``, ``attention_mask`` and, if there are, ``token_type_ids`` of rows."""
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    longest = int(lengths.max())
-
-    def filled(name: str, value: int) -> Tensor:
-        return torch.tensor([[*row[name], *[value] * (longest - len(row[name]))] for row in rows])
-
-    mask = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
-    batch = {"input_ids": filled("input_ids", pad_token_id), "attention_mask": mask}
-    if rows[0]["token_type_ids"]:
-        batch["token_type_ids"] = filled("token_type_ids", 0)
-    return batch
-
-
-def special_tokens_in(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Returns what finds the special tokens of ``tokenizer`` in a text."""
-    marks = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, marks))) if marks else None
-
-
-def check_marks(marks: re.Pattern[str] | None, texts: Sequence[str]) -> None:
-    """Refuses texts that a model would read as several, or as ended or padded.
-
-    Raises:
-        EncodingProblem: If a text has a special token inside.
-    """
-    for text in texts:
-        found = marks.search(text) if marks is not None else None
-        if found:
-            raise EncodingProblem("control", f"has the special token {found[0]!r} inside its text")

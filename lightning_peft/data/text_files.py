@@ -5,41 +5,29 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from lightning_peft.data.charsets import Charset
-from lightning_peft.data.file_format import FileRow, ReadableFile, TextUnit, text_format
+from lightning_peft.data.file_format import FileRow, ReadableFile, TextFile, TextUnit
 from lightning_peft.data.json_text import parse_json
-from lightning_peft.data.open_files import compression_of, open_file
 
 _DAMAGED = re.compile("[\udc80-\udcff]")
 
 
-def read_text(path: Path, name: str, charset: Charset, unit: TextUnit) -> ReadableFile:
-    """Returns the rows of a text file, each with the field ``text``; empty ones are left out.
-
-    Args:
-        path: The file.
-        name: What messages call it.
-        charset: Its encoding.
-        unit: What is one row.
-    """
+def read_text(file: TextFile, unit: TextUnit) -> ReadableFile:
+    """Opens a text file, whose units are rows with the field ``text``; empty ones are left out."""
     notes = []
-    with open_file(path, name) as file:
-        first = file.readline(1 << 16).decode(charset.name, "replace").strip()
+    with file.open("replace") as text:
+        first = text.readline(1 << 16).strip()
     if first.startswith("{") and isinstance(parse_json(first)[0], dict):
         notes.append(
             "its first line is a JSON object, and it is trained as plain text; name the file "
             ".jsonl to train on what the fields say"
         )
-    format = text_format("text", charset, compression_of(path), notes=tuple(notes))
-    return ReadableFile(format, lambda: _entries(path, name, charset, unit))
+    format = file.format("text", notes=tuple(notes))
+    return ReadableFile(format, lambda: _entries(file, unit))
 
 
-def _entries(path: Path, name: str, charset: Charset, unit: TextUnit) -> Iterator[FileRow]:
-    with open_file(path, name) as file:
-        errors = "strict" if charset.whole else "surrogateescape"
-        text = io.TextIOWrapper(file, charset.name, errors=errors)
+def _entries(file: TextFile, unit: TextUnit) -> Iterator[FileRow]:
+    with file.open() as text:
         parts = {"line": _lines, "paragraph": _paragraphs}.get(unit, _document)(text)
         for number, part in enumerate(parts, start=1):
             damaged = _DAMAGED.search(part)
@@ -49,7 +37,6 @@ def _entries(path: Path, name: str, charset: Charset, unit: TextUnit) -> Iterato
                 yield FileRow(number, None, problem)
             elif part.strip():
                 yield FileRow(number, {"text": part})
-        text.detach()
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:

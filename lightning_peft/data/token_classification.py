@@ -13,33 +13,25 @@ import torch
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
+from lightning_peft.data.batching import pad_inputs
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled_data import LabelledData
-from lightning_peft.data.labels import LabelNames
+from lightning_peft.data.labelled_data import LabelledData, LabelledRows
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.text_classification import check_marks, padded_tokens, special_tokens_in
 from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 # Of a token that belongs to no word.
 NO_WORD = -1
 
 
-class TagRows(RowEncoder):
-    """Tokens of a sentence, the word that each belongs to, and the tags of the words.
-
-    Args:
-        tokenizer: A fast tokenizer.
-        names: Finds tags, and collects them.
-        max_length: Longest row in tokens.
-        truncate: Whether longer rows are cut at the end, instead of refused.
-    """
+class TagRows(LabelledRows):
+    """Tokens of a sentence, the word of each, and the tags of the words."""
 
     features = Features(
         {
@@ -55,29 +47,12 @@ class TagRows(RowEncoder):
     )
     counts = ("tokens", "words", "truncated", "tokens_cut", "words_cut")
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        names: LabelNames,
-        max_length: int,
-        truncate: bool,
-    ) -> None:
-        self.tokenizer: Any = tokenizer
-        self.names = names
-        self.max_length = max_length
-        self.truncate = truncate
-        self.marks = special_tokens_in(tokenizer)
-
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes.
-
-        Raises:
-            EncodingProblem: If a tag is unknown, a word has no token of its own, or there are
-                too many tokens.
-        """
+        """Returns the row that ``sample`` becomes."""
         words = sample.tokens
         tags = [self.names.find(tag, "tag") for tag in sample.tags]
-        check_marks(self.marks, words)
+        for word in words:
+            self.special_tokens.check(word, "text")
         found = self.tokenizer(" ".join(words), return_offsets_mapping=True, verbose=False)
         word_of = words_of_tokens(words, found["offset_mapping"], found.sequence_ids(0))
         absent = sorted(set(range(len(words))) - set(word_of))
@@ -114,21 +89,13 @@ class TagRows(RowEncoder):
         end = max(place for place in range(length) if word_of[place] != NO_WORD) + 1
         room = self.max_length - (length - end)
         if not self.truncate or set(word_of[: max(0, room)]) <= {NO_WORD}:
-            raise EncodingProblem(
-                "long", f"has {length:,} tokens, and {self.max_length:,} are allowed"
-            )
+            raise self.too_long(length)
         return [*range(room), *range(end, length)]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns tokens, words and what was cut; the tags of the row are among those there are."""
+        """Counts tokens, words and what was cut; collects the tags."""
         self.names.add(row["tags"])
-        counts = {name: row[name] for name in ("tokens_cut", "words_cut")}
-        cut = int(row["tokens_cut"] > 0)
-        return {"tokens": row["length"], "words": len(row["words"]), "truncated": cut, **counts}
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the names of all tags."""
-        return {"labels": self.names.names()}
+        return super().count({**row, "words": len(row["words"])})
 
 
 def words_of_tokens(
@@ -136,19 +103,11 @@ def words_of_tokens(
     offsets: Sequence[tuple[int, int]],
     sequence_ids: Sequence[int | None],
 ) -> list[int]:
-    """Returns the number of the word that each token of a sentence belongs to.
+    """Returns the number of the word of each token, or -1 where it has none.
 
-    Words are joined by blanks and tokenized as running text, which is what the model has read,
-    and found again by the characters of each token. Tokenizers that are given words one by one
-    write them as if they stood at the beginning of a text.
-
-    Args:
-        words: The words.
-        offsets: Begin and end of each token in the joined text, in characters.
-        sequence_ids: ``None`` for special tokens.
-
-    Returns:
-        For each token the number of its word, or -1 where it has none.
+    Words are joined by spaces and tokenized as running text, as in pretraining, and matched by the
+    character ``offsets`` of each token. Tokenizers that are given words one by one write them as if
+    each began a text. ``sequence_ids`` are ``None`` for special tokens.
 
     Raises:
         EncodingProblem: If a token belongs to two words.
@@ -178,7 +137,8 @@ class TokenClassificationData(LabelledData):
 
     Rows have ``tokens``, a list of words, and ``tags`` (or ``ner_tags``, ``labels``), a list of as
     many names or numbers. The tag of a word is on its first token; the others have none, unless
-    asked for. Every row is checked before training, and a tag that is in no training row is told.
+    asked for. Every row is checked before training, and a tag without a training row is named in a
+    warning.
 
     Args:
         data: File (JSONL, JSON, Parquet), folder of such, or dataset on the hub.
@@ -199,8 +159,10 @@ class TokenClassificationData(LabelledData):
     """
 
     accepts = ("tokens_tags",)
+    default_shape = "tokens_tags"
     batch_columns = ("input_ids", "token_type_ids", "word_of", "words", "tags")
     label_field = "tags"
+    row_encoder = TagRows
 
     def __init__(
         self,
@@ -219,11 +181,7 @@ class TokenClassificationData(LabelledData):
         return [TextSpan(True, " ".join(f"{word}/{tag}" for word, tag in pairs), [])]
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of sentences.
-
-        Raises:
-            ConfigError: If the tokenizer does not say which characters a token stands for.
-        """
+        """Returns the encoder of sentences, which needs a tokenizer with offsets."""
         hparams = self.hparams
         if not self.tokenizer.is_fast:
             raise ConfigError(
@@ -231,9 +189,7 @@ class TokenClassificationData(LabelledData):
                 f"({type(self.tokenizer).__name__}), which does not say which word a token belongs "
                 "to. Use a model that has a fast tokenizer (a file tokenizer.json)."
             )
-        names = LabelNames(hparams["labels"])
-        truncate = hparams["over_long"] == "truncate"
-        return TagRows(self.tokenizer, names, self.max_length, truncate)
+        return super().encoder_for(layout)
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Returns the number of words of each tag."""
@@ -245,7 +201,7 @@ class TokenClassificationData(LabelledData):
         return dict(counts)
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns what pads rows to a batch and puts the numbers of their tags on tokens."""
+        """Returns the collate function."""
         return partial(
             collate_tags,
             pad_token_id=self.pad_token_id,
@@ -257,21 +213,14 @@ class TokenClassificationData(LabelledData):
 def collate_tags(
     rows: Sequence[dict[str, Any]], pad_token_id: int, numbers: dict[str, int], all_subwords: bool
 ) -> dict[str, Any]:
-    """Returns a batch of sentences.
-
-    Args:
-        rows: ``input_ids``, ``token_type_ids`` (empty where the tokenizer has none), ``word_of``,
-            ``words`` and ``tags``.
-        pad_token_id: Token that fills up short rows, which is neither attended to nor trained.
-        numbers: Name of each tag to its number.
-        all_subwords: Whether the tokens after the first of a word have labels.
+    """Returns a batch of sentences; ``numbers`` is that of each tag.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` (-100 where there is none), ``word_starts``
         (1 on the first token of each word) and, if the tokenizer has them, ``token_type_ids``,
         each ``(batch, length)``, int64; and ``words``, the words of each row.
     """
-    batch: dict[str, Any] = dict(padded_tokens(rows, pad_token_id))
+    batch: dict[str, Any] = dict(pad_inputs(rows, pad_token_id))
     batch["labels"] = torch.full_like(batch["input_ids"], IGNORED)
     batch["word_starts"] = torch.zeros_like(batch["input_ids"])
     for number, row in enumerate(rows):

@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A piece of a row that is trained as a whole, or not at all.
-
-    Attributes:
-        trained: Whether it is.
-        text: What it says, special tokens too.
-        tokens: Its tokens in the tokenizer's own spelling; empty for what has none.
-    """
+    """A piece of a row, trained or not; ``tokens`` are in the tokenizer's own spelling, if any."""
 
     trained: bool
     text: str

@@ -19,17 +19,13 @@ DEFAULT_MAX_LENGTH = 2048
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a model.
-
-    Args:
-        name: Name on the hub, or folder.
-        revision: Branch, tag or commit on the hub.
+    """Returns the tokenizer of a model on the hub or in a folder.
 
     Raises:
-        ConfigError: If it cannot be had.
+        ConfigError: If it cannot be loaded.
     """
     try:
-        # Unless it is told not to, transformers asks whoever sits there whether to run its code.
+        # By default, transformers prompts the user whether to run the tokenizer's code.
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=False
         )
@@ -111,23 +107,14 @@ class TokenizedData(RowDataModule):
 
     def encoding(self) -> dict[str, Any]:
         """Returns the tokenizer's content and revision, and the longest row."""
+        revision = self.hparams["tokenizer_revision"]
         return {
             "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
-            **self._revision,
+            # Only where there is one: what was prepared without it stays prepared.
+            **({"tokenizer_revision": revision} if revision else {}),
             "max_length": self.max_length,
             "over_long": self.hparams["over_long"],
         }
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was prepared, for the record of a run."""
-        return {**super().record, "tokenizer": self.hparams["tokenizer"], **self._revision}
-
-    @property
-    def _revision(self) -> dict[str, str]:
-        # Only where there is one: what was prepared without it stays prepared.
-        revision = self.hparams["tokenizer_revision"]
-        return {"tokenizer_revision": revision} if revision else {}
 
     def sampler(self, split: str) -> Sampler[int] | None:
         """Returns the training rows in groups of like length, if asked for."""

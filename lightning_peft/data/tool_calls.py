@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from lightning_peft.data.samples import RowProblems, shortened
+from lightning_peft.data.samples import collect, row_problem, shortened
 
 
 def _items(value: Any) -> list[Any] | None:
@@ -20,7 +21,7 @@ def _items(value: Any) -> list[Any] | None:
 
 
 def json_value(value: Any) -> Any:
-    """Returns what a JSON string holds, or ``value`` itself where it is not one."""
+    """Returns the value of a JSON string, or ``value`` itself where it is not one."""
     if not isinstance(value, str):
         return value
     try:
@@ -37,27 +38,23 @@ def is_empty(value: Any) -> bool:
 def read_tools(value: Any, name: str) -> list[dict[str, Any]]:
     """Returns tools as chat templates read them, ``{"type": "function", "function": {...}}``.
 
-    Args:
-        value: A list of tools, or JSON text of one. A tool may be the function itself, with its
-            ``name`` at the top, as in the older ``functions``.
-        name: What the column is called.
+    ``value`` is a list of tools, or JSON text of one. A tool may be the function itself, with its
+    ``name`` at the top, as in the older ``functions``.
 
     Raises:
         RowProblems: If it is something else.
     """
     found = _items(value)
     if found is None:
-        raise RowProblems([("tools", f"has {shortened(value)} as {name}, not a list of tools")])
-    tools, problems = [], []
-    for place, one in enumerate(found, start=1):
-        tool = json_value(one)
-        if not isinstance(tool, dict) or not tool:
-            problems.append(("tools", f"has {shortened(one)} as tool {place}, not an object"))
-        else:
-            tools.append(_wrapped(tool))
-    if problems:
-        raise RowProblems(problems)
-    return tools
+        raise row_problem("tools", f"has {shortened(value)} as {name}, not a list of tools")
+    return collect(*(partial(_tool, one, place) for place, one in enumerate(found, start=1)))
+
+
+def _tool(value: Any, place: int) -> dict[str, Any]:
+    tool = json_value(value)
+    if not isinstance(tool, dict) or not tool:
+        raise row_problem("tools", f"has {shortened(value)} as tool {place}, not an object")
+    return _wrapped(tool)
 
 
 def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
@@ -70,27 +67,16 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Returns tool calls as chat templates read them, their arguments as objects.
-
-    Args:
-        value: A list of calls, or JSON text of one.
-        place: Which turn it is, for messages.
-
-    Raises:
-        RowProblems: If it is something else, or arguments are not JSON objects.
-    """
+    """Returns tool calls as chat templates read them, their arguments as objects."""
     found = _items(value)
     if found is None:
-        raise RowProblems([("tools", f"{place} has {shortened(value)} as tool_calls, not a list")])
-    calls, problems = [], []
-    for number, one in enumerate(found, start=1):
-        try:
-            calls.append(_call(json_value(one), f"{place} has a tool call ({number})"))
-        except RowProblems as error:
-            problems += error.problems
-    if problems:
-        raise RowProblems(problems)
-    return calls
+        raise row_problem("tools", f"{place} has {shortened(value)} as tool_calls, not a list")
+    return collect(
+        *(
+            partial(_call, json_value(one), f"{place} has a tool call ({number})")
+            for number, one in enumerate(found, start=1)
+        )
+    )
 
 
 def _call(call: Any, what: str) -> dict[str, Any]:
@@ -101,12 +87,13 @@ def _call(call: Any, what: str) -> dict[str, Any]:
         call = {"type": "function", **others, "function": inner}
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowProblems([("tools", f"{what} without the name of a function: {shortened(call)}")])
+        raise row_problem("tools", f"{what} without the name of a function: {shortened(call)}")
     name = "arguments" if "arguments" in function else "parameters"
     given = function.get(name)
     arguments = {} if given is None or given == "" else json_value(given)
     if not isinstance(arguments, dict):
-        problem = f"{what} whose arguments are not a JSON object: {shortened(given)}"
-        raise RowProblems([("tools", problem)])
+        raise row_problem(
+            "tools", f"{what} whose arguments are not a JSON object: {shortened(given)}"
+        )
     rest = {key: value for key, value in function.items() if key != name}
     return {**call, "function": {**rest, "arguments": arguments}}

@@ -37,11 +37,7 @@ _KNOWN = (*REASONING_KEYS, *FLAGS, "tool_calls", "tool_call_id", "function_call"
 
 
 class TurnKeys:
-    """Checks the keys of conversations against what their chat template writes.
-
-    Args:
-        texts: Parts and renders conversations.
-    """
+    """Checks the keys of conversations against the output of their chat template."""
 
     def __init__(self, texts: ConversationText) -> None:
         self.texts = texts
@@ -49,15 +45,7 @@ class TurnKeys:
         self._tools: dict[str, list[str]] = {}
 
     def unused(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
-        """Returns the keys that change nothing of what is rendered.
-
-        Args:
-            messages: The turns.
-            context: What the chat template gets with them.
-
-        Raises:
-            EncodingProblem: If a key would change what is learnt, were it rendered.
-        """
+        """Returns the keys that change nothing in the rendered text; refuses those that would."""
         messages = self.texts.turns(messages, context)
         name = self.texts.rendering.template.name
         problems, named = [], []

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_peft.data.reasoning import REASONING_KEYS, REASONING_PART_TYPES, merge_reasoning
-from lightning_peft.data.samples import Message, RowProblems, shortened
+from lightning_peft.data.samples import Message, RowProblems, row_problem, shortened
 from lightning_peft.data.tool_calls import is_empty, json_value, read_calls
 
 ROLES = {
@@ -27,22 +27,15 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     """Returns a turn, and the keys in it that nothing reads.
 
     The turn has ``role`` and ``content``; ``reasoning_content``, ``tool_calls`` and ``train`` where
-    it says so; and every other key as it is, for the chat template.
-
-    Args:
-        turn: What the row holds.
-        place: Which turn it is, for messages.
-
-    Raises:
-        RowProblems: With all that is wrong with it.
+    it says so; and every other key unchanged, for the chat template.
     """
     if not isinstance(turn, dict):
-        raise RowProblems([("missing", f"{place} is {shortened(turn)}, not an object")])
+        raise row_problem("missing", f"{place} is {shortened(turn)}, not an object")
     keys = {key: value for key, value in turn.items() if not is_empty(value)}
     role = _pop_alias(keys, ("role", "from"), place)
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
-        raise RowProblems([("roles", f"{place} has the role {shortened(role)}; roles are {known}")])
+        raise row_problem("roles", f"{place} has the role {shortened(role)}; roles are {known}")
     content = _pop_alias(keys, ("content", "value"), place)
     problems: list[tuple[str, str]] = []
     calls = _calls(keys, place, problems)
@@ -89,7 +82,7 @@ def _pop_alias(keys: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
     found = [keys.pop(name) for name in names if name in keys]
     if len(found) > 1 and found[0] != found[1]:
         both = " and another text as ".join(names)
-        raise RowProblems([("missing", f"{place} has one text as {both}")])
+        raise row_problem("missing", f"{place} has one text as {both}")
     return found[0] if found else None
 
 
@@ -128,7 +121,7 @@ def _join_parts(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]
             unused += [f"content[].{key}" for key in part if key not in used]
     if strange:
         shown = shortened(strange)
-        raise RowProblems([("missing", f"{place} holds parts that are not text: {shown}")])
+        raise row_problem("missing", f"{place} holds parts that are not text: {shown}")
     return text, [thoughts] if thoughts else [], list(dict.fromkeys(unused))
 
 

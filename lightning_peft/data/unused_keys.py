@@ -11,13 +11,7 @@ from lightning_peft.errors import ConfigError, similar_names
 
 @dataclass(frozen=True)
 class UnusedKey:
-    """A key that changes nothing of what is learnt.
-
-    Attributes:
-        key: The column, such as ``"id"``, or the key of turns, such as ``"messages[].name"``.
-        count: How many rows have it.
-        rows: File to the numbers of the rows, such as ``"1-3, 7"``.
-    """
+    """A key that nothing reads: its name, how many rows have it, and their numbers by file."""
 
     key: str
     count: int
@@ -32,11 +26,7 @@ class UnusedKey:
 
 
 def unused_keys(summary: Mapping[str, Any]) -> list[UnusedKey]:
-    """Returns the keys that nothing reads.
-
-    Args:
-        summary: Of prepared data.
-    """
+    """Returns the keys that nothing reads, from the summary of prepared data."""
     return [UnusedKey(**one) for one in summary.get("keys_unused", [])]
 
 
@@ -62,7 +52,7 @@ class KeyCount:
                 ranges.append([row, row])
 
     def summary(self) -> list[dict[str, Any]]:
-        """Returns what :func:`unused_keys` reads, the most frequent keys first; ready for JSON."""
+        """Returns the input of :func:`unused_keys` for JSON, the most frequent keys first."""
         keys = [
             UnusedKey(
                 key,
@@ -78,15 +68,7 @@ class KeyCount:
 
 
 def check_ignored(ignored: Collection[str], there: Collection[str]) -> None:
-    """Refuses keys that are left out on purpose and that no row has.
-
-    Args:
-        ignored: Names of keys.
-        there: Keys of all rows, their turns, and the parts of those.
-
-    Raises:
-        ConfigError: With the names that are nearest to them.
-    """
+    """Refuses keys that are ignored on purpose and that no row has (``there``)."""
     absent = [f"{key!r}{similar_names(key, there)}" for key in ignored if key not in there]
     if absent:
         raise ConfigError(

@@ -123,14 +123,7 @@ KINDS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with one row.
-
-    Attributes:
-        kind: A key of :data:`KINDS`.
-        file: File of the row, or split of the hub.
-        row: Number of the row.
-        detail: What is wrong, as the end of a sentence that begins with the row.
-    """
+    """One problem of one row, by its file or hub split; ``detail`` continues "row 3 ..."."""
 
     kind: str
     file: str
@@ -139,11 +132,7 @@ class Problem:
 
 
 class EncodingProblem(Exception):
-    """A row that cannot be encoded, with the kind of problem.
-
-    Attributes:
-        kind: A key of :data:`KINDS`.
-    """
+    """A row that cannot be encoded, with the kind of problem, a key of :data:`KINDS`."""
 
     def __init__(self, kind: str, problem: str) -> None:
         super().__init__(problem)
@@ -151,13 +140,9 @@ class EncodingProblem(Exception):
 
 
 def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
-    """Returns the problems, by kind: how many, which rows, and what to do.
+    """Returns the problems by kind: how many, which rows, and the fix.
 
-    Args:
-        problems: All problems.
-        rows: Number of rows that were read.
-        limit: Most problems of a kind that are shown in words; the rows of the others are listed
-            by their numbers.
+    At most ``limit`` problems of a kind are shown; of the others, only the row numbers.
     """
     bad = len({(problem.file, problem.row) for problem in problems})
     files = {problem.file for problem in problems}

@@ -52,14 +52,14 @@ BAD = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD)
-def test_what_is_no_sound_is_told(content, message, monkeypatch):
+def test_content_that_is_not_sound_is_refused(content, message, monkeypatch):
     monkeypatch.setattr(audio, "find_spec", lambda name: None)
     with pytest.raises(EncodingProblem, match=message) as error:
         decode(content)
     assert error.value.kind == "audio"
 
 
-def test_files_that_are_not_there_are_told(tmp_path):
+def test_missing_files_are_refused(tmp_path):
     with pytest.raises(EncodingProblem, match="names no file: .*gone.wav"):
         Recording(str(tmp_path / "gone.wav")).samples(16_000)
     with pytest.raises(EncodingProblem, match="irectory"):

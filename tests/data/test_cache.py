@@ -92,7 +92,7 @@ def test_the_slower_of_two_writers_takes_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "remove", "summary"])
-def test_a_damaged_entry_is_made_anew_and_told(tmp_path, caplog, harm):
+def test_a_damaged_entry_is_rebuilt_with_a_warning(tmp_path, caplog, harm):
     final = cache.entry(tmp_path, "key", build("first"))
     if harm == "summary":
         (final / cache.SUMMARY).write_text("{")

@@ -156,7 +156,7 @@ def test_a_nameless_column_of_text_keeps_a_name(read):
     assert values(read("a.csv", ",a\nx,1\ny,2\n"))[0] == {"Unnamed: 0": "x", "a": "1"}
 
 
-def test_a_row_with_too_many_fields_hides_no_other(read):
+def test_a_row_with_too_many_fields_does_not_hide_others(read):
     found, _ = read("a.csv", 'a,b\n1,2\n3, so,4\n"5, 6",7\n')
     assert [row.value for row in found] == [{"a": "1", "b": "2"}, None, {"a": "5, 6", "b": "7"}]
     assert "has 3 fields below 2 column names (line 3): a value that holds" in found[1].problem
@@ -396,7 +396,7 @@ def test_sheets_that_both_have_rows_are_a_question(read, book):
         read("a.xlsx", None)
     for sheet in ("Second", 2, "2"):
         assert values(read("a.xlsx", None, sheet=sheet)) == [{"prompt": "d", "completion": "x"}]
-    with pytest.raises(ConfigError, match="has no sheet 'Secnd'; nearest: 'Second'"):
+    with pytest.raises(ConfigError, match="has no sheet 'Secnd'; near names: Second"):
         read("a.xlsx", None, sheet="Secnd")
 
 

@@ -91,7 +91,7 @@ def test_an_end_is_added_where_the_template_writes_none(tokenizer):
     assert ends[1] == "Items without order.<turn>\n</s>"
 
 
-def test_an_end_after_the_whole_text_is_no_part_of_earlier_answers(tokenizer):
+def test_an_end_after_the_whole_text_is_not_part_of_earlier_answers(tokenizer):
     # As Phi 3 does.
     ends = WITHOUT_END.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
     (row,) = encoder(tokenizer, ends).encode(Sample(TALK))
@@ -149,9 +149,9 @@ def test_a_token_across_the_end_of_the_prompt_is_parted(tokenizer):
     assert trained(tokenizer, row) == [answer + "</s>"]
 
 
-def test_special_tokens_inside_a_text_are_told(tokenizer):
+def test_special_tokens_inside_a_text_are_refused(tokenizer):
     turns = [{"role": "user", "content": "Is </s> an end?"}, {"role": "assistant", "content": "y"}]
-    with pytest.raises(EncodingProblem, match="'</s>' inside the text of its user turn"):
+    with pytest.raises(EncodingProblem, match="'</s>' inside its user turn"):
         encoder(tokenizer).encode(Sample(turns))
 
 

@@ -56,11 +56,11 @@ def test_a_table_of_r_parted_by_spaces_is_read_without_its_row_names():
 
 
 @pytest.mark.parametrize("word", ["NA", "\\N", "#NAME?"])
-def test_words_for_no_value_are_named(word):
+def test_words_for_missing_values_are_named(word):
     rows, read_as = values("rows.csv", f"prompt,completion\na,b\nc,{word}\n".encode())
 
     assert rows[1] == {"prompt": "c", "completion": word}
-    note = f"column 'completion' has the text {word!r} (first in row 2): if that is not a value"
+    note = f"column 'completion' has the text {word!r} (first in row 2): if that means no value"
     assert note in read_as.describe()
 
 

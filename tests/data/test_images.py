@@ -78,7 +78,7 @@ def lines(rows) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
 
 
-def test_all_problems_are_told_at_once_with_their_rows(make, folder):
+def test_all_problems_are_reported_at_once_with_their_rows(make, folder):
     jpeg = content(picture(7, size=(64, 64)), "JPEG")
     files = {
         **classes(),
@@ -108,7 +108,7 @@ def test_all_problems_are_told_at_once_with_their_rows(make, folder):
         "9 of 10 rows cannot be used",
         "row 2 names ",
         "9.png', which cannot be read: No such file",
-        "row 3 is not an image of a kind that Pillow reads",
+        "row 3 is not an image that Pillow reads",
         "row 4 cannot be read as an image: ",
         "row 5 has pixels of mode 'F'",
         "row 6 is the same as row 1",
@@ -152,7 +152,7 @@ def test_folders_of_classes_say_label_and_split(make, folder):
     assert data.record["files_left_out"] == ["train/2/notes.txt", "train/3/ (empty)"]
 
 
-def test_images_in_no_class_and_leaks_are_told_by_their_file(make, folder):
+def test_images_without_class_and_leaks_are_reported_by_file(make, folder):
     same = picture(1)
     files = {**classes(), "train/cat/a.png": same, "train/dog/b.png": picture(2)}
     files = {name: image for name, image in files.items() if name.startswith("train/")}
@@ -167,7 +167,7 @@ def test_images_in_no_class_and_leaks_are_told_by_their_file(make, folder):
     assert "train/loose.png row 3 has no label" in errors
 
 
-def test_pictures_of_trains_are_no_split(make, folder):
+def test_pictures_of_trains_are_not_a_split(make, folder):
     path = folder(classes(labels=("train", "bus")), "vehicles")
     assert make(path, validation_share=0).labels == ["bus", "train"]
     files = {f"train/{name}": image for name, image in classes().items()}
@@ -236,7 +236,7 @@ def test_pixels_are_the_files_scaled_and_normalised(make, folder):
     assert data.record["conversions"] == {"L": 1, "transparent": 1, "16 bit": 1}
 
 
-def test_lossy_conversions_are_told(make, folder, caplog):
+def test_lossy_conversions_are_logged(make, folder, caplog):
     files = {**classes(), "cat/x.png": picture(50, "RGBA"), "cat/y.png": picture(51, "L")}
     make(folder(files), validation_share=0).prepare_data()
     assert "1 images (transparent) become RGB: transparent parts become white" in caplog.text
@@ -274,7 +274,7 @@ def test_arguments_that_cannot_be(options, message, make):
         make(DIGITS, **options)
 
 
-def test_what_is_no_processor_or_no_folder_of_images_is_told(make, folder, tmp_path):
+def test_invalid_processors_and_folders_of_images_are_refused(make, folder, tmp_path):
     with pytest.raises(ConfigError, match="processor='nowhere/at-all' is not a folder"):
         _ = make(DIGITS, processor="nowhere/at-all").image_processor
     with pytest.raises(ConfigError, match="processor=.*NoSuchProcessor"):

@@ -70,7 +70,7 @@ def content(folder: Path) -> dict[str, str]:
 
 
 def prepared(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns checksums and summary of data that is prepared anew."""
+    """Returns checksums and summary of data that is prepared again."""
     data = make(file, skip_bad_rows=True, max_length=128)
     data.hparams["cache_dir"] = str(cache)
     found = data.read()
@@ -128,7 +128,7 @@ def test_what_fails_there_fails_here_with_its_own_error(at_once) -> None:
     assert at_once != []
 
 
-def test_who_stops_early_leaves_no_process(at_once, monkeypatch) -> None:
+def test_stopping_early_leaves_no_process(at_once, monkeypatch) -> None:
     made: list[Any] = []
     start = home._Process.__init__
 

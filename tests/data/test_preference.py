@@ -36,7 +36,7 @@ def rows(count):
 
 
 def said(data, row, answer):
-    """Returns what is trained of an answer, and what comes before it."""
+    """Returns the trained text of an answer, and the text before it."""
     ids, labels = row[f"{answer}_input_ids"], row[f"{answer}_labels"]
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
     assert labels[first:] == ids[first:]
@@ -105,7 +105,7 @@ def test_one_row_in_a_batch():
     }
 
 
-def test_all_that_is_wrong_is_told_by_row(pairs):
+def test_all_problems_are_reported_by_row(pairs):
     bad = [
         {"prompt": "A?", "chosen": "Yes.", "rejected": "Yes."},
         {"prompt": "B?", "chosen": "Yes.", "rejected": ""},
@@ -132,7 +132,7 @@ def test_all_that_is_wrong_is_told_by_row(pairs):
     ("length", "problem"),
     [(40, "row 9 has two answers of the same tokens after cutting"), (18, "none of its answer")],
 )
-def test_what_cutting_takes_away_is_told(length, problem, pairs):
+def test_problems_of_truncation_are_reported(length, problem, pairs):
     same = "one two three four five six seven eight nine ten " * 4
     row = {"prompt": "Count with me, please.", "chosen": same + "yes", "rejected": same + "no"}
     data = pairs([*rows(8), row], max_length=length, over_long="truncate")

@@ -1,4 +1,4 @@
-"""Checking rows before training: everything wrong is told at once, and nothing goes in silence."""
+"""Checking rows before training: all problems are reported at once, and nothing is silent."""
 
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ EXPECTED = [
 ]
 
 
-def test_all_problems_are_told_at_once_with_their_rows(make, write):
+def test_all_problems_are_reported_at_once_with_their_rows(make, write):
     data = make(write(BAD), validation_share=0)
     found = data.read().problems
     assert len(found) == len(EXPECTED)
@@ -79,7 +79,7 @@ def test_nothing_left_is_an_error_even_when_skipping(make, write, tmp_path):
     ("rows", "message"),
     [([], "There are no rows"), (["x", "y"], "None of the first 2 rows"), (["{}"], "no.*shapes")],
 )
-def test_data_without_rows_is_told(make, write, rows, message):
+def test_data_without_rows_is_refused(make, write, rows, message):
     with pytest.raises(ConfigError, match=message):
         make(write(rows)).setup("fit")
 
@@ -185,13 +185,13 @@ def test_a_system_prompt_is_given_to_talks_without_one(make, write, tokenizer):
         ({"prompt": "a", "completion": "b"}, {"chat_template": None}, "has no chat template"),
     ],
 )
-def test_settings_that_do_not_fit_the_rows_are_told(make, write, row, options, message):
+def test_settings_that_do_not_fit_the_rows_are_refused(make, write, row, options, message):
     with pytest.raises(ConfigError) as error:
         make(write([row]), **options).setup("fit")
     assert message in str(error.value)
 
 
-def test_arguments_that_contradict_each_other_are_told_together():
+def test_contradictory_arguments_are_refused_together():
     with pytest.raises(ConfigError) as error:
         SupervisedData(
             "a", "b", batch_size=0, validation_share=0.6, test_share=0.5, packing=True,

@@ -118,7 +118,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path):
         ("a.dat", "x", "of no kind that can be read"),
     ],
 )
-def test_files_that_cannot_be_read_are_told(tmp_path, name, content, message):
+def test_unreadable_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message) as error:
         rows(tmp_path / name)
@@ -168,7 +168,7 @@ def test_the_splits_of_a_dataset_are_taken_by_their_names():
         named._hub_names(["b"])
 
 
-def test_marks_inside_of_joined_files_of_lines_are_no_text(tmp_path):
+def test_marks_inside_of_joined_files_of_lines_are_not_text(tmp_path):
     line = b'{"text": "a"}\n'
     for mark in (b"\xef\xbb\xbf", b"\x1e"):
         (tmp_path / "a.jsonl").write_bytes(2 * (mark + line))

@@ -1,4 +1,4 @@
-"""A tokenizer or processor at a pinned revision: read there and nowhere else, and told apart."""
+"""A tokenizer or processor at a pinned revision: read there and nowhere else, and distinguished."""
 
 import json
 
@@ -72,11 +72,11 @@ def test_what_is_prepared_is_kept_by_revision_too(make, write, tokenizers):
     }
     # The last two are the same files by two names.
     assert len(set(keys.values())) == 3
-    # Without one, nothing is prepared anew that was prepared before there were revisions.
+    # Without one, nothing is prepared again that was prepared before there were revisions.
     assert "tokenizer_revision" not in make(rows).encoding()
 
 
-def test_a_revision_that_is_not_there_is_told(make, write, tokenizers):
+def test_a_missing_revision_is_refused(make, write, tokenizers):
     with pytest.raises(ConfigError, match=r"tokenizer='me/our' .* at revision 'cccc") as refusal:
         make(write(pairs(20)), tokenizer="me/our", tokenizer_revision="c" * 40).setup("fit")
     assert "Check the name, the revision and the network" in str(refusal.value)

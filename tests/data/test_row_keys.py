@@ -39,7 +39,7 @@ def talk(**keys):
 
 
 def shown(data):
-    """Returns what is trained of each row, and what is not, in turn."""
+    """Returns the trained and untrained texts of each row, in order."""
     prepared = data.read()
     return [[(s.trained, s.text) for s in data.render_row(row)] for row in prepared.splits["train"]]
 

@@ -145,7 +145,7 @@ def many_languages(tmp_path):
     return str(tmp_path / "nllb")
 
 
-def test_tokenizers_for_many_languages_are_told_which(make, write, many_languages):
+def test_tokenizers_for_many_languages_are_set_to_them(make, write, many_languages):
     rows = write([{"translation": {"en": "a", "fr": "b"}}])
     asked = {"source_language": "en", "target_language": "fr", "tokenizer": many_languages}
     codes = {"en": "eng_Latn", "fr": "fra_Latn"}

@@ -68,7 +68,7 @@ def test_the_future_is_forecast_from_the_last_rows(write):
     assert batch["past"].tolist() == [[[46.0], [47.0], [48.0], [49.0]]]
 
 
-def test_all_rows_that_break_the_series_are_told(write):
+def test_all_rows_that_break_the_series_are_reported(write):
     rows = table(30).splitlines()
     rows[4] = "2024-01-01T00:03,,9"
     rows[6] = "2024-01-01T00:05,5,inf"

@@ -144,7 +144,7 @@ def test_tokens_and_tags(column):
         (["a"], [True], "missing", "True as number 0 of its tags"),
     ],
 )
-def test_wrong_tokens_and_tags_are_told(tokens, tags, kind, message):
+def test_wrong_tokens_and_tags_are_reported(tokens, tags, kind, message):
     layout = detect_layout([{"tokens": ["a"], "tags": ["O"]}], None, "auto")
     ((found, text),) = layout.parse({"tokens": tokens, "tags": tags})
     assert found == kind
@@ -173,12 +173,12 @@ def test_most_rows_decide_and_columns_can_be_mapped():
             [{"prompt": "x"}],
             {"promt": "prompt"},
             "auto",
-            "'promt' is not a field; nearest: 'prompt'",
+            "'promt' is not a field; near names: prompt",
         ),
-        ([{"query": "x"}], {"prompt": "qeury"}, "auto", "no row has a column 'qeury'; nearest"),
+        ([{"query": "x"}], {"prompt": "qeury"}, "auto", "no row has a column 'qeury'; near names"),
     ],
 )
-def test_what_cannot_be_recognised_is_told(rows, columns, shape, message):
+def test_unrecognised_shapes_are_refused(rows, columns, shape, message):
     with pytest.raises(ConfigError) as error:
         detect_layout(rows, columns, shape)
     assert message in str(error.value)
@@ -203,7 +203,7 @@ def test_what_cannot_be_recognised_is_told(rows, columns, shape, message):
         ([USER, {"role": "tool", "content": "1"}, ANSWER], "roles", "no assistant turn asked for"),
     ],
 )
-def test_wrong_turns_are_told(turns, kind, message):
+def test_wrong_turns_are_reported(turns, kind, message):
     layout = detect_layout([{"messages": TALK}], None, "auto")
     found = layout.parse({"messages": turns})
     assert any(k == kind and message in text for k, text in found), found
@@ -221,7 +221,7 @@ def test_tool_calls_are_kept():
     assert len(sample.messages) == 5
 
 
-def test_the_same_answers_are_no_preference():
+def test_identical_answers_are_not_a_preference():
     row = {"prompt": "a", "chosen": "b", "rejected": "b"}
     (problem,) = detect_layout([row], None, "auto").parse(row)
     assert problem[0] == "preference"

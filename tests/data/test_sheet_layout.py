@@ -66,12 +66,12 @@ def test_hidden_columns_and_sheets_are_named(read):
     assert rows[0].value == {"prompt": "ask 1", "completion": "say 1", "note": "n1"}
     assert notes == ("hidden columns are read: 'completion', 'note'",)
 
-    def beside(book, sheet):
+    def right_of_rows(book, sheet):
         other = book.create_sheet("Old")
         other.append(["prompt", "completion"])
         other.sheet_state = "hidden"
 
-    assert read(beside)[1] == ("other sheets are not read: Old (hidden)",)
+    assert read(right_of_rows)[1] == ("other sheets are not read: Old (hidden)",)
 
     def alone(book, sheet):
         book.create_sheet("Empty")
@@ -91,7 +91,7 @@ def test_rows_without_a_value_of_their_own_in_merged_cells(cells, row, column, r
     assert rows[0].problem is None or row == 1
 
 
-def test_merged_cells_above_and_beside_the_rows_are_nothing(read):
+def test_merged_cells_outside_the_rows_are_ignored(read):
     rows, notes = read(lambda book, sheet: sheet.merge_cells("E2:F5"))
     assert [row.problem for row in rows] == [None] * 4
     assert notes == ()

@@ -83,7 +83,7 @@ def test_recordings_inside_a_table_need_no_decoder(make, tmp_path):
     assert sorted(batch["source"]) == ["9.wav", "99.wav"]
 
 
-def test_every_row_that_cannot_be_used_is_told(tmp_path, make, write, monkeypatch):
+def test_every_unusable_row_is_reported(tmp_path, make, write, monkeypatch):
     monkeypatch.setattr(speech_rows, "can_resample", lambda: False)
     for name, content in {
         "good": tone(300), "copy": tone(300), "long": tone(300, 1.5), "empty": b"",
@@ -125,7 +125,7 @@ def test_another_rate_is_resampled(tmp_path, make, write):
     assert (one - one.roll(3, 0))[:, 5:45].abs().max() > 0.5
 
 
-def test_a_recording_that_changes_is_prepared_anew_or_told(folder, make):
+def test_a_changed_recording_is_prepared_again_or_refused(folder, make):
     data = make(folder)
     key = data.record["key"]
     batches = data.loader("train")

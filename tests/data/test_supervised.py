@@ -132,7 +132,7 @@ def test_rows_that_do_not_fit_stop_a_run_before_its_first_step(make, write):
     assert trainer.global_step == 0
 
 
-def test_resuming_on_other_data_is_told(make, write, tmp_path, caplog):
+def test_resuming_on_other_data_warns(make, write, tmp_path, caplog):
     def run(data, **fit):
         caplog.clear()
         trainer = import_module(ROOTS[1]).Trainer(

@@ -57,7 +57,7 @@ def test_numbers_in_rows_stand_for_given_names(classified, write):
     assert data.read().splits["train"]["label"] == ["1", "2"]
 
 
-def test_unknown_labels_are_all_told_with_near_names(classified, write):
+def test_unknown_labels_are_all_reported_with_near_names(classified, write):
     data = classified(write(rows(["good", "bad", "god", 2])), labels=["bad", "good"])
     with pytest.raises(ConfigError) as error:
         data.setup("fit")
@@ -101,7 +101,7 @@ def test_labels_that_differ_in_case_are_kept_where_they_are_named(classified, wr
     assert sorted(train_labels(data)) == [0, 1]
 
 
-def test_classes_that_a_split_lacks_are_told(classified, write, caplog):
+def test_classes_that_a_split_lacks_are_reported(classified, write, caplog):
     found = rows(["a", "b", "c", "a", "d"])
     for row, split in zip(found, ["train"] * 3 + ["validation"] * 2, strict=True):
         row["split"] = split

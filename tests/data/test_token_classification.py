@@ -105,7 +105,7 @@ def test_words_are_read_as_running_text(tagged, write, tokenizer):
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())[-2:] == ["Ġ", "?"]
 
 
-def test_tokens_of_blanks_belong_to_no_word_and_tokens_of_two_words_are_refused():
+def test_tokens_of_blanks_have_no_word_and_tokens_of_two_words_are_refused():
     words = ["ab", "c"]
     assert words_of_tokens(words, [(0, 0), (0, 2), (2, 3), (3, 4)], [None, 0, 0, 0]) == [
         -1, 0, -1, 1,
@@ -146,7 +146,7 @@ def test_what_is_cut_is_counted_in_tokens_and_words(tagged, write, bert):
         tagged(path, tokenizer=bert, max_length=2, over_long="truncate").setup("fit")
 
 
-def test_bad_rows_are_all_told(tagged, write, bert):
+def test_bad_rows_are_all_reported(tagged, write, bert):
     rows = [
         {"tokens": ["a", "b"], "tags": ["O", "B-X"]},
         {"tokens": ["a", "b"], "tags": ["O"]},

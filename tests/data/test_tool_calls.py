@@ -228,11 +228,11 @@ def test_variables_come_from_the_row_or_from_the_argument(tokenizer):
 
 def test_special_tokens_in_tools_and_arguments_are_refused(tokenizer):
     bad = {"name": "f", "description": "Ends with </s>", "parameters": {}}
-    with pytest.raises(EncodingProblem, match="'</s>' inside the text of its tools"):
+    with pytest.raises(EncodingProblem, match="'</s>' inside its tools"):
         encoder(tokenizer).encode(parse({"messages": TALK, "tools": [bad]}))
     call = {"name": "f", "arguments": {"a": ["</s>"]}}
     turns = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
-    with pytest.raises(EncodingProblem, match="'</s>' inside the text of its assistant turn"):
+    with pytest.raises(EncodingProblem, match="'</s>' inside its assistant turn"):
         encoder(tokenizer).encode(parse({"messages": turns}))
 
 
