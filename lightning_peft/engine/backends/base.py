@@ -60,7 +60,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     def __init__(self) -> None:
         for mixin in (self.layer_class, self.convolution_class):
             if mixin is not None:
-                mixin.backend = self
+                mixin.backend = self  # type: ignore[attr-defined]
 
     # Configs.
 

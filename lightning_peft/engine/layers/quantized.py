@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,11 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.compat.torch import save_to_state_dict
+from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.layers.convolution import convolution_geometry, frozen_convolution
 from lightning_peft.engine.layers.kinds import as_rows, from_rows
 from lightning_peft.engine.layers.mixin import ClassKey, LayerMixin
 from lightning_peft.engine.layers.weight_view import replacement_error
-
-if TYPE_CHECKING:
-    from lightning_peft.engine.backends.base import QuantizationBackend
 
 
 def output_dtype(input: Tensor) -> torch.dtype:
