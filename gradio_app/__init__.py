@@ -1,1 +1,1 @@
-"""The web page: a recipe editor and a reader of run folders, beside the command line."""
+"""The web page: a recipe editor and a reader of run folders."""

@@ -55,7 +55,7 @@ def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
     path = route(page, t.language)
     if path:
         # What `demo.route` does, which must be called outside of the Blocks: each time they are
-        # left, Gradio builds its whole server anew. Its bar would list every language.
+        # left, Gradio rebuilds its whole server. Its bar would list every language.
         demo.pages.append((path, path, False))
         demo.current_page = path
     import_module("gradio").Navbar(main_page_name=False, visible=False)

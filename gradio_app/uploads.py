@@ -189,7 +189,7 @@ def original_name(name: str) -> str:
 
 
 def _has_json_object(text: str) -> bool:
-    """Says whether a line is a JSON object; bad ones among them are told by the data check."""
+    """Whether a line is a JSON object; bad ones among them are reported by the data check."""
     lines = text.splitlines()
     # The last one may be cut; if it is the only one, its beginning tells.
     if len(lines) <= 1 and len(text) > _SNIFF_BYTES // 2:

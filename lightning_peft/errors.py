@@ -1,6 +1,6 @@
 """The errors this package raises on purpose, one class per kind of user mistake.
 
-Each message says what was wrong, the value that was given, why it cannot work and the way out.
+Each message names the problem, the user's value, the reason and the fix.
 Problems that can be found together are reported together.
 """
 
@@ -27,7 +27,7 @@ class LifecycleError(LightningPeftError, RuntimeError):
 
 
 class UnsupportedError(LightningPeftError, NotImplementedError):
-    """A combination that would be wrong in silence today and is refused instead."""
+    """A combination that would be silently wrong and is refused instead."""
 
 
 class CheckpointError(LightningPeftError, RuntimeError):

@@ -11,7 +11,7 @@ from gradio_app.runs.files import read_json_object
 from gradio_app.runs.store import Checkpoint, Run
 from gradio_app.settings import Settings
 
-# Adapters take memory too; which others are loaded beside the one that is asked for.
+# Adapters take memory too; which others are loaded with the requested one.
 MOST_ADAPTERS = 4
 _MAX_MESSAGE = 600
 

@@ -42,7 +42,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """What of a model process is told to whoever uses it.
+    """The status of a model process, as its user sees it.
 
     Attributes:
         phase: ``"none"``, ``"loading"``, ``"ready"`` or ``"answering"``.
@@ -141,7 +141,7 @@ class ChatSessions:
             self._unload(self._loaded)
 
     def model_status(self, owner: str) -> ModelStatus:
-        """Returns how a visitor's model is; of another's, nothing is told."""
+        """Returns the status of a visitor's own model."""
         loaded = self._loaded
         if loaded is None or loaded.owner != owner:
             return ModelStatus()

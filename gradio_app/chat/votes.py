@@ -16,14 +16,14 @@ FILE = "votes.jsonl"
 SIDES = ("a", "b")
 VOTES = (*SIDES, "tie", "both_bad")
 OUTCOMES = ("tuned", "base", "tie", "both_bad")
-# A public page is no place to fill a disk.
+# A public page must not fill a disk.
 MAX_BYTES = 5_000_000
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """Two answers whose givers are not told yet.
+    """Two answers whose models are not revealed yet.
 
     Attributes:
         run_id: The run.

@@ -1,1 +1,1 @@
-"""Runs beside each other: what differs in their recipes, and what came of it."""
+"""Comparison of runs: differences of their recipes, and outcomes."""

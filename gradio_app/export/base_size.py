@@ -32,11 +32,11 @@ class BaseSize:
 
     @property
     def merged_bytes(self) -> int:
-        """Bytes of the merged model, in 16 bits."""
+        """Bytes of the merged 16-bit model."""
         return 2 * self.parameters
 
     def quantized_bytes(self, bits: int) -> int:
-        """Bytes of the quantized model at least: embeddings stay in 16 bits."""
+        """Bytes of the quantized model at least: embeddings stay 16-bit."""
         return self.parameters * bits // 8
 
     def memory_bytes(self, kind: str, measure: bool) -> int:

@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.state_holder import SessionState, StateHolder
 
 # What is not asked for any longer after its page was closed is forgotten. A page that lives on, as
-# its machine slept, is message so where it matters, and loads itself again when the machine wakes.
+# its machine slept, shows this where it matters, and loads itself again when the machine wakes.
 CLOSED_SESSION_AGE = datetime.timedelta(minutes=10)
 # Callers that say nothing when they leave are forgotten when so many others have come.
 MAX_SESSIONS = 1_000

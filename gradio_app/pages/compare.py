@@ -1,4 +1,4 @@
-"""Two to four runs beside each other: curves, settings that differ, outcomes, and samples."""
+"""Two to four runs side by side: curves, settings that differ, outcomes, and samples."""
 
 from __future__ import annotations
 

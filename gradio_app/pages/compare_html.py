@@ -1,4 +1,4 @@
-"""The HTML of runs beside each other. Everything that a run has written is escaped."""
+"""The HTML of compared runs. Everything that a run has written is escaped."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 def report_errors(t: Texts) -> Callable[[Handler], Handler]:
-    """Returns a decorator for handlers whose errors the visitor is message.
+    """Returns a decorator for handlers whose errors are shown to the visitor.
 
     A :class:`UserError` becomes its text. Anything else is logged under a number, which is all that
     the visitor sees of it: messages of Python hold paths, and sometimes more.

@@ -1,4 +1,4 @@
-"""The page ``help``: words, ways out, the keyboard, and what happens with data."""
+"""The page ``help``: terms, fixes, the keyboard, and what happens with data."""
 
 from __future__ import annotations
 

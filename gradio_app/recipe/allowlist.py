@@ -42,7 +42,7 @@ TRAINER = frozenset(
         *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams"),
     }
 )
-# What runs keep in their recipe, and what the next run is given anew.
+# What runs keep in their recipe, and what each new run sets again.
 OF_A_RUN = frozenset({"default_root_dir", "profiler", "plugins", "model_registry"})
 # Arguments that jsonargparse would make objects of: only left out.
 ONLY_NULL = frozenset({"peft_config", "quantization_config", "cache_dir"})

@@ -39,7 +39,7 @@ class AllowedPaths:
         return self.settings.uploads / self.owner
 
     def data(self, value: object) -> str:
-        """Returns the place of some rows as the run is told it.
+        """Returns the path of some rows as the run gets it.
 
         Raises:
             UserError: If it is not a file or folder that this page may read, nor a name on the hub.
@@ -66,7 +66,7 @@ class AllowedPaths:
         return _hub_name(text)
 
     def model(self, value: object) -> str:
-        """Returns the place of a model, tokenizer or processor as the run is told it.
+        """Returns the path of a model, tokenizer or processor as the run gets it.
 
         Raises:
             UserError: If it is none that this page may read, nor a name on the hub.

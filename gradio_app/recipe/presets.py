@@ -36,7 +36,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights in 16 bits."""
+        """Bytes of the 16-bit weights."""
         return 2 * self.parameters
 
 

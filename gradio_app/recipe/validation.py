@@ -172,7 +172,7 @@ class _Check:
                     checked_revision(model.get("revision"), commit=True)
                 except UserError:
                     self._refuse("checks.remote")
-        # Of a place that was refused, nothing is told.
+        # A refused path is not echoed.
         known = len(self.problems) == before and isinstance(model.get("model"), str)
         if known and model.get("config") is None:
             try:

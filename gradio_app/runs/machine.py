@@ -43,7 +43,7 @@ class Machine:
         """Returns about how many billion weights a base may have, rounded down to usual sizes.
 
         Args:
-            quantized: Whether it is kept in 4 bits (QLoRA), rather than in 16 (LoRA).
+            quantized: Whether it is 4-bit (QLoRA) rather than 16-bit (LoRA).
         """
         memory = (self.gpu_bytes if self.gpu else self.memory_bytes) / 1e9
         most = (memory - _OVERHEAD) / (_QLORA if quantized else _LORA)

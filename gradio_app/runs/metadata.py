@@ -31,7 +31,7 @@ class RunMetadata:
         from_step: Optimizer steps that were done when it was asked to go on.
         launched: When its process was started last.
         stop_asked: When it was asked to stop and save since then.
-        kill_asked: When it was told to stop at once since then.
+        kill_asked: When it got the request to stop at once since then.
         out_of_time: Whether it was stopped because it took longer than a run may take.
     """
 

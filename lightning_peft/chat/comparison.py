@@ -101,7 +101,7 @@ def answers(
         chat_model: The model.
         prompts: The questions; each begins a new conversation.
         system: System turn.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
     """
     opening = [{"role": "system", "content": system}] if system else []
     total = len(prompts) * len(chat_model.names)
@@ -151,7 +151,7 @@ def scores(
         chat_model: The model.
         data: The data; its tokenizer is the base's.
         split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
 
     Raises:
         ConfigError: If rows have problems, or the split has none.

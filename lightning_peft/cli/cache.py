@@ -15,7 +15,7 @@ from lightning_peft.errors import ConfigError
 
 ABOUT = "List and clear what is kept on disk: quantized bases and prepared data."
 _MORE = """\
-Everything here is made anew when it is needed. A run that is going on keeps what it has loaded.
+Everything here is rebuilt when it is needed. A running run keeps what it has loaded.
 Folders that an interrupted run left behind are listed as such; one that is a few minutes old may
 belong to a run that is writing it.
 

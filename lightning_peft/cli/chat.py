@@ -105,7 +105,7 @@ def load_chat_model(
         args: Options.
         temperature: How its tokens are drawn.
         top_p: Likewise.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
 
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.

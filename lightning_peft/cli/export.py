@@ -21,8 +21,8 @@ _MORE = """\
 adapter    PEFT's format with a model card
 merged     16-bit model folder, as `lightning-peft merge` makes it
 quantized  the merged model in 8 or 4 bits by bitsandbytes
-vllm       PEFT's format, and the command that serves it beside its base
-ollama     Modelfile with the merged model, or with --with-adapter beside its base
+vllm       PEFT's format, and the command that serves it with its base
+ollama     Modelfile with the merged model, or with --with-adapter, base and adapter
 
 exit code: 0 if it was written (and pushed), 1 if it cannot be, 2 for bad input
 """

@@ -20,7 +20,7 @@ the small trial; `lightning-peft plan` says what your model needs.
 exit code: 0, or 2 for a name that is none
 """
 _PACKAGE = Path(__file__).parents[1]
-# In a wheel they are inside the package, in a checkout beside it.
+# In a wheel they are inside the package, in a checkout next to it.
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 # The file of measured results, made by benchmarks/recipes.py.
 _RESULTS = "results.json"

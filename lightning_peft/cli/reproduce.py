@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ABOUT = "Run the recipe of a finished run again, and compare losses, metrics and weights."
 _MORE = """\
 The recipe, the data and the model have to be where they were. On the same kind of processor, with
-the same versions, the second run is the first one to the bit; elsewhere the metrics have to be
+the same versions, the second run equals the first bit for bit; elsewhere the metrics have to be
 within 1 %.
 
 exit code: 0 if it was reproduced, 1 if not, 2 for bad input, 130 after an interrupt
@@ -80,6 +80,6 @@ def _show(reproduction: Reproduction, again: Path) -> None:
         print(f"{name:<24}{then:.6g} then, {now:.6g} now")
     for name, (then, now) in reproduction.other.items():
         print(f"other {name}: {then} then, {now} now")
-    verdict = "the same to the bit" if reproduction.identical else "within 1 %"
+    verdict = "bit-for-bit identical" if reproduction.identical else "within 1 %"
     print(f"reproduced: {verdict}" if reproduction.passed else "not reproduced")
     print(f"second run  {again}")

@@ -53,7 +53,7 @@ def run_checks(
     )
     stopped = ""
     if releases.status == "failed":
-        stopped = f"{releases.name} failed: nothing is imported beside them"
+        stopped = f"{releases.name} failed: nothing else is imported"
     for check, decides in _heavy(options):
         result = check.skipped(stopped) if stopped else run(check)
         yield result

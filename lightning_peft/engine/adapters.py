@@ -142,7 +142,7 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
     Heads that injection left alone keep the values they have now. Nests, and restores on
     exceptions. The reference model of preference tuning is this, without a second copy. Under
-    autocast the body casts weights anew: a cached copy is of other values, or has no gradient.
+    autocast the body casts weights again: a cached copy is of other values, or has no gradient.
 
     Raises:
         LifecycleError: If the module has no adapters, or merged ones.

@@ -64,7 +64,7 @@ def find(final: Path, kind: str) -> dict[str, Any] | None:
 
 def discard(final: Path, kind: str, damage: str) -> None:
     """Removes a damaged entry and says so."""
-    log.warning("The %s in %s is damaged (%s); it is made anew.", kind, final, damage)
+    log.warning("The %s in %s is damaged (%s); it is rebuilt.", kind, final, damage)
     remove(final)
 
 
@@ -85,7 +85,7 @@ def make(final: Path, build: Callable[[Path], dict[str, Any]]) -> None:
 
     Args:
         final: Its folder, inside one that exists.
-        build: Writes the files into a folder, and returns the summary that goes beside them.
+        build: Writes the files into a folder, and returns the summary that is stored with them.
 
     Raises:
         OSError: If it cannot be written.
@@ -164,7 +164,7 @@ class Entry:
 
     Attributes:
         folder: Where it is.
-        summary: What was written beside it; empty if that cannot be read.
+        summary: What was stored with it; empty if that cannot be read.
         size: Bytes of its files.
         age: Seconds since it was made.
         unused: Seconds since it was last used.

@@ -104,7 +104,7 @@ def inject(
         ConfigError: If the settings cannot work.
         TargetModulesError: If names match nothing; every unmatched name is listed.
         LifecycleError: If the adapter is there already.
-        UnsupportedError: If the combination would be wrong in silence.
+        UnsupportedError: If the combination would be silently wrong.
     """
     if peft_config is not None and lora_arguments:
         raise ConfigError(
@@ -311,7 +311,7 @@ def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     for field in PATTERN_FIELDS:
         if getattr(exact, field, None):
             setattr(exact, field, patterns_for(plan.targets, getattr(exact, field)))
-    # Already applied when the targets were resolved; PEFT would refuse them beside a pattern.
+    # Already applied when the targets were resolved; PEFT would refuse them with a pattern.
     for applied in ("layers_to_transform", "layers_pattern", "exclude_modules"):
         if hasattr(exact, applied):
             setattr(exact, applied, None)

@@ -78,7 +78,7 @@ def refuse_method(config: PeftConfig) -> None:
     if method == "ADALORA":
         raise UnsupportedError(
             "AdaLoRA reallocates ranks during training through its own model wrapper; injected "
-            "into a module its budget would never move and it would be plain SVD-LoRA in silence. "
+            "into a module its budget would never move and it would silently be plain SVD-LoRA. "
             "Use LoRA with `rank_pattern`, or peft.get_peft_model in your LightningModule."
         )
     if method not in METHODS:

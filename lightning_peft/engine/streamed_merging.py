@@ -144,7 +144,7 @@ class StreamedMerge:
         return recorded_base(entry.loaded, self._facts, [*entry.saved, *entry.heads])
 
     def factors(self) -> list[nn.Parameter]:
-        """Returns the low-rank factors, which the outline has beside the parameters of the base."""
+        """Returns the low-rank factors, which the meta copy adds to the base."""
         return [factor for layer in self._layers.values() for factor in layer.factors(_ADAPTER)]
 
     def replaced(self) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def find_adapter(path: str) -> Adapter:
     """Returns the adapter that ``path`` means.
 
     Args:
-        path: An adapter folder; a ``.ckpt`` file, beside which the adapter lies; or the folder of
+        path: An adapter folder; a ``.ckpt`` file with its adapter folder; or the folder of
             a run, whose best adapter is taken, or the newest. ``NAME=PATH`` gives it another name.
 
     Raises:
@@ -145,7 +145,7 @@ def _adapter_of_checkpoint(checkpoint: Path) -> Path:
         return folder
     _refuse_parts(folder)
     raise ConfigError(
-        f"There is no adapter folder {str(folder)!r} beside the checkpoint. Checkpoints of "
+        f"There is no adapter folder {str(folder)!r} next to the checkpoint. Checkpoints of "
         "lightning_peft have one; it may have been moved. In Python, "
         "lightning_peft.load_from_checkpoint and lightning_peft.save_adapter write it again."
     )

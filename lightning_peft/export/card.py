@@ -56,7 +56,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
     use = f"## Use\n\n```python\n{code}\n```\n"
     if adapter.bits != 16:
         use += (
-            f"\nIt was trained on a base of {adapter.bits} bits. On the base in 16 bits its "
+            f"\nIt was trained on a base of {adapter.bits} bits. On the 16-bit base its "
             "answers may differ; `lightning-peft merge` says by how much.\n"
         )
     return f"{front}\n# {name}\n\n{_about(adapter)}\n{use}\n{_provenance_rows(adapter, license)}"

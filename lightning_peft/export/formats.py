@@ -28,7 +28,7 @@ _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "provenanc
 
 @dataclass
 class ExportRequest:
-    """What all formats are told.
+    """Arguments common to all formats.
 
     Attributes:
         adapter: The adapter.
@@ -93,7 +93,7 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
 
 
 def as_vllm(request: ExportRequest) -> dict[str, Any]:
-    """Exports the adapter, and says how vLLM serves it beside its base.
+    """Exports the adapter with the command by which vLLM serves it.
 
     Raises:
         UnsupportedError: If vLLM does not take such an adapter.

@@ -93,7 +93,7 @@ def measure_merge(
         dtype: Dtype in which weights are stored.
         prompts: Texts.
         check_base: As it was for merging.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
     """
     tokenizer = load_tokenizer(base)
     settings, errors = quantization_of(adapter), {}

@@ -76,8 +76,8 @@ def merge_into_folder(
 ) -> MergedFolder:
     """Writes the model with the adapter built in.
 
-    Only one tensor is in memory at a time. Everything is written to a folder beside ``output`` and
-    renamed when complete.
+    Only one tensor is in memory at a time. All is written to a temporary folder next to
+    ``output``, which is renamed when complete.
 
     Args:
         adapter: What to merge.
@@ -86,7 +86,7 @@ def merge_into_folder(
         dtype: Dtype of the weights; by default that of the base, and bfloat16 for a wider one.
         into: See :class:`~lightning_peft.engine.streamed_merging.StreamedMerge`.
         check_base: Refuse a base other than the recorded one.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
 
     Returns:
         Where the model is, and the error of every layer.
@@ -245,7 +245,7 @@ def _plan(
         for name, value in replaced.items()
         if name not in there and not there & set(tied.get(name, []))
     }
-    # Such as a new head. Not in a file of its own: beside model.safetensors nothing else is read.
+    # Such as a new head. Not in a file of its own: next to model.safetensors nothing else is read.
     plan[max(plan)] |= new
     return plan
 

@@ -51,7 +51,7 @@ def merge(
         prompts: What outputs are compared on.
         measure: Compare outputs, where the model fits in memory.
         check_base: Refuse a base other than the recorded one.
-        progress: Is told what is going on.
+        progress: Called with a text about the current step.
 
     Returns:
         What merging did, as primitives; the folder holds the same as ``merge_report.json``.

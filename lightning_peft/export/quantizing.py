@@ -27,7 +27,7 @@ def quantize_folder(merged: Path, output: Path, bits: int) -> None:
     """Writes a merged model again with its linear layers in 8 or 4 bits (NF4).
 
     Args:
-        merged: The folder of the model in 16 bits.
+        merged: The folder of the 16-bit model.
         output: The folder to write to; it exists.
         bits: 8 or 4.
 

@@ -34,8 +34,8 @@ class MemoryTracker(TorchDispatchMode):
     """Within the body, every new storage is entered, and taken out when it is freed.
 
     Args:
-        vocabulary: Size of the last dimension by which logits are told from other activations.
-        padded: What a module is told that asks whether a mask is all true. A padded batch needs a
+        vocabulary: Size of the last dimension which distinguishes logits from other activations.
+        padded: The answer to a module that tests whether a mask is all true. A padded batch needs a
             mask of ``length x length`` in attention, one that is not needs none.
 
     Attributes:

@@ -56,7 +56,7 @@ def step_bytes(params: Iterable[nn.Parameter], name: str, device: str) -> int:
     """
     if name not in OWN:
         return 0
-    # States in float32 beside 16-bit weights are bitsandbytes' then: torch's follow the weights.
+    # float32 states of 16-bit weights are bitsandbytes' then: torch's follow the weights.
     own = [p for p in params if name == "adamw_torch" or p.element_size() >= 4]
     sizes = [p.numel() * p.element_size() for p in own]
     return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)

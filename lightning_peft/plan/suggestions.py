@@ -46,7 +46,7 @@ def suggest_changes(
     """Returns the changes that help most: those that fit come first, in the order of their cost.
 
     What costs least is first: checkpointing, then a smaller batch with more accumulation, which
-    train the same; then a base in 4 bits; then shorter sequences, which lose data. Of one kind of
+    train the same; then a 4-bit base; then shorter sequences, which lose data. Of one kind of
     change it is the smallest that fits, else the largest.
 
     Args:
@@ -99,7 +99,7 @@ def _kinds(source: ModelSource, run: PlanSettings) -> list[list[tuple[str, PlanS
     if run.method == "full":
         kinds.append([("LoRA instead of training all weights", replace(run, method="lora"))])
     if run.method != "qlora":
-        kinds.append([("QLoRA (a base in 4 bits)", replace(run, method="qlora"))])
+        kinds.append([("QLoRA (a 4-bit base)", replace(run, method="qlora"))])
     if not run.optimizer_name.endswith("8bit"):
         small = replace(run, optimizer="paged_adamw_8bit")
         kinds.append([("optimizer='paged_adamw_8bit'", small)])

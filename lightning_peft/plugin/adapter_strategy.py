@@ -167,7 +167,7 @@ class AdapterStrategy(_Base):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Writes a file that describes itself, and the adapter folder beside it."""
+        """Writes the checkpoint with its description, and its adapter folder."""
         if engine.record_of(self._module) is not None:
             self.lifecycle.check_frozen(self._module)
             engine.check_momentum_copies(self._module)
@@ -175,7 +175,7 @@ class AdapterStrategy(_Base):
             if self.is_global_zero and is_local(filepath):
                 place = {"epoch": checkpoint["epoch"], "global_step": checkpoint["global_step"]}
                 provenance = {**self.lifecycle.provenance, **place}
-                # First, so that a checkpoint that exists has everything beside it.
+                # First, so that an existing checkpoint is complete.
                 write_adapter_folder(filepath, engine.packed_adapters(self._module, provenance))
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 

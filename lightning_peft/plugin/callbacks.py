@@ -1,4 +1,4 @@
-"""``LoRACallback`` and ``QLoRACallback``: adapters beside a strategy that the user keeps."""
+"""``LoRACallback`` and ``QLoRACallback``: adapters with a strategy of the user's own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _AdapterCallback(_Base, metaclass=LateBoundMeta):
             strategy.lifecycle = self.lifecycle
         if strategy.lifecycle is not self.lifecycle:
             raise UnsupportedError(
-                f"{type(self).__name__} beside {type(strategy).__name__}, or beside another "
+                f"{type(self).__name__} with {type(strategy).__name__}, or with another "
                 "callback of its kind, would add adapters twice. Keep one of the two."
             )
         self.lifecycle.install(pl_module, strategy)

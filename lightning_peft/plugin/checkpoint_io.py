@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, and the adapter folders beside them."""
+"""Checkpoint files that are whole or absent, and their adapter folders."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ else:
 
 log = logging.getLogger(__name__)
 
-# Lightning may take an entry beside the checkpoints whose name contains "last" for a checkpoint,
+# Lightning may take an entry next to the checkpoints whose name contains "last" for a checkpoint,
 # so the adapters of all checkpoints are one folder further down.
 FOLDER = "adapters"
 
 
 class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
-    """Writes beside the place, flushes to disk, then renames: a kill leaves no half checkpoint."""
+    """Writes to a temporary name, flushes to disk, then renames: a kill leaves no partial file."""
 
     lightning_base = "plugins.io.TorchCheckpointIO"
 
@@ -71,7 +71,7 @@ class WholeFileCheckpointIO(_Base, metaclass=LateBoundMeta):
 def read_checkpoint(
     read: Callable[..., dict[str, Any]], path: Any, weights_only: bool | None
 ) -> dict[str, Any]:
-    """Reads a checkpoint without running anything in it, unless told to trust it.
+    """Reads a checkpoint without running code in it, unless it is trusted.
 
     Args:
         read: A CheckpointIO's ``load_checkpoint``, or a strategy's.

@@ -151,7 +151,7 @@ class Lifecycle:
             raise LifecycleError(
                 "The module has adapters already, with other settings than were asked for:"
                 + itemize(problems)
-                + "\nAsk for the same settings, or build the module anew."
+                + "\nAsk for the same settings, or build the module again."
             )
 
     def _target_differences(self, part: nn.Module, entry: Any, info: Any, aside: Any) -> list[str]:

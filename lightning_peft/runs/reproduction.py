@@ -14,7 +14,7 @@ from lightning_peft.runs.folder import RunFolder
 
 # What decides the last bits of a floating-point sum.
 _DECIDES_BITS = ("system", "processor", "cpu_capability", "threads", "gpus")
-# How far metrics may be apart where they cannot be the same to the bit.
+# How far metrics may be apart where they cannot be bit-for-bit identical.
 TOLERANCE = 0.01
 
 
@@ -27,7 +27,7 @@ class Reproduction:
         loss_difference: Largest difference of the training loss at one step.
         adapter_difference: Largest difference of one weight of the recommended adapter.
         metrics: The metrics after training: name to ``(then, now)``.
-        identical: Whether losses, metrics and weights are the same to the bit.
+        identical: Whether losses, metrics and weights are bit-for-bit identical.
         other: What was different about the machine and the versions: name to ``(then, now)``.
     """
 
@@ -40,7 +40,7 @@ class Reproduction:
 
     @property
     def passed(self) -> bool:
-        """Whether the run was reproduced: to the bit where that can be, else within 1 %."""
+        """Whether the run was reproduced: bit for bit where possible, else within 1 %."""
         if self.identical:
             return True
         close = all(

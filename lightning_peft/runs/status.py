@@ -73,7 +73,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_status(path: Path) -> Status | None:
-    """Returns the status in a file, ``"crashed"`` if its process has ended without a word.
+    """Returns the status in a file, ``"crashed"`` if its process ended without a final status.
 
     ``None`` where there is no such file yet.
     """

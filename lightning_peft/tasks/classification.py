@@ -141,7 +141,7 @@ class ClassificationTask(PretrainedTask):
         remedy = (
             f"Give labels={base_labels} to the data module, so that it numbers them in this order."
             if same
-            else "Begin with the model that it was tuned from, whose head is made anew."
+            else "Begin with the model that it was tuned from, whose head is new."
         )
         raise ConfigError(
             f"{self.hparams['model']!r} has a head that was trained for other labels, which would "

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def keep_heads_in_float32(model: PreTrainedModel) -> None:
-    """Puts what ``model`` has beside its base model in float32, and makes it take any precision.
+    """Puts what ``model`` has on top of its base model in float32, and makes it take any precision.
 
-    A checkpoint in 16 bits is loaded with a head in 16 bits, and steps of an optimizer that are
+    A 16-bit checkpoint is loaded with a 16-bit head, and steps of an optimizer that are
     less than half a per cent of a weight would be rounded away.
 
     Args:

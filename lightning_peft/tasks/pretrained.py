@@ -57,7 +57,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     lightning_base = "core.module.LightningModule"
     # transformers' class that loads the model.
     auto_class: ClassVar[Any]
-    # What else its from_pretrained is told.
+    # Further arguments of its from_pretrained.
     loading: ClassVar[dict[str, Any]] = {}
 
     def __init__(

@@ -18,7 +18,7 @@ class RewardModel(PairwiseTask):
 
     The loss is that of Bradley and Terry: minus the log-sigmoid of the difference of the scores
     (arXiv 2203.02155, equation 1). The score of a text is read at its last token, the end of the
-    answer. The output layer is new, so it trains in full beside any adapters.
+    answer. The output layer is new, so it trains in full next to any adapters.
 
     Logs, as means over pairs, ``val_loss``, ``val_accuracy`` (share of pairs in which the chosen
     answer has the greater score), ``val_margin``, ``val_chosen_score`` and

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GeneratedSample:
-    """One generation beside what was expected.
+    """One generation and the expected text.
 
     Attributes:
         prompt: What the model was given, as text.

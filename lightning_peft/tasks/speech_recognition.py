@@ -47,7 +47,7 @@ class SpeechRecognizer(EncoderDecoderTask):
             )
 
     def configure_model(self) -> None:
-        """Loads the model, and checks that it is told a language if it knows several.
+        """Loads the model, and checks that it gets a language if it knows several.
 
         Raises:
             ConfigError: If it needs one and is given none, or the other way round.

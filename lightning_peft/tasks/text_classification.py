@@ -21,7 +21,7 @@ class TextClassifier(ClassificationTask):
     Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most
     likely label is the right one) and ``val_f1`` (macro: the mean over labels of 2 TP / (2 TP + FP
     + FN), without labels that are neither in the rows nor among the answers), and the same as
-    ``test_...``. The head on top of the base is new, and is trained in full beside the adapters.
+    ``test_...``. The head on top of the base is new, and is trained in full next to the adapters.
 
     A decoder reads its answer at the last token that is not padding, so its configuration has to
     know the padding. It is taken from the data; a base that says otherwise is refused.

@@ -25,7 +25,7 @@ class TokenClassifier(ClassificationTask):
     :class:`SpanScores <lightning_peft.tasks.spans.SpanScores>` defines them, and elsewhere
     ``val_macro_f1``, the mean over tags of 2 TP / (2 TP + FP + FN) in words. The same as
     ``test_...``. A word gets the tag of its first token. The head on top of the base is new, and
-    is trained in full beside the adapters.
+    is trained in full next to the adapters.
 
     The arguments are those of
     :class:`ClassificationTask <lightning_peft.tasks.classification.ClassificationTask>`

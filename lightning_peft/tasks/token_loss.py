@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Logits that exist at a time: 32 MB in 16 bits, and as many for their gradient.
+# Logits that exist at a time: 32 MB in bfloat16, and as many for their gradient.
 CHUNK = 1 << 24
 # What a batch may have for the loss to be taken apart; more may mean another loss.
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
@@ -200,7 +200,7 @@ def _gradients(logits: Tensor, sources: list[Tensor], gradient: Tensor) -> list[
 
 
 def _accumulate(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    """Returns the sum, in float32 or more: that of many chunks in 16 bits would lose the last."""
+    """Returns the sum, in float32 or more: that of many chunks in bfloat16 would lose the last."""
     if more is None:
         return total
     more = more.to(torch.promote_types(more.dtype, torch.float32))

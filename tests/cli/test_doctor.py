@@ -103,7 +103,7 @@ def test_nothing_is_imported_beside_a_compromised_release(doctor, tmp_path):
     assert found["packages"]["status"] == "failed"
     for name in [*NAMES[4:12], "hub"]:
         assert found[name]["status"] == "skipped"
-    assert "nothing is imported" in found["hub"]["detail"]
+    assert "nothing else is imported" in found["hub"]["detail"]
     assert "loaded" not in done.stdout + done.stderr
 
 

@@ -275,7 +275,7 @@ def tuned_base(tmp_path):
     ("labels", "message"),
     [
         (["sum", "mail", "file"], r"number 0 is 'sum', not 'file'\. Give labels=\['sum', 'mail'"),
-        (["x", "y", "z"], r"only there: \['x', 'y', 'z'\]; .* tuned from, whose head is made anew"),
+        (["x", "y", "z"], r"only there: \['x', 'y', 'z'\]; .* tuned from, whose head is new"),
         (["x", "y"], "2 there and 3 here"),
         (4, "4 there and 3 here"),
     ],

@@ -13,7 +13,7 @@ from gradio_app.redaction import UPLOAD
 from gradio_app.texts import Texts
 from gradio_app.uploads import original_name
 
-# Of each kind of problem, as many rows are message one by one.
+# Of each kind of problem, as many rows are listed one by one.
 MAX_PROBLEMS = 20
 _MAX_SPAN = 4000
 

@@ -74,7 +74,7 @@ def build(editor: Editor) -> None:
 
 
 def bind_page_load(editor: Editor) -> None:
-    """Fills the page when it is opened: from its address, from the draft, or anew."""
+    """Fills the page when it is opened: from its address, from the draft, or from the start."""
 
     def load(draft: Any, request: gr.Request) -> list[Any]:
         first = base_recipe("sft")

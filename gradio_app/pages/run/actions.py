@@ -1,4 +1,4 @@
-"""What can be done to a run: one large next step, and the rest beside it."""
+"""What can be done to a run: one large next step, and the rest next to it."""
 
 from __future__ import annotations
 

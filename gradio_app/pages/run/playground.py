@@ -1,4 +1,4 @@
-"""Talking to what was trained, beside its base, and voting without knowing which is which."""
+"""The playground: chat with a tuned model and its base, and blind votes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PlaygroundTab:
         p, t = self.parts, self.t
         given = [self.run_id, self.talk, *p.settings]
         shown = [self.talk, *p.conversation_outputs, p.model_status]
-        # What goes on stands in words beside the model. Who has to wait is message so at once.
+        # The status is shown next to the model; a visitor who has to wait sees it at once.
         calm = {**event_options(), "show_progress": "hidden"}
         every = {**calm, "concurrency_limit": None}
         for event in (p.ask.click, p.question.submit):

@@ -225,8 +225,8 @@ class PlaygroundView:
             talk: The conversation.
             mode: Who answers.
             going_on: Whether more is to come.
-            revealed: What is message after a vote.
-            who: Who was A and B, once that is message.
+            revealed: Text shown after a vote.
+            who: The models behind A and B, once revealed.
         """
         t, which = self.t, playground_html.checkpoint_label(talk.checkpoint, talk.step, self.t)
         tuned = t("playground.tuned", which=which)
@@ -289,5 +289,5 @@ class PlaygroundView:
 
 
 def _chat_messages(turns: Turns) -> list[Any]:
-    """Returns turns as Gradio shows them; an answer without a word is message, not left empty."""
+    """Returns turns as Gradio shows them; an empty answer is named, not left blank."""
     return [turn if turn["content"] else {**turn, "content": "\u2026"} for turn in turns]

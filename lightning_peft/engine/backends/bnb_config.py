@@ -67,7 +67,7 @@ def _problems(fields: Mapping[str, Any]) -> list[str]:
     elif fields.get("load_in_8bit") and kind == "fp4" and "bnb_4bit_quant_type" in fields:
         problems.append("load_in_8bit=True with bnb_4bit_quant_type='fp4': drop one of the two")
     if fields.get("llm_int8_has_fp16_weight"):
-        problems.append("llm_int8_has_fp16_weight=True: such weights are not stored in 8 bits")
+        problems.append("llm_int8_has_fp16_weight=True: such weights are not stored as int8")
     if to_primitives(dtype) not in (None, "float32", "bfloat16", "float16"):
         problems.append(f"bnb_4bit_compute_dtype={dtype!r}: 'float32', 'bfloat16' or 'float16'")
     return problems
@@ -82,7 +82,7 @@ def to_dict(config: BitsAndBytesConfig, *names: str) -> dict[str, Any]:
 
 
 def require_codes(layer: Any, quantized: bool) -> None:
-    """Refuses a layer of bitsandbytes that is not quantized yet, or stays in 16 bits."""
+    """Refuses a layer of bitsandbytes that is not quantized yet, or stays 16-bit."""
     if not quantized:
         raise UnsupportedError(
             f"A {type(layer).__name__} layer still holds its dense weight. bitsandbytes quantizes "

@@ -102,7 +102,7 @@ def adopt_prequantized(layer: Any) -> None:
     """Gives a layer that its library or ``from_pretrained`` quantized the safe forward pass.
 
     Raises:
-        UnsupportedError: If the weight is not quantized yet, or stays in 16 bits.
+        UnsupportedError: If the weight is not quantized yet, or stays 16-bit.
     """
     if isinstance(layer, QuantizedLayer):
         return

@@ -96,7 +96,7 @@ def check_fit(
     """
     fields, tensors = folder.fields, folder.tensors
     mine = exported_config(part, entry, name)
-    # What the values were before training is no matter, and files may leave fields out.
+    # The values before training do not matter, and files may leave fields out.
     compared = {key: value for key, value in fields.items() if key in mine}
     compared["init_lora_weights"] = mine.get("init_lora_weights")
     problems = [

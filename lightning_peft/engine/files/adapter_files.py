@@ -29,7 +29,7 @@ def save_adapter(
     """Writes one adapter as a folder in PEFT's format.
 
     A module with one adapted part gets the files in ``path`` itself; with several, in one
-    sub-folder per part. Each file is written beside its place and moved there when complete.
+    sub-folder per part. Each file is written to a temporary name and renamed when complete.
 
     Args:
         module: A module with adapters.

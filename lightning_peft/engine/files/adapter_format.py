@@ -160,7 +160,7 @@ def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str
 def saved_modules(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> list[str]:
     """Returns the names of the modules that the files of the adapter ``name`` hold in full.
 
-    Those of ``modules_to_save``, and the heads beside this adapter that are trained, or have other
+    Those of ``modules_to_save``, and the heads trained with this adapter, or have other
     values than when the adapter was added.
     """
     heads = entry.adapters[name].heads
@@ -304,7 +304,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     facts = read_json(written) if written.is_file() else {}
     if facts.get("adapter_sha256") not in (None, hashlib.sha256(blob).hexdigest()):
         raise CheckpointError(
-            f"{str(weights)!r} is not the file that {PROVENANCE_FILE} beside it describes: its "
+            f"{str(weights)!r} is not the file that {PROVENANCE_FILE} next to it describes: its "
             "sha256 is another one. It was damaged or exchanged; remove provenance.json if you "
             "changed it on purpose."
         )

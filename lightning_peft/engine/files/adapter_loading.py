@@ -297,7 +297,7 @@ def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
             f"init_lora_weights={config['init_lora_weights']!r} on a "
             "quantized base: what was quantized was the base less the first factors, and the "
             "folder is for the base as it was loaded. Quantizing that gives other weights than "
-            "those in training. Use the base in 16 bits, or the checkpoint "
+            "those in training. Use the 16-bit base, or the checkpoint "
             "(lightning_peft.load_from_checkpoint)."
         )
 

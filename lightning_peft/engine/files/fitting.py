@@ -1,6 +1,6 @@
 """What of an adapter folder goes where in a part.
 
-PEFT writes names that match nothing (``score`` beside ``classifier``), base weights of adapted
+PEFT writes names that match nothing (``score`` next to ``classifier``), base weights of adapted
 embeddings, and values of single tokens. All of it has a place here, or is named in an error.
 """
 

@@ -2,7 +2,7 @@
 
 PEFT adds the adapter to the weights before each forward pass and subtracts it afterwards. What
 that leaves is another parameter object, in another place among the parameters, and not quite the
-weight from before: the frozen base moves by rounding errors, most of all in 16 bits. Walking
+weight from before: the frozen base moves by rounding errors, most of all in bfloat16. Walking
 through the modules replaces the parameters too.
 """
 

@@ -1,4 +1,4 @@
-"""Convolutions with another weight than the layer's own, dense or in 4 bits."""
+"""Convolutions with another weight than the layer's own, dense or 4-bit."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class FrozenMatmul(NamedTuple):
 def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor | None:
     """Returns the output of a linear layer with one adapter, or ``None`` where it is not covered.
 
-    Not covered are several adapters at once, base weights that are trained, computed or in 8 bits,
+    Not covered are several adapters at once, base weights that are trained, computed or 8-bit,
     classes with a forward pass of their own, dropout with hooks or of another kind,
     ``torch.compile``, ``torch.func`` and forward-mode differentiation.
 

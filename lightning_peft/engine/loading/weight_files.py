@@ -122,11 +122,11 @@ def _remembered(note: Path) -> dict[str, Any]:
 
 def _remember(note: Path, known: dict[str, Any]) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=note.parent)
+    handle, temporary = tempfile.mkstemp(dir=note.parent)
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(known, file)
-        os.replace(beside, note)
+        os.replace(temporary, note)
     except OSError:
-        Path(beside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
         raise

@@ -226,7 +226,7 @@ def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) ->
         optimizers: The optimizers now.
 
     Raises:
-        CheckpointError: If they are others: states of other bits would be gone on with in silence,
+        CheckpointError: If they are others: states of other bits would silently be kept,
             and those of another optimizer fail at the first step.
     """
     names = optimizer_names(optimizers)
@@ -243,7 +243,7 @@ def restore_paging(optimizer: Any) -> int:
     """Moves restored states of a paged optimizer back into paged memory.
 
     Loading a state dict puts plain tensors where the paged buffers were, and from then on the
-    optimizer would hold all its states on the GPU, without a word.
+    optimizer would hold all its states on the GPU, silently.
 
     Args:
         optimizer: Any optimizer; only paged ones of bitsandbytes on CUDA are changed.

@@ -275,7 +275,7 @@ class OpRecorder(TorchDispatchMode):
         self._opaque.clear()
 
     def _collect(self, op: RecordedOp, needed: dict[int, int], seen: set[int]) -> bool:
-        """Collects what a recipe needs beside what is kept; ``False`` where it was changed."""
+        """Collects the unsaved tensors that a recipe needs; ``False`` where it was changed."""
         if id(op) in seen:
             return True
         seen.add(id(op))
