@@ -59,7 +59,7 @@ def test_every_bad_row_is_named(tmp_path: Path):
     with pytest.raises(ConfigError) as error:
         read_rows(file)
     text = str(error.value)
-    assert "row 2 is no JSON" in text
+    assert "row 2 is not JSON" in text
     assert "row 3 has no response" in text
     assert "row 5 has no prompt and no response" in text
     assert "row 6 has no prompt and no response" in text
