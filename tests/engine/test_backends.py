@@ -30,7 +30,7 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 from lightning_peft.engine.fingerprint import checksum
-from lightning_peft.errors import BaseMismatchError, ConfigError
+from lightning_peft.errors import BaseMismatchError, ConfigError, UnsupportedError
 from lightning_peft.plan.prediction import plan_memory
 
 from .reference import output_of, randomize, relative_error
@@ -224,6 +224,19 @@ def test_a_convolution_over_a_third_backend():
     x = torch.randn(2, 4, 8, 8)
     assert relative_error(model[0](x), F.conv2d(x, weight, model[0].bias)) < 1e-6
     assert type(model[2]).__name__ == "LoraToyConv2d"
+
+
+def test_a_backend_for_linear_layers_leaves_kernels_dense(monkeypatch):
+    monkeypatch.setattr(type(TOY), "convolution_class", None)
+
+    def build() -> nn.Module:
+        linears = nn.Linear(72, 8), nn.Linear(8, 2)
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), *linears)
+
+    model = adapted(build, target_modules=["0", "2"])
+    assert [isinstance(layer, ToyLayer) for layer in model] == [False, False, True, False]
+    with pytest.raises(UnsupportedError, match="a Conv2d, and toy_int8 is for linear layers only"):
+        engine.quantize(nn.Conv2d(4, 8, 3), ToyConfig())
 
 
 def test_a_model_is_quantized_while_it_is_read(tmp_path):

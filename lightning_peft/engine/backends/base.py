@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_peft.engine.layers.kinds import has_quantizable_class
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.mixin import stored_parameter
 
 Config = TypeVar("Config")
@@ -60,7 +60,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     def __init__(self) -> None:
         for mixin in (self.layer_class, self.convolution_class):
             if mixin is not None:
-                mixin.backend = self  # type: ignore[attr-defined]
+                mixin.backend = self
 
     # Configs.
 
@@ -113,6 +113,8 @@ class QuantizationBackend(ABC, Generic[Config]):
                 "and transformers themselves can be, since a subclass may compute in its own way. "
                 f"Name it in `{self.skip_argument}`"
             )
+        if isinstance(layer, CONVOLUTION_LIKE) and self.convolution_class is None:
+            return f"it is a {type(layer).__name__}, and {self.name} is for linear layers only"
         if stored_parameter(layer, "weight").is_meta:
             return (
                 "it is on the meta device and has no values. Inject without a quantization config "

@@ -125,8 +125,8 @@ class _StreamedQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        """Bytes for each weight."""
-        return 0.5
+        """Bytes for each parameter."""
+        return backend_for(self.loading.settings).bits / 8
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = (), **kwargs: Any

@@ -56,7 +56,7 @@ def wrapping_problems(
         if method in _DENSE_ONLY and (target in quantize or is_quantized(layer)):
             problems.append(
                 f"{target} is quantized, and {type(config).__name__} works on dense weights only. "
-                "Leave it dense (`llm_int8_skip_modules`), or do not quantize"
+                "Skip it in the quantization config, or do not quantize"
             )
         if isinstance(layer, CONVOLUTIONS):
             problems += [f"{target} {problem}" for problem in _convolution_problems(layer, config)]
