@@ -5,9 +5,24 @@ from __future__ import annotations
 from gradio_app.chat.sessions import ChatSessions
 from gradio_app.export.manager import ExportManager
 from gradio_app.recipe.command_worker import CommandWorker
+from gradio_app.runs import hf_jobs, zero_gpu
+from gradio_app.runs.local import LocalExecutor
+from gradio_app.runs.metadata import LOCAL
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Executor
 from gradio_app.settings import Settings
+
+
+def create_executors(settings: Settings) -> dict[str, Executor]:
+    """Returns the executors of a server by name, the one for new runs first."""
+    executors: dict[str, Executor] = {}
+    if settings.zero_gpu:
+        executors[zero_gpu.EXECUTOR] = zero_gpu.ZeroGpuExecutor(settings)
+    executors[LOCAL] = LocalExecutor(settings)
+    if settings.space:
+        executors[hf_jobs.EXECUTOR] = hf_jobs.JobsExecutor()
+    return executors
 
 
 class Studio:
@@ -30,7 +45,7 @@ class Studio:
         self.settings = settings
         for folder in (settings.runs, settings.uploads):
             folder.mkdir(parents=True, exist_ok=True)
-        self.store = RunStore(settings)
+        self.store = RunStore(settings, create_executors(settings))
         self.queue = RunQueue(settings, self.store)
         self.chat = ChatSessions(settings, self.queue.active)
         self.exports = ExportManager(settings, self.store, self.queue.active)

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from gradio_app.chat.process import ModelProcess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
 from gradio_app.errors import UserError
 from gradio_app.guards import redacted
 from gradio_app.redaction import Redactor
 from gradio_app.runs.environment import training_environment
-from gradio_app.runs.files import read_json_object
-from gradio_app.runs.store import Checkpoint, Run
+from gradio_app.runs.files import read_json_object, tail
+from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.settings import Settings
+from lightning_peft.processes import LineProcess
 
 # Adapters take memory too; which others are loaded with the requested one.
 MOST_ADAPTERS = 4
 _MAX_MESSAGE = 600
+_LAST_LINES = 3
+
+
+class ModelProcess(LineProcess):
+    """A process of ``lightning-peft chat --serve``.
+
+    Args:
+        argv: The command.
+        cwd: Its working directory.
+        env: Its whole environment.
+    """
+
+    def __init__(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
+        # A file: a pipe that nobody reads would fill and block the process.
+        self._errors = tempfile.NamedTemporaryFile(prefix="lightning-peft-chat-")  # noqa: SIM115
+        super().__init__(argv, cwd, env, self._errors)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Main memory that it holds now."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    def last_output(self) -> str:
+        """Returns the last lines of its error output, redacted."""
+        return tail(Path(self._errors.name), _LAST_LINES)
 
 
 def start_chat_process(

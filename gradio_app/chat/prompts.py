@@ -10,7 +10,7 @@ from typing import Any
 from gradio_app.chat.request import MAX_TEXT
 from gradio_app.errors import UserError
 from gradio_app.runs.files import read_json_object, read_rows
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 MAX_PROMPTS = 3
 Turns = tuple[tuple[str, str], ...]

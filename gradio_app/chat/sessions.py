@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradio_app.chat.command import redact_message, start_chat_process
-from gradio_app.chat.process import ModelProcess, ProcessExited
+from gradio_app.chat.command import ModelProcess, redact_message, start_chat_process
 from gradio_app.chat.request import Sampling, Turns
 from gradio_app.chat.support import unsupported_task
 from gradio_app.errors import UserError
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
+from lightning_peft.processes import ProcessExited
 
 _log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -283,7 +283,7 @@ class ChatSessions:
             if not row.get("done"):
                 text += str(row.get("text", ""))
                 # Who reads slower than the model writes gets more at a time, and can still stop it.
-                if not loaded.process.waiting:
+                if not loaded.process.has_pending:
                     yield AnswerChunk(text)
                 continue
             facts = {name: row.get(name, 0) for name in ("tokens", "ended", "stopped", "dropped")}
@@ -327,7 +327,7 @@ class ChatSessions:
 
     def _next(self, loaded: _LoadedModel, seconds: float) -> dict[str, Any]:
         try:
-            return loaded.process.next(seconds)
+            return loaded.process.receive(seconds)
         except ProcessExited:
             raise self._end_of(loaded) from None
         except TimeoutError:

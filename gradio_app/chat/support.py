@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from gradio_app.runs.files import read_json_object
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from lightning_peft.task_registry import tasks_of_module
 
 _IN_RECIPE = re.compile(r"^model:\n\s+class_path: (\S+)$", re.MULTILINE)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gradio_app.errors import UserError
 from gradio_app.runs.files import read_rows
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 FILE = "votes.jsonl"
 SIDES = ("a", "b")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradio_app.runs.files import read_rows
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 MAX_ROWS = 12
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.metrics import Metrics
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 
 @dataclass(frozen=True)

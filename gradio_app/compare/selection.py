@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from gradio_app.errors import UserError
 from gradio_app.guards import shortened
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 
 MAX_RUNS = 4
 LETTERS = "ABCD"

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gradio_app.runs.files import read_json_object
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 
 def same_validation_rows(runs: Sequence[Run]) -> bool:

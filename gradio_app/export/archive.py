@@ -12,7 +12,7 @@ from pathlib import Path
 from gradio_app.errors import UserError
 from gradio_app.export.record import Export
 from gradio_app.guards import inside
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 # Weights are as good as random: packing them would cost time and save nothing.
 _COMPRESSED = frozenset({".json", ".md", ".yaml", ".txt", ".jinja", ".model", ".tiktoken", ""})

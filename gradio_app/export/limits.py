@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import BaseSize
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 
 # How many exports of a run a public page keeps.

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-
-import psutil
 
 from gradio_app.errors import UserError
 from gradio_app.export import limits
@@ -32,7 +28,8 @@ from gradio_app.guards import inside
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.local import PROCESS, LocalExecutor
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import write_json
@@ -50,14 +47,11 @@ class ExportManager:
     def __init__(self, settings: Settings, store: RunStore, busy: Callable[[], Run | None]) -> None:
         self.settings, self.store, self._busy = settings, store, busy
         self._local = LocalExecutor(settings)
-        # The server's own children must be waited for, or they stay as zombies.
-        self._children: list[subprocess.Popen[bytes]] = []
         self._lock = threading.RLock()
 
     def list(self, run: Run) -> list[Export]:
         """Returns the exports of a run, the newest first."""
         with self._lock:
-            self._children = [child for child in self._children if child.poll() is None]
             try:
                 folders = sorted((run.folder.path / FOLDER).iterdir(), reverse=True)
             except OSError:
@@ -181,30 +175,15 @@ class ExportManager:
         for left in (RESULT_FILE, PROCESS):
             (folder / left).unlink(missing_ok=True)
         adapter = f"{slug(run)}={find_checkpoint(run, request.checkpoint).folder}"
-        told = replace(request, base_name=self._base_name(run, request))
-        words = [*self.settings.command, *told.argv(adapter, folder / OUTPUT, dry_run)]
-        facts = {"wish": asdict(request), "run_name": slug(run), "created": time.time()}
-        try:
-            with (folder / LOG_FILE).open("wb") as log, (folder / RESULT_FILE).open("wb") as result:
-                process = subprocess.Popen(
-                    words,
-                    # As for training: a base can be named from there.
-                    cwd=self.settings.data_root or run.folder.path,
-                    env=pusher_environment(self.settings, token),
-                    stdin=subprocess.DEVNULL,
-                    stdout=result,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise UserError(
-                "run.refused_start", why=error.strerror or type(error).__name__
-            ) from None
-        self._children.append(process)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            created = psutil.Process(process.pid).create_time()
-            write_json(folder / PROCESS, {"pid": process.pid, "created": created})
-        write_json(folder / REQUEST_FILE, facts)
+        named = replace(request, base_name=self._base_name(run, request))
+        argv = named.argv(adapter, folder / OUTPUT, dry_run)
+        # As for training: a base can be named from there.
+        cwd = self.settings.data_root or run.folder.path
+        environment = pusher_environment(self.settings, token)
+        with (folder / LOG_FILE).open("wb") as log, (folder / RESULT_FILE).open("wb") as result:
+            self._local.launch(folder, argv, cwd, environment, stdout=result, stderr=log)
+        record = {"wish": asdict(request), "run_name": slug(run), "created": time.time()}
+        write_json(folder / REQUEST_FILE, record)
 
     def _base_name(self, run: Run, request: ExportRequest) -> str:
         """Returns what the files call the base: on a Space, never a folder of the server."""

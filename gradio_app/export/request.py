@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, shortened
-from gradio_app.runs.store import Checkpoint, Run
+from gradio_app.runs.types import Checkpoint, Run
 
 FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
 # These write the whole model, and need memory for it.

@@ -16,8 +16,8 @@ from gradio_app.pages.run_state import (
 )
 from gradio_app.runs.formatting import format_bytes, format_number, time_ago
 from gradio_app.runs.machine import Machine
-from gradio_app.runs.store import Run
 from gradio_app.runs.summaries import summary_of
+from gradio_app.runs.types import Run
 from gradio_app.texts import Texts
 
 PER_PAGE = 10

@@ -8,7 +8,7 @@ import time
 from gradio_app.guards import escaped
 from gradio_app.runs.formatting import format_duration
 from gradio_app.runs.loss_increase import finished_worse
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.texts import Texts
 
 # Beside the word, never instead of it.

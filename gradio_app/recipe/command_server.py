@@ -15,11 +15,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
+
+from lightning_peft.processes import claim_standard_streams
 
 IMPORT = "import"
 # What shells give for a command that was interrupted.
@@ -87,19 +90,23 @@ def _in_import(trace: TracebackType | None) -> bool:
     return any(name.startswith("<frozen importlib") for name in names)
 
 
-def serve(lines: IO[str], answers: IO[str]) -> None:
+def serve(requests: Iterable[bytes], replies: IO[bytes]) -> None:
     """Answers each line until there are no more."""
-    for line in lines:
-        asked = json.loads(line)
 
-        def on_rows(rows: int, number: int = asked["id"]) -> None:
-            answers.write(json.dumps({"id": number, "rows": rows}) + "\n")
-            answers.flush()
+    def reply(**row: Any) -> None:
+        replies.write(json.dumps(row).encode() + b"\n")
+        replies.flush()
 
-        code, out, err = answer([str(word) for word in asked["arguments"]], on_rows)
-        found = {"id": asked["id"], "code": code, "out": out, "err": err}
-        answers.write(json.dumps(found) + "\n")
-        answers.flush()
+    for line in requests:
+        request = json.loads(line)
+        number = request["id"]
+        arguments = [str(word) for word in request["arguments"]]
+        code, out, err = answer(arguments, partial(_reply_rows, reply, number))
+        reply(id=number, code=code, out=out, err=err)
+
+
+def _reply_rows(reply: Callable[..., None], number: int, rows: int) -> None:
+    reply(id=number, rows=rows)
 
 
 def _prepare() -> int:
@@ -114,14 +121,9 @@ def main() -> None:
     here = str(Path(__file__).resolve().parent)
     # Started as a file, or its neighbours could be taken for modules of others.
     sys.path[:] = [path for path in sys.path if str(Path(path or ".").resolve()) != here]
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    lines = os.fdopen(os.dup(0), encoding="utf-8")
-    # A library that asks a question is answered with nothing, and not with the next command.
-    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    os.dup2(sys.stdin.fileno(), 0)
+    requests, replies = claim_standard_streams()
     signal.signal(signal.SIGINT, _Interrupts.handle)
-    serve(lines, answers)
+    serve(requests, replies)
 
 
 if __name__ == "__main__":

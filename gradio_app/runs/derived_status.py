@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from gradio_app.runs.executors import Executor
 from gradio_app.runs.metadata import RunMetadata
+from gradio_app.runs.types import Executor
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import Status
 

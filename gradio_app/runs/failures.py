@@ -6,15 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gradio_app.guards import redacted
 from gradio_app.runs.files import read_json_object, tail
 from gradio_app.runs.local import START_LOG
+from gradio_app.runs.types import Run
 from lightning_peft import errors
-
-if TYPE_CHECKING:
-    from gradio_app.runs.store import Run
 
 # Kinds of causes, and what shows them, in the name of the error or in what it says. The first one
 # counts. Each has texts `why_KIND` and `todo_KIND`.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 # A step that takes this many times as long as the ones before it, and this many seconds at least.
 STUCK_FACTOR, STUCK_SECONDS = 5.0, 60.0

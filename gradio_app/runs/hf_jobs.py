@@ -17,17 +17,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, redacted
+from gradio_app.runs.types import Executor, Run
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import ACTIVE, Status, write_json
-
-if TYPE_CHECKING:
-    from gradio_app.runs.store import Run
 
 _log = logging.getLogger(__name__)
 JOB_FILE = "job.json"
@@ -236,7 +234,7 @@ def _save(folder: RunFolder, job: Job) -> None:
     write_json(folder.path / JOB_FILE, asdict(job))
 
 
-class JobsExecutor:
+class JobsExecutor(Executor):
     """Runs that are jobs on the hub, kept up to date while somebody looks at them.
 
     Reading a log takes seconds, so a page never waits for it: each look starts it in a thread,
@@ -273,10 +271,7 @@ class JobsExecutor:
             with self._lock:
                 self._next[folder.path] = time.monotonic() + self.SECONDS
 
-    def on_queued(self, run: Run) -> None:
-        """Keeps nothing: a job does not wait in the line."""
-
-    def start_job(self, run: Run) -> None:
+    def start(self, run: Run) -> None:
         """Refuses: a job is started with its owner's token and consent, by :func:`start_job`."""
         raise UserError("hub_job.not_from_line")
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO
 
 import psutil
 
@@ -17,12 +18,11 @@ from gradio_app.errors import UserError
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.skipped_rows import skipped_rows_file, skips_bad_rows
+from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
+from lightning_peft.processes import process_record, recorded_process, start_detached
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import Status, write_json
-
-if TYPE_CHECKING:
-    from gradio_app.runs.store import Run
 
 PROCESS = "proc.json"
 # What a process prints before it has a log of its own, such as that its config cannot be read.
@@ -33,7 +33,7 @@ GRACE_SECONDS = 10.0
 _SIGNAL_GAP_SECONDS = 0.3
 
 
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Starts the command line in processes that belong to no server.
 
     Args:
@@ -50,32 +50,43 @@ class LocalExecutor:
         # Of runs that rest nothing changes unless their file does.
         self._resting: dict[Path, tuple[tuple[int, int], Status]] = {}
 
-    def on_queued(self, run: Run) -> None:
-        """Keeps nothing: whoever asks, the process is the same."""
-
     def start(self, run: Run) -> None:
         """Starts a run, or lets it go on; returns at once."""
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
-        words = [*self.settings.command, *self.argv(run)]
+        with (folder / START_LOG).open("wb") as log:
+            self.launch(folder, self.argv(run), self.settings.data_root or folder, stdout=log)
+
+    def launch(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        **streams: IO[bytes],
+    ) -> None:
+        """Starts the command line in a process of its own, recorded in a folder.
+
+        Args:
+            folder: The folder; see :meth:`in_progress`.
+            arguments: Arguments of ``lightning-peft``.
+            cwd: Its working directory.
+            env: Its environment, by default that of a training.
+            **streams: ``stdout``, and ``stderr`` if it is another file.
+
+        Raises:
+            UserError: If it cannot be started.
+        """
+        argv = [*self.settings.command, *arguments]
+        env = env or training_environment(self.settings)
         try:
-            with (folder / START_LOG).open("wb") as log:
-                process = subprocess.Popen(
-                    words,
-                    cwd=self.settings.data_root or folder,
-                    env=training_environment(self.settings),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
+            process = start_detached(argv, cwd, env, **streams)
         except OSError as error:
             raise UserError(
                 "run.refused_start", why=error.strerror or type(error).__name__
             ) from None
         self._children[process.pid] = process
-        created = _created(process.pid)
-        write_json(folder / PROCESS, {"pid": process.pid, "created": created})
+        write_json(folder / PROCESS, process_record(process.pid))
 
     def argv(self, run: Run) -> list[str]:
         """Returns what the command line is called with."""
@@ -116,10 +127,6 @@ class LocalExecutor:
             time.sleep(0.1)
         self._signal(folder, signal.SIGKILL, group=True)
 
-    def active(self, run: Run) -> bool:
-        """Says whether a run's process is there."""
-        return self.in_progress(run.folder)
-
     def in_progress(self, folder: RunFolder) -> bool:
         """Says whether the process that was started last in a folder is there."""
         return self._process(folder) is not None
@@ -145,8 +152,9 @@ class LocalExecutor:
     def _process(self, folder: RunFolder) -> psutil.Process | None:
         """Returns the process that runs in a folder; never another that has its number now."""
         self._reap()
-        started = _alive(read_json_object(folder.path / PROCESS), "pid", "created")
-        return started or _alive(read_json_object(folder.status_file), "pid", "process_started")
+        started = recorded_process(read_json_object(folder.path / PROCESS))
+        status = read_json_object(folder.status_file)
+        return started or recorded_process(status, created="process_started")
 
     def _signal(self, folder: RunFolder, number: int, group: bool = False) -> None:
         process = self._process(folder)
@@ -163,19 +171,3 @@ class LocalExecutor:
         for pid, process in list(self._children.items()):
             if process.poll() is not None:
                 self._children.pop(pid, None)
-
-
-def _created(pid: int) -> float:
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return 0.0
-
-
-def _alive(record: dict[str, Any], pid: str, created: str) -> psutil.Process | None:
-    try:
-        process = psutil.Process(int(record[pid]))
-        same = abs(process.create_time() - float(record[created])) < 1.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except (KeyError, TypeError, ValueError, psutil.Error):
-        return None

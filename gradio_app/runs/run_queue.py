@@ -9,7 +9,8 @@ import time
 
 from gradio_app.errors import UserError
 from gradio_app.runs.metadata import LOCAL
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 
 _log = logging.getLogger(__name__)

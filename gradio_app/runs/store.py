@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
@@ -16,109 +12,16 @@ from gradio_app.guards import checked_run_id, inside, redacted
 from gradio_app.redaction import Redactor
 from gradio_app.runs import metadata as run_metadata
 from gradio_app.runs.derived_status import derive_status
-from gradio_app.runs.executors import Executor, executors_of
 from gradio_app.runs.files import Files, read_json_object
+from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL, METADATA_FILE, RunMetadata
+from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.status import ACTIVE, Status, write_json
+from lightning_peft.runs.status import write_json
 
 NAME_LENGTH = 80
 COMMANDS = frozenset({"fit"})
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Adapters that can be talked to and exported.
-
-    Attributes:
-        name: Name of their folder, such as ``"best"``.
-        step: Optimizer step after which they were saved, where that is known.
-        folder: The folder.
-    """
-
-    name: str
-    step: int | None
-    folder: Path
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run as it is at a moment.
-
-    Attributes:
-        id: Name of its folder.
-        folder: The folder.
-        metadata: What the page knows of it.
-        status: What it says of itself; ``"queued"`` while it waits, ``"crashed"`` if it is gone.
-        redactor: How what it has written is given out.
-    """
-
-    id: str
-    folder: RunFolder
-    metadata: RunMetadata
-    status: Status
-    redactor: Redactor = Redactor()
-
-    name = property(lambda self: self.metadata.name or self.id)
-    owner = property(lambda self: self.metadata.owner)
-    created = property(lambda self: self.metadata.created or self.status.started)
-
-    @property
-    def active(self) -> bool:
-        """Whether it is at work."""
-        return self.status.state in ACTIVE
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it stands in the line."""
-        return self.metadata.waiting is not None
-
-    @property
-    def recipe_text(self) -> str:
-        """Its recipe as it is given out: as it was resolved, once it has begun."""
-        try:
-            text = self.folder.recipe.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        return self.redactor.record(text)
-
-    @property
-    def can_resume(self) -> bool:
-        """Whether it can go on from a checkpoint."""
-        resting = self.status.state in ("stopped", "failed", "crashed")
-        return resting and self.status.kind == "fit" and self.folder.newest_checkpoint() is not None
-
-    @property
-    def checkpoint_step(self) -> int:
-        """After which step it would go on."""
-        newest = self.folder.newest_checkpoint()
-        names = {one.name: one.step for one in self.checkpoints()}
-        step = names.get(newest.stem) if newest is not None else None
-        return self.status.step if step is None else step
-
-    @property
-    def bytes(self) -> int:
-        """How much disk it takes, exports included; what is being deleted counts no more."""
-        total = 0
-        for folder, _, names in os.walk(self.folder.path):
-            for name in names:
-                with contextlib.suppress(OSError):
-                    total += os.lstat(os.path.join(folder, name)).st_size
-        return total
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """Returns the adapters it has saved: the best ones first, then the newest."""
-        root = self.folder.checkpoints / "adapters"
-        found = [path.parent for path in root.glob("*/adapter_model.safetensors")]
-        steps = {
-            path: read_json_object(path / "provenance.json").get("global_step") for path in found
-        }
-        made = [
-            Checkpoint(path.name, step if isinstance(step, int) else None, path)
-            for path, step in steps.items()
-        ]
-        return sorted(made, key=lambda one: (not one.name.startswith("best"), -(one.step or 0)))
 
 
 class RunStore:
@@ -126,13 +29,13 @@ class RunStore:
 
     Args:
         settings: What the server was started with.
-        executors: What runs are started by, by name; by default those that the settings allow.
+        executors: Executors by name, the one for new runs first; by default the local one.
     """
 
     def __init__(self, settings: Settings, executors: Mapping[str, Executor] | None = None) -> None:
         self.settings = settings
         self.root = settings.runs
-        self.executors = executors if executors is not None else executors_of(settings)
+        self.executors = executors or {LOCAL: LocalExecutor(settings)}
         self._files = Files()
 
     def list(self, owner: str) -> Sequence[Run]:

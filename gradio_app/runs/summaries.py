@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from gradio_app.runs.files import read_json_object, read_rows
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 _TASK = re.compile(r"class_path:\s*lightning_peft\.tasks\.(?:\w+\.)*([A-Z]\w+)")
 _METHOD = re.compile(r"class_path:\s*lightning_peft\.(QLoRA|LoRA)Strategy")

@@ -14,19 +14,16 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from contextvars import Context, copy_context
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import psutil
+from typing import Any
 
 from gradio_app.guards import redacted
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.local import PROCESS, START_LOG, LocalExecutor
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
+from lightning_peft.processes import process_record
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import write_json
-
-if TYPE_CHECKING:
-    from gradio_app.runs.store import Run
 
 EXECUTOR = "zero_gpu"
 # For how long a GPU is asked for: visitors who are not signed in may have no more at once.
@@ -47,9 +44,7 @@ def train(folder: str, words: list[str], environment: dict[str, str]) -> int:
     Returns:
         The exit code of the command.
     """
-    process = psutil.Process()
-    record = {"pid": process.pid, "created": process.create_time()}
-    write_json(Path(folder) / PROCESS, record)
+    write_json(Path(folder) / PROCESS, process_record(os.getpid()))
     # What the lender has set belongs to the GPU.
     lent = {
         name: value for name, value in os.environ.items() if name.startswith(("CUDA", "NVIDIA"))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.processes import claim_standard_streams
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,13 @@ def main() -> None:
     """Answers until the input ends, as it does when the other process is gone."""
     # The parent process decides when to stop, and gets Ctrl-C from the terminal itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    # Nothing that a library prints may come between the answers.
-    os.dup2(2, 1)
-    encoder: RowEncoder = pickle.load(sys.stdin.buffer)
+    requests, answers = claim_standard_streams()
+    encoder: RowEncoder = pickle.load(requests)
     pickle.dump(None, answers)
     answers.flush()
     while True:
         try:
-            samples = pickle.load(sys.stdin.buffer)
+            samples = pickle.load(requests)
         except EOFError:
             return
         pickle.dump(outcomes(encoder, samples), answers, protocol=pickle.HIGHEST_PROTOCOL)

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Limits, Settings
 
 FAKE = str(Path(__file__).with_name("fake_trainer.py"))

@@ -28,7 +28,8 @@ from gradio_app.chat.prompts import (
 )
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.runs.status import write_json

@@ -96,10 +96,10 @@ def test_an_idle_process_ends_and_a_closed_one_answers_nothing():
 
 def test_strangers_do_not_get_the_token_of_the_owner():
     outer = {"HF_TOKEN": "hf_x", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "s"}
-    kept = environment(False, outer)
+    kept = environment(Settings(), outer)
     assert kept["HF_TOKEN"] == "hf_x"
     assert "AWS_SECRET_ACCESS_KEY" not in kept
-    kept = environment(True, outer)
+    kept = environment(Settings(space=True), outer)
     assert "HF_TOKEN" not in kept
     assert kept["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
     assert kept["HF_HOME"] == "/h"

@@ -12,7 +12,8 @@ import httpx
 import psutil
 import pytest
 
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
 from lightning_peft.data.templates import NAMED

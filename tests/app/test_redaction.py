@@ -26,7 +26,8 @@ from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.preview import preview_data
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.redaction import Redactor, bundled_folders
-from gradio_app.runs.store import Run, RunStore
+from gradio_app.runs.store import RunStore
+from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE
 from tests.app import servers

@@ -37,6 +37,7 @@ LIGHT = {
     "lightning_peft.data.file_format",
     "lightning_peft.data.progress",
     "lightning_peft.errors",
+    "lightning_peft.processes",
     "lightning_peft.runs.folder",
     "lightning_peft.export.loading_code",
     "lightning_peft.runs.status",

@@ -19,7 +19,7 @@ from gradio_app.pages.run.view import (
     requested_run_id,
 )
 from gradio_app.runs.formatting import format_bytes
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of

@@ -11,7 +11,7 @@ from gradio_app.chat.request import Sampling, build_messages, validate_sampling,
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions
 from gradio_app.chat.votes import SIDES, Ballot, shuffle_sides
 from gradio_app.errors import UserError
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 
 MODES = ("both", "tuned", "base", "blind")
 Turns = list[dict[str, str]]

@@ -19,7 +19,7 @@ from gradio_app.pages import run_state
 from gradio_app.pages.confirmation import confirm_button, confirmation
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.runs.formatting import format_bytes
-from gradio_app.runs.store import Checkpoint, Run
+from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 

@@ -16,7 +16,7 @@ from gradio_app.pages.error_reporting import report_errors
 from gradio_app.pages.layout import event_options, timer_options
 from gradio_app.pages.run import export_html
 from gradio_app.pages.run.view import ComponentUpdate, html_update
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of

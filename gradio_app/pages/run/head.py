@@ -22,7 +22,7 @@ from gradio_app.runs.formatting import format_duration, format_metric, format_nu
 from gradio_app.runs.local import GRACE_SECONDS
 from gradio_app.runs.loss_increase import find_loss_increase, finished_worse
 from gradio_app.runs.metrics import MetricsCache
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 

@@ -17,7 +17,7 @@ from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
 from gradio_app.runs.local import START_LOG
 from gradio_app.runs.metrics import Metrics, MetricsCache
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 

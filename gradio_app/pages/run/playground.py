@@ -24,7 +24,7 @@ from gradio_app.pages.run.conversation import (
     stream_answers,
 )
 from gradio_app.pages.run.playground_view import PlaygroundView
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of

@@ -14,7 +14,7 @@ from gradio_app.pages.layout import referring_run_id, timer_options
 from gradio_app.pages.markup import markup
 from gradio_app.pages.updates import changed_updates
 from gradio_app.runs.hf_jobs import JobsExecutor
-from gradio_app.runs.store import Run
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of

@@ -1,0 +1,149 @@
+"""Runs as they are at a moment, and the interface of what executes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradio_app.redaction import Redactor
+from gradio_app.runs.files import read_json_object
+from gradio_app.runs.metadata import RunMetadata
+from lightning_peft.runs.folder import RunFolder
+from lightning_peft.runs.status import ACTIVE, Status
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saved adapters.
+
+    Attributes:
+        name: Name of their folder, such as ``"best"``.
+        step: Optimizer step after which they were saved, where that is known.
+        folder: The folder.
+    """
+
+    name: str
+    step: int | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it is at a moment.
+
+    Attributes:
+        id: Name of its folder.
+        folder: The folder.
+        metadata: What the page knows of it.
+        status: Its own status; ``"queued"`` while it waits, ``"crashed"`` if its process is gone.
+        redactor: Redacts what it has written.
+    """
+
+    id: str
+    folder: RunFolder
+    metadata: RunMetadata
+    status: Status
+    redactor: Redactor = Redactor()
+
+    name = property(lambda self: self.metadata.name or self.id)
+    owner = property(lambda self: self.metadata.owner)
+    created = property(lambda self: self.metadata.created or self.status.started)
+    active = property(lambda self: self.status.state in ACTIVE)
+    waiting = property(lambda self: self.metadata.waiting is not None)
+
+    @property
+    def recipe_text(self) -> str:
+        """Its recipe, redacted; once it has begun, with all defaults."""
+        try:
+            text = self.folder.recipe.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return self.redactor.record(text)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it can be resumed from a checkpoint."""
+        resting = self.status.state in ("stopped", "failed", "crashed")
+        return resting and self.status.kind == "fit" and self.folder.newest_checkpoint() is not None
+
+    @property
+    def checkpoint_step(self) -> int:
+        """Step from which it would be resumed."""
+        newest = self.folder.newest_checkpoint()
+        steps = {one.name: one.step for one in self.checkpoints()}
+        step = steps.get(newest.stem) if newest is not None else None
+        return self.status.step if step is None else step
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk, with exports; what is being deleted does not count."""
+        total = 0
+        for folder, _, names in os.walk(self.folder.path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.lstat(os.path.join(folder, name)).st_size
+        return total
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Returns the saved adapters: the best ones first, then the newest."""
+        root = self.folder.checkpoints / "adapters"
+        found = [path.parent for path in root.glob("*/adapter_model.safetensors")]
+        steps = {
+            path: read_json_object(path / "provenance.json").get("global_step") for path in found
+        }
+        made = [
+            Checkpoint(path.name, step if isinstance(step, int) else None, path)
+            for path, step in steps.items()
+        ]
+        return sorted(made, key=lambda one: (not one.name.startswith("best"), -(one.step or 0)))
+
+
+class Executor(ABC):
+    """A place where runs are executed; safe to call from any thread.
+
+    Runs are read from their folders, so an executor for another place brings their files here.
+    """
+
+    # Whether runs here share this machine, so that they wait for one another.
+    uses_this_machine: bool
+
+    def on_queued(self, run: Run) -> None:  # noqa: B027
+        """Called when a run is queued, in the event of the visitor who queues it."""
+
+    @abstractmethod
+    def start(self, run: Run) -> None:
+        """Starts a run, or resumes it if ``run.metadata.resume``; returns at once.
+
+        Raises:
+            UserError: If it cannot be started.
+        """
+
+    @abstractmethod
+    def stop(self, run: Run) -> None:
+        """Requests that a run finish its step, save and end; returns at once."""
+
+    @abstractmethod
+    def save(self, run: Run) -> None:
+        """Requests that a run save after its step and continue."""
+
+    @abstractmethod
+    def kill(self, run: Run) -> None:
+        """Ends a run at once, if need be by force; returns at once."""
+
+    def active(self, run: Run) -> bool:
+        """Whether a run is being executed."""
+        return self.in_progress(run.folder)
+
+    @abstractmethod
+    def in_progress(self, folder: RunFolder) -> bool:
+        """The same for a run that has not written its status since it was started."""
+
+    @abstractmethod
+    def status(self, folder: RunFolder) -> Status | None:
+        """Returns the last status of a run, ``"crashed"`` if its process is gone.
+
+        ``None`` before it has written any.
+        """

@@ -1,0 +1,191 @@
+"""Child processes: one that exchanges JSON lines with this one, and ones that outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import IO, Any, BinaryIO
+
+import psutil
+
+
+class ProcessExited(Exception):
+    """The process has ended."""
+
+
+class LineProcess:
+    """A process that reads and writes JSON objects, one a line.
+
+    It leads a process group of its own, and its input ends when this process does.
+
+    Args:
+        argv: The command.
+        cwd: Its working directory.
+        env: Its whole environment.
+        stderr: File for its error output; by default it is discarded.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        cwd: str | Path,
+        env: Mapping[str, str],
+        stderr: IO[bytes] | int = subprocess.DEVNULL,
+    ) -> None:
+        self._rows: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._process = subprocess.Popen(
+            list(argv),
+            cwd=cwd,
+            env=dict(env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        threading.Thread(target=self._read, name="json-lines", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether it has written rows that were not received yet."""
+        return not self._rows.empty()
+
+    def send(self, row: Mapping[str, Any]) -> None:
+        """Sends a row.
+
+        Raises:
+            ProcessExited: If it no longer reads.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(row).encode() + b"\n")
+            self._process.stdin.flush()
+        except (OSError, ValueError):
+            raise ProcessExited from None
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """Returns the next row; lines that are not objects are skipped.
+
+        Args:
+            timeout: Seconds to wait.
+
+        Raises:
+            ProcessExited: If there are no more rows.
+            TimeoutError: If none came in time.
+        """
+        try:
+            row = self._rows.get(timeout=timeout)
+        except Empty:
+            raise TimeoutError from None
+        if row is None:
+            # For the next call.
+            self._rows.put(None)
+            raise ProcessExited
+        return row
+
+    def interrupt(self) -> None:
+        """Sends SIGINT to the process."""
+        self._process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Ends the process and all that it has started by force."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.alive:
+                os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
+        with contextlib.suppress(OSError):
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        self._rows.put(row)
+        self._process.wait()
+        self._rows.put(None)
+
+
+def claim_standard_streams() -> tuple[BinaryIO, BinaryIO]:
+    """Returns the standard input and output of a child process, for its protocol alone.
+
+    From then on, libraries that print write to the error output, and those that read get nothing.
+    """
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    os.dup2(sys.stdin.fileno(), 0)
+    return requests, replies
+
+
+def start_detached(
+    argv: Sequence[str],
+    cwd: str | Path,
+    env: Mapping[str, str],
+    stdout: IO[bytes],
+    stderr: IO[bytes] | int = subprocess.STDOUT,
+) -> subprocess.Popen[bytes]:
+    """Starts a process that goes on when this one ends.
+
+    Args:
+        argv: The command.
+        cwd: Its working directory.
+        env: Its whole environment.
+        stdout: File for its output.
+        stderr: File for its error output; by default the same.
+    """
+    return subprocess.Popen(
+        list(argv),
+        cwd=cwd,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,
+    )
+
+
+def process_record(pid: int) -> dict[str, Any]:
+    """Returns what identifies a process: ``pid`` and its ``created`` time, 0.0 if it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {"pid": pid, "created": float(psutil.Process(pid).create_time())}
+    return {"pid": pid, "created": 0.0}
+
+
+def recorded_process(
+    record: Mapping[str, Any], pid: str = "pid", created: str = "created"
+) -> psutil.Process | None:
+    """Returns the running process of a record, never another one with its number.
+
+    Args:
+        record: As :func:`process_record` returns it.
+        pid: Key of its process id.
+        created: Key of its creation time.
+    """
+    try:
+        process = psutil.Process(int(record[pid]))
+        same = abs(process.create_time() - float(record[created])) < 1.0
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (KeyError, TypeError, ValueError, psutil.Error):
+        return None
