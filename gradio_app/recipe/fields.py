@@ -8,14 +8,10 @@ the classes.
 from __future__ import annotations
 
 from gradio_app.recipe.setting import Field
+from gradio_app.recipe.strategy_fields import STRATEGY, strategy_field
 
-_MODEL, _DATA, _STRATEGY, _TRAINER, _CALLBACKS = (
-    "model.init_args.",
-    "data.init_args.",
-    "trainer.strategy.init_args.",
-    "trainer.",
-    "trainer.callbacks.",
-)
+_MODEL, _DATA = "model.init_args.", "data.init_args."
+_TRAINER, _CALLBACKS = "trainer.", "trainer.callbacks."
 
 
 def _training() -> tuple[Field, ...]:
@@ -49,52 +45,25 @@ def _training() -> tuple[Field, ...]:
 
 def _adapter() -> tuple[Field, ...]:
     group = "adapter"
+    modules = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
+    more = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+    inits = (True, False, "gaussian", "pissa", "olora", "orthogonal")
     return (
-        Field(_STRATEGY + "r", group, "integer", 16, ge=1, le=4096),
-        Field(_STRATEGY + "lora_alpha", group, "number", None, gt=0, optional=True),
-        Field(_STRATEGY + "lora_dropout", group, "number", 0.0, ge=0, le=0.99),
-        Field(_STRATEGY + "target_modules", group, "words", None, optional=True),
-        Field(_STRATEGY + "exclude_modules", group, "words", None, optional=True),
-        Field(_STRATEGY + "modules_to_save", group, "words", None, optional=True),
-        Field(_STRATEGY + "layers_to_transform", group, "numbers", None, optional=True),
-        Field(_STRATEGY + "rank_pattern", group, "pairs", None, optional=True),
-        Field(_STRATEGY + "alpha_pattern", group, "pairs", None, optional=True),
-        Field(_STRATEGY + "use_rslora", group, "switch", False),
-        Field(_STRATEGY + "use_dora", group, "switch", False),
-        Field(
-            _STRATEGY + "init_lora_weights",
-            group,
-            "choice",
-            True,
-            (True, False, "gaussian", "pissa", "olora", "orthogonal"),
-        ),
-        Field(_STRATEGY + "bias", group, "choice", "none", ("none", "all", "lora_only")),
-        Field(_STRATEGY + "adapt", group, "words", None, optional=True),
+        strategy_field("r", group, ge=1, le=4096),
+        strategy_field("lora_alpha", group, gt=0),
+        strategy_field("lora_dropout", group, ge=0, le=0.99),
+        *(strategy_field(name, group) for name in modules),
+        *(strategy_field(name, group) for name in more),
+        strategy_field("init_lora_weights", group, inits),
+        *(strategy_field(name, group) for name in ("bias", "adapt")),
     )
 
 
 def _quantization() -> tuple[Field, ...]:
-    group = "quantization"
+    names = ("quant_type", "use_double_quant", "compute_dtype")
     return (
-        Field(
-            _STRATEGY + "bnb_4bit_quant_type",
-            group,
-            "choice",
-            "nf4",
-            ("nf4", "fp4"),
-            method="qlora",
-        ),
-        Field(_STRATEGY + "bnb_4bit_use_double_quant", group, "switch", True, method="qlora"),
-        Field(
-            _STRATEGY + "bnb_4bit_compute_dtype",
-            group,
-            "choice",
-            None,
-            (None, "bfloat16", "float16", "float32"),
-            method="qlora",
-        ),
-        Field(_STRATEGY + "load_in_8bit", group, "switch", False, method="qlora"),
-        Field(_STRATEGY + "cache_quantized_base", group, "switch", True, method="qlora"),
+        *(strategy_field(f"bnb_4bit_{name}", "quantization") for name in names),
+        *(strategy_field(n, "quantization") for n in ("load_in_8bit", "cache_quantized_base")),
     )
 
 
@@ -110,22 +79,12 @@ def _memory() -> tuple[Field, ...]:
         ),
         Field(_TRAINER + "accelerator", group, "choice", "auto", ("auto", "cpu", "gpu", "mps")),
         Field(_TRAINER + "devices", group, "text", "auto"),
-        Field(
-            _STRATEGY + "optimizer",
+        strategy_field(
+            "optimizer",
             group,
-            "choice",
-            None,
             (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
-            defaults=(("qlora", "auto"),),
         ),
-        Field(
-            _STRATEGY + "gradient_checkpointing",
-            group,
-            "choice",
-            False,
-            ("auto", True, False),
-            defaults=(("qlora", "auto"),),
-        ),
+        strategy_field("gradient_checkpointing", group, ("auto", True, False)),
         Field(
             _MODEL + "dtype",
             group,
@@ -289,8 +248,7 @@ def _keeping() -> tuple[Field, ...]:
             le=4096,
             tasks="generation",
         ),
-        Field(_STRATEGY + "verify", group, "choice", "cheap", ("off", "cheap", "full")),
-        Field(_STRATEGY + "print_summary", group, "switch", True),
+        *(strategy_field(name, group) for name in ("verify", "print_summary")),
     )
 
 
@@ -332,7 +290,7 @@ YAML_ONLY = frozenset(
         *(f"{_MODEL}{name}" for name in ("config", "average_across_step")),
         *(f"{_DATA}{name}" for name in ("validation_data", "test_data", "cache_dir")),
         *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
-        *(f"{_STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
+        *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
         *("trainer.logger", "trainer.callbacks.BestCheckpoint.init_args.filename"),
     }
 )
