@@ -54,10 +54,7 @@ def _build_page(studio: Studio, demo: Any, t: Texts, module: str) -> None:
     page = "" if module == "home" else module
     path = route(page, t.language)
     if path:
-        # What `demo.route` does, which must be called outside of the Blocks: each time they are
-        # left, Gradio rebuilds its whole server. Its bar would list every language.
-        demo.pages.append((path, path, False))
-        demo.current_page = path
+        import_module("lightning_peft.compat.gradio").add_page(demo, path)
     import_module("gradio").Navbar(main_page_name=False, visible=False)
     with layout.page_layout(studio, t, page):
         import_module(f"gradio_app.pages.{module}").build(studio, t)
@@ -165,7 +162,7 @@ def serve(
             prevent_thread_lock=True,
             **launch_options(settings, password),
         )
-        import_module("gradio_app.pages.compact_sessions").use_compact_sessions(demo)
+        import_module("lightning_peft.compat.gradio").use_compact_sessions(demo)
     except OSError:
         studio.close()
         print(

@@ -89,7 +89,6 @@ LISTED_FOR_PAGE = LISTED - {*ATTRIBUTES["lightning"].split(), "_name_or_path"}
 
 # Files and folders whose accesses have not moved yet. It only becomes shorter.
 REMAINING = (
-    "gradio_app/",
     "lightning_peft/data/",
     "lightning_peft/engine/",
     "lightning_peft/plan/",

@@ -18,6 +18,7 @@ from gradio_app.runs.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
+from lightning_peft.compat.gradio import event_data
 
 SECONDS = 2.0
 
@@ -64,7 +65,7 @@ def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> 
 
 def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
     """Does what a button of a list asks for, and returns the page to show."""
-    data = event._data if isinstance(event._data, dict) else {}
+    data = event_data(event)
     act, run = data.get("act"), str(data.get("run"))
     if act == "page":
         return int(run) if run.isdecimal() and len(run) < 6 else 1

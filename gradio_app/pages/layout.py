@@ -10,7 +10,6 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
-from gradio.context import Context
 
 from gradio_app.guards import escaped
 from gradio_app.pages.run_state import STATE_ICONS, percent_done, phase_text, time_left
@@ -18,6 +17,7 @@ from gradio_app.settings import is_space
 from gradio_app.studio import Studio
 from gradio_app.texts import LANGUAGES, Texts
 from gradio_app.visitors import owner_of
+from lightning_peft.compat.gradio import root_block
 
 # How often the head asks whether a run is going on. Nothing is sent where nothing has changed.
 HEADER_SECONDS = 5.0
@@ -63,9 +63,7 @@ def on_load(handler: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
 
     ``gr.on`` without triggers would call it after each change of its inputs too.
     """
-    root = Context.root_block
-    assert root is not None
-    return root.load(handler, inputs, outputs, **timer_options())
+    return root_block().load(handler, inputs, outputs, **timer_options())
 
 
 def timer_options() -> dict[str, Any]:

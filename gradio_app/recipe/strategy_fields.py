@@ -23,9 +23,7 @@ _KINDS: tuple[tuple[Any, Kind], ...] = (
 )
 
 
-def strategy_field(
-    name: str, group: str, choices: tuple[Any, ...] = (), **limits: Any
-) -> Field:
+def strategy_field(name: str, group: str, choices: tuple[Any, ...] = (), **limits: Any) -> Field:
     """Returns the setting of an argument of QLoRA, and of LoRA if both have it.
 
     Args:

@@ -204,7 +204,8 @@ class _Check:
         if not isinstance(fields, dict):
             self._refuse("checks.class_form", where=where, value=shortened(fields))
             return
-        if {"auto_map", "_name_or_path", "trust_remote_code"} & set(fields):
+        internal = [name for name in fields if str(name).startswith("_")]
+        if internal or {"auto_map", "trust_remote_code"} & set(fields):
             self._refuse("checks.nested", where=where)
         self._words(fields, where)
 

@@ -13,9 +13,9 @@ import gradio as gr
 import pytest
 
 from gradio_app.localizing import language_of, localized
-from gradio_app.pages.compact_sessions import CLOSED_SESSION_AGE, MAX_SESSIONS, CompactSessions
 from gradio_app.pages.layout import page_title
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.compat.gradio import CLOSED_SESSION_AGE, MAX_SESSIONS, CompactSessions
 from tests.app.browsing import PHONE, not_german, overflow, violations
 from tests.app.servers import environment
 

@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # Of the library, what costs nothing to import.
 LIGHT = {
+    "lightning_peft.compat.gradio",
     "lightning_peft.arguments",
     "lightning_peft.cli",
     "lightning_peft.cli.recipes",

@@ -19,6 +19,7 @@ from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, valida
 from gradio_app.recipe.presets import GPUS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
 from gradio_app.texts import Texts
+from lightning_peft.compat.gradio import event_data
 
 # The planner's parts, as few as a person wants to tell apart.
 PARTS = {
@@ -65,10 +66,8 @@ def build(editor: Editor) -> None:
     )
 
     def fix(session: Session, event: gr.EventData) -> dict[str, Any]:
-        data = getattr(event, "_data", None)
-        name = data.get("fix") if isinstance(data, dict) else None
         longest = session.report.longest if session.report else None
-        return with_fix(session.content, name, longest)
+        return with_fix(session.content, event_data(event).get("fix"), longest)
 
     editor.bind_event(bar.click, fix)
 

@@ -33,6 +33,7 @@ from gradio_app.recipe.form import (
 )
 from gradio_app.recipe.presets import AMOUNTS
 from gradio_app.texts import Texts
+from lightning_peft.compat.gradio import event_data
 
 # Of the data, what says nothing of its rows.
 _BATCH_FIELDS = {
@@ -226,8 +227,7 @@ def apply_field(session: Session, path: str, normalize_decimal: Any) -> None:
 
 
 def _reset(session: Session, event: gr.EventData) -> dict[str, Any]:
-    data = getattr(event, "_data", None)
-    path = data.get("setting") if isinstance(data, dict) else None
+    path = event_data(event).get("setting")
     return reset_field(session.content, session.baseline, str(path))
 
 

@@ -20,6 +20,7 @@ from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of, token_of
+from lightning_peft.compat.gradio import event_data
 
 # While an export is going on, and while there is none.
 SECONDS, SLOW_SECONDS = 1.0, 5.0
@@ -343,7 +344,7 @@ class ExportTab:
     ) -> list[Any]:
         """Does what a button of the list asks for."""
         owner, exports = self._owner(request), self.studio.exports
-        data = event._data if isinstance(event._data, dict) else {}
+        data = event_data(event)
         act, name, file = data.get("act"), data.get("export"), None
         if act == "download":
             run, export = exports.get(owner, run_id, name)
