@@ -1,1 +1,1 @@
-"""The web page: a recipe editor and a reader of run folders."""
+"""The web page: a recipe editor and a viewer of run folders, next to the command line."""

@@ -1,10 +1,10 @@
-"""What the page tells a visitor who asked for something that cannot be."""
+"""Errors that are shown to the visitor."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A request that is refused; the text is for the visitor, and holds no path or secret.
+    """An error in a request; its text is shown to the visitor, and holds no path or secret.
 
     Attributes:
         key: Key of the text in ``texts``, such as ``"errors.no_such_run"``.

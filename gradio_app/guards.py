@@ -66,7 +66,7 @@ def checked_revision(text: object, commit: bool = False) -> str | None:
 
     Args:
         text: What was given.
-        commit: Whether it must be the 40 characters of a commit, which nobody can move.
+        commit: Whether it must be the 40 characters of a commit, which cannot be moved.
 
     Raises:
         UserError: If it cannot.

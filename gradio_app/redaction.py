@@ -93,7 +93,7 @@ class Redactor:
 def _marks(uploads: Path) -> list[tuple[re.Pattern[str], str]]:
     """Returns what marks stand for, the innermost folder first."""
     inner = sorted(bundled_folders().items(), key=lambda one: -len(str(one[1])))
-    # Code of the package keeps the form of Python's tracebacks.
+    # Paths of the package's code stay as Python prints them.
     found = [
         (re.compile(rf"{re.escape(str(folder))}/(?![\w./+-]*\.pyc?\b)"), mark)
         for mark, folder in inner

@@ -11,7 +11,7 @@ class Redirects:
     """ASGI middleware that sends guessed addresses of pages to their own.
 
     Args:
-        app: What is asked for everything else.
+        app: The app for all other requests.
         pages: Names of the pages, ``""`` for the first.
     """
 

@@ -122,7 +122,7 @@ def labels() -> dict[str, dict[str, str]]:
 
 
 def is_loopback(host: str) -> bool:
-    """Says whether only this machine can reach a server on ``host``."""
+    """Whether only this machine can reach a server on ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -142,7 +142,7 @@ def serve(
         settings: What the page may do.
         host: Address to listen on.
         port: Port; 0 takes a free one.
-        password: Name and password that are asked for, if any.
+        password: User name and password, if required.
         open_browser: Whether to open the page in a browser.
 
     Returns:
@@ -172,14 +172,14 @@ def serve(
         return 1
     print(
         f"The page is at http://{host}:{port}/ (runs in {settings.runs}). Ctrl-C stops the page; "
-        "runs go on.",
+        "runs continue.",
         flush=True,
     )
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         threading.Event().wait()
     except KeyboardInterrupt:
-        print("The page is closed. Runs that were going on go on.", file=sys.stderr)
+        print("The page is closed. Active runs continue.", file=sys.stderr)
     finally:
         demo.close(verbose=False)
         studio.close()
@@ -187,7 +187,7 @@ def serve(
 
 
 def free_port(host: str) -> int:
-    """Returns a port that nobody listens on now."""
+    """Returns a free port."""
     with socket.socket() as opened:
         opened.bind((host, 0))
         return int(opened.getsockname()[1])

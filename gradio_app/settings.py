@@ -60,7 +60,7 @@ class Settings:
         space: Whether the page is a Hugging Face Space, open to strangers.
         zero_gpu: Whether that Space has ZeroGPU, so that runs are lent a GPU for a short time.
         command: How the command line is started, as a list of arguments.
-        tick_seconds: How often the page of an active run asks for news at first.
+        tick_seconds: Seconds between updates of the page of an active run, at first.
         max_concurrent_runs: How many runs this machine carries out at a time; others wait in line.
     """
 
@@ -103,10 +103,10 @@ class Settings:
 
 
 def is_space() -> bool:
-    """Says whether this process is a Hugging Face Space."""
+    """Whether this process is a Hugging Face Space."""
     return bool(os.environ.get("SPACE_ID"))
 
 
 def has_zero_gpu() -> bool:
-    """Says whether this process is a Space with ZeroGPU."""
+    """Whether this process is a Space with ZeroGPU."""
     return os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")

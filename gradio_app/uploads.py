@@ -76,7 +76,7 @@ class Uploads:
             day: Today, as ``"20261126"``.
 
         Raises:
-            UserError: If it is of no kind that is read, too large, or not what its name says.
+            UserError: If it is too large, of another type, or its content does not match its name.
         """
         path = Path(str(file))
         suffix = path.suffix.lower()
@@ -131,7 +131,7 @@ class Uploads:
 
 
 def check_content(path: Path, suffix: str) -> None:
-    """Checks that a file is what its name says, as far as its beginning tells.
+    """Checks that the beginning of a file matches its suffix.
 
     Raises:
         UserError: If it is not.
@@ -144,17 +144,17 @@ def check_content(path: Path, suffix: str) -> None:
     if suffix == ".xlsx":
         _check_workbook(path)
         return
-    told = {"name": shortened(path.name), "kind": suffix}
+    values = {"name": shortened(path.name), "kind": suffix}
     if head.startswith(_BINARY_PREFIXES):
-        raise UserError("checks.upload_binary", **told)
+        raise UserError("checks.upload_binary", **values)
     text = _decoded(head, path.name)
     if text is None:
-        raise UserError("checks.upload_binary", **told)
+        raise UserError("checks.upload_binary", **values)
     first = text.lstrip()[:1]
     if suffix == ".json" and first not in ("[", "{"):
-        raise UserError("checks.upload_json", **told)
+        raise UserError("checks.upload_json", **values)
     if suffix == ".jsonl" and not _has_json_object(text):
-        raise UserError("checks.upload_jsonl", **told)
+        raise UserError("checks.upload_jsonl", **values)
 
 
 def _decoded(head: bytes, name: str) -> str | None:
@@ -189,7 +189,7 @@ def original_name(name: str) -> str:
 
 
 def _has_json_object(text: str) -> bool:
-    """Whether a line is a JSON object; bad ones among them are reported by the data check."""
+    """Whether a line is a JSON object; bad ones are reported by the data check."""
     lines = text.splitlines()
     # The last one may be cut; if it is the only one, its beginning tells.
     if len(lines) <= 1 and len(text) > _SNIFF_BYTES // 2:

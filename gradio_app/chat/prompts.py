@@ -78,7 +78,7 @@ def held_out_prompts(run: Run) -> list[HeldOutPrompt]:
 
 
 def _row(turns: Any) -> HeldOutPrompt | None:
-    """Returns a row whose turns are known, if it can be asked."""
+    """Returns a row whose turns are known, if it ends in a question and its answer."""
     try:
         said = tuple((str(turn["role"]), str(turn["content"])) for turn in turns)
     except (KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What is asked of a model: a conversation and how tokens are drawn, checked before it is sent."""
+"""Requests to a model: a conversation and sampling settings, validated before they are sent."""
 
 from __future__ import annotations
 

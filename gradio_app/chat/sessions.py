@@ -42,7 +42,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The status of a model process, as its user sees it.
+    """State of a model process, for the visitor who uses it.
 
     Attributes:
         phase: ``"none"``, ``"loading"``, ``"ready"`` or ``"answering"``.
@@ -112,7 +112,7 @@ class _LoadedModel:
 
 
 class ChatSessions:
-    """Starts, asks and ends the model process.
+    """Starts, queries and ends the model process.
 
     Args:
         settings: What the server was started with.
@@ -141,7 +141,7 @@ class ChatSessions:
             self._unload(self._loaded)
 
     def model_status(self, owner: str) -> ModelStatus:
-        """Returns the status of a visitor's own model."""
+        """Returns the state of a visitor's model; that of another visitor's is not revealed."""
         loaded = self._loaded
         if loaded is None or loaded.owner != owner:
             return ModelStatus()
@@ -178,7 +178,7 @@ class ChatSessions:
         """Loads a run's base and adapters, unless they are; yields how far it is.
 
         Args:
-            owner: Who asks; the run is theirs.
+            owner: The visitor, who owns the run.
             run: The run.
             checkpoint: Name of the checkpoint that must be among the adapters.
 
@@ -200,7 +200,7 @@ class ChatSessions:
         try:
             yield from self._loading(loaded)
         finally:
-            # Also where nobody waits for it any more.
+            # Also where the generator is closed early.
             if loaded.phase == "loading":
                 self._unload(loaded)
 
@@ -227,7 +227,7 @@ class ChatSessions:
         """Yields an answer as it comes.
 
         Args:
-            owner: Who asks.
+            owner: The visitor.
             run: The run whose model is loaded.
             checkpoint: Which adapters answer; ``None`` for the base.
             messages: The conversation, the question last.
@@ -250,7 +250,7 @@ class ChatSessions:
             raise
         finally:
             if not whole:
-                # Nobody waits for the rest.
+                # The rest is not needed.
                 with contextlib.suppress(ProcessExited):
                     loaded.process.send({"stop": key})
             with self._lock:
@@ -274,7 +274,7 @@ class ChatSessions:
         while True:
             row = self._next(loaded, self.patience.silence)
             if row.get("id") != key:
-                # The rest of an answer that nobody waited for.
+                # The rest of an answer that was abandoned.
                 continue
             if "error" in row:
                 raise UserError(

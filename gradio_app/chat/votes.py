@@ -16,19 +16,19 @@ FILE = "votes.jsonl"
 SIDES = ("a", "b")
 VOTES = (*SIDES, "tie", "both_bad")
 OUTCOMES = ("tuned", "base", "tie", "both_bad")
-# A public page must not fill a disk.
+# A public page must not fill the disk.
 MAX_BYTES = 5_000_000
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Ballot:
-    """Two answers whose models are not revealed yet.
+    """Two answers whose sources are not revealed yet.
 
     Attributes:
         run_id: The run.
         checkpoint: Name of the checkpoint that is compared with the base.
-        prompt: What was asked.
+        prompt: The question.
         who: ``"base"`` and ``"tuned"``, by side.
         answers: What was said, by side.
         settings: How tokens were drawn.
@@ -56,7 +56,7 @@ def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
         Whom it was for: ``"tuned"``, ``"base"``, ``"tie"`` or ``"both_bad"``.
 
     Raises:
-        UserError: If it is not a vote, or there are too many.
+        UserError: If the vote is invalid, or there are too many.
     """
     if vote not in VOTES or ballot.run_id != run.id or set(ballot.answers) != set(SIDES):
         raise UserError("playground.refused_vote")

@@ -1,1 +1,1 @@
-"""Comparison of runs: differences of their recipes, and outcomes."""
+"""Comparison of runs: differences of their recipes and results."""

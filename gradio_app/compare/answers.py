@@ -17,8 +17,8 @@ class AnswerComparison:
 
     Attributes:
         prompt: The prompt.
-        expected: What the data says to it.
-        answers: What each run said; ``None`` for one that was not asked.
+        expected: The answer in the data.
+        answers: The answer of each run; ``None`` for one without that prompt.
     """
 
     prompt: str
@@ -27,7 +27,7 @@ class AnswerComparison:
 
 
 def compare_answers(runs: Sequence[Run]) -> list[AnswerComparison]:
-    """Returns prompts that more than one run was asked; those of most runs come first."""
+    """Returns the prompts that more than one run has; those of most runs come first."""
     asked: dict[str, str] = {}
     answers: list[dict[str, str]] = []
     for run in runs:

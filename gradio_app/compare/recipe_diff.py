@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-# Where a run keeps its files is not a setting of it.
+# Where a run keeps its files is not a setting.
 _NOT_SETTINGS = ("run_dir", "resume")
 MISSING = object()
 

@@ -44,7 +44,7 @@ def select_runs(store: RunStore, owner: str, ids: Iterable[object]) -> RunSelect
 
     Args:
         store: All runs.
-        owner: Who asks.
+        owner: The visitor.
         ids: What is named, once or more often.
     """
     wanted = list(dict.fromkeys(str(one) for one in ids))

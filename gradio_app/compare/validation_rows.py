@@ -12,7 +12,7 @@ from gradio_app.runs.types import Run
 
 
 def same_validation_rows(runs: Sequence[Run]) -> bool:
-    """Says whether runs were validated on the same rows, as the same tokens.
+    """Whether runs were validated on the same rows, as the same tokens.
 
     ``False`` also where that is not known, such as before a run has read its data.
     """

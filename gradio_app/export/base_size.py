@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from gradio_app.runs.files import read_json_object
+from gradio_app.runs.files import read_json_object, read_tensor_entries
 
 # What the libraries take besides the weights.
 _LIBRARIES = 800_000_000
-# A header of more is none.
-_HEADER = 100_000_000
+_FILES = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,13 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
 @lru_cache(maxsize=64)
 def _size(name: str, revision: str | None) -> BaseSize | None:
     folder = Path(name) if Path(name).is_dir() else _cached(name, revision)
-    counts = [
-        math.prod(entry["shape"])
-        for file in sorted(folder.glob("*.safetensors") if folder else ())
-        for key, entry in _header(file).items()
-        if key != "__metadata__" and isinstance(entry, dict) and "shape" in entry
-    ]
+    if folder is None:
+        return None
+    try:
+        headers = [read_tensor_entries(file)[0] for file in folder.glob(_FILES)]
+        counts = [math.prod(one["shape"]) for header in headers for one in header.values()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
     return BaseSize(sum(counts), max(counts)) if counts else None
 
 
@@ -95,13 +93,3 @@ def _cached(name: str, revision: str | None) -> Path | None:
         return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
     except (OSError, ValueError):
         return None
-
-
-def _header(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            content = json.loads(opened.read(length)) if length <= _HEADER else {}
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

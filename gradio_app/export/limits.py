@@ -19,7 +19,7 @@ def check_machine(busy: Run | None, owner: str) -> None:
 
     Args:
         busy: The run that uses it.
-        owner: Who asks: what others call their runs is theirs.
+        owner: Who exports; names of other owners' runs are not shown.
 
     Raises:
         UserError: If one does.

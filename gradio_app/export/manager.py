@@ -1,4 +1,4 @@
-"""The exports of a run: each a process of its own, which goes on when the page is closed."""
+"""The exports of a run: each a process of its own, which continues when the page is closed."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class ExportManager:
                 environment of the process that pushes, and nowhere else.
 
         Raises:
-            UserError: If there is nothing to push, or nobody who does.
+            UserError: If there is nothing to push, or no account to push from.
         """
         with self._lock:
             run, export = self.get(owner, run_id, name)
@@ -211,6 +211,6 @@ def pusher_environment(settings: Settings, token: str | None) -> dict[str, str]:
     environment = training_environment(settings)
     if token:
         environment["HF_TOKEN"] = token
-        # On a Space nobody is signed in by themselves; here somebody has just been named.
+        # On a Space no token is used implicitly; this one was given for the push.
         environment.pop("HF_HUB_DISABLE_IMPLICIT_TOKEN", None)
     return environment

@@ -1,4 +1,4 @@
-"""One export on disk: what was asked for, how far it is, and what came of it."""
+"""One export on disk: its request, progress and result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Export:
         name: Name of its folder, made by the server.
         folder: The folder.
         run_name: What the run's adapter is called.
-        request: What was asked for.
+        request: The request.
         created: When, in seconds since 1970.
         state: ``"going"``, ``"cancelling"``, ``"cancelled"``, ``"failed"``, ``"finished"``,
             ``"asks"`` (whether what it lists is to be pushed), or ``"pushed"``.
@@ -62,7 +62,7 @@ class Export:
 
     @property
     def needs_template(self) -> bool:
-        """Whether something is left to do by hand: a Modelfile that says nothing of turns.
+        """Whether its Modelfile has no chat template, so that one must be added by hand.
 
         Ollama sends prompts as they are then, which a model that was trained on turns has not seen.
         """
@@ -110,7 +110,7 @@ class Export:
 
     @property
     def failure(self) -> tuple[str, str]:
-        """Which texts say why it failed, and what the command itself said."""
+        """Returns the kind of failure, which selects its texts, and the command's own message."""
         log = tail(self.folder / LOG_FILE)
         said = log.rpartition(_MESSAGE_PREFIX)[2].strip() if _MESSAGE_PREFIX in log else ""
         kind = classify_error(said or log) or (

@@ -1,4 +1,4 @@
-"""What a recipe of a visitor may name: LightningCLI makes whatever ``class_path`` says."""
+"""What a visitor's recipe may name: LightningCLI instantiates any ``class_path``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TRAINER = frozenset(
         *("reload_dataloaders_every_n_epochs", "enable_autolog_hparams"),
     }
 )
-# What runs keep in their recipe, and what each new run sets again.
+# Set by each run, and not taken over from the recipe of an earlier one.
 OF_A_RUN = frozenset({"default_root_dir", "profiler", "plugins", "model_registry"})
 # Arguments that jsonargparse would make objects of: only left out.
 ONLY_NULL = frozenset({"peft_config", "quantization_config", "cache_dir"})

@@ -57,7 +57,7 @@ def answer(
             with report_rows_to(on_rows):
                 code = int(import_module("lightning_peft.cli").main(arguments))
         except SystemExit as stop:
-            # argparse ends the process; this one goes on.
+            # argparse exits; this process continues.
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except KeyboardInterrupt as stop:
             if _in_import(stop.__traceback__):
@@ -85,7 +85,7 @@ class _Interrupts:
 
 
 def _in_import(trace: TracebackType | None) -> bool:
-    """Says whether an exception was raised while a module was being imported."""
+    """Whether an exception was raised while a module was being imported."""
     names = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
     return any(name.startswith("<frozen importlib") for name in names)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-# Told from a value that is `null`.
+# Distinct from a value that is `null`.
 MISSING: Any = object()
 CALLBACKS = "lightning_peft.tasks"
 
@@ -43,7 +43,7 @@ def data_of(content: Any) -> str:
 def with_value(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Returns a copy with ``value`` at ``path``; :data:`MISSING` takes the key away.
 
-    A callback that the recipe does not have is left alone: its arguments say nothing then.
+    A callback that the recipe does not have stays absent: its arguments mean nothing then.
     """
     changed = copy.deepcopy(content)
     *way, last = path.split(".")

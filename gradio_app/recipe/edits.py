@@ -64,7 +64,7 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
     """Returns the recipe of a task; the small trial has a model and data that are here already.
 
     Raises:
-        UserError: If there is no such task.
+        UserError: If the task does not exist.
     """
     if task not in TASKS or method not in METHODS:
         raise UserError("checks.no_recipe", name=shortened(task))
@@ -75,11 +75,11 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
 
 
 def load_recipe_file(name: str) -> dict[str, Any]:
-    """Returns what a recipe's own file says."""
+    """Returns the content of a recipe's own file."""
     return copy.deepcopy(_in_file(name))
 
 
-# The form asks for them after each change of a setting, and files of the package stay as they are.
+# The form needs them after each change of a setting, and files of the package stay as they are.
 _files = cache(recipe_files)
 
 
@@ -152,11 +152,11 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
     """Returns the recipe of another task, with model and data kept where the task takes them.
 
     A model is kept where it is offered for both tasks, or both train the same class of model; data
-    where both take rows of the same shapes. Settings that both have and that were changed by nobody
+    where both take rows of the same shapes. Settings that both have and that were not changed
     are those of the other task.
 
     Raises:
-        UserError: If there is no such task.
+        UserError: If the task does not exist.
     """
     other = base_recipe(name, method_of(content))
     before, after = task_of_config(content), TASKS[str(name)]
@@ -266,7 +266,7 @@ def with_amount(content: dict[str, Any], amount: object) -> dict[str, Any]:
     """Returns the recipe with epochs, rank and learning rate of a preset.
 
     Raises:
-        UserError: If there is no such preset.
+        UserError: If the preset does not exist.
     """
     if not isinstance(amount, str) or amount not in AMOUNTS:
         raise UserError("checks.no_amount", name=shortened(amount))

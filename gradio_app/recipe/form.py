@@ -224,7 +224,7 @@ def reset_field(content: dict[str, Any], since: Mapping[str, Any], path: str) ->
     """Returns a recipe in which a setting is again what it was.
 
     Raises:
-        UserError: If there is no such setting.
+        UserError: If the setting does not exist.
     """
     if path not in BY_PATH:
         raise UserError("checks.unknown", where=shortened(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,9 +14,8 @@ from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.guards import shortened
+from gradio_app.runs.files import read_json_object, read_tensor_entries
 
-# A header of more is none.
-_HEADER = 100_000_000
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -47,7 +45,7 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def is_cached(name: str) -> bool:
-    """Says whether the hub's cache of this machine has files of a model."""
+    """Whether the hub's cache of this machine has files of a model."""
     return (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
 
 
@@ -61,7 +59,7 @@ def free_bytes() -> int:
 
 def remote_code_files(folder: Path) -> list[str]:
     """Returns the files of code that a model cannot do without; none if transformers knows it."""
-    config = _read_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     named = config.get("auto_map")
     if not isinstance(named, dict) or _in_transformers(config.get("model_type")):
         return []
@@ -78,7 +76,7 @@ def validate_folder(folder: Path) -> None:
         UserError: With what is missing or damaged.
     """
     name = folder.name
-    config = _read_object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     kind = config.get("model_type")
     if not config:
         raise UserError("checks.folder_config", path=shortened(name))
@@ -106,7 +104,7 @@ def weight_bytes(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the files of a model say of it; ``None`` or empty where they do not.
+    """Properties of a model by its files; ``None`` or empty where they are unknown.
 
     Attributes:
         architecture: Class of transformers, such as ``"LlamaForCausalLM"``.
@@ -124,14 +122,14 @@ class ModelInfo:
 
 
 def model_info(folder: Path) -> ModelInfo:
-    """Returns what the files of a model in a folder say of it."""
-    config = _read_object(folder / "config.json")
+    """Returns the properties of a model by the files in its folder."""
+    config = read_json_object(folder / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     names = _as_list(config.get("architectures") or config.get("model_type") or "")
     context = (text or config).get("max_position_embeddings")
     dtype = next((config[key] for key in ("dtype", "torch_dtype") if config.get(key)), "")
     has_chat_template = (folder / "chat_template.jinja").is_file() or bool(
-        _read_object(folder / "tokenizer_config.json").get("chat_template")
+        read_json_object(folder / "tokenizer_config.json").get("chat_template")
     )
     counts = [_count_values(file) for file in folder.glob("*.safetensors")]
     known = sum(count for count in counts if count) if counts and all(counts) else None
@@ -142,44 +140,28 @@ def model_info(folder: Path) -> ModelInfo:
 
 
 def _count_values(file: Path) -> int | None:
-    """Returns how many values the tensors of a file have, by its header."""
+    """Returns the number of values in a file of tensors, by its header."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header: dict[str, Any] = json.loads(opened.read(length)) if length <= _HEADER else {}
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        return sum(prod(entry["shape"]) for entry in entries)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return sum(prod(entry["shape"]) for entry in read_tensor_entries(file)[0].values())
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _indexed_files(folder: Path) -> list[str]:
     """Returns the files that the weights are said to be in; none where nothing is said."""
-    files = _read_object(folder / _INDEX).get("weight_map")
+    files = read_json_object(folder / _INDEX).get("weight_map")
     names = set(files.values()) if isinstance(files, dict) else set()
     return sorted(name for name in names if isinstance(name, str) and "/" not in name)
 
 
 def _is_complete(file: Path) -> bool:
-    """Says whether a file of weights is as long as its header says."""
+    """Whether a file of tensors is as long as its header implies."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header: dict[str, Any] = json.loads(opened.read(length)) if length <= _HEADER else {}
-        ends = [
-            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-        ]
-        return bool(8 + length + max(ends, default=0) == file.stat().st_size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        entries, start = read_tensor_entries(file)
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        return bool(start + max(ends, default=0) == file.stat().st_size)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -187,7 +169,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _in_transformers(kind: object) -> bool:
-    """Says whether transformers has code of its own for a kind of model."""
+    """Whether transformers has code of its own for a kind of model."""
     return isinstance(kind, str) and (kind in _model_types() or not _model_types())
 
 
@@ -195,7 +177,7 @@ def _in_transformers(kind: object) -> bool:
 def _model_types() -> frozenset[str]:
     """Returns the kinds of models that stand in transformers' tables, which is not imported.
 
-    A few words that are not kinds are among them.
+    A few other words are among them.
     """
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:

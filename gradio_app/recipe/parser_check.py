@@ -17,14 +17,14 @@ SECONDS = 120.0
 def parser_error(
     content: dict[str, Any], worker: CommandWorker, still_needed: Callable[[], bool] | None = None
 ) -> str:
-    """Returns what ``lightning-peft fit`` says against a checked recipe; empty if nothing.
+    """Returns the error of ``lightning-peft fit`` for a checked recipe; empty if there is none.
 
     Nothing is made and nothing is loaded: only names, kinds and values of arguments are checked.
 
     Args:
         content: The recipe.
         worker: Runs the command.
-        still_needed: Says whether the answer is still wanted.
+        still_needed: Polled; returns whether the answer is still needed.
     """
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"

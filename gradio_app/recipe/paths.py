@@ -42,7 +42,7 @@ class AllowedPaths:
         """Returns the path of some rows as the run gets it.
 
         Raises:
-            UserError: If it is not a file or folder that this page may read, nor a name on the hub.
+            UserError: If this page may not read it, and it is not a name on the hub.
         """
         text = _checked_text(value)
         if text.startswith(UPLOAD):
@@ -69,7 +69,7 @@ class AllowedPaths:
         """Returns the path of a model, tokenizer or processor as the run gets it.
 
         Raises:
-            UserError: If it is none that this page may read, nor a name on the hub.
+            UserError: If this page may not read it, and it is not a name on the hub.
         """
         text = _checked_text(value)
         found = _bundled_path(text)

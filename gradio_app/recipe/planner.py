@@ -19,7 +19,7 @@ from gradio_app.recipe.preview import error_message, local_path
 from lightning_peft.task_registry import task_of_config
 
 SECONDS = 120.0
-# Where neither the recipe nor the data says how long rows are.
+# Where neither the recipe nor the data determines the length of rows.
 DEFAULT_LENGTH = 512
 # How long a plan is kept: what is free of this machine changes.
 CACHE_SECONDS = 300.0
@@ -69,7 +69,7 @@ class Plan:
 
 @dataclass
 class PlanCache:
-    """The plans of one page, so that a change that needs no other memory asks for no new one."""
+    """The plans of one page, so that a change that does not affect memory reuses them."""
 
     answers: dict[tuple[str, ...], tuple[float, CommandResult]] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class PlanCache:
         Args:
             words: The command.
             worker: Runs it.
-            still_needed: Says whether the answer is still wanted.
+            still_needed: Polled; returns whether the answer is still needed.
         """
         now = time.monotonic()
         self.answers = {k: one for k, one in self.answers.items() if now - one[0] < CACHE_SECONDS}
@@ -114,7 +114,7 @@ def validate_device(text: object) -> str:
     """Returns what a run is planned for, as the command takes it.
 
     Raises:
-        UserError: If it is no GPU of the list, and no amount.
+        UserError: If it is neither a GPU of the list nor an amount.
     """
     name = text.strip() if isinstance(text, str) else ""
     if name in (THIS_MACHINE, *GPUS) or _AMOUNT.fullmatch(name):
@@ -197,7 +197,7 @@ def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict
     """Returns a recipe that needs less memory.
 
     Raises:
-        UserError: If there is no such change.
+        UserError: If the change does not exist.
     """
     if name == "qlora":
         return with_method(content, "qlora")

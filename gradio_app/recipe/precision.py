@@ -1,4 +1,4 @@
-"""Which precision a model is trained in where nobody has chosen one, and why."""
+"""The default precision of a training, and the reason for it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class DataReport:
         refusal: Why nothing could be said, in the words of the command.
         skipping: Whether rows with problems are left out.
         step: Step of the form in which the refusal can be solved.
-        cancelled: Whether nobody waits for it any more.
+        cancelled: Whether it was no longer needed.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)
@@ -83,19 +83,19 @@ def preview_data(
         content: A recipe that has been checked.
         worker: Runs the command.
         space: Whether strangers ask.
-        still_needed: Says whether the answer is still wanted.
+        still_needed: Polled; returns whether the answer is still needed.
         on_rows: Is given how many rows have been read, again and again.
     """
     place = data_of(content)
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
     table = first_rows(local_path(place), content)
     if value_at(content, "data.class_path", "").endswith("SeriesData"):
-        # A table of numbers is not rows of examples; the run checks it before its first step.
+        # A table of numbers has no rows of examples; the run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"
         if skipping is not None:
-            # The file is the run's; here it is only asked what would be in it.
+            # The file is the run's; this only shows what it would contain.
             skipped_rows_file = str(Path(folder) / "left-out.jsonl")
             content = with_value(content, "data.init_args.skip_bad_rows", skipped_rows_file)
         file.write_text(dump_yaml({"data": content["data"]}), encoding="utf-8")
@@ -107,8 +107,10 @@ def preview_data(
     if numbers is None:
         return DataReport(table=table, refusal=error_message(answer), skipping=skipping is not None)
     # Of the rows themselves nothing is changed.
-    told = {"problems": worker.redactor.value(numbers.get("problems", []), worker.redactor.record)}
-    return DataReport(numbers | told, table, skipping=skipping is not None)
+    redacted_rows = {
+        "problems": worker.redactor.value(numbers.get("problems", []), worker.redactor.record)
+    }
+    return DataReport(numbers | redacted_rows, table, skipping=skipping is not None)
 
 
 def local_path(place: str) -> Path:

@@ -41,7 +41,7 @@ def first_rows(
 
     Args:
         path: The file, of a kind that the library reads; of a folder, its first file.
-        content: The recipe, which may say how files are read.
+        content: The recipe, which may set how files are read.
         most: How many.
     """
     given = {

@@ -172,7 +172,7 @@ class _Check:
                     checked_revision(model.get("revision"), commit=True)
                 except UserError:
                     self._refuse("checks.remote")
-        # A refused path is not echoed.
+        # Nothing is revealed about a path that was refused.
         known = len(self.problems) == before and isinstance(model.get("model"), str)
         if known and model.get("config") is None:
             try:
@@ -274,7 +274,7 @@ def check_files(name: str, revision: object, trusted: bool) -> None:
         trusted: Whether the code that comes with it may be run.
 
     Raises:
-        UserError: If a folder holds no whole model, or a model needs code of its own that nobody
+        UserError: If a folder holds no whole model, or a model needs code of its own that was not
             has allowed to be run.
     """
     if Path(name).is_absolute():

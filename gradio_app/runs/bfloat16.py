@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from gradio_app.runs.machine import this_machine
+from gradio_app.runs.machine import query_nvidia_smi, this_machine
 from gradio_app.settings import has_zero_gpu
 
 # GPUs of compute capability 8.0 and newer compute bfloat16 themselves.
 _CAPABILITY = 8
 _CPUINFO = Path("/proc/cpuinfo")
-# As Linux calls what a processor can do, on x86 and on ARM.
+# CPU flags of Linux, on x86 and on ARM.
 _FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 Kind = Literal["gpu", "old_gpu", "cpu", "old_cpu", "unknown"]
 
@@ -25,7 +23,7 @@ def detect_bfloat16() -> Kind:
     if has_zero_gpu():
         return "gpu"
     if this_machine().gpu:
-        return classify_gpu(_capability())
+        return classify_gpu(query_nvidia_smi("compute_cap"))
     return classify_cpu(_CPUINFO)
 
 
@@ -38,7 +36,7 @@ def classify_gpu(capability: str) -> Kind:
 
 
 def classify_cpu(cpuinfo: Path) -> Kind:
-    """Returns the kind of a processor by what Linux lists of it."""
+    """Returns the kind of a CPU by the flags that Linux lists."""
     if not cpuinfo.is_file():
         return "unknown"
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -46,15 +44,3 @@ def classify_cpu(cpuinfo: Path) -> Kind:
     if not listed:
         return "unknown"
     return "cpu" if _FLAGS & set(listed[0].partition(":")[2].split()) else "old_cpu"
-
-
-def _capability() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    words = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return said.stdout if said.returncode == 0 else ""

@@ -8,7 +8,7 @@ from statistics import fmean, variance
 Points = list[tuple[int, float]]
 # More make a browser slow, and no screen shows them.
 MAX_POINTS = 500
-# Of fewer points nobody can tell a trend from noise.
+# With fewer points, a trend cannot be told from noise.
 MIN_POINTS = 20
 
 
@@ -16,7 +16,7 @@ def downsample(points: Points, most: int = MAX_POINTS) -> Points:
     """Returns at most ``most`` of the points: of each stretch the least and the greatest.
 
     A peak of a single step is still there, and so are the first point and the last. Values that
-    are not numbers stay if a stretch has nothing else.
+    are not finite stay if a stretch has nothing else.
     """
     if len(points) <= most:
         return list(points)

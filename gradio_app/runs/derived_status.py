@@ -1,4 +1,4 @@
-"""In which state a run is: what it says itself, and what its process and its place in line say."""
+"""The state of a run, from its own status, its process and the queue."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _LAUNCHING_SECONDS = 3.0
 def derive_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) -> Status:
     """Returns the status of a run.
 
-    What ``status.json`` says is of the last process that spoke. One that waits, or was just
-    started, has not spoken yet.
+    ``status.json`` is of the last process that wrote it. One that waits, or was just
+    started, has not written it yet.
 
     Args:
         folder: Its folder.
@@ -34,7 +34,7 @@ def derive_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) 
     if written is None or written.started < metadata.launched:
         return _unwritten_status(folder, metadata, executor)
     if metadata.resume and not written.step:
-        # A run that goes on begins to count from its checkpoint with its first step.
+        # A resumed run counts from its checkpoint once its first step is done.
         written = replace(written, step=metadata.from_step)
     if written.state == "crashed" and (metadata.kill_asked or metadata.stop_asked):
         return replace(written, state="stopped", phase="stopped at once")

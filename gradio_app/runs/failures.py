@@ -13,7 +13,7 @@ from gradio_app.runs.local import START_LOG
 from gradio_app.runs.types import Run
 from lightning_peft import errors
 
-# Kinds of causes, and what shows them, in the name of the error or in what it says. The first one
+# Kinds of causes, and the patterns that show them in an error's name or message. The first match
 # counts. Each has texts `why_KIND` and `todo_KIND`.
 _SIGNS: tuple[tuple[str, str], ...] = (
     ("gpu_memory", r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),

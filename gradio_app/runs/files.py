@@ -14,6 +14,8 @@ from gradio_app.guards import redacted
 
 LOG_LINES = 200
 _TAIL_BYTES = 64 * 1024
+# A longer header is not one.
+_MAX_HEADER = 100_000_000
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # What no browser should be sent: control characters besides the end of a line and the tab.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
@@ -28,9 +30,26 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; an empty one where there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_tensor_entries(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Returns the header of a safetensors file by tensor, and where its values begin.
+
+    Raises:
+        ValueError: If it is not one, or is cut off within the header.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length)) if length <= _MAX_HEADER else None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file.name} has no header")
+    header.pop("__metadata__", None)
+    if not all(isinstance(entry, dict) for entry in header.values()):
+        raise ValueError(f"{file.name} has a header of another kind")
+    return header, 8 + length
 
 
 def read_rows(file: Path, most_bytes: int = 2_000_000) -> Iterator[dict[str, Any]]:

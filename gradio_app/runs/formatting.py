@@ -1,4 +1,4 @@
-"""Times, sizes and numbers as people say them, in the visitor's language."""
+"""Times, sizes and numbers for people, in the visitor's language."""
 
 from __future__ import annotations
 

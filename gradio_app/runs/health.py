@@ -1,4 +1,4 @@
-"""What is amiss around a run that it does not say itself: no steps, little disk, little memory."""
+"""Warnings about a run that it cannot report itself: no progress, low disk, low memory."""
 
 from __future__ import annotations
 

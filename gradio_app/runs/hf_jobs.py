@@ -23,6 +23,7 @@ import yaml
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, redacted
+from gradio_app.runs.job_script import JSON_FILES, JSONL_FILES, LINE_PREFIX
 from gradio_app.runs.types import Executor, Run
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import ACTIVE, Status, write_json
@@ -33,12 +34,9 @@ JOB_FILE = "job.json"
 EXECUTOR = "hf_jobs"
 # A token is forgotten so long after its owner last looked.
 TOKEN_SECONDS = 120.0
-LINE_PREFIX = "@run-file "
 # An image that has uv, which installs the rest into a container of its own.
 IMAGE = "ghcr.io/astral-sh/uv:python3.12-bookworm"
 _SCRIPT = Path(__file__).with_name("job_script.py")
-_JSONL_FILES = {"metrics.jsonl", "events.jsonl", "samples.jsonl"}
-_JSON_FILES = {"status.json", "provenance.json", "result.json", "error.json"}
 # How the hub calls the states of jobs, and what the page calls them.
 _ENDED = {"COMPLETED": "finished", "CANCELED": "stopped", "ERROR": "failed", "DELETED": "stopped"}
 
@@ -180,7 +178,7 @@ def refresh(folder: RunFolder, token: str) -> None:
         raise UserError("errors.no_such_run", run=folder.path.name)
     api = _api(token)
     where = {"job_id": job.id, "namespace": job.namespace}
-    # The stage first: what a job says before it ends is then in the lines that follow.
+    # The stage first: the last output of a job is then in the lines that follow.
     stage = api.inspect_job(**where).status.stage
     stage = str(getattr(stage, "value", stage))
     lines = list(api.fetch_job_logs(**where))
@@ -210,9 +208,9 @@ def rebuild_folder(folder: RunFolder, lines: Iterable[str]) -> None:
     for line in lines:
         text = line.rstrip("\n")
         name, content = _parse(text)
-        if name in _JSONL_FILES:
+        if name in JSONL_FILES:
             folder.append(folder.path / name, content)
-        elif name in _JSON_FILES:
+        elif name in JSON_FILES:
             write_json(folder.path / name, content)
         else:
             with folder.log.open("a", encoding="utf-8") as log:
@@ -265,7 +263,7 @@ class JobsExecutor(Executor):
         try:
             refresh(folder, token)
         except Exception as error:
-            # The hub may be away for a while; the next look asks again.
+            # The hub may be away for a while; the next look tries again.
             _log.warning("job of %s: %s", folder.path.name, redacted(repr(error)))
         finally:
             with self._lock:
@@ -292,11 +290,11 @@ class JobsExecutor(Executor):
         self.stop(run)
 
     def active(self, run: Run) -> bool:
-        """Says whether the job goes on, as far as is known."""
+        """Whether the job is running, as far as is known."""
         return run.status.state in ACTIVE
 
     def in_progress(self, folder: RunFolder) -> bool:
-        """Says whether there is a job of which nothing was heard yet."""
+        """Whether there is a job that has not written a status yet."""
         return job_of(folder) is not None
 
     def status(self, folder: RunFolder) -> Status | None:

@@ -1,4 +1,4 @@
-"""Runs on this machine: each a process of its own, which goes on when the page is closed."""
+"""Runs on this machine: each a process of its own, which continues when the page is closed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LocalExecutor(Executor):
         self._resting: dict[Path, tuple[tuple[int, int], Status]] = {}
 
     def start(self, run: Run) -> None:
-        """Starts a run, or lets it go on; returns at once."""
+        """Starts or resumes a run; returns at once."""
         folder = run.folder.path
         run.folder.control.unlink(missing_ok=True)
         with (folder / START_LOG).open("wb") as log:
@@ -104,14 +104,14 @@ class LocalExecutor(Executor):
         return words
 
     def stop(self, run: Run) -> None:
-        """Asks a run to finish its step, save, and end; before its first step, to end."""
+        """Requests that a run finish its step, save and end; before its first step, that it end."""
         run.folder.write(run.folder.control, {"stop": True})
         if run.status.state == "preparing":
-            # It does not look for wishes yet; if it has just begun to, this asks for the same.
+            # It does not read `control.json` yet; if it has just begun to, this means the same.
             self._signal(run.folder, signal.SIGTERM)
 
     def save(self, run: Run) -> None:
-        """Asks a run to save after its step, and go on."""
+        """Requests that a run save after its step and continue."""
         run.folder.write(run.folder.control, {"save_now": True})
 
     def kill(self, run: Run) -> None:
@@ -128,7 +128,7 @@ class LocalExecutor(Executor):
         self._signal(folder, signal.SIGKILL, group=True)
 
     def in_progress(self, folder: RunFolder) -> bool:
-        """Says whether the process that was started last in a folder is there."""
+        """Whether the process that was started last in a folder is there."""
         return self._process(folder) is not None
 
     def status(self, folder: RunFolder) -> Status | None:

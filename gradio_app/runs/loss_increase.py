@@ -54,7 +54,7 @@ def find_loss_increase(run: Run, metrics: Metrics) -> LossIncrease | None:
 
 
 def finished_worse(run: Run) -> bool:
-    """Says whether a finished run's model is worse than its base, by the validation rows."""
+    """Whether a finished run's model is worse than its base, by the validation rows."""
     if run.status.state != "finished":
         return False
     before, after = validation_losses(run)
@@ -62,7 +62,7 @@ def finished_worse(run: Run) -> bool:
 
 
 def is_worse(before: float, after: float) -> bool:
-    """Says whether a loss is worse than at the start, which was finite."""
+    """Whether a loss is worse than at the start, which was finite."""
     return math.isfinite(before) and not after <= before * _WORSE
 
 

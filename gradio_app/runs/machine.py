@@ -13,10 +13,10 @@ import psutil
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 # GB per billion weights that a run takes at its fullest, and GB that the libraries take besides:
-# what the planner says for an 8B model at 512 tokens and one row, checkpointing with QLoRA
+# what the planner predicts for an 8B model at 512 tokens and one row, checkpointing with QLoRA
 # (docs/planner.md).
 _LORA, _QLORA, _OVERHEAD = 2.6, 1.2, 0.8
-# On a processor, time is the limit before memory is.
+# On a CPU, time is the limit before memory is.
 _CPU_MAX_BILLIONS = 0.5
 _SIZES = (0.1, 0.3, 0.5, 1, 1.5, 3, 4, 7, 8, 13, 14, 24, 32, 70)
 
@@ -27,7 +27,7 @@ class Machine:
 
     Attributes:
         gpu: Name of its first NVIDIA GPU, or ``None``.
-        gpu_bytes: Memory of that GPU; 0 if the driver does not say.
+        gpu_bytes: Memory of that GPU; 0 if unknown.
         memory_bytes: Main memory.
         free_bytes: What of it is free now.
         cores: Cores that this process may use.
@@ -66,15 +66,21 @@ def _gpu() -> tuple[str | None, int]:
 
 
 def _from_nvidia_smi() -> tuple[str, int] | None:
+    text = query_nvidia_smi("name,memory.total")
+    return parse_nvidia_smi(text) if text else None
+
+
+def query_nvidia_smi(names: str) -> str:
+    """Returns values of the GPUs by nvidia-smi, a line for each; empty if it cannot tell."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return None
-    words = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        return ""
+    argv = [tool, f"--query-gpu={names}", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    return parse_nvidia_smi(said.stdout) if said.returncode == 0 else None
+        return ""
+    return done.stdout if done.returncode == 0 else ""
 
 
 def parse_nvidia_smi(text: str) -> tuple[str, int] | None:

@@ -1,4 +1,4 @@
-"""What the page knows of a run besides what the run says of itself: ``app.json`` in its folder."""
+"""What the page knows of a run, besides its own status: ``app.json`` in its folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class RunMetadata:
     Attributes:
         owner: Who may see the run, see ``visitors.owner_of``.
         name: What its owner calls it.
-        created: When it was asked for.
+        created: When it was requested.
         command: The subcommand that runs it.
         where: Name of the executor that it was, or will be, started by.
         waiting: Its place in the line, the least first; ``None`` if it does not wait.
-        resume: Whether it waits to go on, rather than to begin.
-        from_step: Optimizer steps that were done when it was asked to go on.
+        resume: Whether it waits to be resumed, rather than to begin.
+        from_step: Optimizer steps that were done when it was resumed.
         launched: When its process was started last.
         stop_asked: When it was asked to stop and save since then.
         kill_asked: When it got the request to stop at once since then.
@@ -50,10 +50,10 @@ class RunMetadata:
 
 
 def parse(text: str) -> RunMetadata:
-    """Returns what the text of an ``app.json`` says; later versions may say more.
+    """Parses an ``app.json``; keys of later versions are ignored.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is not such a file.
     """
     content = json.loads(text)
     if not isinstance(content, dict):

@@ -25,7 +25,7 @@ LAST_SECONDS = 60.0
 class RunQueue:
     """Starts the runs that wait, one after the other, and stops those that take too long.
 
-    Who waits, and where, is on disk: another server goes on with it.
+    The queue is on disk: another server continues it.
 
     Args:
         settings: What the server was started with.
@@ -42,7 +42,7 @@ class RunQueue:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread. What runs goes on; what waits waits for the next server."""
+        """Ends the thread. Active runs continue; waiting ones wait for the next server."""
         self._closed.set()
         self._changed.set()
         self._thread.join(5)
@@ -52,10 +52,10 @@ class RunQueue:
 
         Args:
             run: A new one, or one that rests.
-            resume: Whether it goes on from its checkpoint.
+            resume: Whether it is resumed from its checkpoint.
 
         Raises:
-            UserError: If it is at work or waits already, has no checkpoint to go on from, or its
+            UserError: If it is at work or waits already, has no checkpoint to resume from, or its
                 owner has as many runs as one may have.
         """
         with self._lock:
@@ -101,7 +101,7 @@ class RunQueue:
         """Moves a run among its owner's own in the line.
 
         Args:
-            owner: Whose it is: nobody gets before another by it.
+            owner: Whose it is; other owners' runs keep their places.
             run_id: Which one.
             by: By how many places, forwards if negative.
         """
@@ -144,7 +144,7 @@ class RunQueue:
         ]
 
     def stop(self, owner: str, run_id: str) -> Run:
-        """Asks a run to finish its step, save, and end; one that waits leaves the line.
+        """Requests that a run finish its step, save and end; a waiting one leaves the queue.
 
         Raises:
             UserError: If it rests.
@@ -160,7 +160,7 @@ class RunQueue:
             )
 
     def save(self, owner: str, run_id: str) -> Run:
-        """Asks a run to save after its step, and go on.
+        """Requests that a run save after its step and continue.
 
         Raises:
             UserError: If it is not at work.

@@ -18,7 +18,7 @@ def skipped_rows_file(folder: RunFolder) -> Path:
 
 
 def skips_bad_rows(recipe: str) -> bool:
-    """Says whether the recipe of a run lets rows be left out."""
+    """Whether the recipe of a run skips bad rows."""
     try:
         content = yaml.safe_load(recipe)
         return content["data"]["init_args"].get("skip_bad_rows") is not None

@@ -33,7 +33,7 @@ class Summary:
 
 
 def summary_of(run: Run) -> Summary:
-    """Returns what a list says of a run."""
+    """Returns the summary of a run."""
     recipe = run.recipe_text
     tasks = [name for name in _TASK.findall(recipe) if name not in _NO_TASKS]
     method = _METHOD.search(recipe)

@@ -2,7 +2,7 @@
 
 The call happens in a process that was forked from this one and given the GPU; a process of the
 run's own would have none. So the command line runs inside the call, and writes the folder of the
-run as always; the page reads it there. A visitor's quota pays for the seconds that are asked for.
+run as always; the page reads it there. A visitor's quota pays for the requested seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import write_json
 
 EXECUTOR = "zero_gpu"
-# For how long a GPU is asked for: visitors who are not signed in may have no more at once.
+# Requested GPU time: visitors who are not signed in may not have more at once.
 SECONDS = 120
 Call = Callable[..., int]
 # Like `spaces.GPU`: takes how many seconds each call needs, and returns a decorator.
@@ -77,11 +77,11 @@ class ZeroGpuExecutor(LocalExecutor):
         self._active_folders: set[Path] = set()
 
     def on_queued(self, run: Run) -> None:
-        """Keeps who asks: the quota that pays is that of the visitor whose event this is."""
+        """Keeps the context of the event: it decides whose quota pays."""
         self._contexts[run.id] = copy_context()
 
     def start(self, run: Run) -> None:
-        """Starts a run, or lets it go on; returns at once."""
+        """Starts or resumes a run; returns at once."""
         folder = run.folder
         folder.control.unlink(missing_ok=True)
         (folder.path / PROCESS).unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class ZeroGpuExecutor(LocalExecutor):
         try:
             self._train(str(folder.path), words, environment)
         except Exception as error:
-            # No quota is left, no GPU is free, or the time was over. What the lender says is for
+            # No quota is left, no GPU is free, or the time was over. The message is for
             # the visitor, and may come as a title and a message.
             said = " ".join(str(part) for part in (getattr(error, "title", ""), error) if part)
             with suppress(OSError), (folder.path / START_LOG).open("a", encoding="utf-8") as log:
@@ -104,12 +104,12 @@ class ZeroGpuExecutor(LocalExecutor):
             self._active_folders.discard(folder.path)
 
     def stop(self, run: Run) -> None:
-        """Asks a run to finish its step, save, and end."""
+        """Requests that a run finish its step, save and end."""
         # No signal: the process that has the GPU would take it for its own end.
         run.folder.write(run.folder.control, {"stop": True})
 
     def in_progress(self, folder: RunFolder) -> bool:
-        """Says whether the call for a folder goes on, also while it waits for a GPU."""
+        """Whether the call for a folder is in progress, also while it waits for a GPU."""
         return folder.path in self._active_folders
 
     def _process(self, folder: RunFolder) -> Any:
