@@ -23,6 +23,7 @@ from gradio_app.errors import UserError
 from gradio_app.runs import hf_jobs
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
+from gradio_app.studio import create_executors
 from lightning_peft.runs.folder import RunFolder
 from tests.app.servers import ROOT, environment
 
@@ -193,7 +194,7 @@ def test_a_job_can_be_cancelled(hub, folder):
 def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
     settings = Settings.on_a_space(tmp_path)
     settings.runs.mkdir(parents=True)
-    store = RunStore(settings)
+    store = RunStore(settings, create_executors(settings))
     run = store.create("hf-visitor", RECIPE, "Mine")
     start(run.folder)
     run = store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)
