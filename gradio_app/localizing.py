@@ -27,11 +27,7 @@ def localized(body: bytes, language: str) -> bytes:
 
 
 class Localized:
-    """ASGI middleware for the HTML of pages.
-
-    Args:
-        app: What makes it.
-    """
+    """ASGI middleware for the HTML of pages."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -65,12 +65,7 @@ class Redactor:
         return _PATH.sub(lambda found: found[0].rpartition("/")[2], self.portable(text))
 
     def value(self, value: Any, how: Callable[[str], str] | None = None) -> Any:
-        """Returns values, however nested, with every text among them as :meth:`text` has it.
-
-        Args:
-            value: Values as JSON holds them.
-            how: Another one of the methods above.
-        """
+        """Returns values, however nested, with every text among them as :meth:`text` has it."""
         how = how or self.text
         if isinstance(value, str):
             return how(value)

@@ -8,12 +8,7 @@ from gradio_app.texts import DEFAULT, LANGUAGES, route
 
 
 class Redirects:
-    """ASGI middleware that sends guessed addresses of pages to their own.
-
-    Args:
-        app: The app for all other requests.
-        pages: Names of the pages, ``""`` for the first.
-    """
+    """ASGI middleware that sends guessed addresses of pages to their own."""
 
     def __init__(self, app: Any, pages: tuple[str, ...]) -> None:
         self.app = app

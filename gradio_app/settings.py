@@ -87,11 +87,7 @@ class Settings:
 
     @classmethod
     def on_a_space(cls, storage: Path) -> Settings:
-        """Returns the settings of a page for strangers: no path of theirs, and limits.
-
-        Args:
-            storage: Where runs and uploads are kept.
-        """
+        """Returns the settings of a page for strangers: no path of theirs, and limits."""
         return cls(
             runs=storage.resolve() / "runs",
             data_root=None,

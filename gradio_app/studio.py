@@ -28,9 +28,6 @@ def create_executors(settings: Settings) -> dict[str, Executor]:
 class Studio:
     """The parts that all pages of a server share; nothing here knows of Gradio.
 
-    Args:
-        settings: What the server was started with.
-
     Attributes:
         settings: The same.
         store: All runs.

@@ -55,12 +55,7 @@ class Upload:
 
 
 class Uploads:
-    """The uploads of one owner.
-
-    Args:
-        settings: What the server was started with.
-        owner: Whose they are.
-    """
+    """The uploads of one owner."""
 
     def __init__(self, settings: Settings, owner: str) -> None:
         if not _OWNER.fullmatch(owner):

@@ -24,13 +24,7 @@ _LAST_LINES = 3
 
 
 class ModelProcess(LineProcess):
-    """A process of ``lightning-peft chat --serve``.
-
-    Args:
-        argv: The command.
-        cwd: Its working directory.
-        env: Its whole environment.
-    """
+    """A process of ``lightning-peft chat --serve``."""
 
     def __init__(self, argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> None:
         # A file: a pipe that nobody reads would fill and block the process.
@@ -54,11 +48,6 @@ def start_chat_process(
     settings: Settings, run: Run, checkpoint: str
 ) -> tuple[ModelProcess, dict[str, str]]:
     """Starts the process for a run.
-
-    Args:
-        settings: What the server was started with.
-        run: The run.
-        checkpoint: Name of the checkpoint that is to be there.
 
     Returns:
         The process, and what each checkpoint is called in it.

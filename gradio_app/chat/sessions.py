@@ -177,11 +177,6 @@ class ChatSessions:
     def load(self, owner: str, run: Run, checkpoint: str) -> Iterator[ModelStatus]:
         """Loads a run's base and adapters, unless they are; yields how far it is.
 
-        Args:
-            owner: The visitor, who owns the run.
-            run: The run.
-            checkpoint: Name of the checkpoint that must be among the adapters.
-
         Raises:
             UserError: If a run uses the machine, or another visitor the model; if there is no such
                 checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.

@@ -32,12 +32,7 @@ class Outcome:
 
 
 def outcome_of(run: Run, metrics: Metrics) -> Outcome:
-    """Returns what came of a run, so far if it is going on.
-
-    Args:
-        run: The run.
-        metrics: Its numbers.
-    """
+    """Returns what came of a run, so far if it is going on."""
     result = read_json_object(run.folder.result)
     before, after = _numbers(result.get("before")), _numbers(result.get("after"))
     if not after:

@@ -40,13 +40,7 @@ def parse_ids(text: str) -> list[str]:
 
 
 def select_runs(store: RunStore, owner: str, ids: Iterable[object]) -> RunSelection:
-    """Returns the runs of an owner among those that are named.
-
-    Args:
-        store: All runs.
-        owner: The visitor.
-        ids: What is named, once or more often.
-    """
+    """Returns the runs of an owner among those that are named."""
     wanted = list(dict.fromkeys(str(one) for one in ids))
     found, missing = [], []
     for name in wanted[:MAX_RUNS]:

@@ -30,11 +30,6 @@ _STAGED_SECONDS = 600
 def build_archive(export: Export, run: Run, staging: Path) -> Path:
     """Returns a new zip of an export, with the recipe of its run.
 
-    Args:
-        export: The export.
-        run: Its run.
-        staging: Folder for such files.
-
     Raises:
         UserError: If there is nothing, or no room for it.
     """

@@ -17,10 +17,6 @@ MAX_EXPORTS_ON_SPACE = 4
 def check_machine(busy: Run | None, owner: str) -> None:
     """Refuses what needs memory while a run uses the machine.
 
-    Args:
-        busy: The run that uses it.
-        owner: Who exports; names of other owners' runs are not shown.
-
     Raises:
         UserError: If one does.
     """

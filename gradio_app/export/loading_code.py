@@ -11,12 +11,7 @@ from lightning_peft.export.loading_code import adapter_code, labels_of, merged_m
 
 
 def loading_code(export: Export, checkpoint: Path) -> str:
-    """Returns the code for an export; empty where there is none to write.
-
-    Args:
-        export: The export.
-        checkpoint: Folder of the adapter that was exported.
-    """
+    """Returns the code for an export; empty where there is none to write."""
     place = (export.request.push_to if export.state == "pushed" else None) or export.run_name
     facts = read_json_object(checkpoint / "provenance.json")
     if export.request.format == "ollama":

@@ -79,11 +79,6 @@ class ExportManager:
     def start(self, owner: str, run_id: object, request: ExportRequest) -> Export:
         """Starts an export; one that is to be pushed lists first what would be.
 
-        Args:
-            owner: Whose run it is.
-            run_id: Which run.
-            request: What is wanted.
-
         Raises:
             UserError: If it cannot be had now.
         """
@@ -202,12 +197,7 @@ class ExportManager:
 
 
 def pusher_environment(settings: Settings, token: str | None) -> dict[str, str]:
-    """Returns the environment of a process that exports, with a token if it pushes.
-
-    Args:
-        settings: What the server was started with.
-        token: Token of whoever pushes.
-    """
+    """Returns the environment of a process that exports, with a token if it pushes."""
     environment = training_environment(settings)
     if token:
         environment["HF_TOKEN"] = token

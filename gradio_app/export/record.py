@@ -120,12 +120,7 @@ class Export:
 
 
 def read_export(folder: Path, in_progress: bool) -> Export | None:
-    """Returns the export in a folder; ``None`` if there is none.
-
-    Args:
-        folder: The folder.
-        in_progress: Whether its process was there just before.
-    """
+    """Returns the export in a folder; ``None`` if there is none."""
     facts = read_json_object(folder / REQUEST_FILE)
     if not _NAME.fullmatch(folder.name) or not facts:
         return None

@@ -40,12 +40,7 @@ _HEAVY = (
 def answer(
     arguments: list[str], on_rows: Callable[[int], None] | None = None
 ) -> tuple[int, str, str]:
-    """Runs a command; returns its exit code and what it wrote to both outputs.
-
-    Args:
-        arguments: The command.
-        on_rows: Is given how many rows of data it has read, again and again.
-    """
+    """Runs a command; returns its exit code and what it wrote to both outputs."""
     out, err = io.StringIO(), io.StringIO()
     code = 0
     _Interrupts.taken = True

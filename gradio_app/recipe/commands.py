@@ -16,23 +16,13 @@ _WIDTH = 96
 
 
 def command_line(content: dict[str, Any], small: bool = False) -> str:
-    """Returns the command that runs the recipe that was downloaded as ``recipe.yaml``.
-
-    Args:
-        content: The recipe.
-        small: Whether it is to end after five steps.
-    """
+    """Returns the command that runs the recipe that was downloaded as ``recipe.yaml``."""
     more = " --trainer.max_steps=5" if small else ""
     return f"lightning-peft fit --config {FILE}{more}"
 
 
 def python_code(content: dict[str, Any], root: str = "lightning.pytorch") -> str:
-    """Returns a program that trains as the recipe does.
-
-    Args:
-        content: A recipe that has been checked.
-        root: The Lightning that it imports.
-    """
+    """Returns a program that trains as the recipe does."""
     return _Program(root).text(content)
 
 

@@ -20,11 +20,6 @@ def parser_error(
     """Returns the error of ``lightning-peft fit`` for a checked recipe; empty if there is none.
 
     Nothing is made and nothing is loaded: only names, kinds and values of arguments are checked.
-
-    Args:
-        content: The recipe.
-        worker: Runs the command.
-        still_needed: Polled; returns whether the answer is still needed.
     """
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"

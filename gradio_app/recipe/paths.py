@@ -23,12 +23,7 @@ _FILE_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class AllowedPaths:
-    """What one owner may read and write on a server.
-
-    Args:
-        settings: What the server was started with.
-        owner: Whose recipe it is.
-    """
+    """What one owner may read and write on a server."""
 
     settings: Settings
     owner: str

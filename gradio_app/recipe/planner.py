@@ -79,13 +79,7 @@ class PlanCache:
         worker: CommandWorker,
         still_needed: Callable[[], bool] | None = None,
     ) -> CommandResult:
-        """Returns the answer of ``lightning-peft plan``, an earlier one if it is not old.
-
-        Args:
-            words: The command.
-            worker: Runs it.
-            still_needed: Polled; returns whether the answer is still needed.
-        """
+        """Returns the answer of ``lightning-peft plan``, an earlier one if it is not old."""
         now = time.monotonic()
         self.answers = {k: one for k, one in self.answers.items() if now - one[0] < CACHE_SECONDS}
         if tuple(words) not in self.answers:

@@ -31,13 +31,7 @@ class Precision:
 
 
 def default_precision(task: str, tiny: bool, kind: Kind) -> Precision:
-    """Returns the default.
-
-    Args:
-        task: Name of the task.
-        tiny: Whether the model is one for small trials.
-        kind: What the machine computes bfloat16 with.
-    """
+    """Returns the default."""
     if tiny:
         return Precision("32-true", "tiny")
     if kind == "old_gpu" and task in _NO_FLOAT16:

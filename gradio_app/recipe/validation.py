@@ -29,11 +29,6 @@ _TEMPLATES = (None, "chatml", "plain", "raw")
 def validate_recipe(text: str, settings: Settings, owner: str) -> dict[str, Any]:
     """Returns a recipe as it would be run: checked, with places that exist and this page's limits.
 
-    Args:
-        text: YAML.
-        settings: What the server was started with.
-        owner: Whose it is.
-
     Raises:
         UserError: With all that is wrong with it.
     """

@@ -19,11 +19,6 @@ def derive_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) 
 
     ``status.json`` is of the last process that wrote it. One that waits, or was just
     started, has not written it yet.
-
-    Args:
-        folder: Its folder.
-        metadata: What the page knows of it.
-        executor: What it was, or will be, started by.
     """
     written = executor.status(folder)
     if metadata.waiting is not None:

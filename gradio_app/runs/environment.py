@@ -40,12 +40,7 @@ _PERSONAL = ("WANDB_", "MLFLOW_", "COMET_", "HUGGING_FACE_HUB_TOKEN")
 def training_environment(
     settings: Settings, outer: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """Returns the environment of a process that runs the command line.
-
-    Args:
-        settings: What the server was started with.
-        outer: The environment of the server.
-    """
+    """Returns the environment of a process that runs the command line."""
     beginnings = _BEGINNINGS if settings.space else _BEGINNINGS + _PERSONAL
     kept = {
         name: value

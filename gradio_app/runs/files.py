@@ -103,11 +103,7 @@ def tail(file: Path, lines: int = LOG_LINES) -> str:
 
 
 class Files:
-    """Texts of small files, read again only when they have changed.
-
-    Args:
-        most: How many are kept.
-    """
+    """Texts of small files, read again only when they have changed."""
 
     def __init__(self, most: int = 2_000) -> None:
         self._kept: OrderedDict[Path, tuple[tuple[int, int, int], str]] = OrderedDict()

@@ -34,11 +34,7 @@ class HealthWarning:
 
 
 class HealthMonitor:
-    """Watches the runs whose pages are open.
-
-    Args:
-        now: A clock in seconds.
-    """
+    """Watches the runs whose pages are open."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now

@@ -26,11 +26,7 @@ COMMAND = [sys.executable, "-m", "lightning_peft.cli"]
 
 
 class RunStreamer:
-    """Prints what is new in the folder of a run.
-
-    Args:
-        folder: The folder.
-    """
+    """Prints what is new in the folder of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -34,12 +34,7 @@ class LossIncrease:
 
 
 def find_loss_increase(run: Run, metrics: Metrics) -> LossIncrease | None:
-    """Returns how a run got worse, ``None`` for one that did not, or that has not been measured.
-
-    Args:
-        run: The run.
-        metrics: Its numbers.
-    """
+    """Returns how a run got worse, ``None`` for one that did not, or that has not been measured."""
     rates = [value for _, value in metrics.curve("learning_rate")]
     rate = max(rates, default=None)
     before, after = validation_losses(run)

@@ -72,11 +72,6 @@ def parse(text: str) -> RunMetadata:
 def update(folder: Path, metadata: RunMetadata, **changes: Any) -> RunMetadata:
     """Changes what is known of a run.
 
-    Args:
-        folder: The run's folder.
-        metadata: What is known where there is no file yet.
-        **changes: Fields of :class:`RunMetadata`.
-
     Returns:
         What is known now.
     """

@@ -26,10 +26,6 @@ class RunQueue:
     """Starts the runs that wait, one after the other, and stops those that take too long.
 
     The queue is on disk: another server continues it.
-
-    Args:
-        settings: What the server was started with.
-        store: All runs.
     """
 
     def __init__(self, settings: Settings, store: RunStore) -> None:
