@@ -25,7 +25,7 @@ def method_of(content: Mapping[str, Any]) -> str:
 
 
 def applies(field: Field, content: Mapping[str, Any]) -> bool:
-    """Says whether a recipe can have the setting."""
+    """Whether a recipe can have the setting."""
     task = task_of_config(content)
     known = task is not None and field.is_for(task)
     return known and field.method in (None, method_of(content))

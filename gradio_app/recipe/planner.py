@@ -117,7 +117,7 @@ def validate_device(text: object) -> str:
 
 
 def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[str] | str:
-    """Returns the arguments of the command, or the key of the text that says why there are none."""
+    """Returns the arguments of the command, or the key of a text that explains why not."""
     task = task_of_config(content)
     model = value_at(content, "model.init_args.model", None)
     if task is None or not task.sequences_per_row or model is None:

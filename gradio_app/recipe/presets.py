@@ -16,7 +16,7 @@ class Model:
         parameters: Its weights.
         licence: As its authors call it.
         families: Families of the tasks that it is offered for.
-        gated: Whether its authors must first be asked on the hub.
+        gated: Whether access must first be requested on the hub.
         has_chat_template: Whether it has a chat template of its own.
         bytes_per_parameter: Bytes that a weight takes in its files on the hub.
     """
