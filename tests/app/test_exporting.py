@@ -376,7 +376,7 @@ def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
         look, words = ("finished", "Ready") if ready else ("unfinished", "Needs a template")
         assert f'class="badge {look}"' in shown
         assert words in shown
-    other = replace(export, wish=replace(export.request, format="merged"))
+    other = replace(export, request=replace(export.request, format="merged"))
     modelfile.write_text("FROM ./model\n")
     assert not other.needs_template
 

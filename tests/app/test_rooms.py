@@ -42,6 +42,7 @@ LIGHT = {
     "lightning_peft.processes",
     "lightning_peft.runs.folder",
     "lightning_peft.export.loading_code",
+    "lightning_peft.task_registry",
     "lightning_peft.runs.status",
 }
 
