@@ -68,7 +68,12 @@ def _parser() -> OptionParser:
     merged.add_argument("--no-measure", dest="measure", action="store_false")
     merged.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of --format quantized")
     ollama = parser.add_argument_group("with --format ollama")
-    ollama.add_argument("--with-adapter", action="store_true", help="keep base and adapter apart")
+    ollama.add_argument(
+        "--with-adapter",
+        dest="separate_adapter",
+        action="store_true",
+        help="keep base and adapter apart",
+    )
     ollama.add_argument("--system", help="system turn")
     hub = parser.add_argument_group("to the hub")
     hub.add_argument("--push-to", metavar="NAMESPACE/NAME", help="push the folder there")
