@@ -83,7 +83,7 @@ def _wav(content: bytes) -> tuple[Samples, int]:
         width, channels, frames = file.getsampwidth(), file.getnchannels(), file.getnframes()
         data = file.readframes(frames)
         rate = file.getframerate()
-    # The standard library returns what is there, and does not say that something is missing.
+    # The standard library silently returns less if something is missing.
     if len(data) != frames * width * channels or rate <= 0:
         there = len(data) // (width * channels)
         raise EncodingProblem("audio", f"has a WAV file that breaks off at {there:,} of {frames:,}")
@@ -121,13 +121,13 @@ def can_resample() -> bool:
     return find_spec("scipy") is not None
 
 
-def resample(sound: Samples, rate: int, wanted: int) -> Samples:
-    """Returns one channel at ``wanted`` samples per second.
+def resample(sound: Samples, rate: int, target_rate: int) -> Samples:
+    """Returns one channel at ``target_rate`` samples per second.
 
     By ``scipy.signal.resample_poly``: a linear-phase low-pass filter at half the lower rate
     (Kaiser window, beta 5).
     """
     signal: Any = import_module("scipy.signal")
-    common = math.gcd(rate, wanted)
-    found: Samples = signal.resample_poly(sound, wanted // common, rate // common)
+    common = math.gcd(rate, target_rate)
+    found: Samples = signal.resample_poly(sound, target_rate // common, rate // common)
     return found.astype(np.float32)

@@ -20,7 +20,7 @@ SUMMARY, damage_of = cache_entries.SUMMARY, cache_entries.damage_of
 
 
 def default_folder() -> Path:
-    """Returns where prepared data is kept unless the user says otherwise."""
+    """Returns the default folder of prepared data."""
     return cache_entries.cache_root() / "data"
 
 

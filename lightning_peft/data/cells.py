@@ -74,7 +74,7 @@ def _value_of(text: str) -> tuple[Any, str | None]:
 
 
 def _is_printed_array(text: str) -> bool:
-    """Says whether values follow each other without a comma, or some are left out."""
+    """Returns whether values follow each other without a comma, or some are left out."""
     last = ""
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

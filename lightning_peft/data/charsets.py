@@ -53,15 +53,15 @@ class Charset:
     whole: bool = True
 
 
-def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
+def detect(blocks: Blocks, name: str, requested: str | None = None) -> Charset:
     """Returns the encoding of a file, in one or two passes over its ``blocks`` of bytes.
 
     Raises:
         ConfigError: If there is no such encoding, the file is not in it, or none fits.
     """
     start = next(iter(blocks()), b"")
-    if given is not None:
-        return _checked_encoding(blocks, name, given)
+    if requested is not None:
+        return _checked_encoding(blocks, name, requested)
     marked = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
     if marked == "utf-8-sig":
         return Charset(marked, "mark", whole=_first_undecodable(blocks, "utf-8") is None)
@@ -89,20 +89,20 @@ def detect(blocks: Blocks, name: str, given: str | None = None) -> Charset:
     return _guess(blocks, name)
 
 
-def _checked_encoding(blocks: Blocks, name: str, given: str) -> Charset:
+def _checked_encoding(blocks: Blocks, name: str, requested: str) -> Charset:
     try:
-        found = codecs.lookup(given)
+        found = codecs.lookup(requested)
         "".encode(found.name)
     except (LookupError, ValueError) as error:
-        near = near_encodings(given)
+        near = near_encodings(requested)
         hint = f" Near names: {', '.join(near)}." if near else ""
-        raise ConfigError(f"encoding={given!r} is not an encoding of Python.{hint}") from error
+        raise ConfigError(f"encoding={requested!r} is not an encoding of Python.{hint}") from error
     # A mark at the start is never part of the text.
     encoding = "utf-8-sig" if found.name == "utf-8" else found.name
     fault = _first_undecodable(blocks, encoding)
     if fault is not None:
         raise ConfigError(
-            f"{name!r} is not in encoding={given!r}: byte {fault + 1:,} does not exist in it. "
+            f"{name!r} is not in encoding={requested!r}: byte {fault + 1:,} does not exist in it. "
             "Leave encoding out, and it is detected."
         )
     return Charset(encoding, "given")
@@ -240,7 +240,7 @@ def _neighbour(marks: Any, fitting: list[str]) -> str | None:
 
 
 def _is_western(text: str) -> bool:
-    """Says whether a text that was decoded as cp1252 looks as if it was that."""
+    """Returns whether a text that was decoded as cp1252 looks as if it was that."""
     letters = above = 0
     for place, char in enumerate(text):
         letters += char.isalpha()
@@ -261,7 +261,7 @@ def _is_western(text: str) -> bool:
 
 
 def _is_jumbled(text: str) -> bool:
-    """Says whether capitals stand inside words, as where letters of another script are misread."""
+    """Returns whether words have capitals inside, as where another script is misread."""
     pairs = [(a, b) for a, b in zip(text, text[1:], strict=False) if not b.isascii()]
     return 20 * sum(a.islower() and b.isupper() for a, b in pairs) > len(pairs)
 

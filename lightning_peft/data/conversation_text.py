@@ -18,7 +18,7 @@ from lightning_peft.data.validation import EncodingProblem
 
 LossOn = Literal["assistant", "completion"]
 Span = tuple[int, int]
-# Nothing that a template or a thought would say itself.
+# A text that no template or reasoning contains.
 _MARK = "Thought7240"
 
 
@@ -110,7 +110,7 @@ class ConversationText:
         for place, turn in enumerate(turns):
             if not turn["content"].strip() or turn["content"].strip() in text:
                 continue
-            # A template may write it in another way, but not the same whatever it says.
+            # A template may change the text, but not render the same for any text.
             others = [*turns[:place], {**turn, "content": _MARK}, *turns[place + 1 :]]
             if self.rendering.text(others, context) == text:
                 name = self.rendering.template.name

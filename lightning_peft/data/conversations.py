@@ -174,9 +174,9 @@ def parse_pair(fields: Mapping[str, Any]) -> Sample:
 
 def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     """Returns an instruction, with its input below it, and the output as turns."""
-    given = fields.get("input")
-    if given is not None and not isinstance(given, str):
-        raise row_problem("missing", f"has {json_type(given)} as input, not text")
+    inputs = fields.get("input")
+    if inputs is not None and not isinstance(inputs, str):
+        raise row_problem("missing", f"has {json_type(inputs)} as input, not text")
     system, history, (instruction,), (output,), context = collect(
         lambda: _system(fields),
         lambda: _history(fields.get("history")),
@@ -184,10 +184,10 @@ def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
         lambda: required_texts(fields, ["output"]),
         lambda: read_context(fields),
     )
-    requested = f"{instruction}\n\n{given}" if given and given.strip() else instruction
+    user_text = f"{instruction}\n\n{inputs}" if inputs and inputs.strip() else instruction
     answer = _with_reasoning([{"role": "assistant", "content": output}], fields.get("reasoning"))
     return _sample(
-        [*system, *history, {"role": "user", "content": requested}, *answer], context, []
+        [*system, *history, {"role": "user", "content": user_text}, *answer], context, []
     )
 
 
@@ -196,10 +196,10 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     unused: list[str] = []
     fields = _with_input(fields, unused)
     # Without a prompt of their own, the answers belong to the conversation next to them.
-    requested = fields.get("prompt") or fields.get("messages")
+    user_text = fields.get("prompt") or fields.get("messages")
     system, prompt, chosen, rejected, context = collect(
         lambda: _system(fields),
-        lambda: _turns(requested, "user", "prompt", unused) if requested else [],
+        lambda: _turns(user_text, "user", "prompt", unused) if user_text else [],
         lambda: _turns(fields.get("chosen"), "assistant", "chosen", unused),
         lambda: _turns(fields.get("rejected"), "assistant", "rejected", unused),
         lambda: read_context(fields),
@@ -216,7 +216,7 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
             [("preference", "has different turns before the last in the two answers")]
         )
     if not prompt and len(chosen) == 1:
-        # Whole texts without turns: nothing says where the prompt ends.
+        # Whole texts without turns: the end of the prompt is unknown.
         return _sample([*system, *chosen], context, unused, [*system, *rejected])
     head = [*system, *prompt]
     both = [_conversation([*head, *chosen]), _conversation([*head, *rejected])]
@@ -224,35 +224,35 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
 
 
 def _with_input(fields: Mapping[str, Any], unused: list[str]) -> Mapping[str, Any]:
-    """Returns fields with what ``instruction`` and ``input`` say as the prompt.
+    """Returns fields with ``instruction`` and ``input`` as the prompt.
 
     OpenAI's input is an object with messages and tools, Alpaca's a text below an instruction.
     """
-    given = {name: json_value(fields.get(name)) for name in ("instruction", "input")}
-    given = {name: value for name, value in given.items() if not is_empty(value)}
-    inner = given.get("input")
+    inputs = {name: json_value(fields.get(name)) for name in ("instruction", "input")}
+    inputs = {name: value for name, value in inputs.items() if not is_empty(value)}
+    inner = inputs.get("input")
     if isinstance(inner, dict) and "messages" in inner:
         found = {name: inner[name] for name in ("messages", "tools") if name in inner}
         twice = [name for name in found if not is_empty(fields.get(name))]
-        if twice or not is_empty(fields.get("prompt")) or "instruction" in given:
+        if twice or not is_empty(fields.get("prompt")) or "instruction" in inputs:
             raise row_problem("missing", "has a prompt or tools in its input and outside of it")
         unused += [f"input.{key}" for key in inner if key not in found]
         return {**fields, **found}
     if _contains_prompt(fields.get("chosen")) or fields.get("prompt") or fields.get("messages"):
-        unused += given
+        unused += inputs
         return fields
-    if len(given) == 1:
-        return {**fields, "prompt": next(iter(given.values()))}
-    strange = [name for name, value in given.items() if not isinstance(value, str)]
-    if strange:
+    if len(inputs) == 1:
+        return {**fields, "prompt": next(iter(inputs.values()))}
+    not_text = [name for name, value in inputs.items() if not isinstance(value, str)]
+    if not_text:
         raise row_problem(
-            "missing", f"has {shortened(given[strange[0]])} as {strange[0]}, not text"
+            "missing", f"has {shortened(inputs[not_text[0]])} as {not_text[0]}, not text"
         )
-    return {**fields, "prompt": "\n\n".join(given.values())} if given else fields
+    return {**fields, "prompt": "\n\n".join(inputs.values())} if inputs else fields
 
 
 def _contains_prompt(answer: Any) -> bool:
-    """Says whether an answer begins with the prompt."""
+    """Returns whether an answer begins with the prompt."""
     found = json_value(answer)
     first = found[0] if isinstance(found, list) and found else None
     if not isinstance(first, Mapping):

@@ -50,7 +50,7 @@ _REFUSED = {
 
 
 def is_data_file(path: Path) -> bool:
-    """Says whether rows can be read from a file of this name."""
+    """Returns whether rows can be read from a file of this name."""
     bare = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return bare.suffix.lower() in SUFFIXES
 

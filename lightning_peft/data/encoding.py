@@ -28,7 +28,7 @@ class Encoded:
     """One row of training data.
 
     Labels are tokens, not shifted, or -100. ``cut`` tokens were cut off at the end; ``end_added``
-    says whether the end-of-sequence token was added, as the template has none.
+    tells whether the end-of-sequence token was added, as the template has none.
     """
 
     input_ids: list[int]

@@ -19,13 +19,13 @@ _COMMON = (
 _ESCAPES = {"idna", "punycode", "unicode_escape", "raw_unicode_escape", "utf_7", "undefined"}
 
 
-def near_encodings(given: str) -> list[str]:
-    """Returns Python's names of at most four text encodings that look like ``given``."""
-    wanted = _plain(given)
+def near_encodings(requested: str) -> list[str]:
+    """Returns Python's names of at most four text encodings that look like ``requested``."""
+    plain_name = _plain(requested)
     common = {_plain(name): name for name in _COMMON}
     known = {_plain(name): name for name in _known()}
-    near = [common[name] for name in get_close_matches(wanted, common, n=2)]
-    near += [known[name] for name in get_close_matches(wanted, known, n=4)]
+    near = [common[name] for name in get_close_matches(plain_name, common, n=2)]
+    near += [known[name] for name in get_close_matches(plain_name, known, n=4)]
     # One encoding has several names.
     first: dict[str, str] = {}
     for name in near:

@@ -1,4 +1,4 @@
-"""How a file is read: what was detected, what the user said, and what of it is left out."""
+"""How a file is read: what was detected, given by the user, or left out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FileRow(NamedTuple):
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the user says that files are read; ``None`` detects it."""
+    """How files are to be read; ``None`` detects it."""
 
     encoding: str | None = None
     delimiter: str | None = None

@@ -191,7 +191,7 @@ class ImageData(RowDataModule):
         return [TextSpan(False, size, []), TextSpan(True, row["label"], [])]
 
     def prepare_data(self) -> None:
-        """Reads and checks all images, in one process, and says what becomes of odd ones."""
+        """Reads and checks all images, in one process, and logs conversions to RGB."""
         for kind, count in self.read().summary["conversions"].items():
             details = image_files.CONVERSIONS.get(kind)
             level = logging.INFO if details is None else logging.WARNING

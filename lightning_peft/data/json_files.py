@@ -25,12 +25,12 @@ _SAMPLE_LINES = 20
 
 
 def read_json(file: TextFile, by_line: bool) -> ReadableFile:
-    """Opens a JSON file; ``by_line`` where its name says that each line is a row.
+    """Opens a JSON file; ``by_line`` if each line is a row by its name.
 
     Raises:
         ConfigError: If it is not JSON, or there are no rows in it.
     """
-    lines = ReadableFile(file.format("JSON lines"), lambda: _by_line(file))
+    lines = ReadableFile(file.format("JSON lines"), lambda: _line_rows(file))
     if _lines_are_rows(file, by_line):
         return lines
     try:
@@ -49,7 +49,7 @@ def read_json(file: TextFile, by_line: bool) -> ReadableFile:
         ) from error
     kind = "JSON" if count == 1 else "JSON, one value after another"
     # It is not kept in memory from one reading to the next.
-    return ReadableFile(file.format(kind), lambda: _of_document(file, by_line))
+    return ReadableFile(file.format(kind), lambda: _document_rows(file, by_line))
 
 
 def _values(file: TextFile) -> tuple[str, list[Any]]:
@@ -59,18 +59,18 @@ def _values(file: TextFile) -> tuple[str, list[Any]]:
     return text, list(iter_json_values(text))
 
 
-def _of_document(file: TextFile, by_line: bool) -> Iterator[FileRow]:
+def _document_rows(file: TextFile, by_line: bool) -> Iterator[FileRow]:
     text, values = _values(file)
     one = values[0] if len(values) == 1 else values
     if by_line and len(values) == 1 and isinstance(one, dict):
         one = values
     lone_surrogates = may_have_lone_surrogates(text) or not file.charset.whole
     for number, (value, split) in enumerate(_rows_in(one, file.name), start=1):
-        problem = _problem_of(value, lone_surrogates)
+        problem = _value_problem(value, lone_surrogates)
         yield FileRow(number, None if problem else value, problem, split)
 
 
-def _problem_of(value: Any, lone_surrogates: bool) -> str | None:
+def _value_problem(value: Any, lone_surrogates: bool) -> str | None:
     cut = f"was cut by the viewer of the hub in {value}; download the data itself"
     if isinstance(value, _TruncatedCells):
         return cut
@@ -104,13 +104,13 @@ def _lines_are_rows(file: TextFile, by_line: bool) -> bool:
 
 
 def _lines_fit(lines: list[str]) -> bool:
-    """Says whether a document that is not JSON has a row in most of its lines."""
+    """Returns whether a document that is not JSON has a row in most of its lines."""
     some = [line for line in lines if line.strip(" \t,[]")][:100]
-    good = sum(isinstance(_row_of(line)[0], dict) for line in some)
+    good = sum(isinstance(_parse_line(line)[0], dict) for line in some)
     return len(some) > 1 and 2 * good >= len(some)
 
 
-def _by_line(file: TextFile) -> Iterator[FileRow]:
+def _line_rows(file: TextFile) -> Iterator[FileRow]:
     if not file.charset.name.startswith("utf-8"):
         with file.open() as lines:
             for number, text in enumerate(lines, start=1):
@@ -129,13 +129,13 @@ def _entry(number: int, text: str) -> Iterator[FileRow]:
     text = text.lstrip("\ufeff\x1e")
     # A list with a value in each line is read like lines.
     if text.strip() not in ("", "[", "]"):
-        value, problem = _row_of(text)
+        value, problem = _parse_line(text)
         if problem is None:
             value, problem = _as_row(value)
         yield FileRow(number, value, problem)
 
 
-def _row_of(text: str) -> tuple[Any, str | None]:
+def _parse_line(text: str) -> tuple[Any, str | None]:
     value, problem = parse_json(text)
     body = text.strip()
     if problem is not None and body.endswith((",", "]")) or body.startswith("[{"):
@@ -183,10 +183,10 @@ def _rows_in(found: Any, name: str) -> Iterator[_ValueAndSplit]:
     elif len(lists) == 1:
         yield from _listed(next(iter(lists.values())))
     else:
-        yield from _listed(_of_columns(found) or _choose_list(found, lists, name))
+        yield from _listed(_rows_of_columns(found) or _choose_list(found, lists, name))
 
 
-def _of_columns(found: dict[str, Any]) -> list[Any]:
+def _rows_of_columns(found: dict[str, Any]) -> list[Any]:
     """Returns the rows of a table that is written by columns, or by the numbers of its rows."""
     values = list(found.values())
     if _are_columns(found):
@@ -219,7 +219,7 @@ def _listed(rows: list[Any], split: str | None = None) -> Iterator[_ValueAndSpli
 
 
 def _is_hub_viewer_page(found: dict[str, Any]) -> bool:
-    """Says whether this is an answer of the hub's viewer of datasets."""
+    """Returns whether this is an answer of the hub's viewer of datasets."""
     rows = found.get("rows")
     return (
         "features" in found

@@ -61,7 +61,7 @@ def json_type(value: Any) -> str:
 
 
 def may_have_lone_surrogates(text: str) -> bool:
-    """Says whether a JSON text may hold halves of characters; these are escaped in it."""
+    """Returns whether a JSON text may hold halves of characters; these are escaped in it."""
     return _ESCAPED_HALF.search(text) is not None
 
 
@@ -142,5 +142,5 @@ def explain_error(error: Exception, text: str) -> str:
 
 
 def _is_last(text: str) -> bool:
-    """Says whether a text that is not closed has no quote left after it, as where a file is cut."""
+    """Returns whether no quote follows an unclosed text, as where a file is cut."""
     return not text.endswith(("}", "]"))

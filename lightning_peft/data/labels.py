@@ -12,12 +12,12 @@ _SHOWN = 20
 
 
 class LabelNames:
-    """Collects the labels of rows, or checks them against ``given``, all names in order."""
+    """Collects the labels of rows, or checks them against ``fixed_names``, all names in order."""
 
-    def __init__(self, given: Sequence[str] | None) -> None:
-        self.given = list(given) if given is not None else None
+    def __init__(self, fixed_names: Sequence[str] | None) -> None:
+        self.fixed_names = list(fixed_names) if fixed_names is not None else None
         # Numbers stand for names unless they are names.
-        self.by_number = given is not None and not any(name.isdigit() for name in given)
+        self.by_number = fixed_names is not None and not any(name.isdigit() for name in fixed_names)
         self.seen: set[str] = set()
 
     def find(self, label: str, what: str = "label") -> str:
@@ -26,14 +26,14 @@ class LabelNames:
         Raises:
             EncodingProblem: If it is not one of the names that were given.
         """
-        if self.given is None or label in self.given:
+        if self.fixed_names is None or label in self.fixed_names:
             return label
-        if self.by_number and label.isdigit() and int(label) < len(self.given):
-            return self.given[int(label)]
+        if self.by_number and label.isdigit() and int(label) < len(self.fixed_names):
+            return self.fixed_names[int(label)]
         raise EncodingProblem(
             "label",
-            f"has the {what} {label!r}, which is none of the {len(self.given)} that are given"
-            + similar_names(label, self.given),
+            f"has the {what} {label!r}, which is none of the {len(self.fixed_names)} that are given"
+            + similar_names(label, self.fixed_names),
         )
 
     def add(self, names: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ class LabelNames:
 
     def names(self) -> list[str]:
         """Returns all names, in the order of their numbers."""
-        return sort_labels(self.seen) if self.given is None else self.given
+        return sort_labels(self.seen) if self.fixed_names is None else self.fixed_names
 
 
 def sort_labels(names: Iterable[str]) -> list[str]:

@@ -85,7 +85,7 @@ def uncompressed_name(path: Path) -> PurePosixPath:
 
 
 def is_workbook(path: Path) -> bool:
-    """Says whether a zip is a workbook of Excel or LibreOffice, or a like document."""
+    """Returns whether a zip is a workbook of Excel or LibreOffice, or a like document."""
     with explain_errors(path.name), zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
     return bool(names & {"[Content_Types].xml", "content.xml", "mimetype"})

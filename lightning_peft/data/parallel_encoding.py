@@ -147,7 +147,7 @@ class _Process:
         return len(self.requested)
 
     def has_capacity(self) -> bool:
-        """Says whether it is there, and has less to do than it may have at once."""
+        """Returns whether it is there, and has less to do than it may have at once."""
         return self.ready and self.load() < MAX_PENDING_CHUNKS
 
     def submit(self, samples: list[Sample]) -> Future[list[Outcome]]:

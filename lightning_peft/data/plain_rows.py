@@ -48,13 +48,16 @@ def parse_label(fields: Mapping[str, Any]) -> Sample:
 
 
 def _list_of(fields: Mapping[str, Any], name: str, kinds: tuple[type, ...]) -> list[str]:
-    value, wanted = fields.get(name), "text or a whole number" if int in kinds else "text"
+    value, expected = fields.get(name), "text or a whole number" if int in kinds else "text"
     if value is None or value == []:
         raise row_problem("missing", f"has no {name}" if value is None else f"has empty {name}")
     if not isinstance(value, list):
         raise row_problem("missing", f"has no list as {name}: {shortened(value)}")
     problems = [
-        ("missing", f"has {shortened(item)} as number {place} of its {name}, which is not {wanted}")
+        (
+            "missing",
+            f"has {shortened(item)} as number {place} of its {name}, which is not {expected}",
+        )
         for place, item in enumerate(value)
         # Python counts True among the numbers.
         if not isinstance(item, kinds) or isinstance(item, bool) or not str(item).strip()

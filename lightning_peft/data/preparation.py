@@ -210,7 +210,7 @@ class _PreparationPass:
         self.layout = detect_layout(values, settings.columns, settings.shape, settings.accepts)
         column = self.layout.split_column
         self.by_column = any(split_named(value.get(column)) for value in values if column)
-        self.given = self.by_column or any(row.split is not None for row in first)
+        self.has_splits = self.by_column or any(row.split is not None for row in first)
         self._check_settings()
         self.encoder = self.encoder_for(self.layout)
         self.layout = replace(
@@ -255,7 +255,7 @@ class _PreparationPass:
                 f"for {shape.data_class}. If they only look like it, say which column is which, "
                 'such as columns={"prompt": "text", "completion": "label"}.'
             )
-        if self.given and settings.shares is not None:
+        if self.has_splits and settings.shares is not None:
             raise ConfigError(
                 f"validation_share and test_share are given ({settings.shares}), and the data says "
                 "itself which rows are for what (by file, by a column split, or on the hub). Leave "
@@ -263,7 +263,7 @@ class _PreparationPass:
             )
 
     def _with_progress_bar(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yields the rows; in a terminal, a bar says how far they are once it takes seconds."""
+        """Yields the rows; a terminal shows a progress bar if it takes seconds."""
         name = Path(str(self.sources[0].data)).name
         counted = counted_rows(rows)
         yield from tqdm(counted, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
@@ -301,14 +301,14 @@ class _PreparationPass:
         return problems
 
     def _split_fractions(self) -> dict[str, float]:
-        if self.given:
+        if self.has_splits:
             return {}
         shares = self.settings.shares
         return DEFAULT_SPLIT_FRACTIONS if shares is None else shares
 
     def _split(self, row: Row) -> tuple[str | None, list[tuple[str, str]]]:
         if row.split is not None or not self.by_column:
-            return row.split or ("train" if self.given else None), []
+            return row.split or ("train" if self.has_splits else None), []
         assert row.value is not None
         name = row.value.get(self.layout.split_column or "")
         found = split_named(name)
@@ -358,7 +358,7 @@ class _PreparationPass:
         }
 
     def _split_by(self) -> dict[str, Any]:
-        if self.given:
+        if self.has_splits:
             return {"by": "column split" if self.by_column else "files"}
         return {
             "by": "content",

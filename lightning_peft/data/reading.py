@@ -132,14 +132,14 @@ class Source:
     def _hub_names(self, offered: list[str]) -> dict[str, str | None]:
         if self.hub_splits is None:
             names = {name: _SPLIT_NAMES[name] for name in offered if name in _SPLIT_NAMES}
-            wanted: dict[str, str] = {}
+            missing: dict[str, str] = {}
         else:
             names = {theirs: ours for ours, theirs in self.hub_splits.items()}
-            wanted = {theirs: ours for theirs, ours in names.items() if theirs not in offered}
-        if wanted or "train" not in names.values():
+            missing = {theirs: ours for theirs, ours in names.items() if theirs not in offered}
+        if missing or "train" not in names.values():
             raise ConfigError(
                 f"The dataset {self.data!r} has the splits {', '.join(offered)}, and "
-                + (f"hub_splits names {', '.join(wanted)}" if wanted else "none is called train")
+                + (f"hub_splits names {', '.join(missing)}" if missing else "none is called train")
                 + f'. Say which is which, such as hub_splits={{"train": "{offered[0]}"}}.'
             )
         if self.split is not None:

@@ -47,7 +47,7 @@ def _free_names(text: str) -> frozenset[str]:
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(text)))
     except TemplateError:
-        # What is wrong with it is said when it renders a row.
+        # Its fault is reported when it renders a row.
         return frozenset()
 
 
@@ -138,7 +138,7 @@ def _arguments(turns: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _as_python(arguments: dict[str, Any], text: str) -> bool:
-    """Says whether arguments stand in a text as Python writes them, with single quotes."""
+    """Returns whether arguments stand in a text as Python writes them, with single quotes."""
     python = str(arguments)
     return python != json.dumps(arguments, ensure_ascii=False) and python in text
 

@@ -1,4 +1,4 @@
-"""Rows that are checked without a tokenizer: what they say, not what a model reads."""
+"""Rows that are checked without a tokenizer: their content, not their tokens."""
 
 from __future__ import annotations
 

@@ -299,8 +299,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
 
     def _sources(self) -> list[Source]:
         hparams = self.hparams
-        apart = [(split, hparams[f"{split}_data"]) for split in ("validation", "test")]
-        named = [(split, data) for split, data in apart if data is not None]
+        separate = [(split, hparams[f"{split}_data"]) for split in ("validation", "test")]
+        named = [(split, data) for split, data in separate if data is not None]
         # Without validation rows of its own, the data is shared out.
         first = [("train" if hparams["validation_data"] else None, hparams["data"])]
         of_hub = ("hub_config", "hub_splits", "hub_revision", "streaming")

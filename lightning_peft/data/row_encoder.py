@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RowEncoder(ABC):
-    """Makes what is stored and trained on of what a row says; one serves one pass over the data.
+    """Encodes the content of rows as stored and trained; one serves one pass over the data.
 
     Attributes:
         features: Columns of a prepared row. A column ``length`` (int32) is needed for grouping and

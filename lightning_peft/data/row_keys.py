@@ -99,5 +99,5 @@ def drop_ignored(
 
 
 def is_turn(value: Any) -> bool:
-    """Says whether a value is a turn of a conversation, by its keys."""
+    """Returns whether a value is a turn of a conversation, by its keys."""
     return isinstance(value, Mapping) and bool({"role", "from"} & set(value))

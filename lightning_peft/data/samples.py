@@ -1,4 +1,4 @@
-"""What a row says: its turns or text, read from the fields of the row's shape."""
+"""The content of a row: its turns or text, read from the fields of the row's shape."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Sample:
     unused: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
-        """Returns 16 bytes that are the same exactly for rows that say the same.
+        """Returns 16 bytes that are equal exactly for rows of equal content.
 
         Images are the same whatever their label: neither a second label nor a place in two splits
         goes unnoticed then.
@@ -88,7 +88,7 @@ class Sample:
         return _digest([prompt, self.context] if self.context else prompt)
 
 
-# Keys that say where a turn comes from, not what it says.
+# Keys of the origin of a turn, not of its content.
 _METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
 

@@ -239,9 +239,9 @@ class Seq2SeqData(TokenizedData):
         codes = self.hparams["language_codes"] or {}
         requested = [codes.get(language, language) for language in self.languages]
         known = [token for token in tokenizer.all_special_tokens if not token.startswith("<")]
-        strange = [code for code in requested if code not in known]
-        if strange:
-            hints = "".join(f"\n  - {code!r}{similar_names(code, known)}" for code in strange)
+        unknown = [code for code in requested if code not in known]
+        if unknown:
+            hints = "".join(f"\n  - {code!r}{similar_names(code, known)}" for code in unknown)
             raise ConfigError(
                 f"The tokenizer {name!r} has no such language codes: {hints}\nGive the rows' own "
                 'names with the tokenizer\'s codes: language_codes={"en": "eng_Latn"}.'

@@ -135,22 +135,22 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
             ConfigError: With all that is wrong with the rows.
         """
         if self._values is None:
-            given = self.hparams
-            requested = {name: given[name] for name in ("encoding", "delimiter", "sheet")}
-            source = Source(given["data"], "train", **requested)
+            hparams = self.hparams
+            requested = {name: hparams[name] for name in ("encoding", "delimiter", "sheet")}
+            source = Source(hparams["data"], "train", **requested)
             if not source.files():
-                raise ConfigError(f"There is no file {given['data']!r}. Check the path.")
+                raise ConfigError(f"There is no file {hparams['data']!r}. Check the path.")
             rows = list(source.rows())
             if not rows:
-                raise ConfigError(f"There are no rows in {given['data']!r}.")
+                raise ConfigError(f"There are no rows in {hparams['data']!r}.")
             log_formats(describe_formats(source))
-            self.columns = _columns(rows, given["columns"], given["time"])
+            self.columns = _columns(rows, hparams["columns"], hparams["time"])
             table, problems = _table(rows, self.columns)
-            if given["time"] is not None:
-                problems += _time_problems(rows, given["time"])
+            if hparams["time"] is not None:
+                problems += _time_problems(rows, hparams["time"])
             if problems:
                 raise ConfigError(
-                    f"{given['data']!r} cannot be used. {describe(problems, len(rows))}"
+                    f"{hparams['data']!r} cannot be used. {describe(problems, len(rows))}"
                 )
             self._values = torch.from_numpy(table)
         return self._values
@@ -178,7 +178,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         Raises:
             ConfigError: If they cannot be used, or a split is too short for one window.
         """
-        given, borders = self.hparams, self.borders()
+        hparams, borders = self.hparams, self.borders()
         short = [
             f"{split} has {end - first} steps"
             for split, (first, end) in borders.items()
@@ -186,9 +186,9 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         ]
         if short or borders["train"][1] <= self.season:
             raise ConfigError(
-                f"{given['data']!r} has {len(self.values())} steps, too few for context="
-                f"{given['context']}, horizon={given['horizon']} and season={given['season']} in "
-                f"every split: {', '.join(short) or 'train is shorter than a season'}. Lower "
+                f"{hparams['data']!r} has {len(self.values())} steps, too few for "
+                f"context={hparams['context']}, horizon={hparams['horizon']} and "
+                f"season={hparams['season']} in every split: {', '.join(short) or 'train is shorter than a season'}. Lower "
                 "these, change the shares, or set one to 0."
             )
         statistics = self.statistics()
@@ -201,7 +201,7 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
         ]
         if same:
             raise ConfigError(
-                f"{', '.join(same)} in {given['data']!r}: every training step is what it was a "
+                f"{', '.join(same)} in {hparams['data']!r}: every training step is what it was a "
                 "season before, so there is nothing to learn. Leave the column out of columns=."
             )
 
@@ -216,8 +216,8 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
     def windows(self, split: str) -> Windows:
         """Returns the windows of ``train``, ``validation`` or ``test``."""
         first, end = self.borders()[split]
-        given = self.hparams
-        return Windows(self.values(), first, end, given["context"], given["horizon"])
+        hparams = self.hparams
+        return Windows(self.values(), first, end, hparams["context"], hparams["horizon"])
 
     def train_dataloader(self) -> Any:
         """Returns the windows of the training steps, in random order."""

@@ -261,11 +261,11 @@ def detect_layout(
     found = SHAPES.get(shape)
     absent = [name for name in found.required if name not in mapping] if found else []
     if found is None or absent:
-        wanted = "\n".join(f"  {s.name}: {', '.join(s.required)}" for s in SHAPES.values())
+        candidates = "\n".join(f"  {s.name}: {', '.join(s.required)}" for s in SHAPES.values())
         lacking = f" has no {', '.join(absent)} for shape={shape!r}" if absent else ""
         raise ConfigError(
             f"The data{lacking or ' has none of the shapes that are known'}. Its columns: "
-            f"{', '.join(sorted(counts)) or 'none'}. Shapes and what they need:\n{wanted}\n"
+            f"{', '.join(sorted(counts)) or 'none'}. Shapes and what they need:\n{candidates}\n"
             'Say which column is which, such as columns={"prompt": "my_column"}. The first line '
             "of a table names its columns: where these are a row, add such a line above it."
         )
@@ -281,8 +281,8 @@ def _shape_of(row: Mapping[str, Any], mapping: Mapping[str, str], accepts: Seque
     ]
     first = set(fitting[0].required) if fitting else set()
     # UltraFeedback has messages and two answers. A text with a label, though, is not plain text.
-    wanted = [one for one in fitting if one.name in accepts and not set(one.required) < first]
-    return next((one.name for one in (*wanted, *fitting)), "")
+    candidates = [one for one in fitting if one.name in accepts and not set(one.required) < first]
+    return next((one.name for one in (*candidates, *fitting)), "")
 
 
 def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]:
@@ -298,7 +298,7 @@ def _mapping(counts: Counter[str], columns: Mapping[str, str]) -> dict[str, str]
             f"columns={dict(columns)!r} cannot be used: {'; '.join(problems)}. The data has: "
             f"{', '.join(sorted(counts))}."
         )
-    # A column is read as what the user says it is, and as nothing else.
+    # A column is read as the user maps it, and as nothing else.
     free = [name for name in counts if name not in columns.values()]
     found = {
         ours: max(present, key=lambda name: counts[name])

@@ -1,4 +1,4 @@
-"""What is said of files that are read, and whether they stay what they are meanwhile."""
+"""Files while they are read: their formats, and whether they change."""
 
 from __future__ import annotations
 

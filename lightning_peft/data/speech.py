@@ -1,4 +1,4 @@
-"""Data for speech recognition: recordings, and what is said in them."""
+"""Data for speech recognition: recordings and their transcripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_peft.errors import ConfigError, similar_names
 
 # Whisper's decoder has so many places; others have more.
 MAX_TRANSCRIPT_TOKENS = 448
-# Where the feature extractor does not say what its model hears at once.
+# Where the feature extractor has no limit of its own.
 DEFAULT_MAX_SECONDS = 30.0
 
 
@@ -118,8 +118,10 @@ class SpeechData(RowDataModule):
             ConfigError: If it cannot be had.
         """
         if self._extractor is None:
-            given = self.hparams["feature_extractor"]
-            self._extractor = self._load_extractor() if given is None else _build_extractor(given)
+            options = self.hparams["feature_extractor"]
+            self._extractor = (
+                self._load_extractor() if options is None else _build_extractor(options)
+            )
         return self._extractor
 
     def _load_extractor(self) -> Any:
@@ -236,14 +238,14 @@ _CHANGED = "Recordings must stay as they are while a run goes on; start it again
 def _set_language(tokenizer: Any, requested: dict[str, Any]) -> None:
     language, task = requested.get("language"), requested.get("task")
     code = TO_LANGUAGE_CODE.get(str(language).lower(), str(language).lower())
-    wanted = [f"<|{token}|>" for token in (language and code, task) if token is not None]
+    tokens = [f"<|{token}|>" for token in (language and code, task) if token is not None]
     try:
         tokenizer.set_prefix_tokens(language=language, task=task, predict_timestamps=False)
         there = tokenizer.convert_ids_to_tokens(tokenizer.prefix_tokens)
     except (ValueError, TypeError):
         there = []
     # The tokenizer counts places in a list, and takes whatever token is there.
-    lacking = [token for token in wanted if token not in there]
+    lacking = [token for token in tokens if token not in there]
     if lacking:
         known = [token[2:-2] for token in tokenizer.all_special_tokens if token.startswith("<|")]
         raise ConfigError(
@@ -254,8 +256,8 @@ def _set_language(tokenizer: Any, requested: dict[str, Any]) -> None:
 
 
 def _build_extractor(settings: dict[str, Any]) -> Any:
-    given = dict(settings)
-    name = given.pop("feature_extractor_type", None)
+    options = dict(settings)
+    name = options.pop("feature_extractor_type", None)
     kind = feature_extractor_class_from_name(name) if isinstance(name, str) else None
     if kind is None:
         raise ConfigError(
@@ -263,8 +265,8 @@ def _build_extractor(settings: dict[str, Any]) -> Any:
             "knows, such as 'WhisperFeatureExtractor'."
         )
     known = set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"}
-    strange = sorted(set(given) - known)
-    if strange:
-        hints = "; ".join(f"{word!r}{similar_names(word, known)}" for word in strange)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        hints = "; ".join(f"{word!r}{similar_names(word, known)}" for word in unknown)
         raise ConfigError(f"feature_extractor: {name} has no setting {hints}. Correct the name.")
-    return kind(**given)
+    return kind(**options)

@@ -48,32 +48,32 @@ class Dialect:
         )
 
 
-def parse_delimiter(given: str) -> str:
+def parse_delimiter(requested: str) -> str:
     """Returns the delimiter that the user means, such as ``";"`` or ``"tab"``."""
-    found = _NAMED.get(given.lower(), given)
+    found = _NAMED.get(requested.lower(), requested)
     if len(found) != 1 or found in '"\r\n\\':
         raise ConfigError(
-            f"delimiter={given!r} is not one character that parts columns. Such are "
+            f"delimiter={requested!r} is not one character that parts columns. Such are "
             f"{', '.join(map(repr, _USUAL))}, and the words {', '.join(sorted(_NAMED)[1:])}."
         )
     return found
 
 
-def detect_dialect(head: str, whole: bool, usual: str, given: str | None) -> Dialect:
+def detect_dialect(head: str, whole: bool, usual: str, requested: str | None) -> Dialect:
     """Returns how a table is written, by its first lines, which may be the ``whole`` file."""
     skipped = 0
     excel_hint = re.match(r'"?sep=(.)"?\r?\n', head)
     if excel_hint:
         # A line that Excel writes for itself.
         skipped, head = 1, head[excel_hint.end() :]
-        given = given or excel_hint[1]
-    candidates = (given,) if given is not None else _USUAL
+        requested = requested or excel_hint[1]
+    candidates = (requested,) if requested is not None else _USUAL
     found = _best(head, whole, candidates, usual)
-    if found is None and given is None:
+    if found is None and requested is None:
         # R's write.table parts quoted names by spaces.
         quoted = re.match(r'"[^"\r\n]*"( "[^"\r\n]*")+\r?\n', head)
         found = _best(head, whole, (*_RARE, " ") if quoted else _RARE, usual)
-    return replace(found or Dialect(given or usual), skipped=skipped)
+    return replace(found or Dialect(requested or usual), skipped=skipped)
 
 
 def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dialect | None:

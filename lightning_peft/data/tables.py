@@ -40,8 +40,8 @@ def read_table(file: TextFile, suffix: str, delimiter: str | None) -> ReadableFi
             f"where each line is an object, else .json: mv {name} {Path(name).stem}.jsonl"
         )
     table = _Table(file)
-    given = None if delimiter is None else parse_delimiter(delimiter)
-    dialect = detect_dialect(head, whole, "\t" if suffix == ".tsv" else ",", given)
+    requested = None if delimiter is None else parse_delimiter(delimiter)
+    dialect = detect_dialect(head, whole, "\t" if suffix == ".tsv" else ",", requested)
     dialect, widths = table.scan(dialect)
     columns = resolve_columns(widths, name)
     notes = list(columns.notes)
@@ -86,7 +86,7 @@ class _Table:
                 raise error.config_error from error
 
     def _has_escaped_quotes(self) -> bool:
-        """Says whether quotes have a backslash before them; refuses other backslashes then."""
+        """Returns whether quotes have a backslash before them; refuses other backslashes then."""
         found, other = False, None
         with self.file.open(newline="") as text:
             for number, line in enumerate(text, start=1):
@@ -160,7 +160,7 @@ class _LineRecorder:
 
     def __iter__(self) -> Iterator[str]:
         for line in self._text:
-            # Of an endless value, the start says enough.
+            # The start of an endless value is enough.
             if len(self.lines) < 10_000:
                 self.lines.append(line)
             yield line

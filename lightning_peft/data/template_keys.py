@@ -9,9 +9,9 @@ from lightning_peft.data.samples import Message
 from lightning_peft.data.validation import EncodingProblem
 
 Rendered = Callable[[Sequence[Message], Mapping[str, Any]], object]
-# What a turn always has; `train` says what is learnt, not what is written.
+# Keys of every turn; `train` is about the loss, not the text.
 _ALWAYS = ("role", "content", "train")
-# Keys of tools and calls that only say what the rest says already.
+# Keys of tools and calls that are implied by the rest.
 _KINDS = ("type",)
 
 
@@ -24,11 +24,11 @@ def keys_without_effect(
     """
     whole: object = None
 
-    def renders_same(turns: Sequence[Message], given: Mapping[str, Any]) -> bool:
+    def renders_same(turns: Sequence[Message], reduced_context: Mapping[str, Any]) -> bool:
         nonlocal whole
         whole = rendered(messages, context) if whole is None else whole
         try:
-            return rendered(turns, given) == whole
+            return rendered(turns, reduced_context) == whole
         except EncodingProblem:
             # A template that fails without a key reads it.
             return False

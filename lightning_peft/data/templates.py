@@ -46,7 +46,7 @@ class Template:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether it says itself what the assistant generates (``{% generation %}``)."""
+        """Whether it marks the text of the assistant (``{% generation %}``)."""
         return re.search(r"\{%[-+]?\s*generation\b", self.text) is not None
 
 

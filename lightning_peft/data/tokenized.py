@@ -46,7 +46,7 @@ class TokenizedData(RowDataModule):
     Args:
         data: As of :class:`RowDataModule`.
         tokenizer: Name on the hub, or folder.
-        max_length: Longest row in tokens; by default what the tokenizer says its model takes, and
+        max_length: Longest row in tokens; by default the model's by its tokenizer, and
             2048 at most.
         over_long: Rows longer than that are an error, or are cut at the end (``"truncate"``).
         length_grouping: Put rows of like length in a batch, against padding.

@@ -31,7 +31,7 @@ def json_value(value: Any) -> Any:
 
 
 def is_empty(value: Any) -> bool:
-    """Says whether a key with this value says nothing: null, or empty text, list or object."""
+    """Returns whether a value is null, or an empty text, list or object."""
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
@@ -89,11 +89,11 @@ def _call(call: Any, what: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise row_problem("tools", f"{what} without the name of a function: {shortened(call)}")
     name = "arguments" if "arguments" in function else "parameters"
-    given = function.get(name)
-    arguments = {} if given is None or given == "" else json_value(given)
+    raw = function.get(name)
+    arguments = {} if raw is None or raw == "" else json_value(raw)
     if not isinstance(arguments, dict):
         raise row_problem(
-            "tools", f"{what} whose arguments are not a JSON object: {shortened(given)}"
+            "tools", f"{what} whose arguments are not a JSON object: {shortened(raw)}"
         )
     rest = {key: value for key, value in function.items() if key != name}
     return {**call, "function": {**rest, "arguments": arguments}}

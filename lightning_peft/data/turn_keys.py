@@ -16,7 +16,7 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import similar_names
 
 _NAME = "tool_calls[].function.name"
-# What an answer says, or is an answer to, besides its text.
+# Content of an answer, or what it answers, other than its text.
 _CONTENT_KEYS = frozenset(
     (
         *("tool_calls", _NAME, "tool_calls[].function.arguments"),
@@ -24,7 +24,7 @@ _CONTENT_KEYS = frozenset(
         *("refusal", "tool_plan", "tools", "functions", "documents", "tool_responses"),
     )
 )
-# What says in more detail, or as a number, what of a turn is learnt.
+# Which parts of a turn are trained, or with what weight.
 _LOSS_KEYS = frozenset(
     (
         *("train_detail", "training_detail", "loss_scale", "loss_weight", "weights", "loss_mask"),

@@ -27,7 +27,7 @@ def read_turn(turn: Any, place: str) -> tuple[Message, list[str]]:
     """Returns a turn, and the keys in it that nothing reads.
 
     The turn has ``role`` and ``content``; ``reasoning_content``, ``tool_calls`` and ``train`` where
-    it says so; and every other key unchanged, for the chat template.
+    given; and every other key unchanged, for the chat template.
     """
     if not isinstance(turn, dict):
         raise row_problem("missing", f"{place} is {shortened(turn)}, not an object")
@@ -104,7 +104,7 @@ def _join_parts(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]
     text = ""
     thoughts: list[Any] = []
     unused: list[str] = []
-    strange: list[Any] = []
+    not_text: list[Any] = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         used = {"type", "text"}
@@ -116,11 +116,11 @@ def _join_parts(parts: list[Any], place: str) -> tuple[str, list[Any], list[str]
             # Mistral writes the thoughts of a part as a list of parts.
             thoughts += found if isinstance(found, list) else [{"text": found}]
         else:
-            strange.append(part)
+            not_text.append(part)
         if isinstance(part, dict):
             unused += [f"content[].{key}" for key in part if key not in used]
-    if strange:
-        shown = shortened(strange)
+    if not_text:
+        shown = shortened(not_text)
         raise row_problem("missing", f"{place} holds parts that are not text: {shown}")
     return text, [thoughts] if thoughts else [], list(dict.fromkeys(unused))
 
@@ -144,18 +144,18 @@ def _single_reasoning(found: list[Any], name: str, problems: list[tuple[str, str
 def _train_flag(
     keys: dict[str, Any], role: str, name: str, problems: list[tuple[str, str]]
 ) -> bool | None:
-    """Returns whether a turn says that it is trained; ``None`` where it says nothing."""
-    given = {key: keys.pop(key) for key in FLAGS if key in keys}
-    requested = {key: parse_flag(value) for key, value in given.items()}
-    for key in [key for key, on in requested.items() if on is None]:
-        problems.append(("weight", f"{name} has {key}={shortened(given[key])}: {WEIGHT_HINT}"))
-    answers = {on for on in requested.values() if on is not None}
+    """Returns whether a turn is trained by its own flags; ``None`` without any."""
+    flags = {key: keys.pop(key) for key in FLAGS if key in keys}
+    states = {key: parse_flag(value) for key, value in flags.items()}
+    for key in [key for key, on in states.items() if on is None]:
+        problems.append(("weight", f"{name} has {key}={shortened(flags[key])}: {WEIGHT_HINT}"))
+    answers = {on for on in states.values() if on is not None}
     if len(answers) > 1:
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        shown = ", ".join(f"{key}={value!r}" for key, value in flags.items())
         problems.append(("weight", f"{name} has {shown}, which contradict each other"))
     if True in answers and role != "assistant":
-        key = next(key for key, on in requested.items() if on)
-        shown = f"{key}={given[key]!r}"
+        key = next(key for key, on in states.items() if on)
+        shown = f"{key}={flags[key]!r}"
         problems.append(("weight", f"{name} has {shown}, and assistant turns alone are trained"))
     return next(iter(answers)) if len(answers) == 1 else None
 

@@ -146,7 +146,7 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
     """
     bad = len({(problem.file, problem.row) for problem in problems})
     files = {problem.file for problem in problems}
-    # In a folder, a number alone does not say which file is meant.
+    # In a folder, a number alone is ambiguous.
     several = len(files) > 1 or any("/" in file for file in files)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
     for kind, (title, remedy) in KINDS.items():
