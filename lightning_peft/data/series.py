@@ -188,8 +188,9 @@ class SeriesData(_Base, metaclass=LateBoundMeta):
             raise ConfigError(
                 f"{hparams['data']!r} has {len(self.values())} steps, too few for "
                 f"context={hparams['context']}, horizon={hparams['horizon']} and "
-                f"season={hparams['season']} in every split: {', '.join(short) or 'train is shorter than a season'}. Lower "
-                "these, change the shares, or set one to 0."
+                f"season={hparams['season']} in every split: "
+                f"{', '.join(short) or 'train is shorter than a season'}. Lower these, change the "
+                "shares, or set one to 0."
             )
         statistics = self.statistics()
         same = [
