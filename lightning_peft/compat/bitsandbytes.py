@@ -43,7 +43,7 @@ def chosen_compute_dtype(layer: Any) -> torch.dtype | None:
 
 
 def is_repacked_for_cpu(weight: Any) -> bool:
-    """Says whether an evaluation on a CPU repacked a weight, which passes no gradients then."""
+    """Whether an evaluation on a CPU repacked a weight, which passes no gradients then."""
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 

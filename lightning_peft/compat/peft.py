@@ -90,7 +90,7 @@ def enable_layer(layer: Any, enabled: bool) -> None:
 
 
 def is_refused_target(part: nn.Module, leaf: str) -> bool:
-    """Says whether PEFT refuses layers called ``leaf`` in a model of this type."""
+    """Whether PEFT refuses layers called ``leaf`` in a model of this type."""
     check: Any = getattr(LoraModel, "_check_target_module_compatiblity", None)
     if check is None or not hasattr(part, "config"):
         return False

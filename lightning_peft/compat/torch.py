@@ -107,7 +107,7 @@ def detach_sharing_version(tensor: Tensor) -> Tensor:
 
 
 def is_functional() -> bool:
-    """Says whether ``torch.func`` or forward-mode differentiation is at work.
+    """Whether ``torch.func`` or forward-mode differentiation is at work.
 
     Public alternative: none.
     """
@@ -115,7 +115,7 @@ def is_functional() -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Says whether a module has hooks of its own."""
+    """Whether a module has hooks of its own."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -125,7 +125,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Says whether ``module.compile()`` was called."""
+    """Whether ``module.compile()`` was called."""
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -146,7 +146,7 @@ def convolution_padding(layer: Any) -> list[int]:
 
 
 def output_padding(layer: Any, input: Tensor, output_size: list[int] | None) -> Any:
-    """Returns the output padding of a transposed convolution for the size asked for."""
+    """Returns the output padding of a transposed convolution for the requested size."""
     return layer._output_padding(
         input,
         output_size,
@@ -159,7 +159,7 @@ def output_padding(layer: Any, input: Tensor, output_size: list[int] | None) -> 
 
 
 def has_load_state_dict_hooks(optimizer: Any) -> bool:
-    """Says whether an optimizer has hooks on ``load_state_dict``."""
+    """Whether an optimizer has hooks on ``load_state_dict``."""
     return bool(
         optimizer._optimizer_load_state_dict_pre_hooks
         or optimizer._optimizer_load_state_dict_post_hooks
@@ -172,15 +172,15 @@ OPTIMIZER_HOOKS = "_optimizer_"
 
 
 def is_lr_scheduler_step(step: Any, cls: type) -> bool:
-    """Says whether ``step`` is what LR schedulers put on an optimizer around ``cls.step``."""
+    """Whether ``step`` is what LR schedulers put on an optimizer around ``cls.step``."""
     inner = getattr(step, "__wrapped__", None)
     return hasattr(step, "_wrapped_by_lr_sched") and inner is cls.step  # type: ignore[attr-defined]
 
 
 def lr_scheduler_step(optimizer: Any) -> Callable[..., Any]:
-    """Returns what LR schedulers put in place of ``step``, around the step of the new class.
+    """The replacement of ``step`` by LR schedulers, around the step of the new class.
 
-    Theirs holds the old class's function, which would go on being called.
+    Theirs holds the old class's function, which would still be called.
     """
     reference = weakref.ref(optimizer)
 

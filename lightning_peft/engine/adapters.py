@@ -58,7 +58,7 @@ def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def trained_parameters(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, nn.Parameter]:
-    """Returns what injection made trainable in ``part``: adapters, saved modules and biases."""
+    """Parameters that injection made trainable in ``part``: adapters, saved modules and biases."""
     params = dict(part.named_parameters())
     saved = {name: params[name] for name in entry.initial_values if name in params}
     mine = {**adapter_parameters(part), **saved}
@@ -166,12 +166,12 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
 
 
 def is_merged(layer: Any) -> bool:
-    """Says whether adapters of ``layer`` are folded into its weight."""
+    """Whether adapters of ``layer`` are folded into its weight."""
     return bool(layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
 
 
 def is_enabled(layer: Any) -> bool:
-    """Says whether the adapters of ``layer`` are switched on."""
+    """Whether the adapters of ``layer`` are switched on."""
     return layer.lora_enabled if isinstance(layer, LoraLayer) else not layer.disable_adapters
 
 

@@ -1,4 +1,4 @@
-"""Folders of results that are kept on disk, each under a name that says what it was made from.
+"""Folders of results that are kept on disk, each under a name made from its inputs.
 
 An entry appears with its whole content, by one rename, or not at all. Processes that make the same
 one at the same time each write their own; the first to finish is kept, and they are the same.
@@ -139,7 +139,7 @@ def entry(
 
 
 def damage_of(final: Path) -> str | None:
-    """Returns what is wrong with an entry, or ``None``."""
+    """The problem with an entry, or ``None``."""
     try:
         summary = json.loads((final / SUMMARY).read_text(encoding="utf-8"))
         sizes = dict(summary["files"])
@@ -153,7 +153,7 @@ def damage_of(final: Path) -> str | None:
 
 
 def has_room(folder: Path, size: int) -> bool:
-    """Says whether ``size`` bytes leave a tenth of the disk, or 20 GiB, free."""
+    """Whether ``size`` bytes leave a tenth of the disk, or 20 GiB, free."""
     disk = shutil.disk_usage(folder)
     return disk.free - size >= min(int(_SPARED_SHARE * disk.total), _SPARED_BYTES)
 

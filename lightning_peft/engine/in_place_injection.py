@@ -27,7 +27,7 @@ def inject_in_place(
     Args:
         plan: What to do with the part.
         config: PEFT's config, which means exactly these layers.
-        request: What was asked for.
+        request: The requested adapters.
         device: Where quantization happens.
     """
     to_quantize = {id(plan.part.get_submodule(name)) for name in plan.quantize}

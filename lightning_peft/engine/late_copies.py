@@ -96,21 +96,21 @@ def _copied(module: nn.Module, child: nn.Module, known: set[nn.Module]) -> str |
 
 
 def _in_hook(error: BaseException) -> bool:
-    """Says whether an error comes out of a hook that called no module."""
+    """Whether an error comes out of a hook that called no module."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     hooks = ("_call_lightning_module_hook", "_call_callback_hooks")
     return any(name in frames for name in hooks) and "_call_impl" not in frames
 
 
 def _names_codes(text: str) -> bool:
-    """Says whether torch's error is one of writing to stored weights that are quantized."""
+    """Whether torch's error is one of writing to stored weights that are quantized."""
     _, found, keys = text.partition("Unexpected key(s) in state_dict: ")
     names = {name for backend in backends() for name in backend.state_keys}
     return bool(_WRITES.search(text) or (found and any(name in keys for name in names)))
 
 
 def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | None:
-    """Returns the error that says what averaging over weights and adapters ran into, if it did.
+    """Explains an error of a hook that averages weights; ``None`` for other errors.
 
     Args:
         module: The user's module.

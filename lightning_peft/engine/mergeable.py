@@ -110,7 +110,7 @@ def _others(name: str, layer: nn.Module, holders: dict[int, list[tuple[str, Tens
 
 
 def base_parameters(layer: nn.Module, name: str) -> dict[str, Tensor]:
-    """Returns what ``layer``, which is called ``name``, has besides its adapters, by name."""
+    """Parameters of ``layer``, which is called ``name``, besides its adapters, by name."""
     adapters = {id(param) for param in adapter_parameters(layer).values()}
     return {
         key: param
@@ -120,7 +120,7 @@ def base_parameters(layer: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Says whether a change of one tensor could change the other; both lie in one storage."""
+    """Whether a change of one tensor could change the other; both lie in one storage."""
     if one is other:
         return True
     if one.is_meta or one.dtype != other.dtype or one.numel() == 0:

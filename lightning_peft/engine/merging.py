@@ -2,7 +2,7 @@
 
 Dense weights become ``W + s B A`` within their rounding. A quantized weight is dequantized first
 and stays dense: that is the base the adapter was trained on, while quantizing the sum again, as
-is usual, throws part of the adapter away. The report says by how much for both ways.
+is usual, throws part of the adapter away. The report has the loss of both ways.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _original_classes(part: nn.Module) -> Iterator[None]:
 
 
 def is_materialized(tensor: Tensor) -> bool:
-    """Says whether ``tensor`` has numbers that can be looked at."""
+    """Whether ``tensor`` has numbers that can be looked at."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 

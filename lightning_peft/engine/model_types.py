@@ -51,7 +51,7 @@ def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
 
 
 def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:
-    """Returns what PEFT changes in ``config`` when it loads an adapter onto ``part``.
+    """Changes that PEFT makes to ``config`` when it loads an adapter onto ``part``.
 
     Args:
         part: The adapted module.

@@ -139,7 +139,7 @@ def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -
 
 
 def same_values(child: nn.Module, candidate: nn.Module) -> bool:
-    """Says whether two modules with parameters of the same names and shapes hold the same values.
+    """Whether two modules with parameters of the same names and shapes hold the same values.
 
     Args:
         child: One of them.
@@ -202,7 +202,7 @@ def hide_frozen_base(
 
 
 def _with_wrappers(module: nn.Module, name: str) -> str:
-    """Returns the outermost submodule that holds the one called ``name`` and nothing besides.
+    """Returns the outermost submodule that holds the one called ``name`` and nothing else.
 
     ``AveragedModel`` and other classes that keep an average hold the copy as their only submodule.
     """

@@ -142,11 +142,11 @@ def check_requested_config(
     adapt: str | Iterable[str] | None,
     adapter_name: str,
 ) -> None:
-    """Compares the settings of wrapped parts with those asked for.
+    """Compares the settings of wrapped parts with the requested ones.
 
     Args:
         wrapped: The wrapped parts.
-        config: PEFT's config, or ``None`` where none was asked for.
+        config: PEFT's config, or ``None`` for any.
         adapt: Names of the parts to adapt, or ``None``.
         adapter_name: Name of the adapter; ``"default"`` goes with any.
 

@@ -19,7 +19,7 @@ class MomentumCopy:
         source: Name of the one that trains.
         copy: Name of the copy.
         frozen: Whether the user had frozen the copy as a whole.
-        base: Checksums of the copy's quantized weights; taken when they are first asked for.
+        base: Checksums of the copy's quantized weights; taken when first needed.
     """
 
     source: str

@@ -52,7 +52,7 @@ class PartReport:
     follows: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Returns what to show of the part, as labels and values."""
+        """Labels and values to show of the part."""
         adapted = ", ".join(f"{name} x{count}" for name, count in self.adapted.items())
         quantized = f"{self.quantized} layers: {self.quantization}" if self.quantized else "-"
         left = [f"{name} ({state})" for name, state in self.heads.items()]

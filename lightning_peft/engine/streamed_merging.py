@@ -49,13 +49,13 @@ class WeightErrors:
         name: The layer.
         dequantized: With the dequantized base, as stored; ``None`` if the base was dense.
         original: With the base as it is in its file, as stored.
-        requantize: With the sum quantized again; ``None`` where there is no such way.
+        requantized: With the sum quantized again; ``None`` where there is no such way.
     """
 
     name: str
     dequantized: float | None
     original: float
-    requantize: float | None
+    requantized: float | None
 
 
 class StreamedMerge:
@@ -66,7 +66,7 @@ class StreamedMerge:
         folder: The adapter, in PEFT's format.
         into: ``"dequantized"`` merges into what the quantized base stands for, which is what the
             adapter was trained on; ``"original"`` into the weights as they are handed in. By
-            default the first where the adapter's record says that the base was quantized.
+            default the first where the base was quantized by the adapter's record.
         dtype: Dtype of the merged weights; by default that of those handed in, and bfloat16 for
             those wider than 16 bits.
 
@@ -79,7 +79,7 @@ class StreamedMerge:
 
     Raises:
         CheckpointError: If the adapter is damaged or does not fit the outline.
-        ConfigError: If ``into`` asks for what the record does not tell.
+        ConfigError: If ``into`` needs something that the record does not have.
         UnsupportedError: If the adapter cannot be merged weight by weight.
     """
 
@@ -158,7 +158,7 @@ class StreamedMerge:
 
     @torch.no_grad()
     def merged(self, name: str, dense: Tensor) -> Tensor:
-        """Returns what the merged model has in the place of one tensor of the base.
+        """The tensor of the merged model in place of one of the base.
 
         Args:
             name: Name of the parameter or buffer in the model.

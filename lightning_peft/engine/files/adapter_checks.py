@@ -32,7 +32,7 @@ class AdapterFolder:
         part: Name of the part.
         fields: Fields of ``adapter_config.json``.
         tensors: By their keys without PEFT's prefix.
-        facts: What ``provenance.json`` says.
+        facts: The content of ``provenance.json``.
         saved: Names of the modules that it holds in full.
     """
 

@@ -137,7 +137,7 @@ def _fits_one(value: Any, kind: Any) -> bool:
         # PEFT lists examples there, such as "pissa_niter_[number of iters]".
         return any(type(value) is type(option) for option in inner)
     if kind in (int, float):
-        # PEFT says int where any number will do, as for lora_alpha.
+        # PEFT's annotation is int where any number will do, as for lora_alpha.
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     container = origin or kind
     if container in (list, set, tuple):

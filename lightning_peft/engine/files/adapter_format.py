@@ -215,7 +215,7 @@ def differences_in_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) 
 
 
 def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dict[str, Any]:
-    """Returns what produced the adapter: base, settings, versions, seed, time (UTC).
+    """The origin of the adapter: base, settings, versions, seed, time (UTC).
 
     The fingerprint of the base is that of all parameters but those in ``left_out``, which the
     files hold themselves.
@@ -252,7 +252,7 @@ def recorded_base(
 
     Args:
         loaded: All parameters of the base.
-        facts: What ``provenance.json`` says.
+        facts: The content of ``provenance.json``.
         heads: What is left out where the file does not say so, as folders that were written before
             it did: heads, and modules trained in full.
     """

@@ -288,7 +288,7 @@ def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
     """Refuses to quantize the base of an adapter whose initialisation rewrote that base first.
 
     Raises:
-        UnsupportedError: If ``facts`` say so.
+        UnsupportedError: If ``facts`` describe such an adapter.
     """
     config = facts.get("config") or {}
     if facts.get("quantization") and _rewrites_base(config):

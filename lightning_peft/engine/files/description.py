@@ -1,4 +1,4 @@
-"""What a checkpoint says of the injection, and the comparison of that with a module."""
+"""A checkpoint's description of the injection, and its comparison with a module."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FORMAT = 1
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """Returns what was injected, as primitives and tensors that ``weights_only=True`` loads."""
+    """Describes the injection in primitives and tensors that ``weights_only=True`` loads."""
     record = require_record(module)
     return {
         "format": FORMAT,
@@ -177,7 +177,7 @@ def inject_as_described(
 
     Raises:
         LifecycleError: If the module has adapters already.
-        CheckpointError: If the module cannot be adapted the way the checkpoint says.
+        CheckpointError: If the module cannot be adapted as the checkpoint describes.
     """
     if record_of(module) is not None:
         raise LifecycleError(

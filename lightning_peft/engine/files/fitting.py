@@ -61,7 +61,7 @@ def fields_for(part: nn.Module, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses ranks of which the file has no tensor, before memory is asked for them.
+    """Refuses ranks of which the file has no tensor, before memory is allocated for them.
 
     Raises:
         CheckpointError: If a rank is larger than every dimension in the file.
@@ -115,7 +115,7 @@ def saved_in_file(
     Args:
         part: The submodule, with adapters or without.
         entries: ``modules_to_save`` of the file.
-        facts: What ``provenance.json`` says, which names the modules exactly.
+        facts: The content of ``provenance.json``, which names the modules exactly.
         tensors: The tensors of the file.
 
     Raises:

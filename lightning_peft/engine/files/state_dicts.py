@@ -2,8 +2,8 @@
 
 A module may override ``state_dict()`` or ``load_state_dict()``, and hooks may filter or rename
 keys, to leave its pretrained part out. That part now has adapters. What injection added is
-therefore found by the record of the injection, in both directions, and not by what the module
-says of itself.
+therefore found by the record of the injection, in both directions, and not by the module's own
+methods.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def trainable_state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def checkpoint_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns what no checkpoint may be without, by name: detached, sharing memory.
+    """Tensors that no checkpoint may lack, by name: detached, sharing memory.
 
     Adapters, heads, modules trained in full, base weights that came from an adapter folder, and the
     persistent buffers of adapted parts.

@@ -35,7 +35,7 @@ from lightning_peft.engine.selection.parts import find_heads
 from lightning_peft.engine.selection.scope import select
 from lightning_peft.errors import UnsupportedError, itemize
 
-# Arguments with which the caller says where and how, and loading is left alone.
+# Arguments by which the caller chooses devices or quantization; such loads are left alone.
 _EXPLICIT_OPTIONS = (
     "quantization_config",
     "device_map",
@@ -59,7 +59,7 @@ def quantize_on_load(
 ) -> Iterator[Loading]:
     """Within the body, ``from_pretrained`` of this thread quantizes linear layers as it reads them.
 
-    Only where it says nothing of quantization, devices or distribution itself, the file is not
+    Only where its arguments choose no quantization, devices or distribution, the file is not
     quantized already, and it saves memory. Heads, output embeddings and tied layers stay dense.
 
     Args:
@@ -181,7 +181,7 @@ def _load(
 def _config_dicts(name: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the configuration in the file, and those of its parts.
 
-    A config object that is passed on says what was asked for.
+    A config object that is passed on counts instead.
     """
     where = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
     try:
@@ -202,7 +202,7 @@ def _is_quantized(name: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _saves_memory(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
-    """Says whether this takes less memory than to load dense weights and quantize them then.
+    """Whether this takes less memory than to load dense weights and quantize them then.
 
     Not on the CPU in the dtype of the file: such weights stay in the memory-mapped file until they
     are quantized one by one, and the fingerprint is taken before there are others (measured).

@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DenseInfo:
-    """What the record of a base wants to know of a weight that is dense no more."""
+    """A dense weight before it was quantized, as the record of a base has it."""
 
     checksum: int
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ class CachedLoad:
         options: Other arguments of the call.
         files: The weight files.
         stamps: What those looked like before they were hashed.
-        about: What a list of entries says.
+        about: What a list of entries shows.
         weights: The weights of the entry by the names of their layers; empty if there is none.
     """
 
@@ -105,7 +105,7 @@ class CachedLoad:
     weights: dict[str, CachedWeight] = field(default_factory=dict)
 
     def unchanged(self, files: Iterable[Any] | None = None) -> bool:
-        """Says whether a load reads the files that were hashed, as they were then.
+        """Whether a load reads the files that were hashed, as they were then.
 
         Args:
             files: Those that it reads; by default those that it would.
@@ -186,7 +186,7 @@ def _serializable_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     for key, value in options.items():
         if key == "adapter_kwargs":
-            # Always there; it says something where adapters are loaded as well.
+            # Always there; only set where adapters are loaded as well.
             value = {name: given for name, given in (value or {}).items() if name not in _WHERE}
             if any(given is not None for given in value.values()):
                 return None
@@ -211,7 +211,7 @@ def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def cache_settings(settings: Any, dense: Iterable[str], way: str) -> dict[str, Any]:
-    """Returns what decides which layers become which codes, ready for JSON.
+    """Settings that decide which layers become which codes, ready for JSON.
 
     Args:
         settings: The config of a quantization backend.

@@ -94,7 +94,7 @@ class StreamedConfig(QuantizationConfigMixin):
     Args:
         loading: What is loaded how.
         streams: Whether tensors are quantized as they are read.
-        cached: What the cache knows of the call.
+        cached: The call's entry in the cache.
     """
 
     def __init__(self, loading: Loading, streams: bool, cached: CachedLoad | None) -> None:
@@ -105,7 +105,7 @@ class StreamedConfig(QuantizationConfigMixin):
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what a model's config may say of it while it is being loaded."""
+        """The entry in a model's config while it is being loaded."""
         return {"quant_method": _METHOD}
 
 
@@ -154,11 +154,11 @@ class _StreamedQuantizer(HfQuantizer):
             self.chosen = {f"{name}.weight" for name in linear if name not in self.known}
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Says whether a tensor of the file becomes codes."""
+        """Whether a tensor of the file becomes codes."""
         return param_name in self.chosen
 
     def get_quantize_ops(self) -> Any:
-        """Returns what quantizes one tensor."""
+        """The operation that quantizes one tensor."""
         return _QuantizeOne(self)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -241,12 +241,12 @@ def _shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def has_weight_conversions(model: PreTrainedModel) -> bool:
-    """Says whether tensors of the file are merged or split when this model is loaded."""
+    """Whether tensors of the file are merged or split when this model is loaded."""
     return any(isinstance(each, WeightConverter) for each in weight_conversions(model))
 
 
 def dense_info(layer: nn.Module) -> DenseInfo | None:
-    """Returns what a layer's weight was before it was quantized on loading, if it was."""
+    """A layer's weight as it was before quantization on loading; ``None`` without any."""
     return layer.__dict__.get(_FACTS)
 
 

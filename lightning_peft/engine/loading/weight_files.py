@@ -1,6 +1,6 @@
 """The files that ``from_pretrained`` reads weights from, and what is in them.
 
-A hash of all bytes says what a file holds, wherever it is and whenever it was copied there. It is
+A hash of all bytes identifies what a file holds, wherever and whenever it was copied. It is
 remembered for a file of this path, size, inode, and times of modification and of change to the
 nanosecond. No program can set the last one, so a file that was written over with its old time is
 read again; and nothing is remembered of a file that changed so short a time before it was read that
@@ -23,7 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lightning_peft.compat.transformers import file_on_this_machine
 
-# Arguments that say where a file is.
+# Arguments that locate a file.
 _WHERE = ("revision", "cache_dir", "token")
 # Coarser than the clock of any file system that weights are on.
 _SETTLED_NS = 2_000_000_000
@@ -66,7 +66,7 @@ def _on_this_machine(name: Any, file: str, where: Mapping[str, Any]) -> Path | N
 
 
 def stamps(files: Iterable[Path]) -> list[Stamp]:
-    """Returns what changes when a file does, for each file.
+    """Stamps of files, which change when a file does.
 
     Raises:
         OSError: If a file is not there.

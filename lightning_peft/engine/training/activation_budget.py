@@ -1,6 +1,6 @@
 """A budget for activations: which blocks keep everything, what is cheap is left out of, or inputs.
 
-A pass is everything from the first call of a block until the backward pass has let go of the
+A pass is everything from the first call of a block until the backward pass has released the
 activations of all calls. The first pass of a size keeps only the inputs of blocks and measures, for
 each call, what it would keep otherwise. Later passes that are not larger know enough: they take
 from as few calls as possible what is computed again at little cost, and if that does not do, keep
@@ -38,14 +38,14 @@ from lightning_peft.errors import ConfigError, UnsupportedError
 
 log = logging.getLogger(__name__)
 
-SAVE_ALL, SELECTIVE, FULL = "everything", "what is costly", "inputs"
+SAVE_ALL, SELECTIVE, FULL = "saved in full", "selective", "full recompute"
 _UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", re.IGNORECASE)
 Shape = tuple[str, tuple[tuple[int, ...], ...]]
 
 
 def read_budget(value: Any) -> int | float | None:
-    """Returns what ``gradient_checkpointing`` says about memory.
+    """The memory limit in ``gradient_checkpointing``.
 
     Args:
         value: The argument.
@@ -90,11 +90,11 @@ class BlockSizes:
     full: int
 
     def of(self, level: str) -> int:
-        """Returns what is kept at a level."""
+        """Bytes kept at a level."""
         return {SAVE_ALL: self.save_all, SELECTIVE: self.selective, FULL: self.full}[level]
 
     def covers(self, shape: Shape) -> bool:
-        """Says whether a call is of the same kind and not larger."""
+        """Whether a call is of the same kind and not larger."""
         kind, sizes = self.shape
         return (
             kind == shape[0]
@@ -146,7 +146,7 @@ class ActivationBudget:
         self._is_first = True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of a module measures for itself, and says nothing.
+        # A copy of a module measures for itself, and reports nothing.
         return type(self), (self.setting,)
 
     def max_bytes(self, calls: list[BlockSizes]) -> float:
@@ -220,10 +220,14 @@ class ActivationBudget:
             return
         self._reported = everything
         counts = Counter(self._levels)
-        how = [f"{counts[level]} {level}" for level in (SAVE_ALL, SELECTIVE, FULL) if counts[level]]
+        how = [
+            f"{count} block{'s' if count > 1 else ''} {level}"
+            for level in (SAVE_ALL, SELECTIVE, FULL)
+            if (count := counts[level])
+        ]
         self.notify(
-            f"gradient_checkpointing={self.setting!r}: for the backward pass the blocks keep "
-            f"{_readable(kept)} of {_readable(everything)}: {', '.join(how)}."
+            f"gradient_checkpointing={self.setting!r}: saved activations: {_readable(kept)} of "
+            f"{_readable(everything)} ({', '.join(how)})."
         )
 
     def _too_small(self, least: float, max_bytes: float) -> None:
@@ -234,7 +238,7 @@ class ActivationBudget:
         )
         if self._is_first:
             raise UnsupportedError(message)
-        # Hours into a run: it goes on with the least that there is.
+        # Hours into a run: continue with the least that is possible.
         if self._reported < least:
             self._reported = int(least)
             log.warning("%s This batch keeps the least that is possible.", message)

@@ -1,6 +1,6 @@
 """Activation checkpointing: blocks keep their inputs and compute the rest again in backward.
 
-torch's non-reentrant checkpoint does the work. What it does not see is put right here: buffers that
+torch's non-reentrant checkpoint does the work. What it misses is handled here: buffers that
 a block changes, train and eval modes, and devices of tensors that are not positional arguments.
 """
 
@@ -134,7 +134,7 @@ def checkpoint_activations(
 
 
 def is_checkpointed(module: nn.Module) -> bool:
-    """Says whether some block of ``module`` is checkpointed, by this package or its own switch."""
+    """Whether some block of ``module`` is checkpointed, by this package or its own switch."""
     return any(
         isinstance(child, CheckpointedBlock)
         or any(getattr(child, flag, False) is True for flag in _FLAGS)
@@ -143,7 +143,7 @@ def is_checkpointed(module: nn.Module) -> bool:
 
 
 def has_activation_budget(module: nn.Module) -> bool:
-    """Says whether some block of ``module`` keeps what a budget allows, once it has measured."""
+    """Whether some block of ``module`` keeps what a budget allows, once it has measured."""
     functions = (child.__dict__.get(CHECKPOINT_FUNCTION) for child in module.modules())
     return any(
         isinstance(function, functools.partial)
@@ -284,7 +284,7 @@ def _run(
 
 
 def _should_checkpoint() -> bool:
-    """Says whether activations would be kept: not without gradients, nor where others do this."""
+    """Whether activations would be kept: not without gradients, nor where others do this."""
     if not torch.is_grad_enabled():
         return False
     hooks = saved_tensors_hooks_in_use()

@@ -50,7 +50,7 @@ def restore_causal_lm_loss(module: nn.Module) -> None:
 
 
 def has_default_loss(model: PreTrainedModel) -> bool:
-    """Says whether the loss of ``model`` is transformers' mean over labelled tokens."""
+    """Whether the loss of ``model`` is transformers' mean over labelled tokens."""
     return model.loss_function in (ForCausalLMLoss, causal_lm_loss)
 
 
@@ -64,11 +64,11 @@ def _causal_models(module: nn.Module) -> list[Any]:
 
 
 def _expects_causal_lm_loss(model: Any) -> bool:
-    """Says whether ``model`` has transformers' loss of causal language models, by its type."""
+    """Whether ``model`` has transformers' loss of causal language models, by its type."""
     kind = getattr(model, "loss_type", None)
     if kind in LOSS_MAPPING:
         return LOSS_MAPPING[kind] is ForCausalLMLoss
-    # transformers takes it for GPT-2, whose class is not named after a loss, and says so.
+    # transformers takes it for GPT-2, whose class is not named after a loss, with a warning.
     return output_embeddings(model) is not None
 
 
@@ -81,7 +81,7 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Returns what ``transformers.loss.loss_utils.ForCausalLMLoss`` returns, float32.
+    """The loss of ``transformers.loss.loss_utils.ForCausalLMLoss``, float32.
 
     Args:
         logits: ``(batch, length, vocab_size)``.

@@ -85,12 +85,12 @@ def _is_known(optimizer: Any) -> bool:
 
 
 def _ignores_missing_gradients(optimizer: Any) -> bool:
-    """Says whether an optimizer is known to leave parameters without a gradient alone."""
+    """Whether an optimizer is known to leave parameters without a gradient alone."""
     return _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 def _has_own_tensors(optimizer: Any) -> bool:
-    """Says whether an optimizer has tensors of its own besides groups and states.
+    """Whether an optimizer has tensors of its own besides groups and states.
 
     Such as the slow weights of Lookahead, in lists that go with the groups, one flat buffer for all
     parameters, or another optimizer that has other groups.
@@ -211,7 +211,7 @@ class _Exchange:
 def _states(
     optimizer: Any, group: dict[str, Any], removed: list[Any], added: list[nn.Parameter]
 ) -> dict[Any, Any]:
-    """Returns what the constructor of ``optimizer`` makes for new parameters, as Adagrad's does."""
+    """States that the constructor of ``optimizer`` makes for new parameters, as Adagrad's does."""
     if not added or not any(optimizer.state.get(param) for param in removed):
         return {}
     settings = {key: value for key, value in group.items() if key != "param_names"}

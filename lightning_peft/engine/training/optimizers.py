@@ -1,7 +1,7 @@
 """bitsandbytes' optimizers: putting one in place of torch's, and paging its states again.
 
 An optimizer object stays the object that it was and gets another class, so that LR schedulers,
-Lightning's wrappers, hooks and the user's own references go on working.
+Lightning's wrappers, hooks and the user's own references keep working.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def replace_optimizers(
         What was done, one sentence for each kind of optimizer; empty where nothing was.
 
     Raises:
-        ConfigError: If an optimizer asked for by name cannot stand in; all problems at once, and
+        ConfigError: If an optimizer chosen by name cannot stand in; all problems at once, and
             nothing was changed.
     """
     target = OPTIMIZERS[_AUTO if name == "auto" else name]
@@ -92,7 +92,7 @@ def replace_optimizers(
             outcomes[f"{before} is kept: {'; '.join(problems)}"] = None
             continue
         notes = _convert(optimizer, target)
-        # Nobody asked for paging by name, so bitsandbytes need not warn that the CPU has none.
+        # With "auto" the user did not choose paging: no warning that the CPU has none.
         warn_of_missing_paging(optimizer, name != "auto")
         outcomes[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
         for group in optimizer.param_groups:
@@ -124,7 +124,7 @@ def _has_l2_decay(optimizer: Any) -> bool:
 
 
 def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]:
-    """Returns what bitsandbytes cannot do of what ``optimizer`` does."""
+    """Features of ``optimizer`` that bitsandbytes does not have."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         return ["it is not a torch.optim.Optimizer"]
     problems: list[str] = []
@@ -171,7 +171,7 @@ def _convert(optimizer: Any, target: Any) -> str:
         if len(donor.defaults["betas"]) > len(settings["betas"]):
             settings["betas"] = (*settings["betas"], _BETA3)
     patched = "step" in optimizer.__dict__
-    # Private attributes say how the old class steps, such as that a fused one unscales gradients.
+    # Private attributes describe how the old class steps, such as unscaling in a fused one.
     kept = {
         key: value
         for key, value in optimizer.__dict__.items()
@@ -209,7 +209,7 @@ def _changes(optimizer: Any, donor: Any) -> str:
 
 
 def optimizer_names(optimizers: Iterable[Any]) -> list[str]:
-    """Returns the class names of optimizers, for a checkpoint to say whose states it holds."""
+    """Returns the class names of optimizers, which a checkpoint records with their states."""
     return [type(optimizer).__name__ for optimizer in optimizers]
 
 

@@ -3,7 +3,7 @@
 While a block runs, every operation without a hidden effect (element by element, casts, copies,
 norms, softmax) is noted with its inputs. When the block has ended, what autograd saved for the
 backward pass is looked through: a tensor that can be computed by such operations from others that
-are kept anyway is let go, and backward computes it again when it asks for it. Products,
+are kept anyway is released, and computed again when backward needs it. Products,
 convolutions and attention are kept, and whatever is random or changed in place: so nothing of the
 block runs a second time but these operations, on the same inputs, and no number changes.
 """
@@ -34,7 +34,7 @@ _LEAST_SHARE = 1 / 256
 
 
 def _is_cheap(operation: Any) -> bool:
-    """Says whether ``operation`` can be repeated at little cost and with the same result."""
+    """Whether ``operation`` can be repeated at little cost and with the same result."""
     if operation not in _KNOWN:
         tags = getattr(operation, "tags", ())
         pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
@@ -52,7 +52,7 @@ class BlockCall:
     """One call of a block whose activations are kept; it is alive as long as something of it is.
 
     Args:
-        ended: Called when the backward pass has let go of everything.
+        ended: Called when the backward pass has released everything.
     """
 
     def __init__(self, ended: Any) -> None:
@@ -133,7 +133,7 @@ class RecordedOp:
         tensor: The result, while it is there.
         stays: Whether it stays; otherwise it is computed when it is needed.
         uses: How often autograd saved it.
-        waiting: How many of those backward has not asked for yet.
+        waiting: How many of those backward has not used yet.
     """
 
     __slots__ = (
@@ -159,7 +159,7 @@ class RecordedOp:
                     yield one
 
     def value(self) -> Tensor:
-        """Returns the result; computes it where it was let go."""
+        """Returns the result; computes it where it was released."""
         if self.tensor is not None:
             return _unchanged(self.tensor, self.version) if self.stays else self.tensor
         positional, named = self.arguments

@@ -16,7 +16,7 @@ def freeze_unoptimized(module: nn.Module, held: Collection[int], freeze: bool = 
 
     They do where they hold the frozen weights of other adapted layers with their adapters: then
     ``configure_optimizers`` listed submodules, and left these out. A list of adapters alone, or of
-    weights without their adapters, says nothing of that kind.
+    weights without their adapters, does not show that.
 
     Args:
         module: The user's module, with adapters.
