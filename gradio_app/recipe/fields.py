@@ -7,7 +7,7 @@ the classes.
 
 from __future__ import annotations
 
-from gradio_app.recipe.setting import Field
+from gradio_app.recipe.setting import Field, setting
 from gradio_app.recipe.strategy_fields import STRATEGY, strategy_field
 
 _MODEL, _DATA = "model.init_args.", "data.init_args."
@@ -17,29 +17,17 @@ _TRAINER, _CALLBACKS = "trainer.", "trainer.callbacks."
 def _training() -> tuple[Field, ...]:
     group = "training"
     return (
-        Field(_TRAINER + "max_epochs", group, "integer", None, ge=1, le=10_000, optional=True),
-        Field(
-            _MODEL + "learning_rate",
-            group,
-            "number",
-            2e-4,
-            gt=0,
-            le=1,
+        setting(_TRAINER + "max_epochs", group, kind="integer", ge=1, le=10_000),
+        setting(_MODEL + "learning_rate", group, 2e-4, gt=0, le=1),
+        setting(
+            _MODEL + "schedule", group, "cosine", ("cosine", "linear", "constant"), tasks="rows"
         ),
-        Field(
-            _MODEL + "schedule",
-            group,
-            "choice",
-            "cosine",
-            ("cosine", "linear", "constant"),
-            tasks="rows",
-        ),
-        Field(_MODEL + "warmup", group, "number", 0.03, ge=0, le=0.99, tasks="rows"),
-        Field(_MODEL + "weight_decay", group, "number", 0.001, ge=0, le=10, tasks="rows"),
-        Field(_TRAINER + "gradient_clip_val", group, "number", None, ge=0, optional=True),
-        Field(_TRAINER + "max_steps", group, "integer", -1, ge=-1, le=100_000_000),
-        Field(_TRAINER + "max_time", group, "text", None, optional=True),
-        Field("seed_everything", group, "integer", 0, ge=0, le=2**32 - 1),
+        setting(_MODEL + "warmup", group, 0.03, ge=0, le=0.99, tasks="rows"),
+        setting(_MODEL + "weight_decay", group, 0.001, ge=0, le=10, tasks="rows"),
+        setting(_TRAINER + "gradient_clip_val", group, kind="number", ge=0),
+        setting(_TRAINER + "max_steps", group, -1, ge=-1, le=100_000_000),
+        setting(_TRAINER + "max_time", group, kind="text"),
+        setting("seed_everything", group, 0, ge=0, le=2**32 - 1),
     )
 
 
@@ -70,25 +58,23 @@ def _quantization() -> tuple[Field, ...]:
 def _memory() -> tuple[Field, ...]:
     group = "memory"
     return (
-        Field(
+        setting(
             _TRAINER + "precision",
             group,
-            "choice",
             None,
             (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
         ),
-        Field(_TRAINER + "accelerator", group, "choice", "auto", ("auto", "cpu", "gpu", "mps")),
-        Field(_TRAINER + "devices", group, "text", "auto"),
+        setting(_TRAINER + "accelerator", group, "auto", ("auto", "cpu", "gpu", "mps")),
+        setting(_TRAINER + "devices", group, "auto"),
         strategy_field(
             "optimizer",
             group,
             (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
         ),
         strategy_field("gradient_checkpointing", group, ("auto", True, False)),
-        Field(
+        setting(
             _MODEL + "dtype",
             group,
-            "choice",
             "auto",
             ("auto", "float32", "bfloat16", "float16"),
             tasks="rows",
@@ -99,37 +85,16 @@ def _memory() -> tuple[Field, ...]:
 def _batches() -> tuple[Field, ...]:
     group = "batches"
     return (
-        Field(
-            _DATA + "batch_size",
-            group,
-            "integer",
-            8,
-            ge=1,
-            le=65_536,
+        setting(_DATA + "batch_size", group, 8, ge=1, le=65_536),
+        setting(_TRAINER + "accumulate_grad_batches", group, 1, ge=1, le=65_536),
+        setting(_DATA + "max_length", group, kind="integer", ge=1, le=1_000_000, tasks="lengths"),
+        setting(
+            _DATA + "over_long", group, "error", ("error", "truncate", "split"), tasks="tokens"
         ),
-        Field(_TRAINER + "accumulate_grad_batches", group, "integer", 1, ge=1, le=65_536),
-        Field(
-            _DATA + "max_length",
-            group,
-            "integer",
-            None,
-            ge=1,
-            le=1_000_000,
-            optional=True,
-            tasks="lengths",
-        ),
-        Field(
-            _DATA + "over_long",
-            group,
-            "choice",
-            "error",
-            ("error", "truncate", "split"),
-            tasks="tokens",
-        ),
-        Field(_DATA + "length_grouping", group, "switch", False, tasks="tokens"),
-        Field(_DATA + "packing", group, "switch", False, tasks="SupervisedData"),
-        Field(_DATA + "shuffle_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks="tokens"),
-        Field(_DATA + "num_workers", group, "integer", 0, ge=0, le=64),
+        setting(_DATA + "length_grouping", group, False, tasks="tokens"),
+        setting(_DATA + "packing", group, False, tasks="SupervisedData"),
+        setting(_DATA + "shuffle_seed", group, 0, ge=0, le=2**32 - 1, tasks="tokens"),
+        setting(_DATA + "num_workers", group, 0, ge=0, le=64),
     )
 
 
@@ -137,94 +102,52 @@ def _rows() -> tuple[Field, ...]:
     group = "rows"
     shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
     return (
-        Field(_DATA + "shape", group, "choice", "auto", shapes, tasks="SupervisedData"),
-        Field(_DATA + "chat_template", group, "text", None, optional=True, tasks="chat_template"),
-        Field(_DATA + "system_prompt", group, "text", None, optional=True, tasks="chat_template"),
-        Field(
+        setting(_DATA + "shape", group, "auto", shapes, tasks="SupervisedData"),
+        setting(_DATA + "chat_template", group, kind="text", tasks="chat_template"),
+        setting(_DATA + "system_prompt", group, kind="text", tasks="chat_template"),
+        setting(
             _DATA + "loss_on",
             group,
-            "choice",
             "assistant",
             ("assistant", "completion"),
             tasks="SupervisedData",
         ),
-        Field(_DATA + "prefix", group, "text", "", tasks="Seq2SeqData"),
-        Field(
-            _DATA + "validation_share",
-            group,
-            "number",
-            None,
-            ge=0,
-            le=0.99,
-            optional=True,
-            tasks="rows",
+        setting(_DATA + "prefix", group, "", tasks="Seq2SeqData"),
+        setting(_DATA + "validation_share", group, kind="number", ge=0, le=0.99, tasks="rows"),
+        setting(_DATA + "test_share", group, kind="number", ge=0, le=0.99, tasks="rows"),
+        setting(_DATA + "split_seed", group, 0, ge=0, le=2**32 - 1, tasks="rows"),
+        setting(_DATA + "duplicates", group, "error", ("error", "keep"), tasks="rows"),
+        setting(_DATA + "limit", group, kind="integer", ge=1, le=10**9, tasks="rows"),
+        setting(
+            _DATA + "text_unit", group, "line", ("line", "paragraph", "document"), tasks="rows"
         ),
-        Field(
-            _DATA + "test_share",
-            group,
-            "number",
-            None,
-            ge=0,
-            le=0.99,
-            optional=True,
-            tasks="rows",
-        ),
-        Field(_DATA + "split_seed", group, "integer", 0, ge=0, le=2**32 - 1, tasks="rows"),
-        Field(_DATA + "duplicates", group, "choice", "error", ("error", "keep"), tasks="rows"),
-        Field(_DATA + "limit", group, "integer", None, ge=1, le=10**9, optional=True, tasks="rows"),
-        Field(
-            _DATA + "text_unit",
-            group,
-            "choice",
-            "line",
-            ("line", "paragraph", "document"),
-            tasks="rows",
-        ),
-        Field(_DATA + "encoding", group, "text", None, optional=True, tasks="rows"),
-        Field(_DATA + "delimiter", group, "text", None, optional=True, tasks="rows"),
-        Field(_DATA + "sheet", group, "text", None, optional=True, tasks="rows"),
-        Field(_DATA + "streaming", group, "switch", False, tasks="rows"),
+        setting(_DATA + "encoding", group, kind="text", tasks="rows"),
+        setting(_DATA + "delimiter", group, kind="text", tasks="rows"),
+        setting(_DATA + "sheet", group, kind="text", tasks="rows"),
+        setting(_DATA + "streaming", group, False, tasks="rows"),
     )
 
 
 def _validation() -> tuple[Field, ...]:
     group = "validation"
     return (
-        Field(_TRAINER + "val_check_interval", group, "batches", None, gt=0, optional=True),
-        Field(
-            _TRAINER + "check_val_every_n_epoch",
-            group,
-            "integer",
-            1,
-            ge=1,
-            le=10_000,
-            optional=True,
-        ),
-        Field(
-            _TRAINER + "num_sanity_val_steps",
-            group,
-            "integer",
-            None,
-            ge=-1,
-            le=10**6,
-            optional=True,
-        ),
-        Field(_TRAINER + "limit_train_batches", group, "batches", None, gt=0, optional=True),
-        Field(_TRAINER + "limit_val_batches", group, "batches", None, gt=0, optional=True),
-        Field(
-            _TRAINER + "log_every_n_steps", group, "integer", None, ge=1, le=10**6, optional=True
-        ),
+        setting(_TRAINER + "val_check_interval", group, kind="batches", gt=0),
+        setting(_TRAINER + "check_val_every_n_epoch", group, 1, ge=1, le=10_000, optional=True),
+        setting(_TRAINER + "num_sanity_val_steps", group, kind="integer", ge=-1, le=10**6),
+        setting(_TRAINER + "limit_train_batches", group, kind="batches", gt=0),
+        setting(_TRAINER + "limit_val_batches", group, kind="batches", gt=0),
+        setting(_TRAINER + "log_every_n_steps", group, kind="integer", ge=1, le=10**6),
     )
 
 
 def _stopping() -> tuple[Field, ...]:
     group = "validation"
     return (
-        Field(_CALLBACKS + "StopEarly", group, "switch", False),
-        Field(_CALLBACKS + "StopEarly.init_args.patience", group, "integer", 3, ge=1, le=10**4),
-        Field(_CALLBACKS + "StopEarly.init_args.min_delta", group, "number", 0.0, ge=0),
-        Field(_CALLBACKS + "StopEarly.init_args.monitor", group, "text", "val_loss"),
-        Field(_CALLBACKS + "StopEarly.init_args.mode", group, "choice", "min", ("min", "max")),
+        setting(_CALLBACKS + "StopEarly", group, False),
+        setting(_CALLBACKS + "StopEarly.init_args.patience", group, 3, ge=1, le=10**4),
+        setting(_CALLBACKS + "StopEarly.init_args.min_delta", group, 0.0, ge=0),
+        setting(_CALLBACKS + "StopEarly.init_args.monitor", group, "val_loss"),
+        setting(_CALLBACKS + "StopEarly.init_args.mode", group, "min", ("min", "max")),
     )
 
 
@@ -232,21 +155,15 @@ def _keeping() -> tuple[Field, ...]:
     group = "keeping"
     best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
     return (
-        Field(best + "monitor", group, "text", "val_loss"),
-        Field(best + "mode", group, "choice", "min", ("min", "max")),
-        Field(best + "save_top_k", group, "integer", 1, ge=-1, le=1000),
-        Field(best + "save_last", group, "switch", True),
-        Field(best + "save_every", group, "integer", None, ge=1, le=10**8, optional=True),
-        Field(samples, group, "switch", False, tasks="generation"),
-        Field(samples + ".init_args.count", group, "integer", 3, ge=1, le=50, tasks="generation"),
-        Field(
-            samples + ".init_args.max_new_tokens",
-            group,
-            "integer",
-            64,
-            ge=1,
-            le=4096,
-            tasks="generation",
+        setting(best + "monitor", group, "val_loss"),
+        setting(best + "mode", group, "min", ("min", "max")),
+        setting(best + "save_top_k", group, 1, ge=-1, le=1000),
+        setting(best + "save_last", group, True),
+        setting(best + "save_every", group, kind="integer", ge=1, le=10**8),
+        setting(samples, group, False, tasks="generation"),
+        setting(samples + ".init_args.count", group, 3, ge=1, le=50, tasks="generation"),
+        setting(
+            samples + ".init_args.max_new_tokens", group, 64, ge=1, le=4096, tasks="generation"
         ),
         *(strategy_field(name, group) for name in ("verify", "print_summary")),
     )

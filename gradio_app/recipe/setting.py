@@ -68,3 +68,38 @@ class Field:
         if self.tasks in _TRAITS:
             return _TRAITS[self.tasks](task)
         return self.tasks in (task.class_name, task.data_name)
+
+
+_KINDS: tuple[tuple[type, Kind], ...] = (
+    (bool, "switch"),
+    (int, "integer"),
+    (float, "number"),
+    (str, "text"),
+)
+
+
+def setting(
+    path: str,
+    group: str,
+    default: Any = None,
+    choices: tuple[Any, ...] = (),
+    *,
+    kind: Kind | None = None,
+    optional: bool = False,
+    **more: Any,
+) -> Field:
+    """Returns a setting of the kind of its default; one without a default can be empty.
+
+    Args:
+        path: Its place in a recipe.
+        group: Part of the form.
+        default: The value where a recipe does not have it.
+        choices: Values to choose from.
+        kind: What its value is, where the default does not show it.
+        optional: Whether it can be empty although it has a default.
+        **more: Other attributes of :class:`Field`.
+    """
+    known: Kind = next((one for cls, one in _KINDS if isinstance(default, cls)), "text")
+    chosen: Kind = "choice" if choices else kind or known
+    optional = optional or (default is None and not choices)
+    return Field(path, group, chosen, default, choices, optional=optional, **more)
