@@ -61,7 +61,7 @@ class Settings:
         zero_gpu: Whether that Space has ZeroGPU, so that runs are lent a GPU for a short time.
         command: How the command line is started, as a list of arguments.
         tick_seconds: Seconds between updates of the page of an active run, at first.
-        max_concurrent_runs: How many runs this machine carries out at a time; others wait in line.
+        max_concurrent_runs: How many runs this machine executes at a time; others are queued.
     """
 
     runs: Path = Path("runs")

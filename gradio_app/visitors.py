@@ -1,7 +1,7 @@
 """Who is asking: one owner on a laptop; on a Space everyone for themselves.
 
 A Space tells visitors apart by a random cookie that only this server can read back, or by the name
-they signed in with. What an owner may see is decided in ``running.store``, run by run.
+they signed in with. What an owner may see is decided in ``runs.store``, run by run.
 """
 
 from __future__ import annotations

@@ -117,22 +117,22 @@ class ChatSessions:
     Args:
         settings: What the server was started with.
         using: Returns the run that uses the machine, which is then not shared with a model.
-        patience: How long is waited for what.
+        timeouts: Waiting times.
     """
 
     def __init__(
         self,
         settings: Settings,
         using: Callable[[], Run | None],
-        patience: Timeouts | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
-        self.settings, self.patience = settings, patience or Timeouts()
+        self.settings, self.timeouts = settings, timeouts or Timeouts()
         self._using = using
         self._lock = threading.RLock()
         self._loaded: _LoadedModel | None = None
         self._keys = itertools.count(1)
         self._closed = threading.Event()
-        threading.Thread(target=self._watch_idle, name="speakers", daemon=True).start()
+        threading.Thread(target=self._watch_idle, name="chat-sessions", daemon=True).start()
 
     def close(self) -> None:
         """Ends the process."""
@@ -170,7 +170,7 @@ class ChatSessions:
         loaded = self._loaded
         if loaded is None or loaded.owner == owner:
             return None
-        rested = time.monotonic() - loaded.used > self.patience.reservation
+        rested = time.monotonic() - loaded.used > self.timeouts.reservation
         free = loaded.phase == "ready" and rested
         return None if free else UserError("playground.refused_other")
 
@@ -200,10 +200,10 @@ class ChatSessions:
                 self._unload(loaded)
 
     def _loading(self, loaded: _LoadedModel) -> Iterator[ModelStatus]:
-        end = time.monotonic() + self.patience.loading
+        end = time.monotonic() + self.timeouts.loading
         yield self.model_status(loaded.owner)
         while loaded.ready is None:
-            row = self._next(loaded, min(self.patience.silence, max(end - time.monotonic(), 0.0)))
+            row = self._next(loaded, min(self.timeouts.silence, max(end - time.monotonic(), 0.0)))
             progress = row.get("progress")
             if isinstance(progress, dict):
                 loaded.what = str(progress.get("what", ""))
@@ -267,7 +267,7 @@ class ChatSessions:
     def _chunks(self, loaded: _LoadedModel, key: int) -> Iterator[AnswerChunk]:
         text, begun = "", time.monotonic()
         while True:
-            row = self._next(loaded, self.patience.silence)
+            row = self._next(loaded, self.timeouts.silence)
             if row.get("id") != key:
                 # The rest of an answer that was abandoned.
                 continue
@@ -357,7 +357,7 @@ class ChatSessions:
             loaded = self._loaded
             if loaded is None or loaded.phase != "ready":
                 return
-            idle = time.monotonic() - loaded.used > self.patience.idle
+            idle = time.monotonic() - loaded.used > self.timeouts.idle
             if idle or not loaded.process.alive or self._using() is not None:
                 self._unload(loaded)
 

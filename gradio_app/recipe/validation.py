@@ -264,7 +264,7 @@ def check_files(name: str, revision: object, trusted: bool) -> None:
     """Refuses what the files on this machine show to be no model that a run can load.
 
     Args:
-        name: Where the model lies, as :meth:`Places.model` returns it.
+        name: Where the model lies, as :meth:`AllowedPaths.model` returns it.
         revision: Branch, tag or commit on the hub.
         trusted: Whether the code that comes with it may be run.
 

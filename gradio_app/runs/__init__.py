@@ -1,1 +1,1 @@
-"""Runs: their store on disk, the processes that train, the line of those that wait, and reading."""
+"""Runs: their store on disk, executors, the queue, and readers of their files."""

@@ -26,7 +26,7 @@ class RunMetadata:
         created: When it was requested.
         command: The subcommand that runs it.
         where: Name of the executor that it was, or will be, started by.
-        waiting: Its place in the line, the least first; ``None`` if it does not wait.
+        waiting: Its place in the queue, the lowest first; ``None`` if it does not wait.
         resume: Whether it waits to be resumed, rather than to begin.
         from_step: Optimizer steps that were done when it was resumed.
         launched: When its process was started last.

@@ -14,7 +14,7 @@ from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 
 _log = logging.getLogger(__name__)
-# How often the line looks whether the machine is free.
+# How often the queue checks whether the machine is free.
 POLL_SECONDS = 0.5
 # How often it looks for runs that are kept no longer.
 SWEEP_SECONDS = 300.0
@@ -34,7 +34,7 @@ class RunQueue:
         self._closed = threading.Event()
         self._changed = threading.Event()
         self._swept = 0.0
-        self._thread = threading.Thread(target=self._work, name="line", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="run-queue", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class RunQueue:
         self._thread.join(5)
 
     def add(self, run: Run, resume: bool = False) -> Run:
-        """Puts a run at the end of the line.
+        """Puts a run at the end of the queue.
 
         Args:
             run: A new one, or one that rests.
@@ -89,12 +89,12 @@ class RunQueue:
         return sorted(waiting, key=lambda run: (run.metadata.waiting or 0.0, run.id))
 
     def place(self, run: Run) -> int | None:
-        """Returns the place of a run in the line, from 1; ``None`` if it does not wait."""
+        """Returns the place of a run in the queue, from 1; ``None`` if it does not wait."""
         ids = [other.id for other in self.order()]
         return ids.index(run.id) + 1 if run.id in ids else None
 
     def move(self, owner: str, run_id: str, by: int) -> None:
-        """Moves a run among its owner's own in the line.
+        """Moves a run among its owner's own in the queue.
 
         Args:
             owner: Whose it is; other owners' runs keep their places.
@@ -114,7 +114,7 @@ class RunQueue:
                     self.store.update_metadata(other, waiting=place)
 
     def cancel(self, owner: str, run_id: str) -> Run:
-        """Takes a run out of the line; its folder stays.
+        """Takes a run out of the queue; its folder stays.
 
         Raises:
             UserError: If it does not wait.
@@ -188,7 +188,7 @@ class RunQueue:
                 self.process_pending()
             except Exception:
                 # The next round may do better; without the thread nothing would ever start.
-                _log.exception("the line of runs could not be tended")
+                _log.exception("the run queue could not be processed")
             self._changed.wait(POLL_SECONDS)
             self._changed.clear()
 

@@ -43,7 +43,7 @@ class RunStore:
         return [run for run in self.all() if run.owner == owner]
 
     def all(self) -> Sequence[Run]:
-        """Returns the runs of everyone, the newest first: for the line, never for a page."""
+        """Returns the runs of everyone, the newest first: for the queue, never for a page."""
         try:
             names = [path.name for path in self.root.iterdir() if path.is_dir()]
         except OSError:

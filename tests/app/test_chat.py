@@ -70,10 +70,10 @@ def speak(given: Settings) -> Iterator[Callable[..., ChatSessions]]:
     made: list[ChatSessions] = []
 
     def make(
-        using: Callable[[], Run | None] = lambda: None, space: bool = False, **patience: float
+        using: Callable[[], Run | None] = lambda: None, space: bool = False, **timeouts: float
     ) -> ChatSessions:
         fake = replace(given, command=(sys.executable, FAKE), space=space)
-        made.append(ChatSessions(fake, using, Timeouts(**patience)))
+        made.append(ChatSessions(fake, using, Timeouts(**timeouts)))
         return made[-1]
 
     yield make

@@ -180,7 +180,7 @@ class PlaygroundTab:
         speakers = self.studio.chat
         reason = speakers.reason(run.owner)
         said = localized_message(reason, self.t) if reason is not None else ""
-        minutes = round(speakers.patience.idle / 60)
+        minutes = round(speakers.timeouts.idle / 60)
         return playground_html.model_status(speakers.model_status(run.owner), said, minutes, self.t)
 
     # Voting
