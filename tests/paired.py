@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def data_in(folder, root=ROOTS[1], count=24, **options):
-    """Returns pairs whose chosen answer can be told from the rejected one."""
+    """Returns pairs whose chosen answer can be distinguished from the rejected one."""
     rows = [
         {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No " + "idea " * (i % 5)}
         for i in range(count)

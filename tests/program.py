@@ -48,7 +48,7 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float) -> tuple[str, str]:
-        """Returns what was written to both streams, once the process has ended."""
+        """Returns the output of both streams once the process has ended."""
         if self.poll(timeout) is None:
             raise subprocess.TimeoutExpired("lightning-peft", timeout)
         out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)

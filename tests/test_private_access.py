@@ -2,7 +2,7 @@
 
 Three rules, each a function from a parsed module to what it uses: modules and names of other
 packages that begin with an underscore, modules that change with each release, and private
-attributes of their objects, which cannot be told from own ones by a module's text and are listed.
+attributes of their objects, which are listed since a text does not show whose they are.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNSTABLE = {
 # Private attributes, methods and arguments, and public ones that no documentation describes.
 # Not here: ``_parameters``, ``_buffers`` and ``_modules`` of ``nn.Module``, which are annotated on
 # the class, have been there in every release, and are how torch's own tutorials change modules; and
-# hooks that subclasses are told to override, such as ``_save_to_state_dict``.
+# hooks that subclasses should override, such as ``_save_to_state_dict``.
 ATTRIBUTES = {
     "torch": """
         _are_functorch_transforms_active _autograd _backward_hooks _backward_pre_hooks _cdata

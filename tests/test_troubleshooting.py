@@ -98,7 +98,7 @@ def test_a_test_that_is_gone_is_noticed() -> None:
     ("code", "words"),
     [
         ('raise E(f"{x!r}: is one that " "cannot be used here")', ["is one that cannot be"]),
-        ('raise E("short:" + itemize(y) + "\\nthe way out")', ["the way out"]),
+        ('raise E("short:" + itemize(y) + "\\nthe fix")', ["the fix"]),
         ('raise E(f"{x} holds {y}")', ["holds"]),
     ],
 )

@@ -32,7 +32,7 @@ class Handler:
         queued: Whether it is called through the queue; there is no other way to those.
         inputs: How many values it is sent.
         given: How many of them are the visitor's; of the others the server has its own.
-        event: Whether it is told what was clicked.
+        event: Whether it receives the event data.
     """
 
     number: int
@@ -70,11 +70,11 @@ def handlers_of(server: Server, client: httpx.Client) -> list[list[Handler]]:
     A page binds some of them to a hundred events, and lists each; ``serve.py`` tells which are one.
     """
     listed = {one["id"]: one for one in client.get("/config").json()["dependencies"]}
-    told = json.loads((server.folder / "handlers.json").read_text())
+    report = json.loads((server.folder / "handlers.json").read_text())
     own = {number for number, one in listed.items() if one["backend_fn"]}
-    assert own == {row["number"] for row in told}
+    assert own == {row["number"] for row in report}
     found: dict[int, Handler] = {}
-    for row in told:
+    for row in report:
         if row["page"].partition("-")[0] != "de":
             one = Handler.listed(listed[row["number"]], row["name"], row["given"])
             found.setdefault(row["function"], one)
@@ -93,7 +93,7 @@ def attack(
     Args:
         client: Who calls.
         groups: What :func:`handlers_of` returns.
-        calls: Returns what is sent to a handler, and takes its place in its group.
+        calls: The next arguments of a handler, by its place in its group.
         check: Takes a handler and all that came back.
     """
 
@@ -146,7 +146,7 @@ def called(client: httpx.Client, one: Handler, calls: Sequence[Call], session: s
 
 
 def _heard(client: httpx.Client, session: str, waiting: set[str]) -> str:
-    """Returns what comes until the server has nothing more to say; who has spoken is taken out."""
+    """Returns the messages until the server has no more; finished clients are removed."""
     text, end = "", time.monotonic() + LONGEST_SECONDS
     url = f"/gradio_api/queue/data?session_hash={session}"
     with client.stream("GET", url) as stream:

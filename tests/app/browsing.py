@@ -64,7 +64,7 @@ class HealthMonitor:
 
 
 def violations(page: Page) -> list[str]:
-    """Returns what axe calls serious or critical on the page as it is, one line each."""
+    """Returns axe's serious and critical violations on the page, one line each."""
     from axe_playwright_python.sync_playwright import Axe
 
     options = {"runOnly": {"type": "tag", "values": RULES}}
@@ -88,8 +88,8 @@ _ENGLISH = (
     "remove|close|cancel|copy|download|share|fullscreen|submit|error|loading|settings|search|rows|"
     "row|steps|accuracy|perplexity|default|undo|retry|textbox"
 )
-_SHOWN = """(beside) => {
-  const found = [], left = 'pre, code, script, style, [lang=en]' + (beside && ', ' + beside);
+_SHOWN = """(excluded) => {
+  const found = [], left = 'pre, code, script, style, [lang=en]' + (excluded && ', ' + excluded);
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const of = texts.currentNode.parentElement;
@@ -105,16 +105,16 @@ _SHOWN = """(beside) => {
 }"""
 
 
-def not_german(page: Page, beside: str = "") -> list[str]:
-    """Returns what a German page shows that has English words, or decimal points, in it.
+def not_german(page: Page, excluded: str = "") -> list[str]:
+    """Returns the texts of a German page with English words or decimal points.
 
     Args:
         page: The page.
-        beside: Selectors of what is not the page's own text, such as rows of data.
+        excluded: Selectors of what is not the page's own text, such as rows of data.
     """
     decimals = r"(?<![\w.:-])\d+\.(\d\d?|\d{4,})(?![\w.])"
     wrong = re.compile(rf"\b({_ENGLISH})\b|{decimals}", re.IGNORECASE)
-    return sorted({text for text in page.evaluate(_SHOWN, beside) if wrong.search(text)})
+    return sorted({text for text in page.evaluate(_SHOWN, excluded) if wrong.search(text)})
 
 
 def screenshot(page: Page, name: str) -> None:

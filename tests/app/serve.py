@@ -32,7 +32,7 @@ def main() -> int:
 
 
 def _telling(build: Any, file: Path) -> Any:
-    """Returns what builds the pages and writes down which of their handlers are one function."""
+    """Returns a builder of the pages that records which of their handlers are one function."""
 
     def built(studio: Any) -> Any:
         demo = build(studio)

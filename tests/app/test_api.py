@@ -67,17 +67,17 @@ def test_a_checked_recipe_is_the_one_that_is_run(client, recipe):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("model: {class_path: os.system}", "os.system"),
         ("!!python/object/apply:os.system [id]", "python/object"),
         ("just text", "just text"),
     ],
 )
-def test_a_hostile_recipe_is_refused_with_the_reason(client, text, told):
+def test_a_hostile_recipe_is_refused_with_the_reason(client, text, message):
     with pytest.raises(AppError) as refusal:
         client.predict(text, api_name="/check")
-    assert told in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("run", ["", "../..", "20200101-000000-none-0000", "a\nb"])

@@ -139,16 +139,16 @@ def test_what_the_process_is_told_and_sees(speak, store, monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "secret")
     run = with_adapters(store)
     loaded(speak(), run)
-    told = started(run)
+    message = started(run)
     folder = run.folder.checkpoints / "adapters"
-    assert told["words"] == [
+    assert message["words"] == [
         "chat",
         "--serve",
         f"checkpoint-1={folder / 'best'}",
         f"checkpoint-2={folder / 'last'}",
     ]
-    assert "MY_PASSWORD" not in told["environment"]
-    assert told["environment"]["PYTHONSAFEPATH"] == "1"
+    assert "MY_PASSWORD" not in message["environment"]
+    assert message["environment"]["PYTHONSAFEPATH"] == "1"
 
 
 def test_adapters_with_whole_layers_are_loaded_one_at_a_time(speak, store):

@@ -1,4 +1,4 @@
-"""Runs beside each other, on the page and in numbers."""
+"""Comparison of runs, on the page and in numbers."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def open_tab(page, site, run, query=""):
 
 
 def logits_of(folder: Path) -> torch.Tensor:
-    """Returns what the base says with an adapter, loaded as anyone would who has PEFT alone."""
+    """Returns the base's answer with an adapter, loaded by PEFT alone."""
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     with torch.no_grad():
         return PeftModel.from_pretrained(base, folder)(torch.arange(5, 40)[None]).logits

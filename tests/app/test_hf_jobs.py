@@ -156,13 +156,17 @@ def test_files_of_this_machine_are_refused(hub, folder, tmp_path):
 def test_the_folder_is_rebuilt_from_the_log_and_each_line_counts_once(hub, folder):
     start(folder)
 
-    def told(name: str, content: Any) -> str:
+    def message(name: str, content: Any) -> str:
         return hf_jobs.LINE_PREFIX + json.dumps({"file": name, "line": json.dumps(content)})
 
     status = {"state": "running", "step": 3, "total_steps": 9, "pid": 1, "unknown": 1}
-    hub.logs[:] = ["installing", told("status.json", status), told("metrics.jsonl", {"step": 3})]
+    hub.logs[:] = [
+        "installing",
+        message("status.json", status),
+        message("metrics.jsonl", {"step": 3}),
+    ]
     hf_jobs.refresh(folder, TOKEN)
-    hub.logs += [told("metrics.jsonl", {"step": 4}), "token hf_abcdefghijklmno"]
+    hub.logs += [message("metrics.jsonl", {"step": 4}), "token hf_abcdefghijklmno"]
     hf_jobs.refresh(folder, TOKEN)
     assert [row["step"] for row in folder.rows(folder.metrics)] == [3, 4]
     assert hf_jobs.status_of(folder).step == 3
@@ -209,7 +213,7 @@ def test_the_page_shows_a_job_and_ends_it_with_its_owners_token(hub, tmp_path):
     ]
     executor.look(run.folder, TOKEN)
     wait(lambda: store.get("hf-visitor", run.id).status.step == 5)
-    # Its process is on no machine of ours, which is no reason to call it crashed.
+    # Its process is on no machine of ours, which does not make it crashed.
     assert store.get("hf-visitor", run.id).status.state == "running"
     executor.stop(run)
     wait(lambda: hub.posted[-1][0].endswith("/cancel"))

@@ -95,7 +95,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     assert system.input_value() == SYSTEM
     # The next question is written while the answer comes.
     page.get_by_label("Your question").fill("a next one")
-    # Both have answered, differently, beside the answer of the data.
+    # Both have answered, differently, next to the answer of the data.
     page.get_by_text(re.compile(r"Tuned \(.+\):")).wait_for()
     page.locator("#try-reference").get_by_text(ANSWER).wait_for()
     for side in ("left", "right"):

@@ -57,7 +57,7 @@ def stranger(tmp_path, monkeypatch) -> Redactor:
 def test_a_stranger_is_told_no_folder(stranger):
     runs, uploads = stranger.settings.runs, stranger.settings.uploads
     home = Path.home()
-    for text, told in (
+    for text, message in (
         (f'File "{SITE}/torch/nn/x.py", line 3', 'File "torch/nn/x.py", line 3'),
         (f"saved {runs}/mine/checkpoints/a.ckpt", "saved checkpoints/a.ckpt"),
         (f"in {runs}/mine: {runs}/other/a", "in .: other/a"),
@@ -67,7 +67,7 @@ def test_a_stranger_is_told_no_folder(stranger):
         ("/proc/1/maps a:/etc/b/c ~/x/y", "maps a:c ~/x/y"),
         ("https://a.b/c/d </s> and/or ./a/b package:demo/base", None),
     ):
-        assert told is None or stranger.text(text) == told
+        assert message is None or stranger.text(text) == message
         for place in (runs, uploads, home, SITE, PACKAGE):
             assert str(place) not in stranger.text(text)
     assert "package:demo/base lightning_peft/runs/log.py" in stranger.text(
@@ -181,7 +181,7 @@ def test_a_recipe_in_a_zip_can_be_read_elsewhere(tmp_path):
 
 
 def test_on_a_space_not_even_what_is_pushed_names_a_folder(tmp_path):
-    """The command line writes and sends what is pushed; it is told what it calls the base."""
+    """The command line writes and sends what is pushed; it gets the name of the base."""
     words = tmp_path / "words"
     script = tmp_path / "script.py"
     script.write_text(f"import sys; open({str(words)!r}, 'w').write(' '.join(sys.argv[1:]))")

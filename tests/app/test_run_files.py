@@ -356,10 +356,10 @@ def test_a_log_is_shown_without_adverts_and_bars():
         "Failed to load CPU gemm_4bit_forward from kernels-community: No module named 'kernels'.\n"
         "Loading weights: 100%|\u2588\u2588| 38/38 [00:00<00:00, 1033.70it/s]\n"
         "Preparing rows.jsonl:  61%|###   | 1.2k/2.0k [00:01<00:00]\n"
-        "the loss fell by 12% | as told\nValueError: 100%"
+        "the loss fell by 12% | as logged\nValueError: 100%"
     )
     assert remove_noise(log).split("\n") == [
         "trainable 315,392 of 4,577,536 parameters",
-        "the loss fell by 12% | as told",
+        "the loss fell by 12% | as logged",
         "ValueError: 100%",
     ]

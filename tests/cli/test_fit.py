@@ -1,4 +1,4 @@
-"""``lightning-peft fit`` interrupted, told to stop, killed, gone on with, and in two processes."""
+"""``lightning-peft fit`` interrupted, stopped, killed, resumed, and in two processes."""
 
 from __future__ import annotations
 

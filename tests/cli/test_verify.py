@@ -52,7 +52,7 @@ class Data(pl.LightningDataModule):
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """Writes a module and a config beside each other, and goes there."""
+    """Writes a module and a config into one folder, and goes there."""
 
     def write(root=ROOTS[0], **trainer):
         name = f"users_task_of_{root.replace('.', '_')}"

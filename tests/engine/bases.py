@@ -45,7 +45,7 @@ def square() -> Base:
 
 
 def in_16_bits(dtype: torch.dtype) -> Base:
-    """Linear layers in 16 bits."""
+    """16-bit linear layers."""
     net, x = linear()
     return net.to(dtype), x.to(dtype)
 

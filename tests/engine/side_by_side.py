@@ -86,7 +86,7 @@ def differences(row: Row, folder: Path) -> list[str]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns what is trained, by names without what PEFT adds to them."""
+    """Returns the trained parameters, by names without PEFT's additions."""
     found = {}
     for name, param in model.named_parameters():
         if param.requires_grad:
@@ -203,7 +203,7 @@ def _off(what: str, row: Row, model: nn.Module, batch: Any, expected: Tensor) ->
 
 
 def outcome(row: Row, folder: Path) -> list[str]:
-    """Returns what is wrong with a row: a difference, or a refusal other than the stated one."""
+    """Returns the fault of a row: a difference, or a refusal other than the stated one."""
     if row.refused is None:
         return differences(row, folder)
     base, batch = row.base()

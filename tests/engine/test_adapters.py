@@ -115,11 +115,11 @@ def test_gradients_of_a_policy_beside_its_reference() -> None:
     with torch.no_grad(), lightning_peft.disable_adapters(model):
         reference = output_of(model, batch)
     (output - reference).pow(2).sum().backward()
-    beside = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    with_others = [p.grad.clone() for p in model.parameters() if p.requires_grad]
     model.zero_grad()
     (output_of(model, batch) - reference).pow(2).sum().backward()
     alone = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(map(torch.equal, beside, alone))
+    assert all(map(torch.equal, with_others, alone))
 
 
 def test_merged_or_missing_adapters_cannot_be_disabled() -> None:

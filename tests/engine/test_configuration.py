@@ -1,4 +1,4 @@
-"""Settings that cannot work are refused together, with the value and the way out."""
+"""Settings that cannot work are refused together, with the value and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters on convolutions of every kind, dense and in 4 bits, against PEFT and against algebra."""
+"""Adapters on convolutions of every kind, dense and 4-bit, against PEFT and against algebra."""
 
 from __future__ import annotations
 

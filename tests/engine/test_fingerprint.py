@@ -1,4 +1,4 @@
-"""One base is told from another, and the same published weights in other dtypes are the same."""
+"""Bases differ by their weights, and published weights in other dtypes are the same base."""
 
 from __future__ import annotations
 

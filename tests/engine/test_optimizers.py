@@ -62,8 +62,8 @@ def test_the_optimizer_is_bitsandbytes_own(name: str) -> None:
     three = {"betas": (0.8, 0.99, 0.9999)} if "ademamix" in name else {"betas": (0.8, 0.99)}
     direct = OPTIMIZERS[name](groups(made), **three)
     optimizer = torch.optim.AdamW(groups(replaced), betas=(0.8, 0.99))
-    told = engine.replace_optimizers([optimizer], name)
-    assert told[0].startswith(f"AdamW is now bitsandbytes' {type(direct).__name__}")
+    report = engine.replace_optimizers([optimizer], name)
+    assert report[0].startswith(f"AdamW is now bitsandbytes' {type(direct).__name__}")
     assert type(optimizer) is type(direct)
     train(made, direct)
     train(replaced, optimizer)
@@ -203,10 +203,10 @@ def test_what_bitsandbytes_cannot_do_is_kept_or_refused(case: str) -> None:
     for message in [*messages, "optimizer=None"]:
         caught.match(message)
     assert type(fine) is torch.optim.AdamW
-    told = engine.replace_optimizers([optimizer], "auto")
-    assert len(told) == 1
-    assert "is kept: " in told[0]
-    assert all(message in told[0] for message in messages)
+    report = engine.replace_optimizers([optimizer], "auto")
+    assert len(report) == 1
+    assert "is kept: " in report[0]
+    assert all(message in report[0] for message in messages)
     assert (type(optimizer), optimizer.__dict__) == before
 
 
@@ -219,12 +219,18 @@ def test_auto_changes_only_optimizers_that_step_the_same() -> None:
 
     sgd, mine, coupled = one(torch.optim.SGD), one(Mine), one(torch.optim.Adam, weight_decay=0.1)
     adam, adamw = one(torch.optim.Adam), one(torch.optim.AdamW)
-    told = engine.replace_optimizers([sgd, mine, coupled, adam, adamw], "auto")
+    report = engine.replace_optimizers([sgd, mine, coupled, adam, adamw], "auto")
     assert [type(o) for o in (sgd, mine, coupled)] == [torch.optim.SGD, Mine, torch.optim.Adam]
     assert [type(o) for o in (adam, adamw)] == [AUTO, AUTO]
     assert adam.param_groups[0]["weight_decay"] == 0
-    assert [line.partition(" is ")[0] for line in told] == ["SGD", "Mine", "Adam", "Adam", "AdamW"]
-    assert "L2" in told[2]
+    assert [line.partition(" is ")[0] for line in report] == [
+        "SGD",
+        "Mine",
+        "Adam",
+        "Adam",
+        "AdamW",
+    ]
+    assert "L2" in report[2]
     assert engine.replace_optimizers([adam, adamw], "auto") == []
 
 
@@ -241,9 +247,9 @@ def test_bitsandbytes_decouples_weight_decay_in_adam_too() -> None:
 
 def test_by_name_says_what_changes() -> None:
     sgd = torch.optim.SGD(layers().parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    (told,) = engine.replace_optimizers([sgd], "ademamix_8bit")
+    (report,) = engine.replace_optimizers([sgd], "ademamix_8bit")
     for words in ("momentum=0.9 has no meaning", "decoupled now", "betas", "'alpha': 5.0"):
-        assert words in told
+        assert words in report
     assert sgd.param_groups[0]["weight_decay"] == 0.1
     assert sgd.param_groups[0]["betas"] == (0.9, 0.999, 0.9999)
     assert "momentum" not in sgd.param_groups[0]

@@ -92,7 +92,7 @@ REFUSED = {
         UnsupportedError,
         "`modules_to_save` and `bias`",
     ),
-    "a second one beside saved modules": (
+    "a second one next to saved modules": (
         lambda: adapted(modules_to_save=["head"]),
         {"adapter_name": "second"},
         UnsupportedError,
@@ -116,7 +116,7 @@ REFUSED = {
         UnsupportedError,
         "supported for plain LoRA in place only",
     ),
-    "a second one beside PEFT's wrappers": (
+    "a second one with PEFT's wrappers": (
         lambda: adapted(use_dora=True),
         {"adapter_name": "second"},
         UnsupportedError,

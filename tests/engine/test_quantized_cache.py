@@ -1,4 +1,4 @@
-"""A base whose codes come out of the cache is the one that is quantized afresh, to the bit."""
+"""A base whose codes come out of the cache is the one that is quantized afresh, bit for bit."""
 
 from __future__ import annotations
 

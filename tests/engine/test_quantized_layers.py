@@ -120,7 +120,7 @@ def test_layers_of_bitsandbytes_are_made_safe_even_when_repacked(features, doubl
 
 
 def test_the_hazard_is_real_without_this_package() -> None:
-    """If this fails, bitsandbytes has mended its CPU repacking, and the care taken here can go."""
+    """If this fails, bitsandbytes has fixed its CPU repacking, and the care taken here can go."""
     layer = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
     layer.support_avx512bf16_for_cpu = True
     x = torch.randn(4, 64)

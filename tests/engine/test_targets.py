@@ -138,8 +138,8 @@ def test_saved_modules_by_the_end_of_names_outermost_only() -> None:
     norms = resolve_saved_modules({"": model}, ["norm"], nothing)[""]
     assert norms == [name for name, _ in model.named_modules() if name.endswith("norm")]
     assert len(norms) == 5
-    beside = resolve_saved_modules({"": model}, ["proj", "head"], {"": targets_of(model)})[""]
-    assert beside == ["lm_head"]
+    others = resolve_saved_modules({"": model}, ["proj", "head"], {"": targets_of(model)})[""]
+    assert others == ["lm_head"]
     with pytest.raises(
         TargetModulesError, match="'lm_hed' of modules_to_save.*near names: lm_head"
     ):

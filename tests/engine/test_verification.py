@@ -99,7 +99,7 @@ def test_a_layer_that_passes_no_gradient_is_caught(monkeypatch: pytest.MonkeyPat
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert results(verification)[THROUGH] is False
     assert "first, second" in detail(verification, THROUGH)
-    # The adapter path beside the layer hides it from every look at adapters' gradients.
+    # The adapter path next to the layer hides it from every look at adapters' gradients.
     assert results(verification)[REACH] is True
     with pytest.raises(LifecycleError, match="gradients pass through every quantized layer"):
         verification.raise_if_failed()

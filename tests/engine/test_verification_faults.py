@@ -344,7 +344,7 @@ class Attention(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Batch norm, dropout, a counter, a cache, an LSTM and a GRU beside linear layers."""
+    """Batch norm, dropout, a counter, a cache, an LSTM and a GRU next to linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -376,7 +376,7 @@ class Auxiliary(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Convolutions, one of them transposed, and an embedding beside a linear layer."""
+    """Convolutions, one of them transposed, and an embedding next to a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -413,7 +413,7 @@ def test_no_false_alarm(kind: str, quantized: dict) -> None:
 
 
 class Distilling(nn.Module):
-    """A teacher beside the adapted part that moves with every training step."""
+    """A teacher next to the adapted part that moves with every training step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class Kind:
             return self.batches()
 
     def loaders(self) -> tuple[Any, Any]:
-        """Returns what to train and what to validate on."""
+        """Returns the training and validation loaders."""
         return tuple(DataLoader(self.data(), batch_size=None) for _ in range(2))
 
     def loss(self, module: Any, batch: Any, index: int) -> torch.Tensor:

@@ -147,7 +147,7 @@ def bert() -> nn.Module:
 
 
 class OwnHead(L.LightningModule):
-    """A pretrained encoder and a fresh head of the module's own beside it."""
+    """A pretrained encoder and a fresh head of the module's own."""
 
     def __init__(self) -> None:
         super().__init__()

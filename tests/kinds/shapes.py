@@ -361,7 +361,7 @@ SHAPES = [
         ("trunk",), {"score": METRIC}, ("out",), ("score.features",),
     ),
     Shape(
-        "metric of transformers beside a model", "",
+        "metric of transformers next to a model", "",
         lambda: Whole(score=Distance(still(bert())), model=bert()),
         ("model",), {"score": METRIC}, (), ("score.features",),
     ),

@@ -1,4 +1,4 @@
-"""Every kind of module trains with LoRA and QLoRA, unedited, or is refused with a way out."""
+"""Every kind of module trains with LoRA and QLoRA, unedited, or is refused with a fix."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_a_plan_of_the_running_module_is_that_of_the_config(monkeypatch):
             )  # fmt: skip
             source, plan, _ = found.pop()
             if method == "lora":
-                # What is there already can be planned with a base in 4 bits.
+                # What is there already can be planned with a 4-bit base.
                 lora = (source, plan.settings)
             assert plan.trace.trainable == wanted.trace.trainable
             assert plan.trace.total == wanted.trace.total

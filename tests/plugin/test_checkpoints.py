@@ -262,9 +262,9 @@ def test_objects_of_the_user_in_a_checkpoint_are_announced(tmp_path, caplog):
     module = Keeping()
     with caplog.at_level(logging.WARNING, logger="lightning_peft"):
         _, run, file = fitted(tmp_path, module=module, max_epochs=2)
-    told = [r for r in caplog.records if "only weights_only=False can load it" in r.message]
-    assert len(told) == 1
-    assert "modules.Linears" in told[0].getMessage()
+    report = [r for r in caplog.records if "only weights_only=False can load it" in r.message]
+    assert len(report) == 1
+    assert "modules.Linears" in report[0].getMessage()
     with pytest.raises(CheckpointError, match="pass weights_only=False"):
         trainer(tmp_path).validate(Keeping(), loader(), ckpt_path=file)
     trainer(tmp_path).validate(

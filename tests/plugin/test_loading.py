@@ -101,9 +101,9 @@ def test_a_model_among_the_hyperparameters_is_left_out(root, tmp_path, caplog):
     module = WithModel(build("linears"), nn.GELU)
     with caplog.at_level(logging.WARNING, logger="lightning_peft"):
         file = saved(tmp_path, module, root=root)
-    told = [r.getMessage() for r in caplog.records if "save_hyperparameters" in r.message]
-    assert len(told) == 1
-    assert "ignore=['model', 'activation']" in told[0]
+    report = [r.getMessage() for r in caplog.records if "save_hyperparameters" in r.message]
+    assert len(report) == 1
+    assert "ignore=['model', 'activation']" in report[0]
     assert torch.load(file, weights_only=True)["hyper_parameters"] == {"lr": 0.02}
     # Every object must be given again, also where the constructor has a default.
     with pytest.raises(ConfigError, match="Pass activation to load_from_checkpoint"):

@@ -1,4 +1,4 @@
-"""``optimizer=``: bitsandbytes' optimizers in place of the user's, resumed to the bit."""
+"""``optimizer=``: bitsandbytes' optimizers in place of the user's, resumed bit for bit."""
 
 from __future__ import annotations
 

@@ -131,9 +131,9 @@ def test_an_exception_inside_a_step(tmp_path, caplog):
         fit(Fails(), tmp_path, loader(shuffle=True), points=[Keeping(tmp_path)])
     with caplog.at_level(logging.WARNING, logger="lightning_peft"):
         module = fit(task(), tmp_path, loader(shuffle=True), tmp_path / "on_exception.ckpt")
-    told = [r.getMessage() for r in caplog.records if "inside a step" in r.message]
-    assert len(told) == 1
-    assert "batch 2 of epoch 1 is trained on again" in told[0]
+    report = [r.getMessage() for r in caplog.records if "inside a step" in r.message]
+    assert len(report) == 1
+    assert "batch 2 of epoch 1 is trained on again" in report[0]
     # The batch that failed comes again; nothing random is in these steps.
     assert module.losses == straight.losses[8:]
 

@@ -113,7 +113,7 @@ def test_other_settings_for_the_same_module_are_refused(method, settings, messag
 
 
 def rebuilding_class(place: str):
-    """A module that builds its layers anew in every stage."""
+    """A module that rebuilds its layers in every stage."""
     base = task_class(ROOTS[0], "nowhere")
 
     def rebuild(self, stage=None):

@@ -81,9 +81,9 @@ def run_two(folder, method, way, accumulate=1, generator=False):
 def test_a_run_that_ended_inside_an_epoch(way, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="lightning_peft"):
         ours = run_two(tmp_path / "ours", strategy, way)
-    told = [r.getMessage() for r in caplog.records if "ended inside epoch 1" in r.message]
-    assert len(told) == 1
-    assert "the rest of epoch 1 is not trained on" in told[0]
+    report = [r.getMessage() for r in caplog.records if "ended inside epoch 1" in r.message]
+    assert len(report) == 1
+    assert "the rest of epoch 1 is not trained on" in report[0]
     if way != "interrupt":
         assert ours == run_two(tmp_path / "stock", lambda: "auto", way)
     noted, stopped, steps = ours

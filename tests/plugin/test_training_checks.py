@@ -30,7 +30,7 @@ LOGGER = "lightning_peft.plugin.training_checks"
 
 
 @pytest.fixture
-def told(caplog):
+def message(caplog):
     caplog.set_level(logging.INFO, LOGGER)
     return lambda: [r.getMessage() for r in caplog.records if r.name == LOGGER]
 
@@ -76,24 +76,24 @@ def test_a_part_that_the_loss_does_not_reach_stops_training(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_idle_layers_are_one_warning(method, tmp_path, told):
+def test_idle_layers_are_one_warning(method, tmp_path, message):
     class Idle(task_class(ROOTS[0])):
         def build(self):
             self.model = Linears(depth=3)
             self.model.extra = nn.ModuleList([self.model.layers.pop(2)])
 
     fit(Idle(), tmp_path, method, max_epochs=2)
-    assert [text.partition(". ")[0] for text in told()] == [
+    assert [text.partition(". ")[0] for text in message()] == [
         "In the first step no gradient reached 1 of 3 adapted layers: model.extra.0"
     ]
 
 
-def test_gradients_of_zero_are_told_and_no_fault(tmp_path, told):
+def test_gradients_of_zero_are_told_and_no_fault(tmp_path, message):
     """A head that starts at zero passes nothing on in the first step."""
     module = task()
     nn.init.zeros_(module.model.head.weight)
     fit(module, tmp_path)
-    assert "no gradient reached 2 of 2 adapted layers" in told()[0]
+    assert "no gradient reached 2 of 2 adapted layers" in message()[0]
     assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
 
 
@@ -109,7 +109,7 @@ HEALTHY = {
 @pytest.mark.parametrize("verify", ["cheap", "full"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("given", HEALTHY)
-def test_no_false_alarm_and_no_influence(given, method, verify, tmp_path, told):
+def test_no_false_alarm_and_no_influence(given, method, verify, tmp_path, message):
     results = []
     for mode in ("off", verify):
         torch.manual_seed(2)
@@ -118,7 +118,7 @@ def test_no_false_alarm_and_no_influence(given, method, verify, tmp_path, told):
         results.append((module.losses, weights(module)))
     assert results[0][0] == results[1][0]
     assert not differing(results[0][1], results[1][1])
-    assert [text[:14] for text in told()] == (["verify='full':"] if verify == "full" else [])
+    assert [text[:14] for text in message()] == (["verify='full':"] if verify == "full" else [])
     # Nothing is left that could cost anything.
     assert not any(o._optimizer_step_post_hooks for o in run.optimizers)
     assert run.strategy.lifecycle.checks._first_step is None
@@ -149,12 +149,12 @@ class Adversarial(task_class(ROOTS[0])):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_optimizer_is_judged_by_its_own_first_step(method, tmp_path, told):
+def test_each_optimizer_is_judged_by_its_own_first_step(method, tmp_path, message):
     run = fit(Adversarial(), tmp_path, method, adapt=["model.first", "model.second"])
-    assert told() == []
+    assert message() == []
     assert not any(o._optimizer_step_post_hooks for o in run.optimizers)
     fit(Adversarial(), tmp_path, method, adapt=["model.first", "model.second"], max_steps=2)
-    (text,) = told()
+    (text,) = message()
     assert text.startswith("Training ended before the first step with a gradient of optimizer 1 (")
     assert text.endswith("): the adapters in it are as they were.")
 
@@ -169,7 +169,7 @@ def test_a_dead_part_is_found_in_manual_optimization(tmp_path):
         fit(Detached(), tmp_path, adapt=["model.first", "model.second"])
 
 
-def test_a_loss_that_is_scaled_and_skipped(tmp_path, told):
+def test_a_loss_that_is_scaled_and_skipped(tmp_path, message):
     """A GradScaler leaves the first steps out; the first one that is taken is judged."""
 
     class Scaled(task_class(ROOTS[0])):
@@ -184,7 +184,7 @@ def test_a_loss_that_is_scaled_and_skipped(tmp_path, told):
             scaler.update()
 
     fit(Scaled(), tmp_path)
-    assert told() == []
+    assert message() == []
 
 
 class Skipping(task_class(ROOTS[0])):
@@ -197,11 +197,11 @@ class Skipping(task_class(ROOTS[0])):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_skipped_batches_are_waited_out(method, tmp_path, told):
+def test_skipped_batches_are_waited_out(method, tmp_path, message):
     module = Skipping()
     run = fit(module, tmp_path, method)
     assert len(module.losses) == 3
-    assert told() == []
+    assert message() == []
     assert run.strategy.lifecycle.checks._first_step_is_due is False
 
     class Dead(Parts):
@@ -218,11 +218,11 @@ def test_skipped_batches_are_waited_out(method, tmp_path, told):
     assert len(dead.losses) == 1
 
 
-def test_batches_that_are_all_skipped_are_one_warning(tmp_path, told):
+def test_batches_that_are_all_skipped_are_one_warning(tmp_path, message):
     module = Skipping()
     module.skipped = range(6)
     fit(module, tmp_path)
-    (text,) = told()
+    (text,) = message()
     assert text.startswith("Training ended before the first step with a gradient of optimizer 0 (")
 
 
@@ -235,7 +235,7 @@ def test_lightnings_own_error_about_closures_is_seen(tmp_path):
         fit(Forgetful(), tmp_path)
 
 
-def test_several_fits_and_interrupted_ones(tmp_path, told):
+def test_several_fits_and_interrupted_ones(tmp_path, message):
     class Stop(Exception):
         pass
 
@@ -256,7 +256,7 @@ def test_several_fits_and_interrupted_ones(tmp_path, told):
     for _ in range(2):
         run.fit_loop.epoch_progress.reset()
         run.fit(module, loader())
-    assert told() == []
+    assert message() == []
 
 
 # --- structure -----------------------------------------------------------------------------------
@@ -297,14 +297,14 @@ def test_full_stops_before_the_first_step(front, root, tmp_path, monkeypatch):
     assert run.global_step == 0
 
 
-def test_full_cannot_look_into_manual_optimization_and_says_so(tmp_path, told):
+def test_full_cannot_look_into_manual_optimization_and_says_so(tmp_path, message):
     fit(Adversarial(), tmp_path, adapt=["model.first", "model.second"], verify="full")
-    (text,) = told()
+    (text,) = message()
     assert "not checkable this way, as training_step steps the optimizers itself" in text
     assert "ok   a checkpoint gives back everything that trains" in text
 
 
-def test_full_on_a_step_that_logs_and_asks_the_trainer(tmp_path, told):
+def test_full_on_a_step_that_logs_and_asks_the_trainer(tmp_path, message):
     class Talking(task_class(ROOTS[0])):
         def __init__(self):
             super().__init__()
@@ -319,12 +319,12 @@ def test_full_on_a_step_that_logs_and_asks_the_trainer(tmp_path, told):
 
     module = Talking()
     run = fit(module, tmp_path, "qlora", verify="full")
-    assert "FAIL" not in told()[0]
+    assert "FAIL" not in message()[0]
     assert module.seen == len(module.losses) == 6
     assert set(run.logged_metrics) == {"loss", "rate"}
 
 
-def test_full_has_no_batch_where_the_step_fetches_its_own(tmp_path, told):
+def test_full_has_no_batch_where_the_step_fetches_its_own(tmp_path, message):
     class Fetching(task_class(ROOTS[0])):
         def training_step(self, dataloader_iter):
             batch, _, _ = next(dataloader_iter)
@@ -333,7 +333,7 @@ def test_full_has_no_batch_where_the_step_fetches_its_own(tmp_path, told):
     module = Fetching()
     fit(module, tmp_path, verify="full")
     assert len(module.losses) == 6
-    assert ["there is none to verify with" in text for text in told()] == [True]
+    assert ["there is none to verify with" in text for text in message()] == [True]
 
 
 def test_modules_without_a_trainer_say_what_is_missing():

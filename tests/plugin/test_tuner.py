@@ -87,5 +87,5 @@ def test_the_first_step_is_looked_at_once_in_a_run(tmp_path, caplog):
     finder = lightning(ROOTS[0]).callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=2)
     trainer(tmp_path, "lora", callbacks=[finder]).fit(module)
     assert set(module.seen) == {2, 4}
-    told = [r.getMessage() for r in caplog.records if "no gradient reached" in r.getMessage()]
-    assert len(told) == 1
+    message = [r.getMessage() for r in caplog.records if "no gradient reached" in r.getMessage()]
+    assert len(message) == 1

@@ -187,7 +187,7 @@ def test_its_own_training_loop_takes_the_strategy_by_name(
     with lightning_peft.disable_adapters(trained):
         off = forecaster.predict().NHITS
     assert (on - off).abs().max() > 1e-3
-    # Its files hold no adapters, and it reads them without a word about what is missing.
+    # Its files hold no adapters, and it silently ignores what is missing.
     lightning_peft.merge(trained)
     lightning_peft.unload(trained)
     trained.trainer_kwargs.pop("strategy")
@@ -201,7 +201,7 @@ def test_its_own_training_loop_takes_the_strategy_by_name(
 
 
 def test_its_files_lose_adapters_that_are_not_merged(tmp_path: Path) -> None:
-    """It reads files without a word about weights that it does not know."""
+    """It silently ignores unknown weights in files."""
     net = MODULES[0].make()
     lightning_peft.inject(net, r=4)
     net.save(str(tmp_path / "nhits"))

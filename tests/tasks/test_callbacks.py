@@ -18,7 +18,7 @@ ROWS = torch.arange(12.0)[:, None]
 def fit(folder, *callbacks, root=ROOTS[0], losses=(), **options):
     """Trains a line, whose validation losses are as given."""
     lightning = importlib.import_module(root)
-    told = iter(losses)
+    message = iter(losses)
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -29,7 +29,7 @@ def fit(folder, *callbacks, root=ROOTS[0], losses=(), **options):
             return self.line(batch).square().mean()
 
         def validation_step(self, batch, index):
-            self.log("val_loss", next(told) if not self.trainer.sanity_checking else 9.0)
+            self.log("val_loss", next(message) if not self.trainer.sanity_checking else 9.0)
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 1e-4)

@@ -1,4 +1,4 @@
-"""The forecaster: its numbers, its weights, and a module of the user's own beside it."""
+"""The forecaster: its numbers, its weights, and a module of the user's own next to it."""
 
 from __future__ import annotations
 
@@ -162,10 +162,10 @@ def test_weights_that_do_not_fit_are_refused_with_all_that_differs(tmp_path):
     save_file({**weights, "more": torch.ones(1)}, tmp_path / "base.safetensors")
     with pytest.raises(CheckpointError) as error:
         net(checkpoint=str(tmp_path / "base.safetensors"), horizon=5)
-    told = str(error.value)
-    assert "blocks.1.first.weight is missing" in told
-    assert "more is not a weight of this net" in told
-    assert "head.weight is (3, 8), and here (5, 8)" in told
+    message = str(error.value)
+    assert "blocks.1.first.weight is missing" in message
+    assert "more is not a weight of this net" in message
+    assert "head.weight is (3, 8), and here (5, 8)" in message
     with pytest.raises(ConfigError, match="nowhere.safetensors' is not a file"):
         net(checkpoint="nowhere.safetensors")
 

@@ -72,7 +72,7 @@ def test_the_loss_is_the_mean_over_tokens_with_a_tag(data):
 
 
 class Said(torch.nn.Module):
-    """Says what it is told to."""
+    """Generates the given text."""
 
     def __init__(self, numbers, count):
         super().__init__()
@@ -175,10 +175,10 @@ def test_adapters_and_the_new_head_learn_and_nothing_else(kind, method, data, tm
     )
     assert again.labels == LABELS
     with torch.no_grad():
-        told = [
+        message = [
             r for i, b in enumerate(found.predict_dataloader()) for r in again.predict_step(b, i)
         ]
-    assert told == predictions
+    assert message == predictions
 
 
 def test_labels_in_another_order_are_refused(data, tmp_path):
