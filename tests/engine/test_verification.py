@@ -326,5 +326,5 @@ def test_the_result_reads_line_by_line() -> None:
     )
     assert str(verification).splitlines() == ["ok   a: x", "--   b: y", "FAIL c: z"]
     assert not verification.passed
-    with pytest.raises(LifecycleError, match=r"would not train as they should:\n  - c: z$"):
+    with pytest.raises(LifecycleError, match=r"verification failed:\n  - c: z$"):
         verification.raise_if_failed()

@@ -280,8 +280,10 @@ def test_adapters_that_are_off_or_spoilt_stop_training(tmp_path):
 @pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("front", ["strategy", "callback"])
 def test_full_stops_before_the_first_step(front, root, tmp_path, monkeypatch):
-    sound = LoraLayer.running
-    monkeypatch.setattr(LoraLayer, "running", lambda layer: sound(layer) if layer.training else [])
+    sound = LoraLayer.effective_adapters
+    monkeypatch.setattr(
+        LoraLayer, "effective_adapters", lambda layer: sound(layer) if layer.training else []
+    )
     module = task(root)
     given = {"verify": "full"}
     if front == "strategy":

@@ -41,7 +41,7 @@ class Verification:
         """Raises a LifecycleError that lists the failed checks, if there are any."""
         failed = [f"{check.name}: {check.detail}" for check in self.checks if check.passed is False]
         if failed:
-            raise LifecycleError("The adapters would not train as they should:" + itemize(failed))
+            raise LifecycleError("Adapter verification failed:" + itemize(failed))
 
     def __str__(self) -> str:
         """Returns one line per check."""
