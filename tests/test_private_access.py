@@ -87,14 +87,6 @@ LISTED = {name for names in ATTRIBUTES.values() for name in names.split()}
 # of Lightning, and looks for a key of transformers' in configs of visitors.
 LISTED_FOR_PAGE = LISTED - {*ATTRIBUTES["lightning"].split(), "_name_or_path"}
 
-# Files and folders whose accesses have not moved yet. It only becomes shorter.
-REMAINING = (
-    "lightning_peft/data/",
-    "lightning_peft/engine/",
-    "lightning_peft/plan/",
-    "lightning_peft/tasks/",
-)
-
 
 class Finder(ast.NodeVisitor):
     """Collects the uses of private parts in one module."""
@@ -179,16 +171,8 @@ def test_private_parts_of_other_packages_are_used_in_one_room() -> None:
         name: private_uses(text, LISTED_FOR_PAGE if name.startswith("gradio_app/") else LISTED)
         for name, text in modules()
     }
-    problems = [
-        f"{name}:{line}: {use}"
-        for name, uses in found.items()
-        if not name.startswith(REMAINING)
-        for line, use in uses
-    ]
+    problems = [f"{name}:{line}: {use}" for name, uses in found.items() for line, use in uses]
     assert not problems, "move to lightning_peft/compat:\n" + "\n".join(problems)
-    left = [name for name, uses in found.items() if uses]
-    done = [place for place in REMAINING if not any(name.startswith(place) for name in left)]
-    assert not done, f"take out of REMAINING: {done}"
 
 
 def test_the_room_has_what_it_is_for() -> None:

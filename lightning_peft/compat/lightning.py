@@ -13,6 +13,8 @@ from typing import Any
 INSTANTIATOR, CLASS_PATH = "_instantiator", "_class_path"
 # The method of the loop over epochs that comes between the setup of the loaders and a fetch.
 LOAD_LOADER_STATES = "_load_combined_loader_states"
+# The functions that call hooks of the module and of callbacks.
+HOOK_CALLERS = ("_call_lightning_module_hook", "_call_callback_hooks")
 
 
 def trainer_of(module: Any) -> Any:
@@ -132,3 +134,31 @@ def end_restart(loop: Any) -> None:
 def config_parser(cli: Any) -> Any:
     """Returns the parser of the subcommand of a LightningCLI."""
     return cli._parser(cli.subcommand)
+
+
+def owners_of(module: Any) -> list[Any]:
+    """Returns the Trainer and the Fabric that a module belongs to, as far as there are any."""
+    owners = (module.__dict__.get(name) for name in ("_trainer", "_fabric"))
+    return [owner for owner in owners if owner is not None]
+
+
+def last_saved_step(checkpoint: Any) -> int:
+    """Returns the step at which a ``ModelCheckpoint`` saved last."""
+    step: int = checkpoint._last_global_step_saved
+    return step
+
+
+def save_last(checkpoint: Any, trainer: Any, counted: bool = True) -> None:
+    """Saves the last checkpoint of a ``ModelCheckpoint`` now.
+
+    Public alternative: ``save_last`` with ``every_n_train_steps``, which counts for the best too.
+
+    Args:
+        checkpoint: The callback.
+        trainer: The Trainer.
+        counted: Whether the callback takes this step for saved.
+    """
+    before = checkpoint._last_global_step_saved
+    checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+    if not counted:
+        checkpoint._last_global_step_saved = before

@@ -10,8 +10,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from datasets.utils import tqdm
-
+from lightning_peft.compat.datasets import tqdm
 from lightning_peft.data.image_files import SUFFIXES
 from lightning_peft.data.reading import Row, Source, is_data_file, split_named, visible_files
 from lightning_peft.data.shapes import FIELDS

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset, Features, Value
-from datasets.arrow_writer import ArrowWriter
-from datasets.utils import tqdm
 
+from lightning_peft.compat.datasets import ArrowWriter, tqdm
 from lightning_peft.data import cache
 from lightning_peft.data.encoding_worker import Outcome
 from lightning_peft.data.parallel_encoding import encode_rows

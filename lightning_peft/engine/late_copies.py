@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Collection
 
 from torch import nn
 
@@ -95,11 +96,10 @@ def _copied(module: nn.Module, child: nn.Module, known: set[nn.Module]) -> str |
     return None
 
 
-def _in_hook(error: BaseException) -> bool:
+def _in_hook(error: BaseException, callers: Collection[str]) -> bool:
     """Whether an error comes out of a hook that called no module."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-    hooks = ("_call_lightning_module_hook", "_call_callback_hooks")
-    return any(name in frames for name in hooks) and "_call_impl" not in frames
+    return any(name in frames for name in callers) and "_call_impl" not in frames
 
 
 def _names_codes(text: str) -> bool:
@@ -109,12 +109,15 @@ def _names_codes(text: str) -> bool:
     return bool(_WRITES.search(text) or (found and any(name in keys for name in names)))
 
 
-def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | None:
+def explain_hook_error(
+    module: nn.Module, error: Exception, callers: Collection[str]
+) -> LifecycleError | None:
     """Explains an error of a hook that averages weights; ``None`` for other errors.
 
     Args:
         module: The user's module.
         error: What came out of a hook of the module or of a callback.
+        callers: Names of the functions that call such hooks.
     """
     if record_of(module) is None:
         return None
@@ -135,7 +138,7 @@ def explain_hook_error(module: nn.Module, error: Exception) -> LifecycleError | 
             "by copy.deepcopy, or before the adapters are added (in `__init__` or `setup`). torch "
             f"says: {text[:200]}"
         )
-    if isinstance(error, RuntimeError) and _SHAPES.search(text) and _in_hook(error):
+    if isinstance(error, RuntimeError) and _SHAPES.search(text) and _in_hook(error, callers):
         return LifecycleError(
             "A hook computes with tensors whose shapes differ. If it goes through `parameters()` "
             "and through tensors that were kept before the adapters were added, such as the "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import engine
+from lightning_peft.compat.lightning import owners_of
 from lightning_peft.compat.torch import FakeTensor, FakeTensorMode
 
 # Fake tensors of other devices need a torch that was built for them.
@@ -32,10 +33,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     for buffer in module.buffers():
         memo[id(buffer)] = _on_meta(buffer)
     for child in module.modules():
-        for name in ("_trainer", "_fabric"):
-            owner = child.__dict__.get(name)
-            if owner is not None:
-                memo[id(owner)] = None
+        memo |= {id(owner): None for owner in owners_of(child)}
     return copy.deepcopy(module, memo)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import (
+    HOOK_CALLERS,
     LOAD_LOADER_STATES,
     combined_loader,
     data_fetcher,
@@ -148,7 +149,9 @@ class TrainingLoops:
         try:
             type(self.fit).run(self.fit)
         except Exception as error:
-            explained = engine.explain_hook_error(self.fit.trainer.lightning_module, error)
+            explained = engine.explain_hook_error(
+                self.fit.trainer.lightning_module, error, HOOK_CALLERS
+            )
             if explained is None:
                 raise
             raise explained from error

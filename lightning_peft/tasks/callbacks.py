@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_peft.compat.lightning import last_saved_step, save_last
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.tasks.samples import GeneratedSample
@@ -68,11 +69,9 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
         """Saves the last checkpoint every so many steps."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
-        if self.save_every and step % self.save_every == 0 and step != self._last_global_step_saved:
-            before = self._last_global_step_saved
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-            # Or a validation at this step would take the best checkpoint for saved.
-            self._last_global_step_saved = before
+        if self.save_every and step % self.save_every == 0 and step != last_saved_step(self):
+            # Not counted, or a validation at this step would take the best checkpoint for saved.
+            save_last(self, trainer, counted=False)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Saves what was learnt since the last validation, where training ended between two."""
@@ -81,8 +80,8 @@ class BestCheckpoint(_ModelCheckpoint, metaclass=LateBoundMeta):
             # was written before.
             return
         super().on_train_end(trainer, pl_module)
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        if last_saved_step(self) != trainer.global_step:
+            save_last(self, trainer)
 
 
 class StopEarly(_EarlyStopping, metaclass=LateBoundMeta):

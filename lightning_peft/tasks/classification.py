@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torchmetrics import MeanMetric
 from transformers import AutoConfig
 
+from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.tasks.heads import keep_heads_in_float32
 from lightning_peft.tasks.pretrained import PretrainedTask
@@ -77,7 +78,7 @@ class ClassificationTask(PretrainedTask):
             ConfigError: If data, arguments and the head of the base name different labels.
         """
         # No data module when a checkpoint is loaded, and no Trainer either.
-        data = getattr(self._trainer, "datamodule", None)
+        data = getattr(trainer_of(self), "datamodule", None)
         if data is not None:
             self.follow(data)
         if self.model is None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.tasks.pretrained import PretrainedTask
@@ -105,7 +106,7 @@ class EncoderDecoderTask(PretrainedTask):
     @property
     def _datamodule(self) -> Any:
         # Lightning's property raises where there is no Trainer.
-        trainer: Any = self._trainer
+        trainer: Any = trainer_of(self)
         return getattr(trainer, "datamodule", None)
 
     def forward(self, **batch: Any) -> Any:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from transformers import AutoConfig
 
+from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.tasks.step_mean import StepMean
@@ -171,7 +172,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
             items: Labelled tokens, or rows, that they are means over; a scalar.
             rows: Rows of the batch.
         """
-        trainer: Any = self._trainer
+        trainer: Any = trainer_of(self)
         means_of_step = means
         if trainer is not None and self.hparams["average_across_step"]:
             # By the rule by which Lightning sets gradients to zero.
