@@ -59,7 +59,7 @@ class Redactor:
         return self.portable(text) if self.settings.space else text
 
     def text(self, text: str) -> str:
-        """Returns what a program has said; for strangers, with the last name of every path."""
+        """Returns a program's output; for strangers, with the last name of every path."""
         if not self.settings.space:
             return text
         return _PATH.sub(lambda found: found[0].rpartition("/")[2], self.portable(text))
@@ -86,7 +86,7 @@ class Redactor:
 
 @cache
 def _marks(uploads: Path) -> list[tuple[re.Pattern[str], str]]:
-    """Returns what marks stand for, the innermost folder first."""
+    """Returns the folders of the marks, the innermost first."""
     inner = sorted(bundled_folders().items(), key=lambda one: -len(str(one[1])))
     # Paths of the package's code stay as Python prints them.
     found = [

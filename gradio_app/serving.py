@@ -101,7 +101,7 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
 
 
 def titles() -> dict[str, str]:
-    """Returns what the browser calls each page, by path."""
+    """Returns the titles of the pages, by path."""
     layout = import_module("gradio_app.pages.layout")
     pages = ["", *PAGES[1:]]
     return {

@@ -210,7 +210,7 @@ def _check_parquet(path: Path, head: bytes) -> None:
 
 
 def _slug(text: str) -> str:
-    """Returns what is left of a file's name: letters and digits, since it becomes one here."""
+    """Returns a safe file name of letters and digits."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]+", "-", ascii_only.lower()).strip("-")[:40].strip("-") or "rows"
 

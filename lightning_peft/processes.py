@@ -167,7 +167,7 @@ def start_detached(
 
 
 def process_record(pid: int) -> dict[str, Any]:
-    """Returns what identifies a process: ``pid`` and its ``created`` time, 0.0 if it has ended."""
+    """Returns the identity of a process: ``pid`` and its ``created`` time, 0.0 if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return {"pid": pid, "created": float(psutil.Process(pid).create_time())}
     return {"pid": pid, "created": 0.0}

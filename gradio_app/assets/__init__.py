@@ -66,7 +66,7 @@ def theme() -> Any:
 
 
 def head(titles: dict[str, str], labels: dict[str, dict[str, str]]) -> str:
-    """Returns what goes into the ``head`` of each page.
+    """Returns the ``head`` of each page.
 
     Args:
         titles: What the browser calls each page, by the last part of its path.

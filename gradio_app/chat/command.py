@@ -81,6 +81,6 @@ def _select_checkpoints(run: Run, checkpoint: str) -> list[Checkpoint]:
 
 
 def redact_message(text: object, settings: Settings) -> str:
-    """Returns what the process said for a visitor: no secrets, not long, no places on a Space."""
+    """Returns a message of the process, shortened, without secrets or paths of a Space."""
     found = Redactor(settings).text(redacted(str(text)))
     return found if len(found) <= _MAX_MESSAGE else found[: _MAX_MESSAGE - 1] + "\u2026"

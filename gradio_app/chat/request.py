@@ -59,7 +59,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def validate_text(text: Any, name: str = "question") -> str:
-    """Returns what a visitor has written.
+    """Returns the text of a visitor.
 
     Raises:
         UserError: If it is too long, or no text; for a question, also if it is empty.

@@ -286,7 +286,7 @@ class ChatSessions:
             return
 
     def prompt_affixes(self, owner: str) -> list[str] | None:
-        """Returns what the template puts before and after a first question."""
+        """Returns the template's text before and after a first question."""
         loaded = self._loaded
         ready = loaded.ready if loaded is not None and loaded.owner == owner else None
         found = (ready or {}).get("prompt_affixes")

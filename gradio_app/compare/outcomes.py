@@ -32,7 +32,7 @@ class Outcome:
 
 
 def outcome_of(run: Run, metrics: Metrics) -> Outcome:
-    """Returns what came of a run, so far if it is going on."""
+    """Returns the outcome of a run, so far if it is active."""
     result = read_json_object(run.folder.result)
     before, after = _numbers(result.get("before")), _numbers(result.get("after"))
     if not after:

@@ -29,7 +29,7 @@ class Differences:
 
 
 def differences(recipes: Sequence[str]) -> Differences:
-    """Returns what differs in recipes."""
+    """Returns the differences of recipes."""
     parsed = [_parse(text) for text in recipes]
     unreadable = tuple(place for place, found in enumerate(parsed) if found is None)
     flat = [flatten_recipe(found or {}) for found in parsed]

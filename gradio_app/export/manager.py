@@ -181,7 +181,7 @@ class ExportManager:
         write_json(folder / REQUEST_FILE, record)
 
     def _base_name(self, run: Run, request: ExportRequest) -> str:
-        """Returns what the files call the base: on a Space, never a folder of the server."""
+        """Returns the name of the base in files: on a Space, never a folder of the server."""
         base, _ = recorded_base(find_checkpoint(run, request.checkpoint).folder)
         if request.base_name or not (self.settings.space and Path(base).is_absolute()):
             return request.base_name

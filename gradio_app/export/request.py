@@ -78,7 +78,7 @@ def validate_request(
     push_to: object = None,
     private: object = True,
 ) -> ExportRequest:
-    """Returns what a visitor wants, if it can be had.
+    """Returns the validated request of a visitor.
 
     Args:
         run: The run.
@@ -128,5 +128,5 @@ def find_checkpoint(run: Run, name: object) -> Checkpoint:
 
 
 def slug(run: Run) -> str:
-    """Returns what files and programs call the adapter of a run."""
+    """Returns the name of a run's adapter in files and programs."""
     return re.sub(r"[^a-z0-9]+", "-", run.name.lower()).strip("-")[:40].strip("-") or "adapter"

@@ -21,7 +21,7 @@ def class_name(part: object) -> str:
 
 
 def value_at(content: Any, path: str, default: Any = MISSING) -> Any:
-    """Returns what stands at ``path``, or ``default``."""
+    """Returns the value at ``path``, or ``default``."""
     found = content
     for name in path.split("."):
         if isinstance(found, list):

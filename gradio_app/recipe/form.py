@@ -39,7 +39,7 @@ def default_of(field: Field, content: Mapping[str, Any]) -> Any:
 
 
 def display_value(field: Field, content: Mapping[str, Any]) -> Any:
-    """Returns what the form shows of a setting: a bool for a switch, else text."""
+    """Returns the form's value of a setting: a bool for a switch, else text."""
     value = value_at(content, field.path, default_of(field, content))
     if field.kind == "switch":
         return value if isinstance(value, bool) else value is not None
@@ -203,7 +203,7 @@ def changed_paths(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[
 def rebase_defaults(
     since: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what a recipe was made of, with all that a choice has changed in the recipe.
+    """Returns the choices behind a recipe, with all that they changed in it.
 
     Whoever chooses a model has not changed the learning rate that goes with it.
 

@@ -105,7 +105,7 @@ class Fix:
 
 
 def validate_device(text: object) -> str:
-    """Returns what a run is planned for, as the command takes it.
+    """Returns the arguments of the plan command for a run.
 
     Raises:
         UserError: If it is neither a GPU of the list nor an amount.
@@ -160,7 +160,7 @@ def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[st
 def plan_memory(
     content: dict[str, Any], device: str, ask: RunCommand, longest: int | None = None
 ) -> Plan:
-    """Returns what the run of a checked recipe needs.
+    """Returns the memory plan of a checked recipe.
 
     Args:
         content: The recipe.

@@ -77,7 +77,7 @@ def preview_data(
     still_needed: Callable[[], bool] | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """Returns what training on the rows of a recipe would be like.
+    """Returns the preview of training on the rows of a recipe.
 
     Args:
         content: A recipe that has been checked.

@@ -8,7 +8,7 @@ from statistics import fmean, variance
 Points = list[tuple[int, float]]
 # More make a browser slow, and no screen shows them.
 MAX_POINTS = 500
-# With fewer points, a trend cannot be told from noise.
+# With fewer points, a trend cannot be distinguished from noise.
 MIN_POINTS = 20
 
 

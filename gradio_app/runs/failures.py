@@ -94,7 +94,7 @@ def classify_error(text: str) -> str | None:
 
 
 def report(run: Run) -> str:
-    """Returns what a helper wants to see: versions, recipe, error and last lines, redacted."""
+    """Returns a report for support: versions, recipe, error and last lines, redacted."""
     failure = find_failure(run)
     parts = [
         f"run: {run.id} ({run.status.state}: {run.status.phase})",

@@ -53,7 +53,7 @@ def format_metric(found: float, t: Texts) -> str:
 
 
 def metric(name: str, t: Texts) -> str:
-    """Returns what a metric of the validation rows is called: the task's own name if no other."""
+    """Returns the label of a validation metric: the task's own name if no other."""
     if name == "val_loss":
         return t("run.val_loss")
     key = name.removeprefix("val_")

@@ -42,7 +42,7 @@ class HealthMonitor:
         self._lock = threading.Lock()
 
     def warnings(self, run: Run) -> list[HealthWarning]:
-        """Returns what is amiss around a run that is at work."""
+        """Returns the problems around an active run."""
         if not run.active:
             return []
         found = [self._stuck(run), self._disk(run), self._memory()]

@@ -94,7 +94,7 @@ def list_hardware(token: str) -> list[Hardware]:
 
 
 def max_cost(machine: Hardware, minutes: float) -> float:
-    """Returns what a job costs at most."""
+    """Returns the maximum cost of a job."""
     return machine.dollars_per_hour * minutes / 60
 
 
@@ -141,7 +141,7 @@ def start_job(
 
 
 def local_paths(recipe: Any) -> set[str]:
-    """Returns what in a recipe names files that only this machine has.
+    """Returns the settings of a recipe that name files of this machine.
 
     What comes with the package (``package:``, ``recipe:``) is on every machine.
     """
@@ -162,7 +162,7 @@ def job_of(folder: RunFolder) -> Job | None:
 
 
 def status_of(folder: RunFolder) -> Status | None:
-    """Returns what the job last said; its process is on no machine where one could look for it."""
+    """Returns the last status of the job; its process cannot be inspected."""
     try:
         content = json.loads(folder.status_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -298,5 +298,5 @@ class JobsExecutor(Executor):
         return job_of(folder) is not None
 
     def status(self, folder: RunFolder) -> Status | None:
-        """Returns what the job last said."""
+        """Returns the last status of the job."""
         return status_of(folder)

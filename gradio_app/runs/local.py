@@ -89,7 +89,7 @@ class LocalExecutor(Executor):
         write_json(folder / PROCESS, process_record(process.pid))
 
     def argv(self, run: Run) -> list[str]:
-        """Returns what the command line is called with."""
+        """Returns the arguments of the command line."""
         folder = run.folder.path
         words = [run.metadata.command]
         if run.metadata.resume:
@@ -132,7 +132,7 @@ class LocalExecutor(Executor):
         return self._process(folder) is not None
 
     def status(self, folder: RunFolder) -> Status | None:
-        """Returns what a run wrote last, ``"crashed"`` if its process is gone."""
+        """Returns the last status of a run, ``"crashed"`` if its process is gone."""
         self._reap()
         try:
             found = folder.status_file.stat()

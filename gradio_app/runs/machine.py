@@ -53,7 +53,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Returns what this machine has."""
+    """Returns the hardware of this machine."""
     memory = psutil.virtual_memory()
     name, total = _gpu()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

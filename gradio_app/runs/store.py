@@ -126,7 +126,7 @@ class RunStore:
         return self.get(run.owner, run.id)
 
     def executor(self, run: Run) -> Executor:
-        """Returns what a run was, or will be, started by."""
+        """Returns the executor of a run."""
         return self.executors.get(run.metadata.where) or self.executors[LOCAL]
 
     def _where(self) -> str:

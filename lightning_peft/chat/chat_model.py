@@ -128,7 +128,7 @@ class ChatModel:
         return template_for(tokenizer, self.adapters, override, self.active)
 
     def template_source(self) -> str | None:
-        """Returns what data should be encoded with, as its ``chat_template``."""
+        """Returns the ``chat_template`` for encoding data."""
         known = (adapter.chat_template for adapter in self.adapters)
         return self.chat_template_override or next(known, None)
 
@@ -177,7 +177,7 @@ class ChatModel:
         return input_ids
 
     def prompt_affixes(self) -> tuple[str, str] | None:
-        """Returns what stands before and after a first question, without special tokens.
+        """Returns the text before and after a first question, without special tokens.
 
         Texts of the record, such as those in ``samples.jsonl``, have it around their questions.
         ``None`` where the template takes no question alone.

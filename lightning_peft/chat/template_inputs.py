@@ -47,7 +47,7 @@ def read_variables(text: str | None) -> dict[str, Any] | None:
 
 
 def context_of(name: str, value: Any, what: str) -> dict[str, Any]:
-    """Returns what a chat template gets of one field of a row.
+    """Returns a field of a row as a chat template gets it.
 
     Args:
         name: ``"tools"`` or ``"chat_template_kwargs"``.

@@ -75,7 +75,7 @@ def _parser() -> OptionParser:
 
 
 def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
-    """Returns what a check of all rows found, ready for JSON.
+    """Returns the result of checking all rows, ready for JSON.
 
     Args:
         configs: Recipes or YAML files.

@@ -112,7 +112,7 @@ def read_prompts(file: str) -> list[str]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Returns what merging did, in words and a table."""
+    """Returns the merge report as text and a table."""
     checked = "is the one in training" if report["base_checked"] else "was not compared: no record"
     lines = [
         f"adapter  {report['adapter']}",

@@ -80,7 +80,7 @@ def ends_epoch(epoch: Any) -> bool:
 
 
 def logged_metrics(epoch: Any) -> Any:
-    """Returns what was logged in an epoch and how it is reduced, by name."""
+    """Returns the logged values of an epoch with their reductions, by name."""
     return epoch._results
 
 
@@ -99,7 +99,7 @@ def callback_metrics(trainer: Any) -> dict[str, Any]:
 
 
 def data_fetcher(fit: Any) -> Any:
-    """Returns what fetches the batches of a fit, or ``None``."""
+    """Returns the data fetcher of a fit, or ``None``."""
     return fit._data_fetcher
 
 

@@ -1,6 +1,6 @@
 """Trains the demo's base model from nothing, on plain standard library documentation.
 
-``python -m lightning_peft.demo.pretrain`` writes ``base/`` beside this file: a byte-level BPE
+``python -m lightning_peft.demo.pretrain`` writes ``base/`` next to this file: a byte-level BPE
 tokenizer, a Llama-architecture causal language model of about four million parameters in
 bfloat16, and ``training_record.json`` with what was measured. The model reads documents only,
 never a question with its answer: that form is what the demo tunes it on.

@@ -133,7 +133,7 @@ def check_source(source: str) -> None:
 
 
 def introduction(model: str | None, method: str) -> str:
-    """Returns what the demo will do, honestly."""
+    """Returns the description of the demo."""
     title = {"qlora": "QLoRA", "lora": "LoRA", "full": "Full fine-tuning"}[method]
     if model is not None:
         return f"{title} of {escape(model)} on questions about the Python standard library."

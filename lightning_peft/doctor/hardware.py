@@ -66,7 +66,7 @@ def check_torch(device: str) -> CheckResult:
 
 
 def nvidia_devices() -> str:
-    """Returns what the NVIDIA driver's own tool lists, without torch; empty where it is not."""
+    """Returns the GPUs listed by nvidia-smi, without torch; empty without it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
@@ -148,7 +148,7 @@ def check_bf16(
 
 
 def native_bf16(device: str, cpuinfo: Path = _CPUINFO) -> str | None:
-    """Returns what the hardware computes bfloat16 with.
+    """Returns the hardware support of bfloat16.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.

@@ -40,7 +40,7 @@ def _distributions(name: str, path: list[str] | None) -> Iterable[Distribution]:
 
 
 def required(name: str = OURS, extra: str = "", path: list[str] | None = None) -> list[Requirement]:
-    """Returns what a package requires here, with one of its extras.
+    """Returns the requirements of a package here, with one of its extras.
 
     Raises:
         PackageNotFoundError: If it is not installed.
@@ -171,7 +171,7 @@ def _plain(requirement: Requirement) -> str:
 
 
 def _unmet(requirement: Requirement, path: list[str] | None) -> str | None:
-    """Returns what is wrong with what is installed for a requirement, if anything."""
+    """Returns the problem of an installed requirement, or None."""
     name = canonicalize_name(requirement.name)
     versions = installed_versions(name, path)
     if not versions:

@@ -17,7 +17,7 @@ _WITHOUT = {
 
 
 def quantized(bits: int) -> str:
-    """Returns what to do where the layers of bitsandbytes with so many bits do not work."""
+    """Returns the remedy where bitsandbytes' layers of that many bits do not work."""
     return (
         "Install bitsandbytes in a release for this torch and CUDA "
         "(`pip install --upgrade --force-reinstall --no-deps bitsandbytes`); "

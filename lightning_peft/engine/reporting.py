@@ -150,7 +150,7 @@ def show(what: Report | str) -> None:
 
 
 def report(module: nn.Module) -> Report:
-    """Returns what is adapted, quantized, frozen and trained in ``module``.
+    """Returns the report of ``module``: adapted, quantized, frozen and trained.
 
     Raises:
         LifecycleError: If the module has no adapters.

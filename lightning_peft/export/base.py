@@ -209,7 +209,7 @@ def make_outline(base: Base, class_name: str | None, labels: int | None = None) 
 
 
 def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
-    """Returns what ``outline`` calls the tensors in the files of ``base``, by their keys there.
+    """Returns the names in ``outline`` of the tensors in the files of ``base``, by their keys.
 
     Keys that the model does not have keep their names.
 

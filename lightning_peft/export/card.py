@@ -97,7 +97,7 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
 
 
 def quantized_section(found: Mapping[str, Any]) -> str:
-    """Returns what the card of a merged model says further when it was quantized."""
+    """Returns the card's section on quantization of a merged model."""
     kind = "NF4 with double quantization" if found["bits"] == 4 else "LLM.int8"
     text = (
         f"\n## Quantized\n\nThe linear layers are in {found['bits']} bits ({kind}, bitsandbytes).\n"
@@ -172,7 +172,7 @@ def _provenance_rows(adapter: Adapter, license: str | None) -> str:
 
 
 def _data(record: Any) -> str:
-    """Returns what it was trained on, as the data module has recorded it."""
+    """Returns the training data as recorded by the data module."""
     if not isinstance(record, Mapping) or not record:
         return ""
     splits = record.get("splits")

@@ -27,7 +27,7 @@ def check_repo(repo: str) -> None:
 
 
 def files_of(folder: Path) -> list[dict[str, Any]]:
-    """Returns what would be pushed: paths in the repository, and their bytes."""
+    """Returns the files to push: paths in the repository, and their bytes."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [
         {"path": path.relative_to(folder).as_posix(), "bytes": path.stat().st_size}

@@ -167,7 +167,7 @@ def compare(actual: Tensor, expected: Tensor) -> LogitError:
 def measured(
     adapter: Adapter, base: Base, merged: Path, into: str, dtype: torch.dtype, **options: Any
 ) -> tuple[dict[str, LogitError], str | None]:
-    """Returns what :func:`measure_merge` finds, or an empty dictionary and the reason.
+    """Returns the result of :func:`measure_merge`, or an empty dictionary and the reason.
 
     The merged folder is complete at this point: nothing that goes wrong here may lose it.
     """

@@ -225,7 +225,7 @@ def _aliases(outline: Any) -> dict[str, list[str]]:
 def _plan(
     base: Base, merge: StreamedMerge, names: dict[str, str]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Returns what will be in each file."""
+    """Returns the content of each file."""
     plan = {
         file: {
             key: StoredTensor(merge.dtype_of(names[key], stored.dtype), stored.shape)
@@ -315,7 +315,7 @@ def _write_companions(
 
 
 def report_of(result: MergedFolder, adapter: Adapter, base: Base) -> dict[str, Any]:
-    """Returns what merging did, as primitives."""
+    """Returns the merge report as primitives."""
     return {
         "base": base.name,
         "adapter": str(adapter.folder),

@@ -14,7 +14,7 @@ BatchMaker = Callable[[int, int, bool], dict[str, Any]]
 
 
 def batch_maker(model_class: Any, config: Any) -> BatchMaker:
-    """Returns what makes a batch for a model class: rows, tokens, and whether rows are padded.
+    """Returns a batch factory for a model class: rows, tokens, and whether rows are padded.
 
     Images have the size of the config, and audio has ``length`` samples or frames.
 

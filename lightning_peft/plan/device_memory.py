@@ -70,7 +70,7 @@ def device_memory(text: str) -> DeviceMemory:
 
 
 def this_device() -> DeviceMemory:
-    """Returns what is free on the first GPU that torch sees, or in this machine's memory."""
+    """Returns the free memory of the first GPU that torch sees, or of this machine."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(0)
         return DeviceMemory(torch.cuda.get_device_name(0), free, "cuda")

@@ -25,7 +25,7 @@ NAMES = {
 
 
 def breakdown_lines(plan: Prediction) -> list[str]:
-    """Returns what is in memory at the fullest moment, the largest first."""
+    """Returns the breakdown of peak memory, the largest first."""
     parts = sorted(PARTS, key=lambda part: -plan.breakdown[part])
     return [
         f"{NAMES[part]}: {readable(plan.breakdown[part])}" for part in parts if plan.breakdown[part]
@@ -35,7 +35,7 @@ def breakdown_lines(plan: Prediction) -> list[str]:
 def memory_warning(
     plan: Prediction, device: DeviceMemory, changes: Sequence[Change] = ()
 ) -> str | None:
-    """Returns what to warn of before a run starts, or ``None`` where it should fit.
+    """Returns the warning before a run starts, or ``None`` where it should fit.
 
     Args:
         plan: The prediction.
@@ -54,7 +54,7 @@ def memory_warning(
 
 
 def out_of_memory_message(plan: Prediction, device: DeviceMemory, changes: Sequence[Change]) -> str:
-    """Returns what used the memory when it ran out, and what would make the run fit.
+    """Returns the use of memory when it ran out, and changes that would make the run fit.
 
     Args:
         plan: The prediction for the run that failed.

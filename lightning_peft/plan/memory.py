@@ -42,7 +42,7 @@ class MethodMemory:
 
 
 def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
-    """Returns what full fine-tuning, LoRA and QLoRA (NF4, double quantization) would hold.
+    """Returns the memory of full fine-tuning, LoRA and QLoRA (NF4, double quantization).
 
     Args:
         model: A model without adapters; it is not changed.

@@ -21,7 +21,7 @@ OWN = ("adamw", "adamw_torch")
 
 
 def check_optimizer(name: str) -> list[str]:
-    """Returns what is wrong with the name of an optimizer, if anything."""
+    """Returns the problem of an optimizer's name, or None."""
     if name in OWN:
         return []
     try:

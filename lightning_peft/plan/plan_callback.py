@@ -129,7 +129,7 @@ def _name_of(optimizers: list[Any]) -> str:
 
 
 def _device_of(module: Any) -> DeviceMemory:
-    """Returns what the run can have: what is free, and what it has already."""
+    """Returns the memory available to the run: free, and already in use by it."""
     if module.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(module.device)
         used = torch.cuda.memory_reserved(module.device) + OVERHEAD["cuda"][1]

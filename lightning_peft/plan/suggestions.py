@@ -89,7 +89,7 @@ def _of_kind(
 
 
 def _kinds(source: ModelSource, run: PlanSettings) -> list[list[tuple[str, PlanSettings]]]:
-    """Returns what can be changed, for each kind from the smallest change to the largest."""
+    """Returns the possible changes, of each kind from the smallest to the largest."""
     kinds: list[list[tuple[str, PlanSettings]]] = []
     if not run.checkpointing:
         on = replace(run, gradient_checkpointing=True)

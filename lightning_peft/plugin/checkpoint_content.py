@@ -26,7 +26,7 @@ def pack_checkpoint(
     described: Mapping[str, Any],
     before: Collection[str],
 ) -> dict[str, Any]:
-    """Returns what is written: the description, all adapters, and nothing of the base.
+    """Returns the content to write: the description and all adapters, without the base.
 
     Args:
         module: The module with adapters.

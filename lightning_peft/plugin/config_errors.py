@@ -25,7 +25,7 @@ _HOME_PACKAGES = {
 
 
 def explain_parser_error(message: str, root: str) -> str:
-    """Returns what jsonargparse said in other words, with the nearest names for unknown ones.
+    """Returns jsonargparse's error in plain words, with near names for unknown ones.
 
     Args:
         message: Its message.
@@ -103,7 +103,7 @@ def _key(message: str) -> str:
 
 
 def _wrong_value(message: str) -> str | None:
-    """Returns what a value has to be, where its type is all that is wrong."""
+    """Returns the expected type of a value, where only its type is wrong."""
     value = re.search(r"(?:Given value: |Got value: )(.*)", message)
     literal = re.search(r"Literal\[(.*?)\]", message)
     if value is None or "NestedArg" in value[1]:

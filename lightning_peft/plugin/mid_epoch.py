@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def mid_epoch_state(loops: TrainingLoops) -> dict[str, Any]:
-    """Returns what is under way in this process, as tensors and numbers."""
+    """Returns the state of the current epoch in this process, as tensors and numbers."""
     epoch, trainer = loops.epoch, loops.fit.trainer
     batch = epoch.batch_progress.current
     place = {

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Returns what the numbers of a run depend on: processor, cores, memory, GPUs."""
+    """Returns the hardware of a run: CPU, cores, memory, GPUs."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "system": platform.system(),

@@ -17,7 +17,7 @@ def text_digest(text: str) -> str:
 
 
 def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> dict[str, Any]:
-    """Returns what a run is made of, once the module is built.
+    """Returns the provenance of a run, once the module is built.
 
     Args:
         module: The LightningModule.
@@ -38,7 +38,7 @@ def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> d
 
 
 def data_record(datamodule: Any) -> dict[str, Any] | None:
-    """Returns what is known of the data: everything for the data modules of this package."""
+    """Returns the known facts of the data: everything for the data modules of this package."""
     if datamodule is None:
         return None
     record = getattr(datamodule, "record", None)

@@ -89,7 +89,7 @@ def read_status(path: Path) -> Status | None:
 
 
 def _earlier_status(path: Path, kind: str) -> Status:
-    """Returns what the session before has written; a new status where there is none like it."""
+    """Returns the status of the previous session, or a new one."""
     try:
         status = read_status(path)
     except (ValueError, TypeError, AttributeError, OSError):

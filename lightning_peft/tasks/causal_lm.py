@@ -80,7 +80,7 @@ class CausalLM(PretrainedTask):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns what the model answers to the prompts of ``rows`` of the data module.
+        """Returns the model's answers to the prompts of ``rows`` of the data module.
 
         A prompt is what comes before the first token with a label; of plain text, the first half.
         """

@@ -72,7 +72,7 @@ class EncoderDecoderTask(PretrainedTask):
         return [name for name in names if name in METRICS and limit > 0]
 
     def generation(self) -> dict[str, Any]:
-        """Returns what the data tells ``generate`` beside the encoder's input: a language."""
+        """Returns the data's arguments for ``generate``: a language."""
         settings: dict[str, Any] = getattr(self._datamodule, "generation", {})
         return settings
 
@@ -154,7 +154,7 @@ class EncoderDecoderTask(PretrainedTask):
         return [name for name in self.encoder_inputs if name in batch]
 
     def generate_texts(self, batch: dict[str, Any], max_new_tokens: int) -> list[str]:
-        """Returns what the model writes for each row of ``batch``, greedily."""
+        """Returns the model's greedy output for each row of ``batch``."""
         assert self.model is not None
         tokenizer = self._datamodule.tokenizer
         tokens = generate_greedily(
@@ -169,7 +169,7 @@ class EncoderDecoderTask(PretrainedTask):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns what the model writes for ``rows`` of the data module."""
+        """Returns the model's output for ``rows`` of the data module."""
         batch = self._datamodule.collator()(rows)
         texts = self.generate_texts(batch, max_new_tokens)
         return [

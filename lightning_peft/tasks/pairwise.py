@@ -44,7 +44,7 @@ class PairwiseTask(PretrainedTask):
             self.metrics[name].update(values)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, float]]:
-        """Returns what is measured of each pair, by name."""
+        """Returns the measurements of each pair, by name."""
         measured = {name: values.tolist() for name, values in self.compare(batch).items()}
         return [
             dict(zip(measured, values, strict=True))

@@ -148,7 +148,7 @@ class PreferenceTuning(PairwiseTask):
     def generate_samples(
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
-        """Returns what the model answers to the prompts of ``rows``, beside the chosen answers."""
+        """Returns the model's answers to the prompts of ``rows``, and the chosen answers."""
         return [
             answer(self, row["chosen_input_ids"], row["chosen_labels"], max_new_tokens)
             for row in rows

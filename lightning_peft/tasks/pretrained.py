@@ -84,7 +84,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
             raise ConfigError(f"{type(self).__name__} cannot be made: {'; '.join(problems)}.")
 
     def _argument_problems(self) -> list[str]:
-        """Returns what is wrong with the arguments alone; subclasses add to it."""
+        """Returns the problems of the arguments; subclasses add theirs."""
         hparams = self.hparams
         problems = []
         if hparams["learning_rate"] <= 0:
@@ -238,7 +238,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 
 
 def rate_factor(schedule: Schedule, steps: int, warmup: float) -> Any:
-    """Returns what the peak rate is multiplied by, as a function of the step.
+    """Returns the factor of the peak learning rate as a function of the step.
 
     Args:
         schedule: ``"cosine"``, ``"linear"`` or ``"constant"``.

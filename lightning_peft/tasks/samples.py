@@ -44,7 +44,7 @@ class GeneratesSamples(Protocol):
 
 @torch.no_grad()
 def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Returns what ``model`` generates, greedily and in eval mode.
+    """Returns the output of ``model``, greedy and in eval mode.
 
     Args:
         model: A model that generates; its modes are as before when this returns.
@@ -66,7 +66,7 @@ def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
 
 
 def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Returns what ``model`` generates for one row, ``(length,)``: see :func:`generate_greedily`.
+    """Returns the output of ``model`` for one row, ``(length,)``: see :func:`generate_greedily`.
 
     Args:
         model: A model that generates.
@@ -77,7 +77,7 @@ def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
 
 
 def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:
-    """Returns what the causal language model of ``task`` answers to the prompt of a row.
+    """Returns the answer of the causal language model of ``task`` to the prompt of a row.
 
     A prompt is what comes before the first token with a label; of plain text, the first half.
 

@@ -221,7 +221,7 @@ def _chunks(hidden: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor
 def _labelled_inputs(
     call: Callable[..., Any], model: PreTrainedModel, batch: Any
 ) -> tuple[Tensor, Tensor]:
-    """Returns what the head would get where there is a label, and the labels."""
+    """Returns the head's inputs where there is a label, and the labels."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with _head_input(model, first_only=True) as seen:
         call(**inputs)
@@ -253,7 +253,7 @@ def _head_input(model: PreTrainedModel, first_only: bool) -> Iterator[list[Tenso
 
 
 def postprocess_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """Returns what ``model`` does to the output of its head, by the names of its config."""
+    """Returns the operations of ``model`` on its head's output, by the names of its config."""
     config: Any = model.config.get_text_config()
     times = getattr(config, "logit_scale", None)
     over = getattr(config, "logits_scaling", None)

@@ -118,7 +118,7 @@ def test_what_is_kept_fits(dtype: torch.dtype) -> None:
         budget = budget_of(module)
         everything = sum(call.save_all for call in budget._calls)
         inputs = sum(call.full for call in budget._calls)
-        # What is measured is what there is; states of random numbers are beside it.
+        # What is measured is what there is; states of random numbers are extra.
         assert save_all - least == pytest.approx(everything - inputs, rel=0.02)
         outside = least - inputs
         assert kept - outside <= share * everything + 4 * 6000
@@ -317,22 +317,22 @@ def test_larger_batches_are_measured_and_others_are_not() -> None:
 
 
 def test_what_is_decided_is_told() -> None:
-    told: list[str] = []
+    lines: list[str] = []
     module = llama()
-    done = engine.checkpoint_activations(module, 0.5, told.append)
+    done = engine.checkpoint_activations(module, 0.5, lines.append)
     assert done.descriptions == ["4 LlamaDecoderLayer of LlamaForCausalLM"]
     for _ in range(3):
         step(module)
-    (line,) = told
+    (line,) = lines
     assert line.startswith("gradient_checkpointing=0.5: saved activations: ")
     assert "(3 blocks selective, 1 block full recompute)." in line
     # A smaller batch is not news.
     for _ in range(2):
         step(module, 2)
-    assert len(told) == 1
+    assert len(lines) == 1
     for _ in range(2):
         step(module, 8)
-    assert len(told) == 2
+    assert len(lines) == 2
     done.disable()
     assert not any("_activation_budget" in child.__dict__ for child in module.modules())
 
@@ -347,7 +347,7 @@ def test_too_small_a_budget(caplog: pytest.LogCaptureFixture) -> None:
     step(module)
     with pytest.raises(UnsupportedError, match=r"=0.01: the inputs of the blocks alone"):
         step(module)
-    # Later it is no reason to end a run.
+    # Later it does not end a run.
     module = llama()
     engine.checkpoint_activations(module, "300kB")
     for _ in range(2):

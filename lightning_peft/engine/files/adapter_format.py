@@ -248,7 +248,7 @@ def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dic
 def recorded_base(
     loaded: Fingerprint, facts: Mapping[str, Any], heads: Iterable[str]
 ) -> Fingerprint:
-    """Returns what of a base the fingerprint in ``provenance.json`` is about.
+    """Returns the parameters of a base that the fingerprint in ``provenance.json`` covers.
 
     Args:
         loaded: All parameters of the base.

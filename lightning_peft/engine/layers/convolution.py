@@ -25,7 +25,7 @@ def convolve(
     weight: Tensor,
     output_size: list[int] | None = None,
 ) -> Tensor:
-    """Returns what ``layer`` gives with ``weight``, ungrouped and without a bias.
+    """Returns the output of ``layer`` with ``weight``, ungrouped and without a bias.
 
     Stride, padding with its mode, and dilation are the layer's.
 
@@ -117,7 +117,7 @@ def frozen_convolution(
     bias: Tensor | None,
     output_size: list[int] | None = None,
 ) -> Tensor:
-    """Returns what ``layer`` gives with the weight that ``weight`` returns, made when needed.
+    """Returns the output of ``layer`` with the weight that ``weight`` returns when needed.
 
     Args:
         layer: A convolution, transposed or not.

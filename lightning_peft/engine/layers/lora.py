@@ -108,7 +108,7 @@ class LoraLayer(LayerMixin):
         return result
 
     def adapter_output(self, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns what one adapter adds to the output for the input ``x``, after dropout."""
+        """Returns the contribution of one adapter to the output for ``x``, after dropout."""
         raise NotImplementedError
 
     def delta_weight(self, name: str) -> Tensor:
@@ -226,7 +226,7 @@ class LoraEmbedding(LoraLayer):
         return a, b
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns what the class does, with :meth:`look_up` in place of the lookup."""
+        """Returns the class's output, with :meth:`look_up` in place of the lookup."""
         if has_standard_forward(self) and self.effective_adapters():  # type: ignore[arg-type]
             layer: Any = self
             return self.look_up(

@@ -105,7 +105,7 @@ def make_plans(
     record: Record,
     momentum_copies: Collection[MomentumCopy] = (),
 ) -> list[InjectionPlan]:
-    """Returns what to do with every part of ``module``; changes nothing but ``record.left``.
+    """Returns the plan of every part of ``module``; changes nothing but ``record.left``.
 
     Args:
         module: The user's module.

@@ -266,7 +266,7 @@ def _left_inside(
     copies: Collection[nn.Module],
     wanted: str | Iterable[str] | None,
 ) -> tuple[dict[str, str], set[nn.Module]]:
-    """Returns what of a part without a pretrained model at its root is left, and what is on top.
+    """Returns the layers left out of a part without a pretrained root, and those on top.
 
     That is: names of frozen submodules that stay as they are, and trained layers that are heads of
     the frozen ones, where those are adapted.

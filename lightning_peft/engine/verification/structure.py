@@ -13,7 +13,7 @@ from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 
 
 def structural_problems(module: nn.Module) -> list[str]:
-    """Returns what is wrong with the adapters, without a pass through the module.
+    """Returns the problems of the adapters, without a pass through the module.
 
     Each problem names a layer by its name inside ``module``. Found are: adapted layers that were
     replaced or switched off, layers that are no longer quantized, or are in bitsandbytes' form
