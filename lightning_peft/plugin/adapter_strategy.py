@@ -12,6 +12,7 @@ import torch
 from lightning_peft import engine
 from lightning_peft.compat.lightning import checkpoint_io_of, set_checkpoint_io
 from lightning_peft.errors import CheckpointError
+from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     load_tensors,
@@ -108,8 +109,8 @@ class AdapterStrategy(_Base):
         engine.freeze_unoptimized_copies(self._module, held)
         freeze_unoptimized(self, held)
         if self.lifecycle.checks.mode != "off":
-            self.lifecycle.check_optimizers(self._module, optimizers)
-        self.lifecycle.check_frozen(self._module)
+            check_optimizers(self._module, optimizers)
+        check_frozen(self._module)
         engine.check_momentum_copies(self._module)
 
     def on_train_start(self) -> None:
@@ -169,7 +170,7 @@ class AdapterStrategy(_Base):
     ) -> None:
         """Writes the checkpoint with its description, and its adapter folder."""
         if engine.record_of(self._module) is not None:
-            self.lifecycle.check_frozen(self._module)
+            check_frozen(self._module)
             engine.check_momentum_copies(self._module)
             checkpoint = self._with_metadata(checkpoint)
             if self.is_global_zero and is_local(filepath):

@@ -1,0 +1,216 @@
+"""What must hold of a module with adapters before it trains; all problems are named at once."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_peft import engine
+from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
+from lightning_peft.plugin.exclusion_advice import exclusion_advice
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightning_peft.plugin.injection_settings import InjectionSettings
+
+log = logging.getLogger(__name__)
+
+
+def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> None:
+    """Compares adapters that are there already with the ones that were asked for."""
+    record = engine.require_record(module)
+    requested = engine.config_to_dict(settings.peft_config)
+    quantization = engine.quantization_to_dict(settings.quantization_config)
+    aside = engine.recorded_selection(module, record).exclusions
+    problems = []
+    if settings.adapt is not None and set(settings.adapt) != set(record.parts):
+        problems.append(f"adapt={sorted(record.parts)}, asked for {settings.adapt}")
+    for name, part in record.parts.items():
+        where = name or type(module).__name__
+        info = part.adapters[record.active[0]]
+        if part.from_peft_wrapper and not settings.explicitly_set:
+            continue
+        problems += [
+            f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
+            for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
+            if info.config.get(key) != requested.get(key)
+        ]
+        if part.quantization != quantization:
+            problems.append(
+                f"{where}: quantization is {part.quantization}, asked for {quantization}"
+            )
+        problems += _target_differences(
+            module.get_submodule(name), part, info, aside, settings.peft_config
+        )
+    if problems:
+        raise LifecycleError(
+            "The module has adapters already, with other settings than were asked for:"
+            + itemize(problems)
+            + "\nAsk for the same settings, or build the module again."
+        )
+
+
+def _target_differences(
+    part: nn.Module, entry: Any, info: Any, aside: Any, config: Any
+) -> list[str]:
+    if not info.in_place:
+        # Inside PEFT's wrappers the layers have other names.
+        return []
+    requested = engine.resolve_targets({entry.name: part}, config, aside)[entry.name]
+    missing, surplus = (
+        sorted({*requested} - {*info.targets}),
+        sorted({*info.targets} - {*requested}),
+    )
+    return [f"{entry.qualified(name)}: no adapter, asked for one" for name in missing] + [
+        f"{entry.qualified(name)}: has an adapter, not asked for" for name in surplus
+    ]
+
+
+def check_frozen(module: nn.Module) -> None:
+    """The base must be as frozen as injection left it: checkpoints do not hold it.
+
+    Raises:
+        LifecycleError: If base weights were set to train since, or are not there any more.
+    """
+    params = dict(module.named_parameters(remove_duplicate=False))
+    frozen = sorted(engine.require_record(module).frozen)
+    gone = [name for name in frozen if name not in params]
+    if gone:
+        raise LifecycleError(
+            "These weights of the base were taken away after the adapters were added:"
+            + itemize(gone, 5)
+            + "\nPruning, weight and spectral norm and other parametrizations put others in "
+            "their place, and no checkpoint would hold them. Apply them before the fit."
+        )
+    trained = [name for name in frozen if params[name].requires_grad]
+    if trained:
+        raise LifecycleError(
+            "These weights of the base were unfrozen after the adapters were added:"
+            + itemize(trained, 5)
+            + "\nNo checkpoint would hold what they learn. Leave them frozen, or name the "
+            "layers to train in full in `modules_to_save`."
+        )
+
+
+def check_optimizers(module: nn.Module, optimizers: list[Any]) -> None:
+    """Every trainable adapter must be in an optimizer, and no optimizer without anything.
+
+    Raises:
+        LifecycleError: If training would leave adapters, or whole optimizers, idle.
+    """
+    record = engine.require_record(module)
+    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    problems, idle = [], []
+    for name, part in record.parts.items():
+        named = engine.trained_parameters(module.get_submodule(name), part)
+        missing = [part.qualified(n) for n, p in named.items() if id(p) not in held]
+        missing = [n for n in missing if not engine.inside(n, record.unoptimized)]
+        if missing:
+            problems.append(
+                f"{len(missing)} of {len(named)} trainable tensors of "
+                f"{name or type(module).__name__} are in no optimizer, such as {missing[0]!r}"
+            )
+            idle += [name] if len(missing) == len(named) and name else []
+    for index, optimizer in enumerate(optimizers):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(param.requires_grad for param in params):
+            problems.append(
+                f"optimizer {index} ({type(optimizer).__name__}) holds only frozen parameters"
+            )
+    if problems and optimizers:
+        raise LifecycleError(
+            "configure_optimizers does not see the adapters:"
+            + itemize(problems)
+            + "\nPass self.parameters(), or filter by `p.requires_grad`, inside "
+            "configure_optimizers. An optimizer that holds the weight of a layer gets its "
+            "adapters too, and none holds the weights of these."
+            + (f" {exclusion_advice(idle, record.parts)}".rstrip() if idle else "")
+        )
+
+
+def missing_layers(module: nn.Module, record: Any) -> list[str]:
+    """Returns the names of the layers that had adapters and have none now."""
+    gone = []
+    for name, part in record.parts.items():
+        try:
+            layers = engine.adapted_layers(module.get_submodule(name))
+        except AttributeError:
+            layers = {}
+        targets = {t for info in part.adapters.values() for t in info.targets}
+        gone += [part.qualified(t) for t in sorted(targets) if t not in layers]
+    return gone
+
+
+def check_same_base_on_all_ranks(module: nn.Module) -> None:
+    """Compares the frozen bases of all ranks: DDP broadcasts packed bytes, not constants."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    record = engine.require_record(module)
+    mine = {name: part.base.sums for name, part in record.parts.items()}
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if not others:
+        return
+    names = [
+        part.qualified(tensor)
+        for name, part in record.parts.items()
+        for tensor, a, b in zip(
+            part.base.names, everyone[0][name], everyone[others[0]][name], strict=True
+        )
+        if a != b
+    ]
+    raise BaseMismatchError(
+        f"Ranks {others} have another base model than rank 0:"
+        + itemize(names, 5)
+        + "\nQuantized weights cannot be broadcast, so each rank would train against its own. "
+        "Load the same checkpoint on every rank, or call seed_everything(...) before a base "
+        "with random weights is built."
+    )
+
+
+def prepare_training(module: nn.Module) -> None:
+    """Refuses merged and frozen adapters, and sets the adapted parts to train mode."""
+    record = engine.require_record(module)
+    engine.unfreeze_unoptimized(module)
+    parts = [(entry, module.get_submodule(name)) for name, entry in record.parts.items()]
+    merged = [
+        entry.qualified(name)
+        for entry, part in parts
+        for name, layer in engine.adapted_layers(part).items()
+        if getattr(layer, "lora_merged", ())
+    ]
+    if merged:
+        raise LifecycleError(
+            "These layers have their adapters merged, so nothing would train:"
+            + itemize(merged, 5)
+            + "\nCall lightning_peft.unmerge(module) first."
+        )
+    copies = [pair.copy for pair in record.momentum_copies]
+    frozen = [
+        entry.name or type(part).__name__
+        for entry, part in parts
+        if not engine.trained_parameters(part, entry) and not engine.inside(entry.name, copies)
+    ]
+    if frozen:
+        raise LifecycleError(
+            f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
+            "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
+        )
+    engine.set_training_mode(module)
+
+
+def warn_unregistered_copies(module: nn.Module, outside: dict[str, str]) -> None:
+    """Warns of copies of adapted parts that the module does not register."""
+    for where, name in outside.items():
+        if engine.adapted_layers(module.get_submodule(name)):
+            log.warning(
+                "%s is a copy of %r that the module does not register. It gets no adapters, and a "
+                "loop over the parameters() of both does not line up. Where it is to follow, as a "
+                "momentum copy does, make it an attribute of the module.",
+                where,
+                name,
+            )
