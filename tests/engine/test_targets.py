@@ -15,7 +15,7 @@ from lightning_peft.engine.selection.targets import (
     resolve_saved_modules,
     resolve_targets,
     shortest_suffixes,
-    similar_names,
+    similar_layer_names,
 )
 from lightning_peft.errors import TargetModulesError
 
@@ -161,10 +161,10 @@ def test_compact_names_mean_exactly_the_targets() -> None:
     assert targets_of(inner, target_modules=["0"]) == ["0", "1.0"]
 
 
-def test_similar_names() -> None:
-    assert similar_names("x.q_prj", ["a.q_proj", "b.q_proj"]) == "; near names: q_proj"
-    assert similar_names("zzz", ["a.b", "a.c"]) == "; there are: b, c"
-    assert similar_names("zzz", []) == ""
+def test_similar_layer_names() -> None:
+    assert similar_layer_names("x.q_prj", ["a.q_proj", "b.q_proj"]) == "; near names: q_proj"
+    assert similar_layer_names("zzz", ["a.b", "a.c"]) == "; there are: b, c"
+    assert similar_layer_names("zzz", []) == ""
 
 
 def test_parametrized_layers_are_adapted_through_peft() -> None:

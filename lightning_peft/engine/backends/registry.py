@@ -20,7 +20,7 @@ _BACKENDS: list[Backend] = [FOUR_BIT, EIGHT_BIT]
 
 
 def register_backend(backend: Backend) -> None:
-    """Registers a backend; one of the same name and type of config takes the place of it.
+    """Registers a backend; another instance of its class is replaced.
 
     Args:
         backend: An instance. Several may share a ``config_type`` and ``name``, where
@@ -47,9 +47,12 @@ def backend_for(config: Any) -> Backend:
             return backend
     for backend in named:
         backend.check_config(config)
-    kind = type(config).__name__
     types = sorted({backend.config_type.__name__ for backend in _BACKENDS})
-    raise ConfigError(f"There is no quantization backend for a {kind}; there is {types}.")
+    raise ConfigError(
+        f"quantization_config={config!r}: there is no quantization backend for "
+        f"{type(config).__name__}. There are some for {', '.join(types)}, and for those that are "
+        "registered by lightning_peft.engine.register_backend."
+    )
 
 
 def backend_of(stored: Any) -> Backend | None:

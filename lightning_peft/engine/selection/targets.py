@@ -275,10 +275,10 @@ def _unmatched(
         return (
             []
             if found
-            else [f"{argument}={wanted!r} matches nothing{similar_names(wanted, names)}"]
+            else [f"{argument}={wanted!r} matches nothing{similar_layer_names(wanted, names)}"]
         )
     return [
-        f"{entry!r} of {argument} matches nothing{similar_names(entry, names)}"
+        f"{entry!r} of {argument} matches nothing{similar_layer_names(entry, names)}"
         for entry in sorted(wanted or [])
         if not any(rule(entry, name) for name in names)
     ]
@@ -287,7 +287,7 @@ def _unmatched(
 def _unmatched_patterns(config: PeftConfig, found: Mapping[str, list[str]]) -> list[str]:
     targets = [name for names in found.values() for name in names]
     return [
-        f"{key!r} of {argument} matches no adapted layer{similar_names(key, targets)}"
+        f"{key!r} of {argument} matches no adapted layer{similar_layer_names(key, targets)}"
         for argument in PATTERN_FIELDS
         for key, value in (getattr(config, argument, None) or {}).items()
         if not patterns_for(targets, {key: value})
@@ -307,7 +307,7 @@ def patterns_for(targets: Iterable[str], patterns: Mapping[str, Any]) -> dict[st
     }
 
 
-def similar_names(wanted: str, names: Iterable[str]) -> str:
+def similar_layer_names(wanted: str, names: Iterable[str]) -> str:
     """Returns ``"; near names: ..."`` with the last names that look like ``wanted``, or ``""``."""
     pool = list(dict.fromkeys(name.rpartition(".")[2] for name in names if name))
     near = difflib.get_close_matches(wanted.rpartition(".")[2], pool, n=3, cutoff=0.5)
