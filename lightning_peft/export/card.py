@@ -56,7 +56,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
     use = f"## Use\n\n```python\n{code}\n```\n"
     if adapter.bits != 16:
         use += (
-            f"\nIt was trained on a base of {adapter.bits} bits. On the 16-bit base its "
+            f"\nIt was trained on a {adapter.bits}-bit base. On the 16-bit base its "
             "answers may differ; `lightning-peft merge` says by how much.\n"
         )
     return f"{front}\n# {name}\n\n{_about(adapter)}\n{use}\n{_provenance_rows(adapter, license)}"
@@ -99,9 +99,7 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
 def quantized_section(found: Mapping[str, Any]) -> str:
     """Returns the card's section on quantization of a merged model."""
     kind = "NF4 with double quantization" if found["bits"] == 4 else "LLM.int8"
-    text = (
-        f"\n## Quantized\n\nThe linear layers are in {found['bits']} bits ({kind}, bitsandbytes).\n"
-    )
+    text = f"\n## Quantized\n\nThe linear layers are {found['bits']}-bit ({kind}, bitsandbytes).\n"
     error = found["logit_error"]
     if error is None:
         return f"{text}The outputs were not compared: {found['not_measured']}.\n"

@@ -310,7 +310,7 @@ def test_a_smaller_model_and_what_other_programs_take(site, visit, trained, expe
     made = exported(page, site, trained, "Quantized model", tmp_path / "8", measured=True)
     found = logits(AutoModelForCausalLM.from_pretrained(made))
     assert difference(found, after) < 0.1 < difference(before, after)
-    assert "The linear layers are in 8 bits" in (made / "README.md").read_text()
+    assert "The linear layers are 8-bit" in (made / "README.md").read_text()
     page.get_by_label("Name of the base on the hub").fill("org/base")
     made = exported(page, site, trained, "For vLLM", tmp_path / "vllm")
     page.locator("#export-list code").get_by_text("vllm serve org/base").first.wait_for()

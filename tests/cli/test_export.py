@@ -111,7 +111,7 @@ def test_quantized_folders_load_without_this_package(
         BASE / "model.safetensors"
     ).stat().st_size
     assert AutoTokenizer.from_pretrained(out).vocab_size == 4096
-    assert f"The linear layers are in {bits} bits" in (out / "README.md").read_text()
+    assert f"The linear layers are {bits}-bit" in (out / "README.md").read_text()
 
 
 def test_vllm(

@@ -353,8 +353,8 @@ def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -
     if not already and not any(plan.quantize for plan in plans):
         raise UnsupportedError(
             f"Nothing to quantize in {', '.join(map(_display_name, plans))}: there is no linear "
-            "layer besides heads, saved modules and tied weights, and no adapted convolution (in 4 "
-            "bits); other layers are not quantized. Use LoRAStrategy, or inject without a "
+            "layer besides heads, saved modules and tied weights, and no adapted convolution "
+            "(4-bit); other layers are not quantized. Use LoRAStrategy, or inject without a "
             "quantization config."
         )
 
