@@ -32,7 +32,7 @@ from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE
 from tests.app import servers
 from tests.app.attacking import Call, called, handlers_of
-from tests.app.runs import settings
+from tests.app.runs import settings, until
 from tests.app.servers import Server
 
 HERS = "c" * 32
@@ -191,9 +191,11 @@ def test_on_a_space_not_even_what_is_pushed_names_a_folder(tmp_path):
         exports = ExportManager(made, RunStore(made), lambda: None)
         run = run_in(exports.store, "local", "mine", "")
         exports.start("local", run.id, ExportRequest(push_to="me/mine"))
-        exports._children[0].wait(30)
+        until(words.is_file)
+        until(words.read_text)
         assert ("--base-name" in words.read_text()) is bool(wanted)
         assert wanted in words.read_text()
+        words.unlink()
 
 
 # --- everything that a visitor of a Space can get ------------------------------------------------
@@ -256,13 +258,13 @@ def test_nothing_that_a_visitor_gets_names_a_folder_of_the_server(space):
         for page in ("/config", f"/run?run={run.id}", "/new", "/compare"):
             answers[page] = client.get(page).text
         ask("build.<locals>.first")
-        ask("ComparePage._opened", "val_loss", "step")
+        ask("ComparePage._on_load", "val_loss", "step")
         ask("RunView.on_load", run=other.id)
         ask("RunView.on_load")
-        ask("ExportTab.looked", None, None, "adapter")
+        ask("ExportTab.refresh", None, None, "adapter")
         ask("ExportTab._act", None, None, "adapter", click="one")
-        ask("Trying._look")
-        ask("bind_load.<locals>.load", "")
+        ask("PlaygroundTab._poll")
+        ask("bind_page_load.<locals>.load", "")
         for name, data in (("status", []), ("metrics", [0]), ("stop", [])):
             ask(f"_about_runs.<locals>.{name}", run.id, *data)
         ask("_about_runs.<locals>.runs")
@@ -280,11 +282,11 @@ def _all_was_there(answers: dict[str, str], files: dict[str, str], run: Run) -> 
     opened = answers[f"RunView.on_load  {run.id}"]
     for word in (OURS, "last line", "failed: a.py", "package:demo/base", f"upload:{UPLOADED}"):
         assert word in opened
-    assert f"upload:{UPLOADED}" in answers[f"bind_load.<locals>.load  {run.id}"]
-    assert "serve hers/model" in answers[f"ExportTab.looked  {run.id}"]
+    assert f"upload:{UPLOADED}" in answers[f"bind_page_load.<locals>.load  {run.id}"]
+    assert "serve hers/model" in answers[f"ExportTab.refresh  {run.id}"]
     assert f'"data":"upload:{UPLOADED}"' in answers[f"_about_recipes.<locals>.check  {run.id}"]
-    assert "data.init_args" not in answers[f"ComparePage._opened  {run.id}"]
-    assert "Another" in answers[f"ComparePage._opened  {run.id}"]
+    assert "data.init_args" not in answers[f"ComparePage._on_load  {run.id}"]
+    assert "Another" in answers[f"ComparePage._on_load  {run.id}"]
     refused = [name for name, text in answers.items() if '"title":"Error"' in text]
     assert refused == []
     status = answers[f"_about_runs.<locals>.status  {run.id}"]
