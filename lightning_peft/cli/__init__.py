@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import version
+from textwrap import fill
 
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"lightning-peft {import_module('importlib.metadata').version('lightning-peft')}")
+        print(f"lightning-peft {version('lightning-peft')}")
         return 0
     name, *rest = words
     if name not in COMMANDS:
@@ -44,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         if name in _TRAINING:
-            code = int(import_module("lightning_peft.cli.training").main(name, rest))
+            from lightning_peft.cli import training
+
+            code = training.main(name, rest)
         else:
             code = int(import_module(f"lightning_peft.cli.{name}").main(rest))
         sys.stdout.flush()
@@ -64,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def about(name: str) -> str:
     """Returns in a sentence what a command does."""
     if name in _TRAINING:
-        return str(import_module("lightning_peft.cli.training").ABOUT[name])
+        from lightning_peft.cli.training import ABOUT
+
+        return ABOUT[name]
     return str(import_module(f"lightning_peft.cli.{name}").ABOUT)
 
 
 def _overview() -> str:
-    fill = import_module("textwrap").fill
     lines = ["usage: lightning-peft COMMAND ...", "", "LoRA and QLoRA for PyTorch Lightning.", ""]
     for group, names in GROUPS.items():
         lines.append(f"{group}:")

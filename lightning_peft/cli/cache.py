@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 from lightning_peft.cli.options import OptionParser
@@ -97,15 +96,19 @@ def _list(cached: list[tuple[str, Entry]], as_json: bool) -> None:
     if not rows:
         print(f"Nothing is kept in {cache_root()}.")
         return
+    from rich.console import Console
+
     total = f"{_size(sum(item.size for _, item in cached))} in {cache_root()}"
     table = [_cells(row) for row in rows]
-    console = import_module("rich.console").Console()
+    console = Console()
     if not console.is_terminal:
         for words in table:
             print("\t".join(words.values()))
         print(total)
         return
-    grid = import_module("rich.table").Table(caption=total)
+    from rich.table import Table
+
+    grid = Table(caption=total)
     for heading in table[0]:
         grid.add_column(heading)
     for words in table:

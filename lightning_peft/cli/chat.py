@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.merge import add_base_options
@@ -99,7 +98,7 @@ def load_chat_model(
     top_p: float = 1.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Any:
-    """Returns the speaker that the options of :func:`add_model_options` describe.
+    """Returns the model that the options of :func:`add_model_options` describe.
 
     Args:
         args: Options.
@@ -112,23 +111,27 @@ def load_chat_model(
     """
     _check_options(args, temperature, top_p)
     progress("loading the libraries")
-    reading = import_module("lightning_peft.chat.template_inputs")
-    for_template = {
-        "tools": reading.read_tools_file(args.tools),
-        "variables_override": reading.read_variables(args.chat_template_kwargs),
-    }
-    import_module("lightning_peft.cli.progress").quiet_libraries()
-    loading = import_module("lightning_peft.export.loading")
-    speaking = import_module("lightning_peft.chat.chat_model")
+    from lightning_peft.chat.template_inputs import read_tools_file, read_variables
+
+    tools = read_tools_file(args.tools)
+    variables = read_variables(args.chat_template_kwargs)
+    from lightning_peft.cli.progress import quiet_libraries
+
+    quiet_libraries()
+    from lightning_peft.chat.chat_model import ChatModel, Sampling, template_for
+    from lightning_peft.export import loading
+    from lightning_peft.export.adapters import find_adapters
+    from lightning_peft.export.base import find_base
+    from lightning_peft.export.merged_folder import base_of
+
     progress("finding the base")
-    adapters = import_module("lightning_peft.export.adapters").find_adapters(args.adapters)
+    adapters = find_adapters(args.adapters)
     if adapters:
-        folders = import_module("lightning_peft.export.merged_folder")
-        base = folders.base_of(adapters[0], args.base, args.revision)
+        base = base_of(adapters[0], args.base, args.revision)
     else:
-        base = import_module("lightning_peft.export.base").find_base(args.base, args.revision)
+        base = find_base(args.base, args.revision)
     # Before the model, which can take minutes.
-    speaking.template_for(loading.load_tokenizer(base), adapters, args.chat_template)
+    template_for(loading.load_tokenizer(base), adapters, args.chat_template)
     progress("loading the model")
     loaded = loading.load_with_adapters(
         base,
@@ -139,8 +142,14 @@ def load_chat_model(
     )
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    sampling = speaking.Sampling(args.max_new_tokens, temperature, top_p)
-    return speaking.ChatModel(loaded, adapters, args.chat_template, sampling, **for_template)
+    return ChatModel(
+        loaded,
+        adapters,
+        args.chat_template,
+        Sampling(args.max_new_tokens, temperature, top_p),
+        variables_override=variables,
+        tools=tools,
+    )
 
 
 def _check_options(args: argparse.Namespace, temperature: float, top_p: float) -> None:
@@ -158,16 +167,19 @@ def _check_options(args: argparse.Namespace, temperature: float, top_p: float) -
 
 
 def _load(args: argparse.Namespace) -> Conversation:
+    from torch import manual_seed
+
+    from lightning_peft.chat.conversation import Conversation
+
     chat_model = load_chat_model(args, args.temperature, args.top_p)
-    import_module("torch").manual_seed(args.seed)
-    conversation: Conversation = import_module("lightning_peft.chat.conversation").Conversation(
-        chat_model, args.system
-    )
+    manual_seed(args.seed)
+    conversation: Conversation = Conversation(chat_model, args.system)
     return conversation
 
 
 def _serve(args: argparse.Namespace) -> int:
-    protocol = import_module("lightning_peft.chat.protocol")
+    from lightning_peft.chat import protocol
+
     out = sys.stdout
 
     def make(progress: Callable[[str], None]) -> Any:
@@ -214,7 +226,7 @@ def _lines(conversation: Conversation, lively: bool) -> Iterator[str]:
         return
     # Arrow keys and a history in the prompt, where the module exists.
     with suppress(ImportError):
-        import_module("readline")
+        import readline  # noqa: F401
     while True:
         try:
             yield input("\nyou> ")

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from importlib import import_module
 from typing import Any
 
 from lightning_peft.cli.data_config import data_from_config
@@ -88,8 +87,10 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     named = any(word.partition("=")[0] in ("--data", "--data.init_args.data") for word in words)
     if not named and not configs:
         raise ConfigError("Nothing to check: name a file, a folder or a dataset on the hub.")
+    from lightning_peft.data.preview import preview
+
     data = data_from_config(configs, words, _TOKENS if tokens else _ROWS, _parser().known())
-    numbers = import_module("lightning_peft.data.preview").preview(data, 0).numbers
+    numbers = preview(data, 0).numbers
     left_out = bool(data.hparams["skip_bad_rows"])
     names = ("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused")
     more = (
@@ -111,8 +112,11 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
 
 
 def _show(report: dict[str, Any]) -> None:
-    preview = import_module("lightning_peft.cli.preview")
-    console = import_module("rich.console").Console(highlight=False)
+    from rich.console import Console
+
+    from lightning_peft.cli import preview
+
+    console = Console(highlight=False)
     for line in preview.overview(report):
         console.print(line, markup=False, soft_wrap=True)
     if not report["tokens_checked"]:

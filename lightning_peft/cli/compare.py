@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +69,28 @@ def _parser() -> OptionParser:
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
-    comparing = import_module("lightning_peft.chat.comparison")
+    from lightning_peft.chat import comparison
+
     if args.output and Path(args.output).exists():
         raise ConfigError(f"--output {args.output!r} is there already. Remove it, or name another.")
-    prompts = comparing.read_prompts(args.prompts) if args.prompts else None
+    prompts = comparison.read_prompts(args.prompts) if args.prompts else None
     columns = _columns(args.columns)
     if args.data and args.tools:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
     if args.data and not Path(args.data).exists() and "/" not in args.data:
         raise ConfigError(f"--data {args.data!r} is not a file or folder here.")
+    from lightning_peft.cli.progress import progress_to_stderr
+
     chat_model = load_chat_model(args)
-    with import_module("lightning_peft.cli.progress").progress_to_stderr() as progress:
+    with progress_to_stderr() as progress:
         if prompts is not None:
             rows = []
-            for row in comparing.answers(chat_model, prompts, args.system, progress):
+            for row in comparison.answers(chat_model, prompts, args.system, progress):
                 rows.append(row)
                 # At once: what is there survives an interrupt.
                 _append(args.output, [row])
             return {"compared": chat_model.names, "answers": rows}
-        scores = comparing.scores(
+        scores = comparison.scores(
             chat_model, _data(args, chat_model, columns), args.split, progress
         )
     _append(args.output, _by_row(scores))
@@ -110,8 +112,9 @@ def _columns(options: list[str] | None) -> dict[str, str] | None:
 
 
 def _data(args: argparse.Namespace, chat_model: Any, columns: dict[str, str] | None) -> Any:
-    data_class = import_module("lightning_peft.data.supervised").SupervisedData
-    return data_class(
+    from lightning_peft.data.supervised import SupervisedData
+
+    return SupervisedData(
         data=args.data,
         tokenizer=chat_model.loaded.tokenizer.name_or_path,
         columns=columns,
@@ -146,7 +149,9 @@ def _append(file: str | None, rows: list[dict[str, Any]]) -> None:
 
 
 def _show(report: dict[str, Any]) -> None:
-    console = import_module("rich.console").Console(highlight=False)
+    from rich.console import Console
+
+    console = Console(highlight=False)
     if "scores" in report:
         _show_scores(report)
         return
@@ -159,8 +164,10 @@ def _show(report: dict[str, Any]) -> None:
                 print(f"{name:<10} {answer}")
             print()
         return
-    table = import_module("rich.table").Table(show_lines=True)
-    escape = import_module("rich.markup").escape
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(show_lines=True)
     reference = any("reference" in row for row in report["answers"])
     for heading in ["prompt", *(["reference"] if reference else []), *report["compared"]]:
         table.add_column(escape(heading))

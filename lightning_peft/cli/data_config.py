@@ -38,12 +38,13 @@ def data_from_config(
     Raises:
         ConfigError: If they do not describe data that is read row by row.
     """
+    import jsonargparse
+
     path, arguments = _data_section(configs, default)
     words, overrides = _split_arguments(words)
     if overrides:
         _check(configs, overrides)
     cls = _class(path, words)
-    jsonargparse = import_module("jsonargparse")
     parser = jsonargparse.ArgumentParser(
         prog="lightning-peft preview",
         description=cls.__doc__,
@@ -54,8 +55,10 @@ def data_from_config(
     parser.add_class_arguments(cls, skip=_OF_TRAINING)
     settings = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
     with tempfile.TemporaryDirectory() as folder:
+        from yaml import safe_dump
+
         file = Path(folder) / "data.yaml"
-        file.write_text(import_module("yaml").safe_dump(settings), encoding="utf-8")
+        file.write_text(safe_dump(settings), encoding="utf-8")
         try:
             parsed = parser.parse_args([f"--config={file}", *words]).as_dict()
         except (jsonargparse.ArgumentError, ValueError) as error:
@@ -73,13 +76,16 @@ def _class(path: str, words: Sequence[str]) -> Any:
     except ImportError:
         cls = None
     if cls is None:
-        shapes = import_module("lightning_peft.data.shapes").SHAPES.values()
+        from lightning_peft.data.shapes import SHAPES
+
+        shapes = SHAPES.values()
         known = dict.fromkeys(f"lightning_peft.{shape.data_class}" for shape in shapes)
         raise ConfigError(
             f"data.class_path={path!r}: there is no such class{similar_names(path, known)}."
         )
-    base = import_module("lightning_peft.data.row_data_module").RowDataModule
-    if not isinstance(cls, type) or not issubclass(cls, base):
+    from lightning_peft.data.row_data_module import RowDataModule
+
+    if not isinstance(cls, type) or not issubclass(cls, RowDataModule):
         raise ConfigError(
             f"data.class_path={path!r} is not a data module of this package that reads row by row, "
             "so there are none to show. preview is for lightning_peft.SupervisedData and its like."
@@ -88,17 +94,18 @@ def _class(path: str, words: Sequence[str]) -> Any:
 
 
 def _explained(message: str, cls: type, options: Sequence[str]) -> str:
-    errors = import_module("lightning_peft.plugin.config_errors")
+    from lightning_peft.plugin import config_errors
+
     key = message.partition("unrecognized arguments: --")[2].partition("=")[0].partition(" ")[0]
     if not key:
-        return str(
-            errors.explain_parser_error(
-                message, import_module("lightning_peft.plugin.namespace").ROOTS[1]
-            )
-        )
+        from lightning_peft.plugin.namespace import ROOTS
+
+        return str(config_errors.explain_parser_error(message, ROOTS[1]))
     ours = [option.removeprefix("--") for option in options]
-    known = dict.fromkeys([*errors.constructor_parameters(cls), *ours, *errors.TOP_LEVEL_KEYS])
-    return f"--{key}: {cls.__name__} has no such argument{errors.near_key(key, known)}"
+    known = dict.fromkeys(
+        [*config_errors.constructor_parameters(cls), *ours, *config_errors.TOP_LEVEL_KEYS]
+    )
+    return f"--{key}: {cls.__name__} has no such argument{config_errors.near_key(key, known)}"
 
 
 def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -115,7 +122,9 @@ def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
-    contents = [import_module("yaml").safe_load(resolved(find_recipe(name))) for name in configs]
+    from yaml import safe_load
+
+    contents = [safe_load(resolved(find_recipe(name))) for name in configs]
     if not any(isinstance(content, dict) and "model" in content for content in contents):
         raise ConfigError(
             f"{overrides[0]} is for a config with a model, and there is none. Name a recipe with "
@@ -123,8 +132,9 @@ def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
         )
     words = [*(f"--config={name}" for name in configs), *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        parse = import_module("lightning_peft.plugin.lightning_cli").parsed_config
-        parse(resolve_recipes(words, Path(folder)))
+        from lightning_peft.plugin.lightning_cli import parsed_config
+
+        parsed_config(resolve_recipes(words, Path(folder)))
 
 
 def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:
@@ -132,7 +142,9 @@ def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, 
     path = default
     arguments: dict[str, Any] = {}
     for name in configs:
-        content = import_module("yaml").safe_load(resolved(find_recipe(name))) or {}
+        from yaml import safe_load
+
+        content = safe_load(resolved(find_recipe(name))) or {}
         if not isinstance(content, dict):
             raise ConfigError(f"--config {name!r} holds no keys, but {content!r}.")
         part = content.get("data", content)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Literal
 
 from lightning_peft.cli.options import refuse_unknown
@@ -31,8 +30,9 @@ def demo(
         learning_rate: Peak learning rate; by default one that suits the method.
         output: Folder for the checkpoint, the adapter and the result.
     """
-    run = import_module("lightning_peft.demo.run").run_demo
-    run(
+    from lightning_peft.demo.run import run_demo
+
+    run_demo(
         model=model,
         method=method,
         seed=seed,
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0, or 1 where it failed for a reason it can explain. Bad arguments exit
         with 2.
     """
-    jsonargparse = import_module("jsonargparse")
+    import jsonargparse
+
     parser = jsonargparse.ArgumentParser(
         prog="lightning-peft demo",
         description=f"{ABOUT} Without arguments it runs offline on a CPU in about two minutes, "

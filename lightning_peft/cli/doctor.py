@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +35,16 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 if everything needed works, 1 if something is broken. Bad
         arguments exit with 2.
     """
+    from rich.console import Console
+
+    from lightning_peft.doctor import checks
+
     args = _parser().parse_args(list(arguments))
-    checks = import_module("lightning_peft.doctor.checks")
     options = checks.DoctorOptions(device=args.device, folder=Path(args.folder), hub=args.hub)
     # A broken kernel can end the process; then the trace and the last line say which it was.
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
-    console = import_module("rich.console").Console(highlight=False)
+    console = Console(highlight=False)
     results = []
     for result in checks.run_checks(options, _progress):
         results.append(result)
@@ -80,14 +83,15 @@ def _parser() -> OptionParser:
 def _as_dict(results: list[CheckResult], passed: bool) -> dict[str, Any]:
     keys = ("name", "status", "detail", "remedy", "seconds")
     checks = [{key: getattr(result, key) for key in keys} for result in results]
-    version = import_module("importlib.metadata").version("lightning-peft")
-    return {"version": version, "passed": passed, "checks": checks}
+    return {"version": version("lightning-peft"), "passed": passed, "checks": checks}
 
 
 @contextmanager
 def _progress(name: str) -> Iterator[None]:
     """Says what runs: at once on a terminal, elsewhere only if it takes long."""
-    console = import_module("rich.console").Console(stderr=True)
+    from rich.console import Console
+
+    console = Console(stderr=True)
     # What the parts under trial print must not get between the lines, or into the JSON.
     with redirect_stdout(sys.stderr):
         if console.is_terminal:
@@ -111,7 +115,8 @@ def _show(console: Any, result: CheckResult) -> None:
         if remedy:
             print(f"{'':8}{remedy}", flush=True)
         return
-    escape = import_module("rich.markup").escape
+    from rich.markup import escape
+
     console.print(
         f"[{_STYLES[result.status]}]{mark}[/] [bold]{result.name}[/]: {escape(result.detail)}"
     )

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.merge import add_base_options, as_text, read_prompts
 from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.progress import progress_to_stderr, quiet_libraries
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Export an adapter: PEFT folder, merged or quantized model, for vLLM or Ollama; to the hub."
@@ -92,17 +92,16 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run and not args.push_to:
         raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
     prompts = read_prompts(args.prompts) if args.prompts else None
-    progress_room = import_module("lightning_peft.cli.progress")
-    progress_room.quiet_libraries()
-    hub = import_module("lightning_peft.export.hub")
+    quiet_libraries()
+    from lightning_peft.export import formats, hub
+
     if args.push_to:
         hub.check_repo(args.push_to)
         if not args.dry_run:
             hub.check_token()
-    formats = import_module("lightning_peft.export.formats")
-    with progress_room.progress_to_stderr() as progress:
-        wishes = _wishes(args, formats, prompts, progress)
-        report = formats.FORMATS[args.format](wishes)
+    with progress_to_stderr() as progress:
+        request = _request(args, formats, prompts, progress)
+        report = formats.FORMATS[args.format](request)
     report = {"format": args.format, "output": args.output, **report}
     report["files"] = hub.files_of(Path(args.output))
     if args.push_to:
@@ -113,15 +112,19 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _wishes(args: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
-    adapter = import_module("lightning_peft.export.adapters").find_adapter(args.adapter)
-    folders = import_module("lightning_peft.export.merged_folder")
-    base = folders.base_of(adapter, args.base, args.revision)
+def _request(args: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
+    from lightning_peft.export import merged_folder
+    from lightning_peft.export.adapters import find_adapter
+
+    adapter = find_adapter(args.adapter)
+    base = merged_folder.base_of(adapter, args.base, args.revision)
     template = adapter.chat_template
     if args.chat_template:
-        tokenizer = import_module("lightning_peft.export.loading").load_tokenizer(base)
-        find = import_module("lightning_peft.data.templates").find_template
-        template = find(tokenizer, args.chat_template).text
+        from lightning_peft.data.templates import find_template
+        from lightning_peft.export.loading import load_tokenizer
+
+        tokenizer = load_tokenizer(base)
+        template = find_template(tokenizer, args.chat_template).text
         adapter = replace(adapter, facts=adapter.facts | {"chat_template": template})
     return formats.ExportRequest(
         adapter=adapter,

@@ -7,11 +7,11 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.progress import progress_to_stderr, quiet_libraries
 
 ABOUT = "Merge an adapter into a 16-bit model folder, tensor by tensor, and say what that costs."
 _MORE = """\
@@ -82,11 +82,11 @@ def _parser() -> OptionParser:
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
     prompts = read_prompts(args.prompts) if args.prompts else None
-    progress_room = import_module("lightning_peft.cli.progress")
-    progress_room.quiet_libraries()
-    merging = import_module("lightning_peft.export.merging")
-    with progress_room.progress_to_stderr() as progress:
-        report: dict[str, Any] = merging.merge(
+    quiet_libraries()
+    from lightning_peft.export.merging import merge
+
+    with progress_to_stderr() as progress:
+        report: dict[str, Any] = merge(
             args.adapter,
             Path(args.output),
             base=args.base,
@@ -107,7 +107,8 @@ def read_prompts(file: str) -> list[str]:
     Raises:
         ConfigError: If it cannot be read, or has none.
     """
-    read = import_module("lightning_peft.chat.comparison").read_prompts
+    from lightning_peft.chat.comparison import read_prompts as read
+
     return [prompt.text for prompt in read(file)]
 
 

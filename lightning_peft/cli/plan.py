@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.options import OptionParser, refuse_unknown
@@ -40,7 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     if args.json:
         print(json.dumps(comparison.as_dict(), indent=2))
     else:
-        import_module("lightning_peft.cli.plan_display").show(comparison)
+        from lightning_peft.cli.plan_display import show
+
+        show(comparison)
     return 0
 
 
@@ -49,8 +50,9 @@ def _given(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     args, overrides = parser.parse_known_args(arguments)
     if args.config:
-        planned = import_module("lightning_peft.cli.plan_config").plan_from_config
-        of_config = parser.parse_args(planned(args.config, overrides))
+        from lightning_peft.cli.plan_config import plan_from_config
+
+        of_config = parser.parse_args(plan_from_config(args.config, overrides))
         # What is named here is put over it.
         return parser.parse_known_args(arguments, of_config)[0]
     refuse_unknown(overrides, parser.known())
@@ -112,10 +114,12 @@ def _parser() -> OptionParser:
 
 
 def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> MethodComparison:
-    plan = import_module("lightning_peft.plan.method_comparison")
-    devices = import_module("lightning_peft.plan.device_memory")
-    settings = import_module("lightning_peft.plan.settings").PlanSettings
-    device = None if args.gpu is None else devices.device_memory(args.gpu)
+    from lightning_peft.plan.device_memory import device_memory
+    from lightning_peft.plan.method_comparison import compare_methods
+    from lightning_peft.plan.settings import PlanSettings
+    from lightning_peft.plan.sources import from_name
+
+    device = None if args.gpu is None else device_memory(args.gpu)
     targets = args.target_modules
     lora: dict[str, Any] = {"r": args.r}
     if targets is not None:
@@ -123,7 +127,7 @@ def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> Method
         lora["target_modules"] = targets[0] if targets == ["all-linear"] else targets
     if args.modules_to_save is not None:
         lora["modules_to_save"] = args.modules_to_save
-    run = settings(
+    run = PlanSettings(
         method=args.method,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
@@ -134,22 +138,21 @@ def _survey(args: argparse.Namespace, progress: Callable[[str], None]) -> Method
         lora=lora,
         device="cuda" if device is None else device.kind,
     )
-    source = import_module("lightning_peft.plan.sources").from_name(
-        args.model, args.revision, args.dtype
-    )
+    source = from_name(args.model, args.revision, args.dtype)
     if args.logits == "chunked" and source.causal:
-        step = import_module("lightning_peft.tasks.token_loss").chunked_loss
+        from lightning_peft.tasks.token_loss import chunked_loss
+
+        step: Any = chunked_loss
         source = replace(source, step=step)
-    comparison: MethodComparison = plan.compare_methods(
-        source, run, device, limits=not args.no_limits, progress=progress
-    )
-    return comparison
+    return compare_methods(source, run, device, limits=not args.no_limits, progress=progress)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Says what is predicted: in one changing line on a terminal, line by line elsewhere."""
-    console = import_module("rich.console").Console(stderr=True)
+    from rich.console import Console
+
+    console = Console(stderr=True)
     if console.is_terminal:
         with console.status("reading the config") as status:
             yield lambda doing: status.update(f"predicting {doing}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
     """
     words = [*(f"--config={name}" for name in configs), *overrides]
     with tempfile.TemporaryDirectory() as folder:
-        parse = import_module("lightning_peft.plugin.lightning_cli").parsed_config
-        config = parse(resolve_recipes(words, Path(folder)))
+        from lightning_peft.plugin.lightning_cli import parsed_config
+
+        config = parsed_config(resolve_recipes(words, Path(folder)))
     path, task = str(config["model"]["class_path"]), task_of_config(config)
     sequences = task.sequences_per_row if task else 0
     model, data = _arguments(config["model"]), _arguments(config.get("data"))

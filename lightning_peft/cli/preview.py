@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.data_config import data_from_config
@@ -48,9 +47,11 @@ def main(arguments: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(list(arguments))
     # Whatever libraries print, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        from lightning_peft.data.preview import preview
+
         words = ["--help", *rest] if args.help_all else rest
         data = data_from_config(args.config, words, options=parser.known())
-        shown = import_module("lightning_peft.data.preview").preview(data, args.rows)
+        shown = preview(data, args.rows)
         skipping = data.hparams["skip_bad_rows"] is not None
         if shown.numbers["problems"] and skipping:
             data.setup("fit")
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str]) -> int:
         content = {**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]}
         print(json.dumps(content, indent=2))
     else:
-        _show(import_module("rich.console").Console(highlight=False), shown)
+        from rich.console import Console
+
+        _show(Console(highlight=False), shown)
     return 1 if shown.numbers["problems"] and not skipping else 0
 
 
@@ -169,11 +172,12 @@ def _counted(numbers: dict[str, Any]) -> list[str]:
 
 
 def _show_row(console: Console, row: PreviewedRow) -> None:
-    made = import_module("rich.text").Text
+    from rich.text import Text
+
     title = f"\n{row.split}: {row.file} row {row.row}"
     if console.is_terminal:
         console.print(f"{title} (trained, not trained)", markup=False, style="bold")
-        text = made()
+        text = Text()
         for span in row.runs:
             text.append(span.text, style="bold green" if span.trained else "dim")
         console.print(text)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 _QUIET_SECONDS = 5.0
@@ -15,11 +14,15 @@ _QUIET_SECONDS = 5.0
 @contextmanager
 def progress_to_stderr() -> Iterator[Any]:
     """Yields a function of what is going on, how much of it is done, and of how much."""
-    console = import_module("rich.console").Console(stderr=True)
+    from rich.console import Console
+
+    console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines()
         return
-    with import_module("rich.progress").Progress(console=console, transient=True) as bars:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
@@ -43,9 +46,14 @@ class _Lines:
 
 def quiet_libraries() -> None:
     """Keeps libraries from talking between a command's own lines."""
-    import_module("os").environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging = import_module("transformers").logging
+    from os import environ
+
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in ("bitsandbytes", "pytorch_lightning", "lightning.pytorch", "httpx"):
-        import_module("logging").getLogger(name).setLevel("ERROR")
+        from logging import getLogger
+
+        getLogger(name).setLevel("ERROR")

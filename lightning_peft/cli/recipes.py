@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     known = recipe_files()
     if name not in known:
-        near = import_module("difflib").get_close_matches(name, known, n=3, cutoff=0.4)
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"Near names: {', '.join(near)}" if near else f"Recipes: {', '.join(known)}"
         raise ConfigError(f"{name!r} is neither a file nor a recipe. {hint}.")
     return known[name]
@@ -79,7 +79,8 @@ def resolved(file: Path) -> str:
     Raises:
         ConfigError: If the file is not YAML in UTF-8; line and column are named.
     """
-    yaml = import_module("yaml")
+    import yaml
+
     try:
         text = file.read_text(encoding="utf-8")
         yaml.safe_load(text)
@@ -168,12 +169,16 @@ def _list(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    console = import_module("rich.console").Console()
+    from rich.console import Console
+
+    console = Console()
     if not console.is_terminal:
         for row in rows:
             print("\t".join(str(value or "-") for value in row.values()))
         return
-    table = import_module("rich.table").Table()
+    from rich.table import Table
+
+    table = Table()
     for heading in rows[0] if rows else ():
         table.add_column(heading)
     for row in rows:
@@ -182,8 +187,10 @@ def _list(as_json: bool) -> None:
 
 
 def _row(name: str, file: Path, result: dict[str, Any] | None) -> dict[str, Any]:
+    from yaml import safe_load
+
     text = file.read_text(encoding="utf-8")
-    content = import_module("yaml").safe_load(text)
+    content = safe_load(text)
     model = content.get("model", {})
     strategy = content.get("trainer", {}).get("strategy", {})
     comments = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]

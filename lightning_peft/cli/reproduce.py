@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,15 +56,18 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _rerun(path: Path) -> tuple[Path | None, Any]:
-    reproduction = import_module("lightning_peft.runs.reproduction")
-    folders = import_module("lightning_peft.runs.folder")
-    first = folders.RunFolder(path)
+    from torch import set_num_threads
+
+    from lightning_peft.cli.training import run
+    from lightning_peft.runs import folder, reproduction
+
+    first = folder.RunFolder(path)
     threads = reproduction.finished_result(first)["hardware"]["threads"]
     # Sums are parted among threads, and their last bits depend on how.
-    import_module("torch").set_num_threads(threads)
-    second = folders.RunFolder.create(path.resolve().parent, f"again {path.name[16:]}")
+    set_num_threads(threads)
+    second = folder.RunFolder.create(path.resolve().parent, f"again {path.name[16:]}")
     words = [f"--config={first.recipe}", f"--run_dir={second.path}"]
-    session = import_module("lightning_peft.cli.training").run("fit", words)
+    session = run("fit", words)
     if session.saved is not None:
         print("lightning-peft: stopped; nothing was compared", file=sys.stderr)
         return None, None

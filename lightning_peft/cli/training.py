@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +91,11 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
     Raises:
         LightningPeftError: If it fails for a reason that it explains.
     """
+    from lightning_peft.plugin.lightning_cli import run_subcommand
+    from lightning_peft.runs.session import RunSession
+
     name = Path(_configs(words)[0]).stem if _configs(words) else "run"
-    session: RunSession = import_module("lightning_peft.runs.session").RunSession(subcommand, name)
-    run_subcommand = import_module("lightning_peft.plugin.lightning_cli").run_subcommand
+    session: RunSession = RunSession(subcommand, name)
     with tempfile.TemporaryDirectory() as folder, session:
         run_subcommand(subcommand, resolve_recipes(words, Path(folder)), session)
     return session
@@ -115,11 +116,13 @@ def _with_resume(words: list[str]) -> list[str]:
     places = [place for place, word in enumerate(words) if word.partition("=")[0] == "--resume"]
     if not places:
         return words
+    from lightning_peft.runs.folder import RunFolder
+
     place = places[0]
     _, equals, path = words[place].partition("=")
     rest = words[place + 1 :] if equals else words[place + 2 :]
     path = path if equals else (words[place + 1 :] or [""])[0]
-    folder = import_module("lightning_peft.runs.folder").RunFolder(Path(path))
+    folder = RunFolder(Path(path))
     checkpoint = folder.newest_checkpoint()
     if not path or not folder.recipe.is_file() or checkpoint is None:
         lacking = "checkpoint" if path and folder.recipe.is_file() else "recipe.yaml"
@@ -154,7 +157,9 @@ def _show(session: RunSession, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**result, "folder": str(session.folder.path)}, indent=2))
         return
-    console = import_module("rich.console").Console(highlight=False)
+    from rich.console import Console
+
+    console = Console(highlight=False)
     names = [name for name in result["after"] if isinstance(result["after"][name], float)]
     if names:
         _show_metrics(console, result, names)
@@ -181,7 +186,9 @@ def _show_metrics(console: Any, result: dict[str, Any], names: list[str]) -> Non
         for name, old, new in rows:
             print(f"{name:<24}{f'{old} -> ' if old else ''}{new}")
         return
-    table = import_module("rich.table").Table()
+    from rich.table import Table
+
+    table = Table()
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="right" if heading else "left")
     for row in rows:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,8 +67,9 @@ def main(arguments: Sequence[str]) -> int:
 def _verify(
     path: Path | None, files: list[str], rest: list[str], print_summary: bool
 ) -> tuple[str, Verification]:
+    from lightning_peft.plugin.verification_run import verify_config
+
     configs = [f"--config={file}" for file in files]
-    verify_config = import_module("lightning_peft.plugin.verification_run").verify_config
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             words = resolve_recipes([*configs, *rest], Path(folder))
@@ -80,8 +80,9 @@ def _verify(
             f"Both a run ({path}) and --config were given. A run has its own recipe: leave "
             "--config out."
         )
-    integrity = import_module("lightning_peft.runs.integrity")
-    engine = import_module("lightning_peft.engine")
+    from lightning_peft import engine
+    from lightning_peft.runs import integrity
+
     checks = integrity.file_checks(path)
     run = integrity.run_of(path)
     if run is None:
@@ -111,15 +112,19 @@ def _as_json(module: str, verification: Verification) -> str:
 
 
 def _show(module: str, verification: Verification) -> None:
-    console = import_module("rich.console").Console()
+    from rich.console import Console
+
+    console = Console()
     if not console.is_terminal:
         print(verification)
         return
-    table = import_module("rich.table").Table(title=f"Adapters of {module}", title_justify="left")
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"Adapters of {module}", title_justify="left")
     for heading in ("", "check", "found"):
         table.add_column(heading)
     marks = {True: "[green]ok[/]", False: "[bold red]FAIL[/]", None: "[yellow]--[/]"}
-    escape = import_module("rich.markup").escape
     for check in verification.checks:
         table.add_row(marks[check.passed], check.name, escape(check.detail))
     console.print(table)
