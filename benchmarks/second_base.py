@@ -9,15 +9,18 @@ another family comes with an installed package, and without a hub there is no ot
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lightning_peft.demo import pretrain
-from lightning_peft.demo.architecture import CONTEXT, train_tokenizer
-from lightning_peft.demo.corpus import build_documents
-from lightning_peft.demo.stdlib import read_entries
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tools.demo_base import pretrain
+from tools.demo_base.architecture import CONTEXT, train_tokenizer
+from tools.demo_base.corpus import build_documents
+from tools.demo_base.stdlib import read_entries
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lightning_peft.demo.architecture import CONTEXT
-from lightning_peft.demo.pretrain import (
+from tools.demo_base.architecture import CONTEXT
+from tools.demo_base.pretrain import (
     BASE_PATH,
     batches,
     build_optimizers,

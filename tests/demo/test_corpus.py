@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_peft.demo import corpus
-from lightning_peft.demo.corpus import INSTRUCTIONS_PATH, build_documents, write_instructions
-from lightning_peft.demo.questions import (
+from tools.demo_base import corpus
+from tools.demo_base.corpus import INSTRUCTIONS_PATH, build_documents, write_instructions
+from tools.demo_base.questions import (
     MAX_ANSWER_WORDS,
     VALIDATION_PAIRS,
     build_pairs,
@@ -21,7 +21,7 @@ from lightning_peft.demo.questions import (
     split_pairs,
     summary,
 )
-from lightning_peft.demo.stdlib import Entry, clean_markup, read_entries, stdlib_root
+from tools.demo_base.stdlib import Entry, clean_markup, read_entries, stdlib_root
 
 LIBRARY = {
     "textwrap.py": '''
@@ -116,9 +116,9 @@ def test_extraction_is_the_same_every_time(entries: list[Entry], tmp_path: Path)
     assert len(entries) > 3000
     code = (
         "import hashlib\n"
-        "from lightning_peft.demo.corpus import build_documents\n"
-        "from lightning_peft.demo.questions import build_pairs\n"
-        "from lightning_peft.demo.stdlib import read_entries\n"
+        "from tools.demo_base.corpus import build_documents\n"
+        "from tools.demo_base.questions import build_pairs\n"
+        "from tools.demo_base.stdlib import read_entries\n"
         "entries = read_entries()\n"
         "text = repr((entries, build_documents(entries), build_pairs(entries)))\n"
         "print(hashlib.sha256(text.encode()).hexdigest())\n"

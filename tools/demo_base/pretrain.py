@@ -1,6 +1,6 @@
 """Trains the demo's base model from nothing, on plain standard library documentation.
 
-``python -m lightning_peft.demo.pretrain`` writes ``base/`` next to this file: a byte-level BPE
+``python -m tools.demo_base.pretrain`` writes ``lightning_peft/demo/base/``: a byte-level BPE
 tokenizer, a Llama-architecture causal language model of about four million parameters in
 bfloat16, and ``training_record.json`` with what was measured. The model reads documents only,
 never a question with its answer: that form is what the demo tunes it on.
@@ -44,11 +44,11 @@ from transformers import (
 )
 
 from lightning_peft.compat.transformers import NAME_KEY
-from lightning_peft.demo.architecture import CONTEXT, build_model, train_tokenizer
-from lightning_peft.demo.corpus import build_documents
-from lightning_peft.demo.stdlib import read_entries
+from tools.demo_base.architecture import CONTEXT, build_model, train_tokenizer
+from tools.demo_base.corpus import build_documents
+from tools.demo_base.stdlib import read_entries
 
-BASE_PATH = Path(__file__).with_name("base")
+BASE_PATH = Path(__file__).parents[2] / "lightning_peft" / "demo" / "base"
 
 STEPS = 5000
 BATCH = 8
@@ -338,7 +338,7 @@ def _probe_texts(texts: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_peft.demo.pretrain",
+        prog="python -m tools.demo_base.pretrain",
         description="Train the demo's tiny base model on the standard library's documentation.",
     )
     parser.add_argument("--out", type=Path, default=BASE_PATH, help="folder to write")

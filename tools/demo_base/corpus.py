@@ -11,7 +11,7 @@ Python installation already holds. This module gives
 
 Two runs on one interpreter agree to the byte. Another Python version has other docstrings and
 so gives other text; this is why the pairs that the demo uses are shipped as
-``instructions.jsonl``. ``python -m lightning_peft.demo.corpus --write-instructions PATH``
+``instructions.jsonl``. ``python -m tools.demo_base.corpus --write-instructions PATH``
 writes them.
 
 The text is copyright Python Software Foundation, under the PSF License Version 2; see
@@ -25,10 +25,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning_peft.demo.questions import build_pairs, is_held_out, split_pairs, summary
-from lightning_peft.demo.stdlib import Entry, read_entries
+from tools.demo_base.questions import build_pairs, is_held_out, split_pairs, summary
+from tools.demo_base.stdlib import Entry, read_entries
 
-INSTRUCTIONS_PATH = Path(__file__).with_name("instructions.jsonl")
+INSTRUCTIONS_PATH = Path(__file__).parents[2] / "lightning_peft" / "demo" / "instructions.jsonl"
 
 
 MAX_SECTION_CHARACTERS = 600
@@ -134,7 +134,7 @@ def write_instructions(path: Path, root: Path | None = None) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line entry point."""
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_peft.demo.corpus",
+        prog="python -m tools.demo_base.corpus",
         description="Read the standard library's docstrings and count or write what they give.",
     )
     parser.add_argument(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_peft.demo.stdlib import Entry
+from tools.demo_base.stdlib import Entry
 
 VALIDATION_PAIRS = 200
 """Number of question/answer pairs kept out of tuning."""
@@ -192,7 +192,7 @@ def build_pairs(entries: Sequence[Entry]) -> list[Pair]:
     question, since it would stand in train and validation at once.
 
     Args:
-        entries: From :func:`lightning_peft.demo.stdlib.read_entries`.
+        entries: From :func:`tools.demo_base.stdlib.read_entries`.
 
     Returns:
         Pairs with unique questions, in the order of the entries.
