@@ -125,9 +125,9 @@ def test_right_overrides_of_a_run_are_taken_by_all(run, good, command):
 
 
 def test_a_misspelled_key_of_a_config_file_is_answered_with_the_nearest():
-    from lightning_peft.plugin.config_errors import explained
+    from lightning_peft.plugin.config_errors import explain_parser_error
 
-    said = explained("Option 'trainerr.max_steps' is not accepted", "lightning")
+    said = explain_parser_error("Option 'trainerr.max_steps' is not accepted", "lightning")
 
     assert said.startswith("there is no 'trainerr.max_steps'; near names: trainer.max_steps")
 
