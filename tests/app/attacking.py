@@ -97,7 +97,8 @@ def attack(
         check: Takes a handler and all that came back.
     """
 
-    opening = [one for group in groups for one in group if one.name == "bind_page_load.<locals>.load"]
+    load = "bind_page_load.<locals>.load"
+    opening = [one for group in groups for one in group if one.name == load]
 
     def group_called(group: Sequence[Handler]) -> None:
         session = uuid.uuid4().hex
