@@ -10,7 +10,7 @@ import yaml
 import lightning_peft
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
-from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning, namespace_of
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning, namespace, namespace_of
 from lightning_peft.tasks.causal_lm import CausalLM
 
 from .conftest import pairs
@@ -45,12 +45,13 @@ def config(data, tmp_path, **options):
 def test_lightning_cli_makes_it_and_trains_on_it(root, write, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cli"])
     cli = import_module(f"{root}.cli").LightningCLI
-    made = cli(
-        bind_to_lightning(CausalLM, root),
-        args={"fit": config(write(pairs(30)), tmp_path), "subcommand": "fit"},
-        subclass_mode_data=True,
-        save_config_callback=None,
-    )
+    with namespace(root):
+        made = cli(
+            bind_to_lightning(CausalLM, root),
+            args={"fit": config(write(pairs(30)), tmp_path), "subcommand": "fit"},
+            subclass_mode_data=True,
+            save_config_callback=None,
+        )
     assert namespace_of(made.datamodule) == root
     assert isinstance(made.datamodule, lightning_peft.SupervisedData)
     assert made.trainer.global_step == len(made.datamodule.train_dataloader()) > 1
