@@ -259,23 +259,11 @@ def backend_problems(package: Package) -> list[str]:
     return found
 
 
-# For type checkers alone, until one of the two modules is split: who names the types of whom.
-TYPING_CYCLES = {
-    ("gradio_app.runs.executors", "gradio_app.runs.store"),
-    ("gradio_app.runs.hf_jobs", "gradio_app.runs.store"),
-    ("gradio_app.runs.zero_gpu", "gradio_app.runs.store"),
-    ("gradio_app.runs.derived_status", "gradio_app.runs.store"),
-    ("gradio_app.runs.local", "gradio_app.runs.store"),
-    ("lightning_peft.plugin.mid_epoch", "lightning_peft.plugin.loops"),
-}
-
-
 def cycle_problems(package: Package) -> list[str]:
     """A cycle of imports, those on a call, by a string or for type checkers included."""
     graph: dict[str, set[str]] = {name: set() for name in package}
     for source, imported in package.imports():
-        known = imported.typing_only and (source.name, imported.target) in TYPING_CYCLES
-        if imported.target in package and imported.target != source.name and not known:
+        if imported.target in package and imported.target != source.name:
             graph[source.name].add(imported.target)
             if imported.lazy or imported.typing_only:
                 continue

@@ -8,7 +8,7 @@ What cannot be restored is logged when the run is resumed.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,13 +21,21 @@ from lightning_peft.compat.lightning import (
     logged_metrics,
 )
 
-if TYPE_CHECKING:
-    from lightning_peft.plugin.loops import TrainingLoops
-
 log = logging.getLogger(__name__)
 
 
-def mid_epoch_state(loops: TrainingLoops) -> dict[str, Any]:
+class _Loops(Protocol):
+    """What is needed here of :class:`lightning_peft.plugin.loops.TrainingLoops`."""
+
+    fit: Any
+    epoch: Any
+    mid_epoch: bool
+    ending_epoch: bool
+    training_random: dict[str, Any] | None
+    sums: dict[str, Any]
+
+
+def mid_epoch_state(loops: _Loops) -> dict[str, Any]:
     """Returns the state of the current epoch in this process, as tensors and numbers."""
     epoch, trainer = loops.epoch, loops.fit.trainer
     batch = epoch.batch_progress.current
@@ -58,7 +66,7 @@ def mid_epoch_state(loops: TrainingLoops) -> dict[str, Any]:
     }
 
 
-def restore_mid_epoch(loops: TrainingLoops, saved: dict[str, Any]) -> None:
+def restore_mid_epoch(loops: _Loops, saved: dict[str, Any]) -> None:
     """Puts back what :func:`mid_epoch_state` returned, or logs what cannot be put back."""
     trainer, place = loops.fit.trainer, saved["place"]
     if trainer.is_global_zero:
@@ -79,7 +87,7 @@ def restore_mid_epoch(loops: TrainingLoops, saved: dict[str, Any]) -> None:
         trainer.lightning_module.lr_scheduler_step(scheduler, step["metric"])
 
 
-def merge_epoch_sums(loops: TrainingLoops) -> None:
+def merge_epoch_sums(loops: _Loops) -> None:
     """Adds what was logged before the checkpoint to what was logged since, metric by metric."""
     for name in [name for name in loops.sums if name in logged_metrics(loops.epoch)]:
         metric = logged_metrics(loops.epoch)[name]
@@ -114,7 +122,7 @@ def _epoch_sums(epoch: Any) -> dict[str, dict[str, torch.Tensor]]:
     return sums
 
 
-def _gradients(loops: TrainingLoops) -> dict[str, torch.Tensor]:
+def _gradients(loops: _Loops) -> dict[str, torch.Tensor]:
     """Returns gradients that the next optimizer step needs."""
     module, epoch = loops.fit.trainer.lightning_module, loops.epoch
     if module.automatic_optimization and (
@@ -129,7 +137,7 @@ def _gradients(loops: TrainingLoops) -> dict[str, torch.Tensor]:
 
 
 def _plateau_steps(
-    loops: TrainingLoops, place: dict[str, Any], metrics: dict[str, torch.Tensor]
+    loops: _Loops, place: dict[str, Any], metrics: dict[str, torch.Tensor]
 ) -> list[dict[str, Any]]:
     """Returns the steps of plateau schedulers that are due now and not taken on resuming."""
     epoch, trainer = loops.epoch, loops.fit.trainer
