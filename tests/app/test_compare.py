@@ -175,7 +175,7 @@ def site(serve):
 
 def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
     page = visit(f"{site.url}/compare")
-    page.get_by_text("There are not two runs yet").wait_for()
+    page.get_by_text("Two runs are needed").wait_for()
     store = RunStore(settings(site.folder))
     one = finished(store, site.folder, f"one {HOSTILE}", steps=12, generated=HOSTILE)
     other = finished(store, site.folder, "other", steps=20, alert="overfitting", validate_every=4)
@@ -196,7 +196,7 @@ def test_two_runs_are_picked_and_the_address_keeps_them(site, visit):
     page.reload()
     page.get_by_role("row", name="fake.steps").get_by_role("cell", name="12").wait_for()
     page.get_by_text("Lowest at the end: A other").wait_for()
-    page.get_by_role("heading", name="What they say").wait_for()
+    page.get_by_role("heading", name="Sample answers").wait_for()
     assert page.get_by_role("cell", name=HOSTILE).count() == 2
     page.get_by_role("radio", name="Minutes").check()
     page.get_by_text("at minute").first.wait_for()

@@ -297,14 +297,14 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_role("button", name="To the Hugging Face Hub").click()
     page.get_by_label("Repository").fill("../mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
-    page.get_by_text("is not a name on the hub").wait_for()
+    page.get_by_text("is not a valid name on the Hub").wait_for()
     page.get_by_label("Repository").fill("me/mine")
     page.get_by_role("button", name="Show what would be uploaded").click()
     # Seen at once: a small adapter is exported in a moment.
-    page.get_by_text("It goes on if you close this tab").wait_for()
+    page.get_by_text("It continues if you close this tab").wait_for()
     screenshot(page, "export-going")
     open_tab(page, site, run)
-    page.get_by_role("heading", name="Upload this?").wait_for(timeout=60_000)
+    page.get_by_role("heading", name="Confirm the upload").wait_for(timeout=60_000)
     page.get_by_text("to me/mine (private, if it is new)").wait_for()
     assert Hub.made == []
     with page.expect_download() as download:
@@ -343,7 +343,7 @@ def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store
     for theme in ("light", "dark"):
         open_tab(page, site, run, f"&__theme={theme}")
         page.get_by_role("radio", name="Quantized model").check()
-        page.get_by_text("of memory while it is made").wait_for()
+        page.get_by_text("of memory while it runs").wait_for()
         assert violations(page) == []
         assert overflow(page) <= 0
         screenshot(page, f"export-phone-{theme}")

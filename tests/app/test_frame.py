@@ -34,7 +34,7 @@ def test_every_page_can_be_read_by_everyone(site, visit, page):
     wait_for_title(opened, page, "en")
     assert opened.evaluate("document.documentElement.lang") == "en"
     assert violations(opened) == []
-    opened.get_by_role("button", name="Light or dark").click()
+    opened.get_by_role("button", name="Toggle dark mode").click()
     opened.wait_for_function("document.body.classList.contains('dark')")
     assert violations(opened) == []
     opened.set_viewport_size(PHONE)
@@ -53,11 +53,11 @@ def test_german_pages_are_german(site, visit, page):
     opened = visit(f"{site.url}/{'de-' if page else 'de'}{page}", locale="en-US")
     opened.locator("h1").first.wait_for()
     if page == "new#all":
-        opened.locator("#overview .fine, #overview .busy").first.wait_for()
+        opened.locator("#overview .fine, #overview .busy").first.wait_for(timeout=180_000)
         for part in opened.locator(".label-wrap:not(.open)").all():
             if part.is_visible():
                 part.click()
-        opened.get_by_text("Eingebautes Beispiel").click()
+        opened.get_by_text("Mitgeliefertes Beispiel").click()
         opened.get_by_label("Hochladen", exact=True).check()
         opened.get_by_text("Datei hier ablegen").nth(1).wait_for()
         opened.get_by_label("Datei hochladen").first.wait_for(state="attached")

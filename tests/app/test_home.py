@@ -50,10 +50,10 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     row.get_by_role("button", name="Delete Two-minute demo").click()
     # The question names the run and its size, and stays while the list is sent again.
     size = format_bytes(run.bytes, Texts())
-    words = f"Delete Two-minute demo with its checkpoints and numbers ({size})"
+    words = f"Delete Two-minute demo with its checkpoints and metrics ({size})"
     row.get_by_text(words).wait_for()
     store.rename("local", run.id, "Two-minute demo 2")
-    asked = row.get_by_text("Delete Two-minute demo 2 with its checkpoints and numbers")
+    asked = row.get_by_text("Delete Two-minute demo 2 with its checkpoints and metrics")
     asked.wait_for()
     row.get_by_role("button", name="No, keep it").click()
     asked.wait_for(state="hidden")
@@ -80,7 +80,7 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     page.get_by_role("button", name="Take second out").click()
     items.nth(0).get_by_text("fourth").wait_for()
     assert items.count() == 2
-    page.get_by_role("row", name="second").get_by_text("Waiting").wait_for()
+    page.get_by_role("row", name="second").get_by_text("Queued").wait_for()
     assert page.evaluate("window.hacked") is None
     # Every other page says it in its head.
     page.get_by_role("link", name="Help").click()

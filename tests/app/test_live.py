@@ -91,7 +91,7 @@ def test_a_run_outlives_reload_and_server_and_goes_on_where_it_stopped(site, sto
     page.get_by_text(f"step {stopped + 20} of {stopped + 20}").wait_for()
     assert f"Training starts at step {stopped}." in run.folder.events.read_text()
     page.get_by_role("button", name="Try it").click()
-    page.get_by_role("tab", name="Try & compare", selected=True).wait_for()
+    page.get_by_role("tab", name="Playground", selected=True).wait_for()
 
 
 def test_curves_are_smoothed_and_in_a_table(site, store, visit):
@@ -122,7 +122,7 @@ def test_a_crash_is_told_and_set_right(site, store, visit):
     run = queued(store, "dies", steps=50, die_at=25)
     page = visit(address(site, run))
     state(page).get_by_text("Crashed at step 24").wait_for()
-    page.get_by_role("alert").get_by_text("ended from outside").wait_for()
+    page.get_by_role("alert").get_by_text("The process was killed").wait_for()
     screenshot(page, "run-crashed")
     # The last checkpoint is that of the last validation.
     page.get_by_role("button", name="Resume from step 20").wait_for()
@@ -133,7 +133,7 @@ def test_a_crash_is_told_and_set_right(site, store, visit):
     page.get_by_role("button", name="Save the name").click()
     page.get_by_role("heading", name="another name").wait_for()
     page.get_by_role("button", name="Delete", exact=True).click()
-    page.get_by_text(re.compile(r"Delete another name with its checkpoints and numbers \(\d+ kB\)"))
+    page.get_by_text(re.compile(r"Delete another name with its checkpoints and metrics \(\d+ kB\)"))
     page.get_by_role("button", name="Yes, delete it").click()
     page.get_by_role("heading", name="The run is deleted").wait_for()
     assert not run.folder.path.exists()
@@ -186,8 +186,8 @@ def test_who_waits_sees_the_place_and_who_stops_at_once_is_asked(site, store, vi
     run = running("first")
     second = queued(store, "second", steps=3)
     page = visit(address(site, second))
-    state(page).get_by_text("Place 1 of 1 in the line").wait_for()
-    page.get_by_role("button", name="Leave the line").click()
+    state(page).get_by_text("Position 1 of 1 in the queue").wait_for()
+    page.get_by_role("button", name="Remove from queue").click()
     state(page).get_by_text("Not started yet").wait_for()
     page.get_by_role("button", name="Start", exact=True).click()
     state(page).get_by_text("Place 1 of 1").wait_for()

@@ -100,8 +100,8 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page.locator("#start-said").get_by_text("It cannot start yet").wait_for()
     assert list(site.runs.glob("*/recipe.yaml")) == []
     page.locator("#overview").get_by_role("link", name="To the data").first.click()
-    page.get_by_label("Leave rows").check()
-    report.get_by_text("are left out").wait_for()
+    page.get_by_label("Skip rows").check()
+    report.get_by_text("are skipped").wait_for()
     page.get_by_role("link", name="Review", exact=True).click()
     page.locator("#overview .fine").wait_for()
     recipe = shown_recipe(page)
@@ -185,7 +185,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     page.go_back()
     # Model and data have changed settings too, which nobody has.
     changed = page.locator("#changed-settings")
-    changed.get_by_text("You have changed nothing").wait_for()
+    changed.get_by_text("No settings changed").wait_for()
     rate.fill("1e-3")
     rate.press("Tab")
     changed.get_by_text("Learning rate: 5e-3 \u2192 1e-3").wait_for()
@@ -196,7 +196,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
 
 def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_is_from(visit, site):
     page = opened(visit, site)
-    page.get_by_label("By name on the hub", exact=True).check()
+    page.get_by_label("By name on the Hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
     page.get_by_role("button", name="Use this model").click()
     metadata = page.locator("#model-facts")
@@ -210,7 +210,7 @@ def test_a_change_of_task_can_be_taken_back_and_a_reload_keeps_where_the_model_i
     assert not undo.is_visible()
     page.reload()
     metadata.get_by_text("me/unknown").wait_for()
-    assert page.get_by_label("By name on the hub", exact=True).is_checked()
+    assert page.get_by_label("By name on the Hub", exact=True).is_checked()
     assert page.locator("#model-hub").is_visible()
     assert not page.locator("#model-preset").is_visible()
     # What cannot be fetched is said at once, and where it can be changed.
@@ -229,7 +229,7 @@ def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
     page.get_by_label("From a folder here").check()
     page.get_by_label("Folder", exact=True).click()
     page.get_by_role("option", name="mine", exact=True).click()
-    page.locator("#model-facts").get_by_text("Its files with weights").wait_for()
+    page.locator("#model-facts").get_by_text("Its weight files").wait_for()
     page.get_by_role("link", name="Next: Data").click()
     metadata, report = page.locator("#data-facts"), page.locator("#data-report")
     metadata.get_by_text("Choose the data to train on").wait_for()
@@ -248,7 +248,7 @@ def test_a_model_of_ones_own_is_not_given_the_example(visit, serve):
     page.get_by_label("Built-in example").check()
     page.get_by_role("button", name="Use the example").click()
     report.locator(".fine").wait_for()
-    metadata.get_by_text("Chosen: the example instructions.jsonl").wait_for()
+    metadata.get_by_text("Chosen: the built-in example instructions.jsonl").wait_for()
     page.get_by_role("link", name="Review", exact=True).click()
     page.locator("#overview .fine").wait_for()
     assert page.get_by_role("button", name="Start training").is_enabled()
@@ -312,7 +312,7 @@ def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     # Before the first notice goes.
     area.fill(good.replace("data:", "rows:"))
     page.get_by_role("button", name="Check and use it").click()
-    page.locator(".toast-body").get_by_text("no YAML").first.wait_for()
+    page.locator(".toast-body").get_by_text("not valid YAML").first.wait_for()
     page.locator(".toast-count").wait_for()
     # Several notices at once can be read, and used, by everybody.
     assert not violations(page)
@@ -344,10 +344,10 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
     metadata.get_by_text(
         re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")
     ).wait_for()
-    page.get_by_label("By name on the hub", exact=True).check()
+    page.get_by_label("By name on the Hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
     page.get_by_role("button", name="Use this model").click()
-    metadata.get_by_text("unknown until it is downloaded").wait_for()
+    metadata.get_by_text("size of the download is unknown").wait_for()
     screenshot(page, "new-model-download")
 
 

@@ -70,7 +70,7 @@ def opened(visit, space: Server, run: Run, cookie: str, **options):
     page.context.add_cookies([{"name": COOKIE, "value": cookie, "url": space.url}])
     page.goto(f"{space.url}/run?run={run.id}")
     page.locator("h1").first.wait_for()
-    page.get_by_role("tab", name="Try & compare").click()
+    page.get_by_role("tab", name="Playground").click()
     return page
 
 
@@ -113,7 +113,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     # Somebody else waits until she is done.
     their_own = tried(store, owner_of(_Request({COOKIE: HIS}), space=True), run.folder.path)
     other = opened(visit, space, their_own, HIS)
-    other.get_by_text("Somebody else talks to a model here now").wait_for()
+    other.get_by_text("Another user is chatting").wait_for()
     assert other.get_by_role("button", name="Ask", exact=True).is_disabled()
     # Another checkpoint, in a conversation of its own, and by the keyboard.
     page.get_by_label("Checkpoint").click()
@@ -156,7 +156,7 @@ def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
     task = "lightning_peft.tasks.text_classification.TextClassifier"
     write_json(run.folder.provenance, {"task": task})
     page = opened(visit, space, run, HERS)
-    page.get_by_role("heading", name="There is nobody to talk to here").wait_for()
+    page.get_by_role("heading", name="This model cannot chat").wait_for()
     page.get_by_text("gives texts a label").wait_for()
     assert not page.get_by_role("button", name="Ask", exact=True).is_visible()
     screenshot(page, "playground-silent")

@@ -100,7 +100,7 @@ def test_a_model_in_a_folder_is_chosen_and_trained(visit, site):
     assert shown_recipe(page)["model"]["init_args"]["model"] == "package:demo/base"
     choose_folder(page, "mine")
     metadata = page.locator("#model-facts")
-    metadata.get_by_text("Its files with weights take 9 MB").wait_for()
+    metadata.get_by_text("Its weight files take 9 MB").wait_for()
     screenshot(page, "new-model-folder")
     page.get_by_role("link", name="Next: Data").click()
     choose_example(page)
@@ -136,7 +136,7 @@ def test_a_folder_outside_of_the_root_is_refused_in_a_recipe_too(visit, site):
 def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
     marker = site.folder / MARKER
     page = opened(visit, site)
-    page.get_by_label("By name on the hub", exact=True).check()
+    page.get_by_label("By name on the Hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill(NAME)
     use = page.get_by_role("button", name="Use this model")
     toasts = page.locator(".toast-body")
@@ -157,11 +157,13 @@ def test_code_of_a_model_is_run_only_once_it_is_confirmed(visit, site):
     screenshot(page, "new-model-code")
     page.get_by_label("Type the name of the model again").fill(NAME)
     use.click()
-    page.locator("#model-facts").get_by_text(f"as it was at commit {own_code.COMMIT}").wait_for()
+    page.locator("#model-facts").get_by_text(f"as of commit {own_code.COMMIT}").wait_for()
     page.get_by_role("link", name="Next: Data").click()
     choose_example(page)
     page.get_by_role("link", name="Next: Method").click()
-    page.locator("#memory").get_by_text("cannot be planned").wait_for(timeout=MINUTES)
+    page.locator("#memory").get_by_text(
+        "Memory planning does not support models with their own code"
+    ).wait_for(timeout=MINUTES)
     page.get_by_role("link", name="Next: Review").click()
     page.locator("#overview .fine").wait_for(timeout=MINUTES)
     recipe = shown_recipe(page)

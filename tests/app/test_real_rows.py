@@ -43,7 +43,7 @@ def started(page, name: str) -> None:
 def left_out_of(page) -> list[dict]:
     page.get_by_role("tab", name="Recipe").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name="rows that were left out").click()
+        page.get_by_role("button", name="skipped rows").click()
     return [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
 
 
@@ -56,8 +56,8 @@ def test_bad_rows_are_left_out_and_told_and_a_duplicate_does_the_same(site, stor
     page.locator("#data-upload input[type=file]").set_input_files(file)
     report = page.locator("#data-report")
     report.get_by_text("2 of 42 rows have problems").wait_for()
-    page.get_by_label("Leave rows").check()
-    report.get_by_text("are left out").wait_for()
+    page.get_by_label("Skip rows").check()
+    report.get_by_text("are skipped").wait_for()
     started(page, "The first")
     rows = left_out_of(page)
     assert len(rows) == 2
@@ -75,9 +75,9 @@ def _duplicated(site, store, visit, first) -> None:
     page.locator("#new-copied").get_by_text(f"Copy of {first.name}.").wait_for()
     assert page.get_by_label("Name of the run").input_value() == f"{first.name}-2"
     page.locator("#model-facts").get_by_text("Tiny demo model").wait_for()
-    page.locator("#data-report").get_by_text("are left out").wait_for()
+    page.locator("#data-report").get_by_text("are skipped").wait_for()
     page.locator("#memory .memory").wait_for()
-    assert page.get_by_label("Leave rows").is_checked()
+    assert page.get_by_label("Skip rows").is_checked()
     assert page.locator("#new-notice [role=alert]").count() == 0
     assert page.get_by_role("button", name="Reset").count() == 0
     assert page.locator("#method input[value=lora]").is_checked()

@@ -109,7 +109,7 @@ def test_a_page_opened_before_the_first_step_draws_the_loss(opened, trained):
     # The button in the head turns the whole page dark, plot and log with it.
     tick = plot.locator(".y-tick").first
     light = {where: looks(where) for where in (tick, page.locator("#run-log pre"))}
-    page.get_by_role("button", name="Light or dark").click()
+    page.get_by_role("button", name="Toggle dark mode").click()
     page.wait_for_function("document.body.classList.contains('dark')")
     dark = {where: looks(where) for where in light}
     for where in light:
@@ -136,7 +136,7 @@ def test_the_page_of_a_run_is_german(site, visit, trained):
     ticks = page.locator("#loss-plot .y-tick").all_text_contents()
     assert any("," in tick for tick in ticks)
     assert not any("." in tick for tick in ticks)
-    for tab in ("Export", "Ausprobieren & vergleichen"):
+    for tab in ("Export", "Playground"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(1_500)
         assert not_german(page, f"{data}, #try-system-prompt, #try-prompts") == []
@@ -270,7 +270,7 @@ def test_the_merged_model_is_the_base_with_its_adapter(site, visit, trained, exp
     page = visit(f"{site.url}/run?run={trained.id}")
     page.get_by_role("tab", name="Export").click()
     made = exported(page, site, trained, "Merged model", tmp_path, measured=True)
-    page.get_by_text("from the model as it was trained").wait_for()
+    page.get_by_text("against the trained model").wait_for()
     screenshot(page, "export-merged")
     before, after = expected
     found = logits(AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32))
@@ -311,7 +311,7 @@ def test_a_smaller_model_and_what_other_programs_take(site, visit, trained, expe
     found = logits(AutoModelForCausalLM.from_pretrained(made))
     assert difference(found, after) < 0.1 < difference(before, after)
     assert "The linear layers are 8-bit" in (made / "README.md").read_text()
-    page.get_by_label("Name of the base on the hub").fill("org/base")
+    page.get_by_label("Name of the base on the Hub").fill("org/base")
     made = exported(page, site, trained, "For vLLM", tmp_path / "vllm")
     page.locator("#export-list code").get_by_text("vllm serve org/base").first.wait_for()
     for file in made.rglob("*"):

@@ -296,7 +296,11 @@ def test_alerts_are_told_in_the_language_of_the_page():
     # What a trainer writes is read as JSON again.
     rows = json.loads(json.dumps(rows))
     german = live_html.alerts(rows, [], Texts("de"))
-    for text in ("Der Trainingsverlust ist unendlich", "von 1 auf 1,6", "Der Validierungsverlust"):
+    for text in (
+        "Der Trainingsverlust ist NaN oder unendlich",
+        "von 1 auf 1,6",
+        "Der Validierungsverlust",
+    ):
         assert text in german
     assert "2-mal in Folge gestiegen, von 0,9 auf 1,125" in german
     assert "2 times in a row, from 0.9 to 1.125" in live_html.alerts(rows, [], Texts())

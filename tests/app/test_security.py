@@ -128,7 +128,7 @@ def test_no_handler_reads_a_file_or_shows_its_inside_to_an_attacker(client, site
 
     def check(one: Handler, text: str) -> None:
         # Or it was turned away at the door.
-        assert "Load it again" not in text, one
+        assert "Reload it" not in text, one
         for word in ("root:", "Traceback", str(site.folder), str(ROOT)):
             place = text.find(word)
             assert place < 0, f"{one} shows {word!r}: {text[max(0, place - 200) : place + 200]}"

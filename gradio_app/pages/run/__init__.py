@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib import import_module, util
-
 import gradio as gr
 
 from gradio_app.pages.layout import on_load
+from gradio_app.pages.run import export_tab, playground
 from gradio_app.pages.run.actions import Actions
 from gradio_app.pages.run.head import Head
 from gradio_app.pages.run.live import Live
@@ -17,7 +15,7 @@ from gradio_app.runs.metrics import MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
-TABS = {"try": "playground", "export": "export_tab"}
+TABS = {"try": playground.build, "export": export_tab.build}
 
 
 def build(studio: Studio, t: Texts) -> None:
@@ -30,23 +28,11 @@ def build(studio: Studio, t: Texts) -> None:
     with gr.Tabs(elem_id="run-tabs", visible=False, overflow_behavior="wrap") as tabs:
         with gr.Tab(t("run.tab_live"), id="live", elem_id="tab-live"):
             view.add(Live(studio, t, metrics))
-        for tab, module in TABS.items():
+        for tab, build_tab in TABS.items():
             with gr.Tab(t(f"run.tab_{tab}"), id=tab, elem_id=f"tab-{tab}"):
-                _built_by(module)(studio, t, view.run_id)
+                build_tab(studio, t, view.run_id)
         with gr.Tab(t("run.tab_recipe"), id="recipe", elem_id="tab-recipe"):
             view.add(RecipeTab(studio, t))
     view.bind(tabs)
     actions.bind(view)
     on_load(view.on_load, None, view.outputs)
-
-
-def _built_by(module: str) -> Callable[[Studio, Texts, gr.State], None]:
-    name = f"gradio_app.pages.run.{module}"
-    if util.find_spec(name) is None:
-        return _placeholder
-    found: Callable[[Studio, Texts, gr.State], None] = import_module(name).build
-    return found
-
-
-def _placeholder(studio: Studio, t: Texts, run_id: gr.State) -> None:
-    gr.Markdown(t("run.not_yet"))
