@@ -272,7 +272,7 @@ def test_the_numbers_of_a_run_in_words(tmp_path):
     shown = live_html.numbers(metrics, t)
     for text in ("no number", "best 1 at step 2", "2.1k", "Token accuracy", "0.75"):
         assert text in shown
-    assert "least 1 at step 2" in live_html.summary(metrics, t)
+    assert "lowest 1 at step 2" in live_html.summary(metrics, t)
     assert '<th scope="row">4</th>' in live_html.curve_table(metrics, t)
     warned = [
         HealthWarning("stuck", 120),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
@@ -33,6 +33,24 @@ _SAVE = """
   link.click();
 }
 """
+
+
+# Where the field of the repository is not among what is sent.
+_NO_UPLOAD = object()
+
+
+class ExportInputs(NamedTuple):
+    """Values of the components of the tab, in the order in which they are sent."""
+
+    run_id: str
+    seen: Any = None
+    kind: Any = None
+    checkpoint: Any = None
+    bits: Any = None
+    measure: Any = None
+    base: Any = None
+    repository: Any = _NO_UPLOAD
+    private: Any = True
 
 
 def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
@@ -178,22 +196,14 @@ class ExportTab:
                 **event_options(),
             ).success(None, self._file, None, js=_SAVE)
 
-    def refresh(
-        self,
-        run_id: str,
-        seen: Any,
-        kind: Any,
-        checkpoint: Any,
-        bits: Any,
-        measure: Any,
-        request: gr.Request,
-    ) -> list[Any]:
-        """Shows what has changed."""
+    def refresh(self, request: gr.Request, *values: Any) -> list[Any]:
+        """Returns what has changed."""
+        inputs = ExportInputs(*values)
         try:
-            run = self.studio.store.get(self._owner(request), run_id)
+            run = self.studio.store.get(self._owner(request), inputs.run_id)
         except UserError:
             run = None
-        items = self._items(run, (kind, checkpoint, bits, measure))
+        items, seen = self._items(run, inputs), inputs.seen
         keys = tuple(hash(item.key) for item in items)
         before = seen if isinstance(seen, tuple) and len(seen) == len(keys) else (None,) * len(keys)
         values = [
@@ -205,16 +215,16 @@ class ExportTab:
     def _owner(self, request: gr.Request) -> str:
         return owner_of(request, self.studio.settings.space)
 
-    def _items(self, run: Run | None, chosen: tuple[Any, ...]) -> list[ComponentUpdate]:
-        """Returns how everything is shown, in the order of the outputs after the first."""
-        t, (kind, wanted, bits, measure) = self.t, chosen
+    def _items(self, run: Run | None, inputs: ExportInputs) -> list[ComponentUpdate]:
+        """Returns the update of each output after the first."""
+        t, kind = self.t, inputs.kind
         exports = self.studio.exports.list(run) if run is not None else []
         checkpoints = run.checkpoints() if run is not None else []
         names = [one.name for one in checkpoints]
-        chosen_name = wanted if wanted in names else next(iter(names), None)
+        chosen_name = inputs.checkpoint if inputs.checkpoint in names else next(iter(names), None)
         checkpoint = next((one for one in checkpoints if one.name == chosen_name), None)
         labels = [(export_html.checkpoint_label(one, t), one.name) for one in checkpoints]
-        form = export_html.ExportForm(kind, checkpoint, bits, measure is True)
+        form = export_html.ExportForm(kind, checkpoint, inputs.bits, inputs.measure is True)
         asks = next((one for one in exports if one.state == "asks"), None)
         going = any(one.active for one in exports)
         seconds = SECONDS if going else SLOW_SECONDS
@@ -240,111 +250,49 @@ class ExportTab:
         ]
 
     def _bind_start(self) -> None:
-        studio, t = self.studio, self.t
-
-        @report_errors(t)
-        def start(
-            run_id: str,
-            seen: Any,
-            kind: Any,
-            checkpoint: Any,
-            bits: Any,
-            measure: Any,
-            base: Any,
-            request: gr.Request,
-        ) -> list[Any]:
-            owner = self._owner(request)
-            run = studio.store.get(owner, run_id)
+        @report_errors(self.t)
+        def start(request: gr.Request, *values: Any) -> list[Any]:
+            inputs, owner = ExportInputs(*values), self._owner(request)
             wish = validate_request(
-                run, kind, checkpoint, bits=bits, measure=measure, base_name=base
+                self.studio.store.get(owner, inputs.run_id),
+                inputs.kind,
+                inputs.checkpoint,
+                bits=inputs.bits,
+                measure=inputs.measure,
+                base_name=inputs.base,
+                push_to=None if inputs.repository is _NO_UPLOAD else str(inputs.repository or ""),
+                private=inputs.private,
             )
-            studio.exports.start(owner, run_id, wish)
-            return self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)
-
-        @report_errors(t)
-        def preview(
-            run_id: str,
-            seen: Any,
-            kind: Any,
-            checkpoint: Any,
-            bits: Any,
-            measure: Any,
-            base: Any,
-            repository: Any,
-            hidden: Any,
-            request: gr.Request,
-        ) -> list[Any]:
-            owner = self._owner(request)
-            run = studio.store.get(owner, run_id)
-            wish = validate_request(
-                run,
-                kind,
-                checkpoint,
-                bits=bits,
-                measure=measure,
-                base_name=base,
-                push_to=str(repository or ""),
-                private=hidden,
-            )
-            studio.exports.start(owner, run_id, wish)
-            return self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)
+            self.studio.exports.start(owner, inputs.run_id, wish)
+            return self.refresh(request, *values)
 
         given = [*self._inputs, self._base]
         self._start.click(start, given, self._outputs, **event_options())
         to_hub = [*given, self._repository, self._private]
-        self._preview.click(preview, to_hub, self._outputs, **event_options())
+        self._preview.click(start, to_hub, self._outputs, **event_options())
 
     def _bind_push(self) -> None:
-        studio = self.studio
+        exports = self.studio.exports
 
         @report_errors(self.t)
-        def push(
-            token: Any,
-            asked: str,
-            run_id: str,
-            seen: Any,
-            kind: Any,
-            checkpoint: Any,
-            bits: Any,
-            measure: Any,
-            request: gr.Request,
-        ) -> list[Any]:
+        def push(request: gr.Request, token: Any, name: str, *values: Any) -> list[Any]:
             given = str(token or "").strip() or token_of(request)
-            studio.exports.push(self._owner(request), run_id, asked, given)
-            return ["", *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]
+            exports.push(self._owner(request), ExportInputs(*values).run_id, name, given)
+            return ["", *self.refresh(request, *values)]
 
         @report_errors(self.t)
-        def leave(
-            asked: str,
-            run_id: str,
-            seen: Any,
-            kind: Any,
-            checkpoint: Any,
-            bits: Any,
-            measure: Any,
-            request: gr.Request,
-        ) -> list[Any]:
-            studio.exports.delete(self._owner(request), run_id, asked)
-            return ["", *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]
+        def leave(request: gr.Request, name: str, *values: Any) -> list[Any]:
+            exports.delete(self._owner(request), ExportInputs(*values).run_id, name)
+            return ["", *self.refresh(request, *values)]
 
         given, shown = [self._asked, *self._inputs], [self._token, *self._outputs]
         self._push.click(push, [self._token, *given], shown, **event_options())
         self._not.click(leave, given, shown, **event_options())
 
-    def _act(
-        self,
-        run_id: str,
-        seen: Any,
-        kind: Any,
-        checkpoint: Any,
-        bits: Any,
-        measure: Any,
-        request: gr.Request,
-        event: gr.EventData,
-    ) -> list[Any]:
+    def _act(self, request: gr.Request, event: gr.EventData, *values: Any) -> list[Any]:
         """Does what a button of the list asks for."""
         owner, exports = self._owner(request), self.studio.exports
-        data = event_data(event)
+        run_id, data = ExportInputs(*values).run_id, event_data(event)
         act, name, file = data.get("act"), data.get("export"), None
         if act == "download":
             run, export = exports.get(owner, run_id, name)
@@ -353,4 +301,4 @@ class ExportTab:
             exports.cancel(owner, run_id, name)
         elif act == "delete":
             exports.delete(owner, run_id, name)
-        return [file, *self.refresh(run_id, seen, kind, checkpoint, bits, measure, request)]
+        return [file, *self.refresh(request, *values)]
