@@ -10,6 +10,8 @@ import gradio as gr
 from gradio.themes.utils import colors, fonts, sizes
 
 _SCRIPT = Path(__file__).with_name("page.js")
+# For `js_on_load` of HTML with buttons: a click triggers an event with what the button is about.
+CLICK_DELEGATE = Path(__file__).with_name("clicks.js").read_text(encoding="utf-8")
 
 
 def theme() -> Any:

@@ -5,30 +5,6 @@ from __future__ import annotations
 from gradio_app.guards import escaped
 from gradio_app.texts import Texts
 
-# Buttons say what they are about; what arrives is checked like all that arrives. A question that
-# was opened stays open when the list around it is sent again.
-CLICK_DELEGATE = """
-let asked = null;
-const show = () => {
-  for (const box of element.querySelectorAll('[data-question]')) {
-    box.hidden = box.dataset.question !== asked;
-  }
-};
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button');
-  if (!button || button.disabled) return;
-  const { act, opens, closes, ...about } = button.dataset;
-  if (opens !== undefined || closes !== undefined || act) asked = opens ?? null;
-  show();
-  if (opens !== undefined) {
-    const box = [...element.querySelectorAll('[data-question]')].find((one) => !one.hidden);
-    box?.querySelector('button')?.focus();
-  }
-  if (act) trigger('click', { act, ...about });
-});
-watch('value', () => setTimeout(show));
-"""
-
 
 def confirmation(name: str, text: str, yes: str, t: Texts) -> str:
     """Returns a question with a button, hidden until :func:`confirm_button` is clicked.

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.pages import home_html
-from gradio_app.pages.confirmation import CLICK_DELEGATE
 from gradio_app.pages.error_reporting import report_errors
 from gradio_app.pages.layout import event_options, heading, on_load, timer_options
 from gradio_app.pages.markup import markup

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 
+from markupsafe import Markup
+
 from gradio_app.guards import escaped
 from gradio_app.runs.formatting import format_duration
 from gradio_app.runs.loss_increase import finished_worse
@@ -25,14 +27,13 @@ STATE_ICONS = {
 }
 
 
-def state_badge(run: Run, t: Texts) -> str:
+def state_badge(run: Run, t: Texts) -> Markup:
     """Returns the HTML of a run's state."""
     state: str = run.status.state if run.status.state in STATE_ICONS else "failed"
     if finished_worse(run):
         state = "worse"
-    return (
-        f'<span class="badge {state}"><span aria-hidden="true">{STATE_ICONS[state]}</span> '
-        f"{t(f'run.state_{state}')}</span>"
+    return Markup('<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>').format(
+        state, STATE_ICONS[state], t(f"run.state_{state}")
     )
 
 

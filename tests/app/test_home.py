@@ -102,7 +102,7 @@ def test_other_languages_phones_and_the_dark(site, store, visit):
     store.create("local", recipe(), "a name that is so long that it has to be broken into lines")
     page = visit(f"{site.url}/de?__theme=dark", viewport=PHONE)
     page.get_by_role("link", name="Mit QLoRA beginnen").wait_for()
-    page.get_by_text("Wartet").first.wait_for()
+    page.get_by_text("In der Warteschlange").first.wait_for()
     assert overflow(page) <= 0
     assert violations(page) == []
     screenshot(page, "home-phone-dark")

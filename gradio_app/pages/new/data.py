@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
 from gradio_app.pages.error_reporting import report_errors
@@ -32,11 +33,6 @@ SOURCES = ("example", "upload", "path", "hub")
 MAX_FIELDS = 5
 _DATA = "data.init_args."
 _SKIPPED_ROWS = "left-out.jsonl"
-_SKIP_CLICK = """
-element.addEventListener('click', (event) => {
-  if (event.target.closest('button[data-skip]')) trigger('click', {});
-});
-"""
 
 
 def build(editor: Editor) -> None:
@@ -223,7 +219,7 @@ _BUILDERS = {
 def _build_report(editor: Editor) -> None:
     t = editor.t
     gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
-    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=_SKIP_CLICK)
+    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=CLICK_DELEGATE)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
     skip = gr.Checkbox(
         label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"

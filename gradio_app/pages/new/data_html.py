@@ -91,7 +91,7 @@ def _verdict(found: DataReport, t: Texts) -> str:
     button = ""
     if rejected < rows:
         label = escaped(t("new.skip_these", rejected=t.number(rejected)))
-        button = f' <button type="button" class="as-button small" data-skip>{label}</button>'
+        button = f' <button type="button" class="as-button small" data-act="skip">{label}</button>'
     return f'<p class="bad" role="alert">\u2717 {text}{button}</p>'
 
 

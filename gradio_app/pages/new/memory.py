@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.error_reporting import localized_message, report_errors
@@ -28,12 +29,6 @@ PARTS = {
     "activations": ("activations", "logits"),
     "overhead": ("overhead", "kernels", "heap"),
 }
-_FIX_CLICK = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-fix]');
-  if (button) trigger('click', { fix: button.dataset.fix });
-});
-"""
 
 
 def build(editor: Editor) -> None:
@@ -48,7 +43,7 @@ def build(editor: Editor) -> None:
         interactive=True,
         elem_id="memory-device",
     )
-    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=_FIX_CLICK)
+    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=CLICK_DELEGATE)
 
     def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
         session = editor.of(session, request)
@@ -181,7 +176,7 @@ def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
         )
         kind = "as-button fits" if fix.plan.fits else "as-button"
         buttons += (
-            f'<button type="button" class="{kind}" data-fix="{fix.name}">'
+            f'<button type="button" class="{kind}" data-act="fix" data-fix="{fix.name}">'
             f"<span>{escaped(t(f'new.fix_{fix.name}'))}</span> "
             f"<small>{escaped(total)}</small></button>"
         )

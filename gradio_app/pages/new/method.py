@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.error_reporting import localized_message, report_errors
@@ -43,13 +44,6 @@ _BATCH_FIELDS = {
 _DECIMAL_KINDS = ("number", "batches")
 # Of more changes, only the number is shown at first.
 _MAX_OPEN = 3
-# Not `path`: Gradio takes what comes under that name for a file, and refuses it.
-_RESET_CLICK = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button[data-reset]');
-  if (button) trigger('click', { setting: button.dataset.reset });
-});
-"""
 
 
 def build(editor: Editor) -> None:
@@ -78,7 +72,7 @@ def build(editor: Editor) -> None:
     gr.HTML(f"<h3>{escaped(t('new.memory'))}</h3>", padding=False)
     memory.build(editor)
     gr.HTML(f"<h3>{escaped(t('new.all_settings'))}</h3>", padding=False)
-    marks = gr.HTML("", elem_id="changed-settings", padding=False, js_on_load=_RESET_CLICK)
+    marks = gr.HTML("", elem_id="changed-settings", padding=False, js_on_load=CLICK_DELEGATE)
     groups: dict[str, Any] = {}
     for group in GROUPS:
         with (
@@ -240,7 +234,8 @@ def changed_html(session: Session, t: Texts) -> str:
         before, now = (_value_text(field, one, t) for one in (session.baseline, session.content))
         rows += (
             f"<li><span>{escaped(t('new.was', label=label, before=before, now=now))}</span> "
-            f'<button type="button" class="as-button small" data-reset="{escaped(path)}" '
+            f'<button type="button" class="as-button small" data-act="reset" '
+            f'data-setting="{escaped(path)}" '
             f'aria-label="{escaped(t("new.reset_named", label=label))}">{escaped(t("new.reset"))}'
             "</button></li>"
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
 from gradio_app.pages.error_reporting import localized_message
@@ -22,11 +23,6 @@ from gradio_app.texts import Texts
 from lightning_peft.cli.recipes import recipe_files
 from lightning_peft.task_registry import TASKS, task_of_config
 
-_UNDO_CLICK = """
-element.addEventListener('click', (event) => {
-  if (event.target.closest('button[data-undo]')) trigger('click', {});
-});
-"""
 _CLEAR_QUERY = """() => {
   const address = new URL(window.location.href);
   for (const name of ['from', 'recipe', 'method']) address.searchParams.delete(name);
@@ -60,7 +56,7 @@ def build(editor: Editor) -> None:
             height=120,
             elem_id="new-recipe-file",
         )
-    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=_UNDO_CLICK)
+    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=CLICK_DELEGATE)
     editor.show([task, notice, undo], lambda session: _updates(session, t))
     editor.bind_event(undo.click, _undo_task_change)
     editor.bind(task.input, _change_task, [task])
@@ -211,7 +207,8 @@ def _undo_html(session: Session, t: Texts) -> str:
     back = t("new.undo_task", task=t(f"new.task_{_text_key(task.name)}") if task else "")
     return (
         f'<p class="copied" role="status">{escaped(said)} '
-        f'<button type="button" class="as-button small" data-undo>{escaped(back)}</button></p>'
+        f'<button type="button" class="as-button small" data-act="undo">{escaped(back)}</button>'
+        "</p>"
     )
 
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.export.archive import build_archive
 from gradio_app.export.request import BITS, FORMATS, validate_request
-from gradio_app.pages.confirmation import CLICK_DELEGATE
 from gradio_app.pages.error_reporting import report_errors
 from gradio_app.pages.layout import event_options, timer_options
 from gradio_app.pages.run import export_html
@@ -206,11 +206,11 @@ class ExportTab:
         items, seen = self._items(run, inputs), inputs.seen
         keys = tuple(hash(item.key) for item in items)
         before = seen if isinstance(seen, tuple) and len(seen) == len(keys) else (None,) * len(keys)
-        values = [
+        updates = [
             gr.skip() if key == old else item.value
             for item, key, old in zip(items, keys, before, strict=True)
         ]
-        return [gr.skip() if keys == before else keys, *values]
+        return [gr.skip() if keys == before else keys, *updates]
 
     def _owner(self, request: gr.Request) -> str:
         return owner_of(request, self.studio.settings.space)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradio_app.guards import escaped
+from gradio_app.pages.templating import render
 from gradio_app.runs.curves import Points, downsample, finite_points, relative_increase, trend
 from gradio_app.runs.formatting import (
     format_bytes,
@@ -31,21 +31,19 @@ MAX_OTHER_METRICS = 3
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[HealthWarning], t: Texts) -> str:
     """Returns what the visitor should look at."""
     found = [event for event in events if event.get("kind") in ALERTS or "alert" in event]
-    items = "".join(_health_alert(one, t) for one in warned)
-    items += "".join(_alert(event, t) for event in found)
-    return f'<section aria-label="{t("run.alerts")}">{items}</section>' if items else ""
+    rows = [*(_health_alert(one, t) for one in warned), *(_alert(event, t) for event in found)]
+    return render("live.alerts", t, rows=rows) if rows else ""
 
 
-def _alert(event: Mapping[str, Any], t: Texts) -> str:
+def _alert(event: Mapping[str, Any], t: Texts) -> dict[str, Any]:
     kind = str(event.get("kind"))
     known = kind in ALERTS
-    title = t(f"run.alert_{kind if known else 'other'}")
-    step = escaped(t("run.alert_at", step=event.get("step", 0)))
-    link = f'<a href="{t.url("help")}#{kind}">{t("run.what_does_it_mean")}</a>' if known else ""
-    return (
-        f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> {title}'
-        f"</strong> <span>({step})</span><p>{escaped(_alert_text(event, t))} {link}</p></div>"
-    )
+    row = {
+        "title": t(f"run.alert_{kind if known else 'other'}"),
+        "step": event.get("step", 0),
+        "text": _alert_text(event, t),
+    }
+    return {**row, "anchor": kind} if known else row
 
 
 def _alert_text(event: Mapping[str, Any], t: Texts) -> str:
@@ -67,13 +65,10 @@ def _alert_text(event: Mapping[str, Any], t: Texts) -> str:
     return t(f"run.alert_{kind}_more", **said)
 
 
-def _health_alert(one: HealthWarning, t: Texts) -> str:
+def _health_alert(one: HealthWarning, t: Texts) -> dict[str, Any]:
     values = {"stuck": format_duration(one.value, t), "disk": format_bytes(one.value, t)}
-    more = t(f"run.warn_{one.kind}_more", value=values.get(one.kind, t.localized(f"{one.value:g}")))
-    return (
-        f'<div class="alert" role="alert"><strong><span aria-hidden="true">\u26a0</span> '
-        f"{t(f'run.warn_{one.kind}')}</strong><p>{more}</p></div>"
-    )
+    value = values.get(one.kind, t.localized(f"{one.value:g}"))
+    return {"title": t(f"run.warn_{one.kind}"), "text": t(f"run.warn_{one.kind}_more", value=value)}
 
 
 def numbers(metrics: Metrics, t: Texts) -> str:
@@ -91,21 +86,14 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     memory = metrics.maximum("peak_cuda_bytes") or metrics.maximum("peak_process_bytes")
     if memory:
         cards.append((t("run.memory"), format_bytes(memory, t), ""))
-    items = "".join(
-        f"<div><dt>{title}</dt><dd><strong>{format_metric}</strong>"
-        + (f"<span>{more}</span>" if more else "")
-        + "</dd></div>"
-        for title, format_metric, more in cards
-    )
-    return f'<dl class="numbers" aria-label="{t("run.numbers")}">{items}</dl>'
+    return render("live.numbers", t, cards=cards)
 
 
 def _other_metrics(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
     """Returns what else is measured on the validation rows."""
     names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
     return [
-        (escaped(metric(name, t)), format_number(latest[name], t), "")
-        for name in names[:MAX_OTHER_METRICS]
+        (metric(name, t), format_number(latest[name], t), "") for name in names[:MAX_OTHER_METRICS]
     ]
 
 
@@ -184,20 +172,12 @@ def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
 def curve_table(metrics: Metrics, t: Texts) -> str:
     """Returns the numbers of the curves as a table."""
     names = ("train_loss", "val_loss", "learning_rate")
-    curves = {name: dict(downsample(metrics.curve(name), TABLE_ROWS)) for name in names}
+    curves = {
+        name: {
+            step: format_metric(value, t)
+            for step, value in downsample(metrics.curve(name), TABLE_ROWS)
+        }
+        for name in names
+    }
     steps = sorted({step for curve in curves.values() for step in curve})
-    head = "".join(f'<th scope="col">{t(f"run.{name}")}</th>' for name in names)
-    body = "".join(
-        f'<tr><th scope="row">{step}</th>'
-        + "".join(
-            f"<td>{format_metric(curve[step], t) if step in curve else ''}</td>"
-            for curve in curves.values()
-        )
-        + "</tr>"
-        for step in steps
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{t("run.as_table")}">'
-        f'<table><thead><tr><th scope="col">{t("run.axis_step")}</th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return render("live.curve_table", t, curves=curves, steps=steps)
