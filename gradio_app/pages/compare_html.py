@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from gradio_app.compare.answers import compare_answers
 from gradio_app.compare.outcomes import Outcome, outcome_of
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.selection import MAX_RUNS, RunSelection
-from gradio_app.guards import escaped
 from gradio_app.pages.run_state import state_badge
+from gradio_app.pages.templating import render
 from gradio_app.recipe.fields import BY_PATH
 from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
 from gradio_app.runs.metrics import Metrics
@@ -31,28 +31,13 @@ _OTHER_STEPS = {
 
 def notice(found: RunSelection, offered: int, t: Texts) -> str:
     """Returns what is said of runs that cannot be compared, and where there are too few."""
-    parts = []
+    problems = []
     if found.missing:
-        names = ", ".join(found.missing)
-        parts.append(
-            f'<p class="not-now" role="alert">{escaped(t("compare.missing", runs=names))}</p>'
-        )
+        problems.append(t("compare.missing", runs=", ".join(found.missing)))
     if found.too_many:
-        parts.append(f'<p class="not-now" role="alert">{t("compare.too_many", most=MAX_RUNS)}</p>')
-    if len(found.runs) < 2:
-        parts.append(_empty(len(found.runs), offered, t))
-    return "".join(parts)
-
-
-def _empty(chosen: int, offered: int, t: Texts) -> str:
-    title, more, link = t("compare.empty"), t("compare.empty_more"), ""
-    if offered < 2:
-        title, more = t("compare.none"), t("compare.none_more")
-        link = f'<p><a class="as-button" href="{t.url("new")}">{t("compare.to_new")}</a></p>'
-    elif chosen == 1:
-        title = t("compare.one_more")
-    text = f"<p><strong>{title}</strong></p><p>{more}</p>{link}"
-    return f'<div class="nothing" role="status">{text}</div>'
+        problems.append(t("compare.too_many", most=MAX_RUNS))
+    chosen = len(found.runs)
+    return render("compare.notice", t, problems=problems, chosen=chosen, offered=offered)
 
 
 def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str:
@@ -88,8 +73,7 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
         best = min(ends, key=lambda label: ends[label])
         lowest = format_number(ends[best], t)
         said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
-    items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in said)
-    return f'<div role="status"><ul class="said">{items}</ul></div>'
+    return render("compare.summary", t, sentences=said)
 
 
 def _position(x: float, axis: str, t: Texts) -> str:
@@ -112,7 +96,7 @@ def curve_table(curves: Curves, axis: str, t: Texts) -> str:
         )
         for x in places
     ]
-    return _table(t("run.as_table"), head, rows)
+    return render("compare.table", t, label=t("run.as_table"), head=head, rows=rows)
 
 
 def _sample_points(points: Sequence[tuple[float, float]]) -> dict[float, float]:
@@ -136,13 +120,11 @@ def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:
         ("trainable", [_optional_number(one.trainable, t) for one in known]),
     ):
         rows.append((t(f"compare.{key}"), values))
-    links = [
-        f'<a href="{escaped(t.url("run", run=run.id))}">{escaped(label)}</a> {state_badge(run, t)}'
+    runs = [
+        (t.url("run", run=run.id), label, state_badge(run, t))
         for run, label in zip(found.runs, found.labels, strict=True)
     ]
-    title = t("compare.outcomes")
-    note = f'<p class="note">{t("compare.outcomes_note")}</p>'
-    return f"<h2>{title}</h2>{note}" + _table(title, [""], rows, heads=links)
+    return render("compare.outcomes", t, runs=runs, rows=rows)
 
 
 def _change(one: Outcome, name: str, t: Texts) -> str:
@@ -159,23 +141,19 @@ def _optional_number(value: int | None, t: Texts) -> str:
 def settings_diff(found: RunSelection, t: Texts) -> str:
     """Returns the settings that differ."""
     seen = differences([run.recipe_text for run in found.runs])
-    parts = [f"<h2>{t('compare.settings')}</h2>"]
-    for place in seen.unreadable:
-        text = t("compare.unreadable", run=found.labels[place])
-        parts.append(f'<p class="note">{escaped(text)}</p>')
     rows = [
-        (name, [_DASH if value is None else _shorten(value) for value in values])
-        for name, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
+        (path, _label(path, t), [_DASH if value is None else _shorten(value) for value in values])
+        for path, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
     ][:_MAX_DIFFERENCES]
-    if rows:
-        head = [t("compare.setting"), *found.labels]
-        parts.append(_table(t("compare.settings"), head, rows, settings=t))
-    else:
-        parts.append(f"<p>{t('compare.no_difference')}</p>")
-    rest = len(seen.rows) - len(rows)
-    more = t("compare.more_differ", n=rest) if rest > 0 else ""
-    parts.append(f'<p class="note">{more} {t("compare.same", n=seen.same)}</p>')
-    return "".join(parts)
+    return render(
+        "compare.settings",
+        t,
+        unreadable=[found.labels[place] for place in seen.unreadable],
+        head=[t("compare.setting"), *found.labels],
+        rows=rows,
+        rest=len(seen.rows) - len(rows),
+        same=seen.same,
+    )
 
 
 def _label(path: str, t: Texts) -> str:
@@ -187,65 +165,25 @@ def _label(path: str, t: Texts) -> str:
 
 def samples(found: RunSelection, t: Texts) -> str:
     """Returns what the runs said to the same prompts."""
-    title, said = t("compare.samples"), compare_answers(found.runs)
+    said, note = compare_answers(found.runs), t("compare.samples_note")
     if not said:
-        asked = any(run.folder.samples.is_file() for run in found.runs)
-        why = t("compare.no_shared_samples" if asked else "compare.no_samples")
-        return f'<h2>{title}</h2><p class="note">{why}</p>'
-    head = [t("run.prompt"), t("run.expected"), *found.labels]
+        recorded = any(run.folder.samples.is_file() for run in found.runs)
+        note = t("compare.no_shared_samples" if recorded else "compare.no_samples")
+    missing = t("compare.not_asked")
     rows = [
         (
             _shorten(one.prompt),
             [
                 _shorten(one.expected),
-                *(
-                    t("compare.not_asked") if answer is None else _shorten(answer)
-                    for answer in one.answers
-                ),
+                *(missing if answer is None else _shorten(answer) for answer in one.answers),
             ],
         )
         for one in said
     ]
-    note = f'<p class="note">{t("compare.samples_note")}</p>'
-    return f"<h2>{title}</h2>{note}" + _table(title, head, rows, kind="samples")
+    head = [t("run.prompt"), t("run.expected"), *found.labels]
+    return render("compare.samples", t, head=head, rows=rows, note=note)
 
 
 def _shorten(text: str) -> str:
     words = text.strip()
     return words if len(words) <= _MAX_CELL else words[:_MAX_CELL] + "\u2026"
-
-
-def _table(
-    label: str,
-    head: Iterable[str],
-    rows: Iterable[tuple[str, Sequence[str]]],
-    *,
-    heads: Iterable[str] = (),
-    kind: str = "",
-    settings: Texts | None = None,
-) -> str:
-    """Returns a table that scrolls inside itself.
-
-    Args:
-        label: What it is called.
-        head: Titles of columns.
-        rows: Title and cells of each row.
-        heads: Titles that are HTML already, after the others.
-        kind: CSS class.
-        settings: Texts, where the titles of rows are paths of settings.
-    """
-    titles = [*map(escaped, head), *heads]
-    top = "".join(f'<th scope="col">{title}</th>' if title else "<td></td>" for title in titles)
-    body = ""
-    for title, cells in rows:
-        name = escaped(title)
-        if settings is not None:
-            label = _label(title, settings)
-            name = f'<span title="{name}">{escaped(label)}</span>' if label else name
-            name = name if label else f"<code>{name}</code>"
-        body += f'<tr><th scope="row">{name}</th>'
-        body += "".join(f"<td>{escaped(cell) or _DASH}</td>" for cell in cells) + "</tr>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escaped(label)}">'
-        f'<table class="{kind}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
