@@ -39,7 +39,7 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     page.wait_for_url(re.compile(r"/run\?run="))
     page.get_by_role("status").get_by_text("Finished").wait_for()
     page.get_by_role("heading", name="Two-minute demo").wait_for()
-    page.get_by_role("button", name="Try it").wait_for()
+    page.get_by_role("button", name="Open playground").wait_for()
     page.wait_for_function("document.title.startsWith('100 %')")
     page.get_by_role("link", name="Runs", exact=True).click()
     row = page.get_by_role("row", name="Two-minute demo")
@@ -77,18 +77,18 @@ def test_the_line_is_put_in_order_and_left(site, store, visit):
     page.get_by_role("button", name="Move fourth forward").click()
     items.nth(1).get_by_text("fourth").wait_for()
     assert items.nth(2).get_by_text(HOSTILE).is_visible()
-    page.get_by_role("button", name="Take second out").click()
+    page.get_by_role("button", name="Remove second from the queue").click()
     items.nth(0).get_by_text("fourth").wait_for()
     assert items.count() == 2
     page.get_by_role("row", name="second").get_by_text("Queued").wait_for()
     assert page.evaluate("window.hacked") is None
     # Every other page says it in its head.
     page.get_by_role("link", name="Help").click()
-    page.locator("#now").get_by_text("1 running, 2 waiting").wait_for()
+    page.locator("#now").get_by_text("1 running, 2 queued").wait_for()
     page.locator("#now").get_by_role("link", name=re.compile("long, ")).click()
     page.get_by_role("heading", name="long").wait_for()
     # The page of the run that goes on does not say it again.
-    page.locator("#now").get_by_text("2 waiting").wait_for()
+    page.locator("#now").get_by_text("2 queued").wait_for()
     assert "running" not in page.locator("#now").inner_text()
     for run in store.list("local"):
         if run.waiting:
@@ -102,7 +102,7 @@ def test_other_languages_phones_and_the_dark(site, store, visit):
     store.create("local", recipe(), "a name that is so long that it has to be broken into lines")
     page = visit(f"{site.url}/de?__theme=dark", viewport=PHONE)
     page.get_by_role("link", name="Mit QLoRA beginnen").wait_for()
-    page.get_by_text("In der Warteschlange").first.wait_for()
+    page.locator(".badge").get_by_text("In der Warteschlange").first.wait_for()
     assert overflow(page) <= 0
     assert violations(page) == []
     screenshot(page, "home-phone-dark")

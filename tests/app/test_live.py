@@ -90,7 +90,7 @@ def test_a_run_outlives_reload_and_server_and_goes_on_where_it_stopped(site, sto
     state(page).get_by_text("Finished").wait_for()
     page.get_by_text(f"step {stopped + 20} of {stopped + 20}").wait_for()
     assert f"Training starts at step {stopped}." in run.folder.events.read_text()
-    page.get_by_role("button", name="Try it").click()
+    page.get_by_role("button", name="Open playground").click()
     page.get_by_role("tab", name="Playground", selected=True).wait_for()
 
 
