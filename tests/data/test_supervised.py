@@ -52,8 +52,8 @@ def test_lightning_cli_makes_it_and_trains_on_it(root, write, tmp_path, monkeypa
             subclass_mode_data=True,
             save_config_callback=None,
         )
+        assert isinstance(made.datamodule, lightning_peft.SupervisedData)
     assert namespace_of(made.datamodule) == root
-    assert isinstance(made.datamodule, lightning_peft.SupervisedData)
     assert made.trainer.global_step == len(made.datamodule.train_dataloader()) > 1
     assert torch.isfinite(made.trainer.callback_metrics["val_loss"])
     assert made.datamodule.record["split_by"]["shares"] == {"validation": 0.2}
