@@ -148,6 +148,7 @@ def test_settings_have_the_names_of_the_form(store):
     one = store.create("local", "model: {init_args: {learning_rate: 1e-4}}\nfake: {a: 1}\n", "one")
     other = store.create("local", "model: {init_args: {learning_rate: 2e-4}}\nfake: {a: 2}\n", "b")
     shown = compare_html.settings_diff(select_runs(store, "local", [one.id, other.id]), Texts())
+    assert 'role="region" aria-label="Settings that differ"' in shown
     assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
     assert "<code>fake.a</code>" in shown
     assert shown.index("Learning rate") < shown.index("fake.a")
