@@ -1,10 +1,9 @@
 """The arguments of LoRA and QLoRA, each defined once: name, type, default and description.
 
 Strategies and callbacks derive from these dataclasses; the command line, YAML, the page's form and
-the reference read them.
+the reference read them. Annotations are objects, not text: jsonargparse would look text up in the
+module of the class that derives from these, and accept any value where it finds nothing there.
 """
-
-from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, Literal

@@ -40,7 +40,7 @@ def test_qlora_adds_its_own_defaults():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_argument_has_help_and_default_on_the_command_line(name):
-    parser = jsonargparse.ArgumentParser()
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(getattr(lightning_peft, name), "strategy")
     actions = {action.dest: action for action in parser._actions}
     for parameter in inspect.signature(CLASSES[name]).parameters.values():
@@ -48,6 +48,9 @@ def test_every_argument_has_help_and_default_on_the_command_line(name):
         assert action.default == parameter.default
         assert len(str(action.help)) > 20, parameter.name
     assert actions["strategy.r"].help == "Rank of the adapters."
+    for wrong in ("r=many", "verify=chep", "bias=lora_onyl"):
+        with pytest.raises(jsonargparse.ArgumentError):
+            parser.parse_args([f"--strategy.{wrong}"])
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -30,7 +30,7 @@ _OTHER_STEPS = {
 
 
 def notice(found: RunSelection, offered: int, t: Texts) -> str:
-    """Returns what is said of runs that cannot be compared, and where there are too few."""
+    """Returns the notice for runs that cannot be compared or are too few."""
     problems = []
     if found.missing:
         problems.append(t("compare.missing", runs=", ".join(found.missing)))
@@ -107,7 +107,7 @@ def _sample_points(points: Sequence[tuple[float, float]]) -> dict[float, float]:
 
 
 def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:
-    """Returns what came of the runs."""
+    """Returns the outcomes of the runs."""
     known = [outcome_of(run, one) for run, one in zip(found.runs, metrics, strict=True)]
     names = dict.fromkeys(name for one in known for name in one.after)
     rows: list[tuple[str, list[str]]] = [
@@ -157,14 +157,14 @@ def settings_diff(found: RunSelection, t: Texts) -> str:
 
 
 def _label(path: str, t: Texts) -> str:
-    """Returns what the form calls a setting; empty for one that it does not have."""
+    """Returns the form's label of a setting; empty for one that it does not have."""
     if path in BY_PATH:
         return t(f"fields.{BY_PATH[path].key}")
     return t(f"compare.path_{_OTHER_STEPS[path]}") if path in _OTHER_STEPS else ""
 
 
 def samples(found: RunSelection, t: Texts) -> str:
-    """Returns what the runs said to the same prompts."""
+    """Returns the samples of the runs for the same prompts."""
     said, note = compare_answers(found.runs), t("compare.samples_note")
     if not said:
         recorded = any(run.folder.samples.is_file() for run in found.runs)

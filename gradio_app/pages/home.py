@@ -54,7 +54,7 @@ def build(studio: Studio, t: Texts) -> None:
 
 
 def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
-    """Returns what a browser does not have yet."""
+    """Returns the updates that a browser does not have yet."""
     runs = studio.store.list(owner)
     page = home_html.RunPage.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.queue.order()]

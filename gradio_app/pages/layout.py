@@ -150,7 +150,7 @@ def active_run_banner(studio: Studio, t: Texts, request: gr.Request, page: str) 
 
 
 def page_title(t: Texts, page: str) -> str:
-    """Returns what the browser calls a page."""
+    """Returns the title of a page."""
     return f"{t('frame.title_' + (page or 'home'))} - {t('frame.name')}"
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 
 
 def changed_updates(items: Sequence[tuple[Any, Hashable]], seen: object) -> tuple[Any, list[Any]]:
-    """Returns what a browser is to be sent.
+    """Returns the updates to send to a browser.
 
     The browser keeps what it was sent last, in a component that nobody sees: so this is what it
     shows, also where the answers to a click and to the clock have overtaken each other.

@@ -48,13 +48,13 @@ def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
         model: A model without adapters; it is not changed.
         r: Rank of the adapters, on all linear layers.
     """
-    twin = meta_copy(model)
-    weights = {name: (p.numel(), p.element_size()) for name, p in twin.named_parameters()}
+    copy = meta_copy(model)
+    weights = {name: (p.numel(), p.element_size()) for name, p in copy.named_parameters()}
     count = sum(numel for numel, _ in weights.values())
     dense = sum(numel * size for numel, size in weights.values())
-    engine.inject(twin, r=r)
-    adapters = sum(p.numel() for p in engine.all_adapter_parameters(twin))
-    quantized = [weights[f"{name}.weight"] for name in engine.adapted_layers(twin)]
+    engine.inject(copy, r=r)
+    adapters = sum(p.numel() for p in engine.all_adapter_parameters(copy))
+    quantized = [weights[f"{name}.weight"] for name in engine.adapted_layers(copy)]
     config = engine.quantization_config()
     stored_bytes = engine.backend_for(config).stored_bytes
     saved = sum(numel * size - stored_bytes(numel, config) for numel, size in quantized)

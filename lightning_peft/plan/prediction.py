@@ -94,7 +94,7 @@ def predict(source: ModelSource, settings: PlanSettings, step: Step | None = Non
         ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
     """
     traced = trace(
-        source.twin(),
+        source.build_meta_copy(),
         lambda: source.batch(settings.batch_size, settings.seq_len, settings.is_padded),
         settings,
         step or source.step,

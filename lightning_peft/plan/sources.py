@@ -1,4 +1,4 @@
-"""Where a twin comes from: a hub name, a folder with a config, a config, or the user's module."""
+"""Sources of a meta copy: a hub name, a folder with a config, a config, or the user's module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelSource:
 
     Attributes:
         name: What to call it.
-        twin: Makes a new twin on the meta device, without adapters.
+        build_meta_copy: Builds a new copy on the meta device, without adapters.
         batch: Makes a batch of so many rows and tokens, with a mask where rows are padded.
         vocabulary: Size of the vocabulary, if there is one.
         longest: Longest sequence that the model was made for, if it says so.
@@ -37,7 +37,7 @@ class ModelSource:
     """
 
     name: str
-    twin: Callable[[], nn.Module]
+    build_meta_copy: Callable[[], nn.Module]
     batch: Callable[[int, int, bool], Any]
     vocabulary: int | None = None
     longest: int | None = None
@@ -85,7 +85,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
     model_class = _class_of(config)
     text = config.get_text_config()
 
-    def twin() -> nn.Module:
+    def build_meta_copy() -> nn.Module:
         own = copy.deepcopy(config)
         own.quantization_config = None
         with torch.device("meta"):
@@ -96,7 +96,7 @@ def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource
 
     return ModelSource(
         name or model_class.__name__,
-        twin,
+        build_meta_copy,
         batch_maker(model_class, config),
         getattr(text, "vocab_size", None),
         getattr(text, "max_position_embeddings", None),

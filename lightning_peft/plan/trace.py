@@ -1,4 +1,4 @@
-"""One training step of a twin, with every byte counted.
+"""One training step of a meta copy, with every byte counted.
 
 The order is Lightning's: forward, then the old gradients are dropped, then backward, then the step.
 A second step is what is traced, so that the optimizer's states exist.
@@ -67,7 +67,7 @@ def trace(
     """Traces a training step.
 
     Args:
-        module: A twin on the meta device, without adapters or with them; it is changed.
+        module: A copy on the meta device, without adapters or with them; it is changed.
         batch: Makes a batch; called where new tensors have no values.
         settings: What to trace.
         step: Returns the loss of a module on a batch; by default ``training_step``, or what the

@@ -76,14 +76,14 @@ def batch_for(kind: str) -> Tensor:
     return torch.randn(*(() if "without" in kind else (2,)), 8, *(9, 8, 7)[:spatial])
 
 
-def dense_twin(make, layer) -> nn.Module:
+def dense_copy(make, layer) -> nn.Module:
     """A plain layer with the weight that ``layer`` computes with."""
-    twin = make()
+    dense = make()
     with torch.no_grad():
-        twin.weight.copy_(layer.effective_weight())
-        if twin.bias is not None:
-            twin.bias.copy_(layer.bias)
-    return twin
+        dense.weight.copy_(layer.effective_weight())
+        if dense.bias is not None:
+            dense.bias.copy_(layer.bias)
+    return dense
 
 
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["dense", "nf4"])
@@ -93,12 +93,12 @@ def test_outputs_and_gradients_are_those_of_the_summed_weight(kind, quantization
     layer = model[0]
     assert isinstance(layer, LoraConvolution)
     assert isinstance(layer, FourBitConvolution) == (quantization is not None)
-    twin = dense_twin(LAYERS[kind], layer)
+    dense = dense_copy(LAYERS[kind], layer)
     mine = batch_for(kind).requires_grad_()
     theirs = mine.detach().clone().requires_grad_()
-    assert relative_error(model(mine), twin(theirs)) < 1e-6
+    assert relative_error(model(mine), dense(theirs)) < 1e-6
     model(mine).pow(2).sum().backward()
-    twin(theirs).pow(2).sum().backward()
+    dense(theirs).pow(2).sum().backward()
     assert relative_error(mine.grad, theirs.grad) < 1e-5
     # By the chain rule through W + s B A, whose gradient the dense layer has.
     a, b = (factor.detach().requires_grad_() for factor in layer.factors("default"))
@@ -106,7 +106,7 @@ def test_outputs_and_gradients_are_those_of_the_summed_weight(kind, quantization
         delta = torch.einsum("ir...,or->io...", a, b.flatten(1))
     else:
         delta = torch.einsum("ri...,or->oi...", a, b.flatten(1))
-    (delta * 2).backward(twin.weight.grad)
+    (delta * 2).backward(dense.weight.grad)
     for factor, expected in zip(layer.factors("default"), (a, b), strict=True):
         assert relative_error(factor.grad, expected.grad) < 1e-5
     assert stored_parameter(layer, "weight").grad is None
@@ -145,8 +145,8 @@ def test_fresh_adapters_change_nothing_bit_for_bit(kind, init) -> None:
 @pytest.mark.parametrize("kind", OWN)
 def test_classes_with_a_forward_of_their_own_compute_with_the_summed_weight(kind) -> None:
     model, x = adapted(OWN[kind]), batch_for(kind)
-    twin = dense_twin(OWN[kind], model[0])
-    assert relative_error(model(x), twin(x)) < 1e-6
+    dense = dense_copy(OWN[kind], model[0])
+    assert relative_error(model(x), dense(x)) < 1e-6
     model(x).pow(2).sum().backward()
     assert all(p.grad.any() for p in engine.adapter_parameters(model).values())
 
@@ -195,9 +195,9 @@ def test_autograd_keeps_no_dequantized_kernel(kind) -> None:
 @pytest.mark.parametrize("kind", ["2d", "2d up"])
 def test_gradients_of_gradients_pass_a_quantized_kernel(kind) -> None:
     model, x = adapted(LAYERS[kind], NF4), batch_for(kind).double().float().requires_grad_()
-    twin = dense_twin(LAYERS[kind], model[0])
+    dense = dense_copy(LAYERS[kind], model[0])
     penalties = []
-    for net in (model, twin):
+    for net in (model, dense):
         (gradient,) = torch.autograd.grad(net(x).pow(2).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(gradient.pow(2).sum(), x)
         penalties.append(second)

@@ -80,12 +80,12 @@ def test_the_same_numbers_as_peft(kind) -> None:
 def test_rows_are_those_of_the_summed_table(kind) -> None:
     model = adapted(kind)
     randomize(model)
-    twin = LAYERS[kind]()
+    dense = LAYERS[kind]()
     with torch.no_grad():
-        twin.weight.copy_(model.embed.effective_weight())
-    assert relative_error(model.embed(IDS), twin(IDS)) < 1e-6
+        dense.weight.copy_(model.embed.effective_weight())
+    assert relative_error(model.embed(IDS), dense(IDS)) < 1e-6
     lightning_peft.merge(model)
-    assert relative_error(model.embed(IDS), twin(IDS)) < 1e-6
+    assert relative_error(model.embed(IDS), dense(IDS)) < 1e-6
 
 
 class Largest(TorchDispatchMode):

@@ -138,29 +138,29 @@ def test_copies_are_whole_and_independent(way: str, quantized: dict) -> None:
     lightning_peft.inject(model, r=4, lora_dropout=0.1, **quantized)
     randomize(model)
     if way == "deepcopy":
-        twin = copy.deepcopy(model)
+        other = copy.deepcopy(model)
     elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
+        other = pickle.loads(pickle.dumps(model))
     else:
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    model.eval(), twin.eval()
+        other = torch.load(file, weights_only=False)
+    model.eval(), other.eval()
     x = torch.randn(3, 96)
     expected = model(x)
-    assert torch.equal(twin(x), expected)
-    assert type(twin.first) is type(model.first)
-    assert type(twin.first._parameters["weight"]) is type(model.first._parameters["weight"])
-    assert lightning_peft.report(twin) == lightning_peft.report(model)
+    assert torch.equal(other(x), expected)
+    assert type(other.first) is type(model.first)
+    assert type(other.first._parameters["weight"]) is type(model.first._parameters["weight"])
+    assert lightning_peft.report(other) == lightning_peft.report(model)
     # Everything still works on the copy, and nothing of it reaches the original.
-    randomize(twin)
-    with lightning_peft.disable_adapters(twin):
-        twin(x)
-    twin.train()(x).sum().backward()
-    lightning_peft.merge(twin)
-    lightning_peft.unload(twin)
-    assert type(twin.first) is nn.Linear
+    randomize(other)
+    with lightning_peft.disable_adapters(other):
+        other(x)
+    other.train()(x).sum().backward()
+    lightning_peft.merge(other)
+    lightning_peft.unload(other)
+    assert type(other.first) is nn.Linear
     assert torch.equal(model(x), expected)
 
 
@@ -171,9 +171,9 @@ def test_a_merged_quantized_module_can_be_pickled() -> None:
     x = torch.randn(3, 96)
     before = model(x)
     lightning_peft.merge(model)
-    twin = pickle.loads(pickle.dumps(model))
-    lightning_peft.unmerge(twin)
-    assert torch.equal(twin(x), before)
+    other = pickle.loads(pickle.dumps(model))
+    lightning_peft.unmerge(other)
+    assert torch.equal(other(x), before)
 
 
 def test_a_custom_getstate_is_used() -> None:

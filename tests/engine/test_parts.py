@@ -144,8 +144,8 @@ def test_layers_in_blocks_of_one_class_are_not_heads_next_to_another() -> None:
     gates = {name: Gate() for name in ("first", "second", "third")}
     assert list(find_heads(nn.ModuleDict({**gates, "head": nn.Linear(4, 2)}))) == ["head"]
     assert list(find_heads(nn.ModuleDict(gates))) == ["first.fc", "second.fc", "third.fc"]
-    twins = {name: Gate() for name in ("student", "teacher")}
-    both = nn.ModuleDict({**twins, "head": nn.Linear(4, 2)})
+    pair = {name: Gate() for name in ("student", "teacher")}
+    both = nn.ModuleDict({**pair, "head": nn.Linear(4, 2)})
     assert list(find_heads(both)) == ["student.fc", "teacher.fc", "head"]
 
 

@@ -124,7 +124,9 @@ class Unet(nn.Module):
         """What models of diffusers have."""
 
 
-def twins(online: nn.Module, freeze: Callable[[nn.Module], nn.Module] | None, **rest: Any) -> Whole:
+def momentum_pair(
+    online: nn.Module, freeze: Callable[[nn.Module], nn.Module] | None, **rest: Any
+) -> Whole:
     momentum = copy.deepcopy(online)
     return Whole(student=online, momentum=freeze(momentum) if freeze else momentum, **rest)
 
@@ -372,30 +374,30 @@ SHAPES = [
     # Copies
     Shape(
         "momentum copy", "momentum copy that is frozen (MoCo, DINO)",
-        lambda: twins(net(8, 16, 16), still, predictor=net(16, 4)),
+        lambda: momentum_pair(net(8, 16, 16), still, predictor=net(16, 4)),
         ("student", "momentum"), {}, ("predictor",), ("momentum",), ("momentum",),
         note="its adapters follow",
     ),
     Shape(
         "momentum copy that trains", "momentum copy that is not frozen (BYOL)",
-        lambda: twins(net(8, 16, 16), None, predictor=net(16, 4)),
+        lambda: momentum_pair(net(8, 16, 16), None, predictor=net(16, 4)),
         ("student", "momentum"), {}, ("predictor",),
         note="its adapters follow, where no optimizer holds them",
     ),
     Shape(
         "momentum copy of transformers", "the same of a transformers or timm model",
-        lambda: twins(bert(), still, predictor=net(16, 4)),
+        lambda: momentum_pair(bert(), still, predictor=net(16, 4)),
         ("student", "momentum"), {}, ("predictor",), ("momentum",), ("momentum",),
         note="its adapters follow",
     ),
     Shape(
         "momentum copy of transformers that trains", "",
-        lambda: twins(bert(), None, predictor=net(16, 4)),
+        lambda: momentum_pair(bert(), None, predictor=net(16, 4)),
         ("student", "momentum"), {}, ("predictor",),
     ),
     Shape(
         "momentum copy of a model and its projection", "",
-        lambda: twins(nn.Sequential(bert(), net(16, 8)), fixed),
+        lambda: momentum_pair(nn.Sequential(bert(), net(16, 8)), fixed),
         ("student.0", "momentum.0"), {}, ("student.1",), (), ("momentum.0",),
     ),
     Shape(
@@ -410,7 +412,7 @@ SHAPES = [
     ),
     Shape(
         "copy of the whole network", "",
-        lambda: twins(net(8, 16, 16), still),
+        lambda: momentum_pair(net(8, 16, 16), still),
         ("student.0", "momentum.0"), {}, ("student.3",), ("momentum",), ("momentum",),
     ),
     # Diffusion

@@ -215,13 +215,13 @@ class MomentumContrast(pl.LightningModule):
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_momentum = copy.deepcopy(self.projection)
         self.prediction_head = nn.Linear(32, 32)
-        for twin in (self.backbone_momentum, self.projection_momentum):
-            for param in twin.parameters():
+        for other in (self.backbone_momentum, self.projection_momentum):
+            for param in other.parameters():
                 param.requires_grad = not freeze
 
     @torch.no_grad()
-    def update(self, model, twin):
-        for follower, leader in zip(twin.parameters(), model.parameters(), strict=True):
+    def update(self, model, other):
+        for follower, leader in zip(other.parameters(), model.parameters(), strict=True):
             follower.data = follower.data * self.momentum + leader.data * (1.0 - self.momentum)
 
     def contrast(self, x):

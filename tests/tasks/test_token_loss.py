@@ -274,12 +274,12 @@ def test_the_trial_leaves_random_numbers_hooks_and_modes_alone():
 
 def test_the_planner_can_trace_it():
     model, parts = tiny_llama(), TokenLoss()
-    twin = meta_copy(model)
+    other = meta_copy(model)
     with fake_mode() as mode:
-        make_fake(twin, mode)
+        make_fake(other, mode)
         batch = {name: torch.empty(2, 9, dtype=torch.int64) for name in batch_of()}
         with MemoryTracker(VOCABULARY) as ledger:
-            parts.train(twin, twin, batch).backward()
+            parts.train(other, other, batch).backward()
     assert ledger.peak > 0
-    assert twin.lm_head.weight.grad.shape == model.lm_head.weight.shape
+    assert other.lm_head.weight.grad.shape == model.lm_head.weight.shape
     assert parts._chunked is None

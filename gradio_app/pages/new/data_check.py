@@ -38,7 +38,7 @@ def unavailable_model(content: dict[str, Any]) -> str:
 
 
 def require_report(editor: Editor, session: Session) -> DataReport:
-    """Returns what is known of the data of a session, looked at now if need be.
+    """Returns the data report of a session, checked now if necessary.
 
     Raises:
         UserError: If no data is chosen.

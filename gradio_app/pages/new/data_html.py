@@ -31,12 +31,12 @@ def selected_data(place: str, t: Texts) -> str:
 
 
 def choose_data(t: Texts) -> str:
-    """Returns what stands for the look at the data where none is chosen."""
+    """Returns the report where no data is chosen."""
     return f'<p class="note">{escaped(t("new.data_then"))}</p>'
 
 
 def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None = None) -> str:
-    """Returns what is shown while the data is looked at.
+    """Returns the progress shown while the data is checked.
 
     Args:
         t: The texts.

@@ -135,7 +135,7 @@ class Editor:
         return [self.session, self.draft, *(one for ones, _ in self._displays for one in ones)]
 
     def updates(self, session: Session) -> list[Any]:
-        """Returns what all components show."""
+        """Returns the values of all components."""
         found: list[Any] = [session, draft_of(session)]
         for components, update in self._displays:
             values = list(update(session))
@@ -236,7 +236,7 @@ class Editor:
         return session
 
     def places(self, session: Session) -> AllowedPaths:
-        """Returns what the owner of a session may read."""
+        """Returns the places that the owner of a session may read."""
         return AllowedPaths(self.studio.settings, session.owner)
 
 
@@ -246,7 +246,7 @@ def problem_html(text: str) -> str:
 
 
 def draft_of(session: Session) -> dict[str, str]:
-    """Returns what the browser keeps of a page: the recipe, and what it was made of."""
+    """Returns the draft kept by the browser: the recipe and its choices."""
     return {"recipe": dump_yaml(session.content), "since": dump_yaml(session.baseline)}
 
 

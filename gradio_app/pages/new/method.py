@@ -139,17 +139,17 @@ def _choice_label(choice: Any, field: Field, t: Texts) -> str:
 
 
 def unset_text(field: Field, t: Texts) -> str:
-    """Returns what a setting is where nothing is typed."""
+    """Returns the default text of a setting."""
     return t("fields.unset", value=t(f"fields.{field.key}_unset"))
 
 
 def _localize(field: Field, value: Any, t: Texts) -> Any:
-    """Returns what the form shows of a setting, with the decimal sign of the language."""
+    """Returns the form's value of a setting, with the decimal sign of the language."""
     return t.localized(value) if field.kind in _DECIMAL_KINDS and isinstance(value, str) else value
 
 
 def normalize_decimal(field: Field, value: Any, t: Texts) -> Any:
-    """Returns what was typed for a setting as a recipe writes it."""
+    """Returns the typed value of a setting as a recipe writes it."""
     comma = field.kind in _DECIMAL_KINDS and isinstance(value, str) and t.language == "de"
     return value.replace(",", ".") if comma and value.count(",") == 1 else value
 
@@ -169,7 +169,7 @@ def _group_visibility(group: str, session: Session) -> Any:
 
 
 def error_update(field: Field, session: Session, t: Texts) -> Any:
-    """Returns what a setting looks like: marked, with the reason, where what is typed cannot be."""
+    """Returns the look of a setting: marked, with the reason, where its value is invalid."""
     return gr.update(**_error_props(field, session, t))
 
 

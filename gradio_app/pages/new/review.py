@@ -155,7 +155,7 @@ def _refresh_handler(editor: Editor) -> Any:
 
 
 def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tuple[str, str]]:
-    """Returns what is in the way, with the step in which it can be solved.
+    """Returns the obstacles, with the step in which each can be solved.
 
     Args:
         editor: The page.
@@ -204,7 +204,7 @@ def _start_handler(editor: Editor, steps: int | None) -> Any:
 
 
 def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[Any]:
-    """Returns what both buttons are like, and what is said beside them."""
+    """Returns the state of both buttons and the text next to them."""
     free = not starting and not blocked
     key = "new.starting" if starting else "new.start_blocked"
     said = "" if free else f'<p class="note" role="status">{escaped(t(key))}</p>'
@@ -246,7 +246,7 @@ def _data_error(report: DataReport) -> UserError:
 
 
 def _default_title(content: dict[str, Any]) -> str:
-    """Returns what a run is called if its owner calls it nothing: data and model."""
+    """Returns the default name of a run: data and model."""
     data = data_of(content).rpartition("/")[2]
     model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]
     words = data.split("-")

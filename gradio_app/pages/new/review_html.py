@@ -44,7 +44,7 @@ def step_of(problem: UserError) -> str:
 def overview(
     session: Session, blocking: list[tuple[str, str]], settings: Settings, t: Texts, asked: bool
 ) -> str:
-    """Returns what will happen, or what is in the way, each with a link to its step.
+    """Returns the summary of the run, or the obstacles with links to their steps.
 
     Args:
         session: What the page edits.

@@ -192,7 +192,7 @@ def _updates(session: Session, t: Texts) -> list[Any]:
 
 
 def _undo_html(session: Session, t: Texts) -> str:
-    """Returns what a change of the task has kept, with the button that takes it back."""
+    """Returns the settings that a change of the task has kept, with the undo button."""
     if session.undo is None:
         return ""
     before = session.undo[0]

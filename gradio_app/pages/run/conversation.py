@@ -62,7 +62,7 @@ class ChatRequest:
 
 
 def parse_request(run: Run, question: Any, values: tuple[Any, ...]) -> ChatRequest:
-    """Returns what a visitor has asked.
+    """Returns the validated question of a visitor.
 
     Args:
         run: The run.

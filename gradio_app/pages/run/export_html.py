@@ -60,14 +60,14 @@ class ExportForm:
 
 
 def checkpoint_label(one: Checkpoint, t: Texts) -> str:
-    """Returns what a checkpoint is called."""
+    """Returns the label of a checkpoint."""
     if one.step is None:
         return one.name
     return t("export.at_step", name=one.name, step=one.step)
 
 
 def empty(run: Run, t: Texts) -> str:
-    """Returns what is said before there is anything to take along."""
+    """Returns the notice before the first checkpoint."""
     active_exports = run.active or run.waiting
     text = t("export.empty_going" if active_exports else "export.empty")
     title = t("export.empty_title")
@@ -75,7 +75,7 @@ def empty(run: Run, t: Texts) -> str:
 
 
 def about(studio: Studio, run: Run, form: ExportForm, t: Texts) -> str:
-    """Returns what an export is, how large, what it takes, and why it is refused now."""
+    """Returns the description of an export: size, needs, and the reason of a refusal."""
     if form.kind not in FORMATS or form.checkpoint is None:
         return ""
     parts = [t(f"export.about_{form.kind}")]
@@ -115,7 +115,7 @@ def _size_note(form: ExportForm, found: BaseSize | None, t: Texts) -> str:
 
 
 def push_confirmation(run: Run, export: Export, t: Texts) -> str:
-    """Returns what would be pushed, before it is."""
+    """Returns the list of files to push."""
     kind = t("export.is_private" if export.request.private else "export.is_public")
     total = format_bytes(sum(count for _, count in export.files), t)
     said = t(
@@ -202,7 +202,7 @@ def _finished_export(run: Run, export: Export, found: Checkpoint | None, t: Text
 
 
 def _redacted(text: str, run: Run, export: Export) -> str:
-    """Returns what is said of an export; strangers have the folder that is in the zip."""
+    """Returns the card of an export; on a Space, folders are those of the zip."""
     if run.redactor.settings.space:
         text = text.replace(str(export.output), export.run_name)
     return run.redactor.text(text)

@@ -197,7 +197,7 @@ class ExportTab:
             ).success(None, self._file, None, js=_SAVE)
 
     def refresh(self, request: gr.Request, *values: Any) -> list[Any]:
-        """Returns what has changed."""
+        """Returns the changed updates."""
         inputs = ExportInputs(*values)
         try:
             run = self.studio.store.get(self._owner(request), inputs.run_id)

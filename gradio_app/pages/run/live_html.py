@@ -29,7 +29,7 @@ MAX_OTHER_METRICS = 3
 
 
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[HealthWarning], t: Texts) -> str:
-    """Returns what the visitor should look at."""
+    """Returns the alerts."""
     found = [event for event in events if event.get("kind") in ALERTS or "alert" in event]
     rows = [*(_health_alert(one, t) for one in warned), *(_alert(event, t) for event in found)]
     return render("live.alerts", t, rows=rows) if rows else ""
@@ -90,7 +90,7 @@ def numbers(metrics: Metrics, t: Texts) -> str:
 
 
 def _other_metrics(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
-    """Returns what else is measured on the validation rows."""
+    """Returns the other metrics of the validation rows."""
     names = [name for name in latest if name.startswith("val_") and name != "val_loss"]
     return [
         (metric(name, t), format_number(latest[name], t), "") for name in names[:MAX_OTHER_METRICS]

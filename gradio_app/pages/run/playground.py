@@ -73,8 +73,8 @@ class PlaygroundTab:
         )
         for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
             button.click(report_errors(t)(act), self.run_id, p.model_status, **every)
-        anew = (p.reset.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
-        for event in anew:
+        resets = (p.reset.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
+        for event in resets:
             event(
                 report_errors(t)(self._reset),
                 p.settings,

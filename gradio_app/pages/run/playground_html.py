@@ -19,13 +19,13 @@ _LOADING_KEYS = {
 
 
 def empty(t: Texts) -> str:
-    """Returns what stands there before the first checkpoint."""
+    """Returns the notice before the first checkpoint."""
     more = f"<p>{t('playground.empty_more')}</p>"
     return f'<div class="nothing"><h2>{t("playground.empty")}</h2>{more}</div>'
 
 
 def unsupported(kind: str, t: Texts) -> str:
-    """Returns what is said of a run whose task cannot be talked to."""
+    """Returns the notice for a run whose task cannot chat."""
     what = t(f"playground.silent_{kind}")
     more = render_code_spans(t("playground.silent_more"))
     return f'<div class="nothing"><h2>{t("playground.silent")}</h2><p>{what}</p><p>{more}</p></div>'

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> str:
-    """Returns what the model said to the same prompts at different steps.
+    """Returns the model's answers to the same prompts at different steps.
 
     Args:
         rows: What the run has written.

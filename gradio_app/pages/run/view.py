@@ -121,7 +121,7 @@ class RunView:
     def update(
         self, run_id: str, seen: Any, choices: Any, request: gr.Request, notice: str = "unknown"
     ) -> list[Any]:
-        """Returns what the browser does not have yet.
+        """Returns the updates that the browser does not have yet.
 
         Args:
             run_id: Which run.
