@@ -499,4 +499,4 @@ def test_a_german_page_has_decimal_commas_in_its_fields():
     session = Session(base_recipe("sft"), base_recipe("sft"))
     apply_field(session, warmup, normalize_decimal(BY_PATH[warmup], "0,25", t))
     assert value_at(session.content, warmup) == 0.25
-    assert "Anlauf: 0,03 → 0,25" in changed_html(session, t)
+    assert "Warm-up: 0,03 → 0,25" in changed_html(session, t)
