@@ -69,8 +69,8 @@ def read_prompts(file: str) -> list[Prompt]:
             bad.append(str(number))
     if bad:
         raise ConfigError(
-            f"--prompts {file!r}: line {', '.join(bad[:12])} is no JSON object with a text called "
-            "`prompt`."
+            f"--prompts {file!r}: line {', '.join(bad[:12])} is not a JSON object with a text "
+            "called `prompt`."
         )
     if refused:
         raise ConfigError(

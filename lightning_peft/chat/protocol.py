@@ -211,7 +211,7 @@ def _checked(row: dict[str, Any] | None, key: Any, names: list[str]) -> dict[str
         ConfigError: If they cannot; all that is wrong at once.
     """
     if row is None:
-        raise ConfigError("The line is no JSON object. A request is one, on a line of its own.")
+        raise ConfigError("The line is not a JSON object. A request is one, on a line of its own.")
     unknown = [name for name in row if name not in FIELDS]
     problems = [f"there is no field {name!r}{similar_names(name, FIELDS)}" for name in unknown]
     if key is None:

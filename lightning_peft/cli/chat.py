@@ -185,7 +185,7 @@ def _serve(args: argparse.Namespace) -> int:
     def make(progress: Callable[[str], None]) -> Any:
         return load_chat_model(args, args.temperature, args.top_p, progress)
 
-    # A byte that is no UTF-8 makes a bad request, and no end.
+    # A byte that is not UTF-8 makes a bad request, and no end.
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     # Nothing else may get between the lines of the protocol.
     with redirect_stdout(sys.stderr):

@@ -59,7 +59,7 @@ def causal_lm_class(config: Any) -> Any:
 
 
 def model_from_config(model_class: Any, config: Any, dtype: Any) -> Any:
-    """Returns a model of a class that is no Auto class, with weights of ``dtype``.
+    """Returns a model of a class that is not an Auto class, with weights of ``dtype``.
 
     Public alternative: ``from_config`` of the Auto classes, which choose the class themselves.
     """

@@ -57,7 +57,7 @@ def load_from_checkpoint(
         cls = bind_to_lightning(cls, namespace_in_use())
     root = namespace_of_class(cls)
     if root is None:
-        raise ConfigError(f"{cls.__name__} is no LightningModule.")
+        raise ConfigError(f"{cls.__name__} is not a LightningModule.")
     io = bind_to_lightning(WholeFileCheckpointIO, root)()
     checkpoint = unpack_checkpoint(read_checkpoint(io.load_checkpoint, path, weights_only))
     if CHECKPOINT_KEY not in checkpoint:

@@ -28,7 +28,7 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # So that a test can send bytes that are no UTF-8.
+            # So that a test can send bytes that are not UTF-8.
             errors="surrogateescape",
         )
         self.loading: list[dict[str, Any]] = []
@@ -138,10 +138,10 @@ def test_an_answer_is_stopped_and_so_is_one_that_waits(client: Client) -> None:
 @pytest.mark.parametrize(
     ("row", "key", "said"),
     [
-        ("no JSON", None, "is no JSON object"),
-        ([1], None, "is no JSON object"),
-        ("[" * 100_000, None, "is no JSON object"),
-        ("\udcff", None, "is no JSON object"),
+        ("no JSON", None, "is not a JSON object"),
+        ([1], None, "is not a JSON object"),
+        ("[" * 100_000, None, "is not a JSON object"),
+        ("\udcff", None, "is not a JSON object"),
         ({"id": 1, "messages": [{"role": "user", "content": " "}]}, 1, "content is empty"),
         (
             {"id": 1, "messages": [*QUESTION, {"role": "system", "content": "x"}, *QUESTION]},

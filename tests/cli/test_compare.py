@@ -101,7 +101,7 @@ def test_bad_input(
     data = [run, "--data", str(examples), *PLAIN]
     for words, message in [
         ([run, "--prompts", str(tmp_path / "absent")], "cannot be read as text"),
-        ([run, "--prompts", str(broken)], "line 2, 3 is no JSON object with a text"),
+        ([run, "--prompts", str(broken)], "line 2, 3 is not a JSON object with a text"),
         ([run, "--data", "absent.jsonl"], "not a file or folder here"),
         ([*data, "--columns", "prompt"], "--columns prompt: write OURS=THEIRS"),
         ([*data, "--output", str(taken)], "is there already"),

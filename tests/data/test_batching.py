@@ -133,6 +133,6 @@ def test_a_run_resumed_inside_an_epoch_sees_the_same_batches(
 def test_lightning_keeps_the_order_of_several_processes(make, write):
     data = make(write(pairs(30)), validation_share=0, length_grouping=True)
     loader = data.train_dataloader()
-    # Lightning puts a sampler of its own in place of any that is no DistributedSampler.
+    # Lightning puts a sampler of its own in place of any that is not a DistributedSampler.
     assert isinstance(loader, DataLoader)
     assert isinstance(loader.sampler, torch.utils.data.DistributedSampler)

@@ -78,7 +78,7 @@ def test_other_bases_and_files_are_refused(tmp_path):
         lightning_peft.load_from_checkpoint(Other, file)
     with pytest.raises((CheckpointError, ValueError), match="layers"):
         lightning_peft.load_from_checkpoint(Smaller, file)
-    with pytest.raises(ConfigError, match="is no LightningModule"):
+    with pytest.raises(ConfigError, match="is not a LightningModule"):
         lightning_peft.load_from_checkpoint(Linears, file)
     plain = trainer(tmp_path, "auto")
     plain.fit(task(), loader())
