@@ -38,7 +38,7 @@ class Lifecycle:
         injection: What to do.
         print_summary: Whether to print what was adapted when training starts.
         checks: What is checked when training starts.
-        facts: What the ``provenance.json`` of every adapter that is saved says besides.
+        provenance: Further content for the ``provenance.json`` of every saved adapter.
     """
 
     def __init__(self, arguments: LoRAArguments) -> None:

@@ -68,7 +68,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
             names = ("recipe_sha256", "task", "data")
-            lifecycle.facts = {
+            lifecycle.provenance = {
                 "run": self.folder.path.name,
                 **{name: facts[name] for name in names},
             }
@@ -220,8 +220,8 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         # Checkpoint callbacks come after the others, so the adapter they save knows its metrics.
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
-            lifecycle.facts = {
-                **lifecycle.facts,
+            lifecycle.provenance = {
+                **lifecycle.provenance,
                 "metrics": {"before": self.before, "after": metrics},
             }
         losses = [row["val_loss"] for row in self.validations.values() if "val_loss" in row]

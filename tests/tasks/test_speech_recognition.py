@@ -162,7 +162,7 @@ def test_languages_have_to_fit_the_model(many, data, tmp_path):
     one = task(config={**WHISPER, "eos_token_id": 0})
     with pytest.raises(ConfigError, match="'de', .* 'tiny' knows no languages and tasks"):
         trainer(tmp_path).fit(one, language)
-    with pytest.raises(ConfigError, match="makes 16 mel bins, and 'tiny' hears 8"):
+    with pytest.raises(ConfigError, match="makes 16 mel bins, and 'tiny' takes 8"):
         trainer(tmp_path).fit(task(config={**WHISPER, "num_mel_bins": 8}), data)
 
 
