@@ -14,8 +14,8 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
-# The module and the data of dpo, and those of translation.
-NEAR = {"orpo-qlora", "summarization-qlora"}
+# Near to another trial: dpo has their module and data, translation too, images have such a head.
+NEAR = {"orpo-qlora", "summarization-qlora", "reward-qlora", "text-classification-qlora"}
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {
