@@ -47,7 +47,12 @@ def test_every_page_can_be_read_by_everyone(site, visit, page):
     assert overflow(opened) <= 0
 
 
-@pytest.mark.parametrize("page", ["", "new#all", "compare", "help"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "page", ["", "new#all", pytest.param("compare", marks=LONG), pytest.param("help", marks=LONG)]
+)
 def test_german_pages_are_german(site, visit, page):
     # Also for a browser that is not.
     opened = visit(f"{site.url}/{'de-' if page else 'de'}{page}", locale="en-US")

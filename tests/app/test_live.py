@@ -201,6 +201,7 @@ def test_who_waits_sees_the_place_and_who_stops_at_once_is_asked(site, store, vi
     state(page).get_by_text("Finished").wait_for()
 
 
+@pytest.mark.long
 def test_a_run_that_rests_is_seen_to_go_on_elsewhere(site, store, visit, running):
     run = running("in two tabs")
     pages = [visit(address(site, run)) for _ in range(2)]

@@ -268,6 +268,7 @@ def test_checkboxes_have_room_for_their_words(visit, site):
         assert page.locator(f"#f-{name}").bounding_box()["width"] >= 200, name
 
 
+@pytest.mark.long
 def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     page = opened(visit, site, "#method")
     looked_at_memory = page.locator("#memory .memory")
@@ -293,6 +294,7 @@ def test_what_does_not_fit_is_made_to_fit_by_a_click(visit, site):
     )
 
 
+@pytest.mark.long
 def test_a_recipe_is_uploaded_edited_and_kept_through_a_restart(visit, serve):
     site = serve(trainer="fake")
     page = opened(visit, site)

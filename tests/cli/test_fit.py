@@ -6,6 +6,7 @@ import json
 import signal
 import time
 
+import pytest
 import torch
 from trials import QUIET, small
 
@@ -100,6 +101,7 @@ def test_a_second_interrupt_stops_at_once(program, tmp_path) -> None:
     assert folder.newest_checkpoint() is None
 
 
+@pytest.mark.long
 def test_two_processes_keep_one_record(program, tmp_path) -> None:
     devices = [
         "--trainer.devices=2",

@@ -14,8 +14,12 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
-# Near to another trial: dpo has their module and data, translation too, images have such a head.
-NEAR = {"orpo-qlora", "summarization-qlora", "reward-qlora", "text-classification-qlora"}
+# Near to another trial: pairs of reward are those of dpo and orpo, speech has an encoder and a
+# decoder as summaries and translation have, and images and tokens are classified as texts are.
+NEAR = {
+    *("dpo-qlora", "orpo-qlora", "summarization-qlora", "translation-qlora"),
+    "text-classification-qlora",
+}
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {

@@ -124,6 +124,7 @@ def test_no_steps_is_refused(tmp_path: Path) -> None:
         pretrain(tmp_path, steps=0)
 
 
+@pytest.mark.long
 def test_one_step_writes_a_loadable_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -482,6 +482,7 @@ engine.store_quantized(holder, loading)
 """
 
 
+@pytest.mark.long
 def test_processes_at_the_same_time_leave_one_entry(folders: dict[str, Path], bases: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(folders["llama"])]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
