@@ -63,7 +63,7 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
 
 
 def saved(trainer: Any, path: Path) -> Callable[[], Mapping[str, float]]:
-    """Returns a function that saves and returns what it took."""
+    """Returns a function that saves and returns its seconds and bytes."""
 
     def run() -> Mapping[str, float]:
         started = time.perf_counter()

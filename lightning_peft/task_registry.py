@@ -239,7 +239,6 @@ register_task(
         generates=True,
     )
 )
-# Image classification
 register_task(
     TaskSpec(
         name="image-classification",
@@ -256,7 +255,6 @@ register_task(
         metric=("val_accuracy", "max"),
     )
 )
-# Time series
 register_task(
     TaskSpec(
         name="time-series",

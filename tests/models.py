@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
@@ -88,3 +90,23 @@ def whisper_tokenizer() -> WhisperTokenizer:
     names = ("startoftranscript", "en", "zh", "de", "translate", "transcribe", "notimestamps")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
     return tokenizer
+
+
+class Holder(nn.Module):
+    """A module whose model is loaded later, as in ``configure_model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model: Any = None
+
+
+def saved_in_shards(
+    models: dict[str, Any], folders: pytest.TempPathFactory, size: str
+) -> dict[str, Path]:
+    """Saves each model in a folder of its own, in more than two files of at most ``size``."""
+    found = {}
+    for name, model in models.items():
+        found[name] = folders.mktemp(name)
+        model.save_pretrained(found[name], max_shard_size=size)
+        assert len(list(found[name].glob("*.safetensors"))) > 2
+    return found

@@ -37,7 +37,8 @@ BANNED = {
 }
 # Identifiers, which may hide in longer names.
 BANNED_NAMES = re.compile(
-    r"\b_?(told|twins?|weightless|Promised|Wishe?s?|Standing|Patience|ways_out|why_not|asked_for)\b"
+    r"(?<![A-Za-z])(told|twins?|weightless|Promised|Wishe?s?|Standing|Patience|ways?_out|why_not"
+    r"|asked_for)(?![A-Za-z])"
 )
 GERMAN = {
     r"\bBündel": "Batch",
@@ -62,7 +63,7 @@ def hits(text: str, words: dict[str, str]) -> list[str]:
     return [
         f"{text.count(chr(10), 0, match.start()) + 1}: {match.group()!r} -> {better}"
         for pattern, better in words.items()
-        for match in re.finditer(pattern, text)
+        for match in re.finditer(pattern, text, re.IGNORECASE)
     ]
 
 

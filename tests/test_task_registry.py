@@ -103,8 +103,7 @@ def test_a_registered_task_is_in_the_form_and_in_exports(toy, tmp_path):
     assert (model_class(facts), reader_class(facts)) == ("AutoModelForToy", "AutoToyReader")
 
 
-def test_an_unregistered_task_is_refused_with_its_class_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_module_of_the_user_with_the_name_of_one_of_ours_is_no_task_of_ours():
     mine = {**RECIPE, "model": {"class_path": "mine.CausalLM"}}
     assert task_of_config(mine) is None
 

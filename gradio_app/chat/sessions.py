@@ -330,10 +330,10 @@ class ChatSessions:
             raise UserError("playground.hung", seconds=round(seconds)) from None
 
     def _end_of(self, loaded: _LoadedModel) -> UserError:
-        requested_run_id = self._loaded is not loaded
+        ended_on_purpose = self._loaded is not loaded
         why = redact_message(loaded.process.last_output().rpartition("\n")[2], self.settings)
         self._unload(loaded)
-        if requested_run_id:
+        if ended_on_purpose:
             return UserError("playground.was_unloaded")
         return UserError("playground.died_saying", why=why) if why else UserError("playground.died")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,11 +79,11 @@ def _size(name: str, revision: str | None) -> BaseSize | None:
     folder = Path(name) if Path(name).is_dir() else _cached(name, revision)
     if folder is None:
         return None
-    try:
-        headers = [read_tensor_entries(file)[0] for file in folder.glob(_FILES)]
-        counts = [math.prod(one["shape"]) for header in headers for one in header.values()]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    counts: list[int] = []
+    for file in folder.glob(_FILES):
+        # A file that cannot be read is found by the export; the others still need their space.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            counts += [math.prod(one["shape"]) for one in read_tensor_entries(file)[0].values()]
     return BaseSize(sum(counts), max(counts)) if counts else None
 
 

@@ -67,6 +67,9 @@ def as_gradio_error(error: Exception, t: Texts) -> gr.Error:
     return gr.Error(text, title=t("frame.failed"), print_exception=False)
 
 
+_NUMBERS = ("least", "most", "has", "needed", "free", "billions")
+
+
 def localized_message(error: UserError, t: Texts) -> str:
     """Returns a refusal in the visitor's language; a list among its values is of refusals."""
     values = {name: _localized_value(name, value, t) for name, value in error.values.items()}
@@ -76,5 +79,5 @@ def localized_message(error: UserError, t: Texts) -> str:
 def _localized_value(name: str, value: object, t: Texts) -> object:
     if isinstance(value, list):
         return "\n".join(localized_message(one, t) for one in value)
-    # Bounds are numbers of the page; other values are what somebody typed.
-    return t.localized(f"{value}") if name in ("least", "most") else value
+    # Sizes and bounds are numbers of the page; other values are what somebody typed.
+    return t.localized(f"{value}") if name in _NUMBERS else value

@@ -103,14 +103,14 @@ def _hardware_label(t: Texts, machine: hf_jobs.Hardware) -> str:
     return t(
         "hub_job.machine_row",
         title=machine.title,
-        dollars=f"{machine.dollars_per_hour:.2f}",
+        dollars=t.number(machine.dollars_per_hour, 2),
     )
 
 
 def _cost_handler(t: Texts) -> Any:
     def price(flavor: Any, minutes: Any, request: gr.Request) -> str:
         machine, asked = _find_hardware(flavor, _require_token(request)), _validate_minutes(minutes)
-        dollars = f"{hf_jobs.max_cost(machine, asked):.2f}"
+        dollars = t.number(hf_jobs.max_cost(machine, asked), 2)
         text = t("hub_job.cost", dollars=dollars, minutes=f"{asked:g}", title=machine.title)
         return f'<p role="status">{escaped(text)}</p>'
 

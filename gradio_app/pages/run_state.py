@@ -13,7 +13,7 @@ from gradio_app.runs.loss_increase import finished_worse
 from gradio_app.runs.types import Run
 from gradio_app.texts import Texts
 
-# Beside the word, never instead of it.
+# Next to the word, never instead of it.
 STATE_ICONS = {
     "queued": "\u25cb",
     "preparing": "\u25cc",

@@ -22,8 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from lightning_peft.processes import claim_standard_streams
-
 IMPORT = "import"
 # What shells give for a command that was interrupted.
 INTERRUPTED = 130
@@ -116,6 +114,9 @@ def main() -> None:
     here = str(Path(__file__).resolve().parent)
     # Started as a file, or its neighbours could be taken for modules of others.
     sys.path[:] = [path for path in sys.path if str(Path(path or ".").resolve()) != here]
+    # Not above: Python 3.10 would look into this folder first.
+    from lightning_peft.processes import claim_standard_streams  # noqa: PLC0415
+
     requests, replies = claim_standard_streams()
     signal.signal(signal.SIGINT, _Interrupts.handle)
     serve(requests, replies)

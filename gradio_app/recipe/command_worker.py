@@ -246,5 +246,6 @@ class CommandWorker:
 
 
 def environment(settings: Settings, outer: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Returns the environment of the process: that of a training, without progress bars."""
-    return {**training_environment(settings, outer), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    """Returns the environment of the process: that of a training, without loggers and bars."""
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return {**training_environment(settings, outer, loggers=False), **quiet}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from lightning_peft.task_registry import TASKS
+
 # Distinct from a value that is `null`.
 MISSING: Any = object()
 CALLBACKS = "lightning_peft.tasks"
@@ -18,6 +20,13 @@ def class_name(part: object) -> str:
     """Returns the last word of a ``class_path``."""
     found = part.get("class_path", "") if isinstance(part, dict) else ""
     return str(found).rpartition(".")[2]
+
+
+def is_series(content: dict[str, Any]) -> bool:
+    """Whether the data of a recipe is a table of numbers, which has no rows of examples."""
+    return class_name(content.get("data")) in {
+        spec.data_name for spec in TASKS.values() if spec.reader is None
+    }
 
 
 def value_at(content: Any, path: str, default: Any = MISSING) -> Any:

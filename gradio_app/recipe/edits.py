@@ -66,7 +66,7 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
     Raises:
         UserError: If the task does not exist.
     """
-    if task not in TASKS or method not in METHODS:
+    if not isinstance(task, str) or task not in TASKS or method not in METHODS:
         raise UserError("checks.no_recipe", name=shortened(task))
     content = load_recipe(f"{task}-{method}")
     if not small:
@@ -183,7 +183,7 @@ def _model_fits_task(model: str, before: TaskSpec, after: TaskSpec) -> bool:
     if known is not None:
         return after.family in known.families
     # What a model of the visitor's own can do is known by what it was chosen for.
-    return before.family == after.family
+    return bool(before.family) and before.family == after.family
 
 
 def _read_at(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -42,12 +43,12 @@ class AllowedPaths:
         text = _checked_text(value)
         if text.startswith(UPLOAD):
             return Uploads(self.settings, self.owner).get(text.removeprefix(UPLOAD)).path.as_posix()
-        found = _bundled_path(text) or _path_below(text, self.uploads)
         root = self.settings.data_root
-        if found is None and root is not None:
-            found = _path_below(text, root)
-            if found is None and not Path(text).is_absolute() and (root / text).exists():
-                found = inside(root, text).as_posix()
+        found = (
+            _bundled_path(text)
+            or _path_below(text, self.uploads)
+            or _path_in_root(text, root, Path.exists)
+        )
         if found is not None:
             return found
         path_like = Path(text).is_absolute() or text.startswith((".", "~"))
@@ -67,12 +68,8 @@ class AllowedPaths:
             UserError: If this page may not read it, and it is not a name on the hub.
         """
         text = _checked_text(value)
-        found = _bundled_path(text)
         root = self.settings.models_root
-        if found is None and root is not None:
-            found = _path_below(text, root)
-            if found is None and not Path(text).is_absolute() and (root / text).is_dir():
-                found = inside(root, text).as_posix()
+        found = _bundled_path(text) or _path_in_root(text, root, Path.is_dir)
         if found is not None:
             return found
         if Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text:
@@ -146,6 +143,15 @@ def _path_below(text: str, root: Path) -> str | None:
     return (
         resolved.as_posix() if below and (resolved.exists() or resolved.parent.is_dir()) else None
     )
+
+
+def _path_in_root(text: str, root: Path | None, is_there: Callable[[Path], bool]) -> str | None:
+    """Returns an absolute path below ``root``, or a relative one in it for which that holds."""
+    if root is None:
+        return None
+    if not Path(text).is_absolute() and is_there(root / text):
+        return inside(root, text).as_posix()
+    return _path_below(text, root)
 
 
 def _hub_name(text: str) -> str:

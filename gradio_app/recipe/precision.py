@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gradio_app.runs.bfloat16 import Kind
+from lightning_peft.task_registry import TASKS
 
-# Their activations overflow float16.
-_NO_FLOAT16 = ("summarization", "translation")
+# The family of tasks whose activations overflow float16: those of T5 do.
+_NO_FLOAT16 = "seq2seq"
 _BY_KIND: dict[Kind, str] = {
     "gpu": "bf16-mixed",
     "cpu": "bf16-mixed",
@@ -34,6 +35,6 @@ def default_precision(task: str, tiny: bool, kind: Kind) -> Precision:
     """Returns the default."""
     if tiny:
         return Precision("32-true", "tiny")
-    if kind == "old_gpu" and task in _NO_FLOAT16:
+    if kind == "old_gpu" and task in TASKS and TASKS[task].family == _NO_FLOAT16:
         return Precision("32-true", "no_float16")
     return Precision(_BY_KIND[kind], kind)

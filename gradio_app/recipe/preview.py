@@ -10,7 +10,7 @@ from typing import Any
 
 from gradio_app.guards import redacted
 from gradio_app.recipe.command_worker import CommandResult, CommandWorker
-from gradio_app.recipe.content import data_of, value_at, with_value
+from gradio_app.recipe.content import data_of, is_series, value_at, with_value
 from gradio_app.recipe.table import Table, first_rows
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.redaction import bundled_folders
@@ -89,8 +89,8 @@ def preview_data(
     place = data_of(content)
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
     table = first_rows(local_path(place), content)
-    if value_at(content, "data.class_path", "").endswith("SeriesData"):
-        # A table of numbers has no rows of examples; the run checks it before its first step.
+    if is_series(content):
+        # The run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
         file = Path(folder) / "recipe.yaml"

@@ -12,7 +12,7 @@ from typing import Any
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_revision, shortened
 from gradio_app.recipe import allowlist
-from gradio_app.recipe.content import value_at, with_value
+from gradio_app.recipe.content import is_series, value_at, with_value
 from gradio_app.recipe.model_files import cached_folder, remote_code_files, validate_folder
 from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.presets import MODELS
@@ -225,8 +225,7 @@ class _Check:
     def _limits(self, data: dict[str, Any], trainer: dict[str, Any]) -> None:
         """Sets this page's limits where the recipe has none, and refuses what is above them."""
         limits = self.settings.limits
-        series = str(self.content.get("data", {})).find("SeriesData") >= 0
-        if limits.rows is not None and not series:
+        if limits.rows is not None and not is_series(self.content):
             self._most(data, "limit", limits.rows)
         if limits.steps is not None:
             self._most(trainer, "max_steps", limits.steps)

@@ -63,7 +63,7 @@ def parse_yaml(text: object) -> dict[str, Any]:
         if loader is not None:
             loader.dispose()
     if not isinstance(content, dict):
-        raise UserError("checks.no_keys", has=shortened(content))
+        raise UserError("checks.no_keys", content=shortened(content))
     _check_values(content)
     return content
 

@@ -27,12 +27,8 @@ def downsample(points: Points, most: int = MAX_POINTS) -> Points:
         begin = place * len(inner) // stretches
         end = (place + 1) * len(inner) // stretches
         stretch = inner[begin:end]
-        finite_points = [point for point in stretch if math.isfinite(point[1])] or stretch[:1]
-        extremes = (
-            {min(finite_points, key=_value), max(finite_points, key=_value)}
-            if finite_points
-            else set()
-        )
+        known = [point for point in stretch if math.isfinite(point[1])] or stretch[:1]
+        extremes = {min(known, key=_value), max(known, key=_value)} if known else set()
         kept += sorted(extremes)
     return [*kept, points[-1]]
 

@@ -38,10 +38,17 @@ _PERSONAL = ("WANDB_", "MLFLOW_", "COMET_", "HUGGING_FACE_HUB_TOKEN")
 
 
 def training_environment(
-    settings: Settings, outer: Mapping[str, str] = os.environ
+    settings: Settings, outer: Mapping[str, str] = os.environ, loggers: bool = True
 ) -> dict[str, str]:
-    """Returns the environment of a process that runs the command line."""
-    beginnings = _BEGINNINGS if settings.space else _BEGINNINGS + _PERSONAL
+    """Returns the environment of a process that runs the command line.
+
+    Args:
+        settings: Those of the server.
+        outer: The environment of the server.
+        loggers: Pass the credentials of loggers, on a machine of one's own.
+    """
+    personal = loggers and not settings.space
+    beginnings = _BEGINNINGS + _PERSONAL if personal else _BEGINNINGS
     kept = {
         name: value
         for name, value in outer.items()
@@ -52,8 +59,8 @@ def training_environment(
             kept.pop(name, None)
         # Or the library would look for the token in a file of the owner's.
         kept["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
-    # Or a file called like a library, where the data lies, would be imported in its place.
     # Threads that wait for each other with their cores held make a run many times slower where the
     # page, a chat or another program uses the cores too.
     kept.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Without a safe path, a file called like a library, where the data lies, would be imported.
     return {**kept, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}

@@ -57,18 +57,22 @@ def read_rows(file: Path, most_bytes: int = 2_000_000) -> Iterator[dict[str, Any
 
     Lines that are not whole, or no objects, are passed over.
     """
+    for line in _last_lines(file, most_bytes)[:-1]:
+        row = parse_row(line)
+        if row is not None:
+            yield row
+
+
+def _last_lines(file: Path, most_bytes: int) -> list[bytes]:
+    """Returns the last lines of a file, without one that begins before; empty if unreadable."""
     try:
         with file.open("rb") as opened:
             beginning = max(0, opened.seek(0, 2) - most_bytes)
             opened.seek(beginning)
             content = opened.read(most_bytes)
     except OSError:
-        return
-    lines = content.split(b"\n")
-    for line in lines[1 if beginning else 0 : -1]:
-        row = parse_row(line)
-        if row is not None:
-            yield row
+        return []
+    return content.split(b"\n")[1 if beginning else 0 :]
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
@@ -87,16 +91,9 @@ def remove_noise(text: str) -> str:
 
 def tail(file: Path, lines: int = LOG_LINES) -> str:
     """Returns the last lines of a log as text without colours, control characters and secrets."""
-    try:
-        with file.open("rb") as opened:
-            beginning = max(0, opened.seek(0, 2) - _TAIL_BYTES)
-            opened.seek(beginning)
-            content = opened.read(_TAIL_BYTES)
-    except OSError:
-        return ""
-    text = _ESCAPES.sub("", content.decode("utf-8", errors="replace"))
-    found = text.split("\n")[1 if beginning else 0 :]
+    content = b"\n".join(_last_lines(file, _TAIL_BYTES)).decode("utf-8", errors="replace")
     # Of a progress bar, its last state.
+    found = _ESCAPES.sub("", content).split("\n")
     whole = [line.rstrip("\r").rpartition("\r")[2] for line in found]
     cleaned = [_CONTROLS.sub("", line) for line in whole]
     return "\n".join(redacted("\n".join(cleaned).strip("\n")).split("\n")[-lines:])

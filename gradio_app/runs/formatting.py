@@ -39,12 +39,12 @@ def format_bytes(count: float, t: Texts) -> str:
     return t.localized(f"{count:.1f} GB")
 
 
-def format_number(format_metric: float, t: Texts) -> str:
+def format_number(value: float, t: Texts) -> str:
     """Returns a value of a metric with as many digits as are worth reading."""
-    if format_metric and abs(format_metric) < 1e-3:
-        digits, _, power = f"{format_metric:.1e}".partition("e")
+    if value and abs(value) < 1e-3:
+        digits, _, power = f"{value:.1e}".partition("e")
         return t.localized(f"{digits}e{int(power)}")
-    return t.localized(f"{format_metric:.4g}")
+    return t.localized(f"{value:.4g}")
 
 
 def format_metric(found: float, t: Texts) -> str:
@@ -61,12 +61,10 @@ def metric(name: str, t: Texts) -> str:
     return t(known) if t.has(known) else key.replace("_", " ").capitalize()
 
 
-def format_count(format_metric: float, t: Texts) -> str:
+def format_count(value: float, t: Texts) -> str:
     """Returns a count or a rate, short: ``2.1k``."""
-    if abs(format_metric) >= 999_500:
-        return t.localized(f"{format_metric / 1e6:.1f}M")
-    if abs(format_metric) >= 1_000:
-        return t.localized(f"{format_metric / 1e3:.1f}k")
-    return (
-        f"{format_metric:.0f}" if abs(format_metric) >= 10 else t.localized(f"{format_metric:.1f}")
-    )
+    if abs(value) >= 999_500:
+        return t.localized(f"{value / 1e6:.1f}M")
+    if abs(value) >= 1_000:
+        return t.localized(f"{value / 1e3:.1f}k")
+    return f"{value:.0f}" if abs(value) >= 10 else t.localized(f"{value:.1f}")

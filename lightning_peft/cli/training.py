@@ -82,7 +82,7 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
 
 
 def run(subcommand: str, words: Sequence[str]) -> RunSession:
-    """Runs one of the four, and returns what came of it.
+    """Runs one of the four, and returns its result.
 
     Args:
         subcommand: Which one.

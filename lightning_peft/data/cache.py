@@ -9,13 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.data.open_files import explain_errors
 from lightning_peft.engine import cache_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Raised whenever the same input is prepared in another way.
-FORMAT = 5
+FORMAT = 6
 SUMMARY, damage_of = cache_entries.SUMMARY, cache_entries.damage_of
 
 
@@ -25,11 +26,15 @@ def default_folder() -> Path:
 
 
 def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Returns a hash of the names and bytes of files."""
+    """Returns a hash of the names and bytes of files.
+
+    Raises:
+        ConfigError: If one cannot be read, such as a link to nothing.
+    """
     total = hashlib.sha256()
     for name, path in files:
         one = hashlib.sha256()
-        with path.open("rb") as file:
+        with explain_errors(name), path.open("rb") as file:
             while block := file.read(1 << 20):
                 one.update(block)
         total.update(json.dumps([name, one.hexdigest()]).encode())

@@ -196,10 +196,10 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     unused: list[str] = []
     fields = _with_input(fields, unused)
     # Without a prompt of their own, the answers belong to the conversation next to them.
-    user_text = fields.get("prompt") or fields.get("messages")
+    prompt_value = fields.get("prompt") or fields.get("messages")
     system, prompt, chosen, rejected, context = collect(
         lambda: _system(fields),
-        lambda: _turns(user_text, "user", "prompt", unused) if user_text else [],
+        lambda: _turns(prompt_value, "user", "prompt", unused) if prompt_value else [],
         lambda: _turns(fields.get("chosen"), "assistant", "chosen", unused),
         lambda: _turns(fields.get("rejected"), "assistant", "rejected", unused),
         lambda: read_context(fields),
@@ -212,9 +212,7 @@ def parse_preference(fields: Mapping[str, Any]) -> Sample:
     if chosen == rejected:
         raise row_problem("preference", "has the same text as chosen and rejected")
     if not prompt and chosen[:-1] != rejected[:-1]:
-        raise RowProblems(
-            [("preference", "has different turns before the last in the two answers")]
-        )
+        raise row_problem("preference", "has different turns before the last in the two answers")
     if not prompt and len(chosen) == 1:
         # Whole texts without turns: the end of the prompt is unknown.
         return _sample([*system, *chosen], context, unused, [*system, *rejected])

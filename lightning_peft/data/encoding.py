@@ -43,7 +43,7 @@ class Encoder:
     Args:
         tokenizer: The tokenizer; it must have an end-of-sequence token.
         template: The chat template; ``None`` for plain text.
-        max_length: Maximum row in tokens.
+        max_length: Longest row, in tokens.
         loss_on: ``"assistant"`` trains every assistant turn, ``"completion"`` the last one.
         over_long: What happens to longer rows: refuse, cut the end off, or (plain text) split.
         reasoning: As of :class:`SupervisedData <lightning_peft.data.supervised.SupervisedData>`.
@@ -109,7 +109,7 @@ class Encoder:
         return rows
 
     def unused(self, sample: Sample) -> list[str]:
-        """Returns the keys of turns that change nothing; refuses those that would, if rendered."""
+        """Returns the keys of turns that change nothing; refuses keys that would, if rendered."""
         if sample.text is not None:
             return []
         return self._keys.unused(sample.messages, sample.context)

@@ -92,7 +92,7 @@ def _text(file: TextFile) -> str:
 
 
 def _lines_are_rows(file: TextFile, by_line: bool) -> bool:
-    """Says by the first lines whether each of them is a row."""
+    """Whether each line is a row, by the first lines."""
     with file.open("replace") as text:
         # A document in one line is read whole, and not here.
         lines = list(islice((line for line in text if line.strip()), _SAMPLE_LINES))

@@ -326,14 +326,14 @@ class _PreparationPass:
             return []
         return [("duplicate", f"is the same as row {before[2]}{file}")]
 
-    def _count(self, sample: Sample, split: str, encode_rows: Sequence[dict[str, Any]]) -> None:
+    def _count(self, sample: Sample, split: str, encoded: Sequence[dict[str, Any]]) -> None:
         counts = self.splits[split]
         system = getattr(self.encoder, "system_prompt", None)
         self.prompt_collector.add(sample.with_system(system), split)
         prompt = sample.prompt_digest()
         if prompt is not None and self.prompts.setdefault(prompt, split) != split:
             self.counts["shared_prompts"] += 1
-        for one in encode_rows:
+        for one in encoded:
             counts["rows"] += 1
             counts.update(self.encoder.count(one))
 

@@ -69,7 +69,8 @@ class Source:
         path = Path(self.data)
         if path.is_dir():
             return _files_in(path)
-        if path.is_file():
+        # A link to nothing is refused on reading.
+        if path.is_file() or path.is_symlink():
             suffix_of(path)
             return [path]
         if path.is_absolute() or self.data.startswith(".") or is_data_file(path):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.samples import shortened
 from lightning_peft.data.tool_calls import is_empty, json_value
 from lightning_peft.data.turns import FLAGS, WEIGHT_HINT, parse_flag
@@ -23,7 +24,6 @@ _MEDIA = frozenset(
 _LEARNT = ("system", "tools", "functions", "documents", "chat_template_kwargs", "history")
 # Common columns of data: `function` next to a prompt is code, and not a misspelled list of tools.
 _ORDINARY = ("function", "tool", "document")
-_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def check_column(
@@ -48,7 +48,7 @@ def check_column(
         return [("key", f"has {name}={value!r}: a bad answer would be learnt as a good one")]
     if key in _MEDIA:
         return [("key", f"has {name}, and the answer would be learnt without seeing or hearing it")]
-    if key in _REASONING_KEYS:
+    if key in REASONING_KEYS:
         return [
             ("key", f"has {name} next to its turns: put the thoughts into the turn they are of")
         ]

@@ -23,6 +23,7 @@ from lightning_peft.data.plain_rows import (
     parse_text,
     parse_translation,
 )
+from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
 from lightning_peft.data.samples import RowProblems, Sample
 from lightning_peft.errors import ConfigError, similar_names
@@ -41,7 +42,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "label": ("label",),
     "system": ("system", "system_prompt", "system_message"),
     "history": ("history",),
-    "reasoning": ("reasoning_content", "reasoning", "thinking"),
+    "reasoning": REASONING_KEYS,
     "tools": ("tools", "functions"),
     "documents": ("documents",),
     "chat_template_kwargs": ("chat_template_kwargs",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -45,11 +46,17 @@ class SheetLayout:
             found.append(f"hidden columns are read: {', '.join(map(repr, columns))}")
         return found
 
+    @cached_property
+    def _merged_by_row(self) -> dict[int, list[tuple[int, int, int, str]]]:
+        found: dict[int, list[tuple[int, int, int, str]]] = {}
+        for top, left, bottom, right, ref in self.merged:
+            for line in range(top, bottom + 1):
+                found.setdefault(line, []).append((top, left, right, ref))
+        return found
+
     def merged_in(self, line: int, names: dict[int, str]) -> str | None:
         """Returns why a row has no value of its own in a column, where cells are merged."""
-        for top, left, bottom, right, ref in self.merged:
-            if not top <= line <= bottom:
-                continue
+        for top, left, right, ref in self._merged_by_row.get(line, ()):
             first = 1 if line == top else 0
             lacking = [n for place, n in names.items() if left + first <= place + 1 <= right]
             if lacking:

@@ -117,8 +117,12 @@ def _text(value: Any) -> str | None:
         return value.date().isoformat()
     if isinstance(value, datetime.timedelta):
         # As a cell of hours shows it: 30:00:00, and not "1 day, 6:00:00".
-        minutes, seconds = divmod(round(value.total_seconds()), 60)
-        return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        # To the millisecond, as Excel counts: a day's share as a float has more digits.
+        whole = round(value.total_seconds() * 1000)
+        seconds, rest = divmod(abs(whole), 1000)
+        fraction = f".{rest:03}".rstrip("0") if rest else ""
+        sign = "-" if whole < 0 else ""
+        return f"{sign}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}{fraction}"
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat(*([" "] if isinstance(value, datetime.datetime) else []))
     # Excel writes characters that XML does not have as `_x000D_`.

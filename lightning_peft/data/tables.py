@@ -59,7 +59,7 @@ def read_table(file: TextFile, suffix: str, delimiter: str | None) -> ReadableFi
 
 def _damaged_line(file: TextFile) -> int:
     with file.open(newline="\n") as text:
-        # Bytes that cannot be decoded become surrogates, which cannot be encoded.
+        # Bytes that cannot be decoded became surrogates.
         lines = enumerate(text, start=1)
         return next((n for n, line in lines if re.search("[\udc80-\udcff]", line)), 0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Features, Value
@@ -17,9 +17,6 @@ from lightning_peft.data.labelled_data import LabelledData, LabelledRows
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.validation import EncodingProblem
-
-if TYPE_CHECKING:
-    pass
 
 
 class TextLabelRows(LabelledRows):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Features, Value
@@ -22,9 +22,6 @@ from lightning_peft.data.shapes import Layout
 from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 # Of a token that belongs to no word.
 NO_WORD = -1

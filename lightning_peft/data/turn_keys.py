@@ -45,7 +45,7 @@ class TurnKeys:
         self._tools: dict[str, list[str]] = {}
 
     def unused(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
-        """Returns the keys that change nothing in the rendered text; refuses those that would."""
+        """Returns the keys without an effect on the rendered text; refuses the others."""
         messages = self.texts.turns(messages, context)
         name = self.texts.rendering.template.name
         problems, named = [], []

@@ -1,4 +1,4 @@
-"""A progress line for places that are not terminalss, where a bar would be a wall of text."""
+"""A progress line for places that are not terminals, where a bar would be a wall of text."""
 
 from __future__ import annotations
 

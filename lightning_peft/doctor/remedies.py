@@ -1,4 +1,4 @@
-"""Ways out that hold both where a part computes something wrong and where it cannot be loaded."""
+"""Remedies that hold both where a part computes something wrong and where it cannot be loaded."""
 
 from __future__ import annotations
 

@@ -89,25 +89,15 @@ def lora_config(arguments: LoRAFields | None = None) -> LoraConfig:
         ConfigError: For every value that cannot work, all of them at once.
     """
     arguments = arguments or LoRAFields()
-    alpha = arguments.lora_alpha
-    if alpha is None and isinstance(arguments.r, int):
-        alpha = 2 * arguments.r
-    targets = arguments.target_modules
-    fields = {
-        "r": arguments.r,
-        "lora_alpha": alpha,
-        "lora_dropout": arguments.lora_dropout,
-        "target_modules": "all-linear" if targets is None else targets,
-        "exclude_modules": arguments.exclude_modules,
-        "modules_to_save": arguments.modules_to_save,
-        "use_rslora": arguments.use_rslora,
-        "use_dora": arguments.use_dora,
-        "init_lora_weights": arguments.init_lora_weights,
-        "rank_pattern": arguments.rank_pattern or {},
-        "alpha_pattern": arguments.alpha_pattern or {},
-        "layers_to_transform": arguments.layers_to_transform,
-        "bias": arguments.bias,
+    fields: dict[str, Any] = {
+        field.name: getattr(arguments, field.name) for field in dataclasses.fields(LoRAFields)
     }
+    if fields["lora_alpha"] is None and isinstance(arguments.r, int):
+        fields["lora_alpha"] = 2 * arguments.r
+    if fields["target_modules"] is None:
+        fields["target_modules"] = "all-linear"
+    for name in ("rank_pattern", "alpha_pattern"):
+        fields[name] = fields[name] or {}
     if arguments.init_lora_weights == "loftq":
         fields["loftq_config"] = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's own defaults
     problems = _lora_problems(fields)

@@ -68,8 +68,8 @@ class AdaptedModuleRecord:
             has anywhere in the module.
         heads: Names of the heads that were left as the user had them.
         saved: Names of the modules that are trained in full.
-        initial_values: Values, before training, of everything that is trained in full, and of the
-            its buffers; ``disable_adapters`` puts them back.
+        initial_values: Values, before training, of everything that is trained in full, and of
+            the buffers of these modules; ``disable_adapters`` puts them back.
         adapters: By adapter name.
         changed_base: Fingerprint after an initialisation that rewrites the base, else ``None``.
         from_peft_wrapper: Whether the adapters were PEFT's wrappers before.

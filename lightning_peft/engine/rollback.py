@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,7 +60,8 @@ class _State:
         self.containers = [
             (value, copy.copy(value))
             for value in self.attributes.values()
-            if isinstance(value, (dict, list, set))
+            # Not of subclasses, which may refuse to be changed: outputs of transformers do.
+            if type(value) in (dict, OrderedDict, list, set)
         ]
         held = [*module._parameters.values(), *module._buffers.values()]
         self.tensors = [(x, x.data, x.requires_grad) for x in held if x is not None]

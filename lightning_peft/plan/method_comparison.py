@@ -117,7 +117,7 @@ def compare_methods(
         device: Where it is to run.
         limits: Whether to search the largest batch and the longest sequence, which takes most of
             the time.
-        progress: Told what is being predicted.
+        progress: Called with the name of the next prediction.
 
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.

@@ -21,7 +21,7 @@ OWN = ("adamw", "adamw_torch")
 
 
 def check_optimizer(name: str) -> list[str]:
-    """Returns the problem of an optimizer's name, or None."""
+    """Returns the problems of an optimizer's name; empty if it is known."""
     if name in OWN:
         return []
     try:

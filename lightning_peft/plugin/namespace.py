@@ -128,9 +128,11 @@ class LateBoundMeta(ABCMeta):
         """Makes an instance for the namespace in use."""
         if cls.lightning_root is not None:
             return super().__call__(*args, **kwargs)
+        return bind_to_lightning(cls, cls._root_to_bind())(*args, **kwargs)
+
+    def _root_to_bind(cls) -> str:
         ambiguous = _explicit_namespace is None and all(root in sys.modules for root in ROOTS)
-        root = ROOTS[0] if ambiguous and cls.rebinds else namespace_in_use()
-        return bind_to_lightning(cls, root)(*args, **kwargs)
+        return ROOTS[0] if ambiguous and cls.rebinds else namespace_in_use()
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -140,9 +142,14 @@ class LateBoundMeta(ABCMeta):
 
     def __getattr__(cls, name: str) -> Any:
         """Finds Lightning's own class attributes (``load_from_checkpoint``) on the real class."""
+        absent = f"type object {cls.__name__!r} has no attribute {name!r}"
         if name.startswith("_") or cls.__dict__.get("lightning_root") is not None:
-            raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
-        return getattr(bind_to_lightning(cls, namespace_in_use()), name)
+            raise AttributeError(absent)
+        try:
+            root = cls._root_to_bind()
+        except ConfigError as error:
+            raise AttributeError(f"{absent} before it is known of which Lightning") from error
+        return getattr(bind_to_lightning(cls, root), name)
 
 
 def bind_to_lightning(cls: Any, root: str | None, base: str | None = None) -> Any:

@@ -114,7 +114,7 @@ def _verify_on_all_ranks(strategy: Any, batch: Any) -> None:
     failing = [rank for rank, failed in enumerate(everyone) if failed]
     if failing:
         raise LifecycleError(
-            f"Adapter verification failed on ranks {failing}; see the logs of those ranks."
+            f"Adapter verification failed on ranks {failing}; see the errors of those ranks."
         )
     if strategy.is_global_zero:
         doubtful = any("pass step=" in check.detail for check in verification.checks)

@@ -12,6 +12,7 @@ from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.compatibility import PRUNING_CALLBACK, REFUSED_CALLBACKS
 from lightning_peft.plugin.lifecycle import Lifecycle
 from lightning_peft.plugin.lightning_cli import STRICT, lightning_command, qualify_optimizers
+from lightning_peft.plugin.namespace import namespace
 from lightning_peft.plugin.training_checks import TrainingChecks, verify_in
 
 # What would write, wait or draw; a verification does not.
@@ -81,8 +82,10 @@ def verify_config(arguments: Sequence[str], print_summary: bool = True) -> Verif
         raise _VerificationDone
 
     lifecycle.checks.before_batch = verify_then_stop  # type: ignore[method-assign]
+    ckpt_path = cli.config.get("ckpt_path")
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.get("ckpt_path"))
+        with namespace(root):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     except _VerificationDone:
         return VerifiedConfig(type(cli.model).__name__, cli.datamodule, results[0])
     raise ConfigError(

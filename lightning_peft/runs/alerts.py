@@ -32,7 +32,7 @@ class Alert:
 
 
 def training_alert(losses: Sequence[float]) -> Alert | None:
-    """Returns the alerts due to the training losses so far."""
+    """Returns the alert that the training losses call for, or ``None``."""
     if losses and not math.isfinite(losses[-1]):
         return Alert(
             "nan",
@@ -55,7 +55,7 @@ def training_alert(losses: Sequence[float]) -> Alert | None:
 
 
 def validation_alert(losses: Sequence[float]) -> Alert | None:
-    """Returns the alerts due to the validation losses so far."""
+    """Returns the alert that the validation losses call for, or ``None``."""
     if losses and not math.isfinite(losses[-1]):
         return Alert("nan", f"The validation loss is {losses[-1]}.", {"of": "val_loss"})
     last = losses[-1 - RISING :]

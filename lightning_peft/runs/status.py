@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import psutil
 
+from lightning_peft.processes import recorded_process
+
 State = Literal[
     "queued", "preparing", "running", "stopping", "stopped", "finished", "failed", "crashed"
 ]
@@ -98,13 +100,8 @@ def _earlier_status(path: Path, kind: str) -> Status:
 
 
 def is_alive(status: Status) -> bool:
-    """Says whether the process that wrote ``status`` is still that process, and not a zombie."""
-    try:
-        process = psutil.Process(status.pid)
-        same = abs(process.create_time() - status.process_started) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    """Whether the process that wrote ``status`` is still that process, and not a zombie."""
+    return recorded_process(vars(status), "pid", "process_started") is not None
 
 
 class StatusFile:

@@ -105,7 +105,7 @@ class TokenLoss:
         if not batch.keys() <= _KNOWN or batch["input_ids"].shape[1] < 2:
             return False
         if self._chunked is None:
-            reason = _why_not_chunked(model)
+            reason = _unchunked_reason(model)
             if reason is None and not engine.is_materialized(batch["input_ids"]):
                 # A prediction of memory: there are no numbers to compare.
                 return True
@@ -269,7 +269,7 @@ def postprocess_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return after
 
 
-def _why_not_chunked(model: PreTrainedModel) -> str | None:
+def _unchunked_reason(model: PreTrainedModel) -> str | None:
     """Returns why the loss of ``model`` is known not to be the mean over tokens, or ``None``."""
     if model.get_output_embeddings() is None:
         return "it names no output embeddings"

@@ -41,7 +41,7 @@ def test_the_answer_is_that_of_the_command_line(worker, tmp_path):
     assert answer.json()["rows"] == 40
 
 
-def test_bad_input_is_told_and_the_process_goes_on(worker):
+def test_bad_input_is_reported_and_the_process_goes_on(worker):
     worker.run(["recipes"], 120)
     before = worker.pid
     for words in (["nonsense"], ["plan"], ["preview", "--data=no-such.jsonl"], ["--version"]):

@@ -40,7 +40,7 @@ def store(tmp_path):
 # --- in numbers --------------------------------------------------------------------------------
 
 
-def test_settings_that_differ_are_told_by_path():
+def test_settings_that_differ_are_reported_by_path():
     one = "run_dir: a\ntrainer: {max_steps: 5, callbacks: [{class_path: x.Stop}]}\nseed: 1\n"
     other = (
         "run_dir: b\ntrainer: {max_steps: 9, callbacks: [{class_path: x.Log, init_args: {n: 2}}, "

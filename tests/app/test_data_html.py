@@ -4,7 +4,7 @@ from gradio_app.pages.new.data_html import selected_data
 from gradio_app.texts import Texts
 
 
-def test_data_is_asked_for_where_none_is_chosen():
+def test_data_is_requested_where_none_is_chosen():
     for language, asked in (("en", "Choose the data"), ("de", "W\u00e4hlen Sie die Daten")):
         made = selected_data("", Texts(language))
         assert 'class="not-now"' in made

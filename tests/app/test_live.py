@@ -118,7 +118,7 @@ def test_curves_are_smoothed_and_in_a_table(site, store, visit):
     assert link == f"./new?from={run.id}#method"
 
 
-def test_a_crash_is_told_and_set_right(site, store, visit):
+def test_a_crash_is_reported_and_set_right(site, store, visit):
     run = queued(store, "dies", steps=50, die_at=25)
     page = visit(address(site, run))
     state(page).get_by_text("Crashed at step 24").wait_for()
@@ -133,7 +133,9 @@ def test_a_crash_is_told_and_set_right(site, store, visit):
     page.get_by_role("button", name="Save the name").click()
     page.get_by_role("heading", name="another name").wait_for()
     page.get_by_role("button", name="Delete", exact=True).click()
-    page.get_by_text(re.compile(r"Delete another name with its checkpoints and metrics \(\d+ kB\)"))
+    page.get_by_text(
+        re.compile(r"Delete another name with its checkpoints and metrics \(\d+ kB\)")
+    ).wait_for()
     page.get_by_role("button", name="Yes, delete it").click()
     page.get_by_role("heading", name="The run is deleted").wait_for()
     assert not run.folder.path.exists()

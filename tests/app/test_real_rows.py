@@ -47,7 +47,7 @@ def left_out_of(page) -> list[dict]:
     return [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
 
 
-def test_bad_rows_are_left_out_and_told_and_a_duplicate_does_the_same(site, store, visit):
+def test_bad_rows_are_left_out_and_reported_and_a_duplicate_does_the_same(site, store, visit):
     page = visit(f"{site.url}/new#data")
     page.locator("#model-facts .chosen").wait_for(state="attached")
     page.get_by_label("Upload", exact=True).check()

@@ -277,11 +277,11 @@ def test_the_merged_model_is_the_base_with_its_adapter(site, visit, trained, exp
     assert difference(found, after) < 0.02
     assert difference(before, after) > 0.1
     card = (made / "README.md").read_text()
-    assert_told(card, trained)
+    assert_reported(card, trained)
     assert "| dequantized (this folder) |" in card
 
 
-def assert_told(card: str, run) -> None:
+def assert_reported(card: str, run) -> None:
     """Holds that a card says base, data and numbers, and no place of this machine."""
     metadata = json.loads((run.checkpoints()[0].folder / "provenance.json").read_text())
     metrics = metadata["metrics"]
@@ -319,7 +319,7 @@ def test_a_smaller_model_and_what_other_programs_take(site, visit, trained, expe
         if file.suffix in (".json", ".md"):
             assert str(BASE.parent) not in file.read_text()
     (card,) = made.rglob("README.md")
-    assert_told(card.read_text().replace("`org/base`", "`base`"), trained)
+    assert_reported(card.read_text().replace("`org/base`", "`base`"), trained)
     made = exported(page, site, trained, "For Ollama", tmp_path / "ollama")
     assert "FROM" in (made / "Modelfile").read_text()
     page.locator("#export-list code").get_by_text("ollama create").first.wait_for()

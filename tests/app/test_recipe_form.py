@@ -252,13 +252,14 @@ def test_lora_and_qlora_change_places_without_a_trace():
     assert [method_of(one) for one in (lora, qlora)] == ["lora", "qlora"]
 
 
-def test_another_model_brings_what_goes_with_its_size():
+def test_another_model_brings_what_goes_with_its_size(monkeypatch):
+    monkeypatch.setattr(edits, "detect_bfloat16", lambda: "gpu")
     small = base_recipe("sft")
     made = with_model(small, "Qwen/Qwen2.5-0.5B-Instruct", "main")
     assert value_at(made, f"{DATA}tokenizer") == value_at(made, f"{MODEL}model")
     assert value_at(made, f"{MODEL}revision") == "main"
     assert value_at(made, f"{MODEL}learning_rate") == 2e-4
-    assert value_at(made, f"{TRAINER}precision") == edits.precision_of(made).value
+    assert value_at(made, f"{TRAINER}precision") == "bf16-mixed"
     assert value_at(made, f"{DATA}chat_template") is MISSING
     back = with_model(made, DEMO_BASE, None)
     for path in (f"{MODEL}learning_rate", f"{DATA}chat_template", f"{TRAINER}precision"):
@@ -402,7 +403,7 @@ def test_gpus_are_those_of_the_planner():
             validate_device(name)
 
 
-def test_the_plan_is_asked_for_what_the_recipe_says():
+def test_the_plan_is_requested_what_the_recipe_says():
     words = plan_arguments(base_recipe("sft", "qlora"), "rtx4090", 100)
     assert isinstance(words, list)
     base = Path(lightning_peft.__file__).parent / "demo" / "base"
@@ -426,7 +427,7 @@ def test_fixes_need_less_and_learn_the_same_where_they_can():
     assert method_of(everything) == "qlora"
 
 
-def test_models_are_told_once_and_each_task_knows_its_own():
+def test_models_are_reported_once_and_each_task_knows_its_own():
     names = [model.name for model in MODELS]
     assert len(set(names)) == len(names)
     families = {task.family for task in TASKS.values()}

@@ -277,7 +277,7 @@ def test_code_of_others_needs_a_commit_and_a_machine_of_ones_own(here, space):
     assert problems(changed(f"{MODEL}trust_remote_code", "yes"), here) == ["checks.remote"]
 
 
-def test_a_model_that_needs_code_is_told_before_it_runs(here, tmp_path, monkeypatch):
+def test_a_model_that_needs_code_is_reported_before_it_runs(here, tmp_path, monkeypatch):
     marker = tmp_path / "ran"
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     own_code.fetched(tmp_path / "hub", "me/our", marker)
@@ -357,7 +357,7 @@ def test_strangers_get_a_part_of_a_shared_machine(path, value, key, space, here)
     assert problems(changed(path, value), here) == []
 
 
-def test_everything_is_told_at_once_and_nothing_is_changed(here):
+def test_everything_is_reported_at_once_and_nothing_is_changed(here):
     content = changed(f"{DATA}data", "/etc/passwd")
     content = with_value(content, f"{MODEL}model", "../x")
     content = with_value(content, f"{TRAINER}plugins", ["x"])

@@ -54,7 +54,7 @@ def stranger(tmp_path, monkeypatch) -> Redactor:
 # --- texts -------------------------------------------------------------------------------------
 
 
-def test_a_stranger_is_told_no_folder(stranger):
+def test_a_stranger_is_reported_no_folder(stranger):
     runs, uploads = stranger.settings.runs, stranger.settings.uploads
     home = Path.home()
     for text, message in (

@@ -172,7 +172,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_failures_are_told_apart(tmp_path, kind):
+def test_failures_are_reported_apart(tmp_path, kind):
     store = RunStore(settings(tmp_path))
     run = store.create("local", recipe(), "a")
     written(run.folder.path, state="failed")
@@ -191,7 +191,7 @@ def test_failures_are_told_apart(tmp_path, kind):
         assert t.has(f"run.todo_{kind}")
 
 
-def test_a_start_that_failed_is_told_by_what_it_printed(tmp_path):
+def test_a_start_that_failed_is_reported_by_what_it_printed(tmp_path):
     store = RunStore(settings(tmp_path))
     run = store.update_metadata(store.create("local", recipe(), "a"), launched=1.0)
     (run.folder.path / "start.log").write_text("noise\nlightning-peft: 'x' is not a recipe.\n")
@@ -244,7 +244,7 @@ def test_what_fits_on_a_machine():
     assert parse_nvidia_smi("") is None
 
 
-def test_a_run_without_steps_is_told(tmp_path):
+def test_a_run_without_steps_is_reported(tmp_path):
     store, clock = RunStore(settings(tmp_path)), [0.0]
     watch = HealthMonitor(now=lambda: clock[0])
 
@@ -283,7 +283,7 @@ def test_the_numbers_of_a_run_in_words(tmp_path):
         assert live_html.alerts([{"kind": "nan"}], warned, Texts(language)).count("<strong>") == 4
 
 
-def test_alerts_are_told_in_the_language_of_the_page():
+def test_alerts_are_reported_in_the_language_of_the_page():
     found = [
         training_alert([2.0, math.inf]),
         training_alert([1.0] * 10 + [1.6] * 10),

@@ -146,7 +146,7 @@ def test_stopped_and_resumed_by_another_visitor(store, line, lender):
     until(lambda: state(store, run) == "stopped")
 
 
-def test_what_the_lender_refuses_is_told(store, line, lender):
+def test_what_the_lender_refuses_is_reported(store, line, lender):
     lender.refuses = True
     run = store.create("local", yaml.safe_dump({"fake": LONG}), "no quota")
     line.add(run)

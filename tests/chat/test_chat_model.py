@@ -59,7 +59,7 @@ def test_base_and_adapter_say_what_they_say_in_transformers_and_peft(lora_run: P
     assert talk.answer(QUESTION).text == tuned.text
 
 
-def test_bits_are_those_in_training_or_asked_for(qlora_run: Path, lora_run: Path) -> None:
+def test_bits_are_those_in_training_or_requested(qlora_run: Path, lora_run: Path) -> None:
     trained = chat_model(str(qlora_run))
     assert not trained.loaded.notes
     (entry,) = engine.require_record(trained.loaded.model).parts.values()

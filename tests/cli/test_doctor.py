@@ -63,7 +63,7 @@ def test_this_machine_can_train(doctor, tmp_path):
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_a_bitsandbytes_that_does_not_load_is_named_with_the_way_out(doctor, tmp_path):
+def test_a_bitsandbytes_that_does_not_load_is_named_with_the_fix(doctor, tmp_path):
     package = tmp_path / "first" / "bitsandbytes"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(

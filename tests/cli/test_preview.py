@@ -151,7 +151,7 @@ def test_a_tokenizers_own_template_is_used_and_one_without_masks_is_named(here, 
         (["--chat-templte", "plain"], "--chat_templte"),
     ],
 )
-def test_bad_input_is_told_in_words(here, arguments, message):
+def test_bad_input_is_reported_in_words(here, arguments, message):
     columns = [] if "--columns" in arguments else COLUMNS
     done = here(GOOD, *columns, *arguments)
     assert done.returncode == 2

@@ -117,7 +117,7 @@ def test_callbacks_that_inject_stay_and_others_go(user, capsys):
     assert "LoRA r=2" in capsys.readouterr().out
 
 
-def test_a_refusal_is_told_as_in_training(user, capsys):
+def test_a_refusal_is_reported_as_in_training(user, capsys):
     averaging = {"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging"}
     assert main(["verify", *user(callbacks=[averaging])]) == 1
     assert "callback EMAWeightAveraging" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
-# Near to another trial: pairs of reward are those of dpo and orpo, speech has an encoder and a
+# Near to another trial: pairs of dpo are those of orpo and reward, speech has an encoder and a
 # decoder as summaries and translation have, and images and tokens are classified as texts are.
 NEAR = {
-    *("dpo-qlora", "orpo-qlora", "summarization-qlora", "translation-qlora"),
+    *("orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
     "text-classification-qlora",
 }
 LONG = pytest.mark.long
@@ -70,8 +70,10 @@ def check_trial(recipe: str, program: Program, folder: Path) -> None:
     assert run.path.name == result["run"]
     assert recipe in run.path.name
     assert run.status.state == "finished"
-    # A recipe may stop early.
-    assert 0 < run.status.step == result["steps"] <= run.status.total_steps
+    assert run.status.step == result["steps"] > 0
+    # A series validates each epoch, and so may stop early.
+    if not recipe.startswith("time-series"):
+        assert run.status.step == run.status.total_steps
     assert result["method"] == ("lora" if recipe.endswith("-lora") else "qlora")
     assert result["after"].keys() == result["before"].keys() >= {"val_loss"}
     assert result["after"]["val_loss"] < result["before"]["val_loss"]

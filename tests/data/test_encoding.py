@@ -177,7 +177,7 @@ def test_long_rows_are_refused_cut_or_split(tokenizer):
         assert all(piece.labels == [IGNORED, *piece.input_ids[1:]] for piece in pieces)
 
 
-def test_templates_are_the_tokenizers_own_or_asked_for(tokenizer):
+def test_templates_are_the_tokenizers_own_or_requested(tokenizer):
     with pytest.raises(ConfigError, match=r'has no chat template.*chat_template="chatml"'):
         find_template(tokenizer, None)
     with pytest.raises(ConfigError, match="'chatlm' is neither Jinja source nor one of chatml"):

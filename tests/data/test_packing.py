@@ -49,7 +49,7 @@ def examples(*lengths):
 
 
 def mean_loss(logits, labels):
-    """Returns the logits of transformers, in the dtype of the logits."""
+    """Returns the mean loss as transformers computes it, in the dtype of the logits."""
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 

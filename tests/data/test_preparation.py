@@ -45,9 +45,9 @@ def test_all_problems_are_reported_at_once_with_their_rows(make, write):
     text = str(error.value)
     assert "6 of 8 rows cannot be used" in text
     for kind, row, words in EXPECTED:
-        title, way_out = KINDS[kind]
+        title, fix = KINDS[kind]
         assert f"{title}: {2 if kind == 'missing' else 1}" in text
-        assert way_out in text
+        assert fix in text
         assert f"row {row} " in text
         assert words in text
     assert "skip_bad_rows=" in text

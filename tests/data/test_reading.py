@@ -6,6 +6,7 @@ import pandas
 import pytest
 from datasets import Dataset
 
+from lightning_peft.data.cache import digest_of_files
 from lightning_peft.data.reading import Source
 from lightning_peft.errors import ConfigError
 
@@ -98,7 +99,7 @@ def test_a_folder_names_its_splits_and_what_it_leaves_out(tmp_path):
     assert [row.value["a"] for row in rows(tmp_path, limit=1)] == [1, 3]
 
 
-def test_rows_are_read_as_they_are_asked_for(tmp_path):
+def test_rows_are_read_as_they_are_requested(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(f'{{"a": {i}}}\n' for i in range(10**5)))
     source = Source(str(file), None, **NONE, limit=None, text_unit="line")
@@ -172,13 +173,23 @@ def test_marks_inside_of_joined_files_of_lines_are_not_text(tmp_path):
     line = b'{"text": "a"}\n'
     for mark in (b"\xef\xbb\xbf", b"\x1e"):
         (tmp_path / "a.jsonl").write_bytes(2 * (mark + line))
-        source = Source(str(tmp_path), None, None, None, None, False, None, "line")
+        source = Source(str(tmp_path))
         assert [row.value for row in source.rows()] == [{"text": "a"}] * 2
 
 
 def test_a_link_to_nothing_is_refused_and_not_left_out(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "away.jsonl")
-    source = Source(str(tmp_path), None, None, None, None, False, None, "line")
+    source = Source(str(tmp_path))
     with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
         list(source.rows())
+    # Before a row is read, prepared data is looked up by a digest of the files.
+    with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
+        digest_of_files(source.content())
+    with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
+        list(Source(str(tmp_path / "b.jsonl")).rows())
+    # Before a row is read, prepared data is looked up by a digest of the files.
+    with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
+        digest_of_files(source.content())
+    with pytest.raises(ConfigError, match=r"'b.jsonl' is a link to '.*away.jsonl', which is not"):
+        list(Source(str(tmp_path / "b.jsonl")).rows())

@@ -1,4 +1,4 @@
-"""A tokenizer or processor at a pinned revision: read there and nowhere else, and distinguished."""
+"""A tokenizer or processor at a pinned revision: read there and nowhere else."""
 
 import json
 

@@ -9,6 +9,7 @@ from openpyxl.worksheet.formula import ArrayFormula
 from lightning_peft.data.encoding_names import near_encodings
 from lightning_peft.data.json_text import json_type
 from lightning_peft.data.reading import Source
+from lightning_peft.data.sheets import _text
 from lightning_peft.errors import ConfigError
 
 TABLE = [["prompt", "completion", "note"]]
@@ -117,6 +118,18 @@ def test_durations_are_the_hours_that_the_cell_shows(read):
         sheet["B2"] = datetime.timedelta(hours=30, minutes=5)
 
     assert read(set_it)[0][0].value["completion"] == "30:05:00"
+
+
+@pytest.mark.parametrize(
+    ("shown", "value"),
+    [
+        ("-1:30:00", {"minutes": -90}),
+        ("0:00:01.25", {"seconds": 1.25}),
+        ("0:01:00", {"minutes": 1}),
+    ],
+)
+def test_durations_keep_their_sign_and_fractions(shown, value):
+    assert _text(datetime.timedelta(**value)) == shown
 
 
 @pytest.mark.parametrize("title", [["About"], ["About", "of May"], ["About", None, "of May"]])

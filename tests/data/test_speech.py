@@ -96,7 +96,7 @@ def test_every_unusable_row_is_reported(tmp_path, make, write, monkeypatch):
     rows += [{"audio": "good.wav", "text": "x </s>"}, {"audio": "good.wav", "text": "so " * 30}]
     with pytest.raises(ConfigError) as error:
         make(write(rows), max_length=20).setup("fit")
-    for errors in (
+    for message in (
         "row 2 is the same as row 1",
         "row 3 has 1.5 seconds of audio of 1 allowed",
         "row 4 has an empty file as audio",
@@ -110,7 +110,7 @@ def test_every_unusable_row_is_reported(tmp_path, make, write, monkeypatch):
         "row 12 has 3",
         "11 of 12 rows cannot be used",
     ):
-        assert errors in str(error.value)
+        assert message in str(error.value)
 
 
 def test_another_rate_is_resampled(tmp_path, make, write):

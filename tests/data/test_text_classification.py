@@ -108,9 +108,9 @@ def test_classes_that_a_split_lacks_are_reported(classified, write, caplog):
     data = classified(write(found), labels=["a", "b", "c", "d", "e"], validation_share=None)
     data.setup("fit")
     data.setup("validate")
-    errors = [record.message for record in caplog.records]
-    assert errors == data.record["notes"]
-    assert errors == [
+    warnings = [record.message for record in caplog.records]
+    assert warnings == data.record["notes"]
+    assert warnings == [
         "Label 'd' is in validation (1 times) and never in train, so the model cannot learn to "
         "say so.",
         "Label 'e' is given and in no row.",
@@ -194,8 +194,8 @@ def test_equal_texts_with_other_labels_are_counted(classified, write):
     assert record["shared_prompts"] == 1
     assert record["splits"]["train"]["contradictions"] == 1
     assert record["splits"]["validation"]["contradictions"] == 1
-    errors = "1 rows of train have the text of an earlier row and another label."
-    assert errors in record["notes"]
+    note = "1 rows of train have the text of an earlier row and another label."
+    assert note in record["notes"]
 
 
 def test_other_shapes_are_refused(classified, write):

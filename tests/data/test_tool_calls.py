@@ -295,7 +295,7 @@ def test_a_row_without_a_turn_to_learn_is_refused(tokenizer):
     assert error.value.kind == "untrained"
 
 
-def test_a_template_of_a_tokenizer_is_asked_for_in_plain_text(tokenizer):
+def test_a_template_of_a_tokenizer_is_requested_in_plain_text(tokenizer):
     assert encoder(tokenizer, "plain").variables == frozenset()
     assert encoder(tokenizer).variables == {"style"}
     with pytest.raises(EncodingProblem, match="has tools: the chat template plain writes none"):

@@ -316,7 +316,7 @@ def test_larger_batches_are_measured_and_others_are_not() -> None:
     assert all(call.covers(("LlamaDecoderLayer", before[0].shape[1])) for call in before)
 
 
-def test_what_is_decided_is_told() -> None:
+def test_what_is_decided_is_reported() -> None:
     lines: list[str] = []
     module = llama()
     done = engine.checkpoint_activations(module, 0.5, lines.append)

@@ -114,6 +114,15 @@ def test_copies_of_a_layer_compute_the_same(config, backend, way):
     assert again._parameters["weight"] is not layer._parameters["weight"]
 
 
+@EACH
+def test_a_copied_weight_stays_the_one_that_others_hold(config, backend):
+    layer, _ = weight_of(config)
+    copied, (weight,) = copy.deepcopy((layer, [layer._parameters["weight"]]))
+    assert copied._parameters["weight"] is weight
+    # bitsandbytes would keep the codes a second time.
+    assert getattr(weight, "CB", None) is None
+
+
 def test_configs_of_nobody_are_refused():
     with pytest.raises(
         ConfigError, match="config=4: there is no quantization backend for int. .*ToyC"

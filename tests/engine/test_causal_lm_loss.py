@@ -167,7 +167,7 @@ def test_only_the_logits_themselves_wait_for_the_backward_pass() -> None:
         kept[function.__name__] = sum(seen.values())
     positions = ROWS * LENGTH
     assert kept["ForCausalLMLoss"] >= positions * WORDS * 4
-    # Beside the logits: two numbers to normalize by, two targets; and how many there are.
+    # Next to the logits: two numbers to normalize by, two targets; and how many there are.
     assert kept["causal_lm_loss"] <= positions * (4 + 4 + 8 + 8) + 8
 
 

@@ -16,7 +16,8 @@ from lightning_peft import engine, tasks
 def test_every_exported_name_loads_on_first_use(package: ModuleType) -> None:
     assert package.__all__ == sorted(set(package.__all__))
     for name in package.__all__:
-        assert name.isupper() or getattr(package, name).__name__ == name
+        value = getattr(package, name)
+        assert name.isupper() or value.__name__ == name
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match=f"'{package.__name__}' has no attribute 'nothing'"):
         _ = package.nothing

@@ -135,7 +135,7 @@ def test_what_is_no_copy() -> None:
     assert find_momentum_copies(nn.ModuleDict({"a": nn.Linear(4, 4, device="meta")})) == []
 
 
-def test_a_single_layer_may_be_a_twin() -> None:
+def test_a_single_layer_may_be_a_copy() -> None:
     model = nn.ModuleDict({"actor": nn.Linear(64, 64), "head": nn.Linear(64, 2)})
     model["target"] = copy.deepcopy(model["actor"]).requires_grad_(False)
     lightning_peft.inject(model, r=4, target_modules=["actor", "target"])

@@ -137,7 +137,7 @@ def test_hooks_references_and_state_dicts_go_on() -> None:
         assert torch.equal(a, b)
 
 
-def test_auto_does_not_warn_of_what_nobody_asked_for() -> None:
+def test_auto_does_not_warn_of_what_nobody_requested() -> None:
     for name, count in (("auto", 0), ("paged_adamw_32bit", 1)):
         model = layers()
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -104,7 +104,7 @@ def test_saved_modules_are_the_copies_that_trained(tmp_path) -> None:
     assert files >= {"adapter_config.json", "adapter_model.safetensors"}
 
 
-def test_the_same_settings_may_be_asked_for_and_others_not() -> None:
+def test_the_same_settings_may_be_requested_and_others_not() -> None:
     lightning_peft.inject(Holder(wrapped(tiny_llama, QV)), QV)
     holder = Holder(wrapped(tiny_llama, QV))
     kept = dict(holder.named_modules())

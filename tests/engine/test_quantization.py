@@ -213,8 +213,12 @@ def test_unsupported_layers_have_a_reason() -> None:
     class Own(nn.Linear):
         pass
 
+    class OwnConvolution(nn.Conv1d):
+        pass
+
     cases = [
         (Own(4, 4), NF4, "it is a Own"),
+        (OwnConvolution(2, 2, 1), INT8, "since a subclass may compute in its own way"),
         (nn.Embedding(2, 2), NF4, "it is a Embedding"),
         (nn.Conv1d(2, 2, 1), INT8, "8-bit products for linear layers only"),
         (Conv1D(4, 4), INT8, "stores its weight transposed"),

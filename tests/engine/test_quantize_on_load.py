@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from models import Holder, llama_config, saved_in_shards
 from torch import nn
 from transformers import (
     AutoModel,
@@ -33,11 +34,8 @@ DENSE: dict[str, Any] = {"device_map": {"": "cpu"}}
 
 
 def llama(tied: bool = False) -> LlamaConfig:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaConfig(
-        vocab_size=96, attention_bias=True, tie_word_embeddings=tied, **sizes, **heads
-    )
+    sizes = {"vocab_size": 96, "intermediate_size": 128}
+    return llama_config(**sizes, attention_bias=True, tie_word_embeddings=tied)
 
 
 @pytest.fixture(scope="module")
@@ -52,18 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "backbone": LlamaModel(llama()),
         "t5": T5ForConditionalGeneration(t5),
     }
-    found = {}
-    for name, model in models.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(found[name], max_shard_size="60KB")
-        assert len(list(found[name].glob("*.safetensors"))) > 2
-    return found
-
-
-class Holder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model: Any = None
+    return saved_in_shards(models, tmp_path_factory, "60KB")
 
 
 def load(

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from models import Holder, llama_config, saved_in_shards
 from toy_backend import ToyConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
 )
@@ -47,10 +46,9 @@ def bases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    llama = LlamaConfig(vocab_size=96, pad_token_id=0, attention_bias=True, **sizes, **heads)
-    tied = LlamaConfig(vocab_size=96, tie_word_embeddings=True, **sizes, **heads)
+    sizes = {"vocab_size": 96, "intermediate_size": 128}
+    llama = llama_config(**sizes, pad_token_id=0, attention_bias=True)
+    tied = llama_config(**sizes, tie_word_embeddings=True)
     models = {
         "llama": LlamaForCausalLM(llama),
         "tied": LlamaForCausalLM(tied),
@@ -70,18 +68,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             )
         ),
     }
-    found = {}
-    for name, model in models.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        model.to(torch.bfloat16).save_pretrained(found[name], max_shard_size="40KB")
-        assert len(list(found[name].glob("*.safetensors"))) > 2
-    return found
-
-
-class Holder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model: Any = None
+    models = {name: model.to(torch.bfloat16) for name, model in models.items()}
+    return saved_in_shards(models, tmp_path_factory, "40KB")
 
 
 def load(
@@ -228,7 +216,7 @@ def only(bases: Path) -> Path:
 
 
 @pytest.mark.parametrize("harm", ["bit", "cut", "remove", "summary", "layers"])
-def test_a_damaged_entry_is_told_and_made_anew(
+def test_a_damaged_entry_is_reported_and_made_anew(
     harm: str, folders: dict[str, Path], bases: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, _, _ = load(folders["llama"], cached=False)

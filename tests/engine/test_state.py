@@ -144,7 +144,7 @@ def test_every_key_that_does_not_fit_is_named() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_full_model_is_refused_with_the_way_out() -> None:
+def test_a_full_model_is_refused_with_the_fix() -> None:
     model = built(stack)
     for full in (stack().state_dict(), model.state_dict()):
         with pytest.raises(CheckpointError, match="holds the base model too"):

@@ -25,7 +25,7 @@ def test_it_trains_unedited(name: str, method: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", [kind.name for kind in KINDS if kind.refused])
-def test_it_is_refused_with_a_way_out(name: str, method: str, tmp_path: Any) -> None:
+def test_it_is_refused_with_a_fix(name: str, method: str, tmp_path: Any) -> None:
     check_refused(BY_NAME[name], method, tmp_path)
 
 

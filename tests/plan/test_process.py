@@ -37,8 +37,6 @@ def test_the_peak_of_a_real_run_is_in_the_planned_range(tmp_path, benchmark):
     assert plan.low_bytes <= measured <= plan.high_bytes
     # Three steps know few lengths; the plan is that of a longer run.
     assert 0.9 <= plan.peak_bytes / measured <= 1.6
-    # What was planned before is outside.
-    assert measured > 400_000_000 + 1.5 * plan.allocated
 
 
 @pytest.mark.parametrize("model", ["demo", pytest.param("smollm2", marks=pytest.mark.long)])

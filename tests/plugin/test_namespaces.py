@@ -110,6 +110,14 @@ def test_a_module_of_the_other_tree_is_refused(root, tmp_path):
         trainer(tmp_path, "lora", root).fit(task(other), loader())
 
 
+def test_attributes_are_absent_while_two_packages_leave_the_choice_open():
+    use_namespace(None)
+    assert not hasattr(LoRACallback, "nothing")
+    assert not hasattr(lightning_peft.LoRAStrategy, "nothing")
+    # A strategy goes with its Trainer, so it has what strategies of both have.
+    assert lightning_peft.LoRAStrategy.broadcast is not None
+
+
 def test_two_packages_need_a_choice_for_all_but_strategies():
     assert all(lightning(each) for each in ROOTS)
     use_namespace(None)

@@ -130,7 +130,7 @@ def test_another_base_on_one_rank_is_found_by_all(ranks):
 
 def test_a_failed_verification_stops_all_ranks(ranks):
     assert ranks[0]["verification"] == (
-        "Adapter verification failed on ranks [1]; see the logs of those ranks."
+        "Adapter verification failed on ranks [1]; see the errors of those ranks."
     )
     assert "called without effect in eval mode" in ranks[1]["verification"]
 

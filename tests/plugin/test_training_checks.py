@@ -88,7 +88,7 @@ def test_idle_layers_are_one_warning(method, tmp_path, message):
     ]
 
 
-def test_gradients_of_zero_are_told_and_no_fault(tmp_path, message):
+def test_gradients_of_zero_are_reported_and_no_fault(tmp_path, message):
     """A head that starts at zero passes nothing on in the first step."""
     module = task()
     nn.init.zeros_(module.model.head.weight)

@@ -51,7 +51,7 @@ def fit_residuals(folder, wanted):
 
 
 def fit_idle(folder, **given):
-    """Trains a module with a layer that its loss does not reach; returns what was raised."""
+    """Trains a module with a layer that its loss does not reach; returns the error."""
     torch.manual_seed(7)
     module = task(ROOT)
     module.model.spare = torch.nn.Linear(8, 8)

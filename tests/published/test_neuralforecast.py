@@ -154,7 +154,7 @@ def test_it_trains_unedited(entry: Published, method: str, tmp_path: Path) -> No
 
 
 @parametrized(MODULES, refused=True)
-def test_it_is_refused_with_a_way_out(entry: Published, method: str, tmp_path: Path) -> None:
+def test_it_is_refused_with_a_fix(entry: Published, method: str, tmp_path: Path) -> None:
     if entry is TIDE:
         # Found by running it, so after its layers were quantized.
         module = entry.make()

@@ -89,7 +89,7 @@ def test_an_error_is_written_down(tmp_path):
     assert "training_step" in "".join(error["traceback"])
 
 
-def test_a_loss_that_is_no_number_is_told_once(tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_is_reported_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "mean", lambda tensor: tensor.sum() * float("nan"))
     run(ROOTS[0], tmp_path, limit_val_batches=0)
     folder = RunFolder(tmp_path)

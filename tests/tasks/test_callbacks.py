@@ -74,7 +74,7 @@ def test_saving_in_between_does_not_hide_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [BestCheckpoint, StopEarly])
-def test_a_metric_that_never_comes_is_told_before_the_first_step(cls, tmp_path):
+def test_a_metric_that_never_comes_is_reported_before_the_first_step(cls, tmp_path):
     with pytest.raises(ConfigError, match="needs validation rows, and there are none"):
         fit(tmp_path, (cls, {}), limit_val_batches=0)
     with pytest.raises(ConfigError, match=r"monitor='val_los'\): Module logs val_loss"):

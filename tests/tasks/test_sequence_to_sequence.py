@@ -186,7 +186,7 @@ def test_float16_is_refused_for_t5_before_anything_is_loaded(data, tmp_path):
     assert half.model is None
 
 
-def test_what_cannot_be_evaluated_is_told_first(data, tmp_path):
+def test_what_cannot_be_evaluated_is_reported_first(data, tmp_path):
     with pytest.raises(ConfigError, match="'rogue'. are none of rouge.*generate_limit=-1"):
         task(metrics=["rogue"], generate_limit=-1)
     with pytest.raises(ConfigError, match="no datamodule with a tokenizer"):

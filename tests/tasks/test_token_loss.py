@@ -69,7 +69,7 @@ def gradients(model):
 
 
 def compared(model, batch, tolerance=1e-5):
-    """Checks loss and all gradients against the model's own; returns what was used."""
+    """Checks loss and all gradients against the model's own; returns the loss in parts."""
     own = copy.deepcopy(model)
     parts = TokenLoss()
     torch.manual_seed(5)

@@ -15,7 +15,7 @@ so gives other text; this is why the pairs that the demo uses are shipped as
 writes them.
 
 The text is copyright Python Software Foundation, under the PSF License Version 2; see
-``README.md`` and ``LICENSE-PSF.txt`` next to this file.
+``README.md`` and ``LICENSE-PSF.txt`` in ``lightning_peft/demo/``.
 """
 
 from __future__ import annotations

@@ -167,11 +167,11 @@ def _token_preview(numbers: dict[str, Any], t: Texts) -> str:
     rows = numbers.get("first_rows", [])
     if not rows:
         return ""
-    message = any(run["trained"] for row in rows for run in row["runs"])
+    any_trained = any(run["trained"] for row in rows for run in row["runs"])
     legend = (
         f'<p class="legend"><span class="trained">{escaped(t("new.legend_trained"))}</span> '
         f'<span class="read">{escaped(t("new.legend_read"))}</span></p>'
-        if message
+        if any_trained
         else ""
     )
     shown = "".join(

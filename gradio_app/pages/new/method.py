@@ -202,16 +202,14 @@ def _bind_field(
     editor.then(gr.on(triggers, touched, [editor.session, part], outputs, **options))
 
 
-def apply_field(session: Session, path: str, normalize_decimal: Any) -> None:
+def apply_field(session: Session, path: str, typed: Any) -> None:
     """Changes a setting of a session, or remembers why what is typed cannot be one."""
     field = BY_PATH[path]
     session.field_errors.pop(path, None)
-    if not applies(field, session.content) or normalize_decimal == display_value(
-        field, session.content
-    ):
+    if not applies(field, session.content) or typed == display_value(field, session.content):
         return
     try:
-        value = parse_value(field, normalize_decimal)
+        value = parse_value(field, typed)
     except UserError as refused:
         session.field_errors[path] = refused
         return

@@ -168,7 +168,7 @@ def _without_remote_code(
     wanted = [value_at(content, name, None) for name in names]
     if not wanted[-1] or wanted == [value_at(session.content, name, None) for name in names]:
         return content
-    # Beside the page: whoever edits the text does not see the step of the model.
+    # Next to the page: whoever edits the text does not see the step of the model.
     message = editor.t("checks.code_left_out", name=shortened(wanted[0]))
     gr.Warning(escaped(message), title=editor.t("frame.refused"), duration=None)
     return with_value(content, names[-1], MISSING)

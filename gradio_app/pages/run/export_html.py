@@ -68,8 +68,7 @@ def checkpoint_label(one: Checkpoint, t: Texts) -> str:
 
 def empty(run: Run, t: Texts) -> str:
     """Returns the notice before the first checkpoint."""
-    active_exports = run.active or run.waiting
-    text = t("export.empty_going" if active_exports else "export.empty")
+    text = t("export.empty_going" if run.active or run.waiting else "export.empty")
     title = t("export.empty_title")
     return f'<div class="nothing"><p><strong>{title}</strong></p><p>{text}</p></div>'
 
@@ -258,17 +257,19 @@ def _error(export: Export, t: Texts) -> str:
         relative, same = float(found["relative"]), float(found["same_choice"])
     except (KeyError, TypeError, ValueError):
         return ""
-    text = t("export.error", relative=f"{relative:.2%}", same=f"{same:.1%}")
+    text = t(
+        "export.error", relative=t.localized(f"{relative:.2%}"), same=t.localized(f"{same:.1%}")
+    )
     return f"<p>{escaped(text)}</p>"
 
 
 def _notes(run: Run, export: Export, t: Texts) -> str:
-    message = [
+    notes = [
         t("export.note_base") if _BASE_NOTE in note else _redacted(note, run, export)
         for note in export.notes
     ]
     title = f"<strong>{t('export.note')}</strong>"
-    return "".join(f'<p class="note">{title} {escaped(note)}</p>' for note in message)
+    return "".join(f'<p class="note">{title} {escaped(note)}</p>' for note in notes)
 
 
 def _files(export: Export, t: Texts) -> str:

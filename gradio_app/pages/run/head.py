@@ -75,10 +75,8 @@ class Head:
     def _outcome(self, run: Run) -> str:
         t, result = self.t, read_json_object(run.folder.result)
         before, after = (
-            (result.get(phase_progress) or {}).get("val_loss")
-            if isinstance(result.get(phase_progress), dict)
-            else None
-            for phase_progress in ("before", "after")
+            result[moment].get("val_loss") if isinstance(result.get(moment), dict) else None
+            for moment in ("before", "after")
         )
         if not isinstance(after, (int, float)):
             return t("run.outcome_none")

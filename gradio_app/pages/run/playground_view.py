@@ -219,7 +219,7 @@ class PlaygroundView:
         revealed: str = "",
         who: Mapping[str, str] | None = None,
     ) -> tuple[Any, ...]:
-        """Returns the values of ``talking``.
+        """Returns the values of ``conversation_outputs``.
 
         Args:
             talk: The conversation.
@@ -229,7 +229,7 @@ class PlaygroundView:
             who: The models behind A and B, once revealed.
         """
         t, which = self.t, playground_html.checkpoint_label(talk.checkpoint, talk.step, self.t)
-        tuned = t("playground.tuned", which=which)
+        tuned = t("playground.tuned", which=which) if which else t("playground.mode_tuned")
         names = {"base": t("playground.base"), "tuned": tuned}
         left, right = names["base"], names["tuned"]
         if talk.blind:

@@ -187,7 +187,8 @@ class FourBit(BitsAndBytesBackend):
         if not isinstance(stored, bnb.nn.Params4bit):
             fields = {name: getattr(stored, name) for name in _PARAMETER_FIELDS}
             stored = prequantized(stored.data, **fields)
-        return stored.to(device)
+        # `to` makes another parameter, and others may hold this one.
+        return stored if stored.device == device else stored.to(device)
 
     def meta(self, rows: Tensor, config: BitsAndBytesConfig) -> Any:
         blocks = -(-rows.numel() // nf4_cpu.BLOCK)

@@ -15,7 +15,7 @@ from lightning_peft.compat.bitsandbytes import save_linear8bit
 from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
-from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.mixin import add_mixin
 from lightning_peft.engine.layers.quantized import QuantizedLinear
 
@@ -68,6 +68,8 @@ class EightBit(BitsAndBytesBackend):
         return "int8"
 
     def unsupported_reason(self, layer: nn.Module) -> str | None:
+        if not has_quantizable_class(layer):
+            return super().unsupported_reason(layer)
         if isinstance(layer, CONVOLUTION_LIKE):
             return (
                 f"it is a {type(layer).__name__}, and bitsandbytes has 8-bit products for linear "
@@ -137,14 +139,15 @@ class EightBit(BitsAndBytesBackend):
         return {"codes": stored.data, "SCB": stored.SCB}
 
     def from_state_tensors(self, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
-        stored: Any = bnb.nn.Int8Params(
-            tensors["codes"].to(device), requires_grad=False, has_fp16_weights=False
-        )
-        stored.SCB, stored.CB = tensors["SCB"].to(device), None
-        return stored
+        return _parameter(tensors["codes"].to(device), tensors["SCB"].to(device))
 
     def restore(self, stored: Any, device: torch.device) -> Any:
-        return stored.to(device)
+        if not isinstance(stored, bnb.nn.Int8Params):
+            stored = _parameter(stored.data, stored.SCB)
+        if stored.device != device:
+            stored = stored.to(device)
+            stored.CB = None
+        return stored
 
     def meta(self, rows: Tensor, config: BitsAndBytesConfig) -> Any:
         stored: Any = nn.Parameter(rows.new_empty(rows.shape, dtype=torch.int8), False)
@@ -165,6 +168,12 @@ class EightBit(BitsAndBytesBackend):
             "load_in_8bit=True: memory of 8-bit layers is not predicted. Plan for 4-bit layers, or "
             "for LoRA"
         )
+
+
+def _parameter(codes: Tensor, scales: Tensor) -> Any:
+    stored: Any = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False)
+    stored.SCB, stored.CB = scales, None
+    return stored
 
 
 EIGHT_BIT: QuantizationBackend[BitsAndBytesConfig] = EightBit()

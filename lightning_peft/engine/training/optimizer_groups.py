@@ -142,7 +142,7 @@ class _Exchange:
                         self.adapters.setdefault(id(weight), []).extend(trained)
 
     def apply(self, index: int, optimizer: Any) -> str | None:
-        """Changes the groups of one optimizer; returns what was done to it, if adapters came."""
+        """Changes the groups of one optimizer; returns a description if adapters were added."""
         weights = 0
         if _has_own_tensors(optimizer):
             self._refuse(optimizer)

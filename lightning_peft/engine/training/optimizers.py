@@ -159,7 +159,7 @@ def _problems(optimizer: Any, target: Any, frozen: Collection[int]) -> list[str]
 
 
 def _convert(optimizer: Any, target: Any) -> str:
-    """Gives ``optimizer`` the class ``target``; returns what changes for the user."""
+    """Gives ``optimizer`` the class ``target``; returns a description of the change."""
     donor: Any = target([torch.nn.Parameter(torch.empty(0))])
     notes = _changes(optimizer, donor)
     old_defaults = dict(optimizer.defaults)

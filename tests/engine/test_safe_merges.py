@@ -23,6 +23,7 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import lightning_peft
 from lightning_peft import engine
@@ -182,6 +183,8 @@ def _once(function):
 def test_what_the_body_does_to_layers_is_undone() -> None:
     layer = nn.Linear(3, 3)
     layer.notes = ["kept"]
+    # A container that refuses changes, as modules keep of a pass.
+    layer.last = output = BaseModelOutput(torch.ones(1))
     weight, values = layer.weight, layer.weight.detach().clone()
 
     def fails() -> None:
@@ -198,6 +201,8 @@ def test_what_the_body_does_to_layers_is_undone() -> None:
     assert layer.weight is weight
     assert torch.equal(layer.weight, values)
     assert layer.notes == ["kept"]
+    assert layer.last is output
+    assert list(output) == ["last_hidden_state"]
     assert layer.bias is not None
     assert not hasattr(layer, "extra")
 
