@@ -125,6 +125,8 @@ class ToyBackend(QuantizationBackend[ToyConfig]):
         return ToyParameter(codes, scales, int(tensors["levels"]), tensors["dtype"].dtype)
 
     def restore(self, stored: Any, device: torch.device) -> ToyParameter:
+        if isinstance(stored, ToyParameter) and stored.device == device:
+            return stored
         scales = stored.scales.to(device)
         return ToyParameter(stored.data.to(device), scales, stored.levels, stored.dense_dtype)
 

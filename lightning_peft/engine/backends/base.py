@@ -196,7 +196,10 @@ class QuantizationBackend(ABC, Generic[Config]):
 
     @abstractmethod
     def restore(self, stored: Any, device: torch.device) -> Any:
-        """``stored`` on ``device``, as what it was: pickle turns it into an ``nn.Parameter``."""
+        """``stored`` on ``device``, as what it was: pickle turns it into an ``nn.Parameter``.
+
+        The same parameter where nothing changes, since other layers and optimizers may hold it.
+        """
 
     @abstractmethod
     def meta(self, rows: Tensor, config: Config) -> Any:

@@ -137,7 +137,7 @@ def convert_to_dense(layer: Any, weight: Tensor) -> QuantizedBackup:
 def restore_quantized(layer: Any, backup: QuantizedBackup) -> None:
     """Puts a quantized weight back, bit for bit, on the device where the layer is now."""
     device = stored_parameter(layer, "weight").device
-    kind = class_for_key(backup.key)
+    kind: Any = class_for_key(backup.key)
     # Before the class: this may fail, and a quantized class over a dense weight computes nothing.
     layer._parameters["weight"] = kind.backend.restore(backup.weight, device)
     layer.__class__ = kind
