@@ -19,7 +19,7 @@ import tempfile
 import time
 from typing import Any
 
-from lightning_peft.cli.recipes import recipe_files, recipes_folder
+from lightning_peft.recipe_files import recipe_files, recipes_folder
 
 RESULTS = recipes_folder() / "results.json"
 PAGE = recipes_folder() / "README.md"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from lightning_peft.cli import COMMANDS, GROUPS, about, main
+from lightning_peft.cli import GROUPS, command_names, find_command, main
 
 PAGE = Path(__file__).with_name("command-line-reference.md")
 _TRAINING = GROUPS["Train"]
@@ -22,10 +22,10 @@ def text() -> str:
         "What `lightning-peft COMMAND --help` prints, made with this page.",
         "",
     ]
-    for name in COMMANDS:
+    for name in command_names():
         lines += [f"## {name}", ""]
         if name in _TRAINING[1:]:
-            lines += [f"{about(name)} The options are those of [fit](#fit).", ""]
+            lines += [f"{find_command(name).about} The options are those of [fit](#fit).", ""]
             continue
         lines += ["```text", _help(name).rstrip(), "```", ""]
     return "\n".join(lines)

@@ -14,7 +14,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from gradio_app.settings import Settings
-from lightning_peft.cli.recipes import recipes_folder
+from lightning_peft.recipe_files import recipes_folder
 from lightning_peft.runs.status import Status
 
 # Stands for a file that the owner of a recipe has uploaded, wherever this server keeps them.

@@ -11,9 +11,9 @@ from gradio_app.recipe.form import applies, default_of
 from gradio_app.recipe.validation import validate_content
 from gradio_app.settings import Settings
 from lightning_peft.cli import main
-from lightning_peft.cli.recipes import recipe_files, resolved
 from lightning_peft.errors import ConfigError
 from lightning_peft.export.loading_code import model_class, reader_class
+from lightning_peft.recipe_files import recipe_files, resolved
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.task_registry import TASKS, TaskSpec, register_task, task_of_config
 

@@ -21,7 +21,7 @@ from gradio_app.redaction import Redactor
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 
 # Most rows that one call returns; the next one asks for those after them.
 MAX_ROWS = 1000

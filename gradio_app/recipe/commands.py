@@ -53,7 +53,7 @@ class _Program:
         if "package:" in self.folders:
             head += ["from pathlib import Path", "", "import lightning_peft"]
         if "recipe:" in self.folders:
-            self.imports["lightning_peft.cli.recipes"].add("recipes_folder")
+            self.imports["lightning_peft.recipe_files"].add("recipes_folder")
         for module in sorted(self.imports):
             head.append(f"from {module} import {', '.join(sorted(self.imports[module]))}")
         made = [line for mark, (_, line) in _FOLDERS.items() if mark in self.folders]

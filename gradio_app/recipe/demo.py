@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from gradio_app.recipe.content import merge_recipes
-from lightning_peft.cli.recipes import find_recipe, resolved
+from lightning_peft.recipe_files import find_recipe, resolved
 
 RECIPE = "sft-qlora"
 SMALL = "small/sft"

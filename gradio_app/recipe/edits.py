@@ -22,7 +22,7 @@ from gradio_app.recipe.presets import (
 )
 from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.runs.bfloat16 import detect_bfloat16
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
 
 METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}

@@ -18,7 +18,7 @@ from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.presets import MODELS
 from gradio_app.recipe.yaml_text import parse_yaml
 from gradio_app.settings import Settings
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS
 
 _WORD = re.compile(r"[\w.{}=:,%+*()|\\^$\[\] -]{0,300}")

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, entry_points, version
+from itertools import chain
+from pathlib import Path
 from textwrap import fill
+from typing import NamedTuple
 
 from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
 
-# What each group of commands is for, and the commands, which are modules of this room. Their heavy
-# parts load when they run: help must come at once.
+# The commands by group, which are modules of this room with ABOUT and main. Their heavy parts load
+# when they run: help must come at once.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Get started": ("demo", "doctor", "app"),
+    "Get started": ("demo", "doctor"),
     "Prepare": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Verify": ("verify", "reproduce"),
     "Use the result": ("chat", "compare", "merge", "export"),
     "Maintenance": ("cache",),
 }
-COMMANDS = tuple(name for names in GROUPS.values() for name in names)
-_TRAINING = GROUPS["Train"]
+# Entry points of other packages' commands: each is a module like those of this room.
+EXTENSIONS = "lightning_peft.commands"
+
+
+class Command(NamedTuple):
+    """What a command does in a sentence, and its function, which returns the exit code."""
+
+    about: str
+    main: Callable[[Sequence[str]], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,18 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning-peft {version('lightning-peft')}")
         return 0
-    name, *rest = words
-    if name not in COMMANDS:
-        hint = similar_names(name, COMMANDS)
-        print(f"lightning-peft: there is no command {name!r}{hint}.", file=sys.stderr)
-        return 2
     try:
-        if name in _TRAINING:
-            from lightning_peft.cli import training
-
-            code = training.main(name, rest)
-        else:
-            code = int(import_module(f"lightning_peft.cli.{name}").main(rest))
+        code = find_command(words[0]).main(words[1:])
         sys.stdout.flush()
         return code
     except LightningPeftError as error:
@@ -65,23 +67,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
-def about(name: str) -> str:
-    """Returns in a sentence what a command does."""
-    if name in _TRAINING:
-        from lightning_peft.cli.training import ABOUT
+def command_groups() -> dict[str, tuple[str, ...]]:
+    """Returns the names of all commands by group, those of other packages in the last one."""
+    return GROUPS | {"Extensions": tuple(_extensions())}
 
-        return ABOUT[name]
-    return str(import_module(f"lightning_peft.cli.{name}").ABOUT)
+
+def command_names() -> list[str]:
+    """Returns the names of all commands."""
+    return [*chain(*command_groups().values())]
+
+
+def find_command(name: str) -> Command:
+    """Returns a command.
+
+    Raises:
+        ConfigError: If there is none of that name; near names are listed.
+    """
+    if name in GROUPS["Train"]:
+        from lightning_peft.cli import training
+
+        return Command(training.ABOUT[name], partial(training.main, name))
+    if name in chain(*GROUPS.values()):
+        module = import_module(f"lightning_peft.cli.{name}")
+    elif name in (extensions := _extensions()):
+        module = extensions[name].load()
+    else:
+        near = similar_names(name, command_names())
+        raise ConfigError(f"there is no command {name!r}{near}.")
+    return Command(module.ABOUT, module.main)
+
+
+def _extensions() -> dict[str, EntryPoint]:
+    """Returns the entry points by name; they replace no command of this room.
+
+    Those of this distribution are read from a checkout's own file where there is one: the metadata
+    of an editable install is that of the day of the install.
+    """
+    found = {point.name: point for point in entry_points(group=EXTENSIONS)}
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        heading = re.escape(f'[project.entry-points."{EXTENSIONS}"]')
+        table = re.search(rf"^{heading}\n([^\[]*)", project.read_text("utf-8"), re.MULTILINE)
+        for name, value in re.findall(r'^(\S+) = "(.+)"$', table[1] if table else "", re.MULTILINE):
+            found[name] = EntryPoint(name, value, EXTENSIONS)
+    return {name: found[name] for name in sorted(found.keys() - set(chain(*GROUPS.values())))}
 
 
 def _overview() -> str:
     lines = ["usage: lightning-peft COMMAND ...", "", "LoRA and QLoRA for PyTorch Lightning.", ""]
-    for group, names in GROUPS.items():
+    for group, names in command_groups().items():
         lines.append(f"{group}:")
         for name in names:
-            indent = " " * 14
-            lines.append(
-                fill(about(name), 92, initial_indent=f"  {name:<12}", subsequent_indent=indent)
-            )
+            text = find_command(name).about
+            lines.append(fill(text, 92, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14))
         lines.append("")
     return "\n".join([*lines, "Run `lightning-peft COMMAND --help` for details."])

@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.recipes import find_recipe, resolve_recipes, resolved
+from yaml import safe_dump, safe_load
+
 from lightning_peft.errors import ConfigError, similar_names
+from lightning_peft.recipe_files import find_recipe, resolve_recipes, resolved
 
 _DEFAULT = "lightning_peft.SupervisedData"
 # What only concerns the order and loading of batches.
@@ -55,8 +57,6 @@ def data_from_config(
     parser.add_class_arguments(cls, skip=_OF_TRAINING)
     settings = {key: value for key, value in arguments.items() if key not in _OF_TRAINING}
     with tempfile.TemporaryDirectory() as folder:
-        from yaml import safe_dump
-
         file = Path(folder) / "data.yaml"
         file.write_text(safe_dump(settings), encoding="utf-8")
         try:
@@ -122,8 +122,6 @@ def _split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
-    from yaml import safe_load
-
     contents = [safe_load(resolved(find_recipe(name))) for name in configs]
     if not any(isinstance(content, dict) and "model" in content for content in contents):
         raise ConfigError(
@@ -142,8 +140,6 @@ def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, 
     path = default
     arguments: dict[str, Any] = {}
     for name in configs:
-        from yaml import safe_load
-
         content = safe_load(resolved(find_recipe(name))) or {}
         if not isinstance(content, dict):
             raise ConfigError(f"--config {name!r} holds no keys, but {content!r}.")

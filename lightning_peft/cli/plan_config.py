@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
+from lightning_peft.recipe_files import resolve_recipes
 from lightning_peft.task_registry import task_of_config
 
 _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}

@@ -10,8 +10,8 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import ConfigError
+from lightning_peft.recipe_files import resolve_recipes
 
 if TYPE_CHECKING:
     from lightning_peft.runs.session import RunSession

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_peft.cli.options import OptionParser
-from lightning_peft.cli.recipes import resolve_recipes
 from lightning_peft.errors import BaseMismatchError, ConfigError
+from lightning_peft.recipe_files import resolve_recipes
 
 if TYPE_CHECKING:
     from lightning_peft.engine.verification.result import Verification

@@ -58,7 +58,7 @@ from gradio_app.recipe.model_files import free_bytes
 from gradio_app.recipe.planner import applicable_fixes, plan_arguments, validate_device, with_fix
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS
 from gradio_app.texts import LANGUAGES, Texts
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, task_of_config
 
 DATA, MODEL, TRAINER = "data.init_args.", "model.init_args.", "trainer."

@@ -21,7 +21,7 @@ from gradio_app.recipe.validation import validate_content, validate_recipe
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from gradio_app.settings import Limits, Settings
 from gradio_app.texts import LANGUAGES, Texts
-from lightning_peft.cli.recipes import recipe_files, resolved
+from lightning_peft.recipe_files import recipe_files, resolved
 from lightning_peft.task_registry import TASKS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

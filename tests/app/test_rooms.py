@@ -18,7 +18,7 @@ from tests.test_architecture import (
 ROOT = Path(__file__).parents[2]
 PAGE = "gradio_app"
 # Who may import Gradio; all others can be tried without a browser.
-SHOWN = {"pages", "assets", "serving", "app"}
+SHOWN = {"pages", "assets", "serving", "app", "command"}
 # What everyone may use, and who may use what else. Pages and the parts that join them use all.
 GROUND = {"errors", "guards", "redaction", "settings", "texts", "uploads", "visitors"}
 ROOMS: dict[str, set[str]] = {
@@ -33,7 +33,7 @@ LIGHT = {
     "lightning_peft.compat.gradio",
     "lightning_peft.arguments",
     "lightning_peft.cli",
-    "lightning_peft.cli.recipes",
+    "lightning_peft.cli.options",
     "lightning_peft.data.charsets",
     "lightning_peft.data.data_files",
     "lightning_peft.data.file_format",
@@ -43,6 +43,7 @@ LIGHT = {
     "lightning_peft.runs.folder",
     "lightning_peft.export.loading_code",
     "lightning_peft.task_registry",
+    "lightning_peft.recipe_files",
     "lightning_peft.runs.status",
 }
 

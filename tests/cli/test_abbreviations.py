@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_peft.cli import COMMANDS, main
+from lightning_peft.cli import command_names, main
 
 _RUN = ("--config=sft-qlora",)
 # A beginning of one option of each command, what stands before it, and the option.
@@ -46,7 +46,7 @@ def said(capsys, name: str, *words: str) -> str:
 
 
 def test_every_command_is_tried():
-    assert sorted(SHORT) == sorted(COMMANDS)
+    assert sorted(SHORT) == sorted(command_names())
 
 
 @pytest.mark.parametrize("name", SHORT)

@@ -19,10 +19,10 @@ from properties import few_and_many
 
 from lightning_peft.cli.data_config import data_from_config
 from lightning_peft.cli.plan_config import plan_from_config
-from lightning_peft.cli.recipes import find_recipe, resolve_recipes
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plugin.config_errors import constructor_parameters
 from lightning_peft.plugin.lightning_cli import parsed_config
+from lightning_peft.recipe_files import find_recipe, resolve_recipes
 
 RECIPES = ["sft-qlora", "dpo-lora", "text-classification-qlora", "translation-lora"]
 

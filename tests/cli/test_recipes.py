@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_peft.cli.recipes import main, recipe_files, resolved
+from lightning_peft.cli.recipes import main
+from lightning_peft.recipe_files import recipe_files, resolved
 
 ROOT = Path(__file__).parents[2]
 FILES = recipe_files()

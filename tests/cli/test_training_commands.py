@@ -9,7 +9,7 @@ import pytest
 import yaml
 from trials import QUIET, TASKS, recipes_of, small
 
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 from lightning_peft.runs.folder import RunFolder
 
 RECIPES = [name for name in recipe_files() if not name.startswith("small/") and name != "forkme"]

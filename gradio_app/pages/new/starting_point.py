@@ -20,7 +20,7 @@ from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, wit
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, parse_yaml
 from gradio_app.texts import Texts
-from lightning_peft.cli.recipes import recipe_files
+from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, task_of_config
 
 _CLEAR_QUERY = """() => {

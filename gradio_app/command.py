@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
+from gradio_app.settings import Settings
 from lightning_peft.cli.options import OptionParser
 from lightning_peft.errors import ConfigError
 
@@ -38,27 +38,28 @@ def main(arguments: Sequence[str]) -> int:
         The exit code: 0 when the page was stopped, 1 if the port is taken, 2 for bad input.
     """
     args = _parser().parse_args(list(arguments))
-    site = _site()
-    password = None if site.is_loopback(args.host) else _password(args.host)
-    for name in ("data_root", "models"):
-        folder = getattr(args, name)
+    from gradio_app.serving import is_loopback, prepare_environment, serve
+
+    prepare_environment()
+    try:
+        import_module("gradio")
+    except ImportError as error:
+        raise ConfigError(
+            f"The page needs Gradio, which is not installed ({error}). Install it with: "
+            "pip install 'lightning-peft[app]'"
+        ) from error
+    password = None if is_loopback(args.host) else _password(args.host)
+    for option, folder in (("data-root", args.data_root), ("models", args.models)):
         if folder is not None and not folder.is_dir():
-            option = name.replace("_", "-")
             raise ConfigError(
                 f"--{option} {str(folder)!r} is not a folder. Make it, or name another."
             )
-    settings = import_module("gradio_app.settings").Settings.on_this_machine(
-        args.runs, args.data_root, args.models
-    )
-    return int(site.serve(settings, args.host, args.port, password, args.open))
+    settings = Settings.on_this_machine(args.runs, args.data_root, args.models)
+    return serve(settings, args.host, args.port, password, args.open)
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft app",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = OptionParser(prog="lightning-peft app", description=ABOUT, epilog=_MORE)
     add = parser.add_argument
     add("--port", type=int, default=7860, help="default: 7860")
     add("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
@@ -67,18 +68,6 @@ def _parser() -> OptionParser:
     add("--models", type=Path, help="folder whose subfolders are offered as models")
     add("--open", action=argparse.BooleanOptionalAction, default=True, help="open the browser")
     return parser
-
-
-def _site() -> Any:
-    try:
-        import_module("gradio_app.serving").prepare_environment()
-        import_module("gradio")
-    except ImportError as error:
-        raise ConfigError(
-            f"The page needs Gradio, which is not installed ({error}). Install it with: "
-            "pip install 'lightning-peft[app]'"
-        ) from error
-    return import_module("gradio_app.serving")
 
 
 def _password(host: str) -> tuple[str, str]:

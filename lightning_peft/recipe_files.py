@@ -1,0 +1,105 @@
+"""The recipes that come with the package, as files; a name stands for its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+from lightning_peft.errors import ConfigError
+
+_PACKAGE = Path(__file__).parent
+# In a wheel they are inside the package, in a checkout next to it.
+_FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+
+
+def recipes_folder() -> Path:
+    """Returns the folder of all recipes.
+
+    Raises:
+        ConfigError: If it is not where an installation has it.
+    """
+    folder = next((folder for folder in _FOLDERS if folder.is_dir()), None)
+    if folder is None:
+        raise ConfigError(
+            f"The recipes are not in {str(_FOLDERS[0])!r}: the installation is not whole. Install "
+            "lightning-peft again, or give --config a file of your own."
+        )
+    return folder
+
+
+def recipe_files() -> dict[str, Path]:
+    """Returns the recipes by name, in order; those for small trials are called ``small/...``."""
+    folder = recipes_folder()
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def find_recipe(name: str) -> Path:
+    """Returns the file that ``name`` means: a path, or the name of a recipe.
+
+    Raises:
+        ConfigError: If there is neither; near names are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = recipe_files()
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"Near names: {', '.join(near)}" if near else f"Recipes: {', '.join(known)}"
+        raise ConfigError(f"{name!r} is neither a file nor a recipe. {hint}.")
+    return known[name]
+
+
+def resolved(file: Path) -> str:
+    """Returns the text of a recipe in which ``package:`` and ``recipe:`` paths are absolute.
+
+    Raises:
+        ConfigError: If the file is not YAML in UTF-8; line and column are named.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{str(file)!r} is not a text in UTF-8 (byte {error.start}). Save it as UTF-8."
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f": line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(
+            f"{str(file)!r} is not valid YAML{place}. Look there and above for a bracket or quote "
+            "that is not closed, a missing space after a colon, a tab, or another indentation."
+        ) from error
+    for mark, folder in (("package", _PACKAGE), ("recipe", recipes_folder())):
+        text = text.replace(f": {mark}:", f": {folder.as_posix()}/")
+    return text
+
+
+def resolve_recipes(words: Sequence[str], folder: Path) -> list[str]:
+    """Returns the arguments with every ``--config`` as a file that LightningCLI can read.
+
+    Args:
+        words: The arguments; ``--config`` also takes the name of a recipe.
+        folder: Where the files are written.
+
+    Raises:
+        ConfigError: If a name is neither a file nor a recipe.
+    """
+    done: list[str] = []
+    for word in words:
+        name = None
+        if word.startswith("--config="):
+            name = word.partition("=")[2]
+        elif done and done[-1] == "--config":
+            done.pop()
+            name = word
+        if name is None:
+            done.append(word)
+            continue
+        file = folder / f"{len(done)}-{Path(name).stem}.yaml"
+        file.write_text(resolved(find_recipe(name)), encoding="utf-8")
+        done.append(f"--config={file}")
+    return done
