@@ -87,8 +87,16 @@ class TaskSpec:
 
     def owns(self, class_path: str) -> bool:
         """Whether ``class_path`` is its LightningModule, named where it is defined or above."""
-        package, _, name = self.module.rpartition(".")
-        return class_path.startswith(f"{package}.") and class_path.endswith(f".{name}")
+        return _names(class_path, self.module)
+
+    def owns_data(self, class_path: str) -> bool:
+        """Whether ``class_path`` is its data module, likewise."""
+        return _names(class_path, self.data)
+
+
+def _names(class_path: str, public: str) -> bool:
+    package, _, name = public.rpartition(".")
+    return class_path.startswith(f"{package}.") and class_path.endswith(f".{name}")
 
 
 TASKS: dict[str, TaskSpec] = {}

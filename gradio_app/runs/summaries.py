@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from gradio_app.runs.files import read_json_object, read_rows
 from gradio_app.runs.types import Run
+from lightning_peft.task_registry import TaskSpec, tasks_of_module
 
-_TASK = re.compile(r"class_path:\s*lightning_peft\.tasks\.(?:\w+\.)*([A-Z]\w+)")
+# The lists show many runs, and a YAML parser would take much longer.
+_CLASS_PATH = re.compile(r"class_path:\s*(\S+)")
 _METHOD = re.compile(r"class_path:\s*lightning_peft\.(QLoRA|LoRA)Strategy")
-# Callbacks live in the same package.
-_NO_TASKS = {"BestCheckpoint", "StopEarly", "LogSamples"}
 _TAIL_BYTES = 20_000
 
 
@@ -34,11 +34,20 @@ class Summary:
 
 def summary_of(run: Run) -> Summary:
     """Returns the summary of a run."""
-    recipe = run.recipe_text
-    tasks = [name for name in _TASK.findall(recipe) if name not in _NO_TASKS]
-    method = _METHOD.search(recipe)
+    task, method = task_of_run(run), _METHOD.search(run.recipe_text)
     loss, validated = _loss(run)
-    return Summary(tasks[0] if tasks else "", method.group(1) if method else "", loss, validated)
+    name = task.class_name if task is not None else ""
+    return Summary(name, method.group(1) if method else "", loss, validated)
+
+
+def task_of_run(run: Run) -> TaskSpec | None:
+    """Returns the task that a run trains, by its record or, until it begins, by its recipe.
+
+    ``None`` for a user's own task.
+    """
+    recorded = read_json_object(run.folder.provenance).get("task")
+    paths = [recorded] if isinstance(recorded, str) else _CLASS_PATH.findall(run.recipe_text)
+    return next((spec for path in paths for spec in tasks_of_module(path)), None)
 
 
 def _loss(run: Run) -> tuple[float | None, bool]:

@@ -122,6 +122,7 @@ def _row(kind: str, item: Entry) -> dict[str, Any]:
         "name": item.folder.name,
         "kind": KINDS[kind],
         "model": summary.get("model"),
+        "label": summary.get("label"),
         "settings": summary.get("settings") if kind == "bases" else None,
         "device": summary.get("device"),
         "versions": summary.get("versions"),
@@ -138,18 +139,11 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "name": row["name"][:_SHOWN],
         "kind": row["kind"] if row["whole"] else f"{row['kind']}, left behind",
         "of": str(row["model"] or "-"),
-        "how": _quantization_text(row),
+        "how": f"{row['label'] or '?'}, {row['device']}" if row["settings"] else "-",
         "size": _size(row["bytes"]),
         "age": _time(row["age_seconds"]),
         "last use": _time(row["unused_seconds"]) + " ago",
     }
-
-
-def _quantization_text(row: dict[str, Any]) -> str:
-    settings = row["settings"]
-    if not settings:
-        return "-"
-    return f"{settings.get('label', '?')}, {row['device']}"
 
 
 def _size(size: int) -> str:

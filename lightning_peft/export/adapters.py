@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, itemize
 
-CONFIG, PROVENANCE = "adapter_config.json", "provenance.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PROVENANCE = "provenance.json"
 # Where a run keeps the adapters of its checkpoints.
 _IN_RUN = ("checkpoints/adapters", "adapters")
 
@@ -32,21 +33,30 @@ class Adapter:
     facts: dict[str, Any]
 
     @property
+    def base(self) -> dict[str, Any]:
+        """What is recorded of the base that it was trained on; empty where nothing is."""
+        return self.facts.get("base") or {}
+
+    @property
     def base_name(self) -> str | None:
-        """Folder or hub name of the base that it was trained on, where that is recorded."""
-        recorded = (self.facts.get("base") or {}).get("name_or_path")
-        return recorded or self.config.get("base_model_name_or_path") or None
+        """Folder or hub name of that base, where it is recorded."""
+        return self.base.get("name_or_path") or self.config.get("base_model_name_or_path") or None
 
     @property
     def base_revision(self) -> str | None:
         """Commit of that base on the hub, where it is recorded."""
-        return (self.facts.get("base") or {}).get("revision") or self.config.get("revision")
+        return self.base.get("revision") or self.config.get("revision")
+
+    @property
+    def quantization(self) -> Any | None:
+        """The config by which that base was quantized in training; ``None`` if it was not."""
+        return engine.quantization_from_dict(self.facts.get("quantization"))
 
     @property
     def bits(self) -> int:
         """Bits per weight of the base in training: 4, 8 or 16 (which stands for dense)."""
-        settings = self.facts.get("quantization")
-        return engine.recorded_backend(settings).bits if settings else 16
+        settings = self.quantization
+        return 16 if settings is None else engine.backend_for(settings).bits
 
     @property
     def chat_template(self) -> str | None:
@@ -112,7 +122,7 @@ def find_adapters(paths: Iterable[str]) -> list[Adapter]:
         number = 2
         while name in taken:
             name, number = f"{original}-{number}", number + 1
-        adapters.append(Adapter(name, adapter.folder, adapter.config, adapter.facts))
+        adapters.append(replace(adapter, name=name))
     return adapters
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_peft import engine
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.loading_code import adapter_code, labels_of
 
@@ -98,8 +99,10 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
 
 def quantized_section(found: Mapping[str, Any]) -> str:
     """Returns the card's section on quantization of a merged model."""
-    kind = "NF4 with double quantization" if found["bits"] == 4 else "LLM.int8"
-    text = f"\n## Quantized\n\nThe linear layers are {found['bits']}-bit ({kind}, bitsandbytes).\n"
+    text = (
+        f"\n## Quantized\n\nThe linear layers are {found['bits']}-bit ({found['kind']}, "
+        "bitsandbytes).\n"
+    )
     error = found["logit_error"]
     if error is None:
         return f"{text}The outputs were not compared: {found['not_measured']}.\n"
@@ -131,20 +134,20 @@ def public_name(name: str) -> str:
 
 
 def _about(adapter: Adapter) -> str:
-    config = adapter.config
-    method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(adapter.bits, "LoRA")
+    config, settings = adapter.config, adapter.facts.get("quantization")
+    method = f"QLoRA ({engine.recorded_backend(settings).label(settings)})" if settings else "LoRA"
     base = public_name(adapter.base_name or "a base that is not recorded")
     rank = f" of rank {config['r']}" if "r" in config else ""
     return f"{method}{rank}, trained on `{base}` with lightning-peft.\n"
 
 
 def _provenance_rows(adapter: Adapter, license: str | None) -> str:
-    facts, base = adapter.facts, adapter.facts.get("base") or {}
+    facts = adapter.facts
     trained = facts.get("config") or adapter.config
     rows = [
         ("base", public_name(adapter.base_name or "not recorded")),
         ("revision", adapter.base_revision),
-        ("fingerprint of the base", base.get("fingerprint")),
+        ("fingerprint of the base", adapter.base.get("fingerprint")),
         ("license of the base", license or "not known here: look it up before you pass this on"),
         ("quantization", facts.get("quantization") or "none"),
         *((key, trained[key]) for key in _SETTINGS if trained.get(key) not in (None, [], False)),

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS, Adapter
 from lightning_peft.export.atomic_folder import atomic_folder
 from lightning_peft.export.base import Base, license_of
 from lightning_peft.export.card import adapter_card, public, quantized_section
@@ -23,7 +24,6 @@ from lightning_peft.export.quantizing import measure_quantized, quantize_folder
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Architectures that Ollama's documentation lists for safetensors.
 _OLLAMA = ("Llama", "Mistral", "Gemma", "Phi3")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "provenance.json")
 
 
 @dataclass
@@ -75,11 +75,12 @@ def as_quantized(request: ExportRequest) -> dict[str, Any]:
     with atomic_folder(request.output) as folder:
         merged = folder / "merged"
         report = merge(request.adapter, merged, **request.options)
-        quantize_folder(merged, folder, request.bits)
+        kind = quantize_folder(merged, folder, request.bits)
         error, reason = measure_quantized(request.adapter, request.base, folder, request.options)
         shutil.rmtree(merged)
         record = {
             "bits": request.bits,
+            "kind": kind,
             "logit_error": asdict(error) if error else None,
             "not_measured": reason,
         }
@@ -121,11 +122,14 @@ def as_vllm(request: ExportRequest) -> dict[str, Any]:
         f"--lora-modules {_quoted(f'{request.adapter.name}={request.output}')}"
     )
     notes, commands = _notes_on_base(request), [serve]
-    if request.adapter.bits == 4:
-        commands.append(f"{serve} --quantization bitsandbytes")
+    settings = request.adapter.quantization
+    backend = None if settings is None else engine.backend_for(settings)
+    if backend is not None and backend.vllm_quantization is not None:
+        commands.append(f"{serve} --quantization {backend.vllm_quantization}")
         notes.append(
-            "the adapter was trained on a 4-bit base: the first command serves it on 16 bits, the "
-            "second on vLLM's own 4 bits, and --format merged gives the function in training"
+            f"the adapter was trained on a {backend.bits}-bit base: the first command serves it on "
+            f"16 bits, the second on vLLM's own {backend.bits} bits, and --format merged gives the "
+            "function in training"
         )
     return {"notes": notes, "commands": commands}
 
@@ -210,16 +214,18 @@ def _added_token(tokenizer: Any) -> str | None:
 def _copy_adapter(request: ExportRequest, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     adapter = request.adapter
-    for name in _ADAPTER_FILES:
-        if (adapter.folder / name).is_file():
-            shutil.copyfile(adapter.folder / name, folder / name)
+    if (adapter.folder / WEIGHTS).is_file():
+        shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    config, facts = dict(adapter.config), dict(adapter.facts)
     if request.base_name:
-        adapter = _with_base_name(adapter, request.base_name)
-    if adapter.facts.get("data"):
+        config["base_model_name_or_path"] = request.base_name
+        if adapter.base:
+            facts["base"] = adapter.base | {"name_or_path": request.base_name}
+    if facts.get("data"):
         # The folder travels, and the data stays where it was.
-        facts = adapter.facts | {"data": public(adapter.facts["data"])}
-        adapter = replace(adapter, facts=facts)
-    for name, fields in zip(_ADAPTER_FILES[::2], (adapter.config, adapter.facts), strict=True):
+        facts["data"] = public(facts["data"])
+    adapter = replace(adapter, config=config, facts=facts)
+    for name, fields in ((CONFIG, config), (PROVENANCE, facts)):
         if fields:
             text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
@@ -227,15 +233,6 @@ def _copy_adapter(request: ExportRequest, folder: Path) -> None:
     (folder / "README.md").write_text(card, encoding="utf-8")
     if request.chat_template:
         (folder / "chat_template.jinja").write_text(request.chat_template, encoding="utf-8")
-
-
-def _with_base_name(adapter: Adapter, base: str) -> Adapter:
-    config = adapter.config | {"base_model_name_or_path": base}
-    recorded = adapter.facts.get("base")
-    facts = adapter.facts
-    if recorded:
-        facts = facts | {"base": recorded | {"name_or_path": base}}
-    return Adapter(adapter.name, adapter.folder, config, facts)
 
 
 def _notes_on_base(request: ExportRequest) -> list[str]:

@@ -12,7 +12,7 @@ import psutil
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
@@ -64,27 +64,26 @@ def load_tokenizer(base: Base) -> Any:
 
 def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) -> Any:
     """Returns the plain base in eval mode, in the class that ``adapter`` was trained on."""
-    recorded = ((adapter.facts if adapter else {}).get("base") or {}).get("class")
+    recorded = adapter.base.get("class") if adapter else None
     cls: Any = getattr(transformers, str(recorded), AutoModelForCausalLM)
     return cls.from_pretrained(base.folder, config=base.config, dtype=dtype).eval()
 
 
-def quantization_of(adapter: Adapter) -> BitsAndBytesConfig | None:
-    """Returns how the base of ``adapter`` was quantized in training; ``None`` if it was not."""
-    return engine.quantization_from_dict(adapter.facts.get("quantization"))
-
-
 def dtype_in_training(adapter: Adapter) -> torch.dtype | str:
     """Returns the dtype in which the base of ``adapter`` was loaded, ``"auto"`` if not recorded."""
-    name = (adapter.facts.get("base") or {}).get("dtype")
+    name = adapter.base.get("dtype")
     return getattr(torch, name) if name else "auto"
 
 
 def load_as_trained(base: Base, adapter: Adapter, *, check_base: bool = True) -> nn.Module:
     """Returns the base, quantized as in training, with the adapter on it, on the CPU."""
     model: nn.Module = load_model(base, adapter, dtype_in_training(adapter))
-    settings = quantization_of(adapter)
-    engine.load_adapter(model, adapter.folder, check_base=check_base, quantization_config=settings)
+    engine.load_adapter(
+        model,
+        adapter.folder,
+        check_base=check_base,
+        quantization_config=adapter.quantization,
+    )
     return model
 
 
@@ -101,8 +100,8 @@ def load_with_adapters(
     Args:
         base: The base.
         adapters: The adapters; their names become those on the model.
-        bits: 16, or 4 (NF4 with double quantization, or as in training); by default what the
-            first adapter was trained on.
+        bits: 16, 8 or 4: as an adapter of so many bits was trained, or else bitsandbytes' int8 and
+            NF4; by default what the first adapter was trained on.
         device: Where the model goes.
         check_base: Refuse adapters of other bases.
 
@@ -116,14 +115,14 @@ def load_with_adapters(
     # Everything that is to stay dense, when weights are quantized as they are read.
     saved = [a.facts.get("modules_to_save") or a.config.get("modules_to_save") for a in adapters]
     dense = [name for names in saved for name in names or []]
-    streamed = settings is not None and base_bits == 4 and device.type != "cpu"
+    streamed = (
+        settings is not None
+        and device.type != "cpu"
+        and engine.backend_for(settings).quantizes_on_load
+    )
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
     _check_generates(adapters)
-    with (
-        engine.quantize_on_load(settings, device, dense)
-        if streamed and settings is not None
-        else nullcontext()
-    ):
+    with engine.quantize_on_load(settings, device, dense) if streamed else nullcontext():
         model = load_model(base, adapters[0] if adapters else None, dtype)
     for adapter in adapters:
         engine.load_adapter(
@@ -143,14 +142,14 @@ def load_with_adapters(
     notes += [
         f"{a.name} does not record its base, so whether it is this one was not checked"
         for a in adapters
-        if not (a.facts.get("base") or {}).get("fingerprint")
+        if not a.base.get("fingerprint")
     ]
     return LoadedModel(model.eval(), load_tokenizer(base), notes)
 
 
 def _check_generates(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
-        name = str((adapter.facts.get("base") or {}).get("class"))
+        name = str(adapter.base.get("class"))
         cls: Any = getattr(transformers, name, None)
         if isinstance(cls, type) and not getattr(cls, "can_generate", lambda: True)():
             raise UnsupportedError(
@@ -159,14 +158,13 @@ def _check_generates(adapters: Sequence[Adapter]) -> None:
             )
 
 
-def _settings(adapters: Sequence[Adapter], bits: int) -> BitsAndBytesConfig | None:
-    if bits == 16:
-        return None
+def _settings(adapters: Sequence[Adapter], bits: int) -> Any | None:
+    """Returns how a base of so many bits is quantized: as for an adapter, where one has as many."""
+    same = next((adapter for adapter in adapters if adapter.bits == bits), None)
+    if same is not None or bits == 16:
+        return same and same.quantization
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 16, 8 or 4.")
-    same = [a for a in adapters if a.bits == bits]
-    if same:
-        return quantization_of(same[0])
     return engine.quantization_config(load_in_8bit=bits == 8)
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from lightning_peft.task_registry import TASKS
+from lightning_peft.task_registry import TASKS, TaskSpec
+
+# Last layers of the classification heads of transformers.
+_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
+_READER = "AutoTokenizer"
 
 
 def adapter_code(
@@ -46,7 +50,7 @@ def adapter_code(
         f"base = {model}.from_pretrained({arguments}{more})",
         f"model = PeftModel.from_pretrained(base, {adapter!r})",
     ]
-    return "\n".join([*lines, *_reader_line(reader, arguments)])
+    return "\n".join([*lines, *_reader_line(facts, arguments)])
 
 
 def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
@@ -60,14 +64,13 @@ def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
     names = sorted([model, *([reader] if reader else [])])
     lines = [f"from transformers import {', '.join(names)}", ""]
     lines.append(f"model = {model}.from_pretrained({place!r})")
-    return "\n".join([*lines, *_reader_line(reader, repr(place))])
+    return "\n".join([*lines, *_reader_line(facts, repr(place))])
 
 
-def _reader_line(reader: str | None, arguments: str) -> list[str]:
-    if reader is None:
-        return []
-    name = "tokenizer" if reader == "AutoTokenizer" else "processor"
-    return [f"{name} = {reader}.from_pretrained({arguments})"]
+def _reader_line(facts: Mapping[str, Any], arguments: str) -> list[str]:
+    spec = _task_of_data(facts)
+    reader, name = (spec.reader, spec.processor_argument) if spec else (_READER, "tokenizer")
+    return [f"{name} = {reader}.from_pretrained({arguments})"] if reader else []
 
 
 def model_class(facts: Mapping[str, Any]) -> str:
@@ -77,28 +80,32 @@ def model_class(facts: Mapping[str, Any]) -> str:
     """
     base = facts.get("base")
     name = str(base.get("class", "")) if isinstance(base, Mapping) else ""
-    known = [spec.auto_class for spec in TASKS.values()] + ["AutoModelForQuestionAnswering"]
-    auto = next((x for x in known if x and name.endswith(x.removeprefix("AutoModel"))), None)
+    known = {spec.base_suffix: spec.auto_class for spec in TASKS.values() if spec.base_suffix}
+    known["ForQuestionAnswering"] = "AutoModelForQuestionAnswering"
+    auto = next((cls for suffix, cls in known.items() if name.endswith(suffix)), None)
     return auto or (name if name.isidentifier() else "AutoModel")
 
 
 def reader_class(facts: Mapping[str, Any]) -> str | None:
     """Returns the class that makes inputs of text, pictures or sound; ``None`` if none does."""
+    spec = _task_of_data(facts)
+    return spec.reader if spec else _READER
+
+
+def _task_of_data(facts: Mapping[str, Any]) -> TaskSpec | None:
     data = facts.get("data")
     name = str(data.get("class", "")) if isinstance(data, Mapping) else ""
-    data_class = name.rpartition(".")[2] if name.startswith("lightning_peft.data.") else name
-    readers = {spec.data: spec.reader for spec in TASKS.values()}
-    return readers.get(f"lightning_peft.{data_class}", readers.get(name, "AutoTokenizer"))
+    return next((spec for spec in TASKS.values() if spec.owns_data(name)), None)
 
 
 def labels_of(folder: Path) -> int | None:
-    """Returns how many rows the head has that is in an adapter folder; ``None`` without one."""
+    """Returns the rows of the classification head in an adapter folder; ``None`` without one."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return None
     with safe_open(file, framework="numpy") as weights:
         for name in weights.keys():  # noqa: SIM118
-            if name.endswith((".score.weight", ".classifier.weight")):
+            if name.endswith(_HEADS):
                 return int(weights.get_slice(name).get_shape()[0])
     return None
 

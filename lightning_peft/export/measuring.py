@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -27,7 +27,6 @@ from lightning_peft.export.loading import (
     load_model,
     load_tokenizer,
     needed_bytes,
-    quantization_of,
 )
 
 # A question, prose and code: what tuned models are asked.
@@ -38,6 +37,7 @@ PROMPTS = (
     "Write a short letter to a friend who has moved to another city.",
 )
 _LONGEST = 256
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -64,7 +64,7 @@ def unmeasurable_reason(adapter: Adapter, base: Base) -> str | None:
             f"{free / 1e9:.1f} GB are free"
         )
     init = str((adapter.facts.get("config") or {}).get("init_lora_weights", "")).lower()
-    if quantization_of(adapter) is not None and init.startswith(BASE_CHANGING_INITS):
+    if adapter.quantization is not None and init.startswith(BASE_CHANGING_INITS):
         return f"with init_lora_weights={init!r} the folder does not hold the base in training"
     return None
 
@@ -96,7 +96,7 @@ def measure_merge(
         progress: Called with a text about the current step.
     """
     tokenizer = load_tokenizer(base)
-    settings, errors = quantization_of(adapter), {}
+    settings, errors = adapter.quantization, {}
     steps = 2 if settings is None else 4
     progress("comparing outputs", 0, steps)
     trained = load_as_trained(base, adapter, check_base=check_base)
@@ -165,16 +165,16 @@ def compare(actual: Tensor, expected: Tensor) -> LogitError:
 
 
 def measured(
-    adapter: Adapter, base: Base, merged: Path, into: str, dtype: torch.dtype, **options: Any
-) -> tuple[dict[str, LogitError], str | None]:
-    """Returns the result of :func:`measure_merge`, or an empty dictionary and the reason.
+    adapter: Adapter, base: Base, measure: Callable[[], Result]
+) -> tuple[Result | None, str | None]:
+    """Returns the result of a comparison of outputs, or ``None`` and why there is none.
 
-    The merged folder is complete at this point: nothing that goes wrong here may lose it.
+    The folder is complete at this point: nothing that goes wrong here may lose it.
     """
     reason = unmeasurable_reason(adapter, base)
     if reason is not None:
-        return {}, reason
+        return None, reason
     try:
-        return measure_merge(adapter, base, merged, into, dtype, **options), None
+        return measure(), None
     except (LightningPeftError, OSError, RuntimeError, ValueError) as error:
-        return {}, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
@@ -29,6 +28,7 @@ from lightning_peft.export.base import (
     make_outline,
     names_in_model,
 )
+from lightning_peft.export.loading_code import labels_of
 from lightning_peft.export.shards import in_file_order, write_safetensors
 
 REPORT = "merge_report.json"
@@ -133,8 +133,7 @@ def prepare(
     Raises:
         CheckpointError, UnsupportedError, ConfigError: If adapter and base do not fit.
     """
-    recorded = adapter.facts.get("base") or {}
-    outline = make_outline(base, recorded.get("class"), _labels(adapter))
+    outline = make_outline(base, adapter.base.get("class"), labels_of(adapter.folder))
     names = names_in_model(base, outline)
     merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
     here = _with_ties(outline, set(names.values())) | set(merge.replaced())
@@ -150,18 +149,6 @@ def prepare(
             "does not bring them:" + itemize(lacking, 5)
         )
     return merge, names
-
-
-def _labels(adapter: Adapter) -> int | None:
-    """Returns the size of a classification head that the adapter brings."""
-    file = adapter.folder / "adapter_model.safetensors"
-    if not file.is_file():
-        return None
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            if key.endswith(("score.weight", "classifier.weight", "classifier.out_proj.weight")):
-                return int(opened.get_slice(key).get_shape()[0])
-    return None
 
 
 def _with_ties(outline: Any, names: set[str]) -> set[str]:
@@ -185,7 +172,7 @@ def _check_base(
     adapter: Adapter, base: Base, merge: StreamedMerge, names: dict[str, str], progress: Progress
 ) -> bool:
     """Compares the base with the recorded one; says whether there was a record."""
-    recorded = (adapter.facts.get("base") or {}).get("fingerprint")
+    recorded = adapter.base.get("fingerprint")
     if recorded is None:
         return False
     outline: Any = merge.outline
@@ -304,7 +291,7 @@ def _write_companions(
             if file.name not in (INDEX, "config.json", "README.md") and file.is_file():
                 shutil.copyfile(file, folder / file.name)
     text = json.loads(base.config.to_json_string(use_diff=True)) | {"dtype": dtype}
-    recorded = (adapter.facts.get("base") or {}).get("vocabulary")
+    recorded = adapter.base.get("vocabulary")
     if recorded is not None and recorded == vocabulary:
         holder = text if "vocab_size" in text else text.get("text_config", text)
         holder["vocab_size"] = vocabulary

@@ -15,7 +15,7 @@ from lightning_peft.engine.streamed_merging import Into
 from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import license_of
 from lightning_peft.export.card import merged_card, public_name
-from lightning_peft.export.measuring import PROMPTS, LogitError, measured
+from lightning_peft.export.measuring import PROMPTS, LogitError, measure_merge, measured
 from lightning_peft.export.merged_folder import (
     REPORT,
     Progress,
@@ -65,14 +65,18 @@ def merge(
     result = merge_into_folder(
         found, output, source, dtype=target, into=into, check_base=check_base, progress=progress
     )
-    errors: dict[str, LogitError] = {}
+    errors: dict[str, LogitError] | None = None
     reason: str | None = "it was not asked for"
     if measure:
         stored, texts = getattr(torch, result.dtype), prompts or PROMPTS
-        options = {"prompts": texts, "check_base": check_base, "progress": progress}
-        errors, reason = measured(found, source, output, result.into, stored, **options)
+        options: Any = {"prompts": texts, "check_base": check_base, "progress": progress}
+        errors, reason = measured(
+            found,
+            source,
+            lambda: measure_merge(found, source, output, result.into, stored, **options),
+        )
     report = report_of(result, found, source) | {
-        "logit_errors": {way: asdict(error) for way, error in errors.items()},
+        "logit_errors": {way: asdict(error) for way, error in (errors or {}).items()},
         "not_measured": reason,
     }
     # The folder travels: it does not tell the paths of this machine.

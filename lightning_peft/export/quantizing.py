@@ -15,21 +15,24 @@ import torch
 import transformers
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, LightningPeftError
+from lightning_peft.errors import ConfigError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import COMPANIONS, INDEX, Base
 from lightning_peft.export.loading import load_as_trained, load_tokenizer
-from lightning_peft.export.measuring import LogitError, compare, logits_of, unmeasurable_reason
+from lightning_peft.export.measuring import LogitError, compare, logits_of, measured
 from lightning_peft.export.merged_folder import REPORT
 
 
-def quantize_folder(merged: Path, output: Path, bits: int) -> None:
+def quantize_folder(merged: Path, output: Path, bits: int) -> str:
     """Writes a merged model again with its linear layers in 8 or 4 bits (NF4).
 
     Args:
         merged: The folder of the 16-bit model.
         output: The folder to write to; it exists.
         bits: 8 or 4.
+
+    Returns:
+        What it was quantized to, in a few words.
 
     Raises:
         ConfigError: If there is no quantization to so many bits.
@@ -48,6 +51,8 @@ def quantize_folder(merged: Path, output: Path, bits: int) -> None:
             if file.name not in (INDEX, "config.json"):
                 shutil.copyfile(file, output / file.name)
     assert (output / REPORT).is_file()
+    backend = engine.backend_for(settings)
+    return backend.label(backend.config_to_dict(settings))
 
 
 def _class_of(folder: Path) -> Any:
@@ -68,17 +73,14 @@ def measure_quantized(
     """
     if not options.get("measure", True):
         return None, "it was not asked for"
-    reason = unmeasurable_reason(adapter, base)
-    if reason is not None:
-        return None, reason
-    try:
+    prompts = options.get("prompts")
+
+    def compared() -> LogitError:
         tokenizer = load_tokenizer(base)
         trained = load_as_trained(base, adapter, check_base=options.get("check_base", True))
-        reference = logits_of(trained, tokenizer, options.get("prompts"))
+        reference = logits_of(trained, tokenizer, prompts)
         del trained
         written = _class_of(folder).from_pretrained(folder, dtype=torch.float32)
-        return compare(
-            logits_of(written.eval(), tokenizer, options.get("prompts")), reference
-        ), None
-    except (LightningPeftError, OSError, RuntimeError, ValueError) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return compare(logits_of(written.eval(), tokenizer, prompts), reference)
+
+    return measured(adapter, base, compared)

@@ -29,6 +29,7 @@ from gradio_app.chat.prompts import (
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions, Timeouts
 from gradio_app.errors import UserError
 from gradio_app.runs.store import RunStore
+from gradio_app.runs.summaries import summary_of
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from gradio_app.texts import LANGUAGES, Texts
@@ -282,8 +283,13 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
         write_json(run.folder.provenance, {"task": task})
         assert support.unsupported_task(run) == ""
     run.folder.provenance.unlink()
-    run.folder.recipe.write_text("model:\n  class_path: lightning_peft.tasks.RewardModel\n")
-    assert support.unsupported_task(run) == "RewardModel"
+    callback = "trainer:\n  callbacks:\n  - class_path: lightning_peft.tasks.BestCheckpoint\n"
+    run.folder.recipe.write_text(
+        f"{callback}model:\n  class_path: lightning_peft.tasks.RewardModel\n"
+    )
+    assert support.unsupported_task(run) == summary_of(run).task == "RewardModel"
+    run.folder.recipe.write_text(f"{callback}model:\n  class_path: mine.RewardModel\n")
+    assert support.unsupported_task(run) == summary_of(run).task == ""
 
 
 def test_visitors_take_turns(speak, store):

@@ -11,7 +11,7 @@ import pytest
 from lightning_peft.cli import main
 from lightning_peft.engine import cache_entries
 
-SETTINGS = {"label": "nf4, double quantization", "bnb_4bit_quant_type": "nf4"}
+LABEL, SETTINGS = "nf4, double quantization", {"bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,8 @@ def root(tmp_path, monkeypatch):
 
         def build(working):
             (working / "content").write_bytes(b"x" * 1000)
-            return {"model": "some/model", "settings": SETTINGS, "device": "cpu"}
+            about = {"model": "some/model", "label": LABEL, "settings": SETTINGS}
+            return {**about, "device": "cpu"}
 
         folder.mkdir(parents=True, exist_ok=True)
         cache_entries.make(folder / name, build)
@@ -43,7 +44,7 @@ def test_the_list_says_what_is_there(capsys):
     assert set(rows) == {"aa11", "ab22", "cc33", ".dd44-killed"}
     base = rows["aa11"]
     assert (base["kind"], base["model"], base["whole"]) == ("quantized base", "some/model", True)
-    assert base["settings"] == SETTINGS
+    assert (base["label"], base["settings"]) == (LABEL, SETTINGS)
     assert 1000 < base["bytes"] < 2000
     assert 0 <= base["unused_seconds"] <= base["age_seconds"] < 60
     assert rows["cc33"]["kind"] == "prepared data"

@@ -27,6 +27,7 @@ from transformers import (
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine import cache_entries
+from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.loading import quantized_cache, streamed_quantizer, weight_files
 from lightning_peft.errors import UnsupportedError
@@ -244,7 +245,7 @@ def test_a_damaged_entry_is_reported_and_made_anew(
 
 
 def test_what_decides_the_codes_is_in_the_key(
-    folders: dict[str, Path], bases: Path, tmp_path: Path
+    folders: dict[str, Path], bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folders["llama"]
     copy = tmp_path / "copy"
@@ -270,7 +271,8 @@ def test_what_decides_the_codes_is_in_the_key(
     for number, way in enumerate(ways, 1):
         assert load(**{"folder": folder, **way})[1:] == ("dtype" in way, 1)
         assert len(list(bases.iterdir())) == number
-    # The place of the files, and what only the product depends on, do not.
+    # The place of the files, what only the product depends on, and words for people do not.
+    monkeypatch.setattr(type(FOUR_BIT), "label", lambda self, fields: "other words")
     product = engine.quantization_config(bnb_4bit_compute_dtype="bfloat16")
     holder, early, made = load(copy, settings=product)
     assert (early, made) == (True, 0)

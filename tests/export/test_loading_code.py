@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_llama, token_batch
+from safetensors.torch import save_file
+from toy_backend import TOY
 from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -16,8 +18,10 @@ from transformers import (
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.export.adapters import find_adapter
+from lightning_peft.export.adapters import Adapter, find_adapter
+from lightning_peft.export.base import Base
 from lightning_peft.export.card import adapter_card
+from lightning_peft.export.formats import ExportRequest, as_vllm
 from lightning_peft.export.loading_code import (
     adapter_code,
     labels_of,
@@ -116,6 +120,32 @@ def test_what_has_no_auto_class_is_named_and_what_reads_the_inputs_too():
     # A class is not taken at its word: the file is somebody's.
     assert model_class({"base": {"class": "os; import x"}}) == "AutoModel"
     assert labels_of(Path("nowhere")) is None
+
+
+def test_the_head_of_a_roberta_counts_its_labels(tmp_path):
+    weights = {"base_model.model.classifier.out_proj.weight": torch.zeros(5, 8)}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    assert labels_of(tmp_path) == 5
+
+
+def test_formats_ask_the_backend_what_the_base_was(tmp_path):
+    assert TOY.vllm_quantization is None
+    settings = {
+        "QLoRA (toy int8, 127 levels)": {"quant_method": TOY.name, "levels": 127},
+        "QLoRA (fp4)": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "QLoRA (int8)": {"load_in_8bit": True},
+        "LoRA": None,
+    }
+    commands = {}
+    for method, fields in settings.items():
+        adapter = Adapter("mine", tmp_path / "adapter", {"r": 8}, {"quantization": fields})
+        assert f"{method} of rank 8, trained on" in adapter_card(adapter, None)
+        out = tmp_path / method
+        request = ExportRequest(adapter, Base("base", tmp_path, None), out, "base", {})
+        commands[method] = as_vllm(request)["commands"][1:]
+    (fp4,) = commands.pop("QLoRA (fp4)")
+    assert fp4.endswith("--quantization bitsandbytes")
+    assert not any(commands.values())
 
 
 def test_code_does_not_give_transformers_a_config_of_another_backend():

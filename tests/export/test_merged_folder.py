@@ -24,7 +24,7 @@ from lightning_peft.errors import (
 )
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.base import find_base
-from lightning_peft.export.measuring import measured
+from lightning_peft.export.measuring import measure_merge, measured
 from lightning_peft.export.merged_folder import MergedFolder, base_of, merge_into_folder
 
 NF4 = engine.quantization_config()
@@ -179,7 +179,11 @@ def test_the_trained_function_is_kept(qlora_run: Path, tmp_path: Path) -> None:
     assert adapter.folder == adapter_in(qlora_run)
     base = find_base(str(BASE))
     result = merge_into_folder(adapter, tmp_path / "out", base)
-    found, reason = measured(adapter, base, tmp_path / "out", result.into, torch.bfloat16)
+    found, reason = measured(
+        adapter,
+        base,
+        lambda: measure_merge(adapter, base, result.folder, result.into, torch.bfloat16),
+    )
     assert reason is None
     assert found["dequantized"].relative < 0.005
     assert found["dequantized"].same_choice > 0.97

@@ -38,6 +38,7 @@ class QuantizationBackend(ABC, Generic[Config]):
         state_keys: How the keys of :meth:`state_tensors` start that are not the values.
         peft_modules: Names of PEFT's modules with wrappers for layers of the library.
         bits: Bits of a value, for reports.
+        vllm_quantization: vLLM's ``--quantization`` by which it quantizes a 16-bit base alike.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class QuantizationBackend(ABC, Generic[Config]):
     state_keys: ClassVar[tuple[str, ...]] = ()
     peft_modules: ClassVar[tuple[str, ...]] = ()
     bits: ClassVar[int]
+    vllm_quantization: ClassVar[str | None] = None
 
     def __init__(self) -> None:
         for mixin in (self.layer_class, self.convolution_class):

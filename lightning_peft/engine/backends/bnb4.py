@@ -63,6 +63,7 @@ class FourBit(BitsAndBytesBackend):
     layer_attributes = LINEAR4BIT_ATTRIBUTES
     state_keys = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
     bits = 4
+    vllm_quantization = bnb_config.NAME
 
     def accepts(self, config: BitsAndBytesConfig) -> bool:
         return bool(config.load_in_4bit)

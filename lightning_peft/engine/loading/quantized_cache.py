@@ -34,7 +34,7 @@ from lightning_peft.engine.backends.registry import (
 from lightning_peft.engine.loading.weight_files import find_weight_files, hashes, stamps
 
 # Raised whenever an entry is written, or its layers are chosen, in another way.
-FORMAT = 1
+FORMAT = 2
 KIND = "quantized base"
 # Bytes of codes below which a second start would gain nothing that a user could notice.
 SMALLEST = 16 << 20
@@ -164,18 +164,14 @@ def find_entry(
     about = {
         "model": str(name),
         "class": f"{cls.__module__}.{cls.__qualname__}",
+        "label": backend.label(settings),
         "settings": settings,
         "device": _device_name(where),
         "versions": {package: version(package) for package in packages},
     }
-    decisive = {key: value for key, value in about.items() if key != "model"}
-    key = cache_entries.key_of(
-        format=FORMAT,
-        **decisive,
-        options=plain,
-        config=config,
-        files=sums,
-    )
+    # What a list of entries calls the model and its quantization does not decide anything.
+    decisive = {key: value for key, value in about.items() if key not in ("model", "label")}
+    key = cache_entries.key_of(format=FORMAT, **decisive, options=plain, config=config, files=sums)
     load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
     load.weights = _read(load.final, backend, where)
     return load
@@ -219,8 +215,8 @@ def cache_settings(settings: Any, dense: Iterable[str], way: str) -> dict[str, A
         way: How a model is loaded that is not in the cache.
     """
     backend = backend_for(settings)
-    fields = backend.codes_settings(settings)
-    return {"label": backend.label(fields), **fields, "dense": sorted(dense), "way": way}
+    fields = {"quant_method": backend.name, **backend.codes_settings(settings)}
+    return {**fields, "dense": sorted(dense), "way": way}
 
 
 def _device_name(device: torch.device) -> str:
