@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOM = "lightning_peft/compat/"
 PACKAGES = {
-    "bitsandbytes", "datasets", "gradio", "gradio_client", "lightning", "lightning_fabric", "peft",
-    "pytorch_lightning", "torch", "transformers",
+    "bitsandbytes", "datasets", "gradio", "gradio_client", "lightning", "lightning_fabric",
+    "openpyxl", "peft", "pytorch_lightning", "torch", "transformers",
 }  # fmt: skip
 
 # Modules without an underscore that no documentation describes, or whose content moves about.
@@ -81,6 +81,7 @@ ATTRIBUTES = {
         _should_check_val_fx _should_reload_train_dl _start_method _trainer
     """,
     "gradio": "root_block state_holder",
+    "openpyxl": "_get_source",
 }
 LISTED = {name for names in ATTRIBUTES.values() for name in names.split()}
 # The page imports neither Lightning nor transformers: it has names of its own that are private ones

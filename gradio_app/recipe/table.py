@@ -47,6 +47,8 @@ def first_rows(
     given = {
         name: value_at(content or {}, f"data.init_args.{name}", None) for name in _READ_OPTIONS
     }
+    columns = value_at(content or {}, "data.init_args.columns", None)
+    given["columns"] = frozenset(columns.values() if isinstance(columns, Mapping) else ())
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READERS)
         return first_rows(files[0], content, most) if files else None

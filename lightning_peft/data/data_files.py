@@ -19,6 +19,7 @@ from lightning_peft.data.open_files import (
     refuse_foreign_formats,
     uncompressed_name,
 )
+from lightning_peft.data.shapes import KNOWN_COLUMNS
 from lightning_peft.data.sheets import read_sheet
 from lightning_peft.data.tables import read_table
 from lightning_peft.data.text_files import read_text
@@ -87,9 +88,10 @@ def _read(path: Path, name: str, options: ReadOptions, stamp: tuple[int, int, in
     if not stamp[0]:
         raise ConfigError(f"There are no rows in {name!r}: the file is empty.")
     suffix = suffix_of(path)
+    known = KNOWN_COLUMNS | options.columns
     # A workbook is a zip of many files.
     if suffix in _BOOKS or (compression_of(path) == "zip" and is_workbook(path)):
-        return read_sheet(path, name, options.sheet)
+        return read_sheet(path, name, options.sheet, known)
     with open_file(path, name) as raw:
         start = raw.read(512)
     magic = {b"PAR1": "Parquet", b"ARRO": "Arrow"}.get(start[:4])
@@ -100,7 +102,7 @@ def _read(path: Path, name: str, options: ReadOptions, stamp: tuple[int, int, in
     if suffix in _LINES or suffix == ".json":
         return read_json(file, suffix in _LINES)
     if suffix in _TABLES:
-        return read_table(file, _TABLES[suffix], options.delimiter)
+        return read_table(file, _TABLES[suffix], options.delimiter, known)
     return read_text(file, options.text_unit)
 
 

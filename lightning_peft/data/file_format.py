@@ -37,6 +37,8 @@ class ReadOptions:
     delimiter: str | None = None
     sheet: str | int | None = None
     text_unit: TextUnit = "line"
+    # Columns that the user maps to fields: names of a header, as those that are known.
+    columns: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,20 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Features, Value
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from lightning_peft.data import image_files
-from lightning_peft.data.image_source import ImageSource
 from lightning_peft.data.labels import LabelNames, label_problems
-from lightning_peft.data.reading import Source
+from lightning_peft.data.media_source import ImageSource
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
@@ -28,7 +30,9 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from transformers.image_processing_utils import BaseImageProcessor
+
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +57,8 @@ class ImageRows(RowEncoder):
         assert content is not None
         assert sample.label is not None
         try:
-            conversion = image_files.conversion_of(image_files.decode_image(content))
-        except image_files.ImageProblem as problem:
+            conversion = conversion_of(decode_image(content))
+        except ImageProblem as problem:
             raise EncodingProblem("image", str(problem)) from problem
         label = self.labels.find(sample.label)
         before = self.label_of.setdefault(sample.digest(), label)
@@ -90,7 +94,7 @@ class ImageBatch:
             ``pixel_values``, ``(batch, 3, height, width)``, float32, and ``labels``, ``(batch,)``,
             int64.
         """
-        images = [image_files.as_rgb(image_files.decode_image(row["image"])) for row in rows]
+        images = [as_rgb(decode_image(row["image"])) for row in rows]
         pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
         labels = torch.tensor([self.places[row["label"]] for row in rows])
         return {"pixel_values": pixels, "labels": labels}
@@ -123,6 +127,7 @@ class ImageData(RowDataModule):
     accepts = ("image_label",)
     default_shape = "image_label"
     batch_columns = ("image", "label")
+    source_class = ImageSource
 
     def __init__(
         self,
@@ -132,7 +137,7 @@ class ImageData(RowDataModule):
         processor_revision: str | None = None,
         **options: Any,
     ) -> None:
-        image_files.require_pillow()
+        require_pillow()
         self._processor: BaseImageProcessor | None = None
         super().__init__(data, **options)
 
@@ -186,14 +191,14 @@ class ImageData(RowDataModule):
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         """Returns the size of the image, and its label."""
-        width, height = image_files.decode_image(row["image"]).size
+        width, height = decode_image(row["image"]).size
         size = f"image of {width} x {height}, {len(row['image']):,} bytes\n"
         return [TextSpan(False, size, []), TextSpan(True, row["label"], [])]
 
     def prepare_data(self) -> None:
         """Reads and checks all images, in one process, and logs conversions to RGB."""
         for kind, count in self.read().summary["conversions"].items():
-            details = image_files.CONVERSIONS.get(kind)
+            details = CONVERSIONS.get(kind)
             level = logging.INFO if details is None else logging.WARNING
             log.log(
                 level, f"{count:,} images ({kind}) become RGB" + (f": {details}" if details else "")
@@ -221,10 +226,6 @@ class ImageData(RowDataModule):
                 "labels=, or share the rows out by another split_seed."
             )
 
-    def _sources(self) -> list[Source]:
-        column = (self.hparams["columns"] or {}).get("image")
-        return [ImageSource(**vars(source), image_column=column) for source in super()._sources()]
-
 
 def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
     if isinstance(requested, str):
@@ -237,3 +238,72 @@ def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseIma
             json.dumps(requested), encoding="utf-8"
         )
         return _processor(folder, None)
+
+
+# What becomes of images that are not RGB. Transparency counts as a mode of its own.
+CONVERSIONS = {
+    "frames": "only the first of several frames is used",
+    "transparent": "transparent parts become white",
+    "16 bit": "the 16 bits of a pixel become 8",
+    "CMYK": "inks become red, green and blue, without a colour profile",
+}
+
+
+class ImageProblem(Exception):
+    """Content that is not an image, or whose colours are not known."""
+
+
+def require_pillow() -> None:
+    """Raises a :class:`ConfigError` if Pillow is not installed."""
+    if find_spec("PIL") is None:
+        raise ConfigError("Images are read by Pillow, which is not installed: pip install pillow")
+
+
+def decode_image(content: bytes) -> Image:
+    """Returns the image in the bytes of a file, with every pixel read.
+
+    Raises:
+        ImageProblem: If it is not an image, is damaged, or so large that it may be an attack.
+    """
+    pillow: Any = import_module("PIL.Image")
+    try:
+        image: Image = pillow.open(BytesIO(content))
+        # open() reads the header alone, and verify() passes a JPEG that ends too soon.
+        image.load()
+    except import_module("PIL").UnidentifiedImageError:
+        raise ImageProblem("is not an image that Pillow reads") from None
+    # Decoders of broken files raise almost anything.
+    except Exception as error:
+        raise ImageProblem(f"cannot be read as an image: {error}") from error
+    return image
+
+
+def conversion_of(image: Image) -> str | None:
+    """Returns the lossy step when ``image`` becomes RGB; ``None`` where it is RGB.
+
+    A key of :data:`CONVERSIONS`, or the mode of an image that loses nothing.
+    """
+    if image.mode in ("I", "F"):
+        raise ImageProblem(
+            f"has pixels of mode {image.mode!r}, and nothing says which values are black and white"
+        )
+    if getattr(image, "n_frames", 1) > 1:
+        return "frames"
+    if image.mode.startswith("I;16"):
+        return "16 bit"
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        return "transparent"
+    return None if image.mode == "RGB" else image.mode
+
+
+def as_rgb(image: Image) -> Image:
+    """Returns ``image`` upright and as RGB, with white where it is transparent."""
+    pillow: Any = import_module("PIL.Image")
+    upright: Image = import_module("PIL.ImageOps").exif_transpose(image)
+    if upright.mode.startswith("I;16"):
+        # 257 takes 65535 to 255.
+        upright = pillow.fromarray((np.asarray(upright).astype(np.uint32) // 257).astype(np.uint8))
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        upright = pillow.alpha_composite(pillow.new("RGBA", rgba.size, "white"), rgba)
+    return upright.convert("RGB")

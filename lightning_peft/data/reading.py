@@ -14,6 +14,7 @@ from typing import Any
 from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
 from lightning_peft.data.file_format import FileFormat, ReadOptions, TextUnit
 from lightning_peft.data.hub_rows import hub_dataset, stored_rows
+from lightning_peft.data.shapes import FIELDS
 from lightning_peft.errors import ConfigError, itemize
 
 SPLITS = ("train", "validation", "test")
@@ -59,6 +60,7 @@ class Source:
     encoding: str | None = None
     delimiter: str | None = None
     sheet: str | int | None = None
+    columns: dict[str, str] | None = None
 
     def files(self) -> list[Path]:
         """Returns the files, sorted; an empty list for a dataset on the hub.
@@ -83,6 +85,11 @@ class Source:
         whole = root.is_dir()
         return [(p.relative_to(root).as_posix() if whole else p.name, p) for p in self.files()]
 
+    def columns_of(self, ours: str) -> tuple[str, ...]:
+        """Returns the columns that may hold a field: the one mapped to it, or those recognised."""
+        theirs = (self.columns or {}).get(ours)
+        return FIELDS[ours] if theirs is None else (theirs,)
+
     def left_out(self) -> list[str]:
         """Returns the names of the files in the folder that are not read."""
         folder = Path(self.data)
@@ -90,6 +97,10 @@ class Source:
             return []
         names = {path: path.relative_to(folder).as_posix() for path in visible_files(folder)}
         return [name for path, name in names.items() if path not in self.files()]
+
+    def named_files(self) -> list[Path]:
+        """Returns the files that are there and that rows name, such as recordings."""
+        return []
 
     def rows(self) -> Iterator[Row]:
         """Yields every row, read as it is asked for."""
@@ -117,7 +128,13 @@ class Source:
         }
 
     def _options(self) -> ReadOptions:
-        return ReadOptions(self.encoding, self.delimiter, self.sheet, self.text_unit)
+        return ReadOptions(
+            self.encoding,
+            self.delimiter,
+            self.sheet,
+            self.text_unit,
+            frozenset((self.columns or {}).values()),
+        )
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for entry in read_file(path, name, self._options()).rows():

@@ -83,6 +83,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
     accepts: ClassVar[tuple[str, ...]]
     # A fixed shape is taken also where the rows fit another one.
     default_shape: ClassVar[str] = "auto"
+    # Reads the rows; a subclass finds files that they name.
+    source_class: ClassVar[type[Source]] = Source
     # Columns of a prepared row that reach the batch.
     batch_columns: ClassVar[tuple[str, ...]]
 
@@ -304,9 +306,10 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         # Without validation rows of its own, the data is shared out.
         first = [("train" if hparams["validation_data"] else None, hparams["data"])]
         of_hub = ("hub_config", "hub_splits", "hub_revision", "streaming")
-        of_files = ("limit", "text_unit", "encoding", "delimiter", "sheet")
+        of_files = ("limit", "text_unit", "encoding", "delimiter", "sheet", "columns")
         options = {name: hparams[name] for name in (*of_hub, *of_files)}
-        return [Source(data, split, **options) for split, data in [*first, *named]]
+        sources = [*first, *named]
+        return [self.source_class(data, split, **options) for split, data in sources]
 
     def _settings(self) -> PreparationSettings:
         hparams = self.hparams

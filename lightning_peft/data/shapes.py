@@ -57,7 +57,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "audio": ("audio", "file_name", "audio_path", "audio_filepath", "path"),
     "transcript": ("transcript", "transcription", "sentence", "text"),
 }
-
+KNOWN_COLUMNS = frozenset(name for names in FIELDS.values() for name in names)
 
 # What a chat template writes, in every shape that becomes turns by one.
 CONTEXT = ("tools", "documents", "chat_template_kwargs")

@@ -1,30 +1,41 @@
-"""Rows of a sheet of an Excel workbook."""
+"""Rows of a sheet of an Excel workbook, and what of it is hidden or merged."""
 
 from __future__ import annotations
 
 import datetime
 import io
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lightning_peft.compat.openpyxl import open_xml
 from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
 from lightning_peft.data.open_files import explain_errors, explained_rows
-from lightning_peft.data.shapes import FIELDS
-from lightning_peft.data.sheet_layout import SheetLayout, read_layout
 from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
 from lightning_peft.errors import ConfigError, similar_names
 
-_KNOWN = {name for names in FIELDS.values() for name in names}
+_TRUE = ("1", "true")
+_SHOWN = 10
 
 
-def read_sheet(path: Path, name: str, sheet: str | int | None) -> ReadableFile:
+def read_sheet(
+    path: Path, name: str, sheet: str | int | None, known: frozenset[str]
+) -> ReadableFile:
     """Opens a sheet by name or number from 1; numbers and dates are read as text, as in CSV.
+
+    Args:
+        path: The workbook.
+        name: Its name in messages.
+        sheet: Which sheet; ``None`` for the only one with rows.
+        known: Names of columns that are recognised or mapped to fields.
 
     Raises:
         ConfigError: If openpyxl is not installed, the workbook is damaged, or it is not known which
@@ -35,18 +46,25 @@ def read_sheet(path: Path, name: str, sheet: str | int | None) -> ReadableFile:
             f"{name!r} is a workbook of Excel, which takes openpyxl to read: pip install "
             "'lightning-peft[excel]'. Or save its sheet as CSV (UTF-8)."
         )
-    with _book(path, name) as books:
-        found = {title: _scan_names(books[0][title]) for title in books[0].sheetnames}
-        hidden = {t for t in found if books[0][t].sheet_state != "visible"}
-    title = _choose_sheet(found, hidden, name, sheet)
-    _refuse_names_below(found[title], name, title)
-    columns = resolve_columns(found[title], name, None)
-    layout, notes = _scan(path, name, title, columns)
-    notes = [*(["the sheet is hidden"] if title in hidden else []), *columns.notes, *notes]
+    with _book(path, name) as (values, formulas):
+        found = {title: _scan(values[title], known) for title in values.sheetnames}
+        hidden = {t for t in found if values[t].sheet_state != "visible"}
+        title = _choose_sheet(found, hidden, name, sheet, known)
+        scan = found[title]
+        _refuse_names_below(scan, name, title, known)
+        columns = resolve_columns(scan, name, None)
+        layout = _read_layout(values[title], name)
+        if scan.header:
+            _refuse_formulas(scan, values[title], formulas[title], name)
+    notes = ["the sheet is hidden"] if title in hidden else []
+    notes += [*columns.notes, *layout.notes(scan.lines, columns.names)]
+    notes += [
+        f"column {column!r}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())} as text"
+        for place, column in columns.names.items()
+        if (counts := scan.kinds.get(place))
+    ]
     others = [
-        f"{other} (hidden)" if other in hidden else other
-        for other in found
-        if other != title and found[other].header
+        f"{t} (hidden)" if t in hidden else t for t in found if t != title and found[t].header
     ]
     if others:
         notes.append(f"other sheets are not read: {', '.join(others)}")
@@ -55,7 +73,7 @@ def read_sheet(path: Path, name: str, sheet: str | int | None) -> ReadableFile:
 
 
 @contextmanager
-def _book(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
+def _book(path: Path, name: str) -> Iterator[list[Any]]:
     """Opens a workbook, with the values of its formulas and with the formulas themselves."""
     openpyxl = import_module("openpyxl")
     with explain_errors(name):
@@ -69,7 +87,7 @@ def _book(path: Path, name: str) -> Iterator[tuple[Any, Any]]:
     except Exception as error:
         raise ConfigError(_damaged(name)) from error
     try:
-        yield books[0], books[1]
+        yield books
     finally:
         for book in books:
             book.close()
@@ -87,16 +105,40 @@ def _cells(sheet: Any, name: str) -> Iterator[tuple[Any, ...]]:
     return explained_rows(rows, lambda number, error: _damaged(name))
 
 
-def _scan_names(sheet: Any) -> TableScan:
-    widths = TableScan()
+@dataclass
+class _SheetScan(TableScan):
+    """What one pass over a sheet has seen.
+
+    Attributes:
+        top: The line with the names of the columns.
+        named: The first line with more than one known name of a column.
+        lines: The lines below the names with a value.
+        kinds: Place of a column to how many values of each kind become text.
+    """
+
+    top: int = 0
+    named: int | None = None
+    lines: list[int] = field(default_factory=list)
+    kinds: dict[int, Counter[str]] = field(default_factory=dict)
+
+
+def _scan(sheet: Any, known: frozenset[str]) -> _SheetScan:
+    scan = _SheetScan()
     for line, row in enumerate(_cells(sheet, sheet.title), start=1):
         record = _texts(row)
-        if widths.header or any(value is not None for value in record):
-            widths.add(record, line)
-            # The names themselves, and a few rows below a title.
-            if widths.named is None and widths.rows <= 5 and len(_KNOWN & set(record)) > 1:
-                widths.named = line
-    return widths
+        if not record and not scan.header:
+            continue
+        if scan.header:
+            scan.lines += [line] if record else []
+            for place, cell in enumerate(row):
+                if kind := _kind(cell.value):
+                    scan.kinds.setdefault(place, Counter())[kind] += 1
+        scan.top = scan.top or line
+        scan.add(record, line)
+        # The names themselves, and a few rows below a title.
+        if scan.named is None and scan.rows <= 5 and len(known & set(record)) > 1:
+            scan.named = line
+    return scan
 
 
 def _texts(row: tuple[Any, ...]) -> list[str | None]:
@@ -123,14 +165,29 @@ def _text(value: Any) -> str | None:
         fraction = f".{rest:03}".rstrip("0") if rest else ""
         sign = "-" if whole < 0 else ""
         return f"{sign}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}{fraction}"
-    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
-        return value.isoformat(*([" "] if isinstance(value, datetime.datetime) else []))
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(" ")
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     # Excel writes characters that XML does not have as `_x000D_`.
     return re.sub(r"_x([0-9A-Fa-f]{4})_", lambda found: chr(int(found[1], 16)), str(value))
 
 
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "truth values"
+    if isinstance(value, int | float):
+        return "numbers"
+    dates = datetime.date | datetime.time | datetime.timedelta
+    return "dates or times" if isinstance(value, dates) else ""
+
+
 def _choose_sheet(
-    found: dict[str, TableScan], hidden: set[str], name: str, sheet: str | int | None
+    found: Mapping[str, TableScan],
+    hidden: set[str],
+    name: str,
+    sheet: str | int | None,
+    known: frozenset[str],
 ) -> str:
     titles = list(found)
     if sheet is not None:
@@ -143,8 +200,7 @@ def _choose_sheet(
         raise ConfigError(f"{name!r} has no sheet {sheet!r}{hint}. Sheets: {', '.join(titles)}.")
     full = [t for t in titles if found[t].rows and t not in hidden]
     full = full or [t for t in titles if found[t].rows]
-    known = [t for t in full if any(column in _KNOWN for column in found[t].header)]
-    for ones in (full, known):
+    for ones in (full, [t for t in full if known & set(found[t].header)]):
         if len(ones) == 1:
             return ones[0]
     if not full:
@@ -155,50 +211,9 @@ def _choose_sheet(
     )
 
 
-def _scan(path: Path, name: str, title: str, columns: Columns) -> tuple[SheetLayout, list[str]]:
-    """Returns the layout of a sheet, and notes on hidden cells and conversions to text."""
-    kinds: dict[str, dict[str, int]] = {}
-    lines = []
-    with _book(path, name) as books:
-        try:
-            layout = read_layout(books[0][title])
-        # As on reading its cells.
-        except Exception as error:
-            raise ConfigError(_damaged(name)) from error
-        rows = enumerate(_cells(books[0][title], name), start=1)
-        line, header = _header(rows)
-        _refuse_formulas(header, line, books[1][title], name)
-        for line, row in rows:
-            lines += [line] if any(cell.value is not None for cell in row) else []
-            for place, column in columns.names.items():
-                value = row[place].value if place < len(row) else None
-                kind = _kind(value)
-                if kind:
-                    counts = kinds.setdefault(column, {})
-                    counts[kind] = counts.get(kind, 0) + 1
-    return layout, layout.notes(lines, columns.names) + [
-        f"column {column!r}: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())} as text"
-        for column, counts in kinds.items()
-    ]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, bool):
-        return "truth values"
-    if isinstance(value, int | float):
-        return "numbers"
-    dates = datetime.datetime | datetime.date | datetime.time | datetime.timedelta
-    return "dates or times" if isinstance(value, dates) else ""
-
-
-def _header(rows: Iterator[tuple[int, Any]]) -> tuple[int, tuple[Any, ...]]:
-    """Moves behind the row with the names of the columns, and returns its number and cells."""
-    return next((one for one in rows if any(v is not None for v in _texts(one[1]))), (1, ()))
-
-
-def _refuse_formulas(header: tuple[Any, ...], line: int, formulas: Any, name: str) -> None:
+def _refuse_formulas(scan: _SheetScan, values: Any, formulas: Any, name: str) -> None:
     """Refuses names of columns that a program would have to compute, and wrong ones."""
-    own = next(islice(_cells(formulas, name), line - 1, None), ())
+    header, own = (next(islice(_cells(s, name), scan.top - 1, None)) for s in (values, formulas))
     for value, formula in zip(header, own, strict=False):
         if formula.data_type == "f" and value.value is None:
             what = "a formula whose value is not in the file"
@@ -212,29 +227,28 @@ def _refuse_formulas(header: tuple[Any, ...], line: int, formulas: Any, name: st
         )
 
 
-def _refuse_names_below(scan: TableScan, name: str, title: str) -> None:
+def _refuse_names_below(scan: _SheetScan, name: str, title: str, known: frozenset[str]) -> None:
     """Refuses a title above the names of the columns that has as many cells as they."""
-    below = scan.named
-    if below is not None and not _KNOWN & set(scan.header):
+    if scan.named is not None and not known & set(scan.header):
         raise ConfigError(
-            f"{name!r} has names of columns in row {below} of the sheet {title!r}, below "
+            f"{name!r} has names of columns in row {scan.named} of the sheet {title!r}, below "
             f"{scan.header}. They belong into the first row: delete the rows above them in Excel."
         )
 
 
 def _rows(
-    path: Path, name: str, title: str, columns: Columns, layout: SheetLayout
+    path: Path, name: str, title: str, columns: Columns, layout: _Layout
 ) -> Iterator[FileRow]:
-    with _book(path, name) as books:
-        pairs = zip(_cells(books[0][title], name), _cells(books[1][title], name), strict=False)
+    with _book(path, name) as (values, formulas):
+        pairs = zip(_cells(values[title], name), _cells(formulas[title], name), strict=False)
         started, number = False, 0
-        for line, (row, formulas) in enumerate(pairs, start=1):
+        for line, (row, own) in enumerate(pairs, start=1):
             record = _texts(row)
             if not started:
-                started = any(value is not None for value in record)
+                started = bool(record)
                 continue
-            problem = _cell_problem(row, formulas, columns)
-            if problem is None and not any(value is not None for value in record):
+            problem = _cell_problem(row, own, columns)
+            if problem is None and not record:
                 continue
             number += 1
             value = None
@@ -271,3 +285,78 @@ def _cell_problem(row: tuple[Any, ...], formulas: tuple[Any, ...], columns: Colu
                 "value is not in the file; open and save the workbook in Excel or LibreOffice"
             )
     return None
+
+
+@dataclass
+class _Layout:
+    """Hidden rows and columns, and merged ranges of a sheet, counted from 1.
+
+    A merged range is its first row and column, last row and column, and name.
+    """
+
+    rows: set[int] = field(default_factory=set)
+    columns: list[tuple[int, int]] = field(default_factory=list)
+    merged: list[tuple[int, int, int, int, str]] = field(default_factory=list)
+    filtered: bool = False
+
+    def notes(self, lines: Sequence[int], names: dict[int, str]) -> list[str]:
+        """Describes what of the ``lines`` and columns (place to name) is hidden, and still read."""
+        rows = [line for line in lines if line in self.rows]
+        columns = [n for p, n in names.items() if any(a <= p + 1 <= b for a, b in self.columns)]
+        found = []
+        if rows:
+            shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+            by = " (by hand or by a filter)" if self.filtered else ""
+            are, word = ("row is", "row") if len(rows) == 1 else ("rows are", "rows")
+            found.append(f"{len(rows):,} hidden {are} read{by}: {word} {shown} of the sheet")
+        if columns:
+            found.append(f"hidden columns are read: {', '.join(map(repr, columns))}")
+        return found
+
+    @cached_property
+    def _merged_by_row(self) -> dict[int, list[tuple[int, int, int, str]]]:
+        found: dict[int, list[tuple[int, int, int, str]]] = {}
+        for top, left, bottom, right, ref in self.merged:
+            for line in range(top, bottom + 1):
+                found.setdefault(line, []).append((top, left, right, ref))
+        return found
+
+    def merged_in(self, line: int, names: dict[int, str]) -> str | None:
+        """Returns why a row has no value of its own in a column, where cells are merged."""
+        for top, left, right, ref in self._merged_by_row.get(line, ()):
+            first = 1 if line == top else 0
+            lacking = [n for place, n in names.items() if left + first <= place + 1 <= right]
+            if lacking:
+                return (
+                    f"has no value of its own in column {lacking[0]!r} (row {line} of the sheet): "
+                    f"the cells {ref} are merged, and their value belongs to the first one alone; "
+                    "unmerge them, and fill the value down"
+                )
+        return None
+
+
+def _read_layout(sheet: Any, name: str) -> _Layout:
+    found, line = _Layout(), 0
+    bounds = import_module("openpyxl.utils").range_boundaries
+    try:
+        with open_xml(sheet) as file:
+            for _, node in import_module("openpyxl.xml.functions").iterparse(file):
+                kind, get = node.tag.rpartition("}")[2], node.attrib.get
+                if kind == "row":
+                    line = int(get("r") or line + 1)
+                    if get("hidden") in _TRUE or get("ht") in ("0", "0.0"):
+                        found.rows.add(line)
+                elif kind == "col" and (get("hidden") in _TRUE or get("width") in ("0", "0.0")):
+                    found.columns.append((int(get("min")), int(get("max"))))
+                elif kind == "mergeCell":
+                    left, top, right, bottom = bounds(get("ref"))
+                    found.merged.append((top, left, bottom, right, get("ref")))
+                elif kind == "autoFilter":
+                    found.filtered = True
+                # Values are not needed here, and a sheet may be large.
+                if kind in ("row", "c"):
+                    node.clear()
+    # As on reading its cells.
+    except Exception as error:
+        raise ConfigError(_damaged(name)) from error
+    return found

@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from datasets import Features, Value
+from datasets import Sequence as ListOf
 from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from lightning_peft.data import cache
-from lightning_peft.data.audio import Recording
+from lightning_peft.data.audio import Recording, can_resample, decode
 from lightning_peft.data.batching import pad_to_longest
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.media_source import AudioSource
 from lightning_peft.data.row_data_module import RowDataModule
-from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens, end_token_id
+from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.speech_rows import AudioSource, SpeechRows
 from lightning_peft.data.tokenized import load_tokenizer
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
@@ -58,6 +61,7 @@ class SpeechData(RowDataModule):
     # Next to a recording, a column of text would be detected as plain text.
     default_shape = "speech"
     batch_columns = ("path", "content", "seconds", "labels", "target")
+    source_class = AudioSource
 
     def __init__(
         self,
@@ -168,7 +172,8 @@ class SpeechData(RowDataModule):
 
     def encoding(self) -> dict[str, Any]:
         """Returns all that decides labels and problems, the recordings' files among it."""
-        stamps = [source.stamps() for source in self._sources()]
+        files = [f for source in self._sources() for f in source.named_files()]
+        stamps = [(str(f), stat.st_size, stat.st_mtime_ns) for f in files for stat in [f.stat()]]
         revision = self.hparams["processor_revision"]
         return {
             "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
@@ -183,10 +188,6 @@ class SpeechData(RowDataModule):
     def collator(self) -> Callable[[list[Any]], Any]:
         """Returns the collate function, which reads recordings."""
         return SpeechBatch(self.extractor)
-
-    def _sources(self) -> list[AudioSource]:  # type: ignore[override]
-        column = (self.hparams["columns"] or {}).get("audio")
-        return [AudioSource(**vars(source), column=column) for source in super()._sources()]
 
 
 class SpeechBatch:
@@ -270,3 +271,85 @@ def _build_extractor(settings: dict[str, Any]) -> Any:
         hints = "; ".join(f"{word!r}{similar_names(word, known)}" for word in unknown)
         raise ConfigError(f"feature_extractor: {name} has no setting {hints}. Correct the name.")
     return kind(**options)
+
+
+class SpeechRows(RowEncoder):
+    """Tokens of a transcript, and its recording, whose sound is read again for each batch."""
+
+    features = Features(
+        {
+            "path": Value("string"),
+            "content": Value("binary"),
+            "labels": ListOf(Value("int32")),
+            "target": Value("string"),
+            "seconds": Value("float64"),
+            "length": Value("int32"),
+            "end_added": Value("bool"),
+        }
+    )
+    counts = ("seconds", "trained_tokens", "ends_trained", "ends_added", "unknown_tokens")
+
+    def __init__(self, tokenizer: Any, max_length: int, rate: int, max_seconds: float) -> None:
+        self.tokenizer, self.end = tokenizer, end_token_id(tokenizer)
+        self.max_length, self.rate, self.max_seconds = max_length, rate, max_seconds
+        self._special_tokens = SpecialTokens(tokenizer)
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns the row that ``sample`` becomes."""
+        assert sample.audio is not None
+        assert sample.text is not None
+        seconds = self._seconds(sample.audio)
+        labels, added = self._labels(sample.text)
+        return [
+            {
+                "path": sample.audio.path,
+                "content": sample.audio.content,
+                "labels": labels,
+                "target": sample.text,
+                "seconds": seconds,
+                # In hundredths of a second, which are the frames of Whisper.
+                "length": max(1, round(100 * seconds)),
+                "end_added": added,
+            }
+        ]
+
+    def count(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns seconds, trained tokens, ends and unknown tokens."""
+        unknown = self.tokenizer.unk_token_id
+        return {
+            **super().count(row),
+            "seconds": row["seconds"],
+            "trained_tokens": len(row["labels"]),
+            "ends_trained": int(self.end in row["labels"]),
+            # Whisper's is its end token.
+            "unknown_tokens": row["labels"].count(unknown) if unknown != self.end else 0,
+        }
+
+    def _seconds(self, audio: Recording) -> float:
+        sound, rate = decode(audio.found)
+        seconds = len(sound) / rate
+        if seconds > self.max_seconds:
+            raise EncodingProblem(
+                "audio_long", f"has {seconds:.1f} seconds of audio of {self.max_seconds:g} allowed"
+            )
+        if rate != self.rate and not can_resample():
+            raise EncodingProblem(
+                "audio",
+                f"has audio at {rate:,} Hz for a model that hears {self.rate:,} Hz, and resampling "
+                "takes `scipy` (pip install scipy)",
+            )
+        return seconds
+
+    def _labels(self, text: str) -> tuple[list[int], bool]:
+        self._special_tokens.check(text, "transcript")
+        ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
+        # The model puts its start token before the labels itself.
+        start = list(getattr(self.tokenizer, "prefix_tokens", [])[:1])
+        ids = ids[1:] if start and ids[:1] == start else ids
+        added = ids[-1:] != [self.end]
+        ids = [*ids, self.end] if added else ids
+        if len(ids) > self.max_length:
+            raise EncodingProblem(
+                "long", f"has {len(ids):,} tokens as transcript of {self.max_length:,} allowed"
+            )
+        return ids, added

@@ -34,7 +34,6 @@ class TableScan:
         index: Whether the first fields are ascending numbers.
         counted: Whether they are consecutive.
         absent: Columns with a text that other programs write for no value: the text and its row.
-        named: The first line of a workbook with more than one known name of a column.
     """
 
     header: list[str] = field(default_factory=list)
@@ -47,7 +46,6 @@ class TableScan:
     index: bool = True
     counted: bool = True
     absent: dict[int, tuple[str, int]] = field(default_factory=dict)
-    named: int | None = None
     _last: int | None = None
 
     def add(self, record: Sequence[Any], line: int) -> None:

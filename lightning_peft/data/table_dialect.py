@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_peft.data.shapes import FIELDS
 from lightning_peft.errors import ConfigError
 
 _USUAL = (",", ";", "\t", "|")
 _RARE = ("\x01", "\x1f", "^", "~", "\u00a6")
 _NAMED = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|", "space": " "}
-_KNOWN = {name for names in FIELDS.values() for name in names} | set(FIELDS)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,13 @@ def parse_delimiter(requested: str) -> str:
     return found
 
 
-def detect_dialect(head: str, whole: bool, usual: str, requested: str | None) -> Dialect:
-    """Returns how a table is written, by its first lines, which may be the ``whole`` file."""
+def detect_dialect(
+    head: str, whole: bool, usual: str, requested: str | None, known: frozenset[str]
+) -> Dialect:
+    """Returns how a table is written, by its first lines, which may be the ``whole`` file.
+
+    A delimiter is likely if it yields ``known`` names of columns.
+    """
     skipped = 0
     excel_hint = re.match(r'"?sep=(.)"?\r?\n', head)
     if excel_hint:
@@ -68,15 +71,17 @@ def detect_dialect(head: str, whole: bool, usual: str, requested: str | None) ->
         skipped, head = 1, head[excel_hint.end() :]
         requested = requested or excel_hint[1]
     candidates = (requested,) if requested is not None else _USUAL
-    found = _best(head, whole, candidates, usual)
+    found = _best(head, whole, candidates, usual, known)
     if found is None and requested is None:
         # R's write.table parts quoted names by spaces.
         quoted = re.match(r'"[^"\r\n]*"( "[^"\r\n]*")+\r?\n', head)
-        found = _best(head, whole, (*_RARE, " ") if quoted else _RARE, usual)
+        found = _best(head, whole, (*_RARE, " ") if quoted else _RARE, usual, known)
     return replace(found or Dialect(requested or usual), skipped=skipped)
 
 
-def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dialect | None:
+def _best(
+    head: str, whole: bool, candidates: Iterable[str], usual: str, known: frozenset[str]
+) -> Dialect | None:
     ranked = []
     for delimiter in candidates:
         for dialect in _candidates(head, delimiter):
@@ -86,7 +91,7 @@ def _best(head: str, whole: bool, candidates: Iterable[str], usual: str) -> Dial
             width = len(records[0])
             # Rows of another width show that the delimiter is part of the text.
             fit = sum(len(record) == width for record in records) / len(records)
-            names = sum(name.strip().lower() in _KNOWN for name in records[0])
+            names = sum(bool({n.strip(), n.strip().lower()} & known) for n in records[0])
             ranked.append(((round(fit, 3), names, delimiter == usual), dialect))
     return max(ranked, key=lambda one: one[0])[1] if ranked else None
 

@@ -17,8 +17,10 @@ from lightning_peft.errors import ConfigError
 _HEAD = 1 << 18
 
 
-def read_table(file: TextFile, suffix: str, delimiter: str | None) -> ReadableFile:
-    """Opens a table of text, every value a text.
+def read_table(
+    file: TextFile, suffix: str, delimiter: str | None, known: frozenset[str]
+) -> ReadableFile:
+    """Opens a table of text, every value a text; ``known`` are names of columns to expect.
 
     Raises:
         ConfigError: If it is not a table with a line of column names.
@@ -41,7 +43,8 @@ def read_table(file: TextFile, suffix: str, delimiter: str | None) -> ReadableFi
         )
     table = _Table(file)
     requested = None if delimiter is None else parse_delimiter(delimiter)
-    dialect = detect_dialect(head, whole, "\t" if suffix == ".tsv" else ",", requested)
+    usual = "\t" if suffix == ".tsv" else ","
+    dialect = detect_dialect(head, whole, usual, requested, known)
     dialect, widths = table.scan(dialect)
     columns = resolve_columns(widths, name)
     notes = list(columns.notes)

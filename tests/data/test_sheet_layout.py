@@ -176,3 +176,27 @@ def test_names_of_kinds_of_values():
         *("a text", "true or false", "a number", "a number", "a list", "an object", "null"),
         *("bytes", "a date or time", "a value"),
     ]
+
+
+def test_columns_that_the_user_maps_are_names_as_well(tmp_path):
+    book = openpyxl.Workbook()
+    for row in (["frage", "antwort"], ["prompt", "answer"], ["text", "label"]):
+        book.active.append(row)
+    other = book.create_sheet("Other")
+    for row in (["a", "b"], ["1", "2"]):
+        other.append(row)
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(ConfigError, match="rows in 2 sheets"):
+        list(Source(str(tmp_path / "a.xlsx")).rows())
+    columns = {"prompt": "frage", "completion": "antwort"}
+    rows = list(Source(str(tmp_path / "a.xlsx"), columns=columns).rows())
+    assert [row.value for row in rows] == [
+        {"frage": "prompt", "antwort": "answer"},
+        {"frage": "text", "antwort": "label"},
+    ]
+    # A title above names that the user maps is refused as above any other.
+    book.active.insert_rows(1)
+    book.active["A1"] = "Fragen"
+    book.save(tmp_path / "a.xlsx")
+    with pytest.raises(ConfigError, match=r"names of columns in row 2 of .* \['Fragen'\]"):
+        list(Source(str(tmp_path / "a.xlsx"), sheet=1, columns=columns).rows())

@@ -11,7 +11,7 @@ from models import whisper_tokenizer
 from pyarrow import parquet
 from transformers import WhisperFeatureExtractor
 
-from lightning_peft.data import audio, speech_rows
+from lightning_peft.data import audio
 from lightning_peft.data.speech import SpeechData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError
@@ -60,6 +60,15 @@ def test_a_folder_with_a_table_is_read(folder, make, tokenizer, caplog):
     assert "Not read as data" not in caplog.text
 
 
+def test_a_path_in_an_object_is_relative_to_its_list_too(folder, make):
+    (folder / "metadata.csv").unlink()
+    row = {"audio": {"path": "clips/300.wav", "bytes": None}, "transcript": "low"}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    data = make(folder / "rows.jsonl")
+    assert data.read().splits["train"]["path"] == [str(folder / "clips" / "300.wav")]
+    assert [file.name for file in data._sources()[0].named_files()] == ["300.wav"]
+
+
 def test_a_batch_is_what_the_feature_extractor_makes(folder, make):
     (batch,) = make(folder).loader("train")
     order = [batch["target"].index(text) for text in ("low", "high tone")]
@@ -84,7 +93,7 @@ def test_recordings_inside_a_table_need_no_decoder(make, tmp_path):
 
 
 def test_every_unusable_row_is_reported(tmp_path, make, write, monkeypatch):
-    monkeypatch.setattr(speech_rows, "can_resample", lambda: False)
+    monkeypatch.setattr("lightning_peft.data.speech.can_resample", lambda: False)
     for name, content in {
         "good": tone(300), "copy": tone(300), "long": tone(300, 1.5), "empty": b"",
         "other": tone(300, rate=44_100), "broken": tone(300)[:-100],

@@ -1,4 +1,4 @@
-"""Where images come from: lists that name or hold them, or a folder for each class."""
+"""Rows that name or hold media files: images, also in folders of classes, or recordings."""
 
 from __future__ import annotations
 
@@ -8,27 +8,66 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_peft.compat.datasets import tqdm
-from lightning_peft.data.image_files import SUFFIXES
 from lightning_peft.data.reading import Row, Source, is_data_file, split_named, visible_files
-from lightning_peft.data.shapes import FIELDS
 from lightning_peft.errors import ConfigError, itemize
 
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_SOUNDS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac"}
 _TEXTS = (".txt", ".md")
 
 
 @dataclass(frozen=True)
-class ImageSource(Source):
+class MediaSource(Source):
+    """Rows whose paths of media files, which are relative to their list, are made absolute."""
+
+    media_field: ClassVar[str]
+
+    def named_files(self) -> list[Path]:
+        """Returns the media files that are there and that a row names, sorted."""
+        rows = self.rows() if self.files() else iter(())
+        names = self.columns_of(self.media_field)
+        found = {_path_in(value.get(n)) for row in rows if (value := row.value) for n in names}
+        return sorted(Path(path) for path in found if path and Path(path).is_file())
+
+    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
+        for row in super()._file_rows(path, name, split):
+            for column in self.columns_of(self.media_field):
+                if row.value is not None and (named := _path_in(row.value.get(column))):
+                    value, placed = row.value[column], str((path.parent / named).absolute())
+                    row.value[column] = placed if isinstance(value, str) else {"path": placed}
+            yield row
+
+
+def _path_in(value: Any) -> str | None:
+    """Returns the path in a cell; next to bytes, it is only the name they once had."""
+    if isinstance(value, dict) and not value.get("bytes"):
+        value = value.get("path")
+    return value if isinstance(value, str) and value.strip() else None
+
+
+@dataclass(frozen=True)
+class AudioSource(MediaSource):
+    """Rows of a recording and its transcript."""
+
+    media_field = "audio"
+
+    def left_out(self) -> list[str]:
+        """Returns the files in the folder that are neither rows nor recordings."""
+        return [name for name in super().left_out() if Path(name).suffix.lower() not in _SOUNDS]
+
+
+@dataclass(frozen=True)
+class ImageSource(MediaSource):
     """Rows of an image and its class.
 
     A folder that holds files of rows (JSONL, CSV, Parquet ...) is read as these; any other folder
     holds one folder for each class, or ``train`` and ``validation`` with those in them.
-    ``image_column`` is detected where it is ``None``.
     """
 
-    image_column: str | None = None
+    media_field = "image"
 
     @cached_property
     def _pictures(self) -> list[Path]:
@@ -37,11 +76,11 @@ class ImageSource(Source):
         inside = visible_files(folder) if folder.is_dir() else []
         if any(is_data_file(path) and path.suffix.lower() not in _TEXTS for path in inside):
             return []
-        found = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        found = [path for path in inside if path.suffix.lower() in IMAGES]
         if folder.is_dir() and not found:
             names = [path.relative_to(folder).as_posix() for path in inside]
             raise ConfigError(
-                f"The folder {folder.name!r} holds no images ({', '.join(SUFFIXES)}) and no files "
+                f"The folder {folder.name!r} holds no images ({', '.join(IMAGES)}) and no files "
                 "that list some. In it:" + (itemize(names) or " nothing")
             )
         return found
@@ -57,16 +96,11 @@ class ImageSource(Source):
     @cached_property
     def _content(self) -> list[tuple[str, Path]]:
         found = super().content()
-        if self._pictures:
+        if self._pictures or not found:
             return found
         folder = Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
-        named = [self._named_image(row) for row in self.rows()] if found else []
-        there = sorted({path for path in named if path is not None and path.is_file()})
-        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in there)]
-
-    def _named_image(self, row: Row) -> Path | None:
-        value = None if row.value is None else row.value.get(self._column(row.value) or "")
-        return Path(value) if isinstance(value, str) else None
+        named = self.named_files()
+        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in named)]
 
     def left_out(self) -> list[str]:
         """Returns the names of files in the folder that are not read, and of empty folders."""
@@ -113,28 +147,5 @@ class ImageSource(Source):
                 split, parts = self.split, name.parent.parts
                 if self._by_split and parts:
                     split, parts = split or split_named(parts[0]), parts[1:]
-                label = parts[0] if parts else ""
-                value = {"image": str(path), "label": label}
+                value = {"image": str(path), "label": parts[0] if parts else ""}
                 yield Row(number, name.as_posix(), value, split=split)
-
-    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
-        for row in super()._file_rows(path, name, split):
-            column = None if row.value is None else self._column(row.value)
-            if row.value is not None and column is not None:
-                row.value[column] = _placed(row.value[column], path.parent)
-            yield row
-
-    def _column(self, value: dict[str, Any]) -> str | None:
-        if self.image_column is not None:
-            return self.image_column if self.image_column in value else None
-        return next((name for name in FIELDS["image"] if name in value), None)
-
-
-def _placed(value: Any, folder: Path) -> Any:
-    """Returns the bytes of an image, or its path relative to ``folder``."""
-    if isinstance(value, dict):
-        # An Image column of the hub: with bytes, the path is the name it once had.
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and value.strip():
-        return str(folder / value)
-    return value
