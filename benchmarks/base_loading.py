@@ -62,7 +62,7 @@ def load(way: str, folder: str, dtype: str) -> None:
     task: Any = InItsOwnWay(folder, dtype=dtype)
     if way != "transformers_alone":
         kept = way in ("first", "second")
-        strategy = QLoRAStrategy(print_summary=False, cache_quantized_base=kept)
+        strategy = QLoRAStrategy(announce=False, cache_quantized_base=kept)
         trainer = pytorch_lightning.Trainer(
             strategy=strategy, devices=1, logger=False, enable_checkpointing=False
         )

@@ -47,7 +47,7 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
     ids = torch.arange(16).view(2, 8)
     rows = [{"input_ids": row, "labels": row, "attention_mask": row * 0 + 1} for row in ids]
     trainer = pytorch_lightning.Trainer(
-        strategy=LoRAStrategy(print_summary=False) if way == "adapter" else "auto",
+        strategy=LoRAStrategy(announce=False) if way == "adapter" else "auto",
         max_steps=1,
         devices=1,
         accelerator="cpu",

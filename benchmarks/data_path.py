@@ -85,7 +85,7 @@ def wait(steps: int) -> None:
 
     watch = Watch()
     trainer = pytorch_lightning.Trainer(
-        strategy=QLoRAStrategy(print_summary=False),
+        strategy=QLoRAStrategy(announce=False),
         max_steps=steps,
         devices=1,
         callbacks=[watch],

@@ -192,7 +192,7 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
             meter.before(index)
 
-    kwargs: dict[str, Any] = {**row.get("lora", {}), "print_summary": False}
+    kwargs: dict[str, Any] = {**row.get("lora", {}), "announce": False}
     if "optimizer" in row:
         kwargs["optimizer"] = row["optimizer"]
     kinds = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}

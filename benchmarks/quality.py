@@ -35,9 +35,9 @@ def held_out(method: str, model: str, data: str, rate: float, seed: int, steps: 
 
     strategies: dict[str, Any] = {
         "full": lambda: "auto",
-        "lora": lambda: LoRAStrategy(r=16, print_summary=False),
+        "lora": lambda: LoRAStrategy(r=16, announce=False),
         # AdamW of torch, as for the others.
-        "qlora": lambda: QLoRAStrategy(r=16, print_summary=False, optimizer=None),
+        "qlora": lambda: QLoRAStrategy(r=16, announce=False, optimizer=None),
     }
     seed_everything(seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ def point(sizes: dict[str, int], device: str) -> int:
     ids = torch.randint(3, 2048, (3, sizes["rows"], sizes["length"]))
     batches = [{"input_ids": b, "labels": b, "attention_mask": torch.ones_like(b)} for b in ids]
     strategy = QLoRAStrategy(
-        r=sizes["rank"], gradient_checkpointing=True, optimizer=None, print_summary=False
+        r=sizes["rank"], gradient_checkpointing=True, optimizer=None, announce=False
     )
     trainer = pl.Trainer(
         strategy=strategy, accelerator="gpu" if device == "cuda" else "cpu", devices=1,

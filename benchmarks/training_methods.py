@@ -212,7 +212,7 @@ def lightning(
             tokens = real_tokens(batch) if counts is None else counts[index % len(counts)]
             pace.after(tokens, outputs["loss"])
 
-    given: dict[str, Any] = {"lora_dropout": case.dropout, "print_summary": False, **LORA}
+    given: dict[str, Any] = {"lora_dropout": case.dropout, "announce": False, **LORA}
     strategy: Any = LoRAStrategy(**given)
     if case.quantized:
         strategy = QLoRAStrategy(**given, optimizer=None, gradient_checkpointing=False)

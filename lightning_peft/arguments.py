@@ -70,7 +70,7 @@ class LoRAArguments(LoRAFields):
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
             such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
             keep: what costs most time for its bytes is kept first.
-        print_summary: Print the adapted and quantized layers when training starts.
+        announce: Print the adapted and quantized layers when training starts.
         verify: What is checked when training starts: ``"cheap"`` looks at the structure and at
             the gradients of the first step, ``"full"`` also runs :func:`lightning_peft.verify` on
             the first batch before that step, ``"off"`` checks nothing.
@@ -86,7 +86,7 @@ class LoRAArguments(LoRAFields):
     adapt: str | list[str] | None = None
     optimizer: str | None = None
     gradient_checkpointing: bool | Literal["auto"] | float | str = False
-    print_summary: bool = True
+    announce: bool = True
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
 

@@ -45,7 +45,7 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             os.environ.pop(name, None)
         checkpoint = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="last-{step}")
         trainer = pl.Trainer(
-            strategy=cls(r=8, print_summary=False),
+            strategy=cls(r=8, announce=False),
             accelerator="cpu",
             devices=1,
             max_steps=steps,

@@ -49,4 +49,4 @@ def trainer_of(strategy="auto", root=ROOTS[1], **options):
 def strategy_of(kind, **more):
     """Returns the strategy of one of ``SETTINGS``."""
     made, options = SETTINGS[kind]
-    return made(r=4, lora_alpha=64, print_summary=False, **options, **more)
+    return made(r=4, lora_alpha=64, announce=False, **options, **more)

@@ -165,7 +165,7 @@ def _keeping() -> tuple[Field, ...]:
         setting(
             samples + ".init_args.max_new_tokens", group, 64, ge=1, le=4096, tasks="generation"
         ),
-        *(strategy_field(name, group) for name in ("verify", "print_summary")),
+        *(strategy_field(name, group) for name in ("verify", "announce")),
     )
 
 

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(words)
     # Whatever the user's own code prints, the result alone goes to the standard output.
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
-        module, verification = _verify(run, args.config, rest, print_summary=not args.json)
+        module, verification = _verify(run, args.config, rest, announce=not args.json)
     if args.json:
         print(_as_json(module, verification))
     else:
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _verify(
-    path: Path | None, files: list[str], rest: list[str], print_summary: bool
+    path: Path | None, files: list[str], rest: list[str], announce: bool
 ) -> tuple[str, Verification]:
     from lightning_peft.plugin.verification_run import verify_config
 
@@ -73,7 +73,7 @@ def _verify(
     if path is None:
         with tempfile.TemporaryDirectory() as folder:
             words = resolve_recipes([*configs, *rest], Path(folder))
-            verified = verify_config(words, print_summary=print_summary)
+            verified = verify_config(words, announce=announce)
         return verified.module, verified.verification
     if configs:
         raise ConfigError(
@@ -93,7 +93,7 @@ def _verify(
     best = run.checkpoints / "best.ckpt"
     words = [f"--config={run.recipe}", f"--ckpt_path={best if best.is_file() else checkpoint}"]
     try:
-        verified = verify_config([*words, *rest], print_summary=False)
+        verified = verify_config([*words, *rest], announce=False)
     except BaseMismatchError as error:
         checks.append(engine.Check("the base is the one that was trained on", False, str(error)))
         return run.path.name, engine.Verification(checks)

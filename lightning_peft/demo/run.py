@@ -152,7 +152,7 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
     if method in strategies:
         cls = bind_to_lightning(strategies[method], lightning.__name__)
         # A toy has no memory to save, and computing activations twice takes time.
-        strategy = cls(r=RANK, print_summary=False, optimizer=None, gradient_checkpointing=False)
+        strategy = cls(r=RANK, announce=False, optimizer=None, gradient_checkpointing=False)
     checkpoint = lightning.callbacks.ModelCheckpoint(
         dirpath=folder / "checkpoints", filename="demo", enable_version_counter=False
     )

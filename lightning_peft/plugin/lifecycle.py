@@ -36,14 +36,14 @@ class Lifecycle:
 
     Attributes:
         injection: What to do.
-        print_summary: Whether to print what was adapted when training starts.
+        announce: Whether to print what was adapted when training starts.
         checks: What is checked when training starts.
         provenance: Further content for the ``provenance.json`` of every saved adapter.
     """
 
     def __init__(self, arguments: LoRAArguments) -> None:
         self.injection = injection_settings(arguments)
-        self.print_summary = arguments.print_summary
+        self.announce = arguments.announce
         self.checks = TrainingChecks(arguments.verify)
         self.provenance: dict[str, Any] = {}
         self._pending_module: Any = None
@@ -112,8 +112,8 @@ class Lifecycle:
         if _is_fitting(module):
             check_pruning(module)
             prepare_training(module)
-            if self.print_summary and strategy.is_global_zero:
-                self.print_summary = False
+            if self.announce and strategy.is_global_zero:
+                self.announce = False
                 engine.show(engine.report(module))
 
     def _store_quantized(self, module: Any, strategy: Any, loading: Any) -> None:

@@ -50,7 +50,7 @@ class _VerificationDone(Exception):
     """Ends the run where the first step would begin."""
 
 
-def verify_config(arguments: Sequence[str], print_summary: bool = True) -> VerifiedConfig:
+def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedConfig:
     """Builds module, data and Trainer as LightningCLI does, and verifies on the first batch.
 
     On one device, and without loggers or callbacks besides those of this package. Callbacks that
@@ -59,7 +59,7 @@ def verify_config(arguments: Sequence[str], print_summary: bool = True) -> Verif
     Args:
         arguments: The command line of LightningCLI without a subcommand, such as
             ``["--config", "config.yaml", "--trainer.strategy.r=8"]``.
-        print_summary: Print what is adapted.
+        announce: Print what is adapted.
 
     Returns:
         What was built, and the verification.
@@ -71,7 +71,7 @@ def verify_config(arguments: Sequence[str], print_summary: bool = True) -> Verif
     with lightning_command(arguments) as root:
         cli = _build(root, arguments)
     lifecycle = _lifecycle_of(cli.trainer)
-    lifecycle.print_summary = print_summary
+    lifecycle.announce = announce
     lifecycle.checks = TrainingChecks("cheap")
     # It would raise at the first problem; here all are wanted.
     lifecycle.checks.start = lambda strategy: None  # type: ignore[method-assign]

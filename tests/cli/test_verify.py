@@ -130,7 +130,7 @@ def test_a_checkpoint_can_be_verified(user, tmp_path):
     code = main(["verify", *given])
     task = import_module("users_task_of_pytorch_lightning")
     lightning = import_module(ROOTS[0])
-    strategy = import_module("lightning_peft").QLoRAStrategy(r=2, print_summary=False)
+    strategy = import_module("lightning_peft").QLoRAStrategy(r=2, announce=False)
     run = lightning.Trainer(
         accelerator="cpu",
         devices=1,

@@ -33,7 +33,7 @@ TASKS = {
     "test_trials_of_sequences.py": ("speech-recognition", "summarization", "translation"),
 }
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-QUIET += ["--trainer.strategy.init_args.print_summary=false"]
+QUIET += ["--trainer.strategy.init_args.announce=false"]
 
 
 def recipes_of(file: str) -> list[str]:

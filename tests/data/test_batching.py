@@ -105,7 +105,7 @@ def test_a_run_resumed_inside_an_epoch_sees_the_same_batches(
             dirpath=tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1
         )
         trainer = lightning.Trainer(
-            strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, print_summary=False),
+            strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, announce=False),
             accelerator="cpu",
             devices=1,
             max_epochs=2,

@@ -177,7 +177,7 @@ def fit(make, write, tiny_model, precision="32-true", **options):
             return super().training_step(batch, batch_idx)
 
     trainer = import_module(root).Trainer(
-        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, print_summary=False),
+        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, announce=False),
         precision=precision,
         accelerator="cpu",
         devices=1,

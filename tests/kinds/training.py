@@ -20,7 +20,7 @@ METHODS = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStr
 
 def trainer_for(kind: Kind, method: str, module: Any, folder: Any) -> Any:
     root = namespace_of_class(type(module))
-    arguments = {"r": 4, "print_summary": False, **kind.strategy}
+    arguments = {"r": 4, "announce": False, **kind.strategy}
     return import_module(root).Trainer(
         strategy=bind_to_lightning(METHODS[method], root)(**arguments),
         accelerator="cpu",

@@ -60,14 +60,14 @@ def small_device(monkeypatch):
 
 def test_nothing_is_said_of_a_run_that_fits(caplog):
     with caplog.at_level(logging.INFO):
-        fit(QLoRAStrategy(print_summary=False))
+        fit(QLoRAStrategy(announce=False))
     assert "memory" not in "".join(r.message for r in caplog.records if "plan" in r.name)
 
 
 @pytest.mark.parametrize("strategy", ["auto", LoRAStrategy])
 def test_a_run_that_does_not_fit_is_warned_of(small_device, strategy, caplog):
     with caplog.at_level(logging.INFO):
-        fit(strategy if strategy == "auto" else strategy(print_summary=False))
+        fit(strategy if strategy == "auto" else strategy(announce=False))
     (warning,) = [r for r in caplog.records if r.name == plan_callback.__name__]
     assert warning.levelname == "WARNING"
     assert "will not fit" in warning.message
@@ -83,7 +83,7 @@ def test_a_budget_is_planned_with(monkeypatch):
     )
     kept = {}
     for checkpointing in (False, 0.9, 0.5, True):
-        fit(LoRAStrategy(print_summary=False, gradient_checkpointing=checkpointing))
+        fit(LoRAStrategy(announce=False, gradient_checkpointing=checkpointing))
         kept[checkpointing] = found.pop()[1].trace.kept
     assert kept[False] > kept[0.9] > kept[0.5] > kept[True]
 
@@ -99,7 +99,7 @@ def test_a_plan_of_the_running_module_is_that_of_the_config(monkeypatch):
     monkeypatch.setattr(plan_callback, "_planned", noting)
     for strategy, method in ((LoRAStrategy, "lora"), (QLoRAStrategy, "qlora")):
         for checkpointing in (False, True):
-            fit(strategy(print_summary=False, gradient_checkpointing=checkpointing))
+            fit(strategy(announce=False, gradient_checkpointing=checkpointing))
             wanted = plan_memory(
                 LlamaConfig(**CONFIG), method=method, batch_size=4, seq_len=64, device="cpu",
                 padded=False, gradient_checkpointing=checkpointing,
@@ -121,7 +121,7 @@ def test_out_of_memory_is_explained(small_device, caplog):
     task = Task()
     task.fails = True
     with pytest.raises(torch.OutOfMemoryError):
-        fit(LoRAStrategy(print_summary=False), task)
+        fit(LoRAStrategy(announce=False), task)
     message = [r.message for r in caplog.records if r.name == plan_callback.__name__][-1]
     assert message.startswith("Out of memory on a small device (410 MB)")
     assert "activations" in message
@@ -136,7 +136,7 @@ def test_what_cannot_be_planned_trains_all_the_same(caplog):
             return super().training_step(batch, batch_idx)
 
     with caplog.at_level(logging.INFO):
-        fit(LoRAStrategy(print_summary=False), Odd())
+        fit(LoRAStrategy(announce=False), Odd())
     assert any("cannot be planned" in r.message for r in caplog.records)
 
 

@@ -189,7 +189,7 @@ def loader(kind: str = "linears", shuffle: bool = False, **given: Any) -> DataLo
 def strategy(method: str = "lora", root: str = ROOTS[0], **given: Any) -> Any:
     """Returns a strategy object of one Lightning; quiet, with a small rank."""
     names = {"lora": lightning_peft.LoRAStrategy, "qlora": lightning_peft.QLoRAStrategy}
-    return bind_to_lightning(names[method], root)(**{"r": 4, "print_summary": False, **given})
+    return bind_to_lightning(names[method], root)(**{"r": 4, "announce": False, **given})
 
 
 def trainer(folder: Path, method: Any = "lora", root: str = ROOTS[0], **given: Any) -> Any:

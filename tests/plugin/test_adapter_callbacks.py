@@ -29,7 +29,7 @@ CALLBACKS = {"lora": lightning_peft.LoRACallback, "qlora": lightning_peft.QLoRAC
 
 
 def adapting(method, root=ROOTS[0], **given):
-    return bind_to_lightning(CALLBACKS[method], root)(r=4, print_summary=False, **given)
+    return bind_to_lightning(CALLBACKS[method], root)(r=4, announce=False, **given)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -162,7 +162,7 @@ def test_the_strategy_serves_the_module_it_was_last_given(tmp_path):
 
 
 def test_the_table_is_printed_once(tmp_path, capsys):
-    run = trainer(tmp_path, strategy("qlora", print_summary=True))
+    run = trainer(tmp_path, strategy("qlora", announce=True))
     module = task()
     run.validate(module, loader(), verbose=False)
     assert "trainable" not in capsys.readouterr().out

@@ -30,7 +30,7 @@ LORA = {
     "adapt": ["model"],
     "optimizer": "adamw_8bit",
     "gradient_checkpointing": "auto",
-    "print_summary": False,
+    "announce": False,
     "verify": "full",
     "ddp_kwargs": {"find_unused_parameters": True},
 }
@@ -109,7 +109,7 @@ def test_ready_configs_as_their_fields(root, tmp_path):
     arguments = {
         "peft_config": {"peft_type": "LOHA", "r": 3, "target_modules": ["layers.0"]},
         "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-        "print_summary": False,
+        "announce": False,
     }
     strategy = {"class_path": "lightning_peft.QLoRAStrategy", "init_args": arguments}
     cli = make_cli(root, ["--config", str(written(tmp_path, {"strategy": strategy}))])
@@ -136,7 +136,7 @@ def test_by_name_and_on_the_command_line(root):
 def test_callbacks(name, root, tmp_path):
     callback = {
         "class_path": f"lightning_peft.{name}",
-        "init_args": {"r": 2, "print_summary": False},
+        "init_args": {"r": 2, "announce": False},
     }
     cli = make_cli(root, ["--config", str(written(tmp_path, {"callbacks": [callback]}))])
     made = next(c for c in cli.trainer.callbacks if type(c).__name__ == name)

@@ -142,7 +142,7 @@ def test_subclasses_by_the_user(root, tmp_path):
         """A default of one's own."""
 
         def __init__(self, r: int = 2) -> None:
-            super().__init__(r=r, print_summary=False)
+            super().__init__(r=r, announce=False)
 
     module = task(root)
     run = trainer(tmp_path, bind_to_lightning(Mine, root)(), root)

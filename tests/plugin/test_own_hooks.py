@@ -186,12 +186,12 @@ def test_no_adapter_is_lost_of_any_model(cls, method, kind, tmp_path):
 def test_neither_by_a_callback_nor_under_one(tmp_path):
     given = {
         "callbacks": [
-            bind_to_lightning(LoRACallback, ROOTS[0])(r=4, print_summary=False),
+            bind_to_lightning(LoRACallback, ROOTS[0])(r=4, announce=False),
             Dropping(),
         ]
     }
     module = trained(DropsOnSave, tmp_path, "auto", **given)
-    given = {"callbacks": [bind_to_lightning(LoRACallback, ROOTS[0])(r=4, print_summary=False)]}
+    given = {"callbacks": [bind_to_lightning(LoRACallback, ROOTS[0])(r=4, announce=False)]}
     assert_validated(DropsOnSave, module, tmp_path / "whole.ckpt", "auto", **given)
 
 

@@ -28,7 +28,7 @@ class Second(task_class(ROOTS[1])):
 def made(method, root, folder, **given):
     if method != "callback":
         return trainer(folder, method, root, **given)
-    callback = bind_to_lightning(lightning_peft.QLoRACallback, root)(r=4, print_summary=False)
+    callback = bind_to_lightning(lightning_peft.QLoRACallback, root)(r=4, announce=False)
     return trainer(folder, "auto", root, callbacks=[callback], **given)
 
 

@@ -101,7 +101,7 @@ def fit(module, root, method="qlora", ckpt_path=None, callbacks=(), **given):
 def test_no_dense_weight_of_a_target_ever_exists(by, labels, folder, tmp_path):
     method = PreTrainedModel.__dict__["from_pretrained"]
     module = Loaded(str(folder), labels)
-    how = "qlora" if by == "strategy" else ("auto", QLoRACallback(r=4, print_summary=False))
+    how = "qlora" if by == "strategy" else ("auto", QLoRACallback(r=4, announce=False))
     fit(module, tmp_path, how)
     head = "score" if labels else "lm_head"
     targets = {name for name in module.seen if name != head}
@@ -193,9 +193,9 @@ def test_the_second_start_is_the_first(by, precision, folder, tmp_path, monkeypa
     def run(cached):
         module = Loaded(str(folder))
         if by == "strategy":
-            how = (QLoRAStrategy(r=4, print_summary=False, cache_quantized_base=cached), [])
+            how = (QLoRAStrategy(r=4, announce=False, cache_quantized_base=cached), [])
         else:
-            how = ("auto", [QLoRACallback(r=4, print_summary=False, cache_quantized_base=cached)])
+            how = ("auto", [QLoRACallback(r=4, announce=False, cache_quantized_base=cached)])
         torch.manual_seed(2)
         made = trainer(tmp_path, how[0], max_epochs=1, callbacks=how[1], precision=precision)
         torch.manual_seed(3)

@@ -290,7 +290,7 @@ def test_full_stops_before_the_first_step(front, root, tmp_path, monkeypatch):
         run = trainer(tmp_path, strategy("qlora", root, **given), root)
     else:
         callback = bind_to_lightning(lightning_peft.QLoRACallback, root)(
-            r=4, print_summary=False, **given
+            r=4, announce=False, **given
         )
         run = trainer(tmp_path, "auto", root, callbacks=[callback])
     with pytest.raises(LifecycleError, match="called without effect in eval mode"):

@@ -25,9 +25,7 @@ def fit(folder, method, callbacks=(), dropout=0.0, shuffle=False, ckpt_path=None
     ours = method
     if method in ("lora", "qlora"):
         # The callback checks the cheap way: that both train the same shows that neither disturbs.
-        ours = strategy(
-            method, ROOT, lora_dropout=dropout, print_summary=dropout > 0, verify="full"
-        )
+        ours = strategy(method, ROOT, lora_dropout=dropout, announce=dropout > 0, verify="full")
     run = trainer(folder / "root", ours, ROOT, devices=2, callbacks=list(callbacks), **given)
     torch.manual_seed(8 + run.global_rank)
     rows, order = loader("llama").dataset, None
@@ -65,7 +63,7 @@ def fit_idle(folder, **given):
 
 
 def callback(**given):
-    return bind_to_lightning(QLoRACallback, ROOT)(r=4, print_summary=False, **given)
+    return bind_to_lightning(QLoRACallback, ROOT)(r=4, announce=False, **given)
 
 
 def main(folder: Path) -> None:

@@ -179,7 +179,7 @@ def test_the_training_loop_of_the_estimator_ends_in_an_error(method: str, tmp_pa
     """It reads the checkpoint past the Trainer, which holds no base weights."""
     estimator = FORWARD.make(
         trainer_kwargs={
-            "strategy": METHODS[method](r=4, print_summary=False),
+            "strategy": METHODS[method](r=4, announce=False),
             "max_epochs": 1,
             "accelerator": "cpu",
             "logger": False,

@@ -41,7 +41,7 @@ def run(root, folder, broken=None, **options):
     torch.manual_seed(0)
     rows = torch.randn(12, 8)
     trainer = lightning.Trainer(
-        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, print_summary=False),
+        strategy=bind_to_lightning(LoRAStrategy, root)(r=2, announce=False),
         max_epochs=2,
         num_sanity_val_steps=-1,
         callbacks=[bind_to_lightning(RunRecorder, root)(folder)],

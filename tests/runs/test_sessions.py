@@ -64,7 +64,7 @@ def fit(folder, checkpoint=None, asks=None, **options):
     given = {"max_epochs": 2, "num_sanity_val_steps": -1, **options}
     trainer = lightning.Trainer(
         # Which goes on with the batches that are left.
-        strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, print_summary=False),
+        strategy=bind_to_lightning(LoRAStrategy, ROOT)(r=2, announce=False),
         callbacks=[*([Asks(recorder.folder, *asks)] if asks else []), recorder, interruption, best],
         logger=False,
         enable_progress_bar=False,

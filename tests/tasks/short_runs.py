@@ -45,7 +45,7 @@ def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> 
     """Returns a Trainer for a few steps, with adapters if a method is named."""
     if method is not None:
         strategy = bind_to_lightning(STRATEGIES[method], root)
-        options["strategy"] = strategy(r=4, print_summary=False, optimizer=None)
+        options["strategy"] = strategy(r=4, announce=False, optimizer=None)
     return import_module(root).Trainer(
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **options,

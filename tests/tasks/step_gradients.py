@@ -96,7 +96,7 @@ def step(
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 1,
             "accumulate_grad_batches": accumulate, "callbacks": [Watch()],
-            "strategy": strategy(r=4, print_summary=False, optimizer=None), **options,
+            "strategy": strategy(r=4, announce=False, optimizer=None), **options,
         }
     )  # fmt: skip
     run.fit(module, DataLoader(data, batch_size=batch_size, sampler=sampler))

@@ -54,7 +54,7 @@ def trainer(**options):
 
 
 def with_adapters(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, print_summary=False), **options)
+    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
 
 
 def test_loss_and_metrics_are_those_counted_by_hand(data):

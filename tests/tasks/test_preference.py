@@ -190,7 +190,7 @@ def test_without_adapters_there_is_no_reference(stage, tmp_path):
     ],
 )
 def test_a_reference_that_is_not_the_base_is_refused(options, problem, tmp_path):
-    trainer = trainer_of(LoRAStrategy(r=4, print_summary=False, **options))
+    trainer = trainer_of(LoRAStrategy(r=4, announce=False, **options))
     with pytest.raises(ConfigError, match=problem):
         trainer.fit(task_of(), data_in(tmp_path))
     assert trainer.global_step == 0
@@ -198,7 +198,7 @@ def test_a_reference_that_is_not_the_base_is_refused(options, problem, tmp_path)
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_a_start_away_from_the_reference_is_reported(fresh, tmp_path, caplog):
-    strategy = LoRAStrategy(r=4, print_summary=False, init_lora_weights=fresh, verify="full")
+    strategy = LoRAStrategy(r=4, announce=False, init_lora_weights=fresh, verify="full")
     trainer_of(strategy, max_steps=1).fit(task_of(), data_in(tmp_path))
     assert ("have learnt something already" in caplog.text) != fresh
 

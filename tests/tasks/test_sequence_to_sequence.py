@@ -153,7 +153,7 @@ def test_generation_is_greedy_and_leaves_the_modes(data, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_both_strategies_train_it_and_nothing_else_moves(strategy, checkpointing, data, tmp_path):
     made = task(learning_rate=1e-2)
-    given = strategy(r=4, gradient_checkpointing=checkpointing, print_summary=False, verify="cheap")
+    given = strategy(r=4, gradient_checkpointing=checkpointing, announce=False, verify="cheap")
     run = trainer(tmp_path, strategy=given, max_steps=4)
     before = {}
 

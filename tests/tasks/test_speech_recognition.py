@@ -94,7 +94,7 @@ def test_both_strategies_train_it_and_it_transcribes(strategy, data, tmp_path):
         def on_train_start(self, trainer, module):
             before.update({name: value.clone() for name, value in module.named_parameters()})
 
-    given = strategy(r=4, gradient_checkpointing=True, print_summary=False, verify="cheap")
+    given = strategy(r=4, gradient_checkpointing=True, announce=False, verify="cheap")
     run = trainer(tmp_path, strategy=given, callbacks=[Look()])
     run.fit(made, data)
     moved = {n for n, value in made.named_parameters() if not torch.equal(value, before[n])}

@@ -51,7 +51,7 @@ def trainer(**options):
 
 
 def adapting(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, print_summary=False), **options)
+    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
 
 
 def test_metrics_are_those_counted_by_hand(data):
