@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft import engine
 from lightning_peft.engine.backends.base import QuantizationBackend
-from lightning_peft.engine.layers.quantized import QuantizedConvolution, QuantizedLinear
+from lightning_peft.engine.backends.layers import QuantizedConvolution, QuantizedLinear
 from lightning_peft.errors import ConfigError
 
 
@@ -65,7 +65,6 @@ class ToyBackend(QuantizationBackend[ToyConfig]):
     config_type = ToyConfig
     layer_class = ToyLayer
     convolution_class = ToyConvolution
-    state_keys = ("scales",)
     bits = 8
 
     def check_config(self, config: ToyConfig) -> None:

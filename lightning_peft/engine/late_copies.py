@@ -13,9 +13,8 @@ from collections.abc import Collection
 from torch import nn
 
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.backends.registry import backends
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.momentum_copies import (
     check_momentum_copies,
     freeze_copy,
@@ -102,11 +101,10 @@ def _in_hook(error: BaseException, callers: Collection[str]) -> bool:
     return any(name in frames for name in callers) and "_call_impl" not in frames
 
 
-def _names_codes(text: str) -> bool:
-    """Whether torch's error is one of writing to stored weights that are quantized."""
-    _, found, keys = text.partition("Unexpected key(s) in state_dict: ")
-    names = {name for backend in backends() for name in backend.state_keys}
-    return bool(_WRITES.search(text) or (found and any(name in keys for name in names)))
+def _names_codes(text: str, layer: QuantizedLayer) -> bool:
+    """Whether torch's error is one of writing to stored weights quantized as that of ``layer``."""
+    _, _, keys = text.partition("Unexpected key(s) in state_dict: ")
+    return bool(_WRITES.search(text)) or any(f'.{k}"' in keys for k in layer.quantization_keys())
 
 
 def explain_hook_error(
@@ -122,11 +120,12 @@ def explain_hook_error(
     if record_of(module) is None:
         return None
     text = str(error)
-    quantized = [n for n, child in module.named_modules() if isinstance(child, QuantizedLayer)]
-    if isinstance(error, RuntimeError) and quantized and _names_codes(text):
+    quantized = ((n, x) for n, x in module.named_modules() if isinstance(x, QuantizedLayer))
+    name, layer = next(quantized, ("", None))
+    if isinstance(error, RuntimeError) and layer is not None and _names_codes(text, layer):
         return LifecycleError(
             f"A hook computes with stored weights that are quantized, such as those of "
-            f"{quantized[0]!r}: packed codes cannot be averaged, and load into layers alike only. "
+            f"{name!r}: packed codes cannot be averaged, and load into layers alike only. "
             "The frozen base does not change, so average what trains: loop over `parameters()` "
             "of a copy that the module holds, which leaves the base out, or over "
             "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
@@ -145,10 +144,10 @@ def explain_hook_error(
             "averages of an EMA in `__init__`, these do not line up: keep them in `on_fit_start`, "
             f"when the adapters are there. torch says: {text.splitlines()[0]}"
         )
-    name = error.args[0] if isinstance(error, KeyError) and error.args else None
-    if isinstance(name, str) and name in adapter_parameters(module):
+    key = error.args[0] if isinstance(error, KeyError) and error.args else None
+    if isinstance(key, str) and key in adapter_parameters(module):
         return LifecycleError(
-            f"A hook looks up {name!r} in a dictionary that does not have it. It was probably made "
+            f"A hook looks up {key!r} in a dictionary that does not have it. It was probably made "
             "before the adapters were added, such as the averages of an EMA in `__init__`. Make it "
             "in `on_fit_start`, when the adapters are there."
         )

@@ -29,10 +29,10 @@ from lightning_peft.engine.backends.conversion import (
     requantize,
     restore_quantized,
 )
+from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.layers.lora import accumulation_dtype, without_adapters
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
-from lightning_peft.engine.layers.quantized import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.mergeable import (
     base_parameters,
     check_mergeable,

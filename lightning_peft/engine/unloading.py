@@ -11,9 +11,9 @@ from torch import nn
 from lightning_peft.compat.peft import BaseTuner, BaseTunerLayer
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.attention import AttentionMixin
 from lightning_peft.engine.layers.lora import LoraLayer, detach
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import require_record, set_record

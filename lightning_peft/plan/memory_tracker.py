@@ -112,7 +112,7 @@ class MemoryTracker(TorchDispatchMode):
         for tensor in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._enter(tensor, self._purpose(func, tensor), move=False)
-        workspace = engine.workspace_bytes(func, args, bool(kwargs))
+        workspace = engine.workspace_bytes(func, args, kwargs or {})
         if (workspace or func.overloadpacket in _PRODUCTS) and out.dtype in _HALVES:
             shapes = [(tuple(a.shape), a.stride()) for a in args if isinstance(a, Tensor)]
             self.products.add((func, *shapes))

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 
+import peft
 import pytest
 import torch
 from models import stack, tiny_gpt2, tiny_llama, token_batch
@@ -47,7 +48,8 @@ EACH = pytest.mark.parametrize(("config", "backend"), CONFIGS.values(), ids=CONF
 def adapted(build=tiny_llama, seed: int = 0, **settings) -> nn.Module:
     torch.manual_seed(seed)
     model = build()
-    lightning_peft.inject(model, **{"r": 4, "quantization_config": ToyConfig(), **settings})
+    given = {"quantization_config": ToyConfig(), **settings}
+    lightning_peft.inject(model, **({"r": 4} if "peft_config" not in given else {}), **given)
     return model
 
 
@@ -185,6 +187,51 @@ def test_a_checkpoint_over_a_third_backend_fits_the_same_base_alone():
     assert torch.equal(output_of(fresh, BATCH), output_of(model, BATCH))
     with pytest.raises(BaseMismatchError):
         engine.check_description(adapted(seed=1), description)
+
+
+STATE_KEYS = {
+    "toy": ["weight.dtype", "weight.levels", "weight.scales"],
+    "nf4": [
+        "weight.absmax",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        "weight.quant_state.bitsandbytes__nf4",
+    ],
+    "int8": ["SCB", "weight_format"],
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_no_key_of_a_quantized_weight_is_in_a_checkpoint(kind):
+    model = adapted(stack, quantization_config=CONFIGS[kind][0])
+    assert sorted(model.first.quantization_keys()) == STATE_KEYS[kind]
+    assert {f"first.{key}" for key in STATE_KEYS[kind]} < model.state_dict().keys()
+    assert sorted(
+        key for key in engine.trainable_state_dict(model) if key.startswith("first.")
+    ) == [
+        "first.lora_A.default.weight",
+        "first.lora_B.default.weight",
+    ]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_hook_that_loads_quantized_weights_into_a_dense_layer_gets_an_explanation(kind):
+    model = adapted(stack, quantization_config=CONFIGS[kind][0])
+    base = {k: v for k, v in model.state_dict().items() if "lora" not in k}
+    with pytest.raises(RuntimeError, match="Unexpected key") as raised:
+        stack().load_state_dict(base)
+    explained = engine.explain_hook_error(model, raised.value, ())
+    assert "stored weights that are quantized, such as those of 'first'" in str(explained)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [("toy", "skip_modules"), ("nf4", "llm_int8_skip_modules")]
+)
+def test_advice_to_leave_a_layer_dense_names_the_field_of_its_backend(kind, field):
+    config = peft.ShiraConfig(r=2, target_modules=["up_proj"])
+    with pytest.raises(UnsupportedError, match=f"dense weights only. Name it in `{field}`"):
+        adapted(peft_config=config, quantization_config=CONFIGS[kind][0])
 
 
 def test_an_adapter_folder_is_loaded_onto_the_same_quantization(tmp_path):

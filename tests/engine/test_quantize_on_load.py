@@ -69,6 +69,16 @@ def load(
     return holder, streamed
 
 
+def test_the_name_of_the_model_may_be_given_by_keyword(folders: dict[str, Path]) -> None:
+    config, settings = engine.lora_config(LoRAFields(r=4)), engine.quantization_config()
+    holder = Holder()
+    with engine.loading_for_injection(holder, config, settings, None, CPU):
+        holder.model = LlamaForCausalLM.from_pretrained(
+            pretrained_model_name_or_path=folders["llama"], dtype=torch.bfloat16
+        )
+    assert is_quantized(holder.model.model.layers[0].mlp.up_proj)
+
+
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "llama": ("llama", AutoModelForCausalLM, {}),
     "class": ("llama", LlamaForCausalLM, {"dtype": "bfloat16"}),

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lightning_peft import QLoRACallback, QLoRAStrategy, engine, load_from_checkpoint
-from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.errors import BaseMismatchError
 

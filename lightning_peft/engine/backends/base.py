@@ -35,7 +35,6 @@ class QuantizationBackend(ABC, Generic[Config]):
         leaves_freed_memory: Whether quantizing on a CPU frees much memory in between.
         quantizes_on_load: Whether weights may be quantized while ``from_pretrained`` reads them.
         compute_dtypes: Dtypes that :meth:`matmul` takes.
-        state_keys: How the keys of :meth:`state_tensors` start that are not the values.
         peft_modules: Names of PEFT's modules with wrappers for layers of the library.
         bits: Bits of a value, for reports.
         vllm_quantization: vLLM's ``--quantization`` by which it quantizes a 16-bit base alike.
@@ -54,7 +53,6 @@ class QuantizationBackend(ABC, Generic[Config]):
     compute_dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(
         {torch.float16, torch.bfloat16, torch.float32}
     )
-    state_keys: ClassVar[tuple[str, ...]] = ()
     peft_modules: ClassVar[tuple[str, ...]] = ()
     bits: ClassVar[int]
     vllm_quantization: ClassVar[str | None] = None
@@ -219,13 +217,15 @@ class QuantizationBackend(ABC, Generic[Config]):
         """Why memory cannot be predicted for ``config``, or ``None`` where it can."""
         return None
 
-    def workspace_bytes(self, operation: Any, args: tuple[Any, ...], nested: bool) -> int | None:
+    def workspace_bytes(
+        self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> int | None:
         """Bytes that an operator of the library takes while it runs; ``None`` for other operators.
 
         Args:
             operation: The operator, as torch dispatches it.
             args: Its positional arguments.
-            nested: Whether it has keyword arguments.
+            kwargs: Its keyword arguments.
         """
         return None
 

@@ -24,9 +24,9 @@ from lightning_peft.compat.bitsandbytes import (
 from lightning_peft.engine.backends import bnb_config, nf4_cpu
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
+from lightning_peft.engine.backends.layers import QuantizedConvolution, QuantizedLinear
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
 from lightning_peft.engine.layers.mixin import add_mixin
-from lightning_peft.engine.layers.quantized import QuantizedConvolution, QuantizedLinear
 
 _PARAMETER_FIELDS = (
     "quant_state",
@@ -61,7 +61,6 @@ class FourBit(BitsAndBytesBackend):
     convolution_class = FourBitConvolution
     module_classes = (bnb.nn.Linear4bit,)
     layer_attributes = LINEAR4BIT_ATTRIBUTES
-    state_keys = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
     bits = 4
     vllm_quantization = bnb_config.NAME
 
@@ -231,13 +230,16 @@ class FourBit(BitsAndBytesBackend):
         constants = nested if config.bnb_4bit_use_double_quant else 4 * blocks
         return -(-parameters // 2) + constants
 
-    def workspace_bytes(self, operation: Any, args: tuple[Any, ...], nested: bool) -> int | None:
+    def workspace_bytes(
+        self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> int | None:
         # The dequantized weight, and its constants in float32. The arguments are those of
-        # `bitsandbytes::gemm_4bit`: input, codes, shape, constants, block.
+        # `bitsandbytes::gemm_4bit`: input, codes, shape, constants, block, and by keyword those of
+        # double quantization.
         if operation.namespace != "bitsandbytes" or "gemm_4bit" not in operation.name():
             return None
         parameters, block = torch.Size(args[2]).numel(), args[4]
-        constants = 2 * 4 * -(-parameters // block) if nested else 0
+        constants = 2 * 4 * -(-parameters // block) if kwargs else 0
         size: int = parameters * args[0].element_size() + constants
         return size
 

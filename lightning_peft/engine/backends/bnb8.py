@@ -15,9 +15,9 @@ from lightning_peft.compat.bitsandbytes import save_linear8bit
 from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb_config import BitsAndBytesBackend
+from lightning_peft.engine.backends.layers import QuantizedLinear
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
 from lightning_peft.engine.layers.mixin import add_mixin
-from lightning_peft.engine.layers.quantized import QuantizedLinear
 
 
 class EightBitLayer(QuantizedLinear):
@@ -55,7 +55,6 @@ class EightBit(BitsAndBytesBackend):
     fuses_adapters = False
     leaves_freed_memory = True
     quantizes_on_load = False
-    state_keys = ("SCB", "weight_format")
     bits = 8
 
     def accepts(self, config: BitsAndBytesConfig) -> bool:

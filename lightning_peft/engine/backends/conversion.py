@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
 from lightning_peft.engine.backends.registry import backend_for, backends
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, as_rows, from_rows
 from lightning_peft.engine.layers.mixin import class_for_key, class_key, stored_parameter
-from lightning_peft.engine.layers.quantized import QuantizedBackup, QuantizedLayer
 from lightning_peft.errors import UnsupportedError
 
 # Parameters from which a layer is worth a call to the allocator.

@@ -11,7 +11,7 @@ from lightning_peft.engine.backends import bnb_config
 from lightning_peft.engine.backends.base import QuantizationBackend
 from lightning_peft.engine.backends.bnb4 import FOUR_BIT
 from lightning_peft.engine.backends.bnb8 import EIGHT_BIT
-from lightning_peft.engine.layers.quantized import QuantizedLayer
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.errors import ConfigError
 
 Backend = QuantizationBackend[Any]
@@ -92,15 +92,15 @@ def parameter_count(param: Tensor) -> int:
     return param.numel() if backend is None else backend.weight_info(param)[0].numel()
 
 
-def workspace_bytes(operation: Any, args: tuple[Any, ...], nested: bool) -> int:
+def workspace_bytes(operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     """Bytes that an operator of a backend's library takes while it runs; 0 for all others.
 
     Args:
         operation: The operator, as torch dispatches it.
         args: Its positional arguments.
-        nested: Whether it has keyword arguments.
+        kwargs: Its keyword arguments.
     """
-    found = (backend.workspace_bytes(operation, args, nested) for backend in _BACKENDS)
+    found = (backend.workspace_bytes(operation, args, kwargs) for backend in _BACKENDS)
     return next((size for size in found if size is not None), 0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_peft.compat.torch import persistent_buffers
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, refuse_merged
-from lightning_peft.engine.backends.registry import backends
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.errors import CheckpointError, itemize
 
@@ -93,7 +93,12 @@ def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, A
         for key, value in state.items()
         if isinstance(value, Tensor) and _place(value) in places - {None}
     }
-    return _without_names(state, frozen | renamed)
+    gone = frozen | renamed | _companions(module, frozen)
+    return {
+        key: value
+        for key, value in state.items()
+        if not any(prefix in gone for prefix in _dotted_prefixes(key))
+    }
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
@@ -103,19 +108,13 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _without_names(state: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
-    # "a.weight.absmax" and, of some backends, "a.SCB" belong to the quantized weight "a.weight".
-    leaves = [leaf for backend in backends() for leaf in backend.state_keys]
-    scales = {
-        f"{name.removesuffix('weight')}{leaf}"
-        for name in frozen
-        for leaf in leaves
-        if name.endswith("weight")
-    }
+def _companions(module: nn.Module, frozen: Collection[str]) -> set[str]:
+    """Returns the keys that some backends write next to a quantized weight, such as ``"a.SCB"``."""
     return {
-        key: value
-        for key, value in state.items()
-        if key not in scales and not any(prefix in frozen for prefix in _dotted_prefixes(key))
+        f"{name}.{key}".lstrip(".")
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, QuantizedLayer) and f"{name}.weight".lstrip(".") in frozen
+        for key in child.quantization_keys()
     }
 
 

@@ -26,9 +26,9 @@ from lightning_peft.compat.torch import (
     pause_dispatch_mode,
     unsafe_view,
 )
+from lightning_peft.engine.backends.layers import QuantizedLayer, output_dtype
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE, as_rows, has_standard_forward
 from lightning_peft.engine.layers.mixin import LayerMixin
-from lightning_peft.engine.layers.quantized import QuantizedLayer, output_dtype
 
 # Integers as wide as a dtype: multiplied by a mask, they give the number itself or zero.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

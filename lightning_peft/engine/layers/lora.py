@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_peft.engine.backends.layers import QuantizedBackup
 from lightning_peft.engine.layers.convolution import convolve, mix_channels
 from lightning_peft.engine.layers.fused import fused_output
 from lightning_peft.engine.layers.kinds import (
@@ -26,7 +27,6 @@ from lightning_peft.engine.layers.kinds import (
     has_standard_forward,
 )
 from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin, stored_parameter
-from lightning_peft.engine.layers.quantized import QuantizedBackup
 from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 
 
 def probe_input(layer: Any) -> Tensor | None:

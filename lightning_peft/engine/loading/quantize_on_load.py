@@ -125,7 +125,10 @@ def loading_for_injection(
     check_loaded(module, loading)
 
 
-def _from_pretrained(original: Any, cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+def _from_pretrained(
+    original: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    name = pretrained_model_name_or_path
     loading = _current.get()
     explicit = any(kwargs.get(key) is not None for key in _EXPLICIT_OPTIONS)
     if loading is None or explicit or _is_quantized(name, kwargs):

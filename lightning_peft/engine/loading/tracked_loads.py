@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.engine.loading.quantized_cache import (
     CachedLoad,

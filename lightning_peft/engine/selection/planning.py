@@ -320,7 +320,9 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
         if name in layers
     ]
     if not plan.in_place:
-        problems += wrapping_problems(plan.part, plan.targets, plan.quantize, request.config)
+        problems += wrapping_problems(
+            plan.part, plan.targets, plan.quantize, request.config, request.quantization
+        )
     for name, layer in layers.items():
         if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
             reason = adapter_unsupported_reason(layer, rank_of(request.config, name))

@@ -9,15 +9,20 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.backends.registry import is_quantized
+from lightning_peft.engine.backends.registry import backend_for, backend_of, is_quantized
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.model_types import fused_kernel_problem
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.selection.parts import inside
 
 
 def wrapping_problems(
-    part: nn.Module, targets: list[str], quantize: list[str], config: PeftConfig
+    part: nn.Module,
+    targets: list[str],
+    quantize: list[str],
+    config: PeftConfig,
+    quantization: Any | None,
 ) -> list[str]:
     """Returns where PEFT's wrappers, which replace layers in their parents, would go wrong.
 
@@ -26,6 +31,7 @@ def wrapping_problems(
         targets: Names of its layers that get an adapter.
         quantize: Names of its layers that are quantized first.
         config: PEFT's config.
+        quantization: How they are quantized; ``None`` where none is.
     """
     names: dict[int, list[str]] = {}
     for name, child in part.named_modules(remove_duplicate=False):
@@ -54,9 +60,11 @@ def wrapping_problems(
             problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
         method = str(to_primitives(config.peft_type))
         if method in _DENSE_ONLY and (target in quantize or is_quantized(layer)):
+            stored = backend_of(stored_parameter(layer, "weight"))
+            backend = stored or backend_for(quantization)
             problems.append(
                 f"{target} is quantized, and {type(config).__name__} works on dense weights only. "
-                "Skip it in the quantization config, or do not quantize"
+                f"Name it in `{backend.skip_argument}`, or do not quantize"
             )
         if isinstance(layer, CONVOLUTIONS):
             problems += [f"{target} {problem}" for problem in _convolution_problems(layer, config)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
+from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.lora import LoraLayer, without_adapters
-from lightning_peft.engine.layers.quantized import QuantizedLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.probe import ModuleProbe
 from lightning_peft.engine.verification.result import Check, abbreviated

@@ -48,6 +48,7 @@ class QuantizedLayer(LayerMixin):
 
     bias: Tensor | None
     compute_dtype: torch.dtype | None
+    _buffers: dict[str, Any]
 
     def register_parameter(self, name: str, param: Any) -> None:
         """Registers a parameter, unless it is a dense weight in place of the codes.
@@ -90,6 +91,12 @@ class QuantizedLayer(LayerMixin):
         for key, value in self.backend.state_tensors(self._parameters["weight"]).items():
             if key != "codes":
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def quantization_keys(self) -> list[str]:
+        """The keys in a state dict, besides those of parameters, that the weight consists of."""
+        state: dict[str, Any] = {}
+        self._save_to_state_dict(state, "", True)
+        return [key for key in state if key not in (*self._parameters, *self._buffers)]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
