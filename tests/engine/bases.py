@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -78,9 +79,9 @@ def upward(spatial: int) -> Base:
 class Words(nn.Module):
     """An embedding, a linear layer and a ``Conv1D``."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: nn.Module) -> None:
         super().__init__()
-        self.words, self.one, self.two = nn.Embedding(20, 16), nn.Linear(16, 16), Conv1D(8, 16)
+        self.words, self.one, self.two = table, nn.Linear(16, 16), Conv1D(8, 16)
         self.head = nn.Linear(8, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -88,9 +89,9 @@ class Words(nn.Module):
         return self.head(torch.relu(self.two(torch.relu(self.one(self.words(ids))))).mean(1))
 
 
-def words() -> Base:
+def words(kind: Callable[..., nn.Module] = nn.Embedding, **more: Any) -> Base:
     """A model with an embedding."""
-    return Words(), torch.randint(0, 20, (4, 6))
+    return Words(kind(20, 16, padding_idx=0, **more)), torch.randint(0, 20, (4, 6))
 
 
 class Mixing(nn.Module):

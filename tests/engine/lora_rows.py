@@ -11,6 +11,7 @@ import peft
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from . import bases
 from .side_by_side import Row
@@ -151,6 +152,14 @@ def lora_rows() -> Iterator[Row]:
     options = {key: given for key, given in LORA.items() if "module" not in str(given)}
     options = {key: given for key, given in options.items() if key not in NO_BIAS | {"ranks"}}
     yield from rows_of("lora on Embedding:", bases.words, words, options)
+    scaled = partial(bases.words, Gemma3TextScaledWordEmbedding, embed_scale=3.5)
+    yield from rows_of("lora on scaled Embedding:", scaled, words, _some("plain"))
+    for name, base, table in (
+        ("tied llama", bases.tied_llama, "embed_tokens"),
+        ("gpt2", bases.gpt2, "wte"),
+    ):
+        tied = {"target_modules": [table], "unmerged": "shares its weight", "same_keys": False}
+        yield from rows_of(f"lora on {name}:", base, LoraConfig, {"embedding": tied})
     for bias in (True, False):
         for batch_first in (True, False):
             base = partial(bases.attention, bias, batch_first)
@@ -186,6 +195,7 @@ def model_rows() -> Iterator[Row]:
             "ranks": {"rank_pattern": {targets[0]: 2}, "alpha_pattern": {targets[1]: 3}},
             "first block": {"layers_to_transform": [0]},
             "one name": {"target_modules": targets[:1]},
+            "expression": {"target_modules": rf".*\.0\..*({targets[0]}|{targets[1]})"},
         }
         if head:
             options["head"] = {"modules_to_save": [head]}

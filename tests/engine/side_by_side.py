@@ -78,6 +78,7 @@ def differences(row: Row, folder: Path) -> list[str]:
         found += _same_values(theirs, ours)
         _change(theirs, ours)
         found += _same_output("output", row, theirs, ours, batch)
+        found += _disabled(row, base, ours, batch)
         if row.steps:
             found += _steps(row, theirs, ours, batch)
         found += _files(row, base, theirs, ours, batch, folder)
@@ -111,7 +112,9 @@ def _structure(theirs: nn.Module, ours: nn.Module) -> list[str]:
         found.append(f"trained: PEFT {only[0]}, here {only[1]}")
     dtypes = {name: (left[name].dtype, right[name].dtype) for name in left.keys() & right.keys()}
     found += [f"{n}: {a} and {b}" for n, (a, b) in dtypes.items() if a != b]
-    return found
+    # Adapters are float32 over any base, but for norms that are trained as they are.
+    factors = {n: p for n, p in engine.adapter_parameters(ours).items() if "ln_tuning" not in n}
+    return found + [f"{n}: {p.dtype}" for n, p in factors.items() if p.dtype != torch.float32]
 
 
 def _same_values(theirs: nn.Module, ours: nn.Module) -> list[str]:
@@ -135,18 +138,38 @@ def _same_output(what: str, row: Row, one: nn.Module, other: nn.Module, batch: A
 
 
 def _steps(row: Row, theirs: nn.Module, ours: nn.Module, batch: Any) -> list[str]:
+    gradients: list[dict[str, Tensor | None]] = []
     for model in (theirs, ours):
         params = trainable(model)
         optimizer = torch.optim.SGD([params[name] for name in sorted(params)], lr=1e-2)
-        for _ in range(3):
+        for step in range(3):
             optimizer.zero_grad()
             output_of(model, batch).float().pow(2).mean().backward()
+            if step == 0:
+                first = {n: None if p.grad is None else p.grad.clone() for n, p in params.items()}
+                gradients.append(first)
             optimizer.step()
-    left, right = trainable(theirs), trainable(ours)
-    gradients = [n for n in left if (left[n].grad is None) != (right[n].grad is None)]
-    return [f"{name}: gradient" for name in gradients] + _same_output(
-        "output after three steps", row, theirs, ours, batch
-    )
+    found = [
+        f"{n}: gradient" for n, g in gradients[0].items() if not _near(row, g, gradients[1][n])
+    ]
+    return found + _same_output("output after three steps", row, theirs, ours, batch)
+
+
+def _near(row: Row, one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    error = (other.double() - one.double()).norm()
+    return bool(error <= 20 * row.tolerance * one.double().norm() + 1e-6)
+
+
+def _disabled(row: Row, base: nn.Module, ours: nn.Module, batch: Any) -> list[str]:
+    before = output_of(ours, batch)
+    with lightning_peft.disable_adapters(ours):
+        same = torch.equal(output_of(ours, batch), output_of(base, batch))
+    # Disabled, a base that was rewritten stays so.
+    found = [] if same or _changes_base(row) else ["disabled adapters are not the base"]
+    same = torch.equal(output_of(ours, batch), before)
+    return found if same else [*found, "adapters that were disabled are others now"]
 
 
 def _files(

@@ -53,6 +53,9 @@ def test_disabled_adapters_are_the_base_exactly(kind: str) -> None:
         assert torch.equal(output_of(model, batch), expected)
     assert torch.equal(output_of(model, batch), active)
     assert not torch.allclose(active, expected)
+    with pytest.raises(KeyError), lightning_peft.disable_adapters(model):
+        raise KeyError
+    assert torch.equal(output_of(model, batch), active)
     # An optimizer holds the same tensors as before.
     assert pointers == {name: param.data_ptr() for name, param in model.named_parameters()}
     assert grads == {name: param.requires_grad for name, param in model.named_parameters()}
@@ -72,15 +75,6 @@ def test_autocast_keeps_no_weights_of_the_base_for_the_trained_model() -> None:
     active.loss.backward()
     assert model.lm_head.weight.grad.any()
     assert torch.is_autocast_cache_enabled()
-
-
-@pytest.mark.parametrize("kind", SETTINGS)
-def test_adapters_come_back_after_an_exception(kind: str) -> None:
-    model, batch = trained(**SETTINGS[kind]), token_batch()
-    active = output_of(model, batch)
-    with pytest.raises(KeyError), lightning_peft.disable_adapters(model):
-        raise KeyError
-    assert torch.equal(output_of(model, batch), active)
 
 
 def test_heads_keep_their_values_while_adapters_are_disabled() -> None:
@@ -122,14 +116,12 @@ def test_gradients_of_a_policy_beside_its_reference() -> None:
     assert all(map(torch.equal, with_others, alone))
 
 
-def test_merged_or_missing_adapters_cannot_be_disabled() -> None:
+def test_merged_adapters_cannot_be_disabled() -> None:
     for settings in ({}, {"use_dora": True}):
         model = trained(**settings)
         lightning_peft.merge(model)
         with pytest.raises(LifecycleError, match="Call lightning_peft.unmerge"):
             lightning_peft.disable_adapters(model).__enter__()
-    with pytest.raises(LifecycleError, match="has no adapters yet"):
-        lightning_peft.disable_adapters(stack()).__enter__()
 
 
 # --- several adapters ---------------------------------------------------------------------------
@@ -205,17 +197,6 @@ def test_adapters_are_found_by_place_not_by_name() -> None:
     lightning_peft.inject(model, r=2)
     assert engine.adapter_parameters(model).keys() == {
         f"{layer}.lora_{side}.default.weight" for layer in ("lora_A", "b") for side in "AB"
-    }
-
-
-def test_adapters_of_wrapped_layers_are_found() -> None:
-    model = tiny_llama()
-    lightning_peft.inject(model, r=2, use_dora=True, target_modules=["q_proj"])
-    names = {n.rpartition("q_proj.")[2] for n in engine.adapter_parameters(model)}
-    assert names == {
-        "lora_A.default.weight",
-        "lora_B.default.weight",
-        "lora_magnitude_vector.default.weight",
     }
 
 

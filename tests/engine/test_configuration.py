@@ -103,11 +103,6 @@ def test_a_mapping_as_yaml_gives_it() -> None:
     assert isinstance(as_peft_config({"peft_type": "IA3"}), peft.IA3Config)
 
 
-def test_a_mapping_keeps_layers_to_transform_with_all_linear() -> None:
-    fields = {"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": [1]}
-    assert as_peft_config(fields).layers_to_transform == [1]
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

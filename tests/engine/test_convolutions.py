@@ -7,7 +7,6 @@ import copy
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,9 +16,9 @@ from lightning_peft.engine.backends.bnb4 import FourBitConvolution
 from lightning_peft.engine.backends.conversion import quantize
 from lightning_peft.engine.layers.lora import LoraConvolution
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.errors import TargetModulesError, UnsupportedError
+from lightning_peft.errors import UnsupportedError
 
-from .reference import copy_adapter, peft_model, randomize, relative_error
+from .reference import randomize, relative_error
 
 NF4 = engine.quantization_config(None)
 INT8 = engine.quantization_config(None, load_in_8bit=True)
@@ -59,8 +58,6 @@ OWN = {
     "padding": lambda: Padding(8, 12, 3),
     "standardizing": lambda: Standardizing(8, 12, 3, padding=1),
 }
-# PEFT leaves dilation and padding modes out, and has no transposed convolutions.
-LIKE_PEFT = ("1d", "2d", "2d pointwise", "2d without batch", "3d")
 
 
 def adapted(make, quantization=None, **given) -> nn.Sequential:
@@ -112,22 +109,6 @@ def test_outputs_and_gradients_are_those_of_the_summed_weight(kind, quantization
     assert stored_parameter(layer, "weight").grad is None
 
 
-@pytest.mark.parametrize("kind", LIKE_PEFT)
-def test_the_same_numbers_as_peft(kind) -> None:
-    model, config = nn.Sequential(LAYERS[kind]()), LoraConfig(r=4, target_modules=["0"])
-    torch.manual_seed(3)
-    reference = peft_model(model, config)
-    torch.manual_seed(3)
-    lightning_peft.inject(model, config)
-    theirs = {n: p for n, p in reference.named_parameters() if "lora_" in n}
-    mine = engine.adapter_parameters(model)
-    assert all(torch.equal(p, theirs[f"base_model.model.{n}"]) for n, p in mine.items())
-    randomize(model)
-    assert copy_adapter(model, reference) == 2
-    x = batch_for(kind)
-    assert relative_error(model(x), reference(x)) < 1e-6
-
-
 @pytest.mark.parametrize("init", [True, "gaussian"])
 @pytest.mark.parametrize("kind", [*LAYERS, *OWN])
 def test_fresh_adapters_change_nothing_bit_for_bit(kind, init) -> None:
@@ -140,15 +121,6 @@ def test_fresh_adapters_change_nothing_bit_for_bit(kind, init) -> None:
         layer.has_no_effect() and layer.factors("default")[0].any()
         for layer in engine.adapted_layers(model).values()
     )
-
-
-@pytest.mark.parametrize("kind", OWN)
-def test_classes_with_a_forward_of_their_own_compute_with_the_summed_weight(kind) -> None:
-    model, x = adapted(OWN[kind]), batch_for(kind)
-    dense = dense_copy(OWN[kind], model[0])
-    assert relative_error(model(x), dense(x)) < 1e-6
-    model(x).pow(2).sum().backward()
-    assert all(p.grad.any() for p in engine.adapter_parameters(model).values())
 
 
 # A class of one's own is not quantized.
@@ -234,20 +206,10 @@ def test_the_code_table_is_that_of_bitsandbytes() -> None:
         assert relative_error(copied(x), F.conv2d(x, dense, conv.bias)) < 1e-2
 
 
-def test_grouped_convolutions_are_as_in_peft_and_cannot_be_merged() -> None:
-    make = lambda: nn.Conv2d(8, 12, 3, groups=4)  # noqa: E731
-    model, config = nn.Sequential(make()), LoraConfig(r=4, target_modules=["0"])
-    reference = peft_model(model, config)
-    lightning_peft.inject(model, config)
-    randomize(model)
-    assert copy_adapter(model, reference) == 2
-    x = torch.randn(2, 8, 6, 6)
-    assert relative_error(model(x), reference(x)) < 1e-6
-    for attempt in (lambda: lightning_peft.merge(model), lambda: model[0].weight + 0):
-        with pytest.raises(UnsupportedError, match="grouped"):
-            attempt()
-    with pytest.raises(UnsupportedError, match=r"0: its groups=4 do not divide the rank 6"):
-        lightning_peft.inject(nn.Sequential(make()), r=6, target_modules=["0"])
+def test_the_weight_of_a_grouped_convolution_is_not_read_with_its_adapter() -> None:
+    model = adapted(lambda: nn.Conv2d(8, 12, 3, groups=4))
+    with pytest.raises(UnsupportedError, match="grouped"):
+        model[0].weight + 0
     up = nn.Sequential(nn.ConvTranspose2d(8, 12, 3, groups=4))
     with pytest.raises(UnsupportedError, match="groups=4"):
         lightning_peft.inject(up, r=4, target_modules=["0"])
@@ -294,13 +256,6 @@ def test_peft_wraps_dense_kernels_only() -> None:
     assert verification.passed, verification
 
 
-def test_other_initialisations_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match=r"down\.0: 'pissa' is for linear layers"):
-        lightning_peft.inject(Net(), r=4, init_lora_weights="pissa")
-    with pytest.raises(TargetModulesError, match="near names: up"):
-        lightning_peft.inject(Net(), r=4, target_modules=["upp"])
-
-
 def test_a_second_adapter_on_a_quantized_kernel() -> None:
     model, x = adapted(LAYERS["2d"], NF4), batch_for("2d")
     first = model(x)
@@ -314,18 +269,3 @@ def test_a_second_adapter_on_a_quantized_kernel() -> None:
     assert torch.equal(model(x), base)
     lightning_peft.set_adapter(model, "default")
     assert torch.equal(model(x), first)
-
-
-@pytest.mark.parametrize("kind", LIKE_PEFT)
-def test_the_adapter_folder_loads_in_plain_peft(kind, tmp_path) -> None:
-    base = nn.Sequential(LAYERS[kind]())
-    model = copy.deepcopy(base)
-    lightning_peft.inject(model, r=4, target_modules=["0"])
-    randomize(model)
-    lightning_peft.save_adapter(model, tmp_path)
-    x = batch_for(kind)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
-    assert relative_error(theirs(x), model(x)) < 1e-6
-    mine = copy.deepcopy(base)
-    lightning_peft.load_adapter(mine, tmp_path)
-    assert torch.equal(mine(x), model(x))

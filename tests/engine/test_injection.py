@@ -7,7 +7,7 @@ import warnings
 import peft
 import pytest
 import torch
-from models import Stack, stack, tiny_gpt2, tiny_llama, token_batch
+from models import Stack, stack, tiny_gpt2, tiny_llama
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,8 +16,6 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.fingerprint import NO_VALUES
 from lightning_peft.errors import UnsupportedError
-
-from .reference import copy_adapter, output_of, peft_model, randomize, relative_error
 
 NF4 = engine.quantization_config()
 
@@ -92,41 +90,6 @@ def test_one_large_linear_layer() -> None:
 # --- biases and saved modules, as in PEFT -------------------------------------------------------
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_train_as_in_peft(bias: str) -> None:
-    model = stack()
-    config = LoraConfig(r=4, bias=bias, target_modules=["first"])
-    reference = peft_model(model, config)
-    lightning_peft.inject(model, config)
-    randomize(model)
-    copy_adapter(model, reference)
-    x = torch.randn(3, 96)
-    for each in (model, reference):
-        each(x).pow(2).sum().backward()
-    theirs = {n: p.grad for n, p in reference.named_parameters() if n.endswith("bias")}
-    mine = {n: p.grad for n, p in model.named_parameters() if n.endswith("bias")}
-    # The head is left as it was, and trains; PEFT freezes it unless all biases train.
-    for name in ("first", "second") if bias == "all" else ("first",):
-        key = "first.base_layer" if name == "first" else name
-        expected = theirs[f"base_model.model.{key}.bias"]
-        assert relative_error(mine[f"{name}.bias"], expected) < 1e-5
-    if bias == "lora_only":
-        assert mine["second.bias"] is None
-
-
-def test_saved_modules_train_as_in_peft() -> None:
-    model, batch = tiny_llama(), token_batch()
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    reference = peft_model(model, config)
-    lightning_peft.inject(model, config)
-    randomize(model)
-    copy_adapter(model, reference)
-    for each in (model, reference):
-        output_of(each, batch).pow(2).sum().backward()
-    theirs = reference.base_model.model.lm_head.modules_to_save["default"].weight.grad
-    assert relative_error(model.lm_head.weight.grad, theirs) < 1e-5
-
-
 # --- what a user's module sees ------------------------------------------------------------------
 
 
@@ -183,58 +146,6 @@ def test_layers_that_were_quantized_before_are_adopted() -> None:
 
 # --- other methods, in PEFT's wrappers ----------------------------------------------------------
 
-QV = ["q_proj", "v_proj"]
-METHODS = {
-    "dora": LoraConfig(r=4, use_dora=True, target_modules=QV),
-    "ia3": peft.IA3Config(target_modules=[*QV, "down_proj"], feedforward_modules=["down_proj"]),
-    "loha": peft.LoHaConfig(r=4, alpha=8, target_modules=QV),
-    "lokr": peft.LoKrConfig(r=4, alpha=8, target_modules=QV),
-    "oft": peft.OFTConfig(oft_block_size=4, target_modules=QV),
-    "hra": peft.HRAConfig(r=4, target_modules=QV),
-    "miss": peft.MissConfig(r=4, target_modules=QV),
-    "embedding dora": LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens", "q_proj"]),
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_other_methods_equal_peft(name: str) -> None:
-    model, config, batch = tiny_llama(), METHODS[name], token_batch()
-    plain = output_of(model, batch)
-    reference = peft_model(model, config)
-    report = lightning_peft.inject(model, config)
-    assert not report.parts[0].in_place
-    assert relative_error(output_of(model, batch), plain) < 1e-5
-    randomize(model, 0.05)
-    assert copy_adapter(model, reference) > 0
-    out, expected = output_of(model, batch), output_of(reference, batch)
-    assert relative_error(out, expected) < 1e-6
-    assert relative_error(out, plain) > 1e-4
-    out.pow(2).sum().backward()
-    expected.pow(2).sum().backward()
-    theirs = dict(reference.named_parameters())
-    trained = [name for name, param in model.named_parameters() if param.requires_grad]
-    assert trained
-    for key in trained:
-        grad = theirs[f"base_model.model.{key}"].grad
-        assert relative_error(model.get_parameter(key).grad, grad) < 1e-5, key
-    assert {n for n, p in theirs.items() if p.requires_grad} == {
-        f"base_model.model.{key}" for key in trained
-    }
-    with lightning_peft.disable_adapters(model):
-        assert torch.equal(output_of(model, batch), plain)
-    assert torch.equal(output_of(model, batch), out)
-
-
-@pytest.mark.parametrize("name", ["dora", "ia3", "loha", "oft"])
-def test_other_methods_train_on_nf4(name: str) -> None:
-    model, batch = tiny_llama(), token_batch()
-    lightning_peft.inject(model, METHODS[name], quantization_config=NF4)
-    with lightning_peft.disable_adapters(model):
-        base = output_of(model, batch)
-    assert relative_error(output_of(model, batch), base) < 1e-5
-    verification = lightning_peft.verify(model, batch)
-    assert verification.passed, verification
-
 
 class Convolutions(nn.Module):
     """Convolutions and a head: no linear layer to adapt by default."""
@@ -247,18 +158,6 @@ class Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.up(self.conv(x).flatten(2)).mean(2))
-
-
-def test_convolutions_go_through_peft() -> None:
-    model, x = Convolutions(), torch.randn(2, 4, 6, 6)
-    config = LoraConfig(r=4, target_modules=["conv", "up"])
-    reference = peft_model(model, config)
-    lightning_peft.inject(model, config)
-    randomize(model)
-    assert copy_adapter(model, reference) == 4
-    assert relative_error(model(x), reference(x)) < 1e-6
-    verification = lightning_peft.verify(model, x)
-    assert verification.passed, verification
 
 
 def test_what_peft_cannot_do_is_an_error_of_this_package() -> None:

@@ -57,15 +57,6 @@ def test_merged_weights_are_the_sum_within_rounding(build, dtype: torch.dtype) -
         assert layer.error == pytest.approx(share, rel=1e-2, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "stack"])
-def test_output_of_the_merged_model_is_that_of_the_adapter_model(kind: str) -> None:
-    model = trained({"llama": tiny_llama, "gpt2": tiny_gpt2, "stack": stack}[kind])
-    batch = torch.randn(3, 96) if kind == "stack" else token_batch()
-    expected = output_of(model, batch)
-    lightning_peft.merge(model)
-    assert relative_error(output_of(model, batch), expected) < 1e-5
-
-
 def test_merging_twice_is_merging_once() -> None:
     model = trained()
     lightning_peft.merge(model)
@@ -255,9 +246,3 @@ def test_one_layer_under_two_names_is_no_tie() -> None:
     model["b"] = model["a"]
     lightning_peft.inject(model, r=2)
     assert [layer.name for layer in lightning_peft.merge(model).layers] == ["a"]
-
-
-def test_a_module_without_adapters() -> None:
-    for call in (lightning_peft.merge, lightning_peft.unmerge, lightning_peft.unload):
-        with pytest.raises(LifecycleError, match="has no adapters yet"):
-            call(stack())

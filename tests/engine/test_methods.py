@@ -30,16 +30,19 @@ from .reference import output_of, relative_error
 NF4 = engine.quantization_config(None)
 INT8 = engine.quantization_config(None, load_in_8bit=True)
 DENSE_ONLY = ("GLoRA", "ShiRA")
+OF_LORA = {"DoRA": {"use_dora": True}, "LoRA with a bias": {"lora_bias": True}}
 
 
 # PEFT imports scikit-learn for it, which takes seconds.
 EACH = [
     pytest.param(name, marks=pytest.mark.long) if name == "AdaMSS" else name for name in OPTIONS
 ]
-QUANTIZABLE = [x for x in EACH if x not in DENSE_ONLY]
+QUANTIZABLE = [*OF_LORA, *(x for x in EACH if x not in DENSE_ONLY)]
 
 
 def config_of(method: str):
+    if method in OF_LORA:
+        return LoraConfig(r=4, target_modules=["one", "two"], **OF_LORA[method])
     cls, options = OPTIONS[method]
     return cls(**{"target_modules": ["one", "two"], **next(iter(options.values()))})
 
@@ -71,12 +74,15 @@ def test_checkpoints_hold_all_of_an_adapter(method: str) -> None:
 def over_quantized(method: str, settings) -> None:
     net, x = base()
     lightning_peft.inject(net, config_of(method), quantization_config=settings)
+    if method in ("DoRA", "IA3", "LoHa", "OFT"):
+        verification = lightning_peft.verify(net, x)
+        assert verification.passed, verification
     params = adapter_parameters(net)
     assert {param.dtype for param in params.values()} == {torch.float32}
     changed(net)
     expected = net(x)
     expected.pow(2).mean().backward()
-    assert all(param.grad is not None for param in params.values())
+    assert all(param.grad is not None and param.grad.isfinite().all() for param in params.values())
     before = {key: value.clone() for key, value in net.state_dict().items()}
     lightning_peft.merge(net)
     assert relative_error(net(x), expected) < 1e-5

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_llama, token_batch
+from models import tiny_gpt2, tiny_llama, token_batch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -134,6 +134,18 @@ FOLDERS: dict[str, tuple[Callable[[], nn.Module], PeftConfig]] = {
     "DoRA on an embedding": (
         tiny_llama,
         lora(target_modules=["embed_tokens"], use_dora=True, modules_to_save=["lm_head"]),
+    ),
+    "tied weights": (
+        lambda: tiny_llama(tied=True),
+        lora(target_modules=["v_proj"], use_rslora=True),
+    ),
+    "transposed layers with all biases": (tiny_gpt2, lora(target_modules=["c_attn"], bias="all")),
+    "a long name and an exclusion": (
+        tiny_llama,
+        lora(
+            target_modules=["q_proj", "layers.1.mlp.up_proj"],
+            exclude_modules=["0.self_attn.q_proj"],
+        ),
     ),
     "regular expression": (tiny_llama, lora(target_modules=r".*layers\.1\..*(q|up)_proj")),
     "IA3 on the output layer": (

@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from models import Stack, tiny_gpt2, tiny_llama, token_batch
+from models import Stack, tiny_gpt2
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +28,6 @@ from .reference import (
     peft_model,
     randomize,
     relative_error,
-    without_repacking,
 )
 
 NF4 = engine.quantization_config()
@@ -262,27 +261,3 @@ def test_training_through_nf4_is_the_same_with_and_without_evaluation() -> None:
     assert plain[0] == evaluated[0]
     assert torch.equal(plain[1], evaluated[1])
     assert plain[0][-1] < plain[0][0]
-
-
-def test_llama_on_nf4_equals_peft() -> None:
-    model = tiny_llama()
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    lightning_peft.inject(model, config, quantization_config=NF4)
-    values = randomize(model)
-    lightning_peft.unload(model)
-    # The same quantized base for both: PEFT's wrappers around a copy of it.
-    reference = peft_model(without_repacking(model), config)
-    lightning_peft.inject(model, config)
-    for name, param in model.named_parameters():
-        if name in values:
-            param.data.copy_(values[name])
-    assert copy_adapter(model, reference) == len(values) == 12
-    batch = token_batch()
-    out, expected = output_of(model, batch), output_of(reference, batch)
-    assert relative_error(out, expected) < 1e-6
-    out.pow(2).sum().backward()
-    expected.pow(2).sum().backward()
-    theirs = dict(reference.named_parameters())
-    for name in values:
-        mine = model.get_parameter(name).grad
-        assert relative_error(mine, theirs[f"base_model.model.{name}"].grad) < 1e-5, name

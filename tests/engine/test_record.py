@@ -23,8 +23,27 @@ def test_a_record_comes_and_goes() -> None:
     assert not list(module.children())
     engine.set_record(module, None)
     engine.set_record(module, None)
+
+
+CALLS = {
+    "require_record": engine.require_record,
+    "merge": lightning_peft.merge,
+    "unmerge": lightning_peft.unmerge,
+    "unload": lightning_peft.unload,
+    "report": lightning_peft.report,
+    "verify": lambda module: lightning_peft.verify(module, None),
+    "disable_adapters": lambda module: lightning_peft.disable_adapters(module).__enter__(),
+    "set_adapter": lambda module: lightning_peft.set_adapter(module, "default"),
+    "save_adapter": lambda module: lightning_peft.save_adapter(module, "nowhere"),
+    "trainable_state_dict": engine.trainable_state_dict,
+    "describe": engine.describe,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_module_without_adapters_is_refused(name: str) -> None:
     with pytest.raises(LifecycleError, match=r"Linear has no adapters yet. Call lightning_peft"):
-        engine.require_record(module)
+        CALLS[name](nn.Linear(2, 2))
 
 
 def test_names_are_relative_to_the_module() -> None:

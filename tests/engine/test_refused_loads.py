@@ -13,6 +13,7 @@ import torch
 from models import stack, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 
 import lightning_peft
 from lightning_peft import engine
@@ -179,22 +180,30 @@ def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> N
 def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
     module = stack()
     removed = module.first.register_forward_hook(lambda *args: None)
-    weight = module.first.weight
+    module.notes, weight = ["kept"], module.first.weight
+    # A container that refuses changes, as modules keep of a pass.
+    module.last = output = BaseModelOutput(torch.ones(1))
     before = snapshot(module)
 
     def change() -> None:
         with restored_on_error([module], [weight]):
-            removed_later = module.first.register_forward_hook(lambda *args: None)
-            assert removed_later.id in module.first._forward_hooks
+            later = module.first.register_forward_hook(lambda *args: None)
+            assert later.id in module.first._forward_hooks
             module.first.weight.data.mul_(2)
+            module.first.weight.data = torch.ones(2, 2)
+            module.first.bias = None
             module.second = nn.Identity()
-            module.note = "new"
+            module.notes.append("lost")
+            module.extra = nn.Linear(1, 1)
             weight.requires_grad_(False)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         change()
     assert same(before, snapshot(module))
+    assert module.notes == ["kept"]
+    assert module.last is output
+    assert list(output) == ["last_hidden_state"]
     removed.remove()
     assert not module.first._forward_hooks
 

@@ -13,7 +13,6 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.backends.registry import storage_bytes
-from lightning_peft.errors import LifecycleError
 
 NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)
 
@@ -113,11 +112,6 @@ def test_quantization_by_name() -> None:
     for label, config in labels.items():
         report = lightning_peft.inject(stack(), r=4, quantization_config=config)
         assert report.parts[0].quantization == label
-
-
-def test_a_module_without_adapters() -> None:
-    with pytest.raises(LifecycleError, match="has no adapters yet"):
-        lightning_peft.report(stack())
 
 
 def test_tied_weights_count_once() -> None:

@@ -5,38 +5,28 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import warnings
 
 import pytest
 import torch
 from models import stack
 from peft import (
-    HRAConfig,
-    IA3Config,
     LNTuningConfig,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
-    MissConfig,
-    OFTConfig,
     PeftModel,
     get_peft_model,
 )
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine import merging
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import is_quantized
-from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
 from .reference import copy_adapter, randomize, relative_error
 
 NF4 = engine.quantization_config(None)
-INT8 = engine.quantization_config({"load_in_8bit": True})
 
 
 class Attention(nn.Module):
@@ -180,33 +170,6 @@ def _once(function):
     return call
 
 
-def test_what_the_body_does_to_layers_is_undone() -> None:
-    layer = nn.Linear(3, 3)
-    layer.notes = ["kept"]
-    # A container that refuses changes, as modules keep of a pass.
-    layer.last = output = BaseModelOutput(torch.ones(1))
-    weight, values = layer.weight, layer.weight.detach().clone()
-
-    def fails() -> None:
-        with restored_on_error([layer], [layer.weight]):
-            layer.weight.data.zero_()
-            layer.weight.data = torch.ones(2, 2)
-            layer.notes.append("lost")
-            layer.bias = None
-            layer.extra = nn.Linear(1, 1)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    assert layer.weight is weight
-    assert torch.equal(layer.weight, values)
-    assert layer.notes == ["kept"]
-    assert layer.last is output
-    assert list(output) == ["last_hidden_state"]
-    assert layer.bias is not None
-    assert not hasattr(layer, "extra")
-
-
 def test_unloading_that_runs_out_of_memory_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -235,20 +198,6 @@ def test_one_merged_wrapper_of_two_is_not_unloaded() -> None:
 
 
 # --- layers that cannot be merged ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_grouped_convolution_is_refused_before_the_other_layers_change(dora: bool) -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(4, 4, 3, groups=2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        lightning_peft.inject(model, LoraConfig(target_modules=["0", "1"], r=2, use_dora=dora))
-    randomize(model)
-    x = torch.randn(2, 4, 6)
-    expected = model(x)
-    with pytest.raises(UnsupportedError, match="1 is a grouped convolution .groups=2"):
-        lightning_peft.merge(model)
-    assert torch.equal(model(x), expected)
 
 
 def test_lora_bias_without_a_bias_is_refused() -> None:
@@ -301,49 +250,6 @@ def test_adapters_that_are_switched_off_are_not_left_out() -> None:
 
 # --- what is merged ------------------------------------------------------------------------------
 
-WRAPPED = {
-    "oft": lambda **k: OFTConfig(oft_block_size=8, **k),
-    "miss": lambda **k: MissConfig(r=8, **k),
-    "loha": lambda **k: LoHaConfig(r=4, **k),
-    "lokr": lambda **k: LoKrConfig(r=4, **k),
-    "hra": lambda **k: HRAConfig(r=4, **k),
-    "ia3": lambda **k: IA3Config(feedforward_modules=[], **k),
-    "dora": lambda **k: LoraConfig(r=4, use_dora=True, **k),
-    "lora_bias": lambda **k: LoraConfig(r=4, lora_bias=True, **k),
-}
-
-
-@pytest.mark.parametrize("base", ["nf4", "int8", "bfloat16", "float16"])
-@pytest.mark.parametrize("method", WRAPPED)
-def test_wrapped_adapters_are_float32_over_any_base(method: str, base: str) -> None:
-    model, x = stack(), torch.randn(3, 96)
-    quantized = {"nf4": NF4, "int8": INT8}.get(base)
-    if quantized is None:
-        model, x = model.to(getattr(torch, base)), x.to(getattr(torch, base))
-    lightning_peft.inject(
-        model, WRAPPED[method](target_modules=["first", "second"]), quantization_config=quantized
-    )
-    params = adapter_parameters(model)
-    assert {param.dtype for param in params.values()} == {torch.float32}
-    randomize(model)
-    with torch.no_grad():
-        for name, param in params.items():
-            if "magnitude" in name or "ia3" in name:
-                param.add_(1.0)
-    expected = model(x)
-    expected.float().pow(2).mean().backward()
-    assert all(param.grad is not None and param.grad.isfinite().all() for param in params.values())
-    before = state_of(model)
-    report = lightning_peft.merge(model)
-    assert len(report.layers) == 2
-    tolerance = {"bfloat16": 5e-2, "float16": 1e-2}.get(base, 1e-4)
-    assert relative_error(model(x), expected) < tolerance
-    lightning_peft.unmerge(model)
-    assert relative_error(model(x), expected) < tolerance
-    if quantized is not None:
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-        assert torch.equal(model(x), expected)
-
 
 def test_multihead_attention_is_merged_and_unloaded() -> None:
     base, x = Attention(), torch.randn(2, 5, 12)
@@ -355,6 +261,8 @@ def test_multihead_attention_is_merged_and_unloaded() -> None:
     copy_adapter(model, peft)
     expected = model(x)
     assert relative_error(expected, peft(x)) < 1e-6
+    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).pow(2).mean())
+    assert made.passed, made
     report = lightning_peft.merge(model)
     assert [layer.name for layer in report.layers] == ["mix", "middle"]
     assert relative_error(model(x), expected) < 1e-5
@@ -412,7 +320,7 @@ def test_copies_of_a_merged_module_are_merged(copied, quantized: dict) -> None:
     assert torch.equal(other(x), model(x))
     assert lightning_peft.merge(other).layers == []
     lightning_peft.unmerge(other)
-    assert relative_error(other(x), before) < 1e-6
+    assert torch.equal(other(x), before) if quantized else relative_error(other(x), before) < 1e-6
     assert not torch.equal(
         other.first._parameters["weight"].float().flatten()[:9],
         model.first._parameters["weight"].float().flatten()[:9],
@@ -535,13 +443,6 @@ def test_attention_that_moves_while_it_is_merged() -> None:
     lightning_peft.unmerge(model)
     assert {param.dtype for param in model.parameters()} == {torch.float64}
     assert relative_error(model(x.double()), expected) < 1e-5
-
-
-def test_attention_passes_the_check_of_a_module() -> None:
-    model, x = Attention(), torch.randn(2, 5, 12)
-    lightning_peft.inject(model, LoraConfig(target_modules=["mix", "middle"]))
-    made = lightning_peft.verify(model, x, lambda module, batch: module(batch).pow(2).mean())
-    assert made.passed, made
 
 
 def test_folders_for_a_base_with_random_changes_are_refused(tmp_path) -> None:
