@@ -25,11 +25,7 @@ _SECRETS = re.compile(
 
 
 def checked_run_id(text: object) -> str:
-    """Returns ``text`` if it can be the id of a run.
-
-    Raises:
-        UserError: If it cannot.
-    """
+    """Returns ``text`` if it can be the id of a run. Raises UserError if it cannot."""
     if not isinstance(text, str) or not _RUN_ID.fullmatch(text):
         raise UserError("errors.no_such_run", run=shortened(text))
     return text
@@ -38,8 +34,7 @@ def checked_run_id(text: object) -> str:
 def inside(root: Path, path: str | Path) -> Path:
     """Returns ``path``, taken from ``root``, with all links followed.
 
-    Raises:
-        UserError: If it leads out of ``root``.
+    Raises UserError if it leads out of ``root``.
     """
     if "\0" in str(path):
         raise UserError("errors.outside", path=shortened(path))
@@ -52,8 +47,7 @@ def inside(root: Path, path: str | Path) -> Path:
 def checked_hub_name(text: object) -> str:
     """Returns ``text`` if it can be the name of a repository on the hub, ``namespace/name``.
 
-    Raises:
-        UserError: If it cannot, such as an address or a path.
+    Raises UserError if it cannot, such as an address or a path.
     """
     name = text.strip() if isinstance(text, str) else ""
     if not _HUB_NAME.fullmatch(name) or ".." in name or "--" in name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gradio_app.chat.sessions import ChatSessions
 from gradio_app.export.manager import ExportManager
 from gradio_app.recipe.command_worker import CommandWorker
@@ -16,13 +18,13 @@ from gradio_app.settings import Settings
 
 def create_executors(settings: Settings) -> dict[str, Executor]:
     """Returns the executors of a server by name, the one for new runs first."""
-    executors: dict[str, Executor] = {}
-    if settings.zero_gpu:
-        executors[zero_gpu.EXECUTOR] = zero_gpu.ZeroGpuExecutor(settings)
-    executors[LOCAL] = LocalExecutor(settings)
-    if settings.space:
-        executors[hf_jobs.EXECUTOR] = hf_jobs.JobsExecutor()
-    return executors
+    # Name, whether a server offers it, and what makes it.
+    known: tuple[tuple[str, bool, Callable[[Settings], Executor]], ...] = (
+        (zero_gpu.EXECUTOR, settings.zero_gpu, zero_gpu.ZeroGpuExecutor),
+        (LOCAL, True, LocalExecutor),
+        (hf_jobs.EXECUTOR, settings.space, hf_jobs.JobsExecutor),
+    )
+    return {name: create(settings) for name, offered, create in known if offered}
 
 
 class Studio:

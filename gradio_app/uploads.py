@@ -104,11 +104,7 @@ class Uploads:
         return [_upload(path) for path in sorted(found, key=_sort_key, reverse=True)]
 
     def get(self, name: object) -> Upload:
-        """Returns a file by its name here.
-
-        Raises:
-            UserError: If the owner has none of that name.
-        """
+        """Returns a file by its name here. Raises UserError if the owner has none of that name."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError("checks.no_upload", name=shortened(name))
         path = inside(self.folder, name)
@@ -117,20 +113,12 @@ class Uploads:
         return _upload(path)
 
     def delete(self, name: object) -> None:
-        """Deletes a file.
-
-        Raises:
-            UserError: If the owner has none of that name.
-        """
+        """Deletes a file. Raises UserError if the owner has none of that name."""
         self.get(name).path.unlink()
 
 
 def check_content(path: Path, suffix: str) -> None:
-    """Checks that the beginning of a file matches its suffix.
-
-    Raises:
-        UserError: If it is not.
-    """
+    """Checks that the beginning of a file matches its suffix. Raises UserError if it is not."""
     with path.open("rb") as file:
         head = file.read(_SNIFF_BYTES)
     if suffix == ".parquet":

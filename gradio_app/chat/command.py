@@ -13,6 +13,7 @@ from gradio_app.guards import redacted
 from gradio_app.redaction import Redactor
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.files import read_json_object, tail
+from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.settings import Settings
 from lightning_peft.processes import LineProcess
@@ -47,13 +48,9 @@ class ModelProcess(LineProcess):
 def start_chat_process(
     settings: Settings, run: Run, checkpoint: str
 ) -> tuple[ModelProcess, dict[str, str]]:
-    """Starts the process for a run.
+    """Starts the process for a run; returns it with the names of the checkpoints in it.
 
-    Returns:
-        The process, and what each checkpoint is called in it.
-
-    Raises:
-        UserError: If there is no such checkpoint, or the process cannot be started.
+    Raises UserError if there is no such checkpoint, or the process cannot be started.
     """
     chosen = _select_checkpoints(run, checkpoint)
     # Names of our own: those of folders could hold what a command line or a module cannot.
@@ -84,3 +81,13 @@ def redact_message(text: object, settings: Settings) -> str:
     """Returns a message of the process, shortened, without secrets or paths of a Space."""
     found = Redactor(settings).text(redacted(str(text)))
     return found if len(found) <= _MAX_MESSAGE else found[: _MAX_MESSAGE - 1] + "\u2026"
+
+
+def unsupported_task(run: Run) -> str:
+    """Returns the class of the task that a run trains, if it is one that cannot chat.
+
+    A classifier has no answer to give. Empty for a user's own task: its base may well be a language
+    model, and loading it says whether it is.
+    """
+    task = task_of_run(run)
+    return task.class_name if task is not None and not task.chats else ""

@@ -40,8 +40,7 @@ class Sampling:
 def validate_sampling(temperature: Any, top_p: Any, tokens: Any, seed: Any) -> Sampling:
     """Returns the settings that a visitor has chosen.
 
-    Raises:
-        UserError: If a value is none that can be.
+    Raises UserError if a value is none that can be.
     """
     return Sampling(
         temperature=_number("temperature", temperature, 0, MAX_TEMPERATURE),
@@ -61,8 +60,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 def validate_text(text: Any, name: str = "question") -> str:
     """Returns the text of a visitor.
 
-    Raises:
-        UserError: If it is too long, or no text; for a question, also if it is empty.
+    Raises UserError if it is too long, or no text; for a question, also if it is empty.
     """
     found = text.strip() if isinstance(text, str) else ""
     if len(found) > MAX_TEXT:
@@ -75,8 +73,7 @@ def validate_text(text: Any, name: str = "question") -> str:
 def build_messages(system: str, turns: Turns, question: str) -> list[dict[str, str]]:
     """Returns the messages of a request.
 
-    Raises:
-        UserError: If there are more turns than one conversation may have.
+    Raises UserError if there are more turns than one conversation may have.
     """
     if len(turns) >= MAX_TURNS:
         raise UserError("playground.refused_turns", n=MAX_TURNS // 2)

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gradio_app.chat.command import ModelProcess, redact_message, start_chat_process
+from gradio_app.chat.command import (
+    ModelProcess,
+    redact_message,
+    start_chat_process,
+    unsupported_task,
+)
 from gradio_app.chat.request import Sampling, Turns
-from gradio_app.chat.support import unsupported_task
 from gradio_app.errors import UserError
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
@@ -177,9 +181,8 @@ class ChatSessions:
     def load(self, owner: str, run: Run, checkpoint: str) -> Iterator[ModelStatus]:
         """Loads a run's base and adapters, unless they are; yields how far it is.
 
-        Raises:
-            UserError: If a run uses the machine, or another visitor the model; if there is no such
-                checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
+        Raises UserError if a run uses the machine, or another visitor the model; if there is no
+        such checkpoint; if it cannot be loaded, and why; if what the run trains cannot talk.
         """
         if unsupported_task(run):
             raise UserError("playground.refused_silent", name=run.name)

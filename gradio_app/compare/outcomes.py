@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
-from gradio_app.runs.files import read_json_object
+from gradio_app.runs.files import number, read_json_object
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.types import Run
 
@@ -34,42 +34,29 @@ class Outcome:
 def outcome_of(run: Run, metrics: Metrics) -> Outcome:
     """Returns the outcome of a run, so far if it is active."""
     result = read_json_object(run.folder.result)
-    before, after = _numbers(result.get("before")), _numbers(result.get("after"))
+    before, after = (_numbers(run.folder.result, part) for part in ("before", "after"))
     if not after:
         validated = {
             name: metrics.curve(name) for name in metrics.curves if name.startswith("val_")
         }
         before = {name: found[0][1] for name, found in validated.items() if found[0][0] == 0}
         after = {name: found[-1][1] for name, found in validated.items()}
-    memory = result.get("peak_memory")
-    memory = memory if isinstance(memory, dict) else {}
+    memory = read_json_object(run.folder.result, "peak_memory")
     bytes_used = memory.get("cuda_bytes") or memory.get("process_bytes")
     passed = run.status.updated - run.status.started + run.status.earlier_seconds
+    trainable = number(result.get("trainable_parameters"))
     return Outcome(
         before=before,
         after=after,
-        steps=int(_number(result.get("steps")) or run.status.step),
-        seconds=_number(result.get("seconds")) or (passed if passed > 0 else None),
-        memory=_number(bytes_used)
+        steps=int(number(result.get("steps")) or run.status.step),
+        seconds=number(result.get("seconds")) or (passed if passed > 0 else None),
+        memory=number(bytes_used)
         or metrics.maximum("peak_cuda_bytes")
         or metrics.maximum("peak_process_bytes"),
-        trainable=_whole(result.get("trainable_parameters")),
+        trainable=None if trainable is None else int(trainable),
     )
 
 
-def _numbers(found: object) -> dict[str, float]:
-    if not isinstance(found, dict):
-        return {}
-    return {
-        str(name): float(value)
-        for name, value in found.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool)
-    }
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _numbers(file: Path, part: str) -> dict[str, float]:
+    values = {name: number(value) for name, value in read_json_object(file, part).items()}
+    return {name: value for name, value in values.items() if value is not None}

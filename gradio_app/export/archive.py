@@ -30,8 +30,7 @@ _STAGED_SECONDS = 600
 def build_archive(export: Export, run: Run, staging: Path) -> Path:
     """Returns a new zip of an export, with the recipe of its run.
 
-    Raises:
-        UserError: If there is nothing, or no room for it.
+    Raises UserError if there is nothing, or no room for it.
     """
     if not export.is_complete:
         raise UserError("export.refused_not_whole")

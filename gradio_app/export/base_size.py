@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 
-from gradio_app.runs.files import read_json_object, read_tensor_entries
+from gradio_app.recipe.model_files import cached_folder, tensor_sizes
+from gradio_app.runs.files import read_json_object
 
 # What the libraries take besides the weights.
 _LIBRARIES = 800_000_000
-_FILES = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,9 +61,7 @@ def recorded_base(checkpoint: Path) -> tuple[str, str | None]:
 def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
     """Returns the size of a checkpoint's base; ``None`` if its files are not on this machine.
 
-    Args:
-        checkpoint: Folder of an adapter.
-        root: Where runs are started, from which a base may be named.
+    A relative path of the base is taken from ``root``, where runs are started.
     """
     name, revision = recorded_base(checkpoint)
     if root is not None and name and (root / name).is_dir():
@@ -76,21 +71,8 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
 
 @lru_cache(maxsize=64)
 def _size(name: str, revision: str | None) -> BaseSize | None:
-    folder = Path(name) if Path(name).is_dir() else _cached(name, revision)
-    if folder is None:
-        return None
-    counts: list[int] = []
-    for file in folder.glob(_FILES):
-        # A file that cannot be read is found by the export; the others still need their space.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            counts += [math.prod(one["shape"]) for one in read_tensor_entries(file)[0].values()]
-    return BaseSize(sum(counts), max(counts)) if counts else None
-
-
-def _cached(name: str, revision: str | None) -> Path | None:
-    """Returns the folder of a base that was fetched from the hub before."""
-    try:
-        hub = import_module("huggingface_hub")
-        return Path(hub.snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
-        return None
+    folder = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
+    # A file that cannot be read is found by the export; the others still need their space.
+    files = folder.glob("*.safetensors") if folder is not None else ()
+    sizes = [size for file in files for size in tensor_sizes(file)]
+    return BaseSize(sum(sizes), max(sizes)) if sizes else None

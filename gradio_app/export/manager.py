@@ -11,8 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from gradio_app.errors import UserError
-from gradio_app.export import limits
-from gradio_app.export.base_size import base_size, recorded_base
+from gradio_app.export.base_size import BaseSize, base_size, recorded_base
 from gradio_app.export.record import (
     FOLDER,
     LOG_FILE,
@@ -33,6 +32,9 @@ from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import write_json
+
+# How many exports of a run a public page keeps.
+MAX_EXPORTS_ON_SPACE = 4
 
 
 class ExportManager:
@@ -56,19 +58,12 @@ class ExportManager:
                 folders = sorted((run.folder.path / FOLDER).iterdir(), reverse=True)
             except OSError:
                 return []
-            found = [self._read(folder) for folder in folders if not folder.is_symlink()]
-        return sorted(
-            (export for export in found if export is not None),
-            key=lambda export: export.created,
-            reverse=True,
-        )
+            read = [self._read(folder) for folder in folders if not folder.is_symlink()]
+        found = [export for export in read if export is not None]
+        return sorted(found, key=lambda export: export.created, reverse=True)
 
     def get(self, owner: str, run_id: object, name: object) -> tuple[Run, Export]:
-        """Returns an export and its run.
-
-        Raises:
-            UserError: If there is none that ``owner`` can see.
-        """
+        """Returns an export and its run; raises UserError if ``owner`` can see none."""
         run = self.store.get(owner, run_id)
         wanted = checked_name(name)
         found = next((export for export in self.list(run) if export.name == wanted), None)
@@ -77,15 +72,12 @@ class ExportManager:
         return run, found
 
     def start(self, owner: str, run_id: object, request: ExportRequest) -> Export:
-        """Starts an export; one that is to be pushed lists first what would be.
-
-        Raises:
-            UserError: If it cannot be had now.
-        """
+        """Starts an export; one that is to be pushed lists first what would be."""
         with self._lock:
             run = self.store.get(owner, run_id)
             self.check(run, request)
-            limits.check_count(self.list(run), self.settings)
+            if self.settings.space and len(self.list(run)) >= MAX_EXPORTS_ON_SPACE:
+                raise UserError("export.refused_many", most=MAX_EXPORTS_ON_SPACE)
             stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
             name = f"{stamp}-{request.format}-{secrets.token_hex(2)}"
             folder = inside(run.folder.path, f"{FOLDER}/{name}")
@@ -94,17 +86,10 @@ class ExportManager:
             return self.get(owner, run_id, name)[1]
 
     def push(self, owner: str, run_id: object, name: object, token: str | None) -> Export:
-        """Pushes what an export has listed.
+        """Pushes what an export has listed; raises UserError if it has listed nothing.
 
-        Args:
-            owner: Whose run it is.
-            run_id: Which run.
-            name: Name of the export.
-            token: Who pushes; ``None`` for whoever this machine is signed in as. It is in the
-                environment of the process that pushes, and nowhere else.
-
-        Raises:
-            UserError: If there is nothing to push, or no account to push from.
+        The token says who pushes, on this machine by default whoever is signed in. It is in the
+        environment of the process that pushes, and nowhere else.
         """
         with self._lock:
             run, export = self.get(owner, run_id, name)
@@ -118,19 +103,19 @@ class ExportManager:
             return self.get(owner, run_id, name)[1]
 
     def check(self, run: Run, request: ExportRequest) -> None:
-        """Refuses what cannot be exported now.
-
-        Raises:
-            UserError: If it cannot, with the reason.
-        """
+        """Raises UserError if something cannot be exported now, with the reason."""
         checkpoint = find_checkpoint(run, request.checkpoint)
         if any(export.active for export in self.list(run)):
             raise UserError("export.refused_one")
         if not request.writes_model:
             return
-        limits.check_machine(self._busy(), run.owner)
-        size = base_size(checkpoint.folder, self.settings.data_root)
-        limits.check_size(size, self.settings)
+        busy = self._busy()
+        if busy is not None:
+            # The model and the run would need the memory of this machine together.
+            if busy.owner != run.owner:
+                raise UserError("export.refused_busy_other")
+            raise UserError("export.refused_busy", name=busy.name)
+        _check_size(base_size(checkpoint.folder, self.settings.data_root), self.settings)
         runs = self.store.all() if self.settings.space else self.store.list(run.owner)
         if any(
             one.active and one.request.writes_model for other in runs for one in self.list(other)
@@ -138,11 +123,7 @@ class ExportManager:
             raise UserError("export.refused_heavy")
 
     def cancel(self, owner: str, run_id: object, name: object) -> Export:
-        """Ends an export; what it has written goes.
-
-        Raises:
-            UserError: If it is not going on.
-        """
+        """Ends an export; what it has written goes. Raises UserError if it is not going on."""
         with self._lock:
             run, export = self.get(owner, run_id, name)
             if not export.active:
@@ -153,11 +134,7 @@ class ExportManager:
             return self.get(owner, run_id, name)[1]
 
     def delete(self, owner: str, run_id: object, name: object) -> None:
-        """Deletes an export from this machine; what was pushed stays on the hub.
-
-        Raises:
-            UserError: If it is going on.
-        """
+        """Deletes an export from this machine; what was pushed stays on the hub."""
         with self._lock:
             run, export = self.get(owner, run_id, name)
             if export.active:
@@ -194,6 +171,23 @@ class ExportManager:
             for left in folder.glob(f".incomplete-*-{OUTPUT}"):
                 shutil.rmtree(left, ignore_errors=True)
         return read_export(folder, in_progress)
+
+
+def _check_size(size: BaseSize | None, settings: Settings) -> None:
+    """Refuses a model that is too large for a public page, or for the disk."""
+    most = settings.limits.parameters
+    if size is None:
+        if most is not None:
+            raise UserError("export.refused_unknown")
+        return
+    if most is not None and size.parameters > most:
+        billions = f"{size.parameters / 1e9:.2g}"
+        raise UserError("export.refused_large", billions=billions, most=f"{most / 1e9:.2g}")
+    # One that is written, and one that is being finished.
+    free = shutil.disk_usage(settings.runs).free
+    if 2 * size.merged_bytes > free:
+        needed = f"{2 * size.merged_bytes / 1e9:.1f}"
+        raise UserError("export.refused_disk", needed=needed, free=f"{free / 1e9:.1f}")
 
 
 def pusher_environment(settings: Settings, token: str | None) -> dict[str, str]:

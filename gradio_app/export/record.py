@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gradio_app.errors import UserError
+from gradio_app.export.base_size import recorded_base
 from gradio_app.export.request import ExportRequest
 from gradio_app.guards import shortened
 from gradio_app.runs.failures import classify_error
 from gradio_app.runs.files import read_json_object, tail
+from lightning_peft.export.loading_code import adapter_code, labels_of, merged_model_code
 
 # Folder of all exports of a run, and what is in the folder of one.
 FOLDER = "exports"
@@ -86,20 +87,20 @@ class Export:
     def files(self) -> list[tuple[str, int]]:
         """Paths in the folder, and their bytes."""
         return [
-            (str(file["path"]), int(file["bytes"]))
-            for file in _dicts(self.result.get("files"))
+            (str(file["path"]), file["bytes"])
+            for file in _list(self.result.get("files"), dict)
             if isinstance(file.get("bytes"), int) and "path" in file
         ]
 
     @property
     def commands(self) -> list[str]:
         """Commands of other programs that take it."""
-        return _strings(self.result.get("commands"))
+        return _list(self.result.get("commands"), str)
 
     @property
     def notes(self) -> list[str]:
         """What the command wants known."""
-        return _strings(self.result.get("notes"))
+        return _list(self.result.get("notes"), str)
 
     @property
     def address(self) -> str:
@@ -125,19 +126,13 @@ def read_export(folder: Path, in_progress: bool) -> Export | None:
     if not _NAME.fullmatch(folder.name) or not facts:
         return None
     known = {field.name for field in fields(ExportRequest)}
-    given = facts.get("wish")
-    given = given if isinstance(given, dict) else {}
-    request = ExportRequest(**{name: value for name, value in given.items() if name in known})
+    wish = facts.get("wish")
+    given = wish.items() if isinstance(wish, dict) else ()
+    request = ExportRequest(**{name: value for name, value in given if name in known})
     result = {} if in_progress else read_json_object(folder / RESULT_FILE)
-    return Export(
-        name=folder.name,
-        folder=folder,
-        run_name=str(facts.get("run_name", "adapter")),
-        request=request,
-        created=float(facts.get("created", 0.0)),
-        state=_state(facts, result, in_progress),
-        result=result,
-    )
+    state = _state(facts, result, in_progress)
+    run_name, created = str(facts.get("run_name", "adapter")), float(facts.get("created", 0.0))
+    return Export(folder.name, folder, run_name, request, created, state, result)
 
 
 def _state(facts: dict[str, Any], result: dict[str, Any], in_progress: bool) -> str:
@@ -152,20 +147,24 @@ def _state(facts: dict[str, Any], result: dict[str, Any], in_progress: bool) -> 
 
 
 def checked_name(text: object) -> str:
-    """Returns ``text`` if it can be the name of an export.
-
-    Raises:
-        UserError: If it cannot.
-    """
+    """Returns ``text`` if it can be the name of an export. Raises UserError if it cannot."""
     if not isinstance(text, str) or not _NAME.fullmatch(text):
         raise UserError("export.refused_name", name=shortened(text))
     return text
 
 
-def _dicts(found: object) -> list[dict[str, Any]]:
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+def _list(values: object, kind: type) -> list[Any]:
+    return [one for one in values if isinstance(one, kind)] if isinstance(values, list) else []
 
 
-def _strings(found: object) -> list[str]:
-    rows: Sequence[object] = found if isinstance(found, list) else ()
-    return [one for one in rows if isinstance(one, str)]
+def loading_code(export: Export, checkpoint: Path) -> str:
+    """Returns Python that loads an export with the usual libraries; empty where there is none."""
+    place = (export.request.push_to if export.state == "pushed" else None) or export.run_name
+    facts = read_json_object(checkpoint / "provenance.json")
+    if export.request.format == "ollama":
+        return ""
+    if export.request.format in ("merged", "quantized"):
+        return merged_model_code(facts, place)
+    base, revision = recorded_base(checkpoint)
+    name = export.request.base_name or base
+    return adapter_code(facts, place, name, revision, labels_of(checkpoint))

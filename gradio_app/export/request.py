@@ -46,13 +46,7 @@ class ExportRequest:
         return self.format in FULL_MODEL_FORMATS
 
     def argv(self, adapter: str, output: Path, dry_run: bool) -> list[str]:
-        """Returns the arguments of ``lightning-peft``.
-
-        Args:
-            adapter: Name and folder of the adapter.
-            output: The folder to make.
-            dry_run: Whether nothing is pushed yet.
-        """
+        """Returns the arguments of ``lightning-peft``; ``adapter`` is ``NAME=FOLDER``."""
         words = ["export", f"--format={self.format}", "--json"]
         if self.format == "quantized":
             words.append(f"--bits={self.bits}")
@@ -80,18 +74,8 @@ def validate_request(
 ) -> ExportRequest:
     """Returns the validated request of a visitor.
 
-    Args:
-        run: The run.
-        kind: One of ``FORMATS``.
-        checkpoint: Name of one of the run's checkpoints.
-        bits: 8 or 4.
-        measure: Whether outputs are compared.
-        base_name: Name of the base on the hub, or nothing.
-        push_to: ``namespace/name``, or ``None`` if nothing is pushed.
-        private: Anything but ``False`` makes the repository private.
-
-    Raises:
-        UserError: If a value is none of those.
+    ``push_to`` is ``None`` if nothing is pushed, and anything but ``private=False`` makes the
+    repository private. Raises UserError if a value is not one that was offered.
     """
     if kind not in (FORMATS if push_to is None else PUSHABLE_FORMATS):
         raise UserError("export.refused_format", format=shortened(kind))
@@ -99,11 +83,9 @@ def validate_request(
         raise UserError("export.refused_bits", bits=shortened(bits))
     found = find_checkpoint(run, checkpoint)
     name = str(base_name or "").strip()
-    repository = ""
-    if push_to is not None:
-        repository = checked_hub_name(push_to)
-        if "/" not in repository:
-            raise UserError("errors.hub_name", name=shortened(push_to))
+    repository = checked_hub_name(push_to) if push_to is not None else ""
+    if push_to is not None and "/" not in repository:
+        raise UserError("errors.hub_name", name=shortened(push_to))
     return ExportRequest(
         format=str(kind),
         checkpoint=found.name,
@@ -116,11 +98,7 @@ def validate_request(
 
 
 def find_checkpoint(run: Run, name: object) -> Checkpoint:
-    """Returns a checkpoint of a run.
-
-    Raises:
-        UserError: If it has none of that name.
-    """
+    """Returns a checkpoint of a run. Raises UserError if it has none of that name."""
     found = next((one for one in run.checkpoints() if one.name == name), None)
     if found is None:
         raise UserError("export.refused_checkpoint", name=shortened(name))

@@ -13,7 +13,7 @@ from gradio_app.pages.error_reporting import report_errors
 from gradio_app.pages.layout import event_options, heading, on_load, timer_options
 from gradio_app.pages.markup import markup
 from gradio_app.pages.updates import changed_updates
-from gradio_app.recipe.demo import demo_recipe
+from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.machine import this_machine
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts

@@ -14,19 +14,15 @@ from gradio_app.recipe.content import MISSING, data_of, merge_recipes, value_at,
 from gradio_app.recipe.fields import FIELDS
 from gradio_app.recipe.form import method_of
 from gradio_app.recipe.paths import AllowedPaths
-from gradio_app.recipe.precision import Precision, default_precision
-from gradio_app.recipe.presets import (
-    AMOUNTS,
-    DEMO_BASE,
-    MODELS,
-)
-from gradio_app.recipe.yaml_text import parse_yaml
-from gradio_app.runs.bfloat16 import detect_bfloat16
+from gradio_app.recipe.precision import Precision, default_precision, detect_bfloat16
+from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, MODELS
+from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
 
 METHODS = {"lora": "lightning_peft.LoRAStrategy", "qlora": "lightning_peft.QLoRAStrategy"}
 _MODEL, _DATA = "model.init_args.", "data.init_args."
+_STRATEGY = "trainer.strategy.init_args."
 # What a small trial sets for its own data, and for its own model.
 _SMALL_DATA_PATHS = (
     *(f"{_DATA}{name}" for name in ("columns", "validation_share", "test_share", "max_length")),
@@ -40,6 +36,11 @@ _SMALL_MODEL_PATHS = (
 )
 # What is said of the files themselves.
 _FILE_ARGUMENTS = ("encoding", "delimiter", "sheet", "text_unit", "validation_data", "test_data")
+# What a preset of epochs, rank and learning rate sets.
+_AMOUNT_PATHS = (
+    *("trainer.max_epochs", f"{_STRATEGY}r", f"{_STRATEGY}lora_alpha", f"{_MODEL}learning_rate"),
+)
+_HUB_ARGUMENTS = ("hub_config", "hub_splits", "hub_revision")
 _SHARED_PATHS = (
     *("trainer.max_epochs", "trainer.accumulate_grad_batches", "trainer.val_check_interval"),
     *("trainer.check_val_every_n_epoch", "trainer.log_every_n_steps"),
@@ -49,8 +50,7 @@ _SHARED_PATHS = (
 def load_recipe(name: object) -> dict[str, Any]:
     """Returns a recipe; one for small trials is laid over the recipe that it belongs to.
 
-    Raises:
-        UserError: If there is none of that name.
+    Raises UserError if there is none of that name.
     """
     if not isinstance(name, str) or name not in _files():
         raise UserError("checks.no_recipe", name=shortened(name))
@@ -63,8 +63,7 @@ def load_recipe(name: object) -> dict[str, Any]:
 def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[str, Any]:
     """Returns the recipe of a task; the small trial has a model and data that are here already.
 
-    Raises:
-        UserError: If the task does not exist.
+    Raises UserError if the task does not exist.
     """
     if not isinstance(task, str) or task not in TASKS or method not in METHODS:
         raise UserError("checks.no_recipe", name=shortened(task))
@@ -72,6 +71,11 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
     if not small:
         return content
     return merge_recipes(content, load_recipe_file(f"small/{task}"))
+
+
+def demo_recipe() -> str:
+    """Returns the recipe of the first card: a small QLoRA run that needs no network, as YAML."""
+    return "# The recipe sft-qlora with small/sft.\n" + dump_yaml(base_recipe("sft", "qlora"))
 
 
 def load_recipe_file(name: str) -> dict[str, Any]:
@@ -90,36 +94,24 @@ def _in_file(name: str) -> dict[str, Any]:
 
 def recipe_of_run(content: dict[str, Any], places: AllowedPaths) -> dict[str, Any]:
     """Returns the recipe of a run as one to start from: without what belonged to that run."""
-    content = copy.deepcopy(content)
-    trainer = content.get("trainer")
-    if isinstance(trainer, dict):
-        for key in ("default_root_dir", "logger"):
-            trainer.pop(key, None)
-        trainer.pop("enable_progress_bar", None)
-    for part in ("model", "data"):
-        arguments = value_at(content, f"{part}.init_args", None)
-        if isinstance(arguments, dict):
-            arguments.pop("cache_dir", None)
-            skipped_rows_file = arguments.get("skip_bad_rows")
-            if isinstance(skipped_rows_file, str):
-                # The file of that run is not written over.
-                arguments["skip_bad_rows"] = Path(skipped_rows_file).name
-            for key, value in arguments.items():
-                if isinstance(value, str):
-                    arguments[key] = places.portable(value)
+    for key in ("default_root_dir", "logger", "enable_progress_bar"):
+        content = with_value(content, f"trainer.{key}", MISSING)
+    for part in (_MODEL, _DATA):
+        content = with_value(content, f"{part}cache_dir", MISSING)
+        arguments = value_at(content, part.rstrip("."), None)
+        for key, value in dict(arguments or {}).items() if isinstance(arguments, dict) else ():
+            if isinstance(value, str):
+                # The file that the run wrote skipped rows to is not written over.
+                own = Path(value).name if key == "skip_bad_rows" else places.portable(value)
+                content = with_value(content, part + key, own)
     return content
 
 
 def with_model(content: dict[str, Any], model: str, revision: str | None) -> dict[str, Any]:
-    """Returns the recipe for another model, with the settings that go with its size.
+    """Returns the recipe for another model, checked, with the settings that go with its size.
 
     The example is the data of a small trial. A model of the visitor's own does not take it over:
     then no data is chosen, until the visitor does so.
-
-    Args:
-        content: The recipe.
-        model: What has been checked to be one.
-        revision: Branch, tag or commit on the hub.
     """
     before = value_at(content, _MODEL + "model", None)
     task = task_of_config(content) or TASKS["sft"]
@@ -168,9 +160,8 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
         other = with_model(other, model, revision)
     if set(before.shapes) & set(after.shapes):
         place = data_of(content)
-        hub = ("hub_config", "hub_splits", "hub_revision")
         if place and place != data_of(base_recipe(before.name)):
-            named = {key: value_at(content, _DATA + key, None) for key in hub}
+            named = {key: value_at(content, _DATA + key, None) for key in _HUB_ARGUMENTS}
             other = with_data(other, place, **named)
             for key in _FILE_ARGUMENTS:
                 value = value_at(content, _DATA + key, MISSING)
@@ -196,16 +187,14 @@ def _read_at(
 
 
 def with_data(content: dict[str, Any], data: str | None, **hub: Any) -> dict[str, Any]:
-    """Returns the recipe for other rows, without what was said of the rows before.
+    """Returns the recipe for other rows, without the settings that described the rows before.
 
-    Args:
-        content: The recipe.
-        data: What has been checked to be readable; ``None`` for nothing yet.
-        **hub: ``hub_config``, ``hub_splits`` and ``hub_revision`` of a data set on the hub.
+    ``data`` has been checked; ``None`` for nothing yet. ``hub`` holds ``hub_config``,
+    ``hub_splits`` and ``hub_revision`` of a data set on the hub.
     """
     task = task_of_config(content) or TASKS["sft"]
     before = data_of(content)
-    for name in ("hub_config", "hub_splits", "hub_revision"):
+    for name in _HUB_ARGUMENTS:
         content = with_value(content, _DATA + name, hub.get(name) or MISSING)
     if data == before or not data and not before:
         return content
@@ -244,8 +233,7 @@ def _copy_values(
 def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
     """Returns the recipe with LoRA or QLoRA; what only one of them takes is left out.
 
-    Raises:
-        UserError: If it is neither.
+    Raises UserError if it is neither.
     """
     if not isinstance(method, str) or method not in METHODS:
         raise UserError("checks.no_method", name=shortened(method))
@@ -253,11 +241,10 @@ def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
         return content
     strategy = value_at(content, "trainer.strategy", None)
     arguments = strategy.get("init_args") if isinstance(strategy, dict) else None
-    only = {field.path.rpartition(".")[2] for field in FIELDS if field.method == "qlora"}
-    kept = {key: value for key, value in (arguments or {}).items() if key not in only}
+    dropped = {field.path.rpartition(".")[2] for field in FIELDS if field.method == "qlora"}
     # Both have their own default.
-    for name in ("optimizer", "gradient_checkpointing"):
-        kept.pop(name, None)
+    dropped |= {"optimizer", "gradient_checkpointing"}
+    kept = {key: value for key, value in (arguments or {}).items() if key not in dropped}
     made = {"class_path": METHODS[method], "init_args": kept}
     return with_value(content, "trainer.strategy", made)
 
@@ -265,34 +252,22 @@ def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
 def with_amount(content: dict[str, Any], amount: object) -> dict[str, Any]:
     """Returns the recipe with epochs, rank and learning rate of a preset.
 
-    Raises:
-        UserError: If the preset does not exist.
+    Raises UserError if the preset does not exist.
     """
     if not isinstance(amount, str) or amount not in AMOUNTS:
         raise UserError("checks.no_amount", name=shortened(amount))
     epochs, rank, factor = AMOUNTS[amount]
-    rate = default_learning_rate(content)
-    strategy = "trainer.strategy.init_args."
-    values = {
-        "trainer.max_epochs": epochs,
-        f"{strategy}r": rank,
-        f"{strategy}lora_alpha": 2 * rank,
-        f"{_MODEL}learning_rate": rate * factor,
-    }
-    for path, value in values.items():
+    values = (epochs, rank, 2 * rank, default_learning_rate(content) * factor)
+    for path, value in zip(_AMOUNT_PATHS, values, strict=True):
         content = with_value(content, path, value)
     return content
 
 
 def amount_of(content: dict[str, Any]) -> str | None:
     """Returns the preset that a recipe's settings are those of, if they are one's."""
-    paths = [
-        *("trainer.max_epochs", "trainer.strategy.init_args.r"),
-        *("trainer.strategy.init_args.lora_alpha", f"{_MODEL}learning_rate"),
-    ]
 
     def settings(one: dict[str, Any]) -> list[Any]:
-        return [value_at(one, path, None) for path in paths]
+        return [value_at(one, path, None) for path in _AMOUNT_PATHS]
 
     return next(
         (name for name in AMOUNTS if settings(with_amount(content, name)) == settings(content)),

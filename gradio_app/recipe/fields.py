@@ -7,181 +7,122 @@ the classes.
 
 from __future__ import annotations
 
-from gradio_app.recipe.setting import Field, setting
-from gradio_app.recipe.strategy_fields import STRATEGY, strategy_field
+from dataclasses import replace
+from typing import Any
+
+from gradio_app.recipe.setting import STRATEGY, Field, setting, strategy_setting
 
 _MODEL, _DATA = "model.init_args.", "data.init_args."
 _TRAINER, _CALLBACKS = "trainer.", "trainer.callbacks."
+_STOP, _BEST = (f"{_CALLBACKS}{name}.init_args." for name in ("StopEarly", "BestCheckpoint"))
+_SAMPLES = _CALLBACKS + "LogSamples"
+_PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
+_INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
+_SHAPES = ("auto", "messages", "alpaca", "prompt_completion", "text")
+_SEED: dict[str, Any] = {"ge": 0, "le": 2**32 - 1}
 
-
-def _training() -> tuple[Field, ...]:
-    group = "training"
-    return (
-        setting(_TRAINER + "max_epochs", group, kind="integer", ge=1, le=10_000),
-        setting(_MODEL + "learning_rate", group, 2e-4, gt=0, le=1),
+_GROUPS: dict[str, tuple[Field, ...]] = {
+    "training": (
+        setting(_TRAINER + "max_epochs", kind="integer", ge=1, le=10_000),
+        setting(_MODEL + "learning_rate", 2e-4, gt=0, le=1),
+        setting(_MODEL + "schedule", "cosine", ("cosine", "linear", "constant"), tasks="rows"),
+        setting(_MODEL + "warmup", 0.03, ge=0, le=0.99, tasks="rows"),
+        setting(_MODEL + "weight_decay", 0.001, ge=0, le=10, tasks="rows"),
+        setting(_TRAINER + "gradient_clip_val", kind="number", ge=0),
+        setting(_TRAINER + "max_steps", -1, ge=-1, le=100_000_000),
+        setting(_TRAINER + "max_time"),
+        setting("seed_everything", 0, **_SEED),
+    ),
+    "adapter": (
+        strategy_setting("r", ge=1, le=4096),
+        strategy_setting("lora_alpha", gt=0),
+        strategy_setting("lora_dropout", ge=0, le=0.99),
+        *map(
+            strategy_setting,
+            (
+                *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+                *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+            ),
+        ),
+        strategy_setting("init_lora_weights", _INITS),
+        strategy_setting("bias"),
+        strategy_setting("adapt"),
+    ),
+    "quantization": tuple(
+        map(
+            strategy_setting,
+            (
+                *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype"),
+                *("load_in_8bit", "cache_quantized_base"),
+            ),
+        )
+    ),
+    "batches": (
+        setting(_DATA + "batch_size", 8, ge=1, le=65_536),
+        setting(_TRAINER + "accumulate_grad_batches", 1, ge=1, le=65_536),
+        setting(_DATA + "max_length", kind="integer", ge=1, le=1_000_000, tasks="lengths"),
+        setting(_DATA + "over_long", "error", ("error", "truncate", "split"), tasks="tokens"),
+        setting(_DATA + "length_grouping", False, tasks="tokens"),
+        setting(_DATA + "packing", False, tasks="SupervisedData"),
+        setting(_DATA + "shuffle_seed", 0, tasks="tokens", **_SEED),
+        setting(_DATA + "num_workers", 0, ge=0, le=64),
+    ),
+    "memory": (
+        setting(_TRAINER + "precision", None, _PRECISIONS),
+        setting(_TRAINER + "accelerator", "auto", ("auto", "cpu", "gpu", "mps")),
+        setting(_TRAINER + "devices", "auto"),
+        strategy_setting(
+            "optimizer", (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit")
+        ),
+        strategy_setting("gradient_checkpointing", ("auto", True, False)),
+        setting(_MODEL + "dtype", "auto", ("auto", "float32", "bfloat16", "float16"), tasks="rows"),
+    ),
+    "rows": (
+        setting(_DATA + "shape", "auto", _SHAPES, tasks="SupervisedData"),
+        setting(_DATA + "chat_template", tasks="chat_template"),
+        setting(_DATA + "system_prompt", tasks="chat_template"),
         setting(
-            _MODEL + "schedule", group, "cosine", ("cosine", "linear", "constant"), tasks="rows"
+            _DATA + "loss_on", "assistant", ("assistant", "completion"), tasks="SupervisedData"
         ),
-        setting(_MODEL + "warmup", group, 0.03, ge=0, le=0.99, tasks="rows"),
-        setting(_MODEL + "weight_decay", group, 0.001, ge=0, le=10, tasks="rows"),
-        setting(_TRAINER + "gradient_clip_val", group, kind="number", ge=0),
-        setting(_TRAINER + "max_steps", group, -1, ge=-1, le=100_000_000),
-        setting(_TRAINER + "max_time", group, kind="text"),
-        setting("seed_everything", group, 0, ge=0, le=2**32 - 1),
-    )
-
-
-def _adapter() -> tuple[Field, ...]:
-    group = "adapter"
-    modules = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
-    more = ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
-    inits = (True, False, "gaussian", "pissa", "olora", "orthogonal")
-    return (
-        strategy_field("r", group, ge=1, le=4096),
-        strategy_field("lora_alpha", group, gt=0),
-        strategy_field("lora_dropout", group, ge=0, le=0.99),
-        *(strategy_field(name, group) for name in modules),
-        *(strategy_field(name, group) for name in more),
-        strategy_field("init_lora_weights", group, inits),
-        *(strategy_field(name, group) for name in ("bias", "adapt")),
-    )
-
-
-def _quantization() -> tuple[Field, ...]:
-    names = ("quant_type", "use_double_quant", "compute_dtype")
-    return (
-        *(strategy_field(f"bnb_4bit_{name}", "quantization") for name in names),
-        *(strategy_field(n, "quantization") for n in ("load_in_8bit", "cache_quantized_base")),
-    )
-
-
-def _memory() -> tuple[Field, ...]:
-    group = "memory"
-    return (
-        setting(
-            _TRAINER + "precision",
-            group,
-            None,
-            (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"),
-        ),
-        setting(_TRAINER + "accelerator", group, "auto", ("auto", "cpu", "gpu", "mps")),
-        setting(_TRAINER + "devices", group, "auto"),
-        strategy_field(
-            "optimizer",
-            group,
-            (None, "auto", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"),
-        ),
-        strategy_field("gradient_checkpointing", group, ("auto", True, False)),
-        setting(
-            _MODEL + "dtype",
-            group,
-            "auto",
-            ("auto", "float32", "bfloat16", "float16"),
-            tasks="rows",
-        ),
-    )
-
-
-def _batches() -> tuple[Field, ...]:
-    group = "batches"
-    return (
-        setting(_DATA + "batch_size", group, 8, ge=1, le=65_536),
-        setting(_TRAINER + "accumulate_grad_batches", group, 1, ge=1, le=65_536),
-        setting(_DATA + "max_length", group, kind="integer", ge=1, le=1_000_000, tasks="lengths"),
-        setting(
-            _DATA + "over_long", group, "error", ("error", "truncate", "split"), tasks="tokens"
-        ),
-        setting(_DATA + "length_grouping", group, False, tasks="tokens"),
-        setting(_DATA + "packing", group, False, tasks="SupervisedData"),
-        setting(_DATA + "shuffle_seed", group, 0, ge=0, le=2**32 - 1, tasks="tokens"),
-        setting(_DATA + "num_workers", group, 0, ge=0, le=64),
-    )
-
-
-def _rows() -> tuple[Field, ...]:
-    group = "rows"
-    shapes = ("auto", "messages", "alpaca", "prompt_completion", "text")
-    return (
-        setting(_DATA + "shape", group, "auto", shapes, tasks="SupervisedData"),
-        setting(_DATA + "chat_template", group, kind="text", tasks="chat_template"),
-        setting(_DATA + "system_prompt", group, kind="text", tasks="chat_template"),
-        setting(
-            _DATA + "loss_on",
-            group,
-            "assistant",
-            ("assistant", "completion"),
-            tasks="SupervisedData",
-        ),
-        setting(_DATA + "prefix", group, "", tasks="Seq2SeqData"),
-        setting(_DATA + "validation_share", group, kind="number", ge=0, le=0.99, tasks="rows"),
-        setting(_DATA + "test_share", group, kind="number", ge=0, le=0.99, tasks="rows"),
-        setting(_DATA + "split_seed", group, 0, ge=0, le=2**32 - 1, tasks="rows"),
-        setting(_DATA + "duplicates", group, "error", ("error", "keep"), tasks="rows"),
-        setting(_DATA + "limit", group, kind="integer", ge=1, le=10**9, tasks="rows"),
-        setting(
-            _DATA + "text_unit", group, "line", ("line", "paragraph", "document"), tasks="rows"
-        ),
-        setting(_DATA + "encoding", group, kind="text", tasks="rows"),
-        setting(_DATA + "delimiter", group, kind="text", tasks="rows"),
-        setting(_DATA + "sheet", group, kind="text", tasks="rows"),
-        setting(_DATA + "streaming", group, False, tasks="rows"),
-    )
-
-
-def _validation() -> tuple[Field, ...]:
-    group = "validation"
-    return (
-        setting(_TRAINER + "val_check_interval", group, kind="batches", gt=0),
-        setting(_TRAINER + "check_val_every_n_epoch", group, 1, ge=1, le=10_000, optional=True),
-        setting(_TRAINER + "num_sanity_val_steps", group, kind="integer", ge=-1, le=10**6),
-        setting(_TRAINER + "limit_train_batches", group, kind="batches", gt=0),
-        setting(_TRAINER + "limit_val_batches", group, kind="batches", gt=0),
-        setting(_TRAINER + "log_every_n_steps", group, kind="integer", ge=1, le=10**6),
-    )
-
-
-def _stopping() -> tuple[Field, ...]:
-    group = "validation"
-    return (
-        setting(_CALLBACKS + "StopEarly", group, False),
-        setting(_CALLBACKS + "StopEarly.init_args.patience", group, 3, ge=1, le=10**4),
-        setting(_CALLBACKS + "StopEarly.init_args.min_delta", group, 0.0, ge=0),
-        setting(_CALLBACKS + "StopEarly.init_args.monitor", group, "val_loss"),
-        setting(_CALLBACKS + "StopEarly.init_args.mode", group, "min", ("min", "max")),
-    )
-
-
-def _keeping() -> tuple[Field, ...]:
-    group = "keeping"
-    best, samples = _CALLBACKS + "BestCheckpoint.init_args.", _CALLBACKS + "LogSamples"
-    return (
-        setting(best + "monitor", group, "val_loss"),
-        setting(best + "mode", group, "min", ("min", "max")),
-        setting(best + "save_top_k", group, 1, ge=-1, le=1000),
-        setting(best + "save_last", group, True),
-        setting(best + "save_every", group, kind="integer", ge=1, le=10**8),
-        setting(samples, group, False, tasks="generation"),
-        setting(samples + ".init_args.count", group, 3, ge=1, le=50, tasks="generation"),
-        setting(
-            samples + ".init_args.max_new_tokens", group, 64, ge=1, le=4096, tasks="generation"
-        ),
-        *(strategy_field(name, group) for name in ("verify", "announce")),
-    )
-
-
-FIELDS: tuple[Field, ...] = (
-    *_training(),
-    *_adapter(),
-    *_quantization(),
-    *_batches(),
-    *_memory(),
-    *_rows(),
-    *_validation(),
-    *_stopping(),
-    *_keeping(),
-)
+        setting(_DATA + "prefix", "", tasks="Seq2SeqData"),
+        setting(_DATA + "validation_share", kind="number", ge=0, le=0.99, tasks="rows"),
+        setting(_DATA + "test_share", kind="number", ge=0, le=0.99, tasks="rows"),
+        setting(_DATA + "split_seed", 0, tasks="rows", **_SEED),
+        setting(_DATA + "duplicates", "error", ("error", "keep"), tasks="rows"),
+        setting(_DATA + "limit", kind="integer", ge=1, le=10**9, tasks="rows"),
+        setting(_DATA + "text_unit", "line", ("line", "paragraph", "document"), tasks="rows"),
+        *(setting(_DATA + name, tasks="rows") for name in ("encoding", "delimiter", "sheet")),
+        setting(_DATA + "streaming", False, tasks="rows"),
+    ),
+    "validation": (
+        setting(_TRAINER + "val_check_interval", kind="batches", gt=0),
+        setting(_TRAINER + "check_val_every_n_epoch", 1, ge=1, le=10_000, optional=True),
+        setting(_TRAINER + "num_sanity_val_steps", kind="integer", ge=-1, le=10**6),
+        setting(_TRAINER + "limit_train_batches", kind="batches", gt=0),
+        setting(_TRAINER + "limit_val_batches", kind="batches", gt=0),
+        setting(_TRAINER + "log_every_n_steps", kind="integer", ge=1, le=10**6),
+        setting(_CALLBACKS + "StopEarly", False),
+        setting(_STOP + "patience", 3, ge=1, le=10**4),
+        setting(_STOP + "min_delta", 0.0, ge=0),
+        setting(_STOP + "monitor", "val_loss"),
+        setting(_STOP + "mode", "min", ("min", "max")),
+    ),
+    "keeping": (
+        setting(_BEST + "monitor", "val_loss"),
+        setting(_BEST + "mode", "min", ("min", "max")),
+        setting(_BEST + "save_top_k", 1, ge=-1, le=1000),
+        setting(_BEST + "save_last", True),
+        setting(_BEST + "save_every", kind="integer", ge=1, le=10**8),
+        setting(_SAMPLES, False, tasks="generation"),
+        setting(_SAMPLES + ".init_args.count", 3, ge=1, le=50, tasks="generation"),
+        setting(_SAMPLES + ".init_args.max_new_tokens", 64, ge=1, le=4096, tasks="generation"),
+        strategy_setting("verify"),
+        strategy_setting("announce"),
+    ),
+}
+FIELDS = tuple(replace(field, group=group) for group, fields in _GROUPS.items() for field in fields)
 BY_PATH = {field.path: field for field in FIELDS}
-GROUPS = tuple(dict.fromkeys(field.group for field in FIELDS))
+GROUPS = tuple(_GROUPS)
 # Shown without opening anything.
 BASIC = (
     "trainer.max_epochs",

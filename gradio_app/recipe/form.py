@@ -74,11 +74,7 @@ def _format_number(value: float) -> str:
 
 
 def parse_value(field: Field, given: object) -> Any:
-    """Returns the value that was typed for a setting.
-
-    Raises:
-        UserError: If it can be none.
-    """
+    """Returns the value that was typed for a setting. Raises UserError if it can be none."""
     if field.kind == "switch":
         if not isinstance(given, bool):
             raise UserError("checks.switch", value=shortened(given))
@@ -223,8 +219,7 @@ def rebase_defaults(
 def reset_field(content: dict[str, Any], since: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns a recipe in which a setting is again what it was.
 
-    Raises:
-        UserError: If the setting does not exist.
+    Raises UserError if the setting does not exist.
     """
     if path not in BY_PATH:
         raise UserError("checks.unknown", where=shortened(path))

@@ -29,9 +29,7 @@ def hub_cache() -> Path:
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
     """Returns the folder of a model of the hub; ``None`` if it is not on this machine.
 
-    Args:
-        name: Its name, checked to be one.
-        revision: Branch, tag or commit, checked; by default the newest that was fetched.
+    ``name`` and ``revision`` have been checked; without a revision, the newest that was fetched.
     """
     place = hub_cache() / f"models--{name.replace('/', '--')}"
     at = revision or "main"
@@ -72,8 +70,7 @@ def remote_code_files(folder: Path) -> list[str]:
 def validate_folder(folder: Path) -> None:
     """Refuses a folder that holds no whole model.
 
-    Raises:
-        UserError: With what is missing or damaged.
+    Raises UserError with what is missing or damaged.
     """
     name = folder.name
     config = read_json_object(folder / "config.json")
@@ -131,20 +128,20 @@ def model_info(folder: Path) -> ModelInfo:
     has_chat_template = (folder / "chat_template.jinja").is_file() or bool(
         read_json_object(folder / "tokenizer_config.json").get("chat_template")
     )
-    counts = [_count_values(file) for file in folder.glob("*.safetensors")]
-    known = sum(count for count in counts if count) if counts and all(counts) else None
+    counts = [tensor_sizes(file) for file in folder.glob("*.safetensors")]
+    known = sum(map(sum, counts)) if counts and all(counts) else None
     # Packed numbers are fewer than what they stand for.
     parameters = None if config.get("quantization_config") else known
     whole = context if isinstance(context, int) else None
     return ModelInfo(shortened(names[0]), parameters, whole, shortened(dtype), has_chat_template)
 
 
-def _count_values(file: Path) -> int | None:
-    """Returns the number of values in a file of tensors, by its header."""
+def tensor_sizes(file: Path) -> list[int]:
+    """Returns the number of values of each tensor in a file; empty if it cannot be read."""
     try:
-        return sum(prod(entry["shape"]) for entry in read_tensor_entries(file)[0].values())
+        return [prod(entry["shape"]) for entry in read_tensor_entries(file)[0].values()]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return []
 
 
 def _indexed_files(folder: Path) -> list[str]:

@@ -37,8 +37,7 @@ class AllowedPaths:
     def data(self, value: object) -> str:
         """Returns the path of some rows as the run gets it.
 
-        Raises:
-            UserError: If this page may not read it, and it is not a name on the hub.
+        Raises UserError if this page may not read it, and it is not a name on the hub.
         """
         text = _checked_text(value)
         if text.startswith(UPLOAD):
@@ -64,8 +63,7 @@ class AllowedPaths:
     def model(self, value: object) -> str:
         """Returns the path of a model, tokenizer or processor as the run gets it.
 
-        Raises:
-            UserError: If this page may not read it, and it is not a name on the hub.
+        Raises UserError if this page may not read it, and it is not a name on the hub.
         """
         text = _checked_text(value)
         root = self.settings.models_root

@@ -107,8 +107,7 @@ class Fix:
 def validate_device(text: object) -> str:
     """Returns the arguments of the plan command for a run.
 
-    Raises:
-        UserError: If it is neither a GPU of the list nor an amount.
+    Raises UserError if it is neither a GPU of the list nor an amount.
     """
     name = text.strip() if isinstance(text, str) else ""
     if name in (THIS_MACHINE, *GPUS) or _AMOUNT.fullmatch(name):
@@ -188,11 +187,7 @@ def length_of(content: dict[str, Any], longest: int | None) -> tuple[int, str]:
 
 
 def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict[str, Any]:
-    """Returns a recipe that needs less memory.
-
-    Raises:
-        UserError: If the change does not exist.
-    """
+    """Returns a recipe that needs less memory. Raises UserError if the change does not exist."""
     if name == "qlora":
         return with_method(content, "qlora")
     if name == "checkpointing":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from lightning_peft.arguments import LoRAArguments, QLoRAArguments
 from lightning_peft.task_registry import TaskSpec
 
+STRATEGY = "trainer.strategy.init_args."
 Kind = Literal[
     "integer", "number", "switch", "choice", "text", "words", "numbers", "pairs", "batches"
 ]
@@ -20,6 +23,18 @@ _TRAITS: dict[str, Callable[[TaskSpec], bool]] = {
     "chat_template": lambda task: task.chat_template,
     "generation": lambda task: task.generates,
 }
+# The kind of a setting is that of the first of these among the types of its argument.
+_KINDS: tuple[tuple[Any, Kind], ...] = (
+    (list[str], "words"),
+    (list[int], "numbers"),
+    (dict[str, int], "pairs"),
+    (bool, "switch"),
+    (int, "integer"),
+    (float, "number"),
+    (str, "text"),
+)
+_TYPES = get_type_hints(QLoRAArguments)
+_LORA, _QLORA = ({one.name: one for one in fields(of)} for of in (LoRAArguments, QLoRAArguments))
 
 
 @dataclass(frozen=True)
@@ -28,10 +43,10 @@ class Field:
 
     Attributes:
         path: Its place in a recipe, as in ``content``.
-        group: Part of the form.
         kind: What its value is.
         default: The value where a recipe does not have it.
         choices: What a ``"choice"`` can be.
+        group: Part of the form.
         ge: Smallest number.
         gt: Number that it must exceed.
         le: Largest number.
@@ -42,10 +57,10 @@ class Field:
     """
 
     path: str
-    group: str
     kind: Kind
     default: Any = None
     choices: tuple[Any, ...] = ()
+    group: str = ""
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
@@ -70,17 +85,12 @@ class Field:
         return self.tasks in (task.class_name, task.data_name)
 
 
-_KINDS: tuple[tuple[type, Kind], ...] = (
-    (bool, "switch"),
-    (int, "integer"),
-    (float, "number"),
-    (str, "text"),
-)
+def _kind(types: tuple[Any, ...], choices: tuple[Any, ...]) -> Kind:
+    return "choice" if choices else next((kind for one, kind in _KINDS if one in types), "text")
 
 
 def setting(
     path: str,
-    group: str,
     default: Any = None,
     choices: tuple[Any, ...] = (),
     *,
@@ -90,16 +100,37 @@ def setting(
 ) -> Field:
     """Returns a setting of the kind of its default; one without a default can be empty.
 
-    Args:
-        path: Its place in a recipe.
-        group: Part of the form.
-        default: The value where a recipe does not have it.
-        choices: Values to choose from.
-        kind: What its value is, where the default does not show it.
-        optional: Whether it can be empty although it has a default.
-        **more: Other attributes of :class:`Field`.
+    The classes of the Trainer, the tasks and their data cannot be looked at here, since they import
+    torch; a test compares.
     """
-    known: Kind = next((one for cls, one in _KINDS if isinstance(default, cls)), "text")
-    chosen: Kind = "choice" if choices else kind or known
     optional = optional or (default is None and not choices)
-    return Field(path, group, chosen, default, choices, optional=optional, **more)
+    kind = kind or _kind((type(default),), choices)
+    return Field(path, kind, default, choices, optional=optional, **more)
+
+
+def strategy_setting(name: str, choices: tuple[Any, ...] = (), **limits: Any) -> Field:
+    """Returns the setting of an argument of QLoRA, and of LoRA if both have it.
+
+    Args:
+        name: The argument, whose dataclass gives type, default and choices.
+        choices: Values to choose from, where the type allows more than a form can offer.
+        **limits: ``ge``, ``gt`` and ``le``.
+    """
+    qlora, lora = _QLORA[name], _LORA.get(name)
+    default = (lora or qlora).default
+    types = get_args(_TYPES[name]) if get_origin(_TYPES[name]) is not Literal else ()
+    types = types or (_TYPES[name],)
+    optional = NoneType in types
+    if not choices:
+        choices = tuple(v for one in types if get_origin(one) is Literal for v in get_args(one))
+        choices = (None, *choices) if choices and optional else choices
+    return Field(
+        STRATEGY + name,
+        _kind(types, choices),
+        default,
+        choices,
+        optional=optional and not choices,
+        method=None if lora else "qlora",
+        defaults=() if qlora.default == default else (("qlora", qlora.default),),
+        **limits,
+    )

@@ -29,8 +29,7 @@ _TEMPLATES = (None, "chatml", "plain", "raw")
 def validate_recipe(text: str, settings: Settings, owner: str) -> dict[str, Any]:
     """Returns a recipe as it would be run: checked, with places that exist and this page's limits.
 
-    Raises:
-        UserError: With all that is wrong with it.
+    Raises UserError with all that is wrong with it.
     """
     return validate_content(parse_yaml(text), settings, owner)
 

@@ -44,8 +44,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: object) -> dict[str, Any]:
     """Returns the mapping that YAML holds.
 
-    Raises:
-        UserError: If it is not YAML, has tags or aliases, or is too large.
+    Raises UserError if it is not YAML, has tags or aliases, or is too large.
     """
     if not isinstance(text, str) or not text.strip():
         raise UserError("checks.empty")

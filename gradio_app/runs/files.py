@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,27 @@ _NOISE = re.compile(
 )
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty one where there is none."""
+def read_json_object(file: Path, *keys: str) -> dict[str, Any]:
+    """Returns the object in a JSON file, or the one below its keys; empty where there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else {}
+
+
+def number(value: object) -> float | None:
+    """Returns a number of a JSON file as a float; ``None`` for everything else."""
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if known else None  # type: ignore[arg-type]
 
 
 def read_tensor_entries(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """Returns the header of a safetensors file by tensor, and where its values begin.
 
-    Raises:
-        ValueError: If it is not one, or is cut off within the header.
+    Raises ValueError if it is not one, or is cut off within the header.
     """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -99,28 +105,15 @@ def tail(file: Path, lines: int = LOG_LINES) -> str:
     return "\n".join(redacted("\n".join(cleaned).strip("\n")).split("\n")[-lines:])
 
 
-class Files:
-    """Texts of small files, read again only when they have changed."""
+def cached_text(file: Path) -> str | None:
+    """Returns the text of a small file, read again only when it has changed; ``None`` for none."""
+    try:
+        found = file.stat()
+        return _text(file, (found.st_mtime_ns, found.st_size, found.st_ino))
+    except (OSError, ValueError):
+        return None
 
-    def __init__(self, most: int = 2_000) -> None:
-        self._kept: OrderedDict[Path, tuple[tuple[int, int, int], str]] = OrderedDict()
-        self._most = most
-        self._lock = threading.Lock()
 
-    def text(self, file: Path) -> str | None:
-        """Returns the text of a file, ``None`` where there is none."""
-        try:
-            found = file.stat()
-            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-            with self._lock:
-                kept = self._kept.get(file)
-            if kept is not None and kept[0] == stamp:
-                return kept[1]
-            text = file.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            return None
-        with self._lock:
-            self._kept[file] = (stamp, text)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return text
+@lru_cache(maxsize=2_000)
+def _text(file: Path, stamp: tuple[int, int, int]) -> str:
+    return file.read_text(encoding="utf-8")

@@ -25,8 +25,9 @@ from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, redacted
 from gradio_app.runs.job_script import JSON_FILES, JSONL_FILES, LINE_PREFIX
 from gradio_app.runs.types import Executor, Run
+from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.status import ACTIVE, Status, write_json
+from lightning_peft.runs.status import ACTIVE, Status, read_status, write_json
 
 _log = logging.getLogger(__name__)
 JOB_FILE = "job.json"
@@ -94,14 +95,14 @@ def list_hardware(token: str) -> list[Hardware]:
 
 
 def max_cost(machine: Hardware, minutes: float) -> float:
-    """Returns the maximum cost of a job."""
+    """Returns the maximum cost of a job, in dollars."""
     return machine.dollars_per_hour * minutes / 60
 
 
 def start_job(
     folder: RunFolder, token: str, flavor: str, minutes: float, repository: str, package: str
 ) -> Job:
-    """Hands a run to the hub.
+    """Hands a run to the hub; raises UserError if its recipe needs files of this machine.
 
     Args:
         folder: Folder of the run, with its recipe.
@@ -110,9 +111,6 @@ def start_job(
         minutes: After how many minutes the hub ends it.
         repository: ``namespace/name`` on the hub for the adapter.
         package: What the job installs, as pip takes it.
-
-    Raises:
-        UserError: If the recipe needs files of this machine, which the job does not have.
     """
     repository = checked_hub_name(repository)
     recipe = folder.recipe.read_text(encoding="utf-8")
@@ -163,20 +161,19 @@ def job_of(folder: RunFolder) -> Job | None:
 
 def status_of(folder: RunFolder) -> Status | None:
     """Returns the last status of the job; its process cannot be inspected."""
-    try:
-        content = json.loads(folder.status_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    known = set(asdict(Status()))
-    return Status(**{key: value for key, value in content.items() if key in known})
+    return read_status(folder.status_file, inspect_process=False)
+
+
+def _require_job(folder: RunFolder) -> Job:
+    job = job_of(folder)
+    if job is None:
+        raise UserError("errors.no_such_run", run=folder.path.name)
+    return job
 
 
 def refresh(folder: RunFolder, token: str) -> None:
     """Brings the folder of a run up to what its job has said."""
-    job = job_of(folder)
-    if job is None:
-        raise UserError("errors.no_such_run", run=folder.path.name)
-    api = _api(token)
+    job, api = _require_job(folder), _api(token)
     where = {"job_id": job.id, "namespace": job.namespace}
     # The stage first: the last output of a job is then in the lines that follow.
     stage = api.inspect_job(**where).status.stage
@@ -185,17 +182,15 @@ def refresh(folder: RunFolder, token: str) -> None:
     rebuild_folder(folder, lines[job.lines :])
     job.lines = max(job.lines, len(lines))
     _save(folder, job)
-    said = status_of(folder) or Status()
-    if stage in _ENDED and said.state in ("queued", "preparing", "running", "stopping"):
-        ended = asdict(said) | {"state": _ENDED[stage], "eta_seconds": None}
+    last = status_of(folder) or Status()
+    if stage in _ENDED and last.state in (*ACTIVE, "queued"):
+        ended = asdict(last) | {"state": _ENDED[stage], "eta_seconds": None}
         write_json(folder.status_file, ended)
 
 
 def cancel(folder: RunFolder, token: str) -> None:
     """Ends the job of a run."""
-    job = job_of(folder)
-    if job is None:
-        raise UserError("errors.no_such_run", run=folder.path.name)
+    job = _require_job(folder)
     _api(token).cancel_job(job_id=job.id, namespace=job.namespace)
 
 
@@ -243,7 +238,8 @@ class JobsExecutor(Executor):
     uses_this_machine = False
     SECONDS = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         self._lock = threading.Lock()
         self._next: dict[Path, float] = {}
         self._tokens: dict[Path, tuple[str, float]] = {}

@@ -33,7 +33,7 @@ class RunStreamer:
         self.offsets = dict.fromkeys(JSONL_FILES, 0)
         self.seen: dict[str, str] = {}
 
-    def tell(self) -> None:
+    def print_new(self) -> None:
         """Prints what is new since the last time."""
         for name in JSONL_FILES:
             file = self.folder / name
@@ -56,29 +56,25 @@ class RunStreamer:
 
 
 def main() -> int:
-    """Trains, tells, pushes.
-
-    Returns:
-        The exit code of the training, or else of the push.
-    """
+    """Trains, streams, pushes; returns the exit code of the training, or else of the push."""
     folder = Path("run")
     folder.mkdir(exist_ok=True)
     recipe = Path("recipe.yaml")
     recipe.write_text(os.environ["RECIPE"], encoding="utf-8")
-    teller, ended = RunStreamer(folder), threading.Event()
+    streamer, ended = RunStreamer(folder), threading.Event()
 
-    def go_on_telling() -> None:
+    def stream() -> None:
         while not ended.wait(INTERVAL_SECONDS):
-            teller.tell()
+            streamer.print_new()
 
-    threading.Thread(target=go_on_telling, daemon=True).start()
+    threading.Thread(target=stream, daemon=True).start()
     training = subprocess.Popen([*COMMAND, "fit", f"--config={recipe}", f"--run_dir={folder}"])
     # A job that is cancelled or runs out of time saves what it has.
     signal.signal(signal.SIGTERM, lambda *_: training.send_signal(signal.SIGINT))
     code = training.wait()
     ended.set()
     time.sleep(0.1)
-    teller.tell()
+    streamer.print_new()
     repository = os.environ.get("PUSH_TO")
     if repository and (folder / "checkpoints").is_dir():
         words = ["export", str(folder), "exported", f"--push-to={repository}"]

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+import yaml
 
 from gradio_app.errors import UserError
 from gradio_app.runs.environment import training_environment
 from gradio_app.runs.files import read_json_object
-from gradio_app.runs.skipped_rows import skipped_rows_file, skips_bad_rows
 from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
 from lightning_peft.processes import process_record, recorded_process, start_detached
@@ -32,6 +32,14 @@ GRACE_SECONDS = 10.0
 # Between the two interrupts: the first one must have been taken.
 _SIGNAL_GAP_SECONDS = 0.3
 
+# Always this one, whatever name a recipe gives it: others in the folder are the run's record.
+_SKIPPED_ROWS = "left-out.jsonl"
+
+
+def skipped_rows_file(folder: RunFolder) -> Path:
+    """Returns the file that a run writes skipped rows to, with the reasons; it may not exist."""
+    return folder.path / _SKIPPED_ROWS
+
 
 class LocalExecutor(Executor):
     """Starts the command line in processes that belong to no server.
@@ -44,7 +52,8 @@ class LocalExecutor(Executor):
     uses_this_machine = True
 
     def __init__(self, settings: Settings, grace: float = GRACE_SECONDS) -> None:
-        self.settings, self.grace = settings, grace
+        super().__init__(settings)
+        self.grace = grace
         # The server's own children must be waited for, or they stay as zombies.
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         # Of runs that rest nothing changes unless their file does.
@@ -65,26 +74,18 @@ class LocalExecutor(Executor):
         env: Mapping[str, str] | None = None,
         **streams: IO[bytes],
     ) -> None:
-        """Starts the command line in a process of its own, recorded in a folder.
+        """Starts the command line in a process of its own, recorded in ``folder``.
 
-        Args:
-            folder: The folder; see :meth:`in_progress`.
-            arguments: Arguments of ``lightning-peft``.
-            cwd: Its working directory.
-            env: Its environment, by default that of a training.
-            **streams: ``stdout``, and ``stderr`` if it is another file.
-
-        Raises:
-            UserError: If it cannot be started.
+        ``env`` is by default that of a training, and ``streams`` are ``stdout``, and ``stderr`` if
+        it is another file. Raises UserError if the process cannot be started.
         """
         argv = [*self.settings.command, *arguments]
         env = env or training_environment(self.settings)
         try:
             process = start_detached(argv, cwd, env, **streams)
         except OSError as error:
-            raise UserError(
-                "run.refused_start", why=error.strerror or type(error).__name__
-            ) from None
+            why = error.strerror or type(error).__name__
+            raise UserError("run.refused_start", why=why) from None
         self._children[process.pid] = process
         write_json(folder / PROCESS, process_record(process.pid))
 
@@ -99,7 +100,7 @@ class LocalExecutor(Executor):
         if "ProgressBar" not in run.recipe_text:
             # A bar would be written to the file some times a second.
             words += ["--trainer.enable_progress_bar=false"]
-        if skips_bad_rows(run.recipe_text):
+        if _skips_bad_rows(run.recipe_text):
             words += [f"--data.init_args.skip_bad_rows={skipped_rows_file(run.folder)}"]
         return words
 
@@ -171,3 +172,11 @@ class LocalExecutor(Executor):
         for pid, process in list(self._children.items()):
             if process.poll() is not None:
                 self._children.pop(pid, None)
+
+
+def _skips_bad_rows(recipe: str) -> bool:
+    try:
+        content = yaml.safe_load(recipe)
+        return content["data"]["init_args"].get("skip_bad_rows") is not None
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return False

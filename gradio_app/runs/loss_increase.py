@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from gradio_app.runs.curves import relative_increase
-from gradio_app.runs.files import read_json_object
+from gradio_app.runs.files import number, read_json_object
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.types import Run
 
@@ -63,11 +61,5 @@ def is_worse(before: float, after: float) -> bool:
 
 def validation_losses(run: Run) -> tuple[float | None, float | None]:
     """Returns the validation loss before and after training that the result of a run has."""
-    result = read_json_object(run.folder.result)
-    before, after = (_loss(result.get(part)) for part in ("before", "after"))
-    return before, after
-
-
-def _loss(numbers: Any) -> float | None:
-    value = numbers.get("val_loss") if isinstance(numbers, Mapping) else None
-    return float(value) if isinstance(value, (int, float)) else None
+    before, after = (read_json_object(run.folder.result, part) for part in ("before", "after"))
+    return number(before.get("val_loss")), number(after.get("val_loss"))

@@ -52,8 +52,7 @@ class RunMetadata:
 def parse(text: str) -> RunMetadata:
     """Parses an ``app.json``; keys of later versions are ignored.
 
-    Raises:
-        ValueError: If it is not such a file.
+    Raises ValueError if it is not such a file.
     """
     content = json.loads(text)
     if not isinstance(content, dict):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gradio_app.runs.curves import Points, downsample
-from gradio_app.runs.files import parse_row
+from gradio_app.runs.files import number, parse_row
 
 # Of longer curves, half of the points go: those between the extremes.
 MAX_POINTS = 4_000
@@ -73,19 +73,16 @@ class Metrics:
             for name, points in self.curves.items():
                 self.curves[name] = [point for point in points if point[0] <= step]
         self._step = step
-        for name, value in row.items():
-            if (
-                name in _NOT_METRICS
-                or isinstance(value, bool)
-                or not isinstance(value, (int, float))
-            ):
+        for name, found in row.items():
+            value = number(found)
+            if name in _NOT_METRICS or value is None:
                 continue
             points = self.curves.setdefault(name, [])
             # The last line of a step counts.
             while points and points[-1][0] >= step:
                 points.pop()
-            points.append((step, float(value)))
-            self.latest[name] = float(value)
+            points.append((step, value))
+            self.latest[name] = value
             if len(points) > MAX_POINTS:
                 self.curves[name] = downsample(points, MAX_POINTS // 2)
 
@@ -103,15 +100,8 @@ class MetricsCache:
     """The numbers of the runs that are being looked at."""
 
     def __init__(self, most: int = MAX_RUNS) -> None:
-        self._kept: OrderedDict[Path, Metrics] = OrderedDict()
-        self._most = most
-        self._lock = threading.Lock()
+        self._metrics = lru_cache(maxsize=most)(Metrics)
 
     def of(self, file: Path) -> Metrics:
         """Returns the numbers in a ``metrics.jsonl`` as they are now."""
-        with self._lock:
-            kept = self._kept.pop(file, None) or Metrics(file)
-            self._kept[file] = kept
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-        return kept.refresh()
+        return self._metrics(file).refresh()

@@ -114,11 +114,7 @@ class RunQueue:
                     self.store.update_metadata(other, waiting=place)
 
     def cancel(self, owner: str, run_id: str) -> Run:
-        """Takes a run out of the queue; its folder stays.
-
-        Raises:
-            UserError: If it does not wait.
-        """
+        """Takes a run out of the queue; its folder stays. Raises UserError if it does not wait."""
         with self._lock:
             return self.store.update_metadata(self._waiting(owner, run_id), waiting=None)
 
@@ -142,8 +138,7 @@ class RunQueue:
     def stop(self, owner: str, run_id: str) -> Run:
         """Requests that a run finish its step, save and end; a waiting one leaves the queue.
 
-        Raises:
-            UserError: If it rests.
+        Raises UserError if it rests.
         """
         # Not between its launch and its process, which would not hear of it.
         with self._lock:
@@ -158,8 +153,7 @@ class RunQueue:
     def save(self, owner: str, run_id: str) -> Run:
         """Requests that a run save after its step and continue.
 
-        Raises:
-            UserError: If it is not at work.
+        Raises UserError if it is not at work.
         """
         run = self._require_active(owner, run_id)
         self.store.executor(run).save(run)
@@ -168,8 +162,7 @@ class RunQueue:
     def kill(self, owner: str, run_id: str) -> Run:
         """Ends a run at once; what it has learnt since its last checkpoint is lost.
 
-        Raises:
-            UserError: If it is not at work.
+        Raises UserError if it is not at work.
         """
         with self._lock:
             run = self._require_active(owner, run_id)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_run_id, inside, redacted
 from gradio_app.redaction import Redactor
 from gradio_app.runs import metadata as run_metadata
-from gradio_app.runs.derived_status import derive_status
-from gradio_app.runs.files import Files, read_json_object
+from gradio_app.runs.files import cached_text, read_json_object
 from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL, METADATA_FILE, RunMetadata
 from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.status import write_json
+from lightning_peft.runs.status import Status, write_json
 
 NAME_LENGTH = 80
 COMMANDS = frozenset({"fit"})
+# A run is said to be launched just before its process is there.
+_LAUNCHING_SECONDS = 3.0
 
 
 class RunStore:
@@ -36,7 +38,6 @@ class RunStore:
         self.settings = settings
         self.root = settings.runs
         self.executors = executors or {LOCAL: LocalExecutor(settings)}
-        self._files = Files()
 
     def list(self, owner: str) -> Sequence[Run]:
         """Returns the runs that ``owner`` may see, the newest first."""
@@ -52,11 +53,7 @@ class RunStore:
         return sorted(found, key=lambda run: (run.created, run.id), reverse=True)
 
     def get(self, owner: str, run_id: object) -> Run:
-        """Returns a run.
-
-        Raises:
-            UserError: If there is none of that id, or it is not this owner's: the same answer.
-        """
+        """Returns a run; raises the same UserError for none and for another owner's."""
         name = checked_run_id(run_id)
         run = self._read(name)
         if run is None or run.owner != owner:
@@ -64,14 +61,7 @@ class RunStore:
         return run
 
     def create(self, owner: str, recipe: str, name: str, command: str = "fit") -> Run:
-        """Makes the folder of a new run, which waits for nothing yet; see ``RunQueue.add``.
-
-        Args:
-            owner: Whose it is.
-            recipe: A recipe that has been checked.
-            name: What its owner calls it.
-            command: The subcommand that will run it.
-        """
+        """Makes the folder of a new run of a checked recipe; ``RunQueue.add`` starts it."""
         if command not in COMMANDS:
             raise ValueError(f"no run is started with {command!r}")
         folder = RunFolder.create(self.root, checked_name(name))
@@ -85,18 +75,13 @@ class RunStore:
         return self.update_metadata(self.get(owner, run_id), name=checked_name(name))
 
     def delete(self, owner: str, run_id: str) -> None:
-        """Deletes a run and everything it has saved.
-
-        Raises:
-            UserError: If it is at work, or something of it is being exported.
-        """
+        """Deletes a run and everything it has saved, unless it or an export of it is active."""
         run = self.get(owner, run_id)
         if run.active or self.executor(run).active(run):
             raise UserError("run.refused_active", name=run.name)
         here = self.executors[LOCAL]
-        if any(
-            here.in_progress(RunFolder(path)) for path in (run.folder.path / "exports").glob("*")
-        ):
+        exports = (run.folder.path / "exports").glob("*")
+        if any(here.in_progress(RunFolder(path)) for path in exports):
             raise UserError("export.refused_delete", name=run.name)
         path = inside(self.root, run.id)
         # A link in place of a folder would lead out of the root.
@@ -105,11 +90,7 @@ class RunStore:
         shutil.rmtree(path)
 
     def mark_stopped(self, owner: str, run_id: str) -> Run:
-        """Writes down that a run that vanished is stopped.
-
-        Raises:
-            UserError: If it has not vanished.
-        """
+        """Writes down that a crashed run is stopped; raises UserError if it has not crashed."""
         run = self.get(owner, run_id)
         if run.status.state != "crashed" or self.executor(run).active(run):
             raise UserError("run.refused_not_crashed", name=run.name)
@@ -127,7 +108,10 @@ class RunStore:
 
     def executor(self, run: Run) -> Executor:
         """Returns the executor of a run."""
-        return self.executors.get(run.metadata.where) or self.executors[LOCAL]
+        return self._executor(run.metadata)
+
+    def _executor(self, metadata: RunMetadata) -> Executor:
+        return self.executors.get(metadata.where) or self.executors[LOCAL]
 
     def _where(self) -> str:
         return next(iter(self.executors))
@@ -135,15 +119,15 @@ class RunStore:
     def _read(self, name: str) -> Run | None:
         path = self.root / name
         folder = RunFolder(path)
-        text = self._files.text(path / METADATA_FILE)
+        text = cached_text(path / METADATA_FILE)
         if text is None and not folder.status_file.is_file():
             return None
         try:
             metadata = RunMetadata(name=name) if text is None else run_metadata.parse(text)
-            executor = self.executors.get(metadata.where) or self.executors[LOCAL]
+            executor = self._executor(metadata)
             checked_run_id(name)
             redactor = Redactor(self.settings, path)
-            status = redactor.status(derive_status(folder, metadata, executor))
+            status = redactor.status(_derive_status(folder, metadata, executor))
             return Run(name, folder, metadata, status, redactor)
         except (UserError, ValueError, TypeError, KeyError):
             # Somebody else's folder, or a file that no version of this page writes.
@@ -151,13 +135,42 @@ class RunStore:
 
 
 def checked_name(text: object) -> str:
-    """Returns ``text`` as the name of a run: one line, of no more than some words.
-
-    Raises:
-        UserError: If nothing is left of it.
-    """
+    """Returns ``text`` as the name of a run, on one line; raises UserError if none is left."""
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     name = redacted(line)[:NAME_LENGTH].strip()
     if not name:
         raise UserError("run.refused_name")
     return name
+
+
+def _derive_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) -> Status:
+    """Returns the state of a run, from its own status, its process and the queue.
+
+    ``status.json`` is of the last process that wrote it. A run that waits, or was just started,
+    has not written it yet.
+    """
+    written = executor.status(folder)
+    if metadata.waiting is not None:
+        before = written or Status()
+        return replace(before, state="queued", phase="waiting in line", eta_seconds=None)
+    if metadata.launched is None:
+        return written or Status(state="queued", phase="not started")
+    if written is None or written.started < metadata.launched:
+        return _unwritten_status(folder, metadata, executor)
+    if metadata.resume and not written.step:
+        # A resumed run counts from its checkpoint once its first step is done.
+        written = replace(written, step=metadata.from_step)
+    if written.state == "crashed" and (metadata.kill_asked or metadata.stop_asked):
+        return replace(written, state="stopped", phase="stopped at once")
+    return written
+
+
+def _unwritten_status(folder: RunFolder, metadata: RunMetadata, executor: Executor) -> Status:
+    assert metadata.launched is not None
+    here = Status(step=metadata.from_step, started=metadata.launched, updated=metadata.launched)
+    launching = time.time() - metadata.launched < _LAUNCHING_SECONDS
+    if executor.in_progress(folder) or (launching and not metadata.kill_asked):
+        return replace(here, state="preparing", phase="starting")
+    if metadata.kill_asked or metadata.stop_asked:
+        return replace(here, state="stopped", phase="stopped at once")
+    return replace(here, state="failed", phase="failed before it began")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from gradio_app.runs.files import read_json_object, read_rows
+from gradio_app.runs.files import number, read_json_object, read_rows
+from gradio_app.runs.loss_increase import validation_losses
 from gradio_app.runs.types import Run
 from lightning_peft.task_registry import TaskSpec, tasks_of_module
 
@@ -35,9 +36,8 @@ class Summary:
 def summary_of(run: Run) -> Summary:
     """Returns the summary of a run."""
     task, method = task_of_run(run), _METHOD.search(run.recipe_text)
-    loss, validated = _loss(run)
     name = task.class_name if task is not None else ""
-    return Summary(name, method.group(1) if method else "", loss, validated)
+    return Summary(name, method.group(1) if method else "", *_loss(run))
 
 
 def task_of_run(run: Run) -> TaskSpec | None:
@@ -51,12 +51,12 @@ def task_of_run(run: Run) -> TaskSpec | None:
 
 
 def _loss(run: Run) -> tuple[float | None, bool]:
-    after = read_json_object(run.folder.result).get("after")
-    if isinstance(after, dict) and isinstance(after.get("val_loss"), (int, float)):
-        return float(after["val_loss"]), True
+    after = validation_losses(run)[1]
+    if after is not None:
+        return after, True
     rows = list(read_rows(run.folder.metrics, _TAIL_BYTES))
     for name in ("val_loss", "train_loss"):
-        values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
+        values = [value for row in rows if (value := number(row.get(name))) is not None]
         if values:
-            return float(values[-1]), name == "val_loss"
+            return values[-1], name == "val_loss"
     return None, False

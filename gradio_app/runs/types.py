@@ -11,6 +11,7 @@ from pathlib import Path
 from gradio_app.redaction import Redactor
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.metadata import RunMetadata
+from gradio_app.settings import Settings
 from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.status import ACTIVE, Status
 
@@ -89,16 +90,12 @@ class Run:
 
     def checkpoints(self) -> list[Checkpoint]:
         """Returns the saved adapters: the best ones first, then the newest."""
-        root = self.folder.checkpoints / "adapters"
-        found = [path.parent for path in root.glob("*/adapter_model.safetensors")]
-        steps = {
-            path: read_json_object(path / "provenance.json").get("global_step") for path in found
-        }
-        made = [
-            Checkpoint(path.name, step if isinstance(step, int) else None, path)
-            for path, step in steps.items()
-        ]
-        return sorted(made, key=lambda one: (not one.name.startswith("best"), -(one.step or 0)))
+        found = []
+        for file in (self.folder.checkpoints / "adapters").glob("*/adapter_model.safetensors"):
+            step = read_json_object(file.with_name("provenance.json")).get("global_step")
+            step = step if isinstance(step, int) else None
+            found.append(Checkpoint(file.parent.name, step, file.parent))
+        return sorted(found, key=lambda one: (not one.name.startswith("best"), -(one.step or 0)))
 
 
 class Executor(ABC):
@@ -110,16 +107,15 @@ class Executor(ABC):
     # Whether runs here share this machine, so that they wait for one another.
     uses_this_machine: bool
 
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
     def on_queued(self, run: Run) -> None:  # noqa: B027
         """Called when a run is queued, in the event of the visitor who queues it."""
 
     @abstractmethod
     def start(self, run: Run) -> None:
-        """Starts a run, or resumes it if ``run.metadata.resume``; returns at once.
-
-        Raises:
-            UserError: If it cannot be started.
-        """
+        """Starts or resumes a run and returns at once; raises UserError if that is not possible."""
 
     @abstractmethod
     def stop(self, run: Run) -> None:

@@ -34,15 +34,10 @@ GpuDecorator = Callable[..., Callable[[Call], Call]]
 
 
 def train(folder: str, words: list[str], environment: dict[str, str]) -> int:
-    """Runs the command line; called in the process that has the GPU.
+    """Runs the command line in the process that has the GPU; returns its exit code.
 
-    Args:
-        folder: The run's folder; what is printed goes into a file in it.
-        words: The command line.
-        environment: All that the run may see of this process's environment.
-
-    Returns:
-        The exit code of the command.
+    ``environment`` is all that the run may see of this process's. What is printed goes into a file
+    in the run's folder.
     """
     write_json(Path(folder) / PROCESS, process_record(os.getpid()))
     # What the lender has set belongs to the GPU.

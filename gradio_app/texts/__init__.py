@@ -34,9 +34,8 @@ class Texts:
     def __call__(self, key: str, **values: object) -> str:
         """Returns a text.
 
-        Raises:
-            KeyError: If there is none of that name, or a value of it is missing: the programmer's
-                mistake.
+        Raises KeyError if there is none of that name, or a value of it is missing: the programmer's
+        mistake.
         """
         return self._texts[key].format(**values)
 

@@ -74,10 +74,11 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def read_status(path: Path) -> Status | None:
-    """Returns the status in a file, ``"crashed"`` if its process ended without a final status.
+def read_status(path: Path, inspect_process: bool = True) -> Status | None:
+    """Returns the status in a file; ``None`` where there is no such file yet.
 
-    ``None`` where there is no such file yet.
+    It is ``"crashed"`` if its process ended without a final status, unless that process is on
+    another machine and cannot be inspected.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +86,7 @@ def read_status(path: Path) -> Status | None:
         return None
     known = {field.name for field in fields(Status)}
     status = Status(**{name: value for name, value in content.items() if name in known})
-    if status.state in ACTIVE and not is_alive(status):
+    if inspect_process and status.state in ACTIVE and not is_alive(status):
         return replace(status, state="crashed", eta_seconds=None)
     return status
 

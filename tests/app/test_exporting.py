@@ -25,8 +25,8 @@ from gradio_app.errors import UserError
 from gradio_app.export import record
 from gradio_app.export.archive import build_archive, iter_files
 from gradio_app.export.base_size import base_size
-from gradio_app.export.loading_code import loading_code
 from gradio_app.export.manager import ExportManager, pusher_environment
+from gradio_app.export.record import loading_code
 from gradio_app.export.request import validate_request
 from gradio_app.pages.run import export_html
 from gradio_app.runs.store import RunStore

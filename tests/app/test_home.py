@@ -9,7 +9,7 @@ import yaml
 
 from gradio_app.pages import home_html
 from gradio_app.recipe.content import merge_recipes
-from gradio_app.recipe.demo import demo_recipe
+from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore
@@ -115,7 +115,7 @@ def test_the_demos_recipe_is_one_that_lies_over_the_other():
     assert content["trainer"]["strategy"]["class_path"] == "lightning_peft.QLoRAStrategy"
     assert content["trainer"]["limit_train_batches"] == 12
     assert content["model"]["class_path"] == "lightning_peft.tasks.CausalLM"
-    assert content["model"]["init_args"]["model"].endswith("/demo/base")
+    assert content["model"]["init_args"]["model"] == "package:demo/base"
     assert merge_recipes({"a": {"b": 1, "c": [1]}}, {"a": {"c": [], "d": 0}}) == {
         "a": {"b": 1, "c": [], "d": 0}
     }

@@ -7,7 +7,7 @@ from gradio_app.recipe import edits, precision
 from gradio_app.recipe.content import value_at
 from gradio_app.recipe.edits import base_recipe, with_model
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.runs.bfloat16 import classify_cpu, classify_gpu, detect_bfloat16
+from gradio_app.recipe.precision import classify_cpu, classify_gpu, detect_bfloat16
 from gradio_app.texts import LANGUAGES, Texts
 
 FIELD = BY_PATH["trainer.precision"]

@@ -15,7 +15,7 @@ from finished import BASE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gradio_app.recipe.demo import demo_recipe
+from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "runs": set(),
     "recipe": {"runs"},
     "chat": {"runs"},
-    "export": {"runs"},
+    "export": {"runs", "recipe"},
     "compare": {"runs"},
 }
 # Of the library, what costs nothing to import.

@@ -13,7 +13,7 @@ from gradio_app.pages.run import live_html
 from gradio_app.pages.run.samples_html import samples
 from gradio_app.runs.curves import downsample, relative_increase, smooth, trend
 from gradio_app.runs.failures import find_failure, report
-from gradio_app.runs.files import Files, read_json_object, read_rows, remove_noise, tail
+from gradio_app.runs.files import cached_text, read_json_object, read_rows, remove_noise, tail
 from gradio_app.runs.formatting import (
     format_bytes,
     format_count,
@@ -151,12 +151,12 @@ def test_rows_and_objects_of_strange_files(tmp_path):
 
 
 def test_small_files_are_read_again_when_they_have_changed(tmp_path):
-    files, file = Files(), tmp_path / "a"
-    assert files.text(file) is None
+    file = tmp_path / "a"
+    assert cached_text(file) is None
     file.write_text("one")
-    assert files.text(file) == "one"
+    assert cached_text(file) == "one"
     file.write_text("two!")
-    assert files.text(file) == "two!"
+    assert cached_text(file) == "two!"
 
 
 FAILURES = {

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from gradio_app.recipe.demo import demo_recipe
+from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore

@@ -11,8 +11,7 @@ import psutil
 
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import BaseSize, base_size
-from gradio_app.export.loading_code import loading_code
-from gradio_app.export.record import Export
+from gradio_app.export.record import Export, loading_code
 from gradio_app.export.request import BITS, FORMATS, FULL_MODEL_FORMATS, ExportRequest
 from gradio_app.guards import escaped
 from gradio_app.pages import run_state

@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.chat import votes
+from gradio_app.chat.command import unsupported_task
 from gradio_app.chat.prompts import held_out_prompts, labels, system_prompt
-from gradio_app.chat.support import unsupported_task
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped
 from gradio_app.pages.error_reporting import localized_message, report_errors

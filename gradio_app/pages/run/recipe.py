@@ -17,7 +17,7 @@ from gradio_app.pages.markup import markup, render_code_spans
 from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
 from gradio_app.runs.failures import versions
 from gradio_app.runs.files import read_json_object
-from gradio_app.runs.skipped_rows import skipped_rows_file
+from gradio_app.runs.local import skipped_rows_file
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
