@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gradio_app.chat import request, support, votes
+from gradio_app.chat import command, request, votes
 from gradio_app.chat.prompts import (
     HeldOutPrompt,
     SystemPrompt,
@@ -274,22 +274,22 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     for kind in sorted(silent):
         known = getattr(import_module("lightning_peft.tasks"), kind)
         write_json(run.folder.provenance, {"task": f"{known.__module__}.{known.__name__}"})
-        assert support.unsupported_task(run) == kind
+        assert command.unsupported_task(run) == kind
         for language in LANGUAGES:
             assert Texts(language).has(f"playground.silent_{kind}")
     with refused("refused_silent"):
         loaded(speakers, run)
     for task in ("lightning_peft.tasks.causal_lm.CausalLM", "mine.TextClassifier"):
         write_json(run.folder.provenance, {"task": task})
-        assert support.unsupported_task(run) == ""
+        assert command.unsupported_task(run) == ""
     run.folder.provenance.unlink()
     callback = "trainer:\n  callbacks:\n  - class_path: lightning_peft.tasks.BestCheckpoint\n"
     run.folder.recipe.write_text(
         f"{callback}model:\n  class_path: lightning_peft.tasks.RewardModel\n"
     )
-    assert support.unsupported_task(run) == summary_of(run).task == "RewardModel"
+    assert command.unsupported_task(run) == summary_of(run).task == "RewardModel"
     run.folder.recipe.write_text(f"{callback}model:\n  class_path: mine.RewardModel\n")
-    assert support.unsupported_task(run) == summary_of(run).task == ""
+    assert command.unsupported_task(run) == summary_of(run).task == ""
 
 
 def test_visitors_take_turns(speak, store):
