@@ -32,11 +32,7 @@ _SHORTEST = 12
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 when the page was stopped, 1 if the port is taken, 2 for bad input.
-    """
+    """Runs the command; returns 0 when stopped, 1 if the port is taken, 2 for bad input."""
     args = _parser().parse_args(list(arguments))
     from gradio_app.serving import is_loopback, prepare_environment, serve
 
@@ -71,11 +67,7 @@ def _parser() -> OptionParser:
 
 
 def _password(host: str) -> tuple[str, str]:
-    """Returns name and password of a page that other machines can reach.
-
-    Raises:
-        ConfigError: If there is none, or it is easily guessed.
-    """
+    """Returns the name and a password that is not easily guessed, for other machines."""
     word = os.environ.get(_PASSWORD, "")
     if not word and sys.stdin.isatty():
         word = getpass.getpass(

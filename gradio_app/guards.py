@@ -32,10 +32,7 @@ def checked_run_id(text: object) -> str:
 
 
 def inside(root: Path, path: str | Path) -> Path:
-    """Returns ``path``, taken from ``root``, with all links followed.
-
-    Raises UserError if it leads out of ``root``.
-    """
+    """Returns ``path`` below ``root``, with all links followed; refuses what leads out."""
     if "\0" in str(path):
         raise UserError("errors.outside", path=shortened(path))
     found = (root / path).resolve()
@@ -45,10 +42,7 @@ def inside(root: Path, path: str | Path) -> Path:
 
 
 def checked_hub_name(text: object) -> str:
-    """Returns ``text`` if it can be the name of a repository on the hub, ``namespace/name``.
-
-    Raises UserError if it cannot, such as an address or a path.
-    """
+    """Returns ``text`` if it can be the name of a repository on the hub, ``namespace/name``."""
     name = text.strip() if isinstance(text, str) else ""
     if not _HUB_NAME.fullmatch(name) or ".." in name or "--" in name:
         raise UserError("errors.hub_name", name=shortened(text))
@@ -58,12 +52,7 @@ def checked_hub_name(text: object) -> str:
 def checked_revision(text: object, commit: bool = False) -> str | None:
     """Returns ``text`` if it can be a branch, tag or commit; ``None`` for none.
 
-    Args:
-        text: What was given.
-        commit: Whether it must be the 40 characters of a commit, which cannot be moved.
-
-    Raises:
-        UserError: If it cannot.
+    With ``commit`` it must be the 40 characters of a commit, which cannot be moved.
     """
     name = text.strip() if isinstance(text, str) else ""
     if not name and not commit:

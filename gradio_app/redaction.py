@@ -35,14 +35,10 @@ def bundled_folders() -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Redactor:
-    """How texts, recipes and records are given out.
+    """How texts, recipes and records of a run, if any, are given out.
 
     Whoever has the machine to themselves sees its paths, which are of use there. On a Space
     everyone is a stranger.
-
-    Args:
-        settings: What the server was started with.
-        run: Folder of the run that they are of; ``None`` for none.
     """
 
     settings: Settings = Settings()

@@ -136,17 +136,9 @@ def serve(
     password: tuple[str, str] | None = None,
     open_browser: bool = False,
 ) -> int:
-    """Serves the page until it is interrupted.
+    """Serves the page until it is interrupted; returns 0, or 1 if the port is taken.
 
-    Args:
-        settings: What the page may do.
-        host: Address to listen on.
-        port: Port; 0 takes a free one.
-        password: User name and password, if required.
-        open_browser: Whether to open the page in a browser.
-
-    Returns:
-        The exit code: 0, or 1 if the port is taken.
+    Port 0 takes a free one; ``password`` is a user name and a password.
     """
     prepare_environment()
     if port == 0:

@@ -39,14 +39,7 @@ _BINARY_PREFIXES = (
 
 @dataclass(frozen=True)
 class Upload:
-    """A file that was uploaded.
-
-    Attributes:
-        name: That of the file here; it begins with the day and ends with the visitor's own.
-        title: What its owner calls it.
-        path: Where it is.
-        size: Its bytes.
-    """
+    """A file that was uploaded, under a name of the page's making; the title is its owner's."""
 
     name: str
     title: str
@@ -64,14 +57,10 @@ class Uploads:
         self.folder = settings.uploads / owner
 
     def save(self, file: object, day: str) -> Upload:
-        """Checks a file that Gradio has received and keeps it.
+        """Checks a file that Gradio has received and keeps it; ``day`` is as ``"20261126"``.
 
-        Args:
-            file: Its path in Gradio's own folder, as the component gives it.
-            day: Today, as ``"20261126"``.
-
-        Raises:
-            UserError: If it is too large, of another type, or its content does not match its name.
+        Raises UserError if it is too large, of another type, or its content does not match its
+        name.
         """
         path = Path(str(file))
         suffix = path.suffix.lower()

@@ -18,15 +18,10 @@ _VALUE = re.compile(r"[0-9a-f]{32}")
 
 
 def owner_of(request: Any, space: bool) -> str:
-    """Returns who owns what this request starts.
+    """Returns who owns what this request, a ``gr.Request``, starts.
 
-    Args:
-        request: ``gr.Request`` of the event.
-        space: Whether strangers can reach the page.
-
-    Returns:
-        ``"local"``, ``"hf-NAME"`` of somebody signed in, or ``"v-..."``: a hash, so that the
-        files of a run do not hold what would let others act as its owner.
+    ``"local"``, ``"hf-NAME"`` of somebody signed in, or ``"v-..."``: a hash, so that the files of a
+    run do not hold what would let others act as its owner.
     """
     if not space:
         return LOCAL

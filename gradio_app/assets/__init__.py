@@ -70,9 +70,8 @@ def theme() -> Any:
 def head(titles: dict[str, str], labels: dict[str, dict[str, str]]) -> str:
     """Returns the ``head`` of each page.
 
-    Args:
-        titles: What the browser calls each page, by the last part of its path.
-        labels: For each other language, what to call what Gradio names in English alone.
+    ``titles`` are those of the pages, by the last part of their path; ``labels`` are translations,
+    by language, of what Gradio names in English alone.
     """
     known = json.dumps(titles).replace("<", "\\u003c")
     others = json.dumps(labels).replace("<", "\\u003c")

@@ -46,13 +46,7 @@ class HeldOutPrompt:
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """The system prompt that most rows of the training data have.
-
-    Attributes:
-        text: The prompt; empty if no row has one.
-        rows: How many rows have this one.
-        of: How many rows there are.
-    """
+    """The system prompt that most rows of the training data have: ``rows`` ``of`` all."""
 
     text: str = ""
     rows: int = 0
@@ -61,8 +55,7 @@ class SystemPrompt:
 
 def system_prompt(run: Run) -> SystemPrompt:
     """Returns the system prompt of a run's data."""
-    found = read_json_object(run.folder.prompts).get("system")
-    known = found if isinstance(found, dict) else {}
+    known = read_json_object(run.folder.prompts, "system")
     text, rows, of = known.get("text"), known.get("rows"), known.get("of")
     if not isinstance(text, str) or not isinstance(rows, int) or not isinstance(of, int):
         return SystemPrompt()
@@ -106,13 +99,8 @@ def _sampled(run: Run) -> list[HeldOutPrompt]:
 def extract_question(row: HeldOutPrompt, around: Sequence[str] | None) -> str:
     """Returns the question of a row.
 
-    Args:
-        row: A row. Where its turns are not known, its prompt is the text that the model was given,
-            with the template in it.
-        around: What the template puts before and after a first question.
-
-    Raises:
-        UserError: If more than a question is in that text, such as a system turn.
+    Where its turns are not known, its prompt is the text that the model was given, with ``around``
+    of the template before and after. Raises UserError if more than a question is in that text.
     """
     if row.turns is not None:
         return row.prompt

@@ -38,10 +38,7 @@ class Sampling:
 
 
 def validate_sampling(temperature: Any, top_p: Any, tokens: Any, seed: Any) -> Sampling:
-    """Returns the settings that a visitor has chosen.
-
-    Raises UserError if a value is none that can be.
-    """
+    """Returns the settings that a visitor has chosen; raises UserError if one is out of range."""
     return Sampling(
         temperature=_number("temperature", temperature, 0, MAX_TEMPERATURE),
         top_p=_number("top_p", top_p, 0.01, 1),
@@ -58,10 +55,7 @@ def _number(name: str, value: Any, least: float, most: float) -> float:
 
 
 def validate_text(text: Any, name: str = "question") -> str:
-    """Returns the text of a visitor.
-
-    Raises UserError if it is too long, or no text; for a question, also if it is empty.
-    """
+    """Returns the text of a visitor; raises UserError if it is too long, or an empty question."""
     found = text.strip() if isinstance(text, str) else ""
     if len(found) > MAX_TEXT:
         raise UserError("playground.refused_long", most=f"{MAX_TEXT:,}")
@@ -71,10 +65,7 @@ def validate_text(text: Any, name: str = "question") -> str:
 
 
 def build_messages(system: str, turns: Turns, question: str) -> list[dict[str, str]]:
-    """Returns the messages of a request.
-
-    Raises UserError if there are more turns than one conversation may have.
-    """
+    """Returns the messages of a request; raises UserError if there are too many turns."""
     if len(turns) >= MAX_TURNS:
         raise UserError("playground.refused_turns", n=MAX_TURNS // 2)
     opening = [{"role": "system", "content": system}] if system else []

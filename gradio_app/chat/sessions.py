@@ -31,11 +31,9 @@ POLL_SECONDS = 1.0
 class Timeouts:
     """How long is waited for what, in seconds.
 
-    Attributes:
-        loading: For a model to be loaded.
-        silence: For the next word, after which the process counts as hung.
-        idle: For the next question, before the model is unloaded.
-        reservation: For the next question, before another visitor of a Space may take the place.
+    For a model to be loaded; for the next word, after which the process counts as hung; for the
+    next question, before the model is unloaded; and before another visitor of a Space may take the
+    place.
     """
 
     loading: float = 1_800.0
@@ -48,14 +46,9 @@ class Timeouts:
 class ModelStatus:
     """State of a model process, for the visitor who uses it.
 
-    Attributes:
-        phase: ``"none"``, ``"loading"``, ``"ready"`` or ``"answering"``.
-        run_id: The run whose adapters it has.
-        what: What is being loaded, in the words of the command line.
-        seconds: For how long.
-        device: ``"cpu"`` or ``"cuda"``.
-        memory_bytes: What it takes: of the GPU its weights, else all of its main memory.
-        notes: What a user should know.
+    ``phase`` is ``"none"``, ``"loading"``, ``"ready"`` or ``"answering"``. ``what`` is being loaded
+    for so many ``seconds``. ``memory_bytes`` are on a GPU those of the weights, else all of its
+    main memory. ``notes`` are what a user should know.
     """
 
     phase: str = "none"
@@ -69,16 +62,11 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class AnswerChunk:
-    """An answer as far as it is there.
+    """An answer as far as it is there: all of its text so far, and whether it is done.
 
-    Attributes:
-        text: All of it so far.
-        done: Whether it is whole.
-        tokens: How many tokens it has.
-        ended: Whether the model ended it itself.
-        stopped: Whether the visitor did.
-        dropped: Turns of the conversation that were left out.
-        seconds: How long it took, once it is whole.
+    ``ended`` says whether the model ended it, ``stopped`` whether the visitor did; ``dropped``
+    counts turns of the conversation that were left out, and ``seconds`` are those of a whole
+    answer.
     """
 
     text: str
@@ -118,10 +106,7 @@ class _LoadedModel:
 class ChatSessions:
     """Starts, queries and ends the model process.
 
-    Args:
-        settings: What the server was started with.
-        using: Returns the run that uses the machine, which is then not shared with a model.
-        timeouts: Waiting times.
+    ``using`` returns the run that uses the machine, which is then not shared with a model.
     """
 
     def __init__(
@@ -224,15 +209,8 @@ class ChatSessions:
     ) -> Iterator[AnswerChunk]:
         """Yields an answer as it comes.
 
-        Args:
-            owner: The visitor.
-            run: The run whose model is loaded.
-            checkpoint: Which adapters answer; ``None`` for the base.
-            messages: The conversation, the question last.
-            sampling: How tokens are drawn.
-
-        Raises:
-            UserError: If the model is not loaded any more, may not be used now, or cannot answer.
+        ``checkpoint`` is ``None`` for the base. Raises UserError if the model is not loaded any
+        more, may not be used now, or cannot answer.
         """
         loaded, key = self._reserve(owner, run, checkpoint)
         whole = False

@@ -23,15 +23,10 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Ballot:
-    """Two answers whose sources are not revealed yet.
+    """Two answers to a prompt whose sources are not revealed yet.
 
-    Attributes:
-        run_id: The run.
-        checkpoint: Name of the checkpoint that is compared with the base.
-        prompt: The question.
-        who: ``"base"`` and ``"tuned"``, by side.
-        answers: What was said, by side.
-        settings: How tokens were drawn.
+    ``who`` answers, ``"base"`` or ``"tuned"``, and ``answers`` are by side; ``settings`` are those
+    of the sampling.
     """
 
     run_id: str
@@ -50,14 +45,7 @@ def shuffle_sides(chance: random.Random | None = None) -> dict[str, str]:
 
 
 def record_vote(run: Run, ballot: Ballot, vote: object) -> str:
-    """Writes a vote down.
-
-    Returns:
-        Whom it was for: ``"tuned"``, ``"base"``, ``"tie"`` or ``"both_bad"``.
-
-    Raises:
-        UserError: If the vote is invalid, or there are too many.
-    """
+    """Writes a vote down, unless there are too many; returns one of ``OUTCOMES``."""
     if vote not in VOTES or ballot.run_id != run.id or set(ballot.answers) != set(SIDES):
         raise UserError("playground.refused_vote")
     outcome = ballot.who.get(str(vote), str(vote))

@@ -13,13 +13,7 @@ MAX_ROWS = 12
 
 @dataclass(frozen=True)
 class AnswerComparison:
-    """What was said to one prompt.
-
-    Attributes:
-        prompt: The prompt.
-        expected: The answer in the data.
-        answers: The answer of each run; ``None`` for one without that prompt.
-    """
+    """The answer of each run to one prompt, ``None`` for a run without it, and the expected one."""
 
     prompt: str
     expected: str

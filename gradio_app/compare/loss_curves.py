@@ -15,11 +15,7 @@ _MOST_BYTES = 20_000_000
 def loss_curve(metrics: Metrics, loss: str, axis: str) -> list[tuple[float, float]]:
     """Returns the points of a curve, few enough to be drawn.
 
-    Args:
-        metrics: Numbers of a run.
-        loss: One of ``LOSSES``.
-        axis: One of ``AXES``. In minutes a pause of the run counts too; points whose time is not
-            known are left out.
+    In minutes a pause of the run counts too, and points whose time is not known are left out.
     """
     points = downsample(finite_points(metrics.curve(loss)))
     if axis == "step":

@@ -12,15 +12,9 @@ from gradio_app.runs.types import Run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run; what is not known is ``None``.
+    """Metrics before and after one run, its time, and its peak memory in bytes, if known.
 
-    Attributes:
-        before: Metrics before training.
-        after: Metrics after it.
-        steps: Optimizer steps.
-        seconds: How long it took.
-        memory: Bytes at most, on the GPU if there was one.
-        trainable: Weights that were trained.
+    Memory is that of the GPU if there was one.
     """
 
     before: dict[str, float]

@@ -15,12 +15,10 @@ MISSING = object()
 
 @dataclass(frozen=True)
 class Differences:
-    """What differs.
+    """What differs in recipes.
 
-    Attributes:
-        rows: Dotted path, and the value in each recipe; ``None`` for a recipe without it.
-        same: How many other settings are the same in all.
-        unreadable: Places of recipes that cannot be read.
+    ``rows`` have a dotted path and the value in each recipe, ``None`` for one without it. ``same``
+    counts the other settings; ``unreadable`` are places of recipes that cannot be read.
     """
 
     rows: tuple[tuple[str, tuple[str | None, ...]], ...]
@@ -83,8 +81,5 @@ def _format(value: Any) -> str | None:
         return None
     if isinstance(value, str):
         return value
-    return (
-        str(yaml.safe_dump(value, default_flow_style=True, allow_unicode=True))
-        .removesuffix("\n...\n")
-        .strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
+    return str(text).removesuffix("\n...\n").strip()

@@ -16,13 +16,7 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class RunSelection:
-    """The runs that are compared.
-
-    Attributes:
-        runs: Those that can be seen, in the order in which they were named.
-        missing: What else was named, shortened.
-        too_many: Whether more than ``MAX_RUNS`` were named.
-    """
+    """The runs that are compared, in the order in which they were named, and missing ones."""
 
     runs: tuple[Run, ...] = ()
     missing: tuple[str, ...] = ()

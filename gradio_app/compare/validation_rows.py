@@ -21,14 +21,14 @@ def same_validation_rows(runs: Sequence[Run]) -> bool:
 
 
 def _validation_rows(run: Run) -> tuple[Any, ...] | None:
-    data = read_json_object(run.folder.provenance).get("data")
-    if not isinstance(data, dict):
+    data = read_json_object(run.folder.provenance, "data")
+    splits = data.get("splits")
+    if not data:
         return None
-    splits, settings = _dict(data.get("splits")), _dict(data.get("settings"))
-    if not splits:
+    if not splits or not isinstance(splits, dict):
         # A data module of somebody else: all that is known of it.
         return (data, _limit(run))
-    encoding = _dict(settings.get("encoding"))
+    encoding = read_json_object(run.folder.provenance, "data", "settings", "encoding")
     how = {name: encoding.get(name) for name in ("tokenizer", "chat_template", "loss_on")}
     name = str(data.get("data", "")).replace("\\", "/").rpartition("/")[2]
     rows = (name, data.get("rows"), data.get("split_by"), splits.get("validation"))
@@ -42,7 +42,3 @@ def _limit(run: Run) -> Any:
         return recipe["trainer"].get("limit_val_batches")
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -28,10 +28,7 @@ _STAGED_SECONDS = 600
 
 
 def build_archive(export: Export, run: Run, staging: Path) -> Path:
-    """Returns a new zip of an export, with the recipe of its run.
-
-    Raises UserError if there is nothing, or no room for it.
-    """
+    """Returns a new zip of an export, with the recipe of its run, if there is room for it."""
     if not export.is_complete:
         raise UserError("export.refused_not_whole")
     _sweep(staging)

@@ -15,12 +15,7 @@ _LIBRARIES = 800_000_000
 
 @dataclass(frozen=True)
 class BaseSize:
-    """The weights of a base.
-
-    Attributes:
-        parameters: How many numbers there are.
-        largest: How many the largest tensor has.
-    """
+    """The parameters of a base, in all and of its largest tensor."""
 
     parameters: int
     largest: int
@@ -50,8 +45,8 @@ class BaseSize:
 
 def recorded_base(checkpoint: Path) -> tuple[str, str | None]:
     """Returns the base that a checkpoint records, and its commit; an empty name for none."""
-    base = read_json_object(checkpoint / "provenance.json").get("base")
-    if not isinstance(base, dict):
+    base = read_json_object(checkpoint / "provenance.json", "base")
+    if not base:
         name = read_json_object(checkpoint / "adapter_config.json").get("base_model_name_or_path")
         return str(name or ""), None
     revision = base.get("revision")

@@ -40,10 +40,7 @@ MAX_EXPORTS_ON_SPACE = 4
 class ExportManager:
     """Starts, watches and ends exports. What there is to know of them is in the run's folder.
 
-    Args:
-        settings: What the server was started with.
-        store: All runs.
-        busy: Returns the run that uses this machine, if one does.
+    ``busy`` returns the run that uses this machine, if one does.
     """
 
     def __init__(self, settings: Settings, store: RunStore, busy: Callable[[], Run | None]) -> None:

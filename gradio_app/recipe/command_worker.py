@@ -35,13 +35,10 @@ _END_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class CommandResult:
-    """The result of a command.
+    """The exit code and the outputs of a command, the error output redacted.
 
-    Attributes:
-        code: Its exit code; ``None`` if it took too long, or its process died.
-        out: Its standard output.
-        err: Its error output, redacted.
-        cancelled: Whether it was ended, or not begun, as its result was no longer needed.
+    The code is ``None`` if it took too long or its process died; ``cancelled`` says that it was
+    ended, or not begun, as its result was no longer needed.
     """
 
     code: int | None
@@ -62,14 +59,7 @@ class CommandWorker:
     """Runs commands of the command line in one long-lived process, in the order they come.
 
     The process starts with the first command, or with :meth:`start`. It is started again after it
-    has died or taken too long, and ends after some idle minutes.
-
-    Args:
-        settings: What the server was started with.
-        idle_seconds: After how long without a command the process ends.
-
-    Attributes:
-        redactor: Redacts error output.
+    has died or taken too long, and ends after ``idle_seconds`` without a command.
     """
 
     def __init__(self, settings: Settings, idle_seconds: float = IDLE_SECONDS) -> None:
@@ -177,12 +167,7 @@ class CommandWorker:
         still_needed: Callable[[], bool] | None = None,
         on_rows: Callable[[int], None] | None = None,
     ) -> dict[str, Any] | None:
-        """Returns the answer with that number; ``None`` once it is no longer needed.
-
-        Raises:
-            ProcessExited: If the process has ended.
-            TimeoutError: If it does not come in time.
-        """
+        """Returns the answer with that number; ``None`` once it is no longer needed."""
         end = time.monotonic() + timeout
         while True:
             left = max(0.0, end - time.monotonic())

@@ -48,10 +48,7 @@ _SHARED_PATHS = (
 
 
 def load_recipe(name: object) -> dict[str, Any]:
-    """Returns a recipe; one for small trials is laid over the recipe that it belongs to.
-
-    Raises UserError if there is none of that name.
-    """
+    """Returns a recipe; one for small trials is laid over the recipe that it belongs to."""
     if not isinstance(name, str) or name not in _files():
         raise UserError("checks.no_recipe", name=shortened(name))
     content = load_recipe_file(name)
@@ -61,10 +58,7 @@ def load_recipe(name: object) -> dict[str, Any]:
 
 
 def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[str, Any]:
-    """Returns the recipe of a task; the small trial has a model and data that are here already.
-
-    Raises UserError if the task does not exist.
-    """
+    """Returns the recipe of a task; the small trial has a model and data that are here already."""
     if not isinstance(task, str) or task not in TASKS or method not in METHODS:
         raise UserError("checks.no_recipe", name=shortened(task))
     content = load_recipe(f"{task}-{method}")
@@ -144,11 +138,8 @@ def with_task(content: dict[str, Any], name: object) -> dict[str, Any]:
     """Returns the recipe of another task, with model and data kept where the task takes them.
 
     A model is kept where it is offered for both tasks, or both train the same class of model; data
-    where both take rows of the same shapes. Settings that both have and that were not changed
-    are those of the other task.
-
-    Raises:
-        UserError: If the task does not exist.
+    where both take rows of the same shapes. Settings that both have and that were not changed are
+    those of the other task.
     """
     other = base_recipe(name, method_of(content))
     before, after = task_of_config(content), TASKS[str(name)]
@@ -231,10 +222,7 @@ def _copy_values(
 
 
 def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
-    """Returns the recipe with LoRA or QLoRA; what only one of them takes is left out.
-
-    Raises UserError if it is neither.
-    """
+    """Returns the recipe with LoRA or QLoRA; what only one of them takes is left out."""
     if not isinstance(method, str) or method not in METHODS:
         raise UserError("checks.no_method", name=shortened(method))
     if method == method_of(content):
@@ -250,10 +238,7 @@ def with_method(content: dict[str, Any], method: object) -> dict[str, Any]:
 
 
 def with_amount(content: dict[str, Any], amount: object) -> dict[str, Any]:
-    """Returns the recipe with epochs, rank and learning rate of a preset.
-
-    Raises UserError if the preset does not exist.
-    """
+    """Returns the recipe with epochs, rank and learning rate of a preset."""
     if not isinstance(amount, str) or amount not in AMOUNTS:
         raise UserError("checks.no_amount", name=shortened(amount))
     epochs, rank, factor = AMOUNTS[amount]

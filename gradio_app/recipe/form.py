@@ -158,14 +158,10 @@ def _parse_pairs(text: str) -> dict[str, int]:
 def apply_form(
     content: dict[str, Any], given: Mapping[str, object]
 ) -> tuple[dict[str, Any], dict[str, UserError]]:
-    """Returns the recipe with what stands in the form, and what of that cannot be.
+    """Returns the recipe with the values of the form, by path, and the problems of invalid ones.
 
-    A key is only written where it says something else than before: a recipe that is opened and left
-    as it is stays as it is.
-
-    Args:
-        content: The recipe that the form was filled from.
-        given: What stands in the form, by path.
+    A key is only written where its value has changed: a recipe that is opened and left as it is
+    stays as it is.
     """
     problems: dict[str, UserError] = {}
     for field in FIELDS:
@@ -199,14 +195,9 @@ def changed_paths(content: Mapping[str, Any], since: Mapping[str, Any]) -> list[
 def rebase_defaults(
     since: dict[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the choices behind a recipe, with all that they changed in it.
+    """Returns the origin of a recipe, with all that a choice has changed in it.
 
     Whoever chooses a model has not changed the learning rate that goes with it.
-
-    Args:
-        since: What the recipe was made of.
-        before: The recipe before the choice.
-        after: The recipe after it.
     """
     strategy = "trainer.strategy.class_path"
     since = with_value(since, strategy, value_at(after, strategy, MISSING))
@@ -217,10 +208,7 @@ def rebase_defaults(
 
 
 def reset_field(content: dict[str, Any], since: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns a recipe in which a setting is again what it was.
-
-    Raises UserError if the setting does not exist.
-    """
+    """Returns a recipe in which a setting is again what it was."""
     if path not in BY_PATH:
         raise UserError("checks.unknown", where=shortened(path))
     return with_value(content, path, value_at(since, path, MISSING))

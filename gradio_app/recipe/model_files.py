@@ -68,10 +68,7 @@ def remote_code_files(folder: Path) -> list[str]:
 
 
 def validate_folder(folder: Path) -> None:
-    """Refuses a folder that holds no whole model.
-
-    Raises UserError with what is missing or damaged.
-    """
+    """Refuses a folder that holds no whole model, with what is missing or damaged."""
     name = folder.name
     config = read_json_object(folder / "config.json")
     kind = config.get("model_type")
@@ -146,9 +143,8 @@ def tensor_sizes(file: Path) -> list[int]:
 
 def _indexed_files(folder: Path) -> list[str]:
     """Returns the files that the weights are said to be in; none where nothing is said."""
-    files = read_json_object(folder / _INDEX).get("weight_map")
-    names = set(files.values()) if isinstance(files, dict) else set()
-    return sorted(name for name in names if isinstance(name, str) and "/" not in name)
+    names = read_json_object(folder / _INDEX, "weight_map").values()
+    return sorted({name for name in names if isinstance(name, str) and "/" not in name})
 
 
 def _is_complete(file: Path) -> bool:

@@ -35,10 +35,7 @@ class AllowedPaths:
         return self.settings.uploads / self.owner
 
     def data(self, value: object) -> str:
-        """Returns the path of some rows as the run gets it.
-
-        Raises UserError if this page may not read it, and it is not a name on the hub.
-        """
+        """Returns the path of some rows as the run gets it, or their name on the hub."""
         text = _checked_text(value)
         if text.startswith(UPLOAD):
             return Uploads(self.settings, self.owner).get(text.removeprefix(UPLOAD)).path.as_posix()
@@ -61,10 +58,7 @@ class AllowedPaths:
         return _hub_name(text)
 
     def model(self, value: object) -> str:
-        """Returns the path of a model, tokenizer or processor as the run gets it.
-
-        Raises UserError if this page may not read it, and it is not a name on the hub.
-        """
+        """Returns the path of a model, tokenizer or processor for the run, or a hub name."""
         text = _checked_text(value)
         root = self.settings.models_root
         found = _bundled_path(text) or _path_in_root(text, root, Path.is_dir)
@@ -79,13 +73,10 @@ class AllowedPaths:
         return Redactor(self.settings).portable(value)
 
     def written(self, value: object) -> str:
-        """Returns the name of the file that rows are written to which a run leaves out.
+        """Returns the name of the file for the rows that a run skips.
 
-        The folder is that of the run, which is only known when it starts; a path that an earlier
+        Its folder is that of the run, which is only known when it starts; a path that an earlier
         run had there stands for the name.
-
-        Raises:
-            UserError: If it is more than a name.
         """
         text = _checked_text(value)
         if _path_below(text, self.settings.runs) is not None:
@@ -96,11 +87,7 @@ class AllowedPaths:
 
 
 def data_files(root: Path) -> dict[str, int]:
-    """Returns the files and folders of data below a root by name, with their bytes.
-
-    Args:
-        root: The folder; what lies deeper in it than in a folder is not listed.
-    """
+    """Returns the data files below a root by name, two levels deep, with their bytes."""
     found = [path for pattern in ("*", "*/*") for path in root.glob(pattern)]
     files = [path for path in found if path.is_file() and _FILE.fullmatch(path.name.lower())]
     shown = [path for path in files if not any(p.startswith(".") for p in _parts(path, root))]

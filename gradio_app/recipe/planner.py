@@ -92,12 +92,9 @@ class PlanCache:
 
 @dataclass(frozen=True)
 class Fix:
-    """A change that needs less memory.
+    """A change that needs less memory, and the plan with it.
 
-    Attributes:
-        name: Key of its text: ``"qlora"``, ``"checkpointing"``, ``"batch"``, ``"length"`` or
-            ``"all"``.
-        plan: The plan with it.
+    It is ``"qlora"``, ``"checkpointing"``, ``"batch"``, ``"length"`` or ``"all"``.
     """
 
     name: str
@@ -105,10 +102,7 @@ class Fix:
 
 
 def validate_device(text: object) -> str:
-    """Returns the arguments of the plan command for a run.
-
-    Raises UserError if it is neither a GPU of the list nor an amount.
-    """
+    """Returns the device that a visitor named, if it is a GPU of the list or an amount."""
     name = text.strip() if isinstance(text, str) else ""
     if name in (THIS_MACHINE, *GPUS) or _AMOUNT.fullmatch(name):
         return name
@@ -159,14 +153,7 @@ def plan_arguments(content: dict[str, Any], device: str, length: int) -> list[st
 def plan_memory(
     content: dict[str, Any], device: str, ask: RunCommand, longest: int | None = None
 ) -> Plan:
-    """Returns the memory plan of a checked recipe.
-
-    Args:
-        content: The recipe.
-        device: As :func:`validate_device` returns it.
-        ask: Runs the command of these words.
-        longest: Tokens of the longest row of its data, where that is known.
-    """
+    """Returns the memory plan of a checked recipe for a device; ``ask`` runs the command."""
     length, length_source = length_of(content, longest)
     words = plan_arguments(content, device, length)
     if isinstance(words, str):

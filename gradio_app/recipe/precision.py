@@ -30,12 +30,7 @@ _FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @dataclass(frozen=True)
 class Precision:
-    """The default, from which the form takes both the value and the help.
-
-    Attributes:
-        value: As ``Trainer(precision=...)`` takes it.
-        reason: Of its text: ``fields.precision_REASON``.
-    """
+    """The default of ``Trainer(precision=...)``, and the reason in ``fields.precision_REASON``."""
 
     value: str
     reason: str

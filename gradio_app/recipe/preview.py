@@ -19,6 +19,7 @@ SAMPLE_ROWS = 5
 # Every row is read and turned into tokens; a shared machine has less time for one visitor.
 SECONDS = 900.0
 SPACE_SECONDS = 90.0
+PARSER_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,9 @@ def preview_data(
     still_needed: Callable[[], bool] | None = None,
     on_rows: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """Returns the preview of training on the rows of a recipe.
+    """Returns the preview of training on the rows of a checked recipe.
 
-    Args:
-        content: A recipe that has been checked.
-        worker: Runs the command.
-        space: Whether strangers ask.
-        still_needed: Polled; returns whether the answer is still needed.
-        on_rows: Is given how many rows have been read, again and again.
+    ``still_needed`` is polled, and ``on_rows`` is called with the number of rows read so far.
     """
     place = data_of(content)
     skipping = value_at(content, "data.init_args.skip_bad_rows", None)
@@ -93,13 +89,12 @@ def preview_data(
         # The run checks it before its first step.
         return DataReport({"series": True} if table else {}, table)
     with tempfile.TemporaryDirectory(prefix="studio-") as folder:
-        file = Path(folder) / "recipe.yaml"
         if skipping is not None:
             # The file is the run's; this only shows what it would contain.
             skipped_rows_file = str(Path(folder) / "left-out.jsonl")
             content = with_value(content, "data.init_args.skip_bad_rows", skipped_rows_file)
-        file.write_text(dump_yaml({"data": content["data"]}), encoding="utf-8")
-        words = ["preview", "--json", f"--rows={SAMPLE_ROWS}", f"--config={file}"]
+        words = ["preview", "--json", f"--rows={SAMPLE_ROWS}"]
+        words += [_config(folder, {"data": content["data"]})]
         answer = worker.run(words, SPACE_SECONDS if space else SECONDS, still_needed, on_rows)
     if answer.cancelled:
         return DataReport(table=table, cancelled=True)
@@ -111,6 +106,25 @@ def preview_data(
         "problems": worker.redactor.value(numbers.get("problems", []), worker.redactor.record)
     }
     return DataReport(numbers | redacted_rows, table, skipping=skipping is not None)
+
+
+def _config(folder: str, content: dict[str, Any]) -> str:
+    file = Path(folder) / "recipe.yaml"
+    file.write_text(dump_yaml(content), encoding="utf-8")
+    return f"--config={file}"
+
+
+def parser_error(
+    content: dict[str, Any], worker: CommandWorker, still_needed: Callable[[], bool] | None = None
+) -> str:
+    """Returns the error of ``lightning-peft fit`` for a checked recipe; empty if there is none.
+
+    Its own parser knows every argument. Nothing is made and nothing is loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="studio-") as folder:
+        words = ["fit", _config(folder, content), "--print_config"]
+        answer = worker.run(words, PARSER_SECONDS, still_needed)
+    return "" if answer.code == 0 else error_message(answer) or "-"
 
 
 def local_path(place: str) -> Path:

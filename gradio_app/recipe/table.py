@@ -23,12 +23,7 @@ _DOCUMENT_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class Table:
-    """Some rows of a file.
-
-    Attributes:
-        columns: Names of all their columns, in order.
-        rows: Their values as text, a row of the same length each.
-    """
+    """Some rows of a file: the names of all their columns, and their values as text."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -37,12 +32,9 @@ class Table:
 def first_rows(
     path: Path, content: Mapping[str, Any] | None = None, most: int = MAX_ROWS
 ) -> Table | None:
-    """Returns the first rows of a file; ``None`` where nothing of it can be read.
+    """Returns the first rows of a file or folder; ``None`` where nothing of it can be read.
 
-    Args:
-        path: The file, of a kind that the library reads; of a folder, its first file.
-        content: The recipe, which may set how files are read.
-        most: How many.
+    The recipe may set how files are read.
     """
     given = {
         name: value_at(content or {}, f"data.init_args.{name}", None) for name in _READ_OPTIONS

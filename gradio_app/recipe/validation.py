@@ -27,10 +27,7 @@ _TEMPLATES = (None, "chatml", "plain", "raw")
 
 
 def validate_recipe(text: str, settings: Settings, owner: str) -> dict[str, Any]:
-    """Returns a recipe as it would be run: checked, with places that exist and this page's limits.
-
-    Raises UserError with all that is wrong with it.
-    """
+    """Returns a recipe as it would be run: checked, with existing places and this page's limits."""
     return validate_content(parse_yaml(text), settings, owner)
 
 
@@ -261,14 +258,8 @@ def remote_code_model(content: dict[str, Any]) -> str | None:
 def check_files(name: str, revision: object, trusted: bool) -> None:
     """Refuses what the files on this machine show to be no model that a run can load.
 
-    Args:
-        name: Where the model lies, as :meth:`AllowedPaths.model` returns it.
-        revision: Branch, tag or commit on the hub.
-        trusted: Whether the code that comes with it may be run.
-
-    Raises:
-        UserError: If a folder holds no whole model, or a model needs code of its own that was not
-            has allowed to be run.
+    That is a folder without a whole model, or a model that needs code of its own which may not be
+    run.
     """
     if Path(name).is_absolute():
         validate_folder(Path(name))

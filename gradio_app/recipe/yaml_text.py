@@ -42,10 +42,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: object) -> dict[str, Any]:
-    """Returns the mapping that YAML holds.
-
-    Raises UserError if it is not YAML, has tags or aliases, or is too large.
-    """
+    """Returns the mapping that YAML of a visitor holds; tags and aliases are refused."""
     if not isinstance(text, str) or not text.strip():
         raise UserError("checks.empty")
     if len(text) > MAX_CHARACTERS:

@@ -40,10 +40,8 @@ def _value(point: tuple[int, float]) -> float:
 def smooth(points: Points, weight: float) -> Points:
     """Returns the exponential moving average of the points.
 
-    Args:
-        points: The points.
-        weight: How much of the average so far stays, 0 to 1; corrected at the beginning, so that
-            the first point is not pulled to zero (as in Adam, arXiv:1412.6980, section 3).
+    ``weight`` is how much of the average so far stays, 0 to 1; corrected at the beginning, so that
+    the first point is not pulled to zero (as in Adam, arXiv:1412.6980, section 3).
     """
     if not 0 < weight < 1:
         return list(points)

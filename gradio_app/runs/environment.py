@@ -42,10 +42,7 @@ def training_environment(
 ) -> dict[str, str]:
     """Returns the environment of a process that runs the command line.
 
-    Args:
-        settings: Those of the server.
-        outer: The environment of the server.
-        loggers: Pass the credentials of loggers, on a machine of one's own.
+    ``loggers`` passes their credentials, on a machine of one's own.
     """
     personal = loggers and not settings.space
     beginnings = _BEGINNINGS + _PERSONAL if personal else _BEGINNINGS

@@ -40,13 +40,7 @@ _OWN = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended.
-
-    Attributes:
-        kind: Which texts tell it: ``"gpu_memory"``, ``"killed"``, ``"explained"``, ...
-        message: What the run itself said, redacted; empty if nothing.
-        details: Its traceback or last lines, redacted.
-    """
+    """Why a run ended: the kind, which selects the texts, and its own words, redacted."""
 
     kind: str
     message: str
@@ -111,8 +105,8 @@ def report(run: Run) -> str:
 
 def versions(run: Run) -> dict[str, str]:
     """Returns the versions that a run had, or those that are installed, without importing them."""
-    known = read_json_object(run.folder.provenance).get("versions")
-    if isinstance(known, dict) and known:
+    known = read_json_object(run.folder.provenance, "versions")
+    if known:
         return {str(name): run.redactor.text(str(version)) for name, version in known.items()}
     found = {}
     for package in _PACKAGES:

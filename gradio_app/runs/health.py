@@ -24,9 +24,8 @@ _MAX_RUNS = 100
 class HealthWarning:
     """Something that the visitor should know.
 
-    Attributes:
-        kind: ``"stuck"``, ``"disk"`` or ``"memory"``.
-        value: Seconds since the last step, bytes free, or percent used.
+    ``"stuck"`` with the seconds since the last step, ``"disk"`` with the bytes free, or
+    ``"memory"`` with the percentage used.
     """
 
     kind: str

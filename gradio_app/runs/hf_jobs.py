@@ -44,13 +44,7 @@ _ENDED = {"COMPLETED": "finished", "CANCELED": "stopped", "ERROR": "failed", "DE
 
 @dataclass(frozen=True)
 class Hardware:
-    """A machine on the hub.
-
-    Attributes:
-        flavor: What the hub calls it.
-        title: For people.
-        dollars_per_hour: Price.
-    """
+    """A machine on the hub, with the hub's name for it and one for people."""
 
     flavor: str
     title: str

@@ -44,9 +44,7 @@ def skipped_rows_file(folder: RunFolder) -> Path:
 class LocalExecutor(Executor):
     """Starts the command line in processes that belong to no server.
 
-    Args:
-        settings: What the server was started with.
-        grace: Seconds between the last request to end and the end by force.
+    ``grace`` is the time in seconds between the last interrupt and the end by force.
     """
 
     uses_this_machine = True

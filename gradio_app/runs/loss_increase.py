@@ -16,14 +16,7 @@ _WORSE = 1.01
 
 @dataclass(frozen=True)
 class LossIncrease:
-    """A run that got worse.
-
-    Attributes:
-        metric: ``"val_loss"``, or ``"train_loss"`` where there is no validation.
-        before: Its value at the start.
-        after: Its value now; may be infinite or not a number.
-        rate: The highest learning rate so far, where that is known.
-    """
+    """A loss at the start and now, maybe not finite, and the highest learning rate so far."""
 
     metric: str
     before: float

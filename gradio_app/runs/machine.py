@@ -40,11 +40,7 @@ class Machine:
     cores: int
 
     def max_billions(self, quantized: bool) -> float:
-        """Returns about how many billion weights a base may have, rounded down to usual sizes.
-
-        Args:
-            quantized: Whether it is 4-bit (QLoRA) rather than 16-bit (LoRA).
-        """
+        """Returns about how many billion parameters a base may have, rounded to usual sizes."""
         memory = (self.gpu_bytes if self.gpu else self.memory_bytes) / 1e9
         most = (memory - _OVERHEAD) / (_QLORA if quantized else _LORA)
         if not self.gpu:

@@ -50,10 +50,7 @@ class RunMetadata:
 
 
 def parse(text: str) -> RunMetadata:
-    """Parses an ``app.json``; keys of later versions are ignored.
-
-    Raises ValueError if it is not such a file.
-    """
+    """Parses an ``app.json``; keys of later versions are ignored."""
     content = json.loads(text)
     if not isinstance(content, dict):
         raise ValueError("app.json holds no object")
@@ -69,11 +66,7 @@ def parse(text: str) -> RunMetadata:
 
 
 def update(folder: Path, metadata: RunMetadata, **changes: Any) -> RunMetadata:
-    """Changes what is known of a run.
-
-    Returns:
-        What is known now.
-    """
+    """Changes the metadata of a run on disk, and returns all of it."""
     with _lock:
         file = folder / METADATA_FILE
         if file.is_file():

@@ -44,15 +44,10 @@ class RunQueue:
         self._thread.join(5)
 
     def add(self, run: Run, resume: bool = False) -> Run:
-        """Puts a run at the end of the queue.
+        """Puts a new or resting run at the end of the queue.
 
-        Args:
-            run: A new one, or one that rests.
-            resume: Whether it is resumed from its checkpoint.
-
-        Raises:
-            UserError: If it is at work or waits already, has no checkpoint to resume from, or its
-                owner has as many runs as one may have.
+        Raises UserError if it is active or waits already, has no checkpoint to resume from, or its
+        owner has as many runs as one may have.
         """
         with self._lock:
             run = self.store.get(run.owner, run.id)
@@ -94,12 +89,9 @@ class RunQueue:
         return ids.index(run.id) + 1 if run.id in ids else None
 
     def move(self, owner: str, run_id: str, by: int) -> None:
-        """Moves a run among its owner's own in the queue.
+        """Moves a run among its owner's own in the queue by some places, forwards if negative.
 
-        Args:
-            owner: Whose it is; other owners' runs keep their places.
-            run_id: Which one.
-            by: By how many places, forwards if negative.
+        Other owners' runs keep their places.
         """
         with self._lock:
             run = self._waiting(owner, run_id)
@@ -136,10 +128,7 @@ class RunQueue:
         ]
 
     def stop(self, owner: str, run_id: str) -> Run:
-        """Requests that a run finish its step, save and end; a waiting one leaves the queue.
-
-        Raises UserError if it rests.
-        """
+        """Requests that a run finish its step, save and end; a waiting one leaves the queue."""
         # Not between its launch and its process, which would not hear of it.
         with self._lock:
             if self.store.get(owner, run_id).waiting:
@@ -151,19 +140,13 @@ class RunQueue:
             )
 
     def save(self, owner: str, run_id: str) -> Run:
-        """Requests that a run save after its step and continue.
-
-        Raises UserError if it is not at work.
-        """
+        """Requests that an active run save after its step and continue."""
         run = self._require_active(owner, run_id)
         self.store.executor(run).save(run)
         return run
 
     def kill(self, owner: str, run_id: str) -> Run:
-        """Ends a run at once; what it has learnt since its last checkpoint is lost.
-
-        Raises UserError if it is not at work.
-        """
+        """Ends an active run at once; what it has learnt since its last checkpoint is lost."""
         with self._lock:
             run = self._require_active(owner, run_id)
             self.store.executor(run).kill(run)

@@ -29,9 +29,7 @@ _LAUNCHING_SECONDS = 3.0
 class RunStore:
     """All runs below one folder.
 
-    Args:
-        settings: What the server was started with.
-        executors: Executors by name, the one for new runs first; by default the local one.
+    ``executors`` are by name, the one for new runs first; by default the local one.
     """
 
     def __init__(self, settings: Settings, executors: Mapping[str, Executor] | None = None) -> None:

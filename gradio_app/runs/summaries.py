@@ -18,13 +18,9 @@ _TAIL_BYTES = 20_000
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a line.
+    """A run in a line; task and method are empty where they are unknown.
 
-    Attributes:
-        task: Class of the task, such as ``"CausalLM"``; empty where it is another's.
-        method: ``"QLoRA"``, ``"LoRA"`` or empty.
-        loss: The last validation loss, else the last training loss, if there is one.
-        validated: Whether it is a validation loss.
+    The loss is the last validation loss, else the last training loss, if there is one.
     """
 
     task: str

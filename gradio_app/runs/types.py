@@ -18,13 +18,7 @@ from lightning_peft.runs.status import ACTIVE, Status
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Saved adapters.
-
-    Attributes:
-        name: Name of their folder, such as ``"best"``.
-        step: Optimizer step after which they were saved, where that is known.
-        folder: The folder.
-    """
+    """Saved adapters: a folder, its name such as ``"best"``, and the optimizer step if known."""
 
     name: str
     step: int | None

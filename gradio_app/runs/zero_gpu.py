@@ -58,9 +58,8 @@ def train(folder: str, words: list[str], environment: dict[str, str]) -> int:
 class ZeroGpuExecutor(LocalExecutor):
     """Runs the command line in calls that are lent a GPU, one at a time.
 
-    Args:
-        settings: What the server was started with; its limit of minutes is within the quota.
-        lender: What decorates the call; by default ``spaces.GPU``. It must fork before it calls.
+    ``lender`` decorates the call, by default ``spaces.GPU``; it must fork before it calls. The
+    settings' limit of minutes is within the quota.
     """
 
     def __init__(self, settings: Settings, lender: GpuDecorator | None = None) -> None:

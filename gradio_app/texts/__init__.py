@@ -32,11 +32,7 @@ class Texts:
         self._texts = _load(language)
 
     def __call__(self, key: str, **values: object) -> str:
-        """Returns a text.
-
-        Raises KeyError if there is none of that name, or a value of it is missing: the programmer's
-        mistake.
-        """
+        """Returns a text; an unknown key or a missing value is a KeyError."""
         return self._texts[key].format(**values)
 
     def number(self, value: float, digits: int = 0) -> str:
@@ -53,12 +49,7 @@ class Texts:
         return key in self._texts
 
     def url(self, page: str = "", **query: str) -> str:
-        """Returns the address of a page in this language, relative to every page.
-
-        Args:
-            page: ``""`` (home), ``"new"``, ``"run"``, ``"compare"`` or ``"help"``.
-            **query: What follows the question mark.
-        """
+        """Returns the address of a page in this language, relative to every page."""
         path = route(page, self.language)
         return f"./{path}" + (f"?{urlencode(query)}" if query else "")
 

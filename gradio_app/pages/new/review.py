@@ -20,8 +20,7 @@ from gradio_app.pages.new.starting_point import validate_pasted
 from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
-from gradio_app.recipe.parser_check import parser_error
-from gradio_app.recipe.preview import DataReport
+from gradio_app.recipe.preview import DataReport, parser_error
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
 from gradio_app.texts import Texts
