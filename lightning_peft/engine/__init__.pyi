@@ -64,6 +64,7 @@ from .training.activation_checkpointing import has_activation_budget as has_acti
 from .training.activation_checkpointing import is_checkpointed as is_checkpointed
 from .training.causal_lm_loss import has_default_loss as has_default_loss
 from .training.cross_entropy import cross_entropy_and_gradient as cross_entropy_and_gradient
+from .training.cross_entropy import row_chunks as row_chunks
 from .training.cross_entropy import summed_cross_entropy as summed_cross_entropy
 from .training.optimizer_groups import add_adapters_to_optimizers as add_adapters_to_optimizers
 from .training.optimizer_groups import optimizers_of as optimizers_of

@@ -95,8 +95,8 @@ class TokenLoss:
             head, after = model.get_output_embeddings(), postprocess_logits(model)
             total = hidden.new_zeros((), dtype=torch.float32)
             correct = hidden.new_zeros((), dtype=torch.int64)
-            for rows, labels in _chunks(hidden, targets, _chunk_rows(model)):
-                logits = after(head(rows))
+            for _, (some, labels) in engine.row_chunks(_chunk_rows(model), hidden, targets):
+                logits = after(head(some))
                 correct += (logits.argmax(-1) == labels).sum()
                 total += engine.summed_cross_entropy(logits, labels)
             return TokenScores(total / len(targets), len(targets), correct)
@@ -157,8 +157,7 @@ class ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None] * len(trained)
-        start = 0
-        for some, labels in _chunks(hidden, targets, rows):
+        for place, (some, labels) in engine.row_chunks(rows, hidden, targets):
             part = some.detach().requires_grad_(of_hidden is not None)
             with torch.enable_grad():
                 logits = after(head(part))
@@ -167,9 +166,8 @@ class ChunkedLoss(torch.autograd.Function):
             sources = [part, *trained] if of_hidden is not None else [*trained]
             gradients = _gradients(logits, sources, gradient)
             if of_hidden is not None:
-                of_hidden[start : start + len(part)] = gradients.pop(0)
+                of_hidden[place] = gradients.pop(0)
             sums = [_accumulate(held, more) for held, more in zip(sums, gradients, strict=True)]
-            start += len(part)
             # Else they would still be there when those of the next chunk are made.
             del logits, gradient
         ctx.count, ctx.dtypes = max(1, len(targets)), [param.dtype for param in trained]
@@ -211,11 +209,6 @@ def _chunk_rows(model: PreTrainedModel) -> int:
     """Returns how many tokens a chunk has."""
     classes = getattr(model.get_output_embeddings(), "out_features", None)
     return max(1, CHUNK // int(classes or model.config.get_text_config().vocab_size))
-
-
-def _chunks(hidden: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    if len(targets):
-        yield from zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
 def _labelled_inputs(

@@ -5,6 +5,7 @@ Only the logits, which exist anyway, wait for the backward pass, with two number
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         places = targets.where(counts, 0).unsqueeze(1)
         # Apart, as in log_softmax: in their sum, large logits would swallow the logarithm.
         largest, totals, picked = logits.new_empty(3, len(logits), 1, dtype=torch.float32).unbind()
-        for rows, (some, at) in _chunks(logits, places):
+        for rows, (some, at) in row_chunks(_step(logits), logits, places):
             wide = some.to(torch.float32, copy=True)
             torch.amax(wide, 1, keepdim=True, out=largest[rows])
             torch.gather(wide.sub_(largest[rows]), 1, at, out=picked[rows])
@@ -68,7 +69,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             return *torch.autograd.grad(total, logits, gradients[0], create_graph=True), None, None
         scales = gradients[0] * (targets != ctx.ignore_index).unsqueeze(1) / totals
         of_logits = torch.empty_like(logits)
-        for rows, (some, at, scale) in _chunks(logits, places, scales):
+        for rows, (some, at, scale) in row_chunks(_step(logits), logits, places, scales):
             wide = some.to(torch.float32, copy=True).sub_(largest[rows]).exp_()
             wide.scatter_add_(1, at, -totals[rows])
             torch.mul(wide, scale, out=of_logits[rows])
@@ -85,7 +86,7 @@ def cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor,
     """
     total = logits.new_zeros((), dtype=torch.float32)
     gradient = torch.empty_like(logits)
-    for rows, (some, at) in _chunks(logits, targets.unsqueeze(1)):
+    for rows, (some, at) in row_chunks(_step(logits), logits, targets.unsqueeze(1)):
         wide = some.to(torch.float32, copy=True)
         wide.sub_(wide.amax(1, keepdim=True))
         picked = wide.gather(1, at)
@@ -96,14 +97,17 @@ def cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor,
     return total, gradient
 
 
-def _chunks(logits: Tensor, *others: Tensor) -> Any:
-    """Yields some rows at a time: where they are, and theirs of each tensor."""
+def _step(logits: Tensor) -> int:
     piece = _CHUNK if logits.device.type == "cpu" else _CHUNK_ON_ACCELERATORS
-    step = max(1, piece // max(1, logits.shape[1]))
-    for start in range(0, len(logits), step):
+    return max(1, piece // max(1, logits.shape[1]))
+
+
+def row_chunks(step: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yields ``step`` rows at a time: where they are, and those of each tensor."""
+    for start in range(0, len(tensors[0]), step):
         rows = slice(start, start + step)
-        yield rows, [tensor[rows] for tensor in (logits, *others)]
-        if start and isinstance(logits, FakeTensor):
+        yield rows, [tensor[rows] for tensor in tensors]
+        if start and isinstance(tensors[0], FakeTensor):
             # A plan: others than these two, of which one is there when the next is made, take as
             # much and have no values either.
             return
