@@ -29,6 +29,9 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("data_path", (), 5, None),
     ("scaling", ("measure",), 5, None),
     ("activation_budget", ("measure",), 3, None),
+    ("selective_checkpointing", (), 5, None),
+    ("linear_cross_entropy", (), 3, None),
+    ("prequantized_folder", (), 3, None),
     ("quality", (), 30, None),
 )
 # Scripts that write tables of their own.

@@ -25,6 +25,8 @@ from loading_memory import write_model
 from record import conditions, interleaved, ratio, run_script, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
+# Of a folder that is quantized already; for `prequantized_folder.py`.
+PREQUANTIZED = ("prequantized", "prequantized_alone")
 
 
 def memory(kind: str) -> int:
@@ -51,8 +53,9 @@ def load(way: str, folder: str, dtype: str) -> None:
     assert engine.inject
     assert modeling_llama.LlamaForCausalLM
     own: dict[str, Any] = {"dtype": dtype}
-    if way.startswith("transformers"):
+    if way.startswith(("transformers", "prequantized")):
         own["device_map"] = {"": "cpu"}
+    if way.startswith("transformers"):
         own["quantization_config"] = engine.quantization_config(bnb_4bit_compute_dtype="bfloat16")
 
     class InItsOwnWay(CausalLM):
@@ -60,7 +63,7 @@ def load(way: str, folder: str, dtype: str) -> None:
             self.model = AutoModelForCausalLM.from_pretrained(folder, **own)
 
     task: Any = InItsOwnWay(folder, dtype=dtype)
-    if way != "transformers_alone":
+    if not way.endswith("_alone"):
         kept = way in ("first", "second")
         strategy = QLoRAStrategy(announce=False, cache_quantized_base=kept)
         trainer = pytorch_lightning.Trainer(
@@ -118,7 +121,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true", help="few layers, for `all.py check`")
-    parser.add_argument("--load", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--load", choices=(*WAYS, *PREQUANTIZED), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
     given = parser.parse_args()
