@@ -1,6 +1,7 @@
-"""Script: imports what takes seconds, then becomes ``lightning-peft`` for each line of its input.
+"""Script: imports what takes seconds, then becomes another program for each line of its input.
 
-Each line is answered by the number of the process that was forked for it, and by its exit code.
+That is ``lightning-peft``, or a Python text. Each line is answered by the number of the process that
+was forked for it, and by its exit code.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def become(job: dict[str, Any]) -> None:
-    """Goes on as ``python -m lightning_peft.cli``, with an environment and streams of its own."""
+    """Goes on as a program with an environment and streams of its own."""
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
@@ -46,6 +47,9 @@ def become(job: dict[str, Any]) -> None:
         os.close(opened)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.path[0], sys.argv = job["folder"], ["lightning-peft", *job["words"]]
+    if job["code"]:
+        exec(compile(job["code"], "code", "exec"), {"__name__": "__main__"})
+        return
     runpy.run_module("lightning_peft.cli", run_name="__main__", alter_sys=True)
 
 

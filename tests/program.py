@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,12 +65,13 @@ class Program:
         self._last: Forked | None = None
 
     def start(
-        self, folder: Path, *words: str, fresh: bool = False
+        self, folder: Path, *words: str, fresh: bool = False, code: str = ""
     ) -> Forked | subprocess.Popen[str]:
-        """Starts it in a folder, in a fresh interpreter if that is asked for."""
+        """Starts it, or ``code``, in a folder, in a fresh interpreter if that is asked for."""
         if fresh or not FORKS:
+            module = ["-c", code] if code else ["-m", "lightning_peft.cli"]
             return subprocess.Popen(
-                [sys.executable, "-m", "lightning_peft.cli", *words],
+                [sys.executable, *module, *words],
                 cwd=folder,
                 env=self._environment(),
                 text=True,
@@ -80,15 +82,16 @@ class Program:
         self._end_last()
         self._count += 1
         streams = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
-        job = {"words": words, "folder": str(folder), "environment": self._environment()}
+        job = {"words": words, "code": code, "folder": str(folder)}
+        job["environment"] = self._environment()
         parent = self._forking()
         parent.stdin.write(json.dumps({**job, "streams": list(map(str, streams))}).encode() + b"\n")
         self._last = Forked(parent, streams)
         return self._last
 
-    def run(self, folder: Path, *words: str, fresh: bool = False) -> tuple[int, str, str]:
+    def run(self, folder: Path, *words: str, **given: Any) -> tuple[int, str, str]:
         """Runs it to its end, and returns its exit code, output and errors."""
-        process = self.start(folder, *words, fresh=fresh)
+        process = self.start(folder, *words, **given)
         try:
             out, err = process.communicate(timeout=200)
         finally:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from modules import strategy
+from modules import ROOTS, strategy, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
@@ -69,18 +69,9 @@ class LateAtTrainStart(Late):
 
 
 def fit(module: Averaging, folder: Any, method: str, **given: Any) -> Any:
-    trainer = L.Trainer(
-        strategy=strategy(method, "lightning.pytorch", **given),
-        accelerator="cpu",
-        max_epochs=2,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    run = trainer(folder, strategy(method, ROOTS[1], **given), ROOTS[1], max_epochs=2)
     torch.manual_seed(5)
-    trainer.fit(module, DataLoader(torch.randn(12, 8), batch_size=4))
-    return trainer
+    run.fit(module, DataLoader(torch.randn(12, 8), batch_size=4))
 
 
 @METHODS

@@ -65,10 +65,13 @@ def test_size(kind, method, tmp_path, record_property):
     assert not [key for key in loaded["state_dict"] if key.endswith("layers.1.weight")]
 
 
-@pytest.mark.parametrize("root", ROOTS)
-@pytest.mark.parametrize("save_last", [True, "link"])
-def test_folders_come_and_go_with_checkpoints(save_last, root, tmp_path):
-    best = saver(root, tmp_path, monitor="val_loss", save_top_k=2, save_last=save_last)
+@pytest.mark.parametrize(
+    ("save_last", "small", "root"),
+    [(True, False, ROOTS[0]), ("link", False, ROOTS[1]), (True, True, ROOTS[0])],
+)
+def test_folders_come_and_go_with_checkpoints(save_last, small, root, tmp_path):
+    given = {"save_last": save_last, "save_weights_only": small}
+    best = saver(root, tmp_path, monitor="val_loss", save_top_k=2, **given)
     module = task(root, kind="llama")
     run = trainer(tmp_path / "root", "qlora", root, callbacks=[best], max_epochs=4)
     run.fit(module, loader("llama"), loader("llama"))
@@ -84,6 +87,9 @@ def test_folders_come_and_go_with_checkpoints(save_last, root, tmp_path):
     assert results[0]["val_loss"] == pytest.approx(float(best.best_model_score), abs=1e-6)
 
     for name in files:
+        content = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert ("optimizer_states" in content) is not small
+        assert not [key for key in content["state_dict"] if key.endswith("up_proj.weight")]
         run.strategy.remove_checkpoint(tmp_path / f"{name}.ckpt")
     assert not (tmp_path / "adapters").exists()
 

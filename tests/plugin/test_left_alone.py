@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from modules import strategy
+from modules import ROOTS, strategy, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -44,17 +44,9 @@ def vectors() -> DataLoader:
 
 
 def fit(module: Any, data: DataLoader, folder: Any, method: str = "lora", **given: Any) -> Any:
-    trainer = L.Trainer(
-        strategy=strategy(method, "lightning.pytorch", **given),
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, data)
-    return trainer
+    run = trainer(folder, strategy(method, ROOTS[1], **given), ROOTS[1])
+    run.fit(module, data)
+    return run
 
 
 class Distiller(L.LightningModule):
@@ -92,14 +84,14 @@ def test_a_teacher_stays_as_it_is_through_fit_and_resume(plain, method, tmp_path
     data = vectors() if plain else tokens()
     batch = next(iter(data))
     before = module.run(module.teacher, batch)
-    trainer = fit(module, data, tmp_path, method)
+    run = fit(module, data, tmp_path, method)
     assert module.seen == [(False, True)] * 3
     assert torch.equal(module.run(module.teacher.eval(), batch), before)
     assert not any(p.requires_grad for p in module.teacher.parameters())
     assert lightning_peft.report(module).left == {"teacher": "frozen by the module"}
     path = tmp_path / "run.ckpt"
-    trainer.save_checkpoint(path)
-    trainer.validate(fresh, data, ckpt_path=path, verbose=False)
+    run.save_checkpoint(path)
+    run.validate(fresh, data, ckpt_path=path, verbose=False)
     module.eval(), fresh.eval()
     mine, theirs = (m.proj(m.run(m.student, batch)) for m in (module, fresh))
     assert torch.equal(mine, theirs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from forked import run_forked
 from modules import ROOTS, lightning, loader, outputs, strategy, task, trainer
 
 import lightning_peft
@@ -75,15 +74,10 @@ def scenarios(root: str) -> dict[str, str]:
 SCENARIOS = scenarios(ROOTS[0]) | scenarios(ROOTS[1])
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_forked(SCENARIOS, tmp_path_factory.mktemp("namespaces"))
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_whichever_is_imported_first(name, results):
-    code, text = results[name]
-    assert code == 0, text
+def test_whichever_is_imported_first(name, program, tmp_path):
+    code, out, err = program.run(tmp_path, code=SCENARIOS[name])
+    assert code == 0, out + err
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from modules import ROOTS, differing, loader, strategy, task, task_class, trainer, weights
@@ -68,8 +69,9 @@ def test_optimizers_of_some_layers_train_their_adapters(cls, method, tmp_path):
     assert trained == ["model.layers.0.lora_B.default.weight"]
 
 
-@pytest.mark.parametrize("verify", ["cheap", "full", "off"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "verify"), [("lora", "off"), ("lora", "full"), ("qlora", "cheap")]
+)
 def test_without_an_optimizer_nothing_trains_as_in_lightning(method, verify, tmp_path):
     """Lightning warns and runs on with a stand-in."""
     module = Without()
@@ -109,8 +111,7 @@ class Sparse:
         return loss
 
 
-@pytest.mark.parametrize("verify", ["cheap", "off"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "verify"), [("lora", "off"), ("qlora", "cheap")])
 def test_optimizers_of_no_class_of_torch(method, verify, tmp_path):
     class Odd(task_class(ROOTS[0])):
         def configure_optimizers(self):
@@ -126,21 +127,6 @@ def test_unchecked_optimizers_are_the_users_own_choice(tmp_path):
     trainer(tmp_path, strategy("lora", verify="off")).fit(module, loader())
     idle = [n for n, p in module.named_parameters() if "lora_B" in n and not p.any()]
     assert idle == ["model.layers.1.lora_B.default.weight"]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_lists_made_in_time_are_fine(method, tmp_path):
-    class Filtered(task_class(ROOTS[0])):
-        def configure_optimizers(self):
-            groups = [
-                {"params": [p for n, p in self.named_parameters() if "lora_" in n], "lr": 0.1},
-                {"params": self.model.head.parameters(), "lr": 0.01},
-            ]
-            return torch.optim.SGD(groups)
-
-    module = Filtered()
-    trainer(tmp_path, method).fit(module, loader())
-    assert all(p.grad is not None for p in engine.all_adapter_parameters(module))
 
 
 @pytest.mark.parametrize("hook", ["configure_optimizers", "on_train_epoch_start"])
@@ -159,8 +145,8 @@ def test_a_base_that_is_unfrozen_is_not_lost_in_silence(hook, tmp_path):
         trainer(tmp_path, max_epochs=2).fit(Unfreezing(), loader())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_manual_optimization_with_two_optimizers(method, tmp_path):
+@pytest.mark.parametrize(("method", "optimizer"), [("lora", None), ("qlora", "adamw_8bit")])
+def test_manual_optimization_with_two_optimizers(method, optimizer, tmp_path):
     class Adversarial(task_class(ROOTS[0])):
         automatic_optimization = False
 
@@ -170,35 +156,41 @@ def test_manual_optimization_with_two_optimizers(method, tmp_path):
 
         def training_step(self, batch, batch_idx):
             first, second = self.optimizers()
-            self.toggle_optimizer(first)
-            value = self.loss(batch) - self.critic(self(batch)).mean()
-            self.losses.append(value.item())
-            first.zero_grad()
-            self.manual_backward(value)
-            first.step()
-            self.untoggle_optimizer(first)
+            with first.toggle_model():
+                value = self.loss(batch) - self.critic(self(batch)).mean()
+                self.losses.append(value.item())
+                first.zero_grad()
+                self.manual_backward(value)
+                first.step()
             self.toggle_optimizer(second)
             second.zero_grad()
             self.manual_backward(self.critic(self(batch).detach()).square().mean())
             second.step()
             self.untoggle_optimizer(second)
+            for schedule in self.lr_schedulers():
+                schedule.step()
 
         def configure_optimizers(self):
-            generator = torch.optim.Adam(self.model.parameters(), lr=0.02)
-            return generator, torch.optim.Adam(self.critic.parameters(), lr=0.02)
+            made = [torch.optim.Adam(m.parameters(), lr=0.02) for m in (self.model, self.critic)]
+            return made, [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in made]
 
     module = Adversarial()
     before = weights(module)
-    ours = strategy(method, adapt="model")
-    run = trainer(tmp_path, ours, max_epochs=2)
-    run.fit(module, loader(), ckpt_path=None)
+    ours = {"adapt": "model", "optimizer": optimizer}
+    run = trainer(tmp_path, strategy(method, **ours))
+    run.fit(module, loader())
     run.save_checkpoint(tmp_path / "one.ckpt")
-    after = weights(module)
-    assert not torch.equal(before["critic.weight"], after["critic.weight"])
+    assert {type(o) for o in run.optimizers} == {
+        bnb.optim.AdamW8bit if optimizer else torch.optim.Adam
+    }
+    for made in run.optimizers:
+        assert made.param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
+        assert all(state["step"] == 6 for state in made.state.values())
+    assert not torch.equal(before["critic.weight"], module.critic.weight)
     assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
     # What toggling left as `requires_grad` does not decide what is saved.
     fresh = Adversarial()
-    other = trainer(tmp_path, strategy(method, adapt="model"), max_epochs=3)
+    other = trainer(tmp_path, strategy(method, **ours), max_epochs=2)
     other.fit(fresh, loader(), ckpt_path=tmp_path / "one.ckpt")
     assert len(fresh.losses) == 6
 

@@ -17,7 +17,6 @@ from modules import (
     weights,
 )
 from modules import trainer as make_trainer
-from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_peft import LoRACallback, LoRAStrategy, QLoRACallback, QLoRAStrategy, engine
@@ -151,46 +150,6 @@ def test_the_defaults_and_what_is_said(tmp_path, said):
         "optimizer='auto': AdamW is now bitsandbytes' PagedAdamW32bit; SGD is kept: it is not "
         "torch's own Adam or AdamW."
     }
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_both_optimizers_of_a_gan(method, tmp_path):
-    class Adversarial(task_class(ROOTS[0])):
-        automatic_optimization = False
-
-        def __init__(self):
-            super().__init__()
-            self.critic = nn.Linear(3, 1)
-
-        def training_step(self, batch, batch_idx):
-            first, second = self.optimizers()
-            with first.toggle_model():
-                self.manual_backward(self.loss(batch) - self.critic(self(batch)).mean())
-                first.step()
-                first.zero_grad()
-            with second.toggle_model():
-                self.manual_backward(self.critic(self(batch).detach()).square().mean())
-                second.step()
-                second.zero_grad()
-            for schedule in self.lr_schedulers():
-                schedule.step()
-
-        def configure_optimizers(self):
-            made = [torch.optim.Adam(m.parameters(), lr=0.02) for m in (self.model, self.critic)]
-            return made, [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in made]
-
-    module = Adversarial()
-    before = weights(module)
-    ours = strategy(method, adapt="model", optimizer="adamw_8bit")
-    run = make_trainer(tmp_path, ours)
-    run.fit(module, loader())
-    after = weights(module)
-    assert [type(o) for o in run.optimizers] == [bnb.optim.AdamW8bit] * 2
-    for optimizer in run.optimizers:
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**6)
-        assert all(state["step"] == 6 for state in optimizer.state.values())
-    assert not torch.equal(before["critic.weight"], after["critic.weight"])
-    assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
 
 
 def test_what_cannot_be_done_stops_the_fit(tmp_path):

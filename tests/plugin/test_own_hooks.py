@@ -17,7 +17,7 @@ from modules import (
 )
 
 import lightning_peft
-from lightning_peft import LoRACallback
+from lightning_peft import LoRACallback, engine
 from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.namespace import bind_to_lightning
 
@@ -204,9 +204,16 @@ def test_values_that_a_hook_puts_in_are_loaded(tmp_path):
             checkpoint["state_dict"] = {
                 name: 2 * value if "lora_B" in name else value for name, value in state.items()
             }
+            checkpoint["mine"] = {"steps": self.global_step, "names": sorted(state)}
+
+        def on_load_checkpoint(self, checkpoint):
+            self.seen = (checkpoint["mine"], sorted(checkpoint["state_dict"]))
 
     module = trained(Doubles, tmp_path)
     loaded = lightning_peft.load_from_checkpoint(Doubles, tmp_path / "whole.ckpt")
+    noted, names = loaded.seen
+    assert noted == {"steps": 6, "names": names}
+    assert not engine.require_record(module).frozen & set(names)
     for name, value in weights(module).items():
         assert torch.equal(weights(loaded)[name], 2 * value if "lora_B" in name else value)
 

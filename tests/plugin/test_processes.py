@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from forked import HERE, environment, run_forked
 from modules import differing, loader, outputs, saver, strategy, task, trainer, weights
 from two_processes import ROOT
 
 from lightning_peft.plugin.checkpoint_content import CHECKPOINT_KEY
+
+HERE = Path(__file__).parent
+PATHS = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def folder(tmp_path_factory):
         capture_output=True,
         text=True,
         cwd=made,
-        env=environment(),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
         timeout=240,
     )
     assert run.returncode == 0, run.stderr[-4000:]
@@ -136,9 +140,9 @@ def test_a_failed_verification_stops_all_ranks(ranks):
 
 
 KILLED = """
-import os, random, signal
+import os, signal, sys
 from pathlib import Path
-import numpy, torch
+sys.path[:0] = {paths!r}
 from test_processes import fit_and_save
 
 folder, count = Path({folder!r}), 0
@@ -191,33 +195,28 @@ def fit_and_save(folder, method, ckpt_path=None):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Folders of runs that were killed while they saved."""
-    root = tmp_path_factory.mktemp("killed")
-    folders = {name: root / name.replace(" ", "-") for name in KILLS}
-    scenarios = {
-        name: KILLED.format(folder=str(folders[name]), **settings)
-        for name, (settings, _) in KILLS.items()
-    }
-    for code, text in run_forked(scenarios, root).values():
-        assert code == -9, text
-    return folders
+def straight(tmp_path_factory):
+    """By method, an uninterrupted run and its folder."""
+    folders = {method: tmp_path_factory.mktemp(method) for method in ("lora", "qlora")}
+    return {method: (fit_and_save(folder, method), folder) for method, folder in folders.items()}
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_a_kill_while_saving_leaves_whole_checkpoints(name, killed, tmp_path):
+def test_a_kill_while_saving_leaves_whole_checkpoints(name, straight, program, tmp_path):
     settings, whole = KILLS[name]
-    folder = killed[name]
+    folder, (expected, complete) = tmp_path / "killed", straight[settings["method"]]
+    killed = KILLED.format(folder=str(folder), paths=PATHS, **settings)
+    code, out, err = program.run(tmp_path, code=killed)
+    assert code == -9, out + err
     assert sorted(path.stem for path in folder.rglob("*.ckpt")) == ["last", *whole]
     assert list(folder.rglob(".incomplete-*"))
     resumed = fit_and_save(folder, settings["method"], ckpt_path="last")
-    straight = fit_and_save(tmp_path, settings["method"])
     assert len(resumed.losses) == 8
-    assert resumed.losses == straight.losses[4:]
-    assert not differing(weights(resumed), weights(straight))
+    assert resumed.losses == expected.losses[4:]
+    assert not differing(weights(resumed), weights(expected))
     # The run that went on wrote the same files and left nothing unfinished.
     assert not list(folder.rglob(".incomplete-*"))
-    for path in tmp_path.glob("*.ckpt"):
+    for path in complete.glob("*.ckpt"):
         first, second = (torch.load(p, weights_only=True) for p in (path, folder / path.name))
         assert not differing(first["state_dict"], second["state_dict"])
         assert (folder / "adapters" / path.stem / "adapter_model.safetensors").is_file()

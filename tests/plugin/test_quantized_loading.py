@@ -5,13 +5,13 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
+from models import llama_config, saved_in_shards
 from modules import ROOTS, differing, lightning, loader, saver, strategy, trainer, weights
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
@@ -21,20 +21,13 @@ from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.loading import quantized_cache
 from lightning_peft.errors import BaseMismatchError
 
-VOCABULARY, LENGTH = 64, 8
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A sharded Llama in float32."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    made = tmp_path_factory.mktemp("llama")
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes, **heads))
-    model.save_pretrained(made, max_shard_size="60KB")
-    assert len(list(made.glob("*.safetensors"))) > 2
-    return made
+    config = llama_config(vocab_size=64, pad_token_id=0, intermediate_size=128)
+    return saved_in_shards({"llama": LlamaForCausalLM(config)}, tmp_path_factory, "60KB")["llama"]
 
 
 class Loaded(lightning(ROOTS[0]).LightningModule):

@@ -25,7 +25,6 @@ from modules import (
     trainer,
     weights,
 )
-from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_peft
@@ -93,8 +92,9 @@ def test_validation_changes_no_gradient_whatever_the_processor(tmp_path):
         assert not differing(values, runs[0][1])
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "precision"), [("lora", "32-true"), ("lora", "bf16-true"), ("qlora", "bf16-mixed")]
+)
 def test_the_base_is_the_same_bits_after_training(method, precision, tmp_path):
     points = saver(ROOTS[0], tmp_path, every_n_train_steps=2, save_top_k=-1)
 
@@ -150,7 +150,7 @@ def test_devices_that_are_not_served_are_refused(device, method):
         callback.lifecycle.install(task(), theirs)
 
 
-# --- searching and stopping ----------------------------------------------------------------------
+# --- searching ----------------------------------------------------------------------------------
 
 
 class Sized(task_class(ROOTS[0])):
@@ -163,17 +163,11 @@ class Sized(task_class(ROOTS[0])):
         return loader()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("by", ["tuner", "callback"])
+@pytest.mark.parametrize(("by", "method"), [("tuner", "lora"), ("callback", "qlora")])
 def test_searches_leave_the_adapters_as_they_were(by, method, tmp_path):
     """The rate and the batch size are found, and training then starts from where it would have."""
 
-    def settings() -> dict:
-        return {"max_epochs": 1, "enable_checkpointing": False}
-
-    torch.manual_seed(4)
-    plain = Sized()
-    trainer(tmp_path, method, **settings()).fit(plain)
+    settings = {"max_epochs": 1, "enable_checkpointing": False}
     start = {}
 
     class Searching(Sized):
@@ -189,16 +183,16 @@ def test_searches_leave_the_adapters_as_they_were(by, method, tmp_path):
             callbacks.BatchSizeFinder(max_trials=2, steps_per_trial=2),
             callbacks.LearningRateFinder(num_training_steps=14, update_attr=True),
         ]
-        run = trainer(tmp_path, method, callbacks=finders, **settings())
+        run = trainer(tmp_path, method, callbacks=finders, **settings)
         run.fit(module)
         found.append(finders[1].optimal_lr.suggestion())
     else:
-        run = trainer(tmp_path, method, **settings())
+        run = trainer(tmp_path, method, **settings)
         tuner = lightning(ROOTS[0] + ".tuner").Tuner(run)
         tuner.scale_batch_size(module, max_trials=2, steps_per_trial=2)
         found.append(tuner.lr_find(module, num_training=14).suggestion())
         run.fit(module)
-    assert module.batch_size == 2 * plain.batch_size
+    assert module.batch_size == 2 * Sized.batch_size
     assert module.lr == pytest.approx(found[0])
     # Each search began, and left, with the adapters as they were made.
     assert len(start) >= 3
@@ -210,110 +204,6 @@ def test_searches_leave_the_adapters_as_they_were(by, method, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.rglob("*.safetensors"))
     assert all(p.any() for n, p in module.named_parameters() if "lora_B" in n)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_early_stopping(method, tmp_path):
-    class Worse(task_class(ROOTS[0])):
-        def validation_step(self, batch, batch_idx):
-            self.log("val_loss", torch.tensor(float(abs(self.current_epoch - 1))))
-
-    stopping = lightning(ROOTS[0]).callbacks.EarlyStopping("val_loss", patience=2)
-    best = saver(ROOTS[0], tmp_path, monitor="val_loss", save_last=True)
-    module = Worse()
-    run = trainer(tmp_path, method, callbacks=[stopping, best], max_epochs=9)
-    run.fit(module, loader(), loader())
-    assert run.current_epoch == 4
-    assert len(module.losses) == 4 * 6
-    fresh = Worse()
-    trainer(tmp_path, method).validate(fresh, loader(), ckpt_path=best.best_model_path)
-    # The best epoch is the second one, and the file is of that.
-    assert "epoch=1" in best.best_model_path
-    assert differing(weights(fresh), weights(module))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_small_checkpoints_that_are_rotated(method, tmp_path):
-    points = saver(
-        ROOTS[0],
-        tmp_path,
-        monitor="val_loss",
-        save_top_k=2,
-        save_last=True,
-        save_weights_only=True,
-    )
-    module = task()
-    run = trainer(tmp_path / "root", method, callbacks=[points], max_epochs=5)
-    run.fit(module, loader(), loader())
-    files = {path.stem for path in tmp_path.glob("*.ckpt")}
-    assert len(files) == 3
-    assert {path.name for path in (tmp_path / "adapters").iterdir()} == files
-    for name in files:
-        content = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
-        assert "optimizer_states" not in content
-        assert not [key for key in content["state_dict"] if key.endswith("layers.1.weight")]
-    fresh = task()
-    trainer(tmp_path, method).validate(fresh, loader(), ckpt_path=tmp_path / "last.ckpt")
-    assert torch.equal(outputs(fresh), outputs(module))
-
-
-# --- the step ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_accumulation_and_clipping_are_those_of_a_loop_by_hand(method, tmp_path):
-    class Plain(task_class(ROOTS[0])):
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=0.02)
-
-    torch.manual_seed(9)
-    module = Plain()
-    run = trainer(tmp_path, method, accumulate_grad_batches=2, gradient_clip_val=0.05)
-    run.fit(module, loader())
-    config = strategy(method).lifecycle.injection
-    torch.manual_seed(9)
-    by_hand = build("linears").train()
-    engine.inject(by_hand, config.peft_config, quantization_config=config.quantization_config)
-    trained = [param for param in by_hand.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.02)
-    for index, (x, y) in enumerate(loader()):
-        (nn.functional.cross_entropy(by_hand(x), y) / 2).backward()
-        if index % 2:
-            norm = nn.utils.clip_grad_norm_(trained, 0.05)
-            assert norm > 0.05
-            optimizer.step()
-            optimizer.zero_grad()
-    mine, theirs = weights(module.model), weights(by_hand)
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-5, atol=1e-6)
-
-
-# --- hooks of the user ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_checkpoint_hooks_of_the_module_see_the_adapters(method, tmp_path):
-    class Hooked(task_class(ROOTS[0])):
-        def on_save_checkpoint(self, checkpoint):
-            self.saved = sorted(checkpoint["state_dict"])
-            checkpoint["mine"] = {"steps": self.global_step}
-
-        def on_load_checkpoint(self, checkpoint):
-            self.loaded, self.mine = sorted(checkpoint["state_dict"]), checkpoint["mine"]
-
-    module = Hooked()
-    run = trainer(tmp_path, method)
-    run.fit(module, loader())
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    fresh = Hooked()
-    trainer(tmp_path, method).validate(fresh, loader(), ckpt_path=tmp_path / "one.ckpt")
-    assert fresh.loaded == module.saved
-    assert fresh.mine == {"steps": 6}
-    frozen = engine.require_record(module).frozen
-    assert frozen
-    assert not [key for key in module.saved if key in frozen]
-    assert [key for key in module.saved if "lora_B" in key]
 
 
 # --- compilation ---------------------------------------------------------------------------------
@@ -347,9 +237,8 @@ def test_a_compiled_module_trains_the_same(method, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("method", METHODS)
-def test_a_module_compiled_to_machine_code_trains_the_same(method, tmp_path):
-    plain, compiled = (compiled_losses(method, b, tmp_path) for b in (None, "inductor"))
+def test_a_module_compiled_to_machine_code_trains_the_same(tmp_path):
+    plain, compiled = (compiled_losses("qlora", b, tmp_path) for b in (None, "inductor"))
     assert compiled[0] == pytest.approx(plain[0], rel=1e-4)
 
 
