@@ -1,7 +1,7 @@
 """Script: imports what takes seconds, then becomes another program for each line of its input.
 
-That is ``lightning-peft``, or a Python text. Each line is answered by the number of the process that
-was forked for it, and by its exit code.
+That is ``lightning-peft``, or a Python text. Each line is answered by the number of the process
+that was forked for it, and by its exit code.
 """
 
 from __future__ import annotations

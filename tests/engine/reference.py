@@ -1,16 +1,74 @@
-"""What tests of the engine compare with: PEFT's own model around a copy of the same base."""
+"""What tests of the engine have in common: PEFT's own model, adapted models, and refusals."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 import torch
+from models import stack
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+import lightning_peft
+from lightning_peft import engine
 from lightning_peft.engine.adapters import adapter_parameters
+
+
+def adapted(build: Callable[[], nn.Module] = stack, **settings: Any) -> Any:
+    """Returns a model with adapters that have random values, as after training."""
+    model = build()
+    lightning_peft.inject(
+        model, **(settings if "peft_config" in settings else {"r": 4, **settings})
+    )
+    randomize(model)
+    return model
+
+
+def snapshot(module: nn.Module) -> dict[str, Any]:
+    """Returns everything of a module that injecting, loading or merging could change."""
+    record = engine.record_of(module)
+    kept = ("base", "loaded", "heads", "saved", "replaced", "changed_base")
+    parts = {} if record is None else record.parts
+    return {
+        "classes": [(name, type(child)) for name, child in module.named_modules()],
+        "modes": [child.training for child in module.modules()],
+        "attributes": [sorted(vars(child)) for child in module.modules()],
+        "gradients": [(name, p.requires_grad, id(p)) for name, p in module.named_parameters()],
+        "values": {n: v if v.is_meta else v.clone() for n, v in module.state_dict().items()},
+        "hooks": [len(child._forward_hooks) for child in module.modules()],
+        "merged": [getattr(child, "lora_merged", None) for child in module.modules()],
+        "record": [
+            (name, sorted(part.frozen), list(part.adapters), list(part.initial_values))
+            + tuple(copy.copy(getattr(part, field)) for field in kept)
+            for name, part in parts.items()
+        ],
+        "active": None if record is None else record.active,
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Asserts that two snapshots are equal, values bit for bit."""
+    values, now = before.pop("values"), after.pop("values")
+    assert list(values) == list(now)
+    for name, value in values.items():
+        same = value.is_meta or torch.equal(value, now[name])
+        # Values that are not numbers equal nothing.
+        assert same or (value != value).equal(now[name] != now[name]), name
+    assert before == after
+
+
+@contextmanager
+def refused(module: nn.Module, error: type[BaseException], match: str) -> Iterator[Any]:
+    """Asserts that the body raises, and leaves the module exactly as it was."""
+    before = snapshot(module)
+    with pytest.raises(error, match=match) as caught:
+        yield caught
+    assert_same(before, snapshot(module))
 
 
 def peft_model(base: nn.Module, config: PeftConfig) -> Any:

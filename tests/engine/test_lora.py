@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 
-from .reference import output_of, randomize
+from .reference import adapted, output_of, randomize
 
 MODELS = {
     "llama": tiny_llama,
@@ -81,9 +81,7 @@ def test_float64_base_stays_in_float64() -> None:
 
 
 def test_layer_may_be_called_with_names() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
-    randomize(model)
+    model = adapted()
     x = torch.randn(3, 96)
     assert torch.equal(model.first(input=x), model.first(x))
 

@@ -22,7 +22,7 @@ from lightning_peft.engine.layers.mixin import (
     remove_mixin,
 )
 
-from .reference import output_of, randomize
+from .reference import adapted, output_of, randomize
 
 NF4 = {"quantization_config": engine.quantization_config()}
 
@@ -127,9 +127,7 @@ def test_tied_weights_stay_one_tensor(build, quantized: dict) -> None:
 @pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_whole_and_independent(way: str, quantized: dict) -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, lora_dropout=0.1, **quantized)
-    randomize(model)
+    model = adapted(lora_dropout=0.1, **quantized)
     if way == "deepcopy":
         other = copy.deepcopy(model)
     elif way == "pickle":

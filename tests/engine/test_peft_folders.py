@@ -168,7 +168,6 @@ def test_what_peft_writes_loads_here_and_goes_back(
     case: str, adapter_name: str, tmp_path: Path
 ) -> None:
     build, config = FOLDERS[case]
-    torch.manual_seed(0)
     base = build()
     x = inputs_for(base)
     theirs = get_peft_model(copy.deepcopy(base), copy.deepcopy(config), adapter_name).eval()
@@ -217,7 +216,6 @@ def test_a_file_of_modules_saved_inside_of_others_is_refused(tmp_path: Path) -> 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_other_embeddings_in_a_folder_are_used_and_kept(tmp_path: Path) -> None:
     """As after a vocabulary was resized: new rows are random in every process."""
-    torch.manual_seed(0)
     base = tiny_llama()
     trained = copy.deepcopy(base)
     with torch.no_grad():
@@ -251,7 +249,6 @@ def test_other_embeddings_in_a_folder_are_used_and_kept(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_a_vocabulary_of_another_size_is_named(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = tiny_llama()
     size = base.config.vocab_size
     larger = copy.deepcopy(base)
@@ -267,7 +264,6 @@ def test_a_vocabulary_of_another_size_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_single_tokens_that_peft_trained(tied: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = tiny_llama(tied=tied)
     config = lora(target_modules=["q_proj"], trainable_token_indices=[7, 3])
     theirs = get_peft_model(copy.deepcopy(base), config).eval()
@@ -287,7 +283,6 @@ def test_single_tokens_that_peft_trained(tied: bool, tmp_path: Path) -> None:
 
 
 def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = tiny_llama()
     size = base.config.vocab_size
     larger = copy.deepcopy(base)
@@ -299,7 +294,6 @@ def test_tokens_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
 
 
 def test_adapters_in_sub_folders_are_found_by_name(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = plain(), torch.randn(3, 4)
     theirs = get_peft_model(copy.deepcopy(base), lora(target_modules=["0"]), "first")
     theirs.add_adapter("second", lora(target_modules=["2"]))
@@ -318,7 +312,6 @@ def test_adapters_in_sub_folders_are_found_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
 def test_a_weighted_sum_of_adapters(kind: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = plain(), torch.randn(3, 4)
     theirs = get_peft_model(copy.deepcopy(base), lora(target_modules=["0", "2"]), "one")
     theirs.add_adapter("two", lora(target_modules=["0", "2"], lora_alpha=3))
@@ -334,7 +327,6 @@ def test_a_weighted_sum_of_adapters(kind: str, tmp_path: Path) -> None:
 
 
 def test_another_adapter_takes_the_place_of_one_of_its_size(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = plain(), torch.randn(3, 4)
     expected = {}
     for name, rank in (("a", 2), ("b", 2), ("c", 3)):
@@ -352,7 +344,6 @@ def test_another_adapter_takes_the_place_of_one_of_its_size(tmp_path: Path) -> N
 
 
 def test_a_second_adapter_with_modules_of_its_own_changes_nothing(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = plain(), torch.randn(3, 4)
     for name, saved in (("a", "2"), ("b", "4")):
         theirs = get_peft_model(
@@ -386,7 +377,6 @@ def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_each_folder_holds_its_own_adapter(name: str, active: str, tmp_path: Path) -> None:
     """The last layer is the head of one adapter and a target of the other."""
-    torch.manual_seed(0)
     base, x = plain().requires_grad_(False), torch.randn(3, 4)
     module = copy.deepcopy(base)
     lightning_peft.inject(module, r=2, target_modules=["0"], adapter_name="a")
@@ -429,7 +419,6 @@ def test_a_head_that_was_trained_and_frozen_is_in_the_folder(tmp_path: Path) -> 
 
 
 def test_the_end_of_another_name_is_not_written_as_a_head(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = Gates(), torch.randn(3, 4)
     for saved in (["tail.out"], ["tail.out", "out"], ["out"]):
         module = copy.deepcopy(base).requires_grad_(False)
@@ -468,7 +457,6 @@ def test_modules_to_save_is_a_list_of_names(value: Any) -> None:
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
 def test_every_frozen_layer_belongs_to_the_base(layer: int, tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = plain().requires_grad_(False)
     module = copy.deepcopy(base)
     lightning_peft.inject(module, r=2, target_modules=["0"])
@@ -485,7 +473,6 @@ def test_every_frozen_layer_belongs_to_the_base(layer: int, tmp_path: Path) -> N
 def test_adapters_of_one_base_share_it_whatever_their_targets(
     order: tuple[str, ...], tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
     base = plain().requires_grad_(False)
     for name, targets in {"a": ["0"], "b": ["4"], "c": ["2", "4"]}.items():
         module = copy.deepcopy(base)
@@ -497,7 +484,6 @@ def test_adapters_of_one_base_share_it_whatever_their_targets(
 
 
 def test_a_trained_head_under_another_adapter_is_not_its_base(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = plain()
     module = copy.deepcopy(base).requires_grad_(False)
     lightning_peft.inject(module, r=2, target_modules=["2"])
@@ -510,7 +496,6 @@ def test_a_trained_head_under_another_adapter_is_not_its_base(tmp_path: Path) ->
 
 
 def test_a_folder_from_before_heads_counted_still_loads(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base = plain().requires_grad_(False)
     module = copy.deepcopy(base)
     lightning_peft.inject(module, r=2, target_modules=["0"])
@@ -528,7 +513,6 @@ def test_a_folder_from_before_heads_counted_still_loads(tmp_path: Path) -> None:
 
 
 def test_the_reference_of_a_taken_over_model_is_the_original(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     base, x = plain(), torch.randn(3, 4)
     config = lora(target_modules=["0"], modules_to_save=["2", "4"])
     theirs = get_peft_model(copy.deepcopy(base), config)

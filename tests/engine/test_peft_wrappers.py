@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from models import Stack, bert_config, stack, tiny_gpt2, tiny_llama, token_batch
+from models import bert_config, stack, tiny_gpt2, tiny_llama, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -16,7 +16,7 @@ from lightning_peft import engine
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import LifecycleError, TargetModulesError, UnsupportedError
 
-from .reference import output_of, relative_error
+from .reference import output_of, refused, relative_error
 
 NF4 = engine.quantization_config(None)
 QV = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"])
@@ -107,10 +107,8 @@ def test_saved_modules_are_the_copies_that_trained(tmp_path) -> None:
 def test_the_same_settings_may_be_requested_and_others_not() -> None:
     lightning_peft.inject(Holder(wrapped(tiny_llama, QV)), QV)
     holder = Holder(wrapped(tiny_llama, QV))
-    kept = dict(holder.named_modules())
-    with pytest.raises(LifecycleError, match=r"r=4 in the module, asked for 8(.|\n)*defaults"):
+    with refused(holder, LifecycleError, r"r=4 in the module, asked for 8(.|\n)*defaults"):
         lightning_peft.inject(holder, r=8, lora_alpha=6)
-    assert dict(holder.named_modules()) == kept
 
 
 def test_other_parts_or_names_are_not_passed_over() -> None:
@@ -119,10 +117,8 @@ def test_other_parts_or_names_are_not_passed_over() -> None:
         ({"adapter_name": "mine"}, "called 'default', asked for 'mine'"),
     ):
         holder = Holder(wrapped(tiny_llama, QV))
-        kept = dict(holder.named_modules())
-        with pytest.raises(LifecycleError, match=found):
+        with refused(holder, LifecycleError, found):
             lightning_peft.inject(holder, **asked)
-        assert dict(holder.named_modules()) == kept
 
 
 REFUSED = {
@@ -139,10 +135,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_move_is_refused_and_left_alone(kind) -> None:
     model = REFUSED[kind]()
-    kept = dict(model.named_modules())
-    with pytest.raises(UnsupportedError, match=r"cannot be taken over(.|\n)*get_peft_model"):
+    with refused(model, UnsupportedError, r"cannot be taken over(.|\n)*get_peft_model"):
         lightning_peft.inject(Holder(model))
-    assert dict(model.named_modules()) == kept
 
 
 def test_several_or_merged_adapters_are_refused() -> None:
@@ -159,12 +153,9 @@ def test_several_or_merged_adapters_are_refused() -> None:
 def test_a_failure_later_on_puts_the_wrappers_back() -> None:
     model = get_peft_model(stack(), LoraConfig(r=2, target_modules=["first", "second", "head"]))
     holder = nn.ModuleDict({"net": model})
-    kept = dict(holder.named_modules())
     skipping = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["nowhere"])
-    with pytest.raises(TargetModulesError, match="nowhere"):
+    with refused(holder, TargetModulesError, "nowhere"):
         lightning_peft.inject(holder, quantization_config=skipping)
-    assert dict(holder.named_modules()) == kept
-    assert isinstance(holder["net"].base_model.model, Stack)
 
 
 class Attending(nn.Module):
@@ -197,6 +188,7 @@ def test_adapters_on_multihead_attention_are_taken_over(tmp_path, targets) -> No
 def test_attention_that_cannot_be_taken_over_is_left_as_it_was() -> None:
     model, x = get_peft_model(Attending(), LoraConfig(target_modules=["mix"])), torch.randn(4, 2, 8)
     kept, expected = dict(model.named_modules()), model(x)
+    # PEFT's layer makes new parameters each time that it is asked for its names.
     with pytest.raises(LifecycleError, match=r"r=8 in the module, asked for 2"):
         lightning_peft.inject(model, LoraConfig(r=2, target_modules=["mix"]))
     assert dict(model.named_modules()) == kept

@@ -20,36 +20,7 @@ from lightning_peft import engine
 from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.errors import BaseMismatchError, CheckpointError, LightningPeftError
 
-from .reference import randomize
-
-
-def snapshot(module: nn.Module) -> dict[str, Any]:
-    """Everything of a module that loading could change, values included."""
-    record = engine.record_of(module)
-    return {
-        "classes": [(name, type(child)) for name, child in module.named_modules()],
-        "modes": [child.training for child in module.modules()],
-        "attributes": [sorted(vars(child)) for child in module.modules()],
-        "gradients": [(name, p.requires_grad, id(p)) for name, p in module.named_parameters()],
-        "values": {name: value.clone() for name, value in module.state_dict().items()},
-        "hooks": [len(child._forward_hooks) for child in module.modules()],
-        "record": None if record is None else recorded(record),
-    }
-
-
-def recorded(record: Any) -> list[Any]:
-    kept = ("base", "loaded", "heads", "saved", "replaced", "changed_base")
-    return [
-        (name, sorted(part.frozen), list(part.adapters), list(part.initial_values))
-        + tuple(copy.copy(getattr(part, field)) for field in kept)
-        for name, part in record.parts.items()
-    ] + [record.active]
-
-
-def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    values, now = before.pop("values"), after.pop("values")
-    equal = values.keys() == now.keys() and all(torch.equal(values[k], now[k]) for k in values)
-    return equal and before == after
+from .reference import adapted, randomize, refused
 
 
 def mixed() -> nn.Module:
@@ -111,22 +82,18 @@ def folder_of(path: Path, settings: dict[str, Any], change: str) -> Path:
 def test_nothing_of_a_refused_folder_stays(method: str, change: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, METHODS[method], change)
     module = mixed()
-    before = snapshot(module)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with refused(module, CheckpointError, "does not fit"):
         lightning_peft.load_adapter(module, folder)
-    assert same(before, snapshot(module))
     lightning_peft.inject(module, r=2)
 
 
 def test_nothing_stays_where_the_base_is_quantized_on_the_way(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {"r": 2}, "missing")
     module = mixed()
-    before = snapshot(module)
-    with pytest.raises(CheckpointError, match="missing"):
+    with refused(module, CheckpointError, "missing"):
         lightning_peft.load_adapter(
             module, folder, quantization_config=engine.quantization_config()
         )
-    assert same(before, snapshot(module))
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -135,24 +102,16 @@ def test_the_first_adapter_stays_when_a_second_is_refused(change: str, tmp_path:
     module = mixed()
     lightning_peft.inject(module, r=4, adapter_name="first")
     randomize(module)
-    before = snapshot(module)
-    with pytest.raises(CheckpointError, match="does not fit"):
+    with refused(module, CheckpointError, "does not fit"):
         lightning_peft.load_adapter(module, folder, adapter_name="second")
-    assert same(before, snapshot(module))
     assert engine.require_record(module).active == ("first",)
 
 
 def test_another_base_leaves_nothing(tmp_path: Path) -> None:
-    module = stack()
-    lightning_peft.inject(module, r=2)
-    lightning_peft.save_adapter(module, tmp_path)
+    lightning_peft.save_adapter(adapted(), tmp_path)
     other = stack()
-    with torch.no_grad():
-        other.first.weight += 1
-    before = snapshot(other)
-    with pytest.raises(BaseMismatchError):
+    with refused(other, BaseMismatchError, "was trained on another base"):
         lightning_peft.load_adapter(other, tmp_path)
-    assert same(before, snapshot(other))
 
 
 def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> None:
@@ -165,16 +124,12 @@ def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> N
     file = tmp_path / "two" / "adapter_model.safetensors"
     save_file(drop_one(load_file(file)), file)
     (tmp_path / "two" / "provenance.json").unlink()
-    before = snapshot(pair)
-    with pytest.raises(CheckpointError, match="missing"):
+    with refused(pair, CheckpointError, "missing"):
         lightning_peft.load_adapter(pair, tmp_path)
-    assert same(before, snapshot(pair))
     adapted = copy.deepcopy(pair)
     lightning_peft.inject(adapted, r=2)
-    before = snapshot(adapted)
-    with pytest.raises(CheckpointError, match="missing"):
+    with refused(adapted, CheckpointError, "missing"):
         lightning_peft.load_adapter(adapted, tmp_path)
-    assert same(before, snapshot(adapted))
 
 
 def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
@@ -183,7 +138,6 @@ def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
     module.notes, weight = ["kept"], module.first.weight
     # A container that refuses changes, as modules keep of a pass.
     module.last = output = BaseModelOutput(torch.ones(1))
-    before = snapshot(module)
 
     def change() -> None:
         with restored_on_error([module], [weight]):
@@ -198,9 +152,8 @@ def test_what_the_body_did_is_undone_in_the_same_containers() -> None:
             weight.requires_grad_(False)
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with refused(module, KeyboardInterrupt, ""):
         change()
-    assert same(before, snapshot(module))
     assert module.notes == ["kept"]
     assert module.last is output
     assert list(output) == ["last_hidden_state"]

@@ -10,7 +10,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import UnsupportedError
 
-from .reference import randomize, relative_error
+from .reference import randomize, refused, relative_error
 
 
 class Pruned(nn.Module):
@@ -59,11 +59,9 @@ def test_sizes_are_those_of_the_weight(quantization, tmp_path) -> None:
 def test_a_convolution_of_another_shape_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
     model[1].weight = nn.Parameter(torch.randn(5, 4, 3, 3))
-    with pytest.raises(UnsupportedError, match=r"1: its weight .* of shape \(5, 4, 3, 3\)") as e:
+    with refused(model, UnsupportedError, r"1: its weight .* of shape \(5, 4, 3, 3\)") as e:
         lightning_peft.inject(model, r=2)
     e.match(r"says that it is \(4, 4, 3, 3\).* or leave it out by `exclude_modules`")
-    assert engine.record_of(model) is None
-    assert type(model[0]) is nn.Conv2d
 
 
 def test_peft_wrappers_use_the_declared_sizes() -> None:

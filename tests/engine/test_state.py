@@ -13,7 +13,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, CheckpointError, LifecycleError
 
-from .reference import output_of, randomize
+from .reference import output_of, randomize, refused
 
 NF4 = engine.quantization_config()
 
@@ -125,14 +125,12 @@ def test_every_key_that_does_not_fit_is_named() -> None:
     del wrong["first.lora_A.default.weight"]
     wrong["first.lora_C.default.weight"] = torch.zeros(1)
     wrong["head.weight"] = torch.zeros(3, 3)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError) as caught:
+    with refused(model, CheckpointError, "") as caught:
         engine.load_trainable_state_dict(model, wrong)
     message = str(caught.value)
     assert "missing: first.lora_A.default.weight" in message
     assert "unexpected: first.lora_C.default.weight" in message
     assert "head.weight: (3, 3) in the checkpoint, (10, 96) in the module" in message
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_full_model_is_refused_with_the_fix() -> None:

@@ -13,7 +13,7 @@ from lightning_peft import engine
 from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 
-from .reference import randomize, relative_error
+from .reference import adapted, randomize, relative_error
 
 NF4 = {"quantization_config": engine.quantization_config()}
 
@@ -32,9 +32,7 @@ class FusedReader(nn.Module):
 
 @pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
 def test_a_read_weight_is_that_of_the_call(quantized: dict) -> None:
-    model = FusedReader()
-    lightning_peft.inject(model, r=4, **quantized)
-    randomize(model)
+    model = adapted(FusedReader, **quantized)
     x = torch.randn(3, 96)
     called = model.head(model.qkv(x))
     assert relative_error(model(x), called) < 1e-6
@@ -82,9 +80,7 @@ def test_questions_about_a_weight_compute_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_view_takes_part_in_arithmetic() -> None:
-    model = FusedReader()
-    lightning_peft.inject(model, r=4)
-    randomize(model)
+    model = adapted(FusedReader)
     layer = model.qkv
     exact = layer._parameters["weight"] + layer.get_delta_weight("default")
     torch.testing.assert_close(layer.weight + 0, exact)
