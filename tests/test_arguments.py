@@ -65,7 +65,7 @@ def test_the_rank_reaches_the_layer():
     module = nn.Sequential(nn.Linear(6, 4))
     engine.inject(module, engine.lora_config(LoRAFields(r=3, target_modules=["0"])), adapt="")
     (layer,) = engine.adapted_layers(module).values()
-    (adapter,) = layer.lora_adapters.values()
+    (adapter,) = layer.adapter_settings.values()
     assert adapter.r == 3
     with pytest.raises(ConfigError, match="r=0: the rank is a positive integer"):
         lightning_peft.LoRAStrategy(r=0)

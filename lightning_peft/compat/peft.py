@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from peft import LoraConfig
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
 from peft.tuners.lora import LoraModel
 
 # Public alternative: none. `peft.tuners` exports the tuners alone.
@@ -27,8 +28,8 @@ from torch import nn
 CUSTOM_MODULES_FIELD = "_custom_modules"
 
 
-class LoraTuner(LoraModel):
-    """PEFT's LoRA tuner with two of its steps given by functions.
+class InPlaceTuner(BaseTuner):
+    """One of PEFT's tuners with two of its steps given by functions.
 
     PEFT matches, creates and initialises inside of the constructor.
 
@@ -44,7 +45,7 @@ class LoraTuner(LoraModel):
     def __init__(
         self,
         model: nn.Module,
-        config: LoraConfig,
+        config: PeftConfig,
         adapter_name: str,
         create: Callable[[Callable[..., nn.Module], nn.Module, dict[str, Any]], nn.Module],
         place: Callable[[nn.Module, nn.Module], None],
@@ -57,19 +58,23 @@ class LoraTuner(LoraModel):
     ) -> None:
         self._place(child, new_module)
 
-    def _create_new_module(  # type: ignore[override]
-        self, lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    def _create_new_module(
+        self, config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        def original(layer: nn.Module) -> nn.Module:
-            made: nn.Module = LoraModel._create_new_module(
-                lora_config, adapter_name, layer, **kwargs
-            )
-            return made
-
-        return self._create(original, target, kwargs)
+        create: Any = super()._create_new_module  # type: ignore[misc]
+        return self._create(
+            lambda layer: create(config, adapter_name, layer, **kwargs), target, kwargs
+        )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freezing is left to the caller."""
+
+
+@cache
+def in_place_tuner(peft_type: Any) -> type[InPlaceTuner]:
+    """Returns PEFT's tuner of a method as an :class:`InPlaceTuner`."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
+    return type(f"InPlace{tuner.__name__}", (InPlaceTuner, tuner), {})
 
 
 def cast_adapters(tuner: Any, adapter_name: str) -> None:

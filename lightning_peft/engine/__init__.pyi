@@ -13,8 +13,8 @@ from .backends.registry import quantization_to_dict as quantization_to_dict
 from .backends.registry import recorded_backend as recorded_backend
 from .backends.registry import register_backend as register_backend
 from .backends.registry import workspace_bytes as workspace_bytes
-from .configuration import DECISIVE_FIELDS as DECISIVE_FIELDS
 from .configuration import as_peft_config as as_peft_config
+from .configuration import config_differences as config_differences
 from .configuration import config_to_dict as config_to_dict
 from .configuration import lora_config as lora_config
 from .files.adapter_files import packed_adapters as packed_adapters
@@ -45,6 +45,7 @@ from .meta import quantizable_layers as quantizable_layers
 from .meta import quantize_on_meta as quantize_on_meta
 from .meta import quantized_tensors as quantized_tensors
 from .meta import recreate_parameter as recreate_parameter
+from .methods.registry import register_method as register_method
 from .momentum_copies import check_momentum_copies as check_momentum_copies
 from .momentum_copies import freeze_unoptimized_copies as freeze_unoptimized_copies
 from .momentum_copies import unregistered_copies as unregistered_copies

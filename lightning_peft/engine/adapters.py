@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.compat.peft import BaseTunerLayer, enable_layer
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
@@ -20,7 +20,7 @@ def adapted_layers(part: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in part.named_modules()
-        if isinstance(layer, (LoraLayer, BaseTunerLayer))
+        if isinstance(layer, (AdapterLayer, BaseTunerLayer))
     }
 
 
@@ -41,13 +41,25 @@ def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for prefix, layer in adapted_layers(part).items():
         for name, param in layer.named_parameters():
-            if isinstance(layer, LoraLayer):
-                own = name.partition(".")[0] in layer.factor_names
+            if isinstance(layer, AdapterLayer):
+                own = name.partition(".")[0] in layer.adapter_layer_names
             else:
                 own = not name.startswith("base_layer.")
             if own:
                 found[f"{prefix}.{name}" if prefix else name] = param
     return found
+
+
+def adapter_file_tensors(
+    part: nn.Module, targets: Iterable[str], name: str
+) -> dict[str, nn.Parameter]:
+    """Returns the tensors of an adapter in place on the layers ``targets``, by PEFT's keys."""
+    layers: dict[str, Any] = {target: part.get_submodule(target) for target in targets}
+    return {
+        f"{target}.{key}": param
+        for target, layer in layers.items()
+        for key, param in layer.adapter_tensors(name).items()
+    }
 
 
 def all_adapter_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -87,11 +99,9 @@ def _parameters(part: nn.Module, name: str) -> list[nn.Parameter]:
 def activate(part: nn.Module, names: tuple[str, ...]) -> None:
     """Makes ``names`` the adapters that run and train on the layers of ``part``."""
     for layer in part.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_active = names
-            for name in layer.lora_adapters:
-                for factor in layer.factors(name):
-                    factor.requires_grad_(name in names and not layer.lora_is_momentum_copy)
+        if isinstance(layer, AdapterLayer):
+            layer.active_adapters = names
+            layer.train_adapters(names)
 
 
 def set_adapter(module: nn.Module, names: str | Iterable[str]) -> None:
@@ -150,37 +160,24 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     record = require_record(module)
     refuse_merged(module, "Disabling adapters")
     layers = list(adapted_layers_of(module, record).values())
-    before = [is_enabled(layer) for layer in layers]
+    before = [not layer.disable_adapters for layer in layers]
     caching = torch.is_autocast_cache_enabled()
     trained = _exchange(module, record, None)
     try:
         torch.set_autocast_cache_enabled(False)
         for layer in layers:
-            enable(layer, False)
+            enable_layer(layer, False)
         yield
     finally:
         torch.set_autocast_cache_enabled(caching)
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
-            enable(layer, enabled)
+            enable_layer(layer, enabled)
 
 
 def is_merged(layer: Any) -> bool:
     """Whether adapters of ``layer`` are folded into its weight."""
-    return bool(layer.lora_merged if isinstance(layer, LoraLayer) else layer.merged)
-
-
-def is_enabled(layer: Any) -> bool:
-    """Whether the adapters of ``layer`` are switched on."""
-    return layer.lora_enabled if isinstance(layer, LoraLayer) else not layer.disable_adapters
-
-
-def enable(layer: Any, enabled: bool) -> None:
-    """Switches the adapters of one layer on or off; see :func:`disable_adapters`."""
-    if isinstance(layer, LoraLayer):
-        layer.lora_enabled = enabled
-    else:
-        enable_layer(layer, enabled)
+    return bool(layer.merged_adapters)
 
 
 def _exchange(

@@ -2,64 +2,66 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
-from lightning_peft.compat.peft import LoraTuner
+from lightning_peft.compat.peft import in_place_tuner
 from lightning_peft.engine.backends.conversion import quantize
-from lightning_peft.engine.layers.convolution_adapters import TransposedFactors, bare_convolution
-from lightning_peft.engine.layers.kinds import CONVOLUTIONS, TRANSPOSED
-from lightning_peft.engine.layers.lora import attach
+from lightning_peft.engine.layers.adapter import attach
 from lightning_peft.engine.layers.sizes import weight_sizes
 from lightning_peft.engine.loading.streamed_quantizer import deferred_dtype
+from lightning_peft.engine.methods.base import InPlaceMethod
 from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.selection.planning import InjectionPlan, InjectionRequest
 
 
 def inject_in_place(
-    plan: InjectionPlan, config: PeftConfig, request: InjectionRequest, device: torch.device | None
+    plan: InjectionPlan,
+    method: InPlaceMethod,
+    config: PeftConfig,
+    request: InjectionRequest,
+    device: torch.device | None,
 ) -> None:
-    """Adds LoRA adapters to the planned layers, which stay where they are, and quantizes them.
+    """Adds adapters to the planned layers, which stay where they are, and quantizes them.
 
     Args:
         plan: What to do with the part.
+        method: The method.
         config: PEFT's config, which means exactly these layers.
         request: The requested adapters.
         device: Where quantization happens.
     """
     to_quantize = {id(plan.part.get_submodule(name)) for name in plan.quantize}
-    made: Any = config
+    name = request.adapter_name
 
-    def create(original: Any, layer: nn.Module, options: dict[str, Any]) -> nn.Module:
-        if isinstance(layer, TRANSPOSED):
-            return TransposedFactors(layer, request.adapter_name, made, options)
-        if isinstance(layer, CONVOLUTIONS):
-            # PEFT makes `A` of the class of the layer, which may be ours or the user's own.
-            layer = bare_convolution(layer)
+    def create(original: Any, layer: nn.Module, options: dict[str, Any]) -> Any:
         with weight_sizes(layer):
-            wrapper: Any = original(layer)
+            made = method.create(original, layer, name, config, options)
         dtype = deferred_dtype(layer)
         if dtype is not None:
             # As if the weight were quantized after this.
-            for factors in (wrapper.lora_A, wrapper.lora_B):
-                for param in factors[request.adapter_name].parameters():
-                    param.data = param.data.to(dtype).to(param.dtype)
-        return wrapper
+            kind: Any = method.layer_class(layer)
+            tensors = [x for a in kind.adapter_layer_names for x in getattr(made, a).parameters()]
+            for param in tensors:
+                param.data = param.data.to(dtype).to(param.dtype)
+        return made
 
-    def place(layer: nn.Module, wrapper: nn.Module) -> None:
+    def place(layer: nn.Module, made: nn.Module) -> None:
+        kind: Any = method.layer_class(layer)
         # After PEFT's init, which may need the dense weight, and before the adapter moves over.
         if request.quantization is not None and id(layer) in to_quantize:
             quantize(layer, request.quantization, device)
-        attach(layer, wrapper, request.adapter_name)
+        attach(layer, kind, made, name)
 
-    with hidden_model_type(plan.part):
-        LoraTuner(plan.part, made, request.adapter_name, create, place)
+    with hidden_model_type(plan.part) if method.hides_model_type else nullcontext():
+        in_place_tuner(config.peft_type)(plan.part, config, name, create, place)
     # PEFT leaves its config on the model as a mark of wrapped layers, and there are none.
     del plan.part.peft_config
-    rest = [name for name in plan.quantize if name not in set(plan.targets)]
+    rest = [other for other in plan.quantize if other not in set(plan.targets)]
     quantize_layers(plan.part, rest, request.quantization, device)
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.compat.transformers import origin_of
-from lightning_peft.engine.adapters import activate, adapted_layers
+from lightning_peft.engine.adapters import activate, adapted_layers, adapter_file_tensors
 from lightning_peft.engine.backends.conversion import (
     adopt_prequantized,
     release_freed_memory,
@@ -23,18 +23,16 @@ from lightning_peft.engine.backends.conversion import (
 from lightning_peft.engine.backends.registry import is_quantized, quantization_to_dict
 from lightning_peft.engine.configuration import (
     as_peft_config,
-    changes_base,
     config_to_dict,
     lora_config,
-    subtracts_from_base,
 )
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.in_place_injection import inject_in_place, quantize_layers
-from lightning_peft.engine.layers.lora import low_rank_factors
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
+from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_with_peft
 from lightning_peft.engine.peft_wrappers import (
@@ -242,16 +240,16 @@ def _inject_part(
     entry = record.parts[plan.name]
     where = None if device is None else torch.device(device)
     config = _resolved(plan, request.config)
-    if plan.in_place:
-        inject_in_place(plan, config, request, where)
+    if plan.in_place is not None:
+        inject_in_place(plan, plan.in_place, config, request, where)
     else:
         quantize_layers(plan.part, plan.quantize, request.quantization, where)
         inject_with_peft(plan, config, request.adapter_name)
-    info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place)
+    info = AdapterInfo(config_to_dict(request.config), plan.targets, plan.in_place is not None)
     info.heads = plan.heads
-    if plan.in_place and subtracts_from_base(request.config):
-        factors = low_rank_factors(plan.part, plan.targets, request.adapter_name)
-        info.initial = {key: factor.detach().cpu().clone() for key, factor in factors.items()}
+    if plan.in_place is not None and plan.in_place.subtracts_from_base(request.config):
+        made = adapter_file_tensors(plan.part, plan.targets, request.adapter_name)
+        info.initial = {key: tensor.detach().cpu().clone() for key, tensor in made.items()}
     entry.adapters[request.adapter_name] = info
     if changes_base(request.config):
         owners = [(name, *name.rpartition(".")[::2]) for name in entry.base.names]
@@ -305,7 +303,7 @@ def _resolved(plan: InjectionPlan, config: PeftConfig) -> PeftConfig:
     exact: Any = copy.deepcopy(config)
     exact.target_modules = "|".join(re.escape(name) for name in plan.targets)
     exact.modules_to_save = None
-    if plan.in_place:
+    if plan.in_place is not None and hasattr(exact, "fan_in_fan_out"):
         kinds = [isinstance(plan.part.get_submodule(name), Conv1D) for name in plan.targets]
         exact.fan_in_fan_out = all(kinds)
     for field in PATTERN_FIELDS:

@@ -12,9 +12,9 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lightning_peft.engine.adapters import adapter_parameters
+from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.momentum_copies import (
     check_momentum_copies,
     freeze_copy,
@@ -30,7 +30,6 @@ _WRITES = re.compile(
     r"can't be cast to the desired output type (Byte|Char)|not implemented for '(Byte|Char)'"
 )
 
-_ADAPTERS = re.compile(r"Unexpected key\(s\) in state_dict: .*\.lora_[AB]\.", re.DOTALL)
 _SHAPES = re.compile(r"The size of tensor a \(\d+\) must match the size of tensor b \(\d+\)")
 
 
@@ -50,7 +49,7 @@ def link_late_copies(module: nn.Module) -> list[MomentumCopy]:
     late = {
         name
         for name, child in module.named_modules()
-        if isinstance(child, LoraLayer) and child not in known
+        if isinstance(child, AdapterLayer) and child not in known
     }
     momentum_copies: list[MomentumCopy] = []
     for name, child in module.named_modules() if late else ():
@@ -131,7 +130,9 @@ def explain_hook_error(
             "`named_parameters()` with `if p.requires_grad`; or use LoRAStrategy. torch says: "
             f"{text.splitlines()[0]}"
         )
-    if isinstance(error, RuntimeError) and _ADAPTERS.search(text):
+    unexpected = text.partition("Unexpected key(s) in state_dict: ")[2]
+    kinds = {kind for x in adapted_layers(module).values() for kind in x.adapter_layer_names}
+    if isinstance(error, RuntimeError) and any(f".{kind}." in unexpected for kind in kinds):
         return LifecycleError(
             "A hook loads the state of adapted layers into layers without adapters. Make the copy "
             "by copy.deepcopy, or before the adapters are added (in `__init__` or `setup`). torch "

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.compat.peft import BaseTunerLayer
-from lightning_peft.engine.adapters import adapter_parameters, is_enabled
+from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import requantizes_when_merged
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE
-from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -67,8 +66,7 @@ def _problem_of(layer: Any) -> str | None:
             "that what is merged into it would be lost. Remove that from the base first "
             "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter apart"
         )
-    low_rank = isinstance(layer, LoraLayer) or hasattr(layer, "lora_A")
-    if low_rank and isinstance(base, CONVOLUTION_LIKE) and base.groups > 1:
+    if hasattr(layer, "lora_A") and isinstance(base, CONVOLUTION_LIKE) and base.groups > 1:
         return (
             f"is a grouped convolution (groups={base.groups}), and its adapter adds to all input "
             "channels: no kernel has that built in. Keep the adapter apart, or leave the layer "
@@ -142,7 +140,7 @@ def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
         LifecycleError: If adapters are switched off.
         UnsupportedError: If a weight has no values, or values of an adapter are not finite.
     """
-    off = [name for name, layer in layers.items() if not is_enabled(layer)]
+    off = [name for name, layer in layers.items() if layer.disable_adapters]
     if off:
         raise LifecycleError(
             "Adapters are switched off, so merging now would leave them out of the weights of:"
@@ -154,7 +152,7 @@ def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
         for key, value in layer.named_parameters(prefix=name):
             if value.is_meta:
                 problems.append(f"{key} is on the meta device and has no values. Load them first")
-    active = _running_names(layers)
+    active = {name for layer in layers.values() for name in layer.active_adapters}
     values = {
         f"{name}.{key}": value
         for name, layer in layers.items()
@@ -172,10 +170,3 @@ def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
         raise UnsupportedError(
             "These adapters cannot be merged, and nothing was changed:" + itemize(problems, 5)
         )
-
-
-def _running_names(layers: dict[str, Any]) -> set[str]:
-    names: set[str] = set()
-    for layer in layers.values():
-        names |= {*(layer.lora_active if isinstance(layer, LoraLayer) else layer.active_adapters)}
-    return names

@@ -30,7 +30,7 @@ from lightning_peft.engine.backends.conversion import (
     restore_quantized,
 )
 from lightning_peft.engine.backends.layers import QuantizedBackup, QuantizedLayer
-from lightning_peft.engine.layers.lora import accumulation_dtype, without_adapters
+from lightning_peft.engine.layers.adapter import accumulation_dtype, without_adapters
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.layers.probes import in_eval_mode, probe_input, rounding_tolerance
 from lightning_peft.engine.mergeable import (
@@ -191,10 +191,10 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
     stored = target.to((dtype or base.dtype) if quantized else base.dtype)
     again = requantize(layer, target.to(base.dtype)) if quantized else None
     if quantized:
-        layer.lora_quantized_backup = convert_to_dense(layer, stored.contiguous())
+        layer.quantized_backup = convert_to_dense(layer, stored.contiguous())
     else:
         stored_parameter(layer, "weight").copy_(stored)
-    layer.lora_merged = (*layer.lora_merged, *todo)
+    layer.merged_adapters = (*layer.merged_adapters, *todo)
     return MergedLayer(
         name=name,
         was_quantized=quantized,
@@ -204,12 +204,13 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
 
 
 def merged_weight(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Returns ``s B A`` of the adapters ``names`` of ``layer``, and ``base`` plus that.
+    """Returns what the adapters ``names`` of ``layer`` add to ``base``, and ``base`` plus that.
 
     Both are in a dtype to add in: float32, or float64 where ``base`` is.
     """
-    delta = torch.stack([layer.get_delta_weight(name).to(base.device) for name in names]).sum(0)
-    return delta, base.to(accumulation_dtype(base)) + delta
+    base = base.to(accumulation_dtype(base))
+    delta = layer.summed_delta(base, names)
+    return delta, base + delta
 
 
 @dataclass
@@ -339,11 +340,11 @@ def _unmerge_by_peft(layer: Any, name: str) -> None:
 
 
 def _unmerge_layer(layer: Any) -> None:
-    if layer.lora_quantized_backup is not None:
-        restore_quantized(layer, layer.lora_quantized_backup)
-        layer.lora_quantized_backup, layer.lora_merged = None, ()
+    if layer.quantized_backup is not None:
+        restore_quantized(layer, layer.quantized_backup)
+        layer.quantized_backup, layer.merged_adapters = None, ()
         return
     weight = stored_parameter(layer, "weight")
-    delta = torch.stack([layer.get_delta_weight(name) for name in layer.lora_merged]).sum(0)
-    weight.copy_((weight.to(accumulation_dtype(weight)) - delta.to(weight.device)).to(weight.dtype))
-    layer.lora_merged = ()
+    merged = weight.to(accumulation_dtype(weight))
+    weight.copy_(layer.restored_weight(merged, layer.merged_adapters).to(weight.dtype))
+    layer.merged_adapters = ()

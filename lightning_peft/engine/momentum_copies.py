@@ -15,8 +15,8 @@ from torch import nn
 
 from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.fingerprint import fingerprint
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.mixin import (
     DynamicMixin,
     add_mixin,
@@ -219,11 +219,9 @@ def freeze_copy(module: nn.Module, pair: MomentumCopy) -> None:
     """Stops gradients into the adapters of a copy: they follow, they do not train."""
     pair.frozen = True
     for layer in adapted_layers(module.get_submodule(pair.copy)).values():
-        if isinstance(layer, LoraLayer):
-            layer.lora_is_momentum_copy = True
-            for name in layer.lora_adapters:
-                for factor in layer.factors(name):
-                    factor.requires_grad_(False)
+        if isinstance(layer, AdapterLayer):
+            layer.is_momentum_copy = True
+            layer.train_adapters(())
 
 
 def freeze_unoptimized_copies(module: nn.Module, held: set[int]) -> None:

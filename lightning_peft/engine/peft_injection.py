@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, LoraConfig, PeftConfig
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 from torch import nn
 
-from lightning_peft.compat.peft import cast_adapters
-from lightning_peft.engine.configuration import changes_base
+from lightning_peft.compat.peft import MultiheadAttention, cast_adapters
 from lightning_peft.engine.layers.attention import parameters_of, preserve_parameters
+from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import hidden_model_type
 from lightning_peft.engine.rollback import floating_tensors, restored_on_error
 from lightning_peft.engine.selection.planning import InjectionPlan
@@ -34,11 +35,12 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
     attentions = {
         name: parameters_of(layer)
         for name, layer in layers.items()
-        if isinstance(layer, nn.MultiheadAttention) and isinstance(config, LoraConfig)
+        if isinstance(layer, nn.MultiheadAttention)
     }
     again = " Build the module again: its layers are quantized already." if plan.quantize else ""
     rewritten = floating_tensors(layers.values()) if changes_base(config) else ()
-    unknown = hidden_model_type(plan.part) if isinstance(config, LoraConfig) else nullcontext()
+    method = method_of(config)
+    unknown = hidden_model_type(plan.part) if method.hides_model_type else nullcontext()
     try:
         with restored_on_error([plan.part], rewritten), unknown:
             made = tuners[config.peft_type](plan.part, config, adapter_name=adapter_name)
@@ -49,4 +51,6 @@ def inject_with_peft(plan: InjectionPlan, config: PeftConfig, adapter_name: str)
             + again
         ) from error
     for name, before in attentions.items():
-        preserve_parameters(plan.part.get_submodule(name), before)
+        wrapper = plan.part.get_submodule(name)
+        if isinstance(wrapper, MultiheadAttention):
+            preserve_parameters(wrapper, before)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from lightning_peft.compat.peft import (
@@ -22,8 +21,11 @@ from lightning_peft.compat.peft import (
 )
 from lightning_peft.compat.transformers import forget_peft_adapters
 from lightning_peft.engine.adapters import adapter_parameters
-from lightning_peft.engine.configuration import as_peft_config, changes_base, config_differences
+from lightning_peft.engine.configuration import as_peft_config, config_differences
 from lightning_peft.engine.configuration import config_to_dict as fields_of
+from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import METHODS
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.errors import LifecycleError, UnsupportedError, itemize
 
@@ -47,7 +49,7 @@ class PeftWrapped:
     name: str
     part: nn.Module
     adapter_name: str
-    config: LoraConfig
+    config: PeftConfig
     layers: dict[str, Any]
     saved: dict[str, Any]
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -80,7 +82,7 @@ def find_peft_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Peft
         saved = {n: x for n, x in part.named_modules() if isinstance(x, ModulesToSaveWrapper)}
         ((adapter_name, config),) = part.peft_config.items()  # type: ignore[union-attr, operator]
         exact = _exact(config, list(layers), list(saved))
-        if config.bias != "none":
+        if getattr(config, "bias", "none") != "none":
             log.warning(
                 "PEFT keeps no copy of biases that it trains (bias=%r), so with adapters disabled, "
                 "%s has the biases that it has now.",
@@ -112,8 +114,10 @@ def _problem(part: Any, layers: dict[str, Any]) -> str | None:
     if len(configs) != 1:
         return f"it has several adapters ({', '.join(part.peft_config)})"
     (config,) = configs
-    kinds = sorted({type(x).__name__ for x in layers.values() if not isinstance(x, PeftLoraLayer)})
-    if type(config) is not LoraConfig or kinds or config.use_dora or config.lora_bias:
+    kind: Any = getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "tuner_layer_cls", ())
+    method = METHODS.get(config.peft_type)
+    in_place = isinstance(method, InPlaceMethod) and method.is_in_place(config)
+    if not in_place or not all(isinstance(layer, kind) for layer in layers.values()):
         return f"{type(config).__name__} with these settings works through PEFT's own layers only"
     if changes_base(config):
         return f"init_lora_weights={config.init_lora_weights!r} rewrote its base"
@@ -122,17 +126,18 @@ def _problem(part: Any, layers: dict[str, Any]) -> str | None:
     return None
 
 
-def _exact(config: LoraConfig, layers: list[str], saved: list[str]) -> LoraConfig:
+def _exact(config: PeftConfig, layers: list[str], saved: list[str]) -> PeftConfig:
     exact: Any = copy.deepcopy(config)
     exact.target_modules, exact.modules_to_save = set(layers), saved or None
-    exact.layers_to_transform = exact.layers_pattern = exact.exclude_modules = None
-    exact.init_lora_weights, exact.inference_mode = True, False
-    as_peft_config(exact)
-    checked: LoraConfig = exact
-    return checked
+    exact.inference_mode = False
+    always = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    for name, value in {**always, "init_lora_weights": True}.items():
+        if hasattr(exact, name):
+            setattr(exact, name, value)
+    return as_peft_config(exact)
 
 
-def _differ(one: LoraConfig, other: LoraConfig) -> list[str]:
+def _differ(one: PeftConfig, other: PeftConfig) -> list[str]:
     return config_differences(fields_of(one), fields_of(other))
 
 

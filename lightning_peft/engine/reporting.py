@@ -18,6 +18,7 @@ from lightning_peft.engine.backends.registry import (
     storage_bytes,
 )
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 from lightning_peft.engine.selection.parts import inside as lies_inside
 
@@ -211,7 +212,7 @@ def _part_report(part: nn.Module, entry: AdaptedModuleRecord) -> PartReport:
         heads=states,
         saved=entry.saved,
         in_place=info.in_place,
-        method=_method_label(info.config),
+        method=method_of(info.config).label(info.config),
         dense=_dense_matrices(part, entry) if entry.quantized else {},
     )
 
@@ -224,14 +225,6 @@ def _dense_matrices(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str, in
             pieces = [piece for piece in name.split(".") if not piece.isdigit()]
             sizes[".".join(pieces[-2:]).removesuffix(".weight")] += storage_bytes(param)
     return dict(sizes)
-
-
-def _method_label(config: dict[str, object]) -> str:
-    kind = str(config["peft_type"])
-    if kind != "LORA":
-        return kind
-    name = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
-    return f"{name} r={config['r']} alpha={config['lora_alpha']:g}"
 
 
 def _quantization_label(entry: AdaptedModuleRecord) -> str:

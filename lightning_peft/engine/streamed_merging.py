@@ -24,7 +24,7 @@ from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import read_adapter, recorded_base
 from lightning_peft.engine.files.adapter_loading import load_adapter, refuse_residual_base
 from lightning_peft.engine.fingerprint import Fingerprint
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.merging import check_mergeable, merged_weight, relative_norm
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
@@ -124,7 +124,7 @@ class StreamedMerge:
         refuse_residual_base(facts, folder)
 
     def _check_layers(self) -> None:
-        others = [name for name, x in self._layers.items() if not isinstance(x, LoraLayer)]
+        others = [name for name, x in self._layers.items() if not isinstance(x, AdapterLayer)]
         if others:
             raise UnsupportedError(
                 f"{others[0]} has an adapter of another kind than plain LoRA, and only that is "
@@ -143,13 +143,14 @@ class StreamedMerge:
         entry = require_record(self.outline).parts[""]
         return recorded_base(entry.loaded, self._facts, [*entry.saved, *entry.heads])
 
-    def factors(self) -> list[nn.Parameter]:
-        """Returns the low-rank factors, which the meta copy adds to the base."""
-        return [factor for layer in self._layers.values() for factor in layer.factors(_ADAPTER)]
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """Returns the tensors of the adapter, which the meta copy adds to the base."""
+        layers = self._layers.values()
+        return [param for layer in layers for param in layer.adapter_tensors(_ADAPTER).values()]
 
     def replaced(self) -> dict[str, Tensor]:
         """Returns the parameters and buffers that come from the adapter's file in full, by name."""
-        own = {id(factor) for factor in self.factors()}
+        own = {id(param) for param in self.adapter_parameters()}
         return {
             name: value.detach()
             for name, value in self.outline.state_dict(keep_vars=True).items()

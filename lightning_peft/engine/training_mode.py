@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.compat.torch import BatchNorm
 from lightning_peft.engine.adapters import adapted_layers
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.selection.parts import is_pretrained
 from lightning_peft.engine.selection.scope import is_frozen, left_modules
@@ -38,8 +38,9 @@ def set_training_mode(module: nn.Module) -> None:
             if child in fixed or (isinstance(child, BatchNorm) and not mode):
                 child.training = mode
         for layer in adapted_layers(part).values():
-            if layer not in apart and isinstance(layer, LoraLayer):
-                layer.lora_dropout.train()
+            if layer not in apart and isinstance(layer, AdapterLayer):
+                for name in layer.adapter_module_names:
+                    getattr(layer, name).train()
 
 
 def user_eval_modules(module: nn.Module, parts: Iterable[str]) -> set[str]:

@@ -12,8 +12,8 @@ from lightning_peft.compat.peft import BaseTuner, BaseTunerLayer
 from lightning_peft.engine.adapters import adapted_layers_of, is_merged
 from lightning_peft.engine.backends.conversion import convert_to_dense, restore_quantized
 from lightning_peft.engine.backends.layers import QuantizedLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer, detach
 from lightning_peft.engine.layers.attention import AttentionMixin
-from lightning_peft.engine.layers.lora import LoraLayer, detach
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.momentum_copies import unlink_copies
 from lightning_peft.engine.record import require_record, set_record
@@ -47,7 +47,7 @@ def unload(module: nn.Module) -> nn.Module:
     if merged:
         _dequantize(module)
     for layer in layers.values():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, AdapterLayer):
             detach(layer)
     for name in record.parts:
         _unwrap(module.get_submodule(name))
@@ -58,7 +58,7 @@ def unload(module: nn.Module) -> nn.Module:
 
 
 def _is_running(layer: Any) -> bool:
-    if isinstance(layer, LoraLayer):
+    if isinstance(layer, AdapterLayer):
         return bool(layer.effective_adapters())
     return bool(set(layer.active_adapters) - set(layer.merged_adapters))
 

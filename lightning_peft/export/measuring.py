@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft import engine
-from lightning_peft.engine.configuration import BASE_CHANGING_INITS
+from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
@@ -63,8 +63,9 @@ def unmeasurable_reason(adapter: Adapter, base: Base) -> str | None:
             f"comparing outputs takes about {needed / 1e9:.1f} GB of memory, and "
             f"{free / 1e9:.1f} GB are free"
         )
-    init = str((adapter.facts.get("config") or {}).get("init_lora_weights", "")).lower()
-    if adapter.quantization is not None and init.startswith(BASE_CHANGING_INITS):
+    fields = adapter.facts.get("config") or {}
+    if adapter.quantization is not None and changes_base(fields):
+        init = fields["init_lora_weights"]
         return f"with init_lora_weights={init!r} the folder does not hold the base in training"
     return None
 

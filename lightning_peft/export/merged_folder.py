@@ -137,7 +137,7 @@ def prepare(
     names = names_in_model(base, outline)
     merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
     here = _with_ties(outline, set(names.values())) | set(merge.replaced())
-    own = {id(factor) for factor in merge.factors()}
+    own = {id(param) for param in merge.adapter_parameters()}
     lacking = [
         name
         for name, param in outline.named_parameters()

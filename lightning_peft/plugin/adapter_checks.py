@@ -35,7 +35,7 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
             continue
         problems += [
             f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
-            for key in (*engine.DECISIVE_FIELDS, "lora_dropout")
+            for key in (*engine.config_differences(info.config, requested), "lora_dropout")
             if info.config.get(key) != requested.get(key)
         ]
         if part.quantization != quantization:
@@ -181,7 +181,7 @@ def prepare_training(module: nn.Module) -> None:
         entry.qualified(name)
         for entry, part in parts
         for name, layer in engine.adapted_layers(part).items()
-        if getattr(layer, "lora_merged", ())
+        if layer.merged_adapters
     ]
     if merged:
         raise LifecycleError(

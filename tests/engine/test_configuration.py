@@ -11,12 +11,12 @@ from peft import LoraConfig
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.configuration import (
     as_peft_config,
-    changes_base,
     config_differences,
     config_from_dict,
     config_to_dict,
     lora_config,
 )
+from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 

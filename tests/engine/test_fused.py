@@ -61,7 +61,7 @@ def by_hand(layer: LoraLayer, x: Tensor, mask: Tensor | None = None, p: float = 
     weight = FourBitLayer.effective_weight(layer) if four_bit else stored
     rows = fused.as_rows(layer, weight).double()
     bias = None if layer.bias is None else layer.bias.double()
-    scaling = layer.lora_adapters["default"].scaling
+    scaling = layer.adapter_settings["default"].scaling
     return F.linear(x.double(), rows, bias) + F.linear(F.linear(kept, a), b) * scaling
 
 

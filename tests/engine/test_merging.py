@@ -32,7 +32,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def test_merged_weights_are_the_sum_within_rounding(build, dtype: torch.dtype) -> None:
     model = adapted(lambda: build().to(dtype))
     before = weights(model)
-    deltas = {n: x.get_delta_weight("default") for n, x in engine.adapted_layers(model).items()}
+    deltas = {n: x.delta_weight("default") for n, x in engine.adapted_layers(model).items()}
     report = lightning_peft.merge(model)
     after = weights(model)
     for name, weight in before.items():
@@ -67,7 +67,7 @@ def test_unmerging_a_dense_base_is_exact_within_rounding() -> None:
         for name, weight in weights(model).items():
             assert relative_error(weight, before[name]) <= 2 * ROUNDING[dtype]
         lightning_peft.unmerge(model)
-        assert all(not layer.lora_merged for layer in engine.adapted_layers(model).values())
+        assert all(not layer.merged_adapters for layer in engine.adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
@@ -106,7 +106,7 @@ def test_what_the_report_says_of_requantizing_is_what_it_would_be() -> None:
     model = adapted(quantization_config=NF4)
     with lightning_peft.disable_adapters(model):
         base = model.first.weight + 0
-    delta = model.first.get_delta_weight("default")
+    delta = model.first.delta_weight("default")
     report = lightning_peft.merge(model)
     again = nn.Linear(96, 64)
     again.weight.data = base + delta
@@ -213,7 +213,7 @@ def test_layers_that_peft_wrapped_are_merged_and_unwrapped(method: str, quantize
 def test_unloading_half_merged_adapters_is_refused() -> None:
     model = adapted()
     lightning_peft.merge(model)
-    model.second.lora_merged = ()
+    model.second.merged_adapters = ()
     with pytest.raises(LifecycleError, match="Some active adapters are merged"):
         lightning_peft.unload(model)
 

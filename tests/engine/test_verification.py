@@ -146,7 +146,7 @@ def test_an_effect_before_training_is_caught() -> None:
     model = stack()
     lightning_peft.inject(model, r=4)
     handle = model.first.register_forward_hook(
-        lambda layer, args, out: out + (1.0 if layer.lora_enabled else 0.0)
+        lambda layer, args, out: out + (0.0 if layer.disable_adapters else 1.0)
     )
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     handle.remove()

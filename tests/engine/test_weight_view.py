@@ -82,7 +82,7 @@ def test_questions_about_a_weight_compute_nothing(monkeypatch: pytest.MonkeyPatc
 def test_a_view_takes_part_in_arithmetic() -> None:
     model = adapted(FusedReader)
     layer = model.qkv
-    exact = layer._parameters["weight"] + layer.get_delta_weight("default")
+    exact = layer._parameters["weight"] + layer.delta_weight("default")
     torch.testing.assert_close(layer.weight + 0, exact)
     torch.testing.assert_close(layer.weight.t(), exact.t())
     torch.testing.assert_close(torch.stack([layer.weight, layer.weight])[1], exact)
@@ -137,7 +137,7 @@ def test_attention_of_torch_uses_the_adapter_of_its_output() -> None:
     assert layer.lora_A["default"].weight.grad.any()
     assert layer.lora_B["default"].weight.grad.any()
     # The projection is linear, so the adapter's share is its delta on what the base projects.
-    weight, delta = layer._parameters["weight"].detach(), layer.get_delta_weight("default")
+    weight, delta = layer._parameters["weight"].detach(), layer.delta_weight("default")
     inner = torch.linalg.solve(weight, (before - layer.bias.detach()).mT).mT
     torch.testing.assert_close(fast - before, inner @ delta.t(), rtol=1e-3, atol=1e-4)
 

@@ -121,7 +121,7 @@ def test_layer_errors_are_those_of_the_stored_weights(tmp_path: Path) -> None:
     assert len(result.weights) == len(layers) == 14
     for found in result.weights:
         layer, name = layers[found.name], f"{found.name}.weight"
-        target, delta = layer.effective_weight(), layer.get_delta_weight("default")
+        target, delta = layer.effective_weight(), layer.delta_weight("default")
         share = (out[name].float() - target).norm() / delta.norm()
         assert found.dequantized == pytest.approx(share.item(), rel=1e-3)
         original = ((base[name] + delta).half().float() - target).norm() / delta.norm()

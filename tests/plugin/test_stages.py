@@ -20,7 +20,9 @@ from modules import (
     trainer,
     weights,
 )
+from peft import LoHaConfig
 
+import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import LifecycleError
 
@@ -110,6 +112,20 @@ def test_other_settings_for_the_same_module_are_refused(method, settings, messag
     trainer(tmp_path, strategy("lora", target_modules=["layers.1", "layers.0"])).fit(
         module, loader()
     )
+
+
+def test_merged_wrappers_and_other_settings_of_another_method_are_refused(tmp_path):
+    def loha(**settings):
+        config = LoHaConfig(target_modules=["layers.0"], r=4, **settings)
+        return trainer(tmp_path, lightning_peft.LoRAStrategy(peft_config=config, announce=False))
+
+    module = task()
+    loha().fit(module, loader())
+    with pytest.raises(LifecycleError, match=r"alpha_pattern=\{\}, asked for \{'layers.0': 2\}"):
+        loha(alpha_pattern={"layers.0": 2}).fit(module, loader())
+    lightning_peft.merge(module)
+    with pytest.raises(LifecycleError, match=r"have their adapters merged(.|\n)*layers\.0"):
+        loha().fit(module, loader())
 
 
 def rebuilding_class(place: str):

@@ -21,6 +21,7 @@ from modules import (
 from torch import nn
 
 import lightning_peft
+from lightning_peft.compat.peft import enable_layer
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import ConfigError, LifecycleError
 from lightning_peft.plugin.namespace import bind_to_lightning
@@ -264,7 +265,7 @@ def test_several_fits_and_interrupted_ones(tmp_path, message):
 def test_adapters_that_are_off_or_spoilt_stop_training(tmp_path):
     module = task()
     fit(module, tmp_path)
-    module.model.layers[0].lora_enabled = False
+    enable_layer(module.model.layers[0], False)
     module.model.layers[1].lora_A["default"].weight.data[0, 0] = float("inf")
     with pytest.raises(LifecycleError) as caught:
         fit(module, tmp_path)

@@ -10,25 +10,25 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.engine.adapters import adapter_parameters, trained_heads
+from lightning_peft.engine.adapters import adapter_file_tensors, adapter_parameters, trained_heads
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.base_tensors import changed_buffers, keys_in_file
-from lightning_peft.engine.files.peft_differences import peft_differences
 from lightning_peft.engine.files.peft_names import replaced_under_one_name, saved_entries
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
-from lightning_peft.engine.layers.lora import low_rank_factors
+from lightning_peft.engine.layers.mixin import class_key
+from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.registry import METHODS
 from lightning_peft.engine.model_types import retargeted_by_peft
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.record import AdaptedModuleRecord, AdapterInfo
@@ -65,7 +65,8 @@ def adapter_folder(
     tensors, config = adapter_tensors(part, entry, name), exported_config(part, entry, name)
     initial = entry.adapters[name].initial
     if initial:
-        tensors, config = _for_plain_base(tensors, config, initial)
+        method: Any = METHODS[config["peft_type"]]
+        tensors, config = method.for_plain_base(tensors, config, initial)
     blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
     facts = provenance_of(part, entry, name) | to_primitives(dict(provenance))
     facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
@@ -74,30 +75,6 @@ def adapter_folder(
         CONFIG_FILE: _json(config),
         PROVENANCE_FILE: _json(facts),
     }
-
-
-def _for_plain_base(
-    tensors: dict[str, Tensor], config: dict[str, Any], initial: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the same adapter for the base as it was before its initialisation rewrote it.
-
-    Trained as ``(W - s B0 A0) + s B A``, it is ``W + s [B, -B0] [A; A0]``: plain LoRA of twice
-    the rank, which programs that know nothing of the initialisation apply right.
-    """
-    doubled = dict(tensors)
-    for key, first in initial.items():
-        is_a = key.endswith("lora_A.weight")
-        doubled[key] = torch.cat([tensors[key], first if is_a else -first], 0 if is_a else 1)
-    # The scaling, alpha / r or alpha / sqrt(r), stays what it was.
-    growth = 2**0.5 if config["use_rslora"] else 2
-    changed = {
-        "init_lora_weights": True,
-        "r": 2 * config["r"],
-        "lora_alpha": growth * config["lora_alpha"],
-        "rank_pattern": {k: 2 * v for k, v in config["rank_pattern"].items()},
-        "alpha_pattern": {k: growth * v for k, v in config["alpha_pattern"].items()},
-    }
-    return doubled, {**config, **changed}
 
 
 def _json(value: Any) -> bytes:
@@ -143,7 +120,7 @@ def adapter_tensors(
 
 
 def _in_place_tensors(part: nn.Module, info: AdapterInfo, name: str) -> dict[str, Tensor]:
-    tensors = low_rank_factors(part, info.targets, name)
+    tensors: dict[str, Tensor] = {**adapter_file_tensors(part, info.targets, name)}
     biases = info.config.get("bias", "none")
     if biases != "none":
         adapted = set(info.targets)
@@ -210,8 +187,20 @@ def differences_in_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) 
     return [
         *replaced_under_one_name(part, entry.adapters[name].targets),
         *retargeted_by_peft(part, config_from_dict(fields)),
-        *peft_differences(part, entry, name),
+        *_computed_differently(part, entry, name),
     ]
+
+
+def _computed_differently(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> Iterator[str]:
+    info = entry.adapters[name]
+    method = METHODS[info.config["peft_type"]]
+    if not info.in_place or not isinstance(method, InPlaceMethod):
+        return
+    for target in info.targets:
+        layer = part.get_submodule(target)
+        reason = method.difference_in_peft(layer)
+        if reason:
+            yield f"{entry.qualified(target)} ({class_key(layer)[2].__name__}): {reason}"
 
 
 def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dict[str, Any]:

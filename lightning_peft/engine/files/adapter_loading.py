@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,15 +13,13 @@ from peft import set_peft_model_state_dict
 from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import (
+    adapter_file_tensors,
     adapter_parameters,
     refuse_merged,
     set_adapter,
     trained_parameters,
 )
-from lightning_peft.engine.configuration import (
-    BASE_CHANGING_INITS,
-    config_from_dict,
-)
+from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.adapter_checks import AdapterFolder, check_base_of, check_fit
 from lightning_peft.engine.files.adapter_fields import checked_fields
 from lightning_peft.engine.files.adapter_format import (
@@ -38,6 +35,7 @@ from lightning_peft.engine.files.fitting import (
 )
 from lightning_peft.engine.files.token_rows import refuse_training, rows_as_modules
 from lightning_peft.engine.injection import inject_config
+from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.record import record_of, require_record
 from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
@@ -218,14 +216,10 @@ def _rewritten(module: nn.Module, folders: list[AdapterFolder]) -> list[Tensor]:
     return [
         param
         for folder in folders
-        if _rewrites_base(folder.fields)
+        if changes_base(folder.fields)
         for param in module.get_submodule(folder.part).parameters()
         if param.is_floating_point()
     ]
-
-
-def _rewrites_base(fields: Mapping[str, Any]) -> bool:
-    return str(fields.get("init_lora_weights")).lower().startswith(BASE_CHANGING_INITS)
 
 
 def _put_on(
@@ -255,7 +249,7 @@ def _inject_for_file(
     quantization: Any | None,
 ) -> None:
     fields = dict(folder.fields)
-    if isinstance(fields.get("init_lora_weights"), str) and not _rewrites_base(fields):
+    if isinstance(fields.get("init_lora_weights"), str) and not changes_base(fields):
         # The values come from the file; only inits that also rewrite the base must run again.
         fields["init_lora_weights"] = True
     fields["inference_mode"] = False
@@ -291,7 +285,7 @@ def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
         UnsupportedError: If ``facts`` describe such an adapter.
     """
     config = facts.get("config") or {}
-    if facts.get("quantization") and _rewrites_base(config):
+    if facts.get("quantization") and changes_base(config):
         raise UnsupportedError(
             f"The adapter in {str(folder)!r} was trained with "
             f"init_lora_weights={config['init_lora_weights']!r} on a "
@@ -305,21 +299,25 @@ def refuse_residual_base(facts: Mapping[str, Any], folder: Path) -> None:
 @torch.no_grad()
 def _fill(module: nn.Module, folder: AdapterFolder, name: str) -> None:
     part, tensors = module.get_submodule(folder.part), folder.tensors
-    in_place = require_record(module).parts[folder.part].adapters[name].in_place
-    if not in_place:
+    info = require_record(module).parts[folder.part].adapters[name]
+    adapter: dict[str, str] = {}
+    if info.in_place:
+        names = {id(param): live for live, param in part.named_parameters()}
+        made = adapter_file_tensors(part, info.targets, name)
+        adapter = {key: names[id(param)] for key, param in made.items()}
+    else:
         set_peft_model_state_dict(part, dict(tensors), adapter_name=name)
     state = part.state_dict()
     for key, value in tensors.items():
-        live = re.sub(r"\.(lora_[AB])\.weight$", lambda m: f".{m[1]}.{name}.weight", key)
-        live = re.sub(r"\.(lora_embedding_[AB])$", lambda m: f".{m[1]}.{name}", live)
-        if in_place:
+        live = adapter.get(key, key)
+        if info.in_place:
             live = live.replace(".base_layer.", ".")
         if live not in state:
             continue
         if state[live].is_meta:
             # An outline has no memory to copy into.
-            made = {live: value.to(state[live].dtype)}
-            part.load_state_dict(made, strict=False, assign=True)
+            assigned = {live: value.to(state[live].dtype)}
+            part.load_state_dict(assigned, strict=False, assign=True)
         else:
             state[live].copy_(value)
 

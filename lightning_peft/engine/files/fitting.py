@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.selection.parts import inside
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, all_names
 from lightning_peft.errors import CheckpointError, itemize
@@ -66,11 +67,8 @@ def check_ranks(fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Non
     Raises:
         CheckpointError: If a rank is larger than every dimension in the file.
     """
-    if fields["peft_type"] != "LORA":
-        return
-    ranks = [fields.get("r", 0), *(fields.get("rank_pattern") or {}).values()]
     sizes = [size for value in tensors.values() for size in value.shape]
-    largest = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    largest = max(method_of(fields).ranks(fields), default=0)
     if largest > max(sizes, default=0):
         raise CheckpointError(
             f"adapter_config.json says r={largest}, and no tensor of the file is that large: its "

@@ -12,10 +12,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.selection.targets import all_names
-
-# What PEFT adds below a layer that it wraps.
-_ADDED = ("base_layer", "lora_dropout.default", "lora_A.default", "lora_B.default")
 
 
 def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str]) -> list[str]:
@@ -31,7 +29,7 @@ def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str])
     """
     wanted, adapted, names = set(saved), set(targets), all_names(part)
     keys = [known for name in names for known in names[name]]
-    keys += [f"{target}.{added}" for target in adapted for added in _ADDED]
+    keys += [f"{target}.{added}" for target in adapted for added in _added(part, target)]
     # One that has two names would get a copy under each.
     meant = {name for name in wanted if len(names[name]) == 1}
     entries = []
@@ -39,6 +37,14 @@ def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str])
         clear = (e for e in _candidates(name) if not _means_others(e, meant, keys, adapted))
         entries += [entry for entry in [next(clear, None)] if entry is not None]
     return entries
+
+
+def _added(part: nn.Module, target: str) -> list[str]:
+    """Returns what PEFT adds below a layer that it wraps."""
+    layer = part.get_submodule(target)
+    names = () if not isinstance(layer, AdapterLayer) else layer.adapter_layer_names
+    modules = () if not isinstance(layer, AdapterLayer) else layer.adapter_module_names
+    return ["base_layer", *(f"{name}.default" for name in (*names, *modules))]
 
 
 def _candidates(name: str) -> list[str]:

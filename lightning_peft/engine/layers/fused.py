@@ -101,7 +101,7 @@ def fused_output(layer: Any, names: list[str], args: Any, kwargs: Any) -> Tensor
         return None
     a, b = layer.factors(names[0])
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-    scaling = layer.lora_adapters[names[0]].scaling
+    scaling = layer.adapter_settings[names[0]].scaling
     with _without_autocast(x), _pause_recording():
         out: Tensor = FusedLora.apply(x, a, b, layer.bias, stored, frozen, scaling, p)
     return out

@@ -97,28 +97,3 @@ def is_dilated(layer: Any) -> bool:
     """Whether the dilation of a convolution changes what it computes."""
     sizes = zip(layer.kernel_size, layer.dilation, strict=True)
     return any(kernel > 1 and dilation > 1 for kernel, dilation in sizes)
-
-
-def adapter_unsupported_reason(layer: Any, rank: int) -> str | None:
-    """Why ``layer`` cannot have a low-rank adapter of ``rank``, or ``None``."""
-    kind = type(layer).__name__
-    if isinstance(layer, nn.RNNBase):
-        return (
-            f"a {kind} keeps several weights and computes past any layer. Train it in full: name "
-            "it in `modules_to_save`"
-        )
-    if not isinstance(layer, ADAPTABLE):
-        return f"a {kind} has no weight to add a low-rank product to"
-    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        return f"max_norm={layer.max_norm} makes the embedding rewrite its frozen weight"
-    groups = getattr(layer, "groups", 1)
-    if groups > 1 and isinstance(layer, ConvTransposeNd):
-        return f"a transposed convolution with groups={groups} has no low-rank form in PEFT"
-    if rank % groups:
-        return (
-            f"its groups={groups} do not divide the rank {rank}. Leave it out by "
-            f"`exclude_modules`, or give it a multiple of {groups} in `rank_pattern`"
-        )
-    if groups > 1 and not has_standard_forward(layer):
-        return f"groups={groups} in a {kind} with a forward pass of its own"
-    return None

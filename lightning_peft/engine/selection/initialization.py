@@ -9,11 +9,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.compat.peft import get_pattern_key
 from lightning_peft.engine.backends.registry import is_quantized
-from lightning_peft.engine.configuration import changes_base
 from lightning_peft.engine.layers.kinds import LINEAR_LIKE
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.methods.lora_config import changes_base, rank_of
 
 
 def initialization_problems(
@@ -40,12 +39,6 @@ def initialization_problems(
             problem = _rewriting_problem(layer, init, rank_of(config, name), holders)
             problems += [f"{name}: {init!r} {problem}"] if problem else []
     return problems
-
-
-def rank_of(config: Any, name: str) -> int:
-    """Returns the rank of an adapter on the layer ``name``, with ``rank_pattern`` applied."""
-    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-    return rank
 
 
 def _rewriting_problem(

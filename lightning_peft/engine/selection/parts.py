@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, LINEAR_LIKE
-from lightning_peft.engine.layers.lora import LoraLayer
 
 PRODUCTS = (*LINEAR_LIKE, *CONVOLUTION_LIKE)
 HEAD_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "output_layer", "score"})
@@ -49,8 +49,8 @@ def base_modules(part: nn.Module) -> dict[str, nn.Module]:
         if inside(name, own):
             continue
         found[name] = child
-        if isinstance(child, LoraLayer):
-            kinds = (*child.factor_names, "lora_dropout")
+        if isinstance(child, AdapterLayer):
+            kinds = (*child.adapter_layer_names, *child.adapter_module_names)
             own += [f"{name}.{kind}".lstrip(".") for kind in kinds]
     return found
 

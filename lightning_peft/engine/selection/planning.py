@@ -9,23 +9,19 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import nn
 
 from lightning_peft.engine.adapters import trained_heads
 from lightning_peft.engine.backends.registry import backend_for, is_quantized, quantization_to_dict
-from lightning_peft.engine.configuration import changes_base
-from lightning_peft.engine.layers.kinds import (
-    ADAPTABLE,
-    CONVOLUTION_LIKE,
-    adapter_unsupported_reason,
-    has_quantizable_class,
-)
-from lightning_peft.engine.layers.lora import LoraLayer
-from lightning_peft.engine.layers.sizes import shape_unsupported_reason
+from lightning_peft.engine.layers.adapter import AdapterLayer
+from lightning_peft.engine.layers.kinds import CONVOLUTION_LIKE, has_quantizable_class
+from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.lora_config import changes_base
+from lightning_peft.engine.methods.registry import in_place_method, method_of
 from lightning_peft.engine.record import AdaptedModuleRecord, MomentumCopy, Record
 from lightning_peft.engine.selection.adapter_names import check_adapter_name
-from lightning_peft.engine.selection.initialization import initialization_problems, rank_of
+from lightning_peft.engine.selection.initialization import initialization_problems
 from lightning_peft.engine.selection.parts import (
     Exclusions,
     find_heads,
@@ -84,7 +80,7 @@ class InjectionPlan:
         saved: Names of the modules that are trained in full.
         heads: Names of the heads that stay as the user left them.
         quantize: Names of the layers to quantize first.
-        in_place: Whether layers are extended in place, or wrapped by PEFT.
+        in_place: The method by which layers are extended in place; ``None`` where PEFT wraps them.
         left: Submodules of the module that stay as they are; some may be inside of the part.
     """
 
@@ -94,7 +90,7 @@ class InjectionPlan:
     saved: list[str]
     heads: list[str] = field(default_factory=list)
     quantize: list[str] = field(default_factory=list)
-    in_place: bool = True
+    in_place: InPlaceMethod | None = None
     left: frozenset[nn.Module] = frozenset()
 
 
@@ -146,7 +142,7 @@ def make_plans(
             for head in find_heads(plan.part, exclusions)
             if not inside(head, plan.saved) and not any(inside(t, [head]) for t in plan.targets)
         ]
-        plan.in_place = _can_be_in_place(plan, request.config)
+        plan.in_place = _in_place_method(plan, request.config)
         if plan.name in record.parts:
             _check_trained_heads(plan, record.parts[plan.name])
         else:
@@ -197,8 +193,11 @@ def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequ
             f"it as {wanted} now would change what the adapter {next(iter(entry.adapters))!r} was "
             "trained on. Use the same quantization in both calls."
         )
-    in_place = _is_plain_lora(config) and all(a.in_place for a in entry.adapters.values())
-    if not in_place:
+    method = in_place_method(config)
+    others = entry.adapters.values()
+    if not (method and method.adds_up) or not all(
+        other.in_place and method_of(other.config) is method for other in others
+    ):
         raise UnsupportedError(
             "Several adapters on one base are supported for plain LoRA in place only; "
             f"{type(config).__name__} with these settings rewrites the layers in its own way."
@@ -274,7 +273,7 @@ def layers_to_quantize(plan: InjectionPlan, config: Any | None) -> list[str]:
     output, holders = output_embeddings(plan.part), parameter_holders(plan.part)
     backend = backend_for(config)
     # PEFT's wrappers for convolutions make layers of the class of the layer that they wrap.
-    kernels = plan.in_place and backend.convolution_class is not None
+    kernels = plan.in_place is not None and backend.convolution_class is not None
     skip = [*plan.heads, *plan.saved, *backend.skip_modules(config)]
     targets, rewritten = set(plan.targets), self_modified_layers(plan.part)
     return [
@@ -297,17 +296,13 @@ def _is_own_float(weight: nn.Parameter | None, holders: dict[int, list[str]]) ->
     return weight is not None and weight.is_floating_point() and len(holders[id(weight)]) == 1
 
 
-def _can_be_in_place(plan: InjectionPlan, config: PeftConfig) -> bool:
+def _in_place_method(plan: InjectionPlan, config: PeftConfig) -> InPlaceMethod | None:
+    method = in_place_method(config)
     layers = [plan.part.get_submodule(name) for name in plan.targets]
-    return _is_plain_lora(config) and all(
-        # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
-        isinstance(layer, ADAPTABLE) and "weight" in layer._parameters
-        for layer in layers
-    )
-
-
-def _is_plain_lora(config: PeftConfig) -> bool:
-    return type(config) is LoraConfig and not (config.use_dora or config.lora_bias)
+    # A layer whose weight is computed (weight norm, parametrizations) has no such parameter.
+    if method and all(method.layer_class(x) and "weight" in x._parameters for x in layers):
+        return method
+    return None
 
 
 def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
@@ -319,17 +314,19 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
         for name, rewriter in self_modified_layers(plan.part).items()
         if name in layers
     ]
-    if not plan.in_place:
+    if plan.in_place is None:
         problems += wrapping_problems(
             plan.part, plan.targets, plan.quantize, request.config, request.quantization
         )
     for name, layer in layers.items():
-        if isinstance(request.config, LoraConfig) and not isinstance(layer, nn.MultiheadAttention):
-            reason = adapter_unsupported_reason(layer, rank_of(request.config, name))
-            reason = reason or shape_unsupported_reason(layer, plan.in_place)
-            problems += [f"{name}: {reason}"] if reason else []
-        if not isinstance(layer, LoraLayer) and hasattr(layer, "lora_A"):
-            problems.append(f"{name} ({type(layer).__name__}) has adapters of its own: `lora_A`")
+        in_place = plan.in_place is not None
+        reason = method_of(request.config).unsupported_reason(layer, name, request.config, in_place)
+        problems += [f"{name}: {reason}"] if reason else []
+        own = () if isinstance(layer, AdapterLayer) else _adapter_attributes(layer, plan.in_place)
+        problems += [
+            f"{name} ({type(layer).__name__}) has adapters of its own: `{attribute}`"
+            for attribute in own
+        ]
     for name in plan.quantize:
         backend = backend_for(request.quantization)
         reason = backend.unsupported_reason(plan.part.get_submodule(name))
@@ -339,6 +336,13 @@ def _check_layers(plan: InjectionPlan, request: InjectionRequest) -> None:
             f"{type(request.config).__name__} with these settings does not work on "
             f"{_display_name(plan)}:" + itemize(problems, 5)
         )
+
+
+def _adapter_attributes(layer: nn.Module, method: InPlaceMethod | None) -> list[str]:
+    """Returns the attributes by which another library keeps adapters on ``layer``."""
+    kind = method.layer_class(layer) if method else None
+    names = ("lora_A", *(kind.adapter_layer_names if kind else ()))
+    return [name for name in dict.fromkeys(names) if hasattr(layer, name)][:1]
 
 
 def _check_quantization(plans: list[InjectionPlan], request: InjectionRequest) -> None:

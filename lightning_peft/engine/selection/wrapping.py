@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from lightning_peft.engine.backends.registry import backend_for, backend_of, is_quantized
 from lightning_peft.engine.layers.kinds import CONVOLUTIONS, is_dilated, pads_with_values
 from lightning_peft.engine.layers.mixin import stored_parameter
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.model_types import fused_kernel_problem
-from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.engine.selection.parts import inside
 
 
@@ -58,8 +58,7 @@ def wrapping_problems(
             )
         if isinstance(layer, Conv1D) and (target in quantize or is_quantized(layer)):
             problems.append(f"{target} is a quantized Conv1D, which PEFT takes for a Linear")
-        method = str(to_primitives(config.peft_type))
-        if method in _DENSE_ONLY and (target in quantize or is_quantized(layer)):
+        if method_of(config).dense_only and (target in quantize or is_quantized(layer)):
             stored = backend_of(stored_parameter(layer, "weight"))
             backend = stored or backend_for(quantization)
             problems.append(
@@ -71,8 +70,6 @@ def wrapping_problems(
     return problems
 
 
-# They change or copy weights, which codes of 4 or 8 bits are not.
-_DENSE_ONLY = ("GLORA", "LN_TUNING", "SHIRA")
 _Property = Callable[[Any], bool]
 
 
@@ -91,20 +88,10 @@ _PROPERTIES: dict[str, tuple[_Property, str]] = {
         "uses one number of each",
     ),
 }
-# What PEFT's own code for convolutions leaves out, by method. LoRA is in place otherwise.
-_IGNORED_PROPERTIES = {
-    "LORA": ("padding_mode", "dilation"),
-    "LOHA": ("padding_mode",),
-    "LOKR": ("padding_mode",),
-    "HIRA": ("padding_mode",),
-    "HRA": ("padding_mode", "dilation", "groups", "uneven"),
-    "BOFT": ("padding_mode", "dilation", "groups", "uneven"),
-}
 
 
 def _convolution_problems(layer: nn.Module, config: PeftConfig) -> list[str]:
-    method = str(to_primitives(config.peft_type))
-    left_out = [_PROPERTIES[name] for name in _IGNORED_PROPERTIES.get(method, ())]
+    left_out = [_PROPERTIES[name] for name in method_of(config).ignored_properties]
     return [
         f"has {said.format(layer=layer)}; PEFT's {type(config).__name__} with these settings "
         "computes another convolution. Leave it out by `exclude_modules`, or use plain LoRA"

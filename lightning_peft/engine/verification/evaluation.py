@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.compat.peft import enable_layer
 from lightning_peft.compat.torch import tree_leaves
-from lightning_peft.engine.adapters import adapted_layers_of, enable, is_enabled
+from lightning_peft.engine.adapters import adapted_layers_of
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.gradients import (
@@ -69,13 +70,13 @@ def _recording_forward(name: str, layer: Any, seen: dict[str, Usage]) -> Callabl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = own_forward(*args, **kwargs)
-        before, enabled = seen[name], is_enabled(layer)
-        enable(layer, False)
+        before, enabled = seen[name], not layer.disable_adapters
+        enable_layer(layer, False)
         try:
             with torch.no_grad():
                 base = own_forward(*args, **kwargs)
         finally:
-            enable(layer, enabled)
+            enable_layer(layer, enabled)
         if _differ(output, base):
             now = Usage.EFFECTIVE
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.engine.adapters import adapted_layers, adapter_parameters, is_enabled
+from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.backends.registry import backend_of, is_quantized
 from lightning_peft.engine.record import AdaptedModuleRecord, require_record
 
@@ -35,7 +35,7 @@ def _layer_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[str]:
     off = [
         f"{entry.qualified(n)}: the adapter is switched off"
         for n, layer in layers.items()
-        if not is_enabled(layer)
+        if layer.disable_adapters
     ]
     return gone + off
 
@@ -46,7 +46,7 @@ def _quantization_problems(part: nn.Module, entry: AdaptedModuleRecord) -> list[
     for name in entry.quantized:
         # Around a layer that PEFT wrapped, the quantized one is one name further down.
         layer: Any = modules.get(f"{name}.base_layer", modules.get(name))
-        if layer is None or bool(getattr(layer, "lora_merged", None)):
+        if layer is None or bool(getattr(layer, "merged_adapters", None)):
             continue
         if not is_quantized(layer):
             problems.append(f"{entry.qualified(name)}: is not quantized any more")

@@ -15,7 +15,7 @@ from lightning_peft.engine.adapters import (
     refuse_merged,
 )
 from lightning_peft.engine.fingerprint import exact_checksum
-from lightning_peft.engine.layers.lora import LoraLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.evaluation import adapters_act_in_evaluation, recorded_usage
 from lightning_peft.engine.verification.gradients import (
@@ -133,7 +133,7 @@ def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
 def _no_effect_before_training(probe: ModuleProbe, on: Tensor) -> Check:
     name = "no effect before training"
     layers = adapted_layers_of(probe.module, require_record(probe.module)).values()
-    if not all(isinstance(layer, LoraLayer) and layer.has_no_effect() for layer in layers):
+    if not all(isinstance(layer, AdapterLayer) and layer.has_no_effect() for layer in layers):
         return Check(name, None, "the adapters are trained, or of a kind that starts elsewhere")
     with disable_adapters(probe.module):
         off = probe.evaluate()

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
 
+from lightning_peft.engine.methods.base import InPlaceMethod, Method
+from lightning_peft.engine.methods.lora import LORA
 from lightning_peft.engine.primitives import to_primitives
 from lightning_peft.errors import ConfigError, UnsupportedError
 
+_EVERY = ("padding_mode", "dilation", "groups", "uneven")
+_PADDING = ("padding_mode",)
 # Each passes the comparison with PEFT's own model class in the tests.
-METHODS = (
-    "LORA",
-    "ADAMSS",
-    "BEFT",
-    "BOFT",
-    "C3A",
-    "DEFT",
-    "DELORA",
-    "FOURIERFT",
-    "GLORA",
-    "GRALORA",
-    "HIRA",
-    "HRA",
-    "IA3",
-    "LN_TUNING",
-    "LOHA",
-    "LOKR",
-    "MISS",
-    "OFT",
-    "PEANUT",
-    "PSOFT",
-    "ROAD",
-    "SHIRA",
-    "SUPERTUNING",
-    "TRAINABLE_TOKENS",
-    "WAVEFT",
-)
+METHODS: dict[str, Method] = {
+    method.peft_type: method
+    for method in (
+        LORA,
+        Method("ADAMSS"),
+        Method("BEFT"),
+        Method("BOFT", ignored_properties=_EVERY),
+        Method("C3A"),
+        Method("DEFT"),
+        Method("DELORA"),
+        Method("FOURIERFT"),
+        Method("GLORA", dense_only=True),
+        Method("GRALORA"),
+        Method("HIRA", ignored_properties=_PADDING),
+        Method("HRA", ignored_properties=_EVERY),
+        Method("IA3"),
+        Method(
+            "LN_TUNING",
+            targets="the normalization layers, for example ['input_layernorm']",
+            dense_only=True,
+        ),
+        Method("LOHA", ignored_properties=_PADDING),
+        Method("LOKR", ignored_properties=_PADDING),
+        Method("MISS"),
+        Method("OFT"),
+        Method("PEANUT"),
+        Method("PSOFT"),
+        Method("ROAD"),
+        Method("SHIRA", dense_only=True),
+        Method("SUPERTUNING"),
+        Method("TRAINABLE_TOKENS", targets="the embedding, for example ['embed_tokens']"),
+        Method("WAVEFT"),
+    )
+}
 
 _WRAP = "peft.get_peft_model in your LightningModule"
 _SHARED = "its adapters share tensors between layers, and keep them outside of the layers"
@@ -54,11 +66,23 @@ _REASONS = {
     "XLORA": "it mixes adapters that exist already through a classifier of its own",
     "SHADOW": "it adds a second model next to the first",
 }
-# Where PEFT would choose other layers than the linear ones, or none.
-_NEEDS_TARGETS = {
-    "LN_TUNING": "the normalization layers, for example ['input_layernorm']",
-    "TRAINABLE_TOKENS": "the embedding, for example ['embed_tokens']",
-}
+
+
+def register_method(method: Method) -> None:
+    """Registers a method; one of the same ``peft_type`` is replaced."""
+    METHODS[method.peft_type] = method
+
+
+def method_of(config: PeftConfig | Mapping[str, Any]) -> Method:
+    """The method of a config, or of its fields as primitives, that :func:`refuse_method` passed."""
+    kind = config["peft_type"] if isinstance(config, Mapping) else config.peft_type
+    return METHODS[str(to_primitives(kind))]
+
+
+def in_place_method(config: PeftConfig) -> InPlaceMethod | None:
+    """The method of ``config`` where it works in place with these settings, else ``None``."""
+    method = method_of(config)
+    return method if isinstance(method, InPlaceMethod) and method.is_in_place(config) else None
 
 
 def refuse_method(config: PeftConfig) -> None:
@@ -93,8 +117,9 @@ def refuse_method(config: PeftConfig) -> None:
             f"step, and would never move here. Set it to False, or use {_WRAP}."
         )
     targets: Any = getattr(config, "target_modules", None)
-    if method in _NEEDS_TARGETS and (targets is None or str(targets).lower() == "all-linear"):
+    needed = METHODS[method].targets
+    if needed and (targets is None or str(targets).lower() == "all-linear"):
         raise ConfigError(
-            f"{name} without target_modules: name {_NEEDS_TARGETS[method]}. Without names, "
+            f"{name} without target_modules: name {needed}. Without names, "
             "adapters go on linear layers, which is not what this method is for."
         )

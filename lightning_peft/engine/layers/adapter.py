@@ -1,0 +1,222 @@
+"""Adapters that live on the adapted layer itself, whatever their method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.compat.peft import enable_layer
+from lightning_peft.engine.backends.layers import QuantizedBackup
+from lightning_peft.engine.layers.kinds import has_standard_forward
+from lightning_peft.engine.layers.mixin import LayerMixin, add_mixin, remove_mixin, stored_parameter
+
+_STATE = (
+    "adapter_settings",
+    "active_adapters",
+    "merged_adapters",
+    "quantized_backup",
+    "is_momentum_copy",
+    "_disable_adapters",
+)
+
+
+class AdapterLayer(LayerMixin):
+    """A layer that computes with its active adapters; one subclass per method and kind of layer.
+
+    Names are those of PEFT's ``BaseTunerLayer``.
+
+    Attributes:
+        adapter_layer_names: PEFT's names of the dictionaries of tensors that train, by adapter.
+        adapter_module_names: The same of other modules that an adapter needs, such as dropout.
+        adapter_settings: Numbers that an adapter needs, by adapter.
+        active_adapters: Names of the adapters that take part in ``forward``.
+        merged_adapters: Names of the adapters that are folded into the weight.
+        quantized_backup: The quantized weight that merging replaced.
+        is_momentum_copy: Whether the layer is in a copy that follows another part, so that its
+            adapters do not train.
+    """
+
+    adapter_layer_names: ClassVar[tuple[str, ...]]
+    adapter_module_names: ClassVar[tuple[str, ...]] = ()
+
+    adapter_settings: dict[str, Any]
+    active_adapters: tuple[str, ...]
+    merged_adapters: tuple[str, ...]
+    quantized_backup: QuantizedBackup | None
+    is_momentum_copy: bool
+    _disable_adapters: bool
+
+    # What a method says of itself.
+
+    def adapted_forward(self, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with the adapters ``names``; see :meth:`base_forward`.
+
+        Args:
+            names: The adapters that take part; there may be none.
+            *args: What the layer takes.
+            **kwargs: The same by name.
+        """
+        raise NotImplementedError
+
+    def delta_weight(self, name: str, weight: Tensor) -> Tensor:
+        """What one adapter adds to ``weight``, with gradients.
+
+        Args:
+            name: The adapter.
+            weight: The weight without it, in the layout of the layer's class, dequantized.
+        """
+        raise NotImplementedError
+
+    def restored_weight(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        """The weight before the adapters ``names`` were folded into ``weight``."""
+        return weight - self.summed_delta(weight, names)
+
+    def has_no_effect(self) -> bool:
+        """Whether it is known that every adapter on the layer changes nothing yet."""
+        return False
+
+    @classmethod
+    def settings_of(cls, peft_layer: Any, name: str) -> Any:
+        """The numbers that one adapter needs besides its tensors, from PEFT's layer."""
+        return None
+
+    # The same for all methods.
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapters are switched off."""
+        return self._disable_adapters
+
+    def effective_adapters(self) -> list[str]:
+        """Returns the adapters that this layer computes with now."""
+        if self._disable_adapters:
+            return []
+        active = [name for name in self.active_adapters if name in self.adapter_settings]
+        return [name for name in active if name not in self.merged_adapters]
+
+    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """Returns the tensors of one adapter by PEFT's keys in files, relative to the layer."""
+        found: dict[str, nn.Parameter] = {}
+        for kind in self.adapter_layer_names:
+            held = getattr(self, kind)[name]
+            if isinstance(held, nn.Parameter):
+                found[kind] = held
+            else:
+                found |= {f"{kind}.{key}": param for key, param in held.named_parameters()}
+        return found
+
+    def train_adapters(self, names: Sequence[str]) -> None:
+        """Lets the adapters ``names`` get gradients, and no others; in a copy none."""
+        for name in self.adapter_settings:
+            for param in self.adapter_tensors(name).values():
+                param.requires_grad_(name in names and not self.is_momentum_copy)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the layer's own output with each running adapter in it.
+
+        A class with a forward pass of its own computes with the effective weight instead.
+
+        Args:
+            *args: What the layer takes; the first is the input.
+            **kwargs: The same by name.
+        """
+        names = self.effective_adapters()
+        if names and not has_standard_forward(self):  # type: ignore[arg-type]
+            changed: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            return changed
+        return self.adapted_forward(names, *args, **kwargs)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the output of the layer without adapters, quantized or not."""
+        with self.own_forward():
+            result: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+        return result
+
+    def weight_is_stored(self) -> bool:
+        """Whether neither quantization nor an adapter changes what the weight does."""
+        return super().weight_is_stored() and not self.effective_adapters()
+
+    def effective_weight(self) -> Tensor:
+        """Returns the weight with the running adapters in it, with gradients to these.
+
+        Without dropout: that acts on inputs, and there are none here.
+        """
+        weight = super().effective_weight()
+        base = total = weight.to(accumulation_dtype(weight))
+        for name in self.effective_adapters():
+            total = total + self.delta_weight(name, base)
+        return total.to(weight.dtype)
+
+    def summed_delta(self, weight: Tensor, names: Sequence[str]) -> Tensor:
+        """Returns what the adapters ``names`` add to ``weight``, on its device."""
+        deltas = [self.delta_weight(name, weight).to(weight.device) for name in names]
+        return torch.stack(deltas).sum(0)
+
+
+@contextmanager
+def without_adapters(layer: Any) -> Iterator[None]:
+    """Within the body, the layer computes as if it had no adapter."""
+    enabled = not layer.disable_adapters
+    enable_layer(layer, False)
+    try:
+        yield
+    finally:
+        enable_layer(layer, enabled)
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype to add weights and adapters in: float32, or float64 where they are."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> None:
+    """Moves one adapter from a PEFT layer, created around ``layer``, onto ``layer`` itself.
+
+    Half-precision adapters become float32: they are the master weights of the optimizer.
+
+    Args:
+        layer: The layer to adapt; it keeps its identity, attributes and parameter names.
+        kind: The mixin for it.
+        peft_layer: PEFT's layer for ``layer``; it is not used afterwards.
+        name: The adapter's name.
+    """
+    attributes = (*kind.adapter_layer_names, *kind.adapter_module_names)
+    made = {attribute: getattr(peft_layer, attribute)[name] for attribute in attributes}
+    if not isinstance(layer, AdapterLayer):
+        add_mixin(layer, kind)
+        for attribute, value in made.items():
+            # New modules are in train mode; the layer may be inside a part that is in eval mode.
+            holder = nn.ParameterDict() if isinstance(value, nn.Parameter) else nn.ModuleDict()
+            setattr(layer, attribute, holder.train(layer.training))
+        layer.adapter_settings = {}
+        layer.active_adapters, layer.merged_adapters, layer._disable_adapters = (name,), (), False
+        layer.quantized_backup, layer.is_momentum_copy = None, False
+    for attribute, value in made.items():
+        getattr(layer, attribute)[name] = _moved(value, layer)
+    layer.adapter_settings[name] = kind.settings_of(peft_layer, name)
+
+
+def _moved(made: Any, layer: Any) -> Any:
+    """Returns a tensor or module on the layer's device, in its mode and in full precision."""
+    device = stored_parameter(layer, "weight").device
+    if isinstance(made, nn.Parameter):
+        return nn.Parameter(_full_precision(made.data.to(device)), made.requires_grad)
+    for param in made.to(device).train(layer.training).parameters():
+        param.data = _full_precision(param.data)
+    return made
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def detach(layer: Any) -> None:
+    """Removes all adapters from ``layer`` and gives it back the class it had before."""
+    (kind,) = (mixin for mixin in layer.mixins if issubclass(mixin, AdapterLayer))
+    for attribute in (*kind.adapter_layer_names, *kind.adapter_module_names, *_STATE):
+        delattr(layer, attribute)
+    remove_mixin(layer, kind)
