@@ -41,7 +41,7 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         "gradients": [(name, p.requires_grad, id(p)) for name, p in module.named_parameters()],
         "values": {n: v if v.is_meta else v.clone() for n, v in module.state_dict().items()},
         "hooks": [len(child._forward_hooks) for child in module.modules()],
-        "merged": [getattr(child, "lora_merged", None) for child in module.modules()],
+        "merged": [[*getattr(child, "merged_adapters", ())] for child in module.modules()],
         "record": [
             (name, sorted(part.frozen), list(part.adapters), list(part.initial_values))
             + tuple(copy.copy(getattr(part, field)) for field in kept)

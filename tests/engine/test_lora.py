@@ -52,7 +52,7 @@ def test_one_layer_is_w_plus_scaled_b_a(use_rslora: bool, scaling: float) -> Non
     x = torch.randn(2, 6, 5)
     expected = F.linear(x, weight + scaling * (b @ a), bias)
     torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.get_delta_weight("default"), scaling * (b @ a))
+    torch.testing.assert_close(layer.delta_weight("default"), scaling * (b @ a))
 
 
 def test_delta_of_a_conv1d_has_the_layout_of_its_weight() -> None:
@@ -60,10 +60,10 @@ def test_delta_of_a_conv1d_has_the_layout_of_its_weight() -> None:
     lightning_peft.inject(model, r=2, target_modules=["layer"])
     randomize(model)
     layer = model["layer"]
-    assert layer.get_delta_weight("default").shape == (4, 6)
+    assert layer.delta_weight("default").shape == (4, 6)
     x = torch.randn(3, 4)
     torch.testing.assert_close(
-        layer(x), x @ (layer._parameters["weight"] + layer.get_delta_weight("default")) + layer.bias
+        layer(x), x @ (layer._parameters["weight"] + layer.delta_weight("default")) + layer.bias
     )
 
 
@@ -73,9 +73,7 @@ def test_float64_base_stays_in_float64() -> None:
     randomize(model)
     x = torch.randn(3, 96, dtype=torch.float64)
     layer = model.first
-    expected = F.linear(
-        x, layer._parameters["weight"] + layer.get_delta_weight("default"), layer.bias
-    )
+    expected = F.linear(x, layer._parameters["weight"] + layer.delta_weight("default"), layer.bias)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(F.linear(x, layer.weight, layer.bias), expected, rtol=1e-12, atol=0)
 
