@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.compat.peft import BaseTunerLayer, enable_layer
-from lightning_peft.engine.layers.adapter import AdapterLayer
+from lightning_peft.compat.peft import BaseTunerLayer
+from lightning_peft.engine.layers.adapter import AdapterLayer, enable_adapters
 from lightning_peft.engine.record import AdaptedModuleRecord, Record, record_of, require_record
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
 
@@ -166,13 +166,13 @@ def disable_adapters(module: nn.Module) -> Iterator[None]:
     try:
         torch.set_autocast_cache_enabled(False)
         for layer in layers:
-            enable_layer(layer, False)
+            enable_adapters(layer, False)
         yield
     finally:
         torch.set_autocast_cache_enabled(caching)
         _exchange(module, record, trained)
         for layer, enabled in zip(layers, before, strict=True):
-            enable_layer(layer, enabled)
+            enable_adapters(layer, enabled)
 
 
 def is_merged(layer: Any) -> bool:

@@ -204,7 +204,7 @@ def _merge_layer(layer: Any, name: str, dtype: torch.dtype | None) -> MergedLaye
 
 
 def merged_weight(layer: Any, base: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-    """Returns what the adapters ``names`` of ``layer`` add to ``base``, and ``base`` plus that.
+    """Returns the sum that the adapters ``names`` add to ``base``, and ``base`` plus that.
 
     Both are in a dtype to add in: float32, or float64 where ``base`` is.
     """

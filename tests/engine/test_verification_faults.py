@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 import lightning_peft
 from lightning_peft import engine
-from lightning_peft.compat.peft import enable_layer
 from lightning_peft.engine.backends import bnb4
 from lightning_peft.engine.layers import lora
 from lightning_peft.engine.layers.lora import LoraLayer
@@ -288,7 +287,7 @@ def test_several_adapters_and_rewritten_bases_go_through_files() -> None:
 
 
 def switch_off(model: Any) -> None:
-    enable_layer(model.first, False)
+    model.first.disable_adapters = True
 
 
 def replace_layer(model: Any) -> None:

@@ -21,7 +21,6 @@ from modules import (
 from torch import nn
 
 import lightning_peft
-from lightning_peft.compat.peft import enable_layer
 from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.errors import ConfigError, LifecycleError
 from lightning_peft.plugin.namespace import bind_to_lightning
@@ -265,7 +264,7 @@ def test_several_fits_and_interrupted_ones(tmp_path, message):
 def test_adapters_that_are_off_or_spoilt_stop_training(tmp_path):
     module = task()
     fit(module, tmp_path)
-    enable_layer(module.model.layers[0], False)
+    module.model.layers[0].disable_adapters = True
     module.model.layers[1].lora_A["default"].weight.data[0, 0] = float("inf")
     with pytest.raises(LifecycleError) as caught:
         fit(module, tmp_path)

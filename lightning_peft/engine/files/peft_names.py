@@ -40,7 +40,7 @@ def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str])
 
 
 def _added(part: nn.Module, target: str) -> list[str]:
-    """Returns what PEFT adds below a layer that it wraps."""
+    """Names that PEFT adds below a layer that it wraps."""
     layer = part.get_submodule(target)
     names = () if not isinstance(layer, AdapterLayer) else layer.adapter_layer_names
     modules = () if not isinstance(layer, AdapterLayer) else layer.adapter_module_names

@@ -20,7 +20,7 @@ _STATE = (
     "merged_adapters",
     "quantized_backup",
     "is_momentum_copy",
-    "_disable_adapters",
+    "disable_adapters",
 )
 
 
@@ -34,6 +34,7 @@ class AdapterLayer(LayerMixin):
         adapter_module_names: The same of other modules that an adapter needs, such as dropout.
         adapter_settings: Numbers that an adapter needs, by adapter.
         active_adapters: Names of the adapters that take part in ``forward``.
+        disable_adapters: Whether they are switched off.
         merged_adapters: Names of the adapters that are folded into the weight.
         quantized_backup: The quantized weight that merging replaced.
         is_momentum_copy: Whether the layer is in a copy that follows another part, so that its
@@ -48,7 +49,7 @@ class AdapterLayer(LayerMixin):
     merged_adapters: tuple[str, ...]
     quantized_backup: QuantizedBackup | None
     is_momentum_copy: bool
-    _disable_adapters: bool
+    disable_adapters: bool
 
     # What a method says of itself.
 
@@ -86,14 +87,9 @@ class AdapterLayer(LayerMixin):
 
     # The same for all methods.
 
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off."""
-        return self._disable_adapters
-
     def effective_adapters(self) -> list[str]:
         """Returns the adapters that this layer computes with now."""
-        if self._disable_adapters:
+        if self.disable_adapters:
             return []
         active = [name for name in self.active_adapters if name in self.adapter_settings]
         return [name for name in active if name not in self.merged_adapters]
@@ -152,20 +148,28 @@ class AdapterLayer(LayerMixin):
         return total.to(weight.dtype)
 
     def summed_delta(self, weight: Tensor, names: Sequence[str]) -> Tensor:
-        """Returns what the adapters ``names`` add to ``weight``, on its device."""
+        """The sum of what the adapters ``names`` add to ``weight``, on its device."""
         deltas = [self.delta_weight(name, weight).to(weight.device) for name in names]
         return torch.stack(deltas).sum(0)
 
 
+def enable_adapters(layer: Any, enabled: bool) -> None:
+    """Switches the adapters of one layer, in place or PEFT's, on or off."""
+    if isinstance(layer, AdapterLayer):
+        layer.disable_adapters = not enabled
+    else:
+        enable_layer(layer, enabled)
+
+
 @contextmanager
 def without_adapters(layer: Any) -> Iterator[None]:
-    """Within the body, the layer computes as if it had no adapter."""
+    """Within the body, a layer, adapted in place or by PEFT, computes as if it had no adapter."""
     enabled = not layer.disable_adapters
-    enable_layer(layer, False)
+    enable_adapters(layer, False)
     try:
         yield
     finally:
-        enable_layer(layer, enabled)
+        enable_adapters(layer, enabled)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -193,7 +197,7 @@ def attach(layer: Any, kind: type[AdapterLayer], peft_layer: Any, name: str) -> 
             holder = nn.ParameterDict() if isinstance(value, nn.Parameter) else nn.ModuleDict()
             setattr(layer, attribute, holder.train(layer.training))
         layer.adapter_settings = {}
-        layer.active_adapters, layer.merged_adapters, layer._disable_adapters = (name,), (), False
+        layer.active_adapters, layer.merged_adapters, layer.disable_adapters = (name,), (), False
         layer.quantized_backup, layer.is_momentum_copy = None, False
     for attribute, value in made.items():
         getattr(layer, attribute)[name] = _moved(value, layer)

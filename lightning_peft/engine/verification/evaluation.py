@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.compat.peft import enable_layer
 from lightning_peft.compat.torch import tree_leaves
 from lightning_peft.engine.adapters import adapted_layers_of
+from lightning_peft.engine.layers.adapter import without_adapters
 from lightning_peft.engine.mergeable import outermost
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.gradients import (
@@ -70,13 +70,9 @@ def _recording_forward(name: str, layer: Any, seen: dict[str, Usage]) -> Callabl
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = own_forward(*args, **kwargs)
-        before, enabled = seen[name], not layer.disable_adapters
-        enable_layer(layer, False)
-        try:
-            with torch.no_grad():
-                base = own_forward(*args, **kwargs)
-        finally:
-            enable_layer(layer, enabled)
+        before = seen[name]
+        with without_adapters(layer), torch.no_grad():
+            base = own_forward(*args, **kwargs)
         if _differ(output, base):
             now = Usage.EFFECTIVE
         else:
