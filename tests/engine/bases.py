@@ -69,13 +69,6 @@ def convolution(spatial: int, groups: int = 1, kernel: int = 3, **more: Any) -> 
     return net, torch.randn(2, 4, *[size] * spatial)
 
 
-def upward(spatial: int) -> Base:
-    """Transposed convolutions."""
-    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[spatial - 1]
-    net = Net(kind(4, 8, 3, padding=1), kind(8, 4, 1), nn.GroupNorm(2, 8), 4 * 5**spatial)
-    return net, torch.randn(2, 4, *[5] * spatial)
-
-
 class Words(nn.Module):
     """An embedding, a linear layer and a ``Conv1D``."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import stack
@@ -47,13 +49,7 @@ def test_names_that_mean_something_else_are_refused(name, tmp_path) -> None:
 @pytest.mark.parametrize("method", ["lora", "hra"])
 def test_files_of_oddly_named_adapters_load_under_any_name(name, method, tmp_path) -> None:
     base, x = stack(), torch.randn(3, 96)
-    weights = base.state_dict()
-    models = []
-    for _ in range(2):
-        model = stack()
-        model.load_state_dict(weights)
-        models.append(model)
-    saved, loaded = models
+    saved, loaded = copy.deepcopy(base), copy.deepcopy(base)
     config = HRAConfig(r=2, target_modules=["first"]) if method == "hra" else None
     lightning_peft.inject(
         saved, config, adapter_name=name, **({} if config else {"r": 2, "target_modules": "first"})

@@ -93,19 +93,6 @@ def test_a_parameter_is_what_its_tensors_say(config, backend):
 
 
 @EACH
-def test_products_and_their_gradients_are_those_of_the_weight(config, backend):
-    layer, _ = weight_of(config)
-    weight = layer.effective_weight()
-    for shape in ((3, 96), (2, 3, 96)):
-        x = torch.randn(shape, requires_grad=True)
-        out = layer(x)
-        assert relative_error(out, F.linear(x, weight, layer.bias)) < 1e-5
-        direction = torch.randn_like(out)
-        (gradient,) = torch.autograd.grad(out, x, direction)
-        assert relative_error(gradient, direction @ weight) < 1e-5
-
-
-@EACH
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_of_a_layer_compute_the_same(config, backend, way):
     layer, _ = weight_of(config)

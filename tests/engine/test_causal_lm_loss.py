@@ -64,25 +64,21 @@ def test_loss_and_gradient_are_those_of_transformers(dtype: torch.dtype, weight:
     assert of_mine.count_nonzero() > 0
 
 
-@pytest.mark.parametrize("count", [7, torch.tensor(7)], ids=["int", "tensor"])
-def test_a_sum_is_divided_by_what_is_given(count: Any) -> None:
-    theirs, of_theirs, mine, of_mine = both(*made(), WORDS, num_items_in_batch=count)
-    assert mine == pytest.approx(theirs.item(), rel=1e-6)
-    assert relative_error(of_mine, of_theirs) <= 1e-6
-
-
-def test_labels_that_are_shifted_already_and_another_one_that_does_not_count() -> None:
+@pytest.mark.parametrize(
+    ("scale", "given"),
+    [
+        (1, {"num_items_in_batch": 7}),
+        (1, {"num_items_in_batch": torch.tensor(7)}),
+        # Neither overflows nor loses the small ones.
+        (1e4, {}),
+        # Shifted already, with another label that does not count.
+        (1, {"shift_labels": torch.arange(ROWS * LENGTH).view(ROWS, LENGTH), "ignore_index": 5}),
+    ],
+    ids=["divided by an int", "divided by a tensor", "large logits", "shifted labels"],
+)
+def test_settings_are_those_of_transformers(scale: float, given: dict[str, Any]) -> None:
     logits, labels = made()
-    labels = labels.clamp(min=0)
-    given = {"shift_labels": labels, "ignore_index": int(labels[0, 0])}
-    theirs, of_theirs, mine, of_mine = both(logits, None, WORDS, **given)
-    assert mine == pytest.approx(theirs.item(), rel=1e-6)
-    assert relative_error(of_mine, of_theirs) <= 1e-6
-
-
-def test_large_logits_neither_overflow_nor_lose_the_small_ones() -> None:
-    logits, labels = made()
-    theirs, of_theirs, mine, of_mine = both(logits * 1e4, labels, WORDS)
+    theirs, of_theirs, mine, of_mine = both(logits * scale, labels, WORDS, **given)
     assert torch.isfinite(mine)
     assert mine == pytest.approx(theirs.item(), rel=1e-6)
     assert relative_error(of_mine, of_theirs) <= 1e-6

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-import peft
 import pytest
 import torch
 from models import Stack, stack, tiny_gpt2, tiny_llama
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_peft
@@ -113,12 +112,6 @@ def test_train_and_eval_modes_stay_as_they_are() -> None:
     assert not model.second.lora_dropout["default"].training
 
 
-def test_quantization_happens_on_the_device_that_is_named() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, quantization_config=NF4, device="cpu")
-    assert {param.device.type for param in model.parameters()} == {"cpu"}
-
-
 def test_random_stream_of_the_user_moves_the_same_with_and_without_quantization() -> None:
     after = []
     for quantization in (None, NF4):
@@ -145,25 +138,6 @@ def test_layers_that_were_quantized_before_are_adopted() -> None:
 
 
 # --- other methods, in PEFT's wrappers ----------------------------------------------------------
-
-
-class Convolutions(nn.Module):
-    """Convolutions and a head: no linear layer to adapt by default."""
-
-    def __init__(self, groups: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 8, 3, groups=groups)
-        self.up = nn.Conv1d(8, 4, 1)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.up(self.conv(x).flatten(2)).mean(2))
-
-
-def test_what_peft_cannot_do_is_an_error_of_this_package() -> None:
-    config = peft.MissConfig(r=3, target_modules=["conv"])
-    with pytest.raises(UnsupportedError, match="PEFT cannot inject MissConfig"):
-        lightning_peft.inject(Convolutions(), config)
 
 
 def test_recurrent_layers_are_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from models import Stack, stack, tiny_gpt2, tiny_llama
@@ -46,16 +48,8 @@ class Larger(nn.Module):
 def test_pretrained_parts_are_found_inside_a_larger_module() -> None:
     module = Larger()
     assert list(find_parts(module)) == ["text.model", "encoder"]
-
-
-def test_only_the_outermost_pretrained_model_is_a_part() -> None:
-    model = tiny_llama()
-    assert find_parts(model) == {"": model}
-
-
-def test_a_module_without_pretrained_parts_is_one_part() -> None:
-    module = stack()
-    assert find_parts(module) == {"": module}
+    for whole in (tiny_llama(), stack()):
+        assert find_parts(whole) == {"": whole}
 
 
 def test_parts_by_name() -> None:
@@ -107,46 +101,13 @@ def test_pretrained_output_embeddings_are_not_a_head() -> None:
     assert not model.cls.predictions.bias.requires_grad
 
 
-def test_heads_of_transformers_models() -> None:
-    llama = LlamaForSequenceClassification(tiny_llama().config)
-    assert list(find_heads(llama)) == ["score"]
-    assert list(find_heads(tiny_llama())) == []
-    assert list(find_heads(tiny_llama().model)) == []
-    model = tiny_gpt2()
-    assert list(find_heads(model)) == []
-    assert output_embeddings(model) is model.lm_head
-    assert output_embeddings(stack()) is None
+class Timm(Stack):
+    def get_classifier(self) -> nn.Module:
+        return self.second
 
 
-def test_head_of_a_plain_stack_is_found_by_name_else_the_last_linear() -> None:
-    assert list(find_heads(stack())) == ["head"]
-    unnamed = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.Dropout())
-    assert list(find_heads(unnamed)) == ["2"]
-    deep = nn.ModuleDict({"classifier": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))})
-    assert list(find_heads(deep)) == ["classifier"]
-    assert list(find_heads(nn.ModuleDict({"head": nn.Identity(), "a": nn.Linear(2, 2)}))) == ["a"]
-    assert list(find_heads(nn.Linear(2, 2))) == []
-
-
-def test_layers_in_repeated_blocks_are_not_heads() -> None:
-    blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in range(3)])
-    model = nn.ModuleDict({"blocks": blocks, "fc": nn.Linear(4, 2)})
-    assert list(find_heads(model)) == ["fc"]
-
-
-class Gate(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-
-def test_layers_in_blocks_of_one_class_are_not_heads_next_to_another() -> None:
-    gates = {name: Gate() for name in ("first", "second", "third")}
-    assert list(find_heads(nn.ModuleDict({**gates, "head": nn.Linear(4, 2)}))) == ["head"]
-    assert list(find_heads(nn.ModuleDict(gates))) == ["first.fc", "second.fc", "third.fc"]
-    pair = {name: Gate() for name in ("student", "teacher")}
-    both = nn.ModuleDict({**pair, "head": nn.Linear(4, 2)})
-    assert list(find_heads(both)) == ["student.fc", "teacher.fc", "head"]
+def linear(outputs: int = 2) -> nn.Linear:
+    return nn.Linear(4, outputs)
 
 
 class Decoder(nn.Module):
@@ -154,13 +115,69 @@ class Decoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.mix, self.head = linear(4), linear()
 
 
-def test_heads_of_several_tasks_stay_heads() -> None:
-    tasks = {name: Decoder() for name in ("depth", "edges", "normals")}
-    heads = find_heads(nn.ModuleDict({**tasks, "classifier": nn.Linear(4, 2)}))
-    assert list(heads) == ["depth.head", "edges.head", "normals.head", "classifier"]
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = linear(4)
+
+
+def named(kind: type[nn.Module], *names: str, **more: nn.Module) -> nn.Module:
+    return nn.ModuleDict({**{name: kind() for name in names}, **more})
+
+
+HEADS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "classifier of transformers": (
+        lambda: LlamaForSequenceClassification(tiny_llama().config),
+        ["score"],
+    ),
+    "language model": (tiny_llama, []),
+    "backbone": (lambda: tiny_llama().model, []),
+    "tied output": (tiny_gpt2, []),
+    "classifier of timm": (Timm, ["second"]),
+    "by its name": (stack, ["head"]),
+    "last linear layer": (
+        lambda: nn.Sequential(linear(4), nn.ReLU(), linear(), nn.Dropout()),
+        ["2"],
+    ),
+    "several layers": (
+        lambda: nn.ModuleDict({"classifier": nn.Sequential(linear(4), linear())}),
+        ["classifier"],
+    ),
+    "name of nothing": (
+        lambda: nn.ModuleDict({"head": nn.Identity(), "a": linear()}),
+        ["a"],
+    ),
+    "a layer alone": (linear, []),
+    "layers of repeated blocks": (
+        lambda: nn.ModuleDict({"blocks": nn.ModuleList(Gate() for _ in range(3)), "fc": linear()}),
+        ["fc"],
+    ),
+    "blocks of one class": (lambda: named(Gate, "a", "b", "c"), ["a.fc", "b.fc", "c.fc"]),
+    "blocks of one class and a head": (lambda: named(Gate, "a", "b", "c", head=linear()), ["head"]),
+    "two of one class and a head": (
+        lambda: named(Gate, "student", "teacher", head=linear()),
+        ["student.fc", "teacher.fc", "head"],
+    ),
+    "heads of several tasks": (
+        lambda: named(Decoder, "a", "b", "c", classifier=linear()),
+        ["a.head", "b.head", "c.head", "classifier"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_heads(case: str) -> None:
+    build, expected = HEADS[case]
+    assert list(find_heads(build())) == expected
+
+
+def test_output_embeddings() -> None:
+    model = tiny_gpt2()
+    assert output_embeddings(model) is model.lm_head
+    assert output_embeddings(stack()) is None
 
 
 class Tied(nn.Module):
@@ -191,14 +208,6 @@ def test_an_output_tied_to_an_embedding_is_neither_head_nor_target_and_stays_fro
         "hidden.weight",
         "hidden.bias",
     }
-
-
-def test_the_classifier_of_a_timm_model_is_its_head() -> None:
-    class Timm(Stack):
-        def get_classifier(self) -> nn.Module:
-            return self.second
-
-    assert list(find_heads(Timm())) == ["second"]
 
 
 def test_base_modules_are_the_same_before_and_after_injection() -> None:

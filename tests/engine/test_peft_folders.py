@@ -161,8 +161,14 @@ def inputs_for(model: nn.Module) -> Any:
     return torch.randn(3, 5 if isinstance(model, Layered) else 4)
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "other"])
-@pytest.mark.parametrize("case", FOLDERS)
+# A name decides keys of files, and those have four forms.
+NAMED = ("trainable module", "all biases", "DoRA", "embeddings")
+
+
+@pytest.mark.parametrize(
+    ("case", "adapter_name"),
+    [*((case, "default") for case in FOLDERS), *((case, "other") for case in NAMED)],
+)
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*rank_pattern keys")
 def test_what_peft_writes_loads_here_and_goes_back(
     case: str, adapter_name: str, tmp_path: Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
 from models import stack, tiny_gpt2, tiny_llama
@@ -158,7 +157,6 @@ REFUSED = {
         UnsupportedError,
         r"layer \(OwnAdapters\) has adapters of its own",
     ),
-    "nothing that matches": (stack, {"target_modules": ["q"]}, TargetModulesError, "'q'"),
     "no saved module": (stack, {"modules_to_save": ["hed"]}, TargetModulesError, "'hed'"),
     "a config and its fields": (
         stack,
@@ -166,8 +164,6 @@ REFUSED = {
         ConfigError,
         r"Both `peft_config` and \['r'\]",
     ),
-    "a name with a dot": (stack, {"adapter_name": "a.b"}, ConfigError, "adapter_name='a.b'"),
-    "a name of a method": (stack, {"adapter_name": "keys"}, ConfigError, "adapter_name='keys'"),
     "an unknown layer to skip": (
         stack,
         {
@@ -183,12 +179,6 @@ REFUSED = {
         {"quantization_config": NF4},
         UnsupportedError,
         "Nothing to quantize in ModuleDict",
-    ),
-    "a method with shared tensors": (
-        stack,
-        {"peft_config": peft.VeraConfig()},
-        UnsupportedError,
-        "share tensors",
     ),
 }
 

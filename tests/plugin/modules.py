@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import random
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from models import llama_config
 from torch import nn
@@ -211,6 +214,40 @@ def trainer(folder: Path, method: Any = "lora", root: str = ROOTS[0], **given: A
 def saver(root: str, folder: Path, **given: Any) -> Any:
     """Returns a ModelCheckpoint that writes to ``folder``."""
     return lightning(root).callbacks.ModelCheckpoint(dirpath=folder, **given)
+
+
+def seed(value: int) -> None:
+    """Seeds all generators, as another process would be."""
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def resumed(
+    fit: Callable[..., Any], folder: Path, every: int, steps: Iterable[int] = ()
+) -> tuple[Any, dict[int, Any]]:
+    """Fits through and from its checkpoints, and asserts that losses and weights are the same.
+
+    Args:
+        fit: Fits with ``ckpt_path`` and ``callbacks``, and returns the module.
+        folder: Where the checkpoints are written.
+        every: Steps from one to the next.
+        steps: Those to resume from; all by default.
+
+    Returns:
+        The module of the uninterrupted run, and those of the resumed ones by step.
+    """
+    given = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": every}
+    expected, found = fit(callbacks=[saver(ROOTS[0], folder, **given)]), {}
+    files = {int(path.stem.partition("=")[2]): path for path in folder.glob("step=*.ckpt")}
+    assert files
+    for step in steps or sorted(files):
+        seed(1000)
+        module = found[step] = fit(ckpt_path=files[step])
+        assert len(module.losses) < len(expected.losses)
+        assert module.losses == expected.losses[len(expected.losses) - len(module.losses) :]
+        assert not differing(weights(module), weights(expected))
+    return expected, found
 
 
 def outputs(module: Any, kind: str = "linears") -> torch.Tensor:

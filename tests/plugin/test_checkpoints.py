@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -40,6 +41,18 @@ def fitted(folder, method="lora", root=ROOTS[0], module=None, **given):
     run = trainer(folder / "root", method, root, callbacks=[points], **given)
     run.fit(module, loader(module.kind))
     return module, run, folder / "one.ckpt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The file of a run with LoRA."""
+    return fitted(tmp_path_factory.mktemp("trained"))[2]
+
+
+@pytest.fixture
+def file(trained, tmp_path):
+    """A copy of it, which a test may change."""
+    return shutil.copy(trained, tmp_path / "one.ckpt")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -149,8 +162,7 @@ FILE_PROBLEMS = [
 
 
 @pytest.mark.parametrize(("change", "message"), FILE_PROBLEMS)
-def test_a_file_that_does_not_fit_is_refused(change, message, tmp_path):
-    module, _, file = fitted(tmp_path)
+def test_a_file_that_does_not_fit_is_refused(change, message, file, tmp_path):
     altered(file, change)
     other = task()
     other.strict_loading = False
@@ -159,26 +171,22 @@ def test_a_file_that_does_not_fit_is_refused(change, message, tmp_path):
 
 
 SETTINGS = [
-    ({"r": 8}, r"r=4 in the checkpoint and 8 now"),
-    ({"lora_alpha": 3}, r"lora_alpha=8 in the checkpoint and 3"),
-    ({"target_modules": ["layers.0"]}, r"layer 'model\.layers\.1' is adapted in the checkpoint"),
-    ({"modules_to_save": ["norm"]}, r"modules_to_save=None in the checkpoint"),
-    ({"adapt": "model"}, r"part '' is adapted in the checkpoint only"),
-    ({"use_rslora": True}, r"use_rslora=False in the checkpoint and True now"),
+    ("lora", {"r": 8}, r"r=4 in the checkpoint and 8 now"),
+    ("lora", {"lora_alpha": 3}, r"lora_alpha=8 in the checkpoint and 3"),
+    ("lora", {"target_modules": ["layers.0"]}, r"'model\.layers\.1' is adapted in the checkpoint"),
+    ("lora", {"modules_to_save": ["norm"]}, r"modules_to_save=None in the checkpoint"),
+    ("lora", {"adapt": "model"}, r"part '' is adapted in the checkpoint only"),
+    ("lora", {"use_rslora": True}, r"use_rslora=False in the checkpoint and True now"),
+    ("qlora", {}, "quantization is None in the checkpoint and {"),
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), SETTINGS)
-def test_other_settings_are_refused(settings, message, tmp_path):
-    _, _, file = fitted(tmp_path)
+@pytest.mark.parametrize(("method", "settings", "message"), SETTINGS)
+def test_other_settings_are_refused(method, settings, message, trained, tmp_path):
     with pytest.raises(CheckpointError, match=message):
-        trainer(tmp_path, strategy(**settings)).validate(task(), loader(), ckpt_path=file)
-
-
-def test_another_method_is_refused(tmp_path):
-    _, _, file = fitted(tmp_path)
-    with pytest.raises(CheckpointError, match="quantization is None in the checkpoint and {"):
-        trainer(tmp_path, "qlora").validate(task(), loader(), ckpt_path=file)
+        trainer(tmp_path, strategy(method, **settings)).validate(
+            task(), loader(), ckpt_path=trained
+        )
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -240,8 +248,7 @@ def test_a_hostile_file_is_refused(writer, tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(kept, tmp_path):
-    _, _, file = fitted(tmp_path)
+def test_a_truncated_file_is_refused(kept, file, tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(CheckpointError, match=r"one\.ckpt' is not a complete checkpoint"):

@@ -162,10 +162,6 @@ def values(module: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in engine.adapter_parameters(module).items()}
 
 
-def moved(module: nn.Module, before: dict[str, torch.Tensor]) -> bool:
-    return any(not torch.equal(p, before[n]) for n, p in values(module).items())
-
-
 @METHODS
 def test_layers_that_no_optimizer_holds_are_frozen_for_this_fit(method, tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING, "lightning_peft")

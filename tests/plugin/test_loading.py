@@ -49,14 +49,10 @@ def test_outputs_are_the_same(place, kind, method, root, tmp_path):
     assert loaded.lr == 0.03
     assert torch.equal(outputs(loaded, kind), outputs(module, kind))
     assert engine.record_of(loaded) is not None
+    # Arguments win over the file.
+    assert lightning_peft.load_from_checkpoint(task_class(root, place), file, lr=0.5).lr == 0.5
     # It goes on in a Trainer, as what it is.
     trainer(tmp_path, method, root).fit(loaded, loader(kind))
-
-
-def test_arguments_win_over_the_file(tmp_path):
-    file = saved(tmp_path, task(lr=0.03))
-    loaded = lightning_peft.load_from_checkpoint(task_class(ROOTS[0]), file, lr=0.5)
-    assert loaded.lr == 0.5
 
 
 def test_other_bases_and_files_are_refused(tmp_path):

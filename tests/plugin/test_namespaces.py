@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from modules import ROOTS, lightning, loader, outputs, strategy, task, trainer
+from modules import ROOTS, lightning, loader, outputs, strategy, task, task_class, trainer
 
 import lightning_peft
 from lightning_peft import engine
@@ -110,6 +110,24 @@ def test_attributes_are_absent_while_two_packages_leave_the_choice_open():
     assert not hasattr(lightning_peft.LoRAStrategy, "nothing")
     # A strategy goes with its Trainer, so it has what strategies of both have.
     assert lightning_peft.LoRAStrategy.broadcast is not None
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_strategies_and_functions_need_no_choice(root, tmp_path):
+    """Other tests are run with a choice made, which would hide that one is needed."""
+    use_namespace(None)
+    module = task(root)
+    run = trainer(tmp_path, lightning_peft.QLoRAStrategy(r=2, announce=False), root)
+    run.fit(module, loader(), loader())
+    assert isinstance(run.strategy, lightning(root).strategies.SingleDeviceStrategy)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = lightning_peft.load_from_checkpoint(task_class(root), tmp_path / "one.ckpt")
+    assert outputs(loaded).equal(outputs(module))
+    assert lightning_peft.verify(loaded, next(iter(loader()))).passed
+    trainer(tmp_path, "lora", root, max_steps=1).fit(task(root), loader())
+    lightning_peft.merge(loaded)
+    plain = lightning_peft.unload(loaded)
+    trainer(tmp_path, "auto", root).validate(plain, loader(), verbose=False)
 
 
 def test_two_packages_need_a_choice_for_all_but_strategies():

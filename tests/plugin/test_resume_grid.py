@@ -9,9 +9,9 @@ import logging
 
 import pytest
 import torch
-from modules import ROOTS, differing, lightning, loader, saver, strategy, task_class, weights
+from modules import ROOTS, differing, lightning, loader, saver, seed, strategy, task_class, weights
 from modules import trainer as make_trainer
-from test_resume import flat, seed
+from test_resume import flat
 
 EarlyStopping = lightning(ROOTS[0]).callbacks.EarlyStopping
 
