@@ -12,9 +12,8 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
-from lightning_peft.data.rendering import Rendering, check_variables
-from lightning_peft.data.template_keys import keys_without_effect
-from lightning_peft.data.templates import Template, find_template
+from lightning_peft.data.templates import Rendering, Template, check_variables, find_template
+from lightning_peft.data.turn_keys import keys_without_effect
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import Adapter

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from lightning_peft.chat.chat_model import ChatModel
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.row_keys import check_column, unread_columns
-from lightning_peft.data.unused_keys import KeyCount
+from lightning_peft.data.row_keys import KeyCount, check_column, unread_columns
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError, itemize
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.samples import Message, RowProblems
-from lightning_peft.data.template_context import read_context
-from lightning_peft.data.tool_calls import read_calls
+from lightning_peft.data.template_context import read_calls, read_context
 from lightning_peft.errors import ConfigError
 
 

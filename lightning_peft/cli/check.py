@@ -24,7 +24,7 @@ exit code: 0 if every row can be trained on, 1 if rows have problems, 2 if the d
 # What makes the check one of tokens.
 _OF_TOKENS = ("--tokenizer", "--processor", "--data.init_args.tokenizer")
 _TOKENS = "lightning_peft.SupervisedData"
-_ROWS = "lightning_peft.data.row_check.CheckedRows"
+_ROWS = "lightning_peft.data.preview.CheckedRows"
 
 
 def main(arguments: Sequence[str]) -> int:

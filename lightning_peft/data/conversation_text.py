@@ -12,8 +12,8 @@ from lightning_peft.data.reasoning import (
     replace_reasoning,
     strip_reasoning,
 )
-from lightning_peft.data.rendering import Rendering
 from lightning_peft.data.samples import Message
+from lightning_peft.data.templates import Rendering
 from lightning_peft.data.validation import EncodingProblem
 
 LossOn = Literal["assistant", "completion"]

@@ -18,8 +18,7 @@ from lightning_peft.data.samples import (
     row_problem,
     shortened,
 )
-from lightning_peft.data.template_context import read_context
-from lightning_peft.data.tool_calls import is_empty, json_value
+from lightning_peft.data.template_context import is_empty, json_value, read_context
 from lightning_peft.data.turns import ROLES, read_turn
 
 

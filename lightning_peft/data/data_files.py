@@ -1,15 +1,18 @@
-"""Files of rows by their kind: what a name promises, and what the bytes are."""
+"""Files of rows by their kind: what a name promises, and what the bytes are; and plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from lightning_peft.data.charsets import detect
 from lightning_peft.data.columnar import read_columnar
-from lightning_peft.data.file_format import ReadableFile, ReadOptions, TextFile
+from lightning_peft.data.file_format import FileRow, ReadableFile, ReadOptions, TextFile, TextUnit
 from lightning_peft.data.json_files import read_json
+from lightning_peft.data.json_text import parse_json
 from lightning_peft.data.open_files import (
     COMPRESSED,
     compression_of,
@@ -22,7 +25,6 @@ from lightning_peft.data.open_files import (
 from lightning_peft.data.shapes import KNOWN_COLUMNS
 from lightning_peft.data.sheets import read_sheet
 from lightning_peft.data.tables import read_table
-from lightning_peft.data.text_files import read_text
 from lightning_peft.errors import ConfigError
 
 _LINES = {".jsonl", ".ndjson"}
@@ -48,6 +50,9 @@ _REFUSED = {
     ".7z": "is an archive: unpack it, and name the folder",
     ".rar": "is an archive: unpack it, and name the folder",
 }
+
+
+_DAMAGED = re.compile("[\udc80-\udcff]")
 
 
 def is_data_file(path: Path) -> bool:
@@ -110,3 +115,50 @@ def _blocks(path: Path, name: str) -> Iterator[bytes]:
     with open_file(path, name) as file:
         while block := file.read(1 << 20):
             yield block
+
+
+def read_text(file: TextFile, unit: TextUnit) -> ReadableFile:
+    """Opens a text file, whose units are rows with the field ``text``; empty ones are left out."""
+    notes = []
+    with file.open("replace") as text:
+        first = text.readline(1 << 16).strip()
+    if first.startswith("{") and isinstance(parse_json(first)[0], dict):
+        notes.append(
+            "its first line is a JSON object, and it is trained as plain text; name the file "
+            ".jsonl to train on what the fields say"
+        )
+    format = file.format("text", notes=tuple(notes))
+    return ReadableFile(format, lambda: _entries(file, unit))
+
+
+def _entries(file: TextFile, unit: TextUnit) -> Iterator[FileRow]:
+    with file.open() as text:
+        parts = {"line": _lines, "paragraph": _paragraphs}.get(unit, _document)(text)
+        for number, part in enumerate(parts, start=1):
+            damaged = _DAMAGED.search(part)
+            if damaged is not None:
+                byte = ord(damaged[0]) - 0xDC00
+                problem = f"is not UTF-8 (byte 0x{byte:02x} as character {damaged.start() + 1})"
+                yield FileRow(number, None, problem)
+            elif part.strip():
+                yield FileRow(number, {"text": part})
+
+
+def _lines(text: Iterable[str]) -> Iterator[str]:
+    yield from (line.rstrip("\r\n") for line in text)
+
+
+def _paragraphs(text: Iterable[str]) -> Iterator[str]:
+    lines: list[str] = []
+    for line in text:
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "".join(lines).rstrip("\n")
+            lines = []
+    if lines:
+        yield "".join(lines).rstrip("\n")
+
+
+def _document(text: io.TextIOWrapper) -> Iterator[str]:
+    yield text.read()

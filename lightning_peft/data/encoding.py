@@ -4,23 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
 from lightning_peft.data.reasoning import Reasoning, reasoning_texts
-from lightning_peft.data.rendering import Rendering, check_variables
 from lightning_peft.data.row_encoder import SpecialTokens, end_token_id
 from lightning_peft.data.samples import Message, Sample
-from lightning_peft.data.templates import Template
+from lightning_peft.data.templates import Rendering, Template, check_variables
 from lightning_peft.data.turn_keys import TurnKeys
 from lightning_peft.data.validation import EncodingProblem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
 
+IGNORED = -100
 OverLong = Literal["error", "truncate", "split"]
+
+
+@dataclass(frozen=True)
+class TextSpan:
+    """A piece of a row, trained or not; ``tokens`` are in the tokenizer's own spelling, if any."""
+
+    trained: bool
+    text: str
+    tokens: list[str]
+
+
+def token_spans(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], labels: Sequence[int]
+) -> list[TextSpan]:
+    """Returns a row of tokens in runs of those with a label and those without."""
+    reads: Any = tokenizer
+    spans = []
+    pairs = zip(ids, labels, strict=True)
+    for trained, group in groupby(pairs, key=lambda pair: pair[1] != IGNORED):
+        tokens = [token for token, _ in group]
+        text = reads.decode(tokens, clean_up_tokenization_spaces=False)
+        spans.append(TextSpan(trained, text, reads.convert_ids_to_tokens(tokens)))
+    return spans
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from datasets import Features, Value
 from torch import Tensor
 from transformers import AutoImageProcessor
 
+from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.labels import LabelNames, label_problems
 from lightning_peft.data.media_source import ImageSource
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+
+# What becomes of images that are not RGB. Transparency counts as a mode of its own.
+CONVERSIONS = {
+    "frames": "only the first of several frames is used",
+    "transparent": "transparent parts become white",
+    "16 bit": "the 16 bits of a pixel become 8",
+    "CMYK": "inks become red, green and blue, without a colour profile",
+}
 
 
 class ImageRows(RowEncoder):
@@ -238,15 +247,6 @@ def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseIma
             json.dumps(requested), encoding="utf-8"
         )
         return _processor(folder, None)
-
-
-# What becomes of images that are not RGB. Transparency counts as a mode of its own.
-CONVERSIONS = {
-    "frames": "only the first of several frames is used",
-    "transparent": "transparent parts become white",
-    "16 bit": "the 16 bits of a pixel become 8",
-    "CMYK": "inks become red, green and blue, without a colour profile",
-}
 
 
 class ImageProblem(Exception):

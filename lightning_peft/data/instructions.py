@@ -12,8 +12,13 @@ from transformers import AutoTokenizer
 
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.row_keys import check_column, unread_columns
-from lightning_peft.data.unused_keys import KeyCount, describe_unused, unused_keys
+from lightning_peft.data.row_keys import (
+    KeyCount,
+    check_column,
+    describe_unused,
+    unread_columns,
+    unused_keys,
+)
 from lightning_peft.errors import ConfigError, itemize
 from lightning_peft.plugin.namespace import LateBoundMeta
 

@@ -12,19 +12,21 @@ import itertools
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lightning_peft.data.encoding_worker import Outcome, outcome, outcomes
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.processes import claim_standard_streams
 
 log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 # So many rows take about as long as starting the processes, which import transformers.
 MIN_ROWS_FOR_WORKERS = 4096
@@ -36,8 +38,57 @@ MAX_WORKERS = 7
 # first, which may be somebody's data.
 _START = """import sys
 sys.path[:] = sys.argv[1].split("\\n")
-from lightning_peft.data.encoding_worker import main
+from lightning_peft.data.parallel_encoding import main
 main()"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The prepared rows of a sample, or why there are none, and its keys that nothing uses."""
+
+    rows: Sequence[dict[str, Any]] = ()
+    problems: Sequence[tuple[str, str]] = ()
+    unused: Sequence[str] = ()
+
+
+def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
+    """Returns the outcome of a sample."""
+    unused: Sequence[str] = ()
+    rows: Sequence[dict[str, Any]] = ()
+    problems: list[tuple[str, str]] = []
+    try:
+        unused = encoder.unused(sample)
+    except EncodingProblem as problem:
+        problems.append((problem.kind, str(problem)))
+    try:
+        rows = encoder.encode(sample)
+    except EncodingProblem as problem:
+        problems.append((problem.kind, str(problem)))
+    # What cannot be rendered at all is found by both.
+    problems = list(dict.fromkeys(problems))
+    return Outcome(() if problems else rows, problems, unused)
+
+
+def outcomes(encoder: RowEncoder, samples: Sequence[Sample]) -> list[Outcome]:
+    """Returns the outcome of each sample."""
+    return [outcome(encoder, sample) for sample in samples]
+
+
+def main() -> None:
+    """Answers until the input ends, as it does when the other process is gone."""
+    # The parent process decides when to stop, and gets Ctrl-C from the terminal itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, answers = claim_standard_streams()
+    encoder: RowEncoder = pickle.load(requests)
+    pickle.dump(None, answers)
+    answers.flush()
+    while True:
+        try:
+            samples = pickle.load(requests)
+        except EOFError:
+            return
+        pickle.dump(outcomes(encoder, samples), answers, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.flush()
 
 
 def encode_rows(

@@ -16,21 +16,23 @@ from datasets import Dataset, Features, Value
 
 from lightning_peft.compat.datasets import ArrowWriter, tqdm
 from lightning_peft.data import cache
-from lightning_peft.data.encoding_worker import Outcome
-from lightning_peft.data.parallel_encoding import encode_rows
+from lightning_peft.data.parallel_encoding import Outcome, encode_rows
 from lightning_peft.data.progress import counted_rows
 from lightning_peft.data.prompts import PromptCollector
-from lightning_peft.data.reading import SPLITS, Row, Source, split_named
-from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.samples import Sample
-from lightning_peft.data.shapes import Layout, detect_layout
-from lightning_peft.data.source_files import (
+from lightning_peft.data.reading import (
+    SPLITS,
+    Row,
+    Source,
     check_unchanged,
     describe_formats,
     file_stamps,
     log_formats,
+    split_named,
 )
-from lightning_peft.data.unused_keys import KeyCount, check_ignored
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.row_keys import KeyCount, check_ignored
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import Layout, detect_layout
 from lightning_peft.data.validation import Problem
 from lightning_peft.errors import ConfigError
 

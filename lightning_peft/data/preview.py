@@ -1,16 +1,20 @@
-"""What a model would be trained on: the first rows in full, and numbers on all of them."""
+"""What a model would be trained on: the first rows, and numbers on all; or a check without one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Features, Value
+
+from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.packing import PackedRows
 from lightning_peft.data.preparation import Prepared
 from lightning_peft.data.row_data_module import RowDataModule
-from lightning_peft.data.shapes import SHAPES
-from lightning_peft.data.token_spans import TextSpan
+from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import SHAPES, Layout
 from lightning_peft.data.validation import KINDS, ranges
 
 BUCKETS = 8
@@ -104,3 +108,34 @@ def _problems(prepared: Prepared) -> list[dict[str, Any]]:
             entry = {"kind": kind, "title": title, "what_to_do": remedy, "numbers": numbers}
             found.append({**entry, "rows": rows})
     return found
+
+
+class _NoTokens(RowEncoder):
+    """Keeps nothing of a row but that it can be read."""
+
+    features = Features({"length": Value("int32")})
+    # A chat template is not known, so any of the names that templates read may be used.
+    variables = frozenset()
+
+    def encode(self, sample: Sample) -> list[dict[str, Any]]:
+        """Returns one row."""
+        return [{"length": 1}]
+
+
+class CheckedRows(RowDataModule):
+    """Rows of any shape, which are read and checked, and cannot be trained on."""
+
+    accepts = tuple(SHAPES)
+    batch_columns = ("length",)
+
+    def encoder_for(self, layout: Layout) -> RowEncoder:
+        """Returns an encoder without tokens."""
+        return _NoTokens()
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns a key that data with tokens never has."""
+        return {"tokens": None}
+
+    def collator(self) -> Callable[[list[Any]], Any]:
+        """Returns ``list``."""
+        return list

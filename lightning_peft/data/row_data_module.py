@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch.utils.data import DataLoader, Sampler
 
+from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.preparation import (
     DEFAULT_SPLIT_FRACTIONS,
     REJECTED,
@@ -22,9 +23,8 @@ from lightning_peft.data.preparation import (
 from lightning_peft.data.prompts import read_prompts
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
+from lightning_peft.data.row_keys import describe_unused, unused_keys
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.token_spans import TextSpan
-from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta

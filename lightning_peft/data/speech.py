@@ -32,6 +32,9 @@ MAX_TRANSCRIPT_TOKENS = 448
 DEFAULT_MAX_SECONDS = 30.0
 
 
+_CHANGED = "Recordings must stay as they are while a run goes on; start it again."
+
+
 class SpeechData(RowDataModule):
     """Recordings and their transcripts to train a speech recognizer on.
 
@@ -231,9 +234,6 @@ class SpeechBatch:
                 f"{row['seconds']:.2f} when it was prepared. {_CHANGED}"
             )
         return sound
-
-
-_CHANGED = "Recordings must stay as they are while a run goes on; start it again."
 
 
 def _set_language(tokenizer: Any, requested: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""Data for supervised fine-tuning of causal language models, as a LightningDataModule."""
+"""Conversations as tokens, and data for supervised fine-tuning of causal language models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from datasets import Features, Value
 from datasets import Sequence as ListOf
@@ -12,14 +12,62 @@ from torch import Tensor
 
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
-from lightning_peft.data.conversation_data import ConversationData, ConversationRows
-from lightning_peft.data.encoding import IGNORED, LossOn, OverLong
+from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong, TextSpan, token_spans
 from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.token_spans import TextSpan, token_spans
+from lightning_peft.data.templates import find_template
+from lightning_peft.data.tokenized import TokenizedData
 from lightning_peft.errors import ConfigError
+
+
+class ConversationRows(RowEncoder):
+    """Encodes conversations; those without a system turn get ``system_prompt``."""
+
+    parallelizable = True
+
+    def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
+        self.encoder = encoder
+        self.variables = encoder.variables
+        self.system_prompt = system_prompt
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the template."""
+        template = self.encoder.template
+        return {"template": template and {"name": template.name, "text": template.text}}
+
+
+class ConversationData(TokenizedData):
+    """Rows that are rendered by a chat template."""
+
+    # Arguments that decide the tokens and labels of a row.
+    encoding_arguments: ClassVar[tuple[str, ...]] = (
+        "chat_template",
+        "system_prompt",
+        "reasoning",
+        "chat_template_kwargs",
+    )
+
+    def encoder(self, loss_on: LossOn, plain_text: bool = False) -> Encoder:
+        """Returns the encoder of turns, or of plain text."""
+        hparams = self.hparams
+        template = None if plain_text else find_template(self.tokenizer, hparams["chat_template"])
+        return Encoder(
+            self.tokenizer,
+            template,
+            self.max_length,
+            loss_on,
+            hparams["over_long"],
+            hparams["reasoning"],
+            hparams["chat_template_kwargs"],
+        )
+
+    def encoding(self) -> dict[str, Any]:
+        """Returns everything that decides the tokens and labels of a row."""
+        arguments = {name: self.hparams[name] for name in self.encoding_arguments}
+        template = getattr(self.tokenizer, "chat_template", None)
+        return {**super().encoding(), **arguments, "tokenizers_template": template}
 
 
 class SupervisedRows(ConversationRows):

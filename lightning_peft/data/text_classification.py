@@ -12,10 +12,9 @@ from datasets import Sequence as ListOf
 from torch import Tensor
 
 from lightning_peft.data.batching import pad_inputs
-from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled_data import LabelledData, LabelledRows
+from lightning_peft.data.encoding import IGNORED, TextSpan, token_spans
+from lightning_peft.data.labels import LabelledData, LabelledRows
 from lightning_peft.data.samples import Sample
-from lightning_peft.data.token_spans import TextSpan, token_spans
 from lightning_peft.data.validation import EncodingProblem
 
 

@@ -14,12 +14,11 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 from lightning_peft.data.batching import pad_inputs
-from lightning_peft.data.encoding import IGNORED
-from lightning_peft.data.labelled_data import LabelledData, LabelledRows
+from lightning_peft.data.encoding import IGNORED, TextSpan
+from lightning_peft.data.labels import LabelledData, LabelledRows
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.token_spans import TextSpan
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_peft.data.reasoning import REASONING_KEYS, REASONING_PART_TYPES, merge_reasoning
 from lightning_peft.data.samples import Message, RowProblems, row_problem, shortened
-from lightning_peft.data.tool_calls import is_empty, json_value, read_calls
+from lightning_peft.data.template_context import is_empty, json_value, read_calls
 
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},

@@ -14,8 +14,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from pyarrow import parquet
 
-from lightning_peft.data.reading import Source
-from lightning_peft.data.source_files import check_unchanged, file_stamps
+from lightning_peft.data.reading import Source, check_unchanged, file_stamps
 from lightning_peft.errors import ConfigError
 
 TABLE = [{"prompt": "Wo liegt Köln?", "completion": "Am Rhein"}, {"prompt": "b", "completion": "2"}]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_peft.data import parallel_encoding as home
-from lightning_peft.data.encoding_worker import Outcome
+from lightning_peft.data.parallel_encoding import Outcome
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.supervised import SupervisedRows

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from lightning_peft.data.preview import preview
+from lightning_peft.data.row_keys import describe_unused, unused_keys
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import detect_layout
-from lightning_peft.data.unused_keys import describe_unused, unused_keys
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 

@@ -16,8 +16,8 @@ from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import detect_layout
+from lightning_peft.data.template_context import is_empty
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.tool_calls import is_empty
 from lightning_peft.data.turns import FLAGS, parse_flag
 from lightning_peft.data.validation import EncodingProblem
 

@@ -8,8 +8,8 @@ import pytest
 from lightning_peft.data.encoding import Encoder
 from lightning_peft.data.samples import RowProblems, Sample
 from lightning_peft.data.shapes import detect_layout
+from lightning_peft.data.template_context import read_tools
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.tool_calls import read_tools
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError
 
