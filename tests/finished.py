@@ -25,7 +25,8 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
     import pytorch_lightning as pl
     import torch
 
-    from lightning_peft.data.instructions import InstructionData
+    from lightning_peft.data.supervised import SupervisedData
+    from lightning_peft.demo.run import TEMPLATE
     from lightning_peft.plugin.namespace import bind_to_lightning
     from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
     from lightning_peft.tasks.causal_lm import CausalLM
@@ -55,7 +56,14 @@ def train(folder: Path, method: str, steps: int = 6) -> Path:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        data = bind_to_lightning(InstructionData, "pytorch_lightning")(str(EXAMPLES), str(BASE), 4)
+        data = bind_to_lightning(SupervisedData, "pytorch_lightning")(
+            str(EXAMPLES),
+            str(BASE),
+            chat_template="{{ bos_token }}" + TEMPLATE,
+            batch_size=4,
+            limit=40,
+            cache_dir=str(folder / "cache"),
+        )
         task = bind_to_lightning(CausalLM, "pytorch_lightning")
         # A rate at which a few steps change what the model says.
         module = task(str(BASE), learning_rate=1e-2, dtype="float32")

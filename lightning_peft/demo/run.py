@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from lightning_peft import engine
-from lightning_peft.data.instructions import TEMPLATE, InstructionData, read_rows
+from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.data.tokenized import load_tokenizer
 from lightning_peft.demo.progress import progress_callback
 from lightning_peft.errors import ConfigError
 from lightning_peft.plan.memory import static_memory
@@ -32,6 +34,11 @@ from lightning_peft.tasks.causal_lm import CausalLM
 
 BASE = Path(__file__).with_name("base")
 INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
+# As the shipped base reads questions.
+TEMPLATE = (
+    "### Question:\n{{ messages[0].content }}\n\n### Answer:\n"
+    "{% if not add_generation_prompt %}{{ messages[1].content + eos_token }}{% endif %}"
+)
 STEPS = 240
 BATCH_SIZE = 16
 RANK = 16
@@ -70,7 +77,7 @@ def run_demo(
     check_source(source)
     rate = learning_rate or (LEARNING_RATES[method] if model is None else 2e-4)
     console.print(Panel(introduction(model, method), title="lightning-peft demo", expand=False))
-    data = InstructionData(str(INSTRUCTIONS), source, BATCH_SIZE)
+    data = demo_data(source, BATCH_SIZE)
     task = CausalLM(source, learning_rate=rate, dtype="float32")
     folder = Path(output)
     trainer = make_trainer(lightning, method, steps or STEPS, folder)
@@ -82,7 +89,7 @@ def run_demo(
     console.print(memory_table(source, method))
     questions = sample_questions()
     base_answers = answers(task, data, questions)
-    trainer.fit(task, data.loader("train", shuffle=True))
+    trainer.fit(task, data.loader("train"))
     after = measure(trainer, task, data)
     tuned_answers = answers(task, data, questions)
     seconds = time.perf_counter() - started
@@ -145,6 +152,18 @@ def introduction(model: str | None, method: str) -> str:
     )
 
 
+def demo_data(source: str, batch_size: int) -> SupervisedData:
+    """Returns the questions and answers, encoded for the model ``source``."""
+    # A template writes the token that a tokenizer begins texts with only where it says so.
+    tokenizer = load_tokenizer(source)
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    options: dict[str, Any] = {"max_length": 256, "over_long": "truncate", "duplicates": "keep"}
+    template = ("{{ bos_token }}" if begins else "") + TEMPLATE
+    return SupervisedData(
+        str(INSTRUCTIONS), source, chat_template=template, batch_size=batch_size, **options
+    )
+
+
 def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
     """Returns the Trainer; the strategy is all that differs between the methods."""
     strategies = {"qlora": QLoRAStrategy, "lora": LoRAStrategy}
@@ -171,15 +190,22 @@ def make_trainer(lightning: Any, method: str, steps: int, folder: Path) -> Any:
 
 def measure(trainer: Any, task: Any, data: Any) -> Losses:
     """Returns the loss on 200 training rows and on all held-out rows."""
-    loaders = data.loader("train", limit=200), data.loader("validation")
+    rows = data.rows("train")
+    some = DataLoader(
+        rows.select(range(min(200, len(rows)))), data.batch_size, collate_fn=data.collator()
+    )
     return Losses(
-        *(trainer.validate(task, loader, verbose=False)[0]["val_loss"] for loader in loaders)
+        *(
+            trainer.validate(task, loader, verbose=False)[0]["val_loss"]
+            for loader in (some, data.loader("validation"))
+        )
     )
 
 
 def sample_questions() -> list[dict[str, str]]:
     """Returns the held-out questions that are answered aloud, spread over the file."""
-    rows = [row for row in read_rows(INSTRUCTIONS) if row["split"] == "validation"]
+    rows = [json.loads(line) for line in INSTRUCTIONS.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["split"] == "validation"]
     return [rows[(2 * i + 1) * len(rows) // (2 * SAMPLES)] for i in range(SAMPLES)]
 
 
@@ -191,10 +217,16 @@ def answers(task: Any, data: Any, questions: list[dict[str, str]]) -> list[str]:
     task.eval()
     texts = []
     for question in questions:
-        prompt = TEMPLATE.format(prompt=question["prompt"])
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question["prompt"]}],
+            chat_template=data.hparams["chat_template"],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
         ids = task.model.generate(
-            **inputs.to(task.device),
+            input_ids=inputs["input_ids"].to(task.device),
+            attention_mask=inputs["attention_mask"].to(task.device),
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,

@@ -3,7 +3,7 @@ import importlib
 import pytest
 import torch
 
-from lightning_peft.data.instructions import InstructionData
+from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.causal_lm import CausalLM
@@ -18,10 +18,23 @@ def test_it_is_a_lightning_module_of_either_tree(root):
     assert task.hparams["model"] == str(BASE)
 
 
-def test_the_loss_is_the_mean_over_answer_tokens():
+@pytest.fixture
+def batches(tmp_path):
+    data = bind_to_lightning(SupervisedData, ROOTS[1])(
+        str(INSTRUCTIONS),
+        str(BASE),
+        chat_template="plain",
+        batch_size=2,
+        limit=64,
+        cache_dir=str(tmp_path),
+    )
+    return data.loader("train")
+
+
+def test_the_loss_is_the_mean_over_answer_tokens(batches):
     task = CausalLM(str(BASE), dtype="float32")
     task.configure_model()
-    batch = next(iter(InstructionData(str(INSTRUCTIONS), str(BASE), 4).val_dataloader()))
+    batch = next(iter(batches))
     with torch.no_grad():
         logits = task(**batch).logits[:, :-1]
         labels = batch["labels"][:, 1:]
@@ -38,10 +51,9 @@ def test_the_model_is_loaded_once():
     assert task.model is model
 
 
-def test_the_rate_rises_and_falls_as_a_cosine():
+def test_the_rate_rises_and_falls_as_a_cosine(batches):
     lightning = importlib.import_module(ROOTS[1])
     task = bind_to_lightning(CausalLM, ROOTS[1])(str(BASE), learning_rate=1.0, warmup=0.1)
-    data = bind_to_lightning(InstructionData, ROOTS[1])(str(INSTRUCTIONS), str(BASE), 2)
     rates = []
 
     class Watch(lightning.Callback):
@@ -57,7 +69,7 @@ def test_the_rate_rises_and_falls_as_a_cosine():
         callbacks=[Watch()],
         barebones=False,
     )
-    trainer.fit(task, data.loader("train", limit=64))
+    trainer.fit(task, batches)
     assert rates[0] == pytest.approx(0.5)
     assert rates[1] == pytest.approx(1.0)
     assert rates[1:] == sorted(rates[1:], reverse=True)
