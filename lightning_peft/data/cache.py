@@ -26,11 +26,7 @@ def default_folder() -> Path:
 
 
 def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Returns a hash of the names and bytes of files.
-
-    Raises:
-        ConfigError: If one cannot be read, such as a link to nothing.
-    """
+    """Returns a hash of the names and bytes of files."""
     total = hashlib.sha256()
     for name, path in files:
         one = hashlib.sha256()

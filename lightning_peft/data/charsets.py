@@ -54,11 +54,7 @@ class Charset:
 
 
 def detect(blocks: Blocks, name: str, requested: str | None = None) -> Charset:
-    """Returns the encoding of a file, in one or two passes over its ``blocks`` of bytes.
-
-    Raises:
-        ConfigError: If there is no such encoding, the file is not in it, or none fits.
-    """
+    """Returns the encoding of a file, in one or two passes over its ``blocks`` of bytes."""
     start = next(iter(blocks()), b"")
     if requested is not None:
         return _checked_encoding(blocks, name, requested)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow
 from pyarrow import ipc, parquet
 
-from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
+from lightning_peft.data.file_format import FileFormat, ReadableFile, Row
 from lightning_peft.data.open_files import compression_of, explain_errors, explained_rows, open_file
 from lightning_peft.errors import ConfigError
 
@@ -25,11 +25,7 @@ _BATCH = 256
 
 
 def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
-    """Opens a Parquet or Arrow file.
-
-    Raises:
-        ConfigError: If it is damaged, or has two columns of one name.
-    """
+    """Opens a Parquet or Arrow file."""
     with _batches(path, name, kind) as (schema, _):
         twice = [column for column, count in Counter(schema.names).items() if count > 1]
         classes = _classes(schema)
@@ -41,7 +37,7 @@ def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
     if "__index_level_0__" in schema.names:
         notes.append("the column '__index_level_0__' is an index of pandas: not read")
 
-    def rows() -> Iterator[FileRow]:
+    def rows() -> Iterator[Row]:
         number = 0
         with _batches(path, name, kind) as (_, batches):
             for batch in batches:
@@ -49,7 +45,7 @@ def read_columnar(path: Path, name: str, kind: str) -> ReadableFile:
                     number += 1
                     value.pop("__index_level_0__", None)
                     named = {**value, **_named(value, classes)}
-                    yield FileRow(number, None if problem else named, problem)
+                    yield Row(number, name, None if problem else named, problem)
 
     return ReadableFile(FileFormat(kind, compression_of(path), notes=tuple(notes)), rows)
 

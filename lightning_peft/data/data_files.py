@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from lightning_peft.data.charsets import detect
 from lightning_peft.data.columnar import read_columnar
-from lightning_peft.data.file_format import FileRow, ReadableFile, ReadOptions, TextFile, TextUnit
+from lightning_peft.data.file_format import ReadableFile, ReadOptions, Row, TextFile, TextUnit
 from lightning_peft.data.json_files import read_json
 from lightning_peft.data.json_text import parse_json
 from lightning_peft.data.open_files import (
@@ -78,11 +78,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_file(path: Path, name: str, options: ReadOptions) -> ReadableFile:
-    """Opens a file of rows.
-
-    Raises:
-        ConfigError: If it cannot be read, with the place and the fix.
-    """
+    """Opens a file of rows."""
     with explain_errors(name):
         stat = path.stat()
     return _read(path, name, options, (stat.st_size, stat.st_mtime_ns, stat.st_ino))
@@ -131,7 +127,7 @@ def read_text(file: TextFile, unit: TextUnit) -> ReadableFile:
     return ReadableFile(format, lambda: _entries(file, unit))
 
 
-def _entries(file: TextFile, unit: TextUnit) -> Iterator[FileRow]:
+def _entries(file: TextFile, unit: TextUnit) -> Iterator[Row]:
     with file.open() as text:
         parts = {"line": _lines, "paragraph": _paragraphs}.get(unit, _document)(text)
         for number, part in enumerate(parts, start=1):
@@ -139,9 +135,9 @@ def _entries(file: TextFile, unit: TextUnit) -> Iterator[FileRow]:
             if damaged is not None:
                 byte = ord(damaged[0]) - 0xDC00
                 problem = f"is not UTF-8 (byte 0x{byte:02x} as character {damaged.start() + 1})"
-                yield FileRow(number, None, problem)
+                yield Row(number, file.name, None, problem)
             elif part.strip():
-                yield FileRow(number, {"text": part})
+                yield Row(number, file.name, {"text": part})
 
 
 def _lines(text: Iterable[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
 from lightning_peft.data.reasoning import Reasoning, reasoning_texts
+from lightning_peft.data.row_encoder import IGNORED as IGNORED
 from lightning_peft.data.row_encoder import SpecialTokens, end_token_id
 from lightning_peft.data.samples import Message, Sample
 from lightning_peft.data.templates import Rendering, Template, check_variables
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-IGNORED = -100
 OverLong = Literal["error", "truncate", "split"]
 
 

@@ -20,11 +20,16 @@ _ENCODINGS = {"utf-8": "UTF-8", "utf-8-sig": "UTF-8 with a mark at its start"}
 _USUAL = {"utf-8", "utf-8-sig"}
 
 
-class FileRow(NamedTuple):
-    """One row of a file, numbered from 1, or the problem for which it has no value."""
+class Row(NamedTuple):
+    """One row of the data, or the ``problem`` for which it has no value.
+
+    ``number`` is the line in JSONL or text files, else the place among the rows, from 1; ``file``
+    may be a split of the hub; ``split`` is the one that the data names.
+    """
 
     number: int
-    value: dict[str, Any] | None
+    file: str
+    value: dict[str, Any] | None = None
     problem: str | None = None
     split: str | None = None
 
@@ -128,4 +133,4 @@ class ReadableFile:
     """A file's format, and an iterator over its rows that starts from the first one each time."""
 
     format: FileFormat
-    rows: Callable[[], Iterator[FileRow]]
+    rows: Callable[[], Iterator[Row]]

@@ -16,11 +16,7 @@ from lightning_peft.errors import ConfigError
 
 
 def hub_dataset(data: str, config: str | None, revision: str | None, streaming: bool) -> Any:
-    """Returns the splits of a dataset on the hub.
-
-    Raises:
-        ConfigError: If it cannot be loaded, with the likely reason.
-    """
+    """Returns the splits of a dataset on the hub."""
     try:
         return load_dataset(data, config, revision=revision, streaming=streaming)
     # The library runs code of many others: requests, fsspec, pyarrow, pandas.

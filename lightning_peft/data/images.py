@@ -61,7 +61,6 @@ class ImageRows(RowEncoder):
         self.label_of: dict[bytes, str] = {}
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the one row that ``sample`` becomes."""
         content = sample.image
         assert content is not None
         assert sample.label is not None
@@ -78,14 +77,12 @@ class ImageRows(RowEncoder):
         return [{"image": content, "label": label, "conversion": conversion}]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns whether the image is converted, and keeps count of classes."""
         self.labels.add([row["label"]])
         if row["conversion"] is not None:
             self.conversions[row["conversion"]] += 1
         return {"converted": int(row["conversion"] is not None)}
 
     def summary(self) -> dict[str, Any]:
-        """Returns the names of the classes, in order, and how many images were converted how."""
         return {"labels": self.labels.names(), "conversions": dict(self.conversions)}
 
 
@@ -162,11 +159,7 @@ class ImageData(RowDataModule):
 
     @property
     def image_processor(self) -> BaseImageProcessor:
-        """The processor, loaded on first use.
-
-        Raises:
-            ConfigError: If it cannot be had.
-        """
+        """The processor, loaded on first use."""
         if self._processor is None:
             requested, revision = self.hparams["processor"], self.hparams["processor_revision"]
             try:
@@ -187,7 +180,6 @@ class ImageData(RowDataModule):
         return found
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of images."""
         return ImageRows(LabelNames(self.hparams["labels"]))
 
     def encoding(self) -> dict[str, Any]:
@@ -195,11 +187,9 @@ class ImageData(RowDataModule):
         return {"labels": self.hparams["labels"]}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function, which decodes and processes images."""
         return ImageBatch(self.image_processor, self.labels)
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        """Returns the size of the image, and its label."""
         width, height = decode_image(row["image"]).size
         size = f"image of {width} x {height}, {len(row['image']):,} bytes\n"
         return [TextSpan(False, size, []), TextSpan(True, row["label"], [])]

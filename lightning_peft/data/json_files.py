@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from lightning_peft.data.file_format import FileRow, ReadableFile, TextFile
+from lightning_peft.data.file_format import ReadableFile, Row, TextFile
 from lightning_peft.data.json_text import (
     explain_error,
     iter_json_values,
@@ -25,11 +25,7 @@ _SAMPLE_LINES = 20
 
 
 def read_json(file: TextFile, by_line: bool) -> ReadableFile:
-    """Opens a JSON file; ``by_line`` if each line is a row by its name.
-
-    Raises:
-        ConfigError: If it is not JSON, or there are no rows in it.
-    """
+    """Opens a JSON file; ``by_line`` if each line is a row by its name."""
     lines = ReadableFile(file.format("JSON lines"), lambda: _line_rows(file))
     if _lines_are_rows(file, by_line):
         return lines
@@ -59,7 +55,7 @@ def _values(file: TextFile) -> tuple[str, list[Any]]:
     return text, list(iter_json_values(text))
 
 
-def _document_rows(file: TextFile, by_line: bool) -> Iterator[FileRow]:
+def _document_rows(file: TextFile, by_line: bool) -> Iterator[Row]:
     text, values = _values(file)
     one = values[0] if len(values) == 1 else values
     if by_line and len(values) == 1 and isinstance(one, dict):
@@ -67,7 +63,7 @@ def _document_rows(file: TextFile, by_line: bool) -> Iterator[FileRow]:
     lone_surrogates = may_have_lone_surrogates(text) or not file.charset.whole
     for number, (value, split) in enumerate(_rows_in(one, file.name), start=1):
         problem = _value_problem(value, lone_surrogates)
-        yield FileRow(number, None if problem else value, problem, split)
+        yield Row(number, file.name, None if problem else value, problem, split)
 
 
 def _value_problem(value: Any, lone_surrogates: bool) -> str | None:
@@ -110,21 +106,21 @@ def _lines_fit(lines: list[str]) -> bool:
     return len(some) > 1 and 2 * good >= len(some)
 
 
-def _line_rows(file: TextFile) -> Iterator[FileRow]:
+def _line_rows(file: TextFile) -> Iterator[Row]:
     if not file.charset.name.startswith("utf-8"):
         with file.open() as lines:
             for number, text in enumerate(lines, start=1):
-                yield from _entry(number, text)
+                yield from _entry(file, number, text)
         return
     with open_file(file.path, file.name) as raw:
         for number, line in enumerate(raw, start=1):
             try:
-                yield from _entry(number, line.decode("utf-8"))
+                yield from _entry(file, number, line.decode("utf-8"))
             except UnicodeDecodeError as error:
-                yield FileRow(number, None, f"is not UTF-8 (byte {error.start + 1})")
+                yield Row(number, file.name, None, f"is not UTF-8 (byte {error.start + 1})")
 
 
-def _entry(number: int, text: str) -> Iterator[FileRow]:
+def _entry(file: TextFile, number: int, text: str) -> Iterator[Row]:
     # Marks at the start of a file, or of each that was joined to it, and of RFC 7464.
     text = text.lstrip("\ufeff\x1e")
     # A list with a value in each line is read like lines.
@@ -132,7 +128,7 @@ def _entry(number: int, text: str) -> Iterator[FileRow]:
         value, problem = _parse_line(text)
         if problem is None:
             value, problem = _as_row(value)
-        yield FileRow(number, value, problem)
+        yield Row(number, file.name, value, problem)
 
 
 def _parse_line(text: str) -> tuple[Any, str | None]:

@@ -34,11 +34,7 @@ class LabelNames:
         self.seen: set[str] = set()
 
     def find(self, label: str, what: str = "label") -> str:
-        """Returns the name of a label in a row: a name, or a number in the order of the names.
-
-        Raises:
-            EncodingProblem: If it is not one of the names that were given.
-        """
+        """Returns the name of a label in a row: a name, or a number in the order of the names."""
         if self.fixed_names is None or label in self.fixed_names:
             return label
         if self.by_number and label.isdigit() and int(label) < len(self.fixed_names):
@@ -140,7 +136,6 @@ class LabelledRows(RowEncoder):
         )
 
     def summary(self) -> dict[str, Any]:
-        """Returns the names of all labels."""
         return {"labels": self.names.names()}
 
 
@@ -176,7 +171,6 @@ class LabelledData(TokenizedData):
         return [*super()._argument_problems(), *label_problems(self.hparams["labels"])]
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of texts with labels."""
         names = LabelNames(self.hparams["labels"])
         truncate = self.hparams["over_long"] == "truncate"
         return self.row_encoder(self.tokenizer, names, self.max_length, truncate)
@@ -201,7 +195,6 @@ class LabelledData(TokenizedData):
         }
 
     def encoding(self) -> dict[str, Any]:
-        """Returns the names that are given as well."""
         return {**super().encoding(), "labels": self.hparams["labels"]}
 
     @property

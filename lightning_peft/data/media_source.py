@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_peft.compat.datasets import tqdm
-from lightning_peft.data.reading import Row, Source, is_data_file, split_named, visible_files
+from lightning_peft.data.file_format import Row
+from lightning_peft.data.reading import Source, is_data_file, split_named, visible_files
 from lightning_peft.errors import ConfigError, itemize
 
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -26,7 +27,6 @@ class MediaSource(Source):
     media_field: ClassVar[str]
 
     def named_files(self) -> list[Path]:
-        """Returns the media files that are there and that a row names, sorted."""
         rows = self.rows() if self.files() else iter(())
         names = self.columns_of(self.media_field)
         found = {_path_in(value.get(n)) for row in rows if (value := row.value) for n in names}

@@ -112,11 +112,7 @@ def _is_hidden(name: str) -> bool:
 
 @contextmanager
 def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
-    """Opens a file as a stream of bytes, decompressed.
-
-    Raises:
-        ConfigError: If it cannot be read, is damaged, or breaks off.
-    """
+    """Opens a file as a stream of bytes, decompressed."""
     compression = compression_of(path)
     with explain_errors(name, compression), path.open("rb") as raw:
         stream: Any

@@ -71,7 +71,6 @@ class PreferenceRows(ConversationRows):
         return rows
 
     def unused(self, sample: Sample) -> list[str]:
-        """Returns the keys of turns that change nothing of what is encoded."""
         sample = sample.with_system(self.system_prompt)
         found: list[str] = []
         for turns in (sample.messages, sample.rejected):
@@ -91,15 +90,12 @@ class PreferenceRows(ConversationRows):
             )
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns tokens, trained tokens, end tokens and what was cut, of both answers."""
-        labels = [row[f"{answer}_labels"] for answer in ANSWERS]
-        return {
-            **super().count(row),
-            "answers": len(labels),
-            "tokens": sum(map(len, labels)),
-            "trained_tokens": sum(label != IGNORED for one in labels for label in one),
-            "ends_trained": sum(self.encoder.end in one for one in labels),
-        }
+        both = [row[f"{answer}_labels"] for answer in ANSWERS]
+        labels = [label for one in both for label in one]
+        counts = super().count(
+            {**row, "labels": labels, "tokens": len(labels), "answers": len(both)}
+        )
+        return {**counts, "ends_trained": sum(self.end in one for one in both)}
 
 
 def _named(both: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -157,11 +153,9 @@ class PreferenceData(ConversationData):
         super().__init__(data, tokenizer, **options)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of pairs."""
         return PreferenceRows(self.encoder("completion"), self.hparams["system_prompt"])
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        """Returns both answers with their prompts, in runs that are trained or not."""
         spans = []
         for answer in ANSWERS:
             spans.append(TextSpan(False, f"[{answer}]\n", []))
@@ -170,7 +164,6 @@ class PreferenceData(ConversationData):
         return spans
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function."""
         return partial(collate, pad_token_id=self.pad_token_id)
 
 

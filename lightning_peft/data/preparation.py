@@ -16,12 +16,12 @@ from datasets import Dataset, Features, Value
 
 from lightning_peft.compat.datasets import ArrowWriter, tqdm
 from lightning_peft.data import cache
+from lightning_peft.data.file_format import Row
 from lightning_peft.data.parallel_encoding import Outcome, encode_rows
 from lightning_peft.data.progress import counted_rows
 from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.reading import (
     SPLITS,
-    Row,
     Source,
     check_unchanged,
     describe_formats,
@@ -116,9 +116,6 @@ def prepare(
 
     Rows with problems are left out and listed; the caller refuses them. ``encoder_for`` is called
     once the layout of the rows is known.
-
-    Raises:
-        ConfigError: If the data cannot be read at all, or settings do not fit it.
     """
     before = file_stamps(sources)
     key = cache.key_of(
@@ -150,7 +147,7 @@ def _content_digest(source: Source) -> str:
     files = source.content()
     if files:
         return cache.digest_of_files(files)
-    return cache.digest_of_rows(asdict(row) for row in source.rows())
+    return cache.digest_of_rows(row._asdict() for row in source.rows())
 
 
 def _read_problems(file: Path) -> list[Problem]:

@@ -118,7 +118,6 @@ class _NoTokens(RowEncoder):
     variables = frozenset()
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns one row."""
         return [{"length": 1}]
 
 
@@ -129,7 +128,6 @@ class CheckedRows(RowDataModule):
     batch_columns = ("length",)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns an encoder without tokens."""
         return _NoTokens()
 
     def encoding(self) -> dict[str, Any]:
@@ -137,5 +135,4 @@ class CheckedRows(RowDataModule):
         return {"tokens": None}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns ``list``."""
         return list

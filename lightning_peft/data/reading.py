@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
-from lightning_peft.data.file_format import FileFormat, ReadOptions, TextUnit
+from lightning_peft.data.file_format import FileFormat, ReadOptions, Row, TextUnit
 from lightning_peft.data.hub_rows import hub_dataset, stored_rows
 from lightning_peft.data.shapes import FIELDS
 from lightning_peft.errors import ConfigError, itemize
@@ -29,21 +29,6 @@ _PAGES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state
 
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of the data, or the ``problem`` for which it has no value.
-
-    ``number`` is the line in JSONL or text files, else the place among the rows, from 1; ``file``
-    may be a split of the hub; ``split`` is ours, where the data names it.
-    """
-
-    number: int
-    file: str
-    value: dict[str, Any] | None = None
-    problem: str | None = None
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,11 +52,7 @@ class Source:
     columns: dict[str, str] | None = None
 
     def files(self) -> list[Path]:
-        """Returns the files, sorted; an empty list for a dataset on the hub.
-
-        Raises:
-            ConfigError: If the path does not exist, or holds no file of a known kind.
-        """
+        """Returns the files, sorted; an empty list for a dataset on the hub."""
         path = Path(self.data)
         if path.is_dir():
             return _files_in(path)
@@ -118,11 +99,7 @@ class Source:
             yield from islice(self._file_rows(path, name, split), self.limit)
 
     def file_formats(self) -> dict[str, FileFormat]:
-        """Returns how each file of rows is read, by its name.
-
-        Raises:
-            ConfigError: If one cannot be read.
-        """
+        """Returns how each file of rows is read, by its name."""
         options = self._options()
         lists = [(name, path) for name, path in self.content() if path in self.files()]
         return {
@@ -141,9 +118,8 @@ class Source:
         )
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
-        for entry in read_file(path, name, self._options()).rows():
-            row_split = split or split_named(entry.split)
-            yield Row(entry.number, name, entry.value, entry.problem, row_split)
+        for row in read_file(path, name, self._options()).rows():
+            yield row._replace(split=split or split_named(row.split))
 
     def _hub_rows(self) -> Iterator[Row]:
         found = hub_dataset(self.data, self.hub_config, self.hub_revision, self.streaming)

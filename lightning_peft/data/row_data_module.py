@@ -144,11 +144,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
 
     @abstractmethod
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder for rows of this layout.
-
-        Raises:
-            ConfigError: If the arguments do not fit the layout.
-        """
+        """Returns the encoder for rows of this layout."""
 
     @abstractmethod
     def encoding(self) -> dict[str, Any]:

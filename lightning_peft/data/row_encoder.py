@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from datasets import Features
     from transformers import PreTrainedTokenizerBase
 
+# The label of a token that is not trained.
+IGNORED = -100
+
 
 class RowEncoder(ABC):
     """Encodes the content of rows as stored and trained; one serves one pass over the data.
@@ -28,6 +31,7 @@ class RowEncoder(ABC):
             file. ``None`` is the default of ``datasets``.
         parallelizable: Whether rows may be encoded in several processes, with copies of this
             object: only where ``encode`` does not change it.
+        end: Id of the end-of-sequence token; ``None`` where labels have none.
         variables: Names that the chat template reads next to the turns; ``None`` without one.
     """
 
@@ -35,6 +39,7 @@ class RowEncoder(ABC):
     counts: ClassVar[tuple[str, ...]] = ()
     writer_batch_size: ClassVar[int | None] = None
     parallelizable: ClassVar[bool] = False
+    end: int | None = None
     variables: frozenset[str] | None = None
 
     @abstractmethod
@@ -51,9 +56,16 @@ class RowEncoder(ABC):
 
     def count(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the counts of a prepared row, by default from its columns."""
-        tokens_cut = row.get("tokens_cut", 0)
-        known = {"tokens": row.get("length"), "truncated": tokens_cut > 0, "tokens_cut": tokens_cut}
-        known = {**known, "ends_added": row.get("end_added"), **row}
+        tokens_cut, labels = row.get("tokens_cut", 0), row.get("labels", ())
+        known = {
+            "tokens": row.get("length"),
+            "truncated": tokens_cut > 0,
+            "tokens_cut": tokens_cut,
+            "trained_tokens": sum(label != IGNORED for label in labels),
+            "ends_trained": self.end in labels,
+            "ends_added": row.get("end_added"),
+            **row,
+        }
         return {name: int(known[name]) for name in self.counts if name in known}
 
     def summary(self) -> dict[str, Any]:

@@ -53,14 +53,13 @@ class PairRows(RowEncoder):
         keep_unknown: bool = False,
     ) -> None:
         self.tokenizer: Any = tokenizer
-        self.end = end_token_id(tokenizer)
+        self.end: int = end_token_id(tokenizer)
         self.limits = {"source": max_length, "target": max_target_length}
         self.truncate, self.prefix = truncate, prefix
         self.languages, self.keep_unknown = languages, keep_unknown
         self._special_tokens = SpecialTokens(tokenizer)
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes."""
         source, target = self._texts(sample)
         self._special_tokens.check(source, "source")
         self._special_tokens.check(target, "target")
@@ -79,16 +78,9 @@ class PairRows(RowEncoder):
         ]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns source tokens, trained tokens, ends, what was cut, and unknown tokens."""
         both = [*row["input_ids"], *row["labels"]]
-        unknown = self.tokenizer.unk_token_id
-        return {
-            **super().count(row),
-            "tokens": len(both),
-            "trained_tokens": len(row["labels"]),
-            "ends_trained": int(self.end in row["labels"]),
-            "unknown_tokens": both.count(unknown) if unknown is not None else 0,
-        }
+        unknown = both.count(self.tokenizer.unk_token_id)
+        return super().count({**row, "tokens": len(both), "unknown_tokens": unknown})
 
     def _texts(self, sample: Sample) -> tuple[str, str]:
         if sample.translation is not None:
@@ -264,7 +256,6 @@ class Seq2SeqData(TokenizedData):
         return self.max_length if requested is None else requested
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of pairs."""
         hparams = self.hparams
         if layout.shape.name == "translation" and self.languages is None:
             raise ConfigError(
@@ -282,13 +273,11 @@ class Seq2SeqData(TokenizedData):
         )
 
     def encoding(self) -> dict[str, Any]:
-        """Returns all that decides the tokens and labels of a row."""
         names = ("prefix", "source_language", "target_language", "language_codes", "unknown")
         requested = {name: self.hparams[name] for name in names}
         return {**super().encoding(), **requested, "max_target_length": self.max_target_length}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function."""
         return partial(pad_pairs, pad_token_id=self.pad_token_id)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_peft.data.reading import Row, Source, describe_formats, log_formats
+from lightning_peft.data.file_format import Row
+from lightning_peft.data.reading import Source, describe_formats, log_formats
 from lightning_peft.data.validation import Problem, describe
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.plugin.namespace import LateBoundMeta

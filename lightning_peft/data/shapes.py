@@ -247,11 +247,7 @@ def detect_layout(
     shape: str,
     accepts: Sequence[str] = (),
 ) -> Layout:
-    """Returns the layout of most of ``rows``, of a shape in ``accepts`` where several fit.
-
-    Raises:
-        ConfigError: If no shape fits, or ``columns`` or ``shape`` name what does not exist.
-    """
+    """Returns the layout of most of ``rows``, of a shape in ``accepts`` where several fit."""
     counts = Counter(name for row in rows for name in row)
     mapping = _mapping(counts, columns or {})
     if shape != "auto" and shape not in SHAPES:

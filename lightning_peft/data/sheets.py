@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.compat.openpyxl import open_xml
-from lightning_peft.data.file_format import FileFormat, FileRow, ReadableFile
+from lightning_peft.data.file_format import FileFormat, ReadableFile, Row
 from lightning_peft.data.open_files import explain_errors, explained_rows
 from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
 from lightning_peft.errors import ConfigError, similar_names
@@ -36,10 +36,6 @@ def read_sheet(
         name: Its name in messages.
         sheet: Which sheet; ``None`` for the only one with rows.
         known: Names of columns that are recognised or mapped to fields.
-
-    Raises:
-        ConfigError: If openpyxl is not installed, the workbook is damaged, or it is not known which
-            sheet is meant.
     """
     if find_spec("openpyxl") is None:
         raise ConfigError(
@@ -236,9 +232,7 @@ def _refuse_names_below(scan: _SheetScan, name: str, title: str, known: frozense
         )
 
 
-def _rows(
-    path: Path, name: str, title: str, columns: Columns, layout: _Layout
-) -> Iterator[FileRow]:
+def _rows(path: Path, name: str, title: str, columns: Columns, layout: _Layout) -> Iterator[Row]:
     with _book(path, name) as (values, formulas):
         pairs = zip(_cells(values[title], name), _cells(formulas[title], name), strict=False)
         started, number = False, 0
@@ -257,7 +251,7 @@ def _rows(
             )
             if problem is None:
                 value, problem = columns.row(record, line)
-            yield FileRow(number, value, problem)
+            yield Row(number, name, value, problem)
 
 
 def _outside_problem(row: tuple[Any, ...], columns: Columns) -> str | None:

@@ -119,11 +119,7 @@ class SpeechData(RowDataModule):
 
     @property
     def extractor(self) -> Any:
-        """The feature extractor, loaded on first use.
-
-        Raises:
-            ConfigError: If it cannot be had.
-        """
+        """The feature extractor, loaded on first use."""
         if self._extractor is None:
             options = self.hparams["feature_extractor"]
             self._extractor = (
@@ -169,7 +165,6 @@ class SpeechData(RowDataModule):
         return limit if requested is None else float(requested)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of recordings and transcripts."""
         rate = int(self.extractor.sampling_rate)
         return SpeechRows(self.tokenizer, self.max_length, rate, self.max_seconds)
 
@@ -189,7 +184,6 @@ class SpeechData(RowDataModule):
         }
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function, which reads recordings."""
         return SpeechBatch(self.extractor)
 
 
@@ -290,12 +284,12 @@ class SpeechRows(RowEncoder):
     counts = ("seconds", "trained_tokens", "ends_trained", "ends_added", "unknown_tokens")
 
     def __init__(self, tokenizer: Any, max_length: int, rate: int, max_seconds: float) -> None:
-        self.tokenizer, self.end = tokenizer, end_token_id(tokenizer)
+        self.tokenizer = tokenizer
+        self.end: int = end_token_id(tokenizer)
         self.max_length, self.rate, self.max_seconds = max_length, rate, max_seconds
         self._special_tokens = SpecialTokens(tokenizer)
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes."""
         assert sample.audio is not None
         assert sample.text is not None
         seconds = self._seconds(sample.audio)
@@ -314,16 +308,11 @@ class SpeechRows(RowEncoder):
         ]
 
     def count(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns seconds, trained tokens, ends and unknown tokens."""
         unknown = self.tokenizer.unk_token_id
-        return {
-            **super().count(row),
-            "seconds": row["seconds"],
-            "trained_tokens": len(row["labels"]),
-            "ends_trained": int(self.end in row["labels"]),
-            # Whisper's is its end token.
-            "unknown_tokens": row["labels"].count(unknown) if unknown != self.end else 0,
-        }
+        # Whisper's is its end token.
+        unknown_tokens = row["labels"].count(unknown) if unknown != self.end else 0
+        counts = super().count({**row, "unknown_tokens": unknown_tokens})
+        return {**counts, "seconds": row["seconds"]}
 
     def _seconds(self, audio: Recording) -> float:
         sound, rate = decode(audio.found)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
-from lightning_peft.data.encoding import IGNORED, Encoder, LossOn, OverLong, TextSpan, token_spans
+from lightning_peft.data.encoding import Encoder, LossOn, OverLong, TextSpan, token_spans
 from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
@@ -28,12 +28,11 @@ class ConversationRows(RowEncoder):
     parallelizable = True
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
-        self.encoder = encoder
+        self.encoder, self.end = encoder, encoder.end
         self.variables = encoder.variables
         self.system_prompt = system_prompt
 
     def summary(self) -> dict[str, Any]:
-        """Returns the template."""
         template = self.encoder.template
         return {"template": template and {"name": template.name, "text": template.text}}
 
@@ -64,7 +63,6 @@ class ConversationData(TokenizedData):
         )
 
     def encoding(self) -> dict[str, Any]:
-        """Returns everything that decides the tokens and labels of a row."""
         arguments = {name: self.hparams[name] for name in self.encoding_arguments}
         template = getattr(self.tokenizer, "chat_template", None)
         return {**super().encoding(), **arguments, "tokenizers_template": template}
@@ -89,7 +87,6 @@ class SupervisedRows(ConversationRows):
     )
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes, or several: see :class:`Encoder`."""
         return [
             {
                 "input_ids": row.input_ids,
@@ -105,17 +102,10 @@ class SupervisedRows(ConversationRows):
         ]
 
     def unused(self, sample: Sample) -> list[str]:
-        """Returns the keys of turns that change nothing of what is encoded."""
         return self.encoder.unused(sample.with_system(self.system_prompt))
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Returns tokens, trained tokens, end tokens and what was cut."""
-        return {
-            **super().count(row),
-            "trained_tokens": sum(label != IGNORED for label in row["labels"]),
-            "ends_trained": int(self.encoder.end in row["labels"]),
-            "further_parts": int(row["part"] > 1),
-        }
+        return super().count({**row, "further_parts": row["part"] > 1})
 
 
 class SupervisedData(ConversationData):
@@ -178,7 +168,6 @@ class SupervisedData(ConversationData):
         return problems
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of turns, or of plain text."""
         hparams = self.hparams
         plain = layout.shape.name == "text"
         if hparams["over_long"] == "split" and not plain:
@@ -194,7 +183,6 @@ class SupervisedData(ConversationData):
         return SupervisedRows(self.encoder(hparams["loss_on"], plain), hparams["system_prompt"])
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        """Returns the tokens of a row, in runs that are trained or not."""
         return token_spans(self.tokenizer, row["input_ids"], row["labels"])
 
     def rows(self, split: str) -> Any:
@@ -205,7 +193,6 @@ class SupervisedData(ConversationData):
         return packed.PackedRows(rows, self.read().lengths(split), self.max_length)
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function, of padded or packed rows."""
         return partial(
             packed.collate if self.hparams["packing"] else pad, pad_token_id=self.pad_token_id
         )

@@ -105,11 +105,7 @@ class Columns:
 
 
 def resolve_columns(scan: TableScan, name: str, empty: str | None = "") -> Columns:
-    """Returns the columns of a table.
-
-    Raises:
-        ConfigError: If columns have one name twice, or the rows do not fit the names.
-    """
+    """Returns the columns of a table."""
     header, notes = list(scan.header), []
     shift = _shift(scan, name)
     if shift:

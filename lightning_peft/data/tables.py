@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.file_format import FileRow, ReadableFile, TextFile
+from lightning_peft.data.file_format import ReadableFile, Row, TextFile
 from lightning_peft.data.table_columns import Columns, TableScan, resolve_columns
 from lightning_peft.errors import ConfigError
 
@@ -26,11 +26,7 @@ _NAMED = {"comma": ",", "semicolon": ";", "tab": "\t", "\\t": "\t", "pipe": "|",
 def read_table(
     file: TextFile, suffix: str, delimiter: str | None, known: frozenset[str]
 ) -> ReadableFile:
-    """Opens a table of text, every value a text; ``known`` are names of columns to expect.
-
-    Raises:
-        ConfigError: If it is not a table with a line of column names.
-    """
+    """Opens a table of text, every value a text; ``known`` are names of columns to expect."""
     name = file.name
     if not file.charset.whole:
         raise ConfigError(
@@ -148,7 +144,7 @@ class _Table:
                     ending = last.lines[-1] if last.lines else ""
                     yield first, ending[len(ending.rstrip("\r\n")) :][-2:], record
 
-    def rows(self, dialect: Dialect, columns: Columns) -> Iterator[FileRow]:
+    def rows(self, dialect: Dialect, columns: Columns) -> Iterator[Row]:
         """Yields the rows."""
         number, records = 0, self._records(dialect)
         # The names of the columns.
@@ -157,7 +153,7 @@ class _Table:
             if any(record):
                 number += 1
                 value, problem = columns.row(record, line)
-                yield FileRow(number, value, problem)
+                yield Row(number, self.name, value, problem)
 
 
 class _LineRecorder:

@@ -72,11 +72,7 @@ class Template:
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, requested: str | None) -> Template:
-    """Returns the chat template: the tokenizer's own, a named one, or Jinja source.
-
-    Raises:
-        ConfigError: If the tokenizer has none and none was requested, or the name is unknown.
-    """
+    """Returns the chat template: the tokenizer's own, a named one, or Jinja source."""
     name = tokenizer.name_or_path or type(tokenizer).__name__
     several = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if requested is None:
@@ -256,11 +252,7 @@ def _with_json_arguments(turn: Message) -> Message:
 
 
 def check_variables(values: Mapping[str, Any], what: str, known: frozenset[str]) -> None:
-    """Refuses values for variables that a template does not use.
-
-    Raises:
-        ConfigError: With the names that are nearest to the unknown ones.
-    """
+    """Refuses values for variables that a template does not use."""
     taken = reserved(values)
     unknown = [name for name in values if name not in known and name not in taken]
     problems = [f"{name!r} is set by the data and its other arguments" for name in taken]

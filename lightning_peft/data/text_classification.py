@@ -37,7 +37,6 @@ class TextLabelRows(LabelledRows):
         self.label_of: dict[int, str] = {}
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes."""
         label = self.names.find(sample.label or "")
         texts = [text for text in (sample.text, sample.text_pair) if text is not None]
         for text in texts:
@@ -101,17 +100,14 @@ class TextClassificationData(LabelledData):
     row_encoder = TextLabelRows
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        """Returns the text as the model reads it, and its label."""
         text = token_spans(self.tokenizer, row["input_ids"], [IGNORED] * len(row["input_ids"]))
         return [*text, TextSpan(False, "\n", []), TextSpan(True, row["label"], [])]
 
     def label_counts(self, split: str) -> dict[str, int]:
-        """Returns the number of rows of each label."""
         column = self.read().splits[split].data.column("label")
         return {pair["values"]: pair["counts"] for pair in column.value_counts().to_pylist()}
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function, which numbers the labels."""
         numbers = {name: number for number, name in enumerate(self.labels)}
         return partial(collate_texts, pad_token_id=self.pad_token_id, numbers=numbers)
 

@@ -44,7 +44,6 @@ class TagRows(LabelledRows):
     counts = ("tokens", "words", "truncated", "tokens_cut", "words_cut")
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        """Returns the row that ``sample`` becomes."""
         words = sample.tokens
         tags = [self.names.find(tag, "tag") for tag in sample.tags]
         for word in words:
@@ -89,7 +88,6 @@ class TagRows(LabelledRows):
         return [*range(room), *range(end, length)]
 
     def count(self, row: dict[str, Any]) -> dict[str, int]:
-        """Counts tokens, words and what was cut; collects the tags."""
         self.names.add(row["tags"])
         return super().count({**row, "words": len(row["words"])})
 
@@ -172,12 +170,10 @@ class TokenClassificationData(LabelledData):
         super().__init__(data, tokenizer, labels, over_long, **options)
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        """Returns the words, each with its tag."""
         pairs = zip(row["words"], row["tags"], strict=False)
         return [TextSpan(True, " ".join(f"{word}/{tag}" for word, tag in pairs), [])]
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
-        """Returns the encoder of sentences, which needs a tokenizer with offsets."""
         hparams = self.hparams
         if not self.tokenizer.is_fast:
             raise ConfigError(
@@ -188,7 +184,6 @@ class TokenClassificationData(LabelledData):
         return super().encoder_for(layout)
 
     def label_counts(self, split: str) -> dict[str, int]:
-        """Returns the number of words of each tag."""
         column = self.read().splits[split].data.column("tags")
         counts: Counter[str] = Counter()
         for chunk in column.chunks:
@@ -197,7 +192,6 @@ class TokenClassificationData(LabelledData):
         return dict(counts)
 
     def collator(self) -> Callable[[list[Any]], Any]:
-        """Returns the collate function."""
         return partial(
             collate_tags,
             pad_token_id=self.pad_token_id,

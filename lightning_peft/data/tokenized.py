@@ -19,11 +19,7 @@ DEFAULT_MAX_LENGTH = 2048
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a model on the hub or in a folder.
-
-    Raises:
-        ConfigError: If it cannot be loaded.
-    """
+    """Returns the tokenizer of a model on the hub or in a folder."""
     try:
         # By default, transformers prompts the user whether to run the tokenizer's code.
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -75,11 +71,7 @@ class TokenizedData(RowDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use.
-
-        Raises:
-            ConfigError: If it cannot be had.
-        """
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             hparams = self.hparams
             self._tokenizer = load_tokenizer(hparams["tokenizer"], hparams["tokenizer_revision"])
@@ -106,7 +98,6 @@ class TokenizedData(RowDataModule):
         return int(tokenizer.eos_token_id if pad_token_id is None else pad_token_id)
 
     def encoding(self) -> dict[str, Any]:
-        """Returns the tokenizer's content and revision, and the longest row."""
         revision = self.hparams["tokenizer_revision"]
         return {
             "tokenizer": cache.digest_of_tokenizer(self.tokenizer),

@@ -15,12 +15,10 @@ from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import similar_names
 
 Rendered = Callable[[Sequence[Message], Mapping[str, Any]], object]
+# A place of a turn, a key, and turns and context without that key.
+_Variant = tuple[int | None, str, Sequence[Message], Mapping[str, Any]]
 # Keys of every turn; `train` is about the loss, not the text.
 _ALWAYS = ("role", "content", "train")
-# Keys of tools and calls that are implied by the rest.
-_KINDS = ("type",)
-
-
 _NAME = "tool_calls[].function.name"
 # Content of an answer, or what it answers, other than its text.
 _CONTENT_KEYS = frozenset(
@@ -43,83 +41,67 @@ _KNOWN = (*REASONING_KEYS, *FLAGS, "tool_calls", "tool_call_id", "function_call"
 
 
 def keys_without_effect(
-    rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
+    rendered: Rendered,
+    messages: Sequence[Message],
+    context: Mapping[str, Any],
+    of_tools: bool = False,
 ) -> Iterator[tuple[int | None, str]]:
     """Yields every key without which the same is rendered, with the place of its turn.
 
-    ``rendered`` is called with turns and context; keys of the context have ``None`` as place.
+    ``rendered`` is called with turns and context; keys of the context, or of the tools in it, have
+    ``None`` as place.
     """
     whole: object = None
-
-    def renders_same(turns: Sequence[Message], reduced_context: Mapping[str, Any]) -> bool:
-        nonlocal whole
+    variants = _without_one_tool_key if of_tools else _without_one_key
+    for place, key, turns, reduced in variants(messages, context):
         whole = rendered(messages, context) if whole is None else whole
         try:
-            return rendered(turns, reduced_context) == whole
+            if rendered(turns, reduced) == whole:
+                yield place, key
         except EncodingProblem:
             # A template that fails without a key reads it.
-            return False
-
-    for place, turn in enumerate(messages):
-        for path, reduced in _turns_without_one_key(turn):
-            if renders_same([*messages[:place], reduced, *messages[place + 1 :]], context):
-                yield place, path
-    for name in context:
-        if renders_same(messages, {key: context[key] for key in context if key != name}):
-            yield None, name
-
-
-def tool_keys_without_effect(
-    rendered: Rendered, messages: Sequence[Message], context: Mapping[str, Any]
-) -> list[str]:
-    """Returns the keys of the tools in ``context`` without which the same is rendered."""
-    whole = rendered(messages, context)
-    found = []
-    for path, fewer in _tools_without_one_key(context["tools"]):
-        try:
-            if rendered(messages, {**context, "tools": fewer}) == whole:
-                found.append(path)
-        except EncodingProblem:
             continue
-    return list(dict.fromkeys(found))
 
 
-def _turns_without_one_key(turn: Message) -> Iterator[tuple[str, Message]]:
-    for key in turn:
-        if key not in _ALWAYS:
-            yield key, {name: turn[name] for name in turn if name != key}
-    calls = turn.get("tool_calls", [])
-    for place, call in enumerate(calls):
-        for path, reduced in _calls_without_one_key(call):
-            yield (
-                f"tool_calls[].{path}",
-                {
-                    **turn,
-                    "tool_calls": [*calls[:place], reduced, *calls[place + 1 :]],
-                },
-            )
+def _without_one_key(messages: Sequence[Message], context: Mapping[str, Any]) -> Iterator[_Variant]:
+    for place, turn in enumerate(messages):
+        reduced = [(key, _without(turn, key)) for key in turn if key not in _ALWAYS]
+        calls = turn.get("tool_calls", [])
+        for number, call in enumerate(calls):
+            for key, fewer in _calls_without_one_key(call):
+                changed = {**turn, "tool_calls": _replaced(calls, number, fewer)}
+                reduced.append((f"tool_calls[].{key}", changed))
+        for key, changed in reduced:
+            yield place, key, _replaced(messages, place, changed), context
+    for name in context:
+        yield None, name, messages, _without(context, name)
 
 
 def _calls_without_one_key(call: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for key in call:
-        if key != "function" and key not in _KINDS:
-            yield key, {name: call[name] for name in call if name != key}
+    # The type is implied by the rest.
+    yield from ((k, _without(call, k)) for k in call if k not in ("function", "type"))
     function = call["function"]
-    for key in function:
-        if function[key]:
-            reduced = {name: function[name] for name in function if name != key}
-            yield f"function.{key}", {**call, "function": reduced}
+    for key in filter(function.get, function):
+        yield f"function.{key}", {**call, "function": _without(function, key)}
 
 
-def _tools_without_one_key(tools: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-    for place, tool in enumerate(tools):
+def _without_one_tool_key(
+    messages: Sequence[Message], context: Mapping[str, Any]
+) -> Iterator[_Variant]:
+    for place, tool in enumerate(context["tools"]):
         function = tool.get("function")
         for key in function if isinstance(function, dict) else ():
-            reduced = {name: function[name] for name in function if name != key}
-            yield (
-                f"tools[].function.{key}",
-                [*tools[:place], {**tool, "function": reduced}, *tools[place + 1 :]],
-            )
+            fewer = {**tool, "function": _without(function, key)}
+            tools = _replaced(context["tools"], place, fewer)
+            yield None, f"tools[].function.{key}", messages, {**context, "tools": tools}
+
+
+def _without(fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name != key}
+
+
+def _replaced(items: Sequence[Any], place: int, item: Any) -> list[Any]:
+    return [*items[:place], item, *items[place + 1 :]]
 
 
 class TurnKeys:
@@ -175,7 +157,8 @@ class TurnKeys:
     def _tool_keys(self, messages: Sequence[Message], context: Mapping[str, Any]) -> list[str]:
         key = json.dumps(context["tools"], sort_keys=True)
         if key not in self._tools:
-            self._tools[key] = tool_keys_without_effect(self._rendered, messages, context)
+            found = keys_without_effect(self._rendered, messages, context, of_tools=True)
+            self._tools[key] = list(dict.fromkeys(path for _, path in found))
         return self._tools[key]
 
 
