@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from difflib import get_close_matches
+from encodings.aliases import aliases
+from itertools import chain, islice
 from typing import Any, Literal
 
 import charset_normalizer
 
-from lightning_peft.data.encoding_names import near_encodings
 from lightning_peft.errors import ConfigError
 
 _MARKS = {
@@ -34,6 +36,20 @@ _NEIGHBOURS = {
     "cp1250": ("Czech", "Slovak", "Polish", "Hungarian", "Croatian", "Slovene", "Romanian"),
 }
 _BETWEEN_LETTERS = set("'’‘-–—·\u00ad\u00a0“”«»…/&@€")
+# What files of rows are written in, the first near names of one that is misspelled.
+_COMMON = (
+    *("utf-8", "utf-8-sig", "utf-16", "cp1252", "cp1250", "cp1251", "latin-1", "iso8859-15"),
+    *("mac-roman", "cp850", "koi8-r", "shift-jis", "cp932", "gb18030", "big5", "euc-kr", "euc-jp"),
+)
+# Python's names of other text; not of bytes in another form such as base64, or of text in ASCII.
+_NOT_TEXT = ("mbcs", "rot_13", "tactis", "utf_7")
+_NAMES = sorted(
+    name.replace("_", "-")
+    for alias, codec in aliases.items()
+    if not codec.endswith("_codec") and codec not in _NOT_TEXT
+    for name in {alias, codec}
+    if name.islower()
+)
 _BLOCK, _SAMPLE = 1 << 20, 1 << 16
 
 Blocks = Callable[[], Iterable[bytes]]
@@ -104,6 +120,21 @@ def _checked_encoding(blocks: Blocks, name: str, requested: str) -> Charset:
     return Charset(encoding, "given")
 
 
+def near_encodings(requested: str) -> list[str]:
+    """Returns Python's names of at most four text encodings that look like ``requested``."""
+
+    def near(names: Iterable[str], count: int) -> list[str]:
+        plain = {re.sub("[^a-z0-9]", "", name): name for name in names}
+        wanted = re.sub("[^a-z0-9]", "", requested.lower())
+        return [plain[name] for name in get_close_matches(wanted, plain, n=count)]
+
+    # One encoding has several names.
+    first: dict[str, str] = {}
+    for name in near(_COMMON, 2) + near(_NAMES, 4):
+        first.setdefault(codecs.lookup(name).name, name)
+    return list(first.values())[:4]
+
+
 def _check_decodable(blocks: Blocks, name: str, encoding: str) -> str:
     fault = _first_undecodable(blocks, encoding)
     if fault is not None:
@@ -158,18 +189,13 @@ def _utf8(blocks: Blocks) -> tuple[int, int]:
     """Returns how many characters above ASCII are UTF-8, and how many bytes are not."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     sound = unsound = 0
-    for block in _with_end_marker(blocks()):
+    for block in chain(filter(None, blocks()), [b""]):
         text = decoder.decode(block, final=not block)
         if not text.isascii():
             escaped = sum("\udc80" <= char <= "\udcff" for char in text)
             unsound += escaped
             sound += sum(char > "\x7f" for char in text) - escaped
     return sound, unsound
-
-
-def _with_end_marker(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    yield from (block for block in blocks if block)
-    yield b""
 
 
 def _guess(blocks: Blocks, name: str) -> Charset:

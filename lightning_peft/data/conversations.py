@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -156,38 +156,49 @@ def _with_reasoning(answer: list[Message], value: Any) -> list[Message]:
     return [*answer[:-1], settled]
 
 
+def _answered(
+    fields: Mapping[str, Any],
+    prompt: Callable[[], list[Message]],
+    completion: Callable[[], list[Message]],
+    unused: list[str],
+) -> Sample:
+    system, history, asked, answer, context = collect(
+        lambda: _system(fields),
+        lambda: _history(fields.get("history")),
+        prompt,
+        completion,
+        lambda: read_context(fields),
+    )
+    answer = _with_reasoning(answer, fields.get("reasoning"))
+    return _sample(_conversation([*system, *history, *asked, *answer]), context, unused)
+
+
 def parse_pair(fields: Mapping[str, Any]) -> Sample:
     """Returns a prompt and its completion as turns."""
     unused: list[str] = []
-    system, history, prompt, completion, context = collect(
-        lambda: _system(fields),
-        lambda: _history(fields.get("history")),
+    return _answered(
+        fields,
         lambda: _turns(fields.get("prompt"), "user", "prompt", unused),
         lambda: _turns(fields.get("completion"), "assistant", "completion", unused),
-        lambda: read_context(fields),
+        unused,
     )
-    completion = _with_reasoning(completion, fields.get("reasoning"))
-    turns = _conversation([*system, *history, *prompt, *completion])
-    return _sample(turns, context, unused)
 
 
 def parse_alpaca(fields: Mapping[str, Any]) -> Sample:
     """Returns an instruction, with its input below it, and the output as turns."""
     inputs = fields.get("input")
-    if inputs is not None and not isinstance(inputs, str):
-        raise row_problem("missing", f"has {json_type(inputs)} as input, not text")
-    system, history, (instruction,), (output,), context = collect(
-        lambda: _system(fields),
-        lambda: _history(fields.get("history")),
-        lambda: required_texts(fields, ["instruction"]),
-        lambda: required_texts(fields, ["output"]),
-        lambda: read_context(fields),
-    )
-    user_text = f"{instruction}\n\n{inputs}" if inputs and inputs.strip() else instruction
-    answer = _with_reasoning([{"role": "assistant", "content": output}], fields.get("reasoning"))
-    return _sample(
-        [*system, *history, {"role": "user", "content": user_text}, *answer], context, []
-    )
+
+    def prompt() -> list[Message]:
+        if inputs is not None and not isinstance(inputs, str):
+            raise row_problem("missing", f"has {json_type(inputs)} as input, not text")
+        (text,) = required_texts(fields, ["instruction"])
+        text = f"{text}\n\n{inputs}" if inputs and inputs.strip() else text
+        return [{"role": "user", "content": text}]
+
+    def answer() -> list[Message]:
+        return [{"role": "assistant", "content": required_texts(fields, ["output"])[0]}]
+
+    return _answered(fields, prompt, answer, [])
 
 
 def parse_preference(fields: Mapping[str, Any]) -> Sample:

@@ -122,7 +122,7 @@ def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
         elif compression == "zstd":
             # pyarrow's: Python has none before 3.14.
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd") as stream:
-                yield io.BufferedReader(_Raw(stream))
+                yield io.BufferedReader(stream)
         else:
             openers: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
             if compression is None:
@@ -130,23 +130,6 @@ def open_file(path: Path, name: str) -> Iterator[BinaryIO]:
                 return
             with openers[compression](raw, "rb") as stream:
                 yield stream
-
-
-class _Raw(io.RawIOBase):
-    """A stream of pyarrow as Python's own."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        """Returns True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills ``buffer``, and returns how many bytes that were."""
-        found = self._stream.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
 
 
 @contextmanager
@@ -171,9 +154,8 @@ def explain_errors(name: str, compression: str | None = None) -> Iterator[None]:
             raise ConfigError(
                 f"{name!r} is locked by a password. Unpack it, and name the file in it."
             ) from error
-        test = {"gzip": "gzip -t", "bzip2": "bzip2 -t", "xz": "xz -t", "zstd": "zstd -t"}
-        command = test.get(compression or "", "unzip -t" if compression == "zip" else "")
-        how = f" ({command} {name} says where)" if command else ""
+        tool = "unzip" if compression == "zip" else compression
+        how = f" ({tool} -t {name} says where)" if tool else ""
         raise ConfigError(
             f"{name!r} is damaged or breaks off{f' as {compression}' if compression else ''}{how}. "
             "Download or write it once more."

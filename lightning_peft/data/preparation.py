@@ -15,7 +15,7 @@ from typing import Any, Literal
 from datasets import Dataset, Features, Value
 
 from lightning_peft.compat.datasets import ArrowWriter, tqdm
-from lightning_peft.data import cache
+from lightning_peft.data.digests import digest_of_files, digest_of_rows
 from lightning_peft.data.file_format import Row
 from lightning_peft.data.parallel_encoding import Outcome, encode_rows
 from lightning_peft.data.progress import counted_rows
@@ -34,10 +34,13 @@ from lightning_peft.data.row_keys import KeyCount, check_ignored
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout, detect_layout
 from lightning_peft.data.validation import Problem
+from lightning_peft.engine import cache_entries
 from lightning_peft.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+# Raised whenever the same input is prepared in another way.
+FORMAT = 6
 REJECTED = "rejected.jsonl"
 # Rows that are looked at to recognise their shape.
 SCHEMA_SAMPLE_ROWS = 100
@@ -118,7 +121,8 @@ def prepare(
     once the layout of the rows is known.
     """
     before = file_stamps(sources)
-    key = cache.key_of(
+    key = cache_entries.key_of(
+        format=FORMAT,
         sources=[{**asdict(source), "data": _content_digest(source)} for source in sources],
         settings=asdict(settings),
     )
@@ -128,12 +132,13 @@ def prepare(
         check_unchanged(before, file_stamps(sources))
         return summary
 
-    final = cache.entry(folder or cache.default_folder(), key, build)
+    folder = folder or cache_entries.cache_root() / "data"
+    final = cache_entries.entry(folder, key, build, "prepared data", "cache_dir")
     for source in sources:
         if source.left_out():
             names = ", ".join(source.left_out())
             log.warning(f"Not read as data in {source.data!r}: {names}")
-    summary = json.loads((final / cache.SUMMARY).read_text(encoding="utf-8"))
+    summary = json.loads((final / cache_entries.SUMMARY).read_text(encoding="utf-8"))
     log_formats(summary["read_as"])
     splits = {
         split: Dataset.from_file(str(final / f"{split}.arrow"))
@@ -146,8 +151,8 @@ def prepare(
 def _content_digest(source: Source) -> str:
     files = source.content()
     if files:
-        return cache.digest_of_files(files)
-    return cache.digest_of_rows(row._asdict() for row in source.rows())
+        return digest_of_files(files)
+    return digest_of_rows(row._asdict() for row in source.rows())
 
 
 def _read_problems(file: Path) -> list[Problem]:

@@ -15,7 +15,7 @@ from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import SHAPES, Layout
-from lightning_peft.data.validation import KINDS, ranges
+from lightning_peft.data.validation import KINDS, by_kind, ranges
 
 BUCKETS = 8
 
@@ -100,13 +100,12 @@ def _padding(lengths: Sequence[int], batch_size: int) -> dict[str, float]:
 
 def _problems(prepared: Prepared) -> list[dict[str, Any]]:
     found = []
-    for kind, (title, remedy) in KINDS.items():
-        ones = [problem for problem in prepared.problems if problem.kind == kind]
-        if ones:
-            rows = [{"file": p.file, "row": p.row, "detail": p.detail} for p in ones]
-            numbers = ranges(problem.row for problem in ones)
-            entry = {"kind": kind, "title": title, "what_to_do": remedy, "numbers": numbers}
-            found.append({**entry, "rows": rows})
+    for kind, ones in by_kind(prepared.problems).items():
+        title, remedy = KINDS[kind]
+        rows = [{"file": p.file, "row": p.row, "detail": p.detail} for p in ones]
+        numbers = ranges(problem.row for problem in ones)
+        entry = {"kind": kind, "title": title, "what_to_do": remedy, "numbers": numbers}
+        found.append({**entry, "rows": rows})
     return found
 
 

@@ -65,14 +65,14 @@ CONTEXT = ("tools", "documents", "chat_template_kwargs")
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape of rows: its name and title, its fields, its parser, and its data module."""
+    """One shape of rows: its name, its title and parser, its fields, and its data module."""
 
     name: str
     title: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], Sample]
-    data_class: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    data_class: str = "SupervisedData"
 
     @property
     def has_turns(self) -> bool:
@@ -80,86 +80,37 @@ class Shape:
         return "tools" in self.optional
 
 
+_SYSTEM = ("system", *CONTEXT)
+_ANSWERED = ("history", "reasoning", *_SYSTEM)
+_COMPARED = ("prompt", "messages", "instruction", "input", *_SYSTEM)
 # In this order: the first whose required fields are all there.
-SHAPES: dict[str, Shape] = {
-    shape.name: shape
-    for shape in (
-        Shape(
-            "messages",
-            "messages (ChatML or ShareGPT)",
-            ("messages",),
-            ("system", *CONTEXT),
-            parse_messages,
-            "SupervisedData",
-        ),
-        Shape(
-            "preference",
-            "chosen and rejected answers",
-            ("chosen", "rejected"),
-            ("prompt", "messages", "instruction", "input", "system", *CONTEXT),
-            parse_preference,
-            "PreferenceData",
-        ),
-        Shape(
-            "alpaca",
-            "Alpaca: instruction, input, output",
-            ("instruction", "output"),
-            ("input", "system", "history", "reasoning", *CONTEXT),
-            parse_alpaca,
-            "SupervisedData",
-        ),
-        Shape(
-            "prompt_completion",
-            "prompt and completion",
-            ("prompt", "completion"),
-            ("system", "history", "reasoning", *CONTEXT),
-            parse_pair,
-            "SupervisedData",
-        ),
-        Shape(
-            "text_label",
-            "text and label",
-            ("text", "label"),
-            ("text_pair",),
-            parse_label,
-            "TextClassificationData",
-        ),
-        Shape("text", "plain text", ("text",), (), parse_text, "SupervisedData"),
-        Shape(
-            "tokens_tags",
-            "tokens and their tags",
-            ("tokens", "tags"),
-            (),
-            parse_tags,
-            "TokenClassificationData",
-        ),
-        Shape("image_label", "image and label", ("image", "label"), (), parse_image, "ImageData"),
-        Shape(
-            "source_target",
-            "source and target",
-            ("source", "target"),
-            (),
-            parse_source,
-            "Seq2SeqData",
-        ),
-        Shape(
-            "translation",
-            "translations by language",
-            ("translation",),
-            (),
-            parse_translation,
-            "Seq2SeqData",
-        ),
-        Shape(
-            "speech",
-            "recordings and transcripts",
-            ("audio", "transcript"),
-            (),
-            parse_speech,
-            "SpeechData",
-        ),
-    )
-}
+# fmt: off
+_IN_ORDER = (
+    Shape("messages", "messages (ChatML or ShareGPT)", parse_messages,
+          ("messages",), _SYSTEM),
+    Shape("preference", "chosen and rejected answers", parse_preference,
+          ("chosen", "rejected"), _COMPARED, "PreferenceData"),
+    Shape("alpaca", "Alpaca: instruction, input, output", parse_alpaca,
+          ("instruction", "output"), ("input", *_ANSWERED)),
+    Shape("prompt_completion", "prompt and completion", parse_pair,
+          ("prompt", "completion"), _ANSWERED),
+    Shape("text_label", "text and label", parse_label,
+          ("text", "label"), ("text_pair",), "TextClassificationData"),
+    Shape("text", "plain text", parse_text,
+          ("text",)),
+    Shape("tokens_tags", "tokens and their tags", parse_tags,
+          ("tokens", "tags"), (), "TokenClassificationData"),
+    Shape("image_label", "image and label", parse_image,
+          ("image", "label"), (), "ImageData"),
+    Shape("source_target", "source and target", parse_source,
+          ("source", "target"), (), "Seq2SeqData"),
+    Shape("translation", "translations by language", parse_translation,
+          ("translation",), (), "Seq2SeqData"),
+    Shape("speech", "recordings and transcripts", parse_speech,
+          ("audio", "transcript"), (), "SpeechData"),
+)
+# fmt: on
+SHAPES = {shape.name: shape for shape in _IN_ORDER}
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from transformers import AutoFeatureExtractor
 from transformers.models.auto.feature_extraction_auto import feature_extractor_class_from_name
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from lightning_peft.data import cache
 from lightning_peft.data.audio import Recording, can_resample, decode
 from lightning_peft.data.batching import pad_to_longest
+from lightning_peft.data.digests import digest_of_rows, digest_of_tokenizer
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.media_source import AudioSource
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens, end_token_id
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.tokenized import load_tokenizer
+from lightning_peft.data.tokenized import load_pretrained, load_tokenizer
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 
@@ -121,24 +121,15 @@ class SpeechData(RowDataModule):
     def extractor(self) -> Any:
         """The feature extractor, loaded on first use."""
         if self._extractor is None:
-            options = self.hparams["feature_extractor"]
-            self._extractor = (
-                self._load_extractor() if options is None else _build_extractor(options)
-            )
+            hparams = self.hparams
+            options, name = hparams["feature_extractor"], hparams["processor"]
+            if options is not None:
+                self._extractor = _build_extractor(options)
+            else:
+                revision, instead = hparams["processor_revision"], ", or give feature_extractor="
+                kind = (AutoFeatureExtractor, "feature extractor", name, revision)
+                self._extractor = load_pretrained(*kind, "processor", instead)
         return self._extractor
-
-    def _load_extractor(self) -> Any:
-        name, revision = self.hparams["processor"], self.hparams["processor_revision"]
-        try:
-            return AutoFeatureExtractor.from_pretrained(
-                name, revision=revision, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"processor={name!r} is not a folder with a feature extractor, and the hub did not "
-                f"give it ({str(error).strip().partition(chr(10))[0]}). Check the name and the "
-                "network (HF_HUB_OFFLINE must not be set), or give feature_extractor=."
-            ) from error
 
     @property
     def max_length(self) -> int:
@@ -174,13 +165,13 @@ class SpeechData(RowDataModule):
         stamps = [(str(f), stat.st_size, stat.st_mtime_ns) for f in files for stat in [f.stat()]]
         revision = self.hparams["processor_revision"]
         return {
-            "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            "tokenizer": digest_of_tokenizer(self.tokenizer),
             **({"processor_revision": revision} if revision else {}),
             "max_length": self.max_length,
             **self.generation,
             "max_seconds": self.max_seconds,
             "rate": int(self.extractor.sampling_rate),
-            "recordings": cache.digest_of_rows(stamps),
+            "recordings": digest_of_rows(stamps),
         }
 
     def collator(self) -> Callable[[list[Any]], Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer
 
-from lightning_peft.data import cache
 from lightning_peft.data.batching import LengthGroupedSampler
+from lightning_peft.data.digests import digest_of_tokenizer
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.errors import ConfigError
 
@@ -20,20 +20,37 @@ DEFAULT_MAX_LENGTH = 2048
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a model on the hub or in a folder."""
+    found: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "tokenizer", name, revision)
+    return found
+
+
+def load_pretrained(
+    loader: Any, what: str, name: str, revision: str | None, argument: str = "", instead: str = ""
+) -> Any:
+    """Returns what a class of transformers loads from the hub or a folder.
+
+    Args:
+        loader: Such as ``AutoTokenizer``.
+        what: What that is, for the message.
+        name: Name on the hub, or folder.
+        revision: Branch, tag or commit on the hub.
+        argument: The argument that has the name; by default ``what``.
+        instead: What else the user can do, as the end of a sentence.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+    """
     try:
-        # By default, transformers prompts the user whether to run the tokenizer's code.
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=False
-        )
+        # By default, transformers prompts the user whether to run code of the repository.
+        return loader.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(
-            f"tokenizer={name!r} is not a folder with a tokenizer, and the hub did not give "
+            f"{argument or what}={name!r} is not a folder with a {what}, and the hub did not give "
             f"it{at} ({str(error).strip().partition(chr(10))[0]}). Check the name"
             f"{', the revision' if revision else ''} and the network (HF_HUB_OFFLINE must not be "
-            "set)."
+            f"set){instead}."
         ) from error
-    return found
 
 
 class TokenizedData(RowDataModule):
@@ -100,7 +117,7 @@ class TokenizedData(RowDataModule):
     def encoding(self) -> dict[str, Any]:
         revision = self.hparams["tokenizer_revision"]
         return {
-            "tokenizer": cache.digest_of_tokenizer(self.tokenizer),
+            "tokenizer": digest_of_tokenizer(self.tokenizer),
             # Only where there is one: what was prepared without it stays prepared.
             **({"tokenizer_revision": revision} if revision else {}),
             "max_length": self.max_length,

@@ -149,10 +149,8 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
     # In a folder, a number alone is ambiguous.
     several = len(files) > 1 or any("/" in file for file in files)
     lines = [f"{bad:,} of {rows:,} rows cannot be used:"]
-    for kind, (title, remedy) in KINDS.items():
-        found = [problem for problem in problems if problem.kind == kind]
-        if not found:
-            continue
+    for kind, found in by_kind(problems).items():
+        title, remedy = KINDS[kind]
         lines.append(f"  {title}: {len({(p.file, p.row) for p in found}):,}")
         for problem in found[:limit]:
             lines.append(f"    - {_place(problem, several)} {problem.detail}")
@@ -160,6 +158,12 @@ def describe(problems: Sequence[Problem], rows: int, limit: int = 12) -> str:
             lines.append(f"    - ... and rows {_row_numbers(found[limit:], several)}")
         lines.append(f"    What to do: {remedy}.")
     return "\n".join(lines)
+
+
+def by_kind(problems: Sequence[Problem]) -> dict[str, list[Problem]]:
+    """Returns the problems of each kind that occurs, in the order of :data:`KINDS`."""
+    found = {kind: [one for one in problems if one.kind == kind] for kind in KINDS}
+    return {kind: ones for kind, ones in found.items() if ones}
 
 
 def _place(problem: Problem, several: bool) -> str:

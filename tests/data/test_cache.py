@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_peft.data import cache
 from lightning_peft.demo.run import BASE
+from lightning_peft.engine import cache_entries as cache
 from lightning_peft.errors import ConfigError
 
 from .conftest import pairs
@@ -73,27 +73,27 @@ def test_an_interrupted_write_leaves_no_entry(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.entry(tmp_path, "key", fail)
+        cache.entry(tmp_path, "key", fail, "data", "cache_dir")
     assert list(tmp_path.iterdir()) == []
     # A process that was killed leaves its working folder, which nobody reads.
     (tmp_path / ".key-dead").mkdir()
-    final = cache.entry(tmp_path, "key", build("whole"))
+    final = cache.entry(tmp_path, "key", build("whole"), "data", "cache_dir")
     assert (final / "a.bin").read_text() == "whole"
 
 
 def test_the_slower_of_two_writers_takes_what_is_there(tmp_path):
     def slow(folder):
-        cache.entry(tmp_path, "key", build("fast"))
+        cache.entry(tmp_path, "key", build("fast"), "data", "cache_dir")
         return build("slow")(folder)
 
-    final = cache.entry(tmp_path, "key", slow)
+    final = cache.entry(tmp_path, "key", slow, "data", "cache_dir")
     assert (final / "a.bin").read_text() == "fast"
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 @pytest.mark.parametrize("harm", ["cut", "remove", "summary"])
 def test_a_damaged_entry_is_rebuilt_with_a_warning(tmp_path, caplog, harm):
-    final = cache.entry(tmp_path, "key", build("first"))
+    final = cache.entry(tmp_path, "key", build("first"), "data", "cache_dir")
     if harm == "summary":
         (final / cache.SUMMARY).write_text("{")
     elif harm == "cut":
@@ -101,7 +101,7 @@ def test_a_damaged_entry_is_rebuilt_with_a_warning(tmp_path, caplog, harm):
     else:
         (final / "a.bin").unlink()
     assert cache.damage_of(final) is not None
-    cache.entry(tmp_path, "key", build("second"))
+    cache.entry(tmp_path, "key", build("second"), "data", "cache_dir")
     assert (final / "a.bin").read_text() == "second"
     assert cache.damage_of(final) is None
     assert "is damaged" in caplog.text

@@ -6,7 +6,7 @@ import openpyxl
 import pytest
 from openpyxl.worksheet.formula import ArrayFormula
 
-from lightning_peft.data.encoding_names import near_encodings
+from lightning_peft.data.charsets import near_encodings
 from lightning_peft.data.json_text import json_type
 from lightning_peft.data.reading import Source
 from lightning_peft.data.sheets import _text

@@ -1,28 +1,18 @@
-"""Prepared data on disk, keyed by everything that decides what it is."""
+"""Hashes of what decides how data is prepared: files, rows and tokenizers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.open_files import explain_errors
-from lightning_peft.engine import cache_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Raised whenever the same input is prepared in another way.
-FORMAT = 6
-SUMMARY, damage_of = cache_entries.SUMMARY, cache_entries.damage_of
-
-
-def default_folder() -> Path:
-    """Returns the default folder of prepared data."""
-    return cache_entries.cache_root() / "data"
 
 
 def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
@@ -56,13 +46,3 @@ def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
         version("transformers"),
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def key_of(**parts: Any) -> str:
-    """Returns the name of the entry that ``parts`` decide."""
-    return cache_entries.key_of(format=FORMAT, **parts)
-
-
-def entry(folder: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Returns the folder of an entry; ``build`` writes its files and returns its summary."""
-    return cache_entries.entry(folder, key, build, "prepared data", "cache_dir")
