@@ -64,10 +64,7 @@ class ImageRows(RowEncoder):
         content = sample.image
         assert content is not None
         assert sample.label is not None
-        try:
-            conversion = conversion_of(decode_image(content))
-        except ImageProblem as problem:
-            raise EncodingProblem("image", str(problem)) from problem
+        conversion = conversion_of(decode_image(content))
         label = self.labels.find(sample.label)
         before = self.label_of.setdefault(sample.digest(), label)
         if before != label:
@@ -239,10 +236,6 @@ def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseIma
         return _processor(folder, None)
 
 
-class ImageProblem(Exception):
-    """Content that is not an image, or whose colours are not known."""
-
-
 def require_pillow() -> None:
     """Raises a :class:`ConfigError` if Pillow is not installed."""
     if find_spec("PIL") is None:
@@ -253,7 +246,7 @@ def decode_image(content: bytes) -> Image:
     """Returns the image in the bytes of a file, with every pixel read.
 
     Raises:
-        ImageProblem: If it is not an image, is damaged, or so large that it may be an attack.
+        EncodingProblem: If it is not an image, is damaged, or so large that it may be an attack.
     """
     pillow: Any = import_module("PIL.Image")
     try:
@@ -261,10 +254,10 @@ def decode_image(content: bytes) -> Image:
         # open() reads the header alone, and verify() passes a JPEG that ends too soon.
         image.load()
     except import_module("PIL").UnidentifiedImageError:
-        raise ImageProblem("is not an image that Pillow reads") from None
+        raise EncodingProblem("image", "is not an image that Pillow reads") from None
     # Decoders of broken files raise almost anything.
     except Exception as error:
-        raise ImageProblem(f"cannot be read as an image: {error}") from error
+        raise EncodingProblem("image", f"cannot be read as an image: {error}") from error
     return image
 
 
@@ -274,8 +267,9 @@ def conversion_of(image: Image) -> str | None:
     A key of :data:`CONVERSIONS`, or the mode of an image that loses nothing.
     """
     if image.mode in ("I", "F"):
-        raise ImageProblem(
-            f"has pixels of mode {image.mode!r}, and nothing says which values are black and white"
+        raise EncodingProblem(
+            "image",
+            f"has pixels of mode {image.mode!r}, and nothing says which values are black and white",
         )
     if getattr(image, "n_frames", 1) > 1:
         return "frames"

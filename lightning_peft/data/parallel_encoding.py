@@ -53,20 +53,17 @@ class Outcome:
 
 def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
     """Returns the outcome of a sample."""
-    unused: Sequence[str] = ()
-    rows: Sequence[dict[str, Any]] = ()
+    found: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
-    try:
-        unused = encoder.unused(sample)
-    except EncodingProblem as problem:
-        problems.append((problem.kind, str(problem)))
-    try:
-        rows = encoder.encode(sample)
-    except EncodingProblem as problem:
-        problems.append((problem.kind, str(problem)))
+    for name, step in (("unused", encoder.unused), ("rows", encoder.encode)):
+        try:
+            found[name] = step(sample)
+        except EncodingProblem as problem:
+            problems.append((problem.kind, str(problem)))
+    if problems:
+        found["rows"] = ()
     # What cannot be rendered at all is found by both.
-    problems = list(dict.fromkeys(problems))
-    return Outcome(() if problems else rows, problems, unused)
+    return Outcome(**found, problems=list(dict.fromkeys(problems)))
 
 
 def outcomes(encoder: RowEncoder, samples: Sequence[Sample]) -> list[Outcome]:

@@ -232,7 +232,10 @@ class _PreparationPass:
             for split in SPLITS
         }
         with (self.working / REJECTED).open("w", encoding="utf-8") as rejected:
-            parsed = map(self._parse, self._with_progress_bar(rows))
+            # A terminal shows a progress bar if it takes seconds.
+            name = Path(str(self.sources[0].data)).name
+            bar = {"desc": f"Preparing {name}", "unit": " rows", "delay": 2, "disable": None}
+            parsed = map(self._parse, tqdm(counted_rows(rows), **bar))
             for parsed_row, outcome in encode_rows(self.encoder, parsed, lambda one: one.sample):
                 reasons = self._write(parsed_row, outcome, writers)
                 if reasons:
@@ -264,12 +267,6 @@ class _PreparationPass:
                 "itself which rows are for what (by file, by a column split, or on the hub). Leave "
                 "the shares out, or name one file of rows to share out."
             )
-
-    def _with_progress_bar(self, rows: Iterator[Row]) -> Iterator[Row]:
-        """Yields the rows; a terminal shows a progress bar if it takes seconds."""
-        name = Path(str(self.sources[0].data)).name
-        counted = counted_rows(rows)
-        yield from tqdm(counted, desc=f"Preparing {name}", unit=" rows", delay=2, disable=None)
 
     def _parse(self, row: Row) -> _ParsedRow:
         """Parses a row, and finds the problems known before it is encoded."""

@@ -66,9 +66,11 @@ class Source:
 
     def content(self) -> list[tuple[str, Path]]:
         """Returns every file that decides what the rows are, with its name in the folder."""
+        return self._named(self.files())
+
+    def _named(self, paths: list[Path]) -> list[tuple[str, Path]]:
         root = Path(self.data)
-        whole = root.is_dir()
-        return [(p.relative_to(root).as_posix() if whole else p.name, p) for p in self.files()]
+        return [(p.relative_to(root).as_posix() if root.is_dir() else p.name, p) for p in paths]
 
     def columns_of(self, ours: str) -> tuple[str, ...]:
         """Returns the columns that may hold a field: the one mapped to it, or those recognised."""
@@ -80,8 +82,8 @@ class Source:
         folder = Path(self.data)
         if not folder.is_dir():
             return []
-        names = {path: path.relative_to(folder).as_posix() for path in visible_files(folder)}
-        return [name for path, name in names.items() if path not in self.files()]
+        read = set(self.files())
+        return [name for name, path in self._named(visible_files(folder)) if path not in read]
 
     def named_files(self) -> list[Path]:
         """Returns the files that are there and that rows name, such as recordings."""
@@ -92,16 +94,14 @@ class Source:
         files = self.files()
         if not files:
             yield from self._hub_rows()
-        for path in files:
+        for name, path in self._named(files):
             split = self.split or (_split_in(path, Path(self.data)) if len(files) > 1 else None)
-            root = Path(self.data)
-            name = path.relative_to(root).as_posix() if root.is_dir() else path.name
             yield from islice(self._file_rows(path, name, split), self.limit)
 
     def file_formats(self) -> dict[str, FileFormat]:
         """Returns how each file of rows is read, by its name."""
         options = self._options()
-        lists = [(name, path) for name, path in self.content() if path in self.files()]
+        lists = self._named(self.files())
         return {
             name: read_file(path, name, options).format
             for name, path in lists

@@ -83,12 +83,12 @@ class _Table:
             return dialect, self._widths(dialect)
         except _QuoteError as error:
             if not self._has_escaped_quotes():
-                raise error.config_error from error
+                raise
             escaped = replace(dialect, escaped=True)
             try:
                 return escaped, self._widths(escaped)
             except _QuoteError:
-                raise error.config_error from error
+                raise error from None
 
     def _has_escaped_quotes(self) -> bool:
         """Returns whether quotes have a backslash before them; refuses other backslashes then."""
@@ -129,19 +129,27 @@ class _Table:
         with self.file.open(newline="") as text:
             for _ in range(dialect.skipped):
                 text.readline()
-            last = _LineRecorder(text)
-            reader = dialect.records(last)
+            lines: list[str] = []
+
+            def recorded() -> Iterator[str]:
+                for line in text:
+                    # The start of an endless value is enough.
+                    if len(lines) < 10_000:
+                        lines.append(line)
+                    yield line
+
+            reader = dialect.records(recorded())
             while True:
                 first = dialect.skipped + reader.line_num + 1
-                last.lines.clear()
+                lines.clear()
                 try:
                     record = next(reader)
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    raise _QuoteError(self.name, first, last.lines, dialect) from error
+                    raise _QuoteError(self.name, first, lines, dialect) from error
                 if record:
-                    ending = last.lines[-1] if last.lines else ""
+                    ending = lines[-1] if lines else ""
                     yield first, ending[len(ending.rstrip("\r\n")) :][-2:], record
 
     def rows(self, dialect: Dialect, columns: Columns) -> Iterator[Row]:
@@ -156,29 +164,13 @@ class _Table:
                 yield Row(number, self.name, value, problem)
 
 
-class _LineRecorder:
-    """Hands lines on, and keeps those of the record that is being read."""
-
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self._text = text
-        self.lines: list[str] = []
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._text:
-            # The start of an endless value is enough.
-            if len(self.lines) < 10_000:
-                self.lines.append(line)
-            yield line
-
-
-class _QuoteError(Exception):
+class _QuoteError(ConfigError):
     """Quotes that do not fit, with the line in which they begin."""
 
     def __init__(self, name: str, first: int, lines: list[str], dialect: Dialect) -> None:
-        super().__init__(name)
         line, field, what = _quote_fault("".join(lines), dialect)
         at = first + line
-        self.config_error = ConfigError(
+        super().__init__(
             f"{name!r} has {what} in line {at}, field {field}. Double a quote that is part of the "
             f'text ("" for "), and put such a value in quotes. To see the line: sed -n {at}p {name}'
         )

@@ -27,11 +27,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_pretrained(
     loader: Any, what: str, name: str, revision: str | None, argument: str = "", instead: str = ""
 ) -> Any:
-    """Returns what a class of transformers loads from the hub or a folder.
+    """Loads a tokenizer or processor of transformers from the hub or a folder.
 
     Args:
         loader: Such as ``AutoTokenizer``.
-        what: What that is, for the message.
+        what: Its name in the message.
         name: Name on the hub, or folder.
         revision: Branch, tag or commit on the hub.
         argument: The argument that has the name; by default ``what``.
