@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_peft.data.reasoning import (
+from lightning_peft.data.samples import Message
+from lightning_peft.data.templates import Rendering
+from lightning_peft.data.turns import (
     Reasoning,
     reasoning_texts,
     replace_reasoning,
     strip_reasoning,
 )
-from lightning_peft.data.samples import Message
-from lightning_peft.data.templates import Rendering
 from lightning_peft.data.validation import EncodingProblem
 
 LossOn = Literal["assistant", "completion"]

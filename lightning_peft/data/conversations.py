@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from lightning_peft.data.json_text import json_type
-from lightning_peft.data.reasoning import REASONING_KEYS, merge_reasoning
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import (
     Message,
@@ -19,7 +18,7 @@ from lightning_peft.data.samples import (
     shortened,
 )
 from lightning_peft.data.template_context import is_empty, json_value, read_context
-from lightning_peft.data.turns import ROLES, read_turn
+from lightning_peft.data.turns import REASONING_KEYS, ROLES, merge_reasoning, read_turn
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:

@@ -8,12 +8,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
-from lightning_peft.data.reasoning import Reasoning, reasoning_texts
 from lightning_peft.data.row_encoder import IGNORED as IGNORED
 from lightning_peft.data.row_encoder import SpecialTokens, end_token_id
 from lightning_peft.data.samples import Message, Sample
 from lightning_peft.data.templates import Rendering, Template, check_variables
 from lightning_peft.data.turn_keys import TurnKeys
+from lightning_peft.data.turns import Reasoning, reasoning_texts
 from lightning_peft.data.validation import EncodingProblem
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED, Encoded, TextSpan, token_spans
-from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.supervised import ConversationData, ConversationRows
+from lightning_peft.data.turns import Reasoning
 from lightning_peft.data.validation import EncodingProblem
 
 ANSWERS = ("chosen", "rejected")

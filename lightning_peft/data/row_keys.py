@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.samples import shortened
 from lightning_peft.data.template_context import is_empty, json_value
-from lightning_peft.data.turns import FLAGS, WEIGHT_HINT, parse_flag
+from lightning_peft.data.turns import FLAGS, REASONING_KEYS, WEIGHT_HINT, parse_flag
 from lightning_peft.errors import ConfigError, similar_names
 
 # How much a row counts, where rows are texts to learn.

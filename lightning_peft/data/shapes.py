@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_peft.data.cells import parse_cells
 from lightning_peft.data.conversations import (
     parse_alpaca,
     parse_messages,
@@ -15,7 +17,11 @@ from lightning_peft.data.conversations import (
     parse_preference,
     parse_source,
 )
-from lightning_peft.data.plain_rows import (
+from lightning_peft.data.json_text import lone_surrogate_in, parse_json
+from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
+from lightning_peft.data.samples import (
+    RowProblems,
+    Sample,
     parse_image,
     parse_label,
     parse_speech,
@@ -23,10 +29,18 @@ from lightning_peft.data.plain_rows import (
     parse_text,
     parse_translation,
 )
-from lightning_peft.data.reasoning import REASONING_KEYS
-from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
-from lightning_peft.data.samples import RowProblems, Sample
+from lightning_peft.data.turns import REASONING_KEYS
 from lightning_peft.errors import ConfigError, similar_names
+
+# Fields that are never text.
+_STRUCTURED = {
+    *("messages", "tokens", "tags", "translation", "tools", "chat_template_kwargs"),
+    *("documents", "history"),
+}
+# Fields that may be turns in place of text.
+_TURNS = {"prompt", "completion", "chosen", "rejected"}
+_ROLES = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
+
 
 # Our field -> the column names that are recognised for it.
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -58,9 +72,76 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "transcript": ("transcript", "transcription", "sentence", "text"),
 }
 KNOWN_COLUMNS = frozenset(name for names in FIELDS.values() for name in names)
-
 # What a chat template writes, in every shape that becomes turns by one.
 CONTEXT = ("tools", "documents", "chat_template_kwargs")
+
+
+def parse_cells(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``fields`` with the lists and objects that are in them as text.
+
+    Text is JSON, or Python's ``repr``. A prompt or an answer is text unless it is a list of turns.
+
+    Raises:
+        RowProblems: If a text begins like a list and cannot be parsed.
+    """
+    found, problems = dict(fields), []
+    for name, value in fields.items():
+        if name not in _STRUCTURED | _TURNS or not isinstance(value, str):
+            continue
+        text = value.strip()
+        if not text.startswith(("[", "{")):
+            continue
+        inner, problem = _value_of(text)
+        if name in _STRUCTURED:
+            found[name] = inner
+            problems += [("missing", f"has text as {name} that {problem}")] if problem else []
+        elif problem is None and _are_turns(inner):
+            found[name] = inner
+    if problems:
+        raise RowProblems(problems)
+    return found
+
+
+def _are_turns(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(t, dict) and any(names <= t.keys() for names in _ROLES) for t in value)
+    )
+
+
+def _value_of(text: str) -> tuple[Any, str | None]:
+    value, problem = parse_json(text)
+    if problem is None or "'" not in text:
+        return value, problem
+    if _is_printed_array(text):
+        return None, (
+            "is a printed array of NumPy, which leaves out the commas: write the rows with "
+            "df.to_json('rows.jsonl', orient='records', lines=True)"
+        )
+    try:
+        value = ast.literal_eval(text)
+    # MemoryError and RecursionError: nested too deeply for Python's own parser.
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None, problem
+    half = lone_surrogate_in(value)
+    return (None, half) if half is not None else (value, None)
+
+
+def _is_printed_array(text: str) -> bool:
+    """Returns whether values follow each other without a comma, or some are left out."""
+    last = ""
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in (tokenize.NL, tokenize.NEWLINE):
+                continue
+            closes, opens = last in ("}", "]") or last[:1] in ("'", '"'), token.string[:1]
+            if token.string == "..." or (closes and opens in ("{", "[", "'", '"')):
+                return True
+            last = token.string[-1:] if token.type == tokenize.STRING else token.string
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    return False
 
 
 @dataclass(frozen=True)

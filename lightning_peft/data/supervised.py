@@ -13,12 +13,12 @@ from torch import Tensor
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import Encoder, LossOn, OverLong, TextSpan, token_spans
-from lightning_peft.data.reasoning import Reasoning
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.templates import find_template
 from lightning_peft.data.tokenized import TokenizedData
+from lightning_peft.data.turns import Reasoning
 from lightning_peft.errors import ConfigError
 
 

@@ -13,9 +13,9 @@ from jinja2 import TemplateError, meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightning_peft.data.reasoning import template_message
 from lightning_peft.data.samples import Message
 from lightning_peft.data.template_context import reserved
+from lightning_peft.data.turns import template_message
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 

@@ -8,9 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning_peft.data.conversation_text import ConversationText
-from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.samples import Message, shortened
-from lightning_peft.data.turns import FLAGS
+from lightning_peft.data.turns import FLAGS, REASONING_KEYS
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import similar_names
 

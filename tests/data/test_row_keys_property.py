@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_peft.data.encoding import Encoder
-from lightning_peft.data.reasoning import REASONING_KEYS
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import detect_layout
 from lightning_peft.data.template_context import is_empty
 from lightning_peft.data.templates import find_template
-from lightning_peft.data.turns import FLAGS, parse_flag
+from lightning_peft.data.turns import FLAGS, REASONING_KEYS, parse_flag
 from lightning_peft.data.validation import EncodingProblem
 
 from .test_row_keys import READS
