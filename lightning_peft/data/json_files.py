@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, repeat
+from json import JSONDecodeError
 from typing import Any
 
 from lightning_peft.data.file_format import ReadableFile, Row, TextFile
@@ -38,8 +39,9 @@ def read_json(file: TextFile, by_line: bool) -> ReadableFile:
         if by_line or _lines_fit(text.splitlines()):
             # One damaged row hides no other.
             return lines
+        line = f", in line {error.lineno}" if isinstance(error, JSONDecodeError) else ""
         raise ConfigError(
-            f"{file.name!r} {explain_error(error, text)}{_line(error)}. Repair the file; `python "
+            f"{file.name!r} {explain_error(error, text)}{line}. Repair the file; `python "
             f"-m json.tool {file.name}` checks it, and in JSONL one bad row does not hide the "
             "others."
         ) from error
@@ -75,11 +77,6 @@ def _value_problem(value: Any, lone_surrogates: bool) -> str | None:
 
 class _TruncatedCells(str):
     """Names of cells that the viewer of the hub has cut."""
-
-
-def _line(error: Exception) -> str:
-    line = getattr(error, "lineno", None)
-    return f", in line {line}" if line is not None else ""
 
 
 def _text(file: TextFile) -> str:
@@ -159,7 +156,7 @@ _ValueAndSplit = tuple[Any, str | None]
 def _rows_in(found: Any, name: str) -> Iterator[_ValueAndSplit]:
     """Yields the rows of a document with the split that it names."""
     if isinstance(found, list):
-        yield from _listed(found)
+        yield from zip(found, repeat(None))
         return
     if not isinstance(found, dict):
         raise ConfigError(f"{name!r} holds {json_type(found)}, not a list of objects.")
@@ -170,16 +167,18 @@ def _rows_in(found: Any, name: str) -> Iterator[_ValueAndSplit]:
             yield _TruncatedCells(", ".join(map(str, cut))) if cut else row["row"], None
     elif set(found) == {"columns", "index", "data"} and len(lists) == 3:
         # pandas, orient="split".
-        yield from _listed([dict(zip(lists["columns"], r, strict=False)) for r in lists["data"]])
+        yield from zip(
+            (dict(zip(lists["columns"], r, strict=False)) for r in lists["data"]), repeat(None)
+        )
     elif len(lists) > 1 and all(key.lower() in SPLIT_KEYS for key in lists):
         for key, rows in lists.items():
-            yield from _listed(rows, key.lower())
+            yield from zip(rows, repeat(key.lower()))
     elif set(lists) & _IN_A_ROW and not _are_columns(found):
         yield found, None
     elif len(lists) == 1:
-        yield from _listed(next(iter(lists.values())))
+        yield from zip(next(iter(lists.values())), repeat(None))
     else:
-        yield from _listed(_rows_of_columns(found) or _choose_list(found, lists, name))
+        yield from zip(_rows_of_columns(found) or _choose_list(found, lists, name), repeat(None))
 
 
 def _rows_of_columns(found: dict[str, Any]) -> list[Any]:
@@ -208,10 +207,6 @@ def _choose_list(found: dict[str, Any], lists: dict[str, list[Any]], name: str) 
         "list of objects, as the only list of one object, or as a list for each split (train, "
         f"validation, test). `jq -c '.KEY[]' {name} > rows.jsonl` takes one of them out."
     )
-
-
-def _listed(rows: list[Any], split: str | None = None) -> Iterator[_ValueAndSplit]:
-    yield from ((row, split) for row in rows)
 
 
 def _is_hub_viewer_page(found: dict[str, Any]) -> bool:

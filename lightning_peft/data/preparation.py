@@ -240,7 +240,10 @@ class _PreparationPass:
                 reasons = self._write(parsed_row, outcome, writers)
                 if reasons:
                     self.counts["rejected"] += 1
-                    record = _rejected_record(parsed_row.row, reasons)
+                    row = parsed_row.row
+                    details = [{"kind": kind, "detail": detail} for kind, detail in reasons]
+                    record = {"file": row.file, "row": row.number, "reasons": details}
+                    record["value"] = row.value
                     rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
@@ -365,11 +368,6 @@ class _PreparationPass:
             "seed": self.settings.split_seed,
             "shares": self._split_fractions(),
         }
-
-
-def _rejected_record(row: Row, reasons: list[tuple[str, str]]) -> dict[str, Any]:
-    details = [{"kind": kind, "detail": detail} for kind, detail in reasons]
-    return {"file": row.file, "row": row.number, "reasons": details, "value": row.value}
 
 
 def _json_default(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,21 +54,22 @@ def preview(data: RowDataModule, rows: int) -> Preview:
         longest = getattr(data, "max_length", max(lengths))
         numbers["max_length"] = longest
         numbers["lengths"] = _histogram(lengths, longest)
-        numbers["padding"] = _padding(lengths, data.batch_size)
+        size = data.batch_size
+        batches = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        numbers["padding"] = {"efficiency": round(sum(lengths) / padded, 4)}
     if "tokenizer" in data.hparams:
         numbers["tokenizer"] = data.hparams["tokenizer"]
     if "trained_tokens" in train:
         numbers["trained_share"] = train["trained_tokens"] / max(1, train["tokens"])
     if "packing" in data.hparams:
         numbers["packing"] = _packing(lengths, data)
-    return Preview(list(_rendered_rows(data, prepared, rows)), numbers)
-
-
-def _rendered_rows(data: RowDataModule, prepared: Prepared, count: int) -> Iterator[PreviewedRow]:
-    for split in list(prepared.splits)[:1]:
-        found = prepared.splits[split]
-        for row in (found[place] for place in range(min(count, len(found)))):
-            yield PreviewedRow(split, row["file"], row["row"], data.render_row(row))
+    shown = [
+        PreviewedRow(split, row["file"], row["row"], data.render_row(row))
+        for split in list(prepared.splits)[:1]
+        for row in prepared.splits[split].select(range(min(rows, len(prepared.splits[split]))))
+    ]
+    return Preview(shown, numbers)
 
 
 def _histogram(lengths: Sequence[int], longest: int) -> dict[str, Any]:
@@ -90,12 +91,6 @@ def _packing(lengths: Sequence[int], data: RowDataModule) -> dict[str, Any]:
         return {"rows": 0, "efficiency": 0.0}
     packed = PackedRows([], lengths, data.max_length)  # type: ignore[attr-defined]
     return {"rows": len(packed), "efficiency": round(packed.efficiency, 4)}
-
-
-def _padding(lengths: Sequence[int], batch_size: int) -> dict[str, float]:
-    batches = [lengths[i : i + batch_size] for i in range(0, len(lengths), batch_size)]
-    padded = sum(len(batch) * max(batch) for batch in batches)
-    return {"efficiency": round(sum(lengths) / padded, 4)}
 
 
 def _problems(prepared: Prepared) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from lightning_peft.data.preparation import (
 from lightning_peft.data.prompts import read_prompts
 from lightning_peft.data.reading import Source, TextUnit
 from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.row_keys import describe_unused, unused_keys
+from lightning_peft.data.row_keys import describe_unused
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.validation import describe
 from lightning_peft.errors import ConfigError
@@ -208,7 +208,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
     def _report(self, prepared: Prepared) -> None:
         if prepared.problems:
             self._write_rejected(prepared)
-        unused = unused_keys(prepared.summary)
+        unused = prepared.summary["keys_unused"]
         if unused and not self._reported:
             self._reported = True
             log.warning(

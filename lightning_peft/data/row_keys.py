@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from lightning_peft.data.samples import shortened
 from lightning_peft.data.template_context import is_empty, json_value
 from lightning_peft.data.turns import FLAGS, REASONING_KEYS, WEIGHT_HINT, parse_flag
+from lightning_peft.data.validation import add_to_runs, format_runs
 from lightning_peft.errors import ConfigError, similar_names
 
 # How much a row counts, where rows are texts to learn.
@@ -104,30 +104,15 @@ def is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and bool({"role", "from"} & set(value))
 
 
-@dataclass(frozen=True)
-class UnusedKey:
-    """A key that nothing reads: its name, how many rows have it, and their numbers by file."""
-
-    key: str
-    count: int
-    rows: dict[str, str]
-
-    @property
-    def where(self) -> str:
-        """The rows in words, with their files where there are several."""
-        if len(self.rows) == 1:
-            return f"rows {next(iter(self.rows.values()))}"
-        return "; ".join(f"rows {numbers} of {file}" for file, numbers in self.rows.items())
+def describe_unused(keys: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the keys and rows of a :meth:`KeyCount.summary` as a sentence without its end."""
+    return "; ".join(f"{key['key']!r} ({_describe_rows(key['rows'])})" for key in keys)
 
 
-def unused_keys(summary: Mapping[str, Any]) -> list[UnusedKey]:
-    """Returns the keys that nothing reads, from the summary of prepared data."""
-    return [UnusedKey(**one) for one in summary.get("keys_unused", [])]
-
-
-def describe_unused(keys: Sequence[UnusedKey]) -> str:
-    """Returns keys and rows as one sentence without its end, ``""`` where there are none."""
-    return "; ".join(f"{key.key!r} ({key.where})" for key in keys)
+def _describe_rows(rows: Mapping[str, str]) -> str:
+    if len(rows) == 1:
+        return f"rows {next(iter(rows.values()))}"
+    return "; ".join(f"rows {numbers} of {file}" for file, numbers in rows.items())
 
 
 class KeyCount:
@@ -140,26 +125,22 @@ class KeyCount:
     def add(self, keys: Iterable[str], file: str, row: int) -> None:
         """Notes the keys of a row."""
         for key in keys:
-            ranges = self._found.setdefault(key, {}).setdefault(file, [])
-            if ranges and row == ranges[-1][1] + 1:
-                ranges[-1][1] = row
-            elif not ranges or row > ranges[-1][1]:
-                ranges.append([row, row])
+            add_to_runs(self._found.setdefault(key, {}).setdefault(file, []), row)
 
     def summary(self) -> list[dict[str, Any]]:
-        """Returns the input of :func:`unused_keys` for JSON, the most frequent keys first."""
-        keys = [
-            UnusedKey(
-                key,
-                sum(last - first + 1 for ranges in files.values() for first, last in ranges),
-                {
-                    file: ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
-                    for file, ranges in files.items()
-                },
-            )
+        """Returns the keys, most frequent first, with the number of rows and the rows by file."""
+        counts = {
+            key: sum(last - first + 1 for runs in files.values() for first, last in runs)
             for key, files in self._found.items()
+        }
+        return [
+            {
+                "key": key,
+                "count": counts[key],
+                "rows": {file: format_runs(runs) for file, runs in self._found[key].items()},
+            }
+            for key in sorted(counts, key=lambda key: (-counts[key], key))
         ]
-        return [vars(key) for key in sorted(keys, key=lambda key: (-key.count, key.key))]
 
 
 def check_ignored(ignored: Collection[str], there: Collection[str]) -> None:

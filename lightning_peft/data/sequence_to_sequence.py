@@ -127,13 +127,15 @@ class PairRows(RowEncoder):
         return ids[: len(ids) - cut], cut, added and not cut
 
     def _unknown(self, text: str, count: int) -> str:
-        characters = [c for c in dict.fromkeys(text) if not c.isspace() and self._is_unknown(c)]
+        unknown = self.tokenizer.unk_token_id
+        characters = [
+            c
+            for c in dict.fromkeys(text)
+            if not c.isspace()
+            and unknown in self.tokenizer(text_target=c, add_special_tokens=False)["input_ids"]
+        ]
         shown = ", ".join(map(repr, characters[:5])) or "none of them alone"
         return f"has {count:,} unknown tokens in its target (characters: {shown})"
-
-    def _is_unknown(self, character: str) -> bool:
-        found = self.tokenizer(text_target=character, add_special_tokens=False)["input_ids"]
-        return self.tokenizer.unk_token_id in found
 
     def _over(self, side: str, length: int) -> int:
         limit = self.limits[side]

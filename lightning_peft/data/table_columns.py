@@ -154,15 +154,11 @@ def _shift(scan: TableScan, name: str) -> int:
     if sum(over.values()) == scan.rows or (wide == 1 and 2 * sum(over.values()) > scan.rows):
         row, line = scan.wide[0]
         fields = max(over, key=lambda width: over[width])
+        book = name.lower().endswith((".xlsx", ".xlsm"))
+        drop = "delete its rows in Excel" if book else f"tail -n +{line} {name} > rows.csv"
         raise ConfigError(
             f"{name!r} has {fields} fields in row {row} below the {wide} column names "
             f"{scan.header}. Its first line names each column once; text with the delimiter in it "
-            f"is in quotes. Where a title stands above the names: {_without_title(name, line)}"
+            f"is in quotes. Where a title stands above the names: {drop}"
         )
     return 0
-
-
-def _without_title(name: str, line: int) -> str:
-    if name.lower().endswith((".xlsx", ".xlsm")):
-        return "delete its rows in Excel"
-    return f"tail -n +{line} {name} > rows.csv"

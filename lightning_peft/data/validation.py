@@ -182,9 +182,19 @@ def _row_numbers(problems: Sequence[Problem], several: bool) -> str:
 def ranges(numbers: Iterable[int]) -> str:
     """Returns row numbers in short form: ``"1-3, 7"``."""
     runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
+    for number in sorted(numbers):
+        add_to_runs(runs, number)
+    return format_runs(runs)
+
+
+def add_to_runs(runs: list[list[int]], number: int) -> None:
+    """Adds a number to runs of first and last numbers, in which no greater one is."""
+    if runs and number == runs[-1][1] + 1:
+        runs[-1][1] = number
+    elif not runs or number > runs[-1][1]:
+        runs.append([number, number])
+
+
+def format_runs(runs: Iterable[Sequence[int]]) -> str:
+    """Returns runs of first and last numbers in short form: ``"1-3, 7"``."""
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_peft.data.preview import preview
-from lightning_peft.data.row_keys import describe_unused, unused_keys
+from lightning_peft.data.row_keys import describe_unused
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import detect_layout
 from lightning_peft.errors import ConfigError
@@ -104,8 +104,8 @@ def test_a_column_is_found_in_a_row_after_the_first_ones(made):
     assert "Be brief." in texts[110]
     assert '"name": "weather"' in texts[111]
     assert "[loud]" in texts[112]
-    assert [(key.key, key.where) for key in unused_keys(data.read().summary)] == [
-        ("note", "rows 114")
+    assert [describe_unused([key]) for key in data.read().summary["keys_unused"]] == [
+        "'note' (rows 114)"
     ]
 
 
@@ -151,9 +151,9 @@ def test_unused_keys_are_described_by_file():
             {"key": "url", "count": 1, "rows": {"b.jsonl": "4"}},
         ]
     }
-    found = describe_unused(unused_keys(summary))
+    found = describe_unused(summary["keys_unused"])
     assert found == "'id' (rows 1-3 of a.jsonl; rows 2, 4 of b.jsonl); 'url' (rows 4)"
-    assert unused_keys({}) == []
+    assert describe_unused([]) == ""
 
 
 def test_a_row_with_messages_and_two_answers_is_a_preference_where_those_are_wanted():
@@ -224,14 +224,14 @@ def test_an_encoder_without_a_template_refuses_what_only_a_template_writes(write
         "has tools, and no chat template that would write it",
         "has x in turn 2, and no template writes them",
     ]
-    assert [key.key for key in unused_keys(data.read().summary)] == ["id"]
+    assert [key["key"] for key in data.read().summary["keys_unused"]] == ["id"]
 
 
 def test_extra_columns_are_named_for_every_kind_of_data(make, write):
     rows = [{"text": f"Text {i}.", "id": i, "weight": 1} for i in range(3)]
     data = make(write(rows), chat_template=None, validation_share=0.0)
-    assert [(key.key, key.where) for key in unused_keys(data.read().summary)] == [
-        ("id", "rows 1-3")
+    assert [describe_unused([key]) for key in data.read().summary["keys_unused"]] == [
+        "'id' (rows 1-3)"
     ]
     heavy = make(write([{"text": "Text.", "weight": 0.5}], "heavy.jsonl"), chat_template=None)
     (problem,) = heavy.read().problems
