@@ -206,25 +206,22 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
             self._report(prepared)
 
     def _report(self, prepared: Prepared) -> None:
+        summary = prepared.summary
         if prepared.problems:
-            self._write_rejected(prepared)
-        unused = prepared.summary["keys_unused"]
+            target = Path(self.hparams["skip_bad_rows"])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(prepared.folder / REJECTED, target)
+            log.warning(
+                f"{summary['rejected']:,} of {summary['rows']:,} rows are left out; they and the "
+                f"reasons are in {str(target)!r}"
+            )
+        unused = summary["keys_unused"]
         if unused and not self._reported:
             self._reported = True
             log.warning(
                 f"Keys of {self.hparams['data']!r} that are not used: {describe_unused(unused)}. "
                 "Nothing that is learnt depends on them; ignored_keys= takes them off this list."
             )
-
-    def _write_rejected(self, prepared: Prepared) -> None:
-        target = Path(self.hparams["skip_bad_rows"])
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(prepared.folder / REJECTED, target)
-        summary = prepared.summary
-        log.warning(
-            f"{summary['rejected']:,} of {summary['rows']:,} rows are left out; they and the "
-            f"reasons are in {str(target)!r}"
-        )
 
     @property
     def record(self) -> dict[str, Any]:

@@ -64,10 +64,6 @@ def _tool(value: Any, place: int) -> dict[str, Any]:
     tool = json_value(value)
     if not isinstance(tool, dict) or not tool:
         raise row_problem("tools", f"has {shortened(value)} as tool {place}, not an object")
-    return _wrapped(tool)
-
-
-def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
     # At the top: OpenAI's older `functions`, and its Responses API with a type next to it.
     bare = "function" not in tool and isinstance(tool.get("name"), str)
     if bare and tool.get("type", "function") == "function":
