@@ -28,7 +28,7 @@ def read(tmp_path):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        source = Source(str(path), None, None, None, None, False, None, "line", **options)
+        source = Source(str(path), **options)
         rows = list(source.rows())
         return rows, source.file_formats()[name]
 
@@ -350,7 +350,7 @@ def test_a_dataset_saved_by_the_library_is_read_with_its_classes(tmp_path):
     rows.save_to_disk(tmp_path / "kept")
     rows.to_parquet(tmp_path / "a.parquet")
     for path in (tmp_path / "kept", tmp_path / "a.parquet"):
-        source = Source(str(path), None, None, None, None, False, None, "line")
+        source = Source(str(path))
         found = [row.value for row in source.rows()]
         assert found == [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
 
@@ -457,7 +457,7 @@ def test_lists_and_turns_in_cells_are_read(make, tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a"}\n')
-    source = Source(str(path), None, None, None, None, False, None, "line")
+    source = Source(str(path))
     before = file_stamps([source])
     check_unchanged(before, file_stamps([source]))
     path.write_text('{"text": "a"}\n{"text": "b"}\n')

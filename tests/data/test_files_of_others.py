@@ -66,7 +66,7 @@ def read(name, content, **options):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        source = Source(str(path), None, None, None, None, False, None, "line", **options)
+        source = Source(str(path), **options)
         return list(source.rows()), source.file_formats()[name]
 
 

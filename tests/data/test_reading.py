@@ -10,12 +10,9 @@ from lightning_peft.data.digests import digest_of_files
 from lightning_peft.data.reading import Source
 from lightning_peft.errors import ConfigError
 
-NONE = {"hub_config": None, "hub_splits": None, "hub_revision": None, "streaming": False}
 
-
-def rows(path, split=None, limit=None, text_unit="line"):
-    source = Source(str(path), split, **NONE, limit=limit, text_unit=text_unit)
-    return list(source.rows())
+def rows(path, split=None, **options):
+    return list(Source(str(path), split, **options).rows())
 
 
 TABLE = [{"prompt": "What is 7?", "completion": "007"}, {"prompt": "None?", "completion": "NA"}]
@@ -94,7 +91,7 @@ def test_a_folder_names_its_splits_and_what_it_leaves_out(tmp_path):
         ("train-part1.jsonl", "train", 2),
         ("val/x.jsonl", "validation", 3),
     ]
-    source = Source(str(tmp_path), None, **NONE, limit=None, text_unit="line")
+    source = Source(str(tmp_path))
     assert source.left_out() == ["README.md"]
     assert [row.value["a"] for row in rows(tmp_path, limit=1)] == [1, 3]
 
@@ -102,7 +99,7 @@ def test_a_folder_names_its_splits_and_what_it_leaves_out(tmp_path):
 def test_rows_are_read_as_they_are_requested(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text("".join(f'{{"a": {i}}}\n' for i in range(10**5)))
-    source = Source(str(file), None, **NONE, limit=None, text_unit="line")
+    source = Source(str(file))
     assert next(iter(source.rows())).value == {"a": 0}
 
 
@@ -143,9 +140,8 @@ def test_a_dataset_of_the_library_is_read_split_by_split(tmp_path, monkeypatch, 
     for name in ("train", "test"):
         lines = [json.dumps({"prompt": f"{name} {i}", "completion": "x"}) for i in range(3)]
         (tmp_path / "set" / f"{name}.jsonl").write_text("\n".join(lines))
-    options = {**NONE, "streaming": streaming}
     # The library reads a folder as it reads a dataset on the hub.
-    source = Source(str(tmp_path / "set"), None, **options, limit=2, text_unit="line")
+    source = Source(str(tmp_path / "set"), streaming=streaming, limit=2)
     found = [(row.file, row.number, row.split, row.value["prompt"]) for row in source._hub_rows()]
     assert found == [
         ("train", 1, "train", "train 0"),
@@ -153,17 +149,17 @@ def test_a_dataset_of_the_library_is_read_split_by_split(tmp_path, monkeypatch, 
         ("test", 1, "test", "test 0"),
         ("test", 2, "test", "test 1"),
     ]
-    one = Source(str(tmp_path / "set"), "validation", **options, limit=1, text_unit="line")
+    one = Source(str(tmp_path / "set"), "validation", streaming=streaming, limit=1)
     assert [(row.split, row.file) for row in one._hub_rows()] == [("validation", "train")]
 
 
 def test_the_splits_of_a_dataset_are_taken_by_their_names():
-    source = Source("hub", None, **NONE, limit=None, text_unit="line")
+    source = Source("hub")
     assert source._hub_names(["train", "dev"]) == {"train": "train", "dev": "validation"}
     assert source._hub_names(["train"]) == {"train": None}
     with pytest.raises(ConfigError, match="splits train_sft, test_sft, and none is called train"):
         source._hub_names(["train_sft", "test_sft"])
-    named = Source("hub", None, **{**NONE, "hub_splits": {"train": "a"}}, limit=2, text_unit="line")
+    named = Source("hub", hub_splits={"train": "a"}, limit=2)
     assert named._hub_names(["a", "b"]) == {"a": None}
     with pytest.raises(ConfigError, match="hub_splits names a"):
         named._hub_names(["b"])

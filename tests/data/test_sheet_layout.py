@@ -26,7 +26,7 @@ def read(tmp_path):
             book.active.append(row)
         change(book, book.active)
         book.save(tmp_path / "a.xlsx")
-        source = Source(str(tmp_path / "a.xlsx"), None, None, None, None, False, None, "line")
+        source = Source(str(tmp_path / "a.xlsx"))
         return list(source.rows()), source.file_formats()["a.xlsx"].notes
 
     return read
@@ -163,9 +163,7 @@ def test_names_of_columns_that_are_not_text(value, what, read):
 def test_misspelled_encodings_have_near_names(wrong, right, tmp_path):
     assert near_encodings(wrong)[0] == right
     (tmp_path / "a.csv").write_text("prompt,completion\na,b\n")
-    source = Source(
-        str(tmp_path / "a.csv"), None, None, None, None, False, None, "line", encoding=wrong
-    )
+    source = Source(str(tmp_path / "a.csv"), encoding=wrong)
     with pytest.raises(ConfigError, match=rf"'{wrong}' is not an encoding .* Near names: {right}"):
         list(source.rows())
 
