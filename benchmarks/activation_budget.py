@@ -13,13 +13,23 @@ whether all ways had the same losses to the last bit. The record is
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from record import RECORDS, conditions, interleaved, ratio, summary, write, write_between
+from record import (
+    conditions,
+    device_name,
+    interleaved,
+    markdown,
+    ratio,
+    read,
+    record_name,
+    summary,
+    write,
+    write_between,
+)
 
 # What `gradient_checkpointing` is in each way.
 WAYS: dict[str, Any] = {"none": False, "half": 0.5, "inputs": True}
@@ -188,19 +198,7 @@ def measure(given: argparse.Namespace) -> None:
         "cases": {name: measured(name == "QLoRA", given) for name in ("QLoRA", "LoRA")},
     }
     print("\n".join(table(content)))
-    write(record_of(given.device), content, quick=given.quick)
-
-
-def device_name(device: str) -> str:
-    """Returns the name of the device."""
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
-
-
-def record_of(device: str) -> str:
-    """Returns the name of the record."""
-    return "activation_budget" if device == "cpu" else f"activation_budget_{device}"
+    write(record_name("activation_budget", given.device), content, quick=given.quick)
 
 
 def table(content: dict[str, Any]) -> list[str]:
@@ -212,9 +210,8 @@ def table(content: dict[str, Any]) -> list[str]:
         f"{content['steps_in_a_round']} steps, {content['rows']} rows of {content['length']} "
         "tokens. Times: median (smallest to largest round); ratios: of rounds side by side.",
         "",
-        "| case | kept | ms per step | to no checkpointing | kept MB | target | met |",
-        "| --- " * 7 + "|",
     ]
+    rows = []
     for case, found in content["cases"].items():
         for way, words in WORDS.items():
             time_of = {k: 1e3 * v for k, v in found["seconds"][way]["seconds"].items()}
@@ -222,8 +219,9 @@ def table(content: dict[str, Any]) -> list[str]:
             factor = found["ratios"].get(way, {"median": 1.0})["median"]
             kept = f"{found['kept_bytes'][way] / 1e6:.1f}"
             aim = [f"{MOST:.2f}", "yes" if factor <= MOST else "no"] if way == "half" else ["", ""]
-            cells = [case, words, shown, f"{factor:.3f}", kept, *aim]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append([case, words, shown, f"{factor:.3f}", kept, *aim])
+    columns = "case | kept | ms per step | to no checkpointing | kept MB | target | met"
+    lines += markdown(columns, rows)
     for case, found in content["cases"].items():
         equal = "the same" if found["losses_equal"] else "**not the same**"
         message = found["messages"][-1].partition(": ")[2]
@@ -244,8 +242,8 @@ def main() -> None:
     if given.command == "measure":
         measure(given)
         return
-    file = RECORDS / f"{record_of(given.device)}.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read(record_name("activation_budget", given.device))
+    assert content is not None, "nothing was measured yet"
     write_between(f"{given.device} activation budget", "\n".join(table(content)))
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from record import conditions, format_conditions, read, write_between
+from record import conditions, format_conditions, ratio_table, read, write_between
 from targets import broken, summary
 
 HERE = Path(__file__).parent
@@ -69,11 +69,8 @@ def others() -> list[str]:
             continue
         found = content.get("ratios") or content.get("shipped_base", {}).get("ratios", {})
         lines += [f"`{name}`: {format_conditions(content['conditions'])}", ""]
-        lines += ["| ratio | median | from | to |", "| --- | --- | --- | --- |"]
-        for ratio, values in found.items():
-            cells = [f"{values[part]:.3f}" for part in ("median", "min", "max")]
-            lines.append(f"| {ratio.replace('_', ' ')} | {' | '.join(cells)} |")
-        lines.append("")
+        named = {ratio.replace("_", " "): values for ratio, values in found.items()}
+        lines += [*ratio_table(named), ""]
     return lines[:-1] or ["Not measured yet."]
 
 

@@ -15,26 +15,17 @@ import argparse
 import json
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loading_memory import write_model
+from loading_memory import PeakMemory, write_model
 from record import conditions, interleaved, ratio, run_script, spread, summary, write
 
 WAYS = ("first", "second", "uncached", "transformers", "transformers_alone")
 # Of a folder that is quantized already; for `prequantized_folder.py`.
 PREQUANTIZED = ("prequantized", "prequantized_alone")
-
-
-def memory(kind: str) -> int:
-    """Returns the memory of this process of one kind, from ``/proc`` (Linux only)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{kind} is not in /proc/self/status; this benchmark needs Linux")
 
 
 def load(way: str, folder: str, dtype: str) -> None:
@@ -70,28 +61,15 @@ def load(way: str, folder: str, dtype: str) -> None:
             strategy=strategy, devices=1, logger=False, enable_checkpointing=False
         )
         trainer.strategy.connect(task)
-    before = {kind: memory(kind) for kind in ("RssAnon", "VmRSS")}
-    peak = dict(before)
-    running = True
-
-    def watch() -> None:
-        while running:
-            for kind in peak:
-                peak[kind] = max(peak[kind], memory(kind))
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.perf_counter()
-    task.configure_model()
-    seconds = time.perf_counter() - started
-    running = False
-    watcher.join()
+    with PeakMemory() as watched:
+        started = time.perf_counter()
+        task.configure_model()
+        seconds = time.perf_counter() - started
     found = {
         "seconds": seconds,
-        "peak_bytes": peak["RssAnon"] - before["RssAnon"],
-        "resident_peak_bytes": peak["VmRSS"] - before["VmRSS"],
-        "final_bytes": memory("RssAnon") - before["RssAnon"],
+        "peak_bytes": watched.peak["RssAnon"],
+        "resident_peak_bytes": watched.peak["VmRSS"],
+        "final_bytes": watched.final,
     }
     print(json.dumps(found))
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import conditions, interleaved, ratio, run_script, summary, write
+from record import QUIET, conditions, interleaved, ratio, run_script, summary, write
 
 # Width of the model, of its feed-forward layers, and layers.
 SIZES = {"137M": (1024, 2816, 12), "379M": (2048, 5632, 8)}
@@ -49,13 +49,9 @@ def trained(way: str, size: tuple[int, int, int], folder: Path) -> tuple[Any, An
     trainer = pytorch_lightning.Trainer(
         strategy=LoRAStrategy(announce=False) if way == "adapter" else "auto",
         max_steps=1,
-        devices=1,
         accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         default_root_dir=folder,
+        **QUIET,
     )
     task = CausalLM("random", config=config)
     trainer.fit(task, DataLoader(rows, batch_size=2))

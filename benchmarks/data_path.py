@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from record import conditions, interleaved, ratio, run_script, spread, summary, write
+from record import QUIET, conditions, interleaved, ratio, run_script, spread, summary, write
 
 WORDS = ("the", "of", "and", "to", "in", "is", "that", "for", "was", "with", "not", "this", "from")
 WAYS = ("one", "several", "cached")
@@ -85,14 +85,7 @@ def wait(steps: int) -> None:
 
     watch = Watch()
     trainer = pytorch_lightning.Trainer(
-        strategy=QLoRAStrategy(announce=False),
-        max_steps=steps,
-        devices=1,
-        callbacks=[watch],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        strategy=QLoRAStrategy(announce=False), max_steps=steps, callbacks=[watch], **QUIET
     )
     rows = Path(BASE).parent / "instructions.jsonl"
     data = SupervisedData(str(rows), str(BASE), chat_template="plain", batch_size=8)

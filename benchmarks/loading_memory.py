@@ -15,19 +15,49 @@ import json
 import multiprocessing
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 METHODS = ("plain", "lora", "qlora", "dense_first", "by_transformers")
 
 
-def anonymous_bytes() -> int:
-    """Returns the private memory of this process, from ``/proc`` (Linux only)."""
+def memory(kind: str) -> int:
+    """Returns the memory of this process of one kind, from ``/proc`` (Linux only)."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("RssAnon is not in /proc/self/status; this benchmark needs Linux")
+    raise RuntimeError(f"{kind} is not in /proc/self/status; this benchmark needs Linux")
+
+
+class PeakMemory:
+    """Watches the memory of this process in a ``with`` block, in bytes above what it began with.
+
+    Attributes:
+        peak: The most of each kind: ``RssAnon`` is private, ``VmRSS`` counts mapped pages too.
+        final: Private memory at the end.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self._before = {kind: memory(kind) for kind in ("RssAnon", "VmRSS")}
+        self.peak = dict.fromkeys(self._before, 0)
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._watcher.join()
+        self._look()
+        self.final = memory("RssAnon") - self._before["RssAnon"]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.002):
+            self._look()
+
+    def _look(self) -> None:
+        for kind, before in self._before.items():
+            self.peak[kind] = max(self.peak[kind], memory(kind) - before)
 
 
 def write_model(folder: Path, layers: int, dtype: str) -> dict[str, int]:
@@ -80,24 +110,10 @@ def load(method: str, folder: str, results: Any) -> None:
     )
     kind = InItsOwnWay if method in ("dense_first", "by_transformers") else CausalLM
     task = kind(folder, dtype="bfloat16")
-    before = anonymous_bytes()
-    peak = before
-    running = True
-
-    def watch() -> None:
-        nonlocal peak
-        while running:
-            peak = max(peak, anonymous_bytes())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    trainer.strategy.connect(task)
-    task.configure_model()
-    final = anonymous_bytes()
-    running = False
-    watcher.join()
-    results.put({"peak": max(peak, final) - before, "final": final - before})
+    with PeakMemory() as watched:
+        trainer.strategy.connect(task)
+        task.configure_model()
+    results.put({"peak": watched.peak["RssAnon"], "final": watched.final})
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from planner_grid import write_between
+from planner_grid import PAGE
+from record import markdown, write_between
 
 from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.settings import PlanSettings
@@ -117,10 +118,7 @@ def table() -> str:
     import transformers
 
     made: dict[tuple[str, str], Prediction] = {}
-    lines = [
-        "| run | model | published GB | predicted GB | deviation | compared |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for anchor in anchors():
         key = (anchor.model, repr(anchor.settings))
         if key not in made:
@@ -137,10 +135,11 @@ def table() -> str:
             f"{value / anchor.published - 1:+.1%}",
             anchor.note,
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    return "\n".join(lines)
+        rows.append(cells)
+        print(*cells, sep=" | ", flush=True)
+    columns = "run | model | published GB | predicted GB | deviation | compared"
+    return "\n".join(markdown(columns, rows))
 
 
 if __name__ == "__main__":
-    write_between("anchors", table())
+    write_between("anchors", table(), PAGE)

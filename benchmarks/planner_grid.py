@@ -18,10 +18,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from record import QUIET, device_name, markdown, run_script, write_between
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "planner.md"
@@ -202,15 +203,11 @@ def train(row: dict[str, Any], device: str) -> dict[str, Any]:
                 gradient_checkpointing=checkpointing, **kwargs
             ),
             accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
             precision=row.get("precision", "32-true"),
             max_steps=2,
             accumulate_grad_batches=accumulate,
             callbacks=[Watch()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **QUIET,
         )  # fmt: skip
         batches = batches_of(row, config, 2 * accumulate)
         task = recipe() if row.get("logits") == "chunked" else Task()
@@ -273,11 +270,8 @@ def measure(device: str, only: str) -> None:
     rows = [row for row in grid() if only in json.dumps(row)]
     done: list[dict[str, Any]] = []
     for number, row in enumerate(rows, 1):
-        command = [sys.executable, __file__, "one", "--device", device, "--row", json.dumps(row)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            sys.exit(f"{row}\n{run.stderr}")
-        record = {**row, **json.loads(run.stdout.splitlines()[-1])}
+        words = ("one", "--device", device, "--row", json.dumps(row))
+        record = {**row, **run_script(__file__, *words)}
         done.append(record)
         print(f"{number}/{len(rows)} {json.dumps(record)}", file=sys.stderr, flush=True)
         if not only:
@@ -287,9 +281,7 @@ def measure(device: str, only: str) -> None:
 
 def conditions(device: str) -> dict[str, Any]:
     """Returns the conditions of the measurement."""
-    import torch
-
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
+    where = device_name(device) + ("" if device == "cuda" else f", {platform.machine()}")
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     threads = os.environ.get("OMP_NUM_THREADS", "default")
     return {"device": where, "threads": threads, "python": platform.python_version(), **versions}
@@ -318,40 +310,29 @@ def table(device: str) -> str:
         + ", ".join(f"{name} {value}" for name, value in versions.items())
         + ".",
         "",
-        "| model | method | batch | length | checkpointing | else | predicted MB | measured MB | "
-        "error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    cells = []
     for row, error in zip(rows, off, strict=True):
         known = ("model", "method", "batch_size", "seq_len", "gradient_checkpointing", "measured")
         further = {key: value for key, value in row.items() if key not in known}
         settings = ", ".join(f"{key} {value}" for key, value in further.items())
         image = row["model"].startswith("vit")
         measured = row["measured"]
-        cells = [
-            row["model"],
-            row["method"],
-            row["batch_size"],
-            "-" if image else row["seq_len"],
-            "on" if row["gradient_checkpointing"] else "off",
-            settings.replace("{", "").replace("}", "").replace("'", ""),
-            f"{measured * (1 + error) / 1e6:.1f}",
-            f"{measured / 1e6:.1f}",
-            f"{error:+.2%}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def write_between(name: str, text: str) -> None:
-    """Puts ``text`` between the marks called ``name`` in the page."""
-    begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(end)
-    if not rest or not after:
-        sys.exit(f"{PAGE} has no marks {begin} and {end}")
-    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        cells.append(
+            [
+                row["model"],
+                row["method"],
+                row["batch_size"],
+                "-" if image else row["seq_len"],
+                "on" if row["gradient_checkpointing"] else "off",
+                settings.replace("{", "").replace("}", "").replace("'", ""),
+                f"{measured * (1 + error) / 1e6:.1f}",
+                f"{measured / 1e6:.1f}",
+                f"{error:+.2%}",
+            ]
+        )
+    columns = "model | method | batch | length | checkpointing | else | predicted MB | measured MB"
+    return "\n".join([*lines, *markdown(f"{columns} | error", cells)])
 
 
 def main() -> None:
@@ -367,7 +348,7 @@ def main() -> None:
     elif given.command == "measure":
         measure(given.device, given.only)
     else:
-        write_between(f"{given.device} table", table(given.device))
+        write_between(f"{given.device} table", table(given.device), PAGE)
 
 
 if __name__ == "__main__":

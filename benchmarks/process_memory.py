@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from planner_grid import write_between
-from record import conditions, read, write
+from planner_grid import PAGE
+from record import conditions, markdown, read, write, write_between
 
 NAME = "process_memory"
 DEMO = Path(__file__).parent.parent / "lightning_peft" / "demo" / "base"
@@ -179,16 +179,14 @@ def table() -> str:
     record = read(NAME)
     if record is None:
         sys.exit(f"no record {NAME}: run `measure` first")
-    lines = [
-        "| model | method | precision | batch | length | steps | planned GB | ends | measured |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for row in record["rows"]:
         made = plan(row)
         ends = f"{made.low_bytes / 1e9:.2f} and {made.high_bytes / 1e9:.2f}"
         cells = [*(row[key] for key in _KEYS), f"{made.peak_bytes / 1e9:.2f}", ends]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['measured'] / 1e9:.2f}"])) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{row['measured'] / 1e9:.2f}"])
+    columns = "model | method | precision | batch | length | steps | planned GB | ends | measured"
+    return "\n".join(markdown(columns, rows))
 
 
 def main() -> None:
@@ -201,7 +199,7 @@ def main() -> None:
     if given.command == "measure":
         measure(given.only, given.smollm2)
     else:
-        write_between("process table", table())
+        write_between("process table", table(), PAGE)
 
 
 if __name__ == "__main__":

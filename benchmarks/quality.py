@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import conditions, read, spread, write
+from record import QUIET, conditions, read, spread, write
 
 METHODS = ("full", "lora", "qlora")
 ADAPTERS = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -45,12 +45,8 @@ def held_out(method: str, model: str, data: str, rate: float, seed: int, steps: 
             strategy=strategies[method](),
             max_steps=steps,
             max_epochs=-1,
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             default_root_dir=folder,
+            **QUIET,
         )
         # The split is that of `split_seed`, the same for all.
         rows = SupervisedData(data, model, chat_template="chatml", max_length=256, batch_size=8)

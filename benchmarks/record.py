@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,11 @@ from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
 PAGE = RECORDS.parent.parent / "docs" / "performance.md"
+# Arguments of a Trainer that does nothing but train.
+QUIET: dict[str, Any] = {
+    "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False,
+}  # fmt: skip
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "pytorch-lightning", "safetensors", "trl",
 )  # fmt: skip
@@ -88,21 +93,39 @@ def interleaved(
 def run_script(script: str, *words: str, **environment: str) -> dict[str, float]:
     """Runs a script in a fresh process, offline, and returns the JSON object that it prints last.
 
-    Args:
-        script: Its file.
-        *words: Its arguments.
-        **environment: Variables besides those of this process.
+    Raises:
+        RuntimeError: If it fails, with the last line of its error output.
     """
     done = subprocess.run(
         [sys.executable, script, *words],
         env={**os.environ, **environment, "HF_HUB_OFFLINE": "1"},
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        check=False,
+        capture_output=True,
         text=True,
         timeout=1800,
     )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {(done.stderr.strip().splitlines() or ['-'])[-1]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def device_name(device: str) -> str:
+    """Returns the name of ``"cpu"`` or ``"cuda"`` for people."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def record_name(script: str, device: str) -> str:
+    """Returns the name of a script's record of a device."""
+    return script if device == "cpu" else f"{script}_{device}"
+
+
+def markdown(header: str, rows: Iterable[Sequence[object]]) -> list[str]:
+    """Returns the lines of a table; ``header`` has its columns between bars."""
+    columns = header.count("|") + 1
+    lines = [f"| {header} |", "| " + " | ".join(["---"] * columns) + " |"]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -125,6 +148,13 @@ def summary(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
     }
 
 
+def ratio_table(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Returns the table of the ratios of a record."""
+    parts = ("median", "min", "max")
+    rows = [[name, *(f"{found[part]:.3f}" for part in parts)] for name, found in ratios.items()]
+    return markdown("ratio | median | from | to", rows)
+
+
 def write(name: str, content: dict[str, Any], *, quick: bool, check: bool = False) -> Path:
     """Writes a record; one of a smoke run or of a check never takes the place of a real one."""
     RECORDS.mkdir(exist_ok=True)
@@ -144,11 +174,11 @@ def read(name: str) -> dict[str, Any] | None:
     return content
 
 
-def write_between(name: str, text: str) -> None:
-    """Puts ``text`` between the marks called ``name`` in ``docs/performance.md``."""
+def write_between(name: str, text: str, page: Path = PAGE) -> None:
+    """Puts ``text`` between the marks called ``name`` in a page."""
     begin, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{PAGE} has no marks {begin} and {end}")
-    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+        raise SystemExit(f"{page} has no marks {begin} and {end}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

@@ -21,13 +21,20 @@ import argparse
 import contextlib
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from record import RECORDS, conditions, write, write_between
-from training_case import Finished, Pace
+from record import (
+    conditions,
+    markdown,
+    read,
+    record_name,
+    run_script,
+    write,
+    write_between,
+)
+from training_case import Finished, Pace, train_under
 
 DOCS = Path(__file__).parent.parent / "docs"
 BASE = {"length": 256, "rows": 2, "layers": 8, "rank": 16}
@@ -68,7 +75,6 @@ class Step(Pace):
 
 def point(sizes: dict[str, int], device: str) -> int:
     """Returns the peak of a step in bytes; to be called once in a process."""
-    import pytorch_lightning as pl
     import torch
     from torch.utils.data import DataLoader
 
@@ -77,16 +83,6 @@ def point(sizes: dict[str, int], device: str) -> int:
     from lightning_peft.tasks.causal_lm import CausalLM
 
     step = Step(device)
-
-    class Watch(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            step.before()
-
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
-        ) -> None:
-            step.after()
-
     config = {
         "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704,
         "num_hidden_layers": sizes["layers"], "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -99,23 +95,10 @@ def point(sizes: dict[str, int], device: str) -> int:
     strategy = QLoRAStrategy(
         r=sizes["rank"], gradient_checkpointing=True, optimizer=None, announce=False
     )
-    trainer = pl.Trainer(
-        strategy=strategy, accelerator="gpu" if device == "cuda" else "cpu", devices=1,
-        max_steps=3, callbacks=[Watch()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
     with contextlib.suppress(Finished):
-        trainer.fit(task, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        train_under(step, strategy, task, loader, lambda *_: 0, max_steps=3)
     return step.peak
-
-
-def in_a_process(sizes: dict[str, int], device: str) -> int:
-    """Returns the peak of a step in bytes, measured in a process of its own."""
-    words = [sys.executable, __file__, "point", "--device", device, "--sizes", json.dumps(sizes)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=1800)
-    if done.returncode:
-        raise RuntimeError(f"{sizes}: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout.strip().splitlines()[-1])
 
 
 def measure(given: argparse.Namespace) -> None:
@@ -125,17 +108,14 @@ def measure(given: argparse.Namespace) -> None:
     for axis, values in (QUICK if given.quick else AXES).items():
         peaks = []
         for value in values:
-            peaks.append(in_a_process({**BASE, axis: value}, given.device))
+            sizes = json.dumps({**BASE, axis: value})
+            words = ("point", "--device", given.device, "--sizes", sizes)
+            peaks.append(int(run_script(__file__, *words)["peak"]))
             print(f"{axis} {value}: {peaks[-1] / 1e6:.1f} MB", flush=True)
         axes[axis] = {"values": values, "peak_bytes": peaks, "exponent": exponent(values, peaks)}
     content = {"conditions": where, "base": BASE, "device": given.device, "axes": axes}
     print("\n".join(table(content)))
-    write(record_of(given.device), content, quick=given.quick)
-
-
-def record_of(device: str) -> str:
-    """Returns the name of the record."""
-    return "scaling" if device == "cpu" else f"scaling_{device}"
+    write(record_name("scaling", given.device), content, quick=given.quick)
 
 
 def exponent(values: list[int], peaks: list[int]) -> float:
@@ -164,15 +144,14 @@ def table(content: dict[str, Any]) -> list[str]:
         f"{content['device']}, torch {where['versions']['torch']}, {where['date']}; where they do "
         f"not change: {held}.",
         "",
-        "| what grows | peak MB | exponent | linear or better |",
-        "| --- | --- | --- | --- |",
     ]
+    rows = []
     for axis, found in content["axes"].items():
         pairs = zip(found["values"], found["peak_bytes"], strict=True)
         peaks = ", ".join(f"{value}: {peak / 1e6:.1f}" for value, peak in pairs)
         met = "yes" if found["exponent"] <= MOST else "no"
-        lines.append(f"| {WORDS[axis]} | {peaks} | {found['exponent']:.2f} | {met} |")
-    return lines
+        rows.append((WORDS[axis], peaks, f"{found['exponent']:.2f}", met))
+    return lines + markdown("what grows | peak MB | exponent | linear or better", rows)
 
 
 def plot(content: dict[str, Any]) -> str:
@@ -209,9 +188,9 @@ def plot(content: dict[str, Any]) -> str:
 
 def write_page(device: str) -> None:
     """Puts the table of a record into the page, and its plot next to it."""
-    file = RECORDS / f"{record_of(device)}.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
-    picture = DOCS / "pictures" / f"{record_of(device)}.svg"
+    name = record_name("scaling", device)
+    content, picture = read(name), DOCS / "pictures" / f"{name}.svg"
+    assert content is not None, "nothing was measured yet"
     picture.write_text(plot(content), encoding="utf-8")
     shown = f"![Peak memory against what grows](pictures/{picture.name})"
     write_between(f"{device} scaling", "\n".join([*table(content), "", shown]))
@@ -228,7 +207,7 @@ def main() -> None:
     if given.command == "point":
         with contextlib.redirect_stdout(sys.stderr):
             peak = point(given.sizes, given.device)
-        print(peak)
+        print(json.dumps({"peak": peak}))
     elif given.command == "table":
         write_page(given.device)
     else:

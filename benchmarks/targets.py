@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from record import read, spread
+from record import markdown, read, spread
 
 
 @dataclass(frozen=True)
@@ -255,17 +255,14 @@ CHECKS: tuple[Bound, ...] = (
 
 def summary() -> list[str]:
     """Returns one row for each target."""
-    lines = [
-        "| # | measure | target | measured: median (smallest to largest) | met | script |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for number, target in enumerate(TARGETS, 1):
         met = verdict(target)
         known = [bound for bound in target.bounds if bound.found() is not None]
         measured = "; ".join(bound.cell() for bound in target.bounds) if known else "not measured"
-        cells = [target.measure, target.aim, measured, met, f"`{target.script}`"]
-        lines.append(f"| {number} | {' | '.join(cells)} |")
-    return lines
+        rows.append([number, target.measure, target.aim, measured, met, f"`{target.script}`"])
+    columns = "# | measure | target | measured: median (smallest to largest) | met | script"
+    return markdown(columns, rows)
 
 
 def verdict(target: Target) -> str:

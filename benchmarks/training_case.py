@@ -11,11 +11,12 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from profiles import shares, torch_profiler
+from record import QUIET
 
 IGNORED = -100
 # So large that a few steps of random weights show in the loss.
@@ -169,6 +170,34 @@ def held_bytes() -> int:
                 storage = thing.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
+
+
+def train_under(
+    pace: Pace, strategy: Any, task: Any, loader: Any, tokens: Callable[..., int], max_steps: int
+) -> None:
+    """Trains ``task`` with PyTorch Lightning at the pace.
+
+    ``tokens`` returns the number of tokens of a batch, given it and its place.
+    """
+    import pytorch_lightning as pl
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+            pace.before()
+
+        def on_train_batch_end(
+            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
+        ) -> None:
+            pace.after(tokens(batch, index), outputs["loss"])
+
+    accelerator = "gpu" if pace.device == "cuda" else "cpu"
+    pl.Trainer(
+        strategy=strategy,
+        accelerator=accelerator,
+        callbacks=[Watch()],
+        max_steps=max_steps,
+        **QUIET,
+    ).fit(task, loader)
 
 
 def config_of(case: Case) -> Any:

@@ -24,6 +24,7 @@ from training_case import (
     model_of,
     padded,
     real_tokens,
+    train_under,
 )
 
 Step = Callable[[Any, dict[str, Any]], Any]
@@ -191,36 +192,18 @@ def lightning(
 ) -> None:
     """Trains ``task`` under the Trainer with this project's strategy.
 
-    Args:
-        pace: Times the steps.
-        case: What is trained.
-        task: A LightningModule.
-        loader: Its batches.
-        counts: Tokens of each batch, where the mask does not say so.
+    ``counts`` are the tokens of each batch, where the mask does not say so.
     """
-    import pytorch_lightning as pl
-
     from lightning_peft import LoRAStrategy, QLoRAStrategy
 
-    class Watch(pl.Callback):
-        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            pace.before()
-
-        def on_train_batch_end(
-            self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
-        ) -> None:
-            tokens = real_tokens(batch) if counts is None else counts[index % len(counts)]
-            pace.after(tokens, outputs["loss"])
+    def tokens(batch: Any, index: int) -> int:
+        return real_tokens(batch) if counts is None else counts[index % len(counts)]
 
     given: dict[str, Any] = {"lora_dropout": case.dropout, "announce": False, **LORA}
     strategy: Any = LoRAStrategy(**given)
     if case.quantized:
         strategy = QLoRAStrategy(**given, optimizer=None, gradient_checkpointing=False)
-    pl.Trainer(
-        strategy=strategy, accelerator="gpu" if pace.device == "cuda" else "cpu", devices=1,
-        max_steps=-1, callbacks=[Watch()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    ).fit(task, loader)  # fmt: skip
+    train_under(pace, strategy, task, loader, tokens, max_steps=-1)
 
 
 def strategy(pace: Pace, case: Case) -> None:

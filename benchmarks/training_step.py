@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-from record import conditions, read, spread, write, write_between
+from record import conditions, device_name, read, record_name, spread, write, write_between
 from training_case import Case, Finished, Pace
 from training_methods import METHODS
 from training_tables import tables
@@ -194,36 +194,25 @@ def values(record: dict[str, Any], measure: str) -> list[float]:
     return list(record["blocks"])
 
 
-def record_name(device: str) -> str:
-    """Returns the name of the record of a device."""
-    return "training_step" if device == "cpu" else f"training_step_{device}"
-
-
 def measure(given: argparse.Namespace) -> None:
     """Runs the cases and writes the record after each."""
     where: dict[str, Any] = {**conditions(), "rounds": given.rounds}
     if given.device == "cuda":
-        import torch
-
-        where["device"] = torch.cuda.get_device_name()
+        where["device"] = device_name("cuda")
     done: list[dict[str, Any]] = []
     for number, (case, _, _) in enumerate(cases_of(given)):
         if given.only not in case.name:
             continue
         done.append(measure_case(number, given))
         content = {"conditions": where, "ratios": ratios(done), "cases": done}
-        write(
-            record_name(given.device),
-            content,
-            quick=given.quick or bool(given.only),
-            check=given.check,
-        )
+        quick, name = given.quick or bool(given.only), record_name("training_step", given.device)
+        write(name, content, quick=quick, check=given.check)
     print("\n".join(tables(content, LADDER)))
 
 
 def table(device: str) -> None:
     """Writes the tables of a device's record into the page."""
-    content = read(record_name(device))
+    content = read(record_name("training_step", device))
     if content is not None:
         write_between(f"{device} training step", "\n".join(tables(content, LADDER)))
 

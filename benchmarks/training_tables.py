@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from record import format_conditions
+from record import format_conditions, markdown, ratio_table
 
 # Of the ladder, what each rung changes.
 CHANGES = {
@@ -29,7 +29,7 @@ def tables(content: dict[str, Any], ladder: Sequence[str]) -> list[str]:
     """
     cases = {entry["case"]: entry["methods"] for entry in content["cases"]}
     lines = [format_conditions(content["conditions"]), "", *_measured(cases)]
-    lines += ["", "Ratios, round by round:", "", *_ratios(content["ratios"])]
+    lines += ["", "Ratios, round by round:", "", *ratio_table(content["ratios"])]
     lines += ["", *_losses(cases)]
     rungs: dict[str, Any] = cases.get("instructions", {})
     present = [name for name in ladder if "blocks" in rungs.get(name, {})]
@@ -39,28 +39,18 @@ def tables(content: dict[str, Any], ladder: Sequence[str]) -> list[str]:
 
 
 def _measured(cases: dict[str, Any]) -> list[str]:
-    lines = [
-        "| case | method | ms per step | from | to | tokens per second | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for case, methods in cases.items():
         for method, record in methods.items():
             if "skipped" in record:
-                lines.append(f"| {case} | {method} | skipped: {record['skipped']} | | | | |")
+                rows.append([case, method, f"skipped: {record['skipped']}", *[""] * 4])
                 continue
             blocks = [1e3 * seconds for seconds in record["blocks"]]
             cells = [f"{ms:.1f}" for ms in (statistics.median(blocks), min(blocks), max(blocks))]
             cells += [f"{statistics.median(record['tokens']):,.0f}", f"{record['peak'] / 1e6:,.1f}"]
-            lines.append(f"| {case} | {method} | {' | '.join(cells)} |")
-    return lines
-
-
-def _ratios(ratios: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["| ratio | median | from | to |", "| --- | --- | --- | --- |"]
-    for name, found in ratios.items():
-        cells = [f"{found[part]:.3f}" for part in ("median", "min", "max")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+            rows.append([case, method, *cells])
+    columns = "case | method | ms per step | from | to | tokens per second | peak MB"
+    return markdown(columns, rows)
 
 
 def _losses(cases: dict[str, Any]) -> list[str]:
@@ -70,9 +60,8 @@ def _losses(cases: dict[str, Any]) -> list[str]:
         "error over their batches. Equal within noise: the mean differs from that of the case's",
         "first method by at most three standard errors of the difference.",
         "",
-        "| case | method | first | mean | standard error | equal within noise |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
+    rows = []
     for case, methods in cases.items():
         first: tuple[float, float] | None = None
         for method, record in methods.items():
@@ -85,29 +74,29 @@ def _losses(cases: dict[str, Any]) -> list[str]:
             first = first or (mean, error)
             equal = abs(mean - first[0]) <= 3 * math.hypot(error, first[1])
             cells = [f"{losses[0]:.4f}", f"{mean:.4f}", f"{error:.4f}", "yes" if equal else "no"]
-            lines.append(f"| {case} | {method} | {' | '.join(cells)} |")
-    return lines
+            rows.append([case, method, *cells])
+    columns = "case | method | first | mean | standard error | equal within noise"
+    return lines + markdown(columns, rows)
 
 
 def _ladder(rungs: dict[str, Any], present: list[str]) -> list[str]:
-    lines = [
-        "The ladder, one change in each row, on `instructions`:",
-        "",
-        "| rung | change | ms per step | tokens per second | peak MB | times the first |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     first = statistics.median(rungs[present[0]]["tokens"])
     for name in present:
         record = rungs[name]
         tokens = statistics.median(record["tokens"])
         cells = [
+            name,
+            CHANGES[name],
             f"{1e3 * statistics.median(record['blocks']):.1f}",
             f"{tokens:,.0f}",
             f"{record['peak'] / 1e6:,.1f}",
             f"{tokens / first:.2f}",
         ]
-        lines.append(f"| {name} | {CHANGES[name]} | {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    columns = "rung | change | ms per step | tokens per second | peak MB | times the first"
+    lines = ["The ladder, one change in each row, on `instructions`:", ""]
+    return lines + markdown(columns, rows)
 
 
 def _profiles(rungs: dict[str, Any], present: list[str]) -> list[str]:
@@ -116,12 +105,11 @@ def _profiles(rungs: dict[str, Any], present: list[str]) -> list[str]:
         "Where the time of one step goes, by torch's profiler. Some 4-bit products of bitsandbytes",
         "dequantize and multiply in one operation; they count as dequantize.",
         "",
-        f"| rung | {' | '.join(groups)} | largest operations |",
-        "| --- " * (len(groups) + 2) + "|",
     ]
+    rows = []
     for name in present:
         profile = rungs[name]["profile"]
         cells = [f"{profile['groups'][group]:.0%}" for group in groups]
         most = [f"`{op}` {share:.0%}" for op, share in list(profile["operations"].items())[:4]]
-        lines.append(f"| {name} | {' | '.join(cells)} | {', '.join(most)} |")
-    return lines
+        rows.append([name, *cells, ", ".join(most)])
+    return lines + markdown(f"rung | {' | '.join(groups)} | largest operations", rows)

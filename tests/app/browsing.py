@@ -48,7 +48,7 @@ def open_context(browser: Browser, **options: Any) -> BrowserContext:
     return context
 
 
-class HealthMonitor:
+class PageMonitor:
     """Keeps what a page must not do: errors in its scripts, requests to other hosts."""
 
     def __init__(self, page: Page) -> None:

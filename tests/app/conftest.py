@@ -7,12 +7,16 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from gradio_app.runs.store import RunStore
+from gradio_app.visitors import COOKIE
 from tests.app import browsing
+from tests.app.runs import settings
 from tests.app.servers import Server
 
-_PAGES = pytest.StashKey[list[tuple[Any, browsing.HealthMonitor]]]()
+_PAGES = pytest.StashKey[list[tuple[Any, browsing.PageMonitor]]]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -44,6 +48,45 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
 
 @pytest.fixture(scope="session")
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """Servers for all modules that leave others' runs alone, one for each set of options."""
+    started: dict[str, Server] = {}
+
+    def shared(**options: Any) -> Server:
+        key = str(options)
+        if key not in started:
+            started[key] = Server(tmp_path_factory.mktemp("shared"), options).start()
+        return started[key]
+
+    yield shared
+    for server in started.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def site(_shared: Callable[..., Server]) -> Server:
+    """A page with the fake trainer; modules that count runs or stop it have their own."""
+    return _shared(trainer="fake")
+
+
+@pytest.fixture(scope="module")
+def space(_shared: Callable[..., Server]) -> Server:
+    """A Space with the fake trainer."""
+    return _shared(trainer="fake", space=True)
+
+
+@pytest.fixture(scope="module")
+def store(site: Server) -> RunStore:
+    return RunStore(settings(site.folder))
+
+
+@pytest.fixture(scope="module")
+def client(site: Server) -> Iterator[httpx.Client]:
+    with site.client() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     if browsing.chromium() is None:
         pytest.fail(
@@ -61,12 +104,15 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
     """Opens pages, each as a new visitor; afterwards, none may have done what it must not."""
-    opened: list[tuple[Any, browsing.HealthMonitor]] = []
+    opened: list[tuple[Any, browsing.PageMonitor]] = []
     request.node.stash[_PAGES] = opened
 
-    def visit(url: str, **options: Any) -> Any:
-        page = browsing.open_context(browser, **options).new_page()
-        opened.append((page, browsing.HealthMonitor(page)))
+    def visit(url: str, cookie: str = "", **options: Any) -> Any:
+        context = browsing.open_context(browser, **options)
+        if cookie:
+            context.add_cookies([{"name": COOKIE, "value": cookie, "url": url}])
+        page = context.new_page()
+        opened.append((page, browsing.PageMonitor(page)))
         page.goto(url)
         return page
 

@@ -15,6 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from gradio_app.visitors import COOKIE
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 60
 SERVE = Path(__file__).with_name("serve.py")
@@ -77,6 +81,11 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         raise AssertionError(f"the page did not start:\n{self.log()}")
+
+    def client(self, cookie: str = "") -> httpx.Client:
+        """Returns a client of the page, of the visitor with that cookie."""
+        cookies = {COOKIE: cookie} if cookie else {}
+        return httpx.Client(base_url=self.url, cookies=cookies, timeout=30, trust_env=False)
 
     def log(self) -> str:
         return (self.folder / "server.log").read_text(errors="replace")

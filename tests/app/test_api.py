@@ -10,13 +10,6 @@ import yaml
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 
-from tests.app.servers import Server
-
-
-@pytest.fixture(scope="module")
-def site(serve) -> Server:
-    return serve(trainer="fake")
-
 
 @pytest.fixture(scope="module")
 def client(site) -> Client:

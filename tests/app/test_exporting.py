@@ -13,7 +13,6 @@ from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 import torch
@@ -272,11 +271,6 @@ def site(serve, hub):
         yield serve()
 
 
-@pytest.fixture(scope="module")
-def store(site):
-    return RunStore(settings(site.folder))
-
-
 def open_tab(page, site, run, query=""):
     page.goto(f"{site.url}/run?run={run.id}{query}")
     page.get_by_role("tab", name="Export").click()
@@ -382,25 +376,23 @@ def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
 
 
 @pytest.mark.long
-def test_a_foreign_run_is_shown_to_no_handler(site, store):
+def test_a_foreign_run_is_shown_to_no_handler(client, store):
     foreign = fake_run(store, "a name", owner="v-somebody")
     foreign = store.rename("v-somebody", foreign.id, "secret")
     names = {"export-start", "export-preview", "export-push", "export-list", "compare-runs"}
-    with httpx.Client(base_url=site.url, timeout=30, trust_env=False) as client:
-        config = client.get("/config").json()
-        ids = {
-            one["id"]: one["props"]["elem_id"]
-            for one in config["components"]
-            if one["props"].get("elem_id") in names
-        }
-        handlers = [
-            one
-            for one in config["dependencies"]
-            if one["backend_fn"] and any(place in ids for place, _ in one["targets"])
-        ]
-        assert {ids[place] for one in handlers for place, _ in one["targets"]} == names
-        for one in handlers:
-            for given in (foreign.id, [foreign.id]):
-                answer = call(client, one, [given] * len(one["inputs"]))
-                assert "secret" not in answer
+    config = client.get("/config").json()
+    ids = {
+        one["id"]: one["props"]["elem_id"]
+        for one in config["components"]
+        if one["props"].get("elem_id") in names
+    }
+    handlers = [
+        one
+        for one in config["dependencies"]
+        if one["backend_fn"] and any(place in ids for place, _ in one["targets"])
+    ]
+    assert {ids[place] for one in handlers for place, _ in one["targets"]} == names
+    for one in handlers:
+        for given in (foreign.id, [foreign.id]):
+            assert "secret" not in call(client, one, [given] * len(one["inputs"]))
     assert not (foreign.folder.path / "exports").exists()

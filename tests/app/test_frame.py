@@ -23,11 +23,6 @@ PAGES = ["", "new", "compare", "help"]
 TEXTS = Path(__file__).parents[2] / "gradio_app" / "texts"
 
 
-@pytest.fixture(scope="module")
-def site(serve):
-    return serve(trainer="fake")
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_page_can_be_read_by_everyone(site, visit, page):
     opened = visit(f"{site.url}/{page}", color_scheme="light")

@@ -156,17 +156,17 @@ def test_files_of_this_machine_are_refused(hub, folder, tmp_path):
 def test_the_folder_is_rebuilt_from_the_log_and_each_line_counts_once(hub, folder):
     start(folder)
 
-    def message(name: str, content: Any) -> str:
+    def log_line(name: str, content: Any) -> str:
         return hf_jobs.LINE_PREFIX + json.dumps({"file": name, "line": json.dumps(content)})
 
     status = {"state": "running", "step": 3, "total_steps": 9, "pid": 1, "unknown": 1}
     hub.logs[:] = [
         "installing",
-        message("status.json", status),
-        message("metrics.jsonl", {"step": 3}),
+        log_line("status.json", status),
+        log_line("metrics.jsonl", {"step": 3}),
     ]
     hf_jobs.refresh(folder, TOKEN)
-    hub.logs += [message("metrics.jsonl", {"step": 4}), "token hf_abcdefghijklmno"]
+    hub.logs += [log_line("metrics.jsonl", {"step": 4}), "token hf_abcdefghijklmno"]
     hf_jobs.refresh(folder, TOKEN)
     assert [row["step"] for row in folder.rows(folder.metrics)] == [3, 4]
     assert hf_jobs.status_of(folder).step == 3

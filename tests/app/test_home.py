@@ -25,11 +25,6 @@ def site(serve):
     return serve(trainer="fake")
 
 
-@pytest.fixture(scope="module")
-def store(site):
-    return RunStore(settings(site.folder))
-
-
 def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     page = visit(site.url)
     page.get_by_text("No runs yet.").wait_for()

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from gradio_app.pages.run.view import requested_run_id
-from gradio_app.runs.store import RunStore
 from tests.app.browsing import PHONE, overflow, screenshot, violations
-from tests.app.runs import queued, recipe, settings, until
+from tests.app.runs import queued, recipe, until
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 LONG = {"steps": 4_000, "validate_every": 20}
@@ -20,11 +19,6 @@ LONG = {"steps": 4_000, "validate_every": 20}
 @pytest.fixture(scope="module")
 def site(serve):
     return serve(trainer="fake")
-
-
-@pytest.fixture(scope="module")
-def store(site):
-    return RunStore(settings(site.folder))
 
 
 @pytest.fixture

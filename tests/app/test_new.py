@@ -15,15 +15,9 @@ from gradio_app.errors import UserError
 from gradio_app.pages.new.editor import Editor, Session
 from lightning_peft.data.templates import NAMED
 from tests.app.browsing import PHONE, overflow, screenshot, violations
-from tests.app.servers import Server
 
 STEPS = ("model", "data", "method", "review")
 GOOD = [{"question": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(60)]
-
-
-@pytest.fixture(scope="module")
-def site(serve) -> Server:
-    return serve(trainer="fake")
 
 
 def opened(visit, site, place="", **options):
@@ -33,7 +27,7 @@ def opened(visit, site, place="", **options):
     return page
 
 
-def preview_data(page):
+def wait_for_report(page):
     page.locator("#data-report .fine, #data-report .bad, #data-report .failure").first.wait_for()
 
 
@@ -76,8 +70,9 @@ def test_of_a_page_that_the_server_has_forgotten_nothing_is_done(session):
 
 
 def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
+    before = set(site.runs.glob("*/recipe.yaml"))
     page = opened(visit, site, "#data")
-    preview_data(page)
+    wait_for_report(page)
     page.get_by_label("Upload", exact=True).check()
     bad = [*GOOD[:3], {"question": "empty?", "reply": ""}, *GOOD[3:], GOOD[5]]
     upload(page, "mine <b>.jsonl", lines(bad) + b"\nno json at all")
@@ -98,7 +93,7 @@ def test_own_data_with_bad_rows_is_put_right_and_started(visit, site):
     page.locator("#overview [role=alert]").get_by_text("3 rows have problems").wait_for()
     assert page.get_by_role("button", name="Start training").is_disabled()
     page.locator("#start-said").get_by_text("It cannot start yet").wait_for()
-    assert list(site.runs.glob("*/recipe.yaml")) == []
+    assert set(site.runs.glob("*/recipe.yaml")) == before
     page.locator("#overview").get_by_role("link", name="To the data").first.click()
     page.get_by_label("Skip rows").check()
     report.get_by_text("are skipped").wait_for()
@@ -158,7 +153,7 @@ def test_what_is_refused_is_said_where_it_was_typed(visit, site):
     rows = [{"prompt": row["question"], "completion": row["reply"]} for row in GOOD]
     (site.data / "train.jsonl").write_bytes(lines(rows))
     page = opened(visit, site, "#data")
-    preview_data(page)
+    wait_for_report(page)
     page.get_by_label("File on this machine").check()
     path = page.locator("#data-path-name input")
     path.fill("trian.jsonl")
@@ -396,7 +391,7 @@ def test_the_keyboard_is_enough(visit, site):
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
     page = opened(visit, site, f"?__theme={theme}#all")
-    preview_data(page)
+    wait_for_report(page)
     page.locator("#memory .memory").wait_for()
     assert violations(page) == []
     for step in STEPS:
@@ -408,7 +403,7 @@ def test_axe_finds_nothing_serious_in_any_step(visit, site, theme):
 @pytest.mark.parametrize("step", STEPS)
 def test_a_phone_needs_no_scrolling_sideways(visit, site, step):
     page = opened(visit, site, f"#{step}", viewport=PHONE)
-    preview_data(page) if step == "data" else None
+    wait_for_report(page) if step == "data" else None
     assert overflow(page) <= 0
 
 

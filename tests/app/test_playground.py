@@ -8,20 +8,18 @@ import re
 import shutil
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
-from gradio_app.visitors import COOKIE, owner_of
 from lightning_peft.data.templates import NAMED
 from lightning_peft.runs.status import write_json
 from tests.app.attacking import call
 from tests.app.browsing import PHONE, overflow, screenshot, violations
 from tests.app.servers import Server
-from tests.app.test_visitors import HERS, HIS, _Request
+from tests.app.visitors import HERS, HIS, owner_with
 
 QUESTION = "What does `len` do?"
 SYSTEM = "You know Python."
@@ -62,13 +60,11 @@ def store(space) -> RunStore:
 
 @pytest.fixture(scope="module")
 def run(store, lora_run) -> Run:
-    return tried(store, owner_of(_Request({COOKIE: HERS}), space=True), lora_run)
+    return tried(store, owner_with(HERS), lora_run)
 
 
 def opened(visit, space: Server, run: Run, cookie: str, **options):
-    page = visit("about:blank", **options)
-    page.context.add_cookies([{"name": COOKIE, "value": cookie, "url": space.url}])
-    page.goto(f"{space.url}/run?run={run.id}")
+    page = visit(f"{space.url}/run?run={run.id}", cookie, **options)
     page.locator("h1").first.wait_for()
     page.get_by_role("tab", name="Playground").click()
     return page
@@ -111,7 +107,7 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     page.locator("#try-columns").scroll_into_view_if_needed()
     assert violations(page) == []
     # Somebody else waits until she is done.
-    their_own = tried(store, owner_of(_Request({COOKIE: HIS}), space=True), run.folder.path)
+    their_own = tried(store, owner_with(HIS), run.folder.path)
     other = opened(visit, space, their_own, HIS)
     other.get_by_text("Another user is chatting").wait_for()
     assert other.get_by_role("button", name="Ask", exact=True).is_disabled()
@@ -152,7 +148,7 @@ def blind(page, run: Run) -> None:
 
 @pytest.mark.long
 def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
-    run = tried(store, owner_of(_Request({COOKIE: HERS}), space=True), lora_run)
+    run = tried(store, owner_with(HERS), lora_run)
     task = "lightning_peft.tasks.text_classification.TextClassifier"
     write_json(run.folder.provenance, {"task": task})
     page = opened(visit, space, run, HERS)
@@ -164,7 +160,7 @@ def test_what_cannot_talk_is_offered_no_chat(space, store, visit, lora_run):
 
 @pytest.mark.long
 def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit):
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     busy = store.create(owner, "seed_everything: 0\n", "Training now")
     page = opened(visit, space, run, HERS, viewport=PHONE, color_scheme="dark")
     page.get_by_role("button", name="Ask", exact=True).wait_for()
@@ -183,7 +179,7 @@ def test_on_a_phone_in_the_dark_and_while_a_run_trains(space, store, run, visit)
 
 @pytest.mark.long
 def test_before_the_first_checkpoint(space, store, visit):
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     page = opened(visit, space, store.create(owner, "seed_everything: 0\n", "New"), HERS)
     page.get_by_text("available when the first checkpoint is saved").wait_for()
     assert page.get_by_role("button", name="Ask", exact=True).count() == 0
@@ -192,9 +188,7 @@ def test_before_the_first_checkpoint(space, store, visit):
 @pytest.mark.long
 def test_nobody_asks_a_model_of_another(space, run):
     """Called as a page would, with the id of a run that belongs to someone else."""
-    with httpx.Client(
-        base_url=space.url, cookies={COOKIE: HIS}, timeout=30, trust_env=False
-    ) as client:
+    with space.client(HIS) as client:
         config = client.get("/config").json()
         names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
         tab = [

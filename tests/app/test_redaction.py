@@ -29,13 +29,12 @@ from gradio_app.redaction import Redactor, bundled_folders
 from gradio_app.runs.store import RunStore
 from gradio_app.runs.types import Run
 from gradio_app.settings import Settings
-from gradio_app.visitors import COOKIE
 from tests.app import servers
 from tests.app.attacking import Call, called, handlers_of
 from tests.app.runs import settings, until
 from tests.app.servers import Server
+from tests.app.visitors import HERS, owner_with
 
-HERS = "c" * 32
 SITE = sysconfig.get_paths()["purelib"]
 PACKAGE = str(bundled_folders()["package:"])
 UPLOADED = "20260101-0123abcd-rows.jsonl"
@@ -229,10 +228,7 @@ def downloads(client: httpx.Client, text: str) -> dict[str, str]:
 
 
 def test_nothing_that_a_visitor_gets_names_a_folder_of_the_server(space):
-    from gradio_app.visitors import owner_of
-    from tests.app.test_visitors import _Request
-
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     store = RunStore(Settings.on_a_space(space.folder))
     home = str(space.folder / "home" / "owner")
     places = [str(space.runs), str(space.folder / "uploads"), home, SITE, PACKAGE]
@@ -243,8 +239,8 @@ def test_nothing_that_a_visitor_gets_names_a_folder_of_the_server(space):
     exported(run, "two", said, push={"pushed": False})
     exported(run, "three", said)
     query = {"run": run.id, "runs": f"{run.id},{other.id}", "from": run.id}
-    cookies, answers, files = {COOKIE: HERS}, {}, {}
-    with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
+    answers, files = {}, {}
+    with space.client(HERS) as client:
         named = {group[0].name: group[0] for group in handlers_of(space, client)}
 
         def ask(name: str, *data: object, click: str = "", run: str = run.id) -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from gradio_app.serving import is_loopback, launch_options
@@ -44,12 +43,6 @@ ASKED = ("run", "runs", "from", "recipe", "method")
 @pytest.fixture(scope="module")
 def site(serve) -> Server:
     return serve(trainer="fake", limits={"upload_bytes": 200_000})
-
-
-@pytest.fixture(scope="module")
-def client(site):
-    with httpx.Client(base_url=site.url, timeout=30, trust_env=False) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +146,7 @@ API = {"recipes", "check", "start", "runs", "status", "metrics", "stop"}
 
 def test_with_a_password_nothing_is_shown_without_it(serve):
     server = serve(trainer="fake", password="correct horse battery")
-    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+    with server.client() as client:
         for path in ("/config", "/gradio_api/info", "/gradio_api/file=x"):
             assert client.get(path).status_code == 401, path
         body = {"data": [], "fn_index": 0, "session_hash": "x"}

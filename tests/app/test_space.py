@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from gradio_app.visitors import COOKIE
-from tests.app.servers import Server, environment
+from tests.app.servers import environment
 
 FOLDER = Path(__file__).parents[2] / "gradio_app"
 
@@ -72,11 +72,6 @@ def free_port():
     return free_port("127.0.0.1")
 
 
-@pytest.fixture(scope="module")
-def space(serve) -> Server:
-    return serve(space=True, trainer="fake")
-
-
 def test_every_new_visitor_gets_a_cookie_of_their_own(space):
     values = []
     for _ in range(2):
@@ -95,8 +90,7 @@ def test_a_visitor_keeps_their_cookie(space):
         assert answer.headers["set-cookie"] is None
 
 
-def test_a_laptop_sets_no_cookie(serve):
-    server = serve(trainer="fake")
-    request = urllib.request.Request(server.url, headers={"Accept": "text/html"})
+def test_a_laptop_sets_no_cookie(site):
+    request = urllib.request.Request(site.url, headers={"Accept": "text/html"})
     with urllib.request.urlopen(request, timeout=10) as answer:
         assert answer.headers["set-cookie"] is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 import pytest
 
 from gradio_app.runs.store import RunStore
@@ -10,16 +9,10 @@ from gradio_app.settings import Settings
 from gradio_app.visitors import COOKIE, owner_of
 from tests.app.attacking import Call, Handler, attack, handlers_of
 from tests.app.runs import queued, until
-from tests.app.servers import Server
+from tests.app.visitors import HERS, HIS, Request, owner_with
 
-HERS, HIS = "a" * 32, "b" * 32
 NAME = "Nobody else knows"
 ACTS = ("delete", "earlier", "later", "leave", "download", "cancel")
-
-
-@pytest.fixture(scope="module")
-def space(serve) -> Server:
-    return serve(space=True, trainer="fake")
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +23,14 @@ def store(space) -> RunStore:
 @pytest.fixture(scope="module")
 def hers(store) -> str:
     """The id of a run that the first visitor has started and that goes on."""
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     run = queued(store, NAME, owner, steps=100_000, seconds=0.05)
     until(lambda: store.get(owner, run.id).status.state == "running")
     return run.id
 
 
-def test_the_second_visitor_sees_nothing_of_the_first(space, hers, browser):
-    context = browser.new_context()
-    context.add_cookies([{"name": COOKIE, "value": HIS, "url": space.url}])
-    page = context.new_page()
+def test_the_second_visitor_sees_nothing_of_the_first(space, hers, visit):
+    page = visit(space.url, HIS)
     for address in ("", f"run?run={hers}", f"compare?runs={hers},{hers}", f"new?from={hers}"):
         page.goto(f"{space.url}/{address}")
         page.locator("h1").first.wait_for()
@@ -47,20 +38,12 @@ def test_the_second_visitor_sees_nothing_of_the_first(space, hers, browser):
         page.wait_for_timeout(500)
         assert NAME not in page.inner_text("body"), address
         assert "Running" not in page.inner_text("body"), address
-    context.close()
-
-
-def test_the_first_visitor_finds_it_again(space, hers, browser):
-    context = browser.new_context()
-    context.add_cookies([{"name": COOKIE, "value": HERS, "url": space.url}])
-    page = context.new_page()
-    page.goto(space.url)
-    page.get_by_role("link", name=NAME).first.wait_for()
-    context.close()
+    # The first one finds it again.
+    visit(space.url, HERS).get_by_role("link", name=NAME).first.wait_for()
 
 
 def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers):
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     folder = store.get(owner, hers).folder
     before = {path.name for path in folder.path.iterdir()}
     asked = {"run": hers, "from": hers, "runs": f"{hers},{hers}"}
@@ -74,8 +57,7 @@ def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers
     def check(one: Handler, text: str) -> None:
         assert NAME not in text, one
 
-    cookies = {COOKIE: HIS}
-    with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
+    with space.client(HIS) as client:
         groups = handlers_of(space, client)
         assert sum(map(len, groups)) > 100
         attack(client, groups, calls, check)
@@ -87,15 +69,14 @@ def test_no_handler_lets_one_visitor_touch_the_run_of_another(space, store, hers
 
 
 def test_her_own_recipe_shows_no_folder_of_the_server(space, store, hers):
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
+    owner = owner_with(HERS)
     folder = store.get(owner, hers).folder
     upload = space.folder / "uploads" / owner / "rows.jsonl"
     said = [upload, folder.path / "left-out.jsonl", folder.path]
     before = folder.recipe.read_text()
     folder.recipe.write_text(before + "".join(f"# {path}\n" for path in said))
     shown = []
-    cookies = {COOKIE: HERS}
-    with httpx.Client(base_url=space.url, cookies=cookies, timeout=30, trust_env=False) as client:
+    with space.client(HERS) as client:
         groups = [
             group for group in handlers_of(space, client) if group[0].name == "RunView.on_load"
         ]
@@ -108,36 +89,22 @@ def test_her_own_recipe_shows_no_folder_of_the_server(space, store, hers):
     assert not any(str(space.folder / name) in text for name in ("runs", "uploads"))
 
 
-def test_its_owner_stops_it(space, store, hers, browser):
-    owner = owner_of(_Request({COOKIE: HERS}), space=True)
-    context = browser.new_context()
-    context.add_cookies([{"name": COOKIE, "value": HERS, "url": space.url}])
-    page = context.new_page()
-    page.goto(f"{space.url}/run?run={hers}")
+def test_its_owner_stops_it(space, store, hers, visit):
+    page = visit(f"{space.url}/run?run={hers}", HERS)
     page.get_by_role("button", name="Stop & save").click()
-    until(lambda: store.get(owner, hers).status.state == "stopped")
-    context.close()
-
-
-class _Request:
-    """What of a request tells who asks."""
-
-    def __init__(self, cookies: dict[str, str], session: dict | None = None) -> None:
-        self.request = self
-        self.cookies = cookies
-        self.scope = {} if session is None else {"session": session}
+    until(lambda: store.get(owner_with(HERS), hers).status.state == "stopped")
 
 
 def test_who_asks():
-    first, second = _Request({COOKIE: HERS}), _Request({COOKIE: HIS})
+    first, second = Request({COOKIE: HERS}), Request({COOKIE: HIS})
     assert owner_of(first, space=False) == "local"
     assert owner_of(first, space=True) == owner_of(first, space=True)
     assert owner_of(first, space=True) != owner_of(second, space=True)
     # The cookie itself is in no file of a run.
     assert HERS not in owner_of(first, space=True)
-    strangers = {owner_of(_Request({}), space=True) for _ in range(3)}
-    strangers |= {owner_of(_Request({COOKIE: value}), space=True) for value in ("x", HERS * 2)}
+    strangers = {owner_of(Request({}), space=True) for _ in range(3)}
+    strangers |= {owner_of(Request({COOKIE: value}), space=True) for value in ("x", HERS * 2)}
     assert len(strangers) == 5
     info = {"userinfo": {"preferred_username": "someone"}}
-    assert owner_of(_Request({}, {"oauth_info": info}), space=True) == "hf-someone"
-    assert owner_of(_Request({COOKIE: HERS}, {"oauth_info": "junk"}), space=True).startswith("v-")
+    assert owner_of(Request({}, {"oauth_info": info}), space=True) == "hf-someone"
+    assert owner_of(Request({COOKIE: HERS}, {"oauth_info": "junk"}), space=True).startswith("v-")
