@@ -26,14 +26,7 @@ _SNIFF_BYTES = 1_000_000
 _WORKBOOK_BYTES, _WORKBOOK_PARTS = 1_000_000_000, 2_000
 # How archives, programs and pickles begin; a text file with such bytes is none.
 _BINARY_PREFIXES = (
-    b"PK\x03\x04",
-    b"\x7fELF",
-    b"MZ",
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ",
-    b"7z\xbc\xaf",
-    b"Rar!",
+    *(b"PK\x03\x04", b"\x7fELF", b"MZ", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!"),
 )
 
 
@@ -90,14 +83,14 @@ class Uploads:
             return []
         paths = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         found = [path for path in paths if path.is_file() and not path.is_symlink()]
-        return [_upload(path) for path in sorted(found, key=_sort_key, reverse=True)]
+        newest = sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True)
+        return [_upload(path) for path in newest]
 
     def get(self, name: object) -> Upload:
         """Returns a file by its name here. Raises UserError if the owner has none of that name."""
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise UserError("checks.no_upload", name=shortened(name))
-        path = inside(self.folder, name)
-        if not path.is_file():
+        known = isinstance(name, str) and _NAME.fullmatch(name)
+        path = inside(self.folder, str(name)) if known else None
+        if path is None or not path.is_file():
             raise UserError("checks.no_upload", name=shortened(name))
         return _upload(path)
 
@@ -110,16 +103,11 @@ def check_content(path: Path, suffix: str) -> None:
     """Checks that the beginning of a file matches its suffix. Raises UserError if it is not."""
     with path.open("rb") as file:
         head = file.read(_SNIFF_BYTES)
-    if suffix == ".parquet":
-        _check_parquet(path, head)
-        return
-    if suffix == ".xlsx":
-        _check_workbook(path)
+    if suffix in (".parquet", ".xlsx"):
+        (_check_parquet if suffix == ".parquet" else _check_workbook)(path)
         return
     values = {"name": shortened(path.name), "kind": suffix}
-    if head.startswith(_BINARY_PREFIXES):
-        raise UserError("checks.upload_binary", **values)
-    text = _decoded(head, path.name)
+    text = None if head.startswith(_BINARY_PREFIXES) else _decoded(head, path.name)
     if text is None:
         raise UserError("checks.upload_binary", **values)
     first = text.lstrip()[:1]
@@ -175,11 +163,9 @@ def _has_json_object(text: str) -> bool:
     return False
 
 
-def _check_parquet(path: Path, head: bytes) -> None:
+def _check_parquet(path: Path) -> None:
     parquet = import_module("pyarrow.parquet")
     try:
-        if not head.startswith(b"PAR1"):
-            raise ValueError
         parquet.ParquetFile(path).close()
     except (ValueError, OSError) as error:
         name = shortened(path.name)
@@ -193,9 +179,4 @@ def _slug(text: str) -> str:
 
 
 def _upload(path: Path) -> Upload:
-    title = "-".join(path.name.split("-")[2:])
-    return Upload(path.name, title, path, path.stat().st_size)
-
-
-def _sort_key(path: Path) -> tuple[float, str]:
-    return path.stat().st_mtime, path.name
+    return Upload(path.name, original_name(path.name), path, path.stat().st_size)

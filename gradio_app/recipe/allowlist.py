@@ -11,12 +11,8 @@ CALLBACKS = frozenset(
         f"{root}.callbacks.{name}"
         for root in _LIGHTNINGS
         for name in (
-            "DeviceStatsMonitor",
-            "EarlyStopping",
-            "LearningRateMonitor",
-            "ModelCheckpoint",
-            "RichProgressBar",
-            "TQDMProgressBar",
+            *("DeviceStatsMonitor", "EarlyStopping", "LearningRateMonitor", "ModelCheckpoint"),
+            *("RichProgressBar", "TQDMProgressBar"),
         )
     }
 )

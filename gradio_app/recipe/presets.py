@@ -40,6 +40,11 @@ class Model:
         return 2 * self.parameters
 
 
+def _other(name: str, parameters: int, family: str) -> Model:
+    """Returns a base for other tasks than chat, whose files on the hub are in 32 bits."""
+    return Model(name, parameters, "Apache 2.0", (family,), False, False, 4)
+
+
 _CHAT = ("causal-lm",)
 MODELS = (
     Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder"), has_chat_template=False),
@@ -51,54 +56,12 @@ MODELS = (
     Model("HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, "Apache 2.0", _CHAT),
     Model("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, "Apache 2.0", _CHAT),
     Model("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, "Llama 3.1", _CHAT, gated=True),
-    Model(
-        "answerdotai/ModernBERT-base",
-        149_014_272,
-        "Apache 2.0",
-        ("encoder",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
-    Model(
-        "google-t5/t5-small",
-        60_506_624,
-        "Apache 2.0",
-        ("seq2seq",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
-    Model(
-        "google/flan-t5-base",
-        247_577_856,
-        "Apache 2.0",
-        ("seq2seq",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
-    Model(
-        "openai/whisper-tiny",
-        37_760_640,
-        "Apache 2.0",
-        ("speech",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
-    Model(
-        "openai/whisper-small",
-        241_734_912,
-        "Apache 2.0",
-        ("speech",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
-    Model(
-        "facebook/dinov2-small",
-        22_056_576,
-        "Apache 2.0",
-        ("image",),
-        has_chat_template=False,
-        bytes_per_parameter=4,
-    ),
+    _other("answerdotai/ModernBERT-base", 149_014_272, "encoder"),
+    _other("google-t5/t5-small", 60_506_624, "seq2seq"),
+    _other("google/flan-t5-base", 247_577_856, "seq2seq"),
+    _other("openai/whisper-tiny", 37_760_640, "speech"),
+    _other("openai/whisper-small", 241_734_912, "speech"),
+    _other("facebook/dinov2-small", 22_056_576, "image"),
 )
 
 # How long and how strongly: epochs, rank, and what the learning rate of the recipe is taken by.

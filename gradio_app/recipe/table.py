@@ -129,13 +129,9 @@ def _parquet(path: Path, _: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 _READERS = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
+    **dict.fromkeys((".jsonl", ".ndjson"), _json_lines),
     ".json": _document,
-    ".csv": _with_library,
-    ".tsv": _with_library,
-    ".xlsx": _with_library,
-    ".txt": _text,
-    ".md": _text,
+    **dict.fromkeys((".csv", ".tsv", ".xlsx"), _with_library),
+    **dict.fromkeys((".txt", ".md"), _text),
     ".parquet": _parquet,
 }

@@ -16,20 +16,8 @@ _SPACE = ("SPACE_ID", "SPACES_ZERO_GPU")
 _NAMES = {*_SYSTEM, *_PLACES, *_NETWORK, *_CERTIFICATES, *_LIBRARIES, *_SPACE}
 _NAMES |= {name.lower() for name in _NETWORK}
 _BEGINNINGS = (
-    "LC_",
-    "XDG_",
-    "HF_",
-    "CUDA_",
-    "NVIDIA_",
-    "NCCL_",
-    "OMP_",
-    "MKL_",
-    "OPENBLAS_",
-    "TORCH",
-    "PYTORCH_",
-    "BNB_",
-    "TRANSFORMERS_",
-    "CONDA_",
+    *("LC_", "XDG_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "OPENBLAS_", "TORCH"),
+    *("PYTORCH_", "BNB_", "TRANSFORMERS_", "CONDA_"),
 )
 # The token of whoever owns a Space opens what no visitor may see.
 _OWNERS = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -52,9 +52,7 @@ def find_failure(run: Run) -> Failure | None:
     found = _classify(run)
     if found is None:
         return None
-    return replace(
-        found, message=run.redactor.text(found.message), details=run.redactor.text(found.details)
-    )
+    return Failure(found.kind, *map(run.redactor.text, (found.message, found.details)))
 
 
 def _classify(run: Run) -> Failure | None:
@@ -68,9 +66,8 @@ def _classify(run: Run) -> Failure | None:
     if not error:
         start = _start(run)
         message = start.rpartition("lightning-peft: ")[2] if "lightning-peft: " in start else ""
-        return Failure(
-            classify_error(start) or ("explained" if message else "start"), message, start
-        )
+        found = classify_error(start) or ("explained" if message else "start")
+        return Failure(found, message, start)
     trace = error.get("traceback")
     details = "".join(map(str, trace)) if isinstance(trace, list) else message
     # What this package refuses, it explains itself.

@@ -44,7 +44,7 @@ class HealthMonitor:
         """Returns the problems around an active run."""
         if not run.active:
             return []
-        found = [self._stuck(run), self._disk(run), self._memory()]
+        found = [self._stuck(run), _disk(run), _memory()]
         return [one for one in found if one is not None]
 
     def _stuck(self, run: Run) -> HealthWarning | None:
@@ -62,10 +62,12 @@ class HealthMonitor:
         late = passed > max(STUCK_SECONDS, STUCK_FACTOR * usual)
         return HealthWarning("stuck", passed // 60 * 60) if late else None
 
-    def _disk(self, run: Run) -> HealthWarning | None:
-        free = shutil.disk_usage(run.folder.path).free
-        return HealthWarning("disk", free // 10**8 * 10**8) if free < MIN_DISK_BYTES else None
 
-    def _memory(self) -> HealthWarning | None:
-        used = psutil.virtual_memory().percent
-        return HealthWarning("memory", round(used)) if used > MAX_MEMORY_PERCENT else None
+def _disk(run: Run) -> HealthWarning | None:
+    free = shutil.disk_usage(run.folder.path).free
+    return HealthWarning("disk", free // 10**8 * 10**8) if free < MIN_DISK_BYTES else None
+
+
+def _memory() -> HealthWarning | None:
+    used = psutil.virtual_memory().percent
+    return HealthWarning("memory", round(used)) if used > MAX_MEMORY_PERCENT else None
