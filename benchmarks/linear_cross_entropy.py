@@ -23,9 +23,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from activation_budget import device_name
 from allocations import allocations
-from record import conditions, interleaved, ratio, summary, write
+from record import conditions, device_name, interleaved, ratio, record_name, summary, write
 
 WAYS = ("ours", "torch_chunked", "torch_same_chunks", "torch_whole")
 SIZE = {"tokens": 2048, "width": 576, "vocabulary": 49152}
@@ -192,8 +191,7 @@ def main() -> None:
         for name, found in record["ratios"].items()
     }
     print("\n".join(lines(content)))
-    script = "linear_cross_entropy" + ("_cuda" if given.device == "cuda" else "")
-    write(script, content, quick=given.quick)
+    write(record_name("linear_cross_entropy", given.device), content, quick=given.quick)
 
 
 if __name__ == "__main__":

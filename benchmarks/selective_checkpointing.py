@@ -23,9 +23,18 @@ from functools import partial
 from typing import Any
 
 import activation_budget
-from activation_budget import Trained, device_name
+from activation_budget import Trained
 from allocations import allocations
-from record import conditions, interleaved, ratio, summary, write
+from record import (
+    conditions,
+    device_name,
+    interleaved,
+    markdown,
+    ratio,
+    record_name,
+    summary,
+    write,
+)
 
 SHARE = 0.5
 WAYS = ("none", "ours", "torch", "torch_same_levels")
@@ -161,8 +170,7 @@ def measured(quantized: bool, given: argparse.Namespace) -> dict[str, Any]:
 
 def lines(content: dict[str, Any]) -> list[str]:
     """Returns the table of a record."""
-    shown = ["| case | way | time to none | kept MB | peak MB | gradients | levels |"]
-    shown += ["| --- " * 7 + "|"]
+    rows = []
     for case, found in content["cases"].items():
         for way in WAYS:
             spread = found["ratios"].get(f"{way} to none", {"median": 1.0, "min": 1, "max": 1})
@@ -172,8 +180,8 @@ def lines(content: dict[str, Any]) -> list[str]:
             how = ", ".join(f"{count} {level}" for level, count in levels.items())
             difference = f"{found['gradient_difference'][way]:.1e}"
             cells = [case, way, time, f"{kept:.1f}", f"{peak:.1f}", difference, how]
-            shown.append(f"| {' | '.join(cells)} |")
-    return shown
+            rows.append(cells)
+    return markdown("case | way | time to none | kept MB | peak MB | gradients | levels", rows)
 
 
 def main() -> None:
@@ -203,8 +211,7 @@ def main() -> None:
         for name, found in record["ratios"].items()
     }
     print("\n".join(lines(content)))
-    script = "selective_checkpointing" + ("_cuda" if given.device == "cuda" else "")
-    write(script, content, quick=given.quick)
+    write(record_name("selective_checkpointing", given.device), content, quick=given.quick)
 
 
 if __name__ == "__main__":
