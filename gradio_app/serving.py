@@ -12,9 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from gradio_app.middleware import Localized, Redirects
 from gradio_app.settings import Settings
 from gradio_app.studio import Studio
 from gradio_app.texts import DEFAULT, LANGUAGES, Texts, route
+from gradio_app.visitors import VisitorCookie
 
 # Pages are modules of `pages` with a function `build`; home is the first.
 PAGES = ("home", "new", "run", "compare", "help")
@@ -92,10 +94,9 @@ def launch_options(settings: Settings, password: tuple[str, str] | None) -> dict
     }
     middleware = import_module("starlette.middleware").Middleware
     pages = ("", *PAGES[1:])
-    layers = [middleware(import_module("gradio_app.redirects").Redirects, pages=pages)]
-    layers.append(middleware(import_module("gradio_app.localizing").Localized))
+    layers = [middleware(Redirects, pages=pages), middleware(Localized)]
     if settings.space:
-        layers.append(middleware(import_module("gradio_app.visitors").VisitorCookie))
+        layers.append(middleware(VisitorCookie))
     options["app_kwargs"] = {"middleware": layers}
     return options
 

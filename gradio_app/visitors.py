@@ -12,6 +12,7 @@ import secrets
 import time
 from typing import Any
 
+# The owner of a machine and of the runs of its command line, and the name of the local executor.
 LOCAL = "local"
 COOKIE = "studio_visitor"
 _VALUE = re.compile(r"[0-9a-f]{32}")

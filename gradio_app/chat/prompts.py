@@ -18,12 +18,10 @@ Turns = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A row of the validation data.
+    """A row of the validation data: question, answer, and role and text of the turns before.
 
-    Attributes:
-        prompt: The question; where turns are not known, the text that the model was given.
-        reference: The answer in the data.
-        turns: Role and text of the turns before the question; ``None`` where they are not known.
+    Where turns are not known, they are ``None`` and the prompt is the text that the model was
+    given.
     """
 
     prompt: str

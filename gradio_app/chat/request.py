@@ -18,14 +18,7 @@ MAX_TEMPERATURE = 2.0
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn, as ``chat --serve`` takes it.
-
-    Attributes:
-        temperature: 0 always takes the likeliest token.
-        top_p: Share of the probability from which is drawn.
-        max_new_tokens: Most tokens of an answer.
-        seed: Of what is drawn.
-    """
+    """How tokens are drawn, as ``chat --serve`` takes it; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_p: float = 1.0

@@ -98,8 +98,8 @@ class _LoadedModel:
     ready: dict[str, Any] | None = None
     answering: int | None = None
 
-    def serves(self, run: Run, checkpoint: str) -> bool:
-        same = self.run_id == run.id and checkpoint in self.names
+    def serves(self, run: Run, checkpoint: str | None) -> bool:
+        same = self.run_id == run.id and checkpoint in (None, *self.names)
         return same and self.phase in ("ready", "answering") and self.process.alive
 
 
@@ -199,9 +199,8 @@ class ChatSessions:
             elif isinstance(row.get("ready"), dict):
                 loaded.ready, loaded.phase, loaded.used = row["ready"], "ready", time.monotonic()
             elif "error" in row:
-                raise UserError(
-                    "playground.refused_load", why=redact_message(row["error"], self.settings)
-                )
+                why = redact_message(row["error"], self.settings)
+                raise UserError("playground.refused_load", why=why)
             yield self.model_status(loaded.owner)
 
     def answer(
@@ -217,7 +216,10 @@ class ChatSessions:
         try:
             name = "base" if checkpoint is None else loaded.names[checkpoint]
             asked = {"id": key, "adapter": name, "messages": list(messages), **sampling.as_dict()}
-            self._send(loaded, asked)
+            try:
+                loaded.process.send(asked)
+            except ProcessExited:
+                raise self._end_of(loaded) from None
             for piece in self._chunks(loaded, key):
                 whole = piece.done
                 yield piece
@@ -236,11 +238,7 @@ class ChatSessions:
         with self._lock:
             self._check(owner)
             loaded = self._loaded
-            if (
-                loaded is None
-                or loaded.owner != owner
-                or not loaded.serves(run, checkpoint or _any_checkpoint(loaded))
-            ):
+            if loaded is None or loaded.owner != owner or not loaded.serves(run, checkpoint):
                 raise UserError("playground.was_unloaded")
             loaded.phase, loaded.answering = "answering", next(self._keys)
             return loaded, loaded.answering
@@ -253,9 +251,8 @@ class ChatSessions:
                 # The rest of an answer that was abandoned.
                 continue
             if "error" in row:
-                raise UserError(
-                    "playground.refused_answer", why=redact_message(row["error"], self.settings)
-                )
+                why = redact_message(row["error"], self.settings)
+                raise UserError("playground.refused_answer", why=why)
             if not row.get("done"):
                 text += str(row.get("text", ""))
                 # Who reads slower than the model writes gets more at a time, and can still stop it.
@@ -294,12 +291,6 @@ class ChatSessions:
             raise reason
         if self._loaded is not None and self._loaded.phase in ("loading", "answering"):
             raise UserError(f"playground.refused_{self._loaded.phase}")
-
-    def _send(self, loaded: _LoadedModel, row: dict[str, Any]) -> None:
-        try:
-            loaded.process.send(row)
-        except ProcessExited:
-            raise self._end_of(loaded) from None
 
     def _next(self, loaded: _LoadedModel, seconds: float) -> dict[str, Any]:
         try:
@@ -341,7 +332,3 @@ class ChatSessions:
             idle = time.monotonic() - loaded.used > self.timeouts.idle
             if idle or not loaded.process.alive or self._using() is not None:
                 self._unload(loaded)
-
-
-def _any_checkpoint(loaded: _LoadedModel) -> str:
-    return next(iter(loaded.names))

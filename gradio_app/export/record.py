@@ -25,17 +25,11 @@ _MESSAGE_PREFIX = "lightning-peft: "
 
 @dataclass(frozen=True)
 class Export:
-    """One export as it is at a moment.
+    """One export as it is at a moment, in a folder that is named by the server.
 
-    Attributes:
-        name: Name of its folder, made by the server.
-        folder: The folder.
-        run_name: What the run's adapter is called.
-        request: The request.
-        created: When, in seconds since 1970.
-        state: ``"going"``, ``"cancelling"``, ``"cancelled"``, ``"failed"``, ``"finished"``,
-            ``"asks"`` (whether what it lists is to be pushed), or ``"pushed"``.
-        result: What the command printed.
+    Its state is ``"going"``, ``"cancelling"``, ``"cancelled"``, ``"failed"``, ``"finished"``,
+    ``"asks"`` (whether what it lists is to be pushed), or ``"pushed"``. The result is what the
+    command printed.
     """
 
     name: str

@@ -22,14 +22,8 @@ BITS = (8, 4)
 class ExportRequest:
     """What is to be exported.
 
-    Attributes:
-        format: One of ``FORMATS``.
-        checkpoint: Name of the checkpoint.
-        bits: Of a quantized model.
-        measure: Whether outputs are compared, which loads the model.
-        base_name: What the files call the base, where it is not what the run called it.
-        push_to: Repository to push to; empty for none.
-        private: Whether a new repository is private.
+    ``measure`` compares outputs, which loads the model. ``base_name`` is what the files call the
+    base, where it is not what the run called it; ``push_to`` is empty for no push.
     """
 
     format: str = "adapter"

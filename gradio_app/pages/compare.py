@@ -6,9 +6,8 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.compare.loss_curves import AXES, LOSSES, loss_curve
+from gradio_app.compare.results import AXES, LOSSES, loss_curve, same_validation_rows
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
-from gradio_app.compare.validation_rows import same_validation_rows
 from gradio_app.pages import compare_html
 from gradio_app.pages.layout import event_options, heading, on_load
 from gradio_app.pages.plot import Series, plot

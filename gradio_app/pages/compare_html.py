@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gradio_app.compare.answers import compare_answers
-from gradio_app.compare.outcomes import Outcome, outcome_of
 from gradio_app.compare.recipe_diff import differences
+from gradio_app.compare.results import Outcome, compare_answers, outcome_of
 from gradio_app.compare.selection import MAX_RUNS, RunSelection
 from gradio_app.pages.run_state import state_badge
 from gradio_app.pages.templating import render

@@ -16,7 +16,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -94,12 +93,12 @@ def serve(requests: Iterable[bytes], replies: IO[bytes]) -> None:
         request = json.loads(line)
         number = request["id"]
         arguments = [str(word) for word in request["arguments"]]
-        code, out, err = answer(arguments, partial(_reply_rows, reply, number))
+
+        def on_rows(rows: int, number: int = number) -> None:
+            reply(id=number, rows=rows)
+
+        code, out, err = answer(arguments, on_rows)
         reply(id=number, code=code, out=out, err=err)
-
-
-def _reply_rows(reply: Callable[..., None], number: int, rows: int) -> None:
-    reply(id=number, rows=rows)
 
 
 def _prepare() -> int:

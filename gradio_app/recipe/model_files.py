@@ -100,12 +100,7 @@ def weight_bytes(folder: Path) -> int:
 class ModelInfo:
     """Properties of a model by its files; ``None`` or empty where they are unknown.
 
-    Attributes:
-        architecture: Class of transformers, such as ``"LlamaForCausalLM"``.
-        parameters: Number of values in its files with weights.
-        context: Tokens that it takes at most.
-        dtype: Number format of its weights, such as ``"bfloat16"``.
-        has_chat_template: Whether it has a chat template.
+    ``parameters`` counts the values of its weight files; ``context`` is the most tokens it takes.
     """
 
     architecture: str

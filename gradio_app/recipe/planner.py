@@ -33,14 +33,10 @@ _PRECISIONS = ("32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """What a run needs: the numbers of ``plan --json``, for so many tokens in a row.
 
-    Attributes:
-        numbers: What ``plan --json`` printed; empty where it could not be said.
-        length: Tokens in a row that it was counted with.
-        length_source: ``"set"``, ``"data"`` or ``"usual"``: where that is from.
-        refusal: Why nothing could be said: key of a text.
-        reason: The words of the command, where it could not.
+    ``length_source`` is ``"set"``, ``"data"`` or ``"usual"``. Without numbers, ``refusal`` is the
+    key of a text that explains it, and ``reason`` the message of the command.
     """
 
     numbers: dict[str, Any]

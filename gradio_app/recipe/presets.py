@@ -9,16 +9,9 @@ DEMO_BASE = "package:demo/base"
 
 @dataclass(frozen=True)
 class Model:
-    """A base that is offered.
+    """A base that is offered for families of tasks, by its name on the hub or in the package.
 
-    Attributes:
-        name: On the hub, or in the package.
-        parameters: Its weights.
-        licence: As its authors call it.
-        families: Families of the tasks that it is offered for.
-        gated: Whether access must first be requested on the hub.
-        has_chat_template: Whether it has a chat template of its own.
-        bytes_per_parameter: Bytes that a weight takes in its files on the hub.
+    The licence is called as its authors do. Access to gated ones must first be requested.
     """
 
     name: str

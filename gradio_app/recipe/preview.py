@@ -24,15 +24,11 @@ PARSER_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is known of some rows.
+    """What is known of some rows: the numbers of ``preview --json``, and the first rows of a file.
 
-    Attributes:
-        numbers: What ``preview --json`` printed; empty where it could not be said.
-        table: The first rows as they stand in the file, where it is one of this machine.
-        refusal: Why nothing could be said, in the words of the command.
-        skipping: Whether rows with problems are left out.
-        step: Step of the form in which the refusal can be solved.
-        cancelled: Whether it was no longer needed.
+    Without numbers, ``refusal`` is the message of the command. ``skipping`` says whether rows with
+    problems are left out, ``step`` is the step of the form that solves the refusal, and
+    ``cancelled`` that the report was no longer needed.
     """
 
     numbers: dict[str, Any] = field(default_factory=dict)

@@ -205,7 +205,7 @@ class _Check:
         most = self.settings.limits.parameters
         name = model.get("model")
         if most is not None and isinstance(name, str) and model.get("config") is None:
-            size = model_sizes().get(name)
+            size = next((model.parameters for model in MODELS if model.name == name), None)
             if size is None or size > most:
                 self._refuse("checks.model_size", name=shortened(name), most=f"{most / 1e9:g}")
         if model.get("config") is not None and model["config"] not in bundled_configs():
@@ -293,8 +293,3 @@ def bundled_configs() -> tuple[dict[str, Any], ...]:
     contents = (parse_yaml(file.read_text(encoding="utf-8")) for file in recipe_files().values())
     found = (content.get("model", {}).get("init_args", {}).get("config") for content in contents)
     return tuple(config for config in found if config)
-
-
-def model_sizes() -> dict[str, int]:
-    """Returns the weights of the models that are known by name."""
-    return {model.name: model.parameters for model in MODELS}

@@ -55,13 +55,8 @@ class Hardware:
 class Job:
     """A run on the hub, as ``job.json`` in its folder keeps it.
 
-    Attributes:
-        id: The hub's id of the job.
-        namespace: Account that it runs in and that pays.
-        flavor: The machine.
-        minutes: After how many minutes the hub ends it.
-        repository: Where the adapter is pushed.
-        lines: Lines of the log that were read.
+    ``namespace`` is the account that pays, ``minutes`` the time limit, ``repository`` where the
+    adapter is pushed, and ``lines`` how many lines of the log were read.
     """
 
     id: str

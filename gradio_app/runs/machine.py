@@ -23,14 +23,9 @@ _SIZES = (0.1, 0.3, 0.5, 1, 1.5, 3, 4, 7, 8, 13, 14, 24, 32, 70)
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine has. Memory is in bytes.
+    """What a machine has: its first NVIDIA GPU, if any, and its memory in bytes.
 
-    Attributes:
-        gpu: Name of its first NVIDIA GPU, or ``None``.
-        gpu_bytes: Memory of that GPU; 0 if unknown.
-        memory_bytes: Main memory.
-        free_bytes: What of it is free now.
-        cores: Cores that this process may use.
+    ``free_bytes`` are those of main memory now; ``cores`` those that this process may use.
     """
 
     gpu: str | None

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from gradio_app.visitors import LOCAL
 from lightning_peft.runs.status import write_json
 
 METADATA_FILE = "app.json"
-# Runs that were started on the command line have no such file, and are of whoever owns the machine.
-LOCAL = "local"
 _lock = threading.Lock()
 
 

@@ -18,12 +18,9 @@ _NOT_METRICS = frozenset({"step", "epoch", "time"})
 
 
 class Metrics:
-    """The numbers of one run so far.
+    """The numbers of one run so far: points ``(step, value)`` of each metric, steps rising.
 
-    Attributes:
-        curves: Points ``(step, value)`` of each metric, steps rising; values may be no number.
-        latest: The last value of each metric.
-        version: Rises with everything that is read.
+    Values may not be finite. ``version`` rises with everything that is read.
     """
 
     def __init__(self, file: Path) -> None:

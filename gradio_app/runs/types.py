@@ -27,14 +27,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is at a moment.
+    """A run as it is at a moment; the id is the name of its folder.
 
-    Attributes:
-        id: Name of its folder.
-        folder: The folder.
-        metadata: What the page knows of it.
-        status: Its own status; ``"queued"`` while it waits, ``"crashed"`` if its process is gone.
-        redactor: Redacts what it has written.
+    Its status is ``"queued"`` while it waits, and ``"crashed"`` if its process is gone. The
+    redactor is for what it has written.
     """
 
     id: str

@@ -7,12 +7,9 @@ import sys
 
 import pytest
 
-from gradio_app.compare.answers import compare_answers
-from gradio_app.compare.loss_curves import loss_curve
-from gradio_app.compare.outcomes import outcome_of
 from gradio_app.compare.recipe_diff import differences
+from gradio_app.compare.results import compare_answers, loss_curve, outcome_of, same_validation_rows
 from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
-from gradio_app.compare.validation_rows import same_validation_rows
 from gradio_app.pages import compare_html
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.store import RunStore

@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from gradio_app.localizing import language_of, localized
+from gradio_app.middleware import language_of, localized
 from gradio_app.pages.layout import page_title
 from gradio_app.texts import LANGUAGES, Texts
 from lightning_peft.compat.gradio import CLOSED_SESSION_AGE, MAX_SESSIONS, CompactSessions

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from gradio_app.compare.outcomes import outcome_of
+from gradio_app.compare.results import outcome_of
 from gradio_app.pages.plot import Axis, Series, linear, logarithmic, plot
 from gradio_app.pages.run import live_html
 from gradio_app.pages.run_state import phase_progress, time_left

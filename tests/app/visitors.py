@@ -1,4 +1,4 @@
-"""Visitors of a Space, who are told apart by their cookies."""
+"""Visitors of a Space, whom their cookies identify."""
 
 from __future__ import annotations
 

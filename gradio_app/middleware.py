@@ -1,10 +1,37 @@
-"""The language of a page for the browser: in its HTML, and for Gradio's own texts."""
+"""ASGI middleware of the page: addresses that people guess, and the language of its HTML."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from gradio_app.texts import DEFAULT, LANGUAGES
+from gradio_app.texts import DEFAULT, LANGUAGES, route
+
+
+class Redirects:
+    """Redirects guessed addresses: ``/de/new`` to what Gradio can only serve as ``/de-new``."""
+
+    def __init__(self, app: Any, pages: tuple[str, ...]) -> None:
+        self.app = app
+        self.targets = {
+            f"/{language}/{page}".rstrip("/"): f"/{route(page, language)}"
+            for language in LANGUAGES
+            for page in pages
+            if page or language == DEFAULT
+        }
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answers a request, or hands it on."""
+        path = str(scope.get("path", "")).rstrip("/")
+        target = self.targets.get(path) if scope["type"] == "http" else None
+        if target is None:
+            await self.app(scope, receive, send)
+            return
+        query = scope.get("query_string", b"")
+        place = str(scope.get("root_path", "")).rstrip("/") + target
+        location = place.encode() + (b"?" + query if query else b"")
+        headers = [(b"location", location), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 307, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def language_of(path: str) -> str:
@@ -27,7 +54,7 @@ def localized(body: bytes, language: str) -> bytes:
 
 
 class Localized:
-    """ASGI middleware for the HTML of pages."""
+    """Puts the language of a page into its HTML, which Gradio takes from the browser."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

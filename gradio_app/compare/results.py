@@ -1,0 +1,152 @@
+"""What came of runs: their metrics, loss curves and sample answers, and whether they compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradio_app.runs.curves import downsample, finite_points
+from gradio_app.runs.files import number, read_json_object, read_rows
+from gradio_app.runs.metrics import Metrics
+from gradio_app.runs.types import Run
+
+LOSSES = ("train_loss", "val_loss")
+AXES = ("step", "minutes")
+# Times are read with the rows, of a very long run those of its end only.
+_MOST_BYTES = 20_000_000
+MAX_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Metrics before and after one run, its time, and its peak memory in bytes, if known.
+
+    Memory is that of the GPU if there was one.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int | None
+    seconds: float | None
+    memory: float | None
+    trainable: int | None
+
+
+def outcome_of(run: Run, metrics: Metrics) -> Outcome:
+    """Returns the outcome of a run, so far if it is active."""
+    result = read_json_object(run.folder.result)
+    before, after = (_numbers(run.folder.result, part) for part in ("before", "after"))
+    if not after:
+        validated = {
+            name: metrics.curve(name) for name in metrics.curves if name.startswith("val_")
+        }
+        before = {name: found[0][1] for name, found in validated.items() if found[0][0] == 0}
+        after = {name: found[-1][1] for name, found in validated.items()}
+    memory = read_json_object(run.folder.result, "peak_memory")
+    bytes_used = memory.get("cuda_bytes") or memory.get("process_bytes")
+    passed = run.status.updated - run.status.started + run.status.earlier_seconds
+    trainable = number(result.get("trainable_parameters"))
+    return Outcome(
+        before=before,
+        after=after,
+        steps=int(number(result.get("steps")) or run.status.step),
+        seconds=number(result.get("seconds")) or (passed if passed > 0 else None),
+        memory=number(bytes_used)
+        or metrics.maximum("peak_cuda_bytes")
+        or metrics.maximum("peak_process_bytes"),
+        trainable=None if trainable is None else int(trainable),
+    )
+
+
+def _numbers(file: Path, part: str) -> dict[str, float]:
+    values = {name: number(value) for name, value in read_json_object(file, part).items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def loss_curve(metrics: Metrics, loss: str, axis: str) -> list[tuple[float, float]]:
+    """Returns the points of a curve, few enough to be drawn.
+
+    In minutes a pause of the run counts too, and points whose time is not known are left out.
+    """
+    points = downsample(finite_points(metrics.curve(loss)))
+    if axis == "step":
+        return [(float(step), value) for step, value in points]
+    times = _times(metrics)
+    begin = min(times.values(), default=0.0)
+    return [((times[step] - begin) / 60, value) for step, value in points if step in times]
+
+
+def _times(metrics: Metrics) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for row in read_rows(metrics.file, _MOST_BYTES):
+        step, moment = row.get("step"), row.get("time")
+        if isinstance(step, int) and isinstance(moment, (int, float)):
+            found[step] = float(moment)
+    return found
+
+
+@dataclass(frozen=True)
+class AnswerComparison:
+    """The answer of each run to one prompt, ``None`` for a run without it, and the expected one."""
+
+    prompt: str
+    expected: str
+    answers: tuple[str | None, ...]
+
+
+def compare_answers(runs: Sequence[Run]) -> list[AnswerComparison]:
+    """Returns the prompts that more than one run has; those of most runs come first."""
+    asked: dict[str, str] = {}
+    answers: list[dict[str, str]] = []
+    for run in runs:
+        rows = [row for row in read_rows(run.folder.samples) if isinstance(row.get("step"), int)]
+        last = max((row["step"] for row in rows), default=0)
+        said = {}
+        for row in rows:
+            if row["step"] == last and "prompt" in row:
+                said[str(row["prompt"])] = str(row.get("generated", ""))
+                asked.setdefault(str(row["prompt"]), str(row.get("expected", "")))
+        answers.append(said)
+    found = [
+        AnswerComparison(prompt, expected, tuple(said.get(prompt) for said in answers))
+        for prompt, expected in asked.items()
+    ]
+    shared = [one for one in found if len(runs) - one.answers.count(None) > 1]
+    return sorted(shared, key=lambda one: one.answers.count(None))[:MAX_ROWS]
+
+
+def same_validation_rows(runs: Sequence[Run]) -> bool:
+    """Whether runs were validated on the same rows, as the same tokens.
+
+    ``False`` also where that is not known, such as before a run has read its data.
+    """
+    seen = [_validation_rows(run) for run in runs]
+    return None not in seen and all(one == seen[0] for one in seen)
+
+
+def _validation_rows(run: Run) -> tuple[Any, ...] | None:
+    data = read_json_object(run.folder.provenance, "data")
+    splits = data.get("splits")
+    if not data:
+        return None
+    if not splits or not isinstance(splits, dict):
+        # A data module of somebody else: all that is known of it.
+        return (data, _limit(run))
+    encoding = read_json_object(run.folder.provenance, "data", "settings", "encoding")
+    how = {name: encoding.get(name) for name in ("tokenizer", "chat_template", "loss_on")}
+    name = str(data.get("data", "")).replace("\\", "/").rpartition("/")[2]
+    rows = (name, data.get("rows"), data.get("split_by"), splits.get("validation"))
+    return (*rows, how, encoding.get("system_prompt"), _limit(run))
+
+
+def _limit(run: Run) -> Any:
+    """Returns how many of the validation batches are looked at."""
+    try:
+        recipe = yaml.safe_load(run.recipe_text)
+        return recipe["trainer"].get("limit_val_batches")
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
