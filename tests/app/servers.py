@@ -20,7 +20,8 @@ import httpx
 from gradio_app.visitors import COOKIE
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 60
+# Generous: on a busy machine everything takes longer, and only a failure waits to the end.
+START_SECONDS = 240
 SERVE = Path(__file__).with_name("serve.py")
 
 
@@ -80,6 +81,7 @@ class Server:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
+        self.stop()
         raise AssertionError(f"the page did not start:\n{self.log()}")
 
     def client(self, cookie: str = "") -> httpx.Client:
