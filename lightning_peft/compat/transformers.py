@@ -108,10 +108,6 @@ def file_on_this_machine(name: str, file: str, **where: Any) -> Path | None:
 def skip_while_loading(model: Any, names: Iterable[str]) -> Callable[[], None]:
     """Makes ``from_pretrained`` pass over parameters, neither read nor initialized.
 
-    Args:
-        model: The model before its weights are loaded.
-        names: Names of parameters.
-
     Returns:
         What undoes it, to call after loading.
     """

@@ -8,6 +8,7 @@ from .backends.conversion import quantize as quantize
 from .backends.registry import backend_for as backend_for
 from .backends.registry import is_dequantization as is_dequantization
 from .backends.registry import parameter_count as parameter_count
+from .backends.registry import quantization_config as quantization_config
 from .backends.registry import quantization_from_dict as quantization_from_dict
 from .backends.registry import quantization_to_dict as quantization_to_dict
 from .backends.registry import recorded_backend as recorded_backend
@@ -49,7 +50,6 @@ from .methods.registry import register_method as register_method
 from .momentum_copies import check_momentum_copies as check_momentum_copies
 from .momentum_copies import freeze_unoptimized_copies as freeze_unoptimized_copies
 from .momentum_copies import unregistered_copies as unregistered_copies
-from .quantization_settings import quantization_config as quantization_config
 from .record import record_of as record_of
 from .record import require_record as require_record
 from .record import set_record as set_record

@@ -78,22 +78,16 @@ def trained_parameters(part: nn.Module, entry: AdaptedModuleRecord) -> dict[str,
 
 
 def trained_heads(part: nn.Module, heads: Iterable[str]) -> list[str]:
-    """Returns those of ``heads`` with own parameters that get gradients.
-
-    Args:
-        part: The adapted submodule.
-        heads: Names relative to it. Adapters on a head are not the head's own parameters.
-    """
+    """Returns those of ``heads`` with own parameters that get gradients."""
     adapters = {id(param) for param in adapter_parameters(part).values()}
     return [
         head
         for head in heads
-        if any(p.requires_grad and id(p) not in adapters for p in _parameters(part, head))
+        if any(
+            param.requires_grad and id(param) not in adapters
+            for param in part.get_submodule(head).parameters()
+        )
     ]
-
-
-def _parameters(part: nn.Module, name: str) -> list[nn.Parameter]:
-    return list(part.get_submodule(name).parameters())
 
 
 def activate(part: nn.Module, names: tuple[str, ...]) -> None:

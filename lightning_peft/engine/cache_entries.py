@@ -41,12 +41,7 @@ def key_of(**parts: Any) -> str:
 
 
 def find(final: Path, kind: str) -> dict[str, Any] | None:
-    """Returns the summary of an entry and notes that it was used; removes it if it is damaged.
-
-    Args:
-        final: Folder of the entry.
-        kind: What it is, for the message.
-    """
+    """Returns the summary of an entry and notes that it was used; removes it if it is damaged."""
     if not final.exists():
         return None
     damage = damage_of(final)
@@ -82,10 +77,6 @@ def remove(final: Path) -> None:
 
 def make(final: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     """Makes an entry, unless another process was faster.
-
-    Args:
-        final: Its folder, inside one that exists.
-        build: Writes the files into a folder, and returns the summary that is stored with them.
 
     Raises:
         OSError: If it cannot be written.

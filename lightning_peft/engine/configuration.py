@@ -100,14 +100,11 @@ def as_peft_config(config: PeftConfig | Mapping[str, Any]) -> PeftConfig:
 
 def _check_saved_modules(config: PeftConfig) -> None:
     saved: Any = getattr(config, "modules_to_save", None)
-    if saved is not None and (isinstance(saved, str) or not all(map(_is_name, saved))):
+    named = saved is None or all(isinstance(name, str) and name for name in saved)
+    if isinstance(saved, str) or not named:
         raise ConfigError(
             f"modules_to_save={saved!r}: a list of names of submodules, such as ['classifier']."
         )
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
 
 
 def _from_mapping(fields: Mapping[str, Any]) -> PeftConfig:

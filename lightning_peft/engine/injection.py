@@ -29,12 +29,11 @@ from lightning_peft.engine.configuration import (
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
-from lightning_peft.engine.in_place_injection import inject_in_place, quantize_layers
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
-from lightning_peft.engine.peft_injection import inject_with_peft
+from lightning_peft.engine.peft_injection import inject_in_place, inject_with_peft, quantize_layers
 from lightning_peft.engine.peft_wrappers import (
     PeftWrapped,
     check_requested_config,
@@ -52,15 +51,21 @@ from lightning_peft.engine.record import (
     set_record,
 )
 from lightning_peft.engine.reporting import Report, report
-from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.parts import base_modules, inside
 from lightning_peft.engine.selection.planning import InjectionPlan, InjectionRequest, make_plans
 from lightning_peft.engine.selection.scope import left_modules, left_parameters
 from lightning_peft.engine.selection.targets import PATTERN_FIELDS, patterns_for
-from lightning_peft.engine.selection.task_heads import with_task_heads
 from lightning_peft.engine.training.causal_lm_loss import patch_causal_lm_loss
 from lightning_peft.engine.training_mode import user_eval_modules
 from lightning_peft.engine.vocabulary import resized_embeddings, vocabulary_size
 from lightning_peft.errors import ConfigError
+
+# The heads that PEFT trains in full where a config names a task.
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def inject(
@@ -130,15 +135,7 @@ def inject_config(
     device: torch.device | str | None = None,
     requested: bool = True,
 ) -> Report:
-    """Does what :func:`inject` does, for a config that was validated.
-
-    Args:
-        module: The module.
-        request: What to add; without ``saved``, heads that the config implies are found.
-        adapt: Names of the submodules, as for :func:`inject`.
-        device: Where quantization happens.
-        requested: Whether adapters of PEFT's wrappers must match the config.
-    """
+    """Does what :func:`inject` does, for a config that was validated."""
     _refuse_finished(request.config)
     record = record_of(module)
     wrapped = find_peft_wrapped(module, () if record is None else record.parts)
@@ -149,6 +146,22 @@ def inject_config(
     config_or_none = request.config if requested else None
     check_requested_config(wrapped, config_or_none, adapt, request.adapter_name)
     return _take_over(module, wrapped, request.quantization, device)
+
+
+def with_task_heads(config: PeftConfig, module: nn.Module) -> PeftConfig:
+    """Returns ``config`` with the heads of its ``task_type`` in ``modules_to_save``."""
+    task = str(to_primitives(config.task_type))
+    if task not in _TASK_HEADS or not hasattr(config, "modules_to_save"):
+        return config
+    there = {name.rpartition(".")[2] for name in base_modules(module)}
+    named = list(config.modules_to_save or [])
+    added = [head for head in _TASK_HEADS[task] if head in there and head not in named]
+    if not added:
+        return config
+    extended: Any = copy.copy(config)
+    extended.modules_to_save = [*named, *added]
+    with_heads: PeftConfig = extended
+    return with_heads
 
 
 def _take_over(
@@ -203,7 +216,8 @@ def add_adapters(
     for plan in plans:
         entry = _inject_part(plan, request, record, device, kept)
         freeze_base(module, entry, request.biases, plan.targets, requires_grad_before, kept)
-        resized = [n for n in resized_embeddings(plan.part) if not inside(n, _held(entry))]
+        held = [*entry.heads, *entry.saved, *entry.replaced]
+        resized = [n for n in resized_embeddings(plan.part) if not inside(n, held)]
         if resized:
             include_in_files(module, entry, resized)
         activate(plan.part, record.active)
@@ -218,10 +232,6 @@ def add_adapters(
     link_copies(module, record.momentum_copies, record.frozen, request.adapter_name)
     set_record(module, record)
     return report(module)
-
-
-def _held(entry: AdaptedModuleRecord) -> list[str]:
-    return [*entry.heads, *entry.saved, *entry.replaced]
 
 
 def _is_adapted(module: nn.Module, name: str) -> bool:

@@ -16,11 +16,11 @@ from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.momentum_copies import (
+    are_equal,
     check_momentum_copies,
     freeze_copy,
     frozen_names,
     hide_frozen_base,
-    same_values,
 )
 from lightning_peft.engine.record import MomentumCopy, Record, record_of, require_record
 from lightning_peft.engine.selection.parts import inside
@@ -37,9 +37,6 @@ def link_late_copies(module: nn.Module) -> list[MomentumCopy]:
     """Makes copies follow that ``module`` made of its adapted parts after the injection.
 
     Their adapters do not train: no optimizer holds them, since the optimizers are older.
-
-    Args:
-        module: The user's module, with adapters.
 
     Returns:
         What was found, and is in the record now.
@@ -83,14 +80,11 @@ def _targets(record: Record) -> set[str]:
 
 
 def _copied(module: nn.Module, child: nn.Module, known: set[nn.Module]) -> str | None:
-    """Returns the name of what ``child`` is a copy of."""
-    shapes = [(n, p.shape) for n, p in child.named_parameters()]
+    """Returns the name of the module that ``child`` is a copy of."""
     for name, other in module.named_modules():
-        if name and other is not child and type(other) is type(child):
-            whole = any(below in known for below in other.modules())
-            alike = shapes == [(n, p.shape) for n, p in other.named_parameters()]
-            if whole and alike and same_values(other, child):
-                return name
+        adapted = not known.isdisjoint(other.modules())
+        if name and other is not child and adapted and are_equal(other, child):
+            return name
     return None
 
 
@@ -109,13 +103,7 @@ def _names_codes(text: str, layer: QuantizedLayer) -> bool:
 def explain_hook_error(
     module: nn.Module, error: Exception, callers: Collection[str]
 ) -> LifecycleError | None:
-    """Explains an error of a hook that averages weights; ``None`` for other errors.
-
-    Args:
-        module: The user's module.
-        error: What came out of a hook of the module or of a callback.
-        callers: Names of the functions that call such hooks.
-    """
+    """Explains an error of a hook that averages weights; ``None`` for other errors."""
     if record_of(module) is None:
         return None
     text = str(error)

@@ -29,10 +29,6 @@ def outermost(layers: dict[str, Any]) -> dict[str, Any]:
 def check_mergeable(module: nn.Module, layers: dict[str, Any]) -> None:
     """Refuses layers whose weight is shared or has no form with the adapter built in.
 
-    Args:
-        module: The module; it may be on the meta device.
-        layers: Its adapted layers, by name.
-
     Raises:
         UnsupportedError: With the names of all such layers.
     """
@@ -131,10 +127,6 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 def check_values(layers: dict[str, Any], in_full: Mapping[str, Tensor]) -> None:
     """Refuses adapters whose values cannot be merged now, with the names of all of them.
-
-    Args:
-        layers: The adapted layers, by name.
-        in_full: What the adapter has besides: heads, ``modules_to_save`` and biases, by name.
 
     Raises:
         LifecycleError: If adapters are switched off.

@@ -76,12 +76,7 @@ def inject_on_meta(
 
 
 def quantize_on_meta(layer: Any, config: Any) -> None:
-    """Makes a layer without values the quantized layer that quantizing would make of it.
-
-    Args:
-        layer: A layer named by :func:`inject_on_meta`.
-        config: The same config.
-    """
+    """Makes a layer without values the quantized layer that quantizing would make of it."""
     # PEFT's own wrappers, for adapters that are not in place.
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     dense = stored_parameter(layer, "weight")
@@ -90,12 +85,7 @@ def quantize_on_meta(layer: Any, config: Any) -> None:
 
 
 def quantizable_layers(module: nn.Module, config: Any) -> list[str]:
-    """Returns the names of the dense layers that ``config`` would have quantized in ``module``.
-
-    Args:
-        module: A module with adapters.
-        config: The config of a quantization backend.
-    """
+    """Returns the names of the dense layers that ``config`` would have quantized in ``module``."""
     found = []
     for entry in require_record(module).parts.values():
         info = next(iter(entry.adapters.values()))

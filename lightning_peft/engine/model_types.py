@@ -24,11 +24,7 @@ from lightning_peft.compat.peft import (
 
 @contextmanager
 def hidden_model_type(part: nn.Module) -> Iterator[None]:
-    """Within the body, ``part`` has no ``config`` that PEFT could decide by.
-
-    Args:
-        part: The module whose layers get adapters.
-    """
+    """Within the body, ``part`` has no ``config`` that PEFT could decide by."""
     config = part.__dict__.pop("config", None)
     try:
         yield
@@ -38,12 +34,7 @@ def hidden_model_type(part: nn.Module) -> Iterator[None]:
 
 
 def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
-    """Returns why a wrapper around ``target`` would be ignored by fused kernels, or ``None``.
-
-    Args:
-        part: The module, with its config.
-        target: Dotted name of the layer.
-    """
+    """Returns why a wrapper around ``target`` would be ignored by fused kernels, or ``None``."""
     if not is_refused_target(part, target.rpartition(".")[2]):
         return None
     kind = getattr(part.config, "model_type", type(part).__name__)
@@ -52,10 +43,6 @@ def fused_kernel_problem(part: nn.Module, target: str) -> str | None:
 
 def retargeted_by_peft(part: Any, config: PeftConfig) -> list[str]:
     """Changes that PEFT makes to ``config`` when it loads an adapter onto ``part``.
-
-    Args:
-        part: The adapted module.
-        config: The config as it is written to ``adapter_config.json``.
 
     Returns:
         A phrase for each changed field; empty where PEFT adapts the same layers.

@@ -50,9 +50,6 @@ def find_momentum_copies(module: nn.Module) -> list[MomentumCopy]:
     """Returns the submodules that are copies of each other, outermost first.
 
     Blocks that repeat in one list do not count: ``nn.TransformerEncoder`` makes them by copying.
-
-    Args:
-        module: The user's module, before anything was done to it.
     """
     groups: dict[object, list[tuple[str, nn.Module]]] = {}
     for name, child in module.named_modules():
@@ -77,9 +74,6 @@ def unregistered_copies(module: nn.Module) -> dict[str, str]:
 
     Nothing can be done to those: they have no name, and no checkpoint holds them.
 
-    Args:
-        module: The user's module, before anything was done to it.
-
     Returns:
         Where a copy is, such as ``"teachers[0]"``, and the name of the submodule it is a copy of.
     """
@@ -90,7 +84,9 @@ def unregistered_copies(module: nn.Module) -> dict[str, str]:
             for key, kept in _modules_in(value):
                 if id(kept) in known or attribute == "_modules":
                     continue
-                origin = next((n for n, x in module.named_modules() if n and _equal(x, kept)), None)
+                origin = next(
+                    (n for n, x in module.named_modules() if n and are_equal(x, kept)), None
+                )
                 if origin is not None:
                     found[f"{owner}.{attribute}[{key!r}]".lstrip(".")] = origin
     return found
@@ -105,7 +101,8 @@ def _modules_in(value: object) -> list[tuple[object, nn.Module]]:
     return [(key, kept) for key, kept in items if isinstance(kept, nn.Module)]
 
 
-def _equal(child: nn.Module, kept: nn.Module) -> bool:
+def are_equal(child: nn.Module, kept: nn.Module) -> bool:
+    """Whether two modules are of one class, and have the same parameters with the same values."""
     shapes = [[(n, p.shape) for n, p in x.named_parameters()] for x in (child, kept)]
     return type(child) is type(kept) and shapes[0] == shapes[1] and same_values(child, kept)
 
@@ -139,12 +136,7 @@ def _are_copies(name: str, child: nn.Module, other: str, candidate: nn.Module) -
 
 
 def same_values(child: nn.Module, candidate: nn.Module) -> bool:
-    """Whether two modules with parameters of the same names and shapes hold the same values.
-
-    Args:
-        child: One of them.
-        candidate: The other one. It shares no parameter with ``child``.
-    """
+    """Whether two modules with parameters of the same names and shapes hold the same values."""
     mine, theirs = dict(child.named_parameters()), dict(candidate.named_parameters())
     return all(
         not a.is_meta and a is not theirs[key] and a.dtype == theirs[key].dtype
@@ -161,14 +153,7 @@ def _varies(param: torch.Tensor) -> bool:
 def link_copies(
     module: nn.Module, momentum_copies: list[MomentumCopy], frozen: set[str], adapter_name: str
 ) -> None:
-    """Makes the adapters of every copy start as those it copies, and hides the base from loops.
-
-    Args:
-        module: The user's module, with adapters.
-        momentum_copies: What :func:`find_momentum_copies` found before.
-        frozen: Names of the frozen base parameters.
-        adapter_name: Name of the adapter that was added.
-    """
+    """Makes the adapters of every copy start as those it copies, and hides the base from loops."""
     for pair in momentum_copies:
         source, copy = (module.get_submodule(name) for name in (pair.source, pair.copy))
         theirs = adapter_parameters(source)
@@ -184,13 +169,7 @@ def link_copies(
 def hide_frozen_base(
     module: nn.Module, momentum_copies: list[MomentumCopy], frozen: Collection[str]
 ) -> None:
-    """Leaves the frozen base out of the ``parameters()`` of both sides, and of their wrappers.
-
-    Args:
-        module: The user's module, with adapters.
-        momentum_copies: The copies.
-        frozen: Names of the frozen base parameters.
-    """
+    """Leaves the frozen base out of the ``parameters()`` of both sides, and of their wrappers."""
     for pair in momentum_copies:
         for root in (_with_wrappers(module, pair.source), _with_wrappers(module, pair.copy)):
             for name, child in module.get_submodule(root).named_modules():
@@ -225,12 +204,7 @@ def freeze_copy(module: nn.Module, pair: MomentumCopy) -> None:
 
 
 def freeze_unoptimized_copies(module: nn.Module, held: set[int]) -> None:
-    """Freezes copies that no optimizer holds while it holds what they copy.
-
-    Args:
-        module: The user's module, with adapters.
-        held: The ids of all parameters in optimizers.
-    """
+    """Freezes copies that no optimizer holds while it holds what they copy."""
     for pair in require_record(module).momentum_copies:
         source, copy = (
             [p for p in adapter_parameters(module.get_submodule(name)).values() if p.requires_grad]

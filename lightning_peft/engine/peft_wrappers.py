@@ -58,10 +58,6 @@ class PeftWrapped:
 def find_peft_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[PeftWrapped]:
     """Returns the submodules that carry adapters of PEFT.
 
-    Args:
-        module: The user's module.
-        known: Names of parts that this package adapted, through PEFT's wrappers too.
-
     Raises:
         UnsupportedError: If they are of a kind that cannot be moved onto the layers.
     """
@@ -90,7 +86,8 @@ def find_peft_wrapped(module: nn.Module, known: Iterable[str] = ()) -> list[Peft
                 name or type(part).__name__,
             )
         found.append(PeftWrapped(name, part, adapter_name, exact, layers, saved))
-    if found and any(_differ(found[0].config, other.config) for other in found[1:]):
+    fields = [fields_of(part.config) for part in found]
+    if any(config_differences(fields[0], other) for other in fields[1:]):
         problems.append("the wrapped parts have different settings")
     if problems:
         raise UnsupportedError(
@@ -135,10 +132,6 @@ def _exact(config: PeftConfig, layers: list[str], saved: list[str]) -> PeftConfi
         if hasattr(exact, name):
             setattr(exact, name, value)
     return as_peft_config(exact)
-
-
-def _differ(one: PeftConfig, other: PeftConfig) -> list[str]:
-    return config_differences(fields_of(one), fields_of(other))
 
 
 def check_requested_config(

@@ -161,10 +161,6 @@ class StreamedMerge:
     def merged(self, name: str, dense: Tensor) -> Tensor:
         """The tensor of the merged model in place of one of the base.
 
-        Args:
-            name: Name of the parameter or buffer in the model.
-            dense: Its value in the base.
-
         Raises:
             CheckpointError: If values of the result are infinite or no numbers.
         """

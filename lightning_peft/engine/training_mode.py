@@ -48,10 +48,6 @@ def user_eval_modules(module: nn.Module, parts: Iterable[str]) -> set[str]:
 
     That is what is in eval mode inside of a part, or of a pretrained model, that is in train mode
     itself: a network that only ``no_grad`` shields, or a dropout that is switched off.
-
-    Args:
-        module: The user's module, before anything was done to it.
-        parts: Names of the parts that will be adapted.
     """
     found: set[str] = set()
 

@@ -81,14 +81,11 @@ def _unwrap(part: nn.Module) -> None:
     for parent in list(part.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
-                setattr(parent, name, _unwrapped(child))
+                base: Any = child.get_base_layer()
+                base.__dict__.pop("before_merge", None)
+                if isinstance(child, AttentionMixin):
+                    base = child.unwrapped()
+                setattr(parent, name, base)
         if not isinstance(parent, (BaseTuner, PeftModel)):
             # Their own forward pass needs it.
             parent.__dict__.pop("peft_config", None)
-
-
-def _unwrapped(wrapper: Any) -> nn.Module:
-    base: Any = wrapper.get_base_layer()
-    base.__dict__.pop("before_merge", None)
-    unwrapped: nn.Module = wrapper.unwrapped() if isinstance(wrapper, AttentionMixin) else base
-    return unwrapped

@@ -79,12 +79,7 @@ def resized_embeddings(part: nn.Module) -> list[str]:
 
 
 def vocabulary_mismatch(recorded: Mapping[str, Any], part: nn.Module) -> str | None:
-    """Returns how the vocabulary of a record differs from that of ``part``, with what to do.
-
-    Args:
-        recorded: The ``base`` of ``provenance.json``, or ``base_id`` of a checkpoint.
-        part: The module.
-    """
+    """Returns how the vocabulary of a record differs from that of ``part``, with what to do."""
     then, now = recorded.get("vocabulary"), vocabulary_size(part)
     if then is None or now is None or then == now:
         return None

@@ -18,9 +18,9 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.configuration import config_differences, config_to_dict
+from lightning_peft.engine.injection import with_task_heads
 from lightning_peft.engine.layers.probes import probe_input
 from lightning_peft.engine.methods.registry import METHODS
-from lightning_peft.engine.selection.task_heads import with_task_heads
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
 
 from . import bases

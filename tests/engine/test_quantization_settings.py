@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from lightning_peft.engine.backends.registry import quantization_from_dict, quantization_to_dict
-from lightning_peft.engine.quantization_settings import quantization_config
+from lightning_peft.engine.backends.registry import (
+    quantization_config,
+    quantization_from_dict,
+    quantization_to_dict,
+)
 from lightning_peft.errors import ConfigError, UnsupportedError
 
 

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from lightning_peft.compat.torch import save_to_state_dict
 from lightning_peft.engine.backends.base import QuantizationBackend
@@ -73,12 +72,6 @@ class QuantizedLayer(LayerMixin):
     def effective_weight(self) -> Tensor:
         """The dequantized weight, in the layout and dtype from before quantization."""
         return from_rows(self, self.backend.dequantize(self._parameters["weight"]))
-
-    def probe(self) -> Tensor:
-        """A random input of the smallest kind that the layer takes, in its own dtype."""
-        shape, dtype = self.weight_info()
-        width = shape[0] if isinstance(self, Conv1D) else shape[1]
-        return torch.randn(4, width, device=self._parameters["weight"].device, dtype=dtype)
 
     def dense_output(self, input: Tensor) -> Tensor:
         """The product of ``input`` with the effective weight, in float32, by torch."""
@@ -157,14 +150,6 @@ class QuantizedConvolution(QuantizedLayer):
             output_size,
         )
         return product.to(out_dtype)
-
-    def probe(self) -> Tensor:
-        """A random batch of two whose sizes are a little over the kernel's reach."""
-        layer: Any = self
-        spans = zip(layer.kernel_size, layer.dilation, strict=True)
-        size = [kernel * dilation + 2 for kernel, dilation in spans]
-        device = self._parameters["weight"].device
-        return torch.randn(2, layer.in_channels, *size, device=device, dtype=self.weight_info()[1])
 
     def dense_output(self, input: Tensor) -> Tensor:
         """The convolution with the effective weight, in float32, by torch."""

@@ -115,10 +115,6 @@ class AdapterLayer(LayerMixin):
         """Returns the layer's own output with each running adapter in it.
 
         A class with a forward pass of its own computes with the effective weight instead.
-
-        Args:
-            *args: What the layer takes; the first is the input.
-            **kwargs: The same by name.
         """
         names = self.effective_adapters()
         if names and not has_standard_forward(self):  # type: ignore[arg-type]

@@ -111,11 +111,7 @@ def _materialized(value: Any) -> Any:
 
 
 def replacement_error(name: str) -> UnsupportedError:
-    """Returns the error for code that puts something else in the place of a parameter.
-
-    Args:
-        name: Name of the parameter on the layer.
-    """
+    """Returns the error for code that puts something else in the place of a parameter."""
     return UnsupportedError(
         f"{name} of an adapted or quantized layer would be replaced, as pruning, weight_norm, "
         "spectral_norm and other parametrizations do: the frozen one is what the adapters are "

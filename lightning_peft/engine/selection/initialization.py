@@ -21,11 +21,6 @@ def initialization_problems(
     """Why ``init_lora_weights`` cannot be carried out on some layers.
 
     PEFT finds out in the middle of its work, when weights are rewritten already, or not at all.
-
-    Args:
-        layers: The layers to adapt, by name.
-        config: PEFT's config.
-        holders: Names of the modules that hold each parameter, by its id.
     """
     init: Any = getattr(config, "init_lora_weights", True)
     problems = []

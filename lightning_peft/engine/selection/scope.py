@@ -97,7 +97,9 @@ def select(
     if parts is None:
         parts, frozen = _pretrained_parts(module, left, copies, wanted)
         left |= frozen
-        left |= _left_outside(module, left, {*copies, *parts.values()})
+        # Frozen networks outside of pretrained models, to which nothing happens.
+        skip = {module.get_submodule(name) for name in left}
+        left |= dict.fromkeys(_frozen_networks(module, skip, {*copies, *parts.values()}), FROZEN)
     on_top: set[nn.Module] = set()
     for name, part in parts.items():
         if not is_pretrained(part):
@@ -168,7 +170,7 @@ def _named_parts(module: nn.Module, adapt: str | Iterable[str]) -> dict[str, nn.
 
 def _metrics_and_losses(module: nn.Module, named: Mapping[str, nn.Module]) -> dict[str, str]:
     """Returns the outermost metrics and losses; not what holds all there is to adapt."""
-    asked = {child for part in named.values() for child in [part]}
+    asked = set(named.values())
     found: dict[str, str] = {}
     for name, child in module.named_modules():
         if not name or child in asked or inside(name, found) or _holds(child, asked):
@@ -251,14 +253,6 @@ def _pretrained_parts(
     return parts or {"": module}, dict.fromkeys(frozen, FROZEN)
 
 
-def _left_outside(
-    module: nn.Module, left: Iterable[str], others: Collection[nn.Module]
-) -> dict[str, str]:
-    """Returns the frozen networks outside of pretrained models, to which nothing happens."""
-    skip = {module.get_submodule(name) for name in left}
-    return dict.fromkeys(_frozen_networks(module, skip, others), FROZEN)
-
-
 def _left_inside(
     module: nn.Module,
     name: str,
@@ -311,15 +305,11 @@ def _frozen_networks(
     """
     found: dict[str, nn.Module] = {}
     for name, child in _walk(part, {*skip, *copies}):
-        if inside(name, found) or any(is_pretrained(_at(part, up)) for up in _above(name)):
+        if inside(name, found) or any(is_pretrained(part.get_submodule(up)) for up in _above(name)):
             continue
         if is_frozen(child) and has_product(child) and not _holds(child, copies):
             found[name] = child
     return found
-
-
-def _at(part: nn.Module, name: str) -> nn.Module:
-    return part.get_submodule(name)
 
 
 def _free_networks(part: nn.Module, skip: Collection[nn.Module]) -> dict[str, nn.Module]:
@@ -345,17 +335,14 @@ def _names_explicitly(wanted: str | Iterable[str] | None, root: str, part: nn.Mo
     """
     if wanted is None or not root:
         return False
-    last = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(root.rpartition('.')[2])}(?![A-Za-z0-9_])")
+    last = root.rpartition(".")[2]
+    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(last)}(?![A-Za-z0-9_])")
     patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-    if any(last.search(pattern) for pattern in patterns if not _is_number(root)):
+    if not last.isdigit() and any(word.search(pattern) for pattern in patterns):
         return True
     layers = [name for name in base_modules(part) if name]
     matched = ([n for n in layers if _matches(wanted, pattern, n)] for pattern in patterns)
     return any(names and all(inside(n, [root]) for n in names) for names in matched)
-
-
-def _is_number(root: str) -> bool:
-    return root.rpartition(".")[2].isdigit()
 
 
 def _matches(wanted: str | Iterable[str], pattern: str, name: str) -> bool:

@@ -21,11 +21,7 @@ _CHANGE = re.compile(r"\b((?:\w+\.)+)weight(?:\.data)?\.[a-z]+_\(")
 
 
 def self_modified_layers(part: nn.Module) -> dict[str, str]:
-    """Returns the names of such layers, with the class whose code changes them.
-
-    Args:
-        part: The module to be adapted.
-    """
+    """Returns the names of such layers, with the class whose code changes them."""
     found: dict[str, str] = {}
     for name, child in part.named_modules():
         origin: Any = class_key(child)[2]

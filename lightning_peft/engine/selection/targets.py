@@ -54,11 +54,6 @@ def resolve_targets(
     A layer registered under several names is meant by any of them, and listed by the first. With
     several parts, an entry has to match in one of them.
 
-    Args:
-        parts: The adapted submodules by name.
-        config: Any PEFT config with ``target_modules``.
-        exclusions: What stays as it is, and what is a head whatever it is called.
-
     Raises:
         TargetModulesError: If a part gets no adapter, or an entry of ``target_modules``,
             ``exclude_modules``, ``rank_pattern`` or ``alpha_pattern`` matches nothing; all of
@@ -121,12 +116,6 @@ def resolve_saved_modules(
     As in PEFT, an entry means every name that ends with it: ``"norm"`` is ``input_layernorm`` too.
     Where PEFT would raise an error since such a module has an adapter, the adapter is kept. What
     stays as it is is meant only by entries that mean nothing else.
-
-    Args:
-        parts: The adapted submodules by name.
-        wanted: The entries.
-        targets: Names of the layers that get an adapter, by part.
-        exclusions: What stays as it is.
 
     Raises:
         TargetModulesError: If an entry matches nothing in any part.

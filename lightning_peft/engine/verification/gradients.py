@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.engine.adapters import adapted_layers_of, adapter_parameters
 from lightning_peft.engine.backends.layers import QuantizedLayer
 from lightning_peft.engine.layers.adapter import AdapterLayer, without_adapters
+from lightning_peft.engine.layers.probes import probe_input
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.verification.probe import ModuleProbe
 from lightning_peft.engine.verification.result import Check, abbreviated
@@ -54,7 +55,8 @@ def base_passes_gradients(module: nn.Module) -> Check:
 
 def _passes_gradient(layer: Any) -> bool:
     with without_adapters(layer) if isinstance(layer, AdapterLayer) else nullcontext():
-        probe = layer.probe().requires_grad_(True)
+        probe: Any = probe_input(layer)
+        probe.requires_grad_(True)
         output = layer.forward(probe)
         direction = torch.randn_like(output)
         if not output.requires_grad:

@@ -94,7 +94,9 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
         checks.insert(0, in_place)
         # Before the round trips, which change values themselves.
         unchanged = base.check()
-        with _changed_values(module):
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        # Other values than those of a fresh adapter, which may be all zero.
+        with perturbed(module, trainable):
             checks += [checkpoint_round_trip(module, loss), adapter_files_round_trip(module, loss)]
         checks.append(unchanged)
     return Verification(checks)
@@ -102,11 +104,6 @@ def verify(module: nn.Module, batch: Any, step: Step | None = None) -> Verificat
 
 def _no_loss() -> None:
     return None
-
-
-def _changed_values(module: nn.Module) -> Any:
-    """Other values than those of a fresh adapter, whose second factors are all zero."""
-    return perturbed(module, {n: p for n, p in module.named_parameters() if p.requires_grad})
 
 
 def _checks_with_loss(probe: ModuleProbe) -> list[Check]:
@@ -141,13 +138,10 @@ def _no_effect_before_training(probe: ModuleProbe, on: Tensor) -> Check:
         return Check(name, None, f"the loss is {on.item():g} with and {off.item():g} without them")
     difference = (on - off).abs().item()
     # Other kernels may run with adapters than without, as in nn.TransformerEncoderLayer.
-    rounding = max(torch.finfo(p.dtype).eps for p in _floating(probe.module))
+    dtypes = {p.dtype for p in probe.module.parameters() if p.is_floating_point()}
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes)
     passed = difference <= min(32 * rounding, 0.01) * off.abs().item()
     return Check(name, passed, f"loss differs by {difference:g} from the base's")
-
-
-def _floating(module: nn.Module) -> list[nn.Parameter]:
-    return [param for param in module.parameters() if param.is_floating_point()]
 
 
 def _take_a_step(probe: ModuleProbe) -> None:
