@@ -19,12 +19,15 @@ from lightning_peft import engine
 from lightning_peft.engine.adapters import adapter_parameters
 
 
+def injected(model: Any, *config: Any, **settings: Any) -> Any:
+    """Returns ``model`` with adapters."""
+    lightning_peft.inject(model, *config, **settings)
+    return model
+
+
 def adapted(build: Callable[[], nn.Module] = stack, **settings: Any) -> Any:
     """Returns a model with adapters that have random values, as after training."""
-    model = build()
-    lightning_peft.inject(
-        model, **(settings if "peft_config" in settings else {"r": 4, **settings})
-    )
+    model = injected(build(), **{"r": 4, **settings})
     randomize(model)
     return model
 

@@ -24,7 +24,7 @@ from lightning_peft.errors import (
     LifecycleError,
 )
 
-from .reference import output_of, randomize
+from .reference import injected, output_of, randomize
 
 NF4 = engine.quantization_config()
 BUILDERS = {
@@ -67,8 +67,7 @@ def test_tied_modules_that_peft_trained_apart_are_refused(tmp_path: Path) -> Non
 
 
 def saved(tmp_path: Path, kind: str = "llama", **settings) -> tuple[nn.Module, Path]:
-    model = build(kind)
-    lightning_peft.inject(model, **({"r": 4} | settings))
+    model = injected(build(kind), **({"r": 4} | settings))
     randomize(model)
     return model, lightning_peft.save_adapter(model, tmp_path / "adapter")
 
@@ -89,8 +88,7 @@ def test_a_quantized_base_trains_an_adapter_for_the_dense_one(tmp_path: Path) ->
 
 def test_the_files_say_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "17")
-    model = build("llama")
-    lightning_peft.inject(model, r=4)
+    model = injected(build("llama"), r=4)
     folder = lightning_peft.save_adapter(
         model, tmp_path / "deep" / "folder", provenance={"step": 3, "data": {"b", "a"}}
     )
@@ -246,8 +244,7 @@ def test_files_of_plain_peft_record_no_base(tmp_path: Path) -> None:
 
 
 def test_the_same_weights_in_another_dtype_are_the_same_base(tmp_path: Path) -> None:
-    model = build("llama").to(torch.bfloat16)
-    lightning_peft.inject(model, r=4)
+    model = injected(build("llama").to(torch.bfloat16), r=4)
     folder = lightning_peft.save_adapter(model, tmp_path)
     lightning_peft.load_adapter(build("llama").to(torch.bfloat16).float(), folder)
 
@@ -258,8 +255,7 @@ def test_the_same_weights_in_another_dtype_are_the_same_base(tmp_path: Path) -> 
 def test_several_adapters_on_one_base(tmp_path: Path) -> None:
     x, expected = batch_for("llama"), {}
     for name, r in (("a", 4), ("b", 2)):
-        model = build("llama")
-        lightning_peft.inject(model, r=r)
+        model = injected(build("llama"), r=r)
         randomize(model)
         expected[name] = output_of(model, x)
         lightning_peft.save_adapter(model, tmp_path / name)
@@ -285,8 +281,7 @@ def test_several_adapters_on_one_base(tmp_path: Path) -> None:
 
 
 def test_all_adapters_in_one_folder_as_peft_lays_them_out(tmp_path: Path) -> None:
-    model = build("llama")
-    lightning_peft.inject(model, r=4)
+    model = injected(build("llama"), r=4)
     lightning_peft.inject(model, r=2, adapter_name="second")
     randomize(model)
     files = engine.packed_adapters(model, {"step": 1})
@@ -351,8 +346,7 @@ def test_several_parts_get_a_folder_each(tmp_path: Path) -> None:
 
 
 def test_several_adapters_of_several_parts_do_not_mix(tmp_path: Path) -> None:
-    model = two_parts()
-    lightning_peft.inject(model, r=4, adapt=["text", "inner.stack"], adapter_name="a")
+    model = injected(two_parts(), r=4, adapt=["text", "inner.stack"], adapter_name="a")
     lightning_peft.inject(model, r=4, adapt="text", adapter_name="b")
     files = engine.packed_adapters(model, {})
     folders = {Path(name).parent.as_posix() for name in files}
@@ -372,8 +366,7 @@ def test_one_adapter_for_one_of_several_parts_needs_its_name(tmp_path: Path) -> 
 
 
 def test_a_part_of_a_larger_module_gives_files_for_the_part(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"model": build("llama")})
-    lightning_peft.inject(model, r=4)
+    model = injected(nn.ModuleDict({"model": build("llama")}), r=4)
     randomize(model)
     folder = lightning_peft.save_adapter(model, tmp_path)
     bare, batch = build("llama"), batch_for("llama")

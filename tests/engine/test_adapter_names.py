@@ -12,7 +12,7 @@ from peft import HRAConfig
 import lightning_peft
 from lightning_peft.errors import ConfigError
 
-from .reference import randomize, relative_error
+from .reference import injected, randomize, relative_error
 
 REFUSED = {
     "": "is empty",
@@ -33,8 +33,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_names_that_mean_something_else_are_refused(name, tmp_path) -> None:
-    saved = stack()
-    lightning_peft.inject(saved, r=2)
+    saved = injected(stack(), r=2)
     lightning_peft.save_adapter(saved, tmp_path)
     model = stack()
     before = list(model.state_dict())

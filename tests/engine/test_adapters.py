@@ -11,7 +11,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LifecycleError
 
-from .reference import output_of, randomize
+from .reference import injected, output_of, randomize
 
 NF4 = engine.quantization_config()
 
@@ -26,8 +26,7 @@ SETTINGS = {
 
 
 def trained(**settings) -> nn.Module:
-    model = tiny_llama()
-    lightning_peft.inject(model, r=4, **settings)
+    model = injected(tiny_llama(), r=4, **settings)
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
@@ -176,8 +175,7 @@ def test_unknown_adapters_are_an_error_that_lists_the_known_ones() -> None:
 
 
 def test_other_adapters_are_not_chosen_over_merged_ones() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, adapter_name="a")
+    model = injected(stack(), r=4, adapter_name="a")
     lightning_peft.inject(model, r=4, adapter_name="b")
     lightning_peft.merge(model)
     with pytest.raises(LifecycleError, match=r"(.|\n)*first(.|\n)*unmerge"):

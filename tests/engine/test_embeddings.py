@@ -14,7 +14,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import UnsupportedError
 
-from .reference import randomize, relative_error
+from .reference import injected, randomize, relative_error
 
 TOKENS, WIDTH = 50, 12
 IDS = torch.tensor([[3, 4, 0, 9], [1, 49, 3, 3]])
@@ -49,9 +49,7 @@ class Tagger(nn.Module):
 
 
 def adapted(kind: str) -> Tagger:
-    model = Tagger(kind)
-    lightning_peft.inject(model, r=4, target_modules=["embed"])
-    return model
+    return injected(Tagger(kind), r=4, target_modules=["embed"])
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -102,8 +100,7 @@ def test_an_output_that_reads_the_table_sees_the_adapter() -> None:
 
 
 def test_tied_tables_are_not_merged() -> None:
-    model = tiny_llama(tied=True)
-    lightning_peft.inject(model, r=4, target_modules=["embed_tokens"])
+    model = injected(tiny_llama(tied=True), r=4, target_modules=["embed_tokens"])
     with pytest.raises(UnsupportedError, match=r"shares its weight with lm_head"):
         lightning_peft.merge(model)
 

@@ -10,6 +10,8 @@ from torch import nn
 import lightning_peft
 from lightning_peft import engine
 
+from .reference import injected
+
 
 def trainable(model: nn.Module) -> set[str]:
     return {name for name, param in model.named_parameters() if param.requires_grad}
@@ -39,8 +41,7 @@ HEAD = {"head.weight", "head.bias"}
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_trains_in_a_stack(settings: dict, besides: set[str]) -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2, **settings)
+    model = injected(stack(), r=2, **settings)
     entry = engine.require_record(model).parts[""]
     expected = adapters(*entry.adapters["default"].targets) | besides
     assert trainable(model) == expected
@@ -60,8 +61,7 @@ def test_a_frozen_head_stays_frozen_unless_it_is_saved() -> None:
 
 
 def test_biases_of_layers_that_peft_wraps() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2, use_dora=True, bias="lora_only", target_modules=["first"])
+    model = injected(stack(), r=2, use_dora=True, bias="lora_only", target_modules=["first"])
     assert "first.base_layer.bias" in trainable(model)
     assert "second.bias" not in trainable(model)
 
@@ -114,16 +114,14 @@ def test_values_before_training_are_kept_for_what_is_trained_in_full() -> None:
 
 
 def test_a_second_adapter_changes_nothing_about_heads() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2)
+    model = injected(stack(), r=2)
     model.head.requires_grad_(False)
     lightning_peft.inject(model, r=2, adapter_name="second")
     assert trainable(model) == adapters("first", "second")
 
 
 def test_trained_parameters_are_adapters_and_saved_modules() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2, target_modules=["first"], modules_to_save=["second"])
+    model = injected(stack(), r=2, target_modules=["first"], modules_to_save=["second"])
     entry = engine.require_record(model).parts[""]
     found = engine.trained_parameters(model, entry)
     assert found.keys() == adapters("first") | {"second.weight", "second.bias"}

@@ -11,7 +11,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
 
-from .reference import output_of, refused, relative_error
+from .reference import injected, output_of, refused, relative_error
 
 NF4 = engine.quantization_config()
 
@@ -68,8 +68,7 @@ def test_output_stays_near_when_the_residual_is_quantized(init: str, share: floa
 
 
 def test_a_record_of_the_rewritten_base_is_kept() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, init_lora_weights="pissa", quantization_config=NF4)
+    model = injected(stack(), r=4, init_lora_weights="pissa", quantization_config=NF4)
     entry = engine.require_record(model).parts[""]
     assert entry.changed_base is not None
     assert entry.changed_base.names == entry.base.names
@@ -84,8 +83,7 @@ def shared_layers() -> nn.Module:
 
 
 def quantized_layer() -> nn.Module:
-    model = stack()
-    lightning_peft.inject(model, r=2, quantization_config=NF4)
+    model = injected(stack(), r=2, quantization_config=NF4)
     return lightning_peft.unload(model)
 
 

@@ -16,6 +16,8 @@ from lightning_peft import engine
 from lightning_peft.engine.fingerprint import NO_VALUES
 from lightning_peft.errors import UnsupportedError
 
+from .reference import injected
+
 NF4 = engine.quantization_config()
 
 
@@ -116,8 +118,7 @@ def test_random_stream_of_the_user_moves_the_same_with_and_without_quantization(
     after = []
     for quantization in (None, NF4):
         torch.manual_seed(0)
-        model = stack()
-        lightning_peft.inject(model, r=4, quantization_config=quantization)
+        model = injected(stack(), r=4, quantization_config=quantization)
         after.append((torch.rand(1), model.first.lora_A["default"].weight.detach().clone()))
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
 

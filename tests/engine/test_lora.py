@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lightning_peft
 
-from .reference import adapted, output_of, randomize
+from .reference import adapted, injected, output_of, randomize
 
 MODELS = {
     "llama": tiny_llama,
@@ -56,8 +56,7 @@ def test_one_layer_is_w_plus_scaled_b_a(use_rslora: bool, scaling: float) -> Non
 
 
 def test_delta_of_a_conv1d_has_the_layout_of_its_weight() -> None:
-    model = nn.ModuleDict({"layer": Conv1D(6, 4)})
-    lightning_peft.inject(model, r=2, target_modules=["layer"])
+    model = injected(nn.ModuleDict({"layer": Conv1D(6, 4)}), r=2, target_modules=["layer"])
     randomize(model)
     layer = model["layer"]
     assert layer.delta_weight("default").shape == (4, 6)
@@ -68,8 +67,7 @@ def test_delta_of_a_conv1d_has_the_layout_of_its_weight() -> None:
 
 
 def test_float64_base_stays_in_float64() -> None:
-    model = stack().double()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack().double(), r=4)
     randomize(model)
     x = torch.randn(3, 96, dtype=torch.float64)
     layer = model.first

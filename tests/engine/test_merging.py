@@ -13,7 +13,7 @@ from lightning_peft import engine
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import LifecycleError, UnsupportedError
 
-from .reference import adapted, output_of, randomize, refused, relative_error
+from .reference import adapted, injected, output_of, randomize, refused, relative_error
 
 NF4 = engine.quantization_config()
 INT8 = engine.quantization_config(load_in_8bit=True)
@@ -120,8 +120,7 @@ def test_a_dtype_for_weights_that_were_quantized() -> None:
     report = lightning_peft.merge(model, dtype=torch.bfloat16)
     assert model.first._parameters["weight"].dtype == torch.bfloat16
     assert 1e-4 < report.worst_error < 0.1
-    bfloat16 = stack().to(torch.bfloat16)
-    lightning_peft.inject(bfloat16, r=4, quantization_config=NF4)
+    bfloat16 = injected(stack().to(torch.bfloat16), r=4, quantization_config=NF4)
     lightning_peft.merge(bfloat16)
     assert bfloat16.first._parameters["weight"].dtype == torch.bfloat16
 
@@ -222,8 +221,7 @@ def test_unloading_half_merged_adapters_is_refused() -> None:
 
 
 def test_tied_weights_are_refused() -> None:
-    model = tiny_llama(tied=True)
-    lightning_peft.inject(model, r=2, target_modules=["q_proj", "lm_head"])
+    model = injected(tiny_llama(tied=True), r=2, target_modules=["q_proj", "lm_head"])
     with refused(model, UnsupportedError, r"lm_head shares its weight with .*embed_tokens"):
         lightning_peft.merge(model)
 

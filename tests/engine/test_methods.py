@@ -25,7 +25,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
 
 from . import bases
 from .method_rows import METHODS as OPTIONS
-from .reference import output_of, refused, relative_error
+from .reference import injected, output_of, refused, relative_error
 
 NF4 = engine.quantization_config(None)
 INT8 = engine.quantization_config(None, load_in_8bit=True)
@@ -195,8 +195,7 @@ def test_a_config_for_inference_is_not_trained() -> None:
 
 def test_the_config_that_was_given_keeps_its_spelling() -> None:
     config = LoraConfig(target_modules=["first"], init_lora_weights="GAUSSIAN")
-    model = stack()
-    lightning_peft.inject(model, config)
+    model = injected(stack(), config)
     assert config.init_lora_weights == "GAUSSIAN"
     assert model.first.lora_A["default"].weight.std() > 0.1
 

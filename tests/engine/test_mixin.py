@@ -22,7 +22,7 @@ from lightning_peft.engine.layers.mixin import (
     remove_mixin,
 )
 
-from .reference import adapted, output_of, randomize
+from .reference import adapted, injected, output_of, randomize
 
 NF4 = {"quantization_config": engine.quantization_config()}
 
@@ -57,8 +57,7 @@ class Aliased(nn.Module):
 
 @pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
 def test_both_names_of_one_layer_carry_the_adapter(quantized: dict) -> None:
-    model = Aliased()
-    lightning_peft.inject(model, r=4, **quantized)
+    model = injected(Aliased(), r=4, **quantized)
     assert model.shared is model.alias
     x = torch.randn(2, 96)
     before = model(x)
@@ -69,8 +68,7 @@ def test_both_names_of_one_layer_carry_the_adapter(quantized: dict) -> None:
 
 
 def test_a_layer_may_be_meant_by_its_second_name() -> None:
-    model = Aliased()
-    lightning_peft.inject(model, r=4, target_modules=["alias"])
+    model = injected(Aliased(), r=4, target_modules=["alias"])
     assert "lora_A" in model.shared._modules
     report = lightning_peft.report(model)
     assert report.parts[0].adapted == {"shared": 1}
@@ -117,8 +115,7 @@ def test_full_precision_checkpoint_still_loads_by_its_own_names() -> None:
 @pytest.mark.parametrize("build", [lambda: tiny_llama(tied=True), tiny_gpt2])
 @pytest.mark.parametrize("quantized", [{}, NF4], ids=["dense", "nf4"])
 def test_tied_weights_stay_one_tensor(build, quantized: dict) -> None:
-    model = build()
-    lightning_peft.inject(model, r=4, **quantized)
+    model = injected(build(), r=4, **quantized)
     embedding = model.get_input_embeddings().weight
     assert model.get_output_embeddings().weight is embedding
     assert not embedding.requires_grad
@@ -160,8 +157,7 @@ def test_a_custom_getstate_is_used() -> None:
         def __getstate__(self) -> dict:
             return {k: v for k, v in self.__dict__.items() if k != "cache"}
 
-    model = nn.ModuleDict({"layer": Forgetful(4, 4)})
-    lightning_peft.inject(model, r=2, target_modules=["layer"])
+    model = injected(nn.ModuleDict({"layer": Forgetful(4, 4)}), r=2, target_modules=["layer"])
     model["layer"].cache = "large"
     assert not hasattr(copy.deepcopy(model)["layer"], "cache")
 

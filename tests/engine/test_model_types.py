@@ -26,6 +26,8 @@ from lightning_peft.engine.model_types import hidden_model_type, retargeted_by_p
 from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.errors import UnsupportedError
 
+from .reference import injected
+
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
 EXPERTS = Qwen3MoeConfig(
@@ -40,8 +42,7 @@ def model_of(config, auto=AutoModelForCausalLM):
 
 
 def test_dense_layers_between_experts_are_adapted_and_nothing_else():
-    model = model_of(EXPERTS)
-    lightning_peft.inject(model, r=4)
+    model = injected(model_of(EXPERTS), r=4)
     attention = {f"layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qkvo"}
     dense = {f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert {n.partition(".")[2] for n in adapted_layers(model)} == attention | dense
@@ -85,8 +86,7 @@ def test_a_refusal_of_peft_leaves_the_config_on_the_model():
 
 
 def test_output_projections_of_mamba_are_adapted_in_place():
-    model = model_of(MambaConfig(**SIZES, state_size=4))
-    lightning_peft.inject(model, r=4)
+    model = injected(model_of(MambaConfig(**SIZES, state_size=4)), r=4)
     names = [n for n in adapted_layers(model) if n.endswith("out_proj")]
     assert len(names) == 2
     layer = model.get_submodule(names[0])
@@ -138,8 +138,7 @@ def clamping():
 
 @pytest.mark.parametrize("quantization", [None, NF4])
 def test_a_layer_whose_weight_is_changed_while_it_runs_stays_plain(quantization):
-    model = clamping()
-    lightning_peft.inject(model, r=4, quantization_config=quantization)
+    model = injected(clamping(), r=4, quantization_config=quantization)
     assert list(adapted_layers(model)) == ["0.plain", "1.plain"]
     assert not is_quantized(model[0].coefficients)
     model.train()(torch.randn(3, 8)).sum().backward()

@@ -16,7 +16,7 @@ from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.momentum_copies import find_momentum_copies
 from lightning_peft.errors import LifecycleError
 
-from .reference import randomize, relative_error
+from .reference import injected, randomize, relative_error
 
 NF4 = engine.quantization_config(None)
 QUANTIZATION = pytest.mark.parametrize("quantization", [None, NF4], ids=["lora", "qlora"])
@@ -85,16 +85,14 @@ def test_only_a_frozen_copy_stops_training() -> None:
 
 
 def test_a_copy_that_trains_too_goes_on_training() -> None:
-    model = Pair(freeze=False)
-    lightning_peft.inject(model, r=4)
+    model = injected(Pair(freeze=False), r=4)
     engine.freeze_unoptimized_copies(model, {id(p) for p in model.parameters()})
     assert all(p.requires_grad for p in engine.adapter_parameters(model.teacher).values())
 
 
 @QUANTIZATION
 def test_names_states_and_copies_stay_complete(quantization) -> None:
-    model = Pair()
-    lightning_peft.inject(model, r=4, quantization_config=quantization)
+    model = injected(Pair(), r=4, quantization_config=quantization)
     assert {n for n, _ in model.teacher.named_parameters()} >= {"0.weight", "1.weight", "1.bias"}
     assert "0.weight" in model.teacher.state_dict()
     assert len(list(model.teacher.parameters())) == 4
@@ -109,8 +107,7 @@ def test_names_states_and_copies_stay_complete(quantization) -> None:
 
 
 def test_averaging_codes_past_the_parameters_is_found_out() -> None:
-    model = Pair()
-    lightning_peft.inject(model, r=4, quantization_config=NF4)
+    model = injected(Pair(), r=4, quantization_config=NF4)
     engine.check_momentum_copies(model)
     states = model.teacher.state_dict().values(), model.student.state_dict().values()
     with torch.no_grad():

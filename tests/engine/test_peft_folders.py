@@ -25,7 +25,7 @@ from lightning_peft.errors import (
     UnsupportedError,
 )
 
-from .reference import output_of, randomize
+from .reference import injected, output_of, randomize
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -247,8 +247,7 @@ def test_other_embeddings_in_a_folder_are_used_and_kept(tmp_path: Path) -> None:
     engine.inject_as_described(restored, engine.describe(mine))
     engine.load_trainable_state_dict(restored, engine.trainable_state_dict(mine))
     assert torch.equal(output_of(restored, x), output_of(mine, x))
-    fresh = copy.deepcopy(base)
-    lightning_peft.inject(fresh, target_modules=["k_proj"], adapter_name="first")
+    fresh = injected(copy.deepcopy(base), target_modules=["k_proj"], adapter_name="first")
     with pytest.raises(CheckpointError, match="the file brings other values of the base"):
         lightning_peft.load_adapter(fresh, tmp_path, adapter_name="second")
 
@@ -384,8 +383,7 @@ def test_codes_are_not_taken_for_numbers(tmp_path: Path) -> None:
 def test_each_folder_holds_its_own_adapter(name: str, active: str, tmp_path: Path) -> None:
     """The last layer is the head of one adapter and a target of the other."""
     base, x = plain().requires_grad_(False), torch.randn(3, 4)
-    module = copy.deepcopy(base)
-    lightning_peft.inject(module, r=2, target_modules=["0"], adapter_name="a")
+    module = injected(copy.deepcopy(base), r=2, target_modules=["0"], adapter_name="a")
     lightning_peft.inject(module, r=2, target_modules=["2", "4"], adapter_name="b")
     randomize(module)
     lightning_peft.set_adapter(module, active)
@@ -402,8 +400,7 @@ def test_each_folder_holds_its_own_adapter(name: str, active: str, tmp_path: Pat
 
 
 def test_no_adapter_on_a_head_that_another_one_trains() -> None:
-    module = plain()
-    lightning_peft.inject(module, target_modules=["0"], adapter_name="a")
+    module = injected(plain(), target_modules=["0"], adapter_name="a")
     with pytest.raises(UnsupportedError, match="4 of Sequential belongs to a head that is trained"):
         lightning_peft.inject(module, target_modules=["2", "4"], adapter_name="b")
     assert engine.require_record(module).adapter_names == ["a"]
@@ -412,8 +409,7 @@ def test_no_adapter_on_a_head_that_another_one_trains() -> None:
 
 
 def test_a_head_that_was_trained_and_frozen_is_in_the_folder(tmp_path: Path) -> None:
-    module = plain()
-    lightning_peft.inject(module, target_modules=["0"])
+    module = injected(plain(), target_modules=["0"])
     train(module)
     module[4].requires_grad_(False)
     lightning_peft.save_adapter(module, tmp_path)
@@ -464,8 +460,7 @@ def test_modules_to_save_is_a_list_of_names(value: Any) -> None:
 @pytest.mark.parametrize("layer", [0, 2, 4])
 def test_every_frozen_layer_belongs_to_the_base(layer: int, tmp_path: Path) -> None:
     base = plain().requires_grad_(False)
-    module = copy.deepcopy(base)
-    lightning_peft.inject(module, r=2, target_modules=["0"])
+    module = injected(copy.deepcopy(base), r=2, target_modules=["0"])
     lightning_peft.save_adapter(module, tmp_path)
     other = copy.deepcopy(base)
     with torch.no_grad():
@@ -481,8 +476,7 @@ def test_adapters_of_one_base_share_it_whatever_their_targets(
 ) -> None:
     base = plain().requires_grad_(False)
     for name, targets in {"a": ["0"], "b": ["4"], "c": ["2", "4"]}.items():
-        module = copy.deepcopy(base)
-        lightning_peft.inject(module, r=2, target_modules=targets)
+        module = injected(copy.deepcopy(base), r=2, target_modules=targets)
         lightning_peft.save_adapter(module, tmp_path / name)
     for name in order:
         lightning_peft.load_adapter(base, tmp_path / name, adapter_name=name)
@@ -491,11 +485,9 @@ def test_adapters_of_one_base_share_it_whatever_their_targets(
 
 def test_a_trained_head_under_another_adapter_is_not_its_base(tmp_path: Path) -> None:
     base = plain()
-    module = copy.deepcopy(base).requires_grad_(False)
-    lightning_peft.inject(module, r=2, target_modules=["2"])
+    module = injected(copy.deepcopy(base).requires_grad_(False), r=2, target_modules=["2"])
     lightning_peft.save_adapter(module, tmp_path)
-    other = copy.deepcopy(base)
-    lightning_peft.inject(other, r=2, target_modules=["0"], adapter_name="first")
+    other = injected(copy.deepcopy(base), r=2, target_modules=["0"], adapter_name="first")
     train(other)
     with pytest.raises(BaseMismatchError, match="was trained on another base"):
         lightning_peft.load_adapter(other, tmp_path, adapter_name="second")
@@ -503,8 +495,7 @@ def test_a_trained_head_under_another_adapter_is_not_its_base(tmp_path: Path) ->
 
 def test_a_folder_from_before_heads_counted_still_loads(tmp_path: Path) -> None:
     base = plain().requires_grad_(False)
-    module = copy.deepcopy(base)
-    lightning_peft.inject(module, r=2, target_modules=["0"])
+    module = injected(copy.deepcopy(base), r=2, target_modules=["0"])
     lightning_peft.save_adapter(module, tmp_path)
     file = tmp_path / "provenance.json"
     facts = json.loads(file.read_text())

@@ -18,15 +18,13 @@ from lightning_peft.errors import (
     UnsupportedError,
 )
 
-from .reference import refused
+from .reference import injected, refused
 
 NF4 = engine.quantization_config()
 
 
 def adapted(**settings) -> nn.Module:
-    model = stack()
-    lightning_peft.inject(model, r=2, adapter_name="first", **settings)
-    return model
+    return injected(stack(), r=2, adapter_name="first", **settings)
 
 
 def wrapped_attention() -> nn.Module:
@@ -201,8 +199,7 @@ def test_several_problems_come_together() -> None:
 
 
 def test_both_sides_of_tied_weights_may_be_saved() -> None:
-    model = tiny_llama(tied=True)
-    lightning_peft.inject(model, r=2, modules_to_save=["lm_head", "embed_tokens"])
+    model = injected(tiny_llama(tied=True), r=2, modules_to_save=["lm_head", "embed_tokens"])
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.lm_head.weight.requires_grad
 
@@ -262,8 +259,7 @@ def test_which_layers_are_quantized() -> None:
     )
     assert engine.require_record(model).parts[""].quantized == ["plain"]
     assert model["shared_a"]._parameters["weight"] is model["shared_b"].weight
-    llama = tiny_llama()
-    lightning_peft.inject(llama, r=2, target_modules=["q_proj"], quantization_config=NF4)
+    llama = injected(tiny_llama(), r=2, target_modules=["q_proj"], quantization_config=NF4)
     # Layers without an adapter are quantized too: the base as a whole is frozen.
     assert len(engine.require_record(llama).parts[""].quantized) == 14
     assert llama.lm_head.weight.dtype == torch.float32

@@ -26,7 +26,7 @@ from lightning_peft.engine.backends.conversion import (
 )
 from lightning_peft.errors import UnsupportedError
 
-from .reference import relative_error
+from .reference import injected, relative_error
 
 NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)
 INT8 = engine.quantization_config(load_in_8bit=True)
@@ -220,8 +220,7 @@ def test_unsupported_layers_have_a_reason() -> None:
 
 
 def test_casting_a_module_leaves_the_codes_alone() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, quantization_config=engine.quantization_config())
+    model = injected(stack(), r=4, quantization_config=engine.quantization_config())
     codes = model.first._parameters["weight"].data.clone()
     weight = model.first.weight + 0
     for cast in (lambda: model.to(torch.bfloat16), model.float, model.cpu):

@@ -20,7 +20,7 @@ from lightning_peft import engine
 from lightning_peft.engine.rollback import restored_on_error
 from lightning_peft.errors import BaseMismatchError, CheckpointError, LightningPeftError
 
-from .reference import adapted, randomize, refused
+from .reference import adapted, injected, randomize, refused
 
 
 def mixed() -> nn.Module:
@@ -62,8 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def folder_of(path: Path, settings: dict[str, Any], change: str) -> Path:
-    module = mixed()
-    lightning_peft.inject(module, **settings)
+    module = injected(mixed(), **settings)
     randomize(module)
     folder = lightning_peft.save_adapter(module, path)
     file = folder / "adapter_model.safetensors"
@@ -99,8 +98,7 @@ def test_nothing_stays_where_the_base_is_quantized_on_the_way(tmp_path: Path) ->
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_first_adapter_stays_when_a_second_is_refused(change: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, {"r": 2}, change)
-    module = mixed()
-    lightning_peft.inject(module, r=4, adapter_name="first")
+    module = injected(mixed(), r=4, adapter_name="first")
     randomize(module)
     with refused(module, CheckpointError, "does not fit"):
         lightning_peft.load_adapter(module, folder, adapter_name="second")
@@ -117,8 +115,7 @@ def test_another_base_leaves_nothing(tmp_path: Path) -> None:
 def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pair = nn.ModuleDict({"one": tiny_llama(), "two": tiny_llama()})
-    module = copy.deepcopy(pair)
-    lightning_peft.inject(module, r=2)
+    module = injected(copy.deepcopy(pair), r=2)
     randomize(module)
     lightning_peft.save_adapter(module, tmp_path)
     file = tmp_path / "two" / "adapter_model.safetensors"
@@ -126,8 +123,7 @@ def test_one_of_several_parts_that_does_not_fit_refuses_all(tmp_path: Path) -> N
     (tmp_path / "two" / "provenance.json").unlink()
     with refused(pair, CheckpointError, "missing"):
         lightning_peft.load_adapter(pair, tmp_path)
-    adapted = copy.deepcopy(pair)
-    lightning_peft.inject(adapted, r=2)
+    adapted = injected(copy.deepcopy(pair), r=2)
     with refused(adapted, CheckpointError, "missing"):
         lightning_peft.load_adapter(adapted, tmp_path)
 

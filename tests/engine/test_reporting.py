@@ -14,18 +14,18 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.backends.registry import storage_bytes
 
+from .reference import injected
+
 NF4 = engine.quantization_config(bnb_4bit_use_double_quant=False)
 
 
 def test_bytes_of_a_stack_by_hand() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
     report = lightning_peft.report(model)
     base = 4 * (96 * 64 + 64 + 64 * 96 + 96)
     assert report.base_bytes == report.dense_base_bytes == base
     assert report.trainable_bytes == 4 * report.trainable_parameters
-    quantized = stack()
-    lightning_peft.inject(quantized, r=4, quantization_config=NF4)
+    quantized = injected(stack(), r=4, quantization_config=NF4)
     report = lightning_peft.report(quantized)
     # Half a byte per weight, and a float32 constant for each block of 64.
     weights = 2 * (96 * 64 // 2 + 4 * (96 * 64 // 64))

@@ -24,7 +24,7 @@ from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.errors import CheckpointError, LifecycleError, UnsupportedError
 
-from .reference import adapted, copy_adapter, randomize, refused, relative_error
+from .reference import adapted, copy_adapter, injected, randomize, refused, relative_error
 
 NF4 = engine.quantization_config(None)
 
@@ -90,8 +90,7 @@ def test_an_adapter_at_rest_may_be_broken() -> None:
 
 
 def test_a_sum_that_overflows_is_refused_after_which_nothing_is_merged() -> None:
-    model = stack().half()
-    lightning_peft.inject(model, r=2)
+    model = injected(stack().half(), r=2)
     randomize(model)
     model.second.lora_A["default"].weight.data.fill_(400.0)
     model.second.lora_B["default"].weight.data.fill_(400.0)
@@ -100,8 +99,7 @@ def test_a_sum_that_overflows_is_refused_after_which_nothing_is_merged() -> None
 
 
 def test_a_quantized_base_that_overflows_in_another_dtype_stays_quantized() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2, quantization_config=NF4)
+    model = injected(stack(), r=2, quantization_config=NF4)
     model.first.lora_A["default"].weight.data.fill_(400.0)
     model.first.lora_B["default"].weight.data.fill_(400.0)
     with refused(model, UnsupportedError, r"first\.weight \(float16\)"):
@@ -163,8 +161,7 @@ def test_unloading_that_runs_out_of_memory_changes_nothing(
 
 
 def test_one_merged_wrapper_of_two_is_not_unloaded() -> None:
-    model = stack()
-    lightning_peft.inject(model, use_dora=True, target_modules=["first", "second"])
+    model = injected(stack(), use_dora=True, target_modules=["first", "second"])
     model.second.merge()
     with pytest.raises(LifecycleError, match=r"Not merged:\n  - first"):
         lightning_peft.unload(model)
@@ -212,8 +209,7 @@ def test_weights_without_values_are_refused() -> None:
 
 
 def test_adapters_that_are_switched_off_are_not_left_out() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2)
+    model = injected(stack(), r=2)
     with (
         lightning_peft.disable_adapters(model),
         pytest.raises(LifecycleError, match=r"switched off(.|\n)*- first"),
@@ -229,8 +225,7 @@ def test_multihead_attention_is_merged_and_unloaded() -> None:
     names = [name for name, _ in base.named_parameters()]
     config = LoraConfig(target_modules=["mix", "middle"], init_lora_weights=False)
     peft = get_peft_model(copy.deepcopy(base), config)
-    model = copy.deepcopy(base)
-    lightning_peft.inject(model, copy.deepcopy(config))
+    model = injected(copy.deepcopy(base), copy.deepcopy(config))
     copy_adapter(model, peft)
     expected = model(x)
     assert relative_error(expected, peft(x)) < 1e-6

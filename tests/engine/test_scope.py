@@ -13,6 +13,8 @@ from lightning_peft.engine.selection.scope import is_frozen, select
 from lightning_peft.engine.training.activation_checkpointing import checkpoint_activations
 from lightning_peft.errors import LightningPeftError, TargetModulesError
 
+from .reference import injected
+
 FROZEN = "frozen by the module"
 
 
@@ -89,8 +91,7 @@ def test_exclude_and_save_may_name_skipped_modules() -> None:
 
 @pytest.mark.parametrize("biases", ["all", "lora_only"])
 def test_biases_of_skipped_modules_do_not_train(biases) -> None:
-    module = Distiller()
-    lightning_peft.inject(module, r=2, bias=biases)
+    module = injected(Distiller(), r=2, bias=biases)
     assert not any(p.requires_grad for p in module.teacher.parameters())
     assert engine.require_record(module).parts[""].initial_values.keys() == {
         "student.0.bias",
@@ -99,8 +100,7 @@ def test_biases_of_skipped_modules_do_not_train(biases) -> None:
 
 
 def test_skipped_modules_are_in_the_state_and_not_in_the_base() -> None:
-    module = Distiller()
-    lightning_peft.inject(module, r=2)
+    module = injected(Distiller(), r=2)
     record = engine.require_record(module)
     assert record.parts[""].base.names == (
         "student.0.weight",
@@ -113,8 +113,7 @@ def test_skipped_modules_are_in_the_state_and_not_in_the_base() -> None:
 
 
 def test_a_second_adapter_goes_where_the_first_one_is() -> None:
-    module = Distiller()
-    lightning_peft.inject(module, r=2)
+    module = injected(Distiller(), r=2)
     first = set(engine.adapted_layers(module))
     module.teacher.requires_grad_(True)
     lightning_peft.inject(module, r=2, adapter_name="second")
@@ -144,8 +143,7 @@ def test_a_description_lists_skipped_modules() -> None:
 
 
 def test_a_description_that_does_not_fit_leaves_no_record() -> None:
-    module = Distiller()
-    lightning_peft.inject(module, r=2, target_modules=["0"])
+    module = injected(Distiller(), r=2, target_modules=["0"])
     described = engine.describe(module)
     other = nn.ModuleDict({"words": nn.Embedding(4, 4), "head": nn.Linear(4, 2)})
     with pytest.raises(LightningPeftError, match="cannot be put on ModuleDict"):

@@ -13,7 +13,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, CheckpointError, LifecycleError
 
-from .reference import output_of, randomize, refused
+from .reference import injected, output_of, randomize, refused
 
 NF4 = engine.quantization_config()
 
@@ -34,9 +34,7 @@ class Normed(nn.Module):
 def built(build, seed: int = 0, **settings) -> nn.Module:
     """Builds the same base for the same seed, then injects."""
     torch.manual_seed(seed)
-    model = build()
-    lightning_peft.inject(model, **({"r": 4} | settings))
-    return model
+    return injected(build(), **({"r": 4} | settings))
 
 
 def stored(value: object) -> object:
@@ -241,8 +239,7 @@ def test_several_parts_and_several_adapters_are_restored() -> None:
         return nn.ModuleDict({"text": tiny_llama(layers=1), "other": stack(), "out": stack()})
 
     torch.manual_seed(0)
-    model = build()
-    lightning_peft.inject(model, r=4, adapt=["text", "other"], adapter_name="a")
+    model = injected(build(), r=4, adapt=["text", "other"], adapter_name="a")
     lightning_peft.inject(model, r=2, target_modules=["q_proj"], adapt="text", adapter_name="b")
     lightning_peft.inject(
         model, r=3, target_modules=["first"], adapt="out", adapter_name="a", quantization_config=NF4

@@ -19,6 +19,8 @@ from lightning_peft.engine.selection.targets import (
 )
 from lightning_peft.errors import TargetModulesError
 
+from .reference import injected
+
 
 def targets_of(part: nn.Module, **settings) -> list[str]:
     return resolve_targets({"": part}, lora_config(LoRAFields(**settings)))[""]
@@ -107,8 +109,7 @@ class SameName(nn.Module):
 
 def test_a_container_of_the_same_name_is_not_a_target() -> None:
     assert targets_of(SameName(), target_modules=["encoder"]) == ["encoder.1.encoder"]
-    model = SameName()
-    lightning_peft.inject(model, r=2, target_modules=["encoder"])
+    model = injected(SameName(), r=2, target_modules=["encoder"])
     assert "lora_A" in model.encoder[1]["encoder"]._modules
     with pytest.raises(ValueError, match="not supported"):
         get_peft_model(SameName(), LoraConfig(target_modules=["encoder"]))
@@ -125,8 +126,7 @@ def test_with_several_parts_a_name_has_to_match_in_one() -> None:
 
 
 def test_a_second_adapter_does_not_adapt_the_first() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2, adapter_name="a")
+    model = injected(stack(), r=2, adapter_name="a")
     assert targets_of(model) == ["first", "second"]
 
 

@@ -18,7 +18,7 @@ from lightning_peft.engine.backends import bnb4
 from lightning_peft.engine.verification.verify import Check, Verification, default_step
 from lightning_peft.errors import LifecycleError
 
-from .reference import randomize
+from .reference import injected, randomize
 
 NF4 = engine.quantization_config()
 INT8 = engine.quantization_config(load_in_8bit=True)
@@ -56,8 +56,7 @@ HEALTHY = {
 @pytest.mark.parametrize("kind", HEALTHY)
 def test_healthy_modules_pass(kind: str) -> None:
     build, settings = HEALTHY[kind]
-    model = build()
-    lightning_peft.inject(model, r=4, **settings)
+    model = injected(build(), r=4, **settings)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     batch = token_batch() if kind in ("llama", "gpt2") else torch.randn(3, 96, dtype=dtype)
     verification = lightning_peft.verify(model, batch)
@@ -77,8 +76,7 @@ def test_healthy_modules_pass(kind: str) -> None:
 
 
 def test_trained_adapters_may_have_an_effect() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
     randomize(model)
     assert results(lightning_peft.verify(model, torch.randn(3, 96)))[NO_OP] is None
 
@@ -96,8 +94,7 @@ def test_a_layer_that_passes_a_wrong_gradient_is_caught(
     def cut(self: Any, input: Tensor) -> Tensor:
         return sound(self, share * input + (1 - share) * input.detach())
 
-    model = stack()
-    lightning_peft.inject(model, r=4, quantization_config=NF4)
+    model = injected(stack(), r=4, quantization_config=NF4)
     monkeypatch.setattr(bnb4.FourBitLayer, "forward", cut)
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert results(verification)[THROUGH] is False
@@ -123,8 +120,7 @@ class Bypassing(nn.Module):
 
 
 def test_a_dead_adapter_is_caught() -> None:
-    model = Bypassing()
-    lightning_peft.inject(model, r=2, target_modules=["layer", "called"])
+    model = injected(Bypassing(), r=2, target_modules=["layer", "called"])
     verification = lightning_peft.verify(model, torch.randn(3, 8))
     assert results(verification)[REACH] is False
     assert "layer: the module uses the weight without calling the layer" in detail(
@@ -134,8 +130,7 @@ def test_a_dead_adapter_is_caught() -> None:
 
 
 def test_an_effect_before_training_is_caught() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
     handle = model.first.register_forward_hook(
         lambda layer, args, out: out + (0.0 if layer.disable_adapters else 1.0)
     )
@@ -147,8 +142,7 @@ def test_an_effect_before_training_is_caught() -> None:
 
 @pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
 def test_a_changed_base_is_caught(quantized: dict) -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4, **quantized)
+    model = injected(stack(), r=4, **quantized)
 
     def step(module: nn.Module, batch: Tensor) -> Tensor:
         with torch.no_grad():
@@ -165,8 +159,7 @@ def test_a_changed_base_is_caught(quantized: dict) -> None:
 
 
 def test_adapters_that_do_not_train_are_caught() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
     for param in engine.all_adapter_parameters(model):
         param.requires_grad_(False)
     verification = lightning_peft.verify(model, torch.randn(3, 96))
@@ -194,8 +187,7 @@ class Idle(nn.Module):
 
 @pytest.mark.parametrize("quantized", [{}, {"quantization_config": NF4}], ids=["dense", "nf4"])
 def test_idle_layers_are_reported_without_a_failure(quantized: dict) -> None:
-    model = Idle()
-    lightning_peft.inject(model, r=2, **quantized)
+    model = injected(Idle(), r=2, **quantized)
     verification = lightning_peft.verify(model, torch.randn(3, 8))
     assert verification.passed, verification
     assert detail(verification, REACH) == (
@@ -204,8 +196,7 @@ def test_idle_layers_are_reported_without_a_failure(quantized: dict) -> None:
 
 
 def test_random_numbers_in_the_step_do_not_count_as_an_effect() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
 
     def step(module: nn.Module, batch: Tensor) -> Tensor:
         noise = torch.randn_like(batch) + random.random() + np.random.rand()
@@ -215,8 +206,7 @@ def test_random_numbers_in_the_step_do_not_count_as_an_effect() -> None:
 
 
 def test_the_effect_is_not_checked_with_a_loss_that_is_not_finite() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=4)
+    model = injected(stack(), r=4)
     x = torch.full((3, 96), float("nan"))
     assert results(lightning_peft.verify(model, x))[NO_OP] is None
 
@@ -237,8 +227,7 @@ class Normed(nn.Module):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_put_back(fails: bool) -> None:
-    model = Normed()
-    lightning_peft.inject(model, r=2, lora_dropout=0.1)
+    model = injected(Normed(), r=2, lora_dropout=0.1)
     model(torch.randn(4, 8)).sum().backward()
     model.train()
     model.norm.eval()
@@ -302,8 +291,7 @@ def test_default_step_finds_the_loss() -> None:
 
 
 def test_merged_adapters_are_not_verified() -> None:
-    model = stack()
-    lightning_peft.inject(model, r=2)
+    model = injected(stack(), r=2)
     lightning_peft.merge(model)
     with pytest.raises(LifecycleError, match="unmerge"):
         lightning_peft.verify(model, torch.randn(3, 96))

@@ -20,6 +20,7 @@ from lightning_peft.engine.layers.lora import LoraLayer
 from lightning_peft.engine.layers.mixin import LayerMixin
 from lightning_peft.errors import LifecycleError
 
+from .reference import injected
 from .test_verification import (
     ACT,
     CHECKPOINT,
@@ -40,11 +41,6 @@ def failed(verification: Any) -> set[str]:
     return {name for name, passed in results(verification).items() if passed is False}
 
 
-def adapted(model: nn.Module, **settings: Any) -> nn.Module:
-    lightning_peft.inject(model, **{"r": 2, **settings})
-    return model
-
-
 # --- gradients and evaluation passes ------------------------------------------------------------
 
 
@@ -57,7 +53,7 @@ def test_a_layer_that_an_evaluation_breaks_is_caught(monkeypatch: pytest.MonkeyP
             self.repacked = True
         return sound(self, input.detach() if hasattr(self, "repacked") else input)
 
-    model = adapted(stack(), quantization_config=NF4)
+    model = injected(stack(), quantization_config=NF4)
     monkeypatch.setattr(bnb4.FourBitLayer, "forward", repacking)
     # Else a linear layer and its adapter are one step, which does not come by there.
     monkeypatch.setattr(lora, "fused_output", lambda *_: None)
@@ -75,7 +71,7 @@ def test_bitsandbytes_own_repacking_is_caught() -> None:
     model = stack()
     # With a bias the training step fails by itself, which nobody overlooks.
     model.second = nn.Linear(64, 96, bias=False)
-    layer: Any = adapted(model, quantization_config=NF4).second
+    layer: Any = injected(model, quantization_config=NF4).second
     # What its own Linear4bit does in an evaluation; the layers here never do.
     layer._parameters["weight"].data, layer._parameters["weight"].quant_state = (
         _convert_weight_packed_for_cpu(
@@ -92,7 +88,7 @@ def test_bitsandbytes_own_repacking_is_caught() -> None:
 
 
 def test_a_step_that_does_not_repeat_itself_does_not_fail() -> None:
-    model, calls = adapted(stack()), []
+    model, calls = injected(stack()), []
 
     def step(module: nn.Module, batch: Tensor) -> Tensor:
         calls.append(1)
@@ -118,7 +114,7 @@ class Encoder(nn.Module):
 
 
 def test_a_fast_path_past_the_adapters_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(Encoder(), target_modules=["linear1", "linear2"])
+    model = injected(Encoder(), target_modules=["linear1", "linear2"])
     batch = torch.randn(2, 4, 16)
     assert lightning_peft.verify(model, batch).passed
     stored = property(lambda layer: layer._parameters["weight"])
@@ -136,7 +132,7 @@ def test_adapters_that_are_ignored_in_eval_mode_are_caught(monkeypatch: Any) -> 
     monkeypatch.setattr(
         LoraLayer, "effective_adapters", lambda layer: sound(layer) if layer.training else []
     )
-    verification = lightning_peft.verify(adapted(stack()), torch.randn(3, 96))
+    verification = lightning_peft.verify(injected(stack()), torch.randn(3, 96))
     assert ACT in failed(verification)
     assert detail(verification, ACT) == "called without effect in eval mode: first, second"
 
@@ -159,7 +155,7 @@ class Copying(nn.Module):
 
 
 def test_a_stale_copy_of_a_weight_is_caught() -> None:
-    model = adapted(Copying(early=False))
+    model = injected(Copying(early=False))
     verification = lightning_peft.verify(model, torch.randn(3, 8))
     assert failed(verification) == {ACT}
     assert detail(verification, ACT) == "evaluation keeps a copy of an old weight: inner"
@@ -168,10 +164,10 @@ def test_a_stale_copy_of_a_weight_is_caught() -> None:
 
 def test_a_layer_that_only_training_uses_is_reported() -> None:
     """It may be an auxiliary loss, which is right, or a copy from before the adapters."""
-    verification = lightning_peft.verify(adapted(Copying(early=True)), torch.randn(3, 8))
+    verification = lightning_peft.verify(injected(Copying(early=True)), torch.randn(3, 8))
     assert results(verification)[ACT] is None
     assert "used in training only: inner" in detail(verification, ACT)
-    alone = adapted(Copying(early=True), target_modules=["inner"])
+    alone = injected(Copying(early=True), target_modules=["inner"])
     verification = lightning_peft.verify(alone, torch.randn(3, 8))
     assert failed(verification) == {ACT}
     assert detail(verification, ACT) == "evaluation uses none of the adapted layers"
@@ -182,7 +178,7 @@ def test_a_layer_that_only_training_uses_is_reported() -> None:
 
 def test_a_step_that_changes_the_base_is_caught() -> None:
     """A head that shares its memory with a frozen weight: the optimizer writes to both."""
-    model = adapted(stack())
+    model = injected(stack())
     model.head.weight.data = model.second._parameters["weight"].data.view(-1)[:960].view(10, 96)
     before = model.second._parameters["weight"].clone()
     verification = lightning_peft.verify(model, torch.randn(3, 96))
@@ -203,7 +199,7 @@ class Drifting(nn.Module):
 
 
 def test_frozen_statistics_that_change_are_caught() -> None:
-    model = adapted(Drifting())
+    model = injected(Drifting())
     assert results(lightning_peft.verify(model, torch.randn(4, 8)))[UNCHANGED] is True
     model.norm.eval()
     verification = lightning_peft.verify(model, torch.randn(4, 8))
@@ -212,7 +208,7 @@ def test_frozen_statistics_that_change_are_caught() -> None:
 
 
 def test_a_change_below_bfloat16_is_caught() -> None:
-    model = adapted(stack())
+    model = injected(stack())
 
     def step(module: nn.Module, batch: Tensor) -> Tensor:
         with torch.no_grad():
@@ -244,7 +240,7 @@ class Forgetful(nn.Module):
 
 
 def test_a_checkpoint_that_loses_a_key_is_caught() -> None:
-    model = adapted(Forgetful("outside.bias"), adapt="inner")
+    model = injected(Forgetful("outside.bias"), adapt="inner")
     verification = lightning_peft.verify(model, torch.rand(3, 96))
     assert failed(verification) == {CHECKPOINT}
     assert detail(verification, CHECKPOINT) == "not given back: outside.bias"
@@ -252,12 +248,12 @@ def test_a_checkpoint_that_loses_a_key_is_caught() -> None:
 
 @pytest.mark.parametrize("key", ["second.lora_B.default.weight", "head.bias"])
 def test_keys_of_adapted_parts_stay_in_checkpoints(key: str) -> None:
-    model = adapted(Forgetful(key), adapt="inner")
+    model = injected(Forgetful(key), adapt="inner")
     assert lightning_peft.verify(model, torch.rand(3, 96)).passed
 
 
 def test_adapter_files_that_lose_a_key_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(stack(), modules_to_save=["head"])
+    model = injected(stack(), modules_to_save=["head"])
     assert lightning_peft.verify(model, torch.randn(3, 96)).passed
     monkeypatch.setattr(
         "lightning_peft.engine.files.adapter_format.saved_modules", lambda *args: []
@@ -268,15 +264,14 @@ def test_adapter_files_that_lose_a_key_are_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_several_adapters_and_rewritten_bases_go_through_files() -> None:
-    model = adapted(stack())
-    lightning_peft.inject(model, r=3, adapter_name="second", target_modules=["first"])
+    model = injected(injected(stack()), r=3, adapter_name="second", target_modules=["first"])
     verification = lightning_peft.verify(model, torch.randn(3, 96))
     assert verification.passed
     assert detail(verification, FILES).startswith("8 tensors, bit for bit")
     assert engine.require_record(model).active == ("default",)
     assert not model.first.lora_B["second"].weight.requires_grad
     assert model.first.lora_B["default"].weight.requires_grad
-    rewritten = adapted(stack(), init_lora_weights="pissa")
+    rewritten = injected(stack(), init_lora_weights="pissa")
     verification = lightning_peft.verify(rewritten, torch.randn(3, 96))
     assert verification.passed, verification
     assert results(verification)[FILES] is None
@@ -318,14 +313,14 @@ STRUCTURE = [
 
 @pytest.mark.parametrize(("fault", "problem"), STRUCTURE)
 def test_faults_are_seen_without_a_pass(fault: Any, problem: str) -> None:
-    model = adapted(stack(), quantization_config=NF4)
+    model = injected(stack(), quantization_config=NF4)
     assert engine.structural_problems(model) == []
     fault(model)
     assert problem in engine.structural_problems(model)
 
 
 def test_structure_is_part_of_the_verification() -> None:
-    model = adapted(stack())
+    model = injected(stack())
     switch_off(model)
     assert IN_PLACE in failed(lightning_peft.verify(model, torch.randn(3, 96)))
 
@@ -403,7 +398,7 @@ HEALTHY = {
 def test_no_false_alarm(kind: str, quantized: dict) -> None:
     everything = {"target_modules": ["embedding", "first", "second", "inner"]}
     targets = everything if kind == "convolutions" else {}
-    model = adapted(HEALTHY[kind](), lora_dropout=0.2, **targets, **quantized)
+    model = injected(HEALTHY[kind](), lora_dropout=0.2, **targets, **quantized)
     verification = lightning_peft.verify(model, torch.randn(3, 4, 16))
     assert verification.passed, verification
     doubtful = {name for name, passed in results(verification).items() if passed is None}
@@ -432,7 +427,7 @@ class Distilling(nn.Module):
 
 @pytest.mark.parametrize("own_step", [False, True])
 def test_a_teacher_that_moves_passes_and_is_restored(own_step: bool) -> None:
-    model = adapted(Distilling(), adapt="student")
+    model = injected(Distilling(), adapt="student")
     before = model.teacher.weight.clone()
     step = (lambda module, batch: module.training_step(batch, 0)) if own_step else None
     verification = lightning_peft.verify(model, torch.randn(3, 96), step)
@@ -442,7 +437,7 @@ def test_a_teacher_that_moves_passes_and_is_restored(own_step: bool) -> None:
 
 
 def test_plain_attributes_are_put_back() -> None:
-    model = adapted(Mixed())
+    model = injected(Mixed())
     model(torch.randn(3, 4, 16))
     seen = model.seen
     lightning_peft.verify(model, torch.randn(3, 4, 16))
@@ -454,7 +449,7 @@ def test_plain_attributes_are_put_back() -> None:
 def test_a_number_of_passes_that_does_not_grow() -> None:
     counts = []
     for layers in (1, 3):
-        model, calls = adapted(tiny_llama(layers=layers)), []
+        model, calls = injected(tiny_llama(layers=layers)), []
 
         def step(module: nn.Module, batch: Any, calls: list[int] = calls) -> Tensor:
             calls.append(1)
@@ -466,7 +461,7 @@ def test_a_number_of_passes_that_does_not_grow() -> None:
 
 
 def test_compiled_modules_are_checked_as_written() -> None:
-    model = adapted(stack())
+    model = injected(stack())
     batch = torch.randn(3, 96)
     compiled = torch.compile(model, backend="eager")
     model.eval()
@@ -482,7 +477,7 @@ def test_failures_are_raised_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         LoraLayer, "effective_adapters", lambda layer: sound(layer) if layer.training else []
     )
-    model = adapted(Drifting())
+    model = injected(Drifting())
     model.norm.eval()
     with pytest.raises(LifecycleError, match=f"{ACT}(.|\n)*{UNCHANGED}"):
         lightning_peft.verify(model, torch.randn(4, 8)).raise_if_failed()

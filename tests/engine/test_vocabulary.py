@@ -19,6 +19,8 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.export.adapters import find_adapter
 from lightning_peft.export.merged_folder import base_of, merge_into_folder
 
+from .reference import injected
+
 CONFIG = llama_config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
 IDS = torch.tensor([[1, 3, 65, 64]])
 
@@ -70,8 +72,7 @@ def test_a_checkpoint_restores_the_size(base, trained):
 
 def test_a_module_of_another_size_is_named(base, trained):
     model, _ = trained
-    other = loaded(base)
-    lightning_peft.inject(other, r=4)
+    other = injected(loaded(base), r=4)
     words = r"vocabulary 64 in the base, 66 in the run: call model.resize_token_embeddings\(66\)"
     with pytest.raises(CheckpointError, match=words):
         lightning_peft.engine.check_description(other, describe(model))
@@ -121,7 +122,6 @@ def test_a_refused_load_puts_the_size_back(base, trained):
 
 
 def test_a_vocabulary_that_is_as_it_was_loaded_is_not_saved(base, tmp_path):
-    model = loaded(base)
-    lightning_peft.inject(model, r=4)
+    model = injected(loaded(base), r=4)
     folder = lightning_peft.save_adapter(model, tmp_path / "adapter")
     assert not [k for k in load_file(folder / "adapter_model.safetensors") if "embed" in k]

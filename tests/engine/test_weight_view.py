@@ -13,7 +13,7 @@ from lightning_peft import engine
 from lightning_peft.engine.layers.weight_view import WeightView
 from lightning_peft.errors import UnsupportedError
 
-from .reference import adapted, randomize, relative_error
+from .reference import adapted, injected, randomize, relative_error
 
 NF4 = {"quantization_config": engine.quantization_config()}
 
@@ -59,8 +59,7 @@ def test_a_dense_weight_without_running_adapters_is_the_parameter() -> None:
 
 
 def test_questions_about_a_weight_compute_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = FusedReader().to(torch.bfloat16)
-    lightning_peft.inject(model, r=4, **NF4)
+    model = injected(FusedReader().to(torch.bfloat16), r=4, **NF4)
 
     def fail(self: object) -> Tensor:
         raise AssertionError("computed")
@@ -102,8 +101,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_writing_into_a_computed_weight_is_refused(write) -> None:
-    model = FusedReader()
-    lightning_peft.inject(model, r=4)
+    model = injected(FusedReader(), r=4)
     before = model.qkv._parameters["weight"].clone()
     with pytest.raises(UnsupportedError, match="the change would be lost"):
         write(model.qkv.weight)
@@ -111,8 +109,7 @@ def test_writing_into_a_computed_weight_is_refused(write) -> None:
 
 
 def test_freezing_code_reaches_the_parameter() -> None:
-    model = FusedReader()
-    lightning_peft.inject(model, r=4)
+    model = injected(FusedReader(), r=4)
     model.qkv.weight.requires_grad_(True)
     assert model.qkv._parameters["weight"].requires_grad
     model.qkv.weight.requires_grad = False
