@@ -32,10 +32,11 @@ SCRIPTS: tuple[tuple[str, tuple[str, ...], float, tuple[str, ...] | None], ...] 
     ("selective_checkpointing", (), 5, None),
     ("linear_cross_entropy", (), 3, None),
     ("prequantized_folder", (), 3, None),
+    ("process_memory", ("measure",), 15, None),
     ("quality", (), 30, None),
 )
 # Scripts that write tables of their own.
-TABLES = ("training_step", "scaling", "activation_budget")
+TABLES = ("training_step", "scaling", "activation_budget", "process_memory")
 
 
 def run(name: str, words: tuple[str, ...]) -> bool:

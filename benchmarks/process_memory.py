@@ -1,11 +1,12 @@
 """The peak resident memory of real ``lightning-peft fit`` processes, against what was planned.
 
 ``planner_grid.py`` compares the tensors of a training step, byte for byte; a process holds more.
-``python benchmarks/process_memory.py measure --smollm2 FOLDER`` runs every row of :data:`ROWS` in
-a process of its own, with validation, samples and checkpoints as in the recipes, and records the
-peak that the run itself writes (``peak_memory`` in its ``result.json``) and the resident memory of
-each phase. ``table`` writes the table of ``docs/planner.md``. Without ``--smollm2``, a model of the
-same shape with random weights is built, which takes the same memory.
+``python benchmarks/process_memory.py measure`` runs every row of :data:`ROWS` in a process of its
+own, with validation, samples and checkpoints as in the recipes, and records the peak that the run
+itself writes (``peak_memory`` in its ``result.json``), the resident memory of each phase, and the
+day. ``--only`` measures some rows again; the others stay in the record with their day. ``table``
+writes the table of ``docs/planner.md``. Without ``--smollm2 FOLDER``, a model of the same shape
+with random weights is built, which takes the same memory.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
     "max_position_embeddings": 8192, "tie_word_embeddings": True,
 }  # fmt: skip
-_KEYS = ("model", "method", "precision", "batch_size", "seq_len", "steps")
+_KEYS = ("model", "method", "precision", "batch_size", "seq_len", "steps", "variable")
 # Short rows have many lengths, so each batch has another; long ones are cut to one length.
 _RUNS = [
     ("demo", "qlora", "32-true", 8, 64, 12),
     ("demo", "lora", "32-true", 8, 64, 12),
     ("demo", "lora", "bf16-mixed", 8, 64, 12),
     ("demo", "qlora", "bf16-mixed", 8, 256, 12),
+    ("demo", "qlora", "bf16-mixed", 8, 256, 12, "ONEDNN_PRIMITIVE_CACHE_CAPACITY=0"),
+    ("demo", "qlora", "bf16-mixed", 8, 256, 12, "MALLOC_MMAP_THRESHOLD_=65536"),
     ("demo", "lora", "32-true", 16, 256, 12),
     ("smollm2", "lora", "bf16-mixed", 8, 128, 4),
     ("smollm2", "lora", "32-true", 2, 512, 4),
@@ -46,7 +49,7 @@ _RUNS = [
     ("smollm2", "qlora", "32-true", 4, 128, 4),
     ("smollm2", "lora", "bf16-mixed", 2, 512, 4),
 ]
-ROWS: list[dict[str, Any]] = [dict(zip(_KEYS, row, strict=True)) for row in _RUNS]
+ROWS: list[dict[str, Any]] = [dict(zip(_KEYS, (*row, "")[:7], strict=True)) for row in _RUNS]
 
 
 def data_of(row: dict[str, Any], model: Path, folder: Path) -> Path:
@@ -113,15 +116,15 @@ def words_of(row: dict[str, Any], model: Path, data: Path, run: Path) -> list[st
 
 def measured(row: dict[str, Any], smollm2: Path | None) -> dict[str, Any]:
     """Runs a row; returns its peak in bytes and the resident bytes of each phase."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
         run = folder / "run"
         model = model_of(row, folder, smollm2)
         words = words_of(row, model, data_of(row, model, folder), run)
+        name, _, value = row["variable"].partition("=")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({name: value} if name else {})}
         with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                words, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"}
-            )
+            process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
             phases: dict[str, dict[str, int]] = {}
             while process.poll() is None:
                 with contextlib.suppress(OSError, ValueError, ProcessLookupError):
@@ -144,15 +147,41 @@ def _sample(pid: int, status: Path, phases: dict[str, dict[str, int]]) -> None:
             found[key] = max(found.get(key, 0), 1024 * int(value.split()[0]))
 
 
-def measure(only: str, smollm2: Path | None) -> None:
-    """Runs the rows, and keeps the record where all were run."""
-    rows = [row for row in ROWS if only in " ".join(map(str, row.values()))]
-    found = []
-    for row in rows:
-        found.append({**row, **measured(row, smollm2)})
-        print(json.dumps(found[-1]), flush=True)
-    if not only:
-        write(NAME, {"conditions": conditions(), "rows": found}, quick=False)
+def kernel_bytes(products: int = 200) -> int:
+    """Returns the resident bytes of a compiled product of 16-bit matrices, the mean of many."""
+    import psutil
+    import torch
+
+    def multiply(rows: int) -> None:
+        torch.ones(rows, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
+
+    for rows in range(1, 10):
+        multiply(rows)
+    before = psutil.Process().memory_info().rss
+    for rows in range(10, 10 + products):
+        multiply(rows)
+    return (psutil.Process().memory_info().rss - before) // products
+
+
+def measure(only: str, smollm2: Path | None, quick: bool) -> None:
+    """Runs the rows, and puts each into the record as soon as it is measured."""
+    record = (None if quick else read(NAME)) or {"rows": []}
+    found = {_key(row): row for row in record["rows"]}
+    # Once: kernels of the same shapes are there already the next time.
+    kernel = kernel_bytes()
+    chosen = [row for row in ROWS if only in " ".join(map(str, row.values()))]
+    for row in chosen[:1] if quick else chosen:
+        where = conditions()
+        made = {**row, "date": where["date"], "commit": where["commit"], **measured(row, smollm2)}
+        print(json.dumps(made), flush=True)
+        found[_key(row)] = made
+        kept = [found[_key(row)] for row in ROWS if _key(row) in found]
+        content = {"conditions": where, "kernel_bytes": kernel, "rows": kept}
+        write(NAME, content, quick=quick)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key, "") for key in _KEYS)
 
 
 def plan(row: dict[str, Any]) -> Any:
@@ -174,32 +203,47 @@ def plan(row: dict[str, Any]) -> Any:
     return predict(source, settings, chunked_loss)
 
 
-def table() -> str:
+def figures(record: dict[str, Any]) -> str:
+    """Returns the memory of the first row before it trains, and the size of a kernel."""
+    phases = record["rows"][0]["phases"]
+    found = {
+        "after the imports of `lightning-peft fit`": phases["imports"]["VmRSS"],
+        "of these, mapped files": phases["imports"]["RssFile"],
+        "with tokenizer, rows and evaluated base": phases["evaluating before training"]["VmRSS"],
+        "one compiled kernel": record["kernel_bytes"],
+    }
+    rows = [(what, f"{size / 1e6:,.1f}") for what, size in found.items()]
+    return "\n".join(markdown("resident | MB", rows))
+
+
+def table(record: dict[str, Any]) -> str:
     """Returns the rows, with what is planned for each."""
-    record = read(NAME)
-    if record is None:
-        sys.exit(f"no record {NAME}: run `measure` first")
     rows = []
     for row in record["rows"]:
         made = plan(row)
         ends = f"{made.low_bytes / 1e9:.2f} and {made.high_bytes / 1e9:.2f}"
         cells = [*(row[key] for key in _KEYS), f"{made.peak_bytes / 1e9:.2f}", ends]
-        rows.append([*cells, f"{row['measured'] / 1e9:.2f}"])
-    columns = "model | method | precision | batch | length | steps | planned GB | ends | measured"
-    return "\n".join(markdown(columns, rows))
+        rows.append([*cells, f"{row['measured'] / 1e9:.2f}", row["date"]])
+    columns = "model | method | precision | batch | length | steps | else | planned GB | ends"
+    return "\n".join(markdown(f"{columns} | measured | on", rows))
 
 
 def main() -> None:
     """Runs one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["measure", "table"])
-    parser.add_argument("--only", default="", help="rows that contain this text; nothing is kept")
+    parser.add_argument("--only", default="", help="rows that contain this text")
+    parser.add_argument("--quick", action="store_true", help="one row, and no record")
     parser.add_argument("--smollm2", type=Path, help="folder of SmolLM2-135M-Instruct")
     given = parser.parse_args()
     if given.command == "measure":
-        measure(given.only, given.smollm2)
+        measure(given.only, given.smollm2, given.quick)
     else:
-        write_between("process table", table(), PAGE)
+        record = read(NAME)
+        if record is None:
+            sys.exit(f"no record {NAME}: run `measure` first")
+        write_between("process figures", figures(record), PAGE)
+        write_between("process table", table(record), PAGE)
 
 
 if __name__ == "__main__":

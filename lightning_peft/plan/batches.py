@@ -18,10 +18,6 @@ def batch_maker(model_class: Any, config: Any) -> BatchMaker:
 
     Images have the size of the config, and audio has ``length`` samples or frames.
 
-    Args:
-        model_class: A class of transformers.
-        config: Its config.
-
     Raises:
         UnsupportedError: If the input is of another kind than text, images or audio.
     """

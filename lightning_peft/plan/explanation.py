@@ -35,13 +35,7 @@ def breakdown_lines(plan: Prediction) -> list[str]:
 def memory_warning(
     plan: Prediction, device: DeviceMemory, changes: Sequence[Change] = ()
 ) -> str | None:
-    """Returns the warning before a run starts, or ``None`` where it should fit.
-
-    Args:
-        plan: The prediction.
-        device: What is free where it is to run.
-        changes: What :func:`lightning_peft.plan.suggestions.suggest_changes` found.
-    """
+    """Returns the warning before a run starts, or ``None`` where it should fit."""
     if plan.fits(device.bytes):
         return None
     sure = plan.low_bytes > device.bytes
@@ -54,13 +48,7 @@ def memory_warning(
 
 
 def out_of_memory_message(plan: Prediction, device: DeviceMemory, changes: Sequence[Change]) -> str:
-    """Returns the use of memory when it ran out, and changes that would make the run fit.
-
-    Args:
-        plan: The prediction for the run that failed.
-        device: Where it ran.
-        changes: What :func:`lightning_peft.plan.suggestions.suggest_changes` found.
-    """
+    """Returns the use of memory when it ran out, and changes that would make the run fit."""
     return (
         f"Out of memory on {device.name} ({readable(device.bytes)}). The run is expected to take "
         f"{readable(plan.peak_bytes)}, at the fullest moment:{itemize(breakdown_lines(plan))}"

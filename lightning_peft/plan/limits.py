@@ -17,13 +17,7 @@ _LARGEST_BATCH, _LONGEST, _STEP = 4096, 1 << 20, 64
 
 
 def largest_batch(source: ModelSource, plan: Prediction, device_bytes: int) -> int:
-    """Returns the most rows that fit at the sequence length of a run; 0 where none do.
-
-    Args:
-        source: The model.
-        plan: The run.
-        device_bytes: Memory of the device.
-    """
+    """Returns the most rows that fit at the sequence length of a run; 0 where none do."""
 
     def needed(rows: int) -> int:
         return predict(source, replace(plan.settings, batch_size=rows)).high_bytes
@@ -52,14 +46,7 @@ def longest_sequence(source: ModelSource, plan: Prediction, device_bytes: int) -
 def _largest(
     needed: Callable[[int], int], known: dict[int, int], device_bytes: int, most: int
 ) -> int:
-    """Returns the largest count up to ``most`` whose need, which is convex, fits; 0 where none.
-
-    Args:
-        needed: Bytes that a count needs.
-        known: What is known of it.
-        device_bytes: Bytes that there are.
-        most: The largest count to return.
-    """
+    """Returns the largest count up to ``most`` whose need, which is convex, fits; 0 where none."""
     known = {count: size for count, size in known.items() if count <= most}
     if not known:
         known[1] = needed(1)

@@ -13,13 +13,13 @@ OVER = {"cpu": 0.02, "cuda": 0.15}
 # files included: after the imports of `lightning-peft fit`, then with a tokenizer, some thousand
 # rows and all code that a run reaches (benchmarks/records/process_memory.json). On a GPU the CUDA
 # context, the libraries and their workspaces: an assumption.
-OVERHEAD = {
+PROCESS_BYTES = {
     "cpu": (600_000_000, 690_000_000, 800_000_000),
     "cuda": (800_000_000, 800_000_000, 800_000_000),
 }
 
 # On CPUs, oneDNN compiles a kernel for each shape of a product of 16-bit matrices, and keeps the
-# last 1,024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY): 0.58 to 0.77 MB each, measured on AVX512-BF16.
+# last 1,024 (ONEDNN_PRIMITIVE_CACHE_CAPACITY). On AVX512-BF16 one takes about 0.7 MB (same record).
 # Batches of another length need other kernels. In float32 there are none to speak of.
 KERNEL_BYTES, KERNELS_KEPT = 730_000, 1024
 

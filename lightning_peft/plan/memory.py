@@ -42,12 +42,7 @@ class MethodMemory:
 
 
 def static_memory(model: nn.Module, r: int = 16) -> list[MethodMemory]:
-    """Returns the memory of full fine-tuning, LoRA and QLoRA (NF4, double quantization).
-
-    Args:
-        model: A model without adapters; it is not changed.
-        r: Rank of the adapters, on all linear layers.
-    """
+    """Returns the memory of full fine-tuning, LoRA of rank ``r`` and QLoRA (NF4)."""
     copy = meta_copy(model)
     weights = {name: (p.numel(), p.element_size()) for name, p in copy.named_parameters()}
     count = sum(numel for numel, _ in weights.values())

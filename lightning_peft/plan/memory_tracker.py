@@ -55,10 +55,6 @@ class MemoryTracker(TorchDispatchMode):
         self._vocabulary, self._padded = vocabulary, padded
         self._entries: dict[int, tuple[str, int, Any]] = {}
 
-    def hold(self, purpose: str, size: int) -> None:
-        """Counts ``size`` bytes that are there for the whole time and belong to no tensor here."""
-        self._add(purpose, size)
-
     def enter(self, tensors: Iterable[Tensor], purpose: str) -> int:
         """Counts tensors under ``purpose``, or moves them there; returns their bytes."""
         return sum(self._enter(tensor, purpose, move=True) for tensor in tensors)
@@ -77,13 +73,14 @@ class MemoryTracker(TorchDispatchMode):
 
         def freed(_: Any) -> None:
             entry = self._entries.pop(key)
-            self._add(entry[0], -entry[1])
+            self.hold(entry[0], -entry[1])
 
         self._entries[key] = (purpose, size, weakref.ref(storage, freed))
-        self._add(purpose, size)
+        self.hold(purpose, size)
         return size
 
-    def _add(self, purpose: str, size: int) -> None:
+    def hold(self, purpose: str, size: int) -> None:
+        """Counts ``size`` bytes more, or fewer, that are there from now on."""
         self.live[purpose] += size
         self.total += size
         if self.total > self.peak:
@@ -91,8 +88,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _pass(self, purpose: str, size: int) -> None:
         """Counts what an operation holds only while it runs."""
-        self._add(purpose, size)
-        self._add(purpose, -size)
+        self.hold(purpose, size)
+        self.hold(purpose, -size)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -42,11 +42,6 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Casts floating-point parameters and buffers, as Lightning's ``*-true`` precisions do."""
-    module.to(dtype)
-
-
 def make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Turns every parameter and buffer of a module on the meta device into a fake one, in place.
 

@@ -32,12 +32,7 @@ def check_optimizer(name: str) -> list[str]:
 
 
 def state_bytes(params: Iterable[nn.Parameter], name: str) -> int:
-    """Returns the bytes of the states of ``params`` after the first step.
-
-    Args:
-        params: The trained tensors.
-        name: ``"adamw"``, ``"adamw_torch"`` or one of the engine's names.
-    """
+    """Returns the bytes of the states of ``params`` after the first step."""
     return sum(_states_of(param, name) for param in params)
 
 

@@ -12,7 +12,7 @@ from lightning_peft import engine
 from lightning_peft.compat.torch import tree_map
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
-from lightning_peft.plan.margins import OVERHEAD
+from lightning_peft.plan.margins import PROCESS_BYTES
 from lightning_peft.plan.prediction import Prediction, predict
 from lightning_peft.plan.settings import PRECISIONS, PlanSettings
 from lightning_peft.plan.sources import ModelSource, from_module, rows_of
@@ -132,7 +132,7 @@ def _device_of(module: Any) -> DeviceMemory:
     """Returns the memory available to the run: free, and already in use by it."""
     if module.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(module.device)
-        used = torch.cuda.memory_reserved(module.device) + OVERHEAD["cuda"][1]
+        used = torch.cuda.memory_reserved(module.device) + PROCESS_BYTES["cuda"][1]
         return DeviceMemory(torch.cuda.get_device_name(module.device), free + used, "cuda")
     used = psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available

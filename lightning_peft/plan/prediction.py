@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.plan.margins import OVER, UNDER
+from lightning_peft.plan import margins
 from lightning_peft.plan.memory_tracker import ACTIVATIONS, DEQUANTIZATION, LOGITS
-from lightning_peft.plan.process import HEAP, KERNELS, OVERHEAD, PROCESS, process_bytes
 from lightning_peft.plan.settings import PlanSettings
 from lightning_peft.plan.sources import ModelSource, from_config, from_module, from_name, rows_of
 from lightning_peft.plan.trace import (
@@ -23,6 +22,9 @@ from lightning_peft.plan.trace import (
     trace,
 )
 
+# What the process of a run holds besides tensors: libraries, compiled kernels, freed blocks.
+OVERHEAD, KERNELS, HEAP = "overhead", "kernels", "heap"
+PROCESS = (OVERHEAD, KERNELS, HEAP)
 # The order in which a breakdown is shown.
 PARTS = (
     QUANTIZED, DENSE, ADAPTERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, DEQUANTIZATION,
@@ -58,13 +60,13 @@ class Prediction:
     @property
     def low_bytes(self) -> int:
         """The lower end of the interval."""
-        over = OVER[self.settings.device]
+        over = margins.OVER[self.settings.device]
         return round(self.allocated / (1 + over)) + self._besides(0)
 
     @property
     def high_bytes(self) -> int:
         """The upper end of the interval, which has to fit."""
-        under = UNDER[self.settings.device]
+        under = margins.UNDER[self.settings.device]
         return round(self.allocated / (1 - under)) + self._besides(2)
 
     def _besides(self, end: int) -> int:
@@ -81,14 +83,24 @@ class Prediction:
         return "may not fit" if self.low_bytes <= device_bytes else "does not fit"
 
 
+def process_bytes(traced: Trace, device: str, end: int = 1) -> dict[str, int]:
+    """Returns the bytes of the process by purpose: the least (0), the usual (1) or the most (2).
+
+    The kernels are those of one length of batches at least, and as many as are kept at most; how
+    many lengths there are is only known when a run is over. On CUDA only the overhead is counted.
+    """
+    found = {OVERHEAD: margins.PROCESS_BYTES[device][end], KERNELS: 0, HEAP: 0}
+    if device == "cpu":
+        most = margins.KERNELS_KEPT if traced.products else 0
+        kept = (min(traced.products, most), most // 2, most)[end]
+        moving = sum(traced.at_peak.get(one, 0) for one in (ACTIVATIONS, LOGITS, DEQUANTIZATION))
+        found[KERNELS] = kept * margins.KERNEL_BYTES
+        found[HEAP] = round(moving * margins.HEAP[end])
+    return found
+
+
 def predict(source: ModelSource, settings: PlanSettings, step: Step | None = None) -> Prediction:
     """Predicts the memory of one run.
-
-    Args:
-        source: The model.
-        settings: The run.
-        step: Returns the loss of a module on a batch; by default that of the source, and see
-            :func:`plan_memory`.
 
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.

@@ -22,24 +22,14 @@ _LARGE = 13_000_000_000
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to do.
-
-    Attributes:
-        method: The method, or ``None`` where none fits.
-        text: The same in words, with the reason and the numbers.
-    """
+    """What to do."""
 
     method: Method | None
     text: str
 
 
 def recommend(plans: Mapping[Method, Prediction], device: DeviceMemory | None) -> Recommendation:
-    """Recommends a method.
-
-    Args:
-        plans: A prediction for each of the three methods, of the same run.
-        device: Where it is to run; without one, only the sizes are compared.
-    """
+    """Recommends a method."""
     lora, qlora = plans["lora"], plans["qlora"]
     large = _weights(lora) > _LARGE
     if device is None:

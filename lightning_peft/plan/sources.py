@@ -71,11 +71,7 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Mo
 def from_config(config: Any, name: str = "", dtype: str = "auto") -> ModelSource:
     """Returns the source for a transformers config.
 
-    Args:
-        config: The config; the class is the first of its ``architectures``, or the causal language
-            model of its kind.
-        name: What to call it.
-        dtype: Dtype of the weights; ``"auto"`` takes that of the config, or float32.
+    The class is the first of its ``architectures``, or the causal language model of its kind.
 
     Raises:
         ConfigError: If ``dtype`` is not a dtype.

@@ -48,13 +48,6 @@ def suggest_changes(
     What costs least is first: checkpointing, then a smaller batch with more accumulation, which
     train the same; then a 4-bit base; then shorter sequences, which lose data. Of one kind of
     change it is the smallest that fits, else the largest.
-
-    Args:
-        source: The model.
-        plan: The run that does not fit.
-        device_bytes: Memory of the device.
-        step: As for :func:`lightning_peft.plan.prediction.plan_memory`.
-        count: How many at most.
     """
     kinds = _kinds(source, plan.settings)
     helpful = [

@@ -20,7 +20,7 @@ from lightning_peft.arguments import LoRAFields
 from lightning_peft.engine.verification.probe import NoLossError
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.memory_tracker import MemoryTracker
-from lightning_peft.plan.meta_copy import cast, fake_mode, make_fake
+from lightning_peft.plan.meta_copy import fake_mode, make_fake
 from lightning_peft.plan.optimizer_states import paged_bytes, state_bytes, step_bytes
 from lightning_peft.plan.settings import PlanSettings
 
@@ -64,15 +64,10 @@ def trace(
     step: Step | None = None,
     vocabulary: int | None = None,
 ) -> Trace:
-    """Traces a training step.
+    """Traces a training step of ``module``, a copy on the meta device, which is changed.
 
-    Args:
-        module: A copy on the meta device, without adapters or with them; it is changed.
-        batch: Makes a batch; called where new tensors have no values.
-        settings: What to trace.
-        step: Returns the loss of a module on a batch; by default ``training_step``, or what the
-            module returns.
-        vocabulary: Size of the vocabulary, to tell logits from other activations.
+    ``batch`` is called where new tensors have no values; ``vocabulary`` tells logits from other
+    activations.
 
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the adapters cannot be injected, or
@@ -142,7 +137,7 @@ def _adapt(module: nn.Module, settings: PlanSettings) -> list[str]:
             return []
         return engine.quantizable_layers(module, quantization)
     if settings.cast is not None:
-        cast(module, settings.cast)
+        module.to(settings.cast)
     if settings.method == "full":
         module.requires_grad_(True)
         return []

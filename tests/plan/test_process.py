@@ -42,6 +42,8 @@ def test_the_peak_of_a_real_run_is_in_the_planned_range(tmp_path, benchmark):
 @pytest.mark.parametrize("model", ["demo", pytest.param("smollm2", marks=pytest.mark.long)])
 def test_every_recorded_peak_is_in_the_planned_range(benchmark, model):
     rows = [row for row in benchmark.read(benchmark.NAME)["rows"] if row["model"] == model]
+    # A variable leaves out what the plan counts.
+    rows = [row for row in rows if not row["variable"]]
     assert rows
     for row in rows:
         plan = benchmark.plan(row)
