@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import BaseMismatchError, LifecycleError, itemize
-from lightning_peft.plugin.exclusion_advice import exclusion_advice
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ def check_existing_adapters(module: nn.Module, settings: InjectionSettings) -> N
     for name, part in record.parts.items():
         where = name or type(module).__name__
         info = part.adapters[record.active[0]]
-        if part.from_peft_wrapper and not settings.explicitly_set:
+        if part.from_peft_wrapper and not settings.adapters_configured:
             continue
         problems += [
             f"{where}: {key}={info.config.get(key)!r}, asked for {requested.get(key)!r}"
@@ -172,10 +172,9 @@ def check_same_base_on_all_ranks(module: nn.Module) -> None:
     )
 
 
-def prepare_training(module: nn.Module) -> None:
-    """Refuses merged and frozen adapters, and sets the adapted parts to train mode."""
+def check_trainable(module: nn.Module) -> None:
+    """Refuses merged and frozen adapters."""
     record = engine.require_record(module)
-    engine.unfreeze_unoptimized(module)
     parts = [(entry, module.get_submodule(name)) for name, entry in record.parts.items()]
     merged = [
         entry.qualified(name)
@@ -200,7 +199,6 @@ def prepare_training(module: nn.Module) -> None:
             f"The adapters on {', '.join(frozen)} are frozen, so nothing of them would train. Load "
             "them by load_adapter(..., is_trainable=True), or activate them by set_adapter."
         )
-    engine.set_training_mode(module)
 
 
 def warn_unregistered_copies(module: nn.Module, outside: dict[str, str]) -> None:
@@ -214,3 +212,20 @@ def warn_unregistered_copies(module: nn.Module, outside: dict[str, str]) -> None
                 where,
                 name,
             )
+
+
+def exclusion_advice(idle: Collection[str], parts: Iterable[str]) -> str:
+    """Returns which setting leaves the parts ``idle`` as they are; ``""`` is the module itself."""
+    others = [name for name in parts if name not in idle]
+    if "" in idle:
+        return "Adapt the submodules that are trained, by name in `adapt`. "
+    names = " and ".join(repr(name) for name in idle)
+    if others:
+        return (
+            f"To leave {names} without adapters, freeze what is not trained by "
+            f"requires_grad_(False) in `__init__`, or pass adapt={others!r}. "
+        )
+    return (
+        f"To leave {names} as the module froze it, and to adapt the other layers of the module, "
+        "pass adapt=''; `exclude_modules` takes single layers out. "
+    )

@@ -15,8 +15,10 @@ from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
+    DATAMODULE_KEY,
     load_tensors,
     pack_checkpoint,
+    strip_objects,
     unpack_checkpoint,
 )
 from lightning_peft.plugin.checkpoint_io import (
@@ -26,7 +28,6 @@ from lightning_peft.plugin.checkpoint_io import (
     remove_adapter_folder,
     write_adapter_folder,
 )
-from lightning_peft.plugin.hyperparameters import DATAMODULE_KEY, strip_objects
 from lightning_peft.plugin.loops import TrainingLoops
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_of
 from lightning_peft.plugin.optimization import (

@@ -18,6 +18,10 @@ CHECKPOINT_KEY = "lightning_peft"
 # The name of an entry of every checkpoint's state_dict: whoever loads the file without this
 # package is stopped and reads it, instead of getting the bare base.
 LOAD_GUARD_KEY = "adapters only: load this file with lightning_peft.load_from_checkpoint"
+# Where Lightning puts the hyperparameters of the module and of the datamodule.
+MODULE_KEY = "hyper_parameters"
+DATAMODULE_KEY = "datamodule_hyper_parameters"
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device)
 
 
 def pack_checkpoint(
@@ -28,11 +32,7 @@ def pack_checkpoint(
 ) -> dict[str, Any]:
     """Returns the content to write: the description and all adapters, without the base.
 
-    Args:
-        module: The module with adapters.
-        checkpoint: What Lightning and the hooks made.
-        described: What :data:`CHECKPOINT_KEY` is to hold.
-        before: The names in ``state_dict`` before hooks changed it.
+    ``before`` has the names in ``state_dict`` before hooks changed it.
     """
     own = engine.checkpoint_tensors(module)
     state = engine.drop_frozen_base(module, checkpoint.get("state_dict") or {})
@@ -80,3 +80,30 @@ def load_tensors(module: Any, checkpoint: Mapping[str, Any], strict: bool) -> No
     kept = {**described.get("kept", {}), **adapters}
     state = checkpoint.get("state_dict") or {}
     engine.load_trainable_state_dict(module, state, kept, removed)
+
+
+def strip_objects(
+    checkpoint: dict[str, Any], key: str = MODULE_KEY
+) -> tuple[dict[str, Any], list[str]]:
+    """Takes objects such as models out of the saved hyperparameters; returns their names too.
+
+    ``save_hyperparameters()`` in a module whose constructor takes a model would pickle that model,
+    base included, into every checkpoint, and make the file unreadable without running code.
+    """
+    saved = checkpoint.get(key)
+    # OmegaConf's containers are not dicts; the CheckpointIO warns of them.
+    if not isinstance(saved, dict):
+        return checkpoint, []
+    left_out = [str(name) for name, value in saved.items() if not _is_plain(value)]
+    if not left_out:
+        return checkpoint, []
+    kept = {name: value for name, value in saved.items() if str(name) not in left_out}
+    return {**checkpoint, key: kept}, left_out
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict or type(value).__name__ == "AttributeDict":
+        return all(_is_plain(item) for item in value.values())
+    if type(value) in (list, tuple, set, torch.Size):
+        return all(_is_plain(item) for item in value)
+    return type(value) in _PLAIN

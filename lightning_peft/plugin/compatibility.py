@@ -22,11 +22,6 @@ PRUNING_CALLBACK = "ModelPruning"
 def check_compatibility(module: Any, strategy: Any, quantized: bool) -> None:
     """Looks at the strategy, its devices and plugins, and the callbacks.
 
-    Args:
-        module: The module that is about to get adapters.
-        strategy: Its strategy.
-        quantized: Whether its base is quantized.
-
     Raises:
         UnsupportedError: For what would undo or corrupt the adapters; all problems at once.
     """

@@ -25,12 +25,7 @@ _HOME_PACKAGES = {
 
 
 def explain_parser_error(message: str, root: str) -> str:
-    """Returns jsonargparse's error in plain words, with near names for unknown ones.
-
-    Args:
-        message: Its message.
-        root: The Lightning package of the run.
-    """
+    """Returns jsonargparse's error in plain words, with near names for unknown ones."""
     absent = re.findall(r"arguments are required: ([\w., ]+)", message)
     found = [
         *(f"--{name} is missing: name a recipe with --config" for name in absent),

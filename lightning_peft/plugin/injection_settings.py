@@ -24,7 +24,7 @@ class InjectionSettings:
         peft_config: PEFT's config.
         quantization_config: transformers' config, or ``None`` for a base that stays as it is.
         adapt: Names of the submodules to adapt, or ``None``.
-        explicitly_set: Whether the user set any argument of the adapters.
+        adapters_configured: Whether the user set any argument of the adapters.
         optimizer: Name of the optimizer that replaces the user's, or ``None``.
         gradient_checkpointing: Whether to keep only the inputs of blocks for the backward pass, or
             how much the blocks may keep.
@@ -34,7 +34,7 @@ class InjectionSettings:
     peft_config: Any
     quantization_config: Any
     adapt: list[str] | None
-    explicitly_set: bool = True
+    adapters_configured: bool = True
     optimizer: str | None = None
     gradient_checkpointing: bool | float | str = False
     cache_quantized_base: bool = False
@@ -71,7 +71,7 @@ def injection_settings(arguments: LoRAArguments) -> InjectionSettings:
         peft_config,
         quantization,
         [adapt] if isinstance(adapt, str) else adapt,
-        explicitly_set=bool(changed & {*_LORA, "peft_config"}),
+        adapters_configured=bool(changed & {*_LORA, "peft_config"}),
         optimizer=arguments.optimizer,
         gradient_checkpointing=arguments.gradient_checkpointing,
         cache_quantized_base=cached,

@@ -47,12 +47,7 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
             self._handlers[number] = signal.signal(number, self._handle_signal)
 
     def request(self, stop: bool = False, save: bool = False) -> None:
-        """Asks for the same from the program itself, from any thread.
-
-        Args:
-            stop: Finish the step, save, and end the fit.
-            save: Save after the step, and go on.
-        """
+        """Asks for the same from the program itself, from a thread too; ``save`` ends nothing."""
         self._stop, self._save = self._stop or stop, self._save or save
 
     def _handle_signal(self, number: int, frame: Any) -> None:
@@ -107,10 +102,6 @@ class SaveOnInterrupt(_Base, metaclass=LateBoundMeta):
 
         What was validated of the rows is dropped, so that no metric of a part of them is logged.
         With several processes, which would have to agree at each batch, the validation is finished.
-
-        Args:
-            trainer: The Trainer.
-            **part: How far it is.
         """
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
         if not (fitting and self._stop and trainer.world_size == 1) or self.saved is not None:

@@ -19,8 +19,8 @@ from lightning_peft.errors import LifecycleError, itemize
 from lightning_peft.plugin.adapter_checks import (
     check_existing_adapters,
     check_same_base_on_all_ranks,
+    check_trainable,
     missing_layers,
-    prepare_training,
     warn_unregistered_copies,
 )
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
@@ -103,7 +103,7 @@ class Lifecycle:
             outside = engine.unregistered_copies(module)
             settings = self.injection
             request = engine.InjectionRequest(settings.peft_config, settings.quantization_config)
-            device, requested = strategy.root_device, settings.explicitly_set
+            device, requested = strategy.root_device, settings.adapters_configured
             engine.inject_config(module, request, settings.adapt, device, requested)
             check_same_base_on_all_ranks(module)
             warn_unregistered_copies(module, outside)
@@ -111,7 +111,9 @@ class Lifecycle:
             check_existing_adapters(module, self.injection)
         if _is_fitting(module):
             check_pruning(module)
-            prepare_training(module)
+            engine.unfreeze_unoptimized(module)
+            check_trainable(module)
+            engine.set_training_mode(module)
             if self.announce and strategy.is_global_zero:
                 self.announce = False
                 engine.show(engine.report(module))

@@ -38,11 +38,6 @@ class RunHooks(Protocol):
 def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -> None:
     """Runs ``fit``, ``validate``, ``test`` or ``predict`` as LightningCLI does.
 
-    Args:
-        subcommand: Which of them.
-        arguments: LightningCLI's command line after it.
-        hooks: What is done before and after.
-
     Raises:
         ConfigError: If the arguments cannot be read, or something of them cannot be made.
     """
@@ -64,13 +59,9 @@ def run_subcommand(subcommand: str, arguments: Sequence[str], hooks: RunHooks) -
 
 @contextmanager
 def lightning_command(arguments: Sequence[str]) -> Iterator[str]:
-    """Within the body, a LightningCLI finds the user's modules, and its errors are explained.
+    """Yields the root of a config's Lightning package.
 
-    Args:
-        arguments: LightningCLI's command line after a subcommand.
-
-    Yields:
-        The root of the Lightning package that the config is for.
+    Within the body, a LightningCLI finds the user's modules, and its errors are explained.
 
     Raises:
         ConfigError: Instead of what LightningCLI raises.
@@ -95,9 +86,6 @@ def lightning_command(arguments: Sequence[str]) -> Iterator[str]:
 
 def parsed_config(arguments: Sequence[str]) -> dict[str, Any]:
     """Returns a config and its overrides as ``fit`` reads them; nothing of it is made.
-
-    Args:
-        arguments: LightningCLI's command line after a subcommand.
 
     Raises:
         ConfigError: If the arguments cannot be read, with the nearest right ones.

@@ -92,12 +92,7 @@ class TrainingLoops:
             combined._iterator = None
 
     def resume(self, mine: dict[str, Any], mid_epoch: bool) -> None:
-        """Says, before any data is asked for, where the fit goes on.
-
-        Args:
-            mine: What :meth:`state` returned for this process.
-            mid_epoch: Whether Lightning goes on inside the epoch, not with the next one.
-        """
+        """Says, before any data is asked for, where the fit goes on, from a :meth:`state`."""
         self.resumed, self.mid_epoch = mine, mid_epoch
         self._validation_generators = mine.get("validation")
 

@@ -153,13 +153,7 @@ class LateBoundMeta(ABCMeta):
 
 
 def bind_to_lightning(cls: Any, root: str | None, base: str | None = None) -> Any:
-    """Returns the subclass of ``cls`` that derives from its Lightning base in ``root``.
-
-    Args:
-        cls: A class with the metaclass :class:`LateBoundMeta`.
-        root: The Lightning package.
-        base: Another base than the one that ``cls`` names.
-    """
+    """Returns the subclass of ``cls`` with its Lightning base, or ``base``, of ``root``."""
     cls = cls.__dict__.get("unbound_class", cls)
     key = (cls, root, base or cls.lightning_base)
     if key not in _bound_classes:

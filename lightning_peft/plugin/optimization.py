@@ -22,12 +22,8 @@ def real_optimizers(strategy: Any) -> list[Any]:
 def add_adapters_to_optimizers(strategy: Any) -> list[Any]:
     """Puts the adapters into optimizers that are older than they are, and logs it.
 
-    Args:
-        strategy: A strategy whose ``setup_optimizers`` has just run.
-
-    Returns:
-        The optimizers that are to train the module: those of the strategy, or where it has none,
-        those that the module keeps as attributes, to step them itself.
+    Returns the optimizers that are to train the module: those of the strategy, or where it has
+    none, those that the module keeps as attributes, to step them itself.
 
     Raises:
         LifecycleError: If that cannot be done.
@@ -52,9 +48,7 @@ def optimized_parameter_ids(strategy: Any) -> set[int]:
 def freeze_unoptimized(strategy: Any, held: set[int]) -> None:
     """Freezes the adapters of layers that ``configure_optimizers`` left out, and warns of it.
 
-    Args:
-        strategy: A strategy whose optimizers hold the adapters by now.
-        held: The ids of what they hold, and of what they held before.
+    ``held`` has the ids of what optimizers hold, and of what they held before.
     """
     # Several processes have agreed on what has gradients by then.
     alone = strategy.world_size == 1
@@ -72,10 +66,6 @@ def freeze_unoptimized(strategy: Any, held: set[int]) -> None:
 
 def replace_optimizers(strategy: Any, name: str | None) -> None:
     """Replaces the optimizers of ``strategy`` in place, and says so in one line.
-
-    Args:
-        strategy: A strategy whose ``setup_optimizers`` has just run.
-        name: The ``optimizer`` argument; ``None`` changes nothing.
 
     Raises:
         ConfigError: If an optimizer asked for by name cannot stand in.
@@ -95,10 +85,6 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
 
 def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) -> None:
     """Switches activation checkpointing on for a fit, and says where.
-
-    Args:
-        strategy: The strategy, about to set its module up.
-        setting: The ``gradient_checkpointing`` argument.
 
     Raises:
         UnsupportedError: If there is nothing to checkpoint and ``setting`` is not ``"auto"``.

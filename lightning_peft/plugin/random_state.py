@@ -10,11 +10,7 @@ import torch
 
 
 def random_state(devices: bool = True) -> dict[str, Any]:
-    """Returns the state of Python's, NumPy's and torch's generators as tensors and numbers.
-
-    Args:
-        devices: Whether those of CUDA devices belong to it.
-    """
+    """Returns the state of Python's, NumPy's and torch's generators as tensors and numbers."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {

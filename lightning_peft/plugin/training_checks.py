@@ -9,7 +9,7 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, LifecycleError, itemize
-from lightning_peft.plugin.exclusion_advice import exclusion_advice
+from lightning_peft.plugin.adapter_checks import exclusion_advice
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +17,7 @@ Mode = Literal["cheap", "full", "off"]
 
 
 class TrainingChecks:
-    """Runs at the start of training, and then is gone.
-
-    Args:
-        mode: ``"cheap"`` looks at the structure and at the gradients of the first real step;
-            ``"full"`` also runs :func:`lightning_peft.verify` on the first batch before that step.
+    """Runs at the start of training, and then is gone; the modes are those of ``verify=``.
 
     Raises:
         ConfigError: If it is another one.

@@ -33,13 +33,7 @@ _UNLIMITED = {"max_epochs": 1_000_000, "max_steps": -1, "max_time": None}
 
 @dataclass(frozen=True)
 class VerifiedConfig:
-    """What a config was built to, and the verification of it.
-
-    Attributes:
-        module: Name of the module's class.
-        datamodule: The data module, if there is one.
-        verification: What was found.
-    """
+    """What a config was built to, and the verification of it."""
 
     module: str
     datamodule: Any
@@ -55,14 +49,6 @@ def verify_config(arguments: Sequence[str], announce: bool = True) -> VerifiedCo
 
     On one device, and without loggers or callbacks besides those of this package. Callbacks that
     cannot be used with adapters stay, and are refused as in training.
-
-    Args:
-        arguments: The command line of LightningCLI without a subcommand, such as
-            ``["--config", "config.yaml", "--trainer.strategy.r=8"]``.
-        announce: Print what is adapted.
-
-    Returns:
-        What was built, and the verification.
 
     Raises:
         ConfigError: If the config asks for no adapters, or the data gives no batch.
