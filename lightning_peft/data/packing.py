@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from lightning_peft import engine
 from lightning_peft.compat.transformers import attention_implementation
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import UnsupportedError
@@ -153,7 +153,7 @@ def check_model(model: PreTrainedModel, capacity: int) -> None:
             "packing=False."
         )
     try:
-        with _evaluating(model), torch.no_grad():
+        with engine.in_eval_mode(model), torch.no_grad():
             leak, shift = _measure_leakage(model)
     except (RuntimeError, ValueError, TypeError) as error:
         raise UnsupportedError(
@@ -185,17 +185,6 @@ def _measure_leakage(model: PreTrainedModel) -> tuple[float, float]:
     scale = packed.norm().clamp_min(1e-12)
     alone = model(input_ids=second[None].to(model.device)).logits[0].float()
     return float((packed - other).norm() / scale), float((packed - alone).norm() / scale)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def to_model(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from .injection import inject as inject
 from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
+from .layers.probes import in_eval_mode as in_eval_mode
 from .loading.quantize_on_load import loading_for_injection as loading_for_injection
 from .loading.quantize_on_load import quantize_on_load as quantize_on_load
 from .loading.tracked_loads import store_quantized as store_quantized

@@ -2,10 +2,10 @@ from .callbacks import BestCheckpoint as BestCheckpoint
 from .callbacks import LogSamples as LogSamples
 from .callbacks import StopEarly as StopEarly
 from .causal_lm import CausalLM as CausalLM
+from .encoder_decoder import Seq2SeqLM as Seq2SeqLM
 from .image_classification import ImageClassifier as ImageClassifier
 from .preference import PreferenceTuning as PreferenceTuning
 from .reward import RewardModel as RewardModel
-from .sequence_to_sequence import Seq2SeqLM as Seq2SeqLM
 from .speech_recognition import SpeechRecognizer as SpeechRecognizer
 from .text_classification import TextClassifier as TextClassifier
 from .time_series import Forecaster as Forecaster

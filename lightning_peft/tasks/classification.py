@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoConfig
 
 from lightning_peft.compat.lightning import trainer_of
@@ -92,9 +95,6 @@ class ClassificationTask(PretrainedTask):
     def follow(self, data: Any) -> None:
         """Takes over what the data module says, or checks that it says the same.
 
-        Args:
-            data: A data module; only one with ``labels`` says anything.
-
         Raises:
             ConfigError: If it names other labels.
         """
@@ -114,9 +114,6 @@ class ClassificationTask(PretrainedTask):
     def check_base(self, config: PretrainedConfig) -> None:
         """Refuses a base whose own head would be taken over for labels of other names.
 
-        Args:
-            config: The configuration of the base, as it is.
-
         Raises:
             ConfigError: If it has such a head.
         """
@@ -131,9 +128,6 @@ class ClassificationTask(PretrainedTask):
 
     def check_head(self, base_labels: list[str]) -> None:
         """Refuses the trained head of a base, which is for other labels.
-
-        Args:
-            base_labels: Its labels.
 
         Raises:
             ConfigError: Always; a task that can begin from such a head overrides this.
@@ -167,6 +161,59 @@ class ClassificationTask(PretrainedTask):
                 f"names. {_difference(theirs, self.labels)} Give the data module, or the model, "
                 f"labels={list(theirs)}."
             )
+
+
+class RowClassifier(ClassificationTask):
+    """A classifier that gives each row one label: a text, or an image."""
+
+    def make_label_metrics(self) -> dict[str, Any]:
+        """Returns accuracy and macro F1."""
+        count = len(self.labels)
+        return {
+            "accuracy": MulticlassAccuracy(count, average="micro"),
+            "f1": MulticlassF1Score(count, average="macro"),
+        }
+
+    def configuration(self) -> dict[str, Any]:
+        """Returns the labels, and the loss: a base may come with another one."""
+        return {**super().configuration(), "problem_type": "single_label_classification"}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Returns the mean cross-entropy over the rows of ``batch``."""
+        loss = cross_entropy(self._logits(batch), batch["labels"])
+        rows = len(batch["labels"])
+        self.log_training(batch_idx, {"loss": loss}, loss.new_tensor(rows), rows)
+        return loss
+
+    def evaluate(self, batch: dict[str, Tensor]) -> None:
+        """Adds the rows of ``batch``."""
+        logits, labels = self._logits(batch), batch["labels"]
+        self.metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))
+        for name in ("accuracy", "f1"):
+            self.metrics[name].update(logits, labels)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
+        """Returns for each row the most likely ``label``, and all ``probabilities`` by label.
+
+        A row of ``batch`` that has a label gets it as ``expected``.
+        """
+        names = self.labels
+        rows = [
+            {
+                "label": names[max(range(len(row)), key=row.__getitem__)],
+                "probabilities": dict(zip(names, row, strict=True)),
+            }
+            for row in self._logits(batch).softmax(-1).tolist()
+        ]
+        if "labels" in batch:
+            for row, label in zip(rows, batch["labels"].tolist(), strict=True):
+                row["expected"] = names[label]
+        return rows
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits: Tensor = self(**inputs).logits.float()
+        return logits
 
 
 def _difference(other: list[str], ours: list[str]) -> str:

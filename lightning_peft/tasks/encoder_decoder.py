@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
+from transformers import AutoModelForSeq2SeqLM
 
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
@@ -120,13 +121,10 @@ class EncoderDecoderTask(PretrainedTask):
         self.log_training(batch_idx, {"loss": loss}, (labels != IGNORED).sum(), len(labels))
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        """Begins to count the rows that text is generated for."""
+    def _count_from_zero(self) -> None:
         self._generated = 0
 
-    def on_test_epoch_start(self) -> None:
-        """Begins to count the rows that text is generated for."""
-        self._generated = 0
+    on_validation_epoch_start = on_test_epoch_start = _count_from_zero
 
     def evaluate(self, batch: dict[str, Any]) -> None:
         """Adds the labelled tokens of ``batch``, and texts for as many rows as are asked for."""
@@ -182,6 +180,24 @@ class EncoderDecoderTask(PretrainedTask):
         texts = self.generate_texts(batch, self.hparams["max_new_tokens"])
         rows = zip(batch["source"], batch["target"], texts, strict=True)
         return [dict(zip(("source", "target", "prediction"), row, strict=True)) for row in rows]
+
+
+class Seq2SeqLM(EncoderDecoderTask):
+    """An encoder-decoder language model that is trained to write targets of sources.
+
+    Logs ``val_loss`` (nats per target token, the end token among them), ``val_perplexity`` (its
+    exponential), ``val_token_accuracy`` (share of target tokens that are the most likely one), and
+    of generated text what ``metrics`` asks for: ``val_rouge1``, ``val_rouge2`` and ``val_rougeL``
+    (F-measures), ``val_bleu``, ``val_chrf``, each from 0 to 1; and the same as ``test_...``.
+
+    The arguments are those of
+    :class:`EncoderDecoderTask <lightning_peft.tasks.encoder_decoder.EncoderDecoderTask>` and
+    :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+    """
+
+    auto_class = AutoModelForSeq2SeqLM
+    metrics_by_default = ("rouge",)
+    encoder_inputs = ("input_ids", "attention_mask")
 
 
 def _tensors(batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,9 +17,6 @@ def keep_heads_in_float32(model: PreTrainedModel) -> None:
 
     A 16-bit checkpoint is loaded with a 16-bit head, and steps of an optimizer that are
     less than half a per cent of a weight would be rounded away.
-
-    Args:
-        model: A transformers model with a head.
     """
     base = model.base_model
     for child in model.children():

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForImageClassification
 
-from lightning_peft.tasks.classification import ClassificationTask
+from lightning_peft.tasks.classification import RowClassifier
 
 log = logging.getLogger(__name__)
 
 
-class ImageClassifier(ClassificationTask):
+class ImageClassifier(RowClassifier):
     """An image model with a head for the classes of the data.
 
     Logs ``val_loss`` (nats per image), ``val_accuracy`` (share of images whose class is the most
@@ -36,18 +31,6 @@ class ImageClassifier(ClassificationTask):
     # A pretrained head is for the classes of its own data.
     loading = {"ignore_mismatched_sizes": True}
 
-    def make_label_metrics(self) -> dict[str, Any]:
-        """Returns accuracy and macro F1."""
-        count = len(self.labels)
-        return {
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "f1": MulticlassF1Score(count, average="macro"),
-        }
-
-    def configuration(self) -> dict[str, Any]:
-        """Returns the labels, and the loss: transformers would guess it from the dtype."""
-        return {**super().configuration(), "problem_type": "single_label_classification"}
-
     def check_head(self, base_labels: list[str]) -> None:
         """Refuses a head for the same labels in another order.
 
@@ -64,31 +47,3 @@ class ImageClassifier(ClassificationTask):
                 self.hparams["model"],
                 ", ".join(base_labels[:20]),
             )
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the mean cross-entropy over the images of ``batch``."""
-        logits = self(pixel_values=batch["pixel_values"]).logits
-        loss = cross_entropy(logits.float(), batch["labels"])
-        rows = len(batch["labels"])
-        self.log_training(batch_idx, {"loss": loss}, loss.new_tensor(rows), rows)
-        return loss
-
-    def evaluate(self, batch: dict[str, Tensor]) -> None:
-        """Adds the images of ``batch``."""
-        logits, labels = self(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"]
-        self.metrics["loss"].update(cross_entropy(logits, labels, reduction="none"))
-        for name in ("accuracy", "f1"):
-            self.metrics[name].update(logits, labels)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns, for each image, the most likely ``label`` and all ``probabilities`` by label."""
-        logits = self(pixel_values=batch["pixel_values"]).logits
-        labels = self.hparams["labels"]
-        rows = torch.softmax(logits.float(), dim=-1).tolist()
-        return [
-            {
-                "label": labels[max(range(len(row)), key=row.__getitem__)],
-                "probabilities": dict(zip(labels, row, strict=True)),
-            }
-            for row in rows
-        ]

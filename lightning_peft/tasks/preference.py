@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_peft.tasks.modes import in_eval_mode
+from lightning_peft import engine
 from lightning_peft.tasks.pairwise import PairwiseTask
 from lightning_peft.tasks.preference_losses import answer_log_probabilities, dpo, orpo
 from lightning_peft.tasks.reference import check_reference, reference
@@ -112,21 +112,11 @@ class PreferenceTuning(PairwiseTask):
         self._check_reference()
         super().on_fit_start()
 
-    def on_validation_start(self) -> None:
-        """Checks that there is a reference."""
-        self._check_reference()
-
-    def on_test_start(self) -> None:
-        """Checks that there is a reference."""
-        self._check_reference()
-
-    def on_predict_start(self) -> None:
-        """Checks that there is a reference."""
-        self._check_reference()
-
     def _check_reference(self) -> None:
         if self.hparams["loss"] == "dpo":
             check_reference(self)
+
+    on_validation_start = on_test_start = on_predict_start = _check_reference
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Says so once if training does not begin at the reference, on its first batch."""
@@ -135,7 +125,7 @@ class PreferenceTuning(PairwiseTask):
             return
         assert self.model is not None
         plugin: Any = self.trainer.precision_plugin
-        with torch.no_grad(), in_eval_mode(self.model), plugin.forward_context():
+        with torch.no_grad(), engine.in_eval_mode(self.model), plugin.forward_context():
             apart = (self._answers(batch)[0] - self._reference(batch)).abs().mean()
         if apart > _NOTICEABLE:
             log.warning(

@@ -202,9 +202,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         """Evaluates a batch."""
         self.evaluate(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluates a batch."""
-        self.evaluate(batch)
+    test_step = validation_step
 
     def on_validation_epoch_end(self) -> None:
         """Logs every metric as ``val_...``."""
@@ -240,10 +238,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
 def rate_factor(schedule: Schedule, steps: int, warmup: float) -> Any:
     """Returns the factor of the peak learning rate as a function of the step.
 
-    Args:
-        schedule: ``"cosine"``, ``"linear"`` or ``"constant"``.
-        steps: Optimizer steps of the whole run.
-        warmup: Share of them in which the factor rises linearly; one step at least.
+    It rises linearly in the share ``warmup`` of all steps; in one step at least.
     """
     rising = max(1, round(warmup * steps))
 

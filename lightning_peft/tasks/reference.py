@@ -10,7 +10,6 @@ import torch
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, itemize
-from lightning_peft.tasks.modes import in_eval_mode
 
 
 @contextmanager
@@ -18,19 +17,13 @@ def reference(task: Any) -> Iterator[None]:
     """Runs the body with the base alone: adapters off, no dropout, no gradients.
 
     There is no second model: everything that trains is put back to what it was, for a while.
-
-    Args:
-        task: The LightningModule that the Trainer added adapters to.
     """
-    with torch.no_grad(), in_eval_mode(task.model), engine.disable_adapters(task):
+    with torch.no_grad(), engine.in_eval_mode(task.model), engine.disable_adapters(task):
         yield
 
 
 def check_reference(task: Any) -> None:
     """Refuses a reference that would be something else than the base.
-
-    Args:
-        task: The LightningModule.
 
     Raises:
         ConfigError: If there are no adapters to switch off, or something trains besides, or the

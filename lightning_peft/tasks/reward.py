@@ -111,11 +111,7 @@ class RewardModel(PairwiseTask):
 
 
 def padding_token(config: Any) -> int:
-    """Returns the padding token of a configuration, or another one that does not end answers.
-
-    Args:
-        config: Of the language model: ``pad_token_id``, ``bos_token_id``, ``eos_token_id``.
-    """
+    """Returns the padding token of a configuration, or another one that does not end answers."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     names = ("pad_token_id", "bos_token_id")
     candidates = [getattr(config, name, None) for name in names]

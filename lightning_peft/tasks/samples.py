@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_peft import engine
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.tasks.modes import in_eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,18 +44,12 @@ class GeneratesSamples(Protocol):
 
 @torch.no_grad()
 def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Returns the output of ``model``, greedy and in eval mode.
+    """Returns the output of ``model``, greedy and in eval mode: tokens, ``(batch, length)``.
 
-    Args:
-        model: A model that generates; its modes are as before when this returns.
-        inputs: What ``generate`` takes.
-        **options: For ``generate``, such as ``max_new_tokens``.
-
-    Returns:
-        Tokens, ``(batch, length)``; of a causal model with those of the prompt.
+    Those of a causal model begin with the prompt. The modes of the model are as before.
     """
     generate: Any = model.generate
-    with in_eval_mode(model):
+    with engine.in_eval_mode(model):
         tokens: Tensor = generate(
             **{name: value.to(model.device) for name, value in inputs.items()},
             do_sample=False,
@@ -65,34 +59,17 @@ def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
     return tokens
 
 
-def continue_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> Tensor:
-    """Returns the output of ``model`` for one row, ``(length,)``: see :func:`generate_greedily`.
-
-    Args:
-        model: A model that generates.
-        inputs: What ``generate`` takes, of one row.
-        **options: For ``generate``.
-    """
-    return generate_greedily(model, inputs, **options)[0]
-
-
 def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:
     """Returns the answer of the causal language model of ``task`` to the prompt of a row.
 
     A prompt is what comes before the first token with a label; of plain text, the first half.
-
-    Args:
-        task: A task with a ``model``, while its Trainer runs on a data module with a tokenizer.
-        ids: Tokens of the row.
-        labels: Its labels.
-        max_new_tokens: Longest answer in tokens.
     """
     tokenizer = task.trainer.datamodule.tokenizer
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
     first = first if first > 1 else -(-len(ids) // 2)
     prompt = torch.tensor([ids[:first]])
     filler = tokenizer.pad_token_id
-    tokens = continue_greedily(
+    (tokens,) = generate_greedily(
         task.model,
         {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
         max_new_tokens=max_new_tokens,

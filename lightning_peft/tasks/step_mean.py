@@ -55,11 +55,7 @@ class StepMean:
         return {name: total / self._items.clamp(min=1) for name, total in self._sums.items()}
 
     def weighted(self, loss: Tensor) -> Tensor:
-        """Returns the loss of the batch that was added last, weighted by its items.
-
-        Args:
-            loss: Its mean, as Lightning scaled it.
-        """
+        """Returns the loss of the batch that was added last, weighted by its items."""
         return loss if self._weight is None else loss * self._weight.to(loss.device)
 
     def normalize(self, optimizer: torch.optim.Optimizer, shares: int) -> None:
@@ -80,13 +76,7 @@ class StepMean:
     def around(
         self, closure: Callable[[], Any], optimizer: torch.optim.Optimizer, shares: int
     ) -> Callable[[], Any]:
-        """Returns ``closure``, the last backward pass of a step, with :meth:`normalize` after it.
-
-        Args:
-            closure: Lightning's.
-            optimizer: As of :meth:`normalize`.
-            shares: The same.
-        """
+        """Returns ``closure``, the last backward pass of a step, with :meth:`normalize` after."""
 
         def run() -> Any:
             result = closure()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.errors import ConfigError
-from lightning_peft.tasks.classification import ClassificationTask
+from lightning_peft.tasks.classification import RowClassifier
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class TextClassifier(ClassificationTask):
+class TextClassifier(RowClassifier):
     """A transformers model that gives each text one of some labels.
 
     Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most
@@ -51,14 +49,6 @@ class TextClassifier(ClassificationTask):
         # Whether it is the data that says what padding is.
         self._padding_of_data = False
         super().__init__(model, labels, **options)
-
-    def make_label_metrics(self) -> dict[str, Any]:
-        """Returns accuracy and macro F1."""
-        count = len(self.labels)
-        return {
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "f1": MulticlassF1Score(count, average="macro"),
-        }
 
     def follow(self, data: Any) -> None:
         """Takes over labels and padding of the data module, or checks that they are the same.
@@ -103,8 +93,7 @@ class TextClassifier(ClassificationTask):
 
     def configuration(self) -> dict[str, Any]:
         """Returns labels and loss; of a model without weights, also its padding."""
-        # A base may come with the loss of a regression, or of several labels for a text.
-        fields = {**super().configuration(), "problem_type": "single_label_classification"}
+        fields = super().configuration()
         built, padding = self.hparams["config"], self.hparams["pad_token_id"]
         if built is None or padding is None or "pad_token_id" in built:
             return fields
@@ -124,36 +113,3 @@ class TextClassifier(ClassificationTask):
         # Models of several parts read it from the part for text.
         for config in (self.model.config, self.model.config.get_text_config()):
             config.pad_token_id = self.hparams["pad_token_id"]
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the mean cross-entropy over the rows of ``batch``."""
-        loss: Tensor = self(**batch).loss
-        rows = len(batch["labels"])
-        self.log_training(batch_idx, {"loss": loss}, loss.new_tensor(rows), rows)
-        return loss
-
-    def evaluate(self, batch: dict[str, Tensor]) -> None:
-        """Adds the rows of ``batch``."""
-        output, labels = self(**batch), batch["labels"]
-        self.metrics["loss"].update(output.loss, len(labels))
-        for name in ("accuracy", "f1"):
-            self.metrics[name].update(output.logits.argmax(-1), labels)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
-        """Returns for each row the most likely label, and the probability of each label.
-
-        A row of ``batch`` that has a label gets it as ``expected``.
-        """
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        probabilities = self(**inputs).logits.float().softmax(-1)
-        predictions = []
-        for row, chances in enumerate(probabilities.tolist()):
-            best = max(range(len(chances)), key=chances.__getitem__)
-            row_prediction = {
-                "label": self.labels[best],
-                "probabilities": dict(zip(self.labels, chances, strict=True)),
-            }
-            if "labels" in batch:
-                row_prediction["expected"] = self.labels[int(batch["labels"][row])]
-            predictions.append(row_prediction)
-        return predictions

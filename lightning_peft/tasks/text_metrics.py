@@ -38,13 +38,7 @@ _SEVERAL_REFERENCES = (SacreBLEUScore, CHRFScore)
 
 
 def update(metric: Metric, generated: Sequence[str], expected: Sequence[str]) -> None:
-    """Adds texts to a metric.
-
-    Args:
-        metric: One of :data:`METRICS`.
-        generated: What the model wrote.
-        expected: What the rows say, one text each.
-    """
+    """Adds texts to a metric."""
     several = isinstance(metric, _SEVERAL_REFERENCES)
     metric.update(list(generated), [[text] for text in expected] if several else list(expected))
 

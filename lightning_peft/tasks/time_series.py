@@ -26,12 +26,7 @@ _STATISTICS = ("mean", "std", "naive_error")
 
 
 class Block(nn.Module):
-    """Two dilated convolutions that see no later step, around which the input is added.
-
-    Args:
-        width: Channels.
-        dilation: Steps between the three inputs of an output.
-    """
+    """Two dilated convolutions that see no later step, around which the input is added."""
 
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from lightning_peft import engine
 from lightning_peft.compat.torch import is_compiled
 from lightning_peft.data.encoding import IGNORED
-from lightning_peft.tasks.modes import in_eval_mode
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,10 +65,7 @@ class TokenLoss:
     def train(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> Tensor:
         """Returns the loss of a batch, a mean over its labelled tokens, with gradients.
 
-        Args:
-            call: Runs the model on a batch.
-            model: The model, for its head.
-            batch: ``input_ids``, ``labels`` and what else the model takes.
+        ``call`` runs the model on a batch; the model itself is for its head.
         """
         if not self._can_chunk(call, model, batch):
             own: Tensor = call(**batch).loss
@@ -81,13 +77,7 @@ class TokenLoss:
         return loss
 
     def evaluate(self, call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> TokenScores:
-        """Returns loss and accuracy of a batch, without gradients.
-
-        Args:
-            call: As of :meth:`train`.
-            model: The same.
-            batch: The same.
-        """
+        """Returns loss and accuracy of a batch, without gradients."""
         with torch.no_grad():
             if not self._can_chunk(call, model, batch):
                 return _score_tokens(call(**batch), shift_labels(batch["labels"]))
@@ -121,12 +111,7 @@ class TokenLoss:
 
 
 def chunked_loss(model: PreTrainedModel, batch: Any) -> Tensor:
-    """Returns the loss of a model that no task holds, as the tasks compute it.
-
-    Args:
-        model: The model.
-        batch: As of :meth:`TokenLoss.train`.
-    """
+    """Returns the loss of a model that no task holds, as the tasks compute it."""
     return TokenLoss().train(model, model, batch)
 
 
@@ -280,7 +265,7 @@ def _probe(call: Callable[..., Any], model: PreTrainedModel, batch: Any) -> str 
     devices = [model.device] if model.device.type == "cuda" else []
     inputs = {name: value for name, value in corner.items() if name != "labels"}
     try:
-        with torch.no_grad(), in_eval_mode(head):
+        with torch.no_grad(), engine.in_eval_mode(head):
             # Twice the same random numbers, and none that the run would notice.
             with torch.random.fork_rng(devices):
                 output = call(**corner)

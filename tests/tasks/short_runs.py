@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainer_fixtures import _no_flushing as _no_flushing
-from trainer_fixtures import _one_thread as _one_thread
-from trainer_fixtures import _quiet_lightning as _quiet_lightning
 
 from lightning_peft.demo.run import BASE
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -46,10 +43,9 @@ def trainer(method: str | None = None, root: str = ROOTS[1], **options: Any) -> 
     if method is not None:
         strategy = bind_to_lightning(STRATEGIES[method], root)
         options["strategy"] = strategy(r=4, announce=False, optimizer=None)
-    return import_module(root).Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = dict.fromkeys(quiet, False) | options
+    return import_module(root).Trainer(accelerator="cpu", devices=1, **options)
 
 
 def make(cls: type, *arguments: Any, **options: Any) -> Any:

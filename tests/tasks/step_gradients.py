@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.causal_lm import CausalLM
-from lightning_peft.tasks.sequence_to_sequence import Seq2SeqLM
+from lightning_peft.tasks.encoder_decoder import Seq2SeqLM
 from lightning_peft.tasks.token_classification import TokenClassifier
 
 LENGTHS = (2, 11, 3, 9, 12, 2, 7, 5)

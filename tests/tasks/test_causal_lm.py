@@ -2,6 +2,7 @@ import importlib
 
 import pytest
 import torch
+from short_runs import trainer
 
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
@@ -60,16 +61,7 @@ def test_the_rate_rises_and_falls_as_a_cosine(batches):
         def on_train_batch_start(self, trainer, *_):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    trainer = lightning.Trainer(
-        max_steps=20,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Watch()],
-        barebones=False,
-    )
-    trainer.fit(task, batches)
+    trainer(max_steps=20, callbacks=[Watch()]).fit(task, batches)
     assert rates[0] == pytest.approx(0.5)
     assert rates[1] == pytest.approx(1.0)
     assert rates[1:] == sorted(rates[1:], reverse=True)

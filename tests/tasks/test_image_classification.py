@@ -6,15 +6,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import short_runs
 import torch
-from trainer_fixtures import _no_flushing, _one_thread, _quiet_lightning  # noqa: F401
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from lightning_peft.data.images import ImageData
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.image_classification import ImageClassifier
 
 pytest.importorskip("PIL")
@@ -27,7 +26,6 @@ QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 VIT = {"model_type": "vit", "intermediate_size": 64, **SIZES, **HEADS, **QUIET}
 DINO = {"model_type": "dinov2", "mlp_ratio": 1, **SIZES, **HEADS, **QUIET}
 MODELS = {"vit": VIT, "dinov2": DINO}
-STRATEGIES = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}
 ROOT = ROOTS[1]
 
 
@@ -48,13 +46,11 @@ def task(config=VIT, **options):
 
 
 def trainer(**options):
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = {"max_steps": 8, "num_sanity_val_steps": 0, **dict.fromkeys(quiet, False), **options}
-    return import_module(ROOT).Trainer(accelerator="cpu", devices=1, **options)
+    return short_runs.trainer(**{"max_steps": 8, "num_sanity_val_steps": 0, **options})
 
 
 def with_adapters(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
+    return trainer(strategy=short_runs.STRATEGIES[method](r=4, announce=False), **options)
 
 
 def test_loss_and_metrics_are_those_counted_by_hand(data):
@@ -87,7 +83,7 @@ def test_the_training_loss_is_the_models_own(data):
     torch.testing.assert_close(module.training_step(batch, 0), expected)
 
 
-@pytest.mark.parametrize("method", STRATEGIES)
+@pytest.mark.parametrize("method", short_runs.STRATEGIES)
 @pytest.mark.parametrize("model", MODELS)
 def test_adapters_and_head_are_trained_and_saved_and_nothing_else(method, model, data, tmp_path):
     module, images = task(MODELS[model], learning_rate=5e-3), data()
@@ -118,7 +114,7 @@ def test_adapters_and_head_are_trained_and_saved_and_nothing_else(method, model,
     assert loaded.model.config.id2label == {n: str(n) for n in range(10)}
 
 
-@pytest.mark.parametrize("method", STRATEGIES)
+@pytest.mark.parametrize("method", short_runs.STRATEGIES)
 def test_the_head_of_other_classes_is_replaced_and_trained(method, data, tmp_path):
     base = AutoModelForImageClassification.from_config(AutoConfig.for_model(**VIT, num_labels=3))
     base.save_pretrained(tmp_path / "base")

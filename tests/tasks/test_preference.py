@@ -6,12 +6,6 @@ import pytest
 import torch
 from paired import CONFIG, SETTINGS, data_in, strategy_of, trainer_of
 from peft import PeftModel
-from trainer_fixtures import (  # noqa: F401
-    _no_flushing,
-    _one_thread,
-    _quiet_lightning,
-    pytest_collection_modifyitems,
-)
 from transformers import LlamaForCausalLM
 
 import lightning_peft

@@ -5,12 +5,6 @@ from math import exp, log
 import pytest
 import torch
 from paired import CONFIG, data_in, strategy_of, trainer_of
-from trainer_fixtures import (  # noqa: F401
-    _no_flushing,
-    _one_thread,
-    _quiet_lightning,
-    pytest_collection_modifyitems,
-)
 from transformers import LlamaConfig
 
 from lightning_peft.errors import ConfigError

@@ -5,6 +5,7 @@ from importlib import import_module
 from runpy import run_path
 
 import pytest
+import short_runs
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ from lightning_peft.data.sequence_to_sequence import Seq2SeqData
 from lightning_peft.demo.run import BASE
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.tasks.sequence_to_sequence import Seq2SeqLM
+from lightning_peft.tasks.encoder_decoder import Seq2SeqLM
 
 T5 = {
     "model_type": "t5", "vocab_size": 4096, "d_model": 64, "d_kv": 16, "d_ff": 96,
@@ -42,11 +43,7 @@ def task(**options):
 
 
 def trainer(tmp_path, **options):
-    options = {"max_steps": 2, "accelerator": "cpu", "devices": 1, "logger": False, **options}
-    return import_module(ROOTS[1]).Trainer(
-        default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **options,
-    )  # fmt: skip
+    return short_runs.trainer(default_root_dir=tmp_path, **{"max_steps": 2, **options})
 
 
 def test_the_loss_is_the_mean_over_target_tokens(data):

@@ -7,6 +7,7 @@ from runpy import run_path
 
 import numpy as np
 import pytest
+import short_runs
 import torch
 from models import whisper_tokenizer
 from pyarrow import parquet
@@ -45,11 +46,7 @@ def task(**options):
 
 
 def trainer(tmp_path, **options):
-    options = {"max_steps": 3, "accelerator": "cpu", "devices": 1, "logger": False, **options}
-    return import_module(ROOTS[1]).Trainer(
-        default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, **options,
-    )  # fmt: skip
+    return short_runs.trainer(default_root_dir=tmp_path, **{"max_steps": 3, **options})
 
 
 def test_the_loss_is_the_mean_over_transcript_tokens(data):

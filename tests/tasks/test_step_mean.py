@@ -9,11 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from short_runs import (  # noqa: F401
-    _no_flushing,
-    _one_thread,
-    _quiet_lightning,
-)
 from step_gradients import LENGTHS, TASKS, step
 
 HERE = Path(__file__).parent

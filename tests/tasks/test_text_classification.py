@@ -6,11 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_runs import (  # noqa: F401
+from short_runs import (
     MODELS,
-    _no_flushing,
-    _one_thread,
-    _quiet_lightning,
     changed,
     make,
     trainer,
@@ -124,10 +121,9 @@ def test_metrics_are_those_counted_by_hand():
     said = [0, 0, 1, 1, 0]
 
     class Said(torch.nn.Module):
-        def forward(self, labels):
+        def forward(self):
             logits = 5.0 * torch.nn.functional.one_hot(torch.tensor(self.said), 3)
-            loss = torch.nn.functional.cross_entropy(logits, labels)
-            return type("Output", (), {"logits": logits, "loss": loss})
+            return type("Output", (), {"logits": logits})
 
     made.model = Said()
     for part in (slice(0, 3), slice(3, 5)):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import short_runs
 import torch
 from safetensors.torch import load_file, save_file
-from trainer_fixtures import _no_flushing, _one_thread, _quiet_lightning  # noqa: F401
 
 from lightning_peft.data.series import SeriesData
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
-from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
 from lightning_peft.tasks.time_series import Forecaster
 
 HERE = Path(__file__).parents[2]
 SHIPPED = HERE / "recipes" / "small" / "data"
-STRATEGIES = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}
 SIZES = {"horizon": 3, "width": 8, "blocks": 2}
 ROOT = ROOTS[1]
 
@@ -45,13 +42,11 @@ def net(**options):
 
 
 def trainer(**options):
-    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    options = {"max_steps": 20, "num_sanity_val_steps": 0, **dict.fromkeys(quiet, False), **options}
-    return import_module(ROOT).Trainer(accelerator="cpu", devices=1, **options)
+    return short_runs.trainer(**{"max_steps": 20, "num_sanity_val_steps": 0, **options})
 
 
 def adapting(method, **options):
-    return trainer(strategy=STRATEGIES[method](r=4, announce=False), **options)
+    return trainer(strategy=short_runs.STRATEGIES[method](r=4, announce=False), **options)
 
 
 def test_metrics_are_those_counted_by_hand(data):
@@ -105,7 +100,7 @@ def test_scale_is_that_of_the_training_steps(data):
     torch.testing.assert_close(module(past * 7 + 5), before * 7 + 5)
 
 
-@pytest.mark.parametrize("method", STRATEGIES)
+@pytest.mark.parametrize("method", short_runs.STRATEGIES)
 def test_it_is_adapted_to_another_series_and_comes_back_with_its_scale(method, data, tmp_path):
     before = net()
     trainer(max_steps=60).fit(before, data("first"))

@@ -5,11 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from short_runs import (  # noqa: F401
+from short_runs import (
     MODELS,
-    _no_flushing,
-    _one_thread,
-    _quiet_lightning,
     changed,
     make,
     trainer,
