@@ -24,13 +24,8 @@ class ProcessExited(Exception):
 class LineProcess:
     """A process that reads and writes JSON objects, one a line.
 
-    It leads a process group of its own, and its input ends when this process does.
-
-    Args:
-        argv: The command.
-        cwd: Its working directory.
-        env: Its whole environment.
-        stderr: File for its error output; by default it is discarded.
+    It leads a process group of its own, ``env`` is its whole environment, and its input ends when
+    this process does.
     """
 
     def __init__(
@@ -81,10 +76,7 @@ class LineProcess:
             raise ProcessExited from None
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Returns the next row; lines that are not objects are skipped.
-
-        Args:
-            timeout: Seconds to wait.
+        """Returns the next row within ``timeout`` seconds; lines that are not objects are skipped.
 
         Raises:
             ProcessExited: If there are no more rows.
@@ -146,15 +138,7 @@ def start_detached(
     stdout: IO[bytes],
     stderr: IO[bytes] | int = subprocess.STDOUT,
 ) -> subprocess.Popen[bytes]:
-    """Starts a process that goes on when this one ends.
-
-    Args:
-        argv: The command.
-        cwd: Its working directory.
-        env: Its whole environment.
-        stdout: File for its output.
-        stderr: File for its error output; by default the same.
-    """
+    """Starts a process that goes on when this one ends; ``env`` is its whole environment."""
     return subprocess.Popen(
         list(argv),
         cwd=cwd,
@@ -178,10 +162,7 @@ def recorded_process(
 ) -> psutil.Process | None:
     """Returns the running process of a record, never another one with its number.
 
-    Args:
-        record: As :func:`process_record` returns it.
-        pid: Key of its process id.
-        created: Key of its creation time.
+    ``pid`` and ``created`` are the keys of its process id and creation time.
     """
     try:
         process = psutil.Process(int(record[pid]))

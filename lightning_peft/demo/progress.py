@@ -15,11 +15,7 @@ else:
 
 
 class ProgressLines(_Base, metaclass=LateBoundMeta):
-    """Prints a line at every tenth of the run.
-
-    Args:
-        steps: Optimizer steps of the run.
-    """
+    """Prints a line at every tenth of the run."""
 
     lightning_base = "callbacks.Callback"
 

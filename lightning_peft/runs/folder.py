@@ -17,11 +17,7 @@ DEFAULT_ROOT = "runs"
 
 
 class RunFolder:
-    """One run on disk; docs/runs.md describes every file for other programs.
-
-    Args:
-        path: The folder. It need not exist yet.
-    """
+    """One run on disk; docs/runs.md describes every file for other programs."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,10 +39,6 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, name: str) -> RunFolder:
         """Makes a new folder below ``root``; its name begins with the time, so that runs sort.
-
-        Args:
-            root: Folder of all runs.
-            name: What the run is called, such as its recipe; other characters become ``-``.
 
         Raises:
             ConfigError: If nothing can be written there.

@@ -44,9 +44,6 @@ def adapters_in(path: Path) -> list[Path]:
 def file_checks(path: Path) -> list[Check]:
     """Returns the checks that need no model: hashes, and records that name each other.
 
-    Args:
-        path: Folder of a run, or an adapter folder.
-
     Raises:
         ConfigError: If it is neither.
     """

@@ -17,14 +17,7 @@ def text_digest(text: str) -> str:
 
 
 def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> dict[str, Any]:
-    """Returns the provenance of a run, once the module is built.
-
-    Args:
-        module: The LightningModule.
-        datamodule: Its data module; ``None`` or one of the user's own is recorded by its class.
-        recipe: The config as it was resolved.
-        seed: What ``seed_everything`` was given.
-    """
+    """Returns the provenance of a run, once the module is built."""
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe_sha256": text_digest(recipe),

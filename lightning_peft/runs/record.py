@@ -10,21 +10,16 @@ from typing import Any
 
 import torch
 
+from lightning_peft import engine
 from lightning_peft.runs.folder import RunFolder
-from lightning_peft.runs.machine import peak_memory
+from lightning_peft.runs.machine import hardware, peak_memory, versions
 from lightning_peft.runs.provenance import text_digest
-from lightning_peft.runs.result import result
 from lightning_peft.runs.status import StatusFile
 from lightning_peft.runs.throughput import Throughput
 
 
 class RunRecord:
-    """What a run leaves in its folder; the arguments are those of the recorder.
-
-    Attributes:
-        before: Metrics of the first validation, before training: what the base can do.
-        validations: Metrics of each validation while training, by optimizer step.
-    """
+    """What a run leaves in its folder; the arguments are those of the recorder."""
 
     def __init__(
         self,
@@ -91,13 +86,7 @@ class RunRecord:
         self.update_status(**ended, checkpoint=place, eta_seconds=None)
 
     def finish(self, trainer: Any, module: Any, after: dict[str, float]) -> dict[str, Any]:
-        """Writes the result of the run, and returns it.
-
-        Args:
-            trainer: The Trainer.
-            module: The LightningModule.
-            after: Metrics after training, of the checkpoint that is recommended.
-        """
+        """Writes the result of the run, and returns it."""
         known = {
             "run": self.folder.path.name,
             "kind": self.kind,
@@ -109,7 +98,7 @@ class RunRecord:
             "seed": self.seed,
             "recipe_sha256": text_digest(self.recipe),
         }
-        record = result(trainer, module, known) | {"peak_memory": self._peak()}
+        record = result(trainer, module, known | {"peak_memory": self._peak()})
         self.folder.write(self.folder.result, record)
         newest = self._newest()
         self.update_status(
@@ -160,3 +149,43 @@ def numbers(metrics: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, (int, float))
         or (isinstance(value, torch.Tensor) and value.numel() == 1)
     }
+
+
+def result(trainer: Any, module: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of a finished run, ready for JSON."""
+    cls = getattr(type(module), "unbound_class", type(module))
+    trained = [param for param in module.parameters() if param.requires_grad]
+    return {
+        **known,
+        "task": cls.__name__,
+        "method": method_of(module),
+        "model": module.hparams.get("model"),
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "trainable_parameters": sum(param.numel() for param in trained),
+        "precision": str(trainer.precision),
+        "devices": trainer.world_size,
+        "checkpoint": best_checkpoint(trainer),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+
+
+def best_checkpoint(trainer: Any) -> str | None:
+    """Returns the checkpoint that a run recommends: the best one, else the last."""
+    callback = trainer.checkpoint_callback
+    if callback is None:
+        return None
+    return callback.best_model_path or getattr(callback, "last_model_path", "") or None
+
+
+def method_of(module: Any) -> str:
+    """Returns ``"qlora"``, ``"lora"`` (or PEFT's name of another method), or ``"full"``."""
+    record = engine.record_of(module)
+    if record is None:
+        return "full"
+    parts = record.parts.values()
+    if any(part.quantization for part in parts):
+        return "qlora"
+    kinds = {info.config["peft_type"] for part in parts for info in part.adapters.values()}
+    return "+".join(sorted(str(kind).lower() for kind in kinds))

@@ -191,11 +191,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     def on_validation_part(self, trainer: Any, unit: str, done: int, of: float) -> None:
         """Says which part of a phase begins, and follows what other programs ask for.
 
-        Args:
-            trainer: The Trainer.
-            unit: ``"rows"``, ``"batches"`` or ``"samples"``.
-            done: How many are done.
-            of: How many there are; infinite where nobody knows.
+        ``of`` is infinite where the number of parts is not known.
         """
         if not trainer.sanity_checking:
             self._follow_control(trainer)

@@ -17,8 +17,8 @@ from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
 from lightning_peft.runs.log import logged_to
-from lightning_peft.runs.recorder import RunRecorder, numbers
-from lightning_peft.runs.result import best_checkpoint
+from lightning_peft.runs.record import best_checkpoint, numbers
+from lightning_peft.runs.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +52,9 @@ class RunSession:
         return self
 
     def begin(self, config: Namespace, recipe: str, root: str) -> list[Any]:
-        """Makes the folder, and lets everything of the run go there.
+        """Makes the folder, lets everything of the run go there, and returns callbacks for that.
 
-        Args:
-            config: What LightningCLI has read; places that the user left open are filled in.
-            recipe: The same as YAML.
-            root: The Lightning package in use.
-
-        Returns:
-            The callbacks that the run needs.
+        Places that the user left open in ``config`` are filled in.
 
         Raises:
             ConfigError: If the folder cannot be written to.

@@ -106,13 +106,7 @@ def is_alive(status: Status) -> bool:
 
 
 class StatusFile:
-    """Keeps ``status.json`` up to date, from any thread, with a heartbeat while it is open.
-
-    Args:
-        path: The file.
-        kind: What is run.
-        heartbeat: Seconds between two heartbeats.
-    """
+    """Keeps ``status.json`` up to date, from any thread; its heartbeat is every so many seconds."""
 
     def __init__(self, path: Path, kind: str, heartbeat: float = 5.0) -> None:
         self.path = path

@@ -42,11 +42,7 @@ class Throughput:
             self._validating_since = time.monotonic()
 
     def validation_ends(self, whole: bool = True) -> None:
-        """Marks that training begins or goes on, after a validation if there was one.
-
-        Args:
-            whole: Whether all validation rows were looked at.
-        """
+        """Marks that training begins or goes on; a validation of ``whole`` data is timed."""
         if self._validating_since is None:
             return
         seconds = time.monotonic() - self._validating_since
@@ -70,10 +66,7 @@ class Throughput:
     def eta(self, steps_left: int, validations_left: int = 0) -> float | None:
         """Returns the seconds that are left, validations among them; ``None`` if not known yet.
 
-        Args:
-            steps_left: Optimizer steps that are still to be done.
-            validations_left: Validations that are still to begin. As long as none was timed, they
-                are not counted.
+        Validations are not counted as long as none was timed.
         """
         steps = self.rates().get("steps")
         if not steps:
