@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,7 @@ class DoctorOptions:
 def run_checks(
     options: DoctorOptions, around: Callable[[str], AbstractContextManager[Any]]
 ) -> Iterator[CheckResult]:
-    """Runs every check and gives its finding at once.
-
-    Args:
-        options: What to check.
-        around: Entered with the name of each check while it runs.
-    """
+    """Runs every check, in the context ``around(name)``, and gives its finding at once."""
 
     def run(check: Check) -> CheckResult:
         with around(check.name):
@@ -83,26 +79,24 @@ def _heavy(options: DoctorOptions) -> Iterator[tuple[Check, bool]]:
     def device() -> str:
         return str(hardware().chosen_device(options.device))
 
-    def quantized(bits: int) -> Check:
-        name = f"bitsandbytes {bits}-bit"
-        broken: Status = "failed" if bits == 4 else "warning"
-        remedy = remedies.quantized(bits)
-        return Check(name, lambda: training().check_quantized(bits, device()), remedy, broken)
+    def quantized(bits: int) -> CheckResult:
+        found: CheckResult = training().check_quantized(bits, device())
+        return found
 
-    def optimizer(kind: str) -> Check:
-        name = f"optimizer {kind}"
-        broken: Status = "failed" if kind.startswith("paged") else "warning"
-        remedy = remedies.OWN_OPTIMIZER
-        return Check(name, lambda: training().check_optimizer(kind, device()), remedy, broken)
+    def optimizer(kind: str) -> CheckResult:
+        found: CheckResult = training().check_optimizer(kind, device())
+        return found
 
     yield Check("torch", lambda: hardware().check_torch(options.device), remedies.TORCH), True
     yield Check("device", lambda: hardware().check_device(device()), remedies.TORCH), True
     yield Check("bf16", lambda: hardware().check_bf16(device()), remedies.NO_BF16, "warning"), False
-    yield quantized(4), False
-    yield quantized(8), False
-    yield optimizer("paged_adamw_32bit"), False
-    yield optimizer("adamw_8bit"), False
-    yield (
-        Check("compiler", lambda: hardware().check_compiler(), remedies.COMPILER, "warning"),
-        False,
-    )
+    kinds: dict[int, Status] = {4: "failed", 8: "warning"}
+    for bits, broken in kinds.items():
+        name, remedy = f"bitsandbytes {bits}-bit", remedies.quantized(bits)
+        yield Check(name, partial(quantized, bits), remedy, broken), False
+    names: dict[str, Status] = {"paged_adamw_32bit": "failed", "adamw_8bit": "warning"}
+    for kind, broken in names.items():
+        remedy = remedies.OWN_OPTIMIZER
+        yield Check(f"optimizer {kind}", partial(optimizer, kind), remedy, broken), False
+    compiler = Check("compiler", lambda: hardware().check_compiler(), remedies.COMPILER, "warning")
+    yield compiler, False

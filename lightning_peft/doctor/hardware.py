@@ -30,11 +30,7 @@ def chosen_device(requested: str) -> str:
 
 
 def check_torch(device: str) -> CheckResult:
-    """Says which build of torch this is, and whether a GPU of this machine is out of its reach.
-
-    Args:
-        device: The device asked for: ``"auto"``, ``"cpu"`` or ``"cuda"``.
-    """
+    """Says which build of torch this is, and whether a GPU of this machine is out of its reach."""
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     if torch.version.hip:
         built = f"ROCm {torch.version.hip}"
@@ -43,12 +39,12 @@ def check_torch(device: str) -> CheckResult:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:
-        return CheckResult("torch", "ok", detail)
+        return CheckResult("ok", detail)
     driver = nvidia_devices()
     status: Status = "failed" if device == "cuda" else "warning"
     if driver and torch.version.cuda is None and torch.version.hip is None:
         detail += f"; nvidia-smi lists {driver}, which a CPU build of torch cannot use"
-        return CheckResult("torch", status, detail, remedies.TORCH)
+        return CheckResult(status, detail, remedies.TORCH)
     if driver:
         why = "; ".join(" ".join(str(warning.message).split()) for warning in caught)
         detail += f"; nvidia-smi lists {driver}, but torch sees no CUDA device{': ' * bool(why)}"
@@ -58,11 +54,11 @@ def check_torch(device: str) -> CheckResult:
             if hidden is not None
             else f"Update the NVIDIA driver, or else: {remedies.TORCH}"
         )
-        return CheckResult("torch", status, detail + why, remedy)
+        return CheckResult(status, detail + why, remedy)
     if device == "cuda":
         remedy = "Use --device cpu, or a machine with an NVIDIA GPU, its driver and a CUDA build."
-        return CheckResult("torch", "failed", f"{detail}; there is no CUDA device", remedy)
-    return CheckResult("torch", "ok", detail)
+        return CheckResult("failed", f"{detail}; there is no CUDA device", remedy)
+    return CheckResult("ok", detail)
 
 
 def nvidia_devices() -> str:
@@ -80,22 +76,18 @@ def nvidia_devices() -> str:
 
 
 def check_device(device: str) -> CheckResult:
-    """Computes something on the device and says how much memory it has.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-    """
+    """Computes something on the device and says how much memory it has."""
     ones = torch.ones(64, 64, device=device)
     total = float((ones @ ones).sum())
     if total != 64**3:
         remedy = "Compute on another device, and have this one looked at."
-        return CheckResult("device", "failed", f"{device} sums 64^3 ones up to {total:g}", remedy)
+        return CheckResult("failed", f"{device} sums 64^3 ones up to {total:g}", remedy)
     if device == "cpu":
         memory = psutil.virtual_memory()
         free, whole = memory.available / _GIB, memory.total / _GIB
         name = platform.processor() or platform.machine()
         detail = f"cpu: {name}, {psutil.cpu_count()} cores, {free:.1f} of {whole:.1f} GiB free"
-        return CheckResult("device", "ok", detail)
+        return CheckResult("ok", detail)
     shown = []
     for index in range(torch.cuda.device_count()):
         free_bytes, all_bytes = torch.cuda.mem_get_info(index)
@@ -104,19 +96,13 @@ def check_device(device: str) -> CheckResult:
             f"cuda:{index}: {torch.cuda.get_device_name(index)}, compute capability "
             f"{major}.{minor}, {free_bytes / _GIB:.1f} of {all_bytes / _GIB:.1f} GiB free"
         )
-    return CheckResult("device", "ok", "; ".join(shown))
+    return CheckResult("ok", "; ".join(shown))
 
 
 def check_bf16(
     device: str, network: nn.Module | None = None, cpuinfo: Path = _CPUINFO
 ) -> CheckResult:
-    """Runs forward and backward under bfloat16 autocast and compares them with float32.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        network: What to run on 64 features; by default two linear layers.
-        cpuinfo: Where Linux lists what a processor can do.
-    """
+    """Runs forward and backward under bfloat16 autocast and compares them with float32."""
     remedy = remedies.NO_BF16
     torch.manual_seed(0)
     if network is None:
@@ -132,31 +118,23 @@ def check_bf16(
         outcome[enabled] = (output.dtype, torch.cat(grads))
     dtype, (exact, rounded) = outcome[True][0], (outcome[False][1], outcome[True][1])
     if dtype != torch.bfloat16:
-        return CheckResult("bf16", "warning", f"autocast gave {dtype}", remedy)
+        return CheckResult("warning", f"autocast gave {dtype}", remedy)
     error = float((rounded - exact).norm() / exact.norm())
     if not error <= _BF16_ERROR:
         detail = f"gradients are off by {error:.2g} of their size, at most {_BF16_ERROR} expected"
-        return CheckResult("bf16", "warning", detail, remedy)
+        return CheckResult("warning", detail, remedy)
     detail = f"autocast ran forward and backward, {error:.2g} off float32"
     native = native_bf16(device, cpuinfo)
     if native == "":
         slow = "precision='16-mixed'" if device == "cuda" else "precision='32-true'"
         detail += "; the hardware emulates it, which is slow"
-        return CheckResult("bf16", "warning", detail, f"Where speed matters: Trainer({slow}).")
+        return CheckResult("warning", detail, f"Where speed matters: Trainer({slow}).")
     detail += "" if native is None else f"; native ({native})"
-    return CheckResult("bf16", "ok", detail)
+    return CheckResult("ok", detail)
 
 
 def native_bf16(device: str, cpuinfo: Path = _CPUINFO) -> str | None:
-    """Returns the hardware support of bfloat16.
-
-    Args:
-        device: ``"cpu"`` or ``"cuda"``.
-        cpuinfo: Where Linux lists what a processor can do.
-
-    Returns:
-        Empty where it has nothing for it, and ``None`` where that is not known.
-    """
+    """Returns the support of bfloat16: empty for none, ``None`` where that is not known."""
     if device == "cuda":
         if torch.version.hip:
             return None
@@ -178,15 +156,15 @@ def check_compiler() -> CheckResult:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
     compiler = next((tool for name in names if (tool := shutil.which(name))), None)
     if compiler is None:
-        return CheckResult("compiler", "warning", f"no {' or '.join(names)} found", remedy)
+        return CheckResult("warning", f"no {' or '.join(names)} found", remedy)
     try:
         process = subprocess.run(
             [compiler, "--version"], capture_output=True, text=True, timeout=15
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return CheckResult("compiler", "warning", f"{compiler}: {error_line(error)}", remedy)
+        return CheckResult("warning", f"{compiler}: {error_line(error)}", remedy)
     version = (process.stdout or process.stderr).strip().partition("\n")[0]
     # Microsoft's has no such option and says its version all the same.
     if process.returncode and Path(compiler).stem != "cl":
-        return CheckResult("compiler", "warning", f"{compiler} fails: {version}", remedy)
-    return CheckResult("compiler", "ok", version)
+        return CheckResult("warning", f"{compiler} fails: {version}", remedy)
+    return CheckResult("ok", version)

@@ -25,10 +25,6 @@ def installed_versions(name: str, path: list[str] | None = None) -> list[str]:
     """Returns every version of a package, what is imported first.
 
     More than one is there where an installation was interrupted, or folders shadow each other.
-
-    Args:
-        name: The package.
-        path: Folders to look in, in place of ``sys.path``.
     """
     places = _distributions(name, path)
     # A folder without a METADATA file has no version.
@@ -63,17 +59,13 @@ def check_python() -> CheckResult:
     detail = f"{platform.python_implementation()} {version} on {platform.platform()}"
     # A build of its own may call itself 3.12.1+, which is not a version of a package.
     if SpecifierSet(allowed).contains(version.rstrip("+"), prereleases=True):
-        return CheckResult("python", "ok", detail)
+        return CheckResult("ok", detail)
     remedy = f"Make an environment with a Python {allowed}."
-    return CheckResult("python", "failed", f"{detail}; {allowed} is required", remedy)
+    return CheckResult("failed", f"{detail}; {allowed} is required", remedy)
 
 
 def check_compromised(path: list[str] | None = None) -> CheckResult:
-    """Looks for the releases of Lightning that steal credentials.
-
-    Args:
-        path: Folders to look in, in place of ``sys.path``.
-    """
+    """Looks for the releases of Lightning that steal credentials."""
     installed = {name: there for name in LIGHTNING if (there := installed_versions(name, path))}
     bad = [
         f"{name} {version}"
@@ -84,7 +76,6 @@ def check_compromised(path: list[str] | None = None) -> CheckResult:
     if bad:
         names = " ".join(dict.fromkeys(version.partition(" ")[0] for version in bad))
         return CheckResult(
-            "lightning releases",
             "failed",
             f"{', '.join(bad)}: withdrawn after a supply-chain compromise",
             f"Do not import it. Run `pip uninstall {names}`, rotate every credential that this "
@@ -95,20 +86,16 @@ def check_compromised(path: list[str] | None = None) -> CheckResult:
     detail = shown or "neither lightning nor pytorch-lightning"
     if len(installed) == 2 and len({tuple(all_) for all_ in installed.values()}) == 2:
         detail += "; different versions side by side are fine: each Trainer gets classes of its own"
-    return CheckResult("lightning releases", "ok", detail)
+    return CheckResult("ok", detail)
 
 
 def check_requirements(path: list[str] | None = None) -> CheckResult:
-    """Compares what is installed with the ranges that this package declares.
-
-    Args:
-        path: Folders to look in, in place of ``sys.path``.
-    """
+    """Compares what is installed with the ranges that this package declares."""
     try:
         requirements = required(path=path)
     except PackageNotFoundError:
         remedy = f"Install it: pip install {OURS}"
-        return CheckResult("packages", "warning", f"{OURS} has no metadata: not installed", remedy)
+        return CheckResult("warning", f"{OURS} has no metadata: not installed", remedy)
     known = {canonicalize_name(requirement.name) for requirement in requirements}
     requirements += [
         requirement
@@ -128,20 +115,16 @@ def check_requirements(path: list[str] | None = None) -> CheckResult:
             if str(requirement) in problems
         )
         detail = "; ".join(problems.values())
-        return CheckResult("packages", "failed", detail, f"Run `pip install {command}`.")
+        return CheckResult("failed", detail, f"Run `pip install {command}`.")
     shown = [
         canonicalize_name(requirement.name) for requirement in requirements if requirement.specifier
     ]
     detail = ", ".join(f"{name} {installed_versions(name, path)[0]}" for name in shown)
-    return CheckResult("packages", "ok", detail)
+    return CheckResult("ok", detail)
 
 
 def check_compatibility(path: list[str] | None = None) -> CheckResult:
-    """Compares packages with what each of them requires of the others, torchvision of torch first.
-
-    Args:
-        path: Folders to look in, in place of ``sys.path``.
-    """
+    """Compares packages with what each requires of the others, torchvision of torch first."""
     names = [*_RELATED, *LIGHTNING, "transformers", "peft", "bitsandbytes"]
     present = {name: there[0] for name in names if (there := installed_versions(name, path))}
     problems = [
@@ -156,8 +139,8 @@ def check_compatibility(path: list[str] | None = None) -> CheckResult:
             f"`pip install --upgrade {' '.join(_named(problems))}`; packages of torch come from "
             "the same index as torch."
         )
-        return CheckResult("packages together", "warning", "; ".join(problems), remedy)
-    return CheckResult("packages together", "ok", f"{', '.join(present)} get what they require")
+        return CheckResult("warning", "; ".join(problems), remedy)
+    return CheckResult("ok", f"{', '.join(present)} get what they require")
 
 
 def _named(problems: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ def check_folder(folder: Path) -> CheckResult:
     shown = str(folder) if place == folder.expanduser().absolute() else f"{folder} (in {place})"
     remedy = remedies.FOLDER
     if not place.is_dir():
-        return CheckResult("folder", "failed", f"{shown}: {place} is a file", remedy)
+        return CheckResult("failed", f"{shown}: {place} is a file", remedy)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".lightning-peft-doctor-") as file:
             file.write(os.urandom(_WRITTEN))
@@ -41,34 +41,30 @@ def check_folder(folder: Path) -> CheckResult:
             os.fsync(file.fileno())
             seconds = time.perf_counter() - started
     except OSError as error:
-        return CheckResult("folder", "failed", f"{shown}: {error_line(error)}", remedy)
+        return CheckResult("failed", f"{shown}: {error_line(error)}", remedy)
     free = shutil.disk_usage(place).free
     detail = (
         f"{shown}: writable, {free / _GIB:.1f} GiB free, {_WRITTEN // _MIB} MiB reach the disk "
         f"in {seconds:.2f} s"
     )
     if free < _LITTLE:
-        return CheckResult("folder", "warning", detail, f"Make room, or: {remedy}")
+        return CheckResult("warning", detail, f"Make room, or: {remedy}")
     if seconds > _SLOW_SECONDS:
         detail += ", which makes every checkpoint slow"
-        return CheckResult("folder", "warning", detail, remedy)
-    return CheckResult("folder", "ok", detail)
+        return CheckResult("warning", detail, remedy)
+    return CheckResult("ok", detail)
 
 
 def check_hub(needed: bool) -> CheckResult:
-    """Asks the Hugging Face hub for something, unless HF_HUB_OFFLINE forbids it.
-
-    Args:
-        needed: Whether it is a fault that there is no answer.
-    """
+    """Asks the Hugging Face hub for something, unless HF_HUB_OFFLINE forbids it."""
     hub, errors = import_module("huggingface_hub"), import_module("huggingface_hub.errors")
     constants = import_module("huggingface_hub.constants")
     address = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         detail = f"HF_HUB_OFFLINE is set: {address} was not asked, only cached models load"
         if needed:
-            return CheckResult("hub", "failed", detail, "Unset HF_HUB_OFFLINE, or drop --hub.")
-        return CheckResult("hub", "skipped", detail)
+            return CheckResult("failed", detail, "Unset HF_HUB_OFFLINE, or drop --hub.")
+        return CheckResult("skipped", detail)
     started = time.perf_counter()
     status: Status = "failed" if needed else "warning"
     remedy = (
@@ -80,8 +76,8 @@ def check_hub(needed: bool) -> CheckResult:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         if code >= 500:
-            return CheckResult("hub", status, f"{address} answers with error {code}", remedy)
+            return CheckResult(status, f"{address} answers with error {code}", remedy)
     # The library below changes between its releases, and its errors with it.
     except Exception as error:
-        return CheckResult("hub", status, f"{address}: {error_line(error)}", remedy)
-    return CheckResult("hub", "ok", f"{address} answers in {time.perf_counter() - started:.2f} s")
+        return CheckResult(status, f"{address}: {error_line(error)}", remedy)
+    return CheckResult("ok", f"{address} answers in {time.perf_counter() - started:.2f} s")

@@ -16,17 +16,17 @@ class CheckResult:
     """The outcome of one check.
 
     Attributes:
-        name: The check; the same in every release and on every machine.
         status: ``"failed"`` where training needs it, ``"warning"`` where some training does.
         detail: What was measured.
         remedy: What to do about it; empty where nothing has to be done.
+        name: The check; the same in every release and on every machine.
         seconds: How long the check took.
     """
 
-    name: str
     status: Status
     detail: str
     remedy: str = ""
+    name: str = ""
     seconds: float = 0.0
 
 
@@ -55,12 +55,12 @@ class Check:
                 found = self.run()
             # The parts under trial raise whatever their loaders and kernels do.
             except Exception as error:
-                found = CheckResult(self.name, self.broken, error_line(error), self.remedy)
-        return replace(found, seconds=round(time.perf_counter() - started, 2))
+                found = CheckResult(self.broken, error_line(error), self.remedy)
+        return replace(found, name=self.name, seconds=round(time.perf_counter() - started, 2))
 
     def skipped(self, why: str) -> CheckResult:
         """Returns the finding of a check that cannot run."""
-        return CheckResult(self.name, "skipped", why)
+        return CheckResult("skipped", why, name=self.name)
 
 
 def error_line(error: BaseException) -> str:

