@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from gradio_app.settings import Settings
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, command_parser
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Open the web page: recipes, data checks, live runs, chat, export."
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(prog="lightning-peft app", description=ABOUT, epilog=_MORE)
+    parser = command_parser("app", ABOUT, _MORE, json="")
     add = parser.add_argument
     add("--port", type=int, default=7860, help="default: 7860")
     add("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -78,16 +80,24 @@ def resolved(file: Path) -> str:
     return text
 
 
-def resolve_recipes(words: Sequence[str], folder: Path) -> list[str]:
-    """Returns the arguments with every ``--config`` as a file that LightningCLI can read.
+@contextmanager
+def resolved_recipes(words: Sequence[str]) -> Iterator[list[str]]:
+    """Within the body, every ``--config`` is a file that LightningCLI can read.
 
     Args:
         words: The arguments; ``--config`` also takes the name of a recipe.
-        folder: Where the files are written.
+
+    Yields:
+        The arguments with these files.
 
     Raises:
         ConfigError: If a name is neither a file nor a recipe.
     """
+    with TemporaryDirectory() as folder:
+        yield _write_resolved(words, Path(folder))
+
+
+def _write_resolved(words: Sequence[str], folder: Path) -> list[str]:
     done: list[str] = []
     for word in words:
         name = None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import print_json, print_table
 from lightning_peft.engine.cache_entries import Entry, cache_root, entries, remove
 from lightning_peft.errors import ConfigError
 
@@ -27,11 +27,7 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0, or 2 for a name that is none.
-    """
+    """Runs the command and returns its exit code."""
     args = _parser().parse_args(list(arguments))
     cached = [(kind, item) for kind in KINDS for item in entries(cache_root() / kind)]
     if args.command == "clear":
@@ -42,12 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft cache",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = command_parser("cache", ABOUT, _MORE)
     commands = parser.add_subparsers(dest="command")
     clear = commands.add_parser("clear", help="remove entries")
     clear.add_argument("name", nargs="?", help="one entry; its first letters are enough")
@@ -82,8 +73,7 @@ def _clear(chosen: list[Entry], as_json: bool) -> None:
             gone.append(item)
     freed = sum(item.size for item in gone)
     if as_json:
-        names = [item.folder.name for item in gone]
-        print(json.dumps({"removed": names, "bytes": freed}, indent=2))
+        print_json({"removed": [item.folder.name for item in gone], "bytes": freed})
     else:
         print(f"{len(gone)} removed, {_size(freed)} freed")
 
@@ -91,29 +81,12 @@ def _clear(chosen: list[Entry], as_json: bool) -> None:
 def _list(cached: list[tuple[str, Entry]], as_json: bool) -> None:
     rows = [_row(kind, item) for kind, item in cached]
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    if not rows:
+        print_json(rows)
+    elif not rows:
         print(f"Nothing is kept in {cache_root()}.")
-        return
-    from rich.console import Console
-
-    total = f"{_size(sum(item.size for _, item in cached))} in {cache_root()}"
-    table = [_cells(row) for row in rows]
-    console = Console()
-    if not console.is_terminal:
-        for words in table:
-            print("\t".join(words.values()))
-        print(total)
-        return
-    from rich.table import Table
-
-    grid = Table(caption=total)
-    for heading in table[0]:
-        grid.add_column(heading)
-    for words in table:
-        grid.add_row(*words.values())
-    console.print(grid)
+    else:
+        total = _size(sum(item.size for _, item in cached))
+        print_table([_cells(row) for row in rows], f"{total} in {cache_root()}")
 
 
 def _row(kind: str, item: Entry) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.merge import add_base_options
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import quiet_libraries, to_stderr
 from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,15 +30,11 @@ exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 13
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
-    """
+    """Runs the command and returns its exit code."""
     args = _parser().parse_args(list(arguments))
     if args.serve:
         return _serve(args)
-    with redirect_stdout(sys.stderr):
+    with to_stderr():
         conversation = _load(args)
     return _answer_all(conversation, args)
 
@@ -71,11 +68,7 @@ def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft chat",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = command_parser("chat", ABOUT, _MORE, "print each answer as a line of JSON")
     parser.add_argument("adapters", metavar="ADAPTER", nargs="*")
     add_model_options(parser)
     once = parser.add_mutually_exclusive_group()
@@ -88,7 +81,6 @@ def _parser() -> OptionParser:
     )
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="random seed for sampling")
-    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     return parser
 
 
@@ -100,12 +92,6 @@ def load_chat_model(
 ) -> Any:
     """Returns the model that the options of :func:`add_model_options` describe.
 
-    Args:
-        args: Options.
-        temperature: How its tokens are drawn.
-        top_p: Likewise.
-        progress: Called with a text about the current step.
-
     Raises:
         ConfigError: If options contradict each other, or nothing says what the base is.
     """
@@ -115,8 +101,6 @@ def load_chat_model(
 
     tools = read_tools_file(args.tools)
     variables = read_variables(args.chat_template_kwargs)
-    from lightning_peft.cli.progress import quiet_libraries
-
     quiet_libraries()
     from lightning_peft.chat.chat_model import ChatModel, Sampling, template_for
     from lightning_peft.export import loading
@@ -188,7 +172,7 @@ def _serve(args: argparse.Namespace) -> int:
     # A byte that is not UTF-8 makes a bad request, and no end.
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     # Nothing else may get between the lines of the protocol.
-    with redirect_stdout(sys.stderr):
+    with to_stderr():
         protocol.Server(sys.stdin, out, args.system, args.seed).serve(make)
     return 0
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 from lightning_peft.cli.data_config import data_from_config
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, add_config_option, command_parser
+from lightning_peft.cli.output import print_json, to_stderr
 from lightning_peft.errors import ConfigError, LightningPeftError
 
 ABOUT = "Check every row of your data, with an exit code for CI."
@@ -23,28 +21,29 @@ exit code: 0 if every row can be trained on, 1 if rows have problems, 2 if the d
 """
 # What makes the check one of tokens.
 _OF_TOKENS = ("--tokenizer", "--processor", "--data.init_args.tokenizer")
+# Of the numbers of a preview.
+_REPORTED = (
+    *("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused"),
+    *("read_as", "files_left_out", "splits", "split_by", "shared_prompts", "problems"),
+    *("labels", "max_length"),
+)
 _TOKENS = "lightning_peft.SupervisedData"
 _ROWS = "lightning_peft.data.preview.CheckedRows"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if all is well, 1 if rows have problems, 2 if the data cannot be read.
-    """
+    """Runs the command and returns its exit code."""
     args, rest = _parser().parse_known_args(list(arguments))
     rest = _with_configs(rest)
     try:
-        # Whatever libraries print, the result alone goes to the standard output.
-        with redirect_stdout(sys.stderr) if args.json else nullcontext():
+        with to_stderr(args.json):
             report = checked(args.config, rest)
     except LightningPeftError as error:
         if args.json:
-            print(json.dumps({"passed": False, "error": str(error)}, indent=2))
+            print_json({"passed": False, "error": str(error)})
         raise
     if args.json:
-        print(json.dumps(report, indent=2))
+        print_json(report)
     else:
         _show(report)
     return 0 if report["passed"] else 1
@@ -60,25 +59,14 @@ def _with_configs(words: Sequence[str]) -> list[str]:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft check",
-        usage="lightning-peft check DATA [--config RECIPE ...] [--json] [--KEY VALUE ...]",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], help="recipe, or YAML file; repeatable"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser = command_parser("check", ABOUT, _MORE)
+    parser.usage = "lightning-peft check DATA [--config RECIPE ...] [--json] [--KEY VALUE ...]"
+    add_config_option(parser)
     return parser
 
 
 def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     """Returns the result of checking all rows, ready for JSON.
-
-    Args:
-        configs: Recipes or YAML files.
-        words: Arguments of the data, and overrides.
 
     Raises:
         ConfigError: If the data cannot be read at all.
@@ -92,18 +80,7 @@ def checked(configs: Sequence[str], words: Sequence[str]) -> dict[str, Any]:
     data = data_from_config(configs, words, _TOKENS if tokens else _ROWS, _parser().known())
     numbers = preview(data, 0).numbers
     left_out = bool(data.hparams["skip_bad_rows"])
-    names = ("data", "rows", "rejected", "shape", "columns", "columns_unused", "keys_unused")
-    more = (
-        "read_as",
-        "files_left_out",
-        "splits",
-        "split_by",
-        "shared_prompts",
-        "problems",
-        "labels",
-        "max_length",
-    )
-    report = {name: numbers[name] for name in (*names, *more) if name in numbers}
+    report = {name: numbers[name] for name in _REPORTED if name in numbers}
     passed = left_out or not numbers["problems"]
     if passed and tokens and not left_out:
         # What is wrong with all rows together, such as a split without any.
@@ -117,12 +94,10 @@ def _show(report: dict[str, Any]) -> None:
     from lightning_peft.cli import preview
 
     console = Console(highlight=False)
-    for line in preview.overview(report):
-        console.print(line, markup=False, soft_wrap=True)
+    lines = preview.overview(report)
     if not report["tokens_checked"]:
-        console.print(
-            "tokens    not checked: name a --tokenizer or a --config for lengths and templates",
-            markup=False,
-            soft_wrap=True,
-        )
+        why = "name a --tokenizer or a --config for lengths and templates"
+        lines.append(f"tokens    not checked: {why}")
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
     preview.show_problems(console, report)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.cli.chat import add_model_options, load_chat_model
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import print_report, progress_to_stderr
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Compare a base with its adapters: answers side by side, or losses on data."
@@ -24,27 +23,13 @@ exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 13
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 at the end, 1 if something cannot be loaded, 2 for bad input.
-    """
-    args = _parser().parse_args(list(arguments))
-    with redirect_stdout(sys.stderr):
-        report = _compare(args)
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _show(report)
+    """Runs the command and returns its exit code."""
+    print_report(_parser().parse_args(arguments), _compare, _show)
     return 0
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft compare",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = command_parser("compare", ABOUT, _MORE)
     parser.add_argument("adapters", metavar="ADAPTER", nargs="+")
     on = parser.add_mutually_exclusive_group(required=True)
     on.add_argument("--prompts", help="text file, one a line, or JSONL with prompt and reference")
@@ -64,7 +49,6 @@ def _parser() -> OptionParser:
     data.add_argument("--limit", type=int, help="most rows that are read")
     data.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", help="JSONL file to make, with a line for each prompt or row")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -79,8 +63,6 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--tools is for --prompts; rows of --data bring their own tools.")
     if args.data and not Path(args.data).exists() and "/" not in args.data:
         raise ConfigError(f"--data {args.data!r} is not a file or folder here.")
-    from lightning_peft.cli.progress import progress_to_stderr
-
     chat_model = load_chat_model(args)
     with progress_to_stderr() as progress:
         if prompts is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from yaml import safe_dump, safe_load
 
 from lightning_peft.errors import ConfigError, similar_names
-from lightning_peft.recipe_files import find_recipe, resolve_recipes, resolved
+from lightning_peft.recipe_files import find_recipe, resolved, resolved_recipes
 
 _DEFAULT = "lightning_peft.SupervisedData"
 # What only concerns the order and loading of batches.
@@ -30,12 +30,6 @@ def data_from_config(
     """Returns the data module that configs and the command line describe.
 
     Overrides of the model and the Trainer are checked as ``fit`` does, and change nothing here.
-
-    Args:
-        configs: Recipes or YAML files, the last one on top.
-        words: Arguments of the data as options, and overrides of a config.
-        default: Class of the data where no config names one.
-        options: What the command itself takes, to name it where it is misspelled.
 
     Raises:
         ConfigError: If they do not describe data that is read row by row.
@@ -128,11 +122,10 @@ def _check(configs: Sequence[str], overrides: Sequence[str]) -> None:
             f"{overrides[0]} is for a config with a model, and there is none. Name a recipe with "
             "--config, or leave it out."
         )
-    words = [*(f"--config={name}" for name in configs), *overrides]
-    with tempfile.TemporaryDirectory() as folder:
-        from lightning_peft.plugin.lightning_cli import parsed_config
+    from lightning_peft.plugin.lightning_cli import parsed_config
 
-        parsed_config(resolve_recipes(words, Path(folder)))
+    with resolved_recipes([*(f"--config={name}" for name in configs), *overrides]) as words:
+        parsed_config(words)
 
 
 def _data_section(configs: Sequence[str], default: str) -> tuple[str, dict[str, Any]]:

@@ -43,12 +43,7 @@ def demo(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0, or 1 where it failed for a reason it can explain. Bad arguments exit
-        with 2.
-    """
+    """Runs the command and returns its exit code."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(

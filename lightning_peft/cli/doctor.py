@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import json
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import print_json, to_stderr
 
 if TYPE_CHECKING:
     from lightning_peft.doctor.results import CheckResult
@@ -29,12 +29,7 @@ _QUIET_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if everything needed works, 1 if something is broken. Bad
-        arguments exit with 2.
-    """
+    """Runs the command and returns its exit code."""
     from rich.console import Console
 
     from lightning_peft.doctor import checks
@@ -44,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     # A broken kernel can end the process; then the trace and the last line say which it was.
     if not faulthandler.is_enabled() and sys.__stderr__ is not None:
         faulthandler.enable(sys.__stderr__)
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     results = []
     for result in checks.run_checks(options, _progress):
         results.append(result)
@@ -52,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
             _show(console, result)
     broken = [result.name for result in results if result.status == "failed"]
     if args.json:
-        print(json.dumps(_as_dict(results, passed=not broken), indent=2))
+        print_json(_as_dict(results, passed=not broken))
     else:
         unsure = sum(result.status == "warning" for result in results)
         warned = f"; warnings: {unsure}" if unsure else ""
@@ -62,11 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft doctor",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = command_parser("doctor", ABOUT, _MORE)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to try"
     )
@@ -76,7 +67,6 @@ def _parser() -> OptionParser:
         action=argparse.BooleanOptionalAction,
         help="require the Hub or skip the check; by default an unreachable Hub is a warning",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -93,7 +83,7 @@ def _progress(name: str) -> Iterator[None]:
 
     console = Console(stderr=True)
     # What the parts under trial print must not get between the lines, or into the JSON.
-    with redirect_stdout(sys.stderr):
+    with to_stderr():
         if console.is_terminal:
             with console.status(f"checking {name}"):
                 yield
@@ -108,17 +98,10 @@ def _progress(name: str) -> Iterator[None]:
 
 
 def _show(console: Any, result: CheckResult) -> None:
-    remedy = f"fix: {result.remedy}" if result.remedy else ""
-    mark = _MARKS[result.status]
-    if not console.is_terminal:
-        print(f"{mark} {result.name}: {result.detail}", flush=True)
-        if remedy:
-            print(f"{'':8}{remedy}", flush=True)
-        return
     from rich.markup import escape
 
-    console.print(
-        f"[{_STYLES[result.status]}]{mark}[/] [bold]{result.name}[/]: {escape(result.detail)}"
-    )
-    if remedy:
-        console.print(f"{'':8}{escape(remedy)}", style="yellow")
+    mark = f"[{_STYLES[result.status]}]{_MARKS[result.status]}[/]"
+    line = f"{mark} [bold]{result.name}[/]: {escape(result.detail)}"
+    console.print(line, soft_wrap=True)
+    if result.remedy:
+        console.print(f"{'':8}fix: {escape(result.remedy)}", style="yellow", soft_wrap=True)

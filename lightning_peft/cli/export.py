@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.merge import add_base_options, as_text, read_prompts
-from lightning_peft.cli.options import OptionParser
-from lightning_peft.cli.progress import progress_to_stderr, quiet_libraries
+from lightning_peft.cli.merge import add_base_options, add_merge_options, as_text, merge_arguments
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import print_report, progress_to_stderr, quiet_libraries
 from lightning_peft.errors import ConfigError
 
 ABOUT = "Export an adapter: PEFT folder, merged or quantized model, for vLLM or Ollama; to the hub."
@@ -30,28 +27,13 @@ _FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if all was written, 1 if something cannot be, 2 for bad input.
-    """
-    args = _parser().parse_args(list(arguments))
-    # Whatever libraries print, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr):
-        report = _export(args)
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _show(report)
+    """Runs the command and returns its exit code."""
+    print_report(_parser().parse_args(arguments), _export, _show)
     return 0
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft export",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = command_parser("export", ABOUT, _MORE)
     parser.add_argument("adapter", metavar="ADAPTER", help="folder, .ckpt file, or run")
     parser.add_argument("output", metavar="OUTPUT", help="folder to make")
     parser.add_argument("--format", choices=_FORMATS, default="adapter")
@@ -62,10 +44,7 @@ def _parser() -> OptionParser:
         help="plain, chatml, raw or Jinja source; by default the one recorded with the adapter",
     )
     merged = parser.add_argument_group("with a merged model")
-    merged.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    merged.add_argument("--into", choices=("dequantized", "original"))
-    merged.add_argument("--prompts", help="text file, one prompt a line, to compare on")
-    merged.add_argument("--no-measure", dest="measure", action="store_false")
+    add_merge_options(merged)
     merged.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of --format quantized")
     ollama = parser.add_argument_group("with --format ollama")
     ollama.add_argument(
@@ -84,14 +63,13 @@ def _parser() -> OptionParser:
         help="make a new repository private",
     )
     hub.add_argument("--dry-run", action="store_true", help="list what would be pushed, and do not")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run and not args.push_to:
         raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    options = merge_arguments(args)
     quiet_libraries()
     from lightning_peft.export import formats, hub
 
@@ -100,7 +78,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         if not args.dry_run:
             hub.check_token()
     with progress_to_stderr() as progress:
-        request = _request(args, formats, prompts, progress)
+        request = _request(args, formats, options | {"progress": progress})
         report = formats.FORMATS[args.format](request)
     report = {"format": args.format, "output": args.output, **report}
     report["files"] = hub.files_of(Path(args.output))
@@ -112,7 +90,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _request(args: argparse.Namespace, formats: Any, prompts: Any, progress: Any) -> Any:
+def _request(args: argparse.Namespace, formats: Any, options: dict[str, Any]) -> Any:
     from lightning_peft.export import merged_folder
     from lightning_peft.export.adapters import find_adapter
 
@@ -131,16 +109,7 @@ def _request(args: argparse.Namespace, formats: Any, prompts: Any, progress: Any
         base=base,
         output=Path(args.output),
         base_name=args.base_name,
-        options={
-            "base": args.base,
-            "revision": args.revision,
-            "dtype": args.dtype,
-            "into": args.into,
-            "prompts": prompts,
-            "measure": args.measure,
-            "check_base": args.check_base,
-            "progress": progress,
-        },
+        options=options,
         bits=args.bits,
         chat_template=template,
         system=args.system,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.cli.options import OptionParser
-from lightning_peft.cli.progress import progress_to_stderr, quiet_libraries
+from lightning_peft.cli.options import OptionParser, command_parser
+from lightning_peft.cli.output import print_report, progress_to_stderr, quiet_libraries
 
 ABOUT = "Merge an adapter into a 16-bit model folder, tensor by tensor, and say what that costs."
 _MORE = """\
@@ -36,29 +33,8 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if the model was written, 1 if it cannot be, 2 for bad input.
-    """
-    args = _parser().parse_args(list(arguments))
-    # Whatever libraries print, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr):
-        report = _merge(args)
-    print(json.dumps(report, indent=2) if args.json else as_text(report))
-    return 0
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft merge",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument("adapter", metavar="ADAPTER")
-    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
-    add_base_options(parser)
+def add_merge_options(parser: Any) -> None:
+    """Adds the options that say how the adapter is merged."""
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
@@ -76,40 +52,44 @@ def _parser() -> OptionParser:
         action="store_false",
         help="do not compare outputs, which loads the model",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def merge_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of ``export.merging.merge`` that the options above give."""
+    names = ("base", "revision", "check_base", "dtype", "into", "measure", "prompts")
+    arguments = {name: getattr(args, name) for name in names}
+    if args.prompts:
+        from lightning_peft.chat.comparison import read_prompts
+
+        arguments["prompts"] = [prompt.text for prompt in read_prompts(args.prompts)]
+    return arguments
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    print_report(_parser().parse_args(arguments), _merge, lambda report: print(as_text(report)))
+    return 0
+
+
+def _parser() -> OptionParser:
+    parser = command_parser("merge", ABOUT, _MORE)
+    parser.add_argument("adapter", metavar="ADAPTER")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to make")
+    add_base_options(parser)
+    add_merge_options(parser)
     return parser
 
 
 def _merge(args: argparse.Namespace) -> dict[str, Any]:
-    prompts = read_prompts(args.prompts) if args.prompts else None
+    options = merge_arguments(args)
     quiet_libraries()
     from lightning_peft.export.merging import merge
 
     with progress_to_stderr() as progress:
         report: dict[str, Any] = merge(
-            args.adapter,
-            Path(args.output),
-            base=args.base,
-            revision=args.revision,
-            dtype=args.dtype,
-            into=args.into,
-            prompts=prompts,
-            measure=args.measure,
-            check_base=args.check_base,
-            progress=progress,
+            args.adapter, Path(args.output), **options, progress=progress
         )
     return report
-
-
-def read_prompts(file: str) -> list[str]:
-    """Returns the prompts in a file, as `lightning-peft compare` reads them.
-
-    Raises:
-        ConfigError: If it cannot be read, or has none.
-    """
-    from lightning_peft.chat.comparison import read_prompts as read
-
-    return [prompt.text for prompt in read(file)]
 
 
 def as_text(report: dict[str, Any]) -> str:

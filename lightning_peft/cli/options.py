@@ -17,12 +17,9 @@ class OptionParser(argparse.ArgumentParser):
 
     _words: Sequence[str] = ()
 
-    def __init__(self, **more: Any) -> None:
-        settings: dict[str, Any] = {
-            "formatter_class": argparse.RawDescriptionHelpFormatter,
-            "allow_abbrev": False,
-        }
-        super().__init__(**settings | more)
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings, allow_abbrev=False)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Returns the arguments of the command line ``args``, all of which have to be known."""
@@ -43,12 +40,24 @@ class OptionParser(argparse.ArgumentParser):
         return list(dict.fromkeys(found))
 
 
+def command_parser(
+    name: str, about: str, more: str, json: str = "print the result as JSON"
+) -> OptionParser:
+    """Returns the parser of a command, with ``--json`` if there is a help for it."""
+    parser = OptionParser(prog=f"lightning-peft {name}", description=about, epilog=more)
+    if json:
+        parser.add_argument("--json", action="store_true", help=json)
+    return parser
+
+
+def add_config_option(parser: OptionParser) -> None:
+    """Adds ``--config``, of which the last one is on top."""
+    text = "recipe, or YAML file; repeatable"
+    parser.add_argument("--config", action="append", default=[], help=text)
+
+
 def refuse_unknown(words: Sequence[str], known: Sequence[str]) -> None:
     """Refuses options that do not exist.
-
-    Args:
-        words: A command line.
-        known: The options of the command.
 
     Raises:
         ConfigError: With the nearest right name of each.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.options import OptionParser, refuse_unknown
+from lightning_peft.cli.options import (
+    OptionParser,
+    add_config_option,
+    command_parser,
+    refuse_unknown,
+)
+from lightning_peft.cli.output import print_json, to_stderr
 
 if TYPE_CHECKING:
     from lightning_peft.plan.method_comparison import MethodComparison
@@ -27,17 +32,12 @@ exit code: 0 if the question was answered, 1 if the model cannot be planned for,
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0, or 1 where the model cannot be planned for, or 2 for bad input.
-    """
+    """Runs the command and returns its exit code."""
     args = _given(list(arguments))
-    # Whatever the libraries print, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr), _progress() as progress:
+    with to_stderr(), _progress() as progress:
         comparison = _survey(args, progress)
     if args.json:
-        print(json.dumps(comparison.as_dict(), indent=2))
+        print_json(comparison.as_dict())
     else:
         from lightning_peft.cli.plan_display import show
 
@@ -66,13 +66,9 @@ def _given(arguments: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft plan",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    parser = command_parser("plan", ABOUT, _MORE)
     add = parser.add_argument
-    add("--config", action="append", default=[], help="recipe, or YAML file; repeatable")
+    add_config_option(parser)
     add("--model", help="name on the hub, or a folder with a config.json")
     add("--method", choices=("full", "lora", "qlora"), default="qlora", help="default: qlora")
     add("--seq-len", type=int, default=512, help="tokens in a row; default: 512")
@@ -109,7 +105,6 @@ def _parser() -> OptionParser:
         action="store_true",
         help="do not search the largest batch and the longest sequence",
     )
-    add("--json", action="store_true", help="print the result as JSON")
     return parser
 
 

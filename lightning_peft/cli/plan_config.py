@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError
-from lightning_peft.recipe_files import resolve_recipes
+from lightning_peft.recipe_files import resolved_recipes
 from lightning_peft.task_registry import task_of_config
 
 _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
@@ -18,18 +16,13 @@ _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
 def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Returns the arguments of the command for the run of a config.
 
-    Args:
-        configs: Recipes or YAML files, the last one on top.
-        overrides: Overrides of them, as for ``fit``.
-
     Raises:
         ConfigError: If they cannot be read, or the memory of such a run is not predicted.
     """
-    words = [*(f"--config={name}" for name in configs), *overrides]
-    with tempfile.TemporaryDirectory() as folder:
-        from lightning_peft.plugin.lightning_cli import parsed_config
+    from lightning_peft.plugin.lightning_cli import parsed_config
 
-        config = parsed_config(resolve_recipes(words, Path(folder)))
+    with resolved_recipes([*(f"--config={name}" for name in configs), *overrides]) as words:
+        config = parsed_config(words)
     path, task = str(config["model"]["class_path"]), task_of_config(config)
     sequences = task.sequences_per_row if task else 0
     model, data = _arguments(config["model"]), _arguments(config.get("data"))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.cli.data_config import data_from_config
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import OptionParser, add_config_option, command_parser
+from lightning_peft.cli.output import print_json, to_stderr
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,15 +36,10 @@ _FILES = 12
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if all is well, 1 if rows have problems, 2 if the input cannot be used.
-    """
+    """Runs the command and returns its exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(list(arguments))
-    # Whatever libraries print, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with to_stderr(args.json):
         from lightning_peft.data.preview import preview
 
         words = ["--help", *rest] if args.help_all else rest
@@ -56,8 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         if shown.numbers["problems"] and skipping:
             data.setup("fit")
     if args.json:
-        content = {**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]}
-        print(json.dumps(content, indent=2))
+        print_json({**shown.numbers, "first_rows": [asdict(row) for row in shown.rows]})
     else:
         from rich.console import Console
 
@@ -66,16 +58,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> OptionParser:
-    parser = OptionParser(
-        prog="lightning-peft preview",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], help="recipe, or YAML file; repeatable"
-    )
+    parser = command_parser("preview", ABOUT, _MORE)
+    add_config_option(parser)
     parser.add_argument("--rows", type=int, default=3, help="rows that are shown in full")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--help-all", action="store_true", help="list all arguments of the data")
     return parser
 
@@ -92,12 +77,7 @@ def _show(console: Console, shown: Preview) -> None:
 
 
 def show_problems(console: Console, numbers: dict[str, Any]) -> None:
-    """Prints all problems, or that there are none.
-
-    Args:
-        console: Where.
-        numbers: Those of a preview.
-    """
+    """Prints all problems, or that there are none."""
     for problem in numbers["problems"]:
         _show_problem(console, problem)
     if numbers["problems"]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from yaml import safe_load
 
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import command_parser
+from lightning_peft.cli.output import print_json, print_table
 from lightning_peft.errors import ConfigError
 from lightning_peft.recipe_files import find_recipe, recipe_files, recipes_folder, resolved
 
@@ -35,17 +36,8 @@ def measured() -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0, or 2 for a name that is none.
-    """
-    parser = OptionParser(
-        prog="lightning-peft recipes",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+    """Runs the command and returns its exit code."""
+    parser = command_parser("recipes", ABOUT, _MORE)
     commands = parser.add_subparsers(dest="command")
     show = commands.add_parser("show", help="print a recipe")
     show.add_argument("name")
@@ -74,23 +66,9 @@ def _list(as_json: bool) -> None:
     results = measured()
     rows = [_row(name, file, results.get(name)) for name, file in recipe_files().items()]
     if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        for row in rows:
-            print("\t".join(str(value or "-") for value in row.values()))
-        return
-    from rich.table import Table
-
-    table = Table()
-    for heading in rows[0] if rows else ():
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*(str(value or "-") for value in row.values()))
-    console.print(table)
+        print_json(rows)
+    else:
+        print_table([{name: str(cell or "-") for name, cell in row.items()} for row in rows])
 
 
 def _row(name: str, file: Path, result: dict[str, Any] | None) -> dict[str, Any]:

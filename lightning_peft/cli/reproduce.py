@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import command_parser
+from lightning_peft.cli.output import print_json, to_stderr
 
 if TYPE_CHECKING:
     from lightning_peft.runs.reproduction import Reproduction
@@ -26,30 +25,16 @@ exit code: 0 if it was reproduced, 1 if not, 2 for bad input, 130 after an inter
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if the run was reproduced, 1 if not, 2 if there is none to reproduce.
-    """
-    parser = OptionParser(
-        prog="lightning-peft reproduce",
-        description=ABOUT,
-        epilog=_MORE,
-    )
+    """Runs the command and returns its exit code."""
+    parser = command_parser("reproduce", ABOUT, _MORE)
     parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(list(arguments))
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with to_stderr(args.json):
         again, reproduction = _rerun(args.run)
     if again is None:
         return 130
     if args.json:
-        print(
-            json.dumps(
-                {"passed": reproduction.passed, "folder": str(again), **asdict(reproduction)},
-                indent=2,
-            )
-        )
+        print_json({"passed": reproduction.passed, "folder": str(again), **asdict(reproduction)})
     else:
         _show(reproduction, again)
     return 0 if reproduction.passed else 1

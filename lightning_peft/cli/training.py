@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.output import print_json, to_stderr
 from lightning_peft.errors import ConfigError
-from lightning_peft.recipe_files import resolve_recipes
+from lightning_peft.recipe_files import resolved_recipes
 
 if TYPE_CHECKING:
     from lightning_peft.runs.session import RunSession
@@ -52,41 +51,29 @@ be used, 130 after an interrupt
 
 
 def main(subcommand: str, arguments: Sequence[str]) -> int:
-    """Runs one of the four.
-
-    Args:
-        subcommand: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-        arguments: LightningCLI's arguments; ``--config`` also takes the name of a recipe.
-            ``--resume RUN`` goes on with a run where it was stopped, and ``--json`` prints the
-            result as JSON.
-
-    Returns:
-        The exit code: 0; 1 where the run failed for a reason that it can explain; 2 for input
-        that cannot be used; 130 after an interrupt.
-    """
+    """Runs one of the four with the arguments of LightningCLI, and returns its exit code."""
     if not arguments or set(arguments) & {"-h", "--help"}:
         print(_HELP.format(name=subcommand, about=ABOUT[subcommand]), end="")
         return 0 if arguments else 2
-    as_json = "--json" in arguments
-    words = [word for word in arguments if word != "--json"]
+    parser = OptionParser(add_help=False)
+    parser.add_argument("--resume", nargs="?", const="")
+    parser.add_argument("--json", action="store_true")
+    args, words = parser.parse_known_args(arguments)
     words = ["--help" if word == "--help-all" else word for word in words]
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        words = _with_resume(words)
+    with to_stderr(args.json):
+        if args.resume is not None:
+            words = _resumed(args.resume, words)
         session = run(subcommand, words)
     if session.saved is not None:
         _print_resume_command(subcommand, words, session)
         return 130
     if session.result is not None:
-        _show(session, as_json)
+        _show(session, args.json)
     return 0
 
 
 def run(subcommand: str, words: Sequence[str]) -> RunSession:
     """Runs one of the four, and returns its result.
-
-    Args:
-        subcommand: Which one.
-        words: LightningCLI's arguments; ``--config`` also takes the name of a recipe.
 
     Raises:
         LightningPeftError: If it fails for a reason that it explains.
@@ -96,8 +83,8 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
 
     name = Path(_configs(words)[0]).stem if _configs(words) else "run"
     session: RunSession = RunSession(subcommand, name)
-    with tempfile.TemporaryDirectory() as folder, session:
-        run_subcommand(subcommand, resolve_recipes(words, Path(folder)), session)
+    with resolved_recipes(words) as resolved, session:
+        run_subcommand(subcommand, resolved, session)
     return session
 
 
@@ -111,17 +98,10 @@ def _configs(words: Sequence[str]) -> list[str]:
     return configs
 
 
-def _with_resume(words: list[str]) -> list[str]:
-    """Returns the arguments with ``--resume RUN`` as the recipe, folder and checkpoint of a run."""
-    places = [place for place, word in enumerate(words) if word.partition("=")[0] == "--resume"]
-    if not places:
-        return words
+def _resumed(path: str, words: list[str]) -> list[str]:
+    """Returns the arguments with the recipe, folder and checkpoint of the run to go on with."""
     from lightning_peft.runs.folder import RunFolder
 
-    place = places[0]
-    _, equals, path = words[place].partition("=")
-    rest = words[place + 1 :] if equals else words[place + 2 :]
-    path = path if equals else (words[place + 1 :] or [""])[0]
     folder = RunFolder(Path(path))
     checkpoint = folder.newest_checkpoint()
     if not path or not folder.recipe.is_file() or checkpoint is None:
@@ -130,7 +110,7 @@ def _with_resume(words: list[str]) -> list[str]:
             f"--resume {path!r}: that is not a run folder that can be resumed: it has "
             f"no {lacking}. Name a folder below `runs`, or start a new run with --config."
         )
-    own = [f"--config={folder.recipe}", *words[:place], *rest]
+    own = [f"--config={folder.recipe}", *words]
     return [*own, f"--run_dir={folder.path}", f"--ckpt_path={checkpoint}"]
 
 
@@ -155,7 +135,7 @@ def _show(session: RunSession, as_json: bool) -> None:
     assert result is not None
     assert session.folder is not None
     if as_json:
-        print(json.dumps({**result, "folder": str(session.folder.path)}, indent=2))
+        print_json({**result, "folder": str(session.folder.path)})
         return
     from rich.console import Console
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_peft.cli.options import OptionParser
+from lightning_peft.cli.options import add_config_option, command_parser
+from lightning_peft.cli.output import print_json, to_stderr
 from lightning_peft.errors import BaseMismatchError, ConfigError
-from lightning_peft.recipe_files import resolve_recipes
+from lightning_peft.recipe_files import resolved_recipes
 
 if TYPE_CHECKING:
     from lightning_peft.engine.verification.result import Verification
@@ -32,33 +29,22 @@ exit code: 0 if no check failed, 1 if one did or the module cannot be adapted, 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command.
-
-    Returns:
-        The exit code: 0 if no check failed, 1 if one did, 2 if the config cannot be used.
-    """
-    parser = OptionParser(
-        prog="lightning-peft verify",
-        usage="lightning-peft verify (RUN | --config FILE ...) [--json] [--KEY VALUE ...]",
-        description=ABOUT,
-        epilog=_MORE,
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        help="recipe, or YAML file as for LightningCLI; repeatable",
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    """Runs the command and returns its exit code."""
+    parser = command_parser("verify", ABOUT, _MORE)
+    parser.usage = "lightning-peft verify (RUN | --config FILE ...) [--json] [--KEY VALUE ...]"
+    add_config_option(parser)
     words = list(arguments)
     # No argument of the parser: it would take the values of LightningCLI's options for the run.
     run = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     args, rest = parser.parse_known_args(words)
-    # Whatever the user's own code prints, the result alone goes to the standard output.
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with to_stderr(args.json):
         module, verification = _verify(run, args.config, rest, announce=not args.json)
     if args.json:
-        print(_as_json(module, verification))
+        checks = [
+            {"name": check.name, "passed": check.passed, "detail": check.detail}
+            for check in verification.checks
+        ]
+        print_json({"module": module, "passed": verification.passed, "checks": checks})
     else:
         _show(module, verification)
     return 0 if verification.passed else 1
@@ -71,8 +57,7 @@ def _verify(
 
     configs = [f"--config={file}" for file in files]
     if path is None:
-        with tempfile.TemporaryDirectory() as folder:
-            words = resolve_recipes([*configs, *rest], Path(folder))
+        with resolved_recipes([*configs, *rest]) as words:
             verified = verify_config(words, announce=announce)
         return verified.module, verified.verification
     if configs:
@@ -101,14 +86,6 @@ def _verify(
     checks.append(engine.Check("the base is the one that was trained on", True, detail))
     checks.append(integrity.data_check(run, verified.datamodule))
     return run.path.name, engine.Verification([*checks, *verified.verification.checks])
-
-
-def _as_json(module: str, verification: Verification) -> str:
-    checks = [
-        {"name": check.name, "passed": check.passed, "detail": check.detail}
-        for check in verification.checks
-    ]
-    return json.dumps({"module": module, "passed": verification.passed, "checks": checks}, indent=2)
 
 
 def _show(module: str, verification: Verification) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import subprocess
 import sys
 
@@ -15,17 +14,6 @@ from lightning_peft.demo.run import BASE, INSTRUCTIONS
 COMMANDS = command_names()
 
 
-def run(*arguments, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", *arguments],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("asked", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
     code = (
@@ -33,6 +21,7 @@ def test_help_lists_commands_and_loads_nothing_heavy(asked, tmp_path):
         f"try: assert main({[*asked, '--help']}) == 0\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'pytorch_lightning'}\n"
+        "heavy |= {'huggingface_hub', 'gradio'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run(
@@ -104,8 +93,8 @@ def assert_the_demo_tuned(folder, said, method, steps):
     assert ("nf4, double quantization" in said) == (method == "qlora")
 
 
-def test_the_demo_runs_and_tunes(tmp_path):
-    done = run("demo", "--steps", "12", "--seed", "3", cwd=tmp_path, COLUMNS="100")
+def test_the_demo_runs_and_tunes(new_process, tmp_path):
+    done = new_process("demo", "--steps", "12", "--seed", "3", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 12)
 

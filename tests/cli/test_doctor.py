@@ -142,25 +142,7 @@ def test_a_terminal_gets_colours_and_the_same_words(monkeypatch, capsys):
     ("arguments", "named"),
     [(["--device", "tpu"], "tpu"), (["--fodler", "x"], "--fodler"), (["extra"], "extra")],
 )
-def test_bad_arguments_are_named(arguments, named, capsys):
-    try:
-        code = main(["doctor", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert named in capsys.readouterr().err
-
-
-def test_help_loads_nothing_heavy(tmp_path):
-    code = (
-        "import sys; from lightning_peft.cli import main\n"
-        "try: main(['doctor', '--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "heavy = {'torch', 'transformers', 'peft', 'bitsandbytes', 'huggingface_hub'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("--json", "--no-hub", "--folder", "exit code"))
+def test_bad_arguments_are_named(arguments, named, in_process):
+    done = in_process("doctor", *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr

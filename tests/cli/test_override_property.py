@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-import tempfile
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 
 import lightning.pytorch.cli
 import pytest
@@ -22,7 +20,7 @@ from lightning_peft.cli.plan_config import plan_from_config
 from lightning_peft.errors import LightningPeftError
 from lightning_peft.plugin.config_errors import constructor_parameters
 from lightning_peft.plugin.lightning_cli import parsed_config
-from lightning_peft.recipe_files import find_recipe, resolve_recipes
+from lightning_peft.recipe_files import find_recipe, resolved_recipes
 
 RECIPES = ["sft-qlora", "dpo-lora", "text-classification-qlora", "translation-lora"]
 
@@ -40,8 +38,8 @@ def plan(recipe, option):
 
 
 def fit(recipe, option):
-    with tempfile.TemporaryDirectory() as folder:
-        parsed_config(resolve_recipes([f"--config={recipe}", option], Path(folder)))
+    with resolved_recipes([f"--config={recipe}", option]) as words:
+        parsed_config(words)
 
 
 COMMANDS = [preview, check, plan, fit]

@@ -1,13 +1,10 @@
 """``lightning-peft plan`` on a folder that holds only a config."""
 
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
-from lightning_peft.cli import main
 from lightning_peft.cli.plan_config import plan_from_config
 from lightning_peft.errors import ConfigError
 
@@ -19,35 +16,19 @@ CONFIG = {
 
 
 @pytest.fixture
-def plan(tmp_path):
-    """Runs the command in a process of its own; the model is in ``model``."""
+def model(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
 
-    def run(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_peft.cli", "plan", *words],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
 
-    return run
+@pytest.fixture
+def plan(model, new_process):
+    return partial(new_process, "plan")
 
 
 @pytest.fixture
-def here(plan, tmp_path, monkeypatch, capsys):
-    """Runs the same in this process, which is quicker."""
-
-    def run(*words):
-        monkeypatch.chdir(tmp_path)
-        code = main(["plan", *words])
-        streams = capsys.readouterr()
-        return subprocess.CompletedProcess(words, code, streams.out, streams.err)
-
-    return run
+def here(model, in_process):
+    return partial(in_process, "plan")
 
 
 def test_json_alone_is_printed(plan):
@@ -121,19 +102,6 @@ def test_a_layer_that_is_not_there_is_answered_with_1(here):
     assert done.returncode == 1
     assert "q_prj" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys\n"
-        "from lightning_peft.cli import main\n"
-        "try: main(['plan', '--help'])\n"
-        "except SystemExit as stop: print('code', stop.code)\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("code 0\nFalse\n")
-    assert "--gpu" in done.stdout
 
 
 def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):

@@ -1,13 +1,10 @@
 """``lightning-peft preview`` on real files, with the demo's tokenizer."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_peft.cli import main
 from lightning_peft.cli.data_config import as_option
 from lightning_peft.demo.run import BASE, INSTRUCTIONS
 
@@ -25,38 +22,18 @@ def write(folder, rows, arguments):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Runs the same in this process, which is quicker."""
-
+def here(tmp_path, in_process, monkeypatch):
     def run(rows, *arguments, **environment):
-        monkeypatch.chdir(tmp_path)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        try:
-            code = main(write(tmp_path, rows, arguments))
-        except SystemExit as stop:
-            code = stop.code
-        streams = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, code, streams.out, streams.err)
+        return in_process(*write(tmp_path, rows, arguments))
 
     return run
 
 
 @pytest.fixture
-def preview(tmp_path):
-    """Runs the command in a folder of its own, on rows that are written there first."""
-
-    def run(rows, *arguments):
-        words = write(tmp_path, rows, arguments)
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_peft.cli", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    return run
+def preview(tmp_path, new_process):
+    return lambda rows, *arguments: new_process(*write(tmp_path, rows, arguments))
 
 
 def test_trained_tokens_are_marked_and_everything_is_counted(here):

@@ -1,7 +1,6 @@
 """``lightning-peft verify`` on a user's own module, data and config."""
 
 import json
-import subprocess
 import sys
 from importlib import import_module
 
@@ -160,26 +159,15 @@ BAD = [
 
 
 @pytest.mark.parametrize(("extra", "message"), BAD, ids=[" ".join(extra) for extra, _ in BAD])
-def test_bad_input_is_named(extra, message, user, capsys):
+def test_bad_input_is_named(extra, message, user, in_process):
     given = user()
-    arguments = [*given, *extra] if extra and extra[0] != "--config" else extra
-    try:
-        code = main(["verify", *arguments])
-    except SystemExit as stop:
-        code = stop.code
-    assert code == 2
-    assert message in capsys.readouterr().err
+    done = in_process("verify", *(given if extra and extra[0] != "--config" else ()), *extra)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
-def test_the_program_finds_modules_beside_the_config(user, tmp_path):
-    given = user()
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_peft.cli", "verify", *given, "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_program_finds_modules_beside_the_config(user, new_process):
+    done = new_process("verify", *user(), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["passed"] is True
 
