@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
 
-from gradio_app.compare.results import AXES, LOSSES, loss_curve, same_validation_rows
+from gradio_app.compare.recipe_diff import differences
+from gradio_app.compare.results import (
+    AXES,
+    LOSSES,
+    Outcome,
+    compare_answers,
+    loss_curve,
+    outcome_of,
+    same_validation_rows,
+)
 from gradio_app.compare.selection import MAX_RUNS, RunSelection, parse_ids, select_runs
-from gradio_app.pages import compare_html
-from gradio_app.pages.layout import event_options, heading, on_load
+from gradio_app.pages.components import field, html, on_event, on_load
+from gradio_app.pages.layout import heading
 from gradio_app.pages.plot import Series, plot
-from gradio_app.runs.metrics import MetricsCache
+from gradio_app.pages.run.live_html import shortened_cell
+from gradio_app.pages.run_state import state_badge
+from gradio_app.pages.templating import render
+from gradio_app.recipe.fields import BY_PATH
+from gradio_app.runs.formatting import format_bytes, format_duration, format_number, metric
+from gradio_app.runs.metrics import Metrics, MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -28,11 +43,22 @@ _FOLLOW = """
   window.history.replaceState(window.history.state, '', url);
 }
 """
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+TABLE_ROWS = 12
+_MAX_DIFFERENCES = 60
+_DASH = "\u2013"
+# Settings that are chosen in other steps of the form than its fields.
+_OTHER_STEPS = {
+    "model.class_path": "task",
+    "model.init_args.model": "model",
+    "data.init_args.data": "data",
+    "trainer.strategy.class_path": "method",
+}
 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("compare.heading"), t("compare.below"))
+    heading(t("compare.heading"), t, t("compare.below"))
     ComparePage(studio, t).bind()
 
 
@@ -47,62 +73,48 @@ class ComparePage:
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
         self._metrics = MetricsCache()
-        self._runs = gr.Dropdown(
-            [],
+        self._runs = field(
+            gr.Dropdown,
+            t,
+            "compare.runs",
+            "compare-runs",
+            info=t("compare.runs_hint", most=MAX_RUNS),
+            choices=[],
             value=[],
             multiselect=True,
             max_choices=MAX_RUNS,
-            label=t("compare.runs"),
-            info=t("compare.runs_more", most=MAX_RUNS),
-            elem_id="compare-runs",
-            interactive=True,
         )
-        self._notice = gr.HTML("", elem_id="compare-notice", padding=False)
-        with gr.Column(elem_id="compare-body", visible=False) as self._body:
-            self._build_curves()
-            self._parts = [
-                gr.HTML("", elem_id=f"compare-{name}", padding=False)
-                for name in ("outcomes", "differences", "samples")
+        notice = html(elem_id="compare-notice")
+        with gr.Column(elem_id="compare-body", visible=False) as body:
+            curves = self._build_curves()
+            parts = [
+                html(elem_id=f"compare-{name}") for name in ("outcomes", "differences", "samples")
             ]
-        self._outputs = [
-            self._notice,
-            self._body,
-            self._plot,
-            self._text,
-            self._table,
-            *self._parts,
-        ]
+        self._outputs = [notice, body, *curves, *parts]
 
-    def _build_curves(self) -> None:
+    def _build_curves(self) -> list[Any]:
         t = self.t
+        losses = [(t(f"run.{name}"), name) for name in LOSSES]
+        axes = [(t(f"compare.axis_{name}"), name) for name in AXES]
         with gr.Row(elem_id="compare-choices", equal_height=True):
-            gr.HTML(f"<h2>{t('compare.curves')}</h2>", padding=False)
-            self._loss = gr.Radio(
-                [(t(f"run.{name}"), name) for name in LOSSES],
-                value="val_loss",
-                label=t("compare.loss"),
-                elem_id="compare-loss",
-                interactive=True,
+            html(f"<h2>{t('compare.curves')}</h2>")
+            self._loss = field(
+                gr.Radio, t, "compare.loss", "compare-loss", choices=losses, value="val_loss"
             )
-            self._axis = gr.Radio(
-                [(t(f"compare.axis_{name}"), name) for name in AXES],
-                value="step",
-                label=t("compare.axis"),
-                elem_id="compare-axis",
-                interactive=True,
+            self._axis = field(
+                gr.Radio, t, "compare.axis", "compare-axis", choices=axes, value="step"
             )
-        self._plot = gr.HTML("", elem_id="compare-plot", padding=False)
-        self._text = gr.HTML("", elem_id="compare-text", padding=False)
+        shown = [html(elem_id="compare-plot"), html(elem_id="compare-text")]
         with gr.Accordion(t("run.as_table"), open=False, elem_id="compare-table"):
-            self._table = gr.HTML("", padding=False)
+            return [*shown, html()]
 
     def bind(self) -> None:
         """Binds what happens."""
         given: list[Any] = [self._runs, self._loss, self._axis]
         on_load(self._on_load, given[1:], [self._runs, *self._outputs])
         self._runs.input(None, self._runs, None, js=_FOLLOW)
-        for choice in given:
-            choice.input(self._on_change, given, self._outputs, **event_options())
+        events = [choice.input for choice in given]
+        on_event(self.t, events, self._on_change, given, self._outputs)
 
     def _on_load(self, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
         owner = owner_of(request, self.studio.settings.space)
@@ -126,9 +138,9 @@ class ComparePage:
 
     def _updates(self, found: RunSelection, loss: Any, axis: Any, offered: int) -> list[Any]:
         t = self.t
-        notice = compare_html.notice(found, offered, t)
+        shown = notice(found, offered, t)
         if len(found.runs) < 2:
-            return [notice, gr.Column(visible=False), *[gr.skip()] * (len(self._outputs) - 2)]
+            return [shown, gr.Column(visible=False), *[gr.skip()] * (len(self._outputs) - 2)]
         loss, axis = loss if loss in LOSSES else "val_loss", axis if axis in AXES else "step"
         metrics = [self._metrics.of(run.folder.metrics) for run in found.runs]
         curves = {
@@ -148,12 +160,171 @@ class ComparePage:
             whole_x=axis == "step",
         )
         return [
-            notice,
+            shown,
             gr.Column(visible=True),
             drawn,
-            compare_html.summary(curves, loss, axis, same_validation_rows(found.runs), t),
-            compare_html.curve_table(curves, axis, t),
-            compare_html.outcomes(found, metrics, t),
-            compare_html.settings_diff(found, t),
-            compare_html.samples(found, t),
+            summary(curves, loss, axis, same_validation_rows(found.runs), t),
+            curve_table(curves, axis, t),
+            outcomes(found, metrics, t),
+            settings_diff(found, t),
+            samples(found, t),
         ]
+
+
+def notice(found: RunSelection, offered: int, t: Texts) -> str:
+    """Returns the notice for runs that cannot be compared or are too few."""
+    problems = []
+    if found.missing:
+        problems.append(t("compare.missing", runs=", ".join(found.missing)))
+    if found.too_many:
+        problems.append(t("compare.too_many", most=MAX_RUNS))
+    chosen = len(found.runs)
+    return render("compare.notice", t, problems=problems, chosen=chosen, offered=offered)
+
+
+def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str:
+    """Returns in sentences what the curves show.
+
+    Args:
+        curves: Points of each run.
+        loss: Which loss they are of.
+        axis: What they are over.
+        ranked: Whether their losses can be ranked: of other rows they cannot.
+        t: Texts.
+    """
+    said, ends = [], {}
+    for label, points in curves.items():
+        if not points:
+            said.append(t("compare.no_curve", run=label, loss=t(f"run.{loss}")))
+            continue
+        ends[label] = points[-1][1]
+        least = min(value for _, value in points)
+        said.append(
+            t(
+                "compare.curve",
+                run=label,
+                first=format_number(points[0][1], t),
+                last=format_number(points[-1][1], t),
+                at=_position(points[-1][0], axis, t),
+                least=format_number(least, t),
+            )
+        )
+    if not ranked:
+        said.insert(0, t("compare.not_comparable"))
+    elif len(ends) > 1:
+        best = min(ends, key=lambda label: ends[label])
+        lowest = format_number(ends[best], t)
+        said.insert(0, t("compare.best", run=best, loss=t(f"run.{loss}"), value=lowest))
+    return render("compare.summary", t, sentences=said)
+
+
+def _position(x: float, axis: str, t: Texts) -> str:
+    return (
+        t("compare.at_step", step=int(x))
+        if axis == "step"
+        else t("compare.at_minute", n=t.localized(f"{x:.3g}"))
+    )
+
+
+def curve_table(curves: Curves, axis: str, t: Texts) -> str:
+    """Returns the curves as a table: of each run some points, the last one among them."""
+    chosen = {label: _sample_points(points) for label, points in curves.items()}
+    places = sorted({x for points in chosen.values() for x in points})
+    head = [t(f"compare.axis_{axis}"), *curves]
+    rows = [
+        (
+            format_number(x, t),
+            [format_number(points[x], t) if x in points else "" for points in chosen.values()],
+        )
+        for x in places
+    ]
+    return render("parts.table", t, empty=_DASH, label=t("run.as_table"), head=head, rows=rows)
+
+
+def _sample_points(points: Sequence[tuple[float, float]]) -> dict[float, float]:
+    if len(points) <= TABLE_ROWS:
+        return dict(points)
+    last = len(points) - 1
+    return dict(points[round(last * place / (TABLE_ROWS - 1))] for place in range(TABLE_ROWS))
+
+
+def outcomes(found: RunSelection, metrics: Sequence[Metrics], t: Texts) -> str:
+    """Returns the outcomes of the runs."""
+    known = [outcome_of(run, one) for run, one in zip(found.runs, metrics, strict=True)]
+    names = dict.fromkeys(name for one in known for name in one.after)
+    rows: list[tuple[str, list[str]]] = [
+        (metric(name, t), [_change(one, name, t) for one in known]) for name in names
+    ]
+    for key, values in (
+        ("steps", [_optional_number(one.steps, t) for one in known]),
+        ("time", [format_duration(one.seconds, t) if one.seconds else "" for one in known]),
+        ("memory", [format_bytes(one.memory, t) if one.memory else "" for one in known]),
+        ("trainable", [_optional_number(one.trainable, t) for one in known]),
+    ):
+        rows.append((t(f"compare.{key}"), values))
+    runs = [
+        (t.url("run", run=run.id), label, state_badge(run, t))
+        for run, label in zip(found.runs, found.labels, strict=True)
+    ]
+    return render("compare.outcomes", t, runs=runs, rows=rows)
+
+
+def _change(one: Outcome, name: str, t: Texts) -> str:
+    if name not in one.after:
+        return ""
+    after = format_number(one.after[name], t)
+    return f"{format_number(one.before[name], t)} \u2192 {after}" if name in one.before else after
+
+
+def _optional_number(value: int | None, t: Texts) -> str:
+    return "" if value is None else t.number(value)
+
+
+def settings_diff(found: RunSelection, t: Texts) -> str:
+    """Returns the settings that differ."""
+    seen = differences([run.recipe_text for run in found.runs])
+    rows = [
+        (
+            path,
+            _label(path, t),
+            [_DASH if value is None else shortened_cell(value) for value in values],
+        )
+        for path, values in sorted(seen.rows, key=lambda row: not _label(row[0], t))
+    ][:_MAX_DIFFERENCES]
+    return render(
+        "compare.settings",
+        t,
+        unreadable=[found.labels[place] for place in seen.unreadable],
+        head=[t("compare.setting"), *found.labels],
+        rows=rows,
+        rest=len(seen.rows) - len(rows),
+        same=seen.same,
+    )
+
+
+def _label(path: str, t: Texts) -> str:
+    """Returns the form's label of a setting; empty for one that it does not have."""
+    if path in BY_PATH:
+        return t(f"fields.{BY_PATH[path].key}")
+    return t(f"compare.path_{_OTHER_STEPS[path]}") if path in _OTHER_STEPS else ""
+
+
+def samples(found: RunSelection, t: Texts) -> str:
+    """Returns the samples of the runs for the same prompts."""
+    said, note = compare_answers(found.runs), t("compare.samples_note")
+    if not said:
+        recorded = any(run.folder.samples.is_file() for run in found.runs)
+        note = t("compare.no_shared_samples" if recorded else "compare.no_samples")
+    missing = t("compare.not_asked")
+    rows = [
+        (
+            shortened_cell(one.prompt),
+            [
+                shortened_cell(one.expected),
+                *(missing if answer is None else shortened_cell(answer) for answer in one.answers),
+            ],
+        )
+        for one in said
+    ]
+    head = [t("run.prompt"), t("run.expected"), *found.labels]
+    return render("compare.samples", t, head=head, rows=rows, note=note)

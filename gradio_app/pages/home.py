@@ -1,36 +1,46 @@
-"""The first page: what this machine can do, three ways to begin, and the runs so far."""
+"""The first page: what this machine can do, three ways to begin, the queue and the runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
-from gradio_app.pages import home_html
-from gradio_app.pages.error_reporting import report_errors
-from gradio_app.pages.layout import event_options, heading, on_load, timer_options
-from gradio_app.pages.markup import markup
-from gradio_app.pages.updates import changed_updates
+from gradio_app.pages.components import (
+    changed_updates,
+    markup,
+    on_event,
+    on_load,
+    timer_options,
+)
+from gradio_app.pages.layout import heading
+from gradio_app.pages.run_state import percent_done, phase_text, state_badge, time_left
+from gradio_app.pages.templating import render
 from gradio_app.recipe.edits import demo_recipe
-from gradio_app.runs.machine import this_machine
+from gradio_app.runs.formatting import format_bytes, format_number, time_ago
+from gradio_app.runs.machine import Machine, this_machine
+from gradio_app.runs.summaries import summary_of
+from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
 from lightning_peft.compat.gradio import event_data
 
 SECONDS = 2.0
+PER_PAGE = 10
 
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
     below = "home.below_space" if studio.settings.space else "home.below"
-    heading(t("home.heading"), t(below))
-    machine = markup("", elem_id="machine")
-    now = markup("", elem_id="running-now")
+    heading(t("home.heading"), t, t(below))
+    machine, now = markup(elem_id="machine"), markup(elem_id="running-now")
     _cards(studio, t)
-    lists = markup("", elem_id="runs", js_on_load=CLICK_DELEGATE)
+    lists = markup(elem_id="runs", js_on_load=CLICK_DELEGATE)
     page, seen = gr.State(1), gr.Textbox(visible=False)
     outputs = [now, lists, page, seen]
 
@@ -40,9 +50,8 @@ def build(studio: Studio, t: Texts) -> None:
 
     def first(request: gr.Request) -> list[Any]:
         lent = studio.settings.limits.minutes if studio.settings.zero_gpu else None
-        return [home_html.machine_summary(this_machine(), t, lent), *look(1, "", request)]
+        return [machine_summary(this_machine(), t, lent), *look(1, "", request)]
 
-    @report_errors(t)
     def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
         owner = owner_of(request, studio.settings.space)
         number = _act(studio, owner, number, event)
@@ -50,16 +59,16 @@ def build(studio: Studio, t: Texts) -> None:
 
     on_load(first, None, [machine, *outputs])
     gr.Timer(SECONDS).tick(look, [page, seen], outputs, **timer_options())
-    lists.click(act, page, outputs, **event_options())
+    on_event(t, lists.click, act, page, outputs)
 
 
 def _changed(studio: Studio, t: Texts, owner: str, number: Any, before: Any) -> list[Any]:
     """Returns the updates that a browser does not have yet."""
     runs = studio.store.list(owner)
-    page = home_html.RunPage.of(runs, number if isinstance(number, int) else 1)
+    page = RunPage.of(runs, number if isinstance(number, int) else 1)
     line = [(run if run.owner == owner else None) for run in studio.queue.order()]
-    shown = (home_html.active_runs(runs, t), home_html.run_lists(page, line, t))
-    known, values = changed_updates([(text, text) for text in shown], before)
+    shown = (active_runs(runs, t), run_lists(page, line, t))
+    known, values = changed_updates(shown, before)
     return [*values, page.number, known]
 
 
@@ -81,15 +90,14 @@ def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
 def _cards(studio: Studio, t: Texts) -> None:
     with gr.Row(elem_id="cards", equal_height=True):
         with gr.Column(elem_classes="card", min_width=260):
-            markup(home_html.card("try", t))
+            markup(render("home.card", t, name="try"))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
         for name, query in (("own", {}), ("big", {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):
-                link = t.url("new", **query)
-                markup(home_html.card(name, t, link, this_machine().gpu))
+                link, gpu = t.url("new", **query), this_machine().gpu
+                markup(render("home.card", t, name=name, link=link, gpu=gpu))
     to = gr.Textbox(visible=False)
 
-    @report_errors(t)
     def begin(request: gr.Request) -> str:
         owner = owner_of(request, studio.settings.space)
         run = studio.store.create(owner, demo_recipe(), t("home.try_name"))
@@ -101,4 +109,104 @@ def _cards(studio: Studio, t: Texts) -> None:
         return t.url("run", run=run.id)
 
     go = "(url) => { if (url) window.location.href = url; }"
-    start.click(begin, None, to, **event_options()).success(None, to, None, js=go)
+    on_event(t, start.click, begin, None, to).success(None, to, None, js=go)
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """One page of the list of runs.
+
+    Attributes:
+        runs: The runs on it.
+        number: Which page it is, from 1.
+        pages: How many there are.
+    """
+
+    runs: Sequence[Run]
+    number: int
+    pages: int
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], wanted: int) -> RunPage:
+        """Returns a page of the runs that do not wait, the nearest to the one that is wanted."""
+        resting = [run for run in runs if not run.waiting]
+        pages = max(1, -(-len(resting) // PER_PAGE))
+        page = min(max(wanted, 1), pages)
+        return cls(resting[(page - 1) * PER_PAGE : page * PER_PAGE], page, pages)
+
+
+def machine_summary(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
+    """Returns in sentences what a machine can do.
+
+    Args:
+        found: What it has of its own.
+        t: Texts.
+        lent_minutes: For how long a run may use a GPU that is lent to it, if one is.
+    """
+    lora, qlora = found.max_billions(quantized=False), found.max_billions(quantized=True)
+    if found.gpu and found.gpu_bytes:
+        has = t("home.machine_gpu", gpu=found.gpu, memory=format_bytes(found.gpu_bytes, t))
+        can = t("home.fits_gpu", lora=t.localized(f"{lora:g}"), qlora=t.localized(f"{qlora:g}"))
+    elif found.gpu:
+        has, can = t("home.machine_gpu_alone", gpu=found.gpu), t("home.fits_unknown")
+    elif lent_minutes is not None:
+        has, can = t("home.machine_lent", seconds=round(60 * lent_minutes)), ""
+    else:
+        has = t("home.machine_no_gpu")
+        can = t("home.fits_cpu", lora=t.localized(f"{lora:g}")) if lora else t("home.fits_little")
+    memory, free = format_bytes(found.memory_bytes, t), format_bytes(found.free_bytes, t)
+    rest = t("home.machine_rest", cores=found.cores, memory=memory, free=free)
+    return render("home.machine_summary", t, has=has, rest=rest, can=can)
+
+
+def active_runs(runs: Sequence[Run], t: Texts) -> str:
+    """Returns the runs that are at work."""
+    rows = [_active_run(run, t) for run in runs if run.active]
+    return render("home.active_runs", t, runs=rows) if rows else ""
+
+
+def _active_run(run: Run, t: Texts) -> dict[str, Any]:
+    done = percent_done(run)
+    facts = [phase_text(run, t)]
+    if done is not None:
+        facts = [t("run.percent", percent=done), *filter(None, [time_left(run, t)])]
+    return {
+        "badge": state_badge(run, t),
+        "url": t.url("run", run=run.id),
+        "name": run.name,
+        "facts": ", ".join(facts),
+        "state": run.status.state,
+        "percent": done or 0,
+    }
+
+
+def run_lists(page: RunPage, line: Sequence[Run | None], t: Texts) -> str:
+    """Returns the queue, and a page of the runs.
+
+    Args:
+        page: The page.
+        line: The runs that wait; ``None`` for those of others.
+        t: Texts.
+    """
+    queue = render("home.queue", t, runs=line) if line else ""
+    if not page.runs and line:
+        return queue
+    rows = [_row(run, t) for run in page.runs]
+    return queue + render("home.run_table", t, rows=rows, page=page)
+
+
+def _row(run: Run, t: Texts) -> dict[str, Any]:
+    found = summary_of(run)
+    loss = ""
+    if found.loss is not None:
+        kind = "validation" if found.validated else "training"
+        loss = t(f"home.loss_{kind}", value=format_number(found.loss, t))
+    return {
+        "url": t.url("run", run=run.id),
+        "name": run.name,
+        "state": state_badge(run, t),
+        "task": " ".join(filter(None, [found.task, found.method])),
+        "loss": loss,
+        "when": time_ago(run.created, t) if run.created else "",
+        "run": run,
+    }

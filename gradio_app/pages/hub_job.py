@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.guards import checked_hub_name, escaped, shortened
-from gradio_app.pages.error_reporting import report_errors
-from gradio_app.pages.layout import event_options
+from gradio_app.guards import checked_hub_name, shortened
+from gradio_app.pages.components import field, html, on_event
+from gradio_app.pages.templating import message
 from gradio_app.recipe.validation import validate_recipe
 from gradio_app.redaction import Redactor
 from gradio_app.runs import hf_jobs
@@ -24,14 +24,15 @@ PACKAGE = "lightning-peft"
 MAX_MINUTES = 24 * 60
 
 
-@dataclass(frozen=True)
-class _Form:
-    machine: gr.Dropdown
-    minutes: gr.Number
-    repository: gr.Textbox
-    cost: gr.HTML
-    agreed: gr.Checkbox
-    start: gr.Button
+class JobInputs(NamedTuple):
+    """Values of the components of the part, in the order in which they are sent."""
+
+    recipe: Any
+    name: Any
+    flavor: Any
+    minutes: Any
+    repository: Any
+    agreed: Any
 
 
 def build(studio: Studio, t: Texts, recipe: Any, name: Any, gone: Any) -> None:
@@ -47,37 +48,18 @@ def build(studio: Studio, t: Texts, recipe: Any, name: Any, gone: Any) -> None:
     if not studio.settings.space:
         return
     with gr.Accordion(t("hub_job.heading"), open=False, elem_id="hub-job"):
-        gr.HTML(f"<p>{escaped(t('hub_job.below'))}</p>", padding=False)
+        html(f"<p>{t('hub_job.below')}</p>")
         show = gr.Button(t("hub_job.show"))
-        form = _form(t)
-    show.click(
-        report_errors(t)(_hardware_handler(t)),
-        None,
-        [form.machine, form.repository, form.start],
-        **event_options(),
-    )
-    for changed in (form.machine.change, form.minutes.change):
-        changed(
-            report_errors(t)(_cost_handler(t)),
-            [form.machine, form.minutes],
-            form.cost,
-            **event_options(),
-        )
-    given = [recipe, name, form.machine, form.minutes, form.repository, form.agreed]
-    form.start.click(report_errors(t)(_start_handler(studio)), given, gone, **event_options())
-
-
-def _form(t: Texts) -> _Form:
-    return _Form(
-        machine=gr.Dropdown([], label=t("hub_job.machine"), interactive=True),
-        minutes=gr.Number(60, label=t("hub_job.minutes"), precision=0, interactive=True),
-        repository=gr.Textbox(
-            label=t("hub_job.repository"), info=t("hub_job.repository_hint"), interactive=True
-        ),
-        cost=gr.HTML("", padding=False),
-        agreed=gr.Checkbox(label=t("hub_job.agree"), interactive=True),
-        start=gr.Button(t("hub_job.start"), variant="primary", interactive=False),
-    )
+        machine = field(gr.Dropdown, t, "hub_job.machine", choices=[])
+        minutes = field(gr.Number, t, "hub_job.minutes", value=60, precision=0)
+        repository = field(gr.Textbox, t, "hub_job.repository")
+        cost = html()
+        agreed = field(gr.Checkbox, t, "hub_job.agree")
+        start = gr.Button(t("hub_job.start"), variant="primary", interactive=False)
+    on_event(t, show.click, _hardware_handler(t), None, [machine, repository, start])
+    on_event(t, (machine.change, minutes.change), _cost_handler(t), [machine, minutes], cost)
+    given = [recipe, name, machine, minutes, repository, agreed]
+    on_event(t, start.click, _start_handler(studio), given, gone)
 
 
 def _require_token(request: gr.Request) -> str:
@@ -112,7 +94,7 @@ def _cost_handler(t: Texts) -> Any:
         machine, asked = _find_hardware(flavor, _require_token(request)), _validate_minutes(minutes)
         dollars = t.number(hf_jobs.max_cost(machine, asked), 2)
         text = t("hub_job.cost", dollars=dollars, minutes=f"{asked:g}", title=machine.title)
-        return f'<p role="status">{escaped(text)}</p>'
+        return message("", text, t)
 
     return price
 
@@ -131,24 +113,17 @@ def _validate_minutes(value: Any) -> float:
 
 
 def _start_handler(studio: Studio) -> Any:
-    def start(
-        recipe: Any,
-        name: Any,
-        flavor: Any,
-        minutes: Any,
-        repository: Any,
-        agreed: Any,
-        request: gr.Request,
-    ) -> str:
-        token = _require_token(request)
-        if agreed is not True:
+    def start(request: gr.Request, *values: Any) -> str:
+        token, inputs = _require_token(request), JobInputs(*values)
+        if inputs.agreed is not True:
             raise UserError("hub_job.not_agreed")
-        machine, asked = _find_hardware(flavor, token), _validate_minutes(minutes)
-        repository = checked_hub_name(repository)
+        machine = _find_hardware(inputs.flavor, token)
+        asked = _validate_minutes(inputs.minutes)
+        repository, recipe = checked_hub_name(inputs.repository), str(inputs.recipe)
         owner = owner_of(request, studio.settings.space)
         # What the visitor pays for needs no limits of this machine.
-        validate_recipe(str(recipe), replace(studio.settings, limits=Limits()), owner)
-        run = studio.store.create(owner, str(recipe), shortened(name))
+        validate_recipe(recipe, replace(studio.settings, limits=Limits()), owner)
+        run = studio.store.create(owner, recipe, shortened(inputs.name))
         try:
             hf_jobs.start_job(run.folder, token, machine.flavor, asked, repository, PACKAGE)
             studio.store.update_metadata(run, where=hf_jobs.EXECUTOR, launched=run.created)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradio_app.guards import escaped
+from gradio_app.pages.templating import message, render
 from gradio_app.runs.formatting import format_number
 from gradio_app.texts import Texts
 
 Curve = Sequence[tuple[float, float]]
-# Inside, lengths are thousandths of the plot's width and height.
-_SCALE = 1000
 _TICKS = 6
 # Curves with more points show as lines alone.
 _MAX_MARKED_POINTS = 60
@@ -123,85 +121,35 @@ def plot(
     ]
     drawn = [one for one in drawn if one.points]
     if not drawn:
-        return f'<p class="plot empty">{escaped(empty)}</p>'
+        return message("plot empty", empty, t, role="")
     xs = [x for one in drawn for x, _ in one.points]
     ys = [y for one in drawn for _, y in one.points]
     across, up = linear(xs, whole_x), logarithmic(ys) if log_y else linear(ys)
-    labels = escaped(_pointer_labels(drawn, across, x_title, t))
-    summary = f"{y_title}, {x_title}: " + ", ".join(one.name for one in drawn)
-    return (
-        f'<div class="plot">{_head(drawn, y_title, t)}'
-        f'<div class="plot-area" data-points="{labels}">'
-        f'<svg class="marks" role="img" aria-label="{escaped(summary)}" overflow="visible">'
-        f"{_grid(across, up, t)}{_curves(drawn, across, up)}</svg>"
-        f'<div class="plot-said" aria-hidden="true"></div></div>'
-        f'<div class="x-title">{escaped(x_title)}</div></div>'
+    return render(
+        "plot.plot",
+        t,
+        series=[_paths(one, across, up) for one in drawn],
+        x_title=x_title,
+        y_title=y_title,
+        points=_pointer_labels(drawn, across, x_title, t),
+        x_ticks=[(across.place(tick), _format_tick(tick, t)) for tick in across.ticks],
+        y_ticks=[(up.place(tick), format_number(tick, t)) for tick in up.ticks],
     )
-
-
-def _head(drawn: Sequence[Series], y_title: str, t: Texts) -> str:
-    legend = "".join(
-        f'<span><i style="background: {one.color}" aria-hidden="true"></i>'
-        f"{escaped(one.name)}</span>"
-        for one in drawn
-    )
-    buttons = "".join(
-        f'<button type="button" class="as-button" data-plot-{act}>{t(f"run.plot_{act}")}</button>'
-        for act in ("full", "save")
-    )
-    return (
-        f'<div class="plot-head"><span class="y-title">{escaped(y_title)}</span>'
-        f'<span class="legend">{legend}</span><span class="acts">{buttons}</span></div>'
-    )
-
-
-def _grid(across: Axis, up: Axis, t: Texts) -> str:
-    text = 'fill="var(--body-text-color-subdued, #475569)" font-size="12"'
-    line = 'stroke="var(--border-color-primary, #cbd5e1)" stroke-width="1"'
-    parts = []
-    for tick in up.ticks:
-        y = f"{100 * (1 - up.place(tick)):.2f}%"
-        parts.append(
-            f'<line x1="0" x2="100%" y1="{y}" y2="{y}" {line}/><text class="y-tick" x="0" dx="-8" '
-            f'dy="4" y="{y}" text-anchor="end" {text}>{format_number(tick, t)}</text>'
-        )
-    for tick in across.ticks:
-        x = f"{100 * across.place(tick):.2f}%"
-        parts.append(
-            f'<line x1="{x}" x2="{x}" y1="0" y2="100%" {line} stroke-opacity=".5"/>'
-            f'<text class="x-tick" x="{x}" y="100%" dy="18" text-anchor="middle" {text}>'
-            f"{_format_tick(tick, t)}</text>"
-        )
-    return "".join(parts)
 
 
 def _format_tick(value: float, t: Texts) -> str:
     return f"{value:.0f}" if float(value).is_integer() else t.localized(f"{value:g}")
 
 
-def _curves(drawn: Sequence[Series], across: Axis, up: Axis) -> str:
-    """Returns the lines; a point is a line without length, which stays round however it is bent."""
-    paths = []
-    for one in drawn:
-        places = [
-            (round(_SCALE * across.place(x), 1), round(_SCALE * (1 - up.place(y)), 1))
-            for x, y in one.points
-        ]
-        looks = f'fill="none" stroke="{one.color}" vector-effect="non-scaling-stroke"'
-        line = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
-        paths.append(
-            f'<path class="line" data-series="{escaped(one.name)}" d="{line}" {looks} '
-            f'stroke-width="2" stroke-linejoin="round"/>'
-        )
-        if len(places) <= _MAX_MARKED_POINTS:
-            dots = "".join(f"M{x:g} {y:g}h0" for x, y in places)
-            paths.append(
-                f'<path class="points" d="{dots}" {looks} stroke-width="7" stroke-linecap="round"/>'
-            )
-    return (
-        f'<svg viewBox="0 0 {_SCALE} {_SCALE}" width="100%" height="100%" overflow="visible" '
-        f'preserveAspectRatio="none">{"".join(paths)}</svg>'
-    )
+def _paths(one: Series, across: Axis, up: Axis) -> dict[str, str]:
+    """Returns a line; a point is a line without length, which stays round however it is bent."""
+    places = [
+        f"{round(1000 * across.place(x), 1):g} {round(1000 * (1 - up.place(y)), 1):g}"
+        for x, y in one.points
+    ]
+    marked = len(places) <= _MAX_MARKED_POINTS
+    dots = "".join(f"M{place}h0" for place in places) if marked else ""
+    return {"name": one.name, "color": one.color, "path": "M" + "L".join(places), "dots": dots}
 
 
 def _pointer_labels(drawn: Sequence[Series], across: Axis, x_title: str, t: Texts) -> str:
@@ -210,9 +158,11 @@ def _pointer_labels(drawn: Sequence[Series], across: Axis, x_title: str, t: Text
     for one in drawn:
         for x, y in one.points:
             rows.setdefault(x, []).append(f"{one.name} {format_number(y, t)}")
-    place: Callable[[float], float] = across.place
     found = [
-        [round(place(x), 4), f"{x_title} {_format_tick(round(x, 2), t)}: {', '.join(rows[x])}"]
+        [
+            round(across.place(x), 4),
+            f"{x_title} {_format_tick(round(x, 2), t)}: {', '.join(rows[x])}",
+        ]
         for x in sorted(rows)
     ]
     return json.dumps(found, ensure_ascii=False)

@@ -5,43 +5,32 @@ from __future__ import annotations
 import re
 import time
 
-from markupsafe import Markup
-
-from gradio_app.guards import escaped
+from gradio_app.pages.templating import render
 from gradio_app.runs.formatting import format_duration
 from gradio_app.runs.loss_increase import finished_worse
-from gradio_app.runs.types import Run
+from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.texts import Texts
 
-# Next to the word, never instead of it.
-STATE_ICONS = {
-    "queued": "\u25cb",
-    "preparing": "\u25cc",
-    "running": "\u25cf",
-    "stopping": "\u25d0",
-    "stopped": "\u25a0",
-    "finished": "\u2713",
-    "failed": "\u2715",
-    "crashed": "\u26a0",
-    "worse": "\u26a0",
-}
 
-
-def state_badge(run: Run, t: Texts) -> Markup:
+def state_badge(run: Run, t: Texts) -> str:
     """Returns the HTML of a run's state."""
-    state: str = run.status.state if run.status.state in STATE_ICONS else "failed"
+    state: str = run.status.state if t.has(f"run.state_{run.status.state}") else "failed"
     if finished_worse(run):
         state = "worse"
-    return Markup('<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>').format(
-        state, STATE_ICONS[state], t(f"run.state_{state}")
-    )
+    return render("parts.badge", t, state=state, word=t(f"run.state_{state}"))
+
+
+def checkpoint_label(one: Checkpoint, t: Texts, short: bool = False) -> str:
+    """Returns name and step of a checkpoint; if short, its name only where the step is unknown."""
+    key = "run.step" if short else "run.checkpoint"
+    return one.name if one.step is None else t(key, name=one.name, step=one.step)
 
 
 def phase_text(run: Run, t: Texts) -> str:
     """Returns as text what a run is doing."""
-    said = "crashed" if run.status.state == "crashed" else str(run.status.phase)
-    key = "run.phase_" + re.sub(r"[^a-z]+", "-", said.lower()).strip("-")
-    return t(key) if t.has(key) else said
+    phase = "crashed" if run.status.state == "crashed" else str(run.status.phase)
+    key = "run.phase_" + re.sub(r"[^a-z]+", "-", phase.lower()).strip("-")
+    return t(key) if t.has(key) else phase
 
 
 def percent_done(run: Run) -> int | None:
@@ -80,8 +69,3 @@ def time_left(run: Run, t: Texts, now: float | None = None) -> str:
     passed = (time.time() if now is None else now) - (status.eta_at or status.updated)
     seconds = status.eta_seconds - max(0.0, passed)
     return t("run.left", time=format_duration(seconds, t)) if seconds > 0 else ""
-
-
-def escaped_name(run: Run) -> str:
-    """Returns the name of a run as HTML."""
-    return escaped(run.name)

@@ -1,14 +1,15 @@
-"""HTML from ``templates/*.html``, each a file of macros that see the texts as ``t``."""
+"""HTML from ``templates/*.html``: files of macros, in which ``t`` are the texts of the page."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from gradio_app.guards import redacted
+from gradio_app.runs.formatting import format_bytes, format_gigabytes
 from gradio_app.texts import Texts
 
 
@@ -16,18 +17,24 @@ def _without_secrets(value: Any) -> Any:
     return value if hasattr(value, "__html__") else redacted(str(value))
 
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    finalize=_without_secrets,
-)
+@cache
+def _environment(language: str) -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_secrets,
+    )
+    t = made.globals["t"] = Texts(language)
+    made.filters["bytes"] = lambda count: format_bytes(count, t)
+    made.filters["gigabytes"] = lambda count: format_gigabytes(count, t)
+    return made
 
 
-def render(name: str, t: Texts, /, **values: Any) -> Markup:
-    """Renders a macro; whatever is not ``Markup`` is escaped, without secrets.
+def render(name: str, t: Texts, /, **values: Any) -> str:
+    """Renders a macro to ``Markup``; arguments that are not ``Markup`` are escaped and redacted.
 
     Args:
         name: File and macro, such as ``"home.card"``.
@@ -35,5 +42,10 @@ def render(name: str, t: Texts, /, **values: Any) -> Markup:
         **values: Arguments of the macro.
     """
     file, _, macro = name.partition(".")
-    module = _ENVIRONMENT.get_template(f"{file}.html").make_module({"t": t})
-    return Markup(getattr(module, macro)(**values).strip())
+    module: Any = _environment(t.language).get_template(f"{file}.html").module
+    return getattr(module, macro)(**values).strip()
+
+
+def message(kind: str, text: str, t: Texts, role: str = "status") -> str:
+    """Renders a paragraph of a kind that ``assets/*.css`` knows, such as ``"note"``."""
+    return render("parts.message", t, kind=kind, text=text, role=role)

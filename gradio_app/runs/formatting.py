@@ -39,6 +39,11 @@ def format_bytes(count: float, t: Texts) -> str:
     return t.localized(f"{count:.1f} GB")
 
 
+def format_gigabytes(count: float, t: Texts) -> str:
+    """Returns a number of bytes as makers of devices count."""
+    return t.localized(f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB")
+
+
 def format_number(value: float, t: Texts) -> str:
     """Returns a value of a metric with as many digits as are worth reading."""
     if value and abs(value) < 1e-3:

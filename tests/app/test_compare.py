@@ -10,7 +10,7 @@ import pytest
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import compare_answers, loss_curve, outcome_of, same_validation_rows
 from gradio_app.compare.selection import MAX_RUNS, parse_ids, select_runs
-from gradio_app.pages import compare_html
+from gradio_app.pages import compare
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import Texts
@@ -134,9 +134,9 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
         assert not same_validation_rows([one, same, other])
     assert same_validation_rows([others[5], validated(recipe=limited)])
     curves = {"A one": [(0.0, 3.0), (5.0, 1.0)], "B other": [(0.0, 3.0), (5.0, 0.5)]}
-    ranked = compare_html.summary(curves, "val_loss", "step", True, Texts())
+    ranked = compare.summary(curves, "val_loss", "step", True, Texts())
     assert "Lowest at the end: B other, Validation loss 0.5." in ranked
-    unranked = compare_html.summary(curves, "val_loss", "step", False, Texts())
+    unranked = compare.summary(curves, "val_loss", "step", False, Texts())
     assert "Lowest" not in unranked
     assert "Not ranked" in unranked
 
@@ -144,7 +144,7 @@ def test_only_runs_on_the_same_rows_are_ranked(store):
 def test_settings_have_the_names_of_the_form(store):
     one = store.create("local", "model: {init_args: {learning_rate: 1e-4}}\nfake: {a: 1}\n", "one")
     other = store.create("local", "model: {init_args: {learning_rate: 2e-4}}\nfake: {a: 2}\n", "b")
-    shown = compare_html.settings_diff(select_runs(store, "local", [one.id, other.id]), Texts())
+    shown = compare.settings_diff(select_runs(store, "local", [one.id, other.id]), Texts())
     assert 'role="region" aria-label="Settings that differ"' in shown
     assert '<span title="model.init_args.learning_rate">Learning rate</span>' in shown
     assert "<code>fake.a</code>" in shown

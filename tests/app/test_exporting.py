@@ -60,6 +60,16 @@ print(json.dumps(found | ({"push": push} if any("push-to" in word for word in wo
 """
 
 
+class HeldHub(Hub):
+    """Answers what is pushed when a test allows it: until then the export is in progress."""
+
+    allowed = threading.Event()
+
+    def do_POST(self) -> None:
+        self.allowed.wait(60)
+        super().do_POST()
+
+
 def run_of(store, source, name="mine", owner="local"):
     """Returns a finished run of the page that has the checkpoint of another one."""
     run = store.create(owner, recipe(), name)
@@ -248,7 +258,7 @@ def test_files_of_other_versions_are_no_exports(tmp_path):
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
     Hub.files, Hub.made, Hub.commits = {}, [], []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HeldHub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -316,6 +326,13 @@ def test_an_adapter_is_listed_downloaded_and_pushed(site, store, visit, lora_run
     page.get_by_role("button", name="Upload", exact=True).click()
     page.get_by_text("Exporting").wait_for()
     token.wait_for(state="detached")
+    # The tab is opened again while the export is in progress, which the hub holds up.
+    open_tab(page, site, run)
+    page.locator("#export-now").get_by_text("It continues if you close this tab").wait_for()
+    page.locator("#export-now").get_by_role("button", name="Cancel", exact=True).wait_for()
+    assert page.locator("#export-list article").count() == 0
+    assert Hub.commits == []
+    HeldHub.allowed.set()
     page.locator("#export-list .badge", has_text="Uploaded").wait_for(timeout=60_000)
     (made,) = Hub.made
     assert made.get("private") is True or made.get("visibility") == "private"
@@ -366,7 +383,7 @@ def test_a_modelfile_without_a_template_is_not_ready(tmp_path):
         modelfile.write_text(text)
         export = record.read_export(folder, in_progress=False)
         assert export.needs_template is not ready
-        shown = export_html._heading(export, Texts())
+        shown = export_html.heading(export, Texts())
         look, words = ("finished", "Ready") if ready else ("unfinished", "Needs a template")
         assert f'class="badge {look}"' in shown
         assert words in shown

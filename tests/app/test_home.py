@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from gradio_app.pages import home_html
+from gradio_app.pages import home
 from gradio_app.recipe.content import merge_recipes
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
@@ -120,13 +120,13 @@ def test_the_demos_recipe_is_one_that_lies_over_the_other():
 def test_what_is_said_of_machines(language):
     t = Texts(language)
     card = Machine("NVIDIA <b>", 24 * 10**9, 64 * 10**9, 32 * 10**9, 16)
-    assert "NVIDIA &lt;b&gt;" in home_html.machine_summary(card, t)
-    assert t.localized("24.0 GB") in home_html.machine_summary(card, t)
+    assert "NVIDIA &lt;b&gt;" in home.machine_summary(card, t)
+    assert t.localized("24.0 GB") in home.machine_summary(card, t)
     unknown = Machine("NVIDIA", 0, 64 * 10**9, 32 * 10**9, 16)
-    assert t("home.fits_unknown") in home_html.machine_summary(unknown, t)
-    assert t("home.fits_little") in home_html.machine_summary(Machine(None, 0, 10**9, 10**8, 1), t)
-    assert "why-not" in home_html.card("big", t, "./new", None)
-    assert "why-not" not in home_html.card("big", t, "./new", "NVIDIA")
+    assert t("home.fits_unknown") in home.machine_summary(unknown, t)
+    assert t("home.fits_little") in home.machine_summary(Machine(None, 0, 10**9, 10**8, 1), t)
+    assert "why-not" in home.card("big", t, "./new", None)
+    assert "why-not" not in home.card("big", t, "./new", "NVIDIA")
 
 
 def test_the_list_comes_in_pages(tmp_path):
@@ -134,8 +134,8 @@ def test_the_list_comes_in_pages(tmp_path):
     for place in range(23):
         store.create("local", recipe(), f"run {place}")
     runs, t = store.list("local"), Texts()
-    assert [len(home_html.RunPage.of(runs, page).runs) for page in (1, 2, 3)] == [10, 10, 3]
-    assert home_html.RunPage.of(runs, 99).number == 3
-    assert home_html.RunPage.of(runs, -1).number == 1
-    assert "Page 2 of 3" in home_html.run_lists(home_html.RunPage.of(runs, 2), [], t)
-    assert "Someone else" in home_html.run_lists(home_html.RunPage.of([], 1), [None], t)
+    assert [len(home.RunPage.of(runs, page).runs) for page in (1, 2, 3)] == [10, 10, 3]
+    assert home.RunPage.of(runs, 99).number == 3
+    assert home.RunPage.of(runs, -1).number == 1
+    assert "Page 2 of 3" in home.run_lists(home.RunPage.of(runs, 2), [], t)
+    assert "Someone else" in home.run_lists(home.RunPage.of([], 1), [None], t)

@@ -114,6 +114,8 @@ def test_ask_compare_vote_and_unload(space, store, run, visit):
     # Another checkpoint, in a conversation of its own, and by the keyboard.
     page.get_by_label("Checkpoint").click()
     page.get_by_role("option", name="last (step 8)").click()
+    # The column names it before it has answered.
+    page.locator("#try-right").get_by_text("Tuned (step 8)", exact=True).wait_for()
     page.get_by_label("Your question").fill("And `max`?")
     page.get_by_label("Your question").press("Enter")
     page.get_by_text("Tuned (step 8):").wait_for()

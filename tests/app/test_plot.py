@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from html import unescape
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_a_plot_shows_numbers_its_only_point_and_no_html_of_a_run():
     assert "<script>" not in shown
     assert 'd="M500 500h0"' in shown
     assert ticks(shown, "x") == [3, 4, 5]
-    points = json.loads(re.search('data-points="([^"]+)"', shown)[1].replace("&quot;", '"'))
+    points = json.loads(unescape(re.search('data-points="([^"]+)"', shown)[1]))
     assert points[0][0] == 0.5
     two = [Series("training", "#111111", [(1, 10.0), (2, -1.0), (3, 0.1)])]
     shown = plot(two, t, log_y=True, **TITLES)

@@ -476,13 +476,16 @@ def test_what_a_choice_changes_counts_as_unchanged():
 
 
 def test_what_can_be_empty_says_its_default():
-    empty = [one for one in FIELDS if one.optional or None in one.choices]
+    # Without a value, epochs are not counted: its default is 1.
+    epochs = BY_PATH["trainer.check_val_every_n_epoch"]
+    empty = [one for one in FIELDS if one is not epochs and (one.optional or None in one.choices)]
     assert len(empty) > 25
     for language, word in (("en", "default: "), ("de", "Standard: ")):
         for field in empty:
             assert len(unset_text(field, Texts(language))) > len(word), field.key
             assert unset_text(field, Texts(language)).startswith(word)
     assert unset_text(BY_PATH["trainer.log_every_n_steps"], Texts()) == "default: 50"
+    assert unset_text(epochs, Texts()) == "empty: validation counts batches across epochs"
 
 
 def test_a_german_page_has_decimal_commas_in_its_fields():

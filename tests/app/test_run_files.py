@@ -10,7 +10,7 @@ import pytest
 
 from gradio_app.chat.prompts import HeldOutPrompt
 from gradio_app.pages.run import live_html
-from gradio_app.pages.run.samples_html import samples
+from gradio_app.pages.run.live_html import samples
 from gradio_app.runs.curves import downsample, relative_increase, smooth, trend
 from gradio_app.runs.failures import find_failure, report
 from gradio_app.runs.files import cached_text, read_json_object, read_rows, remove_noise, tail

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gradio as gr
 
-from gradio_app.guards import escaped
+from gradio_app.pages.components import html
 from gradio_app.pages.layout import heading
 from gradio_app.pages.new import data, method, model, review, starting_point
 from gradio_app.pages.new.editor import Editor
+from gradio_app.pages.templating import render
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 
@@ -53,18 +54,18 @@ _STEPPING = """
 
 def build(studio: Studio, t: Texts) -> None:
     """Makes the page."""
-    heading(t("new.heading"), t("new.below"))
-    gr.HTML(_steps(t), elem_id="steps", padding=False)
+    heading(t("new.heading"), t, t("new.below"))
+    html(render("new.steps", t, names=STEPS), elem_id="steps")
     editor = Editor(studio, t)
-    of = gr.HTML("", elem_id="new-copied", padding=False)
+    of = html(elem_id="new-copied")
     editor.show([of], lambda session: [starting_point.copied_from(session, t)])
     makers = {"model": _model, "data": data.build, "method": method.build, "review": review.build}
     for number, (step, make) in enumerate(makers.items(), start=1):
         with gr.Column(elem_id=f"step-{step}", elem_classes="step"):
-            gr.HTML(_heading(number, step, t), padding=False)
+            html(render("new.step_heading", t, number=number, name=step))
             make(editor)
             if step != STEPS[-1]:
-                gr.HTML(_next(STEPS[number], t), padding=False)
+                html(render("new.next_step", t, name=STEPS[number]))
     editor.finish()
     starting_point.bind_page_load(editor)
     gr.on(None, None, None, None, js=_STEPPING)
@@ -73,27 +74,3 @@ def build(studio: Studio, t: Texts) -> None:
 def _model(editor: Editor) -> None:
     starting_point.build(editor)
     model.build(editor)
-
-
-def _steps(t: Texts) -> str:
-    items = "".join(
-        f'<li><a href="#{step}"><span aria-hidden="true">{number}</span> '
-        f"{escaped(t(f'new.step_{step}'))}</a></li>"
-        for number, step in enumerate(STEPS, start=1)
-    )
-    return (
-        f'<nav class="steps" aria-label="{escaped(t("new.steps"))}"><ol>{items}</ol>'
-        f'<a class="all" href="#all">{escaped(t("new.step_all"))}</a></nav>'
-    )
-
-
-def _heading(number: int, step: str, t: Texts) -> str:
-    return (
-        f'<h2 id="heading-{step}" tabindex="-1">{number}. {escaped(t(f"new.step_{step}"))}</h2>'
-        f'<p class="note">{escaped(t(f"new.about_{step}"))}</p>'
-    )
-
-
-def _next(step: str, t: Texts) -> str:
-    text = escaped(t("new.next", step=t(f"new.step_{step}")))
-    return f'<p class="next"><a class="as-button primary" href="#{step}">{text}</a></p>'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import gradio as gr
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, checked_revision, shortened
-from gradio_app.pages.error_reporting import report_errors
-from gradio_app.pages.layout import event_options
+from gradio_app.pages.components import field, html, on_event, show_one
 from gradio_app.pages.new import data_html, file_format
 from gradio_app.pages.new.data_check import check_data
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.templating import message
 from gradio_app.recipe.content import MISSING, data_of, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, with_data
 from gradio_app.recipe.paths import data_files
@@ -39,25 +40,15 @@ def build(editor: Editor) -> None:
     """Makes the step."""
     t = editor.t
     sources = [name for name in SOURCES if name != "path" or editor.studio.settings.data_root]
-    source = gr.Radio(
-        [(t(f"new.data_{name}"), name) for name in sources],
-        value="example",
-        label=t("new.data_source"),
-        interactive=True,
-        elem_id="data-source",
-    )
+    choices = [(t(f"new.data_{name}"), name) for name in sources]
+    source = field(gr.Radio, t, "new.data_source", "data-source", choices=choices, value="example")
     columns = {}
     for name in SOURCES:
         with gr.Column(visible=name == "example", elem_id=f"data-{name}") as columns[name]:
             _BUILDERS[name](editor)
-    facts = gr.HTML("", elem_id="data-facts", padding=False)
+    facts = html(elem_id="data-facts")
     editor.show([source, *columns.values(), facts], lambda session: _updates(session, editor))
-    source.input(
-        lambda name: [gr.update(visible=name == one) for one in SOURCES],
-        source,
-        list(columns.values()),
-        **event_options(),
-    )
+    show_one(t, source, SOURCES, list(columns.values()))
     _build_report(editor)
 
 
@@ -92,14 +83,9 @@ def _build_example(editor: Editor) -> None:
 def _build_upload(editor: Editor) -> None:
     t, settings = editor.t, editor.studio.settings
     most = f"{t.number(settings.limits.upload_bytes / 1e6)} MB"
-    file = gr.File(
-        label=t("new.upload", kinds=", ".join(KINDS), most=most),
-        height=140,
-        elem_id="data-file",
-    )
-    earlier = gr.Dropdown(
-        [], label=t("new.uploaded"), value=None, interactive=True, elem_id="data-uploaded"
-    )
+    label = t("new.upload", kinds=", ".join(KINDS), most=most)
+    file = gr.File(label=label, height=140, elem_id="data-file")
+    earlier = field(gr.Dropdown, t, "new.uploaded", "data-uploaded", choices=[], value=None)
 
     def kept(session: Session, given: Any) -> dict[str, Any]:
         upload = Uploads(settings, session.owner).save(given, time.strftime("%Y%m%d"))
@@ -126,14 +112,15 @@ def _build_upload(editor: Editor) -> None:
 def _build_path(editor: Editor) -> None:
     t = editor.t
     root = editor.studio.settings.data_root
-    path = gr.Dropdown(
-        [],
-        label=t("new.path"),
+    path = field(
+        gr.Dropdown,
+        t,
+        "new.path",
+        "data-path-name",
         info=t("new.path_hint", folder=root.name if root else ""),
+        choices=[],
         value=None,
         allow_custom_value=True,
-        interactive=True,
-        elem_id="data-path-name",
     )
 
     def listed(session: Session) -> list[Any]:
@@ -163,38 +150,19 @@ def _build_path(editor: Editor) -> None:
 def _build_hub(editor: Editor) -> None:
     t = editor.t
     with gr.Row():
-        name = gr.Textbox(
-            label=t("new.hub_data"),
-            info=t("new.hub_data_hint"),
-            max_length=200,
-            interactive=True,
-            elem_id="data-hub-name",
-        )
-        config = gr.Textbox(
-            label=t("new.hub_config"),
-            info=t("new.hub_config_hint"),
-            max_length=100,
-            interactive=True,
-            elem_id="data-hub-config",
-        )
-        split = gr.Textbox(
-            label=t("new.hub_split"),
-            info=t("new.hub_split_hint"),
-            max_length=100,
-            interactive=True,
-            elem_id="data-hub-split",
-        )
-        revision = gr.Textbox(
-            label=t("new.revision"),
-            info=t("new.revision_hint"),
-            max_length=100,
-            interactive=True,
-            elem_id="data-revision",
-        )
+        given = [
+            field(gr.Textbox, t, key, name, max_length=most)
+            for key, name, most in (
+                ("new.hub_data", "data-hub-name", 200),
+                ("new.hub_config", "data-hub-config", 100),
+                ("new.hub_split", "data-hub-split", 100),
+                ("new.revision", "data-revision", 100),
+            )
+        ]
     use = gr.Button(t("new.use_data"), elem_id="use-hub-data")
 
-    def chosen(session: Session, given: Any, part: Any, rows: Any, at: Any) -> dict[str, Any]:
-        place = editor.places(session).data(checked_hub_name(given))
+    def chosen(session: Session, name: Any, part: Any, rows: Any, at: Any) -> dict[str, Any]:
+        place = editor.places(session).data(checked_hub_name(name))
         splits = {"train": rows.strip()} if isinstance(rows, str) and rows.strip() else None
         return with_data(
             session.content,
@@ -205,7 +173,7 @@ def _build_hub(editor: Editor) -> None:
         )
 
     problem = editor.problem("data-hub-problem")
-    editor.bind(use.click, chosen, [name, config, split, revision], problem=problem)
+    editor.bind(use.click, chosen, given, problem=problem)
 
 
 _BUILDERS = {
@@ -218,15 +186,13 @@ _BUILDERS = {
 
 def _build_report(editor: Editor) -> None:
     t = editor.t
-    gr.HTML(f"<h3>{t('new.what_is_trained')}</h3>", padding=False)
-    report = gr.HTML("", elem_id="data-report", padding=False, js_on_load=CLICK_DELEGATE)
+    html(f"<h3>{t('new.what_is_trained')}</h3>")
+    report = html(elem_id="data-report", js_on_load=CLICK_DELEGATE)
     stop = gr.Button(t("new.stop_checking"), size="sm", visible=False, elem_id="stop-checking")
-    skip = gr.Checkbox(
-        label=t("new.skip"), info=t("new.skip_hint"), interactive=True, elem_id="data-skip"
-    )
+    skip = field(gr.Checkbox, t, "new.skip", "data-skip")
     with gr.Accordion(t("new.mapping"), open=True, visible=False, elem_id="mapping") as mapping:
-        gr.HTML(f"<p class='note'>{t('new.mapping_hint')}</p>", padding=False)
-        shape = gr.Radio([], label=t("new.shape"), interactive=True, elem_id="mapping-shape")
+        html(f"<p class='note'>{t('new.mapping_hint')}</p>")
+        shape = field(gr.Radio, t, "new.shape", "mapping-shape", choices=[])
         with gr.Row(elem_id="mapping-columns"):
             columns = [
                 gr.Dropdown([], label=str(place), interactive=True, elem_id=f"mapping-{place}")
@@ -248,12 +214,8 @@ def _build_report(editor: Editor) -> None:
     editor.bind(skip.input, _skip_bad_rows, [skip])
     editor.bind_event(report.click, lambda session, _: _skip_bad_rows(session, True))
     editor.bind(use.click, _map_columns, [shape, *columns])
-    shape.input(
-        lambda session, name: _dropdowns(session, name, editor),
-        [editor.session, shape],
-        columns,
-        **event_options(),
-    )
+    shown = partial(_dropdowns, editor)
+    on_event(t, shape.input, shown, [editor.session, shape], columns)
 
     def forget(session: Session) -> dict[str, Any]:
         session.report = None
@@ -264,7 +226,7 @@ def _build_report(editor: Editor) -> None:
     def stopped(session: Any, request: gr.Request) -> None:
         editor.of(session, request).stopped = True
 
-    stop.click(report_errors(t)(stopped), editor.session, None, **event_options())
+    on_event(t, stop.click, stopped, editor.session, None)
 
 
 def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
@@ -272,7 +234,10 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
     session = editor.of(session, request)
     nothing, quiet = [gr.skip()] * (5 + MAX_FIELDS), [gr.skip()] * (2 + MAX_FIELDS)
     if not data_of(session.content):
-        off, none = gr.update(visible=False), data_html.choose_data(editor.t)
+        off, none = (
+            gr.update(visible=False),
+            message("note", editor.t("new.data_then"), editor.t, role=""),
+        )
         yield [session, none, off, off, *[gr.skip()] * (1 + MAX_FIELDS)]
         return
     if session.report is None:
@@ -304,7 +269,7 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
         gr.update(visible=False),
         gr.update(visible=bool(shapes and session.report.columns)),
         gr.update(choices=names, value=chosen),
-        *_dropdowns(session, chosen, editor),
+        *_dropdowns(editor, session, chosen),
     ]
 
 
@@ -316,7 +281,7 @@ def _data_path(editor: Editor, session: Session) -> Path:
     return local_path(place)
 
 
-def _dropdowns(session: Any, shape: Any, editor: Editor) -> list[Any]:
+def _dropdowns(editor: Editor, session: Any, shape: Any) -> list[Any]:
     task = task_of_config(session.content)
     shapes = dict(task.shapes) if task else {}
     fields = shapes.get(str(shape), ())
@@ -347,8 +312,8 @@ def _map_columns(session: Session, shape: Any, *columns: Any) -> dict[str, Any]:
     fields = dict(task.shapes).get(str(shape), ()) if task else ()
     known = session.report.columns if session.report else []
     chosen = {
-        field: str(column)
-        for field, column in zip(fields, columns, strict=False)
+        name: str(column)
+        for name, column in zip(fields, columns, strict=False)
         if column and column in known
     }
     content = session.content

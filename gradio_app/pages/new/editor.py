@@ -9,9 +9,9 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.guards import escaped
-from gradio_app.pages.error_reporting import localized_message, report_errors
-from gradio_app.pages.layout import event_options
+from gradio_app.pages.components import html, on_event
+from gradio_app.pages.error_reporting import localized_message
+from gradio_app.pages.templating import message
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.form import rebase_defaults
 from gradio_app.recipe.paths import AllowedPaths
@@ -171,7 +171,6 @@ class Editor:
             problem: HTML of :meth:`problem` that says why nothing was changed; else a notice does.
         """
 
-        @report_errors(self.t)
         def handle(session: Any, request: gr.Request, *given: Any) -> list[Any]:
             session = self.of(session, request)
             try:
@@ -179,35 +178,36 @@ class Editor:
             except UserError as refused:
                 if problem is None:
                     raise
+                text = f"\u2717 {localized_message(refused, self.t)}"
                 shown = [gr.skip()] * len(self.outputs)
-                shown[self.outputs.index(problem)] = problem_html(
-                    localized_message(refused, self.t)
+                shown[self.outputs.index(problem)] = message(
+                    "field-problem", text, self.t, role="alert"
                 )
                 return shown
             _replace_content(session, content, own)
             return self.updates(session)
 
-        given = [self.session, *inputs]
-        options = {"trigger_mode": "multiple", **event_options()}
-        self.on_finish(lambda: self.then(event(handle, given, self.outputs, **options)))
+        self._bind(event, handle, [self.session, *inputs], trigger_mode="multiple")
 
     def problem(self, name: str) -> Any:
         """Returns a place for why something was refused; it is empty again after any change."""
-        made = gr.HTML("", elem_id=name, padding=False, elem_classes="problem-place")
+        made = html(elem_id=name, elem_classes="problem-place")
         self.show([made], lambda session: [""])
         return made
 
     def bind_event(self, event: Callable[..., Any], change: Change) -> None:
         """Does the same for an event that tells what it is about: a click in HTML of the page."""
 
-        @report_errors(self.t)
         def handle(session: Any, request: gr.Request, data: gr.EventData) -> list[Any]:
             session = self.of(session, request)
             _replace_content(session, change(session, data), own=True)
             return self.updates(session)
 
+        self._bind(event, handle, [self.session])
+
+    def _bind(self, event: Any, handle: Any, inputs: list[Any], **options: Any) -> None:
         self.on_finish(
-            lambda: self.then(event(handle, self.session, self.outputs, **event_options()))
+            lambda: self.then(on_event(self.t, event, handle, inputs, self.outputs, **options))
         )
 
     def then(self, event: Any) -> Any:
@@ -220,9 +220,8 @@ class Editor:
 
     def _success(self, event: Any, follows: tuple[Any, list[Any], list[Any]]) -> Any:
         handler, inputs, outputs = follows
-        return event.success(
-            handler, inputs, outputs, trigger_mode="always_last", **event_options()
-        )
+        options = {"trigger_mode": "always_last", "api_visibility": "private"}
+        return event.success(handler, inputs, outputs, **options)
 
     def of(self, session: Any, request: gr.Request) -> Session:
         """Returns the session of who asks.
@@ -238,11 +237,6 @@ class Editor:
     def places(self, session: Session) -> AllowedPaths:
         """Returns the places that the owner of a session may read."""
         return AllowedPaths(self.studio.settings, session.owner)
-
-
-def problem_html(text: str) -> str:
-    """Returns why something was refused, for a place of :meth:`Editor.problem`."""
-    return f'<p class="field-problem" role="alert">\u2717 {escaped(text)}</p>'
 
 
 def draft_of(session: Session) -> dict[str, str]:

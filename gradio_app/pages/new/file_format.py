@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.guards import escaped
+from gradio_app.pages.components import field
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.fields import BY_PATH
@@ -42,14 +42,14 @@ def build(editor: Editor) -> None:
         gr.Row(elem_classes="settings"),
     ):
         parts = [
-            gr.Dropdown(
-                [(t("new.detected"), ""), *choices[name]],
-                label=t(f"fields.{name}"),
-                info=t(f"fields.{name}_hint"),
+            field(
+                gr.Dropdown,
+                t,
+                f"fields.{name}",
+                f"reading-{name}",
+                choices=[(t("new.detected"), ""), *choices[name]],
                 value="",
                 allow_custom_value=True,
-                interactive=True,
-                elem_id=f"reading-{name}",
             )
             for name in OPTIONS
         ]
@@ -66,16 +66,10 @@ def _change_handler(name: str) -> Any:
     return changed
 
 
-def detected_formats(found: DataReport, t: Texts) -> str:
-    """Returns how files were read that are not read as usual; empty if all are."""
+def unusual_formats(found: DataReport, t: Texts) -> list[str]:
+    """Returns how files were read that are not read as usual, a line each."""
     unusual = [one for one in found.numbers.get("read_as", []) if not one.get("usual")]
-    items = "".join(f"<li>{escaped(_describe(one, t))}</li>" for one in unusual[:_MAX_NAMED_FILES])
-    if not items:
-        return ""
-    return (
-        f'<section class="careful read-as" role="status"><p>{escaped(t("new.read_as"))}</p>'
-        f"<ul>{items}</ul></section>"
-    )
+    return [_describe(one, t) for one in unusual[:_MAX_NAMED_FILES]]
 
 
 def _describe(one: dict[str, Any], t: Texts) -> str:

@@ -10,15 +10,16 @@ import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
-from gradio_app.guards import escaped
-from gradio_app.pages.error_reporting import localized_message, report_errors
-from gradio_app.pages.layout import event_options
+from gradio_app.pages.components import field, html, on_event
+from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.templating import message, render
 from gradio_app.recipe.edits import base_recipe
 from gradio_app.recipe.planner import Fix, Plan, find_fixes, plan_memory, validate_device, with_fix
 from gradio_app.recipe.presets import GPUS, THIS_MACHINE
 from gradio_app.recipe.validation import validate_content
+from gradio_app.runs.formatting import format_gigabytes
 from gradio_app.texts import Texts
 from lightning_peft.compat.gradio import event_data
 
@@ -34,16 +35,17 @@ PARTS = {
 def build(editor: Editor) -> None:
     """Makes the part."""
     t = editor.t
-    device = gr.Dropdown(
-        [(t("new.this_machine"), THIS_MACHINE), *((name, name) for name in GPUS)],
+    devices = [(t("new.this_machine"), THIS_MACHINE), *((name, name) for name in GPUS)]
+    device = field(
+        gr.Dropdown,
+        t,
+        "new.device",
+        "memory-device",
+        choices=devices,
         value=THIS_MACHINE,
-        label=t("new.device"),
-        info=t("new.device_hint"),
         allow_custom_value=True,
-        interactive=True,
-        elem_id="memory-device",
     )
-    bar = gr.HTML("", elem_id="memory", padding=False, js_on_load=CLICK_DELEGATE)
+    bar = html(elem_id="memory", js_on_load=CLICK_DELEGATE)
 
     def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:
         session = editor.of(session, request)
@@ -52,13 +54,7 @@ def build(editor: Editor) -> None:
         yield from session.while_current("memory", made, gr.skip())
 
     editor.after_change(plan, [device], [bar])
-    device.input(
-        report_errors(t)(plan),
-        [editor.session, device],
-        bar,
-        trigger_mode="always_last",
-        **event_options(),
-    )
+    on_event(t, device.input, plan, [editor.session, device], bar, trigger_mode="always_last")
 
     def fix(session: Session, event: gr.EventData) -> dict[str, Any]:
         longest = session.report.longest if session.report else None
@@ -72,11 +68,10 @@ def _plan_updates(
 ) -> Iterator[str]:
     t = editor.t
     longest = session.report.longest if session.report else None
-    yield f'<p class="busy" role="status">{escaped(t("new.calculating"))}</p>'
+    yield message("busy", t("new.calculating"), t)
     missing = unavailable_model(session.content)
     if missing:
-        message = t("new.model_away", name=missing)
-        yield f'<p class="careful" role="status">{escaped(message)}</p>'
+        yield message("careful", t("new.model_away", name=missing), t)
         return
     try:
         name = validate_device(device)
@@ -87,7 +82,7 @@ def _plan_updates(
         content["data"]["init_args"] = arguments
         content = validate_content(content, editor.studio.settings, session.owner)
     except UserError as refused:
-        yield f'<p class="careful" role="status">{escaped(localized_message(refused, t))}</p>'
+        yield message("careful", localized_message(refused, t), t)
         return
     ask = partial(
         session.plans.ask, worker=editor.studio.planning_worker, still_needed=still_needed
@@ -104,96 +99,38 @@ def _plan_updates(
     yield plan_html(plan, t, found)
 
 
-def format_gigabytes(size: float) -> str:
-    """Returns bytes as makers of devices count."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.0f} MB"
-
-
 def plan_html(plan: Plan, t: Texts, found: list[Fix] | None = None, more: bool = False) -> str:
     """Returns the bar with its words, and the changes that were found."""
     if plan.refusal:
-        reason = f"<pre>{escaped(plan.reason)}</pre>" if plan.reason else ""
-        return f'<p class="careful" role="status">{escaped(t(f"new.{plan.refusal}"))}</p>{reason}'
-    has = plan.available_bytes or plan.required_bytes
-    full = max(has, plan.required_bytes)
-    pieces, words = "", []
-    for part, names in PARTS.items():
-        size = sum(plan.numbers["breakdown"].get(name, 0) for name in names)
-        width = 100 * size / full
-        pieces += f'<span class="{part}" style="width:{width:.2f}%"></span>'
-        label = escaped(t(f"new.part_{part}"))
-        amount = t.localized(format_gigabytes(size))
-        words.append(f'<li><span class="dot {part}"></span>{label} {amount}</li>')
-    low, high = plan.numbers["low_bytes"], plan.numbers["high_bytes"]
-    device = plan.numbers.get("device") or {}
-    state = {True: "fine", False: "bad"}.get(bool(plan.fits), "careful")
-    maybe = plan.fits is False and low <= has
-    verdict = t("new.fits") if plan.fits else t("new.may_not_fit" if maybe else "new.fits_not")
-    state = "careful" if maybe else state
-    name = device.get("name", "")
+        return render("new.plan_refused", t, plan=plan)
+    numbers = plan.numbers
+    available = plan.available_bytes or plan.required_bytes
+    sizes = (plan.required_bytes, available, numbers["low_bytes"], numbers["high_bytes"])
+    needs, has, low, high = (format_gigabytes(size, t) for size in sizes)
+    maybe = plan.fits is False and numbers["low_bytes"] <= available
+    verdict = "fits" if plan.fits else "may_not_fit" if maybe else "fits_not"
+    name = (numbers.get("device") or {}).get("name", "")
     if name == "this machine's memory":
         name = t("new.main_memory")
     # Both ends come out the same where the range is narrow.
-    one = format_gigabytes(low) == format_gigabytes(high)
-    said = t(
-        "new.needs_about" if one else "new.needs",
-        needs=t.localized(format_gigabytes(plan.required_bytes)),
-        low=t.localized(format_gigabytes(low)),
-        high=t.localized(format_gigabytes(high)),
-        has=t.localized(format_gigabytes(has)),
-        name=name,
+    key = "new.needs_about" if low == high else "new.needs"
+    length, batch = t.number(plan.length), numbers["run"]["batch_size"]
+    best = numbers.get("recommended_method")
+    return render(
+        "new.plan",
+        t,
+        state={"fits": "fine", "may_not_fit": "careful", "fits_not": "bad"}[verdict],
+        verdict=t(f"new.{verdict}"),
+        needs=t(key, needs=needs, low=low, high=high, has=has, name=name),
+        parts={
+            part: sum(numbers["breakdown"].get(one, 0) for one in names)
+            for part, names in PARTS.items()
+        },
+        most=max(available, plan.required_bytes),
+        available=available,
+        length=t(f"new.length_{plan.length_source}", length=length, batch=batch),
+        fixes=found,
+        searching=more,
+        methods=numbers.get("methods"),
+        best=best if best in ("lora", "qlora") else "none",
     )
-    line = 100 * has / full
-    return (
-        f'<div class="memory"><p class="{state}" role="status"><strong>{_icon(state)} '
-        f"{escaped(verdict)}</strong> {escaped(said)}</p>"
-        f'<div class="pieces" aria-hidden="true">{pieces}<i style="left:{line:.2f}%"></i></div>'
-        f'<ul class="parts">{"".join(words)}</ul>'
-        f'<p class="note">{escaped(_length_note(plan, t))}</p>{_fixes(plan, t, found, more)}'
-        f"{_recommendation(plan, t)}</div>"
-    )
-
-
-def _icon(state: str) -> str:
-    return {"fine": "\u2713", "bad": "\u2717"}.get(state, "!")
-
-
-def _length_note(plan: Plan, t: Texts) -> str:
-    run = plan.numbers["run"]
-    return t(
-        f"new.length_{plan.length_source}", length=t.number(plan.length), batch=run["batch_size"]
-    )
-
-
-def _fixes(plan: Plan, t: Texts, found: list[Fix] | None, more: bool) -> str:
-    if found is None:
-        return ""
-    buttons = ""
-    for fix in found:
-        fits = t("new.then_fits") if fix.plan.fits else t("new.then_not")
-        total = t(
-            "new.fix_total", needs=t.localized(format_gigabytes(fix.plan.required_bytes)), fits=fits
-        )
-        kind = "as-button fits" if fix.plan.fits else "as-button"
-        buttons += (
-            f'<button type="button" class="{kind}" data-act="fix" data-fix="{fix.name}">'
-            f"<span>{escaped(t(f'new.fix_{fix.name}'))}</span> "
-            f"<small>{escaped(total)}</small></button>"
-        )
-    busy = f'<p class="busy">{escaped(t("new.looking_for_fixes"))}</p>' if more else ""
-    none = "" if buttons or more else f"<p>{escaped(t('new.no_fixes'))}</p>"
-    heading = f"<h4>{escaped(t('new.fixes'))}</h4>"
-    return f'{heading}<div class="fixes">{buttons}</div>{busy}{none}'
-
-
-def _recommendation(plan: Plan, t: Texts) -> str:
-    methods = plan.numbers.get("methods", {})
-    if not methods:
-        return ""
-    lora, qlora = (
-        t.localized(format_gigabytes(methods[name]["peak_bytes"])) for name in ("lora", "qlora")
-    )
-    best = plan.numbers.get("recommended_method")
-    advice = t(f"new.recommend_{best}" if best in ("lora", "qlora") else "new.recommend_none")
-    compared = t("new.compared", lora=lora, qlora=qlora)
-    return f'<p class="advice"><strong>{escaped(advice)}</strong> {escaped(compared)}</p>'

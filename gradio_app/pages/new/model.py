@@ -8,10 +8,11 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.guards import checked_hub_name, checked_revision, escaped, inside, shortened
-from gradio_app.pages.layout import event_options
+from gradio_app.guards import checked_hub_name, checked_revision, inside, shortened
+from gradio_app.pages.components import field, html, on_event, show_one
 from gradio_app.pages.new.data_check import is_offline
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.templating import render
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_model
 from gradio_app.recipe.model_files import free_bytes, is_cached, model_info, weight_bytes
@@ -31,21 +32,23 @@ def build(editor: Editor) -> None:
     sources = [name for name in SOURCES if name != "folder" or settings.models_root]
     if settings.limits.parameters is not None:
         sources = ["preset"]
-    source = gr.Radio(
-        [(t(f"new.model_{name}"), name) for name in sources],
+    choices = [(t(f"new.model_{name}"), name) for name in sources]
+    source = field(
+        gr.Radio,
+        t,
+        "new.model_source",
+        "model-source",
+        choices=choices,
         value="preset",
-        label=t("new.model_source"),
-        interactive=True,
         visible=len(sources) > 1,
-        elem_id="model-source",
     )
-    preset = gr.Dropdown([], label=t("new.model_list"), interactive=True, elem_id="model-preset")
+    preset = field(gr.Dropdown, t, "new.model_list", "model-preset", choices=[])
     with gr.Column(visible=False, elem_id="model-hub") as hub:
         _build_hub(editor)
     with gr.Column(visible=False, elem_id="model-folder") as folder:
         _build_folder(editor)
-    facts = gr.HTML("", elem_id="model-facts", padding=False)
-    parts = {"preset": preset, "hub": hub, "folder": folder}
+    facts = html(elem_id="model-facts")
+    parts = [preset, hub, folder]
 
     def shown(session: Session) -> list[Any]:
         found = model_source(session.content)
@@ -54,46 +57,22 @@ def build(editor: Editor) -> None:
         listed = gr.update(**_preset(session, editor), visible=found == "preset")
         return [found, listed, *visible, _facts(session, t)]
 
-    editor.show([source, *parts.values(), facts], shown)
-    editor.bind(preset.input, lambda session, name: _choose_preset(session, name), [preset])
-
-    def reveal(name: Any) -> list[Any]:
-        return [gr.update(visible=name == one) for one in SOURCES]
-
-    source.input(reveal, source, [preset, hub, folder], **event_options())
+    editor.show([source, *parts, facts], shown)
+    editor.bind(preset.input, _choose_preset, [preset])
+    show_one(t, source, SOURCES, parts)
 
 
 def _build_hub(editor: Editor) -> None:
     t = editor.t
     with gr.Row():
-        name = gr.Textbox(
-            label=t("new.hub_name"),
-            info=t("new.hub_name_hint"),
-            max_length=200,
-            interactive=True,
-            elem_id="model-hub-name",
-        )
-        revision = gr.Textbox(
-            label=t("new.revision"),
-            info=t("new.revision_hint"),
-            max_length=100,
-            interactive=True,
-            elem_id="model-revision",
-        )
+        name = field(gr.Textbox, t, "new.hub_name", "model-hub-name", max_length=200)
+        revision = field(gr.Textbox, t, "new.revision", "model-revision", max_length=100)
     trust: Any = gr.State(False)
     confirmed: Any = gr.State("")
     if not editor.studio.settings.space:
-        trust = gr.Checkbox(
-            label=t("new.trust"),
-            info=t("new.trust_hint"),
-            value=False,
-            interactive=True,
-            elem_id="model-trust",
-        )
-        confirmed = gr.Textbox(
-            label=t("new.trust_confirm"), interactive=True, visible=False, elem_id="trust-confirm"
-        )
-        trust.input(lambda on: gr.update(visible=bool(on)), trust, confirmed, **event_options())
+        trust = field(gr.Checkbox, t, "new.trust", "model-trust", value=False)
+        confirmed = field(gr.Textbox, t, "new.trust_confirm", "trust-confirm", visible=False)
+        on_event(t, trust.input, lambda on: gr.update(visible=bool(on)), trust, confirmed)
     use = gr.Button(t("new.use_model"), elem_id="use-model")
 
     def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
@@ -117,10 +96,8 @@ def _build_folder(editor: Editor) -> None:
     t, root = editor.t, editor.studio.settings.models_root
     if root is None:
         return
-    none = gr.HTML(f"<p class='note'>{escaped(t('new.no_folders'))}</p>", padding=False)
-    folder = gr.Dropdown(
-        [], label=t("new.folder"), value=None, interactive=True, elem_id="model-folder-name"
-    )
+    none = html(f"<p class='note'>{t('new.no_folders')}</p>")
+    folder = field(gr.Dropdown, t, "new.folder", "model-folder-name", choices=[], value=None)
 
     def shown(session: Session) -> list[Any]:
         # Looked up each time: folders come and go while the page is open.
@@ -235,9 +212,7 @@ def _facts(session: Session, t: Texts) -> str:
         if value_at(session.content, "model.init_args.trust_remote_code", None):
             revision = value_at(session.content, "model.init_args.revision", "")
             lines.append(t("new.model_trusted", commit=revision))
-    text = " ".join(escaped(line) for line in lines)
-    away = f'<p class="note">{escaped(t("new.offline"))}</p>' if is_offline() else ""
-    return f'<p class="chosen" role="status">{text}</p>{away}'
+    return render("new.chosen_model", t, lines=lines, offline=is_offline())
 
 
 def _folder_summary(folder: Path, t: Texts) -> str:

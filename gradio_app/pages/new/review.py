@@ -4,57 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.guards import escaped, shortened
+from gradio_app.guards import shortened
 from gradio_app.pages import hub_job
-from gradio_app.pages.error_reporting import localized_message, report_errors
-from gradio_app.pages.layout import event_options
-from gradio_app.pages.new import review_html
+from gradio_app.pages.components import field, html, on_event
+from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.new.data_check import require_report, unavailable_model
 from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.new.starting_point import validate_pasted
+from gradio_app.pages.templating import message, render
+from gradio_app.recipe.commands import FILE, command_line, python_code
 from gradio_app.recipe.content import data_of, value_at
 from gradio_app.recipe.edits import limit_steps
 from gradio_app.recipe.fields import BY_PATH
+from gradio_app.recipe.form import format_value, method_of
+from gradio_app.recipe.presets import DEMO_BASE
 from gradio_app.recipe.preview import DataReport, parser_error
 from gradio_app.recipe.validation import validate_content
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
+from gradio_app.settings import Settings
 from gradio_app.texts import Texts
+from lightning_peft.task_registry import task_of_config
 
 _OPEN_RUN = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
+_DATA_ERRORS = {
+    *("checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"),
+}
+_MODEL_ERRORS = {
+    *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
+    *("checks.remote_folder", "checks.own_code"),
+}
 
 
 def build(editor: Editor) -> None:
     """Makes the step."""
     t = editor.t
-    name = gr.Textbox(
-        label=t("new.name"),
-        info=t("new.name_hint"),
-        max_length=80,
-        interactive=True,
-        elem_id="run-title",
-    )
+    name = field(gr.Textbox, t, "new.name", "run-title", max_length=80)
     editor.show([name], lambda session: [_suggested_name(session)])
-    overview = gr.HTML("", elem_id="overview", padding=False)
+    overview = html(elem_id="overview")
     with gr.Row(elem_id="start-row"):
         start = gr.Button(t("new.start"), variant="primary", size="lg", elem_id="start")
         trial = gr.Button(t("new.dry_run"), size="lg", elem_id="dry-run")
-    said = gr.HTML("", elem_id="start-said", padding=False)
+    note = html(elem_id="start-said")
     gone = gr.Textbox(visible="hidden", elem_id="gone-to")
-    forms = gr.HTML("", elem_id="forms", padding=False)
+    forms = html(elem_id="forms")
     with gr.Accordion(t("new.edit_yaml"), open=False, elem_id="edit-yaml"):
-        text = gr.Textbox(
-            label=t("new.yaml"),
-            info=t("new.yaml_hint"),
-            lines=18,
-            max_lines=30,
-            interactive=True,
-            elem_id="yaml-text",
-            elem_classes="code",
+        text = field(
+            gr.Textbox, t, "new.yaml", "yaml-text", lines=18, max_lines=30, elem_classes="code"
         )
         apply = gr.Button(t("new.apply_yaml"), elem_id="apply-yaml")
     editor.show([text, forms], lambda session: _yaml_updates(editor, session))
@@ -63,10 +65,10 @@ def build(editor: Editor) -> None:
         return validate_pasted(editor, session, parse_yaml(given))
 
     editor.bind(apply.click, edited, [text], own=True)
-    buttons = [start, trial, said]
+    buttons = [start, trial, note]
     for button, steps in ((start, None), (trial, 5)):
-        starter = report_errors(t)(_start_handler(editor, steps))
-        button.click(starter, [editor.session, name], [gone, *buttons], **event_options())
+        handler = _start_handler(editor, steps)
+        on_event(t, button.click, handler, [editor.session, name], [gone, *buttons])
     editor.after_change(_refresh_handler(editor), [], [overview, text, forms, *buttons])
     hub_job.build(editor.studio, t, text, name, gone)
     url = t.url("run", run="")
@@ -119,7 +121,7 @@ def _yaml_updates(editor: Editor, session: Session) -> list[Any]:
 
 
 def _forms(editor: Editor, session: Session) -> str:
-    return review_html.forms(_displayed_content(editor, session), editor.t)
+    return forms(_displayed_content(editor, session), editor.t)
 
 
 def _refresh_handler(editor: Editor) -> Any:
@@ -142,9 +144,7 @@ def _refresh_handler(editor: Editor) -> Any:
 
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
         blocking = _blockers(editor, session, problem)
-        text = review_html.overview(
-            session, blocking, editor.studio.settings, editor.t, problem is not None
-        )
+        text = overview(session, blocking, editor.studio.settings, editor.t, problem is not None)
         # What is said while a run is being started stays.
         kept = [gr.skip()] * 3
         buttons = kept if session.starting else _buttons(editor.t, blocked=bool(blocking))
@@ -168,12 +168,12 @@ def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tup
     except UserError as refused:
         problems = refused.values.get("problems", [refused])
         assert isinstance(problems, list)
-        blocking += [(review_html.step_of(one), localized_message(one, t)) for one in problems]
+        blocking += [(step_of(one), localized_message(one, t)) for one in problems]
     report, missing = session.report, unavailable_model(session.content)
     if missing and not data_of(session.content):
         # Else the look at the data says so.
-        message = t("new.model_away", name=missing)
-        blocking.append(("model", t("new.blocked_model", reason=message)))
+        reason = t("new.model_away", name=missing)
+        blocking.append(("model", t("new.blocked_model", reason=reason)))
     if report is not None and not report.ok:
         step = "data" if report.numbers else report.step
         blocking.append((step, localized_message(_data_error(report), t)))
@@ -206,7 +206,7 @@ def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[An
     """Returns the state of both buttons and the text next to them."""
     free = not starting and not blocked
     key = "new.starting" if starting else "new.start_blocked"
-    said = "" if free else f'<p class="note" role="status">{escaped(t(key))}</p>'
+    said = "" if free else message("note", t(key), t)
     label = t("new.start_busy" if starting else "new.start")
     return [gr.update(value=label, interactive=free), gr.update(interactive=free), said]
 
@@ -250,4 +250,96 @@ def _default_title(content: dict[str, Any]) -> str:
     model = str(value_at(content, "model.init_args.model", "")).rpartition("/")[2]
     words = data.split("-")
     data = "-".join(words[2:]) if len(words) > 2 and words[0].isdigit() else data
-    return escaped(f"{data.partition('.')[0]} {model}".strip())[:80] or "run"
+    return shortened(f"{data.partition('.')[0]} {model}", 80) or "run"
+
+
+def step_of(problem: UserError) -> str:
+    """Returns the step in which a problem can be solved."""
+    inner = problem.values.get("problem")
+    keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
+    where = str(problem.values.get("where", ""))
+    if keys & _DATA_ERRORS:
+        return "data"
+    if keys & _MODEL_ERRORS or any(key.startswith("checks.folder_") for key in keys):
+        return "model"
+    if where.startswith(("model", "tokenizer", "revision")):
+        return "model"
+    return "data" if where.startswith("data") else "method"
+
+
+def overview(
+    session: Session, blocking: list[tuple[str, str]], settings: Settings, t: Texts, asked: bool
+) -> str:
+    """Returns the summary of the run, or the obstacles with links to their steps.
+
+    Args:
+        session: What the page edits.
+        blocking: The step in which something can be solved, and what that is.
+        settings: What the server was started with.
+        t: The texts.
+        asked: Whether the command line has said that it takes the recipe.
+    """
+    waits = "new.not_looked" if session.report is None else "" if asked else "new.not_asked"
+    return render(
+        "new.overview",
+        t,
+        summary=summary_text(session, t),
+        # The recipe still has the values from before.
+        stale=bool(session.field_errors),
+        limits=settings.limits,
+        blocking=blocking,
+        waits=waits,
+    )
+
+
+def summary_text(session: Session, t: Texts) -> str:
+    """Returns in a paragraph what a run of the recipe does."""
+    content = session.content
+    task = task_of_config(content)
+    model = value_at(content, "model.init_args.model", None)
+    name = t("new.demo_base") if model == DEMO_BASE else Path(str(model or "-")).name
+    splits = session.report.numbers.get("splits", {}) if session.report else {}
+    place = data_of(content).rpartition("/")[2]
+    words = [
+        t(
+            "new.words_what",
+            task=t(f"new.task_{task.name.replace('-', '_')}") if task else "",
+            model=name,
+            method=t(f"new.short_{method_of(content)}"),
+        )
+    ]
+    if splits:
+        train, held = splits["train"]["rows"], splits["validation"]["rows"]
+        words.append(t("new.words_rows", train=t.number(train), held=t.number(held), data=place))
+    elif place:
+        words.append(t("new.words_data", data=place))
+    epochs = value_at(content, "trainer.max_epochs", None)
+    steps = value_at(content, "trainer.max_steps", -1)
+    batch = value_at(content, "data.init_args.batch_size", 8)
+    each = batch * value_at(content, "trainer.accumulate_grad_batches", 1)
+    amount = (
+        t("new.words_steps", steps=steps)
+        if isinstance(steps, int) and steps > 0
+        else t("new.words_epoch" if epochs == 1 else "new.words_epochs", epochs=epochs or 1000)
+    )
+    rate = t.localized(format_value(value_at(content, "model.init_args.learning_rate", 2e-4)))
+    rank = value_at(content, "trainer.strategy.init_args.r", 16)
+    words.append(t("new.words_how", amount=amount, rows=each, rate=rate, rank=rank))
+    words = [", ".join(words) + "."]
+    batches = value_at(content, "trainer.limit_train_batches", None)
+    if batches not in (None, 1.0):
+        words.append(t("new.words_limited", batches=t.localized(format_value(batches))))
+    words.append(t("new.words_end"))
+    return " ".join(words)
+
+
+def forms(content: dict[str, Any], t: Texts) -> str:
+    """Returns the recipe as YAML, as a command, and as Python, each to be copied."""
+    text = dump_yaml(content)
+    try:
+        code = python_code(content)
+    except (KeyError, AttributeError, TypeError):
+        code = "# -"
+    shown = {"yaml": text, "command": command_line(content), "python": code}
+    address = f"data:text/yaml;charset=utf-8,{quote(text)}"
+    return render("new.forms", t, forms=shown, file=FILE, address=address)

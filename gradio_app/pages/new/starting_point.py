@@ -12,9 +12,10 @@ import gradio as gr
 from gradio_app.assets import CLICK_DELEGATE
 from gradio_app.errors import UserError
 from gradio_app.guards import escaped, shortened
+from gradio_app.pages.components import field, html, on_load
 from gradio_app.pages.error_reporting import localized_message
-from gradio_app.pages.layout import on_load
 from gradio_app.pages.new.editor import Editor, Session
+from gradio_app.pages.templating import message, render
 from gradio_app.recipe.content import MISSING, value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe, recipe_of_run, with_method, with_task
 from gradio_app.recipe.validation import validate_content
@@ -33,30 +34,19 @@ _CLEAR_QUERY = """() => {
 def build(editor: Editor) -> None:
     """Makes the part, and what happens when the page is opened."""
     t = editor.t
-    notice = gr.HTML("", elem_id="new-notice", padding=False)
-    task = gr.Radio(
-        [(t(f"new.task_{_text_key(name)}"), name) for name in TASKS],
-        label=t("new.task"),
-        info=t("new.task_hint"),
-        value="sft",
-        interactive=True,
-        elem_id="new-task",
-    )
+    notice = html(elem_id="new-notice")
+    tasks = [(t(f"new.task_{_text_key(name)}"), name) for name in TASKS]
+    task = field(gr.Radio, t, "new.task", "new-task", choices=tasks, value="sft")
+    recipes = [(f"{name}: {_recipe_summary(name)}", name) for name in recipe_files()]
     with gr.Accordion(t("new.start_from"), open=False, elem_id="new-start-from"):
-        named = gr.Dropdown(
-            [(f"{name}: {_recipe_summary(name)}", name) for name in recipe_files()],
-            label=t("new.recipe"),
-            value=None,
-            interactive=True,
-            elem_id="new-recipe",
-        )
+        named = field(gr.Dropdown, t, "new.recipe", "new-recipe", choices=recipes, value=None)
         file = gr.File(
             label=t("new.recipe_file"),
             file_types=[".yaml", ".yml"],
             height=120,
             elem_id="new-recipe-file",
         )
-    undo = gr.HTML("", elem_id="task-undo", padding=False, js_on_load=CLICK_DELEGATE)
+    undo = html(elem_id="task-undo", js_on_load=CLICK_DELEGATE)
     editor.show([task, notice, undo], lambda session: _updates(session, t))
     editor.bind_event(undo.click, _undo_task_change)
     editor.bind(task.input, _change_task, [task])
@@ -124,9 +114,7 @@ def copied_from(session: Session, t: Texts) -> str:
     """Returns of which run the recipe is a copy."""
     if not session.copied_from:
         return ""
-    return (
-        f'<p class="copied" role="status">{escaped(t("new.copy_of", name=session.copied_from))}</p>'
-    )
+    return message("copied", t("new.copy_of", name=session.copied_from), t)
 
 
 def require_known_task(content: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +174,7 @@ def _updates(session: Session, t: Texts) -> list[Any]:
     task = task_of_config(session.content)
     notice = ""
     if session.notice:
-        notice = f'<div class="alert" role="alert"><p>{escaped(session.notice)}</p></div>'
+        notice = render("new.alert", t, text=session.notice)
         session.notice = ""
     return [task.name if task else None, notice, _undo_html(session, t)]
 
@@ -197,18 +185,13 @@ def _undo_html(session: Session, t: Texts) -> str:
         return ""
     before = session.undo[0]
     kept = [
-        t(f"new.kept_{name}")
+        name
         for name, path in (("model", "model.init_args.model"), ("data", "data.init_args.data"))
         if value_at(before, path, None) == value_at(session.content, path, None) is not None
     ]
     task = task_of_config(before)
-    key = {0: "new.kept_nothing", 1: "new.kept_one", 2: "new.kept_both"}[len(kept)]
-    said = t(key, what=kept[0] if kept else "")
-    back = t("new.undo_task", task=t(f"new.task_{_text_key(task.name)}") if task else "")
-    return (
-        f'<p class="copied" role="status">{escaped(said)} '
-        f'<button type="button" class="as-button small" data-act="undo">{escaped(back)}</button>'
-        "</p>"
+    return render(
+        "new.undo", t, kept=kept, task=t(f"new.task_{_text_key(task.name)}") if task else ""
     )
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradio_app.chat.prompts import HeldOutPrompt, extract_question, held_out_prompts
 from gradio_app.chat.request import Sampling, build_messages, validate_sampling, validate_text
 from gradio_app.chat.sessions import AnswerChunk, ChatSessions
 from gradio_app.chat.votes import SIDES, Ballot, shuffle_sides
 from gradio_app.errors import UserError
-from gradio_app.runs.types import Run
+from gradio_app.runs.types import Checkpoint, Run
 
 MODES = ("both", "tuned", "base", "blind")
 Turns = list[dict[str, str]]
@@ -22,24 +22,34 @@ class Conversation:
     """What was said in a tab so far; it stays on the server.
 
     Attributes:
-        checkpoint: Whose answers the tuned ones are.
+        checkpoint: Whose answers the tuned ones are; ``None`` before that is chosen.
         blind: Whether it is hidden who is who.
         left: Turns of the left column: the base, or A.
         right: Turns of the right column: the tuned model, or B.
         ends: How the last answers ended, by column.
         reference: The answer in the data, where that is known.
         ballot: What can be voted on.
-        step: Step at which the checkpoint was saved; ``None`` where that is not known.
     """
 
-    checkpoint: str = ""
+    checkpoint: Checkpoint | None = None
     blind: bool = False
     left: Turns = field(default_factory=list)
     right: Turns = field(default_factory=list)
     ends: Mapping[str, AnswerChunk] = field(default_factory=dict)
     reference: str = ""
     ballot: Ballot | None = None
-    step: int | None = None
+
+
+class ChatInputs(NamedTuple):
+    """Values of the settings, in the order in which they are sent; a browser can send anything."""
+
+    mode: Any
+    checkpoint: Any
+    system: Any
+    temperature: Any
+    top_p: Any
+    max_new_tokens: Any
+    seed: Any
 
 
 @dataclass(frozen=True)
@@ -56,24 +66,23 @@ class ChatRequest:
 
     question: str | HeldOutPrompt
     mode: str
-    checkpoint: str
+    checkpoint: Checkpoint
     system: str
     sampling: Sampling
 
 
-def parse_request(run: Run, question: Any, values: tuple[Any, ...]) -> ChatRequest:
+def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
     """Returns the validated question of a visitor.
 
     Args:
         run: The run.
         question: A text, or the place of a held-out row.
-        values: Mode, checkpoint, system turn, temperature, top-p, length and seed.
+        inputs: What it is asked with.
 
     Raises:
         UserError: If it cannot be asked.
     """
-    mode, checkpoint, system, *numbers = values
-    rows = held_out_prompts(run)
+    rows, system = held_out_prompts(run), inputs.system
     asked: str | HeldOutPrompt
     if isinstance(question, int):
         if not 0 <= question < len(rows):
@@ -86,29 +95,23 @@ def parse_request(run: Run, question: Any, values: tuple[Any, ...]) -> ChatReque
         system = asked.system
     return ChatRequest(
         question=asked,
-        mode=mode if mode in MODES else "both",
-        checkpoint=find_checkpoint(run, checkpoint),
+        mode=inputs.mode if inputs.mode in MODES else "both",
+        checkpoint=find_checkpoint(run, inputs.checkpoint),
         system=validate_text(system, "system"),
-        sampling=validate_sampling(*numbers),
+        sampling=validate_sampling(*inputs[3:]),
     )
 
 
-def find_checkpoint(run: Run, name: Any) -> str:
-    """Returns the name of a checkpoint of a run, by default the first one.
+def find_checkpoint(run: Run, name: Any) -> Checkpoint:
+    """Returns a checkpoint of a run, by default the first one.
 
     Raises:
         UserError: If it has none of that name.
     """
-    names = [one.name for one in run.checkpoints()]
-    found = name if name else next(iter(names), "")
-    if found not in names:
+    found = next((one for one in run.checkpoints() if not name or one.name == name), None)
+    if found is None:
         raise UserError("playground.refused_checkpoint", name=str(name)[:80])
-    return str(found)
-
-
-def step_of(run: Run, name: str) -> int | None:
-    """Returns the step at which a checkpoint was saved, where that is known."""
-    return next((one.step for one in run.checkpoints() if one.name == name), None)
+    return found
 
 
 def stream_answers(
@@ -126,15 +129,15 @@ def stream_answers(
         UserError: If the model cannot answer.
     """
     blind = asked.mode == "blind"
-    if blind or talk.blind or talk.checkpoint != asked.checkpoint:
+    known = talk.checkpoint is not None and talk.checkpoint.name == asked.checkpoint.name
+    if blind or talk.blind or not known:
         # Answers that are judged must not lean on what one of them has said before.
         talk = Conversation(checkpoint=asked.checkpoint, blind=blind)
     question, reference = _question(speakers, run, asked)
     if isinstance(asked.question, HeldOutPrompt) and asked.question.turns is not None:
         before = asked.question.earlier
         talk = Conversation(asked.checkpoint, blind, list(before), list(before))
-    step = step_of(run, asked.checkpoint)
-    talk = replace(talk, ends={}, reference=reference, ballot=None, step=step)
+    talk = replace(talk, checkpoint=asked.checkpoint, ends={}, reference=reference, ballot=None)
     who = shuffle_sides() if blind else dict(zip(SIDES, ("base", "tuned"), strict=True))
     columns = dict(zip(SIDES, ("left", "right"), strict=True))
     for side, name in who.items():
@@ -176,21 +179,14 @@ def _answer(
     before: Turns = getattr(talk, column)
     messages = build_messages(asked.system, before, question)
     said = [*before, {"role": "user", "content": question}]
-    yield _with_turns(talk, column, said, talk.ends)
-    checkpoint = None if name == "base" else asked.checkpoint
+    turns: dict[str, Any] = {column: said}
+    yield replace(talk, **turns)
+    checkpoint = None if name == "base" else asked.checkpoint.name
     pieces = speakers.answer(run.owner, run, checkpoint, messages, asked.sampling)
     for piece in pieces:
-        turns = [*said, {"role": "assistant", "content": piece.text}]
+        turns = {column: [*said, {"role": "assistant", "content": piece.text}]}
         ends = {**talk.ends, column: piece} if piece.done else talk.ends
-        yield _with_turns(talk, column, turns, ends)
-
-
-def _with_turns(
-    talk: Conversation, column: str, turns: Turns, ends: Mapping[str, AnswerChunk]
-) -> Conversation:
-    if column == "left":
-        return replace(talk, left=turns, ends=ends)
-    return replace(talk, right=turns, ends=ends)
+        yield replace(talk, **turns, ends=ends)
 
 
 def _ballot(
@@ -198,7 +194,7 @@ def _ballot(
 ) -> Ballot:
     return Ballot(
         run_id=run.id,
-        checkpoint=asked.checkpoint,
+        checkpoint=asked.checkpoint.name,
         prompt=question,
         who=who,
         answers={"a": talk.left[-1]["content"], "b": talk.right[-1]["content"]},

@@ -6,16 +6,16 @@ import time
 from typing import Any
 
 from gradio_app.guards import escaped
-from gradio_app.pages.markup import markup
-from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
+from gradio_app.pages.components import Update, markup
+from gradio_app.pages.run.view import CurveOptions
 from gradio_app.pages.run_state import (
-    escaped_name,
     percent_done,
     phase_progress,
     phase_text,
     state_badge,
     time_left,
 )
+from gradio_app.pages.templating import message, render
 from gradio_app.runs.failures import find_failure, report
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.formatting import format_duration, format_metric, format_number
@@ -32,27 +32,20 @@ class Head:
 
     def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
         self.studio, self.t, self._metrics = studio, t, metrics
-        self.outputs: list[Any] = [
-            markup("", elem_id="run-name"),
-            markup("", elem_id="run-state"),
-            markup("", elem_id="run-progress"),
-            markup("", elem_id="run-note"),
-            markup("", elem_id="run-failure"),
-            markup("", elem_id="run-verdict"),
-        ]
+        parts = ("name", "state", "progress", "note", "failure", "verdict")
+        self.outputs: list[Any] = [markup(elem_id=f"run-{part}") for part in parts]
 
-    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[Update]:
         """Returns how a run is shown."""
         if run is None:
-            return [html_update("")] * len(self.outputs)
-        title = f"<h1>{escaped_name(run)}</h1>"
+            return [""] * len(self.outputs)
         return [
-            html_update(title),
-            html_update(self._state(run)),
-            html_update(self._progress(run)),
-            html_update(self._note(run)),
-            html_update(self._failure(run)),
-            html_update(self._verdict(run)),
+            f"<h1>{escaped(run.name)}</h1>",
+            self._state(run),
+            self._progress(run),
+            self._note(run),
+            self._failure(run),
+            self._verdict(run),
         ]
 
     def _state(self, run: Run) -> str:
@@ -69,8 +62,7 @@ class Head:
             words = t(f"run.{name}", step=status.step)
         elif status.state == "finished":
             words = self._outcome(run)
-        badge = state_badge(run, t)
-        return f'<p class="state" role="status">{badge} <span>{escaped(words)}</span></p>'
+        return render("run.state", t, badge=state_badge(run, t), words=words)
 
     def _outcome(self, run: Run) -> str:
         t, result = self.t, read_json_object(run.folder.result)
@@ -85,38 +77,30 @@ class Head:
         return t("run.outcome_loss", before=format_metric(before, t), after=format_metric(after, t))
 
     def _progress(self, run: Run) -> str:
-        t, status = self.t, run.status
-        done = percent_done(run)
-        shown = done if done is not None else 0
-        title = (
-            t("run.percent", percent=done) if done is not None else t(f"run.state_{status.state}")
-        )
+        t, status, done = self.t, run.status, percent_done(run)
         facts = []
         if status.total_steps and done is not None:
             facts.append(t("run.step_of", step=status.step, total=status.total_steps))
         elif status.step:
             facts.append(t("run.step", step=status.step))
         if done is not None:
-            facts.append(f"<strong>{t('run.percent', percent=done)}</strong>")
+            facts.append(render("run.percent", t, done=done))
         seconds = read_json_object(run.folder.result).get("seconds")
         if status.state == "finished" and isinstance(seconds, (int, float)):
             facts.append(t("run.took", time=format_duration(seconds, t)))
-        elif time_left(run, t):
-            facts.append(time_left(run, t))
-        kind: str = "unknown" if done is None and run.active else status.state
-        share = phase_progress(run, t)[1]
-        if kind == "unknown" and share is not None:
-            kind, done, shown = status.state, share, share
-        if finished_worse(run):
-            kind = "worse"
-        news = escaped(f"{title} - {run.name}")
-        return (
-            f'<div data-title="{news}">'
-            f'<p class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</p>'
-            f'<div class="bar {kind}" role="progressbar" aria-label="{t("run.progress")}" '
-            f'aria-valuemin="0" aria-valuemax="100"'
-            + (f' aria-valuenow="{shown}"' if done is not None else "")
-            + f'><span style="width: {shown}%"></span></div></div>'
+        elif left := time_left(run, t):
+            facts.append(left)
+        share = phase_progress(run, t)[1] if done is None and run.active else None
+        known = done is not None or share is not None or not run.active
+        kind = "worse" if finished_worse(run) else status.state if known else "unknown"
+        title = t(f"run.state_{status.state}") if done is None else t("run.percent", percent=done)
+        return render(
+            "run.progress",
+            t,
+            title=f"{title} - {run.name}",
+            facts=facts,
+            kind=kind,
+            percent=share if done is None else done,
         )
 
     def _note(self, run: Run) -> str:
@@ -136,21 +120,11 @@ class Head:
             text = t("run.out_of_time", minutes=f"{minutes:g}")
         else:
             return ""
-        return f'<p class="note">{escaped(text)}</p>'
+        return message("note", text, t, role="")
 
     def _failure(self, run: Run) -> str:
-        failure, t = find_failure(run), self.t
-        if failure is None:
-            return ""
-        said = f"<pre>{escaped(failure.message)}</pre>" if failure.message else ""
-        return (
-            f'<section class="failure" aria-label="{t("run.why")}"><div role="alert">'
-            f"<h2>{t(f'run.why_{failure.kind}')}</h2><p>{t(f'run.todo_{failure.kind}')}</p></div>"
-            f"{said}<details><summary>{t('run.details')}</summary>"
-            f'<pre tabindex="0">{escaped(failure.details)}</pre></details>'
-            f'<button type="button" class="as-button" data-copies="{escaped(report(run))}">'
-            f"{t('run.copy_report')}</button></section>"
-        )
+        found = find_failure(run)
+        return render("run.failure", self.t, found=found, report=report(run)) if found else ""
 
     def _verdict(self, run: Run) -> str:
         """Returns that the model is worse than before training, and what helps."""
@@ -162,14 +136,7 @@ class Head:
         title = t(f"run.{name}", loss=loss, before=before, after=format_metric(found.after, t))
         advice = t("run.worse_advice")
         if found.rate:
-            rates = {
-                "rate": format_number(found.rate, t),
-                "lower": format_number(found.rate / 10, t),
-            }
-            advice = t("run.worse_rate", **rates)
-        link = escaped(t.url("new", **{"from": run.id}) + "#method")
-        return (
-            f'<section aria-label="{t("run.verdict")}"><div class="alert" role="alert"><strong>'
-            f'<span aria-hidden="true">\u26a0</span> {escaped(title)}</strong><p>{advice} '
-            f'<a href="{link}">{t("run.duplicate")}</a></p></div></section>'
-        )
+            lower = format_number(found.rate / 10, t)
+            advice = t("run.worse_rate", rate=format_number(found.rate, t), lower=lower)
+        url = t.url("new", **{"from": run.id}) + "#method"
+        return render("run.verdict", t, title=title, advice=advice, url=url)

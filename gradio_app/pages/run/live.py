@@ -7,11 +7,11 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.chat.prompts import held_out_prompts
-from gradio_app.pages.markup import markup
+from gradio_app.pages.components import Update, field, markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
-from gradio_app.pages.run.samples_html import samples
-from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
+from gradio_app.pages.run.view import CurveOptions
+from gradio_app.pages.templating import message
 from gradio_app.runs.curves import Points, downsample, finite_points, smooth
 from gradio_app.runs.files import LOG_LINES, read_rows, remove_noise, tail
 from gradio_app.runs.health import HealthMonitor
@@ -48,85 +48,68 @@ class Live:
     """The tab of what a run does now."""
 
     def __init__(self, studio: Studio, t: Texts, metrics: MetricsCache) -> None:
-        self.studio, self.t = studio, t
-        self._metrics, self._watch = metrics, HealthMonitor()
-        self._alerts = markup("", elem_id="run-alerts")
-        self._numbers = markup("", elem_id="run-numbers")
-        self._build_curves()
+        self.t, self._metrics, self._health = t, metrics, HealthMonitor()
+        alerts, numbers = markup(elem_id="run-alerts"), markup(elem_id="run-numbers")
+        curves = self._build_curves()
         markup(f"<h2>{t('run.samples')}</h2>")
-        self._samples = markup("", elem_id="run-samples")
-        self._build_log()
-        self.outputs: list[Any] = [
-            self._alerts,
-            self._numbers,
-            self._loss,
-            self._text,
-            self._table,
-            self._rate,
-            self._samples,
-            self._log,
-        ]
+        samples = markup(elem_id="run-samples")
+        self.outputs: list[Any] = [alerts, numbers, *curves, samples, self._build_log()]
 
-    def _build_curves(self) -> None:
+    def _build_curves(self) -> list[Any]:
         t = self.t
         with gr.Row(elem_id="curve-choices", equal_height=True):
             markup(f"<h2>{t('run.curves')}</h2>")
             weights = [(t(f"run.smooth_{name}"), name) for name in ("none", "light", "strong")]
-            smoothing = gr.Radio(
-                weights,
+            smoothing = field(
+                gr.Radio,
+                t,
+                "run.smoothing",
+                "curve-smoothing",
+                choices=weights,
                 value="none",
-                label=t("run.smoothing"),
-                elem_id="curve-smoothing",
-                interactive=True,
                 scale=0,
                 min_width=280,
             )
-            log = gr.Checkbox(
-                label=t("run.log_scale"), elem_id="curve-log", interactive=True, scale=0
-            )
-        self.choices = [smoothing, log]
-        self._loss = markup("", elem_id="loss-plot")
-        self._text = markup("", elem_id="curve-text")
+            self.choices = [smoothing, field(gr.Checkbox, t, "run.log_scale", "curve-log", scale=0)]
+        shown = [markup(elem_id="loss-plot"), markup(elem_id="curve-text")]
         with gr.Accordion(t("run.as_table"), open=False, elem_id="curve-table"):
-            self._table = markup("")
+            shown.append(markup())
         with gr.Accordion(t("run.rate"), open=False, elem_id="rate"):
-            self._rate = markup("", elem_id="rate-plot")
+            shown.append(markup(elem_id="rate-plot"))
+        return shown
 
-    def _build_log(self) -> None:
+    def _build_log(self) -> Any:
         t = self.t
         with gr.Row(elem_id="log-choices", equal_height=True):
             markup(f"<h2>{t('run.log')}</h2>")
-            gr.Checkbox(
-                True, label=t("run.follow"), elem_id="log-follow", interactive=True, scale=0
-            )
+            field(gr.Checkbox, t, "run.follow", "log-follow", value=True, scale=0)
             copy = gr.Button(t("run.copy_log"), size="sm", elem_id="log-copy", scale=0)
             copy.click(None, None, None, js=_COPY)
-        self._log = markup(
+        log = markup(
             t("run.log_empty"),
             html_template=_LOG.format(label=t("run.log_label")),
             js_on_load=_FOLLOW,
             elem_id="run-log",
         )
-        note = t("run.log_note", lines=LOG_LINES)
-        markup(f'<p class="note">{note}</p>')
+        markup(message("note", t("run.log_note", lines=LOG_LINES), t, role=""))
+        return log
 
-    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[Update]:
         """Returns how a run is shown."""
         if run is None:
-            return [ComponentUpdate(gr.skip(), None)] * len(self.outputs)
+            return [(gr.skip(), None)] * len(self.outputs)
         metrics, t = self._metrics.of(run.folder.metrics), self.t
         events = run.redactor.value(list(read_rows(run.folder.events, 200_000)))
-        said = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
-        log = run.redactor.text(said)
+        log = remove_noise(tail(run.folder.log) or tail(run.folder.path / START_LOG))
         return [
-            html_update(live_html.alerts(events, self._watch.warnings(run), t)),
-            html_update(live_html.numbers(metrics, t)),
-            html_update(self._loss_plot(metrics, choices)),
-            html_update(live_html.summary(metrics, t)),
-            html_update(live_html.curve_table(metrics, t)),
-            html_update(self._rate_plot(metrics)),
-            html_update(samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t)),
-            html_update(log or t("run.log_empty")),
+            live_html.alerts(events, self._health.warnings(run), t),
+            live_html.numbers(metrics, t),
+            self._loss_plot(metrics, choices),
+            live_html.summary(metrics, t),
+            live_html.curve_table(metrics, t),
+            self._rate_plot(metrics),
+            live_html.samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t),
+            run.redactor.text(log) or t("run.log_empty"),
         ]
 
     def _loss_plot(self, metrics: Metrics, choices: CurveOptions) -> str:

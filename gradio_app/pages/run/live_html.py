@@ -1,11 +1,13 @@
-"""The HTML of what a run does now. Everything that a run has written is escaped."""
+"""The HTML of what a run does now."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
-from gradio_app.pages.templating import render
+from gradio_app.chat.prompts import HeldOutPrompt
+from gradio_app.pages.templating import message, render
 from gradio_app.runs.curves import Points, downsample, finite_points, relative_increase, trend
 from gradio_app.runs.formatting import (
     format_bytes,
@@ -26,6 +28,10 @@ ALERTS = {"nan": (), "diverging": ("first", "last"), "overfitting": ("times", "f
 METRICS = ("train_loss", "val_loss")
 TABLE_ROWS = 40
 MAX_OTHER_METRICS = 3
+MAX_STEPS = 4
+MAX_PROMPTS = 12
+_MAX_CELL = 400
+Row = Mapping[str, Any]
 
 
 def alerts(events: Sequence[Mapping[str, Any]], warned: Sequence[HealthWarning], t: Texts) -> str:
@@ -86,7 +92,7 @@ def numbers(metrics: Metrics, t: Texts) -> str:
     memory = metrics.maximum("peak_cuda_bytes") or metrics.maximum("peak_process_bytes")
     if memory:
         cards.append((t("run.memory"), format_bytes(memory, t), ""))
-    return render("live.numbers", t, cards=cards)
+    return render("parts.numbers", t, cards=cards, label=t("run.numbers"))
 
 
 def _other_metrics(latest: Mapping[str, float], t: Texts) -> list[tuple[str, str, str]]:
@@ -142,7 +148,7 @@ def summary(metrics: Metrics, t: Texts) -> str:
         finite_points(metrics.curve("val_loss")),
     )
     if not training and not validation:
-        return f'<p class="note">{t("run.curves_empty")}</p>'
+        return message("note", t("run.curves_empty"), t, role="")
     said = []
     if training:
         said.append(t("run.curves_text", **_endpoints(training, t)))
@@ -156,7 +162,7 @@ def summary(metrics: Metrics, t: Texts) -> str:
         )
     else:
         said.append(t("run.curves_no_validation"))
-    return f'<p class="note">{" ".join(said)}</p>'
+    return message("note", " ".join(said), t, role="")
 
 
 def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
@@ -171,13 +177,112 @@ def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
 
 def curve_table(metrics: Metrics, t: Texts) -> str:
     """Returns the numbers of the curves as a table."""
-    names = ("train_loss", "val_loss", "learning_rate")
     curves = {
         name: {
             step: format_metric(value, t)
             for step, value in downsample(metrics.curve(name), TABLE_ROWS)
         }
-        for name in names
+        for name in (*METRICS, "learning_rate")
     }
     steps = sorted({step for curve in curves.values() for step in curve})
-    return render("live.curve_table", t, curves=curves, steps=steps)
+    rows = [(step, [curve.get(step, "") for curve in curves.values()]) for step in steps]
+    head = [t("run.axis_step"), *(t(f"run.{name}") for name in curves)]
+    return render("parts.table", t, label=t("run.as_table"), head=head, rows=rows)
+
+
+def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> str:
+    """Returns the model's answers to the same prompts at different steps.
+
+    Args:
+        rows: What the run has written.
+        known: Validation rows whose turns are known.
+        t: Texts.
+    """
+    said: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        if isinstance(row.get("step"), int) and isinstance(row.get("sample"), int):
+            said[row["step"], row["sample"]] = row
+    if not said:
+        return message("note", t("run.samples_empty"), t, role="")
+    steps = _select_steps(sorted({step for step, _ in said}))
+    places = sorted({place for _, place in said})[:MAX_PROMPTS]
+    columns = [(t("run.prompt"), ""), (t("run.expected"), "")]
+    for step in steps:
+        found = [said[step, place] for place in places if (step, place) in said]
+        right = t("run.samples_right", n=sum(map(_is_correct, found)), of=len(found))
+        columns.append(
+            (t("run.after_step", step=step) if step else t("run.before_training"), right)
+        )
+    table = [_row(place, steps, said, known) for place in places]
+    return render("live.samples", t, columns=columns, rows=table)
+
+
+def _row(
+    place: int,
+    steps: Sequence[int],
+    said: Mapping[tuple[int, int], Row],
+    known: Sequence[HeldOutPrompt],
+) -> dict[str, Any]:
+    first = next(row for (_, sample), row in said.items() if sample == place)
+    prompt, expected = str(first.get("prompt", "")), str(first.get("expected", ""))
+    answers = [_answer(said.get((step, place))) for step in steps]
+    return {
+        "turns": _turns(prompt, expected, known),
+        "expected": shortened_cell(expected),
+        "answers": answers,
+    }
+
+
+def _turns(
+    prompt: str, expected: str, known: Sequence[HeldOutPrompt]
+) -> list[tuple[str | None, str]]:
+    """Returns roles and texts of a prompt where they are known, else its text without a role."""
+    for row in known:
+        if (
+            row.turns is not None
+            and row.reference.strip() == expected.strip()
+            and row.prompt in prompt
+        ):
+            turns = [*row.turns, ("user", row.prompt)]
+            return [(role, shortened_cell(text)) for role, text in turns]
+    return [(None, shortened_cell(prompt))]
+
+
+def _is_correct(row: Row) -> bool:
+    said, expected = (str(row.get(name, "")).split() for name in ("generated", "expected"))
+    return bool(expected) and said == expected
+
+
+def _answer(row: Row | None) -> dict[str, Any] | None:
+    """Returns an answer by its words, and which of them the expected one does not have."""
+    if row is None:
+        return None
+    correct = _is_correct(row)
+    text, expected = str(row.get("generated", "")).strip(), str(row.get("expected", ""))
+    compared = not correct and len(text) <= _MAX_CELL
+    words = _differences(text, expected) if compared else [(shortened_cell(text), False)]
+    return {"words": words, "correct": correct, "cut": row.get("cut") is True and not correct}
+
+
+def _differences(text: str, expected: str) -> list[tuple[str, bool]]:
+    words, wanted = text.split(" "), expected.strip().split(" ")
+    blocks = SequenceMatcher(None, words, wanted, autojunk=False).get_matching_blocks()
+    same = {block.a + place for block in blocks for place in range(block.size)}
+    # Where nothing is shared, marks would say nothing.
+    if not same:
+        return [(text, False)]
+    return [(word, place not in same and bool(word.strip())) for place, word in enumerate(words)]
+
+
+def shortened_cell(text: object) -> str:
+    """Returns text of a run for a cell of a table, its lines kept."""
+    words = str(text).strip()
+    return words if len(words) <= _MAX_CELL else words[:_MAX_CELL] + "\u2026"
+
+
+def _select_steps(steps: list[int]) -> list[int]:
+    """Returns the first step, the last one, and those evenly between."""
+    if len(steps) <= MAX_STEPS:
+        return steps
+    last = len(steps) - 1
+    return [steps[round(last * place / (MAX_STEPS - 1))] for place in range(MAX_STEPS)]

@@ -10,21 +10,22 @@ import gradio as gr
 
 from gradio_app.chat import votes
 from gradio_app.chat.command import unsupported_task
-from gradio_app.chat.prompts import held_out_prompts, labels, system_prompt
+from gradio_app.chat.prompts import MAX_PROMPTS, held_out_prompts, labels, system_prompt
 from gradio_app.errors import UserError
-from gradio_app.guards import escaped
-from gradio_app.pages.error_reporting import localized_message, report_errors
-from gradio_app.pages.layout import event_options, timer_options
-from gradio_app.pages.run import playground_html
+from gradio_app.pages.components import Update, changed_updates, on_event, timer_options
+from gradio_app.pages.error_reporting import localized_message
+from gradio_app.pages.run import playground_view
 from gradio_app.pages.run.conversation import (
+    ChatInputs,
     Conversation,
     find_checkpoint,
     parse_request,
-    step_of,
     stream_answers,
 )
 from gradio_app.pages.run.playground_view import PlaygroundView
-from gradio_app.runs.types import Run
+from gradio_app.pages.run_state import checkpoint_label
+from gradio_app.pages.templating import render
+from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from gradio_app.visitors import owner_of
@@ -44,51 +45,36 @@ class PlaygroundTab:
     def __init__(self, studio: Studio, t: Texts, run_id: gr.State) -> None:
         self.studio, self.t, self.run_id = studio, t, run_id
         self.talk = gr.State(Conversation())
-        self._seen = gr.State(())
+        self._seen = gr.State("")
         self._timer = gr.Timer(POLL_SECONDS)
         self.parts = PlaygroundView(t)
 
     def bind(self) -> None:
         """Binds what the buttons do."""
         p, t = self.parts, self.t
-        given = [self.run_id, self.talk, *p.settings]
-        shown = [self.talk, *p.conversation_outputs, p.model_status]
+        talk = [self.talk, *p.conversation_outputs]
+        given, shown = [self.run_id, self.talk, *p.settings], [*talk, p.model_status]
         # The status is shown next to the model; a visitor who has to wait sees it at once.
-        calm = {**event_options(), "show_progress": "hidden"}
+        calm: dict[str, Any] = {"show_progress": "hidden"}
         every = {**calm, "concurrency_limit": None}
-        for event in (p.ask.click, p.question.submit):
-            event(
-                report_errors(t)(self._answer_handler),
-                [p.question, *given],
-                [p.question, *shown],
-                **every,
-            )
+        asks = (p.ask.click, p.question.submit)
+        on_event(t, asks, self._answer_handler, [p.question, *given], [p.question, *shown], **every)
         for place, button in enumerate(p.prompts):
-            button.click(
-                report_errors(t)(self._prompt_handler(place)), given, [p.system, *shown], **every
-            )
-        p.clear_system.click(lambda: "", None, p.system, **calm)
-        p.load.click(
-            report_errors(t)(self._load), [self.run_id, p.checkpoint], p.model_status, **every
-        )
-        for button, act in ((p.unload, self._unload), (p.stop, self._stop)):
-            button.click(report_errors(t)(act), self.run_id, p.model_status, **every)
+            handler = self._prompt_handler(place)
+            on_event(t, button.click, handler, given, [p.system, *shown], **every)
+        on_event(t, p.clear_system.click, lambda: "", None, p.system, **calm)
+        checkpoint = [self.run_id, p.checkpoint]
+        on_event(t, p.load.click, self._load, checkpoint, p.model_status, **every)
+        on_event(t, p.unload.click, self._unload, self.run_id, p.model_status, **every)
+        on_event(t, p.stop.click, self._stop, self.run_id, p.model_status, **every)
         resets = (p.reset.click, p.mode.input, p.checkpoint.input, p.left.clear, p.right.clear)
-        for event in resets:
-            event(
-                report_errors(t)(self._reset),
-                p.settings,
-                [self.talk, *p.conversation_outputs],
-                **calm,
-            )
+        on_event(t, resets, self._reset, [self.run_id, *p.settings], talk, **calm)
         for name, button in p.votes.items():
-            given = [self.run_id, self.talk]
-            voted = [self.talk, *p.conversation_outputs, p.vote_summary]
-            button.click(report_errors(t)(self._vote_handler(name)), given, voted, **every)
-        looked = [self.run_id, p.checkpoint, self._seen]
-        changing = [self._seen, *p.polled_outputs]
-        self._timer.tick(self._poll, looked, changing, **timer_options())
-        self.run_id.change(self._poll, looked, changing, **timer_options())
+            voted = [*talk, p.vote_summary]
+            on_event(t, button.click, self._vote_handler(name), given[:2], voted, **every)
+        for event in (self._timer.tick, self.run_id.change):
+            changing = [self._seen, *p.polled_outputs]
+            event(self._poll, [*checkpoint, self._seen], changing, **timer_options())
 
     def _run(self, run_id: Any, request: gr.Request) -> Run:
         owner = owner_of(request, self.studio.settings.space)
@@ -101,7 +87,7 @@ class PlaygroundTab:
     ) -> Iterator[Any]:
         text = question if isinstance(question, str) else ""
         first = True
-        for taken, shown in self._answer(request, text, run_id, talk, values):
+        for taken, shown in self._answer(request, text, run_id, talk, ChatInputs(*values)):
             # What was written stays there if it cannot be asked. What is written while an answer
             # comes is the next question.
             yield (("" if first else gr.skip()) if taken else text, *shown)
@@ -109,57 +95,55 @@ class PlaygroundTab:
 
     def _prompt_handler(self, place: int) -> Callable[..., Iterator[Any]]:
         def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
-            system = self._system_of(place, run_id, request)
-            for _, shown in self._answer(request, place, run_id, talk, values):
+            rows = held_out_prompts(self._run(run_id, request))
+            known = place < len(rows) and rows[place].turns is not None
+            # The system turn of a row that is asked is shown; its own may be none.
+            system: Any = rows[place].system if known else gr.skip()
+            for _, shown in self._answer(request, place, run_id, talk, ChatInputs(*values)):
                 yield (system, *shown)
                 system = gr.skip()
 
         return ask
 
-    def _system_of(self, place: int, run_id: Any, request: gr.Request) -> Any:
-        """Returns the system turn of a row that is asked, to be shown; its own may be none."""
-        rows = held_out_prompts(self._run(run_id, request))
-        known = place < len(rows) and rows[place].turns is not None
-        return rows[place].system if known else gr.skip()
-
     def _answer(
-        self, request: gr.Request, question: Any, run_id: Any, talk: Any, values: tuple[Any, ...]
+        self, request: gr.Request, question: Any, run_id: Any, talk: Any, inputs: ChatInputs
     ) -> Iterator[tuple[bool, tuple[Any, ...]]]:
         """Yields whether a question was taken, and what is shown."""
         now = talk = talk if isinstance(talk, Conversation) else Conversation()
-        mode, standing = str(values[0]), gr.skip()
+        status: Any = gr.skip()
         try:
             run = self._run(run_id, request)
-            asked = parse_request(run, question, values)
-            for _ in self.studio.chat.load(run.owner, run, asked.checkpoint):
+            asked = parse_request(run, question, inputs)
+            for _ in self.studio.chat.load(run.owner, run, asked.checkpoint.name):
                 skips = (gr.skip(),) * len(self.parts.conversation_outputs)
                 yield True, (gr.skip(), *skips, self._model_status(run))
             for now in stream_answers(self.studio.chat, run, talk, asked):
-                shown = self.parts.updates(now, asked.mode, going_on=True)
+                shown = self.parts.updates(now, asked.mode, in_progress=True)
                 yield True, (now, *shown, self._model_status(run))
-            standing = self._model_status(run)
+            status = self._model_status(run)
         except UserError as refusal:
             self._warn(refusal)
             # The conversation is as before the question.
-            yield False, (talk, *self.parts.updates(talk, mode), standing)
+            yield False, (talk, *self.parts.updates(talk, str(inputs.mode)), status)
             return
-        yield True, (now, *self.parts.updates(now, asked.mode), standing)
+        yield True, (now, *self.parts.updates(now, asked.mode), status)
 
     def _warn(self, refusal: UserError) -> None:
         # An error would lie upon the conversation until it is clicked away.
         gr.Warning(localized_message(refusal, self.t), title=self.t("frame.refused"))
 
-    def _reset(self, *values: Any) -> tuple[Any, ...]:
-        mode, checkpoint = str(values[0]), str(values[1] or "")
-        talk = Conversation(checkpoint=checkpoint, blind=mode == "blind")
-        return (talk, *self.parts.updates(talk, mode))
+    def _reset(self, request: gr.Request, run_id: Any, *values: Any) -> tuple[Any, ...]:
+        inputs = ChatInputs(*values)
+        checkpoint = find_checkpoint(self._run(run_id, request), inputs.checkpoint)
+        talk = Conversation(checkpoint, blind=inputs.mode == "blind")
+        return (talk, *self.parts.updates(talk, str(inputs.mode)))
 
     # The model
 
     def _load(self, run_id: Any, checkpoint: Any, request: gr.Request) -> Iterator[str]:
         run = self._run(run_id, request)
         try:
-            for _ in self.studio.chat.load(run.owner, run, find_checkpoint(run, checkpoint)):
+            for _ in self.studio.chat.load(run.owner, run, find_checkpoint(run, checkpoint).name):
                 yield self._model_status(run)
         except UserError as refusal:
             self._warn(refusal)
@@ -177,40 +161,36 @@ class PlaygroundTab:
         return self._model_status(run)
 
     def _model_status(self, run: Run) -> str:
-        speakers = self.studio.chat
-        reason = speakers.reason(run.owner)
-        said = localized_message(reason, self.t) if reason is not None else ""
-        minutes = round(speakers.timeouts.idle / 60)
-        return playground_html.model_status(speakers.model_status(run.owner), said, minutes, self.t)
+        chat = self.studio.chat
+        reason = chat.reason(run.owner)
+        text = localized_message(reason, self.t) if reason is not None else ""
+        minutes = round(chat.timeouts.idle / 60)
+        return playground_view.model_status(chat.model_status(run.owner), text, minutes, self.t)
 
     # Voting
 
     def _vote_handler(self, vote: str) -> Callable[..., tuple[Any, ...]]:
         def act(request: gr.Request, run_id: Any, talk: Any) -> tuple[Any, ...]:
-            return self._record_vote(request, vote, run_id, talk)
+            run = self._run(run_id, request)
+            ballot = talk.ballot if isinstance(talk, Conversation) else None
+            try:
+                if ballot is None:
+                    raise UserError("playground.refused_vote")
+                outcome = votes.record_vote(run, ballot, vote)
+            except UserError as refusal:
+                self._warn(refusal)
+                return (gr.skip(),) * (2 + len(self.parts.conversation_outputs))
+            result = playground_view.vote_result(outcome, ballot.who, self.t)
+            voted = replace(talk, blind=True, ballot=None)
+            shown = self.parts.updates(voted, "blind", revealed=result, who=ballot.who)
+            return (voted, *shown, self._vote_summary(run, talk.checkpoint))
 
         return act
 
-    def _record_vote(
-        self, request: gr.Request, vote: str, run_id: Any, talk: Any
-    ) -> tuple[Any, ...]:
-        run = self._run(run_id, request)
-        ballot = talk.ballot if isinstance(talk, Conversation) else None
-        try:
-            if ballot is None:
-                raise UserError("playground.refused_vote")
-            outcome = votes.record_vote(run, ballot, vote)
-        except UserError as refusal:
-            self._warn(refusal)
-            return (gr.skip(),) * (2 + len(self.parts.conversation_outputs))
-        result = playground_html.vote_result(outcome, ballot.who, self.t)
-        talk = replace(talk, blind=True, ballot=None)
-        shown = self.parts.updates(talk, "blind", revealed=result, who=ballot.who)
-        return (talk, *shown, self._tally(run, ballot.checkpoint))
-
-    def _tally(self, run: Run, checkpoint: str) -> str:
-        which = playground_html.checkpoint_label(checkpoint, step_of(run, checkpoint), self.t)
-        return playground_html.vote_summary(votes.count_votes(run, checkpoint), which, self.t)
+    def _vote_summary(self, run: Run, checkpoint: Checkpoint) -> str:
+        which = checkpoint_label(checkpoint, self.t, short=True)
+        counts = votes.count_votes(run, checkpoint.name)
+        return render("playground.vote_summary", self.t, which=which, counts=counts)
 
     # What changes by itself
 
@@ -219,50 +199,46 @@ class PlaygroundTab:
             run = self._run(run_id, request)
         except UserError:
             return [gr.skip()] * (1 + len(self.parts.polled_outputs))
-        kind = unsupported_task(run)
+        known, values = changed_updates(self._polled_updates(run, checkpoint), seen)
+        return [known, *values]
+
+    def _polled_updates(self, run: Run, checkpoint: Any) -> list[Update]:
+        """Returns the updates of ``polled_outputs``."""
+        t, chat, kind = self.t, self.studio.chat, unsupported_task(run)
         # Of a task that cannot be talked to, nothing is offered.
         known = [] if kind else run.checkpoints()
+        there = bool(known)
+        chosen = next((one for one in known if one.name == checkpoint), known[0] if known else None)
+        choices = tuple((checkpoint_label(one, t), one.name) for one in known)
+        name = chosen.name if chosen else None
         nothing = (
-            playground_html.unsupported(kind, self.t) if kind else playground_html.empty(self.t)
+            render("playground.unsupported", t, kind=kind)
+            if kind
+            else render("playground.empty", t)
         )
-        names = [one.name for one in known]
-        chosen = checkpoint if checkpoint in names else next(iter(names), None)
-        rows = held_out_prompts(run) if names else []
-        texts = [playground_html.button_label([text]) for text in labels(rows)]
-        standing = self._model_status(run) if names else ""
-        free = bool(names) and self.studio.chat.reason(run.owner) is None
-        phase = self.studio.chat.model_status(run.owner).phase
-        vote_summary = self._tally(run, chosen) if chosen else ""
-        choices = [
-            (
-                escaped(one.name)
-                if one.step is None
-                else self._checkpoint_label(one.name, one.step),
-                one.name,
-            )
-            for one in known
+        phase, free = chat.model_status(run.owner).phase, there and chat.reason(run.owner) is None
+        resting = free and phase in ("none", "ready")
+        texts = [playground_view.button_label(text) for text in labels(held_out_prompts(run))]
+        texts = texts if there else []
+        prompts: list[Update] = [
+            (gr.Button(text, visible=True, interactive=resting), (text, resting)) for text in texts
         ]
-        known_run = run.id if names else ""
-        key = (
-            known_run,
-            chosen,
-            tuple(choices),
-            tuple(texts),
-            standing,
-            free,
-            phase,
-            vote_summary,
-            kind,
-        )
-        if key == seen:
-            return [gr.skip()] * (1 + len(self.parts.polled_outputs))
-        # Once for each page, and then it is the visitor's.
-        before = seen[0] if isinstance(seen, tuple) and seen else None
-        system = system_prompt(run) if names and before != run.id else None
-        parts = self.parts.changed(
-            choices, chosen, texts, standing, free, phase, vote_summary, nothing, system
-        )
-        return [key, *parts]
-
-    def _checkpoint_label(self, name: str, step: int) -> str:
-        return self.t("playground.checkpoint_step", name=name, step=step)
+        hidden = gr.Button(visible=False)
+        system = system_prompt(run) if there else None
+        # Once for each run, and then it is the visitor's.
+        system_key = run.id if there else ""
+        return [
+            (gr.HTML(nothing, visible=not there), (nothing, there)),
+            (gr.Column(visible=there), there),
+            self._model_status(run) if there else "",
+            (gr.Button(visible=phase == "none", interactive=free), (phase == "none", free)),
+            (gr.Button(visible=phase != "none"), phase != "none"),
+            (gr.Dropdown(choices=list(choices), value=name), (choices, name)),
+            (gr.Column(visible=bool(texts)), bool(texts)),
+            *prompts,
+            *[(hidden, None)] * (MAX_PROMPTS - len(prompts)),
+            (gr.Button(interactive=resting), resting),
+            self._vote_summary(run, chosen) if chosen else "",
+            (system.text if system else gr.skip(), system_key),
+            (playground_view.system_note(system, t) if system else gr.skip(), system_key),
+        ]

@@ -2,132 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
 
 from gradio_app.chat.prompts import MAX_PROMPTS, SystemPrompt
 from gradio_app.chat.request import MAX_NEW_TOKENS, MAX_TEMPERATURE, MAX_TEXT, Sampling
+from gradio_app.chat.sessions import AnswerChunk, ModelStatus
 from gradio_app.chat.votes import VOTES
-from gradio_app.pages.run import playground_html
+from gradio_app.pages.components import field, html
 from gradio_app.pages.run.conversation import MODES, Conversation, Turns
+from gradio_app.pages.run_state import checkpoint_label
+from gradio_app.pages.templating import message, render
+from gradio_app.runs.formatting import format_bytes, format_count, format_duration
 from gradio_app.texts import Texts
 
-_HEIGHT = 440
 # Answers that are code or JSON.
-_MONO = """
-() => document.querySelector('#try-columns').classList.toggle('mono')
-"""
+_MONO = "() => document.querySelector('#try-columns').classList.toggle('mono')"
+_LOADING_KEYS = {
+    "loading the libraries": "libraries",
+    "finding the base": "base",
+    "loading the model": "model",
+}
+_SIGNS = {"none": "\u25cb", "loading": "\u25cc"}
 
 
 class PlaygroundView:
     """The components.
 
     Attributes:
-        settings: What a question is asked with: mode, checkpoint, system turn, and sampling.
-        talking: What shows a conversation.
-        changing: What changes by itself.
+        settings: What a question is asked with, as ``ChatInputs``.
+        conversation_outputs: What shows a conversation.
+        polled_outputs: What changes by itself.
     """
 
     def __init__(self, t: Texts) -> None:
         self.t = t
-        self.empty = gr.HTML(playground_html.empty(t), elem_id="try-empty", padding=False)
+        self.empty = html(render("playground.empty", t), elem_id="try-empty")
         with gr.Column(elem_id="try-body", visible=False) as self.body:
             self._build_model()
             self._build_system()
             self._build_columns()
             self._build_question()
-            sampling = self._build_settings()
-            self.vote_summary = gr.HTML("", elem_id="try-tally", padding=False)
-        self.settings: list[Any] = [self.mode, self.checkpoint, *sampling]
+            sampling = self._build_sampling()
+            self.vote_summary = html(elem_id="try-tally")
+        self.settings: list[Any] = [self.mode, self.checkpoint, self.system, *sampling]
         self.conversation_outputs: list[Any] = [
-            self.left,
-            self.right,
-            self.notes,
-            self.reference,
-            self.ballot,
-            self.revealed,
-            self.stop,
+            *(self.left, self.right, self.notes, self.reference),
+            *(self.ballot, self.revealed, self.stop),
         ]
         self.polled_outputs: list[Any] = [
-            self.empty,
-            self.body,
-            self.model_status,
-            self.load,
-            self.unload,
-            self.checkpoint,
-            self.held_out,
-            *self.prompts,
-            self.ask,
-            self.vote_summary,
-            self.system,
-            self.system_note,
+            *(self.empty, self.body, self.model_status, self.load, self.unload, self.checkpoint),
+            *(self.held_out, *self.prompts, self.ask),
+            *(self.vote_summary, self.system, self.system_note),
         ]
+
+    def _button(self, key: str, name: str, size: Any = "md", **options: Any) -> gr.Button:
+        return gr.Button(
+            self.t(f"playground.{key}"), elem_id=f"try-{name}", size=size, scale=0, **options
+        )
 
     def _build_model(self) -> None:
         t = self.t
-        gr.HTML(f"<h2>{t('playground.state')}</h2>", padding=False)
+        html(f"<h2>{t('playground.state')}</h2>")
         with gr.Row(elem_id="try-model", equal_height=True):
-            self.model_status = gr.HTML("", elem_id="try-state", padding=False)
-            self.load = gr.Button(t("playground.load"), elem_id="try-load", size="md", scale=0)
-            self.unload = gr.Button(
-                t("playground.unload"), elem_id="try-unload", size="md", scale=0, visible=False
-            )
+            self.model_status = html(elem_id="try-state")
+            self.load = self._button("load", "load")
+            self.unload = self._button("unload", "unload", visible=False)
+        modes = [(t(f"playground.mode_{mode}"), mode) for mode in MODES]
         with gr.Row(elem_id="try-choices"):
-            self.mode = gr.Radio(
-                [(t(f"playground.mode_{mode}"), mode) for mode in MODES],
-                value="both",
-                label=t("playground.mode"),
-                info=t("playground.mode_info"),
-                elem_id="try-mode",
-                interactive=True,
-                scale=2,
+            self.mode = field(
+                gr.Radio, t, "playground.mode", "try-mode", choices=modes, value="both", scale=2
             )
-            self.checkpoint = gr.Dropdown(
-                [],
-                label=t("playground.checkpoint"),
-                elem_id="try-checkpoint",
-                interactive=True,
+            self.checkpoint = field(
+                gr.Dropdown,
+                t,
+                "playground.checkpoint",
+                "try-checkpoint",
+                choices=[],
                 filterable=False,
                 scale=1,
             )
 
     def _build_system(self) -> None:
-        t = self.t
         with gr.Row(elem_id="try-system", equal_height=True):
-            self.system = gr.Textbox(
-                label=t("playground.system"),
-                elem_id="try-system-prompt",
+            self.system = field(
+                gr.Textbox,
+                self.t,
+                "playground.system",
+                "try-system-prompt",
                 max_lines=6,
                 max_length=MAX_TEXT,
-                interactive=True,
                 scale=4,
             )
-            self.clear_system = gr.Button(
-                t("playground.system_clear"), elem_id="try-system-clear", size="md", scale=0
-            )
-        self.system_note = gr.HTML("", elem_id="try-system-note", padding=False)
+            self.clear_system = self._button("system_clear", "system-clear")
+        self.system_note = html(elem_id="try-system-note")
 
     def _build_columns(self) -> None:
         t = self.t
         with gr.Column(elem_id="try-held-out", visible=False) as self.held_out:
-            gr.HTML(f"<h2>{t('playground.held_out')}</h2>", padding=False)
+            html(f"<h2>{t('playground.held_out')}</h2>")
             with gr.Row(elem_id="try-prompts"):
                 self.prompts = [
                     gr.Button("", visible=False, size="md", elem_id=f"try-prompt-{place}")
                     for place in range(MAX_PROMPTS)
                 ]
-        gr.Checkbox(
-            label=t("playground.mono"), elem_id="try-mono", interactive=True, container=False
-        ).input(None, None, None, js=_MONO)
+        mono = field(gr.Checkbox, t, "playground.mono", "try-mono", container=False)
+        mono.input(None, None, None, js=_MONO)
         with gr.Row(elem_id="try-columns"):
             self.left = self._column("try-left", t("playground.base"))
             self.right = self._column("try-right", t("playground.mode_tuned"))
-        self.notes = gr.HTML("", elem_id="try-notes", padding=False)
-        self.reference = gr.HTML("", elem_id="try-reference", padding=False)
+        self.notes = html(elem_id="try-notes")
+        self.reference = html(elem_id="try-reference")
         with gr.Column(elem_id="try-ballot", visible=False) as self.ballot:
-            gr.HTML(f"<h2>{t('playground.which_better')}</h2>", padding=False)
+            html(f"<h2>{t('playground.which_better')}</h2>")
             with gr.Row(elem_id="try-votes"):
                 self.votes = {
                     vote: gr.Button(
@@ -137,7 +126,7 @@ class PlaygroundView:
                     )
                     for vote in VOTES
                 }
-        self.revealed = gr.HTML("", elem_id="try-revealed", padding=False)
+        self.revealed = html(elem_id="try-revealed")
 
     def _column(self, name: str, label: str) -> gr.Chatbot:
         # As text: what a model says could be Markdown that fetches images from anywhere.
@@ -148,74 +137,50 @@ class PlaygroundView:
             buttons=["copy"],
             render_markdown=False,
             placeholder=self.t("playground.nothing_said"),
-            height=_HEIGHT,
+            height=440,
             layout="bubble",
             min_width=280,
         )
 
     def _build_question(self) -> None:
-        t = self.t
         with gr.Column(elem_id="try-asking"):
-            self.question = gr.Textbox(
-                label=t("playground.question"),
-                info=t("playground.question_hint"),
-                elem_id="try-question",
+            self.question = field(
+                gr.Textbox,
+                self.t,
+                "playground.question",
+                "try-question",
                 max_lines=8,
                 max_length=MAX_TEXT,
-                interactive=True,
             )
             with gr.Row(elem_id="try-actions"):
-                self.ask = gr.Button(
-                    t("playground.ask"), variant="primary", elem_id="try-ask", size="lg", scale=0
-                )
-                self.stop = gr.Button(
-                    t("playground.stop"), elem_id="try-stop", size="lg", scale=0, interactive=False
-                )
-                self.reset = gr.Button(
-                    t("playground.reset"), elem_id="try-reset", size="lg", scale=0
-                )
+                self.ask = self._button("ask", "ask", "lg", variant="primary")
+                self.stop = self._button("stop", "stop", "lg", interactive=False)
+                self.reset = self._button("reset", "reset", "lg")
 
-    def _build_settings(self) -> list[Any]:
-        t, usual = self.t, Sampling()
-        with gr.Accordion(t("playground.settings"), open=False, elem_id="try-settings"):
+    def _build_sampling(self) -> list[Any]:
+        usual = Sampling()
+        fine = {"step": 0.05}
+        with gr.Accordion(self.t("playground.settings"), open=False, elem_id="try-settings"):
             with gr.Row():
-                temperature = self._number("temperature", usual.temperature, 0, MAX_TEMPERATURE)
-                top_p = self._number("top_p", usual.top_p, 0.05, 1)
+                temperature = self._number(
+                    "temperature", usual.temperature, 0, maximum=MAX_TEMPERATURE, **fine
+                )
+                top_p = self._number("top_p", usual.top_p, 0.05, maximum=1, **fine)
             with gr.Row():
-                length = gr.Number(
-                    usual.max_new_tokens,
-                    label=t("playground.length"),
-                    minimum=1,
-                    maximum=MAX_NEW_TOKENS,
-                    precision=0,
-                    interactive=True,
+                length = self._number(
+                    "length", usual.max_new_tokens, 1, maximum=MAX_NEW_TOKENS, precision=0
                 )
-                seed = gr.Number(
-                    usual.seed,
-                    label=t("playground.seed"),
-                    info=t("playground.seed_info"),
-                    minimum=0,
-                    precision=0,
-                    interactive=True,
-                )
-        return [self.system, temperature, top_p, length, seed]
+                seed = self._number("seed", usual.seed, 0, precision=0)
+        return [temperature, top_p, length, seed]
 
-    def _number(self, name: str, value: float, least: float, most: float) -> gr.Number:
-        return gr.Number(
-            value,
-            label=self.t(f"playground.{name}"),
-            info=self.t(f"playground.{name}_info"),
-            minimum=least,
-            maximum=most,
-            step=0.05,
-            interactive=True,
-        )
+    def _number(self, name: str, value: float, least: float, **options: Any) -> Any:
+        return field(gr.Number, self.t, f"playground.{name}", value=value, minimum=least, **options)
 
     def updates(
         self,
         talk: Conversation,
         mode: str,
-        going_on: bool = False,
+        in_progress: bool = False,
         revealed: str = "",
         who: Mapping[str, str] | None = None,
     ) -> tuple[Any, ...]:
@@ -224,12 +189,13 @@ class PlaygroundView:
         Args:
             talk: The conversation.
             mode: Who answers.
-            going_on: Whether more is to come.
+            in_progress: Whether more is to come.
             revealed: Text shown after a vote.
             who: The models behind A and B, once revealed.
         """
-        t, which = self.t, playground_html.checkpoint_label(talk.checkpoint, talk.step, self.t)
-        tuned = t("playground.tuned", which=which) if which else t("playground.mode_tuned")
+        t, tuned = self.t, self.t("playground.mode_tuned")
+        if talk.checkpoint is not None:
+            tuned = t("playground.tuned", which=checkpoint_label(talk.checkpoint, t, short=True))
         names = {"base": t("playground.base"), "tuned": tuned}
         left, right = names["base"], names["tuned"]
         if talk.blind:
@@ -237,57 +203,86 @@ class PlaygroundView:
             if who is not None:
                 left, right = f"{left}: {names[who['a']]}", f"{right}: {names[who['b']]}"
         ends = {{"left": left, "right": right}[side]: end for side, end in talk.ends.items()}
-        voting = talk.ballot is not None and not going_on
+        voting = talk.ballot is not None and not in_progress
+        reference = talk.reference
         return (
             gr.Chatbot(_chat_messages(talk.left), label=left, visible=mode != "tuned"),
             gr.Chatbot(_chat_messages(talk.right), label=right, visible=mode != "base"),
-            playground_html.answer_notes(ends, t) if ends and not going_on else "",
-            playground_html.reference(talk.reference, t),
+            answer_notes(ends, t) if ends and not in_progress else "",
+            render("playground.reference", t, text=reference) if reference else "",
             gr.Column(visible=voting),
             revealed,
-            gr.Button(interactive=going_on),
+            gr.Button(interactive=in_progress),
         )
-
-    def changed(
-        self,
-        choices: Sequence[tuple[str, str]],
-        chosen: str | None,
-        texts: Sequence[str],
-        standing: str,
-        free: bool,
-        phase: str,
-        vote_summary: str,
-        nothing: str,
-        system: SystemPrompt | None,
-    ) -> list[Any]:
-        """Returns the values of ``changing``.
-
-        ``nothing`` is said where there are no choices; ``system`` is ``None`` where the system
-        prompt is the visitor's already.
-        """
-        there, resting = bool(choices), free and phase in ("none", "ready")
-        prompts = [
-            gr.Button(texts[place], visible=True, interactive=resting)
-            if place < len(texts)
-            else gr.Button(visible=False)
-            for place in range(MAX_PROMPTS)
-        ]
-        return [
-            gr.HTML(nothing, visible=not there),
-            gr.Column(visible=there),
-            standing,
-            gr.Button(visible=phase == "none", interactive=free),
-            gr.Button(visible=phase != "none"),
-            gr.Dropdown(choices=list(choices), value=chosen),
-            gr.Column(visible=bool(texts)),
-            *prompts,
-            gr.Button(interactive=resting),
-            vote_summary,
-            gr.skip() if system is None else system.text,
-            gr.skip() if system is None else playground_html.system_note(system, self.t),
-        ]
 
 
 def _chat_messages(turns: Turns) -> list[Any]:
     """Returns turns as Gradio shows them; an empty answer is named, not left blank."""
     return [turn if turn["content"] else {**turn, "content": "\u2026"} for turn in turns]
+
+
+def model_status(now: ModelStatus, reason: str, minutes: int, t: Texts) -> str:
+    """Returns how the model is.
+
+    Args:
+        now: How it is.
+        reason: Why it cannot be used now; empty if it can.
+        minutes: After how many without a question it is unloaded.
+        t: Texts.
+    """
+    what = t(f"playground.what_{_LOADING_KEYS.get(now.what, 'starting')}")
+    text = t(
+        f"playground.{now.phase}",
+        what=what,
+        time=format_duration(now.seconds, t),
+        device=t("playground.device_cpu" if now.device == "cpu" else "playground.device_cuda"),
+        memory=format_bytes(now.memory_bytes, t),
+    )
+    loaded = not reason and now.phase not in _SIGNS
+    idle = [t("playground.idle_note", minutes=minutes)] if loaded else []
+    return render(
+        "playground.model_status",
+        t,
+        state="blocked" if reason else now.phase,
+        sign="\u26a0" if reason else _SIGNS.get(now.phase, "\u25cf"),
+        text=reason or text,
+        notes=[*idle, *filter(None, now.notes)],
+    )
+
+
+def system_note(found: SystemPrompt, t: Texts) -> str:
+    """Returns where the system prompt of a chat comes from."""
+    key = "info" if not found.of else "none" if not found.text else "most"
+    key = "all" if key == "most" and found.rows == found.of else key
+    text = t(f"playground.system_{key}", rows=found.rows, of=found.of)
+    return message("note", text, t, role="")
+
+
+def answer_notes(ends: Mapping[str, AnswerChunk], t: Texts) -> str:
+    """Returns how answers ended, by who gave them."""
+    lines = []
+    for who, piece in ends.items():
+        kind = "stopped" if piece.stopped else "whole" if piece.ended else "cut"
+        line = t(f"playground.note_{kind}", who=who, tokens=piece.tokens)
+        speed = t("playground.speed", n=format_count(piece.speed, t)) if piece.speed else ""
+        lines.append(f"{line} {speed}".strip())
+    dropped = max((piece.dropped for piece in ends.values()), default=0)
+    if dropped:
+        lines.append(t("playground.note_dropped", n=dropped))
+    return render("playground.answer_notes", t, lines=lines)
+
+
+def vote_result(outcome: str, who: Mapping[str, str], t: Texts) -> str:
+    """Returns whom a vote was for, and who was who."""
+    sides = [
+        t("playground.side_is", side=t(f"playground.side_{side}"), who=t(f"playground.who_{name}"))
+        for side, name in who.items()
+    ]
+    text = f"{t(f'playground.voted_{outcome}')} {', '.join(sides)}."
+    return message("revealed", text, t)
+
+
+def button_label(text: str) -> str:
+    """Returns text on one line, short enough for a button."""
+    line = " ".join(text.split())
+    return line if len(line) <= 90 else line[:89] + "\u2026"

@@ -12,9 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from gradio_app.guards import escaped
-from gradio_app.pages.markup import markup, render_code_spans
-from gradio_app.pages.run.view import ComponentUpdate, CurveOptions, html_update
+from gradio_app.pages.components import Update, markup
+from gradio_app.pages.run.view import CurveOptions
+from gradio_app.pages.templating import render
 from gradio_app.runs.failures import versions
 from gradio_app.runs.files import read_json_object
 from gradio_app.runs.local import skipped_rows_file
@@ -30,42 +30,33 @@ class RecipeTab:
         self.studio, self.t = studio, t
         # The folder of runs is never served: what is downloaded is copied here first.
         self._staging = tempfile.TemporaryDirectory(prefix="lightning-peft-")
-        note = render_code_spans(t("run.recipe_note"))
-        markup(f'<h2>{t("run.recipe")}</h2><p class="note">{note}</p>')
-        self._text = markup("", elem_id="recipe-text")
-        self._download = gr.DownloadButton(
+        markup(render("run.recipe_heading", t))
+        text = markup(elem_id="recipe-text")
+        download = gr.DownloadButton(
             t("run.recipe_download"), elem_id="recipe-download", size="md", scale=0
         )
         markup(f"<h2>{t('run.command')}</h2>")
-        self._command = markup("", elem_id="recipe-command")
+        command = markup(elem_id="recipe-command")
         markup(f"<h2>{t('run.facts')}</h2>")
-        self._facts = markup("", elem_id="recipe-facts")
-        self._left_out = gr.DownloadButton(
+        facts = markup(elem_id="recipe-facts")
+        skipped = gr.DownloadButton(
             t("run.left_out"), elem_id="left-out", size="md", scale=0, visible=False
         )
-        self.outputs: list[Any] = [
-            self._text,
-            self._download,
-            self._command,
-            self._facts,
-            self._left_out,
-        ]
+        self.outputs: list[Any] = [text, download, command, facts, skipped]
 
-    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[Update]:
         """Returns how a run is shown."""
         if run is None:
-            return [ComponentUpdate(gr.skip(), None)] * len(self.outputs)
-        t = self.t
+            return [(gr.skip(), None)] * len(self.outputs)
         text = run.recipe_text
-        code = (
-            f'<pre tabindex="0" role="region" aria-label="{t("run.recipe_code")}">'
-            f"{escaped(text)}</pre>"
-        )
+        # A path of the server does not concern a stranger.
+        file = "recipe.yaml" if self.studio.settings.space else str(run.folder.recipe)
+        command = f"lightning-peft {run.metadata.command} --config {shlex.quote(file)}"
         return [
-            html_update(code),
-            ComponentUpdate(self._staged(run, text), (run.id, text)),
-            html_update(self._command_of(run)),
-            html_update(self._facts_of(run)),
+            render("run.recipe", self.t, text=text),
+            (self._staged(run, text), (run.id, text)),
+            render("parts.command", self.t, text=command),
+            self._facts_of(run),
             self._rows_of(run),
         ]
 
@@ -75,13 +66,13 @@ class RecipeTab:
         file.write_text(text, encoding="utf-8")
         return str(file)
 
-    def _rows_of(self, run: Run) -> ComponentUpdate:
+    def _rows_of(self, run: Run) -> Update:
         """Returns the button for the rows that were left out, which few runs have."""
         source = skipped_rows_file(run.folder)
         try:
             stamp = source.stat().st_mtime_ns
         except OSError:
-            return ComponentUpdate(gr.DownloadButton(visible=False), None)
+            return gr.DownloadButton(visible=False), None
         file = Path(self._staging.name) / run.id / source.name
         file.parent.mkdir(exist_ok=True)
         if not file.is_file() or file.stat().st_mtime_ns != stamp:
@@ -90,17 +81,7 @@ class RecipeTab:
                 text = run.redactor.record(source.read_text(encoding="utf-8"))
                 file.write_text(text, encoding="utf-8")
                 os.utime(file, ns=(stamp, stamp))
-        return ComponentUpdate(gr.DownloadButton(value=str(file), visible=True), (run.id, stamp))
-
-    def _command_of(self, run: Run) -> str:
-        # A path of the server does not concern a stranger.
-        file = "recipe.yaml" if self.studio.settings.space else str(run.folder.recipe)
-        command = f"lightning-peft {run.metadata.command} --config {shlex.quote(file)}"
-        return (
-            f'<div class="command"><code tabindex="0">{escaped(command)}</code>'
-            f'<button type="button" class="as-button" data-copies="{escaped(command)}">'
-            f"{self.t('run.copy')}</button></div>"
-        )
+        return gr.DownloadButton(value=str(file), visible=True), (run.id, stamp)
 
     def _facts_of(self, run: Run) -> str:
         t, known = self.t, run.redactor.value(read_json_object(run.folder.provenance))
@@ -119,9 +100,7 @@ class RecipeTab:
             listed = ", ".join(f"{name} {version}" for name, version in versions(run).items())
             facts.append((t("run.fact_versions"), listed))
             facts.append((t("run.fact_machine"), _machine(known.get("hardware"))))
-        rows = "".join(f"<dt>{title}</dt><dd>{escaped(value)}</dd>" for title, value in facts)
-        note = "" if known else f'<p class="note">{t("run.facts_empty")}</p>'
-        return f'<dl class="facts-list">{rows}</dl>{note}'
+        return render("run.facts", t, rows=facts, known=bool(known))
 
 
 def _base(base: object) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gradio as gr
 
 from gradio_app.errors import UserError
-from gradio_app.pages.layout import referring_run_id, timer_options
-from gradio_app.pages.markup import markup
-from gradio_app.pages.updates import changed_updates
+from gradio_app.pages.components import Update, changed_updates, markup, timer_options
+from gradio_app.pages.layout import referring_run_id
+from gradio_app.pages.templating import render
 from gradio_app.runs.hf_jobs import JobsExecutor
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
@@ -25,29 +24,12 @@ TICK_FACTORS = ((60.0, 1.0), (600.0, 2.0))
 SLOWEST_TICK = 5.0
 # A run that rests may be resumed in another tab, or by the command line.
 IDLE_TICK = 10.0
-
-
-@dataclass(frozen=True)
-class ComponentUpdate:
-    """One component as it is to be shown.
-
-    Attributes:
-        value: What Gradio takes.
-        key: Changes with it.
-    """
-
-    value: Any
-    key: Hashable
-
-
-def html_update(text: str) -> ComponentUpdate:
-    """Returns text to be shown, which is its own key."""
-    return ComponentUpdate(text, text)
+_SMOOTHING = {"none": 0.0, "light": 0.6, "strong": 0.9}
 
 
 @dataclass(frozen=True)
 class CurveOptions:
-    """What a visitor has chosen to see; a browser can send anything.
+    """What a visitor has chosen to see.
 
     Attributes:
         smoothing: Weight of the past in the curves, 0 to 1.
@@ -57,14 +39,19 @@ class CurveOptions:
     smoothing: float = 0.0
     logarithmic: bool = False
 
+    @classmethod
+    def of(cls, smoothing: Any = None, logarithmic: Any = None) -> CurveOptions:
+        """Returns the options of two inputs; a browser can send anything."""
+        return cls(_SMOOTHING.get(str(smoothing), 0.0), logarithmic is True)
+
 
 class PageSection(Protocol):
     """A part of the page."""
 
-    # Its components, in the order of what `shown` returns.
+    # Its components, in the order of what `updates` returns.
     outputs: list[Any]
 
-    def updates(self, run: Run | None, choices: CurveOptions) -> list[ComponentUpdate]:
+    def updates(self, run: Run | None, choices: CurveOptions) -> list[Update]:
         """Returns how a run is shown; ``None`` where there is none."""
 
 
@@ -77,8 +64,7 @@ class RunView:
 
     Attributes:
         run_id: The run that is looked at; empty where there is none.
-        asked: What a click sends: run and choices. It is answered with everything.
-        inputs: What the clock sends: run, what the browser has, and choices.
+        click_inputs: What a click sends: run and choices. It is answered with everything.
         outputs: What handlers return.
     """
 
@@ -87,9 +73,8 @@ class RunView:
         self.run_id = gr.State("")
         self._seen = gr.Textbox(visible=False, elem_id="run-seen")
         self._timer = gr.Timer(studio.settings.tick_seconds, active=False)
-        self._notice = markup("", elem_id="run-notice")
+        self._notice = markup(elem_id="run-notice")
         self._parts: list[PageSection] = []
-        self.choices: list[Any] = []
 
     def add(self, part: PageSection) -> None:
         """Adds a part."""
@@ -97,26 +82,21 @@ class RunView:
 
     def bind(self, tabs: gr.Tabs) -> None:
         """Binds the clock, once all parts are there."""
-        self._tabs = tabs
-        self.choices = [choice for part in self._parts for choice in getattr(part, "choices", ())]
-        self.click_inputs = [self.run_id, *self.choices]
-        self.inputs = [self.run_id, self._seen, *self.choices]
+        choices = [choice for part in self._parts for choice in getattr(part, "choices", ())]
+        self.click_inputs = [self.run_id, *choices]
         shown = [output for part in self._parts for output in part.outputs]
         self.outputs = [self.run_id, self._seen, self._timer, self._notice, tabs, *shown]
-        self._timer.tick(self.on_tick, self.inputs, self.outputs, **timer_options())
-        for choice in self.choices:
-            choice.change(self.on_tick, self.inputs, self.outputs, **timer_options())
+        inputs = [self.run_id, self._seen, *choices]
+        for event in (self._timer.tick, *(choice.change for choice in choices)):
+            event(self.on_tick, inputs, self.outputs, **timer_options())
 
     def on_load(self, request: gr.Request) -> list[Any]:
         """Shows the run that the address names."""
         return self.update(str(request.query_params.get("run") or ""), "", (), request)
 
-    def on_tick(
-        self, run_id: str, seen: Any, smoothing: Any, logarithmic: Any, request: gr.Request
-    ) -> list[Any]:
+    def on_tick(self, request: gr.Request, run_id: str, seen: Any, *choices: Any) -> list[Any]:
         """Shows what has changed."""
-        run_id = requested_run_id(run_id, request)
-        return self.update(run_id, seen, (smoothing, logarithmic), request)
+        return self.update(requested_run_id(run_id, request), seen, choices, request)
 
     def update(
         self, run_id: str, seen: Any, choices: Any, request: gr.Request, notice: str = "unknown"
@@ -131,11 +111,14 @@ class RunView:
             notice: What is said where there is no such run.
         """
         run = self._find_run(run_id, request)
-        chosen = _curve_options(choices)
-        items = [self._clock(run), self._notice_update(run, run_id, notice), self._body(run)]
+        there, options = run is not None, CurveOptions.of(*choices)
+        text = (
+            "" if there else render("run.notice", self.t, name=notice if run_id else "none_chosen")
+        )
+        items: list[Update] = [self._clock(run), text, (gr.Tabs(visible=there), there)]
         for part in self._parts:
-            items += part.updates(run, chosen)
-        known, values = changed_updates([(item.value, item.key) for item in items], seen)
+            items += part.updates(run, options)
+        known, values = changed_updates(items, seen)
         return [run.id if run is not None else "", known, *values]
 
     def _find_run(self, run_id: str, request: gr.Request) -> Run | None:
@@ -149,30 +132,15 @@ class RunView:
             executor.look(run.folder, token_of(request))
         return run
 
-    def _clock(self, run: Run | None) -> ComponentUpdate:
-        seconds = self.studio.settings.tick_seconds
+    def _clock(self, run: Run | None) -> Update:
+        seconds, there = self.studio.settings.tick_seconds, run is not None
         if run is None or not (run.active or run.waiting):
             seconds *= IDLE_TICK
         else:
             begun = run.metadata.launched or run.status.started
             passed = 0.0 if run.waiting else time.time() - begun
             seconds *= next((slow for limit, slow in TICK_FACTORS if passed < limit), SLOWEST_TICK)
-        there = run is not None
-        return ComponentUpdate(gr.Timer(seconds, active=there), (seconds, there))
-
-    def _notice_update(self, run: Run | None, run_id: str, notice: str) -> ComponentUpdate:
-        if run is not None:
-            return html_update("")
-        name = notice if run_id else "none_chosen"
-        t = self.t
-        return html_update(
-            f'<div class="notice" role="alert"><h1>{t(f"run.{name}")}</h1>'
-            f"<p>{t(f'run.{name}_more')}</p>"
-            f'<a class="as-button" href="{t.url()}">{t("run.to_runs")}</a></div>'
-        )
-
-    def _body(self, run: Run | None) -> ComponentUpdate:
-        return ComponentUpdate(gr.Tabs(visible=run is not None), run is not None)
+        return gr.Timer(seconds, active=there), (seconds, there)
 
 
 def requested_run_id(run_id: str, request: gr.Request) -> str:
@@ -184,11 +152,3 @@ def requested_run_id(run_id: str, request: gr.Request) -> str:
             like any other id.
     """
     return run_id or referring_run_id(request)
-
-
-def _curve_options(choices: Any) -> CurveOptions:
-    if len(choices) < 2:
-        return CurveOptions()
-    smoothing, logarithmic = choices[:2]
-    weights = {"none": 0.0, "light": 0.6, "strong": 0.9}
-    return CurveOptions(weights.get(str(smoothing), 0.0), logarithmic is True)
