@@ -15,3 +15,15 @@ class UserError(Exception):
         super().__init__(f"{key} {values}" if values else key)
         self.key = key
         self.values = values
+
+    @property
+    def problems(self) -> list[UserError]:
+        """All that is wrong, one by one."""
+        found = self.values.get("problems")
+        return found if isinstance(found, list) else [self]
+
+    @property
+    def reasons(self) -> set[str]:
+        """Keys of what is wrong with the value of a setting."""
+        inner = self.values.get("problem")
+        return {one.key for one in inner} if isinstance(inner, list) else {self.key}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from gradio_app.chat.sessions import ChatSessions
+from gradio_app.errors import UserError
 from gradio_app.export.manager import ExportManager
 from gradio_app.recipe.command_worker import CommandWorker
 from gradio_app.runs import hf_jobs, zero_gpu
@@ -12,8 +14,9 @@ from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.metadata import LOCAL
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
-from gradio_app.runs.types import Executor
+from gradio_app.runs.types import Executor, Run
 from gradio_app.settings import Settings
+from gradio_app.visitors import owner_of
 
 
 def create_executors(settings: Settings) -> dict[str, Executor]:
@@ -50,6 +53,24 @@ class Studio:
         self.exports = ExportManager(settings, self.store, self.queue.active)
         self.worker = CommandWorker(settings)
         self.planning_worker = CommandWorker(settings)
+
+    def owner(self, request: Any) -> str:
+        """Returns who owns what this request starts."""
+        return owner_of(request, self.settings.space)
+
+    def run(self, request: Any, run_id: object) -> Run:
+        """Returns a run. Raises UserError if there is none that who asks can see."""
+        return self.store.get(self.owner(request), run_id)
+
+    def start(self, owner: str, recipe: str, name: str) -> Run:
+        """Queues a new run of a recipe. Raises UserError if it cannot wait; then it is not kept."""
+        run = self.store.create(owner, recipe, name)
+        try:
+            self.queue.add(run)
+        except UserError:
+            self.store.delete(owner, run.id)
+            raise
+        return run
 
     def close(self) -> None:
         """Ends what the server has started for itself. Runs go on without it."""

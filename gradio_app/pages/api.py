@@ -20,7 +20,6 @@ from gradio_app.recipe.validation import remote_code_model, validate_recipe
 from gradio_app.redaction import Redactor
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 from lightning_peft.recipe_files import recipe_files
 
 # Most rows that one call returns; the next one asks for those after them.
@@ -51,8 +50,7 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
 
         One that runs the code of a model needs the name of the model in the last argument.
         """
-        owner = owner_of(request, studio.settings.space)
-        content = checked(recipe, trust_remote_code_of, owner)
+        content = checked(recipe, trust_remote_code_of, studio.owner(request))
         redactor = Redactor(studio.settings)
         return redactor.value(content, redactor.portable)
 
@@ -61,25 +59,22 @@ def _about_recipes(studio: Studio) -> tuple[Callable[..., Any], ...]:
 
         One that runs the code of a model needs the name of the model in the last argument.
         """
-        owner = owner_of(request, studio.settings.space)
+        owner = studio.owner(request)
         content = checked(recipe, trust_remote_code_of, owner)
-        run = studio.store.create(owner, yaml.safe_dump(content, sort_keys=False), name)
-        studio.queue.add(run)
-        return run.id
+        return studio.start(owner, yaml.safe_dump(content, sort_keys=False), name).id
 
     return recipes, check, start
 
 
 def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def found(run: str, request: gr.Request) -> Any:
-        return studio.store.get(owner_of(request, studio.settings.space), checked_run_id(run))
+        return studio.run(request, checked_run_id(run))
 
     def runs(request: gr.Request) -> list[dict[str, Any]]:
         """Returns the runs of the caller, the newest first."""
-        owner = owner_of(request, studio.settings.space)
         return [
             {"run": one.id, "name": one.name, "state": one.status.state}
-            for one in studio.store.list(owner)
+            for one in studio.store.list(studio.owner(request))
         ]
 
     def status(run: str, request: gr.Request) -> dict[str, Any]:
@@ -96,7 +91,6 @@ def _about_runs(studio: Studio) -> tuple[Callable[..., Any], ...]:
     def stop(run: str, request: gr.Request) -> dict[str, Any]:
         """Ends a run after its step and saves it; takes a waiting one out of the line."""
         one = found(run, request)
-        one = studio.queue.stop(one.owner, one.id)
-        return asdict(one.status)
+        return asdict(studio.queue.stop(one.owner, one.id).status)
 
     return runs, status, metrics, stop

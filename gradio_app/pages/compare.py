@@ -29,7 +29,6 @@ from gradio_app.runs.formatting import format_bytes, format_duration, format_num
 from gradio_app.runs.metrics import Metrics, MetricsCache
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 
 # Readable on white and on the dark ground; legend, letters and table tell the runs apart too.
 COLORS = ("#6366f1", "#d97706", "#0d9488", "#db2777")
@@ -63,46 +62,35 @@ def build(studio: Studio, t: Texts) -> None:
 
 
 class ComparePage:
-    """The page that compares runs.
-
-    Args:
-        studio: Shared parts of the server.
-        t: Texts.
-    """
+    """The page that compares runs."""
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t
         self._metrics = MetricsCache()
-        self._runs = field(
-            gr.Dropdown,
-            t,
-            "compare.runs",
-            "compare-runs",
-            info=t("compare.runs_hint", most=MAX_RUNS),
-            choices=[],
-            value=[],
-            multiselect=True,
-            max_choices=MAX_RUNS,
-        )
+        hint = t("compare.runs_hint", most=MAX_RUNS)
+        several: dict[str, Any] = {
+            "choices": [],
+            "value": [],
+            "multiselect": True,
+            "max_choices": MAX_RUNS,
+        }
+        self._runs = field(gr.Dropdown, t, "compare.runs", "compare-runs", info=hint, **several)
         notice = html(elem_id="compare-notice")
         with gr.Column(elem_id="compare-body", visible=False) as body:
             curves = self._build_curves()
-            parts = [
-                html(elem_id=f"compare-{name}") for name in ("outcomes", "differences", "samples")
-            ]
+            names = ("outcomes", "differences", "samples")
+            parts = [html(elem_id=f"compare-{name}") for name in names]
         self._outputs = [notice, body, *curves, *parts]
 
     def _build_curves(self) -> list[Any]:
         t = self.t
-        losses = [(t(f"run.{name}"), name) for name in LOSSES]
-        axes = [(t(f"compare.axis_{name}"), name) for name in AXES]
         with gr.Row(elem_id="compare-choices", equal_height=True):
             html(f"<h2>{t('compare.curves')}</h2>")
             self._loss = field(
-                gr.Radio, t, "compare.loss", "compare-loss", choices=losses, value="val_loss"
+                gr.Radio, t, "compare.loss", "compare-loss", ("run.", LOSSES), value="val_loss"
             )
             self._axis = field(
-                gr.Radio, t, "compare.axis", "compare-axis", choices=axes, value="step"
+                gr.Radio, t, "compare.axis", "compare-axis", ("compare.axis_", AXES), value="step"
             )
         shown = [html(elem_id="compare-plot"), html(elem_id="compare-text")]
         with gr.Accordion(t("run.as_table"), open=False, elem_id="compare-table"):
@@ -117,7 +105,7 @@ class ComparePage:
         on_event(self.t, events, self._on_change, given, self._outputs)
 
     def _on_load(self, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
-        owner = owner_of(request, self.studio.settings.space)
+        owner = self.studio.owner(request)
         found = select_runs(
             self.studio.store, owner, parse_ids(str(request.query_params.get("runs") or ""))
         )
@@ -132,7 +120,7 @@ class ComparePage:
         return [picker, *self._updates(found, loss, axis, len(offered))]
 
     def _on_change(self, ids: Any, loss: Any, axis: Any, request: gr.Request) -> list[Any]:
-        owner = owner_of(request, self.studio.settings.space)
+        owner = self.studio.owner(request)
         found = select_runs(self.studio.store, owner, ids if isinstance(ids, list) else [])
         return self._updates(found, loss, axis, len(self.studio.store.list(owner)))
 
@@ -219,11 +207,8 @@ def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str
 
 
 def _position(x: float, axis: str, t: Texts) -> str:
-    return (
-        t("compare.at_step", step=int(x))
-        if axis == "step"
-        else t("compare.at_minute", n=t.localized(f"{x:.3g}"))
-    )
+    key = "compare.at_step" if axis == "step" else "compare.at_minute"
+    return t(key, step=int(x), n=t.localized(f"{x:.3g}"))
 
 
 def curve_table(curves: Curves, axis: str, t: Texts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import gradio as gr
@@ -25,7 +25,14 @@ def markup(value: str = "", **options: Any) -> gr.HTML:
     return html(value, apply_default_css=False, **options)
 
 
-def field(kind: Any, t: Texts, key: str, name: str | None = None, **options: Any) -> Any:
+def field(
+    kind: Any,
+    t: Texts,
+    key: str,
+    name: str | None = None,
+    of: tuple[str, Iterable[Any]] = ("", ()),
+    **options: Any,
+) -> Any:
     """Shows an input that a visitor can change.
 
     Args:
@@ -33,8 +40,12 @@ def field(kind: Any, t: Texts, key: str, name: str | None = None, **options: Any
         t: The texts.
         key: Of the label; the text ``{key}_hint`` is its help, if there is one.
         name: Its id on the page.
+        of: Values to choose from, and how the keys of their labels begin.
         **options: Arguments of the component.
     """
+    prefix, values = of
+    if prefix:
+        options["choices"] = [(t(f"{prefix}{value}"), value) for value in values]
     if "info" not in options and t.has(f"{key}_hint"):
         options["info"] = t(f"{key}_hint")
     return kind(label=t(key), elem_id=name, **{"interactive": True, **options})

@@ -7,7 +7,8 @@ import html
 import inspect
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -29,26 +30,23 @@ def report_errors(t: Texts) -> Callable[[Handler], Handler]:
     Handlers of timers must not raise, since Gradio shows nothing of them.
     """
 
+    @contextmanager
+    def shown() -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise as_gradio_error(error, t) from None
+
     def decorate(handler: Handler) -> Handler:
-        if inspect.isgeneratorfunction(handler):
-
-            @functools.wraps(handler)
-            def generating(*args: Any, **kwargs: Any) -> Any:
-                try:
-                    yield from handler(*args, **kwargs)
-                except Exception as error:
-                    raise as_gradio_error(error, t) from None
-
-            return generating  # type: ignore[return-value]
+        if not inspect.isgeneratorfunction(handler):
+            return shown()(handler)
 
         @functools.wraps(handler)
-        def calling(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return handler(*args, **kwargs)
-            except Exception as error:
-                raise as_gradio_error(error, t) from None
+        def generating(*args: Any, **kwargs: Any) -> Any:
+            with shown():
+                yield from handler(*args, **kwargs)
 
-        return calling  # type: ignore[return-value]
+        return generating  # type: ignore[return-value]
 
     return decorate
 

@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from gradio_app.assets import CLICK_DELEGATE
-from gradio_app.errors import UserError
 from gradio_app.pages.components import (
     changed_updates,
     markup,
@@ -27,7 +26,6 @@ from gradio_app.runs.summaries import summary_of
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 from lightning_peft.compat.gradio import event_data
 
 SECONDS = 2.0
@@ -45,15 +43,14 @@ def build(studio: Studio, t: Texts) -> None:
     outputs = [now, lists, page, seen]
 
     def look(number: Any, before: Any, request: gr.Request) -> list[Any]:
-        owner = owner_of(request, studio.settings.space)
-        return _changed(studio, t, owner, number, before)
+        return _changed(studio, t, studio.owner(request), number, before)
 
     def first(request: gr.Request) -> list[Any]:
         lent = studio.settings.limits.minutes if studio.settings.zero_gpu else None
         return [machine_summary(this_machine(), t, lent), *look(1, "", request)]
 
     def act(number: Any, request: gr.Request, event: gr.EventData) -> list[Any]:
-        owner = owner_of(request, studio.settings.space)
+        owner = studio.owner(request)
         number = _act(studio, owner, number, event)
         return _changed(studio, t, owner, number, "")
 
@@ -99,13 +96,7 @@ def _cards(studio: Studio, t: Texts) -> None:
     to = gr.Textbox(visible=False)
 
     def begin(request: gr.Request) -> str:
-        owner = owner_of(request, studio.settings.space)
-        run = studio.store.create(owner, demo_recipe(), t("home.try_name"))
-        try:
-            studio.queue.add(run)
-        except UserError:
-            studio.store.delete(owner, run.id)
-            raise
+        run = studio.start(studio.owner(request), demo_recipe(), t("home.try_name"))
         return t.url("run", run=run.id)
 
     go = "(url) => { if (url) window.location.href = url; }"
@@ -166,18 +157,10 @@ def active_runs(runs: Sequence[Run], t: Texts) -> str:
 
 
 def _active_run(run: Run, t: Texts) -> dict[str, Any]:
-    done = percent_done(run)
-    facts = [phase_text(run, t)]
+    done, facts = percent_done(run), phase_text(run, t)
     if done is not None:
-        facts = [t("run.percent", percent=done), *filter(None, [time_left(run, t)])]
-    return {
-        "badge": state_badge(run, t),
-        "url": t.url("run", run=run.id),
-        "name": run.name,
-        "facts": ", ".join(facts),
-        "state": run.status.state,
-        "percent": done or 0,
-    }
+        facts = ", ".join(filter(None, [t("run.percent", percent=done), time_left(run, t)]))
+    return {"run": run, "badge": state_badge(run, t), "facts": facts, "percent": done or 0}
 
 
 def run_lists(page: RunPage, line: Sequence[Run | None], t: Texts) -> str:
@@ -202,11 +185,9 @@ def _row(run: Run, t: Texts) -> dict[str, Any]:
         kind = "validation" if found.validated else "training"
         loss = t(f"home.loss_{kind}", value=format_number(found.loss, t))
     return {
-        "url": t.url("run", run=run.id),
-        "name": run.name,
+        "run": run,
         "state": state_badge(run, t),
         "task": " ".join(filter(None, [found.task, found.method])),
         "loss": loss,
         "when": time_ago(run.created, t) if run.created else "",
-        "run": run,
     }

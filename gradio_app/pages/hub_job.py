@@ -17,7 +17,7 @@ from gradio_app.runs import hf_jobs
 from gradio_app.settings import Limits
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of, token_of, username_of
+from gradio_app.visitors import token_of, username_of
 
 # What a job installs. It trains with the release that is on the index, not with this page.
 PACKAGE = "lightning-peft"
@@ -120,7 +120,7 @@ def _start_handler(studio: Studio) -> Any:
         machine = _find_hardware(inputs.flavor, token)
         asked = _validate_minutes(inputs.minutes)
         repository, recipe = checked_hub_name(inputs.repository), str(inputs.recipe)
-        owner = owner_of(request, studio.settings.space)
+        owner = studio.owner(request)
         # What the visitor pays for needs no limits of this machine.
         validate_recipe(recipe, replace(studio.settings, limits=Limits()), owner)
         run = studio.store.create(owner, recipe, shortened(inputs.name))

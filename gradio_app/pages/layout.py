@@ -16,7 +16,6 @@ from gradio_app.pages.templating import render
 from gradio_app.settings import is_space
 from gradio_app.studio import Studio
 from gradio_app.texts import LANGUAGES, Texts
-from gradio_app.visitors import owner_of
 
 # How often the head asks whether a run is going on. Nothing is sent where nothing has changed.
 HEADER_SECONDS = 5.0
@@ -81,7 +80,7 @@ def active_run_banner(studio: Studio, t: Texts, request: gr.Request, page: str) 
 
     The page of a run says of others alone.
     """
-    runs = studio.store.list(owner_of(request, studio.settings.space))
+    runs = studio.store.list(studio.owner(request))
     if page == "run":
         here = current_run_id(request)
         runs = [run for run in runs if run.id != here]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gradio_app.pages import home
+from gradio_app.pages.templating import render
 from gradio_app.recipe.content import merge_recipes
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
@@ -125,8 +126,8 @@ def test_what_is_said_of_machines(language):
     unknown = Machine("NVIDIA", 0, 64 * 10**9, 32 * 10**9, 16)
     assert t("home.fits_unknown") in home.machine_summary(unknown, t)
     assert t("home.fits_little") in home.machine_summary(Machine(None, 0, 10**9, 10**8, 1), t)
-    assert "why-not" in home.card("big", t, "./new", None)
-    assert "why-not" not in home.card("big", t, "./new", "NVIDIA")
+    assert "why-not" in render("home.card", t, name="big", link="./new", gpu=None)
+    assert "why-not" not in render("home.card", t, name="big", link="./new", gpu="NVIDIA")
 
 
 def test_the_list_comes_in_pages(tmp_path):

@@ -40,8 +40,8 @@ def build(editor: Editor) -> None:
     """Makes the step."""
     t = editor.t
     sources = [name for name in SOURCES if name != "path" or editor.studio.settings.data_root]
-    choices = [(t(f"new.data_{name}"), name) for name in sources]
-    source = field(gr.Radio, t, "new.data_source", "data-source", choices=choices, value="example")
+    of = ("new.data_", sources)
+    source = field(gr.Radio, t, "new.data_source", "data-source", of, value="example")
     columns = {}
     for name in SOURCES:
         with gr.Column(visible=name == "example", elem_id=f"data-{name}") as columns[name]:
@@ -201,10 +201,8 @@ def _build_report(editor: Editor) -> None:
         use = gr.Button(t("new.use_mapping"), elem_id="use-mapping")
     file_format.build(editor)
     again = gr.Button(t("new.check_again"), size="sm", elem_id="check-again")
-    editor.show(
-        [skip],
-        lambda session: [value_at(session.content, _DATA + "skip_bad_rows", None) is not None],
-    )
+    skips = _DATA + "skip_bad_rows"
+    editor.show([skip], lambda session: [value_at(session.content, skips, None) is not None])
     outputs = [editor.session, report, stop, mapping, shape, *columns]
 
     def look(session: Any, request: gr.Request) -> Iterator[list[Any]]:
@@ -231,13 +229,10 @@ def _build_report(editor: Editor) -> None:
 
 def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterator[list[Any]]:
     """Yields what the step shows while the data is looked at, and then of it."""
-    session = editor.of(session, request)
+    session, t = editor.of(session, request), editor.t
     nothing, quiet = [gr.skip()] * (5 + MAX_FIELDS), [gr.skip()] * (2 + MAX_FIELDS)
     if not data_of(session.content):
-        off, none = (
-            gr.update(visible=False),
-            message("note", editor.t("new.data_then"), editor.t, role=""),
-        )
+        off, none = gr.update(visible=False), message("note", t("new.data_then"), t, role="")
         yield [session, none, off, off, *[gr.skip()] * (1 + MAX_FIELDS)]
         return
     if session.report is None:
@@ -248,10 +243,10 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
             if session.content.get("data") != data:
                 break
             if read < 0:
-                yield [gr.skip(), data_html.checking(editor.t), gr.update(visible=True), *quiet]
+                yield [gr.skip(), data_html.checking(t), gr.update(visible=True), *quiet]
                 first, of = first_rows(place, session.content), count_rows(place)
             elif rows != read:
-                shown = data_html.checking(editor.t, rows, of, first)
+                shown = data_html.checking(t, rows, of, first)
                 yield [gr.skip(), shown, gr.update(visible=True), *quiet]
             read = rows
         if session.report is None:
@@ -261,11 +256,11 @@ def _check_updates(editor: Editor, session: Any, request: gr.Request) -> Iterato
     task = task_of_config(session.content)
     shapes = task.shapes if task else ()
     current = session.report.numbers.get("shape", {}).get("name")
-    names = [(editor.t(f"new.shape_{name}"), name) for name, _ in shapes]
+    names = [(t(f"new.shape_{name}"), name) for name, _ in shapes]
     chosen = current or (shapes[0][0] if shapes else None)
     yield [
         session,
-        data_html.report(session.report, editor.t),
+        data_html.report(session.report, t),
         gr.update(visible=False),
         gr.update(visible=bool(shapes and session.report.columns)),
         gr.update(choices=names, value=chosen),

@@ -40,8 +40,7 @@ def unavailable_model(content: dict[str, Any]) -> str:
 def require_report(editor: Editor, session: Session) -> DataReport:
     """Returns the data report of a session, checked now if necessary.
 
-    Raises:
-        UserError: If no data is chosen.
+    Raises UserError if no data is chosen.
     """
     while session.report is None:
         if not data_of(session.content):

@@ -19,7 +19,6 @@ from gradio_app.recipe.planner import PlanCache
 from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 
 # Browsers keep the draft under it; a fixed one, or a server that was restarted could not read it.
 _DRAFT = "lightning-peft-studio-draft"
@@ -226,12 +225,11 @@ class Editor:
     def of(self, session: Any, request: gr.Request) -> Session:
         """Returns the session of who asks.
 
-        Raises:
-            UserError: If the server does not know what the page shows.
+        Raises UserError if the server does not know what the page shows.
         """
         if not isinstance(session, Session) or not session.opened:
             raise UserError("checks.session")
-        session.owner = owner_of(request, self.studio.settings.space)
+        session.owner = self.studio.owner(request)
         return session
 
     def places(self, session: Session) -> AllowedPaths:

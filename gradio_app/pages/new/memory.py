@@ -36,15 +36,12 @@ def build(editor: Editor) -> None:
     """Makes the part."""
     t = editor.t
     devices = [(t("new.this_machine"), THIS_MACHINE), *((name, name) for name in GPUS)]
-    device = field(
-        gr.Dropdown,
-        t,
-        "new.device",
-        "memory-device",
-        choices=devices,
-        value=THIS_MACHINE,
-        allow_custom_value=True,
-    )
+    options: dict[str, Any] = {
+        "choices": devices,
+        "value": THIS_MACHINE,
+        "allow_custom_value": True,
+    }
+    device = field(gr.Dropdown, t, "new.device", "memory-device", **options)
     bar = html(elem_id="memory", js_on_load=CLICK_DELEGATE)
 
     def plan(session: Any, name: Any, request: gr.Request) -> Iterator[Any]:

@@ -49,10 +49,9 @@ _MAX_OPEN = 3
 def build(editor: Editor) -> None:
     """Makes the step."""
     t = editor.t
-    methods = [(t(f"new.method_{name}"), name) for name in ("lora", "qlora")]
-    method = field(gr.Radio, t, "new.method", "method", choices=methods, value="lora")
-    amounts = [(t(f"new.amount_{name}"), name) for name in AMOUNTS]
-    amount = field(gr.Radio, t, "new.amount", "amount", choices=amounts, value=None)
+    methods = ("new.method_", ("lora", "qlora"))
+    method = field(gr.Radio, t, "new.method", "method", methods, value="lora")
+    amount = field(gr.Radio, t, "new.amount", "amount", ("new.amount_", AMOUNTS), value=None)
     made: dict[str, Any] = {}
     with gr.Row(elem_id="first-settings", elem_classes="settings"):
         for path in BASIC:

@@ -32,15 +32,9 @@ def build(editor: Editor) -> None:
     sources = [name for name in SOURCES if name != "folder" or settings.models_root]
     if settings.limits.parameters is not None:
         sources = ["preset"]
-    choices = [(t(f"new.model_{name}"), name) for name in sources]
+    of, several = ("new.model_", sources), len(sources) > 1
     source = field(
-        gr.Radio,
-        t,
-        "new.model_source",
-        "model-source",
-        choices=choices,
-        value="preset",
-        visible=len(sources) > 1,
+        gr.Radio, t, "new.model_source", "model-source", of, value="preset", visible=several
     )
     preset = field(gr.Dropdown, t, "new.model_list", "model-preset", choices=[])
     with gr.Column(visible=False, elem_id="model-hub") as hub:

@@ -33,9 +33,7 @@ from gradio_app.texts import Texts
 from lightning_peft.task_registry import task_of_config
 
 _OPEN_RUN = "(id) => { if (id) window.location.assign('{url}' + encodeURIComponent(id)); }"
-_DATA_ERRORS = {
-    *("checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"),
-}
+_DATA_ERRORS = {"checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"}
 _MODEL_ERRORS = {
     *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
     *("checks.remote_folder", "checks.own_code"),
@@ -78,8 +76,7 @@ def build(editor: Editor) -> None:
 def runnable_recipe(editor: Editor, session: Session) -> dict[str, Any]:
     """Returns the recipe as it would be run.
 
-    Raises:
-        UserError: With all that is wrong with it, what is typed in settings included.
+    Raises UserError with all that is wrong with it, what is typed in settings included.
     """
     problems: list[UserError] = []
     for path, refused in session.field_errors.items():
@@ -89,18 +86,14 @@ def runnable_recipe(editor: Editor, session: Session) -> dict[str, Any]:
     try:
         content = validate_content(session.content, editor.studio.settings, session.owner)
     except UserError as refused:
-        problems += refused.values.get("problems", [refused])  # type: ignore[arg-type]
+        problems += refused.problems
     if problems:
         raise UserError("checks.all", problems=problems)
     return content
 
 
-def displayed_yaml(editor: Editor, session: Session) -> str:
+def displayed_content(editor: Editor, session: Session) -> dict[str, Any]:
     """Returns the recipe as it is read and downloaded: on a Space, without its places."""
-    return dump_yaml(_displayed_content(editor, session))
-
-
-def _displayed_content(editor: Editor, session: Session) -> dict[str, Any]:
     if editor.studio.settings.space:
         return session.content
     try:
@@ -116,12 +109,9 @@ def _suggested_name(session: Session) -> Any:
 
 
 def _yaml_updates(editor: Editor, session: Session) -> list[Any]:
-    session.displayed_yaml = displayed_yaml(editor, session)
-    return [session.displayed_yaml, _forms(editor, session)]
-
-
-def _forms(editor: Editor, session: Session) -> str:
-    return forms(_displayed_content(editor, session), editor.t)
+    content = displayed_content(editor, session)
+    session.displayed_yaml = dump_yaml(content)
+    return [session.displayed_yaml, forms(content, editor.t)]
 
 
 def _refresh_handler(editor: Editor) -> Any:
@@ -132,23 +122,23 @@ def _refresh_handler(editor: Editor) -> Any:
 
     def refreshed(session: Session, still_needed: Callable[[], bool]) -> Iterator[list[Any]]:
         # What is typed there meanwhile stays, unless the look at the data has changed the recipe.
-        same = displayed_yaml(editor, session) == session.displayed_yaml
-        forms = [gr.skip(), gr.skip()] if same else _yaml_updates(editor, session)
-        yield shown(session, None, forms)
+        same = dump_yaml(displayed_content(editor, session)) == session.displayed_yaml
+        kept = [gr.skip(), gr.skip()]
+        yield shown(session, None, kept if same else _yaml_updates(editor, session))
         try:
             content = runnable_recipe(editor, session)
         except UserError:
             return
         problem = parser_error(content, editor.studio.worker, still_needed)
-        yield shown(session, problem, [gr.skip(), gr.skip()])
+        yield shown(session, problem, kept)
 
     def shown(session: Session, problem: str | None, forms: list[Any]) -> list[Any]:
         blocking = _blockers(editor, session, problem)
         text = overview(session, blocking, editor.studio.settings, editor.t, problem is not None)
-        # What is said while a run is being started stays.
-        kept = [gr.skip()] * 3
-        buttons = kept if session.starting else _buttons(editor.t, blocked=bool(blocking))
-        return [text, *forms, *buttons]
+        if session.starting:
+            # What is said meanwhile stays.
+            return [text, *forms, *[gr.skip()] * 3]
+        return [text, *forms, *_buttons(editor.t, blocked=bool(blocking))]
 
     return refresh
 
@@ -166,9 +156,7 @@ def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tup
     try:
         runnable_recipe(editor, session)
     except UserError as refused:
-        problems = refused.values.get("problems", [refused])
-        assert isinstance(problems, list)
-        blocking += [(step_of(one), localized_message(one, t)) for one in problems]
+        blocking += [(step_of(one), localized_message(one, t)) for one in refused.problems]
     report, missing = session.report, unavailable_model(session.content)
     if missing and not data_of(session.content):
         # Else the look at the data says so.
@@ -212,11 +200,7 @@ def _buttons(t: Texts, starting: bool = False, blocked: bool = False) -> list[An
 
 
 def _start_run(editor: Editor, session: Session, name: Any, steps: int | None) -> str:
-    """Checks all and starts the run; returns its id.
-
-    Raises:
-        UserError: If it cannot be started.
-    """
+    """Checks all and starts the run; returns its id. Raises UserError if it cannot be started."""
     content = runnable_recipe(editor, session)
     if steps is not None:
         content = limit_steps(content, steps)
@@ -227,13 +211,7 @@ def _start_run(editor: Editor, session: Session, name: Any, steps: int | None) -
     if problem:
         raise UserError("new.blocked_recipe", reason=shortened(problem, 400))
     title = str(name or "").strip() or _default_title(content)
-    run = editor.studio.store.create(session.owner, dump_yaml(content), title)
-    try:
-        editor.studio.queue.add(run)
-    except UserError:
-        editor.studio.store.delete(session.owner, run.id)
-        raise
-    return str(run.id)
+    return editor.studio.start(session.owner, dump_yaml(content), title).id
 
 
 def _data_error(report: DataReport) -> UserError:
@@ -255,9 +233,7 @@ def _default_title(content: dict[str, Any]) -> str:
 
 def step_of(problem: UserError) -> str:
     """Returns the step in which a problem can be solved."""
-    inner = problem.values.get("problem")
-    keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
-    where = str(problem.values.get("where", ""))
+    keys, where = problem.reasons, str(problem.values.get("where", ""))
     if keys & _DATA_ERRORS:
         return "data"
     if keys & _MODEL_ERRORS or any(key.startswith("checks.folder_") for key in keys):
@@ -303,7 +279,7 @@ def summary_text(session: Session, t: Texts) -> str:
     words = [
         t(
             "new.words_what",
-            task=t(f"new.task_{task.name.replace('-', '_')}") if task else "",
+            task=t(f"new.task_{task.name}") if task else "",
             model=name,
             method=t(f"new.short_{method_of(content)}"),
         )

@@ -29,23 +29,19 @@ _CLEAR_QUERY = """() => {
   for (const name of ['from', 'recipe', 'method']) address.searchParams.delete(name);
   window.history.replaceState(window.history.state, '', address);
 }"""
+_SOLVABLE = {"checks.no_data", "checks.no_paths", "checks.no_model", "checks.no_rows"}
 
 
 def build(editor: Editor) -> None:
     """Makes the part, and what happens when the page is opened."""
     t = editor.t
     notice = html(elem_id="new-notice")
-    tasks = [(t(f"new.task_{_text_key(name)}"), name) for name in TASKS]
-    task = field(gr.Radio, t, "new.task", "new-task", choices=tasks, value="sft")
+    task = field(gr.Radio, t, "new.task", "new-task", ("new.task_", TASKS), value="sft")
     recipes = [(f"{name}: {_recipe_summary(name)}", name) for name in recipe_files()]
     with gr.Accordion(t("new.start_from"), open=False, elem_id="new-start-from"):
         named = field(gr.Dropdown, t, "new.recipe", "new-recipe", choices=recipes, value=None)
-        file = gr.File(
-            label=t("new.recipe_file"),
-            file_types=[".yaml", ".yml"],
-            height=120,
-            elem_id="new-recipe-file",
-        )
+        label, types = t("new.recipe_file"), [".yaml", ".yml"]
+        file = gr.File(label=label, file_types=types, height=120, elem_id="new-recipe-file")
     undo = html(elem_id="task-undo", js_on_load=CLICK_DELEGATE)
     editor.show([task, notice, undo], lambda session: _updates(session, t))
     editor.bind_event(undo.click, _undo_task_change)
@@ -112,16 +108,14 @@ def next_name(name: str, taken: Collection[str]) -> str:
 
 def copied_from(session: Session, t: Texts) -> str:
     """Returns of which run the recipe is a copy."""
-    if not session.copied_from:
-        return ""
-    return message("copied", t("new.copy_of", name=session.copied_from), t)
+    name = session.copied_from
+    return message("copied", t("new.copy_of", name=name), t) if name else ""
 
 
 def require_known_task(content: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe that the form can show.
 
-    Raises:
-        UserError: If it is for no task of this page.
+    Raises UserError if it is for no task of this page.
     """
     if task_of_config(content) is None:
         raise UserError("checks.no_task")
@@ -131,19 +125,13 @@ def require_known_task(content: dict[str, Any]) -> dict[str, Any]:
 def validate_pasted(editor: Editor, session: Session, content: dict[str, Any]) -> dict[str, Any]:
     """Returns a recipe that somebody wrote, checked but for the presence of its data.
 
-    Raises:
-        UserError: With all that is wrong with it.
+    Raises UserError with all that is wrong with it.
     """
     try:
         validate_content(content, editor.studio.settings, session.owner)
     except UserError as refused:
-        problems = refused.values.get("problems")
-        left = (
-            [one for one in problems if not _is_path_problem(one)]
-            if isinstance(problems, list)
-            else 0
-        )
-        if left or not isinstance(problems, list):
+        # What the steps of the form can solve may be wrong.
+        if not all(one.reasons & _SOLVABLE for one in refused.problems):
             raise
     return _without_remote_code(editor, session, require_known_task(content))
 
@@ -157,25 +145,15 @@ def _without_remote_code(
     if not wanted[-1] or wanted == [value_at(session.content, name, None) for name in names]:
         return content
     # Next to the page: whoever edits the text does not see the step of the model.
-    message = editor.t("checks.code_left_out", name=shortened(wanted[0]))
-    gr.Warning(escaped(message), title=editor.t("frame.refused"), duration=None)
+    text = editor.t("checks.code_left_out", name=shortened(wanted[0]))
+    gr.Warning(escaped(text), title=editor.t("frame.refused"), duration=None)
     return with_value(content, names[-1], MISSING)
 
 
-def _is_path_problem(problem: UserError) -> bool:
-    """Says whether a problem is one that the steps of the form can solve."""
-    inner = problem.values.get("problem")
-    keys = {one.key for one in inner} if isinstance(inner, list) else {problem.key}
-    named = {"checks.no_data", "checks.no_paths", "checks.no_model", "checks.no_rows"}
-    return bool(keys & named)
-
-
 def _updates(session: Session, t: Texts) -> list[Any]:
-    task = task_of_config(session.content)
-    notice = ""
-    if session.notice:
-        notice = render("new.alert", t, text=session.notice)
-        session.notice = ""
+    task, text = task_of_config(session.content), session.notice
+    session.notice = ""
+    notice = render("new.alert", t, text=text) if text else ""
     return [task.name if task else None, notice, _undo_html(session, t)]
 
 
@@ -190,9 +168,7 @@ def _undo_html(session: Session, t: Texts) -> str:
         if value_at(before, path, None) == value_at(session.content, path, None) is not None
     ]
     task = task_of_config(before)
-    return render(
-        "new.undo", t, kept=kept, task=t(f"new.task_{_text_key(task.name)}") if task else ""
-    )
+    return render("new.undo", t, kept=kept, task=t(f"new.task_{task.name}") if task else "")
 
 
 def _change_task(session: Session, name: Any) -> dict[str, Any]:
@@ -219,11 +195,7 @@ def _load_named(session: Session, name: Any) -> dict[str, Any]:
 
 
 def read_recipe_file(file: Any) -> dict[str, Any]:
-    """Returns the recipe in a file that was uploaded.
-
-    Raises:
-        UserError: If it is none.
-    """
+    """Returns the recipe in a file that was uploaded. Raises UserError if it is none."""
     path = Path(str(file))
     if path.is_symlink() or not path.is_file() or path.stat().st_size > 4 * MAX_CHARACTERS:
         raise UserError("checks.upload_gone")
@@ -231,10 +203,6 @@ def read_recipe_file(file: Any) -> dict[str, Any]:
         return parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError("checks.yaml", line="?", reason="UTF-8") from error
-
-
-def _text_key(name: str) -> str:
-    return name.replace("-", "_")
 
 
 def _recipe_summary(name: str) -> str:

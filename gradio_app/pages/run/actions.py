@@ -14,7 +14,6 @@ from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 
 # The next step first; which of them are offered depends on the run.
 BUTTONS = ("stop", "resume", "start", "try_it", "save_now", "leave", "mark", "stop_now", "delete")
@@ -146,7 +145,7 @@ class Actions:
 
         def act(request: gr.Request, run_id: str, *choices: Any) -> list[Any]:
             run_id = requested_run_id(run_id, request)
-            do(owner_of(request, self.studio.settings.space), run_id)
+            do(self.studio.owner(request), run_id)
             if info:
                 gr.Info(info)
             notice = "gone" if do == store.delete else "unknown"
@@ -158,13 +157,12 @@ class Actions:
         studio, view, t = self.studio, self._view, self.t
 
         def ask(run_id: str, request: gr.Request) -> tuple[Any, Any]:
-            owner = owner_of(request, studio.settings.space)
-            run = studio.store.get(owner, requested_run_id(run_id, request))
+            run = studio.run(request, requested_run_id(run_id, request))
             return gr.Row(visible=True), run.name
 
         def rename(request: gr.Request, name: str, run_id: str, *choices: Any) -> list[Any]:
             run_id = requested_run_id(run_id, request)
-            studio.store.rename(owner_of(request, studio.settings.space), run_id, name)
+            studio.store.rename(studio.owner(request), run_id, name)
             return [gr.Row(visible=False), *view.update(run_id, "", choices, request)]
 
         on_event(t, self._rename.click, ask, view.run_id, [self._renaming, self._name])

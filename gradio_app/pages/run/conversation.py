@@ -105,8 +105,7 @@ def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
 def find_checkpoint(run: Run, name: Any) -> Checkpoint:
     """Returns a checkpoint of a run, by default the first one.
 
-    Raises:
-        UserError: If it has none of that name.
+    Raises UserError if it has none of that name.
     """
     found = next((one for one in run.checkpoints() if not name or one.name == name), None)
     if found is None:

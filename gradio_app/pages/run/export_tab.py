@@ -26,7 +26,7 @@ from gradio_app.pages.run_state import checkpoint_label
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of, token_of
+from gradio_app.visitors import token_of
 from lightning_peft.compat.gradio import event_data
 
 # While an export is going on, and while there is none.
@@ -66,13 +66,7 @@ def build(studio: Studio, t: Texts, run_id: gr.State) -> None:
 
 
 class ExportTab:
-    """The tab of what can be taken along.
-
-    Args:
-        studio: Shared parts of the server.
-        t: Texts.
-        run_id: The run of the page.
-    """
+    """The tab of what can be exported, and has been."""
 
     def __init__(self, studio: Studio, t: Texts, run_id: gr.State) -> None:
         self.studio, self.t, self._run_id = studio, t, run_id
@@ -99,10 +93,8 @@ class ExportTab:
 
     def _build_form(self) -> None:
         t = self.t
-        formats = [(t(f"export.format_{name}"), name) for name in FORMATS]
-        self._kind = field(
-            gr.Radio, t, "export.format", "export-format", choices=formats, value="adapter"
-        )
+        formats = ("export.format_", FORMATS)
+        self._kind = field(gr.Radio, t, "export.format", "export-format", formats, value="adapter")
         self._about = html(elem_id="export-about")
         with gr.Row(elem_id="export-choices"):
             self._checkpoint = field(
@@ -181,14 +173,11 @@ class ExportTab:
         """Returns the changed updates."""
         inputs = ExportInputs(*values)
         try:
-            run = self.studio.store.get(self._owner(request), inputs.run_id)
+            run = self.studio.run(request, inputs.run_id)
         except UserError:
             return [gr.skip()] * len(self._outputs)
         known, updates = changed_updates(self._items(run, inputs), inputs.seen)
         return [known, *updates]
-
-    def _owner(self, request: gr.Request) -> str:
-        return owner_of(request, self.studio.settings.space)
 
     def _items(self, run: Run, inputs: ExportInputs) -> list[Update]:
         """Returns the update of each output after the first."""
@@ -220,7 +209,7 @@ class ExportTab:
         ]
 
     def _start_export(self, request: gr.Request, *values: Any) -> list[Any]:
-        inputs, owner = ExportInputs(*values), self._owner(request)
+        inputs, owner = ExportInputs(*values), self.studio.owner(request)
         wanted = validate_request(
             self.studio.store.get(owner, inputs.run_id),
             inputs.kind,
@@ -236,16 +225,18 @@ class ExportTab:
 
     def _push_export(self, request: gr.Request, token: Any, name: str, *values: Any) -> list[Any]:
         given = str(token or "").strip() or token_of(request)
-        self.studio.exports.push(self._owner(request), ExportInputs(*values).run_id, name, given)
+        self.studio.exports.push(
+            self.studio.owner(request), ExportInputs(*values).run_id, name, given
+        )
         return ["", *self.refresh(request, *values)]
 
     def _discard_export(self, request: gr.Request, name: str, *values: Any) -> list[Any]:
-        self.studio.exports.delete(self._owner(request), ExportInputs(*values).run_id, name)
+        self.studio.exports.delete(self.studio.owner(request), ExportInputs(*values).run_id, name)
         return ["", *self.refresh(request, *values)]
 
     def _act(self, request: gr.Request, event: gr.EventData, *values: Any) -> list[Any]:
         """Does what a button of the list asks for."""
-        owner, exports = self._owner(request), self.studio.exports
+        owner, exports = self.studio.owner(request), self.studio.exports
         run_id, data = ExportInputs(*values).run_id, event_data(event)
         act, name, file = data.get("act"), data.get("export"), None
         if act == "download":

@@ -59,13 +59,13 @@ class Live:
         t = self.t
         with gr.Row(elem_id="curve-choices", equal_height=True):
             markup(f"<h2>{t('run.curves')}</h2>")
-            weights = [(t(f"run.smooth_{name}"), name) for name in ("none", "light", "strong")]
+            weights = ("run.smooth_", ("none", "light", "strong"))
             smoothing = field(
                 gr.Radio,
                 t,
                 "run.smoothing",
                 "curve-smoothing",
-                choices=weights,
+                weights,
                 value="none",
                 scale=0,
                 min_width=280,

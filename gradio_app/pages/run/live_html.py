@@ -134,19 +134,13 @@ def _validation(metrics: Metrics, t: Texts) -> tuple[str, str, str]:
     best = t("run.best", value=format_number(least, t), step=step)
     first = t("run.before", value=format_number(points[0][1], t)) if points[0][0] == 0 else ""
     last_is_best = step == points[-1][0]
-    return (
-        t("run.val_loss"),
-        format_number(points[-1][1], t),
-        first if last_is_best and first else best,
-    )
+    more = first if last_is_best and first else best
+    return t("run.val_loss"), format_number(points[-1][1], t), more
 
 
 def summary(metrics: Metrics, t: Texts) -> str:
     """Returns in sentences what the curves show."""
-    training, validation = (
-        finite_points(metrics.curve("train_loss")),
-        finite_points(metrics.curve("val_loss")),
-    )
+    training, validation = (finite_points(metrics.curve(name)) for name in METRICS)
     if not training and not validation:
         return message("note", t("run.curves_empty"), t, role="")
     said = []
@@ -156,10 +150,8 @@ def summary(metrics: Metrics, t: Texts) -> str:
         said += [t("run.curves_trend", direction=way)] if way else []
     if validation:
         step, least = min(validation, key=lambda point: point[1])
-        ends = _endpoints(validation, t)
-        said.append(
-            t("run.curves_validation", best=format_number(least, t), best_step=step, **ends)
-        )
+        best = {"best": format_number(least, t), "best_step": step}
+        said.append(t("run.curves_validation", **best, **_endpoints(validation, t)))
     else:
         said.append(t("run.curves_no_validation"))
     return message("note", " ".join(said), t, role="")
@@ -167,12 +159,8 @@ def summary(metrics: Metrics, t: Texts) -> str:
 
 def _endpoints(points: Points, t: Texts) -> dict[str, Any]:
     (begin, first), (end, last) = points[0], points[-1]
-    return {
-        "first": format_number(first, t),
-        "from_step": begin,
-        "last": format_number(last, t),
-        "to_step": end,
-    }
+    values = {"first": format_number(first, t), "last": format_number(last, t)}
+    return {**values, "from_step": begin, "to_step": end}
 
 
 def curve_table(metrics: Metrics, t: Texts) -> str:

@@ -28,7 +28,6 @@ from gradio_app.pages.templating import render
 from gradio_app.runs.types import Checkpoint, Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of
 
 # How often the tab looks whether the model, the checkpoints or the machine have changed.
 POLL_SECONDS = 2.0
@@ -76,10 +75,6 @@ class PlaygroundTab:
             changing = [self._seen, *p.polled_outputs]
             event(self._poll, [*checkpoint, self._seen], changing, **timer_options())
 
-    def _run(self, run_id: Any, request: gr.Request) -> Run:
-        owner = owner_of(request, self.studio.settings.space)
-        return self.studio.store.get(owner, run_id)
-
     # Asking
 
     def _answer_handler(
@@ -95,7 +90,7 @@ class PlaygroundTab:
 
     def _prompt_handler(self, place: int) -> Callable[..., Iterator[Any]]:
         def ask(request: gr.Request, run_id: Any, talk: Any, *values: Any) -> Iterator[Any]:
-            rows = held_out_prompts(self._run(run_id, request))
+            rows = held_out_prompts(self.studio.run(request, run_id))
             known = place < len(rows) and rows[place].turns is not None
             # The system turn of a row that is asked is shown; its own may be none.
             system: Any = rows[place].system if known else gr.skip()
@@ -112,7 +107,7 @@ class PlaygroundTab:
         now = talk = talk if isinstance(talk, Conversation) else Conversation()
         status: Any = gr.skip()
         try:
-            run = self._run(run_id, request)
+            run = self.studio.run(request, run_id)
             asked = parse_request(run, question, inputs)
             for _ in self.studio.chat.load(run.owner, run, asked.checkpoint.name):
                 skips = (gr.skip(),) * len(self.parts.conversation_outputs)
@@ -134,14 +129,14 @@ class PlaygroundTab:
 
     def _reset(self, request: gr.Request, run_id: Any, *values: Any) -> tuple[Any, ...]:
         inputs = ChatInputs(*values)
-        checkpoint = find_checkpoint(self._run(run_id, request), inputs.checkpoint)
+        checkpoint = find_checkpoint(self.studio.run(request, run_id), inputs.checkpoint)
         talk = Conversation(checkpoint, blind=inputs.mode == "blind")
         return (talk, *self.parts.updates(talk, str(inputs.mode)))
 
     # The model
 
     def _load(self, run_id: Any, checkpoint: Any, request: gr.Request) -> Iterator[str]:
-        run = self._run(run_id, request)
+        run = self.studio.run(request, run_id)
         try:
             for _ in self.studio.chat.load(run.owner, run, find_checkpoint(run, checkpoint).name):
                 yield self._model_status(run)
@@ -150,13 +145,13 @@ class PlaygroundTab:
         yield self._model_status(run)
 
     def _unload(self, run_id: Any, request: gr.Request) -> str:
-        run = self._run(run_id, request)
+        run = self.studio.run(request, run_id)
         self.studio.chat.unload(run.owner)
         gr.Info(self.t("playground.unloaded"))
         return self._model_status(run)
 
     def _stop(self, run_id: Any, request: gr.Request) -> str:
-        run = self._run(run_id, request)
+        run = self.studio.run(request, run_id)
         self.studio.chat.stop(run.owner)
         return self._model_status(run)
 
@@ -171,7 +166,7 @@ class PlaygroundTab:
 
     def _vote_handler(self, vote: str) -> Callable[..., tuple[Any, ...]]:
         def act(request: gr.Request, run_id: Any, talk: Any) -> tuple[Any, ...]:
-            run = self._run(run_id, request)
+            run = self.studio.run(request, run_id)
             ballot = talk.ballot if isinstance(talk, Conversation) else None
             try:
                 if ballot is None:
@@ -196,7 +191,7 @@ class PlaygroundTab:
 
     def _poll(self, run_id: Any, checkpoint: Any, seen: Any, request: gr.Request) -> list[Any]:
         try:
-            run = self._run(run_id, request)
+            run = self.studio.run(request, run_id)
         except UserError:
             return [gr.skip()] * (1 + len(self.parts.polled_outputs))
         known, values = changed_updates(self._polled_updates(run, checkpoint), seen)

@@ -70,10 +70,10 @@ class PlaygroundView:
             self.model_status = html(elem_id="try-state")
             self.load = self._button("load", "load")
             self.unload = self._button("unload", "unload", visible=False)
-        modes = [(t(f"playground.mode_{mode}"), mode) for mode in MODES]
+        modes = ("playground.mode_", MODES)
         with gr.Row(elem_id="try-choices"):
             self.mode = field(
-                gr.Radio, t, "playground.mode", "try-mode", choices=modes, value="both", scale=2
+                gr.Radio, t, "playground.mode", "try-mode", modes, value="both", scale=2
             )
             self.checkpoint = field(
                 gr.Dropdown,

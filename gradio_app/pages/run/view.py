@@ -16,7 +16,7 @@ from gradio_app.runs.hf_jobs import JobsExecutor
 from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
-from gradio_app.visitors import owner_of, token_of
+from gradio_app.visitors import token_of
 
 # Seconds since the start of a run after which its page asks for news less often: how many ticks
 # apart.
@@ -123,8 +123,7 @@ class RunView:
 
     def _find_run(self, run_id: str, request: gr.Request) -> Run | None:
         try:
-            owner = owner_of(request, self.studio.settings.space)
-            run = self.studio.store.get(owner, run_id)
+            run = self.studio.run(request, run_id)
         except UserError:
             return None
         executor = self.studio.store.executor(run)
