@@ -15,6 +15,7 @@ from gradio_app.runs.files import read_json_object
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Limits
+from gradio_app.studio import Studio
 from tests.app.runs import queued, recipe, settings, until
 from tests.app.test_store import written
 
@@ -182,3 +183,11 @@ def test_visitors_runs_are_deleted_after_some_hours(store, lines):
         store.update_metadata(run, created=time.time() - 25 * 3600)
     lines(limits=Limits(keep_hours=24)).process_pending()
     assert {run.id for run in store.all()} == {mine.id, new.id}
+
+
+def test_a_run_that_cannot_wait_is_not_kept(tmp_path):
+    studio = Studio(settings(tmp_path, limits=Limits(waiting=0)))
+    with pytest.raises(UserError, match="refused_waiting"):
+        studio.start("local", recipe(), "mine")
+    assert studio.store.list("local") == []
+    studio.close()
