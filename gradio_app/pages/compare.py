@@ -171,15 +171,7 @@ def notice(found: RunSelection, offered: int, t: Texts) -> str:
 
 
 def summary(curves: Curves, loss: str, axis: str, ranked: bool, t: Texts) -> str:
-    """Returns in sentences what the curves show.
-
-    Args:
-        curves: Points of each run.
-        loss: Which loss they are of.
-        axis: What they are over.
-        ranked: Whether their losses can be ranked: of other rows they cannot.
-        t: Texts.
-    """
+    """Returns in sentences what the curves show; only losses on the same rows are ranked."""
     said, ends = [], {}
     for label, points in curves.items():
         if not points:

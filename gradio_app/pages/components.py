@@ -75,18 +75,9 @@ def on_event(
     outputs: Any,
     **options: Any,
 ) -> Any:
-    """Calls a handler after events that a visitor sets off; its errors are shown.
+    """Calls a handler after events such as ``button.click``, and returns the last event.
 
-    Args:
-        t: The texts.
-        events: Such as ``button.click``.
-        handler: Is not part of the API.
-        inputs: Components whose values it is given.
-        outputs: Components whose values it returns.
-        **options: Arguments of the event.
-
-    Returns:
-        The last event, which others can follow.
+    Its errors are shown to the visitor, and it is not part of the API.
     """
     bound, called = None, report_errors(t)(handler)
     for event in events if isinstance(events, Sequence) else (events,):

@@ -127,13 +127,7 @@ class RunPage:
 
 
 def machine_summary(found: Machine, t: Texts, lent_minutes: float | None = None) -> str:
-    """Returns in sentences what a machine can do.
-
-    Args:
-        found: What it has of its own.
-        t: Texts.
-        lent_minutes: For how long a run may use a GPU that is lent to it, if one is.
-    """
+    """Returns in sentences what a machine can do, or a GPU that is lent to a run for minutes."""
     lora, qlora = found.max_billions(quantized=False), found.max_billions(quantized=True)
     if found.gpu and found.gpu_bytes:
         has = t("home.machine_gpu", gpu=found.gpu, memory=format_bytes(found.gpu_bytes, t))
@@ -164,13 +158,7 @@ def _active_run(run: Run, t: Texts) -> dict[str, Any]:
 
 
 def run_lists(page: RunPage, line: Sequence[Run | None], t: Texts) -> str:
-    """Returns the queue, and a page of the runs.
-
-    Args:
-        page: The page.
-        line: The runs that wait; ``None`` for those of others.
-        t: Texts.
-    """
+    """Returns the queue, in which ``None`` is a run of somebody else, and a page of the runs."""
     queue = render("home.queue", t, runs=line) if line else ""
     if not page.runs and line:
         return queue

@@ -38,12 +38,7 @@ class JobInputs(NamedTuple):
 def build(studio: Studio, t: Texts, recipe: Any, name: Any, gone: Any) -> None:
     """Makes the part; on a laptop there is none.
 
-    Args:
-        studio: The shared parts.
-        t: The texts.
-        recipe: Component that holds the YAML.
-        name: Component that holds the name of the run.
-        gone: Component that takes the id of the started run; the page then goes there.
+    ``gone`` takes the id of the started run; the page then goes there.
     """
     if not studio.settings.space:
         return

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
@@ -20,19 +19,6 @@ from gradio_app.texts import LANGUAGES, Texts
 # How often the head asks whether a run is going on. Nothing is sent where nothing has changed.
 HEADER_SECONDS = 5.0
 LINKS = ("", "new", "compare", "help")
-
-
-@dataclass(frozen=True)
-class Page:
-    """One page of the site.
-
-    Attributes:
-        name: As in its address: ``""``, ``"new"``, ``"run"``, ``"compare"`` or ``"help"``.
-        build: Makes its components, within the open Blocks, and binds its handlers.
-    """
-
-    name: str
-    build: Callable[[Studio, Texts], None]
 
 
 @contextmanager

@@ -54,12 +54,7 @@ class Axis:
 
 
 def linear(values: Sequence[float], whole: bool = False) -> Axis:
-    """Returns an axis with round ticks around values.
-
-    Args:
-        values: What is drawn; at least one.
-        whole: Whether only whole numbers have ticks.
-    """
+    """Returns an axis with round ticks around one value or more; steps have whole ticks."""
     low, high = min(values), max(values)
     if low == high:
         margin = 1.0 if whole else abs(low) / 10 or 1.0
@@ -104,17 +99,7 @@ def plot(
     log_y: bool = False,
     whole_x: bool = True,
 ) -> str:
-    """Returns the HTML of a plot.
-
-    Args:
-        series: Its curves. On a logarithmic axis, values that are not above zero are left out.
-        t: Texts.
-        x_title: What x is.
-        y_title: What y is.
-        empty: What is said where there are no points.
-        log_y: Whether y is logarithmic.
-        whole_x: Whether x are whole numbers.
-    """
+    """Returns the HTML of a plot; its curves lack what has no logarithm where y is logarithmic."""
     drawn = [
         Series(one.name, one.color, [(x, y) for x, y in one.points if y > 0 or not log_y])
         for one in series

@@ -34,13 +34,7 @@ def _environment(language: str) -> Environment:
 
 
 def render(name: str, t: Texts, /, **values: Any) -> str:
-    """Renders a macro to ``Markup``; arguments that are not ``Markup`` are escaped and redacted.
-
-    Args:
-        name: File and macro, such as ``"home.card"``.
-        t: Texts.
-        **values: Arguments of the macro.
-    """
+    """Renders a macro, such as ``"home.card"``; what is not ``Markup`` is escaped and redacted."""
     file, _, macro = name.partition(".")
     module: Any = _environment(t.language).get_template(f"{file}.html").module
     return getattr(module, macro)(**values).strip()

@@ -28,14 +28,7 @@ def selected_data(place: str, t: Texts) -> str:
 
 
 def checking(t: Texts, rows: int = 0, of: int | None = None, first: Table | None = None) -> str:
-    """Returns the progress shown while the data is checked.
-
-    Args:
-        t: The texts.
-        rows: How many rows have been read.
-        of: How many there are, where that is known.
-        first: The first of them.
-    """
+    """Returns the progress while the data is checked: rows read, of how many, and the first."""
     text = t("new.checking")
     if rows:
         known = {"rows": t.number(rows), "of": t.number(max(rows, of or 0))}

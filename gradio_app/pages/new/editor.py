@@ -99,12 +99,7 @@ class Session:
 
 
 class Editor:
-    """The parts of the page that belong together.
-
-    Args:
-        studio: The shared parts of the server.
-        t: The texts.
-    """
+    """The parts of the page that belong together."""
 
     def __init__(self, studio: Studio, t: Texts) -> None:
         self.studio, self.t = studio, t

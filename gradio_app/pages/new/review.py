@@ -146,10 +146,7 @@ def _refresh_handler(editor: Editor) -> Any:
 def _blockers(editor: Editor, session: Session, problem: str | None) -> list[tuple[str, str]]:
     """Returns the obstacles, with the step in which each can be solved.
 
-    Args:
-        editor: The page.
-        session: What it edits.
-        problem: What the command line says against the recipe; ``None`` until it has answered.
+    ``problem`` is that of the command line; ``None`` until it has answered.
     """
     t = editor.t
     blocking: list[tuple[str, str]] = []
@@ -248,12 +245,7 @@ def overview(
 ) -> str:
     """Returns the summary of the run, or the obstacles with links to their steps.
 
-    Args:
-        session: What the page edits.
-        blocking: The step in which something can be solved, and what that is.
-        settings: What the server was started with.
-        t: The texts.
-        asked: Whether the command line has said that it takes the recipe.
+    ``asked`` says whether the command line has taken the recipe.
     """
     waits = "new.not_looked" if session.report is None else "" if asked else "new.not_asked"
     return render(

@@ -72,15 +72,9 @@ class ChatRequest:
 
 
 def parse_request(run: Run, question: Any, inputs: ChatInputs) -> ChatRequest:
-    """Returns the validated question of a visitor.
+    """Returns the validated question of a visitor: a text, or the place of a held-out row.
 
-    Args:
-        run: The run.
-        question: A text, or the place of a held-out row.
-        inputs: What it is asked with.
-
-    Raises:
-        UserError: If it cannot be asked.
+    Raises UserError if it cannot be asked.
     """
     rows, system = held_out_prompts(run), inputs.system
     asked: str | HeldOutPrompt
@@ -116,17 +110,7 @@ def find_checkpoint(run: Run, name: Any) -> Checkpoint:
 def stream_answers(
     speakers: ChatSessions, run: Run, talk: Conversation, asked: ChatRequest
 ) -> Iterator[Conversation]:
-    """Yields a conversation while it goes on.
-
-    Args:
-        speakers: The model, loaded.
-        run: The run.
-        talk: The conversation before.
-        asked: The question.
-
-    Raises:
-        UserError: If the model cannot answer.
-    """
+    """Yields a conversation while it goes on. Raises UserError if the model cannot answer."""
     blind = asked.mode == "blind"
     known = talk.checkpoint is not None and talk.checkpoint.name == asked.checkpoint.name
     if blind or talk.blind or not known:

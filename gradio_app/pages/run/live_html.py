@@ -179,12 +179,9 @@ def curve_table(metrics: Metrics, t: Texts) -> str:
 
 
 def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> str:
-    """Returns the model's answers to the same prompts at different steps.
+    """Returns the answers of a run to the same prompts at different steps.
 
-    Args:
-        rows: What the run has written.
-        known: Validation rows whose turns are known.
-        t: Texts.
+    ``known`` are the validation rows whose turns are known.
     """
     said: dict[tuple[int, int], Row] = {}
     for row in rows:

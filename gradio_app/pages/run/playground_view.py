@@ -186,12 +186,7 @@ class PlaygroundView:
     ) -> tuple[Any, ...]:
         """Returns the values of ``conversation_outputs``.
 
-        Args:
-            talk: The conversation.
-            mode: Who answers.
-            in_progress: Whether more is to come.
-            revealed: Text shown after a vote.
-            who: The models behind A and B, once revealed.
+        After a vote, ``revealed`` is said, and ``who`` are the models behind A and B.
         """
         t, tuned = self.t, self.t("playground.mode_tuned")
         if talk.checkpoint is not None:
@@ -222,14 +217,7 @@ def _chat_messages(turns: Turns) -> list[Any]:
 
 
 def model_status(now: ModelStatus, reason: str, minutes: int, t: Texts) -> str:
-    """Returns how the model is.
-
-    Args:
-        now: How it is.
-        reason: Why it cannot be used now; empty if it can.
-        minutes: After how many without a question it is unloaded.
-        t: Texts.
-    """
+    """Returns how the model is, or the reason why it cannot be used now."""
     what = t(f"playground.what_{_LOADING_KEYS.get(now.what, 'starting')}")
     text = t(
         f"playground.{now.phase}",

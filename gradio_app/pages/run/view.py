@@ -58,10 +58,6 @@ class PageSection(Protocol):
 class RunView:
     """All parts of the page of a run, for whoever looks at it.
 
-    Args:
-        studio: Shared parts of the server.
-        t: Texts.
-
     Attributes:
         run_id: The run that is looked at; empty where there is none.
         click_inputs: What a click sends: run and choices. It is answered with everything.
@@ -103,12 +99,7 @@ class RunView:
     ) -> list[Any]:
         """Returns the updates that the browser does not have yet.
 
-        Args:
-            run_id: Which run.
-            seen: Keys of what the browser has; empty if it is to be sent everything.
-            choices: Values of the choices.
-            request: Who asks.
-            notice: What is said where there is no such run.
+        Without ``seen`` it is sent everything; ``notice`` is said where there is no such run.
         """
         run = self._find_run(run_id, request)
         there, options = run is not None, CurveOptions.of(*choices)
@@ -145,9 +136,6 @@ class RunView:
 def requested_run_id(run_id: str, request: gr.Request) -> str:
     """Returns the run that a page shows, also to a server that has forgotten that page.
 
-    Args:
-        run_id: What the server remembers: nothing, if it was started again, or after long.
-        request: Who asks; the address of their page names the run. Whatever it names is checked
-            like any other id.
+    The address of the page names it, and is checked like any other id.
     """
     return run_id or referring_run_id(request)
