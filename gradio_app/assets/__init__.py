@@ -9,9 +9,14 @@ from typing import Any
 import gradio as gr
 from gradio.themes.utils import colors, fonts, sizes
 
-_SCRIPT = Path(__file__).with_name("page.js")
+
+def script(name: str) -> str:
+    """Returns a script of this folder, such as the function that an event calls in the browser."""
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 # For `js_on_load` of HTML with buttons: a click triggers an event with what the button is about.
-CLICK_DELEGATE = Path(__file__).with_name("clicks.js").read_text(encoding="utf-8")
+CLICK_DELEGATE = script("clicks.js")
 
 
 def theme() -> Any:
@@ -75,9 +80,8 @@ def head(titles: dict[str, str], labels: dict[str, dict[str, str]]) -> str:
     """
     known = json.dumps(titles).replace("<", "\\u003c")
     others = json.dumps(labels).replace("<", "\\u003c")
-    script = _SCRIPT.read_text(encoding="utf-8")
     return (
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<script>window.studioTitles = {known};\nwindow.studioLabels = {others};\n"
-        f"{script}</script>"
+        f"{script('page.js')}</script>"
     )

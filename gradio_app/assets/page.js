@@ -15,7 +15,7 @@
   };
   // Several notices share a header that Gradio makes a button with a button in it, which nobody can
   // use who cannot see it. It only folds them up, so it need be none.
-  const mendNotices = () => {
+  const flattenNotices = () => {
     for (const head of document.querySelectorAll('.toast-header[role="button"]')) {
       head.removeAttribute("role");
       head.removeAttribute("tabindex");
@@ -99,7 +99,7 @@
   });
   const watch = () => {
     if (theme && !new URLSearchParams(window.location.search).has("__theme")) setTheme(theme);
-    new MutationObserver(() => { setTitle(); setLanguage(); setLabels(); mendNotices(); })
+    new MutationObserver(() => { setTitle(); setLanguage(); setLabels(); flattenNotices(); })
       .observe(document.documentElement, { childList: true, subtree: true });
     setTitle();
   };

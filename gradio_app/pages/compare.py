@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import script
 from gradio_app.compare.recipe_diff import differences
 from gradio_app.compare.results import (
     AXES,
@@ -33,15 +34,7 @@ from gradio_app.texts import Texts
 # Readable on white and on the dark ground; legend, letters and table tell the runs apart too.
 COLORS = ("#6366f1", "#d97706", "#0d9488", "#db2777")
 # The address follows the choice, so that a reload, or whoever gets the link, sees the same.
-_FOLLOW = """
-(ids) => {
-  const url = new URL(window.location.href);
-  if (ids && ids.length) url.searchParams.set('runs', ids.join(','));
-  else url.searchParams.delete('runs');
-  url.search = url.search.replaceAll('%2C', ',');
-  window.history.replaceState(window.history.state, '', url);
-}
-"""
+_FOLLOW = script("address.js")
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 TABLE_ROWS = 12
 _MAX_DIFFERENCES = 60

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from gradio_app.assets import CLICK_DELEGATE
+from gradio_app.assets import CLICK_DELEGATE, script
 from gradio_app.errors import UserError
 from gradio_app.export.archive import build_archive
 from gradio_app.export.request import BITS, FORMATS, validate_request
@@ -31,17 +31,7 @@ from lightning_peft.compat.gradio import event_data
 
 # While an export is going on, and while there is none.
 SECONDS, SLOW_SECONDS = 1.0, 5.0
-_SAVE = """
-(file) => {
-  if (!file) return;
-  const link = document.createElement('a');
-  link.href = file.url;
-  link.download = file.orig_name ?? '';
-  link.click();
-}
-"""
-
-
+_SAVE = script("download.js")
 # Where the field of the repository is not among what is sent.
 _NO_UPLOAD = object()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import gradio as gr
 
+from gradio_app.assets import script
 from gradio_app.chat.prompts import held_out_prompts
 from gradio_app.pages.components import Update, field, markup
 from gradio_app.pages.plot import Series, plot
@@ -26,19 +27,7 @@ TRAINING, VALIDATION = "#6366f1", "#d97706"
 # The text of the log is set as text, so that nothing in it is taken for HTML, and the place that a
 # reader has scrolled to, and the focus, stay.
 _LOG = '<pre role="log" tabindex="0" aria-live="off" aria-label="{label}"></pre>'
-_FOLLOW = """
-const log = element.querySelector('[role=log]');
-const show = () => {
-  const box = document.querySelector('#log-follow input');
-  if (log.textContent !== props.value) log.textContent = props.value;
-  if (!box || box.checked) log.scrollTop = log.scrollHeight;
-};
-watch('value', show);
-document.addEventListener('change', (event) => {
-  if (event.target.closest('#log-follow')) show();
-});
-show();
-"""
+_FOLLOW = script("log.js")
 _COPY = (
     "() => { navigator.clipboard?.writeText(document.querySelector('#run-log pre').textContent); }"
 )
