@@ -116,7 +116,7 @@ def _choice_label(choice: Any, setting: Field, t: Texts) -> str:
 
 
 def unset_text(setting: Field, t: Texts) -> str:
-    """Returns what an empty setting means: its default, or a meaning of its own."""
+    """Returns the meaning of an empty setting: its default, or one of its own."""
     own = f"fields.{setting.key}_null"
     return t(own) if t.has(own) else t("fields.unset", value=t(f"fields.{setting.key}_unset"))
 
