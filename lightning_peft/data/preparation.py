@@ -15,7 +15,6 @@ from typing import Any, Literal
 from datasets import Dataset, Features, Value
 
 from lightning_peft.compat.datasets import ArrowWriter, tqdm
-from lightning_peft.data.digests import digest_of_files, digest_of_rows
 from lightning_peft.data.file_format import Row
 from lightning_peft.data.parallel_encoding import Outcome, encode_rows
 from lightning_peft.data.progress import counted_rows
@@ -123,7 +122,7 @@ def prepare(
     before = file_stamps(sources)
     key = cache_entries.key_of(
         format=FORMAT,
-        sources=[{**asdict(source), "data": _content_digest(source)} for source in sources],
+        sources=[{**asdict(source), "data": source.digest()} for source in sources],
         settings=asdict(settings),
     )
 
@@ -146,13 +145,6 @@ def prepare(
         if summary["splits"][split]["rows"]
     }
     return Prepared(splits, _read_problems(final / REJECTED), summary, final)
-
-
-def _content_digest(source: Source) -> str:
-    files = source.content()
-    if files:
-        return digest_of_files(files)
-    return digest_of_rows(row._asdict() for row in source.rows())
 
 
 def _read_problems(file: Path) -> list[Problem]:

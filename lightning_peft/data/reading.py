@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -18,7 +20,7 @@ from datasets.exceptions import DatasetNotFoundError
 from lightning_peft.data.columnar import class_name, without_nulls
 from lightning_peft.data.data_files import SUFFIXES, is_data_file, read_file, suffix_of
 from lightning_peft.data.file_format import FileFormat, ReadOptions, Row, TextUnit
-from lightning_peft.data.open_files import explained_rows
+from lightning_peft.data.open_files import explain_errors, explained_rows
 from lightning_peft.data.shapes import FIELDS
 from lightning_peft.errors import ConfigError, itemize
 
@@ -80,6 +82,13 @@ class Source:
         """Returns the columns that may hold a field: the one mapped to it, or those recognised."""
         theirs = (self.columns or {}).get(ours)
         return FIELDS[ours] if theirs is None else (theirs,)
+
+    def digest(self) -> str:
+        """Returns a hash of the content: of its files, or of the rows of a dataset on the hub."""
+        files = self.content()
+        if files:
+            return digest_of_files(files)
+        return digest_of_rows(row._asdict() for row in self.rows())
 
     def left_out(self) -> list[str]:
         """Returns the names of the files in the folder that are not read."""
@@ -281,3 +290,23 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
             n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"
         }
         yield {**row, **nested, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}
+
+
+def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:
+    """Returns a hash of the names and bytes of files."""
+    total = hashlib.sha256()
+    for name, path in files:
+        one = hashlib.sha256()
+        with explain_errors(name), path.open("rb") as file:
+            while block := file.read(1 << 20):
+                one.update(block)
+        total.update(json.dumps([name, one.hexdigest()]).encode())
+    return total.hexdigest()
+
+
+def digest_of_rows(rows: Iterable[Any]) -> str:
+    """Returns a hash of rows, for data of which there is no file."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row, default=repr, sort_keys=True).encode("utf-8"))
+    return total.hexdigest()

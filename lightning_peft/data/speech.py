@@ -15,14 +15,14 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from lightning_peft.data.audio import Recording, can_resample, decode
 from lightning_peft.data.batching import pad_to_longest
-from lightning_peft.data.digests import digest_of_rows, digest_of_tokenizer
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.media_source import AudioSource
+from lightning_peft.data.reading import digest_of_rows
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.data.row_encoder import RowEncoder, SpecialTokens, end_token_id
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
-from lightning_peft.data.tokenized import load_pretrained, load_tokenizer
+from lightning_peft.data.tokenized import digest_of_tokenizer, load_pretrained, load_tokenizer
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
 

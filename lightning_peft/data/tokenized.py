@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer
 
 from lightning_peft.data.batching import LengthGroupedSampler
-from lightning_peft.data.digests import digest_of_tokenizer
 from lightning_peft.data.row_data_module import RowDataModule
 from lightning_peft.errors import ConfigError
 
@@ -51,6 +53,19 @@ def load_pretrained(
             f"{', the revision' if revision else ''} and the network (HF_HUB_OFFLINE must not be "
             f"set){instead}."
         ) from error
+
+
+def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a hash of all that decides how ``tokenizer`` tokenizes."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = [
+        type(tokenizer).__name__,
+        backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items()),
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        tokenizer("a b")["input_ids"],
+        version("transformers"),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class TokenizedData(RowDataModule):

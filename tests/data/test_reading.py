@@ -6,8 +6,7 @@ import pandas
 import pytest
 from datasets import Dataset
 
-from lightning_peft.data.digests import digest_of_files
-from lightning_peft.data.reading import Source
+from lightning_peft.data.reading import Source, digest_of_files
 from lightning_peft.errors import ConfigError
 
 
