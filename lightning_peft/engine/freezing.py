@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.record import AdaptedModuleRecord
-from lightning_peft.engine.selection.parts import inside
+from lightning_peft.engine.selection.parts import inside, parameter_names
 
 
 def freeze_base(
@@ -33,12 +33,9 @@ def freeze_base(
     """
     part = module.get_submodule(entry.name)
     adapters = {id(param) for param in adapter_parameters(part).values()}
-    names: dict[int, list[str]] = {}
     params = dict(part.named_parameters(remove_duplicate=False))
-    for name, param in params.items():
-        names.setdefault(id(param), []).append(name)
     frozen = set()
-    for known in names.values():
+    for known in parameter_names(part).values():
         param = params[known[0]]
         if id(param) in adapters:
             continue

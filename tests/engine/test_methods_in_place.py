@@ -14,6 +14,7 @@ import lightning_peft
 from lightning_peft import engine
 from lightning_peft.engine.files.adapter_format import differences_in_peft
 from lightning_peft.engine.methods.registry import METHODS
+from lightning_peft.engine.streamed_merging import StreamedMerge
 from lightning_peft.errors import UnsupportedError
 
 from .reference import copy_adapter, output_of, peft_model, randomize, relative_error
@@ -139,6 +140,23 @@ def test_peft_reads_the_folder(tmp_path):
     assert relative_error(output_of(theirs, BATCH), output_of(model, BATCH)) < 1e-6
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_folder_is_merged_weight_by_weight(base, tmp_path):
+    model = adapted(quantization=BASES[base])
+    lightning_peft.save_adapter(model, tmp_path)
+    torch.manual_seed(0)
+    plain = tiny_llama()
+    with torch.device("meta"):
+        outline = tiny_llama()
+    merge = StreamedMerge(outline, tmp_path, dtype=torch.float32)
+    merged = {name: merge.merged(name, value) for name, value in plain.state_dict().items()}
+    lightning_peft.merge(model)
+    lightning_peft.unload(model)
+    assert len(merge.errors) == 4
+    for name, value in model.state_dict().items():
+        assert torch.equal(merged[name], value), name
+
+
 def test_a_model_that_peft_wrapped_is_taken_over():
     torch.manual_seed(0)
     model = tiny_llama()
@@ -169,7 +187,7 @@ def test_one_base_has_one_adapter_that_does_not_add_up(second):
         lightning_peft.inject(model, second, adapter_name="second")
 
 
-def test_a_copy_is_independent_and_a_class_of_its_own_computes_with_the_scaled_weight():
+def test_a_class_with_a_forward_pass_of_its_own_computes_with_the_scaled_weight():
     class Doubled(nn.Linear):
         def forward(self, input):
             return 2 * nn.functional.linear(input, self.weight)

@@ -68,6 +68,14 @@ def parameter_holders(part: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
+def parameter_names(part: nn.Module) -> dict[int, list[str]]:
+    """Returns, by the id of each parameter, all its names in ``part``."""
+    names: dict[int, list[str]] = {}
+    for name, param in part.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    return names
+
+
 def is_pretrained(module: nn.Module) -> bool:
     """Whether ``module`` is a model of transformers, timm or diffusers."""
     return isinstance(module, PreTrainedModel) or _comes_from(module, "timm", "diffusers")

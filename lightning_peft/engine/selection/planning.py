@@ -28,6 +28,7 @@ from lightning_peft.engine.selection.parts import (
     inside,
     output_embeddings,
     parameter_holders,
+    parameter_names,
 )
 from lightning_peft.engine.selection.scope import Selection, left_modules, select
 from lightning_peft.engine.selection.self_modified import self_modified_layers
@@ -238,11 +239,8 @@ def _refuse_overlap(name: str, record: Record) -> None:
 
 
 def _check_ties(plan: InjectionPlan) -> None:
-    names: dict[int, list[str]] = {}
-    for name, param in plan.part.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
     problems = []
-    for shared in names.values():
+    for shared in parameter_names(plan.part).values():
         within = [name for name in shared if inside(name, plan.saved)]
         outside = [name for name in shared if name not in within]
         if within and outside:
