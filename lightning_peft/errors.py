@@ -52,6 +52,12 @@ def similar_names(wanted: str, known: Iterable[str]) -> str:
     return f"; near names: {', '.join(near)}" if near else ""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's text; the name of its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def itemize(problems: Iterable[str], limit: int = 12) -> str:
     """Returns ``problems`` as an indented list of at most ``limit`` lines, then a count."""
     rows = list(problems)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_peft.chat.chat_model import ChatModel
+from lightning_peft.chat.protocol import json_object
 from lightning_peft.data.batching import pad
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.row_keys import KeyCount, check_column, unread_columns
@@ -56,7 +56,7 @@ def read_prompts(file: str) -> list[Prompt]:
     prompts, bad = [], []
     unused, refused = KeyCount(), []
     for number, line in numbered:
-        row = _object(line)
+        row = json_object(line) or {}
         for name, value in unread_columns(row, ("prompt", "reference", "response")).items():
             problems = check_column(name, value, True, True, False)
             refused += [f"line {number} has {name}"] if problems else []
@@ -81,14 +81,6 @@ def read_prompts(file: str) -> list[Prompt]:
     if keys:
         log.warning(f"Keys of {file!r} that are not used: {', '.join(keys)}.")
     return prompts
-
-
-def _object(line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def answers(

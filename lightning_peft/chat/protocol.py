@@ -77,7 +77,7 @@ class Server:
     def _read(self) -> None:
         try:
             for line in self._lines:
-                row = _object(line)
+                row = json_object(line)
                 if row is not None and set(row) == {"stop"}:
                     self._stop(row["stop"])
                 elif line.strip():
@@ -99,7 +99,7 @@ class Server:
                 self._stopped.add(key)
 
     def _take(self, chat_model: ChatModel, line: str) -> None:
-        row = _object(line)
+        row = json_object(line)
         key = _id_of(row)
         try:
             self._answer(chat_model, key, _checked(row, key, chat_model.names))
@@ -190,7 +190,8 @@ class Server:
             print(json.dumps(row), file=self._out, flush=True)
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def json_object(line: str) -> dict[str, Any] | None:
+    """Returns the JSON object on a line; ``None`` where there is something else."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

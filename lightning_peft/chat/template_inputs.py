@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,10 @@ def read_tools_file(file: str | None) -> list[dict[str, Any]]:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--tools {file!r} cannot be read as text: {error}") from error
-    tools = context_of("tools", text, f"--tools {file!r}").get("tools", [])
+    tools: list[dict[str, Any]] = context_of("tools", text, f"--tools {file!r}").get("tools", [])
     if not tools:
         raise ConfigError(f"--tools {file!r} holds no tools. Leave the option out for none.")
-    found: list[dict[str, Any]] = tools
-    return found
+    return tools
 
 
 def read_variables(text: str | None) -> dict[str, Any] | None:
@@ -56,11 +57,8 @@ def context_of(name: str, value: Any, what: str) -> dict[str, Any]:
     Raises:
         ConfigError: If it cannot be read.
     """
-    try:
+    with _as_config_error(what):
         return read_context({name: value})
-    except RowProblems as error:
-        problems = "; ".join(problem for _, problem in error.problems)
-        raise ConfigError(f"{what} {problems}.") from error
 
 
 def turn_of(message: dict[str, Any]) -> Message:
@@ -71,8 +69,14 @@ def turn_of(message: dict[str, Any]) -> Message:
     """
     if not message.get("tool_calls"):
         return message
-    try:
+    with _as_config_error("messages:"):
         return {**message, "tool_calls": read_calls(message["tool_calls"], "the turn")}
+
+
+@contextmanager
+def _as_config_error(what: str) -> Iterator[None]:
+    try:
+        yield
     except RowProblems as error:
         problems = "; ".join(problem for _, problem in error.problems)
-        raise ConfigError(f"messages: {problems}.") from error
+        raise ConfigError(f"{what} {problems}.") from error

@@ -26,7 +26,7 @@ from lightning_peft import engine
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.tokenized import load_tokenizer
 from lightning_peft.demo.progress import progress_callback
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, first_line
 from lightning_peft.plan.memory import static_memory
 from lightning_peft.plugin.namespace import bind_to_lightning, namespace_in_use
 from lightning_peft.plugin.strategies import LoRAStrategy, QLoRAStrategy
@@ -131,7 +131,7 @@ def check_source(source: str) -> None:
     try:
         import_module("transformers").AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"--model {source!r} is not a folder with a transformers model, and the hub did not "
             f"give it ({reason}). Check the name and the network (HF_HUB_OFFLINE must not be set), "

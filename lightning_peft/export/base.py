@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from lightning_peft.compat.transformers import (
     rename_source_key,
     weight_conversions,
 )
-from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, itemize
+from lightning_peft.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedError,
+    first_line,
+    itemize,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a model folder has besides weights.
@@ -74,7 +81,7 @@ class Base:
     config: Any
     shards: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, StoredTensor]:
         """All tensors by their names in the files."""
         return {key: stored for shard in self.shards.values() for key, stored in shard.items()}
@@ -104,9 +111,8 @@ def find_base(name: str, revision: str | None = None) -> Base:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{name!r} is not a transformers model that can be read: {reason}"
+            f"{name!r} is not a transformers model that can be read: {first_line(error)}"
         ) from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
@@ -123,11 +129,10 @@ def _from_hub(name: str, revision: str | None) -> Path:
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
     except (OSError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"The base {name!r} is not a folder here, and the hub did not give it ({reason}). "
-            "Check the name and the network (HF_HUB_OFFLINE must not be set), or give a folder "
-            "by --base."
+            f"The base {name!r} is not a folder here, and the hub did not give it "
+            f"({first_line(error)}). Check the name and the network (HF_HUB_OFFLINE must not be "
+            "set), or give a folder by --base."
         ) from error
     return Path(folder)
 
@@ -218,10 +223,8 @@ def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:
     """
     model: Any = outline
     conversions = weight_conversions(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [
-        conversion for conversion in conversions if isinstance(conversion, WeightConverter)
-    ]
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
     state = model.state_dict()
     names, joined = {}, []
     for key in base.keys:

@@ -10,30 +10,14 @@ from lightning_peft import engine
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.loading_code import adapter_code, labels_of
 
-# Facts of provenance.json that the sections below tell in words.
-_TOLD = {
-    "base",
-    "config",
-    "quantization",
-    "versions",
-    "seed",
-    "written",
-    "adapter_sha256",
-    "chat_template",
-    "data",
-    "metrics",
+# Facts of provenance.json that have a row or a section of their own.
+_SHOWN = {
+    *("base", "config", "quantization", "versions", "seed", "written", "adapter_sha256"),
+    *("chat_template", "data", "metrics"),
 }
 _SETTINGS = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "use_dora",
-    "init_lora_weights",
-    "target_modules",
-    "modules_to_save",
-    "bias",
+    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
+    *("init_lora_weights", "target_modules", "modules_to_save", "bias"),
 )
 
 
@@ -154,22 +138,30 @@ def _provenance_rows(adapter: Adapter, license: str | None) -> str:
         ("seed", facts.get("seed")),
         ("written", facts.get("written")),
         ("sha256 of the adapter", facts.get("adapter_sha256")),
-        *((f"{name}", version) for name, version in (facts.get("versions") or {}).items()),
+        *(facts.get("versions") or {}).items(),
     ]
-    text = "## How it was made\n\n| | |\n| --- | --- |\n"
-    text += "".join(f"| {key} | {_cell(value)} |\n" for key, value in rows if value is not None)
     others = {
         key.replace("_", " "): value
         for key, value in facts.items()
-        if key not in _TOLD and value not in (None, {}, [])
+        if key not in _SHOWN and value not in (None, {}, [])
     }
-    plain = {key: value for key, value in others.items() if not isinstance(value, (Mapping, list))}
-    text += "".join(f"| {key} | {_cell(public(value))} |\n" for key, value in plain.items())
+    plain = {key: public(value) for key, value in others.items() if _is_plain(value)}
+    known = {key: value for key, value in rows if value is not None}
+    text = "## How it was made\n\n" + _table(known | plain)
     text += _data(facts.get("data")) + _metrics(facts.get("metrics"))
     for key, value in others.items():
         if key not in plain:
             text += f"\n### {key.capitalize()}\n\n{_block(public(value))}"
     return text
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, (Mapping, list))
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {key} | {_cell(value)} |\n" for key, value in rows.items()]
+    return "".join(["| | |\n| --- | --- |\n", *lines])
 
 
 def _data(record: Any) -> str:
@@ -187,9 +179,8 @@ def _data(record: Any) -> str:
         for key, value in record.items()
         if isinstance(value, (str, int, float)) and key != "class"
     }
-    rows = {**plain, **{split: count for split, count in counts.items() if count}}
-    table = "".join(f"| {key} | {_cell(public(value))} |\n" for key, value in rows.items())
-    return f"\n### Data\n\n| | |\n| --- | --- |\n{table}" if table else ""
+    rows = public({**plain, **{split: count for split, count in counts.items() if count}})
+    return f"\n### Data\n\n{_table(rows)}" if rows else ""
 
 
 def _metrics(record: Any) -> str:
@@ -228,9 +219,6 @@ def _cell(value: Any) -> str:
 
 
 def _block(value: Any) -> str:
-    if isinstance(value, Mapping) and all(
-        not isinstance(v, (Mapping, list)) for v in value.values()
-    ):
-        rows = "".join(f"| {key} | {_cell(v)} |\n" for key, v in value.items())
-        return f"| | |\n| --- | --- |\n{rows}"
+    if isinstance(value, Mapping) and all(map(_is_plain, value.values())):
+        return _table(value)
     return f"```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```\n"

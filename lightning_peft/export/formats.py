@@ -12,12 +12,12 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS, Adapter
-from lightning_peft.export.atomic_folder import atomic_folder
 from lightning_peft.export.base import Base, license_of
 from lightning_peft.export.card import adapter_card, public, quantized_section
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
 from lightning_peft.export.merging import merge
+from lightning_peft.export.output import atomic_folder
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
 
 # The ranks that vLLM lays out memory for.

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from lightning_peft.errors import ConfigError, HubError
+from lightning_peft.errors import ConfigError, HubError, first_line
 
 
 def check_repo(repo: str) -> None:
@@ -46,9 +46,9 @@ def check_token() -> None:
         HfApi().whoami()
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise HubError(
-            f"The hub does not say whose token this is ({_reason(error)}). Set HF_TOKEN or run "
-            "`hf auth login`, and check the network (HF_HUB_OFFLINE must not be set). Without "
-            "--push-to, or with --dry-run, nothing is pushed."
+            f"The hub does not say whose token this is ({first_line(error)[:200]}). Set HF_TOKEN "
+            "or run `hf auth login`, and check the network (HF_HUB_OFFLINE must not be set). "
+            "Without --push-to, or with --dry-run, nothing is pushed."
         ) from error
 
 
@@ -77,12 +77,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         )
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise HubError(
-            f"The hub did not take {repo!r} ({_reason(error)}). Nothing is lost: the export is "
-            f"complete in {str(folder)!r}. Try again with `hf upload {repo} {folder}`."
+            f"The hub did not take {repo!r} ({first_line(error)[:200]}). Nothing is lost: the "
+            f"export is complete in {str(folder)!r}. Try again with `hf upload {repo} {folder}`."
         ) from error
     return str(created)
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:200]

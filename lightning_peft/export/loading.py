@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.errors import ConfigError, UnsupportedError, first_line
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
 
@@ -58,8 +58,9 @@ def load_tokenizer(base: Base) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{base.name!r} has no tokenizer that can be read: {reason}") from error
+        raise ConfigError(
+            f"{base.name!r} has no tokenizer that can be read: {first_line(error)}"
+        ) from error
 
 
 def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) -> Any:

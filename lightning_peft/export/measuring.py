@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_peft import engine
 from lightning_peft.engine.methods.lora_config import changes_base
-from lightning_peft.errors import LightningPeftError
+from lightning_peft.errors import LightningPeftError, first_line
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
 from lightning_peft.export.loading import (
@@ -178,4 +178,4 @@ def measured(
     try:
         return measure(), None
     except (LightningPeftError, OSError, RuntimeError, ValueError) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None, f"{type(error).__name__}: {first_line(error)}"

@@ -18,7 +18,6 @@ from lightning_peft.engine.streamed_merging import Into, StreamedMerge, WeightEr
 from lightning_peft.engine.vocabulary import vocabulary_size
 from lightning_peft.errors import BaseMismatchError, CheckpointError, ConfigError, itemize
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.atomic_folder import atomic_folder, check_output_free
 from lightning_peft.export.base import (
     COMPANIONS,
     INDEX,
@@ -29,7 +28,12 @@ from lightning_peft.export.base import (
     names_in_model,
 )
 from lightning_peft.export.loading_code import labels_of
-from lightning_peft.export.shards import in_file_order, write_safetensors
+from lightning_peft.export.output import (
+    atomic_folder,
+    check_output_free,
+    in_file_order,
+    write_safetensors,
+)
 
 REPORT = "merge_report.json"
 WAYS = ("dequantized", "original", "requantized")
@@ -136,7 +140,9 @@ def prepare(
     outline = make_outline(base, adapter.base.get("class"), labels_of(adapter.folder))
     names = names_in_model(base, outline)
     merge = StreamedMerge(outline, adapter.folder, into=into, dtype=dtype)
-    here = _with_ties(outline, set(names.values())) | set(merge.replaced())
+    aliases = _aliases(outline)
+    here = {alias for name in names.values() for alias in aliases.get(name, [name])}
+    here |= set(merge.replaced())
     own = {id(param) for param in merge.adapter_parameters()}
     lacking = [
         name
@@ -149,13 +155,6 @@ def prepare(
             "does not bring them:" + itemize(lacking, 5)
         )
     return merge, names
-
-
-def _with_ties(outline: Any, names: set[str]) -> set[str]:
-    first: dict[int, list[str]] = {}
-    for name, value in outline.state_dict(keep_vars=True).items():
-        first.setdefault(id(value), []).append(name)
-    return {name for tied in first.values() if names & set(tied) for name in tied} | names
 
 
 def _refuse_full_disk(output: Path, size: int) -> None:
@@ -202,10 +201,10 @@ def _check_base(
 
 
 def _aliases(outline: Any) -> dict[str, list[str]]:
-    """Returns all names of each parameter, by every one of them, as before adapters."""
+    """Returns all names of each tensor, by every one of them."""
     groups: dict[int, list[str]] = {}
-    for name, param in outline.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(param), []).append(name)
+    for name, value in outline.state_dict(keep_vars=True).items():
+        groups.setdefault(id(value), []).append(name)
     return {name: group for group in groups.values() for name in group}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_peft.engine.files.adapter_files import write_file
 from lightning_peft.engine.streamed_merging import Into
 from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import license_of
@@ -81,12 +81,7 @@ def merge(
     }
     # The folder travels: it does not tell the paths of this machine.
     public = report | {"adapter": found.name, "base": public_name(source.name)}
-    _write(output / REPORT, json.dumps(public, indent=2) + "\n")
-    _write(output / "README.md", merged_card(found, license_of(source.folder), report))
+    card = merged_card(found, license_of(source.folder), report)
+    write_file(output / REPORT, (json.dumps(public, indent=2) + "\n").encode())
+    write_file(output / "README.md", card.encode())
     return {"output": str(output), **report}
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.incomplete")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)

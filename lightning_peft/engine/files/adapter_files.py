@@ -58,7 +58,7 @@ def save_adapter(
     folder = Path(path)
     for file, content in _files(module, name, provenance or {}).items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / file, content)
+        write_file(folder / file, content)
     return folder
 
 
@@ -101,7 +101,8 @@ def _warn_of_peft(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> Non
         )
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file to a temporary name, flushes it to disk and renames it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     with open(unfinished, "wb") as file:
         file.write(content)

@@ -1,4 +1,4 @@
-"""Writing safetensors files of which only one tensor is in memory at a time.
+"""Writing an export: a folder as a whole, and safetensors files one tensor at a time.
 
 safetensors' own writer takes all tensors of a file at once, and shards of models have gigabytes.
 The format: 8 bytes with the length of a JSON header, the header, and the values one after another.
@@ -8,15 +8,53 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_peft.errors import ConfigError
 from lightning_peft.export.base import DTYPES, StoredTensor
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def check_output_free(output: Path) -> None:
+    """Refuses a place where something is.
+
+    Raises:
+        ConfigError: If ``output`` is a file, or a folder that is not empty.
+    """
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ConfigError(
+            f"The output {str(output)!r} is there already. Remove it, or name another."
+        )
+
+
+@contextmanager
+def atomic_folder(output: Path) -> Iterator[Path]:
+    """Yields an unfinished folder that becomes ``output`` if the body succeeds.
+
+    What processes left that were killed while they wrote the same folder is removed.
+
+    Raises:
+        ConfigError: If ``output`` is there already.
+    """
+    check_output_free(output)
+    unfinished = output.with_name(f".incomplete-{os.getpid()}-{output.name}")
+    for left in output.parent.glob(f".incomplete-*-{output.name}"):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        if output.is_dir():
+            output.rmdir()
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def in_file_order(entries: dict[str, StoredTensor]) -> list[str]:
