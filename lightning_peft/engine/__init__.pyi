@@ -69,15 +69,15 @@ from .training.cross_entropy import cross_entropy_and_gradient as cross_entropy_
 from .training.cross_entropy import row_chunks as row_chunks
 from .training.cross_entropy import summed_cross_entropy as summed_cross_entropy
 from .training.optimizer_groups import add_adapters_to_optimizers as add_adapters_to_optimizers
+from .training.optimizer_groups import freeze_unoptimized as freeze_unoptimized
 from .training.optimizer_groups import optimizers_of as optimizers_of
+from .training.optimizer_groups import unfreeze_unoptimized as unfreeze_unoptimized
 from .training.optimizers import check_optimizer_name as check_optimizer_name
 from .training.optimizers import check_same_optimizers as check_same_optimizers
 from .training.optimizers import name_of_optimizer as name_of_optimizer
 from .training.optimizers import optimizer_names as optimizer_names
 from .training.optimizers import replace_optimizers as replace_optimizers
 from .training.optimizers import restore_paging as restore_paging
-from .training.unoptimized import freeze_unoptimized as freeze_unoptimized
-from .training.unoptimized import unfreeze_unoptimized as unfreeze_unoptimized
 from .training_mode import set_training_mode as set_training_mode
 from .unloading import unload as unload
 from .verification.probe import default_step as default_step

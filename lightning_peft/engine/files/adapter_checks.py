@@ -17,6 +17,7 @@ from lightning_peft.engine.files.adapter_format import (
     recorded_base,
 )
 from lightning_peft.engine.files.base_tensors import base_tensors, differences
+from lightning_peft.engine.files.state_dicts import tensor_problems
 from lightning_peft.engine.fingerprint import Fingerprint, checksum
 from lightning_peft.engine.record import AdaptedModuleRecord
 from lightning_peft.engine.selection.parts import inside
@@ -33,7 +34,6 @@ class AdapterFolder:
         fields: Fields of ``adapter_config.json``.
         tensors: By their keys without PEFT's prefix.
         facts: The content of ``provenance.json``.
-        saved: Names of the modules that it holds in full.
     """
 
     path: Path
@@ -41,7 +41,11 @@ class AdapterFolder:
     fields: dict[str, Any]
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
-    saved: list[str]
+
+    @property
+    def saved(self) -> list[str]:
+        """Names of the modules that it holds in full."""
+        return self.fields["modules_to_save"] or []
 
 
 def check_base_of(module: nn.Module, folder: AdapterFolder, entry: AdaptedModuleRecord) -> None:
@@ -82,12 +86,6 @@ def check_fit(
 ) -> list[str]:
     """Refuses a folder that does not fit an adapter.
 
-    Args:
-        part: The adapted submodule.
-        entry: Its record.
-        name: The adapter's name.
-        folder: The folder.
-
     Returns:
         The names of weights of the base that the folder brings with other values.
 
@@ -107,15 +105,9 @@ def check_fit(
     expected = adapter_tensors(part, entry, name, {*folder.saved, *entry.saved})
     brought = base_tensors(part, entry, [key for key in tensors if key not in expected])
     replaced, unusable = differences(entry, brought, tensors, name)
-    problems += [f"missing: {key}" for key in expected if key not in tensors]
-    problems += [
-        f"unexpected: {key}" for key in tensors if key not in expected and key not in brought
-    ]
-    problems += [
-        f"{key}: {tuple(tensors[key].shape)} in the file, {tuple(value.shape)} in the module"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
+    problems += tensor_problems(
+        expected, {key: value for key, value in tensors.items() if key not in brought}, "file"
+    )
     problems += [
         f"{key}: {_dtype(tensors[key])} in the file, {_dtype(value)} in the module"
         for key, value in expected.items()

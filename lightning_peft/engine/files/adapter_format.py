@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PROVENANCE_FILE = "provenance.json"
 PREFIX = "base_model.model."
 _PACKAGES = (
-    "lightning-peft",
-    "torch",
-    "peft",
-    "transformers",
-    "bitsandbytes",
-    "lightning",
-    "pytorch-lightning",
+    *("lightning-peft", "torch", "peft", "transformers", "bitsandbytes"),
+    *("lightning", "pytorch-lightning"),
 )
 
 
@@ -56,11 +52,7 @@ def adapter_folder(
 ) -> dict[str, bytes]:
     """Returns the three files of one adapter on one part, by name.
 
-    Args:
-        part: The adapted submodule.
-        entry: Its record.
-        name: The adapter's name.
-        provenance: Facts to add to ``provenance.json``.
+    ``provenance`` is added to ``provenance.json``.
     """
     tensors, config = adapter_tensors(part, entry, name), exported_config(part, entry, name)
     initial = entry.adapters[name].initial
@@ -70,11 +62,7 @@ def adapter_folder(
     blob = save({f"{PREFIX}{k}": v for k, v in tensors.items()}, metadata={"format": "pt"})
     facts = provenance_of(part, entry, name) | to_primitives(dict(provenance))
     facts["adapter_sha256"] = hashlib.sha256(blob).hexdigest()
-    return {
-        WEIGHTS_FILE: blob,
-        CONFIG_FILE: _json(config),
-        PROVENANCE_FILE: _json(facts),
-    }
+    return {WEIGHTS_FILE: blob, CONFIG_FILE: _json(config), PROVENANCE_FILE: _json(facts)}
 
 
 def _json(value: Any) -> bytes:
@@ -89,14 +77,8 @@ def adapter_tensors(
     Besides the low-rank factors: biases that are trained, ``modules_to_save``, and trainable
     heads inside the part, without which the adapter alone would not give the trained model.
 
-    Args:
-        part: The adapted submodule.
-        entry: Its record.
-        name: The adapter's name.
-        saved: Names of the modules to return in full; by default those of :func:`saved_modules`.
-
-    Returns:
-        Contiguous tensors on the CPU that share no memory with each other.
+    Contiguous tensors on the CPU that share no memory with each other. ``saved`` names the modules
+    to return in full; by default those of :func:`saved_modules`.
     """
     info = entry.adapters[name]
     if info.in_place:
@@ -211,10 +193,8 @@ def provenance_of(part: nn.Module, entry: AdaptedModuleRecord, name: str) -> dic
     """
     versions = {}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     saved = saved_modules(part, entry, name)
     replaced = [key.replace(".base_layer.", ".") for key in entry.replaced]
     left_out = [*saved, *replaced, *(key for key in entry.initial_values if not inside(key, saved))]
@@ -239,11 +219,7 @@ def recorded_base(
 ) -> Fingerprint:
     """Returns the parameters of a base that the fingerprint in ``provenance.json`` covers.
 
-    Args:
-        loaded: All parameters of the base.
-        facts: The content of ``provenance.json``.
-        heads: What is left out where the file does not say so, as folders that were written before
-            it did: heads, and modules trained in full.
+    ``heads`` are left out where the file has no list of its own, as folders of older versions.
     """
     left_out = list((facts.get("base") or {}).get("left_out", heads))
     return loaded.only(lambda key: not inside(key, left_out))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,7 @@ from lightning_peft.engine.adapters import (
 from lightning_peft.engine.configuration import config_from_dict
 from lightning_peft.engine.files.adapter_checks import AdapterFolder, check_base_of, check_fit
 from lightning_peft.engine.files.adapter_fields import checked_fields
-from lightning_peft.engine.files.adapter_format import (
-    CONFIG_FILE,
-    read_adapter,
-)
+from lightning_peft.engine.files.adapter_format import CONFIG_FILE, read_adapter
 from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.files.fitting import (
     check_ranks,
@@ -99,7 +95,11 @@ def load_adapter(
             refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
-    with restored_on_error([module], _rewritten(module, folders)), _resized(module, folders):
+    vocabularies = [_vocabulary(module, folder) for folder in folders]
+    with (
+        restored_on_error([module], _rewritten(module, folders)),
+        resized_as_recorded(module, vocabularies),
+    ):
         for folder in folders:
             _put_on(module, folder, adapter_name, check_base, quantization_config)
         for folder in folders:
@@ -107,10 +107,6 @@ def load_adapter(
         set_adapter(module, adapter_name)
         if not is_trainable:
             _freeze_adapter(module, adapter_name)
-
-
-def _resized(module: nn.Module, folders: list[AdapterFolder]) -> AbstractContextManager[None]:
-    return resized_as_recorded(module, [_vocabulary(module, folder) for folder in folders])
 
 
 def _vocabulary(module: nn.Module, folder: AdapterFolder) -> tuple[str, dict[str, Any], bool]:
@@ -193,9 +189,7 @@ def _fitted(
     fields, tensors, embeddings = rows_as_modules(part, fields_for(part, fields), tensors)
     saved = saved_in_file(part, fields.get("modules_to_save") or [], facts, tensors)
     fields["modules_to_save"] = sorted({*saved, *embeddings}) or None
-    return AdapterFolder(
-        path, name, fields, dict(tensors), dict(facts), fields["modules_to_save"] or []
-    )
+    return AdapterFolder(path, name, fields, dict(tensors), dict(facts))
 
 
 def _part_name(module: nn.Module, asked: str | None, folder: Path) -> str:

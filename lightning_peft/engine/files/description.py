@@ -114,27 +114,16 @@ def _part_problems(record: Record, described: Mapping[str, Any]) -> list[str]:
                 problems.append(f"{where}: adapter {adapter!r} is in the {side} only")
                 continue
             info, saved = part.adapters[adapter], other["adapters"][adapter]
-            problems += _target_problems(where, info.targets, saved["targets"])
-            problems += _config_problems(where, info.config, saved["config"])
+            targets = {"checkpoint": saved["targets"], "module": info.targets}
+            for side, opposite in (("checkpoint", "module"), ("module", "checkpoint")):
+                alone = [name for name in targets[side] if name not in set(targets[opposite])]
+                problems += [f"{where}: layer {n!r} is adapted in the {side} only" for n in alone]
+            problems += [
+                f"{where}: {key}={saved['config'].get(key)!r} in the checkpoint and "
+                f"{info.config.get(key)!r} now"
+                for key in config_differences(info.config, saved["config"])
+            ]
     return problems
-
-
-def _target_problems(where: str, mine: list[str], theirs: list[str]) -> list[str]:
-    return [
-        f"{where}: layer {name!r} is adapted in the {side} only"
-        for side, names in (
-            ("checkpoint", [n for n in theirs if n not in set(mine)]),
-            ("module", [n for n in mine if n not in set(theirs)]),
-        )
-        for name in names
-    ]
-
-
-def _config_problems(where: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    return [
-        f"{where}: {key}={theirs.get(key)!r} in the checkpoint and {mine.get(key)!r} now"
-        for key in config_differences(mine, theirs)
-    ]
 
 
 def _check_base(part: AdaptedModuleRecord, described: Mapping[str, Any]) -> None:

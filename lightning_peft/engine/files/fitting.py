@@ -110,11 +110,7 @@ def saved_in_file(
 ) -> list[str]:
     """Returns the names of the modules that a file holds in full.
 
-    Args:
-        part: The submodule, with adapters or without.
-        entries: ``modules_to_save`` of the file.
-        facts: The content of ``provenance.json``, which names the modules exactly.
-        tensors: The tensors of the file.
+    ``entries`` are ``modules_to_save`` of the file; ``provenance.json`` names the modules exactly.
 
     Raises:
         CheckpointError: If the record names modules that ``part`` does not have, or, without a
@@ -138,11 +134,8 @@ def saved_in_file(
         steps = any(a == e or a.endswith(f".{e.lstrip('.')}") for a in known for e in entries)
         ends = any(a.endswith(e) for a in known for e in entries)
         # By its last steps, a name is meant; by its letters only where the file has its values.
-        if (steps and _has_values(part, name)) or (ends and any(inside(o, [name]) for o in owners)):
+        has_values = steps and bool(part.get_submodule(name).state_dict())
+        if has_values or (ends and any(inside(owner, [name]) for owner in owners)):
             hits.append(name)
     _refuse_nested(hits)
     return hits
-
-
-def _has_values(part: nn.Module, name: str) -> bool:
-    return bool(part.get_submodule(name).state_dict())

@@ -123,6 +123,25 @@ def _dotted_prefixes(key: str) -> list[str]:
     return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
 
 
+def tensor_problems(
+    expected: Mapping[str, Any],
+    given: Mapping[str, Any],
+    where: str,
+    optional: Collection[str] = (),
+) -> list[str]:
+    """Returns what ``given``, which is in a file, lacks, has too much or in another shape."""
+    problems = [f"missing: {key}" for key in expected if key not in given and key not in optional]
+    problems += [f"unexpected: {key}" for key in given if key not in expected]
+    problems += [
+        f"{key}: {tuple(given[key].shape)} in the {where}, {tuple(value.shape)} in the module"
+        for key, value in expected.items()
+        if isinstance(value, Tensor)
+        and isinstance(given.get(key), Tensor)
+        and value.shape != given[key].shape
+    ]
+    return problems
+
+
 def load_trainable_state_dict(
     module: nn.Module,
     state: Mapping[str, Any],
@@ -157,15 +176,7 @@ def load_trainable_state_dict(
         )
     state = {**{name: value for name, value in (kept or {}).items() if name in own}, **state}
     optional = set(removed) - set(own)
-    problems = [f"missing: {key}" for key in expected if key not in state and key not in optional]
-    problems += [f"unexpected: {key}" for key in state if key not in expected]
-    problems += [
-        f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(value.shape)} in the module"
-        for key, value in expected.items()
-        if isinstance(value, Tensor)
-        and isinstance(state.get(key), Tensor)
-        and value.shape != state[key].shape
-    ]
+    problems = tensor_problems(expected, state, "checkpoint", optional)
     if problems:
         raise CheckpointError(
             f"The checkpoint does not fit the adapted {type(module).__name__}:"

@@ -37,16 +37,8 @@ from lightning_peft.errors import UnsupportedError, itemize
 
 # Arguments by which the caller chooses devices or quantization; such loads are left alone.
 _EXPLICIT_OPTIONS = (
-    "quantization_config",
-    "device_map",
-    "device_mesh",
-    "distributed_config",
-    "tp_plan",
-    "tp_size",
-    "gguf_file",
-    "state_dict",
-    "load_in_4bit",
-    "load_in_8bit",
+    *("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file", "state_dict"),
+    *("device_map", "device_mesh", "distributed_config", "tp_plan", "tp_size"),
 )
 
 
@@ -95,14 +87,6 @@ def loading_for_injection(
     modules with adapters, and where ``adapt`` names parts, which are not known before they are
     built.
 
-    Args:
-        module: What the models are loaded into.
-        peft_config: The adapters that will be added.
-        settings: How they will be quantized; ``None`` for not at all.
-        adapt: Names of the adapted parts.
-        device: Where the models go.
-        cached: Use the cache of quantized bases.
-
     Yields:
         What was loaded, for :func:`store_quantized` after the injection; ``None`` for nothing.
 
@@ -134,20 +118,13 @@ def _from_pretrained(
     if loading is None or explicit or _is_quantized(name, kwargs):
         return original(cls, name, *args, **kwargs)
     streams = _saves_memory(loading, name, kwargs)
-    cached = None if args else _find_entry(loading, cls, name, kwargs, streams)
+    cached = None
+    if loading.cached and not args:
+        way = "while it is read" if streams else "after loading"
+        cached = quantized_cache.find_entry(
+            cls, name, kwargs, loading.settings, loading.dense, way, loading.device
+        )
     return _load(original, loading, cached, streams, cls, name, *args, **kwargs)
-
-
-def _find_entry(
-    loading: Loading, cls: Any, name: Any, kwargs: dict[str, Any], streams: bool
-) -> CachedLoad | None:
-    if not loading.cached:
-        return None
-    way = "while it is read" if streams else "after loading"
-    settings = quantized_cache.cache_settings(loading.settings, loading.dense, way)
-    return quantized_cache.find_entry(
-        cls, name, kwargs, backend_for(loading.settings), settings, loading.device
-    )
 
 
 def _load(

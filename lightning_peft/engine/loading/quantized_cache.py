@@ -74,7 +74,7 @@ class CachedWeight:
     Attributes:
         stored: The parameter.
         facts: What it was.
-        late: Whether it would be dense after loading, and quantized when adapters are added.
+        deferred: Whether it would be dense after loading, and quantized when adapters are added.
     """
 
     stored: Any
@@ -131,9 +131,10 @@ def find_entry(
     cls: type,
     name: Any,
     options: Mapping[str, Any],
-    backend: Backend,
-    settings: dict[str, Any],
-    where: torch.device,
+    quantization: Any,
+    dense: Iterable[str],
+    way: str,
+    device: torch.device,
 ) -> CachedLoad | None:
     """Finds the entry that a call decides, and reads it if it is there.
 
@@ -141,9 +142,10 @@ def find_entry(
         cls: Class of the model.
         name: Folder or name on the hub.
         options: Further arguments of ``from_pretrained``.
-        backend: The quantization backend.
-        settings: What else decides which layers become which codes, ready for JSON.
-        where: Device that quantizes.
+        quantization: The config of a backend.
+        dense: Names of modules that stay dense.
+        way: How a model is loaded that is not in the cache.
+        device: Where it is quantized.
 
     Returns:
         ``None`` for calls that the cache does not cover, and where it cannot be used.
@@ -156,24 +158,28 @@ def find_entry(
     try:
         before = stamps(files)
         sums = hashes(files, folder.with_name("hashes"))
-        config, _ = PreTrainedConfig.get_config_dict(name, **_given(options, "revision", "token"))
+        where = {key: options[key] for key in ("revision", "token") if options.get(key) is not None}
+        config, _ = PreTrainedConfig.get_config_dict(name, **where)
     except OSError as error:
         log.warning("No quantized base can be kept for %s: %s.", name, error)
         return None
     packages = ("bitsandbytes", "torch", "transformers")
+    backend = backend_for(quantization)
+    fields = backend.codes_settings(quantization)
     about = {
         "model": str(name),
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "label": backend.label(settings),
-        "settings": settings,
-        "device": _device_name(where),
+        "label": backend.label(fields),
+        "settings": {"quant_method": backend.name, **fields, "dense": sorted(dense), "way": way},
+        # Kernels of another card may round in another way.
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {package: version(package) for package in packages},
     }
     # What a list of entries calls the model and its quantization does not decide anything.
     decisive = {key: value for key, value in about.items() if key not in ("model", "label")}
     key = cache_entries.key_of(format=FORMAT, **decisive, options=plain, config=config, files=sums)
     load = CachedLoad(folder / key, str(name), dict(options), files, before, about)
-    load.weights = _read(load.final, backend, where)
+    load.weights = _read(load.final, backend, device)
     return load
 
 
@@ -200,28 +206,6 @@ def _serializable_options(options: Mapping[str, Any]) -> dict[str, Any] | None:
                 return None
             found[key] = str(value)
     return found
-
-
-def _given(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: options[name] for name in names if options.get(name) is not None}
-
-
-def cache_settings(settings: Any, dense: Iterable[str], way: str) -> dict[str, Any]:
-    """Settings that decide which layers become which codes, ready for JSON.
-
-    Args:
-        settings: The config of a quantization backend.
-        dense: Names of modules that stay dense.
-        way: How a model is loaded that is not in the cache.
-    """
-    backend = backend_for(settings)
-    fields = {"quant_method": backend.name, **backend.codes_settings(settings)}
-    return {**fields, "dense": sorted(dense), "way": way}
-
-
-def _device_name(device: torch.device) -> str:
-    # Kernels of another card may round in another way.
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _read(final: Path, backend: Backend, device: torch.device) -> dict[str, CachedWeight]:
@@ -263,12 +247,8 @@ def _weights(
 def store(load: CachedLoad, weights: Mapping[str, CachedWeight]) -> CacheEntry | None:
     """Writes the entry of a load, if it is worth its place and there is room.
 
-    Args:
-        load: The load.
-        weights: Its weights that are quantized now, by the names of their layers.
-
-    Returns:
-        What was written, or ``None``. Nothing that goes wrong here stops a run.
+    Nothing that goes wrong here stops a run. ``weights`` are those that are quantized now, by the
+    names of their layers.
     """
     size = sum(storage_bytes(weight.stored) for weight in weights.values())
     if size < SMALLEST or load.final.exists() or not load.unchanged():

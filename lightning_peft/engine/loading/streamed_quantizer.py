@@ -132,21 +132,20 @@ class _StreamedQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: Any = (), **kwargs: Any
     ) -> None:
         candidates = quantizable(model, self.loading.dense)
-        cached = self.cached
         # A load may read newer files of the hub than those that were hashed.
         if (
-            cached is None
-            or has_weight_conversions(model)
-            or not cached.unchanged(checkpoint_files or ())
+            self.cached is not None
+            and not has_weight_conversions(model)
+            and self.cached.unchanged(checkpoint_files or ())
         ):
-            known = {}
-        else:
-            known = cached.weights
-        self.known = {
-            name: known[name]
-            for name in candidates
-            if name in known and _shape(model.get_submodule(name)) == known[name].facts.shape
-        }
+            shapes = {
+                n: stored_parameter(model.get_submodule(n), "weight").shape for n in candidates
+            }
+            self.known = {
+                name: weight
+                for name, weight in self.cached.weights.items()
+                if shapes.get(name) == weight.facts.shape
+            }
         if self.known:
             self.undo.append(skip_while_loading(model, [f"{name}.weight" for name in self.known]))
         if self.streams:
@@ -234,10 +233,6 @@ def quantizable(model: nn.Module, dense: list[str]) -> list[str]:
         and not any(f".{part}." in f".{name}." for part in dense)
         and len(holders[id(child._parameters["weight"])]) == 1
     ]
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    return tuple(stored_parameter(layer, "weight").shape)
 
 
 def has_weight_conversions(model: PreTrainedModel) -> bool:

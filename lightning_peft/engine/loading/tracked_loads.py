@@ -45,23 +45,19 @@ def track_load(
 ) -> TrackedLoad:
     """Notes what came out of a load, so that changes before the injection are seen.
 
-    Args:
-        cached: The entry that the call decides.
-        model: What it returned.
-        on_load: The layers that it came with quantized, by name.
-        absent: Names of the parameters that were not in the file.
-        loading: How it was loaded.
-        reload_dense: Loads the same dense.
+    ``on_load`` are the layers that came quantized, by name; ``absent`` the names of the parameters
+    that were not in the file.
     """
-    stored = {name: layer._parameters["weight"] for name, layer in on_load.items()}
-    tracked = TrackedLoad(cached, model, {}, stored, reload_dense)
-    if has_weight_conversions(model):
-        # Not every tensor of the file becomes one of the model.
-        return TrackedLoad(cached, model, {}, {}, reload_dense)
-    for name in quantizable(model, loading.dense):
-        if not cached.weights and f"{name}.weight" not in absent:
-            weight = model.get_submodule(name)._parameters["weight"]
-            tracked.deferred[name] = quantized_cache.crc(weight)  # type: ignore[arg-type]
+    tracked = TrackedLoad(cached, model, {}, {}, reload_dense)
+    # With conversions, not every tensor of the file becomes one of the model.
+    if not has_weight_conversions(model):
+        tracked.on_load |= {name: stored_parameter(one, "weight") for name, one in on_load.items()}
+        if not cached.weights:
+            tracked.deferred |= {
+                name: quantized_cache.crc(stored_parameter(model.get_submodule(name), "weight"))
+                for name in quantizable(model, loading.dense)
+                if f"{name}.weight" not in absent
+            }
     return tracked
 
 
@@ -124,12 +120,8 @@ def restore_dense(loading: Loading, quantizable_layers: set[int]) -> list[str]:
 def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEntry]:
     """Puts what was loaded and is quantized now into the cache, for the next start.
 
-    Args:
-        module: The module, after the injection.
-        loading: From :func:`loading_for_injection`.
-
-    Returns:
-        The new entries. One process for each machine writes them.
+    ``module`` is as after the injection. Returns the new entries; one process for each machine
+    writes them.
     """
     if loading is None or os.environ.get("LOCAL_RANK", "0") not in ("", "0"):
         return []

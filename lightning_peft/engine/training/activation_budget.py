@@ -28,6 +28,7 @@ from lightning_peft.compat.torch import (
     storage_key,
     tree_leaves,
 )
+from lightning_peft.engine.layers.mixin import class_key
 from lightning_peft.engine.training.rematerialization import (
     BlockCall,
     OpRecorder,
@@ -164,17 +165,11 @@ class ActivationBudget:
     ) -> Any:
         """Calls a block.
 
-        Args:
-            block: The block.
-            forward: What computes it.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-            inputs_only: Calls a block in the way that keeps its inputs only. Its last argument is
-                something to keep with them and, or ``None``, a context for the forward pass.
+        ``inputs_only`` calls it in the way that keeps its inputs only. Its last argument is
+        something to keep with them and, or ``None``, a context for the forward pass.
         """
         leaves = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        kind = str(getattr(type(block), "origin_class", type(block)).__name__)
-        shape = (kind, tuple(tuple(leaf.shape) for leaf in leaves))
+        shape = (class_key(block)[2].__name__, tuple(tuple(leaf.shape) for leaf in leaves))
         if not self._alive:
             self._begin(shape)
         index, self._index = self._index, self._index + 1
@@ -296,21 +291,20 @@ def _larger(one: BlockSizes, other: BlockSizes) -> BlockSizes:
     """Returns a call that covers two of the same kind, of which each is larger in something."""
     pairs = zip(one.shape[1], other.shape[1], strict=True)
     shape = tuple(tuple(map(max, zip(a, b, strict=True))) for a, b in pairs)
-    # Nobody measured it: with the square of what the inputs grow by, attention is covered.
-    growth = [
-        max(
-            (
-                math.prod(new) / max(1, math.prod(old))
-                for new, old in zip(shape, way.shape[1], strict=True)
-            )
-        )
-        for way in (one, other)
-    ]
-    save_all, selective, full = (
-        math.ceil(max(one.of(level) * growth[0] ** 2, other.of(level) * growth[1] ** 2))
+    most = (
+        math.ceil(max(call.of(level) * _growth(call, shape) for call in (one, other)))
         for level in (SAVE_ALL, SELECTIVE, FULL)
     )
-    return BlockSizes((one.shape[0], shape), save_all, selective, full)
+    return BlockSizes((one.shape[0], shape), *most)
+
+
+def _growth(call: BlockSizes, shape: tuple[tuple[int, ...], ...]) -> float:
+    """Returns by how much a call of other inputs keeps more.
+
+    With the square of what the inputs grow by, attention is covered.
+    """
+    pairs = zip(shape, call.shape[1], strict=True)
+    return max(math.prod(new) / max(1, math.prod(old)) for new, old in pairs) ** 2
 
 
 def _rounded(shape: Shape) -> Shape:

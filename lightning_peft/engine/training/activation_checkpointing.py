@@ -27,7 +27,7 @@ from lightning_peft.compat.torch import (
 )
 from lightning_peft.compat.transformers import CHECKPOINT_FUNCTION, GradientCheckpointingLayer
 from lightning_peft.engine.adapters import adapted_layers
-from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, remove_mixin
+from lightning_peft.engine.layers.mixin import DynamicMixin, add_mixin, class_key, remove_mixin
 from lightning_peft.engine.record import require_record
 from lightning_peft.engine.training.activation_budget import ActivationBudget, read_budget
 from lightning_peft.errors import UnsupportedError
@@ -118,7 +118,7 @@ def checkpoint_activations(
             add_mixin(block, CheckpointedBlock)
             done.blocks.append(block)
             done.set(block, _BUDGET, budget)
-        counts = Counter(_class_name(block) for block in [*library, *own])
+        counts = Counter(class_key(block)[2].__name__ for block in [*library, *own])
         if counts:
             blocks = ", ".join(f"{count} {kind}" for kind, count in counts.items())
             done.descriptions.append(f"{blocks} of {label}")
@@ -152,10 +152,6 @@ def has_activation_budget(module: nn.Module) -> bool:
     ) or any(child.__dict__.get(_BUDGET) is not None for child in module.modules())
 
 
-def _class_name(block: Any) -> str:
-    return str(getattr(type(block), "origin_class", type(block)).__name__)
-
-
 def _enable_in_transformers(
     part: nn.Module, done: Checkpointing, budget: ActivationBudget | None
 ) -> list[nn.Module]:
@@ -174,9 +170,8 @@ def _enable_in_transformers(
     inside -= {id(child) for model in refusing for child in model.modules()}
     switched: list[nn.Module] = []
     for child in part.modules():
-        if isinstance(child, GradientCheckpointingLayer) or id(child) in inside:
-            if not hasattr(child, "gradient_checkpointing"):
-                continue
+        known = isinstance(child, GradientCheckpointingLayer) or id(child) in inside
+        if known and hasattr(child, "gradient_checkpointing"):
             done.set(child, "gradient_checkpointing", True)
             done.set(child, CHECKPOINT_FUNCTION, functools.partial(run_checkpointed, budget))
             switched.append(child)
@@ -254,11 +249,7 @@ def run_checkpointed(
 ) -> Any:
     """Checkpoints a call the way transformers models ask for it.
 
-    Args:
-        budget: Decides what is kept; without one, the inputs are.
-        function: Bound method of the block, or a partial whose first argument is the block.
-        *args: Its positional arguments.
-        **kwargs: Its keyword arguments.
+    ``function`` is a bound method of the block, or a partial whose first argument is the block.
     """
     if not _should_checkpoint():
         return function(*args, **kwargs)

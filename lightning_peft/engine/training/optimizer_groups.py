@@ -7,15 +7,21 @@ layer, so they take its place, in its parameter group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_peft.compat.torch import forget_parameter_count
-from lightning_peft.engine.adapters import adapted_layers, adapter_parameters
+from lightning_peft.engine.adapters import (
+    activate,
+    adapted_layers,
+    adapted_layers_of,
+    adapter_parameters,
+)
 from lightning_peft.engine.backends.conversion import layer_of_dense_weight, release_freed_memory
+from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.record import require_record
 from lightning_peft.errors import LifecycleError
 
@@ -58,13 +64,56 @@ def optimizers_of(module: nn.Module) -> list[Any]:
 
     Those in a list, tuple or dictionary are found too.
     """
-    found: dict[int, Any] = {}
-    for child in module.modules():
-        for value in list(vars(child).values()):
-            for one in _items(value):
-                if isinstance(one, torch.optim.Optimizer):
-                    found[id(one)] = one
+    found = {
+        id(one): one
+        for child in module.modules()
+        for value in list(vars(child).values())
+        for one in _items(value)
+        if isinstance(one, torch.optim.Optimizer)
+    }
     return list(found.values())
+
+
+def freeze_unoptimized(module: nn.Module, held: Collection[int], freeze: bool = True) -> list[str]:
+    """Freezes the adapters of layers of which the optimizers hold nothing, if they name layers.
+
+    They do where they hold the frozen weights of other adapted layers with their adapters: then
+    ``configure_optimizers`` listed submodules, and left these out. A list of adapters alone, or of
+    weights without their adapters, does not show that.
+
+    Args:
+        module: The user's module, with adapters.
+        held: The ids of all parameters in optimizers.
+        freeze: Whether to freeze them too. Not where several processes train: they have agreed on
+            what has gradients by then.
+
+    Returns:
+        The names of these layers, such as those of an unused network.
+    """
+    record = require_record(module)
+    listed, unoptimized = False, {}
+    for name, layer in adapted_layers_of(module, record).items():
+        adapters = [p for p in adapter_parameters(layer).values() if p.requires_grad]
+        base = id(stored_parameter(layer, "weight")) in held
+        found = [id(param) in held for param in adapters]
+        listed = listed or (base and bool(found) and all(found))
+        if adapters and not base and not any(found):
+            unoptimized[name] = adapters
+    if not listed:
+        return []
+    for param in (param for adapters in unoptimized.values() for param in adapters if freeze):
+        param.requires_grad_(False)
+    record.unoptimized = list(unoptimized)
+    return record.unoptimized
+
+
+def unfreeze_unoptimized(module: nn.Module) -> None:
+    """Undoes :func:`freeze_unoptimized` before a fit whose optimizers may hold other layers."""
+    record = require_record(module)
+    if record.unoptimized:
+        record.unoptimized = []
+        for name in record.parts:
+            activate(module.get_submodule(name), record.active)
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -82,11 +131,6 @@ def _parameters(optimizer: Any) -> list[torch.Tensor]:
 
 def _is_known(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith(("torch.optim.", "bitsandbytes."))
-
-
-def _ignores_missing_gradients(optimizer: Any) -> bool:
-    """Whether an optimizer is known to leave parameters without a gradient alone."""
-    return _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
 
 
 def _has_own_tensors(optimizer: Any) -> bool:
@@ -205,7 +249,9 @@ class _Exchange:
     def _is_kept(self, param: torch.Tensor, optimizer: Any) -> bool:
         if layer_of_dense_weight(param) is not None:
             return False
-        return id(param) not in self.frozen or _ignores_missing_gradients(optimizer)
+        # Others may touch parameters that have no gradient.
+        ignores = _is_known(optimizer) and not isinstance(optimizer, torch.optim.LBFGS)
+        return ignores or id(param) not in self.frozen
 
 
 def _states(

@@ -221,9 +221,7 @@ def name_of_optimizer(class_name: str) -> str | None:
 def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) -> None:
     """Compares the optimizers of a checkpoint with those that are to take their states.
 
-    Args:
-        saved: What :func:`optimizer_names` returned then; ``None`` is not compared.
-        optimizers: The optimizers now.
+    ``saved`` is what :func:`optimizer_names` returned then; ``None`` is not compared.
 
     Raises:
         CheckpointError: If they are others: states of other bits would silently be kept,
@@ -240,13 +238,10 @@ def check_same_optimizers(saved: list[str] | None, optimizers: Iterable[Any]) ->
 
 
 def restore_paging(optimizer: Any) -> int:
-    """Moves restored states of a paged optimizer back into paged memory.
+    """Moves restored states of a paged optimizer on CUDA back into paged memory.
 
     Loading a state dict puts plain tensors where the paged buffers were, and from then on the
     optimizer would hold all its states on the GPU, silently.
-
-    Args:
-        optimizer: Any optimizer; only paged ones of bitsandbytes on CUDA are changed.
 
     Returns:
         The number of states moved.
