@@ -117,27 +117,28 @@ class ChatModel:
         else:
             yield self.loaded.model
 
+    @property
+    def prompted_as(self) -> Adapter | None:
+        """The adapter by whose record prompts are written; the base is asked as the first one."""
+        active = (adapter for adapter in self.adapters if adapter.name == self.active)
+        return next(active, self.adapters[0] if self.adapters else None)
+
     def template(self) -> Template:
-        """Returns the chat template of who is active; the base is asked as the first adapter.
+        """Returns the chat template of who is active.
 
         Raises:
             ConfigError: If none is known.
         """
-        tokenizer, override = self.loaded.tokenizer, self.chat_template_override
-        return template_for(tokenizer, self.adapters, override, self.active)
-
-    def template_source(self) -> str | None:
-        """Returns the ``chat_template`` for encoding data."""
-        known = (adapter.chat_template for adapter in self.adapters)
-        return self.chat_template_override or next(known, None)
+        adapter = self.prompted_as
+        recorded = adapter.chat_template if adapter is not None else None
+        return find_template(self.loaded.tokenizer, self.chat_template_override or recorded)
 
     def variables(self) -> dict[str, Any]:
         """Returns the values for variables of the chat template, of who is active."""
         if self.variables_override is not None:
             return self.variables_override
-        known = {adapter.name: adapter.chat_template_kwargs for adapter in self.adapters}
-        # As with the template: the base is asked as the first adapter.
-        return known.get(self.active, next(iter(known.values()), {}))
+        adapter = self.prompted_as
+        return adapter.chat_template_kwargs if adapter is not None else {}
 
     def recorded(self, name: str, otherwise: Any) -> Any:
         """Returns how rows were encoded for the first adapter, as its record says."""
@@ -252,21 +253,6 @@ class ChatModel:
             # A question with its answer, and the calls of tools between them.
             rest = next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns))
             turns, dropped = turns[rest:], dropped + rest
-
-
-def template_for(
-    tokenizer: Any, adapters: Sequence[Adapter], override: str | None, active: str = BASE
-) -> Template:
-    """Returns the template asked for, else that of the active adapter's record, or the tokenizer's.
-
-    The base is asked as the first adapter, so that both answer the same text.
-
-    Raises:
-        ConfigError: If none is known.
-    """
-    known = {adapter.name: adapter.chat_template for adapter in adapters}
-    recorded = known.get(active) if active in known else next(iter(known.values()), None)
-    return find_template(tokenizer, override or recorded)
 
 
 def _longest(loaded: LoadedModel) -> int:

@@ -86,14 +86,7 @@ def read_prompts(file: str) -> list[Prompt]:
 def answers(
     chat_model: ChatModel, prompts: Sequence[Prompt], system: str | None, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """Yields, for each prompt, the answers of the base and of every adapter.
-
-    Args:
-        chat_model: The model.
-        prompts: The questions; each begins a new conversation.
-        system: System turn.
-        progress: Called with a text about the current step.
-    """
+    """Yields the answers of the base and of every adapter; a prompt begins a new conversation."""
     opening = [{"role": "system", "content": system}] if system else []
     total = len(prompts) * len(chat_model.names)
     for number, prompt in enumerate(prompts):
@@ -138,11 +131,7 @@ def scores(
 ) -> list[Score]:
     """Returns the scores of the base and of every adapter on the trained tokens of data.
 
-    Args:
-        chat_model: The model.
-        data: The data; its tokenizer is the base's.
-        split: ``"train"``, ``"validation"``, ``"test"``, or ``"all"``.
-        progress: Called with a text about the current step.
+    The data's tokenizer is the base's; ``split`` may be ``"all"``.
 
     Raises:
         ConfigError: If rows have problems, or the split has none.

@@ -47,12 +47,9 @@ def read_variables(text: str | None) -> dict[str, Any] | None:
 
 
 def context_of(name: str, value: Any, what: str) -> dict[str, Any]:
-    """Returns a field of a row as a chat template gets it.
+    """Returns ``"tools"`` or ``"chat_template_kwargs"`` of a row as a chat template gets it.
 
-    Args:
-        name: ``"tools"`` or ``"chat_template_kwargs"``.
-        value: What is in it.
-        what: Where it is from, for messages.
+    ``what`` says where it is from, for messages.
 
     Raises:
         ConfigError: If it cannot be read.

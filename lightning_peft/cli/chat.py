@@ -102,7 +102,8 @@ def load_chat_model(
     tools = read_tools_file(args.tools)
     variables = read_variables(args.chat_template_kwargs)
     quiet_libraries()
-    from lightning_peft.chat.chat_model import ChatModel, Sampling, template_for
+    from lightning_peft.chat.chat_model import ChatModel, Sampling
+    from lightning_peft.data.templates import find_template
     from lightning_peft.export import loading
     from lightning_peft.export.adapters import find_adapters
     from lightning_peft.export.base import find_base
@@ -114,8 +115,9 @@ def load_chat_model(
         base = base_of(adapters[0], args.base, args.revision)
     else:
         base = find_base(args.base, args.revision)
+    recorded = adapters[0].chat_template if adapters else None
     # Before the model, which can take minutes.
-    template_for(loading.load_tokenizer(base), adapters, args.chat_template)
+    find_template(loading.load_tokenizer(base), args.chat_template or recorded)
     progress("loading the model")
     loaded = loading.load_with_adapters(
         base,

@@ -96,11 +96,12 @@ def _columns(options: list[str] | None) -> dict[str, str] | None:
 def _data(args: argparse.Namespace, chat_model: Any, columns: dict[str, str] | None) -> Any:
     from lightning_peft.data.supervised import SupervisedData
 
+    first = chat_model.prompted_as
     return SupervisedData(
         data=args.data,
         tokenizer=chat_model.loaded.tokenizer.name_or_path,
         columns=columns,
-        chat_template=chat_model.template_source(),
+        chat_template=chat_model.chat_template_override or (first and first.chat_template),
         system_prompt=args.system,
         # As in training, or what is compared would be other tokens.
         reasoning=chat_model.recorded("reasoning", "train"),

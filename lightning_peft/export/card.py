@@ -22,12 +22,7 @@ _SETTINGS = (
 
 
 def adapter_card(adapter: Adapter, license: str | None) -> str:
-    """Returns the card of an adapter folder.
-
-    Args:
-        adapter: The adapter.
-        license: License of the base, where it is known.
-    """
+    """Returns the card of an adapter folder; ``license`` is that of the base, if it is known."""
     name = adapter.name
     front = _front(adapter, license, ["lora", "lightning-peft"], "peft")
     base = adapter.base_name or "BASE"
@@ -50,10 +45,7 @@ def adapter_card(adapter: Adapter, license: str | None) -> str:
 def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]) -> str:
     """Returns the card of a merged model folder.
 
-    Args:
-        adapter: What was merged.
-        license: License of the base, where it is known.
-        report: What merging did; see :func:`lightning_peft.export.merged_folder.report_of`.
+    ``report`` is of :func:`lightning_peft.export.merged_folder.report_of`.
     """
     front = _front(adapter, license, ["lightning-peft", "merged"], "transformers")
     into = {

@@ -214,8 +214,9 @@ def _added_token(tokenizer: Any) -> str | None:
 def _copy_adapter(request: ExportRequest, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     adapter = request.adapter
-    if (adapter.folder / WEIGHTS).is_file():
-        shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    # A folder whose weights are missing or damaged is of no use to others.
+    engine.read_adapter(adapter.folder)
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
     config, facts = dict(adapter.config), dict(adapter.facts)
     if request.base_name:
         config["base_model_name_or_path"] = request.base_name

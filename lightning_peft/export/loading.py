@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from torch import nn
@@ -167,13 +166,3 @@ def _settings(adapters: Sequence[Adapter], bits: int) -> Any | None:
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits}: 16, 8 or 4.")
     return engine.quantization_config(load_in_8bit=bits == 8)
-
-
-def needed_bytes(base: Base) -> int:
-    """Returns about how much memory the base and what is computed with it take in float32."""
-    return 2 * 4 * sum(stored.numel for stored in base.keys.values())
-
-
-def free_bytes() -> int:
-    """Returns the memory that is free on this machine."""
-    return int(psutil.virtual_memory().available)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import transformers
 from torch import Tensor
@@ -22,11 +23,9 @@ from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
 from lightning_peft.export.loading import (
     dtype_in_training,
-    free_bytes,
     load_as_trained,
     load_model,
     load_tokenizer,
-    needed_bytes,
 )
 
 # A question, prose and code: what tuned models are asked.
@@ -57,7 +56,9 @@ class LogitError:
 
 def unmeasurable_reason(adapter: Adapter, base: Base) -> str | None:
     """Returns why outputs cannot be compared here, or ``None`` where they can."""
-    needed, free = needed_bytes(base), free_bytes()
+    # The weights and what is computed with them, in float32.
+    needed = 2 * 4 * sum(stored.numel for stored in base.keys.values())
+    free = psutil.virtual_memory().available
     if needed > free:
         return (
             f"comparing outputs takes about {needed / 1e9:.1f} GB of memory, and "
@@ -83,18 +84,8 @@ def measure_merge(
 ) -> dict[str, LogitError]:
     """Returns the error in the logits of each way of merging, by its name.
 
-    The way that was chosen is measured on the folder that was written; of the others, models are
-    made in memory, one at a time.
-
-    Args:
-        adapter: The adapter.
-        base: Its base.
-        merged: The merged folder.
-        into: How that was merged.
-        dtype: Dtype in which weights are stored.
-        prompts: Texts.
-        check_base: As it was for merging.
-        progress: Called with a text about the current step.
+    The way that was chosen, ``into``, is measured on the folder that was written; of the others,
+    models are made in memory, one at a time, with weights stored in ``dtype``.
     """
     tokenizer = load_tokenizer(base)
     settings, errors = adapter.quantization, {}

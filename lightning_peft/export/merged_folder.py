@@ -81,19 +81,8 @@ def merge_into_folder(
     """Writes the model with the adapter built in.
 
     Only one tensor is in memory at a time. All is written to a temporary folder next to
-    ``output``, which is renamed when complete.
-
-    Args:
-        adapter: What to merge.
-        output: The model folder; it must not exist, or be empty.
-        base: Its base; see :func:`base_of`.
-        dtype: Dtype of the weights; by default that of the base, and bfloat16 for a wider one.
-        into: See :class:`~lightning_peft.engine.streamed_merging.StreamedMerge`.
-        check_base: Refuse a base other than the recorded one.
-        progress: Called with a text about the current step.
-
-    Returns:
-        Where the model is, and the error of every layer.
+    ``output``, which is renamed when complete; ``output`` must not exist, or be empty. The other
+    arguments are those of :func:`lightning_peft.export.merging.merge`.
 
     Raises:
         ConfigError: If the base or the output folder cannot be used.

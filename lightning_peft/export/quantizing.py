@@ -24,12 +24,7 @@ from lightning_peft.export.merged_folder import REPORT
 
 
 def quantize_folder(merged: Path, output: Path, bits: int) -> str:
-    """Writes a merged model again with its linear layers in 8 or 4 bits (NF4).
-
-    Args:
-        merged: The folder of the 16-bit model.
-        output: The folder to write to; it exists.
-        bits: 8 or 4.
+    """Writes a merged 16-bit model into an existing folder with its linear layers in 8 or 4 bits.
 
     Returns:
         What it was quantized to, in a few words.
@@ -65,11 +60,7 @@ def measure_quantized(
 ) -> tuple[LogitError | None, str | None]:
     """Returns how far a quantized folder is from the model as it was trained, or why not.
 
-    Args:
-        adapter: What was merged and quantized.
-        base: Its base.
-        folder: The quantized model.
-        options: Arguments of :func:`lightning_peft.export.merging.merge`.
+    ``options`` are arguments of :func:`lightning_peft.export.merging.merge`.
     """
     if not options.get("measure", True):
         return None, "it was not asked for"

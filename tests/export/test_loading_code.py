@@ -18,10 +18,11 @@ from transformers import (
 
 import lightning_peft
 from lightning_peft import engine
+from lightning_peft.errors import CheckpointError
 from lightning_peft.export.adapters import Adapter, find_adapter
 from lightning_peft.export.base import Base
 from lightning_peft.export.card import adapter_card
-from lightning_peft.export.formats import ExportRequest, as_vllm
+from lightning_peft.export.formats import ExportRequest, as_adapter, as_vllm
 from lightning_peft.export.loading_code import (
     adapter_code,
     labels_of,
@@ -137,6 +138,15 @@ def test_formats_ask_the_backend_what_the_base_was(tmp_path):
         "LoRA": None,
     }
     commands = {}
+    request = ExportRequest(
+        Adapter("mine", tmp_path, {}, {}), Base("base", tmp_path, None), tmp_path / "none", None, {}
+    )
+    with pytest.raises(CheckpointError, match="holds no adapter_model.safetensors"):
+        as_adapter(request)
+    assert not request.output.exists()
+    (tmp_path / "adapter").mkdir()
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for method, fields in settings.items():
         adapter = Adapter("mine", tmp_path / "adapter", {"r": 8}, {"quantization": fields})
         assert f"{method} of rank 8, trained on" in adapter_card(adapter, None)

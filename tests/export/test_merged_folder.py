@@ -275,12 +275,10 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path: Path) -> N
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
-    tiny_llama(tied=True).save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    lightning_peft.inject(model, r=2, target_modules=["q_proj", "lm_head"])
-    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    targets = ["q_proj", "lm_head"]
+    _, adapter = saved(tmp_path, lambda: tiny_llama(tied=True), target_modules=targets)
     with pytest.raises(UnsupportedError, match="lm_head shares its weight with .*embed_tokens"):
-        merged(tmp_path / "adapter", tmp_path / "out")
+        merged(adapter, tmp_path / "out")
 
 
 def test_tied_weights_that_are_trained_in_full(tmp_path: Path) -> None:

@@ -95,11 +95,9 @@ def load_adapter(
             refuse_training(fields, paths[asked])
         _refuse_random_base(fields, paths[asked])
         folders.append(_fitted(module, asked, paths[asked], fields, tensors, facts))
-    vocabularies = [_vocabulary(module, folder) for folder in folders]
-    with (
-        restored_on_error([module], _rewritten(module, folders)),
-        resized_as_recorded(module, vocabularies),
-    ):
+    sizes = [_vocabulary(module, folder) for folder in folders]
+    rewritten = _rewritten(module, folders)
+    with restored_on_error([module], rewritten), resized_as_recorded(module, sizes):
         for folder in folders:
             _put_on(module, folder, adapter_name, check_base, quantization_config)
         for folder in folders:

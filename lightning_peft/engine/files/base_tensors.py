@@ -21,11 +21,7 @@ _WRAPPED = ".base_layer."
 def base_tensors(
     part: nn.Module, entry: AdaptedModuleRecord, keys: Iterable[str]
 ) -> dict[str, tuple[str, Tensor]]:
-    """Returns those of ``keys`` that are weights or buffers of the base.
-
-    Returns:
-        By key: the name in ``part`` as it is now, and the tensor.
-    """
+    """Returns the weights and buffers of the base among ``keys``, with their names as of now."""
     state, adapters = part.state_dict(), adapter_parameters(part)
     found = {}
     for key in keys:
@@ -77,13 +73,7 @@ def _vocabulary(value: Tensor, mine: Tensor) -> str:
 
 
 def include_in_files(module: nn.Module, entry: AdaptedModuleRecord, names: Iterable[str]) -> None:
-    """Makes base weights a part of what checkpoints and adapter folders hold.
-
-    Args:
-        module: The module that the record is of.
-        entry: The record of the part.
-        names: Names of parameters or buffers, relative to the part.
-    """
+    """Makes base weights or buffers, named in the part, a part of checkpoints and folders."""
     entry.replaced = sorted({*entry.replaced, *names})
     part = module.get_submodule(entry.name)
     held = dict(part.named_parameters(remove_duplicate=False))

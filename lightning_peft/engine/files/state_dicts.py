@@ -9,6 +9,7 @@ methods.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, A
     return {
         key: value
         for key, value in state.items()
-        if not any(prefix in gone for prefix in _dotted_prefixes(key))
+        # A name and all that it is below.
+        if gone.isdisjoint(accumulate(key.split("."), "{}.{}".format))
     }
 
 
@@ -118,18 +120,13 @@ def _companions(module: nn.Module, frozen: Collection[str]) -> set[str]:
     }
 
 
-def _dotted_prefixes(key: str) -> list[str]:
-    pieces = key.split(".")
-    return [".".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
-
-
 def tensor_problems(
     expected: Mapping[str, Any],
     given: Mapping[str, Any],
     where: str,
     optional: Collection[str] = (),
 ) -> list[str]:
-    """Returns what ``given``, which is in a file, lacks, has too much or in another shape."""
+    """Returns which tensors ``given``, of a file, lacks, has besides, or has in another shape."""
     problems = [f"missing: {key}" for key in expected if key not in given and key not in optional]
     problems += [f"unexpected: {key}" for key in given if key not in expected]
     problems += [

@@ -22,12 +22,7 @@ _SUFFIX = ".token_adapter.trainable_tokens_delta"
 def rows_as_modules(
     part: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    """Returns fields and tensors with whole embeddings in the place of single rows.
-
-    Args:
-        part: The submodule that the folder is for.
-        fields: Fields of ``adapter_config.json``.
-        tensors: Tensors of the file; rows are ``(tokens, width)``.
+    """Returns fields and tensors with whole embeddings in the place of rows ``(tokens, width)``.
 
     Returns:
         The fields without the indices, the tensors, and the names of the modules that hold the

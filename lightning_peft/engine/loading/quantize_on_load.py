@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from lightning_peft.compat.transformers import intercepted_from_pretrained
 from lightning_peft.engine.backends.conversion import release_freed_memory
@@ -147,12 +147,13 @@ def _load(
         on_load = dict(loading.layers[before:])
         absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
-        def reload_dense() -> PreTrainedModel:
+        def reload_dense() -> Any:
             with torch.random.fork_rng():
-                model: PreTrainedModel = original(*args, **own)
-                return model
+                return original(*args, **own)
 
-        loading.loads.append(track_load(cached, result, on_load, absent, loading, reload_dense))
+        track_load(cached, result, on_load, absent, loading.dense)
+        cached.reload_dense = reload_dense
+        loading.loads.append(cached)
     if streams and loading.device.type == "cpu":
         release_freed_memory()
     return result

@@ -94,6 +94,10 @@ class CachedLoad:
         stamps: What those looked like before they were hashed.
         about: What a list of entries shows.
         weights: The weights of the entry by the names of their layers; empty if there is none.
+        model: What the call returned.
+        on_load: The quantized weights that it came with, by the same names.
+        deferred: Checksums of weights that are dense after loading, by the same.
+        reload_dense: Loads the same dense, for layers that turn out not to be adapted.
     """
 
     final: Path
@@ -103,6 +107,10 @@ class CachedLoad:
     stamps: list[Any]
     about: dict[str, Any]
     weights: dict[str, CachedWeight] = field(default_factory=dict)
+    model: Any = None
+    on_load: dict[str, Any] = field(default_factory=dict)
+    deferred: dict[str, int] = field(default_factory=dict)
+    reload_dense: Any = None
 
     def unchanged(self, files: Iterable[Any] | None = None) -> bool:
         """Whether a load reads the files that were hashed, as they were then.

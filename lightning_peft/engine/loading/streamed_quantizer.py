@@ -65,26 +65,7 @@ class Loading:
     dense: list[str]
     cached: bool = False
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
-    loads: list[TrackedLoad] = field(default_factory=list)
-
-
-@dataclass
-class TrackedLoad:
-    """A model that may go into the cache when it is quantized.
-
-    Attributes:
-        cached: The entry that the call decides.
-        model: What it returned.
-        deferred: Checksums of weights that are dense after loading, by the names of their layers.
-        on_load: The quantized weights that it came with, by the same.
-        reload_dense: Loads the same dense, for layers that turn out not to be adapted.
-    """
-
-    cached: CachedLoad
-    model: PreTrainedModel
-    deferred: dict[str, int]
-    on_load: dict[str, Any]
-    reload_dense: Callable[[], PreTrainedModel]
+    loads: list[CachedLoad] = field(default_factory=list)
 
 
 @register_quantization_config(_METHOD)

@@ -8,7 +8,6 @@ the injection must be what it would be without them, or be refused.
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -24,7 +23,6 @@ from lightning_peft.engine.loading.quantized_cache import (
 )
 from lightning_peft.engine.loading.streamed_quantizer import (
     Loading,
-    TrackedLoad,
     deferred_dtype,
     dense_info,
     has_weight_conversions,
@@ -36,29 +34,31 @@ from lightning_peft.errors import UnsupportedError, itemize
 
 
 def track_load(
-    cached: CachedLoad,
+    load: CachedLoad,
     model: PreTrainedModel,
     on_load: dict[str, nn.Module],
     absent: set[str],
-    loading: Loading,
-    reload_dense: Any,
-) -> TrackedLoad:
+    dense: list[str],
+) -> None:
     """Notes what came out of a load, so that changes before the injection are seen.
 
-    ``on_load`` are the layers that came quantized, by name; ``absent`` the names of the parameters
-    that were not in the file.
+    Args:
+        load: The load.
+        model: Its result.
+        on_load: The layers that came quantized, by name.
+        absent: Names of the parameters that were not in the file.
+        dense: Names of modules that stay dense.
     """
-    tracked = TrackedLoad(cached, model, {}, {}, reload_dense)
+    load.model = model
     # With conversions, not every tensor of the file becomes one of the model.
     if not has_weight_conversions(model):
-        tracked.on_load |= {name: stored_parameter(one, "weight") for name, one in on_load.items()}
-        if not cached.weights:
-            tracked.deferred |= {
+        load.on_load = {name: stored_parameter(one, "weight") for name, one in on_load.items()}
+        if not load.weights:
+            load.deferred = {
                 name: quantized_cache.crc(stored_parameter(model.get_submodule(name), "weight"))
-                for name in quantizable(model, loading.dense)
+                for name in quantizable(model, dense)
                 if f"{name}.weight" not in absent
             }
-    return tracked
 
 
 def check_replaced(loading: Loading) -> None:
@@ -128,13 +128,13 @@ def store_quantized(module: nn.Module, loading: Loading | None) -> list[CacheEnt
     sums = _checksums(module)
     kept = []
     for load in loading.loads:
-        if not load.cached.weights:
-            entry = quantized_cache.store(load.cached, _known_weights(load, sums))
+        if not load.weights:
+            entry = quantized_cache.store(load, _known_weights(load, sums))
             kept += [entry] if entry else []
     return kept
 
 
-def _known_weights(load: TrackedLoad, sums: dict[int, int]) -> dict[str, CachedWeight]:
+def _known_weights(load: CachedLoad, sums: dict[int, int]) -> dict[str, CachedWeight]:
     known: dict[str, CachedWeight] = {}
     for name in (*load.on_load, *load.deferred):
         layer = _layer(load.model, name)

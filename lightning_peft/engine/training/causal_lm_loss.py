@@ -31,10 +31,6 @@ def patch_causal_lm_loss(module: nn.Module, parts: list[nn.Module]) -> None:
     """Sets the loss function of the causal language models around or inside adapted parts.
 
     Only where that is transformers' own; a model with another one keeps it.
-
-    Args:
-        module: The module that adapters were added to.
-        parts: Its adapted parts.
     """
     for model in _causal_models(module):
         inside = {id(child) for child in model.modules()}

@@ -35,14 +35,7 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        """Returns the sum, float32.
-
-        Args:
-            ctx: Autograd's.
-            logits: ``(rows, classes)``.
-            targets: ``(rows,)``, int64.
-            ignore_index: The target that does not count.
-        """
+        """Returns the sum, float32; see :func:`summed_cross_entropy`."""
         counts = targets != ignore_index
         # A class that exists, for rows that do not count.
         places = targets.where(counts, 0).unsqueeze(1)
