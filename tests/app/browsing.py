@@ -82,6 +82,12 @@ def overflow(page: Page) -> int:
     return int(page.evaluate("document.documentElement.scrollWidth - window.innerWidth"))
 
 
+def assert_readable(page: Page) -> None:
+    """Asserts that everyone can read the page, without scrolling sideways."""
+    assert violations(page) == []
+    assert overflow(page) <= 0
+
+
 # None of them is a German word too.
 _ENGLISH = (
     "the|and|or|of|to|is|are|with|by|your|you|here|this|from|for|file|files|drop|click|upload|clear|"

@@ -348,6 +348,7 @@ def test_recipes_are_laid_over_each_other_as_the_command_line_does():
     assert made["a"]["init_args"] == {"k": 1, "j": 2, "columns": {"q": 2}}
     assert made["l"] == [2]
     assert merge_recipes(below, {"a": {"class_path": "y"}})["a"] == {"class_path": "y"}
+    assert merge_recipes({"a": {"b": 1, "c": [1]}}, {"a": {"c": []}}) == {"a": {"b": 1, "c": []}}
 
 
 def test_tasks_are_recognised():
