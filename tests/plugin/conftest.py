@@ -19,7 +19,15 @@ def said() -> Iterator[list[str]]:
     """What Lightning's loggers say: both trees share one, which the last one imported names."""
     messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    seen: list[logging.LogRecord] = []
+
+    def emit(record: logging.LogRecord) -> None:
+        # It comes once from each of the loggers that are above each other.
+        if not any(record is one for one in seen):
+            seen.append(record)
+            messages.append(record.getMessage())
+
+    handler.emit = emit  # type: ignore[method-assign]
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning")]
     below = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     for logger in [*loggers, *below]:
