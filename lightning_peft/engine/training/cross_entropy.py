@@ -100,7 +100,7 @@ def row_chunks(step: int, *tensors: Tensor) -> Iterator[tuple[slice, list[Tensor
     for start in range(0, len(tensors[0]), step):
         rows = slice(start, start + step)
         yield rows, [tensor[rows] for tensor in tensors]
-        if start and isinstance(tensors[0], FakeTensor):
-            # A plan: others than these two, of which one is there when the next is made, take as
-            # much and have no values either.
+        if start >= 2 * step and isinstance(tensors[0], FakeTensor):
+            # A plan: the third is made while sums over the first two are there. Others take as much
+            # and have no values either.
             return
