@@ -1,6 +1,6 @@
 """The recorded measurements, predicted again."""
 
-import importlib.util
+import importlib
 import statistics
 from pathlib import Path
 
@@ -13,12 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def grid():
-    spec = importlib.util.spec_from_file_location(
-        "planner_grid", ROOT / "benchmarks/planner_grid.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("planner_grid")
 
 
 def test_the_records_are_those_of_the_grid(grid):
