@@ -33,9 +33,7 @@ def test_the_endpoints_are_these_and_no_others(client):
 def test_a_run_from_start_to_stop(client, recipe):
     # German, since the German home page of the same server lists it.
     run = client.predict(recipe, "Testlauf", api_name="/start")
-    assert {"run": run, "name": "Testlauf"}.items() <= client.predict(api_name="/runs")[
-        0
-    ].items()
+    assert {"run": run, "name": "Testlauf"}.items() <= client.predict(api_name="/runs")[0].items()
     wait_for(client, run, "running")
     client.predict(run, api_name="/stop")
     ended = wait_for(client, run, "stopped")
