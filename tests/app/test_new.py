@@ -339,7 +339,7 @@ def test_a_download_has_a_size_before_it_begins(visit, site):
     page.locator("#model-preset").get_by_role("combobox").click()
     page.get_by_role("option", name="Qwen2.5-0.5B-Instruct: 494 M parameters").click()
     metadata.get_by_text(
-        re.compile(r"about 988 MB to download; [\d.]+ [GM]B of that disk")
+        re.compile(r"download is about 988 MB; [\d.]+ [GM]B of that disk")
     ).wait_for()
     page.get_by_label("By name on the Hub", exact=True).check()
     page.locator("#model-hub-name :is(input, textarea)").fill("me/unknown")
