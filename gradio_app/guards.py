@@ -18,7 +18,9 @@ _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,99}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Tokens of the hub, of W&B, of cloud stores, and whatever stands behind a word for a secret.
 _SECRETS = re.compile(
-    r"hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{16}|sk-[A-Za-z0-9_-]{16,}"
+    r"hf_[A-Za-z0-9]{8,}|api_org_[A-Za-z0-9]{8,}|AKIA[0-9A-Z]{16}"
+    # Not the end of "task-"; in JSON a line end before it is the letter n.
+    r"|(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))sk-[A-Za-z0-9_-]{16,}"
     r"|(?<=[Bb]earer )[\w.~+/-]{8,}"
     r"|(?i:(?<=token=)|(?<=password=)|(?<=api_key=)|(?<=secret=))[^\s&\"']+"
 )

@@ -103,8 +103,11 @@ def check_content(path: Path, suffix: str) -> None:
     """Checks that the beginning of a file matches its suffix. Raises UserError if it is not."""
     with path.open("rb") as file:
         head = file.read(_SNIFF_BYTES)
-    if suffix in (".parquet", ".xlsx"):
-        (_check_parquet if suffix == ".parquet" else _check_workbook)(path)
+    if suffix == ".parquet":
+        _check_parquet(path, head)
+        return
+    if suffix == ".xlsx":
+        _check_workbook(path)
         return
     values = {"name": shortened(path.name), "kind": suffix}
     text = None if head.startswith(_BINARY_PREFIXES) else _decoded(head, path.name)
@@ -163,9 +166,12 @@ def _has_json_object(text: str) -> bool:
     return False
 
 
-def _check_parquet(path: Path) -> None:
+def _check_parquet(path: Path, head: bytes) -> None:
     parquet = import_module("pyarrow.parquet")
     try:
+        # pyarrow looks at the end alone, so that a program or an archive would pass.
+        if not head.startswith(b"PAR1"):
+            raise ValueError
         parquet.ParquetFile(path).close()
     except (ValueError, OSError) as error:
         name = shortened(path.name)

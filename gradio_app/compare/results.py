@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gradio_app.runs.curves import downsample, finite_points
-from gradio_app.runs.files import number, read_json_object, read_rows
+from gradio_app.runs.files import number, object_below, read_json_object, read_rows
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.types import Run
 
@@ -39,14 +38,14 @@ class Outcome:
 def outcome_of(run: Run, metrics: Metrics) -> Outcome:
     """Returns the outcome of a run, so far if it is active."""
     result = read_json_object(run.folder.result)
-    before, after = (_numbers(run.folder.result, part) for part in ("before", "after"))
+    before, after = (_numbers(object_below(result, part)) for part in ("before", "after"))
     if not after:
         validated = {
             name: metrics.curve(name) for name in metrics.curves if name.startswith("val_")
         }
         before = {name: found[0][1] for name, found in validated.items() if found[0][0] == 0}
         after = {name: found[-1][1] for name, found in validated.items()}
-    memory = read_json_object(run.folder.result, "peak_memory")
+    memory = object_below(result, "peak_memory")
     bytes_used = memory.get("cuda_bytes") or memory.get("process_bytes")
     passed = run.status.updated - run.status.started + run.status.earlier_seconds
     trainable = number(result.get("trainable_parameters"))
@@ -62,8 +61,8 @@ def outcome_of(run: Run, metrics: Metrics) -> Outcome:
     )
 
 
-def _numbers(file: Path, part: str) -> dict[str, float]:
-    values = {name: number(value) for name, value in read_json_object(file, part).items()}
+def _numbers(content: dict[str, Any]) -> dict[str, float]:
+    values = {name: number(value) for name, value in content.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -136,7 +135,7 @@ def _validation_rows(run: Run) -> tuple[Any, ...] | None:
     if not splits or not isinstance(splits, dict):
         # A data module of somebody else: all that is known of it.
         return (data, _limit(run))
-    encoding = read_json_object(run.folder.provenance, "data", "settings", "encoding")
+    encoding = object_below(data, "settings", "encoding")
     how = {name: encoding.get(name) for name in ("tokenizer", "chat_template", "loss_on")}
     name = str(data.get("data", "")).replace("\\", "/").rpartition("/")[2]
     rows = (name, data.get("rows"), data.get("split_by"), splits.get("validation"))

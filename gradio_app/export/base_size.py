@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from gradio_app.recipe.model_files import cached_folder, tensor_sizes
@@ -59,15 +58,13 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
     A relative path of the base is taken from ``root``, where runs are started.
     """
     name, revision = recorded_base(checkpoint)
-    if root is not None and name and (root / name).is_dir():
+    if not name:
+        return None
+    if root is not None and (root / name).is_dir():
         name = str(root / name)
-    return _size(name, revision) if name else None
-
-
-@lru_cache(maxsize=64)
-def _size(name: str, revision: str | None) -> BaseSize | None:
     folder = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
-    # A file that cannot be read is found by the export; the others still need their space.
     files = folder.glob("*.safetensors") if folder is not None else ()
-    sizes = [size for file in files for size in tensor_sizes(file)]
-    return BaseSize(sum(sizes), max(sizes)) if sizes else None
+    sizes = [tensor_sizes(file) for file in files]
+    if not sizes or not all(sizes):
+        return None
+    return BaseSize(sum(map(sum, sizes)), max(map(max, sizes)))

@@ -93,11 +93,11 @@ def recipe_of_run(content: dict[str, Any], places: AllowedPaths) -> dict[str, An
     for part in (_MODEL, _DATA):
         content = with_value(content, f"{part}cache_dir", MISSING)
         arguments = value_at(content, part.rstrip("."), None)
-        for key, value in dict(arguments or {}).items() if isinstance(arguments, dict) else ():
+        for key, value in arguments.items() if isinstance(arguments, dict) else ():
             if isinstance(value, str):
                 # The file that the run wrote skipped rows to is not written over.
-                own = Path(value).name if key == "skip_bad_rows" else places.portable(value)
-                content = with_value(content, part + key, own)
+                own = Path(value).name if key == "skip_bad_rows" else value
+                arguments[key] = places.portable(own)
     return content
 
 

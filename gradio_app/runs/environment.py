@@ -13,16 +13,16 @@ _NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 _CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _LIBRARIES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "TOKENIZERS_PARALLELISM", "MALLOC_ARENA_MAX")
 _SPACE = ("SPACE_ID", "SPACES_ZERO_GPU")
-_NAMES = {*_SYSTEM, *_PLACES, *_NETWORK, *_CERTIFICATES, *_LIBRARIES, *_SPACE}
+# The token of whoever owns a Space opens what no visitor may see.
+_OWNERS = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
+_NAMES = {*_SYSTEM, *_PLACES, *_NETWORK, *_CERTIFICATES, *_LIBRARIES, *_SPACE, *_OWNERS}
 _NAMES |= {name.lower() for name in _NETWORK}
 _BEGINNINGS = (
     *("LC_", "XDG_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "OPENBLAS_", "TORCH"),
     *("PYTORCH_", "BNB_", "TRANSFORMERS_", "CONDA_"),
 )
-# The token of whoever owns a Space opens what no visitor may see.
-_OWNERS = ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN")
 # Loggers that a person uses on a machine of their own.
-_PERSONAL = ("WANDB_", "MLFLOW_", "COMET_", "HUGGING_FACE_HUB_TOKEN")
+_PERSONAL = ("WANDB_", "MLFLOW_", "COMET_")
 
 
 def training_environment(

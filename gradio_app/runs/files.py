@@ -31,6 +31,11 @@ def read_json_object(file: Path, *keys: str) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
+    return object_below(content, *keys)
+
+
+def object_below(content: object, *keys: str) -> dict[str, Any]:
+    """Returns the object below keys; empty where there is none."""
     for key in keys:
         content = content.get(key) if isinstance(content, dict) else None
     return content if isinstance(content, dict) else {}

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gradio_app.runs.curves import relative_increase
-from gradio_app.runs.files import number, read_json_object
+from gradio_app.runs.files import number, object_below, read_json_object
 from gradio_app.runs.metrics import Metrics
 from gradio_app.runs.types import Run
 
@@ -54,5 +54,6 @@ def is_worse(before: float, after: float) -> bool:
 
 def validation_losses(run: Run) -> tuple[float | None, float | None]:
     """Returns the validation loss before and after training that the result of a run has."""
-    before, after = (read_json_object(run.folder.result, part) for part in ("before", "after"))
+    result = read_json_object(run.folder.result)
+    before, after = object_below(result, "before"), object_below(result, "after")
     return number(before.get("val_loss")), number(after.get("val_loss"))

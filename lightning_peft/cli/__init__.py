@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from lightning_peft.errors import ConfigError, LightningPeftError, similar_names
+from lightning_peft.errors import ConfigError, LightningPeftError, first_line, similar_names
 
 # The commands by group, which are modules of this room with ABOUT and main. Their heavy parts load
 # when they run: help must come at once.
@@ -89,21 +89,32 @@ def find_command(name: str) -> Command:
         return Command(training.ABOUT[name], partial(training.main, name))
     if name in chain(*GROUPS.values()):
         module = import_module(f"lightning_peft.cli.{name}")
-    elif name in (extensions := _extensions()):
-        module = extensions[name].load()
-    else:
-        near = similar_names(name, command_names())
-        raise ConfigError(f"there is no command {name!r}{near}.")
-    return Command(module.ABOUT, module.main)
+        return Command(module.ABOUT, module.main)
+    if name in (extensions := _extensions()):
+        return _loaded(extensions[name])
+    near = similar_names(name, command_names())
+    raise ConfigError(f"there is no command {name!r}{near}.")
+
+
+def _loaded(point: EntryPoint) -> Command:
+    try:
+        module = point.load()
+        return Command(module.ABOUT, module.main)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the command {point.name!r} cannot be loaded from {point.value!r} "
+            f"({first_line(error)}). Repair or uninstall the package that it came with."
+        ) from error
 
 
 def _extensions() -> dict[str, EntryPoint]:
-    """Returns the entry points by name; they replace no command of this room.
+    """Returns the entry points by name; those of others replace no command of this distribution.
 
     Those of this distribution are read from a checkout's own file where there is one: the metadata
     of an editable install is that of the day of the install.
     """
-    found = {point.name: point for point in entry_points(group=EXTENSIONS)}
+    points = sorted(entry_points(group=EXTENSIONS), key=_is_own)
+    found = {point.name: point for point in points}
     project = Path(__file__).parents[2] / "pyproject.toml"
     if project.is_file():
         heading = re.escape(f'[project.entry-points."{EXTENSIONS}"]')
@@ -113,12 +124,23 @@ def _extensions() -> dict[str, EntryPoint]:
     return {name: found[name] for name in sorted(found.keys() - set(chain(*GROUPS.values())))}
 
 
+def _is_own(point: EntryPoint) -> bool:
+    return point.dist is not None and point.dist.name == "lightning-peft"
+
+
+def _about(name: str) -> str:
+    try:
+        return find_command(name).about
+    except ConfigError as error:
+        return str(error)
+
+
 def _overview() -> str:
     lines = ["usage: lightning-peft COMMAND ...", "", "LoRA and QLoRA for PyTorch Lightning.", ""]
     for group, names in command_groups().items():
         lines.append(f"{group}:")
         for name in names:
-            text = find_command(name).about
-            lines.append(fill(text, 92, initial_indent=f"  {name:<12}", subsequent_indent=" " * 14))
+            start = f"  {name:<12}"
+            lines.append(fill(_about(name), 92, initial_indent=start, subsequent_indent=" " * 14))
         lines.append("")
     return "\n".join([*lines, "Run `lightning-peft COMMAND --help` for details."])

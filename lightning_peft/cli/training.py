@@ -55,20 +55,23 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     if not arguments or set(arguments) & {"-h", "--help"}:
         print(_HELP.format(name=subcommand, about=ABOUT[subcommand]), end="")
         return 0 if arguments else 2
-    parser = OptionParser(add_help=False)
-    parser.add_argument("--resume", nargs="?", const="")
-    parser.add_argument("--json", action="store_true")
-    args, words = parser.parse_known_args(arguments)
+    as_json = "--json" in arguments
+    parser = OptionParser(prog=f"lightning-peft {subcommand}", add_help=False)
+    parser.add_argument("--resume", nargs="?", const="", action="append", default=[])
+    args, words = parser.parse_known_args([word for word in arguments if word != "--json"])
     words = ["--help" if word == "--help-all" else word for word in words]
-    with to_stderr(args.json):
-        if args.resume is not None:
-            words = _resumed(args.resume, words)
+    with to_stderr(as_json):
+        if len(args.resume) > 1:
+            runs = ", ".join(map(repr, args.resume))
+            raise ConfigError(f"--resume names several runs ({runs}); one is resumed. Name one.")
+        if args.resume:
+            words = _resumed(args.resume[0], words)
         session = run(subcommand, words)
     if session.saved is not None:
         _print_resume_command(subcommand, words, session)
         return 130
     if session.result is not None:
-        _show(session, args.json)
+        _show(session, as_json)
     return 0
 
 
@@ -90,7 +93,7 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
 
 def _configs(words: Sequence[str]) -> list[str]:
     configs = []
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         if word == "--config":
             configs.append(after)
         elif word.startswith("--config="):

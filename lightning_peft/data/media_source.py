@@ -28,17 +28,21 @@ class MediaSource(Source):
 
     def named_files(self) -> list[Path]:
         rows = self.rows() if self.files() else iter(())
-        names = self.columns_of(self.media_field)
-        found = {_path_in(value.get(n)) for row in rows if (value := row.value) for n in names}
+        found = {self._named_in(row)[1] for row in rows}
         return sorted(Path(path) for path in found if path and Path(path).is_file())
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for row in super()._file_rows(path, name, split):
-            for column in self.columns_of(self.media_field):
-                if row.value is not None and (named := _path_in(row.value.get(column))):
-                    value, placed = row.value[column], str((path.parent / named).absolute())
-                    row.value[column] = placed if isinstance(value, str) else {"path": placed}
+            column, named = self._named_in(row)
+            if row.value is not None and column is not None and named:
+                value, placed = row.value[column], str((path.parent / named).absolute())
+                row.value[column] = placed if isinstance(value, str) else {"path": placed}
             yield row
+
+    def _named_in(self, row: Row) -> tuple[str | None, str | None]:
+        """Returns the column of a row that holds media, and the path in it."""
+        column = None if row.value is None else self.column_of(self.media_field, row.value)
+        return column, None if row.value is None or column is None else _path_in(row.value[column])
 
 
 def _path_in(value: Any) -> str | None:

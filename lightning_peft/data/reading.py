@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from itertools import islice
@@ -78,10 +78,12 @@ class Source:
         root = Path(self.data)
         return [(p.relative_to(root).as_posix() if root.is_dir() else p.name, p) for p in paths]
 
-    def columns_of(self, ours: str) -> tuple[str, ...]:
-        """Returns the columns that may hold a field: the one mapped to it, or those recognised."""
-        theirs = (self.columns or {}).get(ours)
-        return FIELDS[ours] if theirs is None else (theirs,)
+    def column_of(self, ours: str, row: Mapping[str, Any]) -> str | None:
+        """Returns the column of a row that holds a field: the one mapped to it, or recognised."""
+        mapped = self.columns or {}
+        names = (mapped[ours],) if ours in mapped else FIELDS[ours]
+        taken = {theirs for other, theirs in mapped.items() if other != ours}
+        return next((name for name in names if name in row and name not in taken), None)
 
     def digest(self) -> str:
         """Returns a hash of the content: of its files, or of the rows of a dataset on the hub."""

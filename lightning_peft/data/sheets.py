@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def read_sheet(
         scan = found[title]
         _refuse_names_below(scan, name, title, known)
         columns = resolve_columns(scan, name, None)
-        layout = _read_layout(values[title], name)
+        layout = _read_layout(values[title], name, scan.lines)
         if scan.header:
             _refuse_formulas(scan, values[title], formulas[title], name)
     notes = ["the sheet is hidden"] if title in hidden else []
@@ -209,7 +210,9 @@ def _choose_sheet(
 
 def _refuse_formulas(scan: _SheetScan, values: Any, formulas: Any, name: str) -> None:
     """Refuses names of columns that a program would have to compute, and wrong ones."""
-    header, own = (next(islice(_cells(s, name), scan.top - 1, None)) for s in (values, formulas))
+    header, own = (
+        next(islice(_cells(s, name), scan.top - 1, None), ()) for s in (values, formulas)
+    )
     for value, formula in zip(header, own, strict=False):
         if formula.data_type == "f" and value.value is None:
             what = "a formula whose value is not in the file"
@@ -285,9 +288,11 @@ def _cell_problem(row: tuple[Any, ...], formulas: tuple[Any, ...], columns: Colu
 class _Layout:
     """Hidden rows and columns, and merged ranges of a sheet, counted from 1.
 
-    A merged range is its first row and column, last row and column, and name.
+    A merged range is its first row and column, last row and column, and name; ``lines`` are the
+    rows with a value, which it may have far fewer of.
     """
 
+    lines: Sequence[int]
     rows: set[int] = field(default_factory=set)
     columns: list[tuple[int, int]] = field(default_factory=list)
     merged: list[tuple[int, int, int, int, str]] = field(default_factory=list)
@@ -311,7 +316,8 @@ class _Layout:
     def _merged_by_row(self) -> dict[int, list[tuple[int, int, int, str]]]:
         found: dict[int, list[tuple[int, int, int, str]]] = {}
         for top, left, bottom, right, ref in self.merged:
-            for line in range(top, bottom + 1):
+            within = slice(bisect_left(self.lines, top), bisect_right(self.lines, bottom))
+            for line in self.lines[within]:
                 found.setdefault(line, []).append((top, left, right, ref))
         return found
 
@@ -329,8 +335,8 @@ class _Layout:
         return None
 
 
-def _read_layout(sheet: Any, name: str) -> _Layout:
-    found, line = _Layout(), 0
+def _read_layout(sheet: Any, name: str, lines: Sequence[int]) -> _Layout:
+    found, line = _Layout(lines), 0
     bounds = import_module("openpyxl.utils").range_boundaries
     try:
         with open_xml(sheet) as file:

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,11 @@ class _Table:
         try:
             return dialect, self._widths(dialect)
         except _QuoteError as error:
-            if not self._has_escaped_quotes():
-                raise
-            escaped = replace(dialect, escaped=True)
-            try:
-                return escaped, self._widths(escaped)
-            except _QuoteError:
-                raise error from None
+            if self._has_escaped_quotes():
+                escaped = replace(dialect, escaped=True)
+                with suppress(_QuoteError):
+                    return escaped, self._widths(escaped)
+            raise ConfigError(str(error)) from error
 
     def _has_escaped_quotes(self) -> bool:
         """Returns whether quotes have a backslash before them; refuses other backslashes then."""

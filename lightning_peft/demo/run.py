@@ -77,9 +77,9 @@ def run_demo(
     check_source(source)
     rate = learning_rate or (LEARNING_RATES[method] if model is None else 2e-4)
     console.print(Panel(introduction(model, method), title="lightning-peft demo", expand=False))
-    data = demo_data(source, BATCH_SIZE)
-    task = CausalLM(source, learning_rate=rate, dtype="float32")
     folder = Path(output)
+    data = demo_data(source, BATCH_SIZE, folder / "data")
+    task = CausalLM(source, learning_rate=rate, dtype="float32")
     trainer = make_trainer(lightning, method, steps or STEPS, folder)
     started = time.perf_counter()
     before = measure(trainer, task, data)
@@ -152,12 +152,13 @@ def introduction(model: str | None, method: str) -> str:
     )
 
 
-def demo_data(source: str, batch_size: int) -> SupervisedData:
-    """Returns the questions and answers, encoded for the model ``source``."""
+def demo_data(source: str, batch_size: int, folder: Path) -> SupervisedData:
+    """Returns the questions and answers, encoded for ``source`` and kept in ``folder``."""
     # A template writes the token that a tokenizer begins texts with only where it says so.
     tokenizer = load_tokenizer(source)
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     options: dict[str, Any] = {"max_length": 256, "over_long": "truncate", "duplicates": "keep"}
+    options["cache_dir"] = str(folder)
     template = ("{{ bos_token }}" if begins else "") + TEMPLATE
     return SupervisedData(
         str(INSTRUCTIONS), source, chat_template=template, batch_size=batch_size, **options

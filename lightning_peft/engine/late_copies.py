@@ -97,7 +97,8 @@ def _in_hook(error: BaseException, callers: Collection[str]) -> bool:
 def _names_codes(text: str, layer: QuantizedLayer) -> bool:
     """Whether torch's error is one of writing to stored weights quantized as that of ``layer``."""
     _, _, keys = text.partition("Unexpected key(s) in state_dict: ")
-    return bool(_WRITES.search(text)) or any(f'.{k}"' in keys for k in layer.quantization_keys())
+    named = {name for key in layer.quantization_keys() for name in (f'.{key}"', f'"{key}"')}
+    return bool(_WRITES.search(text)) or any(name in keys for name in named)
 
 
 def explain_hook_error(

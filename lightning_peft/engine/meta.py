@@ -24,6 +24,8 @@ from lightning_peft.engine.layers.mixin import (
     class_key,
     stored_parameter,
 )
+from lightning_peft.engine.methods.base import InPlaceMethod
+from lightning_peft.engine.methods.registry import method_of
 from lightning_peft.engine.record import Record, require_record
 from lightning_peft.engine.selection.planning import (
     InjectionPlan,
@@ -91,6 +93,8 @@ def quantizable_layers(module: nn.Module, config: Any) -> list[str]:
         info = next(iter(entry.adapters.values()))
         part = module.get_submodule(entry.name)
         plan = InjectionPlan(entry.name, part, list(info.targets), entry.saved, entry.heads)
+        method = method_of(info.config)
+        plan.in_place = method if info.in_place and isinstance(method, InPlaceMethod) else None
         # The factors of adapters are linear layers too.
         factors = {name.rpartition(".")[0] for name in adapter_parameters(part)}
         # In place, the class of a layer is one that was made for it.

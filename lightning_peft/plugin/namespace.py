@@ -148,7 +148,7 @@ class LateBoundMeta(ABCMeta):
         try:
             root = cls._root_to_bind()
         except ConfigError as error:
-            raise AttributeError(f"{absent} before it is known of which Lightning") from error
+            raise AttributeError(f"{absent}: {error}") from error
         return getattr(bind_to_lightning(cls, root), name)
 
 

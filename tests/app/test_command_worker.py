@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from gradio_app.recipe.command_worker import CommandWorker, environment
+from gradio_app.runs.environment import training_environment
 from gradio_app.settings import Settings
 from tests.app.servers import environment as server_environment
 
@@ -96,10 +97,15 @@ def test_an_idle_process_ends_and_a_closed_one_answers_nothing():
 
 def test_strangers_do_not_get_the_token_of_the_owner():
     outer = {"HF_TOKEN": "hf_x", "HF_HOME": "/h", "PATH": "/bin", "AWS_SECRET_ACCESS_KEY": "s"}
+    outer |= {"HUGGING_FACE_HUB_TOKEN": "hf_y", "WANDB_API_KEY": "w"}
     kept = environment(Settings(), outer)
     assert kept["HF_TOKEN"] == "hf_x"
+    assert kept["HUGGING_FACE_HUB_TOKEN"] == "hf_y"
+    # For runs; checks log nothing.
+    assert "WANDB_API_KEY" not in kept
+    assert training_environment(Settings(), outer)["WANDB_API_KEY"] == "w"
     assert "AWS_SECRET_ACCESS_KEY" not in kept
     kept = environment(Settings(space=True), outer)
-    assert "HF_TOKEN" not in kept
+    assert not {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"} & set(kept)
     assert kept["HF_HUB_DISABLE_IMPLICIT_TOKEN"] == "1"
     assert kept["HF_HOME"] == "/h"

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from gradio_app.errors import UserError
 from gradio_app.export import record
 from gradio_app.export.archive import build_archive, iter_files
-from gradio_app.export.base_size import base_size
+from gradio_app.export.base_size import base_size, recorded_base
 from gradio_app.export.manager import ExportManager, pusher_environment
 from gradio_app.export.record import loading_code
 from gradio_app.export.request import validate_request
@@ -227,6 +227,16 @@ def test_what_cannot_be_had_is_refused(room, tmp_path, lora_run):
     size = base_size(run.checkpoints()[0].folder)
     assert size is not None
     assert 1_000_000 < size.parameters < size.merged_bytes < size.memory_bytes("merged", False)
+    base = Path(recorded_base(run.checkpoints()[0].folder)[0])
+    (tmp_path / "sharded").mkdir()
+    shutil.copy(base / "model.safetensors", tmp_path / "sharded" / "a.safetensors")
+    folder = shutil.copytree(run.checkpoints()[0].folder, tmp_path / "of-a-damaged-base")
+    provenance = json.loads((folder / "provenance.json").read_text())
+    provenance["base"]["name_or_path"] = str(tmp_path / "sharded")
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert base_size(folder) == size
+    (tmp_path / "sharded" / "b.safetensors").write_bytes(b"cut")
+    assert base_size(folder) is None
     for name in ("nothing", "../best", "", None):
         with pytest.raises(UserError, match="refused_name"):
             room.get("local", run.id, name)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import yaml
 
 import lightning_peft
 from gradio_app.errors import UserError
+from gradio_app.guards import redacted
 from gradio_app.pages.new.editor import Session
 from gradio_app.pages.new.method import (
     apply_field,
@@ -20,6 +23,7 @@ from gradio_app.pages.new.method import (
     normalize_decimal,
     unset_text,
 )
+from gradio_app.pages.new.review import forms
 from gradio_app.recipe import edits
 from gradio_app.recipe.commands import command_line, python_code
 from gradio_app.recipe.content import (
@@ -505,3 +509,25 @@ def test_a_german_page_has_decimal_commas_in_its_fields():
     apply_field(session, warmup, normalize_decimal(BY_PATH[warmup], "0,25", t))
     assert value_at(session.content, warmup) == 0.25
     assert "Warm-up: 0,03 → 0,25" in changed_html(session, t)
+
+
+def test_the_download_is_the_recipe_itself():
+    """What looks like a token in it is not hidden, as it is where it is shown."""
+    content = with_data(base_recipe("sft"), "acme/task-oriented-dialogues-v2")
+    page = forms(with_value(content, "model.init_args.note", "hf_abcdefghijkl"), Texts("en"))
+    address = re.search(r'href="data:text/yaml;charset=utf-8,([^"]*)"', page)
+    assert yaml.safe_load(unquote(address[1]))["data"] == content["data"]
+    assert "hf_abcdefghijkl" in unquote(address[1])
+    assert page.count("hf_abcdefghijkl") == 1
+    assert page.count("acme/task-oriented-dialogues-v2") > 2
+
+
+def test_names_that_contain_the_beginning_of_a_token_are_not_hidden():
+    for text in (
+        "task-oriented-dialogues-v2",
+        "risk-questions-2024-train",
+        "disk-0123456789abc",
+    ):
+        assert redacted(text) == text
+    for before in ("", " ", "=", "/", '"', "\\n", "\n"):
+        assert redacted(f"{before}sk-0123456789abcdef") == f"{before}[hidden]"

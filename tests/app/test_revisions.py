@@ -78,3 +78,10 @@ def test_it_stays_in_what_is_made_of_the_recipe(tmp_path):
     assert python_code(content).count(COMMIT) == 2
     again = recipe_of_run(content, AllowedPaths(here, "local"))
     assert value_at(again, DATA + OWN) == COMMIT
+
+
+def test_a_key_with_a_dot_stays_one_key(tmp_path):
+    content = {"model": {"init_args": {"a.b": "/x", "cache_dir": "/c"}}}
+    again = recipe_of_run(content, AllowedPaths(settings(tmp_path), "local"))
+    assert again == {"model": {"init_args": {"a.b": "/x"}}}
+    assert content["model"]["init_args"]["cache_dir"] == "/c"

@@ -94,6 +94,14 @@ def test_a_workbook_is_kept_and_shown_unless_it_unpacks_to_too_much(uploads, tmp
         uploads.save(tmp_path / "many.xlsx", DAY)
 
 
+@pytest.mark.parametrize("head", [b"MZ\x90\0", b"PK\x03\x04", b"\x7fELF"])
+def test_what_only_ends_as_parquet_is_refused(head, uploads, tmp_path):
+    path = parquet(tmp_path)
+    path.write_bytes(head + path.read_bytes()[len(head) :])
+    with pytest.raises(UserError, match=r"checks\.upload_binary"):
+        uploads.save(path, DAY)
+
+
 def test_parquet_is_kept_and_shown(uploads, tmp_path):
     upload = uploads.save(parquet(tmp_path), DAY)
     assert first_rows(upload.path).rows == [["a", "b"], ["c", ""]]

@@ -85,6 +85,8 @@ def assert_the_demo_tuned(folder, said, method, steps):
     assert len(record["samples"]) == 3
     for words in ("memory without activations", "held-out rows", "Files", "Next"):
         assert words in said
+    # All that it writes is there, prepared rows too.
+    assert any((folder / "demo-output" / "data").iterdir())
     checkpoint = folder / "demo-output" / "checkpoints" / "demo.ckpt"
     assert checkpoint.is_file()
     adapter = folder / "demo-output" / "checkpoints" / "adapters" / "demo"

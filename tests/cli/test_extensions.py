@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,3 +82,28 @@ def test_the_page_without_gradio_says_what_to_install(tmp_path):
     assert done.returncode == 2
     assert "The page needs Gradio, which is not installed" in done.stderr
     assert "pip install 'lightning-peft[app]'" in done.stderr
+
+
+@pytest.mark.parametrize(("value", "reason"), [("gone", "No module"), ("math", "ABOUT")])
+def test_one_that_cannot_be_loaded_is_named_and_hides_no_other(value, reason, monkeypatch, capsys):
+    point = EntryPoint("odd", value, cli.EXTENSIONS)
+    monkeypatch.setattr(cli, "entry_points", lambda group: [point])
+    assert main(["odd"]) == 2
+    refusal = capsys.readouterr().err
+    assert f"the command 'odd' cannot be loaded from {value!r} (" in refusal
+    assert reason in refusal
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "the command 'odd' cannot be loaded" in out
+    assert "  app " in out
+
+
+def test_the_page_is_that_of_this_distribution(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lightning_peft" / "cli" / "__init__.py"))
+    other = EntryPoint("app", "math", cli.EXTENSIONS)
+    load = EntryPoint("app", "gradio_app.command", cli.EXTENSIONS).load
+    # Metadata of an editable install may be older than the command.
+    own = SimpleNamespace(name="app", dist=SimpleNamespace(name="lightning-peft"), load=load)
+    for points in ([own, other], [other, own]):
+        monkeypatch.setattr(cli, "entry_points", lambda group, points=points: points)
+        assert cli.find_command("app").about.startswith("Open the web page")

@@ -74,6 +74,22 @@ def test_bad_input_is_named_and_costs_nothing(word, program, tmp_path) -> None:
         assert WRONG[word] in json.loads(folder.error.read_text())["message"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume", "a", "--resume", "b"], "--resume names several runs ('a', 'b')"),
+        (["--resume", "--json", "a"], "--resume 'a': that is not a run folder"),
+        (["--json"], "name a recipe with --config"),
+        (["--json=x", "--config=sft-lora"], "there is no 'json'"),
+    ],
+)
+def test_options_that_are_not_understood_are_explained(words, message, program, tmp_path) -> None:
+    code, _, err = program.run(tmp_path, "fit", *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
 def test_a_wrong_key_in_a_file(program, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text("trainer:\n  max_step: 3\n")
     code, _, err = program.run(tmp_path, "fit", "--config=sft-lora", "--config=own.yaml")

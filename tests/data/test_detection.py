@@ -184,6 +184,7 @@ def test_a_row_with_too_many_fields_does_not_hide_others(read):
 def test_tables_that_cannot_be_read_are_refused_with_place_and_remedy(read, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         read("a.csv", text)
+    assert type(error.value) is ConfigError
     assert "a.csv" in str(error.value)
 
 

@@ -14,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
 from lightning_peft.data.images import ImageData
+from lightning_peft.data.media_source import ImageSource
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
@@ -304,3 +305,19 @@ def test_the_shipped_digits_are_those_of_scikit_learn(make):
     pixels = [np.asarray(Image.open(io.BytesIO(one))) for one in rows["image"]]
     assert np.array_equal(np.stack(pixels), digits.images * 15)
     assert DIGITS.stat().st_size < 300_000
+
+
+def test_a_column_that_is_something_else_is_not_a_path(make, folder):
+    files = {f"{i}.png": content(picture(i)) for i in range(5)}
+    rows = [{"image": f"{i}.png", "file_name": ("cat", "dog")[i % 2]} for i in range(4)]
+    path = folder({**files, "rows.jsonl": "\n".join(map(json.dumps, rows)).encode()}, "listed")
+    data = make(path / "rows.jsonl", columns={"label": "file_name"}, validation_share=0)
+    assert data.labels == ["cat", "dog"]
+
+
+def test_files_that_an_unread_column_names_are_named_as_left_out(folder):
+    files = {f"{i}.png": content(picture(i)) for i in range(3)}
+    rows = [{"image": "0.png", "label": "a", "file_name": "2.png"},
+            {"image": "1.png", "label": "b", "file_name": "2.png"}]  # fmt: skip
+    path = folder({**files, "rows.jsonl": "\n".join(map(json.dumps, rows)).encode()}, "named")
+    assert ImageSource(str(path)).left_out() == ["2.png"]

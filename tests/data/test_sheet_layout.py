@@ -1,9 +1,11 @@
 """What a workbook hides, merges or leaves out is named, or refused with its cell."""
 
 import datetime
+import tracemalloc
 
 import openpyxl
 import pytest
+from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.formula import ArrayFormula
 
 from lightning_peft.data.charsets import near_encodings
@@ -90,6 +92,21 @@ def test_rows_without_a_value_of_their_own_in_merged_cells(cells, row, column, r
     problem = rows[row - 1].problem
     assert f"column {column!r} (row {row + 1} of the sheet): the cells {cells} are merg" in problem
     assert rows[0].problem is None or row == 1
+
+
+def test_merged_cells_of_whole_columns_cost_no_more_than_the_rows(read):
+    def merge(book, sheet):
+        for column in range(10, 50):
+            letter = get_column_letter(column)
+            sheet.merged_cells.add(f"{letter}10:{letter}1048576")
+
+    tracemalloc.start()
+    rows, _ = read(merge)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [row.problem for row in rows] == [None] * 4
+    # An entry for each line of one range alone would be a hundred times that.
+    assert peak < 20_000_000
 
 
 def test_merged_cells_outside_the_rows_are_ignored(read):

@@ -159,7 +159,7 @@ def _near(row: Row, one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     error = (other.double() - one.double()).norm()
-    return bool(error <= 20 * row.tolerance * one.double().norm() + 1e-6)
+    return bool(error <= row.tolerance * one.double().norm())
 
 
 def _disabled(row: Row, base: nn.Module, ours: nn.Module, batch: Any) -> list[str]:

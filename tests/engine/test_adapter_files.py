@@ -66,6 +66,29 @@ def test_tied_modules_that_peft_trained_apart_are_refused(tmp_path: Path) -> Non
         lightning_peft.load_adapter(build("tied"), tmp_path / "apart")
 
 
+def test_tied_modules_that_are_saved_both_load_here_and_in_peft(tmp_path: Path) -> None:
+    model, batch = build("tied"), batch_for("tied")
+    lightning_peft.inject(model, r=4, modules_to_save=["lm_head", "embed_tokens"])
+    train(model)
+    expected = output_of(model, batch)
+    lightning_peft.save_adapter(model, tmp_path)
+    mine = build("tied")
+    lightning_peft.load_adapter(mine, tmp_path)
+    assert torch.equal(output_of(mine, batch), expected)
+    theirs = PeftModel.from_pretrained(build("tied"), tmp_path).eval()
+    torch.testing.assert_close(output_of(theirs, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_named_as_an_adapter_in_a_file_is_left_to_the_base(tmp_path: Path) -> None:
+    """On loading, PEFT's adapters are called "default", below every layer that they are on."""
+    base = nn.ModuleDict({"a": nn.Linear(4, 4), "default": nn.Linear(4, 4)})
+    config = LoraConfig(target_modules=["a"], modules_to_save=["default"], use_dora=True)
+    lightning_peft.inject(base, config, adapter_name="mine")
+    lightning_peft.save_adapter(base, tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["modules_to_save"] is None
+
+
 def saved(tmp_path: Path, kind: str = "llama", **settings) -> tuple[nn.Module, Path]:
     model = injected(build(kind), **({"r": 4} | settings))
     randomize(model)

@@ -210,6 +210,11 @@ def test_a_hook_that_loads_quantized_weights_into_a_dense_layer_gets_an_explanat
         stack().load_state_dict(base)
     explained = engine.explain_hook_error(model, raised.value, ())
     assert "stored weights that are quantized, such as those of 'first'" in str(explained)
+    with pytest.raises(RuntimeError, match="Unexpected key") as raised:
+        stack().first.load_state_dict(
+            {k.removeprefix("first."): v for k, v in base.items() if k.startswith("first.")}
+        )
+    assert engine.explain_hook_error(model, raised.value, ()) is not None
 
 
 @pytest.mark.parametrize(
@@ -308,3 +313,42 @@ def test_memory_over_a_third_backend_is_planned():
     codes = sum(x.weight.numel() for x in linear)
     scales = sum(4 * x.out_features for x in linear)
     assert plan.breakdown["weights_quantized"] == codes + scales
+
+
+class Renaming(nn.Module):
+    """Files have another name for the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = stack()
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return {f"model.{name.removeprefix('net.')}": value for name, value in state.items()}
+
+
+@EACH
+def test_no_constant_of_a_renamed_weight_is_in_a_checkpoint(config, backend):
+    module = Renaming()
+    lightning_peft.inject(module, r=2, quantization_config=config)
+    state = engine.trainable_state_dict(module)
+    base = {name for name in module.net.state_dict() if name.startswith("first.")}
+    assert len(base) > 2
+    assert not [name for name in state if name.startswith("model.first.") and "lora" not in name]
+
+
+@EACH
+def test_layers_to_quantize_are_the_same_once_they_are_adapted(config, backend):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 64, 3), nn.Flatten(1, 2), nn.Linear(64, 64), nn.Linear(64, 8)
+        )
+
+    plain, planned = build(), build()
+    lightning_peft.inject(plain, r=2, target_modules=["0", "2"], quantization_config=config)
+    lightning_peft.inject(planned, r=2, target_modules=["0", "2"])
+    stored = {name.removesuffix(".weight"): p for name, p in plain.named_parameters()}
+    expected = [name for name, p in stored.items() if backend_of(p) is backend]
+    assert "2" in expected
+    assert engine.quantizable_layers(planned, config) == expected

@@ -108,6 +108,8 @@ def test_attributes_are_absent_while_two_packages_leave_the_choice_open():
     use_namespace(None)
     assert not hasattr(LoRACallback, "nothing")
     assert not hasattr(lightning_peft.LoRAStrategy, "nothing")
+    with pytest.raises(AttributeError, match=r"do not mix\. Call lightning_peft\.use_namespace"):
+        lightning_peft.SupervisedData.load_from_checkpoint("a.ckpt")
     # A strategy goes with its Trainer, so it has what strategies of both have.
     assert lightning_peft.LoRAStrategy.broadcast is not None
 

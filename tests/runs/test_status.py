@@ -48,7 +48,7 @@ def test_a_process_that_is_gone_has_crashed_and_one_that_ended_well_has_not(tmp_
     assert (status.state, status.step, status.eta_seconds) == ("crashed", 3, None)
 
 
-def test_an_id_that_another_process_has_now_is_reported_apart(tmp_path):
+def test_an_id_that_another_process_has_now_is_another_process(tmp_path):
     path = tmp_path / "status.json"
     file = StatusFile(path, "fit")
     file.update(state="running", process_started=file.status.process_started - 100)

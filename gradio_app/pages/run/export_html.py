@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +114,15 @@ def active_exports(run: Run, exports: Sequence[Export], t: Texts) -> str:
 
 def finished_exports(run: Run, exports: Sequence[Export], t: Texts) -> str:
     """Returns the exports that have ended."""
-    rows = [_finished_export(run, export, t) for export in exports]
+    checkpoints = {one.name: one for one in run.checkpoints()} if exports else {}
+    rows = [_finished_export(run, export, checkpoints, t) for export in exports]
     return render("export.finished", t, exports=rows) if rows else ""
 
 
-def _finished_export(run: Run, export: Export, t: Texts) -> dict[str, Any]:
-    names = {one.name: one for one in run.checkpoints()}
-    found = names.get(export.request.checkpoint)
+def _finished_export(
+    run: Run, export: Export, checkpoints: Mapping[str, Checkpoint], t: Texts
+) -> dict[str, Any]:
+    found = checkpoints.get(export.request.checkpoint)
     code = loading_code(export, found.folder) if export.is_complete and found else ""
     return {
         "export": export,

@@ -129,7 +129,11 @@ class PlaygroundTab:
 
     def _reset(self, request: gr.Request, run_id: Any, *values: Any) -> tuple[Any, ...]:
         inputs = ChatInputs(*values)
-        checkpoint = find_checkpoint(self.studio.run(request, run_id), inputs.checkpoint)
+        try:
+            checkpoint = find_checkpoint(self.studio.run(request, run_id), inputs.checkpoint)
+        except UserError:
+            # The run or checkpoint is gone; a reset empties the page all the same.
+            checkpoint = None
         talk = Conversation(checkpoint, blind=inputs.mode == "blind")
         return (talk, *self.parts.updates(talk, str(inputs.mode)))
 
@@ -213,8 +217,8 @@ class PlaygroundTab:
         )
         phase, free = chat.model_status(run.owner).phase, there and chat.reason(run.owner) is None
         resting = free and phase in ("none", "ready")
-        texts = [playground_view.button_label(text) for text in labels(held_out_prompts(run))]
-        texts = texts if there else []
+        shown = labels(held_out_prompts(run)) if there else []
+        texts = [playground_view.button_label(text) for text in shown]
         prompts: list[Update] = [
             (gr.Button(text, visible=True, interactive=resting), (text, resting)) for text in texts
         ]

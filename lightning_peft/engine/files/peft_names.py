@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lightning_peft.engine.layers.adapter import AdapterLayer
 from lightning_peft.engine.selection.targets import all_names
 
 
@@ -40,11 +39,10 @@ def saved_entries(part: nn.Module, saved: Iterable[str], targets: Iterable[str])
 
 
 def _added(part: nn.Module, target: str) -> list[str]:
-    """Names that PEFT adds below a layer that it wraps."""
-    layer = part.get_submodule(target)
-    names = () if not isinstance(layer, AdapterLayer) else layer.adapter_layer_names
-    modules = () if not isinstance(layer, AdapterLayer) else layer.adapter_module_names
-    return ["base_layer", *(f"{name}.default" for name in (*names, *modules))]
+    """Names that PEFT adds below a layer that it wraps, on loading a file."""
+    children = part.get_submodule(target).named_children()
+    held = [name for name, child in children if isinstance(child, nn.ModuleDict) and len(child)]
+    return ["base_layer", *(f"{name}.default" for name in held)]
 
 
 def _candidates(name: str) -> list[str]:

@@ -8,6 +8,7 @@ methods.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
@@ -88,13 +89,17 @@ def _own_of_part(part: nn.Module, entry: AdaptedModuleRecord) -> Iterator[str]:
 def drop_frozen_base(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Returns ``state`` without the frozen base, also where its keys were renamed."""
     frozen = require_record(module).frozen
-    places = {_place(p) for n, p in module.named_parameters(remove_duplicate=False) if n in frozen}
-    renamed = {
-        key
-        for key, value in state.items()
-        if isinstance(value, Tensor) and _place(value) in places - {None}
+    keys: dict[Any, set[str]] = defaultdict(set)
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            keys[_place(value)].add(key)
+    keys[None] = set()
+    names = {
+        name: {name, *keys[_place(parameter)]}
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name in frozen
     }
-    gone = frozen | renamed | _companions(module, frozen)
+    gone = set().union(frozen, *names.values(), _companions(module, names))
     return {
         key: value
         for key, value in state.items()
@@ -110,12 +115,16 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _companions(module: nn.Module, frozen: Collection[str]) -> set[str]:
-    """Returns the keys that some backends write next to a quantized weight, such as ``"a.SCB"``."""
+def _companions(module: nn.Module, names: Mapping[str, set[str]]) -> set[str]:
+    """Returns the keys that some backends write next to a quantized weight, such as ``"a.SCB"``.
+
+    ``names`` are all names of each frozen parameter.
+    """
     return {
-        f"{name}.{key}".lstrip(".")
+        weight.removesuffix("weight") + key
         for name, child in module.named_modules(remove_duplicate=False)
-        if isinstance(child, QuantizedLayer) and f"{name}.weight".lstrip(".") in frozen
+        if isinstance(child, QuantizedLayer)
+        for weight in names.get(f"{name}.weight".lstrip("."), ())
         for key in child.quantization_keys()
     }
 
