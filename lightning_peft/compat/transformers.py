@@ -183,3 +183,9 @@ def intercepted_from_pretrained(handler: Callable[..., Any]) -> Iterator[None]:
             _interceptors -= 1
             if _interceptors == 0:
                 PreTrainedModel.from_pretrained = _original  # type: ignore[method-assign]
+
+
+# Public alternative: none. Generation reads the same attribute.
+def is_recurrent(model: Any) -> bool:
+    """Whether a model's state cannot leave out tokens that are already in it, such as padding."""
+    return bool(getattr(model, "_is_stateful", False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning_peft.compat.lightning import last_saved_step, save_last
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
-from lightning_peft.tasks.samples import GeneratedSample
+from lightning_peft.tasks.samples import BATCH_SIZE, GeneratedSample
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Callback
@@ -202,14 +202,14 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
             return
         samples: list[GeneratedSample] = []
         count = min(self.count, len(rows))
-        for place in range(count):
+        for start in range(0, count, BATCH_SIZE):
             for callback in trainer.callbacks:
                 before = getattr(callback, "on_validation_part", None)
                 if before is not None:
-                    before(trainer, unit="samples", done=place, of=count)
-            # One by one: each may take long, and whoever wants to stop does not wait for all.
+                    before(trainer, unit="samples", done=start, of=count)
+            some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
             with trainer.precision_plugin.forward_context():
-                samples += pl_module.generate_samples([rows[place]], self.max_new_tokens)
+                samples += pl_module.generate_samples(some, self.max_new_tokens)
         if trainer.is_global_zero:
             self._log(trainer, samples)
 

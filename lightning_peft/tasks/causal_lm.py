@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.tasks.pretrained import PretrainedTask
-from lightning_peft.tasks.samples import GeneratedSample, answer
+from lightning_peft.tasks.samples import GeneratedSample, answers
 from lightning_peft.tasks.token_loss import TokenLoss
 
 # Longest text that predict_step generates.
@@ -84,4 +84,4 @@ class CausalLM(PretrainedTask):
 
         A prompt is what comes before the first token with a label; of plain text, the first half.
         """
-        return [answer(self, row["input_ids"], row["labels"], max_new_tokens) for row in rows]
+        return answers(self, [(row["input_ids"], row["labels"]) for row in rows], max_new_tokens)

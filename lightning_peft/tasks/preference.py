@@ -13,7 +13,7 @@ from lightning_peft import engine
 from lightning_peft.tasks.pairwise import PairwiseTask
 from lightning_peft.tasks.preference_losses import answer_log_probabilities, dpo, orpo
 from lightning_peft.tasks.reference import check_reference, reference
-from lightning_peft.tasks.samples import GeneratedSample, answer
+from lightning_peft.tasks.samples import GeneratedSample, answers
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,5 @@ class PreferenceTuning(PairwiseTask):
         self, rows: list[dict[str, Any]], max_new_tokens: int
     ) -> list[GeneratedSample]:
         """Returns the model's answers to the prompts of ``rows``, and the chosen answers."""
-        return [
-            answer(self, row["chosen_input_ids"], row["chosen_labels"], max_new_tokens)
-            for row in rows
-        ]
+        chosen = [(row["chosen_input_ids"], row["chosen_labels"]) for row in rows]
+        return answers(self, chosen, max_new_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_peft import engine
+from lightning_peft.compat.transformers import is_recurrent
 from lightning_peft.data.encoding import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Prompts that are generated for at the same time.
+BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -59,27 +64,70 @@ def generate_greedily(model: PreTrainedModel, inputs: dict[str, Tensor], **optio
     return tokens
 
 
-def answer(task: Any, ids: list[int], labels: list[int], max_new_tokens: int) -> GeneratedSample:
-    """Returns the answer of the causal language model of ``task`` to the prompt of a row.
+def answers(
+    task: Any, rows: list[tuple[list[int], list[int]]], max_new_tokens: int
+) -> list[GeneratedSample]:
+    """Returns the answers of the causal language model of ``task`` to the prompts of rows.
 
-    A prompt is what comes before the first token with a label; of plain text, the first half.
+    A row is token ids and labels, a prompt what comes before the first token with a label; of plain
+    text, the first half. Prompts are generated for together, padded on the left.
     """
-    tokenizer = task.trainer.datamodule.tokenizer
+    prompts = [ids[: _prompt_length(ids, labels)] for ids, labels in rows]
+    generated: dict[int, GeneratedSample] = {}
+    for places in _batches(task.model, prompts):
+        texts = _generate(task, [prompts[place] for place in places], max_new_tokens)
+        for place, (text, cut) in zip(places, texts, strict=True):
+            rest = rows[place][0][len(prompts[place]) :]
+            prompt, expected = (_decode(task, ids) for ids in (prompts[place], rest))
+            generated[place] = GeneratedSample(prompt, expected, text, cut)
+    return [generated[place] for place in range(len(rows))]
+
+
+def _prompt_length(ids: list[int], labels: list[int]) -> int:
     first = next(place for place, label in enumerate(labels) if label != IGNORED)
-    first = first if first > 1 else -(-len(ids) // 2)
-    prompt = torch.tensor([ids[:first]])
-    filler = tokenizer.pad_token_id
-    (tokens,) = generate_greedily(
-        task.model,
-        {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)},
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if filler is None else filler,
+    return first if first > 1 else -(-len(ids) // 2)
+
+
+def _batches(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Returns places of ``prompts``, near lengths together.
+
+    Padding in front shifts the positions of models that take none, and enters the state of
+    recurrent ones: their batches have prompts of one length.
+    """
+    padded = "position_ids" in inspect.signature(model.forward).parameters and not is_recurrent(
+        model
     )
-    new_tokens = tokens[first:].tolist()
-    prompt, expected, generated = (
-        tokenizer.decode(text, skip_special_tokens=True)
-        for text in (ids[:first], ids[first:], new_tokens)
+    batches: list[list[int]] = []
+    for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])):
+        last = batches[-1] if batches else []
+        same = last and (padded or len(prompts[last[0]]) == len(prompts[place]))
+        if same and len(last) < BATCH_SIZE:
+            last.append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def _generate(task: Any, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
+    """Returns the text that follows each prompt, and whether it reached ``max_new_tokens``."""
+    tokenizer = task.trainer.datamodule.tokenizer
+    end, filler = tokenizer.eos_token_id, tokenizer.pad_token_id
+    filler = (end if end is not None else 0) if filler is None else filler
+    length = max(map(len, prompts))
+    ids = [[filler] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    tokens = generate_greedily(
+        task.model, inputs, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=filler
     )
-    cut = len(new_tokens) >= max_new_tokens and new_tokens[-1] != tokenizer.eos_token_id
-    return GeneratedSample(prompt, expected, generated, cut)
+    texts = []
+    for new_tokens in tokens[:, length:].tolist():
+        ended = end in new_tokens
+        new_tokens = new_tokens[: new_tokens.index(end)] if ended else new_tokens
+        texts.append((_decode(task, new_tokens), not ended))
+    return texts
+
+
+def _decode(task: Any, ids: list[int]) -> str:
+    text: str = task.trainer.datamodule.tokenizer.decode(ids, skip_special_tokens=True)
+    return text
