@@ -23,7 +23,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Prepare": ("recipes", "preview", "check", "plan"),
     "Train": ("fit", "validate", "test", "predict"),
     "Verify": ("verify", "reproduce"),
-    "Use the result": ("chat", "compare", "merge", "export"),
+    "Use the result": ("chat", "compare", "evaluate", "merge", "export"),
     "Maintenance": ("cache",),
 }
 # Entry points of other packages' commands: each is a module like those of this room.

@@ -16,6 +16,9 @@ from lightning_peft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning_peft.chat.conversation import Conversation
+    from lightning_peft.export.adapters import Adapter
+    from lightning_peft.export.base import Base
+    from lightning_peft.export.loading import LoadedModel
 
 ABOUT = "Talk to a base and its adapters, which are switched while you talk."
 _MORE = """\
@@ -41,6 +44,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
     """Adds the options that say how the model is loaded and speaks."""
+    add_loading_options(parser)
+    parser.add_argument("--tools", metavar="FILE", help="JSON file with tools that it may call")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say how the model is loaded and how its prompts are written."""
     add_base_options(parser)
     parser.add_argument(
         "--bits",
@@ -62,9 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser, max_new_tokens: int = 256
         help="values for variables of the chat template, such as "
         "'{\"enable_thinking\": false}'; by default those recorded with the adapter",
     )
-    parser.add_argument("--tools", metavar="FILE", help="JSON file with tools that it may call")
     parser.add_argument("--system", help="system turn")
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, metavar="N")
 
 
 def _parser() -> OptionParser:
@@ -103,22 +111,55 @@ def load_chat_model(
     variables = read_variables(args.chat_template_kwargs)
     quiet_libraries()
     from lightning_peft.chat.chat_model import ChatModel, Sampling
-    from lightning_peft.data.templates import find_template
-    from lightning_peft.export import loading
+
+    progress("finding the base")
+    base, adapters = find_model(args)
+    # Before the model, which can take minutes.
+    check_template(args, base, adapters)
+    progress("loading the model")
+    return ChatModel(
+        load_model(args, base, adapters),
+        adapters,
+        args.chat_template,
+        Sampling(args.max_new_tokens, temperature, top_p),
+        variables_override=variables,
+        tools=tools,
+    )
+
+
+def find_model(args: argparse.Namespace) -> tuple[Base, list[Adapter]]:
+    """Returns the base and the adapters that the options name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
     from lightning_peft.export.adapters import find_adapters
     from lightning_peft.export.base import find_base
     from lightning_peft.export.merged_folder import base_of
 
-    progress("finding the base")
     adapters = find_adapters(args.adapters)
     if adapters:
-        base = base_of(adapters[0], args.base, args.revision)
-    else:
-        base = find_base(args.base, args.revision)
+        return base_of(adapters[0], args.base, args.revision), adapters
+    return find_base(args.base, args.revision), adapters
+
+
+def check_template(args: argparse.Namespace, base: Base, adapters: Sequence[Adapter]) -> None:
+    """Refuses a chat template that does not exist.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    from lightning_peft.data.templates import find_template
+    from lightning_peft.export.loading import load_tokenizer
+
     recorded = adapters[0].chat_template if adapters else None
-    # Before the model, which can take minutes.
-    find_template(loading.load_tokenizer(base), args.chat_template or recorded)
-    progress("loading the model")
+    find_template(load_tokenizer(base), args.chat_template or recorded)
+
+
+def load_model(args: argparse.Namespace, base: Base, adapters: Sequence[Adapter]) -> LoadedModel:
+    """Returns the model as the options say, and prints what a user should know."""
+    from lightning_peft.export import loading
+
     loaded = loading.load_with_adapters(
         base,
         adapters,
@@ -128,14 +169,7 @@ def load_chat_model(
     )
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    return ChatModel(
-        loaded,
-        adapters,
-        args.chat_template,
-        Sampling(args.max_new_tokens, temperature, top_p),
-        variables_override=variables,
-        tools=tools,
-    )
+    return loaded
 
 
 def _check_options(args: argparse.Namespace, temperature: float, top_p: float) -> None:

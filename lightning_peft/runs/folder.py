@@ -35,6 +35,7 @@ class RunFolder:
     provenance = property(lambda self: self.path / "provenance.json")
     result = property(lambda self: self.path / "result.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    evaluations = property(lambda self: self.path / "evaluations")
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunFolder:

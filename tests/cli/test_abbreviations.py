@@ -24,6 +24,7 @@ SHORT = {
     "reproduce": ("--js", ("runs/one",), "--json"),
     "chat": ("--temp=1", ("adapter",), "--temperature"),
     "compare": ("--bat=1", ("adapter", "--prompts=a.txt"), "--batch-size"),
+    "evaluate": ("--lim=2", ("adapter", "--tasks=arc_easy"), "--limit"),
     "merge": ("--dty=float32", ("adapter",), "--dtype"),
     "export": ("--form=gguf", ("adapter", "out"), "--format"),
     "cache": ("--js", (), "--json"),

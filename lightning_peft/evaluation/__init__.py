@@ -1,0 +1,1 @@
+"""Benchmarks of EleutherAI's lm-evaluation-harness on a base and its adapters."""

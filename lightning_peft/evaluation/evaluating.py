@@ -1,0 +1,193 @@
+"""The harness on one loaded model: as its base, then as each of its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.evaluator import evaluate as run_harness
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from lightning_peft.chat.chat_model import ChatModel
+from lightning_peft.errors import ConfigError, UnsupportedError, first_line
+from lightning_peft.evaluation.harness_model import HarnessModel, Progress
+from lightning_peft.evaluation.harness_package import harness_version
+from lightning_peft.evaluation.results import table_rows, task_hashes
+from lightning_peft.evaluation.tasks import HARNESS_SEEDS, Seeds, TaskSet
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base
+
+# On a CPU, the harness' own search for the largest batch fills the memory with the longest texts.
+CPU_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tasks are evaluated; the names and defaults are the harness'.
+
+    Attributes:
+        batch_size: Requests at a time; ``None`` for the most that fit on a GPU, 8 on a CPU.
+        limit: First rows of each task that are taken; a share of them if below 1.
+        num_fewshot: Solved examples before each question; ``None`` for what each task says.
+        apply_chat_template: Write questions as turns of a conversation.
+        system: System turn, or text before the questions without a template.
+        seeds: Of the random number generators.
+    """
+
+    batch_size: int | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system: str | None = None
+    seeds: Seeds = HARNESS_SEEDS
+
+
+def check_language_model(base: Base, adapters: Sequence[Adapter]) -> None:
+    """Refuses models that are not language models.
+
+    Raises:
+        UnsupportedError: If an adapter was trained on another kind of model, or the base is one.
+    """
+    generating = {
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    }
+    trained_on = {adapter.name: adapter.base.get("class") for adapter in adapters}
+    listed = getattr(base.config, "architectures", None) or [None]
+    kinds = trained_on if any(trained_on.values()) else {base.name: listed[0]}
+    for name, kind in kinds.items():
+        if kind is not None and hasattr(transformers, kind) and kind not in generating:
+            raise UnsupportedError(
+                f"{name} is a {kind}, and the harness' tasks are for language models, which give "
+                "texts a probability. Evaluate it on its own data: lightning-peft test."
+            )
+
+
+def evaluate(
+    chat_model: ChatModel,
+    tasks: TaskSet,
+    settings: Settings,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Returns the results of the base and of every adapter on the same prompts.
+
+    Raises:
+        ConfigError: If the tasks do not fit the model.
+    """
+    lm = _harness_model(chat_model, settings)
+    found = {}
+    for name in chat_model.names:
+        chat_model.switch(name)
+        lm.report_to(progress, name)
+        if settings.apply_chat_template:
+            lm.tokenizer.chat_template = chat_model.template().text
+            lm.chat_template_args = chat_model.variables()
+        with chat_model.activated(), torch.no_grad():
+            found[name] = _run(lm, tasks, settings)
+    return {
+        "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "harness": {"package": "lm_eval", "version": harness_version()},
+        "compared": chat_model.names,
+        "adapters": [_adapter_facts(adapter) for adapter in chat_model.adapters],
+        "settings": _settings_used(chat_model, lm, tasks, settings),
+        "tasks": _task_facts(tasks, found),
+        "results": table_rows(found),
+        "notes": [*chat_model.loaded.notes, *tasks.notes, *_template_notes(chat_model, settings)],
+    }
+
+
+def _harness_model(chat_model: ChatModel, settings: Settings) -> HarnessModel:
+    model, size = chat_model.loaded.model, settings.batch_size
+    automatic = "auto" if model.device.type == "cuda" else CPU_BATCH_SIZE
+    return HarnessModel(model, chat_model.loaded.tokenizer, size or automatic)
+
+
+def _run(lm: HarnessModel, tasks: TaskSet, settings: Settings) -> dict[str, Any]:
+    settings.seeds.set()
+    for task in tasks.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=settings.seeds.fewshot)
+    try:
+        found: dict[str, Any] = run_harness(
+            lm=lm,
+            task_dict=tasks.loaded,
+            limit=settings.limit,
+            system_instruction=settings.system,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=True,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"The device has no memory for batches of {lm.batch_size}: {first_line(error)} Give "
+            "a smaller --batch-size."
+        ) from error
+    # Tasks are code of others, and the harness checks with assertions.
+    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
+        names = ", ".join(tasks.loaded["tasks"])
+        raise ConfigError(
+            f"The harness cannot evaluate {names} on this model: {first_line(error)}"
+        ) from error
+    return found
+
+
+def _adapter_facts(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "name": adapter.name,
+        "folder": str(adapter.folder.resolve()),
+        "sha256": adapter.facts.get("adapter_sha256"),
+        "base": adapter.base_name,
+        "base_revision": adapter.base_revision,
+        "base_fingerprint": adapter.base.get("fingerprint"),
+    }
+
+
+def _settings_used(
+    chat_model: ChatModel, lm: HarnessModel, tasks: TaskSet, settings: Settings
+) -> dict[str, Any]:
+    model, seeds = chat_model.loaded.model, settings.seeds
+    return {
+        "tasks": tasks.requested,
+        "base": model.name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "batch_size": lm.batch_size,
+        "limit": settings.limit,
+        "num_fewshot": settings.num_fewshot,
+        "apply_chat_template": settings.apply_chat_template,
+        "chat_template": lm.tokenizer.chat_template if settings.apply_chat_template else None,
+        "chat_template_kwargs": lm.chat_template_args if settings.apply_chat_template else None,
+        "system": settings.system,
+        "seeds": asdict(seeds),
+    }
+
+
+def _task_facts(tasks: TaskSet, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    hashes = {name: task_hashes(one) for name, one in found.items()}
+    return {
+        name: {
+            "version": first["versions"].get(name),
+            "num_fewshot": first["n-shot"].get(name),
+            "rows": dict(first["n-samples"][name]),
+            "hash": {model: by_task[name] for model, by_task in hashes.items()},
+            "data_files": tasks.data_files.get(name, {}),
+        }
+        for name in tasks.loaded["tasks"]
+    }
+
+
+def _template_notes(chat_model: ChatModel, settings: Settings) -> list[str]:
+    if settings.apply_chat_template:
+        return []
+    names = [adapter.name for adapter in chat_model.adapters if adapter.chat_template]
+    return [
+        f"{name} was trained with a chat template, and the questions were written without one: "
+        "--apply-chat-template writes them as turns"
+        for name in names
+    ]

@@ -1,0 +1,224 @@
+"""``lightning-peft evaluate``: the figures are the harness' own, from one model in memory."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished import BASE, adapter_in
+from made_tasks import by_harness, write_task
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lightning_peft import inject, save_adapter
+from lightning_peft.chat.chat_model import ChatModel
+from lightning_peft.cli import evaluate as command
+from lightning_peft.cli import main
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.evaluation.evaluating import Settings, check_language_model, evaluate
+from lightning_peft.evaluation.harness_model import HarnessModel
+from lightning_peft.evaluation.tasks import load_tasks
+from lightning_peft.export.adapters import Adapter, find_adapters
+from lightning_peft.export.base import Base, find_base
+from lightning_peft.export.loading import load_with_adapters
+from lightning_peft.export.merging import merge
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("tasks")
+    write_task(made, "manual_choice", "multiple_choice")
+    write_task(made, "manual_answer", "generate_until", rows=2)
+    return made
+
+
+@pytest.fixture
+def run(lora_run: Path, tmp_path: Path) -> Path:
+    """A run with the files by which it is known as one."""
+    path = tmp_path / "run"
+    shutil.copytree(adapter_in(lora_run), path / "checkpoints" / "adapters" / "best")
+    for name in ("recipe.yaml", "provenance.json"):
+        (path / name).write_text("{}")
+    return path
+
+
+def evaluated(words: list[Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["evaluate", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def check_figures(report: dict[str, Any], name: str, there: dict[str, Any]) -> None:
+    """Compares a column of the table with what the harness itself found."""
+    found = {
+        f"{row['metric']},{row['filter']}": (row["task"], row["values"][name])
+        for row in report["results"]
+    }
+    assert len(found) == sum("," in key for one in there["results"].values() for key in one) / 2
+    for key, (task, value) in found.items():
+        assert value["value"] == pytest.approx(there["results"][task][key], rel=1e-4)
+
+
+def test_figures_are_those_of_the_harness_on_the_merged_model(
+    run: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [f"tuned={run}", "--tasks", "manual_choice", "--include-path", folder, "--limit", 6]
+    report = evaluated(words, capsys)
+    merge(str(run), tmp_path / "merged", dtype="float32")
+    # The harness itself finds the rows from here only.
+    monkeypatch.chdir(folder)
+    check_figures(report, "tuned", by_harness(tmp_path / "merged", ["manual_choice"], limit=6))
+    brier = report["results"][1]
+    assert (brier["metric"], brier["higher_is_better"]) == ("brier_score", False)
+    assert brier["values"]["tuned"]["value"] < brier["values"]["base"]["value"] / 2
+    assert report["harness"]["package"] == "lm_eval"
+    assert report["settings"]["batch_size"] == 8
+    facts = report["tasks"]["manual_choice"]
+    assert (facts["version"], facts["num_fewshot"]) == (2.0, 0)
+    assert facts["rows"] == {"original": 12, "effective": 6}
+    assert facts["hash"]["base"] == facts["hash"]["tuned"]
+    rows = (folder / "manual_choice_test.jsonl").read_bytes()
+    assert hashlib.sha256(rows).hexdigest() in facts["data_files"].values()
+    (saved,) = report["saved"]
+    assert Path(saved).parent == run / "evaluations"
+    assert json.loads(Path(saved).read_text())["results"] == report["results"]
+
+
+def loaded(adapters: list[Adapter]) -> ChatModel:
+    base = find_base(str(BASE))
+    return ChatModel(load_with_adapters(base, adapters, device=CPU), adapters)
+
+
+def test_an_interrupt_leaves_the_adapters_on_and_nothing_in_memory(
+    lora_run: Path, folder: Path
+) -> None:
+    model = loaded(find_adapters([str(lora_run)]))
+    network, ids = model.loaded.model, torch.arange(8)[None]
+    with torch.no_grad():
+        before = network(ids).logits
+    seen = []
+
+    def stop(what: str, done: int, total: int) -> None:
+        seen.append((what, done, total))
+        raise KeyboardInterrupt
+
+    tasks = load_tasks(["manual_choice"], [str(folder)])
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tasks, Settings(limit=2), stop)
+    assert seen == [("base: loglikelihood", 1, 6)]
+    with torch.no_grad():
+        assert torch.equal(network(ids).logits, before)
+    report = evaluate(model, tasks, Settings(limit=2))
+    assert report["tasks"]["manual_choice"]["rows"]["effective"] == 2
+    left = weakref.ref(network)
+    del model, network
+    gc.collect()
+    assert left() is None
+
+
+def test_an_adapted_embedding_is_not_tied_once_more() -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    inject(model, r=2, target_modules=["embed_tokens"])
+    tie = model.tie_weights
+    HarnessModel(model, AutoTokenizer.from_pretrained(BASE), 1)
+    assert model.tie_weights == tie
+
+
+def test_questions_are_turns_of_the_recorded_template(tmp_path: Path, folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    inject(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    facts = json.loads((tmp_path / "adapter" / "provenance.json").read_text())
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+    facts["chat_template"] = template
+    (tmp_path / "adapter" / "provenance.json").write_text(json.dumps(facts))
+    tuned = loaded(find_adapters([f"tuned={tmp_path / 'adapter'}"]))
+    tasks = load_tasks(["manual_choice"], [str(folder)])
+    plain = evaluate(tuned, tasks, Settings(limit=1))
+    assert plain["notes"][-1].startswith("tuned was trained with a chat template, and the quest")
+    report = evaluate(tuned, tasks, Settings(limit=1, apply_chat_template=True, system="Be brief."))
+    prompt = tasks.loaded["tasks"]["manual_choice"].instances[0].args[0]
+    assert prompt.startswith("<system>Be brief.<user>### Question:\n")
+    assert prompt.endswith("### Answer:<answer>")
+    assert report["settings"]["chat_template"] == template
+    assert not report["notes"] or "chat template" not in report["notes"][-1]
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    value, change = {"value": 0.25, "stderr": 0.0625}, {"value": -0.5, "stderr": None}
+    row = {"task": "t", "metric": "acc", "filter": "none", "higher_is_better": True}
+    row |= {"values": {"base": value, "a": value}, "differences": {"a": change}}
+    other = row | {"metric": "ppl", "filter": "f", "higher_is_better": False}
+    command._show({"compared": ["base", "a"], "results": [row, other], "saved": ["x.json"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "task  metric                    base             a                difference",
+        "t     acc                       0.2500 ± 0.0625  0.2500 ± 0.0625  -0.5000",
+        "t     ppl (f), lower is better  0.2500 ± 0.0625  0.2500 ± 0.0625  -0.5000",
+        "saved  x.json",
+    ]
+
+
+def test_bad_input(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "hub.yaml").write_text(
+        "task: on_the_hub\ndataset_path: some/data\noutput_type: multiple_choice\n"
+        "test_split: test\n"
+    )
+    (bad / "rows.yaml").write_text(
+        "task: no_rows\ndataset_path: json\ndataset_kwargs: {data_files: absent.jsonl}\n"
+        "output_type: multiple_choice\ntest_split: train\n"
+    )
+    here = ["--base", str(BASE), "--include-path", str(bad)]
+    for words, message in [
+        ([], "neither an ADAPTER nor --base is given"),
+        (["--base", "x", "--batch-size", "0", "--limit", "1.5"], "--batch-size 0: auto, or at lea"),
+        (["--base", "x", "--limit", "1.5"], "--limit 1.5: rows from 1, or a share"),
+        (["--base", "x", "--num-fewshot", "-1"], "--num-fewshot -1: 0 or more"),
+        (["--base", "x", "--chat-template", "raw"], "no effect without --apply-chat-template"),
+        (["--base", str(BASE), "--include-path", "absent"], "'absent' is not a folder here"),
+        (["--base", str(BASE), "--include-path", str(BASE)], "base' has none"),
+        (here, "'on_the_hub' takes the data set 'some/data' from the hub"),
+        (here, "unset HF_HUB_OFFLINE"),
+        (here, "'no_rows': Unable to find"),
+    ]:
+        assert main(["evaluate", *words, "--tasks", "on_the_hub,no_rows"]) == 2, message
+        assert message in capsys.readouterr().err
+    found = load_tasks(["small_iso_dates"])
+    assert list(found.data_files) == ["small_iso_dates"]
+    short = loaded([])
+    # The task asks for so many new tokens.
+    short.loaded.model.config.max_position_embeddings = 16
+    with pytest.raises(ConfigError, match="The harness cannot evaluate small_iso_dates on this mo"):
+        evaluate(short, found, Settings(limit=1))
+    monkeypatch.setattr("lightning_peft.evaluation.harness_package.find_spec", lambda name: None)
+    assert main(["evaluate", "--base", "x", "--tasks", "y"]) == 2
+    assert "pip install 'lightning-peft[eval]'" in capsys.readouterr().err
+
+
+def test_other_kinds_of_models_are_refused(lora_run: Path) -> None:
+    (adapter,) = find_adapters([f"mine={lora_run}"])
+    base = find_base(str(BASE))
+    check_language_model(base, [adapter])
+    adapter.facts["base"]["class"] = "LlamaForSequenceClassification"
+    with pytest.raises(UnsupportedError, match="mine is a LlamaForSequenceClassification, and"):
+        check_language_model(base, [adapter])
+    config = AutoConfig.from_pretrained(BASE, architectures=["BertForMaskedLM"])
+    with pytest.raises(UnsupportedError, match="other is a BertForMaskedLM"):
+        check_language_model(Base("other", BASE, config), [])
