@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 ROOM = "lightning_peft/compat/"
 PACKAGES = {
     "bitsandbytes", "datasets", "gradio", "gradio_client", "lightning", "lightning_fabric",
-    "openpyxl", "peft", "pytorch_lightning", "torch", "transformers",
+    "gguf", "openpyxl", "peft", "pytorch_lightning", "torch", "transformers",
 }  # fmt: skip
 
 # Modules without an underscore that no documentation describes, or whose content moves about.
@@ -35,6 +35,7 @@ UNSTABLE = {
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.loss.loss_utils",
+    "transformers.modeling_gguf_pytorch_utils",
     "transformers.modeling_layers",
     "transformers.quantizers.base",
 }

@@ -12,7 +12,7 @@ from lightning_peft.cli.output import print_json, print_table
 from lightning_peft.engine.cache_entries import Entry, cache_root, entries, remove
 from lightning_peft.errors import ConfigError
 
-ABOUT = "List and clear what is kept on disk: quantized bases and prepared data."
+ABOUT = "List and clear what is kept on disk: quantized bases, prepared data, GGUF metadata."
 _MORE = """\
 Everything here is rebuilt when it is needed. A running run keeps what it has loaded.
 Folders that an interrupted run left behind are listed as such; one that is a few minutes old may
@@ -21,7 +21,7 @@ belong to a run that is writing it.
 exit code: 0, or 2 for a name that is none
 """
 # Kind of entry, by the folder that it is in.
-KINDS = {"bases": "quantized base", "data": "prepared data"}
+KINDS = {"bases": "quantized base", "data": "prepared data", "gguf": "GGUF file"}
 _SHOWN = 12
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 

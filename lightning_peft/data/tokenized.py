@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer
 
+from lightning_peft import engine
 from lightning_peft.data.batching import LengthGroupedSampler
 from lightning_peft.data.row_data_module import RowDataModule
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPeftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,12 @@ def load_pretrained(
     """
     try:
         # By default, transformers prompts the user whether to run code of the repository.
-        return loader.from_pretrained(name, revision=revision, trust_remote_code=False)
+        place = engine.readable_name(name, revision)
+        at_place = revision if place == name else None
+        return loader.from_pretrained(place, revision=at_place, trust_remote_code=False)
+    except LightningPeftError:
+        # Of a GGUF file, and says what is wrong with it.
+        raise
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise ConfigError(

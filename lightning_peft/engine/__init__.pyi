@@ -36,6 +36,12 @@ from .injection import inject_config as inject_config
 from .late_copies import explain_hook_error as explain_hook_error
 from .late_copies import link_late_copies as link_late_copies
 from .layers.probes import in_eval_mode as in_eval_mode
+from .loading.gguf_files import find_gguf as find_gguf
+from .loading.gguf_model import GgufModel as GgufModel
+from .loading.gguf_tensors import gguf_tensors as gguf_tensors
+from .loading.pretrained import load_config as load_config
+from .loading.pretrained import load_pretrained_model as load_pretrained_model
+from .loading.pretrained import readable_name as readable_name
 from .loading.quantize_on_load import loading_for_injection as loading_for_injection
 from .loading.quantize_on_load import quantize_on_load as quantize_on_load
 from .loading.tracked_loads import store_quantized as store_quantized

@@ -30,7 +30,11 @@ from lightning_peft.engine.files.base_tensors import include_in_files
 from lightning_peft.engine.fingerprint import buffer_checksums, fingerprint
 from lightning_peft.engine.freezing import freeze_base
 from lightning_peft.engine.layers.mixin import stored_parameter
-from lightning_peft.engine.loading.quantize_on_load import base_fingerprint, dense_bytes
+from lightning_peft.engine.loading.quantize_on_load import (
+    GGUF_HASH,
+    base_fingerprint,
+    dense_bytes,
+)
 from lightning_peft.engine.methods.lora_config import changes_base
 from lightning_peft.engine.momentum_copies import find_momentum_copies, link_copies
 from lightning_peft.engine.peft_injection import inject_in_place, inject_with_peft, quantize_layers
@@ -292,6 +296,7 @@ def _new_part_record(
             "class": type(part).__name__,
             "dtype": _dtype_of(part),
             "vocabulary": vocabulary_size(part),
+            **({GGUF_HASH: part.__dict__[GGUF_HASH]} if GGUF_HASH in part.__dict__ else {}),
         },
         quantized=quantized,
         quantization=quantization_to_dict(config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from lightning_peft import engine
 from lightning_peft.compat.transformers import (
     WeightConverter,
     WeightRenaming,
@@ -34,6 +35,8 @@ from lightning_peft.errors import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights in a file, where this package chooses.
+_SHARD_BYTES = 5_000_000_000
 # What a model folder has besides weights.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "README.md", "LICENSE*")
 DTYPES = {
@@ -73,21 +76,34 @@ class Base:
         name: What the user calls it.
         folder: Where the files are.
         config: Its transformers config.
-        shards: By file name, the tensors in it.
+        shards: By file name, the tensors in it; of a GGUF file, how they would be stored.
+        gguf: The GGUF file that its weights are in.
     """
 
     name: str
     folder: Path
     config: Any
     shards: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+    gguf: engine.GgufModel | None = None
 
     @cached_property
     def keys(self) -> dict[str, StoredTensor]:
         """All tensors by their names in the files."""
         return {key: stored for shard in self.shards.values() for key, stored in shard.items()}
 
+    @cached_property
+    def gguf_tensors(self) -> dict[str, Any]:
+        """The tensors of the GGUF file by their names in the model; empty without one."""
+        return {} if self.gguf is None else engine.gguf_tensors(self.gguf, make_outline(self, None))
+
     def tensors(self, keys: list[str]) -> Iterator[Tensor]:
-        """Yields tensors in the order of ``keys``; their memory is the mapped file's."""
+        """Yields tensors in the order of ``keys``; their memory is the mapped file's.
+
+        Those of a GGUF file are dequantized one by one.
+        """
+        if self.gguf is not None:
+            yield from (self.gguf_tensors[key][...] for key in keys)
+            return
         where = {key: name for name, shard in self.shards.items() for key in shard}
         with ExitStack() as stack:
             files: dict[str, Any] = {}
@@ -100,13 +116,18 @@ class Base:
 
 
 def find_base(name: str, revision: str | None = None) -> Base:
-    """Returns a base model by folder, or by its name on the hub.
+    """Returns a base model by folder, by its name on the hub, or by GGUF file.
 
     Raises:
         ConfigError: If there is none.
         UnsupportedError: If it is quantized already, or has pickled weights only.
         CheckpointError: If a file is damaged.
     """
+    gguf = engine.find_gguf(name, revision)
+    if gguf is not None:
+        made = Base(name, gguf.folder, engine.load_config(name, revision=revision), gguf=gguf)
+        made.shards = _shards(made.gguf_tensors)
+        return made
     folder = Path(name) if Path(name).is_dir() else _from_hub(name, revision)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -122,6 +143,26 @@ def find_base(name: str, revision: str | None = None) -> Base:
             "--base."
         )
     return Base(name, folder, config, {file: _header(folder / file) for file in _files(folder)})
+
+
+def _shards(tensors: Mapping[str, Any]) -> dict[str, dict[str, StoredTensor]]:
+    """Shares tensors out over files that ``from_pretrained`` reads, in their order."""
+    groups: list[dict[str, StoredTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        stored = StoredTensor(tensor.dtype, tensor.shape)
+        size += stored.numel * stored.dtype.itemsize
+        if size > _SHARD_BYTES and groups[-1]:
+            groups.append({})
+            size = stored.numel * stored.dtype.itemsize
+        groups[-1][name] = stored
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    total = len(groups)
+    return {
+        f"model-{number:05d}-of-{total:05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -66,7 +66,8 @@ def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) ->
     """Returns the plain base in eval mode, in the class that ``adapter`` was trained on."""
     recorded = adapter.base.get("class") if adapter else None
     cls: Any = getattr(transformers, str(recorded), AutoModelForCausalLM)
-    return cls.from_pretrained(base.folder, config=base.config, dtype=dtype).eval()
+    model = engine.load_pretrained_model(cls, base.folder, config=base.config, dtype=dtype)
+    return model.eval()
 
 
 def dtype_in_training(adapter: Adapter) -> torch.dtype | str:

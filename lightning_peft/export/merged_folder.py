@@ -36,6 +36,8 @@ from lightning_peft.export.output import (
 )
 
 REPORT = "merge_report.json"
+# Written here, or about the folder that it is in.
+NOT_COPIED = (INDEX, "config.json", "README.md", "gguf.json", "summary.json")
 WAYS = ("dequantized", "original", "requantized")
 
 # What is going on, how many bytes of it are done, and of how many.
@@ -276,7 +278,7 @@ def _write_companions(
     """Copies tokenizer, generation config and the like as they are, and rewrites the config."""
     for pattern in COMPANIONS:
         for file in base.folder.glob(pattern):
-            if file.name not in (INDEX, "config.json", "README.md") and file.is_file():
+            if file.name not in NOT_COPIED and file.is_file():
                 shutil.copyfile(file, folder / file.name)
     text = json.loads(base.config.to_json_string(use_diff=True)) | {"dtype": dtype}
     recorded = adapter.base.get("vocabulary")

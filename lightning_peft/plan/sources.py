@@ -12,9 +12,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lightning_peft import engine
 from lightning_peft.compat.torch import tree_iter, tree_map
 from lightning_peft.compat.transformers import causal_lm_class, model_from_config
-from lightning_peft.errors import ConfigError, UnsupportedError, similar_names
+from lightning_peft.errors import (
+    ConfigError,
+    LightningPeftError,
+    UnsupportedError,
+    similar_names,
+)
 from lightning_peft.plan.batches import batch_maker
 from lightning_peft.plan.meta_copy import meta_copy
 from lightning_peft.plan.trace import Step
@@ -48,7 +54,7 @@ class ModelSource:
 
 
 def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> ModelSource:
-    """Returns the source for a hub name, or a folder that holds at least ``config.json``.
+    """Returns the source for a hub name, a folder with at least ``config.json``, or a GGUF file.
 
     No weights are read and no code of the repository is run.
 
@@ -56,14 +62,15 @@ def from_name(name: str, revision: str | None = None, dtype: str = "auto") -> Mo
         ConfigError: If there is no config, or ``dtype`` is none.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            name, revision=revision, trust_remote_code=False
-        )
+        config = engine.load_config(name, revision=revision, trust_remote_code=False)
+    except LightningPeftError:
+        # Of a GGUF file, and says what is wrong with it.
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"--model {name!r}: no config of transformers could be read there: {reason} Give a "
-            "name on the hub, or a folder with a config.json."
+            "name on the hub, a folder with a config.json, or a GGUF file (org/name:file.gguf)."
         ) from error
     return from_config(config, name, dtype)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-from transformers import AutoConfig
 
+from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.tasks.heads import keep_heads_in_float32
@@ -88,7 +88,7 @@ class ClassificationTask(PretrainedTask):
             if self.hparams["config"] is None:
                 names = ("revision", "trust_remote_code")
                 options = {name: self.hparams[name] for name in names}
-                self.check_base(AutoConfig.from_pretrained(self.hparams["model"], **options))
+                self.check_base(engine.load_config(self.hparams["model"], **options))
             super().configure_model()
             self.metrics.add_metrics(self.make_label_metrics())
 

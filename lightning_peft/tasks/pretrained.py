@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from transformers import AutoConfig
 
+from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
@@ -33,7 +34,8 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
     runs. It knows nothing of adapters: those come with the strategy.
 
     Args:
-        model: Name on the hub, or folder, of a transformers model.
+        model: Name on the hub, or folder, of a transformers model; or a GGUF file, such as
+            ``"folder/model.gguf"`` or ``"org/name-GGUF:model.Q4_K_M.gguf"``.
         learning_rate: Peak learning rate of AdamW, reached after the warm-up; 2e-4 is usual for
             adapters of large models.
         weight_decay: Decoupled weight decay.
@@ -131,8 +133,7 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         hparams = self.hparams
         names = ("dtype", "revision", "trust_remote_code")
         options = {name: hparams[name] for name in names} | self.loading | self.configuration()
-        model: PreTrainedModel = self.auto_class.from_pretrained(hparams["model"], **options)
-        return model
+        return engine.load_pretrained_model(self.auto_class, hparams["model"], **options)
 
     def _build(self) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
@@ -149,7 +150,10 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
             return AutoConfig.for_model(**fields)
         names = ("revision", "trust_remote_code")
         options = {name: hparams[name] for name in names}
-        return AutoConfig.from_pretrained(hparams["model"], **options, **self.configuration())
+        config: PretrainedConfig = engine.load_config(
+            hparams["model"], **options, **self.configuration()
+        )
+        return config
 
     def on_fit_start(self) -> None:
         """Puts the model in train mode: ``from_pretrained`` returns it in eval mode."""

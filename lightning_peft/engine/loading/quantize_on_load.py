@@ -6,9 +6,11 @@ and forgets what a base fingerprint is made of. This is its extension point for 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from lightning_peft.engine.backends.registry import backend_for, storage_bytes
 from lightning_peft.engine.fingerprint import Fingerprint, fingerprint
 from lightning_peft.engine.layers.mixin import stored_parameter
 from lightning_peft.engine.loading import quantized_cache
+from lightning_peft.engine.loading.gguf_model import GgufModel, read_gguf_folder
+from lightning_peft.engine.loading.gguf_tensors import gguf_tensors
 from lightning_peft.engine.loading.quantized_cache import CachedLoad, DenseInfo
 from lightning_peft.engine.loading.streamed_quantizer import Loading, StreamedConfig, dense_info
 from lightning_peft.engine.loading.tracked_loads import (
@@ -40,7 +44,8 @@ _EXPLICIT_OPTIONS = (
     *("quantization_config", "load_in_4bit", "load_in_8bit", "gguf_file", "state_dict"),
     *("device_map", "device_mesh", "distributed_config", "tp_plan", "tp_size"),
 )
-
+# Of a model, the hash of the GGUF file that it was loaded from.
+GGUF_HASH = "gguf_sha256"
 
 _current: ContextVar[Loading | None] = ContextVar("quantize_on_load", default=None)
 
@@ -66,7 +71,7 @@ def quantize_on_load(
     loading = Loading(settings, device, dense, cached)
     token = _current.set(loading)
     try:
-        with intercepted_from_pretrained(_from_pretrained):
+        with intercepted_from_pretrained(from_pretrained):
             yield loading
     finally:
         _current.reset(token)
@@ -109,11 +114,23 @@ def loading_for_injection(
     check_loaded(module, loading)
 
 
-def _from_pretrained(
+def from_pretrained(
     original: Any, cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
 ) -> Any:
+    """What ``from_pretrained`` of a model is within :func:`quantize_on_load`, and for GGUF files.
+
+    Args:
+        original: transformers' own function.
+        cls: Class of the model.
+        pretrained_model_name_or_path: Its argument of that name.
+        args: Its other arguments by position.
+        kwargs: Its other arguments by name.
+    """
     name = pretrained_model_name_or_path
     loading = _current.get()
+    gguf = read_gguf_folder(name)
+    if gguf is not None:
+        original = partial(_from_gguf, original, gguf)
     explicit = any(kwargs.get(key) is not None for key in _EXPLICIT_OPTIONS)
     if loading is None or explicit or _is_quantized(name, kwargs):
         return original(cls, name, *args, **kwargs)
@@ -125,6 +142,22 @@ def _from_pretrained(
             cls, name, kwargs, loading.settings, loading.dense, way, loading.device
         )
     return _load(original, loading, cached, streams, cls, name, *args, **kwargs)
+
+
+def _from_gguf(
+    original: Any, gguf: GgufModel, cls: Any, name: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Loads a model with the tensors of a GGUF file, each of which is dequantized as it is read."""
+    config: Any = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config, kwargs = cls.config_class.from_pretrained(
+            name if config is None else config, return_unused_kwargs=True, **kwargs
+        )
+    with torch.device("meta"):
+        outline = cls(copy.deepcopy(config))
+    outline.tie_weights()
+    tensors = gguf_tensors(gguf, outline)
+    return original(cls, None, *args, config=config, state_dict=tensors, **kwargs)
 
 
 def _load(
@@ -188,7 +221,8 @@ def _saves_memory(loading: Loading, name: Any, kwargs: dict[str, Any]) -> bool:
     Not on the CPU in the dtype of the file: such weights stay in the memory-mapped file until they
     are quantized one by one, and the fingerprint is taken before there are others (measured).
     """
-    if loading.device.type != "cpu":
+    # A tensor of a GGUF file is in memory once it is dequantized.
+    if loading.device.type != "cpu" or read_gguf_folder(name) is not None:
         return True
     parts = _config_dicts(name, kwargs)
     wanted = _dtype_name(kwargs.get("dtype") or kwargs.get("torch_dtype") or "auto")

@@ -110,14 +110,14 @@ class _StreamedQuantizer(HfQuantizer):
         return backend_for(self.loading.settings).bits / 8
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = (), **kwargs: Any
+        self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> None:
         candidates = quantizable(model, self.loading.dense)
         # A load may read newer files of the hub than those that were hashed.
         if (
             self.cached is not None
             and not has_weight_conversions(model)
-            and self.cached.unchanged(checkpoint_files or ())
+            and self.cached.unchanged(checkpoint_files)
         ):
             shapes = {
                 n: stored_parameter(model.get_submodule(n), "weight").shape for n in candidates

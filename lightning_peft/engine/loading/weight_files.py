@@ -22,6 +22,7 @@ from typing import Any
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lightning_peft.compat.transformers import file_on_this_machine
+from lightning_peft.engine.loading.gguf_model import read_gguf_folder
 
 # Arguments that locate a file.
 _WHERE = ("revision", "cache_dir", "token")
@@ -34,7 +35,9 @@ Stamp = tuple[str, int, int, int, int]
 
 
 def find_weight_files(name: Any, options: Mapping[str, Any]) -> list[Path]:
-    """Returns the safetensors files of a model that are on this machine, in order.
+    """Returns the files with the weights of a model that are on this machine, in order.
+
+    Those are safetensors files, or a GGUF file.
 
     Args:
         name: Folder, or name on the hub, as ``from_pretrained`` takes it.
@@ -44,6 +47,9 @@ def find_weight_files(name: Any, options: Mapping[str, Any]) -> list[Path]:
         Their real paths; an empty list where it is not certain that these would be read.
     """
     where = {key: options[key] for key in _WHERE if options.get(key) is not None}
+    gguf = read_gguf_folder(name)
+    if gguf is not None:
+        return [gguf.file.resolve()] if gguf.file.is_file() else []
     try:
         index = _on_this_machine(name, SAFE_WEIGHTS_INDEX_NAME, where)
         single = _on_this_machine(name, SAFE_WEIGHTS_NAME, where)

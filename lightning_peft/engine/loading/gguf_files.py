@@ -1,0 +1,178 @@
+"""GGUF files as models of transformers: what is known of one without its weights.
+
+The first use of a file writes a folder with its config, tokenizer and table of tensors, as
+transformers reads them, into the cache; the weights stay where they are. From there on every part
+of the package reads config and tokenizer as of any folder.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from lightning_peft.compat.gguf import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    each_file_parsed_once,
+    file_of_hub,
+)
+from lightning_peft.compat.transformers import causal_lm_class
+from lightning_peft.engine import cache_entries
+from lightning_peft.engine.loading.gguf_model import TABLE, GgufModel, read_gguf_folder
+from lightning_peft.engine.loading.weight_files import hashes
+from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, first_line
+from lightning_peft.model_reference import ModelReference, parse_model_reference
+
+# Raised whenever a folder is written in another way.
+FORMAT = 1
+KIND = "model in a GGUF file"
+# Longer is what tokenizers say that know no limit.
+_NO_LIMIT = 1 << 30
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def find_gguf(name: Any, revision: str | None = None) -> GgufModel | None:
+    """Returns the GGUF file that the name of a model means; ``None`` for other models.
+
+    Args:
+        name: See :mod:`lightning_peft.model_reference`.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        ConfigError: If the file is not there, or the package ``gguf`` is not.
+        CheckpointError: If it is damaged.
+        UnsupportedError: If transformers cannot read it.
+    """
+    known = read_gguf_folder(name)
+    if known is not None:
+        return known
+    reference = parse_model_reference(name)
+    if reference.gguf_file is None:
+        return None
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            f"{reference.name!r} is a GGUF file, which takes the package gguf to read: "
+            "pip install 'lightning-peft[gguf]'"
+        )
+    file, commit = _file(reference, revision)
+    root = cache_entries.cache_root()
+    (digest,) = hashes([file.resolve()], root / "hashes")
+    versions = {package: version(package) for package in ("gguf", "transformers")}
+    # The path counts too: it is what weights are read from.
+    key = cache_entries.key_of(format=FORMAT, file=str(file), sha256=digest, versions=versions)
+
+    def build(working: Path) -> dict[str, Any]:
+        with each_file_parsed_once():
+            facts = _describe(reference, file)
+            facts |= {"file": str(file), "sha256": digest, "commit": commit}
+            _write(working, file, facts)
+        return {"model": reference.name, "sha256": digest, "versions": versions}
+
+    folder = cache_entries.entry(root / "gguf", key, build, KIND, "XDG_CACHE_HOME")
+    return read_gguf_folder(folder)
+
+
+def _file(reference: ModelReference, revision: str | None) -> tuple[Path, str | None]:
+    local, file = reference.local_file, str(reference.gguf_file)
+    if local is not None:
+        return local.resolve(), None
+    try:
+        found, commit = file_of_hub(reference.place, file, revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{reference.name!r}: {reference.place!r} is not a folder here, and the hub did not "
+            f"give its file {file!r} ({first_line(error)}). Check both names and the network "
+            "(HF_HUB_OFFLINE must not be set)."
+        ) from error
+    # Not through the link: its name in the repository says more than that of the blob.
+    return found, commit
+
+
+def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
+    """Returns architecture and tensors of a file."""
+    try:
+        reader = import_module("gguf").GGUFReader(str(file))
+        architecture = str(reader.fields["general.architecture"].contents())
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise CheckpointError(
+            f"{reference.name!r} is not a complete GGUF file ({type(error).__name__}: "
+            f"{first_line(error)}). It was cut short, or is another format; fetch it again."
+        ) from error
+    if architecture in ("clip", "mmproj"):
+        raise UnsupportedError(
+            f"{reference.name!r} is the projector of a vision model (architecture "
+            f"{architecture!r}), not a language model. Name the file with the language model."
+        )
+    tensors = [
+        {
+            "name": tensor.name,
+            "kind": int(tensor.tensor_type),
+            "kind_name": tensor.tensor_type.name,
+            "shape": [int(size) for size in reversed(tensor.shape)],
+            "stored": [int(size) for size in tensor.data.shape],
+            "dtype": str(tensor.data.dtype),
+            "start": int(tensor.data_offset),
+        }
+        for tensor in reader.tensors
+    ]
+    kinds = {str(tensor["kind_name"]) for tensor in tensors}
+    return {"architecture": architecture, "dtype": _dtype(kinds), "tensors": tensors}
+
+
+def _dtype(kinds: set[str]) -> str:
+    """Returns the dtype of a file; norms are float32 in files of 16 bits too."""
+    if not kinds <= set(_FLOATS):
+        return "float32"
+    return next((_FLOATS[kind] for kind in ("BF16", "F16") if kind in kinds), "float32")
+
+
+def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent)}
+    where["gguf_file"] = file.name
+    verbosity = transformers_logging.get_verbosity()
+    # It names metadata that it does not use, license and all.
+    transformers_logging.set_verbosity_error()
+    try:
+        config = _config(file, facts["architecture"], where)
+        tokenizer = _tokenizer(where)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    config.dtype = facts["dtype"]
+    model_class = causal_lm_class(config)
+    if not config.architectures and model_class is not None:
+        config.architectures = [model_class.__name__]
+    config.__dict__.pop("_model_name_or_path", None)
+    config.save_pretrained(working)
+    if tokenizer is not None:
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if limit and tokenizer.model_max_length > _NO_LIMIT:
+            tokenizer.model_max_length = limit
+        tokenizer.save_pretrained(working)
+    (working / TABLE).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _config(file: Path, architecture: str, where: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(**where)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
+        raise UnsupportedError(
+            f"{file.name!r} has the architecture {architecture!r}, and transformers "
+            f"{version('transformers')} cannot read it from GGUF ({first_line(error)}). Use the "
+            f"model in transformers' own format, or one of: {known}."
+        ) from error
+
+
+def _tokenizer(where: dict[str, Any]) -> Any:
+    """Returns the tokenizer of a file; ``None`` where transformers cannot make it."""
+    try:
+        return AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        # A tokenizer of the user's choice may be named; who asks for this one is answered then.
+        return None

@@ -1,0 +1,61 @@
+"""A GGUF file by the folder of the cache that describes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = "gguf.json"
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file.
+
+    Attributes:
+        folder: Its config, tokenizer and table of tensors.
+        facts: The content of the table.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def file(self) -> Path:
+        """The file, by its real path."""
+        return Path(self.facts["file"])
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all its bytes."""
+        return str(self.facts["sha256"])
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name of the architecture."""
+        return str(self.facts["architecture"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights become where no dtype is asked for; float32 for quantized ones."""
+        dtype: torch.dtype = getattr(torch, self.facts["dtype"])
+        return dtype
+
+    @cached_property
+    def tensors(self) -> list[dict[str, Any]]:
+        """Its tensors, each with its name, kind, shape, and where its bytes are."""
+        return list(self.facts["tensors"])
+
+
+def read_gguf_folder(name: Any) -> GgufModel | None:
+    """Returns the file that a folder of the cache was made from; ``None`` for other names."""
+    table = Path(str(name)) / TABLE
+    try:
+        return GgufModel(table.parent, json.loads(table.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
