@@ -18,12 +18,16 @@ _MORE = """\
 adapter    PEFT's format with a model card
 merged     16-bit model folder, as `lightning-peft merge` makes it
 quantized  the merged model in 8 or 4 bits by bitsandbytes
+gguf       the merged model for llama.cpp; with --with-adapter, base and adapter; with
+           --adapter-only, the adapter
 vllm       PEFT's format, and the command that serves it with its base
 ollama     Modelfile with the merged model, or with --with-adapter, base and adapter
 
 exit code: 0 if it was written (and pushed), 1 if it cannot be, 2 for bad input
 """
-_FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
+_FORMATS = ("adapter", "merged", "quantized", "gguf", "vllm", "ollama")
+# What writes GGUF files.
+_GGUF = ("gguf",)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,14 +50,29 @@ def _parser() -> OptionParser:
     merged = parser.add_argument_group("with a merged model")
     add_merge_options(merged)
     merged.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of --format quantized")
-    ollama = parser.add_argument_group("with --format ollama")
+    gguf = parser.add_argument_group("with --format gguf")
+    gguf.add_argument(
+        "--outtype",
+        type=str.lower,
+        help="f32, f16, bf16 or q8_0, or by llama-quantize another such as q4_k_m; by default f16, "
+        "and f32 of an adapter alone",
+    )
+    gguf.add_argument(
+        "--adapter-only", action="store_true", help="the adapter alone, for llama.cpp's --lora"
+    )
+    gguf.add_argument(
+        "--llama-quantize",
+        metavar="PROGRAM",
+        help="llama.cpp's llama-quantize, where it is not on PATH",
+    )
+    ollama = parser.add_argument_group("with --format ollama or gguf")
     ollama.add_argument(
         "--with-adapter",
         dest="separate_adapter",
         action="store_true",
         help="keep base and adapter apart",
     )
-    ollama.add_argument("--system", help="system turn")
+    ollama.add_argument("--system", help="system turn, for ollama")
     hub = parser.add_argument_group("to the hub")
     hub.add_argument("--push-to", metavar="NAMESPACE/NAME", help="push the folder there")
     hub.add_argument(
@@ -69,6 +88,13 @@ def _parser() -> OptionParser:
 def _export(args: argparse.Namespace) -> dict[str, Any]:
     if args.dry_run and not args.push_to:
         raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
+    for option, given in [
+        ("--outtype", args.outtype),
+        ("--adapter-only", args.adapter_only),
+        ("--llama-quantize", args.llama_quantize),
+    ]:
+        if given and args.format not in _GGUF:
+            raise ConfigError(f"{option} is for --format {' or '.join(_GGUF)}.")
     options = merge_arguments(args)
     quiet_libraries()
     from lightning_peft.export import formats, hub
@@ -78,7 +104,7 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         if not args.dry_run:
             hub.check_token()
     with progress_to_stderr() as progress:
-        request = _request(args, formats, options | {"progress": progress})
+        request = _request(args, options | {"progress": progress})
         report = formats.FORMATS[args.format](request)
     report = {"format": args.format, "output": args.output, **report}
     report["files"] = hub.files_of(Path(args.output))
@@ -90,9 +116,10 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _request(args: argparse.Namespace, formats: Any, options: dict[str, Any]) -> Any:
+def _request(args: argparse.Namespace, options: dict[str, Any]) -> Any:
     from lightning_peft.export import merged_folder
     from lightning_peft.export.adapters import find_adapter
+    from lightning_peft.export.request import ExportRequest
 
     adapter = find_adapter(args.adapter)
     base = merged_folder.base_of(adapter, args.base, args.revision)
@@ -104,7 +131,7 @@ def _request(args: argparse.Namespace, formats: Any, options: dict[str, Any]) ->
         tokenizer = load_tokenizer(base)
         template = find_template(tokenizer, args.chat_template).text
         adapter = replace(adapter, facts=adapter.facts | {"chat_template": template})
-    return formats.ExportRequest(
+    return ExportRequest(
         adapter=adapter,
         base=base,
         output=Path(args.output),
@@ -114,6 +141,9 @@ def _request(args: argparse.Namespace, formats: Any, options: dict[str, Any]) ->
         chat_template=template,
         system=args.system,
         separate_adapter=args.separate_adapter,
+        adapter_only=args.adapter_only,
+        outtype=args.outtype,
+        llama_quantize=args.llama_quantize,
     )
 
 

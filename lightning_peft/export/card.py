@@ -89,6 +89,30 @@ def quantized_section(found: Mapping[str, Any]) -> str:
     )
 
 
+def gguf_card(adapter: Adapter, license: str | None, record: Mapping[str, Any]) -> str:
+    """Returns the card of a folder with GGUF files; ``record`` is its ``gguf_report.json``."""
+    front = _front(adapter, license, ["gguf", "lightning-peft"], "gguf")
+    text = "| file | what | sha256 |\n| --- | --- | --- |\n"
+    parts = {
+        "model": "model with the adapter built in",
+        "base": "base without the adapter",
+        "adapter": "adapter, for `--lora`",
+    }
+    for file in record["files"]:
+        text += f"| `{file['file']}` | {parts[file['part']]} | `{file['sha256']}` |\n"
+    error = record["logit_error"]
+    if error is not None:
+        text += (
+            f"\nDifference to the base with the adapter as it was trained: {error['relative']:.2%} "
+            f"of the logits, {error['kl']:.2e} nats per token, {error['same_choice']:.1%} of the "
+            "next tokens the same.\n"
+        )
+    else:
+        text += f"\nThe outputs were not compared: {record['not_measured']}.\n"
+    title = f"# {adapter.name}, GGUF"
+    return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_provenance_rows(adapter, license)}"
+
+
 def _front(adapter: Adapter, license: str | None, tags: list[str], library: str) -> str:
     lines = ["---", f"library_name: {library}"]
     base = adapter.base_name

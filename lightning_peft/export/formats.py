@@ -5,52 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS, Adapter
-from lightning_peft.export.base import Base, license_of
+from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
+from lightning_peft.export.base import license_of
 from lightning_peft.export.card import adapter_card, public, quantized_section
+from lightning_peft.export.gguf.exporting import as_gguf
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
 from lightning_peft.export.merging import merge
 from lightning_peft.export.output import atomic_folder
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
+from lightning_peft.export.request import ExportRequest
 
 # The ranks that vLLM lays out memory for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Architectures that Ollama's documentation lists for safetensors.
 _OLLAMA = ("Llama", "Mistral", "Gemma", "Phi3")
-
-
-@dataclass
-class ExportRequest:
-    """Arguments common to all formats.
-
-    Attributes:
-        adapter: The adapter.
-        base: Its base.
-        output: The folder to make.
-        base_name: What the base is called in exported files, instead of what is recorded.
-        options: Arguments of :func:`lightning_peft.export.merging.merge`.
-        bits: Of a quantized model.
-        chat_template: Jinja source, where one is known.
-        system: System turn for Ollama.
-        separate_adapter: Keep base and adapter apart for Ollama.
-    """
-
-    adapter: Adapter
-    base: Base
-    output: Path
-    base_name: str | None
-    options: dict[str, Any]
-    bits: int = 8
-    chat_template: str | None = None
-    system: str | None = None
-    separate_adapter: bool = False
 
 
 def as_adapter(request: ExportRequest) -> dict[str, Any]:
@@ -177,7 +152,7 @@ def _modelfile(request: ExportRequest, source: str) -> tuple[str, list[str]]:
     if turns is not None:
         bos = _added_token(tokenizer)
         text += f'TEMPLATE """{turns.as_go(bos)}"""\n'
-        ends.append(turns.around["assistant"][1].strip().split("\n")[0])
+        ends.append(turns.end)
         if turns.as_go(bos) != turns.as_go(None):
             notes.append(f"{bos!r} is left out of TEMPLATE: Ollama begins with it")
     elif template:
@@ -286,6 +261,7 @@ FORMATS = {
     "adapter": as_adapter,
     "merged": as_merged,
     "quantized": as_quantized,
+    "gguf": as_gguf,
     "ollama": as_ollama,
     "vllm": as_vllm,
 }

@@ -45,6 +45,11 @@ class TurnTemplate:
     system: Literal["turn", "first user", "last user"] = "turn"
     between: str = ""
 
+    @property
+    def end(self) -> str:
+        """What ends an answer, such as a token; empty where nothing does."""
+        return self.around["assistant"][1].strip().split("\n")[0]
+
     def render(self, messages: Messages) -> str:
         """Returns a conversation as text, up to where the answer begins."""
         first = messages[0]["role"] == "system"

@@ -94,10 +94,10 @@ def merge_into_folder(
     """
     check_output_free(output)
     merge, names = prepare(adapter, base, into, dtype)
-    checked = check_base and _check_base(adapter, base, merge, names, progress)
-    plan = _plan(base, merge, names)
+    checked = check_base and base_checked(adapter, base, merge, names, progress)
+    plan = planned(base, merge, names)
     size = sum(s.numel * s.dtype.itemsize for shard in plan.values() for s in shard.values())
-    _refuse_full_disk(output, size)
+    refuse_full_disk(output, size)
     with atomic_folder(output) as folder:
         _write_weights(folder, base, merge, names, plan, progress, size)
         written = str(_main_dtype(plan)).removeprefix("torch.")
@@ -148,7 +148,12 @@ def prepare(
     return merge, names
 
 
-def _refuse_full_disk(output: Path, size: int) -> None:
+def refuse_full_disk(output: Path, size: int) -> None:
+    """Refuses to write ``size`` bytes where there is no room for them.
+
+    Raises:
+        ConfigError: If the disk of ``output`` has less.
+    """
     place = next(p for p in output.resolve().parents if p.is_dir())
     free = shutil.disk_usage(place).free
     if free < size * 1.02:
@@ -158,7 +163,7 @@ def _refuse_full_disk(output: Path, size: int) -> None:
         )
 
 
-def _check_base(
+def base_checked(
     adapter: Adapter, base: Base, merge: StreamedMerge, names: dict[str, str], progress: Progress
 ) -> bool:
     """Compares the base with the recorded one; says whether there was a record."""
@@ -199,10 +204,10 @@ def _aliases(outline: Any) -> dict[str, list[str]]:
     return {name: group for group in groups.values() for name in group}
 
 
-def _plan(
+def planned(
     base: Base, merge: StreamedMerge, names: dict[str, str]
 ) -> dict[str, dict[str, StoredTensor]]:
-    """Returns the content of each file."""
+    """Returns the tensors of each file of the merged model, by key."""
     plan = {
         file: {
             key: StoredTensor(merge.dtype_of(names[key], stored.dtype), stored.shape)
@@ -245,31 +250,49 @@ def _write_weights(
     progress: Progress,
     size: int,
 ) -> None:
-    replaced, done = merge.replaced(), 0
-    elsewhere = {None, *replaced}
+    done = 0
 
-    def values(file: str) -> Iterator[Tensor]:
+    def values(entries: dict[str, StoredTensor]) -> Iterator[Tensor]:
         nonlocal done
-        order = in_file_order(plan[file])
-        of_base = [key for key in order if names.get(key) not in elsewhere]
-        read = base.tensors(of_base)
-        for key in order:
-            name = names.get(key, key)
-            if name in replaced:
-                # An adapted embedding has an adapter on top of what the file brings.
-                value = merge.merged(name, replaced[name]).to(plan[file][key].dtype)
-            else:
-                value = merge.merged(name, next(read))
+        for value in merged_values(base, merge, names, entries, in_file_order(entries)):
             done += value.numel() * value.element_size()
             progress("merging", done, size)
             yield value
 
     for file, entries in plan.items():
-        write_safetensors(folder / file, entries, values(file))
+        write_safetensors(folder / file, entries, values(entries))
     if len(plan) > 1 or (base.folder / INDEX).is_file():
         weight_map = {key: file for file, entries in plan.items() for key in entries}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def merged_values(
+    base: Base,
+    merge: StreamedMerge,
+    names: dict[str, str],
+    entries: dict[str, StoredTensor],
+    order: list[str],
+) -> Iterator[Tensor]:
+    """Yields tensors of the merged model, one at a time.
+
+    Args:
+        base: The files of the base.
+        merge: What merges.
+        names: Names in the model by keys in the files.
+        entries: What is written, by key; see :func:`planned`.
+        order: Keys among ``entries``, in the order in which the tensors are wanted.
+    """
+    replaced = merge.replaced()
+    elsewhere = {None, *replaced}
+    read = base.tensors([key for key in order if names.get(key) not in elsewhere])
+    for key in order:
+        name = names.get(key, key)
+        if name in replaced:
+            # An adapted embedding has an adapter on top of what the file brings.
+            yield merge.merged(name, replaced[name]).to(entries[key].dtype)
+        else:
+            yield merge.merged(name, next(read))
 
 
 def _write_companions(

@@ -1,0 +1,228 @@
+"""What llama.cpp calls a model of transformers, its numbers and its tensors.
+
+An architecture is in the table if a test shows that llama.cpp gives transformers' logits for it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lightning_peft.errors import UnsupportedError, itemize
+from lightning_peft.export.gguf.files import gguf
+
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a class of transformers differs from the others in a GGUF file.
+
+    Attributes:
+        name: What llama.cpp calls it.
+        interleaved: Whether rotary pairs are neighbours, while transformers has them half a head
+            apart: rows of ``q_proj`` and ``k_proj`` change places.
+        norm_offset: What is added to the weights of norms.
+        activation: The one that llama.cpp computes with.
+        own_head_size: Whether the size of heads is always written.
+    """
+
+    name: str
+    interleaved: bool = False
+    norm_offset: float = 0.0
+    activation: str = "silu"
+    own_head_size: bool = False
+
+
+FAMILIES = {
+    "LlamaForCausalLM": Family("llama", interleaved=True),
+    "MistralForCausalLM": Family("llama", interleaved=True),
+    "Qwen2ForCausalLM": Family("qwen2"),
+    "Qwen3ForCausalLM": Family("qwen3", own_head_size=True),
+    "GemmaForCausalLM": Family(
+        "gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", own_head_size=True
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model as llama.cpp sees it.
+
+    Attributes:
+        class_name: Its class in transformers.
+        config: Its config.
+    """
+
+    class_name: str
+    config: Any
+
+    @property
+    def family(self) -> Family:
+        """The row of the table for its class."""
+        return FAMILIES[self.class_name]
+
+    @property
+    def head_size(self) -> int:
+        """Numbers in one attention head."""
+        own = getattr(self.config, "head_dim", None)
+        return int(own or self.config.hidden_size // self.config.num_attention_heads)
+
+    @property
+    def context(self) -> int:
+        """Positions for which llama.cpp computes what transformers does."""
+        longest = int(self.config.max_position_embeddings)
+        window = self._window
+        return longest if window is None else min(longest, window)
+
+    @property
+    def _window(self) -> int | None:
+        if not getattr(self.config, "use_sliding_window", True):
+            return None
+        window = getattr(self.config, "sliding_window", None)
+        return None if window is None else int(window)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know."""
+        if self.context == self.config.max_position_embeddings:
+            return []
+        return [
+            f"the model attends to the last {self.context} tokens, and llama.cpp to all: the file "
+            f"names a context of {self.context}, up to which they are the same"
+        ]
+
+    @cached_property
+    def _names(self) -> Any:
+        (kind,) = (key for key, name in gguf().MODEL_ARCH_NAMES.items() if name == self.family.name)
+        return gguf().get_tensor_name_map(kind, self.config.num_hidden_layers)
+
+    def tensor_name(self, name: str) -> str | None:
+        """Returns llama.cpp's name of a tensor of transformers, ``None`` if it has none such."""
+        found: str | None = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        return found
+
+    def tensor_names(self, names: list[str]) -> dict[str, str]:
+        """Returns the names of all tensors that are written, by those in transformers.
+
+        A head that is tied to the embedding is left out: llama.cpp takes the embedding.
+
+        Raises:
+            UnsupportedError: If llama.cpp has no place for one of them.
+        """
+        if self.config.tie_word_embeddings:
+            names = [name for name in names if name != _HEAD]
+        found = {name: self.tensor_name(name) for name in names}
+        homeless = [name for name, there in found.items() if there is None]
+        if homeless:
+            raise UnsupportedError(
+                f"llama.cpp's {self.family.name!r} has no place for these tensors:"
+                + itemize(homeless, 5)
+                + "\nExport the model with --format merged."
+            )
+        return {name: there for name, there in found.items() if there is not None}
+
+    def converted(self, name: str, value: Tensor) -> Tensor:
+        """Returns a tensor, or rows of one, in llama.cpp's order and meaning.
+
+        Args:
+            name: Its name in transformers.
+            value: ``(out, ...)``; of norms ``(width,)``.
+        """
+        owner, leaf = name.rsplit(".", 2)[-2:]
+        if self.family.interleaved and owner in ("q_proj", "k_proj"):
+            # (heads, halves, pairs) -> (heads, pairs, halves)
+            rest = value.shape[1:]
+            halves = value.reshape(-1, 2, self.head_size // 2, *rest)
+            return halves.transpose(1, 2).reshape(-1, *rest)
+        if self.family.norm_offset and leaf == "weight" and "norm" in owner:
+            return value.float() + self.family.norm_offset
+        return value
+
+    def computed(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields the tensors that no file of transformers has, by llama.cpp's names."""
+        if self._rope["rope_type"] == "llama3":
+            plain, scaled = (
+                ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]
+                for config in (self._unscaled(), self.config)
+            )
+            yield "rope_freqs.weight", plain / scaled
+
+    def _unscaled(self) -> Any:
+        config = copy.deepcopy(self.config)
+        config.rope_parameters = {**self._rope, "factor": 1.0}
+        return config
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.config.rope_parameters
+        return found
+
+    def add_to(self, writer: Any, vocabulary: int) -> None:
+        """Adds the numbers to a ``gguf.GGUFWriter``; ``vocabulary`` is rows of the embedding."""
+        config, heads = self.config, self.config.num_attention_heads
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(self.context)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(vocabulary)
+        writer.add_rope_dimension_count(self.head_size)
+        if self.family.own_head_size or self.head_size * heads != config.hidden_size:
+            writer.add_key_length(self.head_size)
+            writer.add_value_length(self.head_size)
+        rope = self._rope
+        writer.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] == "linear":
+            writer.add_rope_scaling_type(gguf().RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+
+
+def architecture_of(class_name: str, config: Any) -> Architecture:
+    """Returns the architecture of a model.
+
+    Args:
+        class_name: Its class in transformers.
+        config: Its config.
+
+    Raises:
+        UnsupportedError: If such a GGUF file is not written here, with all reasons.
+    """
+    if class_name not in FAMILIES:
+        raise UnsupportedError(
+            f"{class_name} is not written as GGUF here: {', '.join(FAMILIES)} are. Export it with "
+            "--format merged, and convert that folder by llama.cpp's convert_hf_to_gguf.py."
+        )
+    architecture = Architecture(class_name, config)
+    reasons = list(_obstacles(architecture))
+    if reasons:
+        raise UnsupportedError(
+            f"This {class_name} is not written as GGUF here:"
+            + itemize(reasons)
+            + "\nExport it with --format merged, and convert that folder by llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
+    return architecture
+
+
+def _obstacles(architecture: Architecture) -> Iterator[str]:
+    config, family = architecture.config, architecture.family
+    kind = architecture._rope.get("rope_type")
+    if kind not in ("default", "linear", "llama3"):
+        yield f"its positions are scaled by {kind!r}: 'default', 'linear' and 'llama3' are known"
+    partial = architecture._rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        yield f"partial_rotary_factor={partial}: llama.cpp turns whole heads"
+    if config.hidden_act != family.activation:
+        yield f"hidden_act={config.hidden_act!r}: llama.cpp computes with {family.activation!r}"
+    if getattr(config, "use_bidirectional_attention", None):
+        yield "use_bidirectional_attention=True: llama.cpp attends to earlier tokens only"

@@ -1,0 +1,197 @@
+"""A model with its tokenizer and chat template as one GGUF file, from the files of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from lightning_peft.engine.streamed_merging import Into, StreamedMerge
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base, StoredTensor
+from lightning_peft.export.gguf.architectures import Architecture, architecture_of
+from lightning_peft.export.gguf.files import (
+    Progress,
+    WrittenTensor,
+    kind_of,
+    new_writer,
+    write_tensors,
+)
+from lightning_peft.export.gguf.vocabulary import Vocabulary, vocabulary_of
+from lightning_peft.export.go_template import translate
+from lightning_peft.export.loading import load_tokenizer
+from lightning_peft.export.merged_folder import merged_values, planned, prepare
+
+_EMBEDDING = "model.embed_tokens.weight"
+# Merged in the dtype in which it is written; what is quantized comes from float32.
+_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A model that can be written as GGUF: everything has been checked, and nothing written.
+
+    Attributes:
+        base: The files of the base.
+        merge: What merges the adapter.
+        names: Names in the model by keys in the files.
+        plan: The tensors of the merged model by key, file by file, as in the base.
+        architecture: What llama.cpp calls it.
+        vocabulary: Its tokenizer.
+        chat_template: Jinja source, where one is known.
+    """
+
+    base: Base
+    merge: StreamedMerge
+    names: dict[str, str]
+    plan: dict[str, dict[str, StoredTensor]]
+    architecture: Architecture
+    vocabulary: Vocabulary
+    chat_template: str | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know."""
+        return [*self.architecture.notes, *self.vocabulary.notes]
+
+    def write_merged(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
+        """Writes the model with the adapter built in; returns the bytes of its tensors.
+
+        Args:
+            file: The file; it is made.
+            kind: One of :data:`lightning_peft.export.gguf.files.KINDS`.
+            facts: Texts by GGUF's keys, such as ``general.name``.
+            progress: Called with what is going on, bytes done, and all bytes.
+        """
+        values = (
+            merged_values(self.base, self.merge, self.names, shard, self._order(shard))
+            for shard in self.plan.values()
+        )
+        return self._write(file, self.plan, chain.from_iterable(values), kind, facts, progress)
+
+    def write_base(self, file: Path, kind: str, facts: dict[str, str], progress: Progress) -> int:
+        """Writes the base without the adapter, as :meth:`write_merged`."""
+        values = (self.base.tensors(self._order(shard)) for shard in self.base.shards.values())
+        tensors = chain.from_iterable(values)
+        return self._write(file, self.base.shards, tensors, kind, facts, progress)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the merged model has."""
+        return sum(stored.numel for shard in self.plan.values() for stored in shard.values())
+
+    def check_names(self) -> None:
+        """Refuses a model with tensors that llama.cpp has no place for.
+
+        Raises:
+            UnsupportedError: If there are some.
+        """
+        for shard in self.plan.values():
+            self._order(shard)
+
+    def _order(self, shard: dict[str, StoredTensor]) -> list[str]:
+        """Returns the keys of a file whose tensors are written, in the order of the model."""
+        place = {name: index for index, name in enumerate(self.merge.outline.state_dict())}
+        names = {key: self.names.get(key, key) for key in shard}
+        written = self.architecture.tensor_names([n for n in names.values() if n in place])
+        return sorted(
+            (key for key, name in names.items() if name in written),
+            key=lambda key: place[names[key]],
+        )
+
+    def _write(
+        self,
+        file: Path,
+        plan: dict[str, dict[str, StoredTensor]],
+        values: Iterator[Tensor],
+        kind: str,
+        facts: dict[str, str],
+        progress: Progress,
+    ) -> int:
+        writer = new_writer(file, self.architecture.family.name, kind)
+        writer.add_type("model")
+        for key, value in facts.items():
+            writer.add_string(key, value)
+        self.architecture.add_to(writer, len(self.vocabulary.tokens))
+        self.vocabulary.add_to(writer)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+        tensors = [
+            WrittenTensor(name, tuple(value.shape), _given(value), "f32")
+            for name, value in self.architecture.computed()
+        ]
+        for shard in plan.values():
+            for key in self._order(shard):
+                name, shape = self.names.get(key, key), shard[key].shape
+                there = self.architecture.tensor_name(name)
+                assert there is not None
+                number = kind_of(shape, kind)
+                tensors.append(WrittenTensor(there, shape, self._next(name, values), number))
+        return write_tensors(writer, tensors, progress)
+
+    def _next(self, name: str, values: Iterator[Tensor]) -> Any:
+        return lambda: self.architecture.converted(name, next(values))
+
+
+def prepare_model(
+    adapter: Adapter, base: Base, kind: str, into: Into | None, chat_template: str | None
+) -> GgufModel:
+    """Returns a model that can be written in a file of the kind ``kind``.
+
+    Args:
+        adapter: The adapter.
+        base: Its base.
+        kind: One of :data:`lightning_peft.export.gguf.files.KINDS`.
+        into: Which base of a QLoRA adapter; see
+            :class:`lightning_peft.engine.streamed_merging.StreamedMerge`.
+        chat_template: Jinja source; by default the tokenizer's.
+
+    Raises:
+        UnsupportedError: If llama.cpp has no such architecture or tokenizer, or it is not known
+            here.
+        LightningPeftError: See :func:`lightning_peft.export.merged_folder.prepare`.
+    """
+    name = adapter.base.get("class") or (base.config.architectures or ["A model of no class"])[0]
+    architecture_of(str(name), base.config)
+    merge, names = prepare(adapter, base, into, _DTYPES.get(kind, torch.float32))
+    plan = planned(base, merge, names)
+    architecture = architecture_of(type(merge.outline).__name__, base.config)
+    shapes = {
+        names.get(key, key): stored.shape
+        for shard in plan.values()
+        for key, stored in shard.items()
+    }
+    tokenizer = load_tokenizer(base)
+    template = chat_template or _own_template(tokenizer)
+    turns = translate(tokenizer, template) if template else None
+    end = None if turns is None else turns.end
+    prompt = _rendered(tokenizer, template) if template else None
+    vocabulary = vocabulary_of(tokenizer, shapes[_EMBEDDING][0], end, prompt)
+    model = GgufModel(base, merge, names, plan, architecture, vocabulary, template)
+    model.check_names()
+    return model
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template
+
+
+def _rendered(tokenizer: Any, template: str) -> str | None:
+    turn = {"role": "user", "content": "text"}
+    try:
+        return str(tokenizer.apply_chat_template([turn], chat_template=template, tokenize=False))
+    except (TemplateError, ValueError):
+        return None
+
+
+def _given(value: Tensor) -> Any:
+    return lambda: value

@@ -1,0 +1,225 @@
+"""GGUF files hold what was merged, exactly as far as their numbers go, or are not there."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, dequantize
+from llama_cpp import LlamaCpp
+from torch import nn
+
+import lightning_peft
+from lightning_peft.errors import CheckpointError, UnsupportedError
+from lightning_peft.export.gguf import lora
+from lightning_peft.export.gguf.files import kind_of
+
+from .gguf_models import CHATML, adapted, byte_tokenizer, prepared, silent, tiny_model
+from .test_gguf_architectures import IDS, logprobs
+from .test_merged_folder import peak_bytes
+
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tensors(file: Path) -> dict[str, np.ndarray]:
+    return {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
+
+
+def facts(file: Path) -> dict[str, object]:
+    fields = GGUFReader(file).fields.items()
+    return {key: field.contents() for key, field in fields if not key.startswith("GGUF.")}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("f32", marks=pytest.mark.long),
+        pytest.param("f16", marks=pytest.mark.long),
+        pytest.param("bf16", marks=pytest.mark.long),
+        "q8_0",
+    ],
+)
+def test_numbers_of_each_kind(kind: str, tmp_path: Path) -> None:
+    model, adapter = adapted(
+        tmp_path,
+        tiny_model("LlamaForCausalLM", intermediate_size=80),
+        byte_tokenizer(ascii_only=True),
+    )
+    file = tmp_path / "model.gguf"
+    prepared(tmp_path, adapter, kind).write_merged(file, kind, {"general.name": "x"}, silent)
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}.get(kind, torch.float32)
+    lightning_peft.merge(model, dtype=dtype)
+    lightning_peft.unload(model)
+    state, found = model.state_dict(), tensors(file)
+    # Rows of 80 numbers are not blocks of 32.
+    types = {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}
+    assert types["blk.0.ffn_down.weight"] == ("F16" if kind == "q8_0" else kind.upper())
+    assert types["blk.1.attn_norm.weight"] == "F32"
+    for there, here in {
+        "token_embd.weight": "model.embed_tokens.weight",
+        "output.weight": "lm_head.weight",
+        "blk.1.ffn_up.weight": "model.layers.1.mlp.up_proj.weight",
+        "blk.1.attn_v.weight": "model.layers.1.self_attn.v_proj.weight",
+    }.items():
+        expected = state[here].to(dtype).float().numpy()
+        if kind == "q8_0":
+            # The largest of 32 numbers is 127 steps, whose size is a float16.
+            step = np.abs(expected.reshape(-1, 32)).max(1, keepdims=True) / 127
+            error = np.abs(found[there].reshape(-1, 32) - expected.reshape(-1, 32))
+            assert (error <= 0.6 * step).all()
+            assert error.max() > 0
+        else:
+            np.testing.assert_array_equal(found[there], expected)
+    q = state["model.layers.0.self_attn.q_proj.weight"].float().numpy()
+    if kind == "f32":
+        # A pair that turns together: half a head apart here, and neighbours there.
+        np.testing.assert_array_equal(found["blk.0.attn_q.weight"][16 + 2], q[16 + 1])
+        np.testing.assert_array_equal(found["blk.0.attn_q.weight"][16 + 3], q[16 + 8 + 1])
+    known = facts(file)
+    assert known["general.architecture"] == "llama"
+    assert known["general.file_type"] == {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}[kind]
+    assert known["tokenizer.chat_template"] == CHATML
+
+
+def test_which_numbers_a_tensor_gets() -> None:
+    assert kind_of((64,), "f16") == "f32"
+    assert kind_of((3, 64), "q8_0") == "q8_0"
+    assert kind_of((3, 48), "q8_0") == "f16"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        {"use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    ],
+)
+def test_an_adapter_file_is_the_merged_model(settings: dict, tmp_path: Path) -> None:
+    settings = {"target_modules": LAYERS, **settings}
+    base = tiny_model("LlamaForCausalLM")
+    model, adapter = adapted(tmp_path, base, byte_tokenizer(ascii_only=True), **settings)
+    written = prepared(tmp_path, adapter)
+    lora.check_adapter(written.merge, written.architecture)
+    written.write_base(tmp_path / "base.gguf", "f32", {}, silent)
+    outline = written.merge.outline
+    file = tmp_path / "adapter.gguf"
+    lora.write_adapter(file, outline, written.architecture, "f32", "mine", silent)
+    known = facts(file)
+    assert known["general.type"] == "adapter"
+    assert known["adapter.type"] == "lora"
+    assert len(tensors(file)) == 2 * 2 * len(LAYERS)
+    assert tensors(file)["blk.1.attn_v.weight.lora_a"].shape == (2 if len(settings) > 1 else 4, 64)
+    plain = LlamaCpp(tmp_path / "base.gguf").continued(IDS, 3, top=128)
+    found = LlamaCpp(tmp_path / "base.gguf", file).continued(IDS, 3, top=128)
+    lightning_peft.merge(model, dtype=torch.float32)
+    expected = logprobs(model, IDS)
+    actual = torch.tensor([found["logprobs"][0][index] for index in range(128)])
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
+    without = torch.tensor([plain["logprobs"][0][index] for index in range(128)])
+    assert (without - expected).abs().max() > 0.1
+
+
+@pytest.mark.long
+def test_an_adapter_on_the_embedding(tmp_path: Path) -> None:
+    base = tiny_model("Qwen2ForCausalLM", tie_word_embeddings=False)
+    model, adapter = adapted(
+        tmp_path,
+        base,
+        byte_tokenizer(ascii_only=True),
+        target_modules=["embed_tokens", "lm_head", "q_proj"],
+    )
+    written = prepared(tmp_path, adapter)
+    lora.check_adapter(written.merge, written.architecture)
+    written.write_base(tmp_path / "base.gguf", "f32", {}, silent)
+    file = tmp_path / "adapter.gguf"
+    lora.write_adapter(file, written.merge.outline, written.architecture, "f32", "x", silent)
+    lightning_peft.merge(model, dtype=torch.float32)
+    found = LlamaCpp(tmp_path / "base.gguf", file).continued(IDS, 1, top=128)
+    actual = torch.tensor([found["logprobs"][0][index] for index in range(128)])
+    torch.testing.assert_close(actual, logprobs(model, IDS), atol=2e-4, rtol=0)
+
+
+def test_more_than_low_rank_factors(tmp_path: Path) -> None:
+    base = tiny_model("LlamaForCausalLM", tie_word_embeddings=False)
+    model, adapter = adapted(
+        tmp_path, base, byte_tokenizer(ascii_only=True), modules_to_save=["lm_head"]
+    )
+    written = prepared(tmp_path, adapter)
+    with pytest.raises(UnsupportedError, match=r"holds whole tensors(?s:.*)lm_head\.weight"):
+        lora.check_adapter(written.merge, written.architecture)
+    written.write_merged(tmp_path / "model.gguf", "f32", {}, silent)
+    head: nn.Module = model.get_submodule("lm_head")
+    expected = head.weight.detach().numpy()
+    np.testing.assert_array_equal(tensors(tmp_path / "model.gguf")["output.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("GPT2LMHeadModel", {}, "GPT2LMHeadModel is not written as GGUF here: LlamaForCausalLM, M"),
+        (
+            "LlamaForCausalLM",
+            {"hidden_act": "relu", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            r"scaled by 'dynamic'(?s:.*)hidden_act='relu': llama.cpp computes with 'silu'",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5: llama.cpp turns whole heads",
+        ),
+        (
+            "GemmaForCausalLM",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention=True",
+        ),
+    ],
+)
+def test_other_architectures(name: str, changes: dict, message: str, tmp_path: Path) -> None:
+    model = tiny_model(name, **changes)
+    targets = ["c_attn"] if name.startswith("GPT2") else ["q_proj"]
+    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True), target_modules=targets)
+    with pytest.raises(UnsupportedError, match=message):
+        prepared(tmp_path, adapter)
+
+
+def test_a_window_of_attention_is_the_context(tmp_path: Path) -> None:
+    model = tiny_model("MistralForCausalLM", sliding_window=16, num_hidden_layers=1)
+    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True))
+    written = prepared(tmp_path, adapter)
+    assert written.architecture.context == 16
+    assert written.notes == [
+        "the model attends to the last 16 tokens, and llama.cpp to all: the file names a context "
+        "of 16, up to which they are the same"
+    ]
+
+
+def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
+    model = tiny_model("LlamaForCausalLM", intermediate_size=80)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = 1e5
+    _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True))
+    for kind, message in (("f16", "down_proj.weight would hold values that"), ("q8_0", "65504")):
+        with pytest.raises(CheckpointError, match=message):
+            prepared(tmp_path, adapter, kind).write_merged(tmp_path / "x", kind, {}, silent)
+    prepared(tmp_path, adapter, "bf16").write_merged(tmp_path / "x", "bf16", {}, silent)
+
+
+def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "num_hidden_layers": 8}
+    model = tiny_model("LlamaForCausalLM", **sizes)
+    total = sum(4 * param.numel() for param in model.parameters())
+    largest = max(4 * param.numel() for param in model.parameters())
+    _, adapter = adapted(
+        tmp_path, model, byte_tokenizer(ascii_only=True), shards="1MB", target_modules=["q_proj"]
+    )
+    written = prepared(tmp_path, adapter)
+    tracemalloc.start()
+    peak = peak_bytes(lambda: written.write_merged(tmp_path / "x.gguf", "q8_0", {}, silent))
+    # What numpy allocates, which torch does not count.
+    encoded = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / "x.gguf").stat().st_size > total / 4
+    assert peak < 1_000_000 + 4 * largest < total / 3
+    assert encoded < 4 * largest

@@ -1,0 +1,69 @@
+"""llama.cpp itself, on the CPU: what it makes of GGUF files."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class LlamaCpp:
+    """A GGUF file as llama.cpp loads it.
+
+    Attributes:
+        address: Of its server in this process.
+    """
+
+    def __init__(self, file: Path, adapter: Path | None = None, context: int = 256) -> None:
+        llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
+        params = llama.CommonParams()
+        params.model.path, params.n_ctx = str(file), context
+        params.n_parallel, params.warmup, params.verbosity = 1, False, -1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        # What it keeps for the next request, and computes with on the way, in full precision.
+        params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.fit_params = False
+        if adapter is not None:
+            params.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        self._server = llama.Server(params)
+        self.address = self._server.listening_address
+
+    def _post(self, path: str, fields: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.address + path,
+            json.dumps(fields).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=100) as answer:
+            return json.loads(answer.read())
+
+    def props(self) -> dict[str, Any]:
+        """Returns its facts of the model."""
+        with urllib.request.urlopen(self.address + "/props", timeout=100) as answer:
+            return json.loads(answer.read())
+
+    def tokens(self, text: str, special: bool = True, parse: bool = True) -> list[int]:
+        """Returns the ids of a text."""
+        fields = {"content": text, "add_special": special, "parse_special": parse}
+        return self._post("/tokenize", fields)["tokens"]
+
+    def prompt(self, messages: list[dict[str, str]]) -> str:
+        """Returns a conversation as text, by the chat template in the file."""
+        return self._post("/apply-template", {"messages": messages})["prompt"]
+
+    def continued(self, ids: list[int], count: int, top: int = 1) -> dict[str, Any]:
+        """Returns the likeliest next tokens, and the ``top`` log-probabilities at each."""
+        fields = {"prompt": ids, "n_predict": count, "temperature": 0.0, "n_probs": top}
+        found = self._post("/completion", {**fields, "cache_prompt": False, "return_tokens": True})
+        return {
+            "tokens": found["tokens"],
+            "logprobs": [
+                {each["id"]: each["logprob"] for each in step["top_logprobs"]}
+                for step in found.get("completion_probabilities", [])
+            ],
+            "stop": found["stop_type"],
+        }
