@@ -6,6 +6,7 @@ from .data.speech import SpeechData as SpeechData
 from .data.supervised import SupervisedData as SupervisedData
 from .data.text_classification import TextClassificationData as TextClassificationData
 from .data.token_classification import TokenClassificationData as TokenClassificationData
+from .data.unpaired import UnpairedPreferenceData as UnpairedPreferenceData
 from .engine.adapters import disable_adapters as disable_adapters
 from .engine.adapters import set_adapter as set_adapter
 from .engine.files.adapter_files import save_adapter as save_adapter

@@ -187,6 +187,22 @@ for _name in ("dpo", "orpo"):
     )
 register_task(
     TaskSpec(
+        name="kto",
+        module="lightning_peft.tasks.UnpairedPreferenceTuning",
+        data="lightning_peft.UnpairedPreferenceData",
+        shapes=(("unpaired", ("prompt", "completion", "label", "system")), *_PREFERENCE),
+        auto_class="AutoModelForCausalLM",
+        family="causal-lm",
+        label_per="token",
+        generates=True,
+        chats=True,
+        chat_template=True,
+        sequences_per_row=1,
+        defaults=((_RATE, 5e-6),),
+    )
+)
+register_task(
+    TaskSpec(
         name="reward",
         module="lightning_peft.tasks.RewardModel",
         data="lightning_peft.PreferenceData",

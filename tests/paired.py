@@ -5,6 +5,7 @@ from importlib import import_module
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.data.preference import PreferenceData
+from lightning_peft.data.unpaired import UnpairedPreferenceData
 from lightning_peft.demo.run import BASE
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
@@ -37,6 +38,21 @@ def data_in(folder, root=ROOTS[1], count=24, **options):
     given = {"chat_template": "plain", "validation_share": 0.3, "batch_size": 4, **options}
     made = bind_to_lightning(PreferenceData, root)
     return made(str(folder / "pairs.jsonl"), str(BASE), cache_dir=str(folder / "cache"), **given)
+
+
+def answers_in(folder, count=24, wanted=lambda i: i % 2 == 0, **options):
+    rows = [
+        {
+            "prompt": f"What is {i}?",
+            "completion": f"It is {i}." if wanted(i) else "No " + "idea " * (1 + i % 5),
+            "label": wanted(i),
+        }
+        for i in range(count)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"chat_template": "plain", "validation_share": 0.3, "batch_size": 4, **options}
+    made = bind_to_lightning(UnpairedPreferenceData, ROOTS[1])
+    return made(str(folder / "rows.jsonl"), str(BASE), cache_dir=str(folder / "cache"), **given)
 
 
 def trainer_of(strategy="auto", root=ROOTS[1], **options):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lightning_peft.data.json_text import json_type
 from lightning_peft.data.row_keys import is_turn
 from lightning_peft.data.samples import (
+    DESIRABLE,
+    UNDESIRABLE,
     Message,
     RowProblems,
     Sample,
@@ -181,6 +184,23 @@ def parse_pair(fields: Mapping[str, Any]) -> Sample:
         lambda: _turns(fields.get("completion"), "assistant", "completion", unused),
         unused,
     )
+
+
+def parse_unpaired(fields: Mapping[str, Any]) -> Sample:
+    """Returns a prompt and its completion as turns, and whether it is desirable."""
+    sample, label = collect(lambda: parse_pair(fields), lambda: _desirable(fields.get("label")))
+    return replace(sample, label=label)
+
+
+def _desirable(value: Any) -> str:
+    """Returns the label of an answer; tables hold it as text or as a number."""
+    text = str(value).strip().lower()
+    if text in ("true", "1", "1.0"):
+        return DESIRABLE
+    if text in ("false", "0", "0.0"):
+        return UNDESIRABLE
+    what = "no label" if value in (None, "") else f"{shortened(value)} as label"
+    raise row_problem("desirability", f"has {what}, which is true or false")
 
 
 def parse_alpaca(fields: Mapping[str, Any]) -> Sample:

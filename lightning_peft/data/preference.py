@@ -41,13 +41,7 @@ class PreferenceRows(ConversationRows):
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
         """Returns the row that ``sample`` becomes; its length is that of the longer answer."""
-        sample = sample.with_system(self.system_prompt)
-        if all(message["role"] in ("system", "assistant") for message in sample.messages):
-            raise EncodingProblem(
-                "missing", "has no prompt: nothing says where it ends and the answers begin"
-            )
-        both = self._both(sample)
-        self._check_pair(*both)
+        both = self.pair(sample)
         lengths = [len(row.input_ids) for row in both]
         return [
             {
@@ -58,6 +52,14 @@ class PreferenceRows(ConversationRows):
                 "tokens_cut": sum(row.cut for row in both),
             }
         ]
+
+    def pair(self, sample: Sample) -> list[Encoded]:
+        """Returns the tokens of the prompt with the chosen and with the rejected answer."""
+        sample = sample.with_system(self.system_prompt)
+        check_prompt(sample)
+        both = self._both(sample)
+        self._check_pair(*both)
+        return both
 
     def _both(self, sample: Sample) -> list[Encoded]:
         rows, problems = [], []
@@ -96,6 +98,14 @@ class PreferenceRows(ConversationRows):
             {**row, "labels": labels, "tokens": len(labels), "answers": len(both)}
         )
         return {**counts, "ends_trained": sum(self.end in one for one in both)}
+
+
+def check_prompt(sample: Sample) -> None:
+    """Refuses a row whose turns are all the model's."""
+    if all(message["role"] in ("system", "assistant") for message in sample.messages):
+        raise EncodingProblem(
+            "missing", "has no prompt: nothing says where it ends and the answers begin"
+        )
 
 
 def _named(both: Sequence[Any]) -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.samples import Message, Sample
+from lightning_peft.data.samples import UNDESIRABLE, Message, Sample
 
 # Stored with the prepared rows; never in a record that goes with an adapter, as it holds rows.
 FILE = "prompts.json"
@@ -40,7 +40,12 @@ class PromptCollector:
             if known and text and len(text) <= MAX_CHARACTERS:
                 self._systems[text] += 1
         # Without its tools, a row would be asked for something else.
-        elif split == "validation" and not sample.context and len(self._held_out) < MAX_HELD_OUT:
+        elif (
+            split == "validation"
+            and not sample.context
+            and sample.label != UNDESIRABLE
+            and len(self._held_out) < MAX_HELD_OUT
+        ):
             turns = _plain(sample.messages)
             if turns is not None:
                 self._held_out.append(turns)

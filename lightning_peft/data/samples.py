@@ -14,6 +14,8 @@ from lightning_peft.data.json_text import json_type
 
 Message = dict[str, Any]
 
+# Labels of answers that are wanted, and that are not.
+DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
 # Keys of the origin of a turn, not of its content.
 _METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
@@ -28,7 +30,7 @@ class Sample:
             a turn that is not trained; other keys are for the chat template.
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
-        label: The class of the text or image.
+        label: The class of the text or image; with turns, whether the last one is wanted.
         text_pair: The second of two texts that are classified together.
         tokens: Words, each with a tag.
         tags: The tags of the words.
@@ -85,7 +87,7 @@ class Sample:
         """Returns 16 bytes for all turns but the last, or for what has labels, or ``None``."""
         if self.tokens:
             return _digest(self.tokens)
-        if self.label is not None:
+        if self.label is not None and not self.messages:
             return _digest([self.text, self.text_pair])
         if not self.messages:
             return None

@@ -16,6 +16,7 @@ from lightning_peft.data.conversations import (
     parse_pair,
     parse_preference,
     parse_source,
+    parse_unpaired,
 )
 from lightning_peft.data.json_text import lone_surrogate_in, parse_json
 from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
@@ -175,6 +176,8 @@ _IN_ORDER = (
           ("instruction", "output"), ("input", *_ANSWERED)),
     Shape("prompt_completion", "prompt and completion", parse_pair,
           ("prompt", "completion"), _ANSWERED),
+    Shape("unpaired", "prompt, completion and label", parse_unpaired,
+          ("prompt", "completion", "label"), _ANSWERED, "UnpairedPreferenceData"),
     Shape("text_label", "text and label", parse_label,
           ("text", "label"), ("text_pair",), "TextClassificationData"),
     Shape("text", "plain text", parse_text,

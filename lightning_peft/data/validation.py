@@ -43,6 +43,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "preference rows without a preference",
         "the two answers must differ, and only in the last turn",
     ),
+    "desirability": (
+        "answers that are neither wanted nor unwanted",
+        "label is true for an answer that is wanted, and false for one that is not",
+    ),
     "label": (
         "rows whose label cannot be used",
         "correct them, or name all labels with labels=; several labels for one row need a "

@@ -10,3 +10,4 @@ from .speech_recognition import SpeechRecognizer as SpeechRecognizer
 from .text_classification import TextClassifier as TextClassifier
 from .time_series import Forecaster as Forecaster
 from .token_classification import TokenClassifier as TokenClassifier
+from .unpaired import UnpairedPreferenceTuning as UnpairedPreferenceTuning

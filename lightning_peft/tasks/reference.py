@@ -2,14 +2,95 @@
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.tasks.preference_losses import answer_log_probabilities
+from lightning_peft.tasks.pretrained import PretrainedTask
+
+log = logging.getLogger(__name__)
+
+# Nats per answer, far above rounding.
+_NOTICEABLE = 0.01
+
+
+class ReferencedTask(PretrainedTask):
+    """A causal language model that is compared with itself, without its adapters.
+
+    The arguments are those of :class:`PretrainedTask
+    <lightning_peft.tasks.pretrained.PretrainedTask>`.
+    """
+
+    auto_class = AutoModelForCausalLM
+    _start_checked = False
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss needs a reference."""
+        return True
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The class and its loss, for messages."""
+
+    def answers(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the log-probability of each row's answer, and its number of tokens.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``.
+
+        Returns:
+            ``(rows,)``, float32, in nats, and ``(rows,)``, int64.
+        """
+        output = self(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return answer_log_probabilities(output.logits, batch["labels"])
+
+    def reference_answers(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the log-probability that the reference gives each row's answer, ``(rows,)``."""
+        with reference(self):
+            return self.answers(batch)[0]
+
+    def on_fit_start(self) -> None:
+        """Checks that there is a reference, and puts the model in train mode.
+
+        Raises:
+            ConfigError: If the loss needs a reference and the base is none.
+        """
+        self._check_reference()
+        super().on_fit_start()
+
+    def _check_reference(self) -> None:
+        if self.has_reference:
+            check_reference(self)
+
+    on_validation_start = on_test_start = on_predict_start = _check_reference
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Says so once if training does not begin at the reference, on its first batch."""
+        known, self._start_checked = self._start_checked, True
+        if known or not self.has_reference or self.trainer.global_step:
+            return
+        assert self.model is not None
+        plugin: Any = self.trainer.precision_plugin
+        with torch.no_grad(), engine.in_eval_mode(self.model), plugin.forward_context():
+            apart = (self.answers(batch)[0] - self.reference_answers(batch)).abs().mean()
+        if apart > _NOTICEABLE:
+            log.warning(
+                "The adapters have learnt something already: answers are %.2f nats from the "
+                "reference before the first step, which is the base without them. If they are to "
+                "be the reference, merge them into the base first.",
+                apart,
+            )
 
 
 @contextmanager
@@ -29,13 +110,14 @@ def check_reference(task: Any) -> None:
         ConfigError: If there are no adapters to switch off, or something trains besides, or the
             base itself was changed when the adapters were added.
     """
-    name = f"{type(task).__name__}(loss={task.hparams['loss']!r})"
+    name = task.title
     record = engine.record_of(task)
     if record is None:
         raise ConfigError(
             f"{name} needs adapters: its reference is the base with the adapters off, and without "
             "any the trained model would be compared with itself. Train with strategy='lora' or "
-            "'qlora', or with LoRACallback; or take loss='orpo', which needs no reference."
+            "'qlora', or with LoRACallback; or take a loss that needs no reference, such as "
+            "PreferenceTuning's loss='orpo' or loss_type='simpo'."
         )
     problems = []
     parts = [(task.get_submodule(entry.name), entry) for entry in record.parts.values()]

@@ -14,16 +14,16 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
-# Near to another trial: pairs of dpo are those of orpo and reward, speech has an encoder and a
+# Near to another trial: pairs of dpo are those of kto, orpo and reward, speech has an encoder and a
 # decoder as summaries and translation have, and images and tokens are classified as texts are.
 NEAR = {
-    *("orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
+    *("kto-qlora", "orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
     "text-classification-qlora",
 }
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {
-    "test_trials_of_language.py": ("dpo", "orpo", "reward", "sft"),
+    "test_trials_of_language.py": ("dpo", "kto", "orpo", "reward", "sft"),
     "test_trials_of_classification.py": (
         "image-classification",
         "text-classification",

@@ -51,7 +51,7 @@ ROWS = [
     ("source_target", {"article": "a", "highlights": "b"}, TALK),
 ]
 # What these hold is tested where they are used.
-OTHERS = {"text", "text_label", "tokens_tags", "image_label", "translation", "speech"}
+OTHERS = {"text", "text_label", "unpaired", "tokens_tags", "image_label", "translation", "speech"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)

@@ -64,7 +64,7 @@ def test_the_loss_is_that_of_two_models(root, tmp_path):
 def test_the_reference_stays_the_base_and_only_adapters_move(kind, tmp_path):
     pairs = data_in(tmp_path)
     batch = next(iter(pairs.val_dataloader()))
-    expected = _base_of(kind, tmp_path)._answers(batch)[0]
+    expected = _base_of(kind, tmp_path).answers(batch)[0]
     task = task_of()
     trainer = trainer_of(strategy_of(kind))
     trainer.fit(task, pairs)
@@ -93,10 +93,10 @@ def _check_reference(task, batch, expected):
     task.train()
     modes = {name: module.training for name, module in task.named_modules()}
     with reference(task):
-        assert torch.equal(task._answers(batch)[0], expected)
+        assert torch.equal(task.answers(batch)[0], expected)
     assert modes == {name: module.training for name, module in task.named_modules()}
     task.eval()
-    assert not torch.allclose(task._answers(batch)[0], expected, atol=0.1)
+    assert not torch.allclose(task.answers(batch)[0], expected, atol=0.1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora and trained layers", "qlora"])
@@ -134,9 +134,9 @@ def test_gradients_are_those_of_two_models(kind, tmp_path):
     task.eval()
     task.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = other._answers(batch)[0].detach()
+        expected = other.answers(batch)[0].detach()
     with torch.autocast("cpu", torch.bfloat16):
-        policy = task._answers(batch)[0]
+        policy = task.answers(batch)[0]
         chosen, rejected = (0.1 * (policy - expected)).chunk(2)
         (-torch.nn.functional.logsigmoid(chosen - rejected)).mean().backward()
     grads = {name: p.grad for name, p in task.named_parameters() if p.requires_grad}
@@ -197,6 +197,21 @@ def test_a_start_away_from_the_reference_is_reported(fresh, tmp_path, caplog):
     assert ("have learnt something already" in caplog.text) != fresh
 
 
+def test_simpo_computes_no_reference_and_needs_no_adapters(tmp_path):
+    pairs = data_in(tmp_path)
+    task = task_of(loss_type="simpo", beta=2.0)
+    task.configure_model()
+    batch = next(iter(pairs.val_dataloader()))
+    before = task.compare(batch)
+    passes = []
+    task.model.register_forward_hook(lambda *args: passes.append(1))
+    trainer_of(max_steps=9, limit_val_batches=0).fit(task, pairs)
+    assert len(passes) == 9
+    after = task.compare(batch)
+    assert after["loss"].mean() < before["loss"].mean()
+    assert after["margin"].mean() > before["margin"].mean()
+
+
 @pytest.mark.parametrize("strategy", ["auto", "lora", "qlora"])
 def test_orpo_needs_no_reference(strategy, tmp_path):
     pairs = data_in(tmp_path)
@@ -246,6 +261,11 @@ def task_rows(task, batch):
         {"beta": 0},
         {"label_smoothing": 0.5},
         {"loss": "orpo", "label_smoothing": 0.1},
+        {"loss_type": "kto"},
+        {"loss": "orpo", "loss_type": "ipo"},
+        {"loss_type": "hinge", "label_smoothing": 0.1},
+        {"loss_type": "robust"},
+        {"loss_type": "simpo", "simpo_gamma": -0.1},
     ],
 )
 def test_arguments_that_cannot_work(options):
