@@ -270,6 +270,7 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     assert {task.class_name for task in TASKS.values() if task.chats} == {
         "CausalLM",
         "PreferenceTuning",
+        "UnpairedPreferenceTuning",
     }
     for kind in sorted(silent):
         known = getattr(import_module("lightning_peft.tasks"), kind)
