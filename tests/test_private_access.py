@@ -50,8 +50,8 @@ ATTRIBUTES = {
         _compiled_call_impl _conv_forward _current_level _forward_hooks _forward_pre_hooks
         _fused_rms_norm _local_scalar_dense _log_softmax _non_persistent_buffers_set _numel_cache
         _opt_called _optimizer_load_state_dict_post_hooks _optimizer_load_state_dict_pre_hooks
-        _output_padding _reversed_padding_repeated_twice _schema _softmax _to_copy _unsafe_view
-        _version _wrapped_by_lr_sched
+        _output_padding _reversed_padding_repeated_twice _schema _shutdown_workers _softmax _to_copy
+        _unsafe_view _version _wrapped_by_lr_sched
     """,
     "transformers": """
         _attn_implementation _commit_hash _from_config _gradient_checkpointing_func

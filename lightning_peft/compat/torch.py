@@ -197,3 +197,11 @@ def lr_scheduler_step(optimizer: Any) -> Callable[..., Any]:
 def forget_parameter_count(optimizer: torch.optim.LBFGS) -> None:
     """Makes LBFGS count its parameters again."""
     optimizer._numel_cache = None
+
+
+def stop_workers(loader: Any) -> None:
+    """Ends the processes of the iterator of a ``DataLoader``, if it has any."""
+    # Public alternative: `del`, which does nothing as long as a traceback holds the iterator.
+    stop = getattr(loader, "_shutdown_workers", None)
+    if stop is not None:
+        stop()

@@ -1,45 +1,49 @@
-"""Encodes many rows in several processes, in their order.
+"""Encodes many rows in several processes, in their order: a ``DataLoader`` whose indices are rows.
 
-The processes are programs of their own that read pickles. A forked one would inherit the locks of
-torch's and the tokenizer's threads, and one that ``multiprocessing`` spawns would run the user's
-script once more. Where they cannot be had, or fail, rows are encoded in this process, with the same
-result.
+It notices workers that die, and ends them with the pass over the rows.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
+import multiprocessing
 import os
-import pickle
-import signal
-import subprocess
 import sys
+import threading
+import types
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, TypeVar
 
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_peft.compat.torch import stop_workers
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.validation import EncodingProblem
-from lightning_peft.processes import claim_standard_streams
+from lightning_peft.errors import LightningPeftError
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-# So many rows take about as long as starting the processes, which import transformers.
-MIN_ROWS_FOR_WORKERS = 4096
-# Rows that go to a process at once, and how often: the next ones lie ready when it is done.
-CHUNK, MAX_PENDING_CHUNKS = 128, 2
-# The one that reads and writes encodes too, so this makes eight.
-MAX_WORKERS = 7
-# With the path of this process before the first import: `-m` would look into the current folder
-# first, which may be somebody's data.
-_START = """import sys
-sys.path[:] = sys.argv[1].split("\\n")
-from lightning_peft.data.parallel_encoding import main
-main()"""
+# Elsewhere, system libraries do not survive a fork.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+# Rows that take about as long as starting processes: those that are spawned import transformers.
+MIN_ROWS_FOR_WORKERS = {"fork": 512, "spawn": 4096}
+# Rows that a process gets at once.
+CHUNK = 64
+MAX_WORKERS = 8
+# A forked process can inherit a lock that another thread holds, and would wait for it forever.
+TIMEOUT_SECONDS = 300
+# Of the processes. A tokenizer in each has threads enough, and a spawned one would first import
+# from the current folder, which may be somebody's data.
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+
+
+class WorkersFailed(Exception):
+    """Rows could not be encoded in several processes; one may do it, or show the error."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class Outcome:
     unused: Sequence[str] = ()
 
 
-def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
-    """Returns the outcome of a sample."""
+def outcome(encoder: RowEncoder, sample: Sample | None) -> Outcome:
+    """Returns the outcome of a sample; an empty one where there is none."""
+    if sample is None:
+        return Outcome()
     found: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
     for name, step in (("unused", encoder.unused), ("rows", encoder.encode)):
@@ -66,158 +72,107 @@ def outcome(encoder: RowEncoder, sample: Sample) -> Outcome:
     return Outcome(**found, problems=list(dict.fromkeys(problems)))
 
 
-def outcomes(encoder: RowEncoder, samples: Sequence[Sample]) -> list[Outcome]:
-    """Returns the outcome of each sample."""
-    return [outcome(encoder, sample) for sample in samples]
+class _Outcomes(Dataset[Outcome]):
+    """The outcome of each sample, which is its own index."""
 
+    def __init__(self, encoder: RowEncoder) -> None:
+        self.encoder = encoder
 
-def main() -> None:
-    """Answers until the input ends, as it does when the other process is gone."""
-    # The parent process decides when to stop, and gets Ctrl-C from the terminal itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    requests, answers = claim_standard_streams()
-    encoder: RowEncoder = pickle.load(requests)
-    pickle.dump(None, answers)
-    answers.flush()
-    while True:
-        try:
-            samples = pickle.load(requests)
-        except EOFError:
-            return
-        pickle.dump(outcomes(encoder, samples), answers, protocol=pickle.HIGHEST_PROTOCOL)
-        answers.flush()
+    def __getitem__(self, sample: Sample | None) -> Outcome:
+        return outcome(self.encoder, sample)
 
 
 def encode_rows(
-    encoder: RowEncoder, items: Iterable[T], sample_of: Callable[[T], Sample | None]
-) -> Iterator[tuple[T, Outcome]]:
-    """Yields every item, in order, with the outcome of its sample; reads some chunks ahead."""
+    encoder: RowEncoder,
+    items: Iterable[T],
+    sample_of: Callable[[T], Sample | None],
+    processes: int,
+) -> Generator[tuple[T, Outcome], None, None]:
+    """Yields every item, in order, with the outcome of its sample; reads some chunks ahead.
+
+    Raises:
+        WorkersFailed: If a process could not be started, ended, or raised an error of its own.
+    """
 
     def here(item: T) -> tuple[T, Outcome]:
-        sample = sample_of(item)
-        return item, Outcome() if sample is None else outcome(encoder, sample)
+        return item, outcome(encoder, sample_of(item))
 
     iterator = iter(items)
-    yield from map(here, itertools.islice(iterator, MIN_ROWS_FOR_WORKERS))
-    first = list(itertools.islice(iterator, 1))
-    rest = itertools.chain(first, iterator)
-    count = min(usable_cores() - 1, MAX_WORKERS)
-    given = pickled(encoder) if first and count > 0 and encoder.parallelizable else None
-    if given is None:
+    yield from map(here, islice(iterator, MIN_ROWS_FOR_WORKERS[START_METHOD]))
+    first = list(islice(iterator, 1))
+    rest = chain(first, iterator)
+    if not first or processes < 2 or not encoder.parallelizable:
         yield from map(here, rest)
         return
-    processes = [_Process(encoder, given) for _ in range(count)]
-    waiting: deque[tuple[list[T], Future[list[Outcome]]]] = deque()
+    waiting: deque[list[T]] = deque()
+
+    def chunks() -> Iterator[list[Sample | None]]:
+        while chunk := list(islice(rest, CHUNK)):
+            waiting.append(chunk)
+            yield [sample_of(item) for item in chunk]
+
+    loader: Iterator[list[Outcome]] = iter(())
     try:
-        while chunk := list(itertools.islice(rest, CHUNK)):
-            samples = [sample for sample in map(sample_of, chunk) if sample is not None]
-            free = [process for process in processes if process.has_capacity()]
-            if free:
-                requested = min(free, key=_Process.load).submit(samples)
-            else:
-                # All have enough to do, so this one takes part meanwhile.
-                requested = Future()
-                requested.set_result(outcomes(encoder, samples))
-            waiting.append((chunk, requested))
-            while waiting and (
-                waiting[0][1].done() or len(waiting) > 2 * MAX_PENDING_CHUNKS * (count + 1)
-            ):
-                yield from _paired(*waiting.popleft(), sample_of)
-        while waiting:
-            yield from _paired(*waiting.popleft(), sample_of)
+        with _conditions_of_start():
+            loader = iter(
+                DataLoader(
+                    _Outcomes(encoder),
+                    batch_sampler=chunks(),
+                    collate_fn=list,
+                    num_workers=processes,
+                    multiprocessing_context=START_METHOD,
+                    worker_init_fn=_end_with_parent,
+                    timeout=TIMEOUT_SECONDS,
+                    # The seed of the processes would be drawn from the user's.
+                    generator=torch.Generator(),
+                )
+            )
+        for outcomes in loader:
+            yield from zip(waiting.popleft(), outcomes, strict=True)
+    except LightningPeftError:
+        raise
+    except Exception as error:
+        raise WorkersFailed(str(error)) from error
     finally:
-        for process in processes:
-            process.end()
+        stop_workers(loader)
 
 
-def _paired(
-    chunk: list[T], requested: Future[list[Outcome]], sample_of: Callable[[T], Sample | None]
-) -> Iterator[tuple[T, Outcome]]:
-    made = iter(requested.result())
-    for item in chunk:
-        yield item, Outcome() if sample_of(item) is None else next(made)
+@contextmanager
+def _conditions_of_start() -> Iterator[None]:
+    """Keeps processes that start from using threads, and from running the user's script."""
+    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    main = sys.modules["__main__"]
+    os.environ.update(_ENVIRONMENT)
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        with warnings.catch_warnings():
+            # On what cannot be pickled, which is then encoded in this process.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.modules["__main__"] = main
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _end_with_parent(worker: int) -> None:
+    """Ends a worker when the process that started it is gone, however it went.
+
+    The ``DataLoader``'s own would first wait until somebody reads what it has encoded.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def usable_cores() -> int:
     """Returns on how many cores this process may run."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-
-
-def pickled(encoder: RowEncoder) -> bytes | None:
-    """Returns the encoder as bytes, or ``None`` where something in it cannot travel."""
-    try:
-        return pickle.dumps(encoder)
-    except Exception as error:  # Whatever the classes of a tokenizer raise.
-        log.debug("Rows are encoded in one process: %s", error)
-        return None
-
-
-class _Process:
-    """A process that encodes, asked by a thread of its own.
-
-    Args:
-        encoder: What encodes here where the process fails.
-        given: The same as bytes.
-    """
-
-    def __init__(self, encoder: RowEncoder, given: bytes) -> None:
-        self.encoder = encoder
-        self.thread = ThreadPoolExecutor(1, "encoding")
-        self.requested: list[Future[list[Outcome]]] = []
-        self.ready = self.ended = False
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _START, "\n".join(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-        )
-        self.thread.submit(self._start, given)
-
-    def _start(self, given: bytes) -> None:
-        try:
-            self._ask(given)
-            self.ready = True
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            log.debug("A process that encodes rows did not start: %s", error)
-
-    def _ask(self, question: bytes) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(question)
-        self.process.stdin.flush()
-        return pickle.load(self.process.stdout)
-
-    def load(self) -> int:
-        """Returns how many chunks it has yet to answer."""
-        self.requested = [future for future in self.requested if not future.done()]
-        return len(self.requested)
-
-    def has_capacity(self) -> bool:
-        """Returns whether it is there, and has less to do than it may have at once."""
-        return self.ready and self.load() < MAX_PENDING_CHUNKS
-
-    def submit(self, samples: list[Sample]) -> Future[list[Outcome]]:
-        """Returns the future outcomes of samples."""
-        future = self.thread.submit(self._outcomes, samples)
-        self.requested.append(future)
-        return future
-
-    def _outcomes(self, samples: list[Sample]) -> list[Outcome]:
-        if self.ready:
-            try:
-                made: list[Outcome] = self._ask(pickle.dumps(samples, pickle.HIGHEST_PROTOCOL))
-                return made
-            except (OSError, EOFError, pickle.PickleError) as error:
-                self.ready = False
-                log.debug("A process that encodes rows ended: %s", error)
-        # Also what fails there: it does so here again, and can be seen.
-        return [] if self.ended else outcomes(self.encoder, samples)
-
-    def end(self) -> None:
-        """Ends the process, whatever it does."""
-        self.ended, self.ready = True, False
-        self.process.kill()
-        self.thread.shutdown(wait=True, cancel_futures=True)
-        self.process.communicate()

@@ -7,16 +7,24 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from datasets import Dataset, Features, Value
 
 from lightning_peft.compat.datasets import ArrowWriter, tqdm
 from lightning_peft.data.file_format import Row
-from lightning_peft.data.parallel_encoding import Outcome, encode_rows
+from lightning_peft.data.parallel_encoding import (
+    MAX_WORKERS,
+    Outcome,
+    WorkersFailed,
+    encode_rows,
+    usable_cores,
+)
 from lightning_peft.data.progress import counted_rows
 from lightning_peft.data.prompts import PromptCollector
 from lightning_peft.data.reading import (
@@ -126,13 +134,25 @@ def prepare(
         settings=asdict(settings),
     )
 
-    def build(working: Path) -> dict[str, Any]:
-        summary = _PreparationPass(sources, settings, encoder_for, working).run()
+    def build(working: Path, processes: int) -> dict[str, Any]:
+        run = _PreparationPass(sources, settings, encoder_for, working, processes)
+        summary = run.run()
         check_unchanged(before, file_stamps(sources))
         return summary
 
     folder = folder or cache_entries.cache_root() / "data"
-    final = cache_entries.entry(folder, key, build, "prepared data", "cache_dir")
+
+    def entry(processes: int) -> Path:
+        using = partial(build, processes=processes)
+        return cache_entries.entry(folder, key, using, "prepared data", "cache_dir")
+
+    try:
+        final = entry(min(usable_cores(), MAX_WORKERS))
+    # The other is what torch raises wherever this process is when a worker dies.
+    except (WorkersFailed, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        log.warning(f"The rows are prepared again, in one process ({reason}).")
+        final = entry(1)
     for source in sources:
         if source.left_out():
             names = ", ".join(source.left_out())
@@ -175,7 +195,9 @@ class _PreparationPass:
         settings: PreparationSettings,
         encoder_for: EncoderFor,
         working: Path,
+        processes: int,
     ) -> None:
+        self.processes = processes
         self.sources, self.settings = sources, settings
         self.encoder_for, self.working = encoder_for, working
         self.seen: dict[bytes, tuple[str, str, int]] = {}
@@ -228,15 +250,10 @@ class _PreparationPass:
             name = Path(str(self.sources[0].data)).name
             bar = {"desc": f"Preparing {name}", "unit": " rows", "delay": 2, "disable": None}
             parsed = map(self._parse, tqdm(counted_rows(rows), **bar))
-            for parsed_row, outcome in encode_rows(self.encoder, parsed, lambda one: one.sample):
-                reasons = self._write(parsed_row, outcome, writers)
-                if reasons:
-                    self.counts["rejected"] += 1
-                    row = parsed_row.row
-                    details = [{"kind": kind, "detail": detail} for kind, detail in reasons]
-                    record = {"file": row.file, "row": row.number, "reasons": details}
-                    record["value"] = row.value
-                    rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
+            encoded = encode_rows(self.encoder, parsed, lambda one: one.sample, self.processes)
+            with closing(encoded):
+                for parsed_row, outcome in encoded:
+                    self._write(parsed_row, outcome, writers, rejected)
         for split, writer in writers.items():
             if self.splits[split]["rows"]:
                 writer.finalize()
@@ -279,21 +296,29 @@ class _PreparationPass:
         return _ParsedRow(row, sample, split, problems)
 
     def _write(
-        self, parsed_row: _ParsedRow, outcome: Outcome, writers: dict[str, ArrowWriter]
-    ) -> list[tuple[str, str]]:
-        """Writes a row, or returns why it cannot be used."""
+        self,
+        parsed_row: _ParsedRow,
+        outcome: Outcome,
+        writers: dict[str, ArrowWriter],
+        rejected: TextIO,
+    ) -> None:
+        """Writes a row, or why it cannot be used."""
+        row, sample = parsed_row.row, parsed_row.sample
+        origin = {"file": row.file, "row": row.number}
         problems = [*parsed_row.problems, *outcome.problems]
-        if parsed_row.sample is not None:
-            keys = [*parsed_row.sample.unused, *map(self.layout.with_column_name, outcome.unused)]
-            self.unused.add(dict.fromkeys(keys), parsed_row.row.file, parsed_row.row.number)
-        if not problems:
-            assert parsed_row.sample is not None
-            self._count(parsed_row.sample, parsed_row.split, outcome.rows)
-            for one in outcome.rows:
-                writers[parsed_row.split].write(
-                    {**one, "file": parsed_row.row.file, "row": parsed_row.row.number}
-                )
-        return problems
+        if sample is not None:
+            keys = [*sample.unused, *map(self.layout.with_column_name, outcome.unused)]
+            self.unused.add(dict.fromkeys(keys), row.file, row.number)
+        if problems:
+            self.counts["rejected"] += 1
+            reasons = [{"kind": kind, "detail": detail} for kind, detail in problems]
+            record = {**origin, "reasons": reasons, "value": row.value}
+            rejected.write(json.dumps(record, default=_json_default, skipkeys=True) + "\n")
+            return
+        assert sample is not None
+        self._count(sample, parsed_row.split, outcome.rows)
+        for one in outcome.rows:
+            writers[parsed_row.split].write({**one, **origin})
 
     def _split_fractions(self) -> dict[str, float]:
         if self.has_splits:

@@ -15,17 +15,3 @@ class Doubled(RowEncoder):
     def encode(self, sample: Any) -> list[dict[str, Any]]:
         """Returns twice the number."""
         return [{"number": 2 * sample}]
-
-
-class Refusing(Doubled):
-    """Has an error of its own for one number."""
-
-    def encode(self, sample: Any) -> list[dict[str, Any]]:
-        """Returns twice the number.
-
-        Raises:
-            ArithmeticError: For 30.
-        """
-        if sample == 30:
-            raise ArithmeticError("thirty")
-        return super().encode(sample)

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from lightning_peft.data import parallel_encoding as home
+from lightning_peft.data import preparation
 from lightning_peft.data.parallel_encoding import Outcome
-from lightning_peft.data.row_encoder import RowEncoder
-from lightning_peft.data.samples import Sample
 from lightning_peft.data.supervised import SupervisedRows
+from lightning_peft.demo.run import BASE
 
 from .conftest import pairs
-from .doubling import Doubled, Refusing
+from .doubling import Doubled
+
+# As a user writes it: nothing keeps a process that is spawned from running it once more.
+SCRIPT = """import sys
+from lightning_peft import SupervisedData
+from lightning_peft.data import parallel_encoding as home
+from lightning_peft.data import preparation
+file, tokenizer, cache, home.START_METHOD = sys.argv[1:]
+home.MIN_ROWS_FOR_WORKERS = dict.fromkeys(home.MIN_ROWS_FOR_WORKERS, 5)
+preparation.usable_cores = lambda: 2
+print("the user's script", flush=True)
+data = SupervisedData(file, tokenizer, chat_template="plain", cache_dir=cache)
+print(data.read().summary["rows"], flush=True)
+"""
 
 
 @pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Makes few rows many, waits for processes, and notes how many rows each of them was asked."""
-    asked: list[int] = []
-    submit, start = home._Process.submit, home._Process.__init__
+def here(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Makes few rows many, and notes the samples that this process encodes itself."""
+    encoded: list[Any] = []
+    outcome = home.outcome
 
-    def noting(self: Any, samples: list[Sample]) -> Any:
-        asked.append(len(samples))
-        return submit(self, samples)
+    def noting(encoder: Any, sample: Any) -> Outcome:
+        encoded.append(sample)
+        return outcome(encoder, sample)
 
-    def waiting(self: Any, *given: Any) -> None:
-        start(self, *given)
-        for _ in range(600):
-            if self.ready or self.process.poll() is not None:
-                return
-            time.sleep(0.1)
-
-    monkeypatch.setattr(home, "MIN_ROWS_FOR_WORKERS", 5)
+    few = dict.fromkeys(home.MIN_ROWS_FOR_WORKERS, 5)
+    monkeypatch.setattr(home, "MIN_ROWS_FOR_WORKERS", few)
     monkeypatch.setattr(home, "CHUNK", 4)
-    # With two, a slow process gets few of so few rows.
-    monkeypatch.setattr(home, "MAX_PENDING_CHUNKS", 8)
-    monkeypatch.setattr(home, "usable_cores", lambda: 2)
-    monkeypatch.setattr(home._Process, "submit", noting)
-    monkeypatch.setattr(home._Process, "__init__", waiting)
-    return asked
+    monkeypatch.setattr(home, "outcome", noting)
+    monkeypatch.setattr(preparation, "usable_cores", lambda: 2)
+    return encoded
 
 
 def rows() -> list[Any]:
@@ -79,97 +87,186 @@ def prepared(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[st
     return content(found.folder), found.summary
 
 
-def test_what_is_prepared_is_the_same(make, write, at_once, tmp_path, monkeypatch) -> None:
+def alone(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Returns the same of data that one process prepares."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SupervisedRows, "parallelizable", False)
+        return prepared(make, file, cache)
+
+
+def through(encoder: Any, count: int, processes: int = 2) -> Any:
+    return home.encode_rows(encoder, iter(range(count)), lambda number: number, processes)
+
+
+def test_what_is_prepared_is_the_same(make, write, here, tmp_path) -> None:
     file = write(rows())
+    random = torch.get_rng_state()
     several = prepared(make, file, tmp_path / "several")
-    assert sum(at_once) > 50
-    asked = len(at_once)
-    monkeypatch.setattr(SupervisedRows, "parallelizable", False)
-    alone = prepared(make, file, tmp_path / "alone")
-    assert len(at_once) == asked
-    assert several[0] == alone[0]
+    assert len(here) == 5
+    assert multiprocessing.active_children() == []
+    assert torch.equal(torch.get_rng_state(), random)
+    one = alone(make, file, tmp_path / "alone")
+    assert len(here) == 5 + 120
+    assert several == one
     assert len(several[0]) >= 3
-    assert several[1] == alone[1]
     assert several[1]["rejected"] == 4
     keys = {key["key"]: key["rows"] for key in several[1]["keys_unused"]}
     assert keys == {"note": {"rows.jsonl": "101"}, "messages[].mood": {"rows.jsonl": "102"}}
 
 
-def through(encoder: RowEncoder, numbers: Iterator[int]) -> Iterator[tuple[int, Any]]:
-    return home.encode_rows(encoder, numbers, lambda number: number)
+def test_a_process_that_dies_changes_nothing(
+    make, write, here, tmp_path, monkeypatch, caplog
+) -> None:
+    file, encode, own = write(rows()), SupervisedRows.encode, os.getpid()
+
+    def dying(self: Any, sample: Any) -> Any:
+        if os.getpid() != own and "50" in str(sample.messages):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(self, sample)
+
+    monkeypatch.setattr(SupervisedRows, "encode", dying)
+    several = prepared(make, file, tmp_path / "several")
+    assert len(here) == 5 + 120
+    assert "The rows are prepared again, in one process" in caplog.text
+    assert several == alone(make, file, tmp_path / "alone")
+    assert [path.name for path in (tmp_path / "several").iterdir() if path.name[0] == "."] == []
 
 
-def test_a_process_that_dies_changes_nothing(at_once, monkeypatch) -> None:
-    before = home._Process._ask
-    count = 0
+def test_what_fails_there_fails_here_with_its_own_error(
+    make, write, here, tmp_path, monkeypatch
+) -> None:
+    encode = SupervisedRows.encode
 
-    def dying(self: Any, question: bytes) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
-            self.process.kill()
-            self.process.wait()
-        return before(self, question)
+    def refusing(self: Any, sample: Any) -> Any:
+        if "What is 30?" in str(sample.messages):
+            raise ArithmeticError("thirty")
+        return encode(self, sample)
 
-    monkeypatch.setattr(home._Process, "_ask", dying)
-    found = list(through(Doubled(), iter(range(100))))
-    assert found == [(number, Outcome([{"number": 2 * number}], [])) for number in range(100)]
-    assert count == 4
+    monkeypatch.setattr(SupervisedRows, "encode", refusing)
+    with pytest.raises(ArithmeticError, match="^thirty$"):
+        prepared(make, write(pairs(60)), tmp_path / "cache")
+    assert len(here) == 5 + 31
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_an_encoder_that_cannot_travel_works_here(at_once) -> None:
+@pytest.mark.long
+def test_a_process_that_hangs_is_not_waited_for(here, monkeypatch) -> None:
+    own = os.getpid()
+
+    class Hanging(Doubled):
+        def encode(self, sample: Any) -> list[dict[str, Any]]:
+            if os.getpid() != own:
+                time.sleep(3600)
+            return super().encode(sample)
+
+    monkeypatch.setattr(home, "TIMEOUT_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(home.WorkersFailed, match="timed out after 0.5 seconds"):
+        list(through(Hanging(), 20))
+    assert time.monotonic() - started < 60
+    assert multiprocessing.active_children() == []
+
+
+def test_an_encoder_that_cannot_travel_is_refused_where_it_must(here, monkeypatch) -> None:
     encoder: Any = Doubled()
     encoder.held = lambda: None
-    assert len(list(through(encoder, iter(range(40))))) == 40
-    assert at_once == []
+    assert len(list(through(encoder, 40))) == 40
+    assert len(here) == 5
+    monkeypatch.setattr(home, "START_METHOD", "spawn")
+    with pytest.raises(home.WorkersFailed, match="pickle"):
+        list(through(encoder, 40))
 
 
-def test_what_fails_there_fails_here_with_its_own_error(at_once) -> None:
-    with pytest.raises(ArithmeticError, match="thirty"):
-        list(through(Refusing(), iter(range(40))))
-    assert at_once != []
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stopping_early_leaves_no_process(here, processes) -> None:
+    several = through(Doubled(), 1000, processes)
+    with closing(several):
+        for _ in range(50):
+            next(several)
+        assert len(multiprocessing.active_children()) == (2 if processes == 2 else 0)
+    assert multiprocessing.active_children() == []
 
 
-def test_stopping_early_leaves_no_process(at_once, monkeypatch) -> None:
-    made: list[Any] = []
-    start = home._Process.__init__
+def test_an_interrupt_leaves_nothing(make, write, here, tmp_path, monkeypatch) -> None:
+    write_row, started = preparation._PreparationPass._write, []
 
-    def keeping(self: Any, *given: Any) -> None:
-        start(self, *given)
-        made.append(self.process)
+    def interrupted(self: Any, parsed_row: Any, *given: Any) -> None:
+        write_row(self, parsed_row, *given)
+        if parsed_row.row.number == 50:
+            started.extend(multiprocessing.active_children())
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(home._Process, "__init__", keeping)
-    several = through(Doubled(), iter(range(1000)))
-    for _ in range(50):
-        next(several)
-    assert len(made) == 1
-    assert made[0].poll() is None
-    several.close()
-    assert made[0].poll() is not None
-
-
-def test_few_rows_start_nothing(at_once) -> None:
-    assert len(list(through(Doubled(), iter(range(5))))) == 5
-    assert at_once == []
+    monkeypatch.setattr(preparation._PreparationPass, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(make, write(rows()), tmp_path / "cache")
+    assert len(started) == 2
+    assert multiprocessing.active_children() == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_it_ends_with_who_asks_and_imports_nothing_from_where_it_is(tmp_path: Path) -> None:
-    hostile = tmp_path
-    (hostile / "pickle.py").write_text("raise SystemExit(3)")
-    worker = subprocess.Popen(
-        [sys.executable, "-c", home._START, "\n".join(sys.path)],
-        stdin=subprocess.PIPE,
+def test_few_rows_start_nothing(here, monkeypatch) -> None:
+    monkeypatch.setattr(home, "DataLoader", None)
+    assert len(list(through(Doubled(), 5))) == 5
+    assert len(here) == 5
+
+
+def test_what_is_set_for_processes_to_start_is_taken_back(monkeypatch) -> None:
+    main, environment = sys.modules["__main__"], os.environ
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    before = dict(environment)
+    with home._conditions_of_start():
+        assert not hasattr(sys.modules["__main__"], "__file__")
+        assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    assert sys.modules["__main__"] is main
+    assert dict(environment) == before
+
+
+@pytest.mark.long
+def test_processes_that_are_spawned_do_the_same(here, monkeypatch, tmp_path) -> None:
+    (tmp_path / "pickle.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(home, "START_METHOD", "spawn")
+    found = list(through(Doubled(), 40))
+    assert found == [(number, Outcome([{"number": 2 * number}], [])) for number in range(40)]
+    assert len(here) == 5
+
+
+def start_script(write: Any, folder: Path, count: int, method: str) -> Any:
+    (folder / "script.py").write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, "script.py", write(pairs(count)), str(BASE), str(folder / "c"), method],
+        cwd=folder,
         stdout=subprocess.PIPE,
-        cwd=hostile,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    worker.stdin.write(pickle.dumps(Doubled()))
-    worker.stdin.flush()
-    assert pickle.load(worker.stdout) is None
-    worker.stdin.write(pickle.dumps([3, 4]))
-    worker.stdin.flush()
-    assert [one.rows for one in pickle.load(worker.stdout)] == [[{"number": 6}], [{"number": 8}]]
-    worker.stdin.close()
-    assert worker.wait(timeout=60) == 0
-    worker.stdout.close()
+
+
+@pytest.mark.long
+def test_a_script_needs_no_guard_for_its_processes(write, tmp_path) -> None:
+    out, err = start_script(write, tmp_path, 50, "spawn").communicate(timeout=120)
+    assert out.splitlines() == ["the user's script", "50"]
+    assert "prepared again" not in err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_one_that_started_them(write, tmp_path, number) -> None:
+    script = start_script(write, tmp_path, 40_000, "fork")
+    started: list[psutil.Process] = []
+    for _ in range(600):
+        started = psutil.Process(script.pid).children()
+        if len(started) == 2:
+            break
+        time.sleep(0.1)
+    assert len(started) == 2
+    time.sleep(1)
+    # Ctrl-C in a terminal reaches all of them.
+    (os.killpg if number == signal.SIGINT else os.kill)(script.pid, number)
+    _, err = script.communicate(timeout=60)
+    assert script.returncode != 0
+    assert err.count("Traceback") == (1 if number == signal.SIGINT else 0)
+    assert psutil.wait_procs(started, timeout=30)[1] == []
+    if number == signal.SIGINT:
+        assert list((tmp_path / "c").iterdir()) == []
