@@ -17,7 +17,13 @@ class LlamaCpp:
         address: Of its server in this process.
     """
 
-    def __init__(self, file: Path, adapter: Path | None = None, context: int = 256) -> None:
+    def __init__(
+        self,
+        file: Path,
+        adapter: Path | None = None,
+        context: int = 256,
+        template: str | None = None,
+    ) -> None:
         llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
         params = llama.CommonParams()
         params.model.path, params.n_ctx = str(file), context
@@ -27,6 +33,8 @@ class LlamaCpp:
         params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.fit_params = False
+        if template is not None:
+            params.chat_template = template
         if adapter is not None:
             params.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self._server = llama.Server(params)

@@ -28,6 +28,10 @@ class BaseSize:
         """Bytes of the quantized model at least: embeddings stay 16-bit."""
         return self.parameters * bits // 8
 
+    def gguf_bytes(self, outtype: str) -> int:
+        """Bytes of a GGUF file."""
+        return self.parameters * (34 if outtype == "q8_0" else 64) // 32
+
     def memory_bytes(self, kind: str, measure: bool) -> int:
         """Returns about how many bytes of memory an export takes.
 

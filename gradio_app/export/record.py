@@ -9,7 +9,7 @@ from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import recorded_base
-from gradio_app.export.request import ExportRequest
+from gradio_app.export.request import GGUF_FORMATS, ExportRequest
 from gradio_app.guards import shortened
 from gradio_app.runs.failures import classify_error
 from gradio_app.runs.files import read_json_object, tail
@@ -155,7 +155,7 @@ def loading_code(export: Export, checkpoint: Path) -> str:
     """Returns Python that loads an export with the usual libraries; empty where there is none."""
     place = (export.request.push_to if export.state == "pushed" else None) or export.run_name
     facts = read_json_object(checkpoint / "provenance.json")
-    if export.request.format == "ollama":
+    if export.request.format in GGUF_FORMATS:
         return ""
     if export.request.format in ("merged", "quantized"):
         return merged_model_code(facts, place)

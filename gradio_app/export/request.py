@@ -10,12 +10,15 @@ from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, shortened
 from gradio_app.runs.types import Checkpoint, Run
 
-FORMATS = ("adapter", "merged", "quantized", "vllm", "ollama")
+FORMATS = ("adapter", "merged", "quantized", "gguf", "vllm", "ollama")
 # These write the whole model, and need memory for it.
-FULL_MODEL_FORMATS = frozenset({"merged", "quantized", "ollama"})
+FULL_MODEL_FORMATS = frozenset({"merged", "quantized", "gguf", "ollama"})
 # What is worth a place on the hub; the others are commands for programs on a machine.
-PUSHABLE_FORMATS = ("adapter", "merged", "quantized")
+PUSHABLE_FORMATS = ("adapter", "merged", "quantized", "gguf")
 BITS = (8, 4)
+# llama.cpp's names of what numbers are stored in; formats with a GGUF file have them.
+OUTTYPES = ("f16", "bf16", "q8_0")
+GGUF_FORMATS = frozenset({"gguf", "ollama"})
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ExportRequest:
     format: str = "adapter"
     checkpoint: str = "best"
     bits: int = 8
+    outtype: str = "f16"
     measure: bool = False
     base_name: str = ""
     push_to: str = ""
@@ -44,6 +48,8 @@ class ExportRequest:
         words = ["export", f"--format={self.format}", "--json"]
         if self.format == "quantized":
             words.append(f"--bits={self.bits}")
+        if self.format in GGUF_FORMATS:
+            words.append(f"--outtype={self.outtype}")
         if self.writes_model and not self.measure:
             words.append("--no-measure")
         if self.base_name:
@@ -61,6 +67,7 @@ def validate_request(
     checkpoint: object,
     *,
     bits: object = 8,
+    outtype: object = "f16",
     measure: object = False,
     base_name: object = "",
     push_to: object = None,
@@ -75,6 +82,8 @@ def validate_request(
         raise UserError("export.refused_format", format=shortened(kind))
     if bits not in BITS:
         raise UserError("export.refused_bits", bits=shortened(bits))
+    if outtype not in OUTTYPES:
+        raise UserError("export.refused_outtype", outtype=shortened(outtype))
     found = find_checkpoint(run, checkpoint)
     name = str(base_name or "").strip()
     repository = checked_hub_name(push_to) if push_to is not None else ""
@@ -84,6 +93,7 @@ def validate_request(
         format=str(kind),
         checkpoint=found.name,
         bits=int(str(bits)),
+        outtype=str(outtype),
         measure=measure is True,
         base_name=checked_hub_name(name) if name else "",
         push_to=repository,

@@ -21,13 +21,13 @@ quantized  the merged model in 8 or 4 bits by bitsandbytes
 gguf       the merged model for llama.cpp; with --with-adapter, base and adapter; with
            --adapter-only, the adapter
 vllm       PEFT's format, and the command that serves it with its base
-ollama     Modelfile with the merged model, or with --with-adapter, base and adapter
+ollama     Modelfile with the merged model as GGUF, or with --with-adapter, base and adapter
 
 exit code: 0 if it was written (and pushed), 1 if it cannot be, 2 for bad input
 """
 _FORMATS = ("adapter", "merged", "quantized", "gguf", "vllm", "ollama")
 # What writes GGUF files.
-_GGUF = ("gguf",)
+_GGUF = ("gguf", "ollama")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def _parser() -> OptionParser:
     merged = parser.add_argument_group("with a merged model")
     add_merge_options(merged)
     merged.add_argument("--bits", type=int, choices=(8, 4), default=8, help="of --format quantized")
-    gguf = parser.add_argument_group("with --format gguf")
+    gguf = parser.add_argument_group("with --format gguf or ollama")
     gguf.add_argument(
         "--outtype",
         type=str.lower,
@@ -58,7 +58,7 @@ def _parser() -> OptionParser:
         "and f32 of an adapter alone",
     )
     gguf.add_argument(
-        "--adapter-only", action="store_true", help="the adapter alone, for llama.cpp's --lora"
+        "--adapter-only", action="store_true", help="the adapter alone, for --lora of llama.cpp"
     )
     gguf.add_argument(
         "--llama-quantize",
@@ -90,11 +90,12 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("--dry-run is for --push-to: it lists what would be pushed.")
     for option, given in [
         ("--outtype", args.outtype),
-        ("--adapter-only", args.adapter_only),
         ("--llama-quantize", args.llama_quantize),
     ]:
         if given and args.format not in _GGUF:
             raise ConfigError(f"{option} is for --format {' or '.join(_GGUF)}.")
+    if args.adapter_only and args.format != "gguf":
+        raise ConfigError("--adapter-only is for --format gguf.")
     options = merge_arguments(args)
     quiet_libraries()
     from lightning_peft.export import formats, hub

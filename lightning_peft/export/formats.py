@@ -5,34 +5,31 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError, UnsupportedError
-from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
-from lightning_peft.export.base import license_of
-from lightning_peft.export.card import adapter_card, public, quantized_section
+from lightning_peft.errors import UnsupportedError
+from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
+from lightning_peft.export.card import quantized_section
 from lightning_peft.export.gguf.exporting import as_gguf
-from lightning_peft.export.go_template import translate
-from lightning_peft.export.loading import load_tokenizer
+from lightning_peft.export.gguf.llama_programs import converter_command
 from lightning_peft.export.merging import merge
+from lightning_peft.export.modelfile import as_ollama
 from lightning_peft.export.output import atomic_folder
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
 from lightning_peft.export.request import ExportRequest
 
 # The ranks that vLLM lays out memory for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Architectures that Ollama's documentation lists for safetensors.
-_OLLAMA = ("Llama", "Mistral", "Gemma", "Phi3")
 
 
 def as_adapter(request: ExportRequest) -> dict[str, Any]:
     """Exports the adapter in PEFT's format, with a model card."""
     with atomic_folder(request.output) as folder:
-        _copy_adapter(request, folder)
-    return {"notes": _notes_on_base(request), "commands": []}
+        copy_adapter(request, folder)
+    return {"notes": notes_on_base(request), "commands": []}
 
 
 def as_merged(request: ExportRequest) -> dict[str, Any]:
@@ -90,13 +87,13 @@ def as_vllm(request: ExportRequest) -> dict[str, Any]:
             "it with --format merged, and serve that folder."
         )
     with atomic_folder(request.output) as folder:
-        _copy_adapter(request, folder)
+        copy_adapter(request, folder)
     base = request.base_name or request.base.name
     serve = (
         f"vllm serve {_quoted(base)} --enable-lora --max-lora-rank {rank} "
         f"--lora-modules {_quoted(f'{request.adapter.name}={request.output}')}"
     )
-    notes, commands = _notes_on_base(request), [serve]
+    notes, commands = notes_on_base(request), [serve]
     settings = request.adapter.quantization
     backend = None if settings is None else engine.backend_for(settings)
     if backend is not None and backend.vllm_quantization is not None:
@@ -109,128 +106,8 @@ def as_vllm(request: ExportRequest) -> dict[str, Any]:
     return {"notes": notes, "commands": commands}
 
 
-def as_ollama(request: ExportRequest) -> dict[str, Any]:
-    """Exports a folder with a Modelfile, and the merged model or the adapter."""
-    notes, report = [], None
-    architecture = str((request.base.config.architectures or [""])[0])
-    if not architecture.startswith(_OLLAMA):
-        notes.append(
-            f"{architecture} is not among the architectures that Ollama documents for safetensors "
-            f"({', '.join(_OLLAMA)}): if `ollama create` refuses it, convert the model to GGUF "
-            "first (see the commands)"
-        )
-    with atomic_folder(request.output) as folder:
-        if request.separate_adapter:
-            _copy_adapter(request, folder / "adapter")
-            source = (
-                f"FROM {request.base_name or request.base.folder.resolve()}\nADAPTER ./adapter\n"
-            )
-            notes += _notes_on_base(request)
-        else:
-            report = merge(request.adapter, folder / "model", **request.options)
-            source = "FROM ./model\n"
-        text, more = _modelfile(request, source)
-        (folder / "Modelfile").write_text(text, encoding="utf-8")
-    name = request.adapter.name.lower()
-    commands = [
-        f"cd {_quoted(request.output)} && ollama create {_quoted(name)} -f Modelfile",
-        f"ollama run {_quoted(name)}",
-    ]
-    if report is not None:
-        report["output"] = str(request.output / "model")
-        commands.append(_gguf(request.output / "model"))
-    result = {"notes": [*notes, *more], "commands": commands}
-    return result | ({"merge": report} if report else {})
-
-
-def _modelfile(request: ExportRequest, source: str) -> tuple[str, list[str]]:
-    tokenizer, notes = load_tokenizer(request.base), []
-    template = request.chat_template or getattr(tokenizer, "chat_template", None)
-    turns = translate(tokenizer, template) if template else None
-    text = source
-    ends = [tokenizer.eos_token]
-    if turns is not None:
-        bos = _added_token(tokenizer)
-        text += f'TEMPLATE """{turns.as_go(bos)}"""\n'
-        ends.append(turns.end)
-        if turns.as_go(bos) != turns.as_go(None):
-            notes.append(f"{bos!r} is left out of TEMPLATE: Ollama begins with it")
-    elif template:
-        notes.append(
-            "not ready: the chat template does more than put text around turns, and was not "
-            "translated. Write TEMPLATE in the Modelfile by hand, or Ollama sends prompts as they "
-            "are"
-        )
-    else:
-        notes.append(
-            "not ready: no chat template is known (--chat-template gives one), so Ollama sends "
-            "prompts as they are"
-        )
-    for end in dict.fromkeys(filter(None, ends)):
-        text += f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}\n"
-    if request.system:
-        if '"""' in request.system:
-            raise ConfigError(
-                'The system turn holds """, which ends a text in a Modelfile. Write it without.'
-            )
-        text += f'SYSTEM """{request.system}"""\n'
-    return text, notes
-
-
-def _added_token(tokenizer: Any) -> str | None:
-    """Returns the token that the tokenizer, and so Ollama, puts before every text.
-
-    SmolLM2 and Qwen have one that is put there by the template alone, or nowhere.
-    """
-    ids = tokenizer("a")["input_ids"]
-    return str(tokenizer.bos_token) if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def _copy_adapter(request: ExportRequest, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    adapter = request.adapter
-    # A folder whose weights are missing or damaged is of no use to others.
-    engine.read_adapter(adapter.folder)
-    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
-    config, facts = dict(adapter.config), dict(adapter.facts)
-    if request.base_name:
-        config["base_model_name_or_path"] = request.base_name
-        if adapter.base:
-            facts["base"] = adapter.base | {"name_or_path": request.base_name}
-    if facts.get("data"):
-        # The folder travels, and the data stays where it was.
-        facts["data"] = public(facts["data"])
-    adapter = replace(adapter, config=config, facts=facts)
-    for name, fields in ((CONFIG, config), (PROVENANCE, facts)):
-        if fields:
-            text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-            (folder / name).write_text(text, encoding="utf-8")
-    card = adapter_card(adapter, license_of(request.base.folder))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if request.chat_template:
-        (folder / "chat_template.jinja").write_text(request.chat_template, encoding="utf-8")
-
-
-def _notes_on_base(request: ExportRequest) -> list[str]:
-    named = request.base_name or request.adapter.base_name
-    # A mark, such as of the shipped base, stands for a folder too.
-    if not named or not (Path(named).is_absolute() or ":" in named):
-        return []
-    return [
-        f"the files name the base as a folder of this machine ({named}): give the name that "
-        "others know it by with --base-name"
-    ]
-
-
 def _quoted(value: Any) -> str:
     return shlex.quote(str(value))
-
-
-def _gguf(folder: Path) -> str:
-    return (
-        f"python llama.cpp/convert_hf_to_gguf.py {_quoted(folder)} "
-        f"--outfile {_quoted(f'{folder}-q8_0.gguf')} --outtype q8_0"
-    )
 
 
 def _external_quantization_commands(folder: Path) -> list[str]:
@@ -253,7 +130,7 @@ def _external_quantization_commands(folder: Path) -> list[str]:
     return [
         f"pip install gptqmodel && python -c {_quoted(gptq)}",
         f"pip install llmcompressor && python -c {_quoted(awq)}",
-        _gguf(folder),
+        converter_command(folder),
     ]
 
 

@@ -197,10 +197,22 @@ def test_nothing_is_pushed_before_it_was_shown_and_the_token_is_kept_nowhere(roo
         assert not file.is_file() or TOKEN not in file.read_text(errors="replace")
 
 
+def test_a_gguf_file_has_its_type(room):
+    run = fake_run(room.store)
+    words = {
+        kind: validate_request(run, kind, "best", outtype="q8_0").argv("a=b", Path("out"), False)
+        for kind in ("gguf", "ollama", "merged")
+    }
+    assert words["gguf"][1:5] == ["--format=gguf", "--json", "--outtype=q8_0", "--no-measure"]
+    assert "--outtype=q8_0" in words["ollama"]
+    assert "--outtype=q8_0" not in words["merged"]
+
+
 def test_what_cannot_be_had_is_refused(room, tmp_path, lora_run):
     run = run_of(room.store, lora_run)
     for given, key in (
-        ({"kind": "gguf"}, "refused_format"),
+        ({"kind": "onnx"}, "refused_format"),
+        ({"outtype": "q4_k_m"}, "refused_outtype"),
         ({"kind": "vllm", "push_to": "a/b"}, "refused_format"),
         ({"checkpoint": "../best"}, "refused_checkpoint"),
         ({"bits": 3}, "refused_bits"),

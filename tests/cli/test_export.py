@@ -146,19 +146,22 @@ def test_ollama(qlora_run: Path, tmp_path: Path, exported: Export) -> None:
     found = exported(qlora_run, out, "ollama", *words)
     text = (out / "Modelfile").read_text()
     assert text.startswith(
-        'FROM ./model\nTEMPLATE """{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
+        "FROM ./mine-f16.gguf\n"
+        'TEMPLATE """{{ range $i, $_ := .Messages }}{{ if eq .Role "system" }}'
     )
     assert '{{ else if eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n' in text
     assert text.endswith(
         '<|im_start|>assistant\n"""\nPARAMETER stop "</s>"\nPARAMETER stop "<|im_end|></s>"\n'
         'SYSTEM """Be brief."""\n'
     )
-    assert (out / "model" / "chat_template.jinja").is_file()
-    assert AutoModelForCausalLM.from_pretrained(out / "model").dtype == torch.bfloat16
+    (written,) = found["gguf"]["files"]
+    assert [file["path"] for file in found["files"]] == ["Modelfile", "mine-f16.gguf"]
+    assert hashlib.sha256((out / written["file"]).read_bytes()).hexdigest() == written["sha256"]
+    assert found["merge"]["into"] == "dequantized"
     assert any("ollama create mine" in line for line in found["commands"])
     apart = exported(qlora_run, tmp_path / "apart", "ollama", "--with-adapter", "--base-name", "b")
     text = (tmp_path / "apart" / "Modelfile").read_text()
-    assert text.startswith("FROM b\nADAPTER ./adapter\n")
+    assert text.startswith("FROM b\nADAPTER ./mine-lora-f32.gguf\n")
     assert any(n.startswith("not ready: no chat template is known") for n in apart["notes"])
 
 

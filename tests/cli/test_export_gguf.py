@@ -133,7 +133,7 @@ def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--outtype", "q6_k", "--llama-quantize", "/no/such"], "'/no/such' is not a program"),
         (["--outtype", "bf16", "--adapter-only"], "an adapter is written in f32 or f16"),
         (["--format", "vllm", "--adapter-only"], "--adapter-only is for --format gguf"),
-        (["--format", "merged", "--outtype", "f16"], "--outtype is for --format gguf"),
+        (["--format", "merged", "--outtype", "f16"], "--outtype is for --format gguf or ollama"),
     ]:
         given = ["export", str(lora_run), out, "--format", "gguf", *words]
         assert main(given) == 2, message

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lightning_peft.data.templates import NAMED
-from lightning_peft.export.formats import _added_token
 from lightning_peft.export.go_template import TurnTemplate, translate
+from lightning_peft.export.modelfile import added_token
 
 from .go_rendering import go
 
@@ -144,8 +144,8 @@ def test_turns_are_text() -> None:
 
 
 def test_only_a_token_that_ollama_adds_is_left_out(tokenizer) -> None:
-    assert _added_token(tokenizer) == tokenizer.bos_token
+    assert added_token(tokenizer) == tokenizer.bos_token
     plain = AutoTokenizer.from_pretrained(BASE)
     plain.add_bos_token = False
     plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert _added_token(plain) is None
+    assert added_token(plain) is None

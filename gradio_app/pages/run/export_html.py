@@ -12,7 +12,14 @@ import psutil
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import base_size
 from gradio_app.export.record import Export, loading_code
-from gradio_app.export.request import BITS, FORMATS, FULL_MODEL_FORMATS, ExportRequest
+from gradio_app.export.request import (
+    BITS,
+    FORMATS,
+    FULL_MODEL_FORMATS,
+    GGUF_FORMATS,
+    OUTTYPES,
+    ExportRequest,
+)
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.pages.templating import render
 from gradio_app.runs.formatting import format_bytes
@@ -42,12 +49,14 @@ class ExportForm:
         kind: What is wanted.
         checkpoint: Of which checkpoint.
         bits: Bits of a quantized model.
+        outtype: What numbers of a GGUF file are stored in.
         measure: Whether outputs are compared.
     """
 
     kind: Any
     checkpoint: Checkpoint | None
     bits: Any
+    outtype: Any
     measure: bool
 
     writes_model = property(lambda self: self.kind in FULL_MODEL_FORMATS)
@@ -85,6 +94,8 @@ def _size_note(form: ExportForm, checkpoint: Checkpoint, studio: Studio, t: Text
         return t("export.takes_unknown")
     bits = form.bits if form.bits in BITS else BITS[0]
     disk = found.quantized_bytes(bits) if form.kind == "quantized" else found.merged_bytes
+    if form.kind in GGUF_FORMATS:
+        disk = found.gguf_bytes(form.outtype if form.outtype in OUTTYPES else OUTTYPES[0])
     memory = found.memory_bytes(form.kind, form.measure)
     free = psutil.virtual_memory().available
     # Rounded, so that the sentence does not change at every look.
@@ -151,6 +162,8 @@ def heading(export: Export, t: Texts) -> str:
     title = t(f"export.format_{request.format}")
     if request.format == "quantized":
         title += f", {t('export.bits_of', n=request.bits)}"
+    if request.format == "gguf":
+        title += f", {request.outtype}"
     moment = time.strftime("%Y-%m-%d %H:%M", time.localtime(export.created))
     facts = [request.checkpoint, moment, *filter(None, [request.push_to])]
     return render("export.heading", t, title=title, state=state, look=look, facts=facts)

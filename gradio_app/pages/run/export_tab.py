@@ -12,7 +12,13 @@ import gradio as gr
 from gradio_app.assets import CLICK_DELEGATE, script
 from gradio_app.errors import UserError
 from gradio_app.export.archive import build_archive
-from gradio_app.export.request import BITS, FORMATS, validate_request
+from gradio_app.export.request import (
+    BITS,
+    FORMATS,
+    GGUF_FORMATS,
+    OUTTYPES,
+    validate_request,
+)
 from gradio_app.pages.components import (
     Update,
     changed_updates,
@@ -44,6 +50,7 @@ class ExportInputs(NamedTuple):
     kind: Any = None
     checkpoint: Any = None
     bits: Any = None
+    outtype: Any = None
     measure: Any = None
     base: Any = None
     repository: Any = _NO_UPLOAD
@@ -73,12 +80,14 @@ class ExportTab:
         self._now = html(elem_id="export-now", js_on_load=CLICK_DELEGATE)
         self._list = html(elem_id="export-list", js_on_load=CLICK_DELEGATE)
         self._file = gr.DownloadButton(visible=False)
-        self._chosen: list[Any] = [self._kind, self._checkpoint, self._bits, self._measure]
+        self._chosen: list[Any] = [
+            *(self._kind, self._checkpoint, self._bits, self._outtype, self._measure),
+        ]
         self._inputs = [run_id, self._seen, *self._chosen]
         self._outputs = [
             *(self._seen, self._asked, self._timer, self._empty, self._form, self._checkpoint),
-            *(self._about, self._bits, self._measure, self._confirmation, self._listed),
-            *(self._now, self._list),
+            *(self._about, self._bits, self._outtype, self._measure, self._confirmation),
+            *(self._listed, self._now, self._list),
         ]
 
     def _build_form(self) -> None:
@@ -101,6 +110,16 @@ class ExportTab:
                 "export-bits",
                 choices=bits,
                 value=BITS[0],
+                visible=False,
+            )
+            outtypes = ("export.outtype_", OUTTYPES)
+            self._outtype = field(
+                gr.Radio,
+                t,
+                "export.outtype",
+                "export-outtype",
+                outtypes,
+                value=OUTTYPES[0],
                 visible=False,
             )
         self._measure = field(gr.Checkbox, t, "export.measure", "export-measure", visible=False)
@@ -177,12 +196,13 @@ class ExportTab:
         name = inputs.checkpoint if inputs.checkpoint in names else next(iter(names), None)
         labels = tuple((checkpoint_label(one, t), one.name) for one in checkpoints.values())
         checkpoint = checkpoints[name] if name else None
-        form = export_html.ExportForm(kind, checkpoint, inputs.bits, inputs.measure is True)
+        chosen = (inputs.bits, inputs.outtype, inputs.measure is True)
+        form = export_html.ExportForm(kind, checkpoint, *chosen)
         asks = next((one for one in exports if one.state == "asks"), None)
         active = [one for one in exports if one.active]
         ended = [one for one in exports if not one.active]
         seconds = SECONDS if active else SLOW_SECONDS
-        quantized, there = kind == "quantized", bool(checkpoints)
+        quantized, gguf, there = kind == "quantized", kind in GGUF_FORMATS, bool(checkpoints)
         return [
             asks.name if asks else "",
             (gr.Timer(seconds), seconds),
@@ -191,6 +211,7 @@ class ExportTab:
             (gr.Dropdown(choices=list(labels), value=name), (labels, name)),
             export_html.about(self.studio, run, form, t),
             (gr.Radio(visible=quantized), quantized),
+            (gr.Radio(visible=gguf), gguf),
             (gr.Checkbox(visible=form.writes_model), form.writes_model),
             (gr.Column(visible=asks is not None), asks is not None),
             export_html.push_confirmation(run, asks, t) if asks else "",
@@ -205,6 +226,7 @@ class ExportTab:
             inputs.kind,
             inputs.checkpoint,
             bits=inputs.bits,
+            outtype=inputs.outtype,
             measure=inputs.measure,
             base_name=inputs.base,
             push_to=None if inputs.repository is _NO_UPLOAD else str(inputs.repository or ""),

@@ -17,7 +17,7 @@ from lightning_peft.export.base import license_of
 from lightning_peft.export.card import gguf_card, public_name
 from lightning_peft.export.gguf import lora
 from lightning_peft.export.gguf.files import KINDS, require_gguf, sha256_of
-from lightning_peft.export.gguf.llama_quantize import find_program, quantize_file
+from lightning_peft.export.gguf.llama_programs import find_program, quantize_file
 from lightning_peft.export.gguf.model import GgufModel, prepare_model
 from lightning_peft.export.loading import load_as_trained, load_tokenizer
 from lightning_peft.export.measuring import LogitError, compare, logits_of, measured

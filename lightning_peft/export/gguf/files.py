@@ -31,13 +31,18 @@ _ROWS = 8192
 Progress = Callable[[str, int, int], None]
 
 
+def has_gguf() -> bool:
+    """Whether the package that writes GGUF is installed."""
+    return find_spec("gguf") is not None
+
+
 def require_gguf() -> None:
     """Refuses to write GGUF without the package.
 
     Raises:
         ConfigError: If ``gguf`` is not installed.
     """
-    if find_spec("gguf") is None:
+    if not has_gguf():
         raise ConfigError(
             "GGUF files are written by the package gguf, which is not installed: "
             "pip install 'lightning-peft[gguf]'"

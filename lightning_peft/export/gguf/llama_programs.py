@@ -1,7 +1,8 @@
-"""Kinds of numbers that only llama.cpp's own program writes: its k-quants and others."""
+"""llama.cpp's own programs: numbers that only they write, and models that only they convert."""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -59,3 +60,12 @@ def quantize_file(program: str, source: Path, output: Path, kind: str) -> None:
         raise ConfigError(
             f"{program} ended with exit code {done.returncode} for {kind.upper()}: {reason.strip()}"
         )
+
+
+def converter_command(folder: Path) -> str:
+    """Returns the command that makes a GGUF file of a model folder."""
+    file = shlex.quote(f"{folder}-q8_0.gguf")
+    return (
+        f"python llama.cpp/convert_hf_to_gguf.py {shlex.quote(str(folder))} --outfile {file} "
+        "--outtype q8_0"
+    )

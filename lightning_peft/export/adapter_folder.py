@@ -1,0 +1,52 @@
+"""An adapter in PEFT's format, for others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from lightning_peft import engine
+from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
+from lightning_peft.export.base import license_of
+from lightning_peft.export.card import adapter_card, public
+from lightning_peft.export.request import ExportRequest
+
+
+def copy_adapter(request: ExportRequest, folder: Path) -> None:
+    """Writes the adapter, its record and a model card into a folder."""
+    folder.mkdir(exist_ok=True)
+    adapter = request.adapter
+    # A folder whose weights are missing or damaged is of no use to others.
+    engine.read_adapter(adapter.folder)
+    shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
+    config, facts = dict(adapter.config), dict(adapter.facts)
+    if request.base_name:
+        config["base_model_name_or_path"] = request.base_name
+        if adapter.base:
+            facts["base"] = adapter.base | {"name_or_path": request.base_name}
+    if facts.get("data"):
+        # The folder travels, and the data stays where it was.
+        facts["data"] = public(facts["data"])
+    adapter = replace(adapter, config=config, facts=facts)
+    for name, fields in ((CONFIG, config), (PROVENANCE, facts)):
+        if fields:
+            text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+            (folder / name).write_text(text, encoding="utf-8")
+    card = adapter_card(adapter, license_of(request.base.folder))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if request.chat_template:
+        (folder / "chat_template.jinja").write_text(request.chat_template, encoding="utf-8")
+
+
+def notes_on_base(request: ExportRequest) -> list[str]:
+    """Returns that others do not have the folder of the base, where it is one."""
+    named = request.base_name or request.adapter.base_name
+    # A mark, such as of the shipped base, stands for a folder too.
+    if not named or not (Path(named).is_absolute() or ":" in named):
+        return []
+    return [
+        f"the files name the base as a folder of this machine ({named}): give the name that "
+        "others know it by with --base-name"
+    ]
