@@ -118,6 +118,8 @@ def _are(names: Sequence[str]) -> str:
 class LabelledRows(RowEncoder):
     """Encodes rows whose labels are collected, and cuts longer rows or refuses them."""
 
+    parallelizable = True
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

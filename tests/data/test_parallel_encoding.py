@@ -20,11 +20,13 @@ import torch
 from lightning_peft.data import parallel_encoding as home
 from lightning_peft.data import preparation
 from lightning_peft.data.parallel_encoding import Outcome
+from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.supervised import SupervisedRows
+from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
-from .doubling import Doubled
 
 # As a user writes it: nothing keeps a process that is spawned from running it once more.
 SCRIPT = """import sys
@@ -38,6 +40,15 @@ print("the user's script", flush=True)
 data = SupervisedData(file, tokenizer, chat_template="plain", cache_dir=cache)
 print(data.read().summary["rows"], flush=True)
 """
+
+
+class Doubled(RowEncoder):
+    """Takes numbers for samples."""
+
+    parallelizable = True
+
+    def encode(self, sample: Any) -> list[dict[str, Any]]:
+        return [{"number": 2 * sample}]
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def prepared(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[st
 def alone(make: Any, file: str, cache: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Returns the same of data that one process prepares."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SupervisedRows, "parallelizable", False)
+        patch.setattr(preparation, "usable_cores", lambda: 1)
         return prepared(make, file, cache)
 
 
@@ -112,6 +123,19 @@ def test_what_is_prepared_is_the_same(make, write, here, tmp_path) -> None:
     assert several[1]["rejected"] == 4
     keys = {key["key"]: key["rows"] for key in several[1]["keys_unused"]}
     assert keys == {"note": {"rows.jsonl": "101"}, "messages[].mood": {"rows.jsonl": "102"}}
+
+
+def test_labels_are_found_the_same(write, here, tmp_path) -> None:
+    file = write([{"text": f"Text {i}", "label": "abc"[i % 3]} for i in range(60)])
+
+    def made(_: str, **options: Any) -> Any:
+        return bind_to_lightning(TextClassificationData, ROOTS[1])(file, str(BASE), **options)
+
+    several = prepared(made, file, tmp_path / "several")
+    assert len(here) == 5
+    assert several == alone(made, file, tmp_path / "alone")
+    assert several[1]["labels"] == ["a", "b", "c"]
+    assert several[1]["splits"]["train"]["tokens"] > 0
 
 
 def test_a_process_that_dies_changes_nothing(
