@@ -10,6 +10,7 @@ import pytest
 
 from gradio_app.chat.prompts import HeldOutPrompt
 from gradio_app.pages.run import live_html
+from gradio_app.pages.run.evaluation_html import evaluation
 from gradio_app.pages.run.live_html import samples
 from gradio_app.runs.curves import downsample, relative_increase, smooth, trend
 from gradio_app.runs.failures import find_failure, report
@@ -315,6 +316,33 @@ def test_alerts_are_reported_in_the_language_of_the_page():
         old = [{"kind": kind, "text": "old", "alert": seen} for kind in live_html.ALERTS]
         assert "old" not in live_html.alerts(old, [], Texts())
     assert live_html.alerts([{"kind": "started", "text": "Training starts."}], [], Texts()) == ""
+
+
+def test_the_newest_benchmarks_of_a_run_are_a_table(tmp_path):
+    store = RunStore(settings(tmp_path))
+    written(store.root / "a", step=1)
+    run = store.get("local", "a")
+    assert evaluation(run, Texts()) == ""
+    value, change = {"value": 0.25, "stderr": 0.0625}, {"value": 0.5, "stderr": None}
+    row = {"task": "dates<", "metric": "ppl", "filter": "strict", "higher_is_better": False}
+    row |= {"values": {"base": value, "mine": value}, "differences": {"mine": change}}
+    report = {"compared": ["base", "mine"], "results": [row], "harness": {"version": "9.1"}}
+    report["evaluated"] = "2026-11-29T10:00:00+00:00"
+    run.folder.evaluations.mkdir()
+    write_json(run.folder.evaluations / "1.json", report | {"harness": {"version": "old"}})
+    write_json(run.folder.evaluations / "2.json", report)
+    shown = evaluation(run, Texts())
+    for text in ("dates&lt;: ppl (strict), lower is better", "mine − base", ">0.2500 ± 0.0625<"):
+        assert text in shown
+    assert ">+0.5000<" in shown
+    assert "lm-evaluation-harness 9.1, 2026-11-29." in shown
+    german = evaluation(run, Texts("de"))
+    assert "kleiner ist besser" in german
+    assert ">0,2500 ± 0,0625<" in german
+    (run.folder.evaluations / "3.json").write_text('{"compared": [1], "results": [{}, 2]}')
+    assert "None: None" in evaluation(run, Texts())
+    (run.folder.evaluations / "3.json").write_text("[")
+    assert evaluation(run, Texts()) == ""
 
 
 def test_samples_are_those_of_few_steps_and_escaped():

@@ -17,7 +17,7 @@ from lightning_peft.cli import main
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.results import task_hashes
-from lightning_peft.evaluation.tasks import load_tasks
+from lightning_peft.evaluation.tasks import SMALL_TASKS, load_tasks
 from lightning_peft.export.merging import merge
 from lightning_peft.plugin.namespace import bind_to_lightning
 from lightning_peft.plugin.strategies import LoRAStrategy
@@ -55,12 +55,16 @@ def test_figures_of_both_models_with_examples_and_seeds(
 
 
 def train_on_dates(folder: Path) -> None:
-    """Trains the shipped base on the questions of small_iso_dates, with other dates."""
+    """Trains the shipped base on the questions of small_iso_dates, with dates that it has not."""
     months = "January February March April May June July August September October November December"
     ways = ("{name} {day}, {year}", "{day} {name} {year}")
+    asked = (SMALL_TASKS / "small_iso_dates_test.jsonl").read_text().splitlines()
+    held_out = {(row["year"], row["month"], row["day"]) for row in map(json.loads, asked)}
     made = []
     for place in range(600):
         year, month, day = 1950 + place * 7 % 100, place * 5 % 12, place * 11 % 28 + 1
+        if (str(year), f"{month + 1:02}", f"{day:02}") in held_out:
+            continue
         date = ways[place % 2].format(name=months.split()[month], day=day, year=year)
         question = f"Write the date as year-month-day.\nDate: {date}\nYear-month-day:"
         made.append({"prompt": question, "completion": f" {year}-{month + 1:02}-{day:02}\n"})
@@ -91,7 +95,7 @@ def test_a_model_is_better_at_what_it_was_trained_for(
     report = evaluated([f"tuned={tmp_path}", "--tasks", "small_iso_dates"], capsys)
     (row,) = report["results"]
     assert row["values"]["base"]["value"] == 0
-    assert row["values"]["tuned"]["value"] > 0.4
+    assert row["values"]["tuned"]["value"] > 0.2
     change = row["differences"]["tuned"]
     assert change["value"] > 4 * change["stderr"] > 0
 

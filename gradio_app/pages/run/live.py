@@ -11,6 +11,7 @@ from gradio_app.chat.prompts import held_out_prompts
 from gradio_app.pages.components import Update, field, markup
 from gradio_app.pages.plot import Series, plot
 from gradio_app.pages.run import live_html
+from gradio_app.pages.run.evaluation_html import evaluation
 from gradio_app.pages.run.view import CurveOptions
 from gradio_app.pages.templating import message
 from gradio_app.runs.curves import Points, downsample, finite_points, smooth
@@ -41,8 +42,8 @@ class Live:
         alerts, numbers = markup(elem_id="run-alerts"), markup(elem_id="run-numbers")
         curves = self._build_curves()
         markup(f"<h2>{t('run.samples')}</h2>")
-        samples = markup(elem_id="run-samples")
-        self.outputs: list[Any] = [alerts, numbers, *curves, samples, self._build_log()]
+        samples, evaluated = markup(elem_id="run-samples"), markup(elem_id="run-evaluation")
+        self.outputs: list[Any] = [alerts, numbers, *curves, samples, evaluated, self._build_log()]
 
     def _build_curves(self) -> list[Any]:
         t = self.t
@@ -98,6 +99,7 @@ class Live:
             live_html.curve_table(metrics, t),
             self._rate_plot(metrics),
             live_html.samples(list(read_rows(run.folder.samples)), held_out_prompts(run), t),
+            evaluation(run, t),
             run.redactor.text(log) or t("run.log_empty"),
         ]
 
