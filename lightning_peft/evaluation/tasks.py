@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
 import torch
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.tasks import TaskManager
 
 from lightning_peft.errors import ConfigError, first_line, itemize, similar_names
 
 # Two tasks with their rows, for a first look and for machines without network.
 SMALL_TASKS = Path(__file__).with_name("small_tasks")
-# Loaders of `datasets` that read files which the task names.
-_FILE_LOADERS = {"arrow", "csv", "json", "parquet", "text", "xml"}
 
 
 @dataclass(frozen=True)
@@ -81,29 +83,28 @@ def load_tasks(
             listed.
     """
     _check_folders(folders)
-    manager, unknown = _find(names, [Path(folder).resolve() for folder in folders])
+    resolved = [Path(folder).resolve() for folder in folders]
+    manager, unknown = _find(names, resolved)
     if unknown:
         raise ConfigError(_unknown(unknown, manager, folders))
     seeds.set()
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     found = TaskSet(loaded, list(names))
     problems = []
-    for name in names:
-        entry = manager.task_index[name]
-        try:
-            with _next_to(entry):
+    with _files_next_to_tasks(manager, [SMALL_TASKS, *resolved]):
+        for name in names:
+            try:
                 parts = manager.load([name])
-                for task_name, task in parts["tasks"].items():
-                    found.data_files[task_name] = _data_files(task)
-        # A task is code and data of others, which may raise anything.
-        except Exception as error:
-            problems.append(_not_loaded(name, entry, error))
-            continue
-        for part, content in loaded.items():
-            content |= parts.get(part) or {}
+            # A task is code and data of others, which may raise anything.
+            except Exception as error:
+                problems.append(_not_loaded(name, manager.task_index[name], error))
+                continue
+            for part, content in loaded.items():
+                content |= parts.get(part) or {}
     if problems:
         raise ConfigError("Tasks cannot be evaluated:" + itemize(problems))
     for task_name, task in loaded["tasks"].items():
+        found.data_files[task_name] = _data_files(task)
         found.notes += _set_fewshot(task_name, task, num_fewshot, seeds.fewshot)
     return found
 
@@ -142,21 +143,33 @@ def _unknown(names: list[str], manager: Any, folders: Sequence[str]) -> str:
 
 
 @contextmanager
-def _next_to(entry: Any) -> Iterator[None]:
-    """Within the body, relative names of files are those next to the YAML file, where it has any.
+def _files_next_to_tasks(manager: Any, folders: Sequence[Path]) -> Iterator[None]:
+    """Within the body, relative files of rows are those next to the YAML file, where it has any.
 
     The harness takes them from the working directory alone, so that a folder of tasks would depend
     on where the command is called.
     """
-    folder, before = entry.yaml_path and entry.yaml_path.parent, Path.cwd()
-    files = _named_files((entry.cfg or {}).get("dataset_kwargs"))
-    there = folder is not None and any((folder / file).is_file() for file in files)
-    try:
-        if there:
-            os.chdir(folder)
+    with TemporaryDirectory() as made:
+        for number, entry in enumerate(manager.task_index.values()):
+            path, own = entry.yaml_path, (entry.cfg or {}).get("dataset_kwargs")
+            if path is None or not own or not any(path.is_relative_to(one) for one in folders):
+                continue
+            files = _absolute(own.get("data_files"), path.parent)
+            if files != own.get("data_files"):
+                # JSON is YAML.
+                text = {"include": str(path), "dataset_kwargs": own | {"data_files": files}}
+                entry.yaml_path = Path(made, f"{number}.yaml")
+                entry.yaml_path.write_text(json.dumps(text), encoding="utf-8")
         yield
-    finally:
-        os.chdir(before)
+
+
+def _absolute(files: Any, folder: Path) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _absolute(one, folder) for split, one in files.items()}
+    if isinstance(files, list):
+        return [_absolute(one, folder) for one in files]
+    here = folder / str(files)
+    return str(here) if files and here.is_file() else files
 
 
 def _named_files(dataset_kwargs: Any) -> list[str]:
@@ -176,13 +189,13 @@ def _data_files(task: Any) -> dict[str, str]:
 
 
 def _not_loaded(name: str, entry: Any, error: Exception) -> str:
-    source = (entry.cfg or {}).get("dataset_path")
     reason = f"{first_line(error)} ({type(error).__name__})"
-    if source in _FILE_LOADERS or not isinstance(error, OSError):
+    if not isinstance(error, ConnectionError | DatasetNotFoundError | HfHubHTTPError):
         return f"{name!r}: {reason}"
+    source = (entry.cfg or {}).get("dataset_path")
     where = f"the data set {source!r}" if source else "data sets"
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
-    remedy = "unset HF_HUB_OFFLINE" if offline else "check the network"
+    remedy = "unset HF_HUB_OFFLINE" if offline else "check the name and the network"
     return (
         f"{name!r} takes {where} from the hub, which did not give it ({reason}): {remedy}, or "
         "evaluate tasks with local files (--include-path)"

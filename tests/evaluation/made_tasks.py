@@ -49,7 +49,7 @@ def write_task(folder: Path, name: str, kind: str, rows: int = 12) -> None:
         gold = place % 3
         choices = [*others[:gold], line["response"], *others[gold:]]
         made.append({"prompt": line["prompt"], "choices": choices, "gold": gold})
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = _START.format(name=name, kind=kind, question=QUESTION) + KINDS[kind]
     (folder / f"{name}.yaml").write_text(text)
     for split, part in (("train", made[:2]), ("test", made[2:])):

@@ -129,8 +129,8 @@ def test_the_harness_own_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_groups_and_files_that_cannot_be_read(tmp_path: Path) -> None:
-    write_task(tmp_path, "first", "multiple_choice", rows=3)
-    write_task(tmp_path, "second", "multiple_choice", rows=2)
+    for name, rows in (("first", 3), ("second", 2)):
+        write_task(tmp_path / name, name, "multiple_choice", rows=rows)
     (tmp_path / "group.yaml").write_text(
         "group: both\ntask: [first, second]\n"
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
@@ -139,5 +139,7 @@ def test_groups_and_files_that_cannot_be_read(tmp_path: Path) -> None:
     tasks = load_tasks(["both"], [str(tmp_path)])
     assert set(tasks.loaded["tasks"]) == {"first", "second"}
     assert set(tasks.loaded["groups"]) == {"both"}
+    (files, _) = tasks.data_files["second"]
+    assert files == str(tmp_path / "second" / "second_train.jsonl")
     with pytest.raises(ConfigError, match=r"define no task that can be read:\n  - .*broken.yaml$"):
         load_tasks(["third"], [str(tmp_path)])
