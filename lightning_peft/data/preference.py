@@ -16,7 +16,6 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.supervised import ConversationData, ConversationRows
-from lightning_peft.data.turns import Reasoning
 from lightning_peft.data.validation import EncodingProblem
 
 ANSWERS = ("chosen", "rejected")
@@ -149,18 +148,6 @@ class PreferenceData(ConversationData):
     batch_columns = tuple(
         f"{answer}_{kind}" for answer in ANSWERS for kind in ("input_ids", "labels")
     )
-
-    def __init__(
-        self,
-        data: str,
-        tokenizer: str,
-        chat_template: str | None = None,
-        system_prompt: str | None = None,
-        reasoning: Reasoning = "train",
-        chat_template_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(data, tokenizer, **options)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         return PreferenceRows(self.encoder("completion"), self.hparams["system_prompt"])

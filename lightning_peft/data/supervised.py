@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_peft.data import packing as packed
 from lightning_peft.data.batching import pad
-from lightning_peft.data.encoding import Encoder, LossOn, OverLong, TextSpan, token_spans
+from lightning_peft.data.encoding import Encoded, Encoder, LossOn, OverLong, TextSpan, token_spans
 from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import Sample
 from lightning_peft.data.shapes import Layout
@@ -26,6 +26,14 @@ class ConversationRows(RowEncoder):
     """Encodes conversations; those without a system turn get ``system_prompt``."""
 
     parallelizable = True
+    # Of what `columns` returns.
+    token_features = {
+        "input_ids": ListOf(Value("int32")),
+        "labels": ListOf(Value("int32")),
+        "length": Value("int32"),
+        "end_added": Value("bool"),
+        "tokens_cut": Value("int32"),
+    }
 
     def __init__(self, encoder: Encoder, system_prompt: str | None = None) -> None:
         self.encoder, self.end = encoder, encoder.end
@@ -36,9 +44,20 @@ class ConversationRows(RowEncoder):
         template = self.encoder.template
         return {"template": template and {"name": template.name, "text": template.text}}
 
+    def columns(self, row: Encoded, **others: Any) -> dict[str, Any]:
+        """Returns the columns of a row of tokens, and ``others``."""
+        return {
+            "input_ids": row.input_ids,
+            "labels": row.labels,
+            "length": len(row.input_ids),
+            "end_added": row.end_added,
+            "tokens_cut": row.cut,
+            **others,
+        }
+
 
 class ConversationData(TokenizedData):
-    """Rows that are rendered by a chat template."""
+    """Rows that are rendered by a chat template; arguments as of :class:`SupervisedData`."""
 
     # Arguments that decide the tokens and labels of a row.
     encoding_arguments: ClassVar[tuple[str, ...]] = (
@@ -47,6 +66,18 @@ class ConversationData(TokenizedData):
         "reasoning",
         "chat_template_kwargs",
     )
+
+    def __init__(
+        self,
+        data: str,
+        tokenizer: str,
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        reasoning: Reasoning = "train",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(data, tokenizer, **options)
 
     def encoder(self, loss_on: LossOn, plain_text: bool = False) -> Encoder:
         """Returns the encoder of turns, or of plain text."""
@@ -71,35 +102,15 @@ class ConversationData(TokenizedData):
 class SupervisedRows(ConversationRows):
     """Tokens of a row, with labels on what is trained."""
 
-    features = Features(
-        {
-            "input_ids": ListOf(Value("int32")),
-            "labels": ListOf(Value("int32")),
-            "length": Value("int32"),
-            "end_added": Value("bool"),
-            "tokens_cut": Value("int32"),
-            "part": Value("int32"),
-        }
-    )
+    features = Features({**ConversationRows.token_features, "part": Value("int32")})
     counts = (
         *("tokens", "trained_tokens", "ends_trained", "ends_added", "truncated", "tokens_cut"),
         "further_parts",
     )
 
     def encode(self, sample: Sample) -> list[dict[str, Any]]:
-        return [
-            {
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "length": len(row.input_ids),
-                "end_added": row.end_added,
-                "tokens_cut": row.cut,
-                "part": part,
-            }
-            for part, row in enumerate(
-                self.encoder.encode(sample.with_system(self.system_prompt)), start=1
-            )
-        ]
+        rows = self.encoder.encode(sample.with_system(self.system_prompt))
+        return [self.columns(row, part=part) for part, row in enumerate(rows, start=1)]
 
     def unused(self, sample: Sample) -> list[str]:
         return self.encoder.unused(sample.with_system(self.system_prompt))
@@ -158,8 +169,7 @@ class SupervisedData(ConversationData):
         **options: Any,
     ) -> None:
         self._checked: object = None
-        # The tokens are checked against the narrower choice of texts that cannot be split.
-        super().__init__(data, tokenizer, over_long=over_long, **options)  # type: ignore[arg-type]
+        super().__init__(data, tokenizer, over_long=over_long, **options)
 
     def _argument_problems(self) -> list[str]:
         problems = super()._argument_problems()

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Features, Value
-from datasets import Sequence as ListOf
 from torch import Tensor
 
 from lightning_peft.data.batching import pad
@@ -19,7 +18,6 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.samples import DESIRABLE, Sample
 from lightning_peft.data.shapes import Layout
 from lightning_peft.data.supervised import ConversationData, ConversationRows
-from lightning_peft.data.turns import Reasoning
 from lightning_peft.errors import ConfigError
 
 _KINDS = ("input_ids", "labels")
@@ -28,15 +26,7 @@ _KINDS = ("input_ids", "labels")
 class UnpairedRows(ConversationRows):
     """Tokens of a prompt with one answer, labels on the answer, and whether it is desirable."""
 
-    features = Features(
-        {
-            **{kind: ListOf(Value("int32")) for kind in _KINDS},
-            "desirable": Value("bool"),
-            "length": Value("int32"),
-            "end_added": Value("bool"),
-            "tokens_cut": Value("int32"),
-        }
-    )
+    features = Features({**ConversationRows.token_features, "desirable": Value("bool")})
     counts = (
         *("desirable", "tokens", "trained_tokens", "ends_trained", "ends_added"),
         *("truncated", "tokens_cut"),
@@ -53,15 +43,7 @@ class UnpairedRows(ConversationRows):
             rows = self.encoder.encode(replace(sample, label=None))
             desirable = [sample.label == DESIRABLE]
         return [
-            {
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "desirable": wanted,
-                "length": len(row.input_ids),
-                "end_added": row.end_added,
-                "tokens_cut": row.cut,
-            }
-            for row, wanted in zip(rows, desirable, strict=True)
+            self.columns(row, desirable=wanted) for row, wanted in zip(rows, desirable, strict=True)
         ]
 
     def unused(self, sample: Sample) -> list[str]:
@@ -109,18 +91,6 @@ class UnpairedPreferenceData(ConversationData):
 
     accepts = ("unpaired", "preference")
     batch_columns = (*_KINDS, "desirable")
-
-    def __init__(
-        self,
-        data: str,
-        tokenizer: str,
-        chat_template: str | None = None,
-        system_prompt: str | None = None,
-        reasoning: Reasoning = "train",
-        chat_template_kwargs: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(data, tokenizer, **options)
 
     def encoder_for(self, layout: Layout) -> RowEncoder:
         return UnpairedRows(self.encoder("completion"), self.hparams["system_prompt"])
