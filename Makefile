@@ -39,7 +39,7 @@ help:  ## Show this list
 setup: $(READY_DEV)  ## Create .venv with everything needed to develop
 	@echo "Ready: $(BIN)/python"
 
-demo: $(READY)  ## Fine-tune a tiny model on the CPU, offline, and show what happened
+demo: $(READY)  ## Fine-tune a small model on the CPU, and show what happened
 	$(BIN)/lightning-peft demo $(ARGS)
 
 app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, export

