@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ class Doubled(RowEncoder):
 
     def encode(self, sample: Any) -> list[dict[str, Any]]:
         return [{"number": 2 * sample}]
+
+
+@pytest.fixture
+def workers() -> Callable[[], list[Any]]:
+    """Returns the processes that the test has started and that have not ended."""
+    before = {process.pid for process in multiprocessing.active_children()}
+    return lambda: [one for one in multiprocessing.active_children() if one.pid not in before]
 
 
 @pytest.fixture
@@ -109,12 +117,12 @@ def through(encoder: Any, count: int, processes: int = 2) -> Any:
     return home.encode_rows(encoder, iter(range(count)), lambda number: number, processes)
 
 
-def test_what_is_prepared_is_the_same(make, write, here, tmp_path) -> None:
+def test_what_is_prepared_is_the_same(make, write, here, workers, tmp_path) -> None:
     file = write(rows())
     random = torch.get_rng_state()
     several = prepared(make, file, tmp_path / "several")
     assert len(here) == 5
-    assert multiprocessing.active_children() == []
+    assert workers() == []
     assert torch.equal(torch.get_rng_state(), random)
     one = alone(make, file, tmp_path / "alone")
     assert len(here) == 5 + 120
@@ -174,7 +182,7 @@ def test_what_fails_there_fails_here_with_its_own_error(
 
 
 @pytest.mark.long
-def test_a_process_that_hangs_is_not_waited_for(here, monkeypatch) -> None:
+def test_a_process_that_hangs_is_not_waited_for(here, workers, monkeypatch) -> None:
     own = os.getpid()
 
     class Hanging(Doubled):
@@ -188,7 +196,7 @@ def test_a_process_that_hangs_is_not_waited_for(here, monkeypatch) -> None:
     with pytest.raises(home.WorkersFailed, match="timed out after 0.5 seconds"):
         list(through(Hanging(), 20))
     assert time.monotonic() - started < 60
-    assert multiprocessing.active_children() == []
+    assert workers() == []
 
 
 def test_an_encoder_that_cannot_travel_is_refused_where_it_must(here, monkeypatch) -> None:
@@ -202,29 +210,29 @@ def test_an_encoder_that_cannot_travel_is_refused_where_it_must(here, monkeypatc
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_stopping_early_leaves_no_process(here, processes) -> None:
+def test_stopping_early_leaves_no_process(here, workers, processes) -> None:
     several = through(Doubled(), 1000, processes)
     with closing(several):
         for _ in range(50):
             next(several)
-        assert len(multiprocessing.active_children()) == (2 if processes == 2 else 0)
-    assert multiprocessing.active_children() == []
+        assert len(workers()) == (2 if processes == 2 else 0)
+    assert workers() == []
 
 
-def test_an_interrupt_leaves_nothing(make, write, here, tmp_path, monkeypatch) -> None:
+def test_an_interrupt_leaves_nothing(make, write, here, workers, tmp_path, monkeypatch) -> None:
     write_row, started = preparation._PreparationPass._write, []
 
     def interrupted(self: Any, parsed_row: Any, *given: Any) -> None:
         write_row(self, parsed_row, *given)
         if parsed_row.row.number == 50:
-            started.extend(multiprocessing.active_children())
+            started.extend(workers())
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(preparation._PreparationPass, "_write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared(make, write(rows()), tmp_path / "cache")
     assert len(started) == 2
-    assert multiprocessing.active_children() == []
+    assert workers() == []
     assert list((tmp_path / "cache").iterdir()) == []
 
 
