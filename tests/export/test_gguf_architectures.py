@@ -12,7 +12,7 @@ from llama_cpp import LlamaCpp
 import lightning_peft
 from lightning_peft.export.gguf.architectures import FAMILIES
 
-from .gguf_models import adapted, byte_tokenizer, prepared, silent, tiny_model
+from .tiny_gguf import adapted, byte_tokenizer, prepared, silent, tiny_model
 
 LLAMA3 = {
     "rope_type": "llama3",

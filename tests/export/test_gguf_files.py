@@ -17,9 +17,9 @@ from lightning_peft.errors import CheckpointError, UnsupportedError
 from lightning_peft.export.gguf import lora
 from lightning_peft.export.gguf.files import kind_of
 
-from .gguf_models import CHATML, adapted, byte_tokenizer, prepared, silent, tiny_model
 from .test_gguf_architectures import IDS, logprobs
 from .test_merged_folder import peak_bytes
+from .tiny_gguf import CHATML, adapted, byte_tokenizer, prepared, silent, tiny_model
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

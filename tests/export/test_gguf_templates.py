@@ -10,9 +10,9 @@ from llama_cpp import LlamaCpp
 
 from lightning_peft.export.go_template import translate
 
-from .gguf_models import adapted, byte_tokenizer, prepared, silent, tiny_model
 from .go_rendering import go
 from .test_go_template import TALK, TEMPLATES
+from .tiny_gguf import adapted, byte_tokenizer, prepared, silent, tiny_model
 
 QUICK = ("smollm2", "llama3", "mistral")
 SYSTEM = [{"role": "system", "content": "Be kind."}]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.export.gguf.vocabulary import vocabulary_of
 
-from .gguf_models import (
+from .tiny_gguf import (
     adapted,
     byte_tokenizer,
     prepared,
