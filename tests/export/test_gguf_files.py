@@ -196,6 +196,7 @@ def test_a_window_of_attention_is_the_context(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_values_that_float16_cannot_hold(tmp_path: Path) -> None:
     model = tiny_model("LlamaForCausalLM", intermediate_size=80)
     model.model.layers[1].mlp.down_proj.weight.data[3, 4] = 1e5

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -30,10 +31,13 @@ from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError
 from lightning_peft.model_reference import ModelReference, parse_model_reference
 
 # Raised whenever a folder is written in another way.
-FORMAT = 1
+FORMAT = 2
 KIND = "model in a GGUF file"
 # Longer is what tokenizers say that know no limit.
 _NO_LIMIT = 1 << 30
+# llama.cpp's names of splitting digits off one by one, and the rest into words as GPT-2 does.
+# transformers takes these for GPT-2's, which gives other tokens where two spaces precede a number.
+_DIGITS_FIRST = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -122,7 +126,13 @@ def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
         for tensor in reader.tensors
     ]
     kinds = {str(tensor["kind_name"]) for tensor in tensors}
-    return {"architecture": architecture, "dtype": _dtype(kinds), "tensors": tensors}
+    words = reader.fields.get("tokenizer.ggml.pre")
+    return {
+        "architecture": architecture,
+        "dtype": _dtype(kinds),
+        "pre_tokenizer": words and words.contents(),
+        "tensors": tensors,
+    }
 
 
 def _dtype(kinds: set[str]) -> str:
@@ -150,6 +160,9 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
     config.__dict__.pop("_model_name_or_path", None)
     config.save_pretrained(working)
     if tokenizer is not None:
+        if facts["pre_tokenizer"] in _DIGITS_FIRST:
+            words = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=True)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and tokenizer.model_max_length > _NO_LIMIT:
             tokenizer.model_max_length = limit
