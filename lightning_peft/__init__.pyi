@@ -1,3 +1,4 @@
+from .data.image_text import ImageTextData as ImageTextData
 from .data.images import ImageData as ImageData
 from .data.preference import PreferenceData as PreferenceData
 from .data.sequence_to_sequence import Seq2SeqData as Seq2SeqData

@@ -281,6 +281,25 @@ register_task(
 )
 register_task(
     TaskSpec(
+        name="image-text-to-text",
+        module="lightning_peft.tasks.ImageTextToText",
+        data="lightning_peft.ImageTextData",
+        shapes=(
+            ("image_messages", ("images", *_MESSAGES[1])),
+            ("image_prompt", ("images", *_PAIR[1])),
+        ),
+        auto_class="AutoModelForImageTextToText",
+        reader="AutoProcessor",
+        processor_argument="processor",
+        family="image-text",
+        label_per="token",
+        generates=True,
+        chat_template=True,
+        sequences_per_row=1,
+    )
+)
+register_task(
+    TaskSpec(
         name="time-series",
         module="lightning_peft.tasks.Forecaster",
         data="lightning_peft.SeriesData",

@@ -109,3 +109,4 @@ def merge_recipes(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any
 
 # Dicts that are one value, and not parts with keys of their own.
 WHOLE = {"columns", "config", "hub_splits", "rank_pattern", "alpha_pattern", "processor"}
+WHOLE |= {"processor_config"}

@@ -33,6 +33,7 @@ _SMALL_MODEL_PATHS = (
     *(f"{_MODEL}{name}" for name in ("learning_rate", "config", "generate_limit")),
     *(f"{_MODEL}{name}" for name in ("max_new_tokens", "checkpoint")),
     *(f"{_DATA}{name}" for name in ("chat_template", "feature_extractor")),
+    f"{_DATA}processor_config",
 )
 # What is said of the files themselves.
 _FILE_ARGUMENTS = ("encoding", "delimiter", "sheet", "text_unit", "validation_data", "test_data")

@@ -55,6 +55,7 @@ MODELS = (
     _other("openai/whisper-tiny", 37_760_640, "speech"),
     _other("openai/whisper-small", 241_734_912, "speech"),
     _other("facebook/dinov2-small", 22_056_576, "image"),
+    Model("HuggingFaceTB/SmolVLM-256M-Instruct", 256_484_928, "Apache 2.0", ("image-text",)),
 )
 
 # How long and how strongly: epochs, rank, and what the learning rate of the recipe is taken by.

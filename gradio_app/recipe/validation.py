@@ -176,7 +176,7 @@ class _Check:
             self._try(data, key, self.places.data)
         if self.content.get("data") and data.get("data") is None:
             self._refuse("checks.no_rows")
-        for key in ("tokenizer", "processor", "feature_extractor"):
+        for key in ("tokenizer", "processor", "processor_config", "feature_extractor"):
             if isinstance(data.get(key), dict):
                 self._fields(data, key, f"data.{key}")
             else:

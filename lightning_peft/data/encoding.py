@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lightning_peft.data.conversation_text import ConversationText, LossOn, Part, Span
 from lightning_peft.data.row_encoder import IGNORED as IGNORED
@@ -25,11 +25,19 @@ OverLong = Literal["error", "truncate", "split"]
 
 @dataclass(frozen=True)
 class TextSpan:
-    """A piece of a row, trained or not; ``tokens`` are in the tokenizer's own spelling, if any."""
+    """A piece of a row, trained or not.
+
+    Attributes:
+        trained: Whether it is learnt.
+        text: What is shown.
+        tokens: Its tokens in the tokenizer's own spelling, if any.
+        image: The bytes of the image file that it is, if it is one.
+    """
 
     trained: bool
     text: str
     tokens: list[str]
+    image: bytes | None = None
 
 
 def token_spans(
@@ -77,6 +85,8 @@ class Encoder:
             one of ``variables``.
     """
 
+    rendering_class: ClassVar[type[Rendering]] = Rendering
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -96,7 +106,7 @@ class Encoder:
         if template is None:
             check_variables(variables or {}, "plain text", frozenset())
             return
-        self._rendering = Rendering(tokenizer, template, variables)
+        self._rendering = self.rendering_class(tokenizer, template, variables)
         check_variables(
             variables or {}, f"the chat template {template.name}", self._rendering.variables
         )
@@ -197,14 +207,14 @@ class Encoder:
         else:
             ids, mask = self._masked(part.messages, context)
             offsets = self._offsets(part.text, 0)[1]
-            places = [_overlap(offsets, first, last) for first, last in characters]
+            places = [overlapping_tokens(offsets, first, last) for first, last in characters]
             spans = [run for first, last in places for run in _runs(mask, first, last)]
         if part.hidden and not self.tokenizer.is_fast:
             raise EncodingProblem(
                 "thoughts",
                 'has thoughts, which reasoning="mask" can only find with a fast tokenizer',
             )
-        return ids, spans, [_overlap(offsets, first, last) for first, last in part.hidden]
+        return ids, spans, [overlapping_tokens(offsets, first, last) for first, last in part.hidden]
 
     def _masked(
         self, turns: Sequence[Message], context: Mapping[str, Any]
@@ -328,7 +338,7 @@ def _inside(offsets: Sequence[Span], first: int, last: int) -> Span:
     return (places[0], places[-1] + 1) if places else (0, 0)
 
 
-def _overlap(offsets: Sequence[Span], first: int, last: int) -> Span:
+def overlapping_tokens(offsets: Sequence[Span], first: int, last: int) -> Span:
     """Returns the tokens that hold any of some characters."""
     places = [i for i, (a, b) in enumerate(offsets) if a < last and b > first]
     return (places[0], places[-1] + 1) if places else (0, 0)

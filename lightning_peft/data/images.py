@@ -160,7 +160,7 @@ class ImageData(RowDataModule):
         if self._processor is None:
             requested, revision = self.hparams["processor"], self.hparams["processor_revision"]
             try:
-                self._processor = _processor(requested, revision)
+                self._processor = load_image_processor(requested, revision)
             except (OSError, ValueError, TypeError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
@@ -193,12 +193,7 @@ class ImageData(RowDataModule):
 
     def prepare_data(self) -> None:
         """Reads and checks all images, in one process, and logs conversions to RGB."""
-        for kind, count in self.read().summary["conversions"].items():
-            details = CONVERSIONS.get(kind)
-            level = logging.INFO if details is None else logging.WARNING
-            log.log(
-                level, f"{count:,} images ({kind}) become RGB" + (f": {details}" if details else "")
-            )
+        log_conversions(self.read().summary["conversions"])
 
     def setup(self, stage: str) -> None:
         """Opens the prepared rows.
@@ -223,7 +218,10 @@ class ImageData(RowDataModule):
             )
 
 
-def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseImageProcessor:
+def load_image_processor(
+    requested: str | dict[str, Any], revision: str | None = None
+) -> BaseImageProcessor:
+    """Returns the image processor of a name or folder, or of settings with their type."""
     if isinstance(requested, str):
         found: BaseImageProcessor = AutoImageProcessor.from_pretrained(
             requested, revision=revision, trust_remote_code=False
@@ -233,7 +231,17 @@ def _processor(requested: str | dict[str, Any], revision: str | None) -> BaseIma
         (Path(folder) / "preprocessor_config.json").write_text(
             json.dumps(requested), encoding="utf-8"
         )
-        return _processor(folder, None)
+        return load_image_processor(folder)
+
+
+def log_conversions(counts: dict[str, int]) -> None:
+    """Logs how many images become RGB, as a warning where that loses something."""
+    for kind, count in counts.items():
+        details = CONVERSIONS.get(kind)
+        level = logging.INFO if details is None else logging.WARNING
+        log.log(
+            level, f"{count:,} images ({kind}) become RGB" + (f": {details}" if details else "")
+        )
 
 
 def require_pillow() -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from lightning_peft.compat.datasets import tqdm
 from lightning_peft.data.file_format import Row
+from lightning_peft.data.image_turns import named_paths, with_paths
 from lightning_peft.data.reading import Source, is_data_file, split_named, visible_files
 from lightning_peft.errors import ConfigError, itemize
 
@@ -52,6 +53,15 @@ def _path_in(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def _with_named_files(source: MediaSource, found: list[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """Returns files of rows and those that they name, each with its name seen from the folder."""
+    if not found:
+        return found
+    folder = Path(source.data) if Path(source.data).is_dir() else Path(source.data).parent
+    named = source.named_files()
+    return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in named)]
+
+
 @dataclass(frozen=True)
 class AudioSource(MediaSource):
     """Rows of a recording and its transcript."""
@@ -61,6 +71,46 @@ class AudioSource(MediaSource):
     def left_out(self) -> list[str]:
         """Returns the files in the folder that are neither rows nor recordings."""
         return [name for name in super().left_out() if Path(name).suffix.lower() not in _SOUNDS]
+
+
+@dataclass(frozen=True)
+class ImageTextSource(MediaSource):
+    """Conversations with images, in a column of their own or inside of the turns."""
+
+    media_field = "images"
+
+    def named_files(self) -> list[Path]:
+        rows = self.rows() if self.files() else iter(())
+        found = {p for row in rows if row.value for p in named_paths(row.value, self._names(row))}
+        return sorted(Path(path) for path in found if Path(path).is_file())
+
+    def content(self) -> list[tuple[str, Path]]:
+        """Returns the files of rows and the images that they name, each with its name."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> list[tuple[str, Path]]:
+        return _with_named_files(self, super().content())
+
+    def left_out(self) -> list[str]:
+        """Returns the files in the folder that are neither rows nor images."""
+        return [name for name in super().left_out() if Path(name).suffix.lower() not in IMAGES]
+
+    def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
+        for row in Source._file_rows(self, path, name, split):
+            if row.value is None:
+                yield row
+                continue
+            placed = with_paths(
+                row.value, self._names(row), lambda one: str((path.parent / one).absolute())
+            )
+            yield row._replace(value=placed)
+
+    def _names(self, row: Row) -> dict[str, str]:
+        assert row.value is not None
+        fields = ("images", "messages", "prompt", "completion")
+        found = {ours: self.column_of(ours, row.value) for ours in fields}
+        return {ours: theirs for ours, theirs in found.items() if theirs is not None}
 
 
 @dataclass(frozen=True)
@@ -100,11 +150,7 @@ class ImageSource(MediaSource):
     @cached_property
     def _content(self) -> list[tuple[str, Path]]:
         found = super().content()
-        if self._pictures or not found:
-            return found
-        folder = Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
-        named = self.named_files()
-        return [*found, *((Path(os.path.relpath(p, folder)).as_posix(), p) for p in named)]
+        return found if self._pictures else _with_named_files(self, found)
 
     def left_out(self) -> list[str]:
         """Returns the names of files in the folder that are not read, and of empty folders."""

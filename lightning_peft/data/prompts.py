@@ -39,10 +39,10 @@ class PromptCollector:
             )
             if known and text and len(text) <= MAX_CHARACTERS:
                 self._systems[text] += 1
-        # Without its tools, a row would be asked for something else.
+        # Without its tools or images, a row would be asked for something else.
         elif (
             split == "validation"
-            and not sample.context
+            and not (sample.context or sample.images)
             and sample.label != UNDESIRABLE
             and len(self._held_out) < MAX_HELD_OUT
         ):

@@ -276,8 +276,9 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
     """Yields the rows of a split, images and sounds as their bytes, and classes by name."""
     features = dict(dataset.features or {})
     for name, feature in features.items():
-        if getattr(feature, "decode", False) is True:
-            dataset = dataset.cast_column(name, replace(feature, decode=False))
+        stored = _undecoded(feature)
+        if stored is not feature:
+            dataset = dataset.cast_column(name, stored)
     classes = {n: feature for n, feature in features.items() if isinstance(feature, ClassLabel)}
 
     def explain(number: int, error: Exception) -> str:
@@ -292,6 +293,15 @@ def stored_rows(dataset: Any, data: str) -> Iterator[dict[str, Any]]:
             n: without_nulls(v) for n, v in row.items() if type(features.get(n)).__name__ != "Json"
         }
         yield {**row, **nested, **{n: class_name(kind, row[n]) for n, kind in classes.items()}}
+
+
+def _undecoded(feature: Any) -> Any:
+    """Returns a feature of images or sounds, or of lists of them, as that of their bytes."""
+    if getattr(feature, "decode", False) is True:
+        return replace(feature, decode=False)
+    inner = getattr(feature, "feature", None)
+    stored = _undecoded(inner) if inner is not None else None
+    return feature if stored is inner else replace(feature, feature=stored)
 
 
 def digest_of_files(files: Iterable[tuple[str, Path]]) -> str:

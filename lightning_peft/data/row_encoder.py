@@ -79,8 +79,9 @@ class SpecialTokens:
     A model would read such a text as several, or as ended or padded.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        tokens = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: Sequence[str] = ()) -> None:
+        known = {*tokenizer.all_special_tokens, *more}
+        tokens = sorted(filter(None, known), key=lambda token: (-len(token), token))
         self._pattern = re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
     def check(self, text: str, name: str) -> None:

@@ -35,6 +35,7 @@ class Sample:
         tokens: Words, each with a tag.
         tags: The tags of the words.
         image: The bytes of an image file.
+        images: The bytes of the image files of a conversation, in the order of their places in it.
         translation: Language to text.
         audio: The recording of ``text``.
         context: Inputs of the chat template next to the turns: ``tools``, ``documents`` and
@@ -50,6 +51,7 @@ class Sample:
     tokens: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     image: bytes | None = None
+    images: tuple[bytes, ...] = ()
     translation: dict[str, str] | None = None
     audio: Recording | None = None
     context: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class Sample:
             content.append({"tokens": self.tokens, "tags": self.tags})
         if self.context:
             content.append({"context": self.context})
+        if self.images:
+            content.append({"images": self._image_digests()})
         sound = self.audio and self.audio.digest()
         return _digest([*content, *filter(None, [self.translation, sound])])
 
@@ -91,8 +95,13 @@ class Sample:
             return _digest([self.text, self.text_pair])
         if not self.messages:
             return None
-        prompt = _message_content(self.messages[:-1])
+        prompt: list[Any] = _message_content(self.messages[:-1])
+        if self.images:
+            prompt = [*prompt, self._image_digests()]
         return _digest([prompt, self.context] if self.context else prompt)
+
+    def _image_digests(self) -> list[str]:
+        return [hashlib.sha256(image).hexdigest() for image in self.images]
 
 
 def _message_content(turns: Sequence[Message]) -> list[Message]:
@@ -219,13 +228,14 @@ def parse_tags(fields: Mapping[str, Any]) -> Sample:
 def parse_image(fields: Mapping[str, Any]) -> Sample:
     """Returns the image, read from its file where the row names one, and its class."""
     image, label = collect(
-        lambda: _image(fields.get("image")),
+        lambda: read_image(fields.get("image")),
         lambda: _label(fields.get("label")),
     )
     return Sample(label=label, image=image)
 
 
-def _image(image: Any) -> bytes:
+def read_image(image: Any) -> bytes:
+    """Returns the bytes of an image file, of a cell that holds them or names the file."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if image is None or image in ("", b""):

@@ -18,6 +18,7 @@ from lightning_peft.data.conversations import (
     parse_source,
     parse_unpaired,
 )
+from lightning_peft.data.image_turns import parse_image_messages, parse_image_pair
 from lightning_peft.data.json_text import lone_surrogate_in, parse_json
 from lightning_peft.data.row_keys import check_column, drop_ignored, unread_columns
 from lightning_peft.data.samples import (
@@ -66,6 +67,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "labels"),
     "image": ("image", "img", "file_name"),
+    "images": ("images", "image", "image_path", "image_paths", "img", "file_name"),
     "source": ("source", "document", "article", "dialogue", "src"),
     "target": ("target", "summary", "highlights", "tgt"),
     "translation": ("translation",),
@@ -192,6 +194,10 @@ _IN_ORDER = (
           ("translation",), (), "Seq2SeqData"),
     Shape("speech", "recordings and transcripts", parse_speech,
           ("audio", "transcript"), (), "SpeechData"),
+    Shape("image_messages", "messages with images", parse_image_messages,
+          ("messages",), ("images", *_SYSTEM), "ImageTextData"),
+    Shape("image_prompt", "prompt and completion with images", parse_image_pair,
+          ("prompt", "completion"), ("images", *_ANSWERED), "ImageTextData"),
 )
 # fmt: on
 SHAPES = {shape.name: shape for shape in _IN_ORDER}

@@ -176,6 +176,10 @@ class Rendering:
         found: str = self.apply(messages, context, tokenize=False, add_generation_prompt=prompt)
         return found
 
+    def message(self, message: Mapping[str, Any]) -> Message:
+        """Returns a turn as the template reads it."""
+        return template_message(message)
+
     def apply(self, messages: Sequence[Message], context: Mapping[str, Any], **options: Any) -> Any:
         """Calls ``apply_chat_template``.
 
@@ -184,7 +188,7 @@ class Rendering:
         """
         try:
             return self.tokenizer.apply_chat_template(
-                [template_message(message) for message in messages],
+                [self.message(message) for message in messages],
                 chat_template=self.template.text,
                 **{**self.defaults, **context},
                 **options,

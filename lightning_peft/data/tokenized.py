@@ -116,6 +116,11 @@ class TokenizedData(RowDataModule):
         return self._tokenizer
 
     @property
+    def tokenizer_name(self) -> str:
+        """The name or folder of the tokenizer, for messages."""
+        return str(self.hparams["tokenizer"])
+
+    @property
     def max_length(self) -> int:
         """Longest row in tokens."""
         limit = int(self.tokenizer.model_max_length)
@@ -123,7 +128,7 @@ class TokenizedData(RowDataModule):
         if requested is not None and requested > limit:
             raise ConfigError(
                 f"max_length={requested:,} is more than the {limit:,} tokens that the tokenizer "
-                f"{self.hparams['tokenizer']!r} says its model takes. Lower it, or set "
+                f"{self.tokenizer_name!r} says its model takes. Lower it, or set "
                 "model_max_length in the tokenizer's files if they are wrong."
             )
         return min(limit, DEFAULT_MAX_LENGTH) if requested is None else requested
@@ -136,7 +141,8 @@ class TokenizedData(RowDataModule):
         return int(tokenizer.eos_token_id if pad_token_id is None else pad_token_id)
 
     def encoding(self) -> dict[str, Any]:
-        revision = self.hparams["tokenizer_revision"]
+        # That of a processor is named by another argument.
+        revision = self.hparams.get("tokenizer_revision")
         return {
             "tokenizer": digest_of_tokenizer(self.tokenizer),
             # Only where there is one: what was prepared without it stays prepared.

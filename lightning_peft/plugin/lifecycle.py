@@ -23,6 +23,7 @@ from lightning_peft.plugin.adapter_checks import (
     missing_layers,
     warn_unregistered_copies,
 )
+from lightning_peft.plugin.adapter_defaults import with_adapter_defaults
 from lightning_peft.plugin.compatibility import check_compatibility, check_pruning
 from lightning_peft.plugin.injection_settings import injection_settings
 from lightning_peft.plugin.training_checks import TrainingChecks
@@ -42,7 +43,8 @@ class Lifecycle:
     """
 
     def __init__(self, arguments: LoRAArguments) -> None:
-        self.injection = injection_settings(arguments)
+        self.injection = self._requested = injection_settings(arguments)
+        self._arguments = arguments
         self.announce = arguments.announce
         self.checks = TrainingChecks(arguments.verify)
         self.provenance: dict[str, Any] = {}
@@ -65,7 +67,8 @@ class Lifecycle:
         # A function, not a callable object: Lightning compares code objects to see an override.
         def configure_model() -> None:
             self.uninstall()
-            requested = self.injection
+            requested = with_adapter_defaults(self._requested, self._arguments, module)
+            self.injection = requested
             with engine.loading_for_injection(
                 module,
                 requested.peft_config,

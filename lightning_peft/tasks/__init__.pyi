@@ -4,6 +4,7 @@ from .callbacks import StopEarly as StopEarly
 from .causal_lm import CausalLM as CausalLM
 from .encoder_decoder import Seq2SeqLM as Seq2SeqLM
 from .image_classification import ImageClassifier as ImageClassifier
+from .image_text import ImageTextToText as ImageTextToText
 from .preference import PreferenceTuning as PreferenceTuning
 from .reward import RewardModel as RewardModel
 from .speech_recognition import SpeechRecognizer as SpeechRecognizer

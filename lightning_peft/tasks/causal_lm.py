@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class CausalLM(PretrainedTask):
     <lightning_peft.tasks.pretrained.PretrainedTask>`.
     """
 
-    auto_class = AutoModelForCausalLM
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
 
     @cached_property
     def token_loss(self) -> TokenLoss:

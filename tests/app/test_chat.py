@@ -264,7 +264,14 @@ def test_a_run_has_the_machine_to_itself(speak, store):
 
 def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     speakers, run = speak(), with_adapters(store)
-    silent = {"Forecaster", "ImageClassifier", "RewardModel", "Seq2SeqLM", "SpeechRecognizer"}
+    silent = {
+        "Forecaster",
+        "ImageClassifier",
+        "ImageTextToText",
+        "RewardModel",
+        "Seq2SeqLM",
+        "SpeechRecognizer",
+    }
     silent |= {"TextClassifier", "TokenClassifier"}
     assert {task.class_name for task in TASKS.values() if not task.chats} == silent
     assert {task.class_name for task in TASKS.values() if task.chats} == {

@@ -15,10 +15,11 @@ from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
 # Near to another trial: pairs of dpo are those of kto, orpo and reward, speech has an encoder and a
-# decoder as summaries and translation have, and images and tokens are classified as texts are.
+# decoder as summaries and translation have, images and tokens are classified as texts are, and
+# answers about images have labels as those about texts.
 NEAR = {
     *("kto-qlora", "orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
-    "text-classification-qlora",
+    *("text-classification-qlora", "image-text-to-text-qlora"),
 }
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
@@ -30,7 +31,9 @@ TASKS = {
         "time-series",
         "token-classification",
     ),
-    "test_trials_of_sequences.py": ("speech-recognition", "summarization", "translation"),
+    "test_trials_of_sequences.py": (
+        *("image-text-to-text", "speech-recognition", "summarization", "translation"),
+    ),
 }
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 QUIET += ["--trainer.strategy.init_args.announce=false"]

@@ -446,6 +446,25 @@ def test_plain_attributes_are_put_back() -> None:
     assert seen == [1]
 
 
+def test_hooks_of_a_first_pass_are_put_back_with_what_says_that_they_are_there() -> None:
+    class Counting(type(stack())):
+        """Registers a hook in its first pass, as transformers does to collect hidden states."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "hooked"):
+                self.hooked = True
+                self.first.register_forward_hook(lambda *_: calls.append(1))
+            return super().forward(x)
+
+    calls: list[int] = []
+    module = injected(Counting())
+    assert lightning_peft.verify(module, torch.randn(2, 96)).passed
+    assert not hasattr(module, "hooked")
+    calls.clear()
+    module(torch.randn(2, 96))
+    assert calls == [1]
+
+
 def test_a_number_of_passes_that_does_not_grow() -> None:
     counts = []
     for layers in (1, 3):

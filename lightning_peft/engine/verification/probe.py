@@ -20,6 +20,7 @@ from lightning_peft.engine.training_mode import set_training_mode
 Step = Callable[[nn.Module, Any], Tensor]
 
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+_HOOKS = frozenset(name for name in _OWN_ATTRIBUTES if "hooks" in name)
 _CONTAINERS = (list, dict, set, deque)
 
 
@@ -223,7 +224,8 @@ def preserved_state(module: nn.Module) -> Iterator[None]:
     """Puts back what running the module changes.
 
     Values outside the frozen base, gradients and their flags, buffers, modes, random states, and
-    the plain attributes of all submodules, where modules keep counters, caches and metrics.
+    the plain attributes of all submodules, where modules keep counters, caches and metrics; and
+    hooks, which some models register in their first pass, with an attribute that says so.
     """
     grads = {param: (param.grad, param.requires_grad) for param in module.parameters()}
     values = {p: p.detach().clone() for p in mutable_parameters(module).values()}
@@ -258,6 +260,8 @@ def _attributes(child: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Returns each attribute with a copy of its contents, where it is a tensor or container."""
     kept: dict[str, tuple[Any, Any]] = {}
     for name, value in vars(child).items():
+        if name in _HOOKS:
+            kept[name] = value, dict(value)
         if name in _OWN_ATTRIBUTES:
             continue
         if type(value) is Tensor:

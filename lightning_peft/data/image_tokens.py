@@ -1,0 +1,144 @@
+"""Processors of image-text models: the tokens that stand for an image, and what the model sees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.data.images import as_rgb, decode_image
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import UnsupportedError
+
+# What a processor makes of text; all else that it returns is of the images.
+_OF_TEXT = ("input_ids", "attention_mask", "text_replacement_offsets")
+# Names under which models take which tokens are an image's.
+TYPE_NAMES = ("token_type_ids", "mm_token_type_ids")
+_OFFSETS = "text_replacement_offsets"
+
+
+class ImageTokens:
+    """What a processor does to the images of a row.
+
+    Args:
+        processor: A processor of transformers for text and images.
+
+    Raises:
+        UnsupportedError: If it does not write an image as tokens of the text.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.token: str = getattr(processor, "image_token", None) or ""
+        if not self.token:
+            raise UnsupportedError(
+                f"{type(processor).__name__} has no token for images, so it is not known where in "
+                "the text an image stands. Models whose images reach the text by cross-attention "
+                "(Mllama) are not trained here; take one that writes images as tokens, such as "
+                "Qwen-VL, SmolVLM, Gemma 3 or LLaVA."
+            )
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the tokens that become features of an image."""
+        found = getattr(self.processor, "image_token_ids", None) or [self.processor.image_token_id]
+        return [int(one) for one in found if one is not None]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that no text of a row may contain."""
+        tokenizer = self.processor.tokenizer
+        return [self.token, *map(str, tokenizer.convert_ids_to_tokens(self.ids))]
+
+    def written(self, images: Sequence[bytes]) -> list[str]:
+        """Returns the text that the processor puts in the place of each image of a row.
+
+        Raises:
+            EncodingProblem: If an image cannot be used.
+            UnsupportedError: If the processor does not say what it puts there.
+        """
+        if not images:
+            return []
+        output = self._process([images], **{f"return_{_OFFSETS}": True})
+        offsets = output.get(_OFFSETS)
+        if not offsets or len(offsets[0]) != len(images):
+            raise UnsupportedError(
+                f"{type(self.processor).__name__} does not say which tokens it writes for an "
+                "image, as processors of transformers 5.23 and later do. Take a newer version, or "
+                "a model of another kind."
+            )
+        return [one["replacement"] for one in offsets[0]]
+
+    def inputs(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
+        """Returns the features of the images of some rows, by the names that the model has.
+
+        Rows without images add nothing.
+        """
+        with_images = [row for row in rows if row]
+        if not with_images:
+            return {}
+        output = self._process(with_images, return_tensors="pt", padding=True)
+        names = (*_OF_TEXT, *TYPE_NAMES)
+        return {name: value for name, value in output.items() if name not in names}
+
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Returns which tokens are an image's, ``(batch, length)``, where the model takes that."""
+        name = self.type_name
+        return {} if name is None else {name: torch.isin(ids, torch.tensor(self.ids)).long()}
+
+    @cached_property
+    def type_name(self) -> str | None:
+        """The name under which the model takes which tokens are an image's, if it does."""
+        found = self.processor(text=["a"])
+        return next((name for name in TYPE_NAMES if name in found), None)
+
+    def _process(self, rows: Sequence[Sequence[bytes]], **options: Any) -> Any:
+        decoded = [[as_rgb(decode_image(image)) for image in row] for row in rows]
+        texts = [self.token * len(row) for row in rows]
+        try:
+            return self.processor(text=texts, images=decoded, **options)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            sizes = ", ".join(f"{i.width} x {i.height}" for row in decoded for i in row)
+            reason = str(error).strip().partition("\n")[0]
+            raise EncodingProblem(
+                "image", f"has an image ({sizes}) that the processor refuses: {reason}"
+            ) from error
+
+
+def expanded(
+    text: str, token: str, written: Sequence[str]
+) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+    """Returns a text with what stands for each image in the place of its token.
+
+    Args:
+        text: The text, with ``token`` once for each image.
+        token: What stands for an image before.
+        written: What stands for each image afterwards.
+
+    Returns:
+        The text; first and last character of each image in it; and, for :func:`moved`, the
+        character after each token in ``text`` with the characters that are added up to there.
+    """
+    pieces, spans, gains = [], [], []
+    last = length = 0
+    for found, new in zip(re.finditer(re.escape(token), text), written, strict=True):
+        before = text[last : found.start()]
+        start = length + len(before)
+        pieces += [before, new]
+        length = start + len(new)
+        spans.append((start, length))
+        last = found.end()
+        gains.append((last, length - last))
+    return "".join([*pieces, text[last:]]), spans, gains
+
+
+def moved(span: tuple[int, int], gains: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns where a span of characters is after images became longer."""
+    first, last = (
+        place + next((gain for end, gain in reversed(gains) if end <= place), 0) for place in span
+    )
+    return first, last

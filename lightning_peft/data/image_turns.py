@@ -1,0 +1,259 @@
+"""Conversations with images: where an image stands in a turn, and the file that it is."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning_peft.data.conversations import parse_messages, parse_pair
+from lightning_peft.data.samples import (
+    Sample,
+    collect,
+    read_image,
+    row_problem,
+    shortened,
+)
+from lightning_peft.data.template_context import is_empty, json_value
+
+# Stands for an image in the text of a turn; Unicode has it for such objects.
+MARK = "\ufffc"
+# What stands for an image in turns that are text, next to a column of images.
+PLACEHOLDER = "<image>"
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+# Keys of such a part that may hold the image or its path, in this order.
+_PART_KEYS = ("image", "image_url", "path", "url", "bytes", "base64")
+_CONTENT_KEYS = ("content", "value")
+
+
+def parse_image_messages(fields: Mapping[str, Any]) -> Sample:
+    """Returns the turns of a row, with a mark for each image, and the images."""
+    return _parse(fields, ("messages",), parse_messages)
+
+
+def parse_image_pair(fields: Mapping[str, Any]) -> Sample:
+    """Returns a prompt and its completion as turns, with their images."""
+    return _parse(fields, ("prompt", "completion"), parse_pair)
+
+
+def _parse(
+    fields: Mapping[str, Any], names: tuple[str, ...], parse: Callable[[Mapping[str, Any]], Sample]
+) -> Sample:
+    column = _listed(fields.get("images"))
+    sources: list[Any] = []
+    rest = {name: value for name, value in fields.items() if name != "images"}
+    marked, images = collect(
+        lambda: {name: _marked(fields[name], sources) for name in names if name in fields},
+        lambda: column,
+    )
+    sample, content = collect(
+        lambda: parse({**rest, **marked}),
+        lambda: collect(*(partial(_read, one) for one in _matched(sources, images))),
+    )
+    if images and not sources:
+        # As TRL does: without a place of their own, images come before the first question.
+        sample = _with_images_first(sample, len(content))
+    speaking = [i for i, turn in enumerate(sample.messages, 1) if MARK in turn["content"]]
+    learnt = [i for i in speaking if sample.messages[i - 1]["role"] == "assistant"]
+    if learnt:
+        raise row_problem(
+            "image", f"has an image in turn {learnt[0]} (assistant), and text alone is learnt"
+        )
+    return replace(sample, images=tuple(content))
+
+
+def _listed(value: Any) -> list[Any]:
+    found = json_value(value)
+    if is_empty(found):
+        return []
+    return found if isinstance(found, list) else [found]
+
+
+def _with_images_first(sample: Sample, count: int) -> Sample:
+    turns = list(sample.messages)
+    first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+    turns[first] = {**turns[first], "content": MARK * count + turns[first]["content"]}
+    return replace(sample, messages=turns)
+
+
+def _matched(sources: list[Any], column: list[Any]) -> list[Any]:
+    """Returns the image of each place in the turns; places without one take those of the column.
+
+    A part may say by ``index`` which of them it is.
+    """
+    if not sources:
+        return column
+    waiting = [one for one in sources if isinstance(one, _Place)]
+    if not waiting and not column:
+        return sources
+    if len(waiting) != len(column):
+        raise row_problem(
+            "image",
+            f"has {len(waiting)} places for images in its turns and {len(column)} images in its "
+            "column",
+        )
+    order = [place if one.index is None else one.index for place, one in enumerate(waiting)]
+    if sorted(order) != list(range(len(column))):
+        raise row_problem("image", f"has images by the index {order} of {len(column)}")
+    following = iter([column[index] for index in order])
+    return [next(following) if isinstance(one, _Place) else one for one in sources]
+
+
+class _Place:
+    """A place for an image of the column."""
+
+    def __init__(self, index: int | None = None) -> None:
+        self.index = index
+
+
+def _marked(value: Any, sources: list[Any]) -> Any:
+    """Returns turns, or a text, with marks for images; what they are is added to ``sources``."""
+    found = json_value(value)
+    if not isinstance(found, (list, dict)):
+        return _marked_text(value, sources)
+    several = found if isinstance(found, list) else [found]
+    turns = [_marked_turn(turn, sources) for turn in several]
+    return turns if isinstance(found, list) else turns[0]
+
+
+def _marked_turn(turn: Any, sources: list[Any]) -> Any:
+    if not isinstance(turn, dict):
+        return turn
+    key = next((name for name in _CONTENT_KEYS if name in turn), None)
+    if key is None:
+        return turn
+    content = turn[key]
+    if isinstance(content, str):
+        return {**turn, key: _marked_text(content, sources)}
+    if not isinstance(content, list):
+        return turn
+    return {**turn, key: [_marked_part(part, sources) for part in content]}
+
+
+def _marked_text(text: Any, sources: list[Any]) -> Any:
+    if not isinstance(text, str):
+        return text
+    _refuse_mark(text)
+    sources += [_Place() for _ in range(text.count(PLACEHOLDER))]
+    return text.replace(PLACEHOLDER, MARK)
+
+
+def _marked_part(part: Any, sources: list[Any]) -> Any:
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") not in _IMAGE_PARTS:
+        if isinstance(part.get("text"), str):
+            _refuse_mark(part["text"])
+        # Tables of parts of two kinds have the keys of both.
+        return {name: one for name, one in part.items() if name != "index" and one is not None}
+    held = next((part[key] for key in _PART_KEYS if not is_empty(part.get(key))), None)
+    if isinstance(held, dict) and "url" in held:
+        # As OpenAI writes it.
+        held = held["url"]
+    index = part.get("index")
+    sources.append(_Place(index if isinstance(index, int) else None) if held is None else held)
+    return {"type": "text", "text": MARK}
+
+
+def _refuse_mark(text: str) -> None:
+    if MARK in text:
+        raise row_problem(
+            "control", "has the character U+FFFC in a text, which stands for an image"
+        )
+
+
+def _read(source: Any) -> bytes:
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decoded(source.partition(",")[2])
+    if isinstance(source, str) and is_address(source):
+        raise row_problem(
+            "image", f"names {shortened(source)}; images are read from files, so download it first"
+        )
+    return read_image(source)
+
+
+def is_address(source: str) -> bool:
+    """Whether a text is an address on the web, not a path."""
+    return source.partition("://")[0].lower() in ("http", "https", "ftp", "s3", "gs")
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise row_problem("image", f"has an image as base64 that cannot be read: {error}") from None
+
+
+def named_paths(row: Mapping[str, Any], columns: Mapping[str, str]) -> Iterator[str]:
+    """Yields the paths of images in a row.
+
+    Args:
+        row: The row.
+        columns: Our names of the fields to the row's.
+    """
+    found: list[str] = []
+
+    def note(path: str) -> str:
+        found.append(path)
+        return path
+
+    with_paths(row, columns, note)
+    yield from found
+
+
+def with_paths(
+    row: Mapping[str, Any], columns: Mapping[str, str], change: Callable[[str], str]
+) -> dict[str, Any]:
+    """Returns a row with every path of an image changed.
+
+    Args:
+        row: The row.
+        columns: Our names of the fields, ``images`` and those of turns, to the row's.
+        change: Returns the path to have in the place of another one.
+    """
+    changed = dict(row)
+    for ours, name in columns.items():
+        value = json_value(row.get(name))
+        if ours == "images":
+            changed[name] = _changed_cells(row.get(name), change)
+        elif isinstance(value, list):
+            changed[name] = [_changed_turn(turn, change) for turn in value]
+    return changed
+
+
+def _changed_cells(cell: Any, change: Callable[[str], str]) -> Any:
+    value = json_value(cell)
+    if isinstance(value, list):
+        return [_changed_cell(one, change) for one in value]
+    return _changed_cell(value, change)
+
+
+def _changed_cell(cell: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(cell, dict) and not cell.get("bytes") and isinstance(cell.get("path"), str):
+        return {**cell, "path": change(cell["path"])}
+    if isinstance(cell, str) and cell.strip() and not cell.startswith("data:"):
+        return cell if is_address(cell) else change(cell)
+    return cell
+
+
+def _changed_turn(turn: Any, change: Callable[[str], str]) -> Any:
+    key = next((name for name in _CONTENT_KEYS if isinstance(turn, dict) and name in turn), None)
+    if key is None or not isinstance(turn[key], list):
+        return turn
+    return {**turn, key: [_changed_part(part, change) for part in turn[key]]}
+
+
+def _changed_part(part: Any, change: Callable[[str], str]) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in _IMAGE_PARTS:
+        return part
+    changed = dict(part)
+    for key in ("image", "path", "url", "image_url"):
+        value = part.get(key)
+        if isinstance(value, dict) and isinstance(value.get("url"), str):
+            changed[key] = {**value, "url": _changed_cell(value["url"], change)}
+        elif not is_empty(value):
+            changed[key] = _changed_cell(value, change)
+    return changed

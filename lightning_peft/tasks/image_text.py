@@ -1,0 +1,181 @@
+"""Supervised fine-tuning of image-text-to-text models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from lightning_peft.compat.lightning import trainer_of
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plugin.adapter_defaults import AdapterDefaults
+from lightning_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
+from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
+
+# Projectors that are inside of the vision part, as in Qwen-VL.
+_MERGERS = ("merger", "deepstack_merger_list")
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Names of the parts of an image-text-to-text model.
+
+    Attributes:
+        vision: The parts that see, without a projector that is inside of one.
+        projectors: What makes their features tokens of the language model.
+    """
+
+    vision: tuple[str, ...]
+    projectors: tuple[str, ...]
+
+
+class ImageTextToText(CausalLM):
+    """A language model that sees images, trained on the tokens that carry a label.
+
+    Logs what :class:`CausalLM <lightning_peft.tasks.causal_lm.CausalLM>` logs. The model computes
+    its own loss, with the logits of all tokens of a batch.
+
+    With a strategy or callback of this package, the linear layers of the language part get
+    adapters, the projector is trained in full and stored with them, and the vision part is frozen
+    and stays in the dtype that it was loaded in, as the projector does.
+
+    Args:
+        model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
+        adapt_vision: Give adapters to the vision part too, and quantize it as the rest. Names of
+            it in ``target_modules`` do the same.
+        projector: ``"full"`` trains the projector in full, ``"adapters"`` gives it adapters as the
+            language part, ``"frozen"`` leaves it as it is.
+        **options: Keyword arguments of ``PretrainedTask``.
+
+    Raises:
+        ConfigError: If arguments contradict each other.
+    """
+
+    auto_class = AutoModelForImageTextToText
+
+    def __init__(
+        self,
+        model: str,
+        adapt_vision: bool = False,
+        projector: Literal["full", "adapters", "frozen"] = "full",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+
+    def setup(self, stage: str) -> None:
+        """Checks the tokens of the data against the model, before it is loaded.
+
+        Raises:
+            ConfigError: If an image's tokens are others to the model.
+            UnsupportedError: If the model has an encoder for its text.
+        """
+        config: Any = self.model_config()
+        if config.get_text_config().is_encoder_decoder:
+            raise UnsupportedError(
+                f"{self.hparams['model']!r} is a {config.model_type} model, whose decoder writes "
+                "what an encoder reads. Labels are for models that go on with their prompt: take "
+                "one such as Qwen-VL, SmolVLM, Gemma 3 or LLaVA."
+            )
+        images = getattr(getattr(trainer_of(self), "datamodule", None), "image_tokens", None)
+        expected = next(
+            (
+                int(found)
+                for name in ("image_token_id", "image_token_index")
+                if (found := getattr(config, name, None)) is not None
+            ),
+            None,
+        )
+        if images is not None and expected is not None and expected not in images.ids:
+            raise ConfigError(
+                f"The processor writes images as the tokens {images.ids}, and "
+                f"{self.hparams['model']!r} takes the token {expected} for one. Give the data the "
+                f"model's own: processor={self.hparams['model']!r}."
+            )
+
+    def adapter_defaults(self) -> AdapterDefaults:
+        """Returns the parts that get no adapters, and those that are trained in full."""
+        with torch.device("meta"):
+            parts = model_parts(self.auto_class.from_config(self.model_config()))
+        hparams = self.hparams
+        vision = () if hparams["adapt_vision"] else parts.vision
+        projector = hparams["projector"]
+        return AdapterDefaults(
+            left=vision if projector == "adapters" else (*vision, *parts.projectors),
+            saved=parts.projectors if projector == "full" else (),
+        )
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Returns prompt, expected and generated text of each row.
+
+        Raises:
+            UnsupportedError: If the rows are not those of :class:`ImageTextData
+                <lightning_peft.data.image_text.ImageTextData>`.
+        """
+        if not isinstance(batch, list):
+            raise UnsupportedError(
+                "predict takes the rows of lightning_peft.ImageTextData: in a padded batch it is "
+                "not known which image is of which row. Give the Trainer such a datamodule."
+            )
+        return [asdict(sample) for sample in self.generate_samples(batch, MAX_NEW_TOKENS)]
+
+    def generate_samples(
+        self, rows: list[dict[str, Any]], max_new_tokens: int
+    ) -> list[GeneratedSample]:
+        """Returns the model's answers to the prompts of ``rows`` of the data module.
+
+        A prompt is what comes before the first token with a label, with its images.
+        """
+        return [self._answer(row, max_new_tokens) for row in rows]
+
+    def _answer(self, row: dict[str, Any], max_new_tokens: int) -> GeneratedSample:
+        assert self.model is not None
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        tokenizer = data.tokenizer
+        inputs = data.prompt_of(row)
+        first = inputs["input_ids"].shape[1]
+        (tokens,) = generate_greedily(
+            self.model,
+            inputs,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=data.pad_token_id,
+        )
+        new_tokens = tokens[first:].tolist()
+        expected = [token for token in row["labels"] if token != IGNORED]
+        prompt = "".join(span.text for span in data.render_row(row) if not span.trained)
+        answer, written = (
+            tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (expected, new_tokens)
+        )
+        cut = len(new_tokens) >= max_new_tokens and new_tokens[-1] != tokenizer.eos_token_id
+        return GeneratedSample(prompt, answer, written, cut)
+
+
+def model_parts(model: Any) -> ModelParts:
+    """Returns the parts of an image-text-to-text model, by what stands next to its decoder."""
+    names = {id(child): name for name, child in model.named_modules()}
+    decoder = names[id(model.get_decoder())]
+    above = model.get_submodule(decoder.rpartition(".")[0])
+    vision: list[str] = []
+    projectors: list[str] = []
+    for child in above.children():
+        name = names[id(child)]
+        if name == decoder or child is model.get_output_embeddings() or not _has_weights(child):
+            continue
+        (vision if isinstance(child, PreTrainedModel) else projectors).append(name)
+    seeing: list[str] = []
+    for name in vision:
+        part = model.get_submodule(name)
+        inner = [last for last in _MERGERS if hasattr(part, last)]
+        projectors += [f"{name}.{last}" for last in inner]
+        rest = [last for last, child in part.named_children() if _has_weights(child)]
+        seeing += [f"{name}.{last}" for last in rest if last not in inner] if inner else [name]
+    return ModelParts(tuple(seeing), tuple(projectors))
+
+
+def _has_weights(child: nn.Module) -> bool:
+    return next(child.parameters(), None) is not None

@@ -1,0 +1,245 @@
+"""Image-text-to-text models: which parts are adapted, quantized, trained in full, or left."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import short_runs
+import torch
+from image_text_models import FAMILIES, config_of, tiny_model
+from peft import PeftModel
+
+from lightning_peft.data.image_text import ImageTextData
+from lightning_peft.data.image_tokens import ImageTokens
+from lightning_peft.engine import merge, record_of, save_adapter
+from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plugin.loading import load_from_checkpoint
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+from lightning_peft.tasks.image_text import ImageTextToText, model_parts
+
+Image = pytest.importorskip("PIL.Image")
+
+# The others run with `make test-long`.
+LONG = pytest.mark.long
+SOME = [name if name == "llava" else pytest.param(name, marks=LONG) for name in FAMILIES]
+SAVED = [name if name == "qwen2_vl" else pytest.param(name, marks=LONG) for name in FAMILIES]
+WITH_METHODS = [
+    pytest.param(name, method, marks=() if (name, method) == ("llava", "qlora") else LONG)
+    for name in FAMILIES
+    for method in short_runs.STRATEGIES
+]
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (30, 60, 220)}
+
+
+def drawing(colour: str, seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(-20, 20, (16, 16, 3))
+    pixels = np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Makes data of nine images in three colours, and three rows of text alone."""
+
+    def data(family="llava", **options):
+        rows = []
+        for seed in range(9):
+            colour = list(COLOURS)[seed % 3]
+            (tmp_path / f"{seed}.png").write_bytes(drawing(colour, seed))
+            rows.append({"prompt": "<image>?", "completion": colour, "images": [f"{seed}.png"]})
+        rows += [{"prompt": f"Say {n}", "completion": f"{n}"} for n in range(3)]
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        options = {"batch_size": 6, "validation_share": 0, **options}
+        cache = str(tmp_path / "cache")
+        made = short_runs.make(ImageTextData, str(path), "given", cache_dir=cache, **options)
+        made._images = ImageTokens(FAMILIES[family].processor())
+        return made
+
+    return data
+
+
+@pytest.fixture
+def base(tmp_path):
+    """Saves the base of a family, with random values."""
+
+    def base(family, processor):
+        folder = tmp_path / f"base-{family}"
+        if not folder.is_dir():
+            model = tiny_model(family, processor)
+            torch.manual_seed(1)
+            for param in model.parameters():
+                # Larger than those of a new model, in which little depends on the input.
+                if param.ndim > 1:
+                    torch.nn.init.normal_(param, std=0.15)
+            model.save_pretrained(folder)
+        return str(folder)
+
+    return base
+
+
+def task(place, **options):
+    return short_runs.make(ImageTextToText, place, learning_rate=1e-2, **options)
+
+
+def fitted(module, rows, method="lora", steps=1, **settings):
+    strategy = short_runs.STRATEGIES[method](r=4, announce=False, optimizer=None, **settings)
+    run = short_runs.trainer(strategy=strategy, max_steps=steps, num_sanity_val_steps=0)
+    run.fit(module, rows)
+    return run
+
+
+def inside(name: str, part: str) -> bool:
+    return name.removeprefix("model.").startswith(f"{part}.")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_are_found_by_what_stands_next_to_the_decoder(family):
+    known = FAMILIES[family]
+    parts = model_parts(tiny_model(family, known.processor()))
+    assert parts.projectors == (known.projector,)
+    if family == "qwen2_vl":
+        # Its projector is inside of the part that sees.
+        assert parts.vision == ("model.visual.patch_embed", "model.visual.blocks")
+    else:
+        assert parts.vision == (known.vision,)
+
+
+@pytest.mark.parametrize(("family", "method"), WITH_METHODS)
+def test_the_language_part_is_adapted_the_projector_trained_and_the_rest_left(
+    family, method, data, base
+):
+    known, rows = FAMILIES[family], data(family)
+    module = task(base(family, rows.image_tokens.processor))
+    losses = []
+    module.on_train_batch_end = lambda out, *_: losses.append(out["loss"].item())
+    start = {}
+    module.on_train_start = lambda: start.update(
+        {n: p.detach().clone() for n, p in module.named_parameters()}
+    )
+    fitted(module, rows, method, steps=24, verify="full" if family == "idefics3" else "cheap")
+    moved = {n for n, p in module.named_parameters() if not torch.equal(p, start[n])}
+    projector = {n for n in start if inside(n, known.projector)}
+    assert projector <= moved
+    adapters = moved - projector
+    assert all(inside(n, known.language) and "lora_" in n for n in adapters)
+    # q, k, v, o, gate, up, down, with two factors, in two blocks.
+    assert len(adapters) == 7 * 2 * 2
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+    (part,) = record_of(module).parts.values()
+    quantized = [part.qualified(name) for name in part.quantized]
+    assert len(quantized) == (14 if method == "qlora" else 0)
+    assert all(inside(n, known.language) for n in quantized)
+
+
+def gradients(place, rows, settings=None, **options):
+    """Returns what got a gradient in the first step, by its name, with the sum of its amounts."""
+    module = task(place, **options)
+    found = {}
+    module.on_before_optimizer_step = lambda *_: found.update(
+        {
+            name: param.grad.abs().sum().item()
+            for name, param in module.named_parameters()
+            if param.grad is not None
+        }
+    )
+    fitted(module, rows, **(settings or {}))
+    return found
+
+
+def seeing(found, known):
+    """Returns the names of what sees and gets a gradient that is not zero."""
+    names = [n for n in found if inside(n, known.vision) and not inside(n, known.projector)]
+    return [n for n in names if found[n] > 0]
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_the_vision_part_gets_gradients_only_where_it_is_named(family, data, base):
+    known, rows = FAMILIES[family], data(family)
+    place = base(family, rows.image_tokens.processor)
+    # PEFT alone would take the layers of both parts that are called so.
+    assert seeing(gradients(place, rows, {"target_modules": ["q_proj", "v_proj"]}), known) == []
+    named = seeing(gradients(place, rows, adapt_vision=True), known)
+    assert named
+    assert all("lora_B" in name for name in named)
+
+
+@LONG
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patterns_name_the_vision_part_and_the_projector_has_three_settings(family, data, base):
+    known, rows = FAMILIES[family], data(family)
+    place = base(family, rows.image_tokens.processor)
+    word = known.vision.rpartition(".")[2]
+    pattern = rf".*{word}\..*(q_proj|qkv)|.*(language|text)_model\..*q_proj"
+    named = seeing(gradients(place, rows, {"target_modules": pattern}), known)
+    assert named
+    assert all("q_proj" in name or "qkv" in name for name in named)
+    frozen = gradients(place, rows, projector="frozen")
+    assert not [name for name in frozen if inside(name, known.projector)]
+    adapted = gradients(place, rows, projector="adapters")
+    projected = [name for name in adapted if inside(name, known.projector)]
+    assert all("lora_" in name for name in projected)
+    # Gemma's is a bare parameter without a linear layer.
+    assert bool(projected) is (family != "gemma3")
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_checkpoints_adapter_folders_and_merges_answer_the_same(family, data, base, tmp_path):
+    rows = data(family)
+    place = base(family, rows.image_tokens.processor)
+    module = task(place)
+    run = fitted(module, rows, steps=3)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    batch = next(iter(rows.loader("train")))
+    module.eval()
+    with torch.no_grad():
+        expected = module(**batch).logits
+        loaded = load_from_checkpoint(
+            bind_to_lightning(ImageTextToText, ROOTS[1]), tmp_path / "one.ckpt"
+        ).eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+        folder = save_adapter(module, tmp_path / "adapter")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["modules_to_save"]
+        other = module.auto_class.from_pretrained(place)
+        wrapped = PeftModel.from_pretrained(other, str(folder)).eval()
+        torch.testing.assert_close(wrapped(**batch).logits, expected)
+        merge(module)
+        torch.testing.assert_close(module(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@LONG
+def test_predictions_are_of_the_images_of_their_rows(data, base):
+    rows = data(validation_share=0.4)
+    module = task(base("llava", rows.image_tokens.processor))
+    run = fitted(module, rows, steps=60)
+    found = [one for batch in run.predict(module, datamodule=rows) for one in batch]
+    assert len(found) == len(rows.read().splits["validation"]) > 3
+    seen = [one for one in found if "[image of 16 x 16 pixels, 4 tokens]?" in one["prompt"]]
+    assert len({one["expected"] for one in seen}) > 1
+    assert [one["generated"] for one in seen] == [one["expected"] for one in seen]
+    with pytest.raises(UnsupportedError, match="predict takes the rows of"):
+        module.predict_step(next(iter(rows.loader("train"))), 0)
+
+
+def test_a_processor_of_another_model_is_refused_before_the_model_is_loaded(data, base):
+    rows = data()
+    config = config_of("llava", rows.image_tokens.processor)
+    module = task("none", config={**config, "image_token_index": 7})
+    with pytest.raises(ConfigError, match=r"as the tokens \[\d+\], and 'none' takes the token 7"):
+        fitted(module, rows)
+    assert module.model is None
+
+
+def test_a_model_with_an_encoder_for_text_is_refused(data):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 384}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    text = {"model_type": "bart", **sizes, **heads, "is_encoder_decoder": True}
+    module = task("none", config={"model_type": "florence2", "text_config": text})
+    with pytest.raises(UnsupportedError, match="is a florence2 model, whose decoder writes what"):
+        fitted(module, data())
