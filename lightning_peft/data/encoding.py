@@ -31,13 +31,13 @@ class TextSpan:
         trained: Whether it is learnt.
         text: What is shown.
         tokens: Its tokens in the tokenizer's own spelling, if any.
-        image: The bytes of the image file that it is, if it is one.
+        image: A small copy of the image that it is, as a ``data:`` URL, if it is one.
     """
 
     trained: bool
     text: str
     tokens: list[str]
-    image: bytes | None = None
+    image: str | None = None
 
 
 def token_spans(

@@ -30,6 +30,7 @@ from lightning_peft.data.images import (
     decode_image,
     log_conversions,
     require_pillow,
+    thumbnail,
 )
 from lightning_peft.data.media_source import ImageTextSource
 from lightning_peft.data.processors import config_problems, digest_of_processor, load_processor
@@ -362,9 +363,10 @@ class ImageTextData(ConversationData):
             row["images"], row["image_starts"], row["image_ends"], strict=True
         ):
             found += self._text_spans(row, last, start)
-            size = as_rgb(decode_image(image)).size
-            shown = f"[image of {size[0]} x {size[1]} pixels, {end - start:,} tokens]"
-            found.append(TextSpan(False, shown, [], image))
+            upright = as_rgb(decode_image(image))
+            size = f"{upright.width} x {upright.height}"
+            shown = f"[image of {size} pixels, {end - start:,} tokens]"
+            found.append(TextSpan(False, shown, [], thumbnail(upright)))
             last = end
         return [*found, *self._text_spans(row, last, len(row["input_ids"]))]
 

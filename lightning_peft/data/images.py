@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import tempfile
@@ -44,6 +45,10 @@ CONVERSIONS = {
     "16 bit": "the 16 bits of a pixel become 8",
     "CMYK": "inks become red, green and blue, without a colour profile",
 }
+
+
+# Pixels of the longer side of a small copy.
+THUMBNAIL = 160
 
 
 class ImageRows(RowEncoder):
@@ -187,9 +192,12 @@ class ImageData(RowDataModule):
         return ImageBatch(self.image_processor, self.labels)
 
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
-        width, height = decode_image(row["image"]).size
-        size = f"image of {width} x {height}, {len(row['image']):,} bytes\n"
-        return [TextSpan(False, size, []), TextSpan(True, row["label"], [])]
+        image = decode_image(row["image"])
+        size = f"image of {image.width} x {image.height}, {len(row['image']):,} bytes\n"
+        return [
+            TextSpan(False, size, [], thumbnail(as_rgb(image))),
+            TextSpan(True, row["label"], []),
+        ]
 
     def prepare_data(self) -> None:
         """Reads and checks all images, in one process, and logs conversions to RGB."""
@@ -242,6 +250,14 @@ def log_conversions(counts: dict[str, int]) -> None:
         log.log(
             level, f"{count:,} images ({kind}) become RGB" + (f": {details}" if details else "")
         )
+
+
+def thumbnail(image: Image) -> str:
+    """Returns a small copy of an image as a ``data:`` URL, at most 160 pixels wide and high."""
+    small, content = image.copy(), BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def require_pillow() -> None:

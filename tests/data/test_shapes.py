@@ -52,6 +52,7 @@ ROWS = [
 ]
 # What these hold is tested where they are used.
 OTHERS = {"text", "text_label", "unpaired", "tokens_tags", "image_label", "translation", "speech"}
+OTHERS |= {"image_messages", "image_prompt"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)

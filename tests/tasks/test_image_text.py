@@ -138,7 +138,7 @@ def test_the_language_part_is_adapted_the_projector_trained_and_the_rest_left(
 
 
 def gradients(place, rows, settings=None, **options):
-    """Returns what got a gradient in the first step, by its name, with the sum of its amounts."""
+    """Returns the gradients of the first step by name, as the sum of their amounts."""
     module = task(place, **options)
     found = {}
     module.on_before_optimizer_step = lambda *_: found.update(
@@ -153,7 +153,7 @@ def gradients(place, rows, settings=None, **options):
 
 
 def seeing(found, known):
-    """Returns the names of what sees and gets a gradient that is not zero."""
+    """Returns the names in the vision part with a gradient that is not zero."""
     names = [n for n in found if inside(n, known.vision) and not inside(n, known.projector)]
     return [n for n in names if found[n] > 0]
 
