@@ -48,6 +48,17 @@ class ModelReference:
         return Path(self.place) / self.gguf_file
 
 
+def written_reference(name: str | os.PathLike[str]) -> ModelReference:
+    """Parses the name of a model without a look at this machine: a folder stands for itself."""
+    text = os.fspath(name)
+    written = _FILE_OF_PLACE.fullmatch(text)
+    if written is not None:
+        return ModelReference(text, written["place"], written["file"])
+    if text.lower().endswith(SUFFIX):
+        return ModelReference(text, os.path.dirname(text) or ".", os.path.basename(text))
+    return ModelReference(text, text)
+
+
 def parse_model_reference(name: str | os.PathLike[str]) -> ModelReference:
     """Parses the name of a model. Nothing is read but the list of a folder.
 
@@ -55,18 +66,17 @@ def parse_model_reference(name: str | os.PathLike[str]) -> ModelReference:
         ConfigError: If a GGUF file is not there, or a folder holds several and none is named.
         UnsupportedError: If it is one part of a split model, or not a language model.
     """
-    text = os.fspath(name)
-    written = _FILE_OF_PLACE.fullmatch(text)
-    if text.lower().endswith(SUFFIX) and os.path.isfile(text):
+    found = written_reference(name)
+    text, place = found.name, found.place
+    if found.gguf_file is None:
+        found = ModelReference(text, place, _only_gguf_file(text))
+    elif os.path.isfile(text):
+        # A colon may be part of a path.
         found = ModelReference(text, os.path.dirname(text) or ".", os.path.basename(text))
-    elif written is not None:
-        found = ModelReference(text, written["place"], written["file"])
-        if Path(found.place).is_dir() and not (Path(found.place) / written["file"]).is_file():
-            raise _not_there(found)
-    elif text.lower().endswith(SUFFIX):
-        raise _not_there(ModelReference(text, os.path.dirname(text) or ".", os.path.basename(text)))
     else:
-        found = ModelReference(text, text, _only_gguf_file(text))
+        of_hub = text == f"{place}:{found.gguf_file}" and not os.path.isdir(place)
+        if not of_hub and not (Path(place) / found.gguf_file).is_file():
+            raise _not_there(found)
     if found.gguf_file is not None:
         _refuse_part(found)
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from lightning_peft import engine
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.loading_code import adapter_code, labels_of
+from lightning_peft.model_reference import written_reference
 
 # Facts of provenance.json that have a row or a section of their own.
 _SHOWN = {
@@ -115,9 +116,10 @@ def gguf_card(adapter: Adapter, license: str | None, record: Mapping[str, Any]) 
 
 def _front(adapter: Adapter, license: str | None, tags: list[str], library: str) -> str:
     lines = ["---", f"library_name: {library}"]
-    base = adapter.base_name
-    if base and not _is_path(base):
-        lines.append(f"base_model: {base}")
+    base = written_reference(adapter.base_name or "")
+    of_hub = base.gguf_file is None or base.name == f"{base.place}:{base.gguf_file}"
+    if base.place and of_hub and not _is_path(base.place):
+        lines.append(f"base_model: {base.place}")
     if license:
         lines.append(f"license: {license}")
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])
@@ -130,6 +132,11 @@ def _is_path(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """Returns the name of a model without the folders of the machine that it was on."""
+    base = written_reference(name)
+    if base.gguf_file is not None and not _is_path(base.place) and ":" in name:
+        return name
+    if base.gguf_file is not None:
+        return base.gguf_file
     return name.replace("\\", "/").rstrip("/").rpartition("/")[2] if _is_path(name) else name
 
 

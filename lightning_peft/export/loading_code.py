@@ -8,11 +8,14 @@ from typing import Any
 
 from safetensors import safe_open
 
+from lightning_peft.model_reference import written_reference
 from lightning_peft.task_registry import TASKS, TaskSpec
 
 # Last layers of the classification heads of transformers.
 _HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")
 _READER = "AutoTokenizer"
+# Or its weights stay in the blocks of the file.
+_GGUF_SETTINGS = "settings = GgufConfig(dequantize=True)"
 
 
 def adapter_code(
@@ -29,8 +32,13 @@ def adapter_code(
     """
     model, reader = model_class(facts), reader_class(facts)
     settings = _settings(facts.get("quantization"))
-    names = [model, *([reader] if reader else []), *(["BitsAndBytesConfig"] if settings else [])]
-    arguments = repr(base) + (f", revision={revision!r}" if revision else "")
+    reference = written_reference(base)
+    arguments = repr(reference.place) + (f", revision={revision!r}" if revision else "")
+    if reference.gguf_file is not None:
+        arguments += f", gguf_file={reference.gguf_file!r}"
+        settings = _GGUF_SETTINGS
+    needed = [settings.partition(" = ")[2].partition("(")[0]] if settings else []
+    names = [model, *([reader] if reader else []), *needed]
     more = ", quantization_config=settings" if settings else ""
     heads = [spec for spec in TASKS.values() if spec.head and spec.auto_class == model]
     if labels is not None and heads:
@@ -39,7 +47,11 @@ def adapter_code(
         more = f", num_labels={labels}{other}{more}"
     lines = ["from peft import PeftModel", f"from transformers import {', '.join(sorted(names))}"]
     lines.append("")
-    if settings:
+    if settings == _GGUF_SETTINGS:
+        if facts.get("quantization"):
+            lines.append("# The adapter was trained on the base in fewer bits; here it is dense.")
+        lines += ["# Older versions of transformers have no GgufConfig, and need none.", settings]
+    elif settings:
         lines += ["# The adapter was trained on the base in fewer bits.", settings]
     elif facts.get("quantization"):
         method = facts["quantization"].get("quant_method")

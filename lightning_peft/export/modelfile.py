@@ -84,7 +84,9 @@ def _safetensors(request: ExportRequest, folder: Path) -> dict[str, Any]:
         )
     if request.separate_adapter:
         copy_adapter(request, folder / "adapter")
-        base = request.base_name or request.base.folder.resolve()
+        gguf = request.base.gguf
+        place = request.base.folder.resolve() if gguf is None else gguf.file
+        base = request.base_name or place
         source = f"FROM {base}\nADAPTER ./adapter\n"
         return {"source": source, "notes": notes, "commands": []}
     report = merge(request.adapter, folder / "model", **request.options)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_llama, token_batch
+from gguf_models import VOCABULARY, write_gguf
+from models import llama_config, tiny_llama, token_batch
 from safetensors.torch import save_file
 from toy_backend import TOY
 from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     ViTConfig,
@@ -163,3 +166,40 @@ def test_code_does_not_give_transformers_a_config_of_another_backend():
     code = adapter_code(facts, "adapter", "base", None, None)
     assert "BitsAndBytesConfig" not in code
     assert "quantized by toy_int8, which this does not do" in code
+
+
+@pytest.mark.parametrize(
+    ("base", "place", "front"),
+    [
+        ("org/m-GGUF:m.Q8_0.gguf", "'org/m-GGUF', gguf_file='m.Q8_0.gguf'", "org/m-GGUF"),
+        ("/home/me/models/m.Q8_0.gguf", "'.', gguf_file='m.Q8_0.gguf'", None),
+    ],
+)
+def test_code_for_a_base_in_a_gguf_file(tmp_path: Path, base: str, place: str, front: str | None):
+    facts = {"base": {"name_or_path": base, "class": "LlamaForCausalLM"}}
+    card = adapter_card(Adapter("mine", tmp_path, {}, facts), None)
+    assert f"base = AutoModelForCausalLM.from_pretrained({place}, quantization_config=" in card
+    assert f"tokenizer = AutoTokenizer.from_pretrained({place})" in card
+    assert "settings = GgufConfig(dequantize=True)" in card
+    assert "home" not in card
+    assert (f"base_model: {front}" in card) == (front is not None)
+
+
+def test_the_code_for_a_gguf_file_loads_what_was_trained(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("gguf", reason="needs the extra `gguf`")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = llama_config(vocab_size=VOCABULARY, head_dim=16)
+    model = LlamaForCausalLM(config).eval()
+    file = write_gguf(tmp_path / "m.gguf", model)
+    base = engine.load_pretrained_model(AutoModelForCausalLM, file)
+    engine.inject(base, r=4)
+    randomize(base)
+    folder = engine.save_adapter(base, tmp_path / "adapter")
+    batch = torch.arange(5, 25)[None]
+    expected = base(batch).logits
+    found = find_adapter(str(folder))
+    code = adapter_code(found.facts, str(folder), str(file), None, None)
+    made: dict = {}
+    exec(code, made)
+    assert torch.allclose(made["model"](batch).logits, expected, atol=1e-5)
+    assert made["tokenizer"]("the")["input_ids"]
