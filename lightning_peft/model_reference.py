@@ -75,7 +75,7 @@ def parse_model_reference(name: str | os.PathLike[str]) -> ModelReference:
         found = ModelReference(text, os.path.dirname(text) or ".", os.path.basename(text))
     else:
         of_hub = text == f"{place}:{found.gguf_file}" and not os.path.isdir(place)
-        if not of_hub and not (Path(place) / found.gguf_file).is_file():
+        if not of_hub and not (Path(place) / str(found.gguf_file)).is_file():
             raise _not_there(found)
     if found.gguf_file is not None:
         _refuse_part(found)
