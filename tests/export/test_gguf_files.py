@@ -11,6 +11,7 @@ import torch
 from gguf import GGUFReader, dequantize
 from llama_cpp import LlamaCpp
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import lightning_peft
 from lightning_peft.errors import CheckpointError, UnsupportedError
@@ -82,6 +83,35 @@ def test_numbers_of_each_kind(kind: str, tmp_path: Path) -> None:
     assert known["general.architecture"] == "llama"
     assert known["general.file_type"] == {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}[kind]
     assert known["tokenizer.chat_template"] == CHATML
+
+
+def eight_bits(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Rounds what goes into a layer to 127 steps, whose size is a float16, for 32 numbers each."""
+    blocks = args[0].reshape(*args[0].shape[:-1], -1, 32)
+    step = blocks.abs().amax(-1, keepdim=True) / 127
+    return (((blocks / step).round() * step.half().float()).reshape(args[0].shape),)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layers", [1, 2])
+def test_llama_cpp_rounds_inputs_of_eight_bit_layers(layers: int, tmp_path: Path) -> None:
+    base = tiny_model("LlamaForCausalLM", num_hidden_layers=layers)
+    _, adapter = adapted(tmp_path, base, byte_tokenizer(ascii_only=True))
+    file = tmp_path / "model.gguf"
+    prepared(tmp_path, adapter, "q8_0").write_merged(file, "q8_0", {}, silent)
+    # With the weights as they are in the file.
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    found = LlamaCpp(file).continued(IDS, 1, top=128)["logprobs"][0]
+    actual = torch.tensor([found[index] for index in range(128)])
+    exact = logprobs(model, IDS)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(eight_bits)
+    rounded = logprobs(model, IDS)
+    assert (actual - exact).abs().max() > 0.02
+    torch.testing.assert_close(actual, rounded, atol=1e-4, rtol=0)
 
 
 def test_which_numbers_a_tensor_gets() -> None:
