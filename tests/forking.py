@@ -20,6 +20,8 @@ IMPORTED = ("torch", "transformers", "bitsandbytes", "peft", "torchmetrics")
 
 
 def main() -> None:
+    # pyarrow 20, which pandas imports, starts a thread of its memory allocator.
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
     for name in IMPORTED:
         import_module(name)
     assert not {"lightning", "pytorch_lightning", "lightning_peft"} & sys.modules.keys()

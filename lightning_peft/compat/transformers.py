@@ -82,6 +82,15 @@ def float32_modules(model: Any) -> set[str]:
     return {name for names in lists for name in names or ()}
 
 
+def enable_gradient_checkpointing(model: Any, **arguments: Any) -> None:
+    """Switches on a model's own gradient checkpointing.
+
+    transformers 5.20 renamed the method, and warns of the old name.
+    """
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    (switch or model.gradient_checkpointing_enable)(arguments or None)
+
+
 def tied_parameters(model: Any) -> set[str]:
     """Returns the names of parameters that are tied to others, and of those."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}

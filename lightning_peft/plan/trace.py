@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
+from lightning_peft.compat.transformers import enable_gradient_checkpointing
 from lightning_peft.engine.verification.probe import NoLossError
 from lightning_peft.errors import ConfigError, LightningPeftError, UnsupportedError
 from lightning_peft.plan.memory_tracker import MemoryTracker
@@ -162,9 +163,7 @@ def _checkpoint(module: Any, settings: PlanSettings) -> Callable[[], None]:
             "gradient_checkpointing=True with method='full': only transformers models have a "
             "switch for it without adapters. Plan without it."
         )
-    # transformers 5.20 renamed it.
-    switch = getattr(models[0], "activation_checkpointing_enable", None)
-    (switch or models[0].gradient_checkpointing_enable)({"use_reentrant": False})
+    enable_gradient_checkpointing(models[0], use_reentrant=False)
     models[0].config.use_cache = False
     return _nothing
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import engine
+from lightning_peft.compat.transformers import enable_gradient_checkpointing
 from lightning_peft.engine.training import activation_budget
 from lightning_peft.engine.training.activation_budget import (
     FULL,
@@ -380,7 +381,7 @@ def test_a_copy_measures_for_itself() -> None:
 
 def test_the_users_own_checkpoints_are_refused() -> None:
     module = adapted("llama")
-    module.activation_checkpointing_enable()
+    enable_gradient_checkpointing(module)
     with pytest.raises(UnsupportedError, match=r"=0.5: .* by your own switch.*Remove one"):
         engine.checkpoint_activations(module, 0.5)
 

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_peft import engine
+from lightning_peft.compat.transformers import enable_gradient_checkpointing
 from lightning_peft.engine.training.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import UnsupportedError
 
@@ -269,7 +270,7 @@ def test_a_transformers_model_gets_its_cache_back() -> None:
 
 def test_what_the_user_switched_on_is_left_alone() -> None:
     module = adapted("llama")
-    module.activation_checkpointing_enable()
+    enable_gradient_checkpointing(module)
     layer = module.model.layers[0]
     function = layer._gradient_checkpointing_func
     done = engine.checkpoint_activations(module, True)

@@ -38,6 +38,12 @@ _NO_LIMIT = 1 << 30
 # llama.cpp's names of splitting digits off one by one, and the rest into words as GPT-2 does.
 # transformers takes these for GPT-2's, which gives other tokens where two spaces precede a number.
 _DIGITS_FIRST = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
+_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -126,11 +132,15 @@ def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
         for tensor in reader.tensors
     ]
     kinds = {str(tensor["kind_name"]) for tensor in tensors}
+    ids = {
+        name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
+    }
     words = reader.fields.get("tokenizer.ggml.pre")
     return {
         "architecture": architecture,
         "dtype": _dtype(kinds),
         "pre_tokenizer": words and words.contents(),
+        "special_tokens": {name: int(field.contents()) for name, field in ids.items() if field},
         "tensors": tensors,
     }
 
@@ -166,6 +176,9 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and tokenizer.model_max_length > _NO_LIMIT:
             tokenizer.model_max_length = limit
+        # transformers 5.9 reads the token that begins texts as the one that ends them.
+        for name, token_id in facts["special_tokens"].items():
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
         tokenizer.save_pretrained(working)
     (working / TABLE).write_text(json.dumps(facts), encoding="utf-8")
 
