@@ -43,7 +43,7 @@ def become(job: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
-    for number, path in enumerate([os.devnull, *job["streams"]]):
+    for number, path in enumerate(job["streams"]):
         opened = os.open(path, os.O_RDWR | os.O_CREAT)
         os.dup2(opened, number)
         os.close(opened)

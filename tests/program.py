@@ -65,27 +65,39 @@ class Program:
         self._last: Forked | None = None
 
     def start(
-        self, folder: Path, *words: str, fresh: bool = False, code: str = ""
+        self,
+        folder: Path,
+        *words: str,
+        fresh: bool = False,
+        code: str = "",
+        given: str = "",
+        **environment: str,
     ) -> Forked | subprocess.Popen[str]:
-        """Starts it, or ``code``, in a folder, in a fresh interpreter if that is asked for."""
+        """Starts it, or ``code``, in a folder, in a fresh interpreter if that is asked for.
+
+        ``given`` is its standard input, ``environment`` comes on top of that of the tests; a fork
+        has imported other packages without it.
+        """
+        self._count += 1
+        (asked := self._folder / f"{self._count}.in").write_text(given, encoding="utf-8")
+        environment = self._environment() | environment
         if fresh or not FORKS:
             module = ["-c", code] if code else ["-m", "lightning_peft.cli"]
             return subprocess.Popen(
                 [sys.executable, *module, *words],
                 cwd=folder,
-                env=self._environment(),
+                env=environment,
                 text=True,
-                stdin=subprocess.DEVNULL,
+                stdin=asked.open(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )
         self._end_last()
-        self._count += 1
         streams = [self._folder / f"{self._count}.{name}" for name in ("out", "err")]
-        job = {"words": words, "code": code, "folder": str(folder)}
-        job["environment"] = self._environment()
+        job = {"words": words, "code": code, "folder": str(folder), "environment": environment}
+        job["streams"] = list(map(str, [asked, *streams]))
         parent = self._forking()
-        parent.stdin.write(json.dumps({**job, "streams": list(map(str, streams))}).encode() + b"\n")
+        parent.stdin.write(json.dumps(job).encode() + b"\n")
         self._last = Forked(parent, streams)
         return self._last
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finished import ROOT, command
+from finished import ROOT
+from program import Program
 
 SPEAK = ("--chat-template", "plain", "--max-new-tokens", "12")
 QUESTION = [{"role": "user", "content": "What does `len` do?"}]
@@ -82,7 +83,9 @@ def test_it_says_what_it_loads_and_what_is_there(client: Client) -> None:
     assert client.ready["memory_bytes"] > 4 * 4_000_000
 
 
-def test_the_stream_is_what_the_command_line_says(client: Client, lora_run: Path) -> None:
+def test_the_stream_is_what_the_command_line_says(
+    client: Client, lora_run: Path, tmp_path: Path, program: Program
+) -> None:
     tuned, done = client.ask(1, adapter="mine")
     assert done == {
         "id": 1,
@@ -96,8 +99,9 @@ def test_the_stream_is_what_the_command_line_says(client: Client, lora_run: Path
     assert base != tuned
     question = QUESTION[0]["content"]
     lines = f"{question}\n/reset\n/base\n{question}\n"
-    shown = command("chat", f"mine={lora_run}", *SPEAK, "--json", given=lines)
-    assert [json.loads(line)["answer"] for line in shown.stdout.splitlines()] == [tuned, base]
+    words = ("chat", f"mine={lora_run}", *SPEAK, "--json")
+    _, shown, _ = program.run(tmp_path, *words, given=lines)
+    assert [json.loads(line)["answer"] for line in shown.splitlines()] == [tuned, base]
 
 
 def test_who_answers_does_not_depend_on_who_did_before(client: Client) -> None:
@@ -196,9 +200,9 @@ def test_it_still_answers_and_ends_with_its_input(client: Client) -> None:
     assert client.process.stdout.read() == ""
 
 
-def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path: Path) -> None:
-    done = command("chat", str(tmp_path / "none"), "--serve", given="")
-    assert done.returncode == 2
-    *_, last = map(json.loads, done.stdout.splitlines())
+def test_what_cannot_be_loaded_is_said_in_a_line_too(tmp_path: Path, program: Program) -> None:
+    code, out, err = program.run(tmp_path, "chat", str(tmp_path / "none"), "--serve")
+    assert code == 2
+    *_, last = map(json.loads, out.splitlines())
     assert "is neither a folder nor a checkpoint here" in last["error"]
-    assert last["error"] in done.stderr
+    assert last["error"] in err

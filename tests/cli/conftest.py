@@ -1,8 +1,6 @@
 """Commands in a folder of their own: in this process, which is quick, or in a new one."""
 
-import os
 import subprocess
-import sys
 
 import pytest
 
@@ -25,12 +23,9 @@ def in_process(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
-def new_process(tmp_path):
-    def run(*words, **environment):
-        command = [sys.executable, "-m", "lightning_peft.cli", *words]
-        own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run(
-            command, cwd=tmp_path, env=os.environ | own, capture_output=True, text=True
-        )
+def new_process(tmp_path, program):
+    def run(*words, **options):
+        code, out, err = program.run(tmp_path, *map(str, words), **options)
+        return subprocess.CompletedProcess(words, code, out, err)
 
     return run

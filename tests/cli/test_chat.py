@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from finished import BASE, command
+from finished import BASE
 from trainer_fixtures import _one_thread  # noqa: F401
 
 from lightning_peft.cli import main
@@ -16,10 +17,13 @@ SPEAK = ("--chat-template", "plain", "--max-new-tokens", "8")
 
 
 def test_questions_and_commands_through_a_pipe(
-    qlora_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    qlora_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    new_process: Any,
 ) -> None:
     lines = "What does `len` do?\n/base\n/reset\nWhat does `len` do?\n/quit\nnot asked\n"
-    done = command("chat", f"mine={qlora_run}", *SPEAK, "--json", given=lines)
+    done = new_process("chat", f"mine={qlora_run}", *SPEAK, "--json", given=lines)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["adapter"] for row in rows] == ["mine", "base"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from finished import BASE, EXAMPLES, adapter_in, command, json_of
+from finished import BASE, EXAMPLES, adapter_in, json_of
 from peft import PeftModel
 from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -32,11 +33,11 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_losses_are_those_of_the_models_apart(
-    lora_run: Path, qlora_run: Path, examples: Path, tmp_path: Path
+    lora_run: Path, qlora_run: Path, examples: Path, tmp_path: Path, new_process: Any
 ) -> None:
     words = ["compare", f"a={lora_run}", f"b={qlora_run}", "--data", examples, *COLUMNS, *PLAIN]
     rows = tmp_path / "rows.jsonl"
-    found = json_of(command(*words, "--bits", "16", "--json", "--output", rows))
+    found = json_of(new_process(*words, "--bits", "16", "--json", "--output", rows))
     assert found["compared"] == ["base", "a", "b"]
     assert found["rows"] == 9
     data = SupervisedData(

@@ -14,7 +14,7 @@ from lightning_peft.runs.folder import RunFolder
 
 SAVING = """
 trainer:
-  limit_train_batches: 24
+  limit_train_batches: 16
   limit_val_batches: 1
   callbacks:
     - class_path: lightning_peft.tasks.BestCheckpoint
@@ -25,7 +25,7 @@ trainer:
 def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
     (tmp_path / "saving.yaml").write_text(SAVING)
     config = ["--config=sft-lora", "--config=small/sft", "--config=saving.yaml", *QUIET]
-    process = program.start(tmp_path, "fit", *config, "--run_dir=mine", fresh=True)
+    process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
     while process.poll() is None and not list(tmp_path.rglob("last.ckpt")):
         time.sleep(0.02)
     assert RunFolder(tmp_path / "mine").status.state == "running"
@@ -34,7 +34,7 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
     assert process.returncode == 130, err[-3000:]
     (checkpoint,) = tmp_path.rglob("interrupted.ckpt")
     assert "lightning-peft fit --resume mine" in err
-    assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 24
+    assert 2 <= torch.load(checkpoint, weights_only=True)["global_step"] < 16
     assert RunFolder(tmp_path / "mine").status.state == "stopped"
     code, _, err = program.run(tmp_path, "fit", "--resume", "mine", *QUIET, fresh=True)
     assert code == 0, err[-3000:]
@@ -56,7 +56,7 @@ def test_interrupted_and_resumed_is_uninterrupted(program, tmp_path) -> None:
         for folder in (RunFolder(tmp_path / name) for name in ("mine", "whole"))
     ]
     assert losses[0] == losses[1]
-    assert list(losses[0]) == list(range(1, 25))
+    assert list(losses[0]) == list(range(1, 17))
     results = [
         json.loads((tmp_path / name / "result.json").read_text()) for name in ("mine", "whole")
     ]
@@ -124,7 +124,7 @@ def test_two_processes_keep_one_record(program, tmp_path) -> None:
 
 def test_a_killed_run_is_found_out(program, tmp_path) -> None:
     config = ["--config=sft-lora", "--config=small/sft", *QUIET]
-    process = program.start(tmp_path, "fit", *config, "--run_dir=mine", fresh=True)
+    process = program.start(tmp_path, "fit", *config, "--run_dir=mine")
     folder = RunFolder(tmp_path / "mine")
     while process.poll() is None and folder.status is None:
         time.sleep(0.02)

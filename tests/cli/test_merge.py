@@ -8,19 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from finished import BASE, ROOT, adapter_in, command, json_of
+from finished import BASE, ROOT, adapter_in, json_of
 from trainer_fixtures import _one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_peft.cli import main
 
 
-def test_a_checkpoint_becomes_a_model_folder(qlora_run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_becomes_a_model_folder(
+    qlora_run: Path, tmp_path: Path, new_process: Any
+) -> None:
     (checkpoint,) = (qlora_run / "checkpoints").glob("*.ckpt")
-    report = json_of(command("merge", checkpoint, tmp_path / "out", "--json"))
+    report = json_of(new_process("merge", checkpoint, tmp_path / "out", "--json"))
     assert report["adapter"] == str(adapter_in(qlora_run))
     assert report["into"] == "dequantized"
     assert report["base_checked"] is True

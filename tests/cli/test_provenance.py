@@ -30,7 +30,6 @@ def trained(tmp_path_factory, program):
         f"--model.init_args.model={folder / 'base'}",
         f"--trainer.limit_train_batches={STEPS}",
         "--trainer.enable_progress_bar=false",
-        fresh=True,
     )
     assert code == 0, err[-3000:]
     return folder

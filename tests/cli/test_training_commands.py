@@ -28,9 +28,7 @@ def test_all_recipes_are_tested() -> None:
 
 def test_a_checkpoint_is_evaluated_and_predicts(program, tmp_path) -> None:
     """The recipe that a run leaves is a config like any other."""
-    code, _, err = program.run(
-        tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET, fresh=True
-    )
+    code, _, err = program.run(tmp_path, "fit", "--config=sft-lora", small("sft-lora"), *QUIET)
     assert code == 0, err[-3000:]
     trained = run_folder(tmp_path)
     again = [f"--config={trained.recipe}", f"--ckpt_path={trained.checkpoints / 'best.ckpt'}"]
@@ -62,11 +60,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("word", WRONG)
-def test_bad_input_is_named_and_costs_nothing(word, program, tmp_path) -> None:
-    code, out, err = program.run(tmp_path, "fit", "--config=sft-lora", "--config=small/sft", word)
-    assert code == 2
-    assert WRONG[word] in err
-    assert "Traceback" not in err
+def test_bad_input_is_named_and_costs_nothing(word, in_process, tmp_path) -> None:
+    done = in_process("fit", "--config=sft-lora", "--config=small/sft", word)
+    assert done.returncode == 2
+    assert WRONG[word] in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.ckpt"))
     if "nowhere.jsonl" in word:
         folder = run_folder(tmp_path)
@@ -83,36 +81,35 @@ def test_bad_input_is_named_and_costs_nothing(word, program, tmp_path) -> None:
         (["--json=x", "--config=sft-lora"], "there is no 'json'"),
     ],
 )
-def test_options_that_are_not_understood_are_explained(words, message, program, tmp_path) -> None:
-    code, _, err = program.run(tmp_path, "fit", *words)
-    assert code == 2
-    assert message in err
-    assert "Traceback" not in err
+def test_options_that_are_not_understood_are_explained(words, message, in_process) -> None:
+    done = in_process("fit", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_key_in_a_file(program, tmp_path) -> None:
+def test_a_wrong_key_in_a_file(in_process, tmp_path) -> None:
     (tmp_path / "own.yaml").write_text("trainer:\n  max_step: 3\n")
-    code, _, err = program.run(tmp_path, "fit", "--config=sft-lora", "--config=own.yaml")
-    assert code == 2
-    assert "near names: trainer.max_steps" in err
+    done = in_process("fit", "--config=sft-lora", "--config=own.yaml")
+    assert done.returncode == 2
+    assert "near names: trainer.max_steps" in done.stderr
 
 
-def test_recipes_are_listed_shown_and_copied(program, tmp_path) -> None:
-    code, out, _ = program.run(tmp_path, "recipes", "--json")
-    assert code == 0
-    rows = {row["name"]: row for row in json.loads(out)}
+def test_recipes_are_listed_shown_and_copied(in_process, tmp_path) -> None:
+    done = in_process("recipes", "--json")
+    assert done.returncode == 0
+    rows = {row["name"]: row for row in json.loads(done.stdout)}
     assert list(rows) == list(recipe_files())
     assert rows["sft-qlora"]["method"] == "QLoRAStrategy"
-    code, out, _ = program.run(tmp_path, "recipes", "show", "sft-qlora")
-    assert code == 0
-    assert out == recipe_files()["sft-qlora"].read_text()
-    code, _, _ = program.run(tmp_path, "recipes", "copy", "small/sft", "mine.yaml")
-    assert code == 0
+    done = in_process("recipes", "show", "sft-qlora")
+    assert done.returncode == 0
+    assert done.stdout == recipe_files()["sft-qlora"].read_text()
+    assert in_process("recipes", "copy", "small/sft", "mine.yaml").returncode == 0
     assert "package:" not in (tmp_path / "mine.yaml").read_text().partition("model:")[2]
-    code, _, err = program.run(tmp_path, "recipes", "copy", "small/sft", "mine.yaml")
-    assert code == 2
-    assert "left alone" in err
-    assert program.run(tmp_path, "recipes", "show", "sft-qlorra")[0] == 2
+    done = in_process("recipes", "copy", "small/sft", "mine.yaml")
+    assert done.returncode == 2
+    assert "left alone" in done.stderr
+    assert in_process("recipes", "show", "sft-qlorra").returncode == 2
 
 
 def test_the_defaults_of_recipes_are_models_of_the_hub() -> None:

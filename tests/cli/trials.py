@@ -16,10 +16,10 @@ from lightning_peft.runs.folder import RunFolder
 METHODS = ("lora", "qlora")
 # Near to another trial: pairs of dpo are those of kto, orpo and reward, speech has an encoder and a
 # decoder as summaries and translation have, images and tokens are classified as texts are, and
-# answers about images have labels as those about texts.
+# answers about images have labels as those about texts; forkme is sft with every key.
 NEAR = {
     *("kto-qlora", "orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
-    *("text-classification-qlora", "image-text-to-text-qlora"),
+    *("sft-qlora", "text-classification-qlora", "image-text-to-text-qlora"),
 }
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.

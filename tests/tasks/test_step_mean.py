@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -68,19 +66,33 @@ def test_without_it_steps_are_those_of_lightning():
     assert distance(step("causal lm", 1, 8, given=off)[0], expected) > 0.05
 
 
+# Two ranks from one process that has imported the packages. Lightning starts the second one itself
+# in tests/plugin/test_processes.py.
+RANKS = """
+import os, runpy, sys
+sys.path[:0], sys.argv[:] = {paths!r}, {arguments!r}
+os.environ["MASTER_PORT"] = "{port}"
+second = os.fork()
+os.environ["LOCAL_RANK"] = str(int(second == 0))
+runpy.run_path(sys.argv[0], run_name="__main__")
+if second:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
+"""
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, program):
     made = tmp_path_factory.mktemp("ranks")
-    paths = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(
-        [sys.executable, str(HERE / "step_gradients.py"), str(made)],
-        capture_output=True,
-        text=True,
-        cwd=made,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        timeout=240,
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = RANKS.format(
+        paths=[str(HERE), str(HERE.parent)],
+        arguments=[str(HERE / "step_gradients.py"), str(made)],
+        port=port,
     )
-    assert run.returncode == 0, run.stderr[-4000:]
+    code, out, err = program.run(made, code=code)
+    assert code == 0, (out + err)[-4000:]
     return made
 
 
