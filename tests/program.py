@@ -105,7 +105,7 @@ class Program:
         """Runs it to its end, and returns its exit code, output and errors."""
         process = self.start(folder, *words, **given)
         try:
-            out, err = process.communicate(timeout=200)
+            out, err = process.communicate(timeout=270)
         finally:
             process.kill()
         return process.returncode, out, err
