@@ -60,6 +60,7 @@ TEXTS = (
     " leading and trailing  ",
     "\u0661\u0662\u0663 \u00b2\u00bd \u0938\u094d\u0924\u0947 McDonald HTTPServer",
     "a  12 and   3  four",
+    "hello      the         hello\n        12",
     "",
 )
 

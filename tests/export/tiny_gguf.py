@@ -73,13 +73,17 @@ def sentencepiece_tokenizer(
     pieces = ["\u2581h", "el", "lo", "\u2581hel", "\u2581hello", "th", "\u2581the", "12", "er"]
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?'\n"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab = {token: index for index, token in enumerate([*tokens, *letters, *pieces])}
+    spaces = ["\u2581" * count for count in range(2, 6)]
+    vocab = {token: index for index, token in enumerate([*tokens, *letters, *pieces, *spaces])}
     merges = [
         (piece[:cut], piece[cut:])
         for piece in pieces
         for cut in range(1, len(piece))
         if piece[:cut] in vocab and piece[cut:] in vocab
     ]
+    # These have one score, and are sorted by length.
+    runs = [("\u2581" * left, "\u2581" * (n - left)) for n in range(2, 6) for left in range(1, n)]
+    merges += sorted(runs, key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
     merges = [pair for pair in merges if pair not in drop]
     backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
     if legacy:
