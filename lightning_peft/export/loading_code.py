@@ -122,6 +122,11 @@ def labels_of(folder: Path) -> int | None:
     return None
 
 
+def _is_texts(value: object) -> bool:
+    # Names of what is not quantized.
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def _settings(quantization: object) -> str:
     # That of bitsandbytes has no name.
     if not isinstance(quantization, Mapping) or "quant_method" in quantization:
@@ -129,7 +134,7 @@ def _settings(quantization: object) -> str:
     plain = {
         name: value
         for name, value in quantization.items()
-        if isinstance(value, (str, bool, int, float)) and name.isidentifier()
+        if (isinstance(value, (str, bool, int, float)) or _is_texts(value)) and name.isidentifier()
     }
     if not plain:
         return ""

@@ -27,10 +27,12 @@ class ModelParts:
     Attributes:
         vision: The parts that see, without a projector that is inside of one.
         projectors: What makes their features tokens of the language model.
+        output: The output embeddings, if they are a layer of their own.
     """
 
     vision: tuple[str, ...]
     projectors: tuple[str, ...]
+    output: str | None = None
 
 
 class ImageTextToText(CausalLM):
@@ -106,6 +108,8 @@ class ImageTextToText(CausalLM):
         return AdapterDefaults(
             left=vision if projector == "adapters" else (*vision, *parts.projectors),
             saved=parts.projectors if projector == "full" else (),
+            # transformers quantizes it where it is given names that it shall not quantize.
+            dense=() if parts.output is None else (parts.output,),
         )
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
@@ -174,7 +178,8 @@ def model_parts(model: Any) -> ModelParts:
         projectors += [f"{name}.{last}" for last in inner]
         rest = [last for last, child in part.named_children() if _has_weights(child)]
         seeing += [f"{name}.{last}" for last in rest if last not in inner] if inner else [name]
-    return ModelParts(tuple(seeing), tuple(projectors))
+    output = names.get(id(model.get_output_embeddings()))
+    return ModelParts(tuple(seeing), tuple(projectors), output)
 
 
 def _has_weights(child: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from lightning_peft.data.image_text import ImageTextData
 from lightning_peft.data.image_tokens import ImageTokens
 from lightning_peft.engine import merge, record_of, save_adapter
 from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.export.loading_code import adapter_code
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.image_text import ImageTextToText, model_parts
@@ -103,6 +104,7 @@ def test_parts_are_found_by_what_stands_next_to_the_decoder(family):
     known = FAMILIES[family]
     parts = model_parts(tiny_model(family, known.processor()))
     assert parts.projectors == (known.projector,)
+    assert parts.output == "lm_head"
     if family == "qwen2_vl":
         # Its projector is inside of the part that sees.
         assert parts.vision == ("model.visual.patch_embed", "model.visual.blocks")
@@ -135,6 +137,11 @@ def test_the_language_part_is_adapted_the_projector_trained_and_the_rest_left(
     quantized = [part.qualified(name) for name in part.quantized]
     assert len(quantized) == (14 if method == "qlora" else 0)
     assert all(inside(n, known.language) for n in quantized)
+    if method == "qlora":
+        kept = part.quantization["llm_int8_skip_modules"]
+        assert {known.projector, "lm_head"} <= set(kept)
+        code = adapter_code({"quantization": part.quantization}, "mine", "base", None, None)
+        assert f"llm_int8_skip_modules={kept!r}" in code
 
 
 def gradients(place, rows, settings=None, **options):
