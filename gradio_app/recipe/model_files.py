@@ -17,6 +17,8 @@ from gradio_app.guards import shortened
 from gradio_app.runs.files import read_json_object, read_tensor_entries
 
 _INDEX = "model.safetensors.index.json"
+# Projectors of vision models, and parts of models.
+_OTHER_GGUF = re.compile(r"mmproj|-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -31,7 +33,7 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
     ``name`` and ``revision`` have been checked; without a revision, the newest that was fetched.
     """
-    place = hub_cache() / f"models--{name.replace('/', '--')}"
+    place = hub_cache() / f"models--{name.partition(':')[0].replace('/', '--')}"
     at = revision or "main"
     reference = place / "refs" / at
     try:
@@ -44,7 +46,9 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
 def is_cached(name: str) -> bool:
     """Whether the hub's cache of this machine has files of a model."""
-    return (hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots").is_dir()
+    repository, _, file = name.partition(":")
+    snapshots = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return any(snapshots.glob(f"*/{file}")) if file else snapshots.is_dir()
 
 
 def free_bytes() -> int:
@@ -91,8 +95,30 @@ def validate_folder(folder: Path) -> None:
             )
 
 
+def validate_gguf(file: Path) -> None:
+    """Refuses a GGUF file that does not begin as one."""
+    try:
+        with file.open("rb") as opened:
+            whole = opened.read(4) == b"GGUF"
+    except OSError:
+        whole = False
+    if not whole:
+        name = shortened(file.name)
+        raise UserError("checks.folder_damaged", path=shortened(file.parent.name), file=name)
+
+
+def model_places(root: Path) -> list[str]:
+    """Returns the models below ``root`` by name: subfolders, and GGUF files of one part."""
+    found = {path.parent for path in (*root.glob("*/config.json"), *root.glob("*/*/config.json"))}
+    for pattern in ("*.gguf", "*/*.gguf", "*/*/*.gguf"):
+        found |= {path for path in root.glob(pattern) if not _OTHER_GGUF.search(path.name)}
+    return sorted(path.relative_to(root).as_posix() for path in found)
+
+
 def weight_bytes(folder: Path) -> int:
     """Returns how large the files with a model's weights are."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

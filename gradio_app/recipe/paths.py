@@ -19,6 +19,7 @@ MAX_LISTED = 500
 _MARKS = ("package:", "recipe:")
 _KINDS = "jsonl|ndjson|json|csv|tsv|tab|parquet|arrow|xlsx|xlsm|txt|md"
 _FILE = re.compile(rf".*\.({_KINDS})(\.(gz|bz2|xz|zst|zip))?")
+_GGUF_FILE = re.compile(r"[\w-][\w./-]{0,199}\.gguf", re.IGNORECASE)
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,99}")
 
 
@@ -58,12 +59,18 @@ class AllowedPaths:
         return _hub_name(text)
 
     def model(self, value: object) -> str:
-        """Returns the path of a model, tokenizer or processor for the run, or a hub name."""
+        """Returns the path of a model, tokenizer or processor for the run, or a hub name.
+
+        A model may be a GGUF file: of a folder, or of the hub as ``namespace/name:file.gguf``.
+        """
         text = _checked_text(value)
         root = self.settings.models_root
-        found = _bundled_path(text) or _path_in_root(text, root, Path.is_dir)
+        found = _bundled_path(text) or _path_in_root(text, root, _is_model)
         if found is not None:
             return found
+        hub_name, colon, file = text.partition(":")
+        if colon and _GGUF_FILE.fullmatch(file) and ".." not in file:
+            return f"{_hub_name(hub_name)}:{file}"
         if Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text:
             raise UserError("checks.no_model", path=shortened(text))
         return _hub_name(text)
@@ -84,6 +91,10 @@ class AllowedPaths:
         if not _FILE_NAME.fullmatch(text) or ".." in text:
             raise UserError("checks.written", path=shortened(text))
         return text
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file())
 
 
 def data_files(root: Path) -> dict[str, int]:

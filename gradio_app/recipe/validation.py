@@ -13,7 +13,12 @@ from gradio_app.errors import UserError
 from gradio_app.guards import checked_revision, shortened
 from gradio_app.recipe import allowlist
 from gradio_app.recipe.content import is_series, value_at, with_value
-from gradio_app.recipe.model_files import cached_folder, remote_code_files, validate_folder
+from gradio_app.recipe.model_files import (
+    cached_folder,
+    remote_code_files,
+    validate_folder,
+    validate_gguf,
+)
 from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.presets import MODELS
 from gradio_app.recipe.yaml_text import parse_yaml
@@ -262,6 +267,9 @@ def check_files(name: str, revision: object, trusted: bool) -> None:
     run.
     """
     if Path(name).is_absolute():
+        if Path(name).suffix.lower() == ".gguf":
+            validate_gguf(Path(name))
+            return
         validate_folder(Path(name))
         if trusted or remote_code_files(Path(name)):
             # A folder has no commit that could be named, and changes without a trace.

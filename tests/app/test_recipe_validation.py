@@ -17,6 +17,7 @@ from gradio_app.errors import UserError
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
+from gradio_app.recipe.model_files import model_places
 from gradio_app.recipe.validation import validate_content, validate_recipe
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from gradio_app.settings import Limits, Settings
@@ -255,6 +256,24 @@ def test_models_are_of_this_page_or_of_the_hub(place, value, key, here):
 def test_a_folder_of_models_can_be_named(here):
     checked = validate_content(changed(f"{MODEL}model", "mine"), here, "local")
     assert checked["model"]["init_args"]["model"] == str(here.models_root / "mine")
+
+
+def test_a_gguf_file_can_be_named(here):
+    models = here.models_root
+    (models / "sub").mkdir()
+    for name in ("a.gguf", "sub/b.gguf", "sub/mmproj-b.gguf", "sub/c-00001-of-00002.gguf"):
+        (models / name).write_bytes(b"GGUF and more")
+    assert model_places(models) == ["a.gguf", "mine", "sub/b.gguf"]
+    for place in (f"{MODEL}model", f"{DATA}tokenizer"):
+        checked = validate_content(changed(place, "sub/b.gguf"), here, "local")
+        assert value_at(checked, place, None) == str(models / "sub" / "b.gguf")
+        on_hub = "org/model-GGUF:sub/model.Q4_K_M.gguf"
+        checked = validate_content(changed(place, on_hub), here, "local")
+        assert value_at(checked, place, None) == on_hub
+        for wrong in ("org/model:../x.gguf", "org/model:x.bin", "org:x.gguf"):
+            assert problems(changed(place, wrong), here) == ["errors.hub_name"]
+    (models / "a.gguf").write_bytes(b"something else")
+    assert problems(changed(f"{MODEL}model", "a.gguf"), here) == ["checks.folder_damaged"]
 
 
 def test_rows_left_out_have_a_name_and_no_place(here):

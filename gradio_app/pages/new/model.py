@@ -15,7 +15,13 @@ from gradio_app.pages.new.editor import Editor, Session
 from gradio_app.pages.templating import render
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import with_model
-from gradio_app.recipe.model_files import free_bytes, is_cached, model_info, weight_bytes
+from gradio_app.recipe.model_files import (
+    free_bytes,
+    is_cached,
+    model_info,
+    model_places,
+    weight_bytes,
+)
 from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
 from gradio_app.recipe.validation import check_files
 from gradio_app.runs.formatting import format_bytes
@@ -70,7 +76,8 @@ def _build_hub(editor: Editor) -> None:
     use = gr.Button(t("new.use_model"), elem_id="use-model")
 
     def chosen(session: Session, given: Any, at: Any, code: Any, again: Any) -> dict[str, Any]:
-        hub_name = checked_hub_name(given)
+        repository, colon, file = str(given or "").strip().partition(":")
+        hub_name = checked_hub_name(repository) + colon + file
         at = checked_revision(at, commit=code is True)
         place = editor.places(session).model(hub_name)
         check_files(place, at, trusted=code is True)
@@ -95,7 +102,7 @@ def _build_folder(editor: Editor) -> None:
 
     def shown(session: Session) -> list[Any]:
         # Looked up each time: folders come and go while the page is open.
-        folders, name = list_model_folders(root), None
+        folders, name = model_places(root), None
         chosen = value_at(session.content, "model.init_args.model", None)
         if isinstance(chosen, str) and Path(chosen).is_absolute():
             name = next((one for one in folders if (root / one).resolve() == Path(chosen)), None)
@@ -104,7 +111,7 @@ def _build_folder(editor: Editor) -> None:
         return [gr.update(visible=not there), choices]
 
     def chosen(session: Session, name: Any) -> dict[str, Any]:
-        if name not in list_model_folders(root):
+        if name not in model_places(root):
             raise UserError("checks.no_model", path=shortened(name))
         place = inside(root, str(name))
         check_files(place.as_posix(), None, trusted=False)
@@ -112,12 +119,6 @@ def _build_folder(editor: Editor) -> None:
 
     editor.show([none, folder], shown)
     editor.bind(folder.input, chosen, [folder])
-
-
-def list_model_folders(root: Path) -> list[str]:
-    """Returns the names of the subfolders of ``root`` that hold a model."""
-    found = {path.parent for path in (*root.glob("*/config.json"), *root.glob("*/*/config.json"))}
-    return sorted(path.relative_to(root).as_posix() for path in found)
 
 
 def available_models(session: Session, editor: Editor) -> list[Model]:
@@ -194,7 +195,8 @@ def _facts(session: Session, t: Texts) -> str:
         if name == DEMO_BASE:
             lines.append(t("new.demo_about"))
         elif Path(name).is_absolute():
-            lines.append(_folder_summary(Path(name), t))
+            if Path(name).is_dir():
+                lines.append(_folder_summary(Path(name), t))
             lines.append(t("new.model_files", size=format_bytes(weight_bytes(Path(name)), t)))
         elif is_cached(name):
             lines.append(t("new.model_here"))
