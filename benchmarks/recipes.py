@@ -32,6 +32,7 @@ HEADLINES = (
     "val_accuracy",
     "val_mase",
     "val_token_accuracy",
+    "val_reward",
     "val_loss",
 )
 KEPT = (

@@ -1,6 +1,7 @@
 from .data.image_text import ImageTextData as ImageTextData
 from .data.images import ImageData as ImageData
 from .data.preference import PreferenceData as PreferenceData
+from .data.prompt_rows import PromptData as PromptData
 from .data.sequence_to_sequence import Seq2SeqData as Seq2SeqData
 from .data.series import SeriesData as SeriesData
 from .data.speech import SpeechData as SpeechData

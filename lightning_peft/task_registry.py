@@ -203,6 +203,21 @@ register_task(
 )
 register_task(
     TaskSpec(
+        name="grpo",
+        module="lightning_peft.tasks.RewardTuning",
+        data="lightning_peft.PromptData",
+        shapes=(("prompt", ("prompt", "system")),),
+        auto_class="AutoModelForCausalLM",
+        family="causal-lm",
+        generates=True,
+        chats=True,
+        chat_template=True,
+        metric=("val_reward", "max"),
+        defaults=((_RATE, 1e-5),),
+    )
+)
+register_task(
+    TaskSpec(
         name="reward",
         module="lightning_peft.tasks.RewardModel",
         data="lightning_peft.PreferenceData",

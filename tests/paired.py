@@ -5,6 +5,7 @@ from importlib import import_module
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.data.preference import PreferenceData
+from lightning_peft.data.prompt_rows import PromptData
 from lightning_peft.data.unpaired import UnpairedPreferenceData
 from lightning_peft.demo.run import BASE
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -52,6 +53,14 @@ def answers_in(folder, count=24, wanted=lambda i: i % 2 == 0, **options):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"chat_template": "plain", "validation_share": 0.3, "batch_size": 4, **options}
     made = bind_to_lightning(UnpairedPreferenceData, ROOTS[1])
+    return made(str(folder / "rows.jsonl"), str(BASE), cache_dir=str(folder / "cache"), **given)
+
+
+def prompts_in(folder, count=12, **options):
+    rows = [{"prompt": "What is " + "very " * (i % 4) + f"{i}?"} for i in range(count)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"chat_template": "plain", "validation_share": 0.3, "batch_size": 2, **options}
+    made = bind_to_lightning(PromptData, ROOTS[1])
     return made(str(folder / "rows.jsonl"), str(BASE), cache_dir=str(folder / "cache"), **given)
 
 

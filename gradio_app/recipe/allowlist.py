@@ -42,3 +42,5 @@ TRAINER = frozenset(
 OF_A_RUN = frozenset({"default_root_dir", "profiler", "plugins", "model_registry"})
 # Arguments that jsonargparse would make objects of: only left out.
 ONLY_NULL = frozenset({"peft_config", "quantization_config", "cache_dir"})
+# Reward functions that are part of the package: any other is imported, which runs its module.
+REWARDS = frozenset({"json_exactness", "word_overlap"})

@@ -157,6 +157,11 @@ class _Check:
             self._try(model, key, self.places.model)
         self._try(model, "revision", checked_revision)
         self._fields(model, "config", "model.config")
+        rewards = model.get("rewards") or []
+        names = rewards if isinstance(rewards, list) else [rewards]
+        if not all(isinstance(name, str) and name in allowlist.REWARDS for name in names):
+            allowed = ", ".join(sorted(allowlist.REWARDS))
+            self._refuse("checks.rewards", value=shortened(rewards), known=allowed)
         trusted = model.get("trust_remote_code")
         if trusted:
             if self.settings.space:

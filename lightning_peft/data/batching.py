@@ -37,6 +37,18 @@ def pad_inputs(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, T
     return batch
 
 
+def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, Tensor]:
+    """Returns ``input_ids`` and ``attention_mask`` of prompts that are to be continued.
+
+    Each is ``(prompts, length)``, int64, padded on the left.
+    """
+    length = max(map(len, prompts))
+    gaps = [length - len(prompt) for prompt in prompts]
+    ids = [[pad_token_id] * gap + [*prompt] for gap, prompt in zip(gaps, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (length - gap) for gap in gaps]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
 def pad(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """Returns ``input_ids``, ``attention_mask`` and ``labels`` of rows, padded labels with -100.
 

@@ -186,6 +186,22 @@ def parse_pair(fields: Mapping[str, Any]) -> Sample:
     )
 
 
+def parse_prompt(fields: Mapping[str, Any]) -> Sample:
+    """Returns the turns of a prompt, the last of which is to be answered."""
+    unused: list[str] = []
+    system, asked, context = collect(
+        lambda: _system(fields),
+        lambda: _turns(fields.get("prompt"), "user", "prompt", unused),
+        lambda: read_context(fields),
+    )
+    turns = [*system, *asked]
+    if turns[-1]["role"] == "assistant":
+        raise row_problem("missing", "has a prompt that ends with an answer")
+    value = json_value(fields.get("prompt"))
+    prompt = value if isinstance(value, list) else fields.get("prompt")
+    return Sample(turns, context=context, prompt=prompt, unused=tuple(dict.fromkeys(unused)))
+
+
 def parse_unpaired(fields: Mapping[str, Any]) -> Sample:
     """Returns a prompt and its completion as turns, and whether it is desirable."""
     sample, label = collect(lambda: parse_pair(fields), lambda: _desirable(fields.get("label")))

@@ -141,6 +141,19 @@ class Encoder:
             rows.append(self._fit_to_length(row))
         return rows
 
+    def prompt(self, sample: Sample) -> list[int]:
+        """Returns the tokens of turns that end with a question, up to where an answer begins.
+
+        Raises:
+            EncodingProblem: If it cannot be answered as it is.
+        """
+        turns = self._texts.turns(sample.messages, sample.context)
+        self._check_special_tokens(turns, sample.context)
+        ids = self._ids(self._rendering.text(turns, sample.context, prompt=True))
+        if len(ids) > self.max_length:
+            raise EncodingProblem("long", f"has {len(ids):,} tokens of {self.max_length:,} allowed")
+        return ids
+
     def unused(self, sample: Sample) -> list[str]:
         """Returns the keys of turns that change nothing; refuses keys that would, if rendered."""
         if sample.text is not None:

@@ -40,6 +40,8 @@ class Sample:
         audio: The recording of ``text``.
         context: Inputs of the chat template next to the turns: ``tools``, ``documents`` and
             variables of its own.
+        prompt: What is answered, as the row has it: text or turns; where rewards are trained on.
+        columns: Columns for reward functions, by name.
         unused: Keys of the row that nothing reads, such as ``id`` and ``messages[].date``.
     """
 
@@ -55,6 +57,8 @@ class Sample:
     translation: dict[str, str] | None = None
     audio: Recording | None = None
     context: dict[str, Any] = field(default_factory=dict)
+    prompt: Any = None
+    columns: dict[str, Any] | None = None
     unused: tuple[str, ...] = ()
 
     def digest(self) -> bytes:
@@ -76,6 +80,8 @@ class Sample:
             content.append({"context": self.context})
         if self.images:
             content.append({"images": self._image_digests()})
+        if self.columns:
+            content.append({"columns": self.columns})
         sound = self.audio and self.audio.digest()
         return _digest([*content, *filter(None, [self.translation, sound])])
 
@@ -95,7 +101,8 @@ class Sample:
             return _digest([self.text, self.text_pair])
         if not self.messages:
             return None
-        prompt: list[Any] = _message_content(self.messages[:-1])
+        turns = self.messages[:-1] if self.prompt is None else self.messages
+        prompt: list[Any] = _message_content(turns)
         if self.images:
             prompt = [*prompt, self._image_digests()]
         return _digest([prompt, self.context] if self.context else prompt)
@@ -109,7 +116,7 @@ def _message_content(turns: Sequence[Message]) -> list[Message]:
 
 
 def _digest(content: Any) -> bytes:
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=repr)
     # surrogatepass: JSON may hold halves of characters, which are not valid UTF-8.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:16]
 

@@ -15,6 +15,7 @@ from lightning_peft.data.conversations import (
     parse_messages,
     parse_pair,
     parse_preference,
+    parse_prompt,
     parse_source,
     parse_unpaired,
 )
@@ -159,6 +160,11 @@ class Shape:
     data_class: str = "SupervisedData"
 
     @property
+    def keeps_columns(self) -> bool:
+        """Whether further columns are kept, for reward functions."""
+        return self.name == "prompt"
+
+    @property
     def has_turns(self) -> bool:
         """Whether rows become the turns of a conversation."""
         return "tools" in self.optional
@@ -192,6 +198,8 @@ _IN_ORDER = (
           ("source", "target"), (), "Seq2SeqData"),
     Shape("translation", "translations by language", parse_translation,
           ("translation",), (), "Seq2SeqData"),
+    Shape("prompt", "prompts", parse_prompt,
+          ("prompt",), _SYSTEM, "PromptData"),
     Shape("speech", "recordings and transcripts", parse_speech,
           ("audio", "transcript"), (), "SpeechData"),
     Shape("image_messages", "messages with images", parse_image_messages,
@@ -232,6 +240,11 @@ class Layout:
         fields = {ours: row.get(theirs) for ours, theirs in columns.items()}
         rest = unread_columns(row, {*columns.values(), self.split_column or ""})
         own = {name: rest.pop(name) for name in sorted((self.variables or frozenset()) & set(rest))}
+        kept = None
+        if self.shape.keeps_columns:
+            # Reward functions may read any of them, empty ones too.
+            used = {*columns.values(), *own, self.split_column or ""}
+            kept, rest = {name: row[name] for name in row if name not in used}, {}
         problems, named = self._unread(rest)
         try:
             sample = self.shape.parse(parse_cells(fields))
@@ -242,7 +255,10 @@ class Layout:
             return problems
         turns = [self.with_column_name(key) for key in sample.unused]
         return replace(
-            sample, context={**own, **sample.context}, unused=tuple(dict.fromkeys(named + turns))
+            sample,
+            context={**own, **sample.context},
+            columns=kept,
+            unused=tuple(dict.fromkeys(named + turns)),
         )
 
     def _columns_of(self, row: Mapping[str, Any]) -> dict[str, str]:

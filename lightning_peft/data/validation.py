@@ -43,6 +43,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "preference rows without a preference",
         "the two answers must differ, and only in the last turn",
     ),
+    "column": (
+        "rows with columns that reward functions cannot be given",
+        "leave them out with ignored_keys=, or write them as text, numbers, lists or objects",
+    ),
     "desirability": (
         "answers that are neither wanted nor unwanted",
         "label is true for an answer that is wanted, and false for one that is not",

@@ -7,6 +7,7 @@ from .image_classification import ImageClassifier as ImageClassifier
 from .image_text import ImageTextToText as ImageTextToText
 from .preference import PreferenceTuning as PreferenceTuning
 from .reward import RewardModel as RewardModel
+from .reward_tuning import RewardTuning as RewardTuning
 from .speech_recognition import SpeechRecognizer as SpeechRecognizer
 from .text_classification import TextClassifier as TextClassifier
 from .time_series import Forecaster as Forecaster

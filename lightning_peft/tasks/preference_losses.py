@@ -19,6 +19,30 @@ SMOOTHED = ("sigmoid", "robust", "simpo")
 _CERTAIN = -torch.finfo(torch.float32).eps
 
 
+def token_log_probabilities(
+    logits: Tensor, labels: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Returns the log-probability of each token with a label, in float32, and where they are.
+
+    Args:
+        logits: ``(rows, length, vocabulary)``, in any precision.
+        labels: ``(rows, length)``; the token itself, or -100 where it is not part of the answer.
+        temperature: What logits are divided by.
+
+    Returns:
+        In nats, 0 where there is no label, ``(rows, length - 1)``, and where there is one, bool.
+    """
+    # Position 0 is predicted by nothing, so its label does not count.
+    targets = labels[:, 1:]
+    labelled = targets != IGNORED
+    # Answers alone: in float32 the logits of prompts would take most of the memory.
+    answered = logits[:, :-1][labelled].float()
+    answered = answered if temperature == 1 else answered / temperature
+    by_token = torch.zeros(labelled.shape, device=logits.device)
+    by_token[labelled] = -cross_entropy(answered, targets[labelled], reduction="none")
+    return by_token, labelled
+
+
 def answer_log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the log-probability of each answer, in float32, and its number of tokens.
 
@@ -30,13 +54,7 @@ def answer_log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Te
         Sums over the tokens of each row's answer, in nats, ``(rows,)``, and their counts,
         ``(rows,)``.
     """
-    # Position 0 is predicted by nothing, so its label does not count.
-    targets = labels[:, 1:]
-    labelled = targets != IGNORED
-    # Answers alone: in float32 the logits of prompts would take most of the memory.
-    answered = logits[:, :-1][labelled].float()
-    by_token = torch.zeros(labelled.shape, device=logits.device)
-    by_token[labelled] = -cross_entropy(answered, targets[labelled], reduction="none")
+    by_token, labelled = token_log_probabilities(logits, labels)
     return by_token.sum(1), labelled.sum(1)
 
 

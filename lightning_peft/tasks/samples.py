@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_peft import engine
 from lightning_peft.compat.transformers import is_recurrent
+from lightning_peft.data.batching import pad_left
 from lightning_peft.data.encoding import IGNORED
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def answers(
     """
     prompts = [ids[: _prompt_length(ids, labels)] for ids, labels in rows]
     generated: dict[int, GeneratedSample] = {}
-    for places in _batches(task.model, prompts):
+    for places in generation_batches(task.model, prompts):
         texts = _generate(task, [prompts[place] for place in places], max_new_tokens)
         for place, (text, cut) in zip(places, texts, strict=True):
             rest = rows[place][0][len(prompts[place]) :]
@@ -88,8 +89,10 @@ def _prompt_length(ids: list[int], labels: list[int]) -> int:
     return first if first > 1 else -(-len(ids) // 2)
 
 
-def _batches(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Returns places of ``prompts``, near lengths together.
+def generation_batches(
+    model: Any, prompts: list[list[int]], most: int = BATCH_SIZE
+) -> list[list[int]]:
+    """Returns places of ``prompts``, near lengths together, ``most`` in a batch.
 
     Padding in front shifts the positions of models that take none, and enters the state of
     recurrent ones: their batches have prompts of one length.
@@ -101,7 +104,7 @@ def _batches(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])):
         last = batches[-1] if batches else []
         same = last and (padded or len(prompts[last[0]]) == len(prompts[place]))
-        if same and len(last) < BATCH_SIZE:
+        if same and len(last) < most:
             last.append(place)
         else:
             batches.append([place])
@@ -113,10 +116,8 @@ def _generate(task: Any, prompts: list[list[int]], max_new_tokens: int) -> list[
     tokenizer = task.trainer.datamodule.tokenizer
     end, filler = tokenizer.eos_token_id, tokenizer.pad_token_id
     filler = (end if end is not None else 0) if filler is None else filler
-    length = max(map(len, prompts))
-    ids = [[filler] * (length - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    inputs = pad_left(prompts, filler)
+    length = inputs["input_ids"].shape[1]
     tokens = generate_greedily(
         task.model, inputs, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=filler
     )

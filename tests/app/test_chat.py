@@ -277,6 +277,7 @@ def test_a_run_whose_task_cannot_talk_is_refused(speak, store):
     assert {task.class_name for task in TASKS.values() if task.chats} == {
         "CausalLM",
         "PreferenceTuning",
+        "RewardTuning",
         "UnpairedPreferenceTuning",
     }
     for kind in sorted(silent):

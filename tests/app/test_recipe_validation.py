@@ -66,6 +66,18 @@ def changed(path: str, value: object) -> dict:
     return with_value(base_recipe("sft"), path, value)
 
 
+def test_rewards_are_those_of_the_package(here):
+    from gradio_app.recipe.allowlist import REWARDS
+    from lightning_peft.tasks.reward_functions import BUILT_IN
+
+    assert set(BUILT_IN) == REWARDS
+    path = f"{MODEL}rewards"
+    recipe = with_value(base_recipe("grpo"), path, ["word_overlap", "json_exactness"])
+    assert problems(recipe, here) == []
+    for rewards in (["os.system"], ["word_overlap", "mine.reward"], "os.system", [{"a": 1}]):
+        assert problems(with_value(recipe, path, rewards), here) == ["checks.rewards"]
+
+
 # Parsing
 
 

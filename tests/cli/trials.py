@@ -14,17 +14,18 @@ from program import Program
 from lightning_peft.runs.folder import RunFolder
 
 METHODS = ("lora", "qlora")
-# Near to another trial: pairs of dpo are those of kto, orpo and reward, speech has an encoder and a
-# decoder as summaries and translation have, images and tokens are classified as texts are, and
+# Near to another trial: pairs of dpo are those of kto, orpo and reward, grpo samples as
+# validation does, speech has an encoder and a decoder as summaries and translation have, images and tokens are classified as texts are, and
 # answers about images have labels as those about texts; forkme is sft with every key.
 NEAR = {
-    *("kto-qlora", "orpo-qlora", "reward-qlora", "summarization-qlora", "translation-qlora"),
+    *("grpo-qlora", "kto-qlora", "orpo-qlora", "reward-qlora"),
+    *("summarization-qlora", "translation-qlora"),
     *("sft-qlora", "text-classification-qlora", "image-text-to-text-qlora"),
 }
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {
-    "test_trials_of_language.py": ("dpo", "kto", "orpo", "reward", "sft"),
+    "test_trials_of_language.py": ("dpo", "grpo", "kto", "orpo", "reward", "sft"),
     "test_trials_of_classification.py": (
         "image-classification",
         "text-classification",

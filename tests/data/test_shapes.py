@@ -51,8 +51,8 @@ ROWS = [
     ("source_target", {"article": "a", "highlights": "b"}, TALK),
 ]
 # What these hold is tested where they are used.
-OTHERS = {"text", "text_label", "unpaired", "tokens_tags", "image_label", "translation", "speech"}
-OTHERS |= {"image_messages", "image_prompt"}
+OTHERS = {"prompt", "text", "text_label", "unpaired", "tokens_tags", "image_label"}
+OTHERS |= {"translation", "speech", "image_messages", "image_prompt"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)

@@ -1,0 +1,195 @@
+"""Rewards of generated answers: functions by import path, and what they return checked."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_peft.data.samples import shortened
+from lightning_peft.errors import ConfigError, first_line
+
+RewardFunction = Callable[..., Sequence[float | None]]
+# Shares of the reward of an answer: that it is JSON, its keys, and their values.
+_PARSES, _KEYS, _VALUES = 0.2, 0.3, 0.5
+_WORD = re.compile(r"\w+")
+
+
+def json_exactness(
+    completions: Sequence[Any], expected: Sequence[Any], **columns: Any
+) -> list[float]:
+    """Returns how near each answer is to the JSON that its row expects, 0 to 1.
+
+    An answer that is JSON and nothing else gets 0.2, its keys up to 0.3 and their values up to 0.5,
+    by the share of all keys of both that are right. 1 is an equal value. Where no object is
+    expected, an answer that is JSON and not equal gets 0.2.
+
+    Args:
+        completions: Texts, or turns of which the last is the answer.
+        expected: The column ``expected`` of the rows: JSON, as text or as a value.
+        **columns: Not read.
+    """
+    return [
+        _graded(text_of(one), _parsed(wanted) if isinstance(wanted, str) else wanted)
+        for one, wanted in zip(completions, expected, strict=True)
+    ]
+
+
+def word_overlap(
+    completions: Sequence[Any], expected: Sequence[str], **columns: Any
+) -> list[float]:
+    """Returns how many words each answer shares with what its row expects, 0 to 1.
+
+    It is the F1 score of the words without case and order, each counted as often as it occurs.
+
+    Args:
+        completions: Texts, or turns of which the last is the answer.
+        expected: The column ``expected`` of the rows.
+        **columns: Not read.
+    """
+    found = []
+    for one, wanted in zip(completions, expected, strict=True):
+        said, asked = (Counter(_WORD.findall(text.lower())) for text in (text_of(one), wanted))
+        both = 2 * (said & asked).total()
+        found.append(both / max(1, said.total() + asked.total()))
+    return found
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _graded(text: str, expected: Any) -> float:
+    try:
+        found = json.loads(text)
+    # RecursionError: nested too deeply for Python's own parser.
+    except (ValueError, RecursionError):
+        return 0.0
+    if found == expected and type(found) is type(expected):
+        return 1.0
+    if not isinstance(found, dict) or not isinstance(expected, dict):
+        return _PARSES
+    every, both = found.keys() | expected.keys(), found.keys() & expected.keys()
+    right = sum(found[key] == expected[key] for key in both)
+    return _PARSES + (_KEYS * len(both) + _VALUES * right) / max(1, len(every))
+
+
+def text_of(completion: Any) -> str:
+    """Returns the text of an answer, which may be turns."""
+    return str(completion if isinstance(completion, str) else completion[-1]["content"])
+
+
+_BUILT_IN: dict[str, RewardFunction] = {
+    "json_exactness": json_exactness,
+    "word_overlap": word_overlap,
+}
+BUILT_IN = tuple(_BUILT_IN)
+
+
+def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
+    """Returns reward functions by their paths: a name of ``BUILT_IN``, or ``package.module.name``.
+
+    Raises:
+        ConfigError: With every path that names no function.
+    """
+    found: dict[str, RewardFunction] = {}
+    problems = []
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        try:
+            function = _BUILT_IN.get(path) or getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            problems.append(f"{path!r} cannot be imported: {first_line(error)}")
+            continue
+        if not callable(function):
+            problems.append(f"{path!r} is {type(function).__name__}, not a function")
+        found[path] = function
+    if problems:
+        raise ConfigError(
+            f"rewards={list(paths)!r} cannot be used: {'; '.join(problems)}. Each is a function "
+            "by its import path, such as my_rewards.length for length(prompts, completions, "
+            f"**columns) in my_rewards.py, or one of {', '.join(_BUILT_IN)}."
+        )
+    return found
+
+
+def judge(
+    functions: Mapping[str, RewardFunction],
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Any],
+    completion_ids: Sequence[Sequence[int]],
+) -> Tensor:
+    """Returns the rewards of answers, ``(answers, functions)``, float32; NaN for ``None``.
+
+    Args:
+        functions: By name. Each is called as TRL does, with lists of equal length: ``prompts``,
+            ``completions``, ``completion_ids`` and the further columns of the rows by their names.
+        rows: The row of each answer: ``prompt``, ``row`` (its number) and ``columns``.
+        completions: Texts, or turns where the prompts are turns.
+        completion_ids: Tokens of the answers.
+
+    Raises:
+        ConfigError: If a function returns another number of rewards, or one that is not a finite
+            number; with its name and the row.
+    """
+    names = dict.fromkeys(name for row in rows for name in row["columns"])
+    given: dict[str, Any] = {
+        **{name: [row["columns"].get(name) for row in rows] for name in names},
+        "prompts": [row["prompt"] for row in rows],
+        "completions": list(completions),
+        "completion_ids": list(completion_ids),
+    }
+    found = [_called(name, one, given, rows) for name, one in functions.items()]
+    return torch.tensor(found, dtype=torch.float32).T
+
+
+def _called(
+    name: str, function: RewardFunction, given: dict[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[float]:
+    completions, parameters = given["completions"], inspect.signature(function).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        given = {key: value for key, value in given.items() if key in parameters}
+    needed = [
+        key
+        for key, one in parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    ]
+    absent = [key for key in needed if key not in given]
+    if absent:
+        raise ConfigError(
+            f"The reward {name!r} needs {', '.join(absent)}, and no row has such a column. Add it "
+            "to the rows, or give the parameter a default."
+        )
+    values = list(function(**given))
+    if len(values) != len(rows):
+        raise ConfigError(
+            f"The reward {name!r} returned {len(values)} values for {len(rows)} answers. It is to "
+            "return one for each, or None where it does not judge an answer."
+        )
+    numbers = [math.nan if value is None else _number(value) for value in values]
+    for place, (value, number) in enumerate(zip(values, numbers, strict=True)):
+        if value is not None and not math.isfinite(number):
+            raise ConfigError(
+                f"The reward {name!r} returned {shortened(value)} for row {rows[place]['row']}, "
+                f"whose answer is {shortened(text_of(completions[place]))}. Rewards are "
+                "finite numbers, or None where an answer is not judged."
+            )
+    return numbers
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.inf

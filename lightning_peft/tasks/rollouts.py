@@ -1,0 +1,149 @@
+"""Answers that the model in training gives to prompts, in one batch with a cache of its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from lightning_peft import engine
+from lightning_peft.data.batching import pad, pad_left
+from lightning_peft.data.encoding import IGNORED
+from lightning_peft.tasks.samples import generation_batches
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated.
+
+    Attributes:
+        longest: Most tokens of an answer.
+        count: Answers to each prompt; 0 for one greedy answer.
+        temperature: Of sampling.
+        top_p: Share of the probability that tokens are drawn from.
+        seed: Of the random numbers.
+    """
+
+    longest: int
+    count: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers to the prompts of a batch, those to one prompt next to each other.
+
+    Attributes:
+        batch: ``input_ids``, ``attention_mask`` and ``labels`` of prompts with answers, each
+            ``(answers, length)``, int64, padded on the right; labels on the answers.
+        mask: Where a token of an answer is predicted, ``(answers, length - 1)``, bool.
+        tokens: Ids of each answer, with its end token where it has one.
+        texts: The answers without special tokens.
+        cut: Whether an answer has no end token, ``(answers,)``, bool.
+    """
+
+    batch: dict[str, Tensor]
+    mask: Tensor
+    tokens: list[list[int]]
+    texts: list[str]
+    cut: Tensor
+
+    def completions(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
+        """Returns the answers as reward functions get them: turns where the prompt is turns."""
+        return [
+            [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+            for row, text in zip(rows, self.texts, strict=True)
+        ]
+
+
+@dataclass
+class Rollout:
+    """Judged answers, and what the steps that learn from them have in common.
+
+    Attributes:
+        batch: As of :class:`Answers`.
+        mask: Tokens that count in the loss, ``(answers, length - 1)``, bool.
+        advantages: Of each answer, ``(answers,)``.
+        measured: What is logged, by name; scalars.
+        old: Log-probabilities of the model that sampled, ``(answers, length - 1)``.
+        reference: The same of the reference.
+    """
+
+    batch: dict[str, Tensor]
+    mask: Tensor
+    advantages: Tensor
+    measured: dict[str, Tensor]
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+
+def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
+    """Returns answers of the model of ``task`` to the prompts of a batch of ``PromptData``.
+
+    The model is in eval mode meanwhile: no dropout, no activation checkpointing. The random numbers
+    of the run are as before.
+    """
+    model, tokenizer = task.model, task.trainer.datamodule.tokenizer
+    filler = tokenizer.pad_token_id
+    filler = tokenizer.eos_token_id if filler is None else filler
+    prompts = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        for _ in range(max(1, sampling.count))
+    ]
+    config = _config(tokenizer, filler, sampling)
+    devices = [model.device] if model.device.type == "cuda" else []
+    answers: dict[int, list[int]] = {}
+    with torch.no_grad(), engine.in_eval_mode(model), torch.random.fork_rng(devices):
+        torch.manual_seed(sampling.seed)
+        for places in generation_batches(model, prompts, len(prompts)):
+            inputs = pad_left([prompts[place] for place in places], filler)
+            inputs = {name: one.to(model.device) for name, one in inputs.items()}
+            tokens = model.generate(**inputs, generation_config=config)
+            new = tokens[:, inputs["input_ids"].shape[1] :].tolist()
+            answers |= dict(zip(places, new, strict=True))
+    # Under autocast, casts that were made here would have no gradient.
+    torch.clear_autocast_cache()
+    ended = [_ended(answers[place], tokenizer.eos_token_id) for place in range(len(prompts))]
+    rows = [
+        {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+        for prompt, answer in zip(prompts, ended, strict=True)
+    ]
+    padded = {name: one.to(model.device) for name, one in pad(rows, filler).items()}
+    return Answers(
+        padded,
+        padded["labels"][:, 1:] != IGNORED,
+        ended,
+        tokenizer.batch_decode(ended, skip_special_tokens=True),
+        torch.tensor([one[-1] != tokenizer.eos_token_id for one in ended], device=model.device),
+    )
+
+
+def _config(tokenizer: Any, filler: int, sampling: Sampling) -> GenerationConfig:
+    drawn = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": 0,
+    }
+    return GenerationConfig(
+        max_new_tokens=sampling.longest,
+        num_beams=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=filler,
+        use_cache=True,
+        # The answers have to be drawn from the distribution of the loss.
+        repetition_penalty=1.0,
+        **(drawn if sampling.count else {"do_sample": False}),
+    )
+
+
+def _ended(tokens: list[int], end: int) -> list[int]:
+    """Returns tokens up to the end token."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens

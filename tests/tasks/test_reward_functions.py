@@ -1,0 +1,102 @@
+"""Rewards: those that are built in, those by path, and what functions may return."""
+
+import math
+
+import pytest
+
+from lightning_peft.errors import ConfigError
+from lightning_peft.tasks.reward_functions import (
+    json_exactness,
+    judge,
+    load_rewards,
+    word_overlap,
+)
+
+ROWS = [
+    {"prompt": "a", "row": 7, "columns": {"expected": "x"}},
+    {"prompt": "b", "row": 9, "columns": {"expected": "y", "size": 3}},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "reward"),
+    [
+        ('{"a": 1, "b": "x"}', '{"b": "x", "a": 1}', 1.0),
+        ('{"a": 1, "b": "y"}', '{"a": 1, "b": "x"}', 0.2 + 0.3 + 0.25),
+        ('{"a": 1}', {"a": 1, "b": "x"}, 0.2 + 0.15 + 0.25),
+        ('{"a": 1, "c": 2}', {"a": 1, "b": 2}, 0.2 + (0.3 + 0.5) / 3),
+        ("{}", {"a": 1}, 0.2),
+        ("[1]", {"a": 1}, 0.2),
+        ("[1, 2]", "[1, 2]", 1.0),
+        ("1", "true", 0.2),
+        ('Here: {"a": 1}', {"a": 1}, 0.0),
+        ("", {"a": 1}, 0.0),
+    ],
+)
+def test_json_exactness(text, expected, reward):
+    assert json_exactness([text], [expected]) == pytest.approx([reward])
+    turns = [{"role": "assistant", "content": text}]
+    assert json_exactness([turns], [expected], other=[1]) == pytest.approx([reward])
+
+
+def test_word_overlap():
+    found = word_overlap(["Open the file.", "open open", "", "no"], ["open a file"] * 4)
+    assert found == pytest.approx([4 / 6, 2 / 5, 0.0, 0.0])
+
+
+def test_paths_that_name_no_function():
+    with pytest.raises(ConfigError) as caught:
+        load_rewards(["nowhere.reward", "math.nothing", "math.pi", "reward", "json_exactness"])
+    message = str(caught.value)
+    assert "'nowhere.reward' cannot be imported: No module named 'nowhere'" in message
+    assert "'math.nothing' cannot be imported" in message
+    assert "'math.pi' is float, not a function" in message
+    assert "'reward' cannot be imported" in message
+    assert "or one of json_exactness, word_overlap" in message
+    assert load_rewards(["math.hypot"]) == {"math.hypot": math.hypot}
+
+
+def test_functions_get_lists_and_the_columns_by_name():
+    seen = []
+
+    def own(prompts, completions, size, **rest):
+        seen.append((prompts, completions, size, rest))
+        return [1, None]
+
+    def narrow(completions, expected):
+        return [len(one) / 2 for one in expected]
+
+    found = judge({"own": own, "narrow": narrow}, ROWS, ["p", "qq"], [[1], [2, 3]])
+    assert seen == [
+        (
+            ["a", "b"],
+            ["p", "qq"],
+            [None, 3],
+            {"expected": ["x", "y"], "completion_ids": [[1], [2, 3]]},
+        )
+    ]
+    assert found[0].tolist() == [1.0, 0.5]
+    assert math.isnan(found[1, 0])
+    assert found[1, 1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ([0.5, math.nan], "'mine.own' returned nan for row 9, whose answer is 'qq'"),
+        ([math.inf, 0.5], "'mine.own' returned inf for row 7"),
+        ([0.5, "much"], "'mine.own' returned 'much' for row 9"),
+        ([0.5], "'mine.own' returned 1 values for 2 answers"),
+    ],
+)
+def test_rewards_that_are_not_numbers_are_refused_by_name_and_row(values, problem):
+    with pytest.raises(ConfigError, match=problem):
+        judge({"mine.own": lambda **given: values}, ROWS, ["p", "qq"], [[1], [2]])
+
+
+def test_a_column_that_no_row_has_is_named():
+    def needs(completions, gold):
+        return [0.0 for _ in completions]
+
+    with pytest.raises(ConfigError, match="'mine.needs' needs gold, and no row has such a column"):
+        judge({"mine.needs": needs}, ROWS, ["p", "q"], [[1], [2]])
