@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
 )
@@ -277,6 +278,12 @@ def test_what_decides_the_codes_is_in_the_key(
     holder, early, made = load(copy, settings=product)
     assert (early, made) == (True, 0)
     assert holder.model.model.layers[0].mlp.up_proj.compute_dtype == torch.bfloat16
+
+
+def test_the_dtype_of_a_config_object_counts(folders: dict[str, Path]) -> None:
+    config = LlamaConfig.from_pretrained(folders["llama"], dtype="float32")
+    holder, early, _ = load(folders["llama"], LlamaForCausalLM, config=config)
+    assert (holder.model.dtype, early) == (torch.float32, True)
 
 
 def test_a_file_written_over_with_its_old_time_is_read_again(
