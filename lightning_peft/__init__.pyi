@@ -1,7 +1,9 @@
+from .data.embedding import EmbeddingData as EmbeddingData
 from .data.image_text import ImageTextData as ImageTextData
 from .data.images import ImageData as ImageData
 from .data.preference import PreferenceData as PreferenceData
 from .data.prompt_rows import PromptData as PromptData
+from .data.reranking import RerankingData as RerankingData
 from .data.sequence_to_sequence import Seq2SeqData as Seq2SeqData
 from .data.series import SeriesData as SeriesData
 from .data.speech import SpeechData as SpeechData

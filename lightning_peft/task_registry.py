@@ -149,6 +149,8 @@ _SEQUENCES: Shapes = (
     ("translation", ("translation",)),
     ("prompt_completion", ("prompt", "completion")),
 )
+_ANCHOR = ("anchor_positive", ("anchor", "positive", "negative"))
+_SCORED = ("scored_pair", ("text_a", "text_b", "score"))
 _RATE = "model.init_args.learning_rate"
 
 register_task(
@@ -252,6 +254,30 @@ register_task(
         family="encoder",
         head="labels",
         label_per="token",
+    )
+)
+register_task(
+    TaskSpec(
+        name="embedding",
+        module="lightning_peft.tasks.SentenceEmbedder",
+        data="lightning_peft.EmbeddingData",
+        shapes=(_ANCHOR, _SCORED),
+        auto_class="AutoModel",
+        family="encoder",
+        sequences_per_row=2,
+    )
+)
+register_task(
+    TaskSpec(
+        name="reranker",
+        module="lightning_peft.tasks.Reranker",
+        data="lightning_peft.RerankingData",
+        shapes=(_ANCHOR, _SCORED),
+        auto_class="AutoModelForSequenceClassification",
+        family="encoder",
+        head="scalar",
+        label_per="row",
+        sequences_per_row=2,
     )
 )
 for _name in ("summarization", "translation"):

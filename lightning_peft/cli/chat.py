@@ -150,8 +150,9 @@ def check_template(args: argparse.Namespace, base: Base, adapters: Sequence[Adap
         ConfigError: If there is none.
     """
     from lightning_peft.data.templates import find_template
-    from lightning_peft.export.loading import load_tokenizer
+    from lightning_peft.export.loading import check_generates, load_tokenizer
 
+    check_generates(adapters)
     recorded = adapters[0].chat_template if adapters else None
     find_template(load_tokenizer(base), args.chat_template or recorded)
 

@@ -72,8 +72,9 @@ def _class(path: str, words: Sequence[str]) -> Any:
     if cls is None:
         from lightning_peft.data.shapes import SHAPES
 
-        shapes = SHAPES.values()
-        known = dict.fromkeys(f"lightning_peft.{shape.data_class}" for shape in shapes)
+        # A shape may be for either of two.
+        names = " or ".join(shape.data_class for shape in SHAPES.values()).split(" or ")
+        known = dict.fromkeys(f"lightning_peft.{name}" for name in names)
         raise ConfigError(
             f"data.class_path={path!r}: there is no such class{similar_names(path, known)}."
         )

@@ -22,10 +22,16 @@ gguf       the merged model for llama.cpp; with --with-adapter, base and adapter
            --adapter-only, the adapter
 vllm       PEFT's format, and the command that serves it with its base
 ollama     Modelfile with the merged model as GGUF, or with --with-adapter, base and adapter
+sentence-transformers
+           embedding model or reranker as that package loads it, merged; with --with-adapter,
+           an embedding model's adapter
 
 exit code: 0 if it was written (and pushed), 1 if it cannot be, 2 for bad input
 """
-_FORMATS = ("adapter", "merged", "quantized", "gguf", "vllm", "ollama")
+_FORMATS = (
+    *("adapter", "merged", "quantized", "gguf", "vllm", "ollama"),
+    "sentence-transformers",
+)
 # What writes GGUF files.
 _GGUF = ("gguf", "ollama")
 
@@ -65,7 +71,7 @@ def _parser() -> OptionParser:
         metavar="PROGRAM",
         help="llama.cpp's llama-quantize, where it is not on PATH",
     )
-    ollama = parser.add_argument_group("with --format ollama or gguf")
+    ollama = parser.add_argument_group("with --format ollama, gguf or sentence-transformers")
     ollama.add_argument(
         "--with-adapter",
         dest="separate_adapter",

@@ -31,7 +31,9 @@ class Sample:
         rejected: The turns that are not preferred, for preference data.
         text: Plain text.
         label: The class of the text or image; with turns, whether the last one is wanted.
-        text_pair: The second of two texts that are classified together.
+        text_pair: The second of two texts that are classified or compared together.
+        negatives: Texts that do not belong to ``text``, as ``text_pair`` does.
+        score: How well ``text`` and ``text_pair`` belong together.
         tokens: Words, each with a tag.
         tags: The tags of the words.
         image: The bytes of an image file.
@@ -50,6 +52,8 @@ class Sample:
     text: str | None = None
     label: str | None = None
     text_pair: str | None = None
+    negatives: list[str] = field(default_factory=list)
+    score: float | None = None
     tokens: list[str] = field(default_factory=list)
     tags: list[str] = field(default_factory=list)
     image: bytes | None = None
@@ -74,6 +78,10 @@ class Sample:
         # Only where there is one, so that rows of other shapes keep their digest and their split.
         if self.text_pair is not None:
             content.append({"text_pair": self.text_pair})
+        if self.negatives:
+            content.append({"negatives": self.negatives})
+        if self.score is not None:
+            content.append({"score": self.score})
         if self.tokens:
             content.append({"tokens": self.tokens, "tags": self.tags})
         if self.context:
@@ -99,6 +107,8 @@ class Sample:
             return _digest(self.tokens)
         if self.label is not None and not self.messages:
             return _digest([self.text, self.text_pair])
+        if self.text_pair is not None:
+            return _digest(self.text)
         if not self.messages:
             return None
         turns = self.messages[:-1] if self.prompt is None else self.messages

@@ -32,13 +32,14 @@ from lightning_peft.data.samples import (
     parse_text,
     parse_translation,
 )
+from lightning_peft.data.text_pairs import NUMBERED, parse_anchor, parse_scored
 from lightning_peft.data.turns import REASONING_KEYS
 from lightning_peft.errors import ConfigError, similar_names
 
 # Fields that are never text.
 _STRUCTURED = {
     *("messages", "tokens", "tags", "translation", "tools", "chat_template_kwargs"),
-    *("documents", "history"),
+    *("documents", "history", "negatives"),
 }
 # Fields that may be turns in place of text.
 _TURNS = {"prompt", "completion", "chosen", "rejected"}
@@ -74,6 +75,14 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "translation": ("translation",),
     "audio": ("audio", "file_name", "audio_path", "audio_filepath", "path"),
     "transcript": ("transcript", "transcription", "sentence", "text"),
+    "anchor": ("anchor", "query", "question"),
+    "positive": ("positive", "passage", "document", "answer"),
+    "negative": ("negative",),
+    "negatives": ("negatives", "hard_negatives"),
+    **{name: (name,) for name in NUMBERED},
+    "text_a": ("text_a", "sentence1", "sentence_1", "query"),
+    "text_b": ("text_b", "sentence2", "sentence_2", "passage", "document"),
+    "score": ("score", "similarity_score", "label"),
 }
 KNOWN_COLUMNS = frozenset(name for names in FIELDS.values() for name in names)
 # What a chat template writes, in every shape that becomes turns by one.
@@ -169,6 +178,11 @@ class Shape:
         """Whether rows become the turns of a conversation."""
         return "tools" in self.optional
 
+    @property
+    def has_negatives(self) -> bool:
+        """Whether rows may name texts that do not belong to the first one."""
+        return "negatives" in self.optional
+
 
 _SYSTEM = ("system", *CONTEXT)
 _ANSWERED = ("history", "reasoning", *_SYSTEM)
@@ -206,6 +220,11 @@ _IN_ORDER = (
           ("messages",), ("images", *_SYSTEM), "ImageTextData"),
     Shape("image_prompt", "prompt and completion with images", parse_image_pair,
           ("prompt", "completion"), ("images", *_ANSWERED), "ImageTextData"),
+    Shape("scored_pair", "two texts and their score", parse_scored,
+          ("text_a", "text_b", "score"), (), "EmbeddingData or RerankingData"),
+    Shape("anchor_positive", "a text and one that belongs to it", parse_anchor,
+          ("anchor", "positive"), ("negative", "negatives", *NUMBERED),
+          "EmbeddingData or RerankingData"),
 )
 # fmt: on
 SHAPES = {shape.name: shape for shape in _IN_ORDER}
@@ -265,9 +284,9 @@ class Layout:
         """Returns the columns, with those that no row among the first had."""
         optional = [name for name in self.shape.optional if name not in self.columns]
         taken = set(self.columns.values())
-        if not self.shape.has_turns:
+        if not (self.shape.has_turns or self.shape.has_negatives):
             return self.columns
-        if self.variables is None:
+        if self.shape.has_turns and self.variables is None:
             absent = set(CONTEXT)
             return {ours: name for ours, name in self.columns.items() if ours not in absent}
         later = {
@@ -283,6 +302,9 @@ class Layout:
         trains_text = turns or self.shape.name in ("text", "source_target", "translation")
         for name, value in rest.items():
             found = check_column(name, value, trains_text, turns, self.variables is not None)
+            if self.shape.has_negatives and "negative" in name.lower():
+                known = f"negative, negatives and {NUMBERED[0]} to {NUMBERED[-1]}"
+                found = [("negatives", f"has the column {name!r}, and {known} are read")]
             problems += found or []
             named += [name] if found == [] else []
         return problems, named

@@ -56,6 +56,16 @@ KINDS: dict[str, tuple[str, str]] = {
         "correct them, or name all labels with labels=; several labels for one row need a "
         "classifier each",
     ),
+    "negatives": (
+        "rows whose negatives cannot be used",
+        "a negative is a text other than the anchor and its positive; a reranker needs at least "
+        "one in each row",
+    ),
+    "score": (
+        "rows whose score cannot be used",
+        "a score is a number, and for a reranker one from 0 to 1: divide greater ones by the "
+        "greatest",
+    ),
     "tags": (
         "rows whose tokens and tags do not fit",
         "each token is a word with one tag, and the tokenizer makes tokens of each word",

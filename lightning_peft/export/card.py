@@ -74,6 +74,29 @@ def merged_card(adapter: Adapter, license: str | None, report: Mapping[str, Any]
     return f"{front}\n{title}\n\n{_about(adapter)}\n{text}\n{_provenance_rows(adapter, license)}"
 
 
+def sentence_card(card: str, kind: str, place: str) -> str:
+    """Returns the card of a merged model or adapter for sentence-transformers.
+
+    Args:
+        card: The card of the model or adapter.
+        kind: ``"SentenceTransformer"`` or ``"CrossEncoder"``.
+        place: Name of its folder.
+    """
+    pipeline = "sentence-similarity" if kind == "SentenceTransformer" else "text-ranking"
+    front, mark, rest = card.removeprefix("---\n").partition("\n---\n")
+    lines = [line for line in front.splitlines() if not line.startswith("library_name:")]
+    first = ["library_name: sentence-transformers", f"pipeline_tag: {pipeline}", *lines]
+    call = (
+        'embeddings = model.encode(["What is it?", "It is this."])'
+        if kind == "SentenceTransformer"
+        else 'scores = model.predict([("What is it?", "It is this.")])'
+    )
+    code = f"from sentence_transformers import {kind}\n\nmodel = {kind}({place!r})\n{call}"
+    use = f"## Use with sentence-transformers\n\n```python\n{code}\n```\n\n"
+    before, title, after = rest.partition("## How it was made")
+    return "---\n" + "\n".join(first) + mark + before + use + title + after
+
+
 def quantized_section(found: Mapping[str, Any]) -> str:
     """Returns the card's section on quantization of a merged model."""
     text = (

@@ -20,6 +20,7 @@ from lightning_peft.export.modelfile import as_ollama
 from lightning_peft.export.output import atomic_folder
 from lightning_peft.export.quantizing import measure_quantized, quantize_folder
 from lightning_peft.export.request import ExportRequest
+from lightning_peft.export.sentence_models import as_sentence_transformers
 
 # The ranks that vLLM lays out memory for.
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -140,5 +141,6 @@ FORMATS = {
     "quantized": as_quantized,
     "gguf": as_gguf,
     "ollama": as_ollama,
+    "sentence-transformers": as_sentence_transformers,
     "vllm": as_vllm,
 }

@@ -122,7 +122,7 @@ def load_with_adapters(
         and engine.backend_for(settings).quantizes_on_load
     )
     dtype = dtype_in_training(adapters[0]) if adapters else "auto"
-    _check_generates(adapters)
+    check_generates(adapters)
     with engine.quantize_on_load(settings, device, dense) if streamed else nullcontext():
         model = load_model(base, adapters[0] if adapters else None, dtype)
     for adapter in adapters:
@@ -148,7 +148,12 @@ def load_with_adapters(
     return LoadedModel(model.eval(), load_tokenizer(base), notes)
 
 
-def _check_generates(adapters: Sequence[Adapter]) -> None:
+def check_generates(adapters: Sequence[Adapter]) -> None:
+    """Refuses adapters of models that generate no text.
+
+    Raises:
+        UnsupportedError: If there is one.
+    """
     for adapter in adapters:
         name = str(adapter.base.get("class"))
         cls: Any = getattr(transformers, name, None)

@@ -25,9 +25,16 @@ def provenance(module: Any, datamodule: Any, recipe: str, seed: int | None) -> d
         "task": _name(module),
         "base": _base(module),
         "data": data_record(datamodule),
+        **output_settings(module),
         "versions": versions(),
         "hardware": hardware(),
     }
+
+
+def output_settings(module: Any) -> dict[str, Any]:
+    """Returns the settings by which outputs are made, of a module that names some."""
+    record = getattr(module, "output_settings", None)
+    return {"output_settings": record} if isinstance(record, dict) else {}
 
 
 def data_record(datamodule: Any) -> dict[str, Any] | None:

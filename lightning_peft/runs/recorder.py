@@ -67,7 +67,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             self.folder.write(self.folder.prompts, prompts)
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
-            names = ("recipe_sha256", "task", "data")
+            names = [n for n in ("recipe_sha256", "task", "data", "output_settings") if n in facts]
             lifecycle.provenance = {
                 "run": self.folder.path.name,
                 **{name: facts[name] for name in names},

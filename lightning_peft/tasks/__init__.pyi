@@ -2,10 +2,12 @@ from .callbacks import BestCheckpoint as BestCheckpoint
 from .callbacks import LogSamples as LogSamples
 from .callbacks import StopEarly as StopEarly
 from .causal_lm import CausalLM as CausalLM
+from .embedding import SentenceEmbedder as SentenceEmbedder
 from .encoder_decoder import Seq2SeqLM as Seq2SeqLM
 from .image_classification import ImageClassifier as ImageClassifier
 from .image_text import ImageTextToText as ImageTextToText
 from .preference import PreferenceTuning as PreferenceTuning
+from .reranker import Reranker as Reranker
 from .reward import RewardModel as RewardModel
 from .reward_tuning import RewardTuning as RewardTuning
 from .speech_recognition import SpeechRecognizer as SpeechRecognizer

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft.errors import ConfigError
 from lightning_peft.tasks.classification import RowClassifier
+from lightning_peft.tasks.padding import PaddingOfData
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class TextClassifier(RowClassifier):
+class TextClassifier(PaddingOfData, RowClassifier):
     """A transformers model that gives each text one of some labels.
 
     Logs ``val_loss`` (cross-entropy in nats per row), ``val_accuracy`` (share of rows whose most
@@ -46,8 +46,6 @@ class TextClassifier(RowClassifier):
         pad_token_id: int | None = None,
         **options: Any,
     ) -> None:
-        # Whether it is the data that says what padding is.
-        self._padding_of_data = False
         super().__init__(model, labels, **options)
 
     def follow(self, data: Any) -> None:
@@ -60,17 +58,7 @@ class TextClassifier(RowClassifier):
             ConfigError: If it says something else than the arguments.
         """
         super().follow(data)
-        filler = getattr(data, "pad_token_id", None)
-        if filler is None or filler == self.hparams["pad_token_id"]:
-            return
-        if self.hparams["pad_token_id"] is not None:
-            raise ConfigError(
-                f"The data fills up short rows with token {filler}, and the model has "
-                f"pad_token_id={self.hparams['pad_token_id']}: it would read its answer at "
-                "padding. Use the tokenizer that it was trained with, or leave pad_token_id out."
-            )
-        self.hparams["pad_token_id"] = filler
-        self._padding_of_data = True
+        self.follow_padding(data)
 
     def check_base(self, config: PretrainedConfig) -> None:
         """Refuses a base that takes another token for padding, or has other labels.
@@ -82,22 +70,11 @@ class TextClassifier(RowClassifier):
             ConfigError: If it does.
         """
         super().check_base(config)
-        theirs, ours = config.get_text_config().pad_token_id, self.hparams["pad_token_id"]
-        if self._padding_of_data and theirs not in (None, ours):
-            raise ConfigError(
-                f"The tokenizer fills up short rows with token {ours}, and "
-                f"{self.hparams['model']!r} takes token {theirs} for padding: a decoder would read "
-                "its answer at padding. Use the tokenizer of the model, or, if the tokenizer is "
-                f"right, say so with pad_token_id={ours}."
-            )
+        self.check_padding(config)
 
     def configuration(self) -> dict[str, Any]:
         """Returns labels and loss; of a model without weights, also its padding."""
-        fields = super().configuration()
-        built, padding = self.hparams["config"], self.hparams["pad_token_id"]
-        if built is None or padding is None or "pad_token_id" in built:
-            return fields
-        return {**fields, "pad_token_id": padding}
+        return {**super().configuration(), **self.padding_fields()}
 
     def configure_model(self) -> None:
         """Loads the model, and tells it which token is padding.
@@ -107,9 +84,5 @@ class TextClassifier(RowClassifier):
         """
         known = self.model is not None
         super().configure_model()
-        if known or self.hparams["pad_token_id"] is None:
-            return
-        assert self.model is not None
-        # Models of several parts read it from the part for text.
-        for config in (self.model.config, self.model.config.get_text_config()):
-            config.pad_token_id = self.hparams["pad_token_id"]
+        if not known:
+            self.set_padding()

@@ -22,12 +22,14 @@ NEAR = {
     *("grpo-qlora", "kto-qlora", "orpo-qlora", "reward-qlora"),
     *("summarization-qlora", "translation-qlora"),
     *("sft-qlora", "text-classification-qlora", "image-text-to-text-qlora"),
+    *("embedding-qlora", "reranker-qlora"),
 }
 LONG = pytest.mark.long
 # Tasks that share data are in one file, which one worker runs: the data is prepared once.
 TASKS = {
     "test_trials_of_language.py": ("dpo", "grpo", "kto", "orpo", "reward", "sft"),
     "test_trials_of_classification.py": (
+        *("embedding", "reranker"),
         "image-classification",
         "text-classification",
         "time-series",

@@ -53,6 +53,7 @@ ROWS = [
 # What these hold is tested where they are used.
 OTHERS = {"prompt", "text", "text_label", "unpaired", "tokens_tags", "image_label"}
 OTHERS |= {"translation", "speech", "image_messages", "image_prompt"}
+OTHERS |= {"anchor_positive", "scored_pair"}
 
 
 @pytest.mark.parametrize(("shape", "row", "turns"), ROWS)

@@ -26,11 +26,13 @@ class Exclusions:
         fresh: The roots of those that train on top of a frozen part: heads, whatever they are
             called.
         copies: Pairs of a submodule and its copy: what is a head of one is a head of the other.
+        unused: Those that get no adapter unless they are named; part of the base like any other.
     """
 
     left: frozenset[nn.Module] = frozenset()
     new_heads: frozenset[nn.Module] = frozenset()
     copies: tuple[tuple[nn.Module, nn.Module], ...] = ()
+    unused: frozenset[nn.Module] = frozenset()
 
 
 NO_EXCLUSIONS = Exclusions()

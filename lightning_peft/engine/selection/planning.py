@@ -30,7 +30,12 @@ from lightning_peft.engine.selection.parts import (
     parameter_holders,
     parameter_names,
 )
-from lightning_peft.engine.selection.scope import Selection, left_modules, select
+from lightning_peft.engine.selection.scope import (
+    Selection,
+    left_modules,
+    select,
+    unused_modules,
+)
 from lightning_peft.engine.selection.self_modified import self_modified_layers
 from lightning_peft.engine.selection.targets import (
     check_names_match,
@@ -176,7 +181,8 @@ def recorded_selection(
     new_heads = frozenset(module.get_submodule(name) for name in heads)
     if found and not record.parts:
         new_heads = found.exclusions.new_heads
-    return Selection(parts, left, Exclusions(left_modules(module, left), new_heads))
+    exclusions = Exclusions(left_modules(module, left), new_heads, unused=unused_modules(module))
+    return Selection(parts, left, exclusions)
 
 
 def _check_additional_adapter(entry: AdaptedModuleRecord, request: InjectionRequest) -> None:

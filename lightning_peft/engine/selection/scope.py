@@ -109,7 +109,17 @@ def select(
     left = {n: why for n, why in left.items() if not inside(n, [up for up in left if up != n])}
     find = module.get_submodule
     pairs = tuple((find(pair.source), find(pair.copy)) for pair in momentum_copies)
-    return Selection(parts, left, Exclusions(left_modules(module, left), frozenset(on_top), pairs))
+    apart, unused = left_modules(module, left), unused_modules(module)
+    return Selection(parts, left, Exclusions(apart, frozenset(on_top), pairs, unused))
+
+
+def unused_modules(module: nn.Module) -> frozenset[nn.Module]:
+    """Returns the submodules of which ``module`` says that its outputs do not depend on them.
+
+    It names them in ``unused_modules``. No adapter in there would get a gradient.
+    """
+    names: Iterable[str] = getattr(module, "unused_modules", ())
+    return frozenset(child for name in names for child in module.get_submodule(name).modules())
 
 
 def left_modules(module: nn.Module, names: Iterable[str]) -> frozenset[nn.Module]:

@@ -230,6 +230,7 @@ def _all_linear(part: nn.Module, config: PeftConfig, exclusions: Exclusions) -> 
         name
         for name in _layers(part, exclusions.left)
         if modules[name] is not output
+        and modules[name] not in exclusions.unused
         and name not in tied
         and name not in rewritten
         and not inside(name, heads)

@@ -1,0 +1,65 @@
+"""Rows of texts that belong together: a query and what answers it, or two texts with a score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_peft.data.samples import Sample, collect, required_texts, row_problem, shortened
+
+# Columns for one negative each, as sentence-transformers writes mined ones.
+NUMBERED = tuple(f"negative_{number}" for number in range(1, 11))
+
+
+def parse_anchor(fields: Mapping[str, Any]) -> Sample:
+    """Returns an anchor, its positive, and what else the row names as not belonging to it."""
+    anchor, positive, negatives = collect(
+        lambda: required_texts(fields, ["anchor"])[0],
+        lambda: required_texts(fields, ["positive"])[0],
+        lambda: _negatives(fields),
+    )
+    wrong = [
+        f"has its {name} among its negatives: {shortened(text)}"
+        for name, text in (("positive", positive), ("anchor", anchor))
+        if text.strip() in {negative.strip() for negative in negatives}
+    ]
+    if wrong:
+        raise row_problem("negatives", "; ".join(wrong))
+    return Sample(text=anchor, text_pair=positive, negatives=negatives)
+
+
+def _negatives(fields: Mapping[str, Any]) -> list[str]:
+    found: list[str] = []
+    for name in ("negative", "negatives", *NUMBERED):
+        value = fields.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str) or not text.strip():
+                raise row_problem("negatives", f"has {shortened(text)} as {name}, not text")
+        found += texts
+    return list(dict.fromkeys(found))
+
+
+def parse_scored(fields: Mapping[str, Any]) -> Sample:
+    """Returns two texts and the score of the pair."""
+    first, second, score = collect(
+        lambda: required_texts(fields, ["text_a"])[0],
+        lambda: required_texts(fields, ["text_b"])[0],
+        lambda: _score(fields.get("score")),
+    )
+    return Sample(text=first, text_pair=second, score=score)
+
+
+def _score(value: Any) -> float:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise row_problem("missing", "has no score")
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise row_problem("score", f"has {shortened(value)} as score, which is not a number")
+    return score

@@ -1,0 +1,178 @@
+"""Embedding models and rerankers as folders that sentence-transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.errors import UnsupportedError
+from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import COMPANIONS, INDEX, Base
+from lightning_peft.export.card import public_name, sentence_card
+from lightning_peft.export.merging import merge
+from lightning_peft.export.output import atomic_folder
+from lightning_peft.export.request import ExportRequest
+from lightning_peft.sentence_folder import (
+    ENCODER,
+    MODULES,
+    SENTENCES,
+    SentenceFolder,
+    read_sentence_folder,
+)
+
+_PACKAGE = "sentence_transformers.models"
+_DTYPE_BYTES = "float32", "bfloat16", "float16"
+
+
+def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
+    """Exports a folder for ``SentenceTransformer(folder)`` or ``CrossEncoder(folder)``.
+
+    It holds the merged model in the base's own dtype, or with ``separate_adapter`` the adapter,
+    whose base is then loaded from where it is.
+
+    Raises:
+        UnsupportedError: If the adapter is neither of an embedding model nor of a reranker.
+    """
+    adapter, base = request.adapter, request.base
+    kind = _kind(adapter)
+    known = read_sentence_folder(str(base.folder))
+    files = _embedding_files(adapter, base, known) if kind == "SentenceTransformer" else {}
+    report, notes = None, []
+    with atomic_folder(request.output) as folder:
+        if request.separate_adapter:
+            if kind == "CrossEncoder":
+                raise UnsupportedError(
+                    "A reranker is exported with its adapter merged: sentence-transformers' "
+                    "CrossEncoder loads models, not adapters. Leave out --with-adapter."
+                )
+            copy_adapter(request, folder)
+            _name_base(folder, request)
+            _copy_tokenizer(base.folder, folder)
+            notes += notes_on_base(request)
+            if adapter.bits != 16:
+                notes.append(
+                    f"the adapter was trained on a {adapter.bits}-bit base, and is loaded here on "
+                    "the base as it is in its files: embeddings differ from those in training. "
+                    "Without --with-adapter they are the same"
+                )
+        else:
+            target = folder / "merged"
+            dtype = request.options.get("dtype") or _dtype(base)
+            report = merge(adapter, target, **{**request.options, "dtype": dtype})
+            for file in target.iterdir():
+                file.replace(folder / file.name)
+            target.rmdir()
+            report["output"] = str(request.output)
+            if kind == "CrossEncoder":
+                _describe_scores(folder, adapter)
+                # Of a base that made embeddings.
+                for name in (MODULES, ENCODER, SENTENCES):
+                    (folder / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            _write(folder / name, content)
+        _write_card(folder, kind, request.output)
+    python = f"from sentence_transformers import {kind}; model = {kind}({str(request.output)!r})"
+    result = {"notes": notes, "commands": [f"python -ic {json.dumps(python)}"]}
+    return result | ({"merge": report} if report else {})
+
+
+def _kind(adapter: Adapter) -> str:
+    name = str(adapter.facts.get("task", "")).rpartition(".")[2]
+    kinds = {"SentenceEmbedder": "SentenceTransformer", "Reranker": "CrossEncoder"}
+    if name not in kinds:
+        raise UnsupportedError(
+            f"{adapter.name} is of {name or 'a task that is not recorded'}, and sentence-"
+            "transformers loads embedding models and rerankers (tasks SentenceEmbedder and "
+            "Reranker, trained by `lightning-peft fit`). Choose another --format."
+        )
+    return kinds[name]
+
+
+def _dtype(base: Base) -> str | None:
+    """Returns the dtype of most of the base's weights, where models are written in it."""
+    sizes: dict[str, int] = {}
+    for stored in base.keys.values():
+        name = str(stored.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + stored.numel
+    most = max(sizes, key=lambda name: sizes[name])
+    return most if most in _DTYPE_BYTES else None
+
+
+def _embedding_files(adapter: Adapter, base: Base, known: SentenceFolder) -> dict[str, Any]:
+    """Returns the content of the JSON files by which sentence-transformers makes embeddings."""
+    record: Mapping[str, Any] = adapter.facts["output_settings"]
+    data: Mapping[str, Any] = adapter.facts.get("data") or {}
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules += [("2_Normalize", "Normalize")] if record["normalize"] else []
+    lengths = [known.max_length] if known.max_length else [data.get("max_length")]
+    prompts = {**known.prompts, **_prompts(data)}
+    return {
+        MODULES: [
+            {"idx": place, "name": str(place), "path": path, "type": f"{_PACKAGE}.{name}"}
+            for place, (path, name) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": base.config.get_text_config().hidden_size,
+            "pooling_mode_cls_token": record["pooling"] == "cls",
+            "pooling_mode_mean_tokens": record["pooling"] == "mean",
+            "pooling_mode_lasttoken": record["pooling"] == "lasttoken",
+            "include_prompt": True,
+        },
+        ENCODER: {"max_seq_length": lengths[0], "do_lower_case": False},
+        SENTENCES: {
+            "prompts": prompts,
+            "default_prompt_name": known.default_prompt,
+            "similarity_fn_name": record["similarity"],
+        },
+    }
+
+
+def _prompts(data: Mapping[str, Any]) -> dict[str, str]:
+    given = data.get("prompts")
+    return dict(given) if isinstance(given, Mapping) else {}
+
+
+def _describe_scores(folder: Path, adapter: Adapter) -> None:
+    """Writes into the configuration how scores are made, and what pads."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    record: Mapping[str, Any] = adapter.facts["output_settings"]
+    config["sentence_transformers"] = {"activation_fn": record["activation"]}
+    if config.get("pad_token_id") is None and record.get("pad_token_id") is not None:
+        config["pad_token_id"] = record["pad_token_id"]
+    config["id2label"], config["label2id"] = {"0": "LABEL_0"}, {"LABEL_0": 0}
+    _write(file, config)
+
+
+def _name_base(folder: Path, request: ExportRequest) -> None:
+    """Names the base of an adapter so that it is found from anywhere."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    named = Path(str(config.get("base_model_name_or_path")))
+    if not request.base_name and (named.is_dir() or not config.get("base_model_name_or_path")):
+        config["base_model_name_or_path"] = str(request.base.folder.resolve())
+    _write(file, config)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            known = file.name in (INDEX, "config.json") or (folder / file.name).exists()
+            if file.is_file() and not known:
+                shutil.copyfile(file, folder / file.name)
+
+
+def _write_card(folder: Path, kind: str, output: Path) -> None:
+    card = folder / "README.md"
+    text = sentence_card(card.read_text(encoding="utf-8"), kind, public_name(str(output)))
+    card.write_text(text, encoding="utf-8")
+
+
+def _write(file: Path, content: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,68 @@
+"""The padding token of models that read their answer at the last token that is not padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_peft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class PaddingOfData:
+    """Takes ``pad_token_id`` over from the data, and sets it in the model's configuration."""
+
+    # Whether it is the data that says what padding is.
+    _padding_of_data = False
+    hparams: Any
+    model: Any
+
+    def follow_padding(self, data: Any) -> None:
+        """Takes over the padding of a data module, or checks that it is the same.
+
+        Raises:
+            ConfigError: If it is not.
+        """
+        filler = getattr(data, "pad_token_id", None)
+        if filler is None or filler == self.hparams["pad_token_id"]:
+            return
+        if self.hparams["pad_token_id"] is not None:
+            raise ConfigError(
+                f"The data fills up short rows with token {filler}, and the model has "
+                f"pad_token_id={self.hparams['pad_token_id']}: it would read its answer at "
+                "padding. Use the tokenizer that it was trained with, or leave pad_token_id out."
+            )
+        self.hparams["pad_token_id"] = filler
+        self._padding_of_data = True
+
+    def check_padding(self, config: PretrainedConfig) -> None:
+        """Refuses a base that takes another token for padding.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        theirs, ours = config.get_text_config().pad_token_id, self.hparams["pad_token_id"]
+        if self._padding_of_data and theirs not in (None, ours):
+            raise ConfigError(
+                f"The tokenizer fills up short rows with token {ours}, and "
+                f"{self.hparams['model']!r} takes token {theirs} for padding: a decoder would read "
+                "its answer at padding. Use the tokenizer of the model, or, if the tokenizer is "
+                f"right, say so with pad_token_id={ours}."
+            )
+
+    def padding_fields(self) -> dict[str, Any]:
+        """Returns the padding of a model without weights, as fields of its configuration."""
+        built, padding = self.hparams["config"], self.hparams["pad_token_id"]
+        if built is None or padding is None or "pad_token_id" in built:
+            return {}
+        return {"pad_token_id": padding}
+
+    def set_padding(self) -> None:
+        """Sets the padding in the configuration of the model, if it is known."""
+        if self.hparams["pad_token_id"] is None:
+            return
+        assert self.model is not None
+        # Models of several parts read it from the part for text.
+        for config in (self.model.config, self.model.config.get_text_config()):
+            config.pad_token_id = self.hparams["pad_token_id"]

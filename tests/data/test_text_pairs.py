@@ -1,0 +1,239 @@
+"""Rows for embeddings and rerankers: what is read, what is refused, and what a batch holds."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from lightning_peft.data.embedding import EmbeddingData
+from lightning_peft.data.reranking import RerankingData
+from lightning_peft.data.samples import Sample
+from lightning_peft.data.shapes import detect_layout
+from lightning_peft.demo.run import BASE
+from lightning_peft.errors import ConfigError
+from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
+from lightning_peft.sentence_folder import SENTENCES, SentenceFolder, read_sentence_folder
+
+PAIRS = [{"anchor": f"what is {i}?", "positive": f"it is {i}"} for i in range(6)]
+SCORED = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i / 4} for i in range(5)]
+RANKED = [{"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"} for i in range(4)]
+
+
+@pytest.fixture
+def made(tmp_path):
+    def made(cls, data, **options):
+        options = {"tokenizer": str(BASE), "batch_size": 4, "validation_share": 0, **options}
+        return bind_to_lightning(cls, ROOTS[1])(data, cache_dir=str(tmp_path / "c"), **options)
+
+    return made
+
+
+def problems(data):
+    with pytest.raises(ConfigError) as error:
+        data.setup("fit")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "sample"),
+    [
+        (
+            {"anchor": "a", "positive": "b"},
+            "anchor_positive",
+            Sample(text="a", text_pair="b"),
+        ),
+        (
+            {"query": "a", "positive": "b", "negatives": ["c", "d"], "negative_2": "e"},
+            "anchor_positive",
+            Sample(text="a", text_pair="b", negatives=["c", "d", "e"]),
+        ),
+        (
+            {"query": "a", "passage": "b", "label": 1},
+            "scored_pair",
+            Sample(text="a", text_pair="b", score=1.0),
+        ),
+        (
+            {"text_a": "a", "text_b": "b", "score": "0.5"},
+            "scored_pair",
+            Sample(text="a", text_pair="b", score=0.5),
+        ),
+    ],
+)
+def test_columns_are_recognised(row, shape, sample):
+    layout = detect_layout([row], None, "auto", ("scored_pair", "anchor_positive"))
+    assert layout.shape.name == shape
+    assert layout.parse(row) == sample
+    assert sample.digest() != Sample(text="a", text_pair="b", negatives=["z"]).digest()
+    assert sample.prompt_digest() == Sample(text="a", text_pair="z", score=0.0).prompt_digest()
+
+
+def test_a_column_of_a_later_row_is_read_and_an_unknown_one_refused():
+    layout = detect_layout([PAIRS[0]], None, "auto", ("anchor_positive",))
+    assert layout.parse({**PAIRS[0], "negative_3": "c"}).negatives == ["c"]
+    assert layout.parse({**PAIRS[0], "negative_11": "c"}) == [
+        (
+            "negatives",
+            "has the column 'negative_11', and negative, negatives and negative_1 to negative_10 "
+            "are read",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**PAIRS[0], "negative": " it is 0 "}, "has its positive among its negatives: 'it is 0'"),
+        ({**PAIRS[0], "negative": "what is 0?"}, "has its anchor among its negatives: 'what is"),
+        ({**PAIRS[0], "negatives": ["x", 3]}, "has 3 as negatives, not text"),
+        ({"anchor": "a", "positive": " "}, "has an empty positive"),
+    ],
+)
+def test_rows_that_contradict_themselves_are_refused(made, write, row, message):
+    text = problems(made(EmbeddingData, write([*PAIRS[1:], row])))
+    assert f"row {len(PAIRS)} {message}" in text
+
+
+def test_a_batch_of_pairs(made, write):
+    rows = [*PAIRS[:2], {**PAIRS[2], "negatives": ["other", "it is 0"]}]
+    data = made(EmbeddingData, write(rows))
+    batch = data.collator()(list(data.rows("train")))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    texts = [r["anchor"] for r in rows] + [r["positive"] for r in rows] + ["other", "it is 0"]
+    expected = tokenizer(texts)["input_ids"]
+    for ids, mask, right in zip(batch["input_ids"], batch["attention_mask"], expected, strict=True):
+        assert ids[mask.bool()].tolist() == right
+    assert batch["rows"].tolist() == [0, 1, 2, 0, 1, 2, 2, 2]
+    # The last negative is the first row's positive; nothing else is equal.
+    assert batch["digests"][7] == batch["digests"][3]
+    assert len(batch["digests"].unique()) == 7
+    assert "scores" not in batch
+    counts = data.record["splits"]["train"]
+    assert (counts["negatives"], counts["repeated_texts"], data.record["shape"]) == (
+        *(2, 1),
+        "anchor_positive",
+    )
+
+
+def test_a_batch_of_scores(made, write):
+    data = made(EmbeddingData, write(SCORED))
+    batch = data.collator()(list(data.rows("train")))
+    torch.testing.assert_close(batch["scores"], torch.tensor([0, 0.25, 0.5, 0.75, 1]))
+    assert batch["rows"].tolist() == [*range(5), *range(5)]
+    assert (data.scored, data.score_range) == (True, (0.0, 1.0))
+
+
+def test_cut_texts_are_the_same_text(made, write):
+    rows = [{"anchor": f"{i}", "positive": f"one two three four {i}"} for i in range(2)]
+    data = made(EmbeddingData, write(rows), max_length=3, over_long="truncate")
+    batch = data.collator()(list(data.rows("train")))
+    assert batch["digests"][2] == batch["digests"][3]
+    refused = problems(made(EmbeddingData, write(rows), max_length=3))
+    assert "tokens, and 3 are allowed" in refused
+
+
+def test_nothing_to_learn_is_refused(made, write):
+    assert "batch_size=1 leaves each anchor alone" in problems(
+        made(EmbeddingData, write(PAIRS), batch_size=1)
+    )
+    rows = [{**row, "negative": "no"} for row in PAIRS]
+    made(EmbeddingData, write(rows, "n.jsonl"), batch_size=1).setup("fit")
+    same = [{**row, "score": 1} for row in SCORED]
+    assert "Every score in" in problems(made(EmbeddingData, write(same, "s.jsonl")))
+
+
+def test_a_reranker_needs_negatives_and_scores_to_one(made, write):
+    text = problems(made(RerankingData, write([*RANKED, {"query": "q", "positive": "p"}])))
+    assert "row 5 has no negative to compare its positive with" in text
+    scores = [*SCORED, {**SCORED[0], "sentence2": "z", "score": 3}]
+    text = problems(made(RerankingData, write(scores, "s.jsonl")))
+    assert "row 6 has the score 3, not one from 0 to 1" in text
+
+
+def test_a_batch_of_passages(made, write):
+    rows = [{**RANKED[0], "negative_1": "m"}, RANKED[1]]
+    data = made(RerankingData, write(rows))
+    batch = data.collator()(list(data.rows("train")))
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    pairs = [("q 0", "p 0"), ("q 0", "n 0"), ("q 0", "m"), ("q 1", "p 1"), ("q 1", "n 1")]
+    for ids, mask, pair in zip(batch["input_ids"], batch["attention_mask"], pairs, strict=True):
+        assert ids[mask.bool()].tolist() == tokenizer(*pair)["input_ids"]
+    assert batch["rows"].tolist() == [0, 0, 0, 1, 1]
+    assert batch["labels"].tolist() == [1, 0, 0, 1, 0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Files of a sentence-transformers model next to the demo's tokenizer."""
+
+    def folder(pooling=None, prompts=None, modules=("Transformer", "Pooling"), **encoder):
+        place = tmp_path / "model"
+        (place / "1_Pooling").mkdir(parents=True, exist_ok=True)
+        AutoTokenizer.from_pretrained(BASE).save_pretrained(place)
+        paths = ["", "1_Pooling", "2"]
+        listed = [{"path": p, "type": f"x.{m}"} for p, m in zip(paths, modules, strict=False)]
+        files = {
+            "modules.json": listed,
+            "1_Pooling/config.json": pooling or {"pooling_mode_mean_tokens": True},
+            "sentence_bert_config.json": {"max_seq_length": 7, **encoder},
+            SENTENCES: {"prompts": prompts or {}, "default_prompt_name": None},
+        }
+        for name, content in files.items():
+            (place / name).write_text(json.dumps(content))
+        return str(place)
+
+    return folder
+
+
+def test_prompts_and_lengths_are_those_of_the_files(made, write, folder):
+    name = folder(prompts={"query": "ask: ", "passage": "doc: "})
+    data = made(EmbeddingData, write(PAIRS), tokenizer=name)
+    assert data.max_length == 7
+    assert data.record["prompts"] == {"query": "ask: ", "document": "doc: "}
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    row = next(iter(data.rows("train")))
+    expected = tokenizer(["ask: " + PAIRS[0]["anchor"], "doc: " + PAIRS[0]["positive"]])
+    assert row["texts"] == expected["input_ids"]
+    # The digest is that of the text alone: an anchor that is a positive elsewhere is found.
+    given = made(EmbeddingData, write(PAIRS), tokenizer=name, query_prompt="", max_length=30)
+    assert (given.max_length, given.record["prompts"]["query"]) == (30, "")
+    assert next(iter(given.rows("train")))["digests"] == row["digests"]
+
+
+def test_a_model_without_such_files_has_defaults(tmp_path):
+    assert read_sentence_folder(str(tmp_path)) == SentenceFolder()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("mean", False)),
+        ({"pooling": {"pooling_mode": "lasttoken"}}, ("lasttoken", False)),
+        ({"pooling": {"pooling_mode_cls_token": True}}, ("cls", False)),
+        ({"modules": ("Transformer", "Pooling", "Normalize")}, ("mean", True)),
+    ],
+)
+def test_pooling_is_that_of_the_files(folder, options, expected):
+    found = read_sentence_folder(folder(**options))
+    assert (found.known, found.pooling, found.normalize) == (True, *expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"modules": ("Transformer", "Pooling", "Dense")}, "lists a Dense, which is neither"),
+        (
+            {"pooling": {"pooling_mode_max_tokens": True}},
+            "pools by max, and one of mean, cls",
+        ),
+        (
+            {"pooling": {"pooling_mode_max_tokens": True, "pooling_mode_cls_token": True}},
+            "pools by cls and max",
+        ),
+        ({"pooling": {"include_prompt": False}}, "leaves prompts out of the pooling"),
+        ({"do_lower_case": True}, "makes texts lower case"),
+    ],
+)
+def test_what_is_not_computed_is_refused(folder, options, message):
+    with pytest.raises(ConfigError, match=message):
+        read_sentence_folder(folder(**options))
