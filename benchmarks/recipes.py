@@ -78,7 +78,7 @@ Made by `python benchmarks/recipes.py` from the records in `results.json`; do no
 are tiny and most start from random weights: the table shows that each recipe learns, not how well a
 real model does. Before is the first validation, without a step; adapters do nothing then. Full is
 full fine-tuning at a tenth of the learning rate, in the same steps: with so few it is not an upper
-bound. Time is that of a whole run without imports, one run each. Memory is the most that the
+bound. The reranker stays near chance on so small a base, which is an accuracy of one in three. Time is that of a whole run without imports, one run each. Memory is the most that the
 process held, most of it libraries; the [planner](../docs/planner.md) estimates what methods need.
 
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
