@@ -78,8 +78,9 @@ Made by `python benchmarks/recipes.py` from the records in `results.json`; do no
 are tiny and most start from random weights: the table shows that each recipe learns, not how well a
 real model does. Before is the first validation, without a step; adapters do nothing then. Full is
 full fine-tuning at a tenth of the learning rate, in the same steps: with so few it is not an upper
-bound. The reranker stays near chance on so small a base, which is an accuracy of one in three. Time is that of a whole run without imports, one run each. Memory is the most that the
-process held, most of it libraries; the [planner](../docs/planner.md) estimates what methods need.
+bound. The reranker stays near chance on so small a base, which is an accuracy of one in three.
+Time is that of a whole run without imports, one run each. Memory is the most that the process held,
+most of it libraries; the [planner](../docs/planner.md) estimates what methods need.
 
 {processor}, {cores} cores, {threads} threads, {system}, Python {python}, torch {torch}; {date}.
 No GPU was used.
@@ -120,8 +121,10 @@ def on_encoder(recipe: str) -> list[str]:
     return [f"--{key.replace('.', '.init_args.', 1)}={value}" for key, value in values.items()]
 
 
-def run(recipe: str, method: str, more: Sequence[str] = ()) -> dict[str, Any]:
-    """Runs one small trial with more arguments, and returns its record."""
+def run(
+    recipe: str, method: str, more: Sequence[str] = (), longest: int = LONGEST
+) -> dict[str, Any]:
+    """Runs one small trial with more arguments, for so many seconds, and returns its record."""
     words = [f"--config={recipe}", f"--config=small/{task_of(recipe)}", *more]
     if method == "full":
         words += ["--trainer.strategy=auto", f"--model.init_args.learning_rate={full_rate(recipe)}"]
@@ -136,11 +139,11 @@ def run(recipe: str, method: str, more: Sequence[str] = ()) -> dict[str, Any]:
                 env={**os.environ, **environment, "XDG_CACHE_HOME": f"{folder}/cache"},
                 capture_output=True,
                 text=True,
-                timeout=LONGEST,
+                timeout=longest,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"recipe": recipe, "method": method, "error": f"not done after {LONGEST} s"}
+            return {"recipe": recipe, "method": method, "error": f"not done after {longest} s"}
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         reason = lines[-1].removeprefix("lightning-peft: ").partition(". ")[0]
@@ -179,8 +182,8 @@ def trials(names: list[str]) -> list[tuple[str, str]]:
 def table(content: dict[str, Any]) -> str:
     """Returns the page about the recipes."""
     lines = [HEAD.format(**content["conditions"]), *_rows(content["rows"])]
-    if "encoder" in content:
-        real = content["encoder"]
+    real = content.get("encoder", {})
+    if "conditions" in real:
         lines += [ENCODER_HEAD.format(**real["conditions"]), *_rows(real["rows"])]
     return "\n".join([*lines, ""])
 
@@ -226,7 +229,8 @@ def main() -> None:
     chosen = [pair for pair in order if not given.recipes or pair[0] in given.recipes]
     for recipe, method in [] if given.table else chosen:
         started = time.monotonic()
-        record = run(recipe, method, on_encoder(recipe) if given.encoder else ())
+        more = (on_encoder(recipe), 4 * LONGEST) if given.encoder else ()
+        record = run(recipe, method, *more)
         print(f"{recipe} {method}: {time.monotonic() - started:.0f} s, {record.get('error', 'ok')}")
         rows = [r for r in found["rows"] if (r["recipe"], r["method"]) != (recipe, method)]
         rows = [r for r in [*rows, record] if (r["recipe"], r["method"]) in order]
