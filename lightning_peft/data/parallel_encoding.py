@@ -40,6 +40,8 @@ TIMEOUT_SECONDS = 300
 # Of the processes. A tokenizer in each has threads enough, and a spawned one would first import
 # from the current folder, which may be somebody's data.
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONSAFEPATH": "1"}
+# Two that start at the same time would put back what the other one set.
+_starting = threading.Lock()
 
 
 class WorkersFailed(Exception):
@@ -129,9 +131,10 @@ def encode_rows(
             )
         for outcomes in loader:
             yield from zip(waiting.popleft(), outcomes, strict=True)
-    except LightningPeftError:
-        raise
     except Exception as error:
+        # torch puts the traceback of a process into the text of its error.
+        if isinstance(error, LightningPeftError) and not str(error).startswith("Caught "):
+            raise
         raise WorkersFailed(str(error)) from error
     finally:
         stop_workers(loader)
@@ -140,21 +143,23 @@ def encode_rows(
 @contextmanager
 def _conditions_of_start() -> Iterator[None]:
     """Keeps processes that start from using threads, and from running the user's script."""
-    before = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    main = sys.modules["__main__"]
-    os.environ.update(_ENVIRONMENT)
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        with warnings.catch_warnings():
-            # On what cannot be pickled, which is then encoded in this process.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.modules["__main__"] = main
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    with _starting:
+        before = {name: os.environ.get(name) for name in _ENVIRONMENT}
+        main = sys.modules["__main__"]
+        os.environ.update(_ENVIRONMENT)
+        if START_METHOD == "spawn":
+            sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            with warnings.catch_warnings():
+                # On what cannot be pickled, which is then encoded in this process.
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            sys.modules["__main__"] = main
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _end_with_parent(worker: int) -> None:

@@ -148,8 +148,10 @@ def prepare(
 
     try:
         final = entry(min(usable_cores(), MAX_WORKERS))
-    # The other is what torch raises wherever this process is when a worker dies.
     except (WorkersFailed, RuntimeError) as error:
+        # The other is what torch raises wherever this process is when a worker dies.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
         reason = str(error).partition("\n")[0]
         log.warning(f"The rows are prepared again, in one process ({reason}).")
         final = entry(1)

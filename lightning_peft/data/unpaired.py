@@ -133,15 +133,15 @@ def label_counts(summary: Mapping[str, Any]) -> tuple[int, int]:
 def collate(
     rows: Sequence[dict[str, Any]], pad_token_id: int, max_length: int
 ) -> dict[str, Tensor]:
-    """Returns a batch, with each prompt once more before the answer of the row before.
+    """Returns a batch, with each prompt once more before the answer to another one.
+
+    That is the answer of the last row before it with another prompt, as a circle; where the batch
+    has one prompt alone, no token of it counts.
 
     Returns:
         As of :class:`UnpairedPreferenceData`.
     """
-    before = [rows[-1], *rows[:-1]]
-    mismatched = [_mismatched(*both, max_length) for both in zip(rows, before, strict=True)]
-    if len(rows) == 1:
-        mismatched = [{**one, "labels": [IGNORED] * len(one["labels"])} for one in mismatched]
+    mismatched = [_mismatched(rows, place, max_length) for place in range(len(rows))]
     return {
         **pad(rows, pad_token_id),
         "desirable": torch.tensor([row["desirable"] for row in rows]),
@@ -150,10 +150,18 @@ def collate(
 
 
 def _mismatched(
-    asked: dict[str, Any], answered: dict[str, Any], max_length: int
+    rows: Sequence[dict[str, Any]], place: int, max_length: int
 ) -> dict[str, list[int]]:
-    prompt, answer = (
-        next(place for place, label in enumerate(row["labels"]) if label != IGNORED)
-        for row in (asked, answered)
-    )
-    return {kind: [*asked[kind][:prompt], *answered[kind][answer:]][:max_length] for kind in _KINDS}
+    own = rows[place]
+    start = _prompt_length(own)
+    prompt = own["input_ids"][:start]
+    for other in (rows[place - step] for step in range(1, len(rows))):
+        first = _prompt_length(other)
+        if other["input_ids"][:first] != prompt:
+            return {k: [*own[k][:start], *other[k][first:]][:max_length] for k in _KINDS}
+    length = len(own["input_ids"][:max_length])
+    return {"input_ids": own["input_ids"][:length], "labels": [IGNORED] * length}
+
+
+def _prompt_length(row: dict[str, Any]) -> int:
+    return next(place for place, label in enumerate(row["labels"]) if label != IGNORED)

@@ -11,6 +11,9 @@ from lightning_peft.tasks.preference_losses import PAIR_LOSSES, SMOOTHED, PairLo
 from lightning_peft.tasks.reference import ReferencedTask
 from lightning_peft.tasks.samples import GeneratedSample, answers
 
+# SimPO's margin by default, as in TRL.
+_GAMMA = 0.5
+
 
 class PreferenceTuning(ReferencedTask, PairwiseTask):
     """A causal language model that learns to prefer chosen answers to rejected ones.
@@ -59,7 +62,7 @@ class PreferenceTuning(ReferencedTask, PairwiseTask):
         label_smoothing: float = 0.0,
         learning_rate: float = 5e-6,
         loss_type: PairLoss = "sigmoid",
-        simpo_gamma: float = 0.5,
+        simpo_gamma: float = _GAMMA,
         **options: Any,
     ) -> None:
         super().__init__(model, learning_rate, **options)
@@ -89,6 +92,8 @@ class PreferenceTuning(ReferencedTask, PairwiseTask):
             )
         if hparams["simpo_gamma"] < 0:
             problems.append(f"simpo_gamma={hparams['simpo_gamma']} is less than 0")
+        elif hparams["simpo_gamma"] != _GAMMA and kind != "simpo":
+            problems.append("simpo_gamma is for loss_type='simpo' alone; leave it out")
         return problems
 
     @property

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of
+from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.unpaired import UnpairedPreferenceData, label_counts
 from lightning_peft.errors import ConfigError
 from lightning_peft.tasks.preference_losses import UNPAIRED_LOSSES, UnpairedLoss, kto
@@ -160,7 +161,9 @@ class UnpairedPreferenceTuning(ReferencedTask):
         assert self.model is not None
         # After the policy: under autocast, casts that this pass kept would have no gradient.
         with torch.no_grad(), engine.in_eval_mode(self.model):
-            kl = (self.answers(mismatched)[0] - reference).mean()
+            ratios = self.answers(mismatched)[0] - reference
+            there = (mismatched["labels"] != IGNORED).any(1)
+            kl = (ratios * there).sum() / there.sum().clamp(min=1)
         trainer: Any = trainer_of(self)
         if trainer is not None and trainer.training:
             kl = trainer.strategy.reduce(kl, None, "mean")
@@ -179,8 +182,9 @@ class UnpairedPreferenceTuning(ReferencedTask):
 
     def results(self) -> dict[str, Any]:
         """Returns the means; of labels that no row has, none."""
-        found = {name: value for name, value in super().results().items() if not value.isnan()}
         rewards = [f"{name}_reward" for name in ("desirable", "undesirable")]
+        absent = {name for name in rewards if not self.metrics[name].weight}
+        found = {name: value for name, value in super().results().items() if name not in absent}
         if all(name in found for name in rewards):
             found["margin"] = found[rewards[0]] - found[rewards[1]]
         return found

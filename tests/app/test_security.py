@@ -102,13 +102,21 @@ def test_an_upload_never_leaves_the_folder_for_uploads(client, site):
 # Handlers
 
 
+def reads_files(value: object) -> bool:
+    return isinstance(value, dict) or any(
+        part in str(value) for part in ("/etc/passwd", str(SECRET))
+    )
+
+
 def hostile(one: Handler, start: int, step: int = 1) -> list[Call]:
     """Returns calls that put each ``step``-th hostile value into each place of a visitor."""
     if not one.given and not one.event and one.inputs:
         return [Call([SECRET] * one.inputs)]
     made = []
-    for number in range(start, start + len(HOSTILE), step):
+    for number in range(start, start + len(HOSTILE)):
         value = HOSTILE[number % len(HOSTILE)]
+        if (number - start) % step and not reads_files(value):
+            continue
         data = [HOSTILE[(number + place) % len(HOSTILE)] for place in range(one.inputs)]
         event = dict.fromkeys(CLICKED, value) if one.event else None
         query = {} if one.inputs else dict.fromkeys(ASKED, str(value))
@@ -120,7 +128,7 @@ def hostile(one: Handler, start: int, step: int = 1) -> list[Call]:
 def test_no_handler_reads_a_file_or_shows_its_inside_to_an_attacker(client, site, step):
     """Every handler of every page, called with hostile values in every place.
 
-    With a step of two, half of the values in each place, others in the next handler.
+    With a step of two, the values that name files, and half of the others, in each place.
     """
 
     def calls(one: Handler, _: int) -> list[Call]:

@@ -25,6 +25,7 @@ from lightning_peft.data.row_encoder import RowEncoder
 from lightning_peft.data.supervised import SupervisedRows
 from lightning_peft.data.text_classification import TextClassificationData
 from lightning_peft.demo.run import BASE
+from lightning_peft.errors import ConfigError, HubError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 
 from .conftest import pairs
@@ -164,21 +165,36 @@ def test_a_process_that_dies_changes_nothing(
     assert [path.name for path in (tmp_path / "several").iterdir() if path.name[0] == "."] == []
 
 
+@pytest.mark.parametrize("kind", [ArithmeticError, ConfigError])
 def test_what_fails_there_fails_here_with_its_own_error(
-    make, write, here, tmp_path, monkeypatch
+    kind, make, write, here, tmp_path, monkeypatch
 ) -> None:
     encode = SupervisedRows.encode
 
     def refusing(self: Any, sample: Any) -> Any:
         if "What is 30?" in str(sample.messages):
-            raise ArithmeticError("thirty")
+            raise kind("thirty")
         return encode(self, sample)
 
     monkeypatch.setattr(SupervisedRows, "encode", refusing)
-    with pytest.raises(ArithmeticError, match="^thirty$"):
+    with pytest.raises(kind, match="^thirty$"):
         prepared(make, write(pairs(60)), tmp_path / "cache")
     assert len(here) == 5 + 31
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [HubError, RuntimeError])
+def test_what_fails_here_is_not_tried_again(
+    kind, make, write, here, tmp_path, monkeypatch, caplog
+) -> None:
+    def refusing(self: Any, sample: Any) -> Any:
+        raise kind("no worker has to do with it")
+
+    monkeypatch.setattr(SupervisedRows, "encode", refusing)
+    with pytest.raises(kind, match="no worker"):
+        prepared(make, write(pairs(60)), tmp_path / "cache")
+    assert len(here) == 1
+    assert "again" not in caplog.text
 
 
 @pytest.mark.long
@@ -243,6 +259,7 @@ def test_few_rows_start_nothing(here, monkeypatch) -> None:
 
 
 def test_what_is_set_for_processes_to_start_is_taken_back(monkeypatch) -> None:
+    monkeypatch.setattr(home, "START_METHOD", "spawn")
     main, environment = sys.modules["__main__"], os.environ
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     before = dict(environment)
@@ -261,6 +278,27 @@ def test_processes_that_are_spawned_do_the_same(here, monkeypatch, tmp_path) -> 
     found = list(through(Doubled(), 40))
     assert found == [(number, Outcome([{"number": 2 * number}], [])) for number in range(40)]
     assert len(here) == 5
+
+
+def encode_without_end() -> None:
+    for _ in through(Doubled(), 1000):
+        time.sleep(0.1)
+
+
+def test_processes_end_with_a_killed_parent(here) -> None:
+    parent = multiprocessing.get_context("fork").Process(target=encode_without_end)
+    parent.start()
+    started: list[psutil.Process] = []
+    for _ in range(300):
+        started = psutil.Process(parent.pid).children()
+        if len(started) == 2:
+            break
+        time.sleep(0.1)
+    assert len(started) == 2
+    time.sleep(0.5)
+    parent.kill()
+    parent.join()
+    assert psutil.wait_procs(started, timeout=20)[1] == []
 
 
 def start_script(write: Any, folder: Path, count: int, method: str) -> Any:

@@ -80,6 +80,22 @@ def test_each_prompt_gets_the_answer_of_the_row_before():
     }
 
 
+def test_answers_to_the_same_prompt_are_no_mismatched_ones():
+    prompts = [(1, 5), (1, 5), (1, 6), (1, 6)]
+    batch = [
+        {
+            "input_ids": [*prompt, 10 + place],
+            "labels": [-100, -100, 10 + place],
+            "desirable": place % 2 == 0,
+        }
+        for place, prompt in enumerate(prompts)
+    ]
+    made = collate(batch, pad_token_id=9, max_length=4)
+    assert made["kl_input_ids"].tolist() == [[1, 5, 13], [1, 5, 13], [1, 6, 11], [1, 6, 11]]
+    one_prompt = collate(batch[:2], pad_token_id=9, max_length=4)
+    assert one_prompt["kl_labels"].unique().tolist() == [-100]
+
+
 def test_a_row_alone_has_no_mismatched_answer():
     row = {"input_ids": [1, 5, 2], "labels": [-100, 5, 2], "desirable": True}
     assert collate([row], 9, 4)["kl_labels"].tolist() == [[-100, -100, -100]]

@@ -13,6 +13,7 @@ from lightning_peft import LoRAStrategy
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.preference import PreferenceTuning
+from lightning_peft.tasks.preference_losses import PAIR_LOSSES, dpo, simpo
 from lightning_peft.tasks.reference import reference
 
 
@@ -58,6 +59,27 @@ def test_the_loss_is_that_of_two_models(root, tmp_path):
     torch.testing.assert_close(found["chosen_reward"], chosen, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found["rejected_reward"], rejected, rtol=1e-3, atol=1e-4)
     assert [row["margin"] for row in predicted] == found["margin"].tolist()
+
+
+def test_each_type_of_loss_is_that_of_its_formula(tmp_path):
+    task, pairs = task_of(), data_in(tmp_path)
+    trainer_of(strategy_of("lora"), max_steps=1).fit(task, pairs)
+    batch = next(iter(pairs.val_dataloader()))
+    task.eval()
+    losses = []
+    with torch.no_grad():
+        policy, tokens = task.answers(batch)
+        expected = task.reference_answers(batch)
+        for kind in PAIR_LOSSES:
+            task.hparams.update(loss_type=kind, label_smoothing=0.1 if kind == "robust" else 0.0)
+            found = task.compare(batch)["loss"]
+            if kind == "simpo":
+                made = simpo(policy, tokens, 0.1, 0.5)
+            else:
+                made = dpo(policy, expected, tokens, 0.1, kind, task.hparams["label_smoothing"])
+            torch.testing.assert_close(found, made["loss"], rtol=1e-4, atol=1e-5)
+            losses.append(round(found.mean().item(), 3))
+    assert len(set(losses)) == len(PAIR_LOSSES)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -266,6 +288,8 @@ def task_rows(task, batch):
         {"loss_type": "hinge", "label_smoothing": 0.1},
         {"loss_type": "robust"},
         {"loss_type": "simpo", "simpo_gamma": -0.1},
+        {"simpo_gamma": 3.0},
+        {"loss": "orpo", "simpo_gamma": 3.0},
     ],
 )
 def test_arguments_that_cannot_work(options):

@@ -1,5 +1,8 @@
 """KTO: its reference is the base, and zero is the divergence estimated from mismatched answers."""
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 from paired import CONFIG, answers_in, strategy_of, trainer_of
@@ -32,8 +35,8 @@ def alone(task, batch, name=""):
     ("kind", "loss_type"),
     [
         ("lora and trained layers", "kto"),
+        ("lora and trained layers", "apo_zero_unpaired"),
         pytest.param("qlora", "kto", marks=pytest.mark.long),
-        pytest.param("qlora", "apo_zero_unpaired", marks=pytest.mark.long),
     ],
 )
 def test_loss_and_gradient_are_those_of_single_rows(kind, loss_type, tmp_path):
@@ -63,6 +66,40 @@ def test_loss_and_gradient_are_those_of_single_rows(kind, loss_type, tmp_path):
     for name, param in task.named_parameters():
         if param.grad is not None:
             torch.testing.assert_close(param.grad, grads[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_estimate_is_over_rows_with_a_mismatched_answer_and_all_processes(tmp_path):
+    data = answers_in(tmp_path)
+    task = task_of(learning_rate=1.0)
+    trainer = trainer_of(strategy_of("lora"))
+    trainer.fit(task, data)
+    batch = next(iter(data.val_dataloader()))
+    task.eval()
+    ratios = alone(task, batch, "kl_").detach()
+    with torch.no_grad(), reference(task):
+        ratios -= alone(task, batch, "kl_")
+    assert ratios.abs().min() > 1e-3
+    batch["kl_labels"][0] = -100
+    other_process = ratios.abs().sum()
+    task.trainer = SimpleNamespace(
+        training=True, strategy=SimpleNamespace(reduce=lambda kl, *_: (kl + other_process) / 2)
+    )
+    found = task.measure(batch)["kl"][0].item()
+    expected = (ratios[1:].mean() + other_process) / 2
+    assert found == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_a_run_that_diverged_logs_its_loss(tmp_path):
+    data = answers_in(tmp_path)
+    task = task_of()
+    trainer = trainer_of(strategy_of("lora"))
+    trainer.fit(task, data)
+    with torch.no_grad():
+        for param in task.parameters():
+            if param.requires_grad:
+                param.fill_(torch.nan)
+    (found,) = trainer.validate(task, data, verbose=False)
+    assert math.isnan(found["val_loss"])
 
 
 def test_casts_of_the_estimate_leave_gradients_under_autocast(tmp_path):
