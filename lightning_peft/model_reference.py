@@ -20,6 +20,8 @@ from lightning_peft.errors import ConfigError, UnsupportedError, itemize
 SUFFIX = ".gguf"
 # What else a folder may hold weights in; then GGUF files do not count.
 _OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
+# What makes a folder of several GGUF files a tokenizer or a config of its own.
+_OWN_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 # Two letters at least before the colon: `C:\models\x.gguf` is a path.
 _FILE_OF_PLACE = re.compile(r"(?P<place>.{2,}):(?P<file>[^:]+\.gguf)", re.IGNORECASE | re.DOTALL)
@@ -96,6 +98,8 @@ def _only_gguf_file(place: str) -> str | None:
     if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in _OTHER_WEIGHTS):
         return None
     files = gguf_files(folder)
+    if len(files) > 1 and any((folder / name).is_file() for name in _OWN_FILES):
+        return None
     if len(files) > 1:
         raise ConfigError(
             f"{place!r} holds {len(files)} GGUF files, and none is named. Name one of them, as in "

@@ -48,7 +48,7 @@ def write_gguf(
         kind: ggml's name of the type of matrices; vectors are float32.
         architecture: What the file says that it is.
         left_out: ``tensors``, names in the file that are left out; ``more``, tensors that the
-            model does not have.
+            model does not have; ``fields``, metadata that is added or replaced.
     """
     import gguf
 
@@ -64,6 +64,9 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _add_tokenizer(writer)
+    adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in left_out.get("fields", {}).items():
+        adders.get(type(value), writer.add_array)(key, value)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name, value in model.state_dict().items():
         written = gguf_name(name)

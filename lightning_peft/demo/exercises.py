@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lightning_peft import engine
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.tokenized import load_tokenizer
@@ -90,7 +92,7 @@ class Exercise:
         return [
             (row["prompt"], row["response"])
             if "prompt" in row
-            else (row["messages"][1]["content"], row["messages"][2]["content"])
+            else (row["messages"][-2]["content"], row["messages"][-1]["content"])
             for row in rows
         ]
 
@@ -165,11 +167,14 @@ def orders_exercise(source: str, title: str, folder: Path, steps: int | None) ->
     held_out = order_rows(HELD_OUT, SEEDS["validation"])
     mails = frozenset(row["messages"][1]["content"] for row in held_out)
     rows = {"train": order_rows(steps * batch_size, SEEDS["train"], mails), "validation": held_out}
+    tokenizer = load_tokenizer(source)
+    template = None if tokenizer.chat_template else PLAIN
+    if template is None and not _takes_system(tokenizer, held_out[0]["messages"]):
+        rows = {split: [_without_system(row) for row in rows[split]] for split in rows}
     file = folder / "orders.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({**row, "split": split}) for split in rows for row in rows[split]]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    template = None if load_tokenizer(source).chat_template else PLAIN
     return Exercise(
         source=source,
         title=title,
@@ -187,6 +192,22 @@ def orders_exercise(source: str, title: str, folder: Path, steps: int | None) ->
         exact=same_json,
         template=template,
     )
+
+
+def _takes_system(tokenizer: Any, messages: list[dict[str, str]]) -> bool:
+    """Whether a chat template has a place for the system's turn, and writes it."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (ValueError, TypeError, TemplateError):
+        return False
+    return messages[0]["content"] in text
+
+
+def _without_system(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a conversation whose first turn, of the system, is part of the user's."""
+    system, user, *rest = row["messages"]
+    joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+    return {"messages": [joined, *rest]}
 
 
 def same_json(answer: str, expected: str) -> bool:

@@ -121,3 +121,21 @@ def test_the_real_model_learns_the_mails(tmp_path: Path) -> None:
     assert record["exact"][0] == 0
     assert record["exact"][1] >= record["answered"] // 2
     assert record["held_out_loss"][1] < 0.2 * record["held_out_loss"][0]
+
+
+def test_a_template_without_system_turns_gets_it_with_the_mail(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (base / name).write_bytes((BASE / name).read_bytes())
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    for template in (refuses + turns, "{% for m in messages if m.role != 'system' %}" + turns[25:]):
+        (base / "chat_template.jinja").write_text(template)
+        exercise = choose_exercise(str(base), tmp_path / "out", 1)
+        lines = exercise.file.read_text(encoding="utf-8").splitlines()
+        assert [turn["role"] for turn in json.loads(lines[0])["messages"]] == ["user", "assistant"]
+        mail, order = exercise.held_out()[0]
+        expected = order_rows(1, SEEDS["validation"])[0]["messages"]
+        assert mail == f"{expected[0]['content']}\n\n{expected[1]['content']}"
+        assert order == expected[2]["content"]

@@ -8,12 +8,18 @@ of the package reads config and tokenizer as of any folder.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 from transformers import logging as transformers_logging
@@ -25,13 +31,13 @@ from lightning_peft.compat.gguf import (
 )
 from lightning_peft.compat.transformers import causal_lm_class
 from lightning_peft.engine import cache_entries
-from lightning_peft.engine.loading.gguf_model import TABLE, GgufModel, read_gguf_folder
+from lightning_peft.engine.loading.gguf_model import TABLE, GgufModel, gguf_cache, read_gguf_folder
 from lightning_peft.engine.loading.weight_files import hashes
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from lightning_peft.model_reference import ModelReference, parse_model_reference
 
 # Raised whenever a folder is written in another way.
-FORMAT = 2
+FORMAT = 3
 KIND = "model in a GGUF file"
 # Longer is what tokenizers say that know no limit.
 _NO_LIMIT = 1 << 30
@@ -71,20 +77,19 @@ def find_gguf(name: Any, revision: str | None = None) -> GgufModel | None:
             "pip install 'lightning-peft[gguf]'"
         )
     file, commit = _file(reference, revision)
-    root = cache_entries.cache_root()
-    (digest,) = hashes([file.resolve()], root / "hashes")
+    (digest,) = hashes([file.resolve()], cache_entries.cache_root() / "hashes")
     versions = {package: version(package) for package in ("gguf", "transformers")}
     # The path counts too: it is what weights are read from.
     key = cache_entries.key_of(format=FORMAT, file=str(file), sha256=digest, versions=versions)
 
     def build(working: Path) -> dict[str, Any]:
-        with each_file_parsed_once():
-            facts = _describe(reference, file)
+        with each_file_parsed_once(), _alone(file) as link:
+            facts = _describe(reference, link)
             facts |= {"file": str(file), "sha256": digest, "commit": commit}
-            _write(working, file, facts)
+            _write(working, link, facts)
         return {"model": reference.name, "sha256": digest, "versions": versions}
 
-    folder = cache_entries.entry(root / "gguf", key, build, KIND, "XDG_CACHE_HOME")
+    folder = cache_entries.entry(gguf_cache(), key, build, KIND, "XDG_CACHE_HOME")
     return read_gguf_folder(folder)
 
 
@@ -102,6 +107,26 @@ def _file(reference: ModelReference, revision: str | None) -> tuple[Path, str | 
         ) from error
     # Not through the link: its name in the repository says more than that of the blob.
     return found, commit
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[Path]:
+    """Gives the file in a folder of its own.
+
+    transformers takes the tokenizer, its class and its code from files next to it where there are
+    any, which may be of another model.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        link = Path(folder) / file.name
+        for place in (os.symlink, os.link, shutil.copyfile):
+            try:
+                place(file.absolute(), link)
+                break
+            except (OSError, NotImplementedError):
+                # Windows lets few users make links, and none lead to another disk.
+                if place is shutil.copyfile:
+                    raise
+        yield link
 
 
 def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
@@ -154,7 +179,7 @@ def _dtype(kinds: set[str]) -> str:
 
 def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent)}
-    where["gguf_file"] = file.name
+    where |= {"gguf_file": file.name, "trust_remote_code": False}
     verbosity = transformers_logging.get_verbosity()
     # It names metadata that it does not use, license and all.
     transformers_logging.set_verbosity_error()
@@ -186,7 +211,7 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
 def _config(file: Path, architecture: str, where: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(**where)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
         raise UnsupportedError(
             f"{file.name!r} has the architecture {architecture!r}, and transformers "

@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 
+from lightning_peft.engine.cache_entries import cache_root
+
 TABLE = "gguf.json"
+_KEYS = frozenset({"file", "sha256", "architecture", "dtype", "tensors"})
+
+
+def gguf_cache() -> Path:
+    """Returns the folder of the cache with the descriptions of GGUF files."""
+    return cache_root() / "gguf"
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,12 @@ class GgufModel:
 
 def read_gguf_folder(name: Any) -> GgufModel | None:
     """Returns the file that a folder of the cache was made from; ``None`` for other names."""
-    table = Path(str(name)) / TABLE
+    folder = Path(str(name))
     try:
-        return GgufModel(table.parent, json.loads(table.read_text(encoding="utf-8")))
+        # Any other folder may have a file of that name, and would name the file of its choice.
+        if folder.resolve().parent != gguf_cache().resolve():
+            return None
+        facts = json.loads((folder / TABLE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return GgufModel(folder, facts) if isinstance(facts, dict) and facts.keys() >= _KEYS else None

@@ -127,12 +127,15 @@ def _remembered(note: Path) -> dict[str, Any]:
 
 
 def _remember(note: Path, known: dict[str, Any]) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=note.parent)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=note.parent)
+    except OSError:
+        # A cache that cannot be written to; then files are read again.
+        return
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(known, file)
         os.replace(temporary, note)
     except OSError:
         Path(temporary).unlink(missing_ok=True)
-        raise
