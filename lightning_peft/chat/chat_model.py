@@ -16,10 +16,9 @@ from lightning_peft.data.templates import Rendering, Template, check_variables, 
 from lightning_peft.data.turn_keys import keys_without_effect
 from lightning_peft.data.validation import EncodingProblem
 from lightning_peft.errors import ConfigError, similar_names
-from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.adapters import BASE, Adapter
 from lightning_peft.export.loading import LoadedModel
 
-BASE = "base"
 Messages = Sequence[dict[str, Any]]
 # Nothing that a template would say itself.
 _MARK = "question7240"

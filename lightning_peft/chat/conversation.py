@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from lightning_peft.chat.chat_model import BASE, Answer, ChatModel
+from lightning_peft.chat.chat_model import Answer, ChatModel
 from lightning_peft.errors import ConfigError, similar_names
+from lightning_peft.export.adapters import BASE
 
 HELP = """\
 /adapter NAME   this adapter answers from now on; the conversation stays

@@ -53,6 +53,15 @@ def attention_implementation(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
+def tied_weights(model: Any) -> dict[str, str]:
+    """Returns the tensor that each tied one takes its values from, both by name.
+
+    The model's own mapping: what is removed is not tied again. Public alternative: none.
+    """
+    tied: dict[str, str] = model.all_tied_weights_keys
+    return tied
+
+
 def causal_lm_class(config: Any) -> Any:
     """Returns the class that ``AutoModelForCausalLM`` makes for a config, or ``None``."""
     return transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)

@@ -12,6 +12,8 @@ from lightning_peft.errors import ConfigError, itemize
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PROVENANCE = "provenance.json"
+# What the model without an adapter is called among them.
+BASE = "base"
 # Where a run keeps the adapters of its checkpoints.
 _IN_RUN = ("checkpoints/adapters", "adapters")
 
@@ -108,7 +110,7 @@ def find_adapter(path: str) -> Adapter:
 
 
 def find_adapters(paths: Iterable[str]) -> list[Adapter]:
-    """Returns several adapters; those whose names are the same get numbers.
+    """Returns several adapters; those whose names are the same, or the base's, get numbers.
 
     Raises:
         ConfigError, CheckpointError: See :func:`find_adapter`.
@@ -116,7 +118,7 @@ def find_adapters(paths: Iterable[str]) -> list[Adapter]:
     adapters: list[Adapter] = []
     for path in paths:
         adapter = find_adapter(path)
-        taken = {other.name for other in adapters}
+        taken = {BASE, *(other.name for other in adapters)}
         # A name becomes a part of parameter names, in which dots separate.
         original = name = adapter.name.replace(".", "_")
         number = 2

@@ -24,6 +24,7 @@ from lightning_peft.compat.transformers import (
     WeightConverter,
     WeightRenaming,
     rename_source_key,
+    tied_weights,
     weight_conversions,
 )
 from lightning_peft.errors import (
@@ -250,8 +251,30 @@ def make_outline(base: Base, class_name: str | None, labels: int | None = None) 
     with torch.device("meta"):
         model: Any = cls(base.config)
     model.tie_weights()
+    _untie(model, base)
     outline: nn.Module = model.eval()
     return outline
+
+
+def _untie(model: Any, base: Base) -> None:
+    """Separates tied tensors of which the files hold different values, as transformers does."""
+    tied = tied_weights(model)
+    if base.gguf is not None or not tied:
+        return
+    in_files = {name: key for key, name in names_in_model(base, model).items()}
+    for target, source in list(tied.items()):
+        keys = [in_files[name] for name in (target, source) if name in in_files]
+        if len(keys) < 2:
+            continue
+        one, other = base.tensors(keys)
+        if torch.equal(one, other.to(one.dtype)):
+            continue
+        owner, _, leaf = target.rpartition(".")
+        own = nn.Parameter(torch.empty_like(model.get_parameter(target)))
+        setattr(model.get_submodule(owner), leaf, own)
+        del tied[target]
+        if not tied:
+            base.config.tie_word_embeddings = False
 
 
 def names_in_model(base: Base, outline: nn.Module) -> dict[str, str]:

@@ -108,7 +108,8 @@ def _embedding_files(adapter: Adapter, base: Base, known: SentenceFolder) -> dic
     data: Mapping[str, Any] = adapter.facts.get("data") or {}
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [("2_Normalize", "Normalize")] if record["normalize"] else []
-    lengths = [known.max_length] if known.max_length else [data.get("max_length")]
+    # What training took is in the record, be it from these files or from the user.
+    longest = data.get("max_length") or known.max_length
     prompts = {**known.prompts, **_prompts(data)}
     return {
         MODULES: [
@@ -122,7 +123,7 @@ def _embedding_files(adapter: Adapter, base: Base, known: SentenceFolder) -> dic
             "pooling_mode_lasttoken": record["pooling"] == "lasttoken",
             "include_prompt": True,
         },
-        ENCODER: {"max_seq_length": lengths[0], "do_lower_case": False},
+        ENCODER: {"max_seq_length": longest, "do_lower_case": False},
         SENTENCES: {
             "prompts": prompts,
             "default_prompt_name": known.default_prompt,

@@ -80,6 +80,8 @@ def test_bits_are_those_in_training_or_requested(qlora_run: Path, lora_run: Path
 def test_adapters_of_one_name_get_numbers(lora_run: Path) -> None:
     first, second = find_adapters([str(lora_run), str(adapter_in(lora_run))])
     assert second.name == f"{first.name}-2"
+    # The model without an adapter has that name.
+    assert [each.name for each in find_adapters([f"base={lora_run}"] * 2)] == ["base-2", "base-3"]
     with pytest.raises(ConfigError, match="There is no adapter 'lats'; near names"):
         chat_model(str(lora_run)).switch("lats")
 

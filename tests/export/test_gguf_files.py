@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -15,10 +16,16 @@ from transformers import AutoModelForCausalLM
 
 import lightning_peft
 from lightning_peft.errors import CheckpointError, UnsupportedError
+from lightning_peft.export.adapters import find_adapter
+from lightning_peft.export.base import find_base
 from lightning_peft.export.gguf import lora
+from lightning_peft.export.gguf.architectures import architecture_of
+from lightning_peft.export.gguf.exporting import as_gguf
 from lightning_peft.export.gguf.files import kind_of
+from lightning_peft.export.merged_folder import merge_into_folder
+from lightning_peft.export.request import ExportRequest
 
-from .test_gguf_architectures import IDS, logprobs
+from .test_gguf_architectures import CASES, IDS, LINEAR, LLAMA3, logprobs
 from .test_merged_folder import peak_bytes
 from .tiny_gguf import CHATML, adapted, byte_tokenizer, prepared, silent, tiny_model
 
@@ -38,7 +45,7 @@ def facts(file: Path) -> dict[str, object]:
     "kind",
     [
         pytest.param("f32", marks=pytest.mark.long),
-        pytest.param("f16", marks=pytest.mark.long),
+        "f16",
         pytest.param("bf16", marks=pytest.mark.long),
         "q8_0",
     ],
@@ -205,6 +212,7 @@ def test_more_than_low_rank_factors(tmp_path: Path) -> None:
             {"use_bidirectional_attention": True},
             "use_bidirectional_attention=True",
         ),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias=True: llama.cpp's 'qwen3'"),
     ],
 )
 def test_other_architectures(name: str, changes: dict, message: str, tmp_path: Path) -> None:
@@ -213,6 +221,57 @@ def test_other_architectures(name: str, changes: dict, message: str, tmp_path: P
     _, adapter = adapted(tmp_path, model, byte_tokenizer(ascii_only=True), target_modules=targets)
     with pytest.raises(UnsupportedError, match=message):
         prepared(tmp_path, adapter)
+
+
+def test_a_head_of_its_own_in_a_base_whose_config_ties_it(tmp_path: Path) -> None:
+    tiny_model("LlamaForCausalLM", tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    byte_tokenizer(ascii_only=True).save_pretrained(tmp_path / "base")
+    # Which does not tie them, as the files hold other values.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    head = model.lm_head.weight.detach().clone()
+    assert not torch.equal(head, model.model.embed_tokens.weight)
+    lightning_peft.inject(model, r=4)
+    lightning_peft.save_adapter(model, tmp_path / "adapter")
+    adapter, base = find_adapter(str(tmp_path / "adapter")), find_base(str(tmp_path / "base"))
+    merge_into_folder(adapter, tmp_path / "merged", base)
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is False
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert torch.equal(merged.lm_head.weight, head.bfloat16().float())
+    file = tmp_path / "model.gguf"
+    prepared(tmp_path, adapter).write_merged(file, "f32", {}, silent)
+    np.testing.assert_array_equal(tensors(file)["output.weight"], head.numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "lost"),
+    [
+        ("Qwen2ForCausalLM", {}, None),
+        ("LlamaForCausalLM", {"attention_bias": True}, "the biases"),
+        ("LlamaForCausalLM", {"mlp_bias": True}, "the biases"),
+        ("LlamaForCausalLM", {"rope_parameters": LINEAR}, "the scaled positions"),
+        ("LlamaForCausalLM", {"rope_parameters": LLAMA3}, "the scaled positions"),
+        ("MistralForCausalLM", {"sliding_window": 16}, "the window"),
+    ],
+)
+def test_what_transformers_does_not_read(name: str, changes: dict, lost: str | None) -> None:
+    assert architecture_of(name, tiny_model(name, **changes).config).not_read_back == lost
+
+
+@pytest.mark.parametrize("case", ["qwen2", "llama wide heads", "llama biases"])
+def test_the_measured_error(case: str, tmp_path: Path) -> None:
+    name, changes = CASES[case]
+    model = tiny_model(name, **{"num_hidden_layers": 1, "vocab_size": 300, **changes})
+    _, adapter = adapted(tmp_path, model, byte_tokenizer())
+    base = find_base(str(tmp_path / "base"))
+    found = as_gguf(ExportRequest(adapter, base, tmp_path / "out", None, {}, outtype="f32"))["gguf"]
+    if case == "llama biases":
+        assert found["logit_error"] is None
+        assert found["not_measured"] == "transformers does not read the biases of this GGUF file"
+    else:
+        assert found["logit_error"]["relative"] < 1e-4
 
 
 def test_a_window_of_attention_is_the_context(tmp_path: Path) -> None:

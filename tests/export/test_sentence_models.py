@@ -82,6 +82,15 @@ def test_an_embedding_model_gives_the_same_embeddings(kind, separate, tmp_path):
     assert "SentenceTransformer('out')" in card
 
 
+def test_the_longest_text_is_that_of_training(tmp_path):
+    # Its files say 32.
+    base = model_in(tmp_path / "base", "bert", ("Transformer", "Pooling"))
+    adapter_in(tmp_path / "adapter", base, EMBEDDING)
+    exported(tmp_path / "out", tmp_path / "adapter", base, separate_adapter=True)
+    written = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    assert written["max_seq_length"] == 20
+
+
 def test_a_reranker_gives_the_same_scores(tmp_path):
     base = model_in(tmp_path / "base", "bert", ("Transformer", "Pooling"))
     cls = AutoModelForSequenceClassification

@@ -32,6 +32,8 @@ class Family:
         norm_offset: What is added to the weights of norms.
         activation: The one that llama.cpp computes with.
         own_head_size: Whether the size of heads is always written.
+        attention_bias: Whether llama.cpp adds the biases of ``attention_bias=True``.
+        read_with_biases: Whether transformers reads biases in a file of it.
     """
 
     name: str
@@ -39,15 +41,21 @@ class Family:
     norm_offset: float = 0.0
     activation: str = "silu"
     own_head_size: bool = False
+    attention_bias: bool = True
+    read_with_biases: bool = False
 
 
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", interleaved=True),
     "MistralForCausalLM": Family("llama", interleaved=True),
-    "Qwen2ForCausalLM": Family("qwen2"),
-    "Qwen3ForCausalLM": Family("qwen3", own_head_size=True),
+    "Qwen2ForCausalLM": Family("qwen2", read_with_biases=True),
+    "Qwen3ForCausalLM": Family("qwen3", own_head_size=True, attention_bias=False),
     "GemmaForCausalLM": Family(
-        "gemma", norm_offset=1.0, activation="gelu_pytorch_tanh", own_head_size=True
+        "gemma",
+        norm_offset=1.0,
+        activation="gelu_pytorch_tanh",
+        own_head_size=True,
+        attention_bias=False,
     ),
 }
 
@@ -98,6 +106,16 @@ class Architecture:
             f"the model attends to the last {self.context} tokens, and llama.cpp to all: the file "
             f"names a context of {self.context}, up to which they are the same"
         ]
+
+    @property
+    def not_read_back(self) -> str | None:
+        """What transformers leaves out when it reads such a file; ``None`` if it is the model."""
+        if self._rope["rope_type"] != "default":
+            return "the scaled positions"
+        biased = any(getattr(self.config, name, False) for name in ("attention_bias", "mlp_bias"))
+        if biased and not self.family.read_with_biases:
+            return "the biases"
+        return None if self.context == self.config.max_position_embeddings else "the window"
 
     @cached_property
     def _names(self) -> Any:
@@ -224,5 +242,7 @@ def _obstacles(architecture: Architecture) -> Iterator[str]:
         yield f"partial_rotary_factor={partial}: llama.cpp turns whole heads"
     if config.hidden_act != family.activation:
         yield f"hidden_act={config.hidden_act!r}: llama.cpp computes with {family.activation!r}"
+    if getattr(config, "attention_bias", False) and not family.attention_bias:
+        yield f"attention_bias=True: llama.cpp's {family.name!r} adds no biases"
     if getattr(config, "use_bidirectional_attention", None):
         yield "use_bidirectional_attention=True: llama.cpp attends to earlier tokens only"

@@ -158,8 +158,9 @@ class GgufExport:
             return None, "it was not asked for"
         if "model" not in files:
             return None, "base and adapter are in files of their own"
-        if any(True for _ in self.model.architecture.computed()):
-            return None, "transformers does not read the scaled positions of a GGUF file"
+        lost = self.model.architecture.not_read_back
+        if lost is not None:
+            return None, f"transformers does not read {lost} of this GGUF file"
 
         def compared() -> LogitError:
             self._progress("comparing outputs", 0, 2)
