@@ -27,6 +27,8 @@ from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS
 
 _WORD = re.compile(r"[\w.{}=:,%+*()|\\^$\[\] -]{0,300}")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OF_CLASSES = {"class_path", "init_args", "dict_kwargs"}
 _MODEL, _DATA = "model.init_args.", "data.init_args."
 _TEMPLATES = (None, "chatml", "plain", "raw")
 
@@ -105,6 +107,9 @@ class _Check:
             self._refuse("checks.class_form", where=where, value=shortened(arguments))
             return {}
         for name, value in arguments.items():
+            # jsonargparse appends at ``name+`` and walks into ``a.b``, past the checks by name.
+            if not _NAME.fullmatch(name):
+                self._refuse("checks.unknown", where=f"{where}.{shortened(name)}")
             if _contains_class_path(value):
                 self._refuse("checks.nested", where=f"{where}.{name}")
             if name in allowlist.ONLY_NULL and value is not None:
@@ -288,7 +293,8 @@ def check_files(name: str, revision: object, trusted: bool) -> None:
 
 def _contains_class_path(value: Any) -> bool:
     if isinstance(value, dict):
-        return "class_path" in value or any(map(_contains_class_path, value.values()))
+        names = {part.rstrip("+") for key in value for part in str(key).split(".")}
+        return bool(names & _OF_CLASSES) or any(map(_contains_class_path, value.values()))
     return isinstance(value, list) and any(map(_contains_class_path, value))
 
 

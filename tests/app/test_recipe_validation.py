@@ -78,6 +78,42 @@ def test_rewards_are_those_of_the_package(here):
         assert problems(with_value(recipe, path, rewards), here) == ["checks.rewards"]
 
 
+@pytest.mark.parametrize("name", ["rewards+", "rewards++", "rewards.0", "re wards", "rewards\n"])
+def test_a_reward_cannot_be_appended_past_the_list_of_the_page(name, here, space):
+    recipe = with_value(base_recipe("grpo"), f"{MODEL}rewards", ["word_overlap"])
+    assert problems(recipe, here) == problems(recipe, space, "v-1") == []
+    recipe["model"]["init_args"][name] = ["subprocess.getoutput"]
+    assert problems(recipe, here) == ["checks.unknown"]
+    assert problems(recipe, space, "v-1") == ["checks.unknown"]
+
+
+def test_names_of_settings_are_plain_names_everywhere(here, space):
+    made = {"class_path": "lightning_peft.LoRAStrategy", "init_args": {"r+": 4}}
+    early = {"class_path": "lightning_peft.tasks.StopEarly", "init_args": {"monitor+": "x"}}
+    cases = [
+        (changed(f"{TRAINER}strategy", made), ["checks.unknown"]),
+        (changed(f"{TRAINER}callbacks", [early]), ["checks.unknown"]),
+        (changed(f"{DATA}columns", {"a.class_path": "os.system"}), ["checks.nested"]),
+        (changed(f"{DATA}columns", {"class_path+": "os.system"}), ["checks.nested"]),
+    ]
+    for holder, key in [
+        *[(None, key) for key in ("model+", "trainer.callbacks+", "trainer.strategy+")],
+        *[("trainer", key) for key in ("callbacks+", "strategy+", "logger+", "plugins+")],
+        *[("data", key) for key in ("init_args+", "class_path+", "dict_kwargs")],
+    ]:
+        content = base_recipe("sft")
+        (content[holder] if holder else content)[key] = ["os.system"]
+        known = "checks.class_form" if holder == "data" else "checks.unknown"
+        cases.append((content, [known]))
+    for name in ("data+", "tokenizer+", "data.path"):
+        content = base_recipe("sft")
+        content["data"]["init_args"][name] = "/etc/passwd"
+        cases.append((content, ["checks.unknown"]))
+    for content, expected in cases:
+        for settings, owner in ((here, "local"), (space, "v-1")):
+            assert set(expected) <= set(problems(content, settings, owner)), content
+
+
 # Parsing
 
 
