@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning_peft.plugin.injection_settings import InjectionSettings
 
 HOOK = "adapter_defaults"
+# Attribute of a submodule that takes any dtype: what of it trains stays float32.
+KEPT_IN_FLOAT32 = "kept_in_float32"
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class AdapterDefaults:
             ``target_modules`` names them.
         saved: Names of submodules that are trained in full, as those of ``modules_to_save``.
         dense: Names of further submodules that are not quantized.
+        inside: Names of all modules in ``left``. Where they are known, a pattern in
+            ``target_modules`` names a part only if it matches one of them.
     """
 
     left: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
 
 
 def with_adapter_defaults(
@@ -45,7 +50,7 @@ def with_adapter_defaults(
         return settings
     defaults: AdapterDefaults = hook()
     wanted = getattr(settings.peft_config, "target_modules", None)
-    left = [name for name in defaults.left if not names_part(wanted, name)]
+    left = [name for name in defaults.left if not names_part(wanted, name, defaults.inside)]
     peft_config, quantization = settings.peft_config, settings.quantization_config
     if arguments.peft_config is None:
         peft_config = copy.copy(peft_config)
@@ -60,12 +65,24 @@ def with_adapter_defaults(
     return replace(settings, peft_config=peft_config, quantization_config=quantization)
 
 
-def names_part(wanted: str | Iterable[str] | None, part: str) -> bool:
-    """Whether ``target_modules`` has a step of the name of a submodule, such as its own."""
+def names_part(wanted: str | Iterable[str] | None, part: str, inside: Iterable[str] = ()) -> bool:
+    """Whether ``target_modules`` names a submodule.
+
+    It then has a step of its name, such as its own, and matches a module of it: a pattern such as
+    ``(?!.*visual).*q_proj`` has the step to leave it out.
+
+    Args:
+        wanted: A pattern, or names.
+        part: Name of the submodule.
+        inside: Names of modules; without any in ``part``, the step decides.
+    """
     steps = "|".join(re.escape(step) for step in part.split(".") if step != "model")
     word = re.compile(rf"(?<![A-Za-z0-9_])(?:{steps})(?![A-Za-z0-9_])")
-    entries = [wanted] if isinstance(wanted, str) else list(wanted or ())
-    return any(word.search(entry) for entry in entries)
+    modules = [name for name in inside if f"{name}.".startswith(f"{part}.")]
+    if isinstance(wanted, str):
+        matched = not modules or any(re.fullmatch(wanted, name) for name in modules)
+        return matched and word.search(wanted) is not None
+    return any(word.search(entry) for entry in wanted or ())
 
 
 def _excluded(given: str | Iterable[str] | None, left: list[str]) -> Any:

@@ -13,6 +13,7 @@ from lightning_peft import engine
 from lightning_peft.compat.lightning import checkpoint_io_of, set_checkpoint_io
 from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
+from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     DATAMODULE_KEY,
@@ -88,7 +89,10 @@ class AdapterStrategy(_Base):
         enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
         if trainer.state.fn == "fit":
             self._loops.attach()
-        self._master_weights = [(p, p.data) for p in engine.all_adapter_parameters(self._module)]
+        kept = [one for one in self._module.modules() if getattr(one, KEPT_IN_FLOAT32, False)]
+        trained = [p for one in kept for p in one.parameters() if p.requires_grad]
+        masters = [*engine.all_adapter_parameters(self._module), *trained]
+        self._master_weights = [(p, p.data) for p in masters]
         super().setup(trainer)
 
     def model_to_device(self) -> None:

@@ -8,16 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_defaults import AdapterDefaults
 from lightning_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
+from lightning_peft.tasks.heads import keep_in_float32
 from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
 
-# Projectors that are inside of the vision part, as in Qwen-VL.
-_MERGERS = ("merger", "deepstack_merger_list")
+# Projectors that are inside of the vision part, as in Qwen-VL and Granite-Docling.
+_MERGERS = ("merger", "deepstack_merger_list", "connector")
+# Those next to it that are a model of transformers too are known by their name.
+_PROJECTORS = ("projector", "connector", "merger", "aligner")
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class ImageTextToText(CausalLM):
     its own loss, with the logits of all tokens of a batch.
 
     With a strategy or callback of this package, the linear layers of the language part get
-    adapters, the projector is trained in full and stored with them, and the vision part is frozen
-    and stays in the dtype that it was loaded in, as the projector does.
+    adapters, the projector is trained in full, in float32, and stored with them, and the vision
+    part is frozen and stays in the dtype that it was loaded in.
 
     Args:
         model: As of :class:`PretrainedTask <lightning_peft.tasks.pretrained.PretrainedTask>`.
@@ -98,19 +102,70 @@ class ImageTextToText(CausalLM):
                 f"model's own: processor={self.hparams['model']!r}."
             )
 
+    def configure_model(self) -> None:
+        """Loads the model, once; a projector that is trained in full becomes float32."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        model: Any = self.model
+        if self.hparams["projector"] == "full":
+            projectors = map(model.get_submodule, model_parts(model).projectors)
+            # Models write its output over the embeddings of text.
+            keep_in_float32(projectors, reader=model.get_input_embeddings())
+
     def adapter_defaults(self) -> AdapterDefaults:
-        """Returns the parts that get no adapters, and those that are trained in full."""
-        with torch.device("meta"):
-            parts = model_parts(self.auto_class.from_config(self.model_config()))
+        """Returns the parts that get no adapters, and those that are trained in full.
+
+        Raises:
+            UnsupportedError: If the model has no projector that ``projector`` could be done to.
+        """
+        skeleton = self._skeleton()
+        parts = model_parts(skeleton)
         hparams = self.hparams
         vision = () if hparams["adapt_vision"] else parts.vision
         projector = hparams["projector"]
+        if projector != "frozen":
+            self._check_projector(skeleton, parts.projectors)
+        left = vision if projector == "adapters" else (*vision, *parts.projectors)
         return AdapterDefaults(
-            left=vision if projector == "adapters" else (*vision, *parts.projectors),
+            left=left,
             saved=parts.projectors if projector == "full" else (),
             # transformers quantizes it where it is given names that it shall not quantize.
             dense=() if parts.output is None else (parts.output,),
+            inside=tuple(
+                name
+                for part in left
+                for name, _ in skeleton.get_submodule(part).named_modules(prefix=part)
+            ),
         )
+
+    def _skeleton(self) -> Any:
+        """Returns the model without values."""
+        hparams = self.hparams
+        config: Any = self.model_config()
+        code = (getattr(config, "auto_map", None) or {}).get(self.auto_class.__name__)
+        with torch.device("meta"):
+            if code is None or not hparams["trust_remote_code"]:
+                return self.auto_class.from_config(config, trust_remote_code=False)
+            # from_config would take the code of the newest commit.
+            name, revision = hparams["model"], hparams["revision"]
+            return get_class_from_dynamic_module(code, name, revision=revision)(config)
+
+    def _check_projector(self, skeleton: Any, names: tuple[str, ...]) -> None:
+        wanted, model = self.hparams["projector"], self.hparams["model"]
+        if not names:
+            raise UnsupportedError(
+                f"projector={wanted!r}, and {model!r} ({type(skeleton).__name__}) has no layer "
+                "between vision and language that is known as one. Set projector: frozen, or name "
+                "its layers in target_modules or modules_to_save."
+            )
+        layers = [one for name in names for one in skeleton.get_submodule(name).modules()]
+        if wanted == "adapters" and not any(isinstance(one, nn.Linear) for one in layers):
+            raise UnsupportedError(
+                f"projector='adapters', and the projector of {model!r} ({', '.join(names)}) has no "
+                "linear layer that an adapter could go to. Set projector: full, or "
+                "projector: frozen."
+            )
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Returns prompt, expected and generated text of each row.
@@ -170,7 +225,9 @@ def model_parts(model: Any) -> ModelParts:
         name = names[id(child)]
         if name == decoder or child is model.get_output_embeddings() or not _has_weights(child):
             continue
-        (vision if isinstance(child, PreTrainedModel) else projectors).append(name)
+        last = name.rpartition(".")[2]
+        sees = isinstance(child, PreTrainedModel) and not any(one in last for one in _PROJECTORS)
+        (vision if sees else projectors).append(name)
     seeing: list[str] = []
     for name in vision:
         part = model.get_submodule(name)
@@ -179,7 +236,15 @@ def model_parts(model: Any) -> ModelParts:
         rest = [last for last, child in part.named_children() if _has_weights(child)]
         seeing += [f"{name}.{last}" for last in rest if last not in inner] if inner else [name]
     output = names.get(id(model.get_output_embeddings()))
-    return ModelParts(tuple(seeing), tuple(projectors), output)
+    # PEFT trains no list in full, but what is in one.
+    single = [one for name in projectors for one in _without_list(model, name)]
+    return ModelParts(tuple(seeing), tuple(single), output)
+
+
+def _without_list(model: nn.Module, name: str) -> list[str]:
+    part = model.get_submodule(name)
+    children = [f"{name}.{last}" for last, _ in part.named_children()]
+    return children if isinstance(part, nn.ModuleList) else [name]
 
 
 def _has_weights(child: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import short_runs
 import torch
 from image_text_models import FAMILIES, config_of, tiny_model
 from peft import PeftModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, dynamic_module_utils
 
 from lightning_peft.data.image_text import ImageTextData
 from lightning_peft.data.image_tokens import ImageTokens
 from lightning_peft.engine import merge, record_of, save_adapter
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.export.loading_code import adapter_code
+from lightning_peft.plugin.adapter_defaults import names_part
 from lightning_peft.plugin.loading import load_from_checkpoint
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.image_text import ImageTextToText, model_parts
@@ -188,11 +192,13 @@ def test_patterns_name_the_vision_part_and_the_projector_has_three_settings(fami
     assert all("q_proj" in name or "qkv" in name for name in named)
     frozen = gradients(place, rows, projector="frozen")
     assert not [name for name in frozen if inside(name, known.projector)]
+    if family == "gemma3":
+        # Its projector is a bare parameter, and refused.
+        return
     adapted = gradients(place, rows, projector="adapters")
     projected = [name for name in adapted if inside(name, known.projector)]
+    assert projected
     assert all("lora_" in name for name in projected)
-    # Gemma's is a bare parameter without a linear layer.
-    assert bool(projected) is (family != "gemma3")
 
 
 @pytest.mark.parametrize("family", SAVED)
@@ -250,3 +256,110 @@ def test_a_model_with_an_encoder_for_text_is_refused(data):
     module = task("none", config={"model_type": "florence2", "text_config": text})
     with pytest.raises(UnsupportedError, match="is a florence2 model, whose decoder writes what"):
         fitted(module, data())
+
+
+@pytest.mark.parametrize("family", SOME)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_projector_of_16_bits_trains_in_32_and_changes(family, precision, data, tmp_path):
+    rows = data(family)
+    model = tiny_model(family, rows.image_tokens.processor).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    known = {n: p.float() for n, p in model.named_parameters()}
+    module = task(str(tmp_path / "base"))
+    module.hparams.learning_rate = 2e-4
+    losses = []
+    module.on_train_batch_end = lambda out, *_: losses.append(out["loss"].item())
+    strategy = short_runs.STRATEGIES["lora"](r=4, announce=False, optimizer=None)
+    short_runs.trainer(strategy=strategy, max_steps=3, precision=precision).fit(module, rows)
+    assert np.isfinite(losses).all()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    whole = {n: p for n, p in trained.items() if "lora_" not in n}
+    assert whole
+    for name, found in whole.items():
+        moved = (
+            found.detach() != known[name.partition(".")[2].replace(".modules_to_save.default", "")]
+        )
+        # In bfloat16, steps of 2e-4 leave most weights as they are.
+        assert moved.float().mean() > 0.9, name
+
+
+def test_a_projector_that_the_setting_cannot_apply_to_is_refused(data):
+    config = config_of("gemma3", FAMILIES["gemma3"].processor())
+    module = task("none", config=config, projector="adapters")
+    wanted = "the projector of 'none' .model.multi_modal_projector. has no linear layer"
+    with pytest.raises(UnsupportedError, match=wanted):
+        fitted(module, data("gemma3"))
+    assert module.model is None
+    module = task("none", config=config, projector="full")
+    module._skeleton = lambda: WithoutProjector()
+    with pytest.raises(UnsupportedError, match="projector='full', and 'none' .WithoutProjector"):
+        module.adapter_defaults()
+    module.hparams.projector = "frozen"
+    assert module.adapter_defaults().left == ("vision_tower",)
+
+
+class Part(PreTrainedModel):
+    """A model of transformers inside of another one."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, *inside):
+        super().__init__(PretrainedConfig())
+        self.layer = nn.Linear(2, 2)
+        for name in inside:
+            self.add_module(name, nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]))
+
+
+class WithoutProjector(nn.Module):
+    """A decoder next to parts of other names."""
+
+    def __init__(self, inside=(), **others):
+        super().__init__()
+        self.language_model, self.vision_tower = Part(), Part(*inside)
+        for name, part in others.items():
+            self.add_module(name, part)
+
+    def get_decoder(self):
+        return self.language_model
+
+    def get_output_embeddings(self):
+        return None
+
+
+def test_projectors_are_known_by_their_name_where_they_are_models():
+    other = model_parts(WithoutProjector(image_projector=Part()))
+    assert other.projectors == ("image_projector",)
+    assert other.vision == ("vision_tower",)
+    # Inside of the part that sees; of a list, PEFT trains what is in it.
+    merged = model_parts(WithoutProjector(inside=["connector"]))
+    assert merged.projectors == ("vision_tower.connector.0", "vision_tower.connector.1")
+    assert merged.vision == ("vision_tower.layer",)
+
+
+def test_patterns_name_a_part_that_they_match_in():
+    names = ["model.visual.blocks.0.q_proj", "model.visual.blocks", "model.language_model.q_proj"]
+    without = r"^(?!.*visual).*(q_proj|v_proj)$"
+    assert not names_part(without, "model.visual.blocks", names)
+    assert names_part(r".*visual.*q_proj", "model.visual.blocks", names)
+    assert not names_part(r".*(q_proj|v_proj)", "model.visual.blocks", names)
+    assert names_part(["blocks.0.q_proj"], "model.visual.blocks", names)
+    module = task("none", config=config_of("qwen2_vl", FAMILIES["qwen2_vl"].processor()))
+    assert "model.visual.blocks.0.attn.qkv" in module.adapter_defaults().inside
+
+
+def test_parts_of_a_model_with_code_of_its_own_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = config_of("llava", FAMILIES["llava"].processor())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForImageTextToText": "own.Own"}
+    fields = {**config, "model_type": "own_llava", "architectures": ["Own"], "auto_map": classes}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlavaConfig, LlavaForConditionalGeneration\n"
+        "class OwnConfig(LlavaConfig):\n    model_type = 'own_llava'\n"
+        "class Own(LlavaForConditionalGeneration):\n    config_class = OwnConfig\n"
+    )
+    module = task(str(tmp_path), trust_remote_code=True, revision="main")
+    for _ in range(2):
+        assert module.adapter_defaults().saved == ("model.multi_modal_projector",)
