@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,14 +26,15 @@ its folder, in evaluations/.
 Tasks with local files need no network: small_opposites and small_iso_dates come with this package,
 others are read from --include-path. A task's file can run Python code: take those that you trust.
 
-exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 130 if interrupted
+exit code: 0 at the end, 1 if the adapters cannot be loaded or a file of results cannot be written,
+2 for bad input, 130 if interrupted
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
-    print_report(_parser().parse_args(arguments), _evaluate, _show)
-    return 0
+    report = print_report(_parser().parse_args(arguments), _evaluate, _show)
+    return int(bool(report["not_saved"]))
 
 
 def _parser() -> OptionParser:
@@ -74,7 +75,7 @@ def _parser() -> OptionParser:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     # The harness' own bars, which would write between those of this command.
-    environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from lightning_peft.evaluation.harness_package import harness_version
 
     harness_version()
@@ -102,13 +103,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         loaded = load_model(args, base, adapters)
         model = ChatModel(loaded, adapters, args.chat_template, variables_override=variables)
         report: dict[str, Any] = evaluating.evaluate(model, tasks, settings, progress)
-    for note in report["notes"][len(loaded.notes) :]:
-        print(f"note: {note}", file=sys.stderr)
     report["bits"] = args.bits or (adapters[0].bits if adapters else 16)
-    report["saved"] = [
-        str(file) for file in save(report, [adapter.folder for adapter in adapters], args.output)
-    ]
-    return report
+    saved, not_saved = save(report, [adapter.folder for adapter in adapters], args.output)
+    for note in [*report["notes"][len(loaded.notes) :], *not_saved]:
+        print(f"note: {note}", file=sys.stderr)
+    return report | {"saved": [str(file) for file in saved], "not_saved": not_saved}
 
 
 def _check(args: argparse.Namespace, names: list[str]) -> None:
@@ -123,12 +122,20 @@ def _check(args: argparse.Namespace, names: list[str]) -> None:
         problems.append(f"--limit {args.limit:g}: rows from 1, or a share between 0 and 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         problems.append(f"--num-fewshot {args.num_fewshot}: 0 or more")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        problems.append(f"--seed {args.seed}: from 0 to {2**32 - 1}, as NumPy takes it")
     for name in ("chat_template", "chat_template_kwargs"):
         if getattr(args, name) and not args.apply_chat_template:
             option = f"--{name.replace('_', '-')}"
             problems.append(f"{option} has no effect without --apply-chat-template")
     if args.output and Path(args.output).exists():
         problems.append(f"--output {args.output!r} exists already")
+    elif args.output:
+        # Now, and not after hours of evaluation.
+        there = next(p for p in Path(args.output).resolve().parents if os.path.lexists(p))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            kind = "cannot be written to" if there.is_dir() else "is not a folder"
+            problems.append(f"--output {args.output!r}: {str(there)!r} {kind}")
     if problems:
         raise ConfigError("; ".join(problems))
 

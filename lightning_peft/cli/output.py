@@ -27,14 +27,15 @@ def to_stderr(condition: bool = True) -> AbstractContextManager[Any]:
 
 def print_report(
     args: Namespace, make: Callable[[Namespace], Any], show: Callable[[Any], None]
-) -> None:
-    """Prints what ``make`` returns for the options of a command, as JSON or by ``show``."""
+) -> Any:
+    """Makes a report for a command's options, prints it as JSON or by ``show``, and returns it."""
     with to_stderr():
         report = make(args)
     if args.json:
         print_json(report)
     else:
         show(report)
+    return report
 
 
 def print_table(rows: Sequence[Mapping[str, str]], caption: str | None = None) -> None:

@@ -91,15 +91,21 @@ def evaluate(
             lm.chat_template_args = chat_model.variables()
         with chat_model.activated(), torch.no_grad():
             found[name] = _run(lm, tasks, settings)
+    facts, template_notes = _task_facts(tasks, found), _template_notes(chat_model, settings)
     return {
         "evaluated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "harness": {"package": "lm_eval", "version": harness_version()},
         "compared": chat_model.names,
         "adapters": [_adapter_facts(adapter) for adapter in chat_model.adapters],
         "settings": _settings_used(chat_model, lm, tasks, settings),
-        "tasks": _task_facts(tasks, found),
+        "tasks": facts,
         "results": table_rows(found),
-        "notes": [*chat_model.loaded.notes, *tasks.notes, *_template_notes(chat_model, settings)],
+        "notes": [
+            *chat_model.loaded.notes,
+            *tasks.notes,
+            *template_notes,
+            *_prompt_notes(chat_model.names, facts),
+        ],
     }
 
 
@@ -127,11 +133,11 @@ def _run(lm: HarnessModel, tasks: TaskSet, settings: Settings) -> dict[str, Any]
             f"The device has no memory for batches of {lm.batch_size}: {first_line(error)} Give "
             "a smaller --batch-size."
         ) from error
-    # Tasks are code of others, and the harness checks with assertions.
-    except (AssertionError, ValueError, TypeError, KeyError, IndexError) as error:
-        names = ", ".join(tasks.loaded["tasks"])
+    # A task is code and data of others, which may raise anything at any row.
+    except Exception as error:
+        names, kind = ", ".join(tasks.loaded["tasks"]), type(error).__name__
         raise ConfigError(
-            f"The harness cannot evaluate {names} on this model: {first_line(error)}"
+            f"The harness cannot evaluate {names} on this model: {first_line(error)} ({kind})"
         ) from error
     return found
 
@@ -172,7 +178,7 @@ def _task_facts(tasks: TaskSet, found: dict[str, dict[str, Any]]) -> dict[str, A
     hashes = {name: task_hashes(one) for name, one in found.items()}
     return {
         name: {
-            "version": first["versions"].get(name),
+            "version": _plain(first["versions"].get(name)),
             "num_fewshot": first["n-shot"].get(name),
             "rows": dict(first["n-samples"][name]),
             "hash": {model: by_task[name] for model, by_task in hashes.items()},
@@ -180,6 +186,26 @@ def _task_facts(tasks: TaskSet, found: dict[str, dict[str, Any]]) -> dict[str, A
         }
         for name in tasks.loaded["tasks"]
     }
+
+
+def _plain(version: Any) -> Any:
+    """Returns a version as JSON holds it: YAML reads ``2024-05-01`` as a date."""
+    return version if isinstance(version, int | float | None) else str(version)
+
+
+def _prompt_notes(names: Sequence[str], facts: dict[str, Any]) -> list[str]:
+    """Returns whose prompts are not those of the base, which is asked as the first adapter."""
+    base, *adapters = names
+    notes = []
+    for name in adapters:
+        other = [task for task, one in facts.items() if one["hash"][name] != one["hash"][base]]
+        if other:
+            notes.append(
+                f"{name} was asked with other prompts than the base, which was asked as "
+                f"{adapters[0]}, in {', '.join(other)}: the difference is that of the prompts too. "
+                "One --chat-template for all, or one adapter at a time, compares the same prompts"
+            )
+    return notes
 
 
 def _template_notes(chat_model: ChatModel, settings: Settings) -> list[str]:

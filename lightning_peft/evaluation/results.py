@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import first_line
 from lightning_peft.runs.integrity import run_of
 from lightning_peft.runs.status import write_json
 
@@ -64,28 +64,29 @@ def task_hashes(found: Found) -> dict[str, str]:
     }
 
 
-def save(report: dict[str, Any], adapters: Sequence[Path], output: str | None) -> list[Path]:
+def save(
+    report: dict[str, Any], adapters: Sequence[Path], output: str | None
+) -> tuple[list[Path], list[str]]:
     """Writes a report to each run that an adapter belongs to, and to ``output``.
 
     Returns:
-        The files; of a run ``evaluations/`` and the time.
-
-    Raises:
-        ConfigError: If one cannot be written.
+        The files, of a run ``evaluations/`` and the time; and why others could not be written. The
+        report took hours perhaps, so that one full disk does not end it.
     """
     runs = {run.path.resolve(): run for folder in adapters if (run := run_of(folder)) is not None}
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     files = [run.evaluations / f"{stamp}-{secrets.token_hex(2)}.json" for run in runs.values()]
     files += [Path(output)] if output else []
+    saved, not_saved = [], []
     for file in files:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, report)
-        except OSError as error:
-            raise ConfigError(
-                f"The results cannot be written to {str(file)!r}: {error.strerror or error}."
-            ) from error
-    return files
+            saved.append(file)
+        except (OSError, TypeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            not_saved.append(f"the results cannot be written to {str(file)!r}: {reason}")
+    return saved, not_saved
 
 
 def _value(found: Found, task: str, metric: str, filtered: str) -> dict[str, float | None]:

@@ -153,6 +153,52 @@ def test_questions_are_turns_of_the_recorded_template(tmp_path: Path, folder: Pa
     assert prompt.endswith("### Answer:<answer>")
     assert report["settings"]["chat_template"] == template
     assert not report["notes"] or "chat template" not in report["notes"][-1]
+    # One more adapter, with a template of its own; the base is asked as the first.
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    facts["chat_template"] = template.replace("<answer>", "<reply>")
+    (tmp_path / "other" / "provenance.json").write_text(json.dumps(facts))
+    both = loaded(find_adapters([f"tuned={tmp_path / 'adapter'}", str(tmp_path / "other")]))
+    report = evaluate(both, tasks, Settings(limit=1, apply_chat_template=True))
+    assert [note for note in report["notes"] if "prompts" in note] == [
+        "other was asked with other prompts than the base, which was asked as tuned, in "
+        "manual_choice: the difference is that of the prompts too. One --chat-template for all, or "
+        "one adapter at a time, compares the same prompts"
+    ]
+
+
+def test_code_of_a_task_that_fails_at_a_later_row(tmp_path: Path) -> None:
+    write_task(tmp_path, "late", "multiple_choice", rows=2)
+    (tmp_path / "code.py").write_text(
+        "def question(row):\n    return row['prompt'] if row['gold'] == 2 else None.strip()\n"
+    )
+    file = tmp_path / "late.yaml"
+    lines = file.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("doc_to_text")]
+    file.write_text("\n".join([*kept, "doc_to_text: !function code.question"]) + "\n")
+    tasks = load_tasks(["late"], [str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "late_test.jsonl").read_text().splitlines()]
+    assert [row["gold"] for row in rows] == [2, 0]
+    with pytest.raises(ConfigError, match=r"evaluate late on .* attribute 'strip' \(AttributeErr"):
+        evaluate(loaded([]), tasks, Settings())
+
+
+def test_results_that_cannot_be_written_are_printed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "tasks", "dated", "multiple_choice", rows=1)
+    file = tmp_path / "tasks" / "dated.yaml"
+    file.write_text(file.read_text().replace("version: 2.0", "version: 2024-05-01"))
+    (run / "evaluations").write_text("not a folder")
+    made = tmp_path / "made" / "results.json"
+    words = [f"base={run}", "--tasks", "dated", "--include-path", str(tmp_path / "tasks")]
+    assert main(["evaluate", *words, "--output", str(made)]) == 1
+    said = capsys.readouterr()
+    assert f"saved  {made}" in said.out
+    assert "note: the results cannot be written to" in said.err
+    assert "\ndated  acc" in said.out
+    report = json.loads(made.read_text())
+    assert report["compared"] == ["base", "base-2"]
+    assert report["tasks"]["dated"]["version"] == "2024-05-01"
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +237,9 @@ def test_bad_input(
         (["--base", "x", "--batch-size", "0", "--limit", "1.5"], "--batch-size 0: auto, or at lea"),
         (["--base", "x", "--limit", "1.5"], "--limit 1.5: rows from 1, or a share"),
         (["--base", "x", "--num-fewshot", "-1"], "--num-fewshot -1: 0 or more"),
+        (["--base", "x", "--seed", "-1"], "--seed -1: from 0 to 4294967295"),
+        (["--base", "x", "--seed", str(2**32)], "--seed 4294967296: from 0 to 4294967295"),
+        (["--base", "x", "--output", f"{bad}/hub.yaml/x/o.json"], "hub.yaml' is not a folder"),
         (["--base", "x", "--chat-template", "raw"], "no effect without --apply-chat-template"),
         (["--base", str(BASE), "--include-path", "absent"], "'absent' is not a folder here"),
         (["--base", str(BASE), "--include-path", str(BASE)], "base' has none"),
