@@ -32,7 +32,13 @@ from lightning_peft.data.samples import (
     parse_text,
     parse_translation,
 )
-from lightning_peft.data.text_pairs import NUMBERED, parse_anchor, parse_scored
+from lightning_peft.data.text_pairs import (
+    NUMBERED,
+    parse_anchor,
+    parse_scored,
+    refuse_two_texts,
+    unread_beside_anchor,
+)
 from lightning_peft.data.turns import REASONING_KEYS
 from lightning_peft.errors import ConfigError, similar_names
 
@@ -302,9 +308,8 @@ class Layout:
         trains_text = turns or self.shape.name in ("text", "source_target", "translation")
         for name, value in rest.items():
             found = check_column(name, value, trains_text, turns, self.variables is not None)
-            if self.shape.has_negatives and "negative" in name.lower():
-                known = f"negative, negatives and {NUMBERED[0]} to {NUMBERED[-1]}"
-                found = [("negatives", f"has the column {name!r}, and {known} are read")]
+            if self.shape.has_negatives:
+                found = unread_beside_anchor(name, value, FIELDS["score"]) or found
             problems += found or []
             named += [name] if found == [] else []
         return problems, named
@@ -346,6 +351,8 @@ def detect_layout(
             "of a table names its columns: where these are a row, add such a line above it."
         )
     used = {name: mapping[name] for name in (*found.required, *found.optional) if name in mapping}
+    if found.data_class == "EmbeddingData or RerankingData":
+        refuse_two_texts(rows, {n: FIELDS[n] for n in found.required if n not in (columns or {})})
     return Layout(found, used, mapping.get("split"))
 
 

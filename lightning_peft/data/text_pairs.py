@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lightning_peft.data.samples import Sample, collect, required_texts, row_problem, shortened
+from lightning_peft.errors import ConfigError
 
 # Columns for one negative each, as sentence-transformers writes mined ones.
 NUMBERED = tuple(f"negative_{number}" for number in range(1, 11))
@@ -27,6 +28,49 @@ def parse_anchor(fields: Mapping[str, Any]) -> Sample:
     if wrong:
         raise row_problem("negatives", "; ".join(wrong))
     return Sample(text=anchor, text_pair=positive, negatives=negatives)
+
+
+def unread_beside_anchor(
+    name: str, value: Any, scores: Collection[str]
+) -> list[tuple[str, str]] | None:
+    """Returns the problems of a column that no field reads, next to an anchor and its positive.
+
+    ``scores`` are the columns that say how much two texts belong together: without them, a pair
+    that does not belong together would be learnt as one that does.
+    """
+    if name in scores:
+        why = (
+            "every positive is learnt as belonging to its anchor. Map both texts, with "
+            'columns={"text_a": ..., "text_b": ...}, or name the column in ignored_keys='
+        )
+        return [("score", f"has {name}={shortened(value)}, and {why}")]
+    if "negative" in name.lower():
+        known = f"negative, negatives and {NUMBERED[0]} to {NUMBERED[-1]}"
+        return [("negatives", f"has the column {name!r}, and {known} are read")]
+    return None
+
+
+def refuse_two_texts(
+    rows: Sequence[Mapping[str, Any]], fields: Mapping[str, Sequence[str]]
+) -> None:
+    """Refuses rows with two columns for the same text.
+
+    Args:
+        rows: The rows.
+        fields: Fields that no user mapped, with the columns that are recognised for each. The first
+            of them is the field's own name, which others do not contest.
+
+    Raises:
+        ConfigError: If a row has several columns of a field, and none of its own name.
+    """
+    for ours, names in fields.items():
+        for row in rows:
+            there = [name for name in names if row.get(name) is not None]
+            if len(there) > 1 and ours not in there:
+                raise ConfigError(
+                    f"A row has {' and '.join(map(repr, there))}, and each of them may be its "
+                    f'{ours}. Say which one is, such as columns={{"{ours}": "{there[0]}"}}.'
+                )
 
 
 def _negatives(fields: Mapping[str, Any]) -> list[str]:

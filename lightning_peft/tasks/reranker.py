@@ -190,13 +190,18 @@ class Reranker(PaddingOfData, PretrainedTask):
         """Adds the pairs of ``batch``."""
         logits, labels = self.logits(batch), batch["labels"]
         self.metrics["loss"].update(self._losses(logits, batch))
-        self.metrics["average_precision"].update(logits, (labels >= 0.5).long())
+        right = labels >= 0.5
+        # The metric takes a batch whose outputs are all from 0 to 1 for probabilities.
+        chances = logits.sigmoid()
+        chances = torch.where(chances.isnan(), (~right).float(), chances)
+        self.metrics["average_precision"].update(chances, right.long())
         if not _ranked(batch):
-            self.metrics["accuracy"].update(((logits >= 0) == (labels >= 0.5)).float())
+            self.metrics["accuracy"].update((((logits >= 0) == right) & ~logits.isnan()).float())
             self.metrics["spearman"].update(logits, labels)
             return
         scores = in_rows(logits, batch["rows"])
-        ranks = (scores[:, 1:] >= scores[:, :1]).sum(dim=1) + 1
+        # A score that is not a number has found nothing.
+        ranks = (~(scores[:, 1:] < scores[:, :1])).sum(dim=1) + 1
         self.metrics["accuracy"].update((ranks == 1).float())
         self.metrics["mrr"].update(1 / ranks.float())
 

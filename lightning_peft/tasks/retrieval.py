@@ -67,7 +67,8 @@ class Retrieval(Metric):
             score = scores.masked_fill(~own, -torch.inf).amax(dim=1, keepdim=True)
             others = candidates[None, :] == of_anchor[chunk, None]
             others |= _known(of_anchor[chunk], candidates, of_anchor, of_positive)
-            ranks.append(((scores >= score) & ~others & ~own).sum(dim=1) + 1)
+            # A similarity that is not a number has found nothing.
+            ranks.append((~(scores < score) & ~others & ~own).sum(dim=1) + 1)
         found = torch.cat(ranks)
         return {"accuracy": (found == 1).float().mean(), "mrr": (1 / found.float()).mean()}
 

@@ -68,6 +68,43 @@ def test_columns_are_recognised(row, shape, sample):
     assert sample.prompt_digest() == Sample(text="a", text_pair="z", score=0.0).prompt_digest()
 
 
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"question": "q", "answer": "a", "label": 0}, "label"),
+        ({"anchor": "q", "positive": "a", "label": 0}, "label"),
+        ({"query": "q", "positive": "a", "score": 0.3}, "score"),
+        ({"query": "q", "positive": "a", "similarity_score": 1}, "similarity_score"),
+    ],
+)
+def test_a_score_next_to_an_anchor_is_not_dropped(row, name):
+    layout = detect_layout([row], None, "auto", ("scored_pair", "anchor_positive"))
+    assert layout.shape.name == "anchor_positive"
+    ((kind, text),) = layout.parse(row)
+    assert kind == "score"
+    assert text.startswith(f"has {name}={row[name]}, and every positive is learnt as belonging")
+    first, second = list(row)[:2]
+    columns = {"text_a": first, "text_b": second}
+    scored = detect_layout([row], columns, "auto", ("scored_pair", "anchor_positive")).parse(row)
+    assert scored == Sample(text="q", text_pair="a", score=row[name])
+
+
+def test_two_columns_for_one_text_are_refused():
+    accepts = ("scored_pair", "anchor_positive")
+    row = {"question": "q", "answer": "a", "document": "d"}
+    known = r"has 'document' and 'answer', and each of them may be its positive\. .*\"positive\": "
+    with pytest.raises(ConfigError, match=known):
+        detect_layout([PAIRS[0], row, row], None, "auto", accepts)
+    layout = detect_layout([row], {"positive": "answer"}, "auto", accepts)
+    assert layout.parse(row) == Sample(text="q", text_pair="a", unused=("document",))
+    scored = {"query": "q", "passage": "p", "document": "d", "score": 1}
+    with pytest.raises(ConfigError, match="'passage' and 'document', and each .* its text_b"):
+        detect_layout([scored], None, "auto", accepts)
+    named = {"anchor": "q", "positive": "p", "document": "d"}
+    found = detect_layout([named], None, "auto", accepts).parse(named)
+    assert found.text_pair == "p"
+
+
 def test_a_column_of_a_later_row_is_read_and_an_unknown_one_refused():
     layout = detect_layout([PAIRS[0]], None, "auto", ("anchor_positive",))
     assert layout.parse({**PAIRS[0], "negative_3": "c"}).negatives == ["c"]

@@ -124,6 +124,12 @@ def test_retrieval_leaves_other_right_answers_out_and_no_tie_counts_as_found():
     assert found["mrr"] == pytest.approx((1 + 1 + 1 / 2) / 3)
 
 
+def test_similarities_that_are_not_numbers_find_nothing():
+    metric, lost = Retrieval(), torch.full((4, 8), torch.nan)
+    metric.update(lost, lost, torch.arange(4), torch.arange(10, 14))
+    assert metric.compute() == {"accuracy": 0, "mrr": 0.25}
+
+
 def test_the_order_of_scores_is_compared_and_not_their_values():
     metric = RankCorrelation()
     metric.update(torch.tensor([0.1, 0.2]), torch.tensor([1.0, 5.0]))

@@ -36,6 +36,26 @@ def test_passages_in_rows():
     assert found.tolist() == [[1, -torch.inf], [2, 3], [4, -torch.inf]]
 
 
+def test_metrics_of_outputs_in_and_outside_of_zero_to_one(monkeypatch):
+    task = bind_to_lightning(Reranker, ROOTS[1])("none", config={"model_type": "bert"})
+
+    def measured(*batches):
+        for metric in task.metrics.values():
+            metric.reset()
+        for outputs, labels, rows in batches:
+            monkeypatch.setattr(task, "logits", lambda _, outputs=outputs: torch.tensor(outputs))
+            task.evaluate({"labels": torch.tensor(labels), "rows": torch.tensor(rows)})
+        return {name: value.item() for name, value in task.results().items()}
+
+    pairs = [([0.5, 0.1], [1.0, 0], [0, 1]), ([-2, 0.2], [0.0, 0], [0, 1])]
+    assert measured(*pairs)["average_precision"] == 1
+    lost = [torch.nan] * 4
+    found = measured((lost, [1.0, 0, 1, 0], [0, 0, 1, 1]))
+    assert (found["accuracy"], found["mrr"]) == (0, 0.5)
+    assert found["average_precision"] < 0.6
+    assert measured((lost, [1.0, 0, 0, 0], [0, 1, 2, 3]))["accuracy"] == 0
+
+
 def test_losses_and_scores_are_theirs(tmp_path):
     package = pytest.importorskip("sentence_transformers", reason="compares with it")
     from sentence_transformers.cross_encoder import losses
