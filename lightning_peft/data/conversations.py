@@ -115,12 +115,22 @@ def _sample(
     return Sample(messages, rejected or [], context=context, unused=tuple(dict.fromkeys(unused)))
 
 
-def _turns(value: Any, role: str, name: str, unused: list[str]) -> list[Message]:
+def listed_turns(value: Any) -> list[Any] | None:
+    """Returns the turns of a list, of one turn, or of the JSON text of either.
+
+    ``None`` for all else: a text that is JSON of something else stays a text.
+    """
     found = json_value(value)
     if is_turn(found):
-        found = [found]
-    # A text that is a JSON list of something else stays a text.
+        return [found]
     if isinstance(found, list) and (found is value or (found and all(map(is_turn, found)))):
+        return found
+    return None
+
+
+def _turns(value: Any, role: str, name: str, unused: list[str]) -> list[Message]:
+    found = listed_turns(value)
+    if found is not None:
         return _messages(found, name, unused)
     return [{"role": role, "content": required_texts({name: value}, [name])[0]}]
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from lightning_peft.data.conversations import parse_messages, parse_pair
+from lightning_peft.data.conversations import listed_turns, parse_messages, parse_pair
 from lightning_peft.data.samples import (
     Sample,
     collect,
@@ -25,7 +27,9 @@ MARK = "\ufffc"
 PLACEHOLDER = "<image>"
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 # Keys of such a part that may hold the image or its path, in this order.
-_PART_KEYS = ("image", "image_url", "path", "url", "bytes", "base64")
+_PART_KEYS = ("image", "image_url", "path", "url", "bytes", "base64", "source")
+# Keys of the bytes of an image, which are base64 where they are text.
+_BASE64_KEYS = ("bytes", "base64", "data")
 _CONTENT_KEYS = ("content", "value")
 
 
@@ -49,9 +53,10 @@ def _parse(
         lambda: {name: _marked(fields[name], sources) for name in names if name in fields},
         lambda: column,
     )
-    sample, content = collect(
+    sample, content, _ = collect(
         lambda: parse({**rest, **marked}),
         lambda: collect(*(partial(_read, one) for one in _matched(sources, images))),
+        lambda: _refuse_placeholders(fields, names) if sources or images else None,
     )
     if images and not sources:
         # As TRL does: without a place of their own, images come before the first question.
@@ -109,20 +114,38 @@ class _Place:
         self.index = index
 
 
+def _refuse_placeholders(fields: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuses places for images in the texts of parts, where an image is a part of its own."""
+    turns = [turn for name in names for turn in listed_turns(fields.get(name)) or []]
+    for turn in turns:
+        key = _content_key(turn) if isinstance(turn, dict) else None
+        content = None if key is None else turn[key]
+        for part in content if isinstance(content, list) else []:
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str) and PLACEHOLDER in text:
+                raise row_problem(
+                    "image",
+                    f"has {PLACEHOLDER} in a text that is a part of a list ({shortened(text)}): "
+                    "an image is a part of its own there",
+                )
+
+
 def _marked(value: Any, sources: list[Any]) -> Any:
     """Returns turns, or a text, with marks for images; what they are is added to ``sources``."""
-    found = json_value(value)
-    if not isinstance(found, (list, dict)):
+    turns = listed_turns(value)
+    if turns is None:
         return _marked_text(value, sources)
-    several = found if isinstance(found, list) else [found]
-    turns = [_marked_turn(turn, sources) for turn in several]
-    return turns if isinstance(found, list) else turns[0]
+    return [_marked_turn(turn, sources) for turn in turns]
+
+
+def _content_key(turn: Mapping[str, Any]) -> str | None:
+    return next((name for name in _CONTENT_KEYS if name in turn), None)
 
 
 def _marked_turn(turn: Any, sources: list[Any]) -> Any:
     if not isinstance(turn, dict):
         return turn
-    key = next((name for name in _CONTENT_KEYS if name in turn), None)
+    key = _content_key(turn)
     if key is None:
         return turn
     content = turn[key]
@@ -149,8 +172,11 @@ def _marked_part(part: Any, sources: list[Any]) -> Any:
             _refuse_mark(part["text"])
         # Tables of parts of two kinds have the keys of both.
         return {name: one for name, one in part.items() if name != "index" and one is not None}
-    held = next((part[key] for key in _PART_KEYS if not is_empty(part.get(key))), None)
-    if isinstance(held, dict) and "url" in held:
+    key = next((name for name in _PART_KEYS if not is_empty(part.get(name))), None)
+    held = None if key is None else part[key]
+    if key in _BASE64_KEYS:
+        held = {key: held}
+    if isinstance(held, dict) and not is_empty(held.get("url")):
         # As OpenAI writes it.
         held = held["url"]
     index = part.get("index")
@@ -166,8 +192,14 @@ def _refuse_mark(text: str) -> None:
 
 
 def _read(source: Any) -> bytes:
+    if isinstance(source, dict):
+        # Anthropic has the bytes as "data".
+        coded = next((source[key] for key in _BASE64_KEYS if not is_empty(source.get(key))), None)
+        if isinstance(coded, str):
+            return _decoded(coded)
+        source = source.get("path") if coded is None else coded
     if isinstance(source, str) and source.startswith("data:"):
-        return _decoded(source.partition(",")[2])
+        return _decoded(source)
     if isinstance(source, str) and is_address(source):
         raise row_problem(
             "image", f"names {shortened(source)}; images are read from files, so download it first"
@@ -181,8 +213,10 @@ def is_address(source: str) -> bool:
 
 
 def _decoded(text: str) -> bytes:
+    coded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode(text, validate=True)
+        # Lines of 76 characters, as in mails.
+        return base64.b64decode("".join(coded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise row_problem("image", f"has an image as base64 that cannot be read: {error}") from None
 
@@ -216,11 +250,10 @@ def with_paths(
     """
     changed = dict(row)
     for ours, name in columns.items():
-        value = json_value(row.get(name))
         if ours == "images":
             changed[name] = _changed_cells(row.get(name), change)
-        elif isinstance(value, list):
-            changed[name] = [_changed_turn(turn, change) for turn in value]
+        elif (turns := listed_turns(row.get(name))) is not None:
+            changed[name] = [_changed_turn(turn, change) for turn in turns]
     return changed
 
 
@@ -233,14 +266,18 @@ def _changed_cells(cell: Any, change: Callable[[str], str]) -> Any:
 
 def _changed_cell(cell: Any, change: Callable[[str], str]) -> Any:
     if isinstance(cell, dict) and not cell.get("bytes") and isinstance(cell.get("path"), str):
-        return {**cell, "path": change(cell["path"])}
-    if isinstance(cell, str) and cell.strip() and not cell.startswith("data:"):
-        return cell if is_address(cell) else change(cell)
-    return cell
+        return {**cell, "path": _changed_cell(cell["path"], change)}
+    if not isinstance(cell, str) or not cell.strip():
+        return cell
+    if cell.startswith("data:") or is_address(cell):
+        return cell
+    if cell.lower().startswith("file://"):
+        return change(url2pathname(urlsplit(cell).path))
+    return change(cell)
 
 
 def _changed_turn(turn: Any, change: Callable[[str], str]) -> Any:
-    key = next((name for name in _CONTENT_KEYS if isinstance(turn, dict) and name in turn), None)
+    key = _content_key(turn) if isinstance(turn, dict) else None
     if key is None or not isinstance(turn[key], list):
         return turn
     return {**turn, key: [_changed_part(part, change) for part in turn[key]]}
@@ -250,7 +287,7 @@ def _changed_part(part: Any, change: Callable[[str], str]) -> Any:
     if not isinstance(part, dict) or part.get("type") not in _IMAGE_PARTS:
         return part
     changed = dict(part)
-    for key in ("image", "path", "url", "image_url"):
+    for key in ("image", "path", "url", "image_url", "source"):
         value = part.get(key)
         if isinstance(value, dict) and isinstance(value.get("url"), str):
             changed[key] = {**value, "url": _changed_cell(value["url"], change)}

@@ -30,7 +30,7 @@ class MediaSource(Source):
     def named_files(self) -> list[Path]:
         rows = self.rows() if self.files() else iter(())
         found = {self._named_in(row)[1] for row in rows}
-        return sorted(Path(path) for path in found if path and Path(path).is_file())
+        return sorted(Path(path) for path in found if path and os.path.isfile(path))
 
     def _file_rows(self, path: Path, name: str, split: str | None) -> Iterator[Row]:
         for row in super()._file_rows(path, name, split):
@@ -82,7 +82,7 @@ class ImageTextSource(MediaSource):
     def named_files(self) -> list[Path]:
         rows = self.rows() if self.files() else iter(())
         found = {p for row in rows if row.value for p in named_paths(row.value, self._names(row))}
-        return sorted(Path(path) for path in found if Path(path).is_file())
+        return sorted(Path(path) for path in found if os.path.isfile(path))
 
     def content(self) -> list[tuple[str, Path]]:
         """Returns the files of rows and the images that they name, each with its name."""

@@ -18,6 +18,8 @@ Message = dict[str, Any]
 DESIRABLE, UNDESIRABLE = "desirable", "undesirable"
 
 # Keys of the origin of a turn, not of its content.
+# In characters.
+_LONGEST_PATH = 500
 _METADATA_KEYS = {"id", "uuid", "date", "time", "timestamp", "created_at", "url"}
 
 
@@ -265,7 +267,10 @@ def read_image(image: Any) -> bytes:
         return Path(image).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise row_problem("image", f"names {image!r}, which cannot be read: {reason}") from error
+        # The end of a path says most, unless it is not one.
+        long = len(image) > _LONGEST_PATH
+        shown = f"{shortened(image)} (base64 begins with data:;base64,)" if long else repr(image)
+        raise row_problem("image", f"names {shown}, which cannot be read: {reason}") from error
 
 
 def parse_translation(fields: Mapping[str, Any]) -> Sample:

@@ -221,6 +221,11 @@ def test_images_come_in_every_way_that_the_field_writes_them(make, folder):
         (asked(question, images=["0.png", "1.png"]), [first, second]),
         ({"conversations": turns, "image": "0.png"}, [first]),
         (asked(*ordered["content"], images=["0.png", "1.png"]), [second, first]),
+        (asked({"type": "image", "base64": inside}, question), [first]),
+        (asked({"type": "image", "bytes": inside}, question), [first]),
+        (asked({"type": "image", "source": {"type": "base64", "data": inside}}, question), [first]),
+        (asked({"type": "image", "image": (folder / "0.png").as_uri()}, question), [first]),
+        (asked(question, images=[{"bytes": inside}, {"path": "1.png"}]), [first, second]),
     ]
     texts = []
     for row, images in ways:
@@ -235,6 +240,45 @@ def test_images_come_in_every_way_that_the_field_writes_them(make, folder):
     assert f"user\n{place}{other}What?" in texts[6]
     assert f"user\n{place}\nWhat?" in texts[7]
     assert f"user\n{other}{place}What?" in texts[8]
+    assert set(texts[9:13]) == {texts[0]}
+    assert texts[13] == texts[6]
+
+
+def test_texts_that_are_json_stay_texts(make):
+    rows = [
+        {"prompt": '{"read": "<image>"}', "completion": '{"total": 3}', "images": ["0.png"]},
+        {"prompt": '["<image>"]', "completion": '["cat"]', "images": ["1.png"]},
+        {"prompt": json.dumps([user(SEEN)]), "completion": "A", "images": ["2.png"]},
+    ]
+    data = make(rows)
+    found = prepared(data)
+    assert [trained(data, row) for row in found] == [
+        ['{"total": 3}' + END],
+        ['["cat"]' + END],
+        ["A" + END],
+    ]
+    assert "".join(s.text for s in data.render_row(found[0])).startswith(
+        '<|im_start|>user\n{"read": "['
+    )
+
+
+def test_long_texts_that_are_not_paths_are_a_problem_of_their_row(make, folder):
+    inside = base64.b64encode(b"x" * 900).decode()
+    rows = [
+        ROWS[1],
+        {"messages": [user({"type": "image", "image": inside}), answer("A")]},
+        {"messages": [user(said("<image> What?")), answer("A")], "images": ["0.png"]},
+        {"messages": [user(SEEN, said("<image> What?")), answer("A")], "images": ["1.png"]},
+    ]
+    errors = refused(make(rows))
+    assert "row 2 names " in errors
+    assert "... (base64 begins with data:;base64,), which cannot be read: File name" in errors
+    for row in (3, 4):
+        assert (
+            f"row {row} has <image> in a text that is a part of a list ('<image> What?'): an image "
+            "is a part of its own there"
+        ) in errors
+    assert len(errors) < 2000
 
 
 def test_prompts_and_image_columns_of_datasets_are_read(make, folder):
