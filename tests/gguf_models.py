@@ -63,7 +63,7 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    _add_tokenizer(writer)
+    add_tokenizer(writer)
     adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
     for key, value in left_out.get("fields", {}).items():
         adders.get(type(value), writer.add_array)(key, value)
@@ -101,7 +101,8 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _add_tokenizer(writer: Any) -> None:
+def add_tokenizer(writer: Any) -> None:
+    """Adds the start of the tokenizer of the demo's base."""
     written = json.loads((BASE / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     # The first tokens are single bytes, and each merge makes one more.
     tokens = sorted(written["vocab"], key=written["vocab"].get)[:VOCABULARY]

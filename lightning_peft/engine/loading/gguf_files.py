@@ -31,6 +31,7 @@ from lightning_peft.compat.gguf import (
 )
 from lightning_peft.compat.transformers import causal_lm_class
 from lightning_peft.engine import cache_entries
+from lightning_peft.engine.loading.gguf_metadata import apply_metadata
 from lightning_peft.engine.loading.gguf_model import TABLE, GgufModel, gguf_cache, read_gguf_folder
 from lightning_peft.engine.loading.weight_files import hashes
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, first_line
@@ -167,6 +168,11 @@ def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
         "pre_tokenizer": words and words.contents(),
         "special_tokens": {name: int(field.contents()) for name, field in ids.items() if field},
         "tensors": tensors,
+        "metadata": {
+            key.removeprefix(f"{architecture}."): field.contents()
+            for key, field in reader.fields.items()
+            if key.startswith(f"{architecture}.")
+        },
     }
 
 
@@ -185,6 +191,7 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
     transformers_logging.set_verbosity_error()
     try:
         config = _config(file, facts["architecture"], where)
+        apply_metadata(config, facts["metadata"], facts["architecture"], file.name)
         tokenizer = _tokenizer(where)
     finally:
         transformers_logging.set_verbosity(verbosity)
