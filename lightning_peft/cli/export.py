@@ -34,6 +34,8 @@ _FORMATS = (
 )
 # What writes GGUF files.
 _GGUF = ("gguf", "ollama")
+# What keeps base and adapter apart on demand.
+_SEPARATE = (*_GGUF, "sentence-transformers")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,6 +104,14 @@ def _export(args: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"{option} is for --format {' or '.join(_GGUF)}.")
     if args.adapter_only and args.format != "gguf":
         raise ConfigError("--adapter-only is for --format gguf.")
+    if args.adapter_only and args.separate_adapter:
+        raise ConfigError(
+            "--adapter-only writes the adapter, and --with-adapter its base too. Give one of them."
+        )
+    if args.separate_adapter and args.format not in _SEPARATE:
+        raise ConfigError(f"--with-adapter is for --format {' or '.join(_SEPARATE)}.")
+    if args.system and args.format != "ollama":
+        raise ConfigError("--system is for --format ollama: no other format has a system turn.")
     options = merge_arguments(args)
     quiet_libraries()
     from lightning_peft.export import formats, hub

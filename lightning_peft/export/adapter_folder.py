@@ -12,6 +12,7 @@ from lightning_peft.export.adapters import CONFIG, PROVENANCE, WEIGHTS
 from lightning_peft.export.base import license_of
 from lightning_peft.export.card import adapter_card, public
 from lightning_peft.export.request import ExportRequest
+from lightning_peft.model_reference import written_reference
 
 
 def copy_adapter(request: ExportRequest, folder: Path) -> None:
@@ -43,10 +44,21 @@ def copy_adapter(request: ExportRequest, folder: Path) -> None:
 def notes_on_base(request: ExportRequest) -> list[str]:
     """Returns that others do not have the folder of the base, where it is one."""
     named = request.base_name or request.adapter.base_name
-    # A mark, such as of the shipped base, stands for a folder too.
-    if not named or not (Path(named).is_absolute() or ":" in named):
+    if not named or not _is_of_this_machine(named):
         return []
     return [
-        f"the files name the base as a folder of this machine ({named}): give the name that "
-        "others know it by with --base-name"
+        f"the files name the base as a folder or file of this machine ({named}): give the name "
+        "that others know it by with --base-name"
     ]
+
+
+def _is_of_this_machine(named: str) -> bool:
+    reference = written_reference(named)
+    place, file = Path(reference.place), reference.gguf_file
+    if place.is_absolute() or place.is_dir():
+        return True
+    if file is None:
+        # A mark, such as of the shipped base, stands for a folder too.
+        return ":" in named
+    # A file of a repository is named as in org/name:model.gguf.
+    return named != f"{reference.place}:{file}"

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
 from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
 from lightning_peft.export.gguf.exporting import GgufExport
-from lightning_peft.export.gguf.files import has_gguf
+from lightning_peft.export.gguf.files import has_gguf, require_gguf
 from lightning_peft.export.gguf.llama_programs import converter_command
 from lightning_peft.export.go_template import translate
 from lightning_peft.export.loading import load_tokenizer
@@ -21,6 +21,8 @@ from lightning_peft.export.request import ExportRequest
 
 # Architectures that Ollama's documentation lists for safetensors.
 _OLLAMA = ("Llama", "Mistral", "Gemma", "Phi3")
+# What GGUF calls the dtypes of a merged model.
+_OUTTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 def as_ollama(request: ExportRequest) -> dict[str, Any]:
@@ -50,13 +52,24 @@ def as_ollama(request: ExportRequest) -> dict[str, Any]:
 def _gguf_export(request: ExportRequest) -> tuple[GgufExport | None, list[str]]:
     """Returns the export of the GGUF file, or ``None`` and why there is none."""
     why = "the model is a folder of safetensors, which Ollama converts, not a GGUF file"
-    if not has_gguf():
+    # The numbers of a GGUF file were asked for.
+    wanted = bool(request.outtype or request.llama_quantize)
+    if wanted:
+        require_gguf()
+    elif not has_gguf():
         return None, [f"{why}: pip install 'lightning-peft[gguf]'"]
     # A base that Ollama knows by a name is not written.
     alone = request.separate_adapter and request.base_name is not None
+    options, outtype = request.options, request.outtype
+    if options.get("dtype") and not wanted:
+        outtype = _OUTTYPES[options["dtype"]]
+        options = options | {"dtype": None}
     try:
-        return GgufExport(replace(request, adapter_only=alone)), []
+        made = replace(request, adapter_only=alone, options=options, outtype=outtype)
+        return GgufExport(made), []
     except UnsupportedError as error:
+        if wanted:
+            raise
         return None, [f"{why}: {first_line(error)}"]
 
 

@@ -132,6 +132,9 @@ def test_bad_input(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         (["--outtype", "q4_k_m"], "alone, and llama-quantize is not on PATH"),
         (["--outtype", "q6_k", "--llama-quantize", "/no/such"], "'/no/such' is not a program"),
         (["--outtype", "bf16", "--adapter-only"], "an adapter is written in f32 or f16"),
+        (["--adapter-only", "--with-adapter"], "writes the adapter, and --with-adapter its base"),
+        (["--format", "merged", "--with-adapter"], "--with-adapter is for --format gguf or olla"),
+        (["--system", "Be brief."], "--system is for --format ollama"),
         (["--format", "vllm", "--adapter-only"], "--adapter-only is for --format gguf"),
         (["--format", "merged", "--outtype", "f16"], "--outtype is for --format gguf or ollama"),
     ]:
@@ -154,4 +157,19 @@ def test_another_tokenizer(
     said = capsys.readouterr().err
     assert "llama.cpp would give other tokens than in training" in said
     assert 'changes text first: [{"type": "Lowercase"}]' in said
+    # Without numbers that were asked for, Ollama gets a folder of safetensors.
+    given[-1:] = ["ollama", "--base", str(base), "--chat-template", "chatml", "--no-measure"]
+    assert main([*given, "--no-check-base", "--outtype", "q8_0"]) == 1
+    assert "llama.cpp would give other tokens than in training" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_dtype_of_an_ollama_model(
+    lora_run: Path,
+    tmp_path: Path,
+    exported: Export,  # noqa: F811
+) -> None:
+    words = ("--dtype", "bfloat16", "--chat-template", "chatml", "--no-measure")
+    found = exported(lora_run, tmp_path / "out", "ollama", *words)
+    assert found["gguf"]["outtype"] == "bf16"
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./mine-bf16.gguf\n")

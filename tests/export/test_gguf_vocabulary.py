@@ -17,6 +17,7 @@ from lightning_peft.export.gguf.vocabulary import vocabulary_of
 from .tiny_gguf import (
     adapted,
     byte_tokenizer,
+    gemma_tokenizer,
     prepared,
     sentencepiece_tokenizer,
     silent,
@@ -49,8 +50,9 @@ KINDS: dict[str, tuple[str, Any]] = {
         "default",
         lambda: sentencepiece_tokenizer(legacy=False, scheme="never"),
     ),
+    "gemma": ("default", lambda: gemma_tokenizer()),
 }
-QUICK = ("gpt-2", "smollm", "sentencepiece")
+QUICK = ("gpt-2", "smollm", "sentencepiece", "gemma")
 TEXTS = (
     "hello the other 1234567 hers",
     "Hello  THE\n\n  there's I'LL we'Re 12 123 1234",

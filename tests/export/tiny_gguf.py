@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
 import lightning_peft
 from lightning_peft import engine
@@ -93,6 +94,14 @@ def sentencepiece_tokenizer(
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", scheme, split=False)
     return _finished(backend, True, None, SPECIAL[:3])
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """Gemma's class, which puts its steps together itself, with the tokens of SentencePiece's."""
+    described = json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str())["model"]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+    merges = [tuple(pair) for pair in described["merges"]]
+    return GemmaTokenizer(vocab=described["vocab"], merges=merges, mask_token=None, **special)
 
 
 def _finished(

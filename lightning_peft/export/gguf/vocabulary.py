@@ -17,6 +17,12 @@ from lightning_peft.errors import UnsupportedError, itemize
 # Kinds of tokens in GGUF files.
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE = "\u2581"
+_GEMMAS_SPLIT = {
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 _TEXT = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -269,6 +275,9 @@ def _unlike_sentencepiece(described: dict[str, Any], special_first: bool) -> Ite
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     normalizers = _parts(described["normalizer"], "normalizers")
     splits = _parts(described["pre_tokenizer"], "pretokenizers")
+    if normalizers == [replace] and splits == [_GEMMAS_SPLIT]:
+        # At spaces, of which the normalizer has left none.
+        splits = []
     metaspace = [p for p in splits if p["type"] == "Metaspace" and p["replacement"] == _SPACE]
     plain = normalizers in ([prepend, replace], [replace]) and not splits
     if not plain and not (len(metaspace) == len(splits) == 1 and not normalizers):
