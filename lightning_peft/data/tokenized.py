@@ -45,7 +45,10 @@ def load_pretrained(
     """
     try:
         # By default, transformers prompts the user whether to run code of the repository.
-        place = engine.readable_name(name, revision)
+        known = engine.find_gguf(name, revision)
+        if known is not None:
+            known.check_tokenizer()
+        place = name if known is None else str(known.folder)
         at_place = revision if place == name else None
         return loader.from_pretrained(place, revision=at_place, trust_remote_code=False)
     except LightningPeftError:

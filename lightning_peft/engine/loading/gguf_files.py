@@ -8,6 +8,7 @@ of the package reads config and tokenizer as of any folder.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -33,18 +33,18 @@ from lightning_peft.compat.transformers import causal_lm_class
 from lightning_peft.engine import cache_entries
 from lightning_peft.engine.loading.gguf_metadata import apply_metadata
 from lightning_peft.engine.loading.gguf_model import TABLE, GgufModel, gguf_cache, read_gguf_folder
+from lightning_peft.engine.loading.gguf_splits import SPLITS, save_within, set_split
 from lightning_peft.engine.loading.weight_files import hashes
 from lightning_peft.errors import CheckpointError, ConfigError, UnsupportedError, first_line
 from lightning_peft.model_reference import ModelReference, parse_model_reference
 
+log = logging.getLogger(__name__)
+
 # Raised whenever a folder is written in another way.
-FORMAT = 3
+FORMAT = 4
 KIND = "model in a GGUF file"
 # Longer is what tokenizers say that know no limit.
 _NO_LIMIT = 1 << 30
-# llama.cpp's names of splitting digits off one by one, and the rest into words as GPT-2 does.
-# transformers takes these for GPT-2's, which gives other tokens where two spaces precede a number.
-_DIGITS_FIRST = ("codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder")
 _SPECIAL = {
     "bos_token": "bos",
     "eos_token": "eos",
@@ -161,11 +161,12 @@ def _describe(reference: ModelReference, file: Path) -> dict[str, Any]:
     ids = {
         name: reader.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()
     }
-    words = reader.fields.get("tokenizer.ggml.pre")
+    words, kind = (reader.fields.get(f"tokenizer.ggml.{key}") for key in ("pre", "model"))
     return {
         "architecture": architecture,
         "dtype": _dtype(kinds),
         "pre_tokenizer": words and words.contents(),
+        "byte_level": kind is not None and kind.contents() == "gpt2",
         "special_tokens": {name: int(field.contents()) for name, field in ids.items() if field},
         "tensors": tensors,
         "metadata": {
@@ -192,7 +193,7 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
     try:
         config = _config(file, facts["architecture"], where)
         apply_metadata(config, facts["metadata"], facts["architecture"], file.name)
-        tokenizer = _tokenizer(where)
+        tokenizer = _tokenizer(where, facts)
     finally:
         transformers_logging.set_verbosity(verbosity)
     config.dtype = facts["dtype"]
@@ -202,16 +203,15 @@ def _write(working: Path, file: Path, facts: dict[str, Any]) -> None:
     config.__dict__.pop("_model_name_or_path", None)
     config.save_pretrained(working)
     if tokenizer is not None:
-        if facts["pre_tokenizer"] in _DIGITS_FIRST:
-            words = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=True)]
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+        if facts["byte_level"] and facts["pre_tokenizer"] is not None:
+            set_split(tokenizer, facts["pre_tokenizer"])
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if limit and tokenizer.model_max_length > _NO_LIMIT:
             tokenizer.model_max_length = limit
         # transformers 5.9 reads the token that begins texts as the one that ends them.
         for name, token_id in facts["special_tokens"].items():
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
-        tokenizer.save_pretrained(working)
+        save_within(tokenizer, working, config.get_text_config().vocab_size)
     (working / TABLE).write_text(json.dumps(facts), encoding="utf-8")
 
 
@@ -227,10 +227,22 @@ def _config(file: Path, architecture: str, where: dict[str, Any]) -> Any:
         ) from error
 
 
-def _tokenizer(where: dict[str, Any]) -> Any:
-    """Returns the tokenizer of a file; ``None`` where transformers cannot make it."""
+def _tokenizer(where: dict[str, Any], facts: dict[str, Any]) -> Any:
+    """Returns the tokenizer of a file; ``None`` where it cannot be made, with the reason noted."""
+    words = facts["pre_tokenizer"]
+    # A tokenizer of the user's choice may be named; who asks for this one is answered then.
+    if facts["byte_level"] and words is not None and words not in SPLITS:
+        facts["no_tokenizer"] = f"it splits text into words by {words!r}, which is not known here"
+        return None
+    if facts["byte_level"] and words is None:
+        log.warning(
+            "%s does not name how its tokenizer splits text into words (tokenizer.ggml.pre), as "
+            "old files do: GPT-2's way is taken. If the model is of another family, name its "
+            "tokenizer in transformers' own format.",
+            where["gguf_file"],
+        )
     try:
         return AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        # A tokenizer of the user's choice may be named; who asks for this one is answered then.
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        facts["no_tokenizer"] = f"transformers cannot make it: {first_line(error)}"
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lightning_peft.engine.cache_entries import cache_root
+from lightning_peft.errors import UnsupportedError
 
 TABLE = "gguf.json"
 _KEYS = frozenset({"file", "sha256", "architecture", "dtype", "tensors"})
@@ -53,6 +54,20 @@ class GgufModel:
         """What its weights become where no dtype is asked for; float32 for quantized ones."""
         dtype: torch.dtype = getattr(torch, self.facts["dtype"])
         return dtype
+
+    def check_tokenizer(self) -> None:
+        """Checks that the file's own tokenizer was read.
+
+        Raises:
+            UnsupportedError: If it was not, with the reason.
+        """
+        reason = self.facts.get("no_tokenizer")
+        if reason is not None:
+            raise UnsupportedError(
+                f"The tokenizer of {self.file.name!r} is not read: {reason}, and tokens would be "
+                "others than those of the model. Name the model's tokenizer in transformers' own "
+                "format: --data.tokenizer folder, or org/name."
+            )
 
     @cached_property
     def tensors(self) -> list[dict[str, Any]]:

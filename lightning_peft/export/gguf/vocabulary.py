@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_peft.engine.loading.gguf_splits import WRITTEN
 from lightning_peft.errors import UnsupportedError, itemize
 
 # Kinds of tokens in GGUF files.
@@ -22,24 +23,6 @@ _GEMMAS_SPLIT = {
     "pattern": {"String": " "},
     "behavior": "MergedWithPrevious",
     "invert": False,
-}
-_TEXT = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = r"[^\r\n\p{L}\p{N}]?"
-# How words are found, and whether merges are skipped for words that are tokens: llama.cpp's name.
-_SPLITS: dict[tuple[str, bool], str] = {
-    ("words", False): "gpt-2",
-    ("digits, words", False): "smollm",
-    (rf"{_SHORT}|{_TEXT}|\p{{N}}{{1,3}}|{_REST}", True): "llama-bpe",
-    (rf"{_SHORT}|{_TEXT}|\p{{N}}{{1,3}}|{_REST}", False): "smaug-bpe",
-    (rf"{_SHORT}|{_TEXT}|\p{{N}}|{_REST}", False): "qwen2",
-    (
-        f"{_CASED}{_UPPER}*{_LOWER}+|{_CASED}{_UPPER}+{_LOWER}*"
-        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        True,
-    ): "tekken",
 }
 
 
@@ -137,7 +120,7 @@ def vocabulary_of(
     )
     pairs = _pairs(model)
     if found.model == "gpt2":
-        found.pre = _SPLITS[_split(described), model["ignore_merges"]]
+        found.pre = WRITTEN[_split(described), model["ignore_merges"]]
         found.merges = [" ".join(pair) for pair in pairs]
     else:
         found.pre = "default"
@@ -263,10 +246,10 @@ def _unlike_bytes(described: dict[str, Any]) -> Iterator[str]:
     if others:
         yield f"it changes text first: {json.dumps(others)}"
     found = (_split(described), described["model"]["ignore_merges"])
-    if found not in _SPLITS:
+    if found not in WRITTEN:
         yield (
             f"it splits text into words by {found[0]!r} with ignore_merges={found[1]}; known are "
-            f"those of {', '.join(_SPLITS.values())}"
+            f"those of {', '.join(WRITTEN.values())}"
         )
 
 
