@@ -73,13 +73,17 @@ class ImageTextEncoder(Encoder):
         """Returns the rows that ``sample`` becomes, see :meth:`Encoder.encode`."""
         turns = self._texts.turns(sample.messages, sample.context)
         self._check_special_tokens(turns, sample.context)
-        written = self.images.written(sample.images)
+        everything = self.images.written(sample.images)
         rows: list[Encoded] = []
         for part in self._texts.parts(turns, sample.context):
             read = self._texts.with_masked_reasoning(part, sample.context)
             count = sum(turn["content"].count(MARK) for turn in part.messages)
             self._check_places(read.text, count)
-            text, spans, gains = expanded(read.text, self.images.token, written[:count])
+            written = everything
+            if count < len(written):
+                # Some processors cut an image into tiles only where it is alone.
+                written = self.images.written(sample.images[:count])
+            text, spans, gains = expanded(read.text, self.images.token, written)
             answers = {place: moved(span, gains) for place, span in read.answers.items()}
             hidden = tuple(moved(span, gains) for span in read.hidden)
             ids, answered, untrained, offsets = self._part_tokens(
@@ -383,10 +387,10 @@ class ImageTextData(ConversationData):
         """
         first = next(i for i, label in enumerate(row["labels"]) if label != IGNORED)
         seen = sum(end <= first for end in row["image_ends"])
-        part = {
-            "input_ids": row["input_ids"][:first],
-            "labels": row["labels"][:first],
-            "images": row["images"][:seen],
-        }
-        batch = self.collator()([part])
+        images = row["images"][:seen]
+        ids = row["input_ids"][:first]
+        if seen < len(row["images"]):
+            spans = list(zip(row["image_starts"], row["image_ends"], strict=True))[:seen]
+            ids = self.image_tokens.rewritten(ids, images, spans)
+        batch = self.collator()([{"input_ids": ids, "labels": ids, "images": images}])
         return {name: value for name, value in batch.items() if name != "labels"}

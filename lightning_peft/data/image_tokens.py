@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ class ImageTokens:
         processor: A processor of transformers for text and images.
 
     Raises:
-        UnsupportedError: If it does not write an image as tokens of the text.
+        UnsupportedError: If it does not write an image as tokens of the text, or makes of text what
+            batches here do not hold.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -41,6 +41,8 @@ class ImageTokens:
                 "(Mllama) are not trained here; take one that writes images as tokens, such as "
                 "Qwen-VL, SmolVLM, Gemma 3 or LLaVA."
             )
+        # The name under which the model takes which tokens are an image's, if it does.
+        self.type_name = self._type_name()
 
     @property
     def ids(self) -> list[int]:
@@ -73,6 +75,21 @@ class ImageTokens:
             )
         return [one["replacement"] for one in offsets[0]]
 
+    def rewritten(
+        self, ids: Sequence[int], images: Sequence[bytes], spans: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """Returns tokens with those of ``images``, at ``spans``, as they are without others."""
+        found = list(ids)
+        tokenizer = self.processor.tokenizer
+        # From the end, so that places before stay.
+        for text, (start, end) in reversed(list(zip(self.written(images), spans, strict=True))):
+            new = tokenizer(text, add_special_tokens=False)["input_ids"]
+            # The same image may have other tokens at its edges, by the text next to it.
+            counts = {sum(one in self.ids for one in part) for part in (new, found[start:end])}
+            if len(counts) > 1:
+                found[start:end] = new
+        return found
+
     def inputs(self, rows: Sequence[Sequence[bytes]]) -> dict[str, Tensor]:
         """Returns the features of the images of some rows, by the names that the model has.
 
@@ -90,10 +107,24 @@ class ImageTokens:
         name = self.type_name
         return {} if name is None else {name: torch.isin(ids, torch.tensor(self.ids)).long()}
 
-    @cached_property
-    def type_name(self) -> str | None:
-        """The name under which the model takes which tokens are an image's, if it does."""
-        found = self.processor(text=["a"])
+    def _type_name(self) -> str | None:
+        kind = type(self.processor).__name__
+        try:
+            found = self.processor(text=["a"])
+        # Those with code of their own raise almost anything.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UnsupportedError(
+                f"{kind} takes no text without images ({type(error).__name__}: {reason}), and rows "
+                "may be text alone. Take a model of another kind."
+            ) from error
+        others = sorted(set(found) - {*_OF_TEXT, *TYPE_NAMES})
+        if others:
+            raise UnsupportedError(
+                f"{kind} makes {', '.join(others)} of a text, as PaliGemma's and ERNIE's do, and "
+                "batches here would not have what its model needs of each token. Take a model of "
+                "another kind, such as Qwen-VL, SmolVLM, Gemma 3 or LLaVA."
+            )
         return next((name for name in TYPE_NAMES if name in found), None)
 
     def _process(self, rows: Sequence[Sequence[bytes]], **options: Any) -> Any:

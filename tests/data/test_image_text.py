@@ -15,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from image_text_models import FAMILIES, tiny_model
 from tokenizers.processors import TemplateProcessing
+from transformers import LlavaProcessor
 
 from lightning_peft.data.encoding import IGNORED
 from lightning_peft.data.image_text import ImageTextData
@@ -472,3 +473,61 @@ def test_a_processor_without_a_token_for_images_is_refused():
     processor.image_token = None
     with pytest.raises(UnsupportedError, match="LlavaProcessor has no token for images"):
         ImageTokens(processor)
+
+
+class Labelling(LlavaProcessor):
+    """A processor that makes labels of a text."""
+
+    def __call__(self, *args, **options):
+        found = super().__call__(*args, **options)
+        return {**found, "labels": found["input_ids"]}
+
+
+class Speechless(LlavaProcessor):
+    """A processor that needs images."""
+
+    def __call__(self, images=None, **options):
+        return {"count": len(images)}
+
+
+def test_processors_that_are_not_understood_are_refused_before_a_row():
+    own = FAMILIES["llava"].processor()
+    parts = {"image_processor": own.image_processor, "tokenizer": own.tokenizer}
+    with pytest.raises(UnsupportedError, match="Labelling makes labels of a text"):
+        ImageTokens(Labelling(**parts))
+    with pytest.raises(UnsupportedError, match="Speechless takes no text without images .TypeErr"):
+        ImageTokens(Speechless(**parts))
+
+
+class Tiling(ImageTokens):
+    """Writes twice as many tokens for an image that is alone, as LLaVA-OneVision does."""
+
+    def written(self, images):
+        found = super().written(images)
+        return [one * 2 for one in found] if len(images) == 1 else found
+
+
+def test_a_prompt_has_the_tokens_of_its_own_images(make):
+    data = make(
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": "<image> What?"},
+                    answer("A"),
+                    {"role": "user", "content": "<image> And?"},
+                    answer("B"),
+                ],
+                "images": ["0.png", "1.png"],
+            }
+        ]
+    )
+    data._images = Tiling(FAMILIES["llava"].processor())
+    (row,) = prepared(data)
+    (token,) = data.image_tokens.ids
+    assert row["input_ids"].count(token) == 4 * 2
+    inputs = data.prompt_of(row)
+    assert len(inputs["pixel_values"]) == 1
+    assert inputs["input_ids"][0].tolist().count(token) == 4 * 2
+    end = row["labels"].index(next(label for label in row["labels"] if label != IGNORED))
+    last = row["image_ends"][0]
+    assert inputs["input_ids"][0, last + 4 :].tolist() == row["input_ids"][last:end]
