@@ -12,6 +12,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
+from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.data.templates import Rendering, Template, check_variables, find_template
 from lightning_peft.data.turn_keys import keys_without_effect
 from lightning_peft.data.validation import EncodingProblem
@@ -263,15 +264,13 @@ def _longest(loaded: LoadedModel) -> int:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    listed = model.generation_config.eos_token_id
-    ends = listed if isinstance(listed, list) else [listed]
-    tokens = [end for end in [*ends, tokenizer.eos_token_id] if end is not None]
+    tokens = end_tokens(model, tokenizer)
     if not tokens:
         raise ConfigError(
             "Neither the generation config nor the tokenizer of the base names an end token, so no "
             "answer would end. Set eos_token_id in its generation_config.json."
         )
-    return list(dict.fromkeys(tokens))
+    return tokens
 
 
 class _TextStreamer(TextStreamer):

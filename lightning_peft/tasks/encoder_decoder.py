@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.tasks.pretrained import PretrainedTask
 from lightning_peft.tasks.samples import GeneratedSample, generate_greedily
@@ -159,7 +160,7 @@ class EncoderDecoderTask(PretrainedTask):
             self.model,
             {name: batch[name] for name in self._inputs_of(batch)},
             max_new_tokens=max_new_tokens,
-            **{"eos_token_id": tokenizer.eos_token_id, **self.generation()},
+            **{"eos_token_id": end_tokens(self.model, tokenizer) or None, **self.generation()},
         )
         texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]

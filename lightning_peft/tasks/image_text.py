@@ -12,6 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.errors import ConfigError, UnsupportedError
 from lightning_peft.plugin.adapter_defaults import AdapterDefaults
 from lightning_peft.tasks.causal_lm import MAX_NEW_TOKENS, CausalLM
@@ -195,13 +196,14 @@ class ImageTextToText(CausalLM):
         trainer: Any = self.trainer
         data = trainer.datamodule
         tokenizer = data.tokenizer
+        ends = end_tokens(self.model, tokenizer)
         inputs = data.prompt_of(row)
         first = inputs["input_ids"].shape[1]
         (tokens,) = generate_greedily(
             self.model,
             inputs,
             max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends or None,
             pad_token_id=data.pad_token_id,
         )
         new_tokens = tokens[first:].tolist()
@@ -210,7 +212,7 @@ class ImageTextToText(CausalLM):
         answer, written = (
             tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (expected, new_tokens)
         )
-        cut = len(new_tokens) >= max_new_tokens and new_tokens[-1] != tokenizer.eos_token_id
+        cut = len(new_tokens) >= max_new_tokens and new_tokens[-1] not in ends
         return GeneratedSample(prompt, answer, written, cut)
 
 

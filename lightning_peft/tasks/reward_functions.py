@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -65,23 +65,44 @@ def word_overlap(
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
+        return _json(text)
+    # RecursionError: nested too deeply for Python's own parser.
+    except (ValueError, RecursionError):
         return text
+
+
+def _json(text: str) -> Any:
+    def refused(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refused)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Returns whether values are equal as JSON, where ``true`` is not 1."""
+    pairs = [(one, other)]
+    while pairs:
+        a, b = pairs.pop()
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            pairs += [(a[key], b[key]) for key in a]
+        elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            pairs += zip(a, b, strict=True)
+        elif isinstance(a, dict | list) or isinstance(a, bool) != isinstance(b, bool) or a != b:
+            return False
+    return True
 
 
 def _graded(text: str, expected: Any) -> float:
     try:
-        found = json.loads(text)
-    # RecursionError: nested too deeply for Python's own parser.
+        found = _json(text)
     except (ValueError, RecursionError):
         return 0.0
-    if found == expected and type(found) is type(expected):
+    if _same(found, expected):
         return 1.0
     if not isinstance(found, dict) or not isinstance(expected, dict):
         return _PARSES
     every, both = found.keys() | expected.keys(), found.keys() & expected.keys()
-    right = sum(found[key] == expected[key] for key in both)
+    right = sum(_same(found[key], expected[key]) for key in both)
     return _PARSES + (_KEYS * len(both) + _VALUES * right) / max(1, len(every))
 
 
@@ -114,6 +135,8 @@ def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
             continue
         if not callable(function):
             problems.append(f"{path!r} is {type(function).__name__}, not a function")
+        elif not _takes_names(function):
+            problems.append(f"{path!r} takes no arguments by name")
         found[path] = function
     if problems:
         raise ConfigError(
@@ -122,6 +145,18 @@ def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
             f"**columns) in my_rewards.py, or one of {', '.join(_BUILT_IN)}."
         )
     return found
+
+
+def _takes_names(function: RewardFunction) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    # Functions of C may have none.
+    except (TypeError, ValueError):
+        return False
+    kinds = {one.kind for one in parameters}
+    return inspect.Parameter.POSITIONAL_ONLY not in kinds and (
+        kinds != {inspect.Parameter.VAR_POSITIONAL}
+    )
 
 
 def judge(
@@ -141,7 +176,8 @@ def judge(
 
     Raises:
         ConfigError: If a function returns another number of rewards, or one that is not a finite
-            number; with its name and the row.
+            number, or a row has nothing that a built-in one could compare with; with its name and
+            the row.
     """
     names = dict.fromkeys(name for row in rows for name in row["columns"])
     given: dict[str, Any] = {
@@ -171,7 +207,15 @@ def _called(
             f"The reward {name!r} needs {', '.join(absent)}, and no row has such a column. Add it "
             "to the rows, or give the parameter a default."
         )
-    values = list(function(**given))
+    if function in _BUILT_IN.values():
+        _check_expected(name, function, rows)
+    returned = function(**given)
+    if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
+        raise ConfigError(
+            f"The reward {name!r} returned {shortened(returned)}, not a list. It is to return one "
+            "number for each answer, or None where it does not judge one."
+        )
+    values = list(returned)
     if len(values) != len(rows):
         raise ConfigError(
             f"The reward {name!r} returned {len(values)} values for {len(rows)} answers. It is to "
@@ -186,6 +230,19 @@ def _called(
                 "finite numbers, or None where an answer is not judged."
             )
     return numbers
+
+
+def _check_expected(name: str, function: RewardFunction, rows: Sequence[Mapping[str, Any]]) -> None:
+    kinds: Any = str if function is word_overlap else object
+    for row in rows:
+        value = row["columns"].get("expected")
+        if value is None or not isinstance(value, kinds):
+            needed = "text" if kinds is str else 'JSON (for null, the text "null")'
+            raise ConfigError(
+                f"The reward {name!r} cannot compare with row {row['row']}, whose column expected "
+                f"holds {shortened(value)}. It is to hold {needed}: add it to the row, or "
+                "take the row out."
+            )
 
 
 def _number(value: Any) -> float:

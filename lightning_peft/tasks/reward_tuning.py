@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -110,6 +111,16 @@ class RewardTuning(ReferencedTask):
         rewards, weights = hparams["rewards"], hparams["reward_weights"]
         if not rewards or len({*rewards}) < len(rewards):
             problems.append(f"rewards={rewards!r} is to name one function or more, each once")
+        short = [_short(path) for path in rewards]
+        for name, count in Counter(short).items():
+            if count > 1 and len({*rewards}) == len(rewards):
+                problems.append(
+                    f"rewards={rewards!r} would log several as reward_{name}: rename one"
+                )
+        if "std" in short:
+            problems.append(
+                f"rewards={rewards!r} has a function std, and reward_std is logged of all"
+            )
         if weights is not None and len(weights) != len(rewards):
             problems.append(f"reward_weights={weights!r} is not one number for each of {rewards!r}")
         for name, least in (("num_generations", 2), ("num_iterations", 1)):
@@ -185,6 +196,20 @@ class RewardTuning(ReferencedTask):
             )
         # So that a path that is wrong is known before the first answer.
         _ = self.functions
+        self._check_lengths(data)
+
+    def _check_lengths(self, data: PromptData) -> None:
+        assert self.model is not None
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0
+        prompt = max(max(rows["length"]) for rows in data.read().splits.values())
+        answer = self.hparams["max_completion_length"]
+        if 0 < limit < prompt + answer:
+            raise ConfigError(
+                f"The longest prompt has {prompt:,} tokens, and an answer may have "
+                f"max_completion_length={answer:,}: {self.hparams['model']!r} takes {limit:,} "
+                "together. Lower it, or take shorter prompts: max_length= of the data names each "
+                "that is longer."
+            )
 
     def on_validation_start(self) -> None:
         """Checks that there is a reference, rewards and prompts."""
@@ -225,7 +250,7 @@ class RewardTuning(ReferencedTask):
         trainer = trainer_of(self)
         step = 0 if trainer is None else trainer.global_step
         # Not from the generator that dropout draws from: a resumed run samples the same answers.
-        seed = (hparams["sampling_seed"] * _PRIME + step) * _PRIME + batch_idx
+        seed = ((hparams["sampling_seed"] * _PRIME + step) * _PRIME + batch_idx) % 2**63
         sampling = Sampling(
             hparams["max_completion_length"], size, hparams["temperature"], hparams["top_p"], seed
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 from lightning_peft import engine
 from lightning_peft.data.batching import pad, pad_left
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.end_tokens import end_tokens
 from lightning_peft.tasks.samples import generation_batches
 
 
@@ -91,16 +93,18 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
     """
     model, tokenizer = task.model, task.trainer.datamodule.tokenizer
     filler = tokenizer.pad_token_id
-    filler = tokenizer.eos_token_id if filler is None else filler
+    ends = end_tokens(model, tokenizer)
+    filler = (ends[-1] if ends else 0) if filler is None else filler
     prompts = [
         ids[mask.bool()].tolist()
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         for _ in range(max(1, sampling.count))
     ]
-    config = _config(tokenizer, filler, sampling)
+    config = _config(ends, filler, sampling)
     devices = [model.device] if model.device.type == "cuda" else []
     answers: dict[int, list[int]] = {}
-    with torch.no_grad(), engine.in_eval_mode(model), torch.random.fork_rng(devices):
+    modes = (engine.in_eval_mode(model), _without_settings_of_base(model))
+    with torch.no_grad(), modes[0], modes[1], torch.random.fork_rng(devices):
         torch.manual_seed(sampling.seed)
         for places in generation_batches(model, prompts, len(prompts)):
             inputs = pad_left([prompts[place] for place in places], filler)
@@ -110,7 +114,7 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
             answers |= dict(zip(places, new, strict=True))
     # Under autocast, casts that were made here would have no gradient.
     torch.clear_autocast_cache()
-    ended = [_ended(answers[place], tokenizer.eos_token_id) for place in range(len(prompts))]
+    ended = [_ended(answers[place], ends) for place in range(len(prompts))]
     rows = [
         {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
         for prompt, answer in zip(prompts, ended, strict=True)
@@ -121,11 +125,24 @@ def answers_to(task: Any, batch: dict[str, Any], sampling: Sampling) -> Answers:
         padded["labels"][:, 1:] != IGNORED,
         ended,
         tokenizer.batch_decode(ended, skip_special_tokens=True),
-        torch.tensor([one[-1] != tokenizer.eos_token_id for one in ended], device=model.device),
+        torch.tensor([one[-1] not in ends for one in ended], device=model.device),
     )
 
 
-def _config(tokenizer: Any, filler: int, sampling: Sampling) -> GenerationConfig:
+@contextmanager
+def _without_settings_of_base(model: Any) -> Iterator[None]:
+    """Leaves out the generation config of the base, which fills in what a given one does not set.
+
+    The answers have to be drawn from the distribution of the loss: no penalties, no other cuts.
+    """
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _config(ends: list[int], filler: int, sampling: Sampling) -> GenerationConfig:
     drawn = {
         "do_sample": True,
         "temperature": sampling.temperature,
@@ -135,15 +152,14 @@ def _config(tokenizer: Any, filler: int, sampling: Sampling) -> GenerationConfig
     return GenerationConfig(
         max_new_tokens=sampling.longest,
         num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends or None,
         pad_token_id=filler,
         use_cache=True,
-        # The answers have to be drawn from the distribution of the loss.
-        repetition_penalty=1.0,
         **(drawn if sampling.count else {"do_sample": False}),
     )
 
 
-def _ended(tokens: list[int], end: int) -> list[int]:
-    """Returns tokens up to the end token."""
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+def _ended(tokens: list[int], ends: list[int]) -> list[int]:
+    """Returns tokens up to the first end token."""
+    places = (place for place, token in enumerate(tokens) if token in ends)
+    return tokens[: next(places, len(tokens)) + 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from lightning_peft import engine
 from lightning_peft.compat.transformers import is_recurrent
 from lightning_peft.data.batching import pad_left
 from lightning_peft.data.encoding import IGNORED
+from lightning_peft.data.end_tokens import end_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,18 +116,21 @@ def generation_batches(
 def _generate(task: Any, prompts: list[list[int]], max_new_tokens: int) -> list[tuple[str, bool]]:
     """Returns the text that follows each prompt, and whether it reached ``max_new_tokens``."""
     tokenizer = task.trainer.datamodule.tokenizer
-    end, filler = tokenizer.eos_token_id, tokenizer.pad_token_id
-    filler = (end if end is not None else 0) if filler is None else filler
+    ends, filler = end_tokens(task.model, tokenizer), tokenizer.pad_token_id
+    filler = (ends[-1] if ends else 0) if filler is None else filler
     inputs = pad_left(prompts, filler)
     length = inputs["input_ids"].shape[1]
     tokens = generate_greedily(
-        task.model, inputs, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=filler
+        task.model,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=filler,
     )
     texts = []
     for new_tokens in tokens[:, length:].tolist():
-        ended = end in new_tokens
-        new_tokens = new_tokens[: new_tokens.index(end)] if ended else new_tokens
-        texts.append((_decode(task, new_tokens), not ended))
+        kept = list(takewhile(lambda token: token not in ends, new_tokens))
+        texts.append((_decode(task, kept), len(kept) == len(new_tokens)))
     return texts
 
 

@@ -1,6 +1,7 @@
 """Rewards: those that are built in, those by path, and what functions may return."""
 
 import math
+import textwrap
 
 import pytest
 
@@ -29,6 +30,12 @@ ROWS = [
         ("[1]", {"a": 1}, 0.2),
         ("[1, 2]", "[1, 2]", 1.0),
         ("1", "true", 0.2),
+        ("1.0", "1", 1.0),
+        ('{"a": true}', '{"a": 1}', 0.2 + 0.3),
+        ('[{"a": [1]}]', [{"a": [True]}], 0.2),
+        ("NaN", "NaN", 0.0),
+        ("[" * 900 + "]" * 900, "[" * 900 + "]" * 900, 1.0),
+        ("1", "[" * 100_000, 0.2),
         ('Here: {"a": 1}', {"a": 1}, 0.0),
         ("", {"a": 1}, 0.0),
     ],
@@ -53,7 +60,13 @@ def test_paths_that_name_no_function():
     assert "'math.pi' is float, not a function" in message
     assert "'reward' cannot be imported" in message
     assert "or one of json_exactness, word_overlap" in message
-    assert load_rewards(["math.hypot"]) == {"math.hypot": math.hypot}
+    assert load_rewards(["textwrap.fill"]) == {"textwrap.fill": textwrap.fill}
+
+
+@pytest.mark.parametrize("path", ["operator.add", "builtins.max"])
+def test_functions_that_take_no_names_are_refused(path):
+    with pytest.raises(ConfigError, match=f"'{path}' takes no arguments by name"):
+        load_rewards([path])
 
 
 def test_functions_get_lists_and_the_columns_by_name():
@@ -87,11 +100,28 @@ def test_functions_get_lists_and_the_columns_by_name():
         ([math.inf, 0.5], "'mine.own' returned inf for row 7"),
         ([0.5, "much"], "'mine.own' returned 'much' for row 9"),
         ([0.5], "'mine.own' returned 1 values for 2 answers"),
+        (None, "'mine.own' returned None, not a list"),
+        (0.5, r"'mine.own' returned 0\.5, not a list"),
+        ({"a": 1, "b": 2}, "'mine.own' returned {.*}, not a list"),
     ],
 )
 def test_rewards_that_are_not_numbers_are_refused_by_name_and_row(values, problem):
     with pytest.raises(ConfigError, match=problem):
         judge({"mine.own": lambda **given: values}, ROWS, ["p", "qq"], [[1], [2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("word_overlap", 42), ("word_overlap", {"a": 1}), ("word_overlap", None)]
+    + [("json_exactness", None)],
+)
+def test_what_a_row_expects_is_checked_by_the_functions_of_the_package(name, expected):
+    rows = [ROWS[0], {"prompt": "b", "row": 9, "columns": {"expected": expected}}]
+    with pytest.raises(ConfigError, match=f"'{name}' cannot compare with row 9, whose column"):
+        judge(load_rewards([name]), rows, ["p", "q"], [[1], [2]])
+    rows[1] = {"prompt": "b", "row": 9, "columns": {}}
+    with pytest.raises(ConfigError, match=f"'{name}' cannot .* row 9, .* holds None. It is to"):
+        judge(load_rewards([name]), rows, ["p", "q"], [[1], [2]])
 
 
 def test_a_column_that_no_row_has_is_named():

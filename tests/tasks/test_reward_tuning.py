@@ -154,6 +154,8 @@ def test_what_is_not_supported_is_refused_before_a_sample(tmp_path):
         trainer_of().fit(task_of(beta=0.1), prompts_in(tmp_path))
     with pytest.raises(ConfigError, match="'own_rewards.absent' cannot be imported"):
         trainer_of().fit(task_of(rewards=["own_rewards.absent"]), prompts_in(tmp_path))
+    with pytest.raises(ConfigError, match=r"max_completion_length=2,048: 'none' takes 2,048 tog"):
+        trainer_of().fit(task_of(max_completion_length=2048), prompts_in(tmp_path))
     repeated = task_of(num_iterations=2)
     with pytest.raises(ConfigError, match="accumulate_grad_batches=2 makes one step of several"):
         trainer_of(accumulate_grad_batches=2).fit(repeated, prompts_in(tmp_path))
@@ -174,6 +176,8 @@ def test_several_processes_are_refused():
     [
         {"rewards": []},
         {"rewards": ["a.b", "a.b"]},
+        {"rewards": ["a.score", "b.score"]},
+        {"rewards": ["a.std"]},
         {"reward_weights": [1.0, 2.0]},
         {"num_generations": 1},
         {"num_iterations": 0},
