@@ -156,11 +156,14 @@ class EncoderDecoderTask(PretrainedTask):
         """Returns the model's greedy output for each row of ``batch``."""
         assert self.model is not None
         tokenizer = self._datamodule.tokenizer
+        ends = end_tokens(self.model, tokenizer)
+        # Whisper compares with one number.
+        end = ends[0] if len(ends) == 1 else ends or None
         tokens = generate_greedily(
             self.model,
             {name: batch[name] for name in self._inputs_of(batch)},
             max_new_tokens=max_new_tokens,
-            **{"eos_token_id": end_tokens(self.model, tokenizer) or None, **self.generation()},
+            **{"eos_token_id": end, **self.generation()},
         )
         texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
