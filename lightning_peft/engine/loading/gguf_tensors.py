@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,8 +68,16 @@ class GgufTensor:
                 whole[self.name] = torch.from_numpy(
                     array if array.flags.writeable else array.copy()
                 )
-        value = whole[self.name][index]
-        return value.to(self.dtype)
+        value = whole[self.name]
+        if tuple(value.shape) != self.shape:
+            # Layers that are quantized as they are read would take any shape.
+            raise UnsupportedError(
+                f"{self.name} has the shape {tuple(value.shape)} in {self.model.file.name!r}, and "
+                f"{self.shape} in the model of its metadata. The file contradicts itself, or "
+                "transformers reads this architecture from GGUF only in part. Use the model in "
+                "transformers' own format."
+            )
+        return value[index].to(self.dtype)
 
     def _stored(self, source: dict[str, Any]) -> np.ndarray:
         return np.memmap(
@@ -104,6 +113,7 @@ def gguf_tensors(model: GgufModel, outline: nn.Module) -> dict[str, GgufTensor]:
             sources.setdefault(target, []).append(entry)
     shapes = {name: tuple(value.shape) for name, value in outline.state_dict().items()}
     _check_complete(model, outline, shapes, sources)
+    _refuse_unused(model, config.get_text_config(), unused)
     _warn_unused(model, unused)
     return {
         name: GgufTensor(name, shapes[name], model.dtype, model, entries, names, processor)
@@ -144,6 +154,24 @@ def _check_complete(
             f"{model.file.name!r} (architecture {model.architecture!r}) lacks parameters of "
             f"{type(outline).__name__}, which would be random:"
             + itemize(lacking, 5)
+            + "\nUse the model in transformers' own format."
+        )
+
+
+def _refuse_unused(model: GgufModel, config: Any, unused: list[str]) -> None:
+    """Refuses tensors of a layer that the model lacks; blocks after the last predict tokens."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    blocks = (re.match(r"blk\.(\d+)\.", name) for name in unused)
+    lost = [
+        name
+        for name, block in zip(unused, blocks, strict=True)
+        if (block and int(block[1]) < layers) or name.startswith("rope_factors_")
+    ]
+    if lost:
+        raise UnsupportedError(
+            f"{model.file.name!r} (architecture {model.architecture!r}) has tensors that "
+            "transformers' model has no place for, and without which it computes other numbers:"
+            + itemize(lost, 5)
             + "\nUse the model in transformers' own format."
         )
 
