@@ -19,8 +19,10 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
+from transformers import AutoTokenizer
 
 from lightning_peft.errors import ConfigError
+from lightning_peft.model_reference import written_reference
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 Similarity = Literal["cosine", "dot"]
@@ -80,7 +82,8 @@ def read_sentence_folder(name: str, revision: str | None = None) -> SentenceFold
     Raises:
         ConfigError: If a file cannot be read, or describes what is not computed here.
     """
-    listed = _read(name, MODULES, revision)
+    gguf = written_reference(name).gguf_file is not None
+    listed = None if gguf else _read(name, MODULES, revision)
     if listed is None:
         return SentenceFolder()
     sentences = _read(name, SENTENCES, revision) or {}
@@ -88,16 +91,18 @@ def read_sentence_folder(name: str, revision: str | None = None) -> SentenceFold
     problems = []
     pooling: Any = None
     for module in listed:
-        kind = str(module.get("type", "")).rpartition(".")[2]
+        path, _, kind = str(module.get("type", "")).rpartition(".")
         if kind == "Pooling":
             pooling = _pooling(_read(name, f"{module['path']}/config.json", revision) or {})
             problems += pooling[1]
+        elif path.partition(".")[0] != "sentence_transformers":
+            problems.append(f"{MODULES} lists {path}.{kind}, which is code of the model's own")
         elif kind not in ("Transformer", "Normalize"):
             problems.append(f"{MODULES} lists a {kind}, which is neither trained nor kept")
     similarity = sentences.get("similarity_fn_name")
     if similarity not in (None, *get_args(Similarity)):
         problems.append(f"{SENTENCES} compares embeddings by {similarity}, not by cosine or dot")
-    if encoder.get("do_lower_case"):
+    if encoder.get("do_lower_case") and not _makes_lower_case(name, revision):
         problems.append(f"{ENCODER} makes texts lower case, which the tokenizer here does not")
     if problems:
         raise ConfigError(
@@ -110,9 +115,18 @@ def read_sentence_folder(name: str, revision: str | None = None) -> SentenceFold
         normalize=any(str(one.get("type", "")).endswith("Normalize") for one in listed),
         similarity=similarity,
         max_length=encoder.get("max_seq_length"),
-        prompts={key: text for key, text in (sentences.get("prompts") or {}).items() if text},
+        # An empty one is none, in place of the default.
+        prompts={k: text or "" for k, text in (sentences.get("prompts") or {}).items()},
         default_prompt=sentences.get("default_prompt_name"),
     )
+
+
+def _makes_lower_case(name: str, revision: str | None) -> bool:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError):
+        return False
+    return bool(tokenizer("Ab")["input_ids"] == tokenizer("ab")["input_ids"])
 
 
 def _pooling(config: Mapping[str, Any]) -> tuple[str | None, list[str]]:

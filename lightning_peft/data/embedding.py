@@ -151,8 +151,12 @@ class EmbeddingData(TextPairData):
     @property
     def record(self) -> dict[str, Any]:
         """What was prepared, for the record of a run, with the prompts."""
-        prompts = zip(("query", "document"), self.prompts_of(self.scored), strict=True)
-        return {**super().record, "prompts": dict(prompts)}
+        prompts = dict(zip(("query", "document"), self.prompts_of(self.scored), strict=True))
+        for ours, theirs in (("query_prompt", "query"), ("passage_prompt", "document")):
+            # Two texts with a score are neither, unless the user says so.
+            if self.scored and self.hparams[ours] is None:
+                del prompts[theirs]
+        return {**super().record, "prompts": prompts}
 
     def lacking(self) -> str | None:
         """Returns why nothing can be learnt: an anchor that is compared with its positive alone."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAveragePrecision
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
+from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of
 from lightning_peft.errors import ConfigError
 from lightning_peft.tasks.heads import keep_heads_in_float32
@@ -104,7 +105,7 @@ class Reranker(PaddingOfData, PretrainedTask):
             if self.hparams["config"] is None:
                 names = ("revision", "trust_remote_code")
                 options = {name: self.hparams[name] for name in names}
-                self._check_base(AutoConfig.from_pretrained(self.hparams["model"], **options))
+                self._check_base(engine.load_config(self.hparams["model"], **options))
             super().configure_model()
             self.set_padding()
 

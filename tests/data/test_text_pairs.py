@@ -1,6 +1,7 @@
 """Rows for embeddings and rerankers: what is read, what is refused, and what a batch holds."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from lightning_peft.sentence_folder import SENTENCES, SentenceFolder, read_sente
 PAIRS = [{"anchor": f"what is {i}?", "positive": f"it is {i}"} for i in range(6)]
 SCORED = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": i / 4} for i in range(5)]
 RANKED = [{"query": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"} for i in range(4)]
+
+
+PACKAGE = "sentence_transformers.models"
 
 
 @pytest.fixture
@@ -208,7 +212,10 @@ def folder(tmp_path):
         (place / "1_Pooling").mkdir(parents=True, exist_ok=True)
         AutoTokenizer.from_pretrained(BASE).save_pretrained(place)
         paths = ["", "1_Pooling", "2"]
-        listed = [{"path": p, "type": f"x.{m}"} for p, m in zip(paths, modules, strict=False)]
+        listed = [
+            {"path": p, "type": m if "." in m else f"{PACKAGE}.{m}"}
+            for p, m in zip(paths, modules, strict=False)
+        ]
         files = {
             "modules.json": listed,
             "1_Pooling/config.json": pooling or {"pooling_mode_mean_tokens": True},
@@ -239,6 +246,30 @@ def test_prompts_and_lengths_are_those_of_the_files(made, write, folder):
 
 def test_a_model_without_such_files_has_defaults(tmp_path):
     assert read_sentence_folder(str(tmp_path)) == SentenceFolder()
+    for name in ("org/model-GGUF:model.Q4_K_M.gguf", str(tmp_path / "model.gguf")):
+        assert read_sentence_folder(name) == SentenceFolder()
+
+
+def test_an_empty_prompt_is_one_and_scored_texts_are_no_queries(made, write, folder):
+    name = folder(prompts={"query": "ask: ", "document": "", "default": "x: "})
+    file = Path(name, SENTENCES)
+    file.write_text(file.read_text().replace("null", '"default"'))
+    assert read_sentence_folder(name).prompt_of("passage") == ""
+    data = made(EmbeddingData, write(PAIRS), tokenizer=name)
+    assert data.record["prompts"] == {"query": "ask: ", "document": ""}
+    scored = made(EmbeddingData, write(SCORED, "scored.jsonl"), tokenizer=name)
+    assert scored.record["prompts"] == {}
+    given = made(EmbeddingData, scored.hparams["data"], tokenizer=name, query_prompt="q: ")
+    assert given.record["prompts"] == {"query": "q: "}
+
+
+def test_a_tokenizer_may_make_the_lower_case(folder):
+    name = folder(do_lower_case=True)
+    file = Path(name, "tokenizer.json")
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(content))
+    assert read_sentence_folder(name).known
 
 
 @pytest.mark.parametrize(
@@ -269,6 +300,7 @@ def test_pooling_is_that_of_the_files(folder, options, expected):
         ),
         ({"pooling": {"include_prompt": False}}, "leaves prompts out of the pooling"),
         ({"do_lower_case": True}, "makes texts lower case"),
+        ({"modules": ("own.Transformer", "Pooling")}, "lists own.Transformer, which is code of"),
     ],
 )
 def test_what_is_not_computed_is_refused(folder, options, message):
