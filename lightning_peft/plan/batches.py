@@ -63,8 +63,11 @@ def _frames(rows: int, config: Any) -> Any:
 
 def _labels(name: str, rows: int, length: int) -> Any:
     # Tasks of the same models may have none, such as those that learn from rewards.
-    labelled = [spec for spec in TASKS.values() if spec.base_suffix and spec.label_per]
-    suffixes = {spec.base_suffix: spec.label_per for spec in labelled}
+    suffixes = {
+        spec.base_suffix: spec.label_per
+        for spec in TASKS.values()
+        if spec.base_suffix and spec.label_per
+    }
     per_token = ("LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
     per = next((per for end, per in suffixes.items() if name.endswith(end)), None)
     if name.endswith(per_token) or per == "token":
