@@ -23,7 +23,7 @@ FILE = Path(__file__).with_suffix(".parquet")
 
 
 def main() -> None:
-    """Writes the file beside this one."""
+    """Writes the file next to this one."""
     digits = load_digits()
     rows = []
     for pixels, label in zip(digits.images, digits.target, strict=True):

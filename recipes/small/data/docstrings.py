@@ -1,4 +1,4 @@
-"""Writes ``docstrings.jsonl`` beside this file, from the questions that come with the package.
+"""Writes ``docstrings.jsonl`` next to this file, from the questions that come with the package.
 
 A row is what a docstring says, and the label is the package that it is from.
 """

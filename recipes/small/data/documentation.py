@@ -1,4 +1,4 @@
-"""Writes ``documentation.jsonl`` beside this file, from the questions that come with the package.
+"""Writes ``documentation.jsonl`` next to this file, from the questions that come with the package.
 
 A row is a question about a function, class or module of Python, what its documentation says, and
 what it says of one or two others of the same package. No text is the answer of two rows, and no

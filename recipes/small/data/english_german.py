@@ -1,4 +1,4 @@
-"""Writes ``english_german.jsonl`` beside this file: English sentences with the German ones."""
+"""Writes ``english_german.jsonl`` next to this file: English sentences with the German ones."""
 
 from __future__ import annotations
 

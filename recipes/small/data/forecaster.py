@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Writes the file beside this one."""
+    """Writes the file next to this one."""
     seed_everything(0)
     torch.set_num_threads(1)
     data = SeriesData(str(HERE / "seattle.csv"), time="date")

@@ -1,4 +1,4 @@
-"""Writes ``names.jsonl`` beside this file, from the questions that come with the package.
+"""Writes ``names.jsonl`` next to this file, from the questions that come with the package.
 
 A row is a question or an answer, in words and without its backticks. What stood between two of
 them is a name; of what, the form of the sentence says. Dots and names between them are words of

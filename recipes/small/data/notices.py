@@ -1,4 +1,4 @@
-"""Writes ``notices.jsonl`` beside this file: notices of towns, each with its headline."""
+"""Writes ``notices.jsonl`` next to this file: notices of towns, each with its headline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes ``preferences.jsonl`` beside this file, from the questions that come with the package.
+"""Writes ``preferences.jsonl`` next to this file, from the questions that come with the package.
 
 The chosen answer is the true one. The rejected one is that of another question in every second row,
 and else the true one with its words in another order.

@@ -1,4 +1,4 @@
-"""Writes ``questions.jsonl`` beside this file, from the questions that come with the package.
+"""Writes ``questions.jsonl`` next to this file, from the questions that come with the package.
 
 A row is a question and the answer that rewards compare with.
 """

@@ -57,7 +57,7 @@ def rows() -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Writes the file beside this one."""
+    """Writes the file next to this one."""
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     texts = {"prompt": pa.string(), "completion": pa.string()}
     table = pa.Table.from_pylist(rows(), pa.schema({"image": image, **texts}))

@@ -1,4 +1,4 @@
-"""Writes ``telephone_keys.parquet`` beside this file: recordings of keys, with their names."""
+"""Writes ``telephone_keys.parquet`` next to this file: recordings of keys, with their names."""
 
 from __future__ import annotations
 
