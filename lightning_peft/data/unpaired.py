@@ -67,9 +67,9 @@ class UnpairedPreferenceData(ConversationData):
 
     A batch holds ``input_ids``, ``attention_mask`` and ``labels``, each ``(rows, length)``, int64,
     and ``desirable``, ``(rows,)``, bool. ``kl_input_ids``, ``kl_attention_mask`` and ``kl_labels``,
-    each ``(rows, other length)``, are the prompts with an answer to another prompt of the batch, from
-    which the divergence is estimated; they are cut to ``max_length``. Where the batch has no other
-    prompt, nothing has a label there.
+    each ``(rows, other length)``, are the prompts with an answer to another prompt of the batch,
+    from which the divergence is estimated; they are cut to ``max_length``. Where the batch has no
+    other prompt, nothing has a label there.
 
     Args:
         data: File (JSONL, JSON, CSV, TSV, Parquet), folder of such, or dataset on the hub.
