@@ -80,8 +80,9 @@ def measured() -> dict[str, Any]:
     from lightning_peft.export.gguf.model import prepare_model
 
     sys.path.insert(0, str(RECORDS.parent.parent / "tests"))
-    from gguf_models import smollm2
     from llama_cpp import LlamaCpp
+
+    from lightning_peft.demo.exercises import smollm2
 
     source = smollm2()
     if source is None:

