@@ -47,12 +47,17 @@ demo: $(READY)  ## Fine-tune a small model on the CPU, and show what happened
 app: $(READY_APP)  ## Open the web page: recipes, data checks, live runs, chat, export
 	$(BIN)/lightning-peft app $(ARGS)
 
+# pytest-timeout raises in Python, and cannot end a test that waits in C, or whose clean-up waits.
+# This ends its process with the stacks of all threads: the test fails, and the other process goes on
+# alone, since a new one would run the same test again.
+ENDED_WHEN_STUCK := -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true --max-worker-restart=0
+
 # pytest comes last, so that its closing line is the last thing printed. Two processes with a thread
 # each: threads of two processes on two cores wait for each other longer than tiny models compute.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: lint docs browser  ## Lint, type-check, build the documentation, then run the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not long' $(ENDED_WHEN_STUCK) $(ARGS)
 
 test-long: export HF_HUB_OFFLINE = 1
 test-long: export OMP_NUM_THREADS = 1
@@ -68,7 +73,7 @@ test-published: $(READY_PUBLISHED)  ## Train LightningModules of other packages,
 test-min: export HF_HUB_OFFLINE = 1
 test-min: export OMP_NUM_THREADS = 1
 test-min: $(MIN_VENV)/.ready  ## Run the tests with the lowest supported versions
-	$(MIN_VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not long' --ignore tests/app $(ARGS)
+	$(MIN_VENV)/bin/python -m pytest -n 2 --dist loadfile -m 'not long' --ignore tests/app $(ENDED_WHEN_STUCK) $(ARGS)
 
 bench: export HF_HUB_OFFLINE = 1
 bench: $(READY_BENCH)  ## Measure everything against its peers, and write docs/performance.md

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import select
+import subprocess
+import sys
+import time
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ class LlamaCpp:
     """A GGUF file as llama.cpp loads it.
 
     Attributes:
-        address: Of its server in this process.
+        address: Of its server.
     """
 
     def __init__(
@@ -24,21 +31,18 @@ class LlamaCpp:
         context: int = 256,
         template: str | None = None,
     ) -> None:
-        llama = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed")
-        params = llama.CommonParams()
-        params.model.path, params.n_ctx = str(file), context
-        params.n_parallel, params.warmup, params.verbosity = 1, False, -1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        # What it keeps for the next request, and computes with on the way, in full precision.
-        params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.fit_params = False
-        if template is not None:
-            params.chat_template = template
-        if adapter is not None:
-            params.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        self._server = llama.Server(params)
-        self.address = self._server.listening_address
+        if importlib.util.find_spec("xllamacpp") is None:
+            pytest.skip("llama.cpp is not installed")
+        given = (str(file), adapter and str(adapter), context, template)
+        # A process of its own, which is killed: the destructor of the server can wait for ever.
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(given)], stdout=subprocess.PIPE, text=True
+        )
+        self._end = weakref.finalize(self, _kill, self._process)
+        assert self._process.stdout is not None
+        found, _, _ = select.select([self._process.stdout], [], [], 100)
+        self.address = self._process.stdout.readline().strip() if found else ""
+        assert self.address, f"llama.cpp did not load {file}"
 
     def _post(self, path: str, fields: dict[str, Any]) -> Any:
         request = urllib.request.Request(
@@ -75,3 +79,36 @@ class LlamaCpp:
             ],
             "stop": found["stop_type"],
         }
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def serve(file: str, adapter: str | None, context: int, template: str | None) -> None:
+    """Serves a file until the process is killed, and prints the address."""
+    import xllamacpp as llama
+
+    params = llama.CommonParams()
+    params.model.path, params.n_ctx = file, context
+    params.n_parallel, params.warmup, params.verbosity = 1, False, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    # What it keeps for the next request, and computes with on the way, in full precision.
+    params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.fit_params = False
+    if template is not None:
+        params.chat_template = template
+    if adapter is not None:
+        params.lora_adapters = [llama.CommonAdapterLoraInfo(adapter, 1.0)]
+    server = llama.Server(params)
+    print(server.listening_address, flush=True)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(*json.loads(sys.argv[1]))
