@@ -63,8 +63,9 @@ class LoRAArguments(LoRAFields):
             (transformers and timm models), and where there are none the whole module.
         optimizer: A bitsandbytes optimizer by transformers' name, such as ``"paged_adamw_8bit"``
             or ``"adamw_8bit"``, that replaces those that ``configure_optimizers`` returns, with
-            their parameter groups, hyperparameters and LR schedulers. ``"auto"`` is paged 32-bit
-            AdamW for torch's own Adam and AdamW and leaves others as they are; ``None`` leaves all.
+            their parameter groups, hyperparameters and LR schedulers. ``"auto"`` gives
+            torch's own Adam and AdamW their fused step and leaves others as they are; nothing is
+            paged unless its name says so. ``None`` leaves all.
         gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
             recompute the rest (arXiv 1604.06174): the same numbers, less memory, more time.
             ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount

@@ -66,7 +66,7 @@ ATTRIBUTES = {
         _disable_adapters _mark_only_adapters_as_trainable _replace_module
     """,
     "bitsandbytes": """
-        _cpu_paged_warned bnb_quantized compute_type_is_set get_paged packing_format_for_cpu
+        bnb_quantized compute_type_is_set get_paged packing_format_for_cpu
         support_avx512bf16_for_cpu
     """,
     "lightning": """

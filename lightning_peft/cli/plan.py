@@ -81,8 +81,8 @@ def _parser() -> OptionParser:
     add(
         "--optimizer",
         default="auto",
-        help="adamw, adamw_torch or a name of bitsandbytes such as paged_adamw_8bit; by default "
-        "what the strategy takes",
+        help="adamw, adamw_fused, adamw_torch or a name of bitsandbytes such as "
+        "paged_adamw_8bit; by default what the strategy takes",
     )
     add(
         "--gradient-checkpointing",

@@ -53,11 +53,6 @@ def paged_memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) ->
     return memory
 
 
-def warn_of_missing_paging(optimizer: Any, warn: bool) -> None:
-    """Chooses whether a paged optimizer warns on CPUs, which have no paging."""
-    optimizer._cpu_paged_warned = not warn
-
-
 def save_linear8bit(layer: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
     """Writes the state of a ``Linear8bitLt``, as bitsandbytes does, into ``destination``."""
     bnb.nn.Linear8bitLt._save_to_state_dict(layer, destination, prefix, keep_vars)

@@ -67,7 +67,6 @@ def check_quantized(bits: int, device: str, network: nn.Module | None = None) ->
 def check_optimizer(kind: str, device: str) -> CheckResult:
     """Takes steps with an optimizer of bitsandbytes and compares them with torch's AdamW."""
     paged = kind.startswith("paged")
-    status: Status = "failed" if paged else "warning"
     torch.manual_seed(0)
     start, gradients = torch.randn(_SHAPE), torch.randn(_STEPS, *_SHAPE)
     moved = []
@@ -87,7 +86,7 @@ def check_optimizer(kind: str, device: str) -> CheckResult:
     detail = f"{_STEPS} steps on {device}, {error:.2g} off torch's AdamW"
     if not error <= _STEP_ERROR:
         detail += f", at most {_STEP_ERROR} expected"
-        return CheckResult(status, detail, remedies.OWN_OPTIMIZER)
+        return CheckResult("warning", detail, remedies.OWN_OPTIMIZER)
     if not paged:
         return CheckResult("ok", detail)
     if any(getattr(value, "is_paged", False) for value in optimizer.state[param].values()):

@@ -17,7 +17,7 @@ from lightning_peft.errors import ConfigError
 _SMALL, _BLOCK = 4096, 256
 # Elements from which bitsandbytes pages the states of a tensor.
 _PAGED_FROM = 100_000
-OWN = ("adamw", "adamw_torch")
+OWN = ("adamw", "adamw_fused", "adamw_torch")
 
 
 def check_optimizer(name: str) -> list[str]:
@@ -47,9 +47,10 @@ def step_bytes(params: Iterable[nn.Parameter], name: str, device: str) -> int:
     """Returns the temporary bytes of one step.
 
     torch's AdamW takes the square roots of all second moments at once on a GPU (``foreach``), and
-    those of one tensor after the other, twice, on a CPU. bitsandbytes' kernels need nothing.
+    those of one tensor after the other, twice, on a CPU. Its fused step and bitsandbytes' kernels
+    need nothing.
     """
-    if name not in OWN:
+    if name not in ("adamw", "adamw_torch"):
         return 0
     # float32 states of 16-bit weights are bitsandbytes' then: torch's follow the weights.
     own = [p for p in params if name == "adamw_torch" or p.element_size() >= 4]

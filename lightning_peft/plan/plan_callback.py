@@ -125,6 +125,8 @@ def settings_of(trainer: Any, module: Any, rows: int | None) -> PlanSettings:
 
 def _name_of(optimizers: list[Any]) -> str:
     names = engine.optimizer_names(optimizers)
+    if any(group.get("fused") for one in optimizers for group in one.param_groups):
+        return "adamw_fused"
     return next((engine.name_of_optimizer(name) for name in names), None) or "adamw_torch"
 
 

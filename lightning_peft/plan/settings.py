@@ -28,10 +28,10 @@ class PlanSettings:
         seq_len: Tokens in a row.
         accumulate: Batches whose gradients are added up before a step.
         precision: The Trainer's ``precision``.
-        optimizer: ``"adamw"`` (states in float32), ``"adamw_torch"`` (torch's AdamW, whose states
-            have the dtype of the weights), one of the engine's names such as
-            ``"paged_adamw_8bit"``, or ``"auto"``: what the strategies do by default, paged 32-bit
-            AdamW for QLoRA and AdamW for the others.
+        optimizer: ``"adamw"`` (states in float32), ``"adamw_fused"`` (the same in torch's fused
+            step), ``"adamw_torch"`` (torch's AdamW, whose states have the dtype of the weights),
+            one of the engine's names such as ``"paged_adamw_8bit"``, or ``"auto"``: what the
+            strategies do by default, the fused step for QLoRA and AdamW for the others.
         gradient_checkpointing: Whether blocks keep only their inputs; ``"auto"`` is on for QLoRA,
             as in :class:`lightning_peft.QLoRAStrategy`.
         lora: LoRA arguments by PEFT's names.
@@ -82,7 +82,7 @@ class PlanSettings:
         """The optimizer that ``"auto"`` stands for."""
         if self.optimizer != "auto":
             return self.optimizer
-        return "paged_adamw_32bit" if self.method == "qlora" else "adamw"
+        return "adamw_fused" if self.method == "qlora" else "adamw"
 
     @property
     def is_padded(self) -> bool:

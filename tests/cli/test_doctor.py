@@ -81,7 +81,7 @@ def test_a_bitsandbytes_that_does_not_load_is_named_with_the_fix(doctor, tmp_pat
     assert any(line.startswith("warning bitsandbytes 8-bit: ") for line in lines)
     assert "ok      device: cpu" in done.stdout
     assert "--      hub: --no-hub" in lines
-    assert lines[-1] == "Broken: bitsandbytes 4-bit, optimizer paged_adamw_32bit."
+    assert lines[-1] == "Broken: bitsandbytes 4-bit."
     assert "\x1b" not in done.stdout
     assert "checking bitsandbytes 4-bit ..." in done.stderr
     assert "noise" in done.stderr

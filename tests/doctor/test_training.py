@@ -74,15 +74,12 @@ def test_weights_that_come_back_wrong_are_found(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cls", "status"),
-    [
-        ("adamw_8bit", bnb.optim.AdamW8bit, "warning"),
-        ("paged_adamw_32bit", bnb.optim.PagedAdamW32bit, "failed"),
-    ],
+    ("kind", "cls"),
+    [("adamw_8bit", bnb.optim.AdamW8bit), ("paged_adamw_32bit", bnb.optim.PagedAdamW32bit)],
 )
-def test_steps_that_do_nothing_are_found(kind, cls, status, monkeypatch):
+def test_steps_that_do_nothing_are_found(kind, cls, monkeypatch):
     monkeypatch.setattr(cls, "update_step", lambda *given: None)
     found = check_optimizer(kind, "cpu")
-    assert found.status == status
+    assert found.status == "warning"
     assert "1 off torch's AdamW, at most" in found.detail
     assert "optimizer=None" in found.remedy

@@ -18,7 +18,6 @@ from lightning_peft.engine.training.optimizers import OPTIMIZERS
 from lightning_peft.errors import CheckpointError, ConfigError
 
 STEPS = 6
-AUTO = bnb.optim.PagedAdamW32bit
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
@@ -96,7 +95,8 @@ def test_32_bit_is_torchs_adamw_under_the_users_schedule(schedule: str, name: st
         group = optimizer.param_groups[0]
         if replace:
             engine.replace_optimizers([optimizer], name)
-            assert isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit)
+            theirs = isinstance(optimizer, bnb.optim.optimizer.Optimizer8bit)
+            assert theirs == (name != "auto")
             assert scheduler.optimizer is optimizer
             assert optimizer.param_groups[0] is group
             assert (group["name"], group["eps"]) == ("first", 1e-7)
@@ -135,17 +135,6 @@ def test_hooks_references_and_state_dicts_go_on() -> None:
     train(other, again, steps=2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_auto_does_not_warn_of_what_nobody_requested() -> None:
-    for name, count in (("auto", 0), ("paged_adamw_32bit", 1)):
-        model = layers()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        engine.replace_optimizers([optimizer], name)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train(model, optimizer)
-        assert len([w for w in caught if "Paged optimizers" in str(w.message)]) == count
 
 
 def test_frozen_parameters_leave_and_empty_groups_stay() -> None:
@@ -203,35 +192,70 @@ def test_what_bitsandbytes_cannot_do_is_kept_or_refused(case: str) -> None:
     for message in [*messages, "optimizer=None"]:
         caught.match(message)
     assert type(fine) is torch.optim.AdamW
-    report = engine.replace_optimizers([optimizer], "auto")
-    assert len(report) == 1
-    assert "is kept: " in report[0]
-    assert all(message in report[0] for message in messages)
     assert (type(optimizer), optimizer.__dict__) == before
 
 
-def test_auto_changes_only_optimizers_that_step_the_same() -> None:
-    def one(cls: Any, **given: Any) -> Any:
-        return cls(layers().parameters(), lr=0.01, **given)
+def test_auto_takes_torchs_fused_step_of_float32_weights() -> None:
+    """The same object and settings; bitsandbytes' only for moments of 16-bit weights."""
 
-    class Mine(torch.optim.AdamW):
-        """The user's own, which may step in another way."""
+    def one(cls: Any, model: Any = None, **given: Any) -> Any:
+        return cls((model or layers()).parameters(), lr=0.01, **given)
 
-    sgd, mine, coupled = one(torch.optim.SGD), one(Mine), one(torch.optim.Adam, weight_decay=0.1)
-    adam, adamw = one(torch.optim.Adam), one(torch.optim.AdamW)
-    report = engine.replace_optimizers([sgd, mine, coupled, adam, adamw], "auto")
-    assert [type(o) for o in (sgd, mine, coupled)] == [torch.optim.SGD, Mine, torch.optim.Adam]
-    assert [type(o) for o in (adam, adamw)] == [AUTO, AUTO]
-    assert adam.param_groups[0]["weight_decay"] == 0
-    assert [line.partition(" is ")[0] for line in report] == [
-        "SGD",
-        "Mine",
-        "Adam",
-        "Adam",
-        "AdamW",
+    adam, adamw = one(torch.optim.Adam, weight_decay=0.1, amsgrad=True), one(torch.optim.AdamW)
+    halves = one(torch.optim.AdamW, layers().bfloat16())
+    optimizers = [adam, adamw, halves]
+    report = engine.replace_optimizers(optimizers, "auto")
+    assert [type(o) for o in optimizers] == [
+        torch.optim.Adam, torch.optim.AdamW, bnb.optim.AdamW32bit
+    ]  # fmt: skip
+    assert report == [
+        "Adam takes torch's fused step",
+        "AdamW takes torch's fused step",
+        "AdamW is now bitsandbytes' AdamW32bit",
     ]
-    assert "L2" in report[2]
-    assert engine.replace_optimizers([adam, adamw], "auto") == []
+    for optimizer in (adam, adamw):
+        assert all(group["fused"] for group in optimizer.param_groups)
+        # Lightning clips no gradients of an optimizer that has it.
+        assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    assert adam.param_groups[0]["weight_decay"] == 0.1
+    results = []
+    for optimizer in (one(torch.optim.Adam, model := layers(), weight_decay=0.1), None):
+        if optimizer is None:
+            optimizer = one(torch.optim.Adam, model := layers(), weight_decay=0.1)
+            engine.replace_optimizers([optimizer], "auto")
+        train(model, optimizer)
+        results.append(model[0].weight)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    assert (results[0] - layers()[0].weight).abs().max() > 1e-3
+
+
+class Mine(torch.optim.AdamW):
+    """The user's own, which may step in another way."""
+
+
+KEPT: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
+    "class": (lambda m: torch.optim.SGD(m.parameters()), "it is not torch's own Adam or AdamW"),
+    "subclass": (lambda m: Mine(m.parameters()), "it is not torch's own Adam or AdamW"),
+    "foreach": (lambda m: torch.optim.AdamW(m.parameters(), foreach=True), "foreach=True is yours"),
+    "unfused": (lambda m: torch.optim.AdamW(m.parameters(), fused=False), "fused=False is yours"),
+    "differentiable": (IMPOSSIBLE["differentiable"][0], "differentiable=True is yours"),
+    "state": (stepped, "it has a state already"),
+    "meta": (lambda m: torch.optim.AdamW(m.to("meta").parameters()), "no fused step on meta"),
+    "L2 of 16 bits": (
+        lambda m: torch.optim.Adam(m.half().parameters(), weight_decay=0.1), "added to the gradient"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_auto_keeps_what_chooses_for_itself(case: str) -> None:
+    make, reason = KEPT[case]
+    optimizer = make(layers())
+    before = copy.deepcopy([type(optimizer), optimizer.defaults, optimizer.param_groups])
+    (report,) = engine.replace_optimizers([optimizer], "auto")
+    assert report.startswith(f"{type(optimizer).__name__} is kept: ")
+    assert reason in report
+    assert str([type(optimizer), optimizer.defaults, optimizer.param_groups]) == str(before)
 
 
 def test_bitsandbytes_decouples_weight_decay_in_adam_too() -> None:

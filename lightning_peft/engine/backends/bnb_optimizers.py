@@ -8,9 +8,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor
 
-from lightning_peft.compat.bitsandbytes import paged_memory, warn_of_missing_paging
-
-__all__ = ["OPTIMIZERS", "paged_copy", "warn_of_missing_paging"]
+from lightning_peft.compat.bitsandbytes import paged_memory
 
 # transformers' names (``OptimizerNames``), and besides them the variants it has no name for.
 OPTIMIZERS: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""bitsandbytes' optimizers: putting one in place of torch's, and paging its states again.
+"""Optimizers: torch's fused step, one of bitsandbytes in place of torch's, and paging again.
 
 An optimizer object stays the object that it was and gets another class, so that LR schedulers,
 Lightning's wrappers, hooks and the user's own references keep working.
@@ -19,14 +19,11 @@ from lightning_peft.compat.torch import (
     is_lr_scheduler_step,
     lr_scheduler_step,
 )
-from lightning_peft.engine.backends.bnb_optimizers import (
-    OPTIMIZERS,
-    paged_copy,
-    warn_of_missing_paging,
-)
+from lightning_peft.engine.backends.bnb_optimizers import OPTIMIZERS, paged_copy
 from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
-_AUTO = "paged_adamw_32bit"
+# For "auto" with 16-bit weights, whose moments torch's would keep in 16 bits.
+_AUTO_16_BIT = "adamw_32bit"
 # bitsandbytes pages only states of parameters with at least this many elements.
 _PAGED_FROM = 100_000
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,6 +32,7 @@ _FLOATS = ("lr", "betas", "eps", "weight_decay")
 # Ways to compute the same step.
 _IMPLEMENTATION_OPTIONS = ("foreach", "fused", "decoupled_weight_decay")
 _BETA3 = 0.9999
+_FUSED_ON = {"cpu", "cuda", "xpu"}
 
 
 def check_optimizer_name(name: str | None) -> None:
@@ -64,8 +62,9 @@ def replace_optimizers(
 
     Args:
         optimizers: What ``configure_optimizers`` returned.
-        name: One of ``OPTIMIZERS`` for all; or ``"auto"``: paged 32-bit AdamW for those that are
-            exactly torch's Adam or AdamW and step as bitsandbytes does, and the others are kept.
+        name: One of ``OPTIMIZERS`` for all; or ``"auto"`` for those that are exactly torch's Adam
+            or AdamW: their fused step, one kernel for many tensors, and with 16-bit weights
+            bitsandbytes' 32-bit AdamW where it steps the same. The others are kept.
         frozen: Ids of the parameters to take out of the groups.
 
     Returns:
@@ -75,7 +74,10 @@ def replace_optimizers(
         ConfigError: If an optimizer chosen by name cannot stand in; all problems at once, and
             nothing was changed.
     """
-    target = OPTIMIZERS[_AUTO if name == "auto" else name]
+    target = OPTIMIZERS[_AUTO_16_BIT if name == "auto" else name]
+    outcomes: dict[str, None] = {}
+    if name == "auto":
+        optimizers = [o for o in optimizers if not _fuse(o, frozen, outcomes)]
     found = [(o, _problems(o, target, frozen)) for o in optimizers if type(o) is not target]
     if name == "auto":
         found = [(o, [*_adam_problems(o), *problems]) for o, problems in found]
@@ -85,27 +87,70 @@ def replace_optimizers(
             + itemize(f"{type(o).__name__}: {one}" for o, problems in found for one in problems)
             + "\nChange these settings, or leave the optimizer as it is: optimizer=None."
         )
-    outcomes: dict[str, None] = {}
     for optimizer, problems in found:
         before = type(optimizer).__name__
         if problems:
             outcomes[f"{before} is kept: {'; '.join(problems)}"] = None
             continue
         notes = _convert(optimizer, target)
-        # With "auto" the user did not choose paging: no warning that the CPU has none.
-        warn_of_missing_paging(optimizer, name != "auto")
         outcomes[f"{before} is now bitsandbytes' {target.__name__}{notes}"] = None
-        for group in optimizer.param_groups:
-            stays = [id(p) not in frozen for p in group["params"]]
-            for key in ("params", "param_names"):
-                group.get(key, [])[:] = itertools.compress(group.get(key, []), stays)
+        _remove_frozen(optimizer, frozen)
     return list(outcomes)
+
+
+def _remove_frozen(optimizer: Any, frozen: Collection[int]) -> None:
+    for group in optimizer.param_groups:
+        stays = [id(p) not in frozen for p in group["params"]]
+        for key in ("params", "param_names"):
+            group.get(key, [])[:] = itertools.compress(group.get(key, []), stays)
+
+
+def _fuse(optimizer: Any, frozen: Collection[int], outcomes: dict[str, None]) -> bool:
+    """Chooses torch's fused kernel, or keeps the optimizer, and notes which.
+
+    Returns ``False`` where weights have 16 bits: torch's would keep the moments in 16 bits too.
+    """
+    groups = getattr(optimizer, "param_groups", [])
+    trained = [p for group in groups for p in group["params"] if id(p) not in frozen]
+    problems = _fused_problems(optimizer, trained)
+    if not problems and any(p.dtype in _DTYPES[1:] for p in trained):
+        return False
+    name = type(optimizer).__name__
+    if problems:
+        outcomes[f"{name} is kept: {'; '.join(problems)}"] = None
+        return True
+    # Not ``_step_supports_amp_scaling``, which the constructor sets: Lightning refuses to clip
+    # gradients that the step itself unscales.
+    for settings in (optimizer.defaults, *groups):
+        settings["fused"] = True
+    _remove_frozen(optimizer, frozen)
+    outcomes[f"{name} takes torch's fused step"] = None
+    return True
+
+
+def _fused_problems(optimizer: Any, trained: list[Any]) -> list[str]:
+    """Returns why the kernel of an optimizer is not changed."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return ["it is not torch's own Adam or AdamW"]
+    problems = [
+        f"{key}={group[key]} is yours"
+        for group in optimizer.param_groups
+        for key in ("foreach", "fused", "differentiable")
+        if group.get(key) not in ((None, False) if key == "differentiable" else (None,))
+    ]
+    if optimizer.state:
+        problems.append("it has a state already")
+    places = {p.device.type for p in trained}
+    if not places <= _FUSED_ON:
+        problems.append(f"torch has no fused step on {', '.join(sorted(places - _FUSED_ON))}")
+    if any(type(p) not in (torch.nn.Parameter, torch.Tensor) for p in trained):
+        # One kernel takes no sharded and plain tensors together.
+        problems.append("its weights are not plain tensors")
+    return list(dict.fromkeys(problems))
 
 
 def _adam_problems(optimizer: Any) -> list[str]:
     """Returns why an optimizer does not step the way that bitsandbytes' AdamW does."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return ["it is not torch's own Adam or AdamW"]
     if _has_l2_decay(optimizer):
         return [
             "its weight_decay is added to the gradient (L2), and bitsandbytes has only decoupled "
