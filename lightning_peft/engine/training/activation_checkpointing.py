@@ -318,9 +318,9 @@ class _BlockState:
 
 
 def _modules_of(block: nn.Module) -> list[nn.Module]:
-    """Returns what ``block.modules()`` yields, which is a call of Python for each and its depth.
+    """Returns all modules inside a block, itself included, each once, as ``modules()`` does.
 
-    Twice in a step of each block, that would be a third of all calls that a step makes.
+    That makes a call of Python for each and its depth: a third of all calls of a step.
     """
     waiting: list[nn.Module | None] = [block]
     found: dict[int, nn.Module] = {}

@@ -22,7 +22,7 @@ from lightning_peft.compat.torch import (
 from lightning_peft.engine.backends.bnb_optimizers import OPTIMIZERS, paged_copy
 from lightning_peft.errors import CheckpointError, ConfigError, itemize, similar_names
 
-# For "auto" with 16-bit weights, whose moments torch's would keep in 16 bits.
+# For "auto" with 16-bit weights: torch keeps moments in the dtype of the weights.
 _AUTO_16_BIT = "adamw_32bit"
 # bitsandbytes pages only states of parameters with at least this many elements.
 _PAGED_FROM = 100_000
@@ -108,7 +108,7 @@ def _remove_frozen(optimizer: Any, frozen: Collection[int]) -> None:
 def _fuse(optimizer: Any, frozen: Collection[int], outcomes: dict[str, None]) -> bool:
     """Chooses torch's fused kernel, or keeps the optimizer, and notes which.
 
-    Returns ``False`` where weights have 16 bits: torch's would keep the moments in 16 bits too.
+    Returns ``False`` for 16-bit weights, whose moments torch would keep in their dtype.
     """
     groups = getattr(optimizer, "param_groups", [])
     trained = [p for group in groups for p in group["params"] if id(p) not in frozen]
