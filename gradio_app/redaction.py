@@ -14,6 +14,7 @@ from tempfile import gettempdir
 from typing import Any
 
 from gradio_app.settings import Settings
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
 from lightning_peft.recipe_files import recipes_folder
 from lightning_peft.runs.status import Status
 
@@ -26,11 +27,17 @@ _CACHES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "GRADIO_TEMP_DIR", "TORC
 
 @cache
 def bundled_folders() -> dict[str, Path]:
-    """Returns the folders of what comes with the package, by the mark that stands for them."""
+    """Returns the folders of what comes with the package, by the mark that stands for them.
+
+    So has the demo's real model, where it is installed.
+    """
     spec = find_spec("lightning_peft")
     assert spec is not None
     assert spec.origin is not None
-    return {"package:": Path(spec.origin).resolve().parent, "recipe:": recipes_folder().resolve()}
+    own = {"package:": Path(spec.origin).resolve().parent, "recipe:": recipes_folder().resolve()}
+    real = smollm2()
+    mark = SMOLLM2_PLACE.rpartition("/")[0] + "/"
+    return own if real is None else {**own, mark: real.resolve().parent}
 
 
 @dataclass(frozen=True)

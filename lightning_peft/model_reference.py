@@ -23,8 +23,11 @@ _OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 # What makes a folder of several GGUF files a tokenizer or a config of its own.
 _OWN_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
-# Two letters at least before the colon: `C:\models\x.gguf` is a path.
-_FILE_OF_PLACE = re.compile(r"(?P<place>.{2,}):(?P<file>[^:]+\.gguf)", re.IGNORECASE | re.DOTALL)
+# Two letters at least before the colon: `C:\models\x.gguf` is a path. `installed:` is a mark of
+# recipes.
+_FILE_OF_PLACE = re.compile(
+    r"(?!installed:)(?P<place>.{2,}):(?P<file>[^:]+\.gguf)", re.IGNORECASE | re.DOTALL
+)
 _HUB_PATH = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^:]+\.gguf)", re.IGNORECASE)
 
 

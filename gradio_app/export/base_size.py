@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradio_app.recipe.gguf_header import gguf_sizes
 from gradio_app.recipe.model_files import cached_folder, tensor_sizes
 from gradio_app.runs.files import read_json_object
+from lightning_peft.model_reference import written_reference
 
 # What the libraries take besides the weights.
 _LIBRARIES = 800_000_000
@@ -64,11 +66,15 @@ def base_size(checkpoint: Path, root: Path | None = None) -> BaseSize | None:
     name, revision = recorded_base(checkpoint)
     if not name:
         return None
-    if root is not None and (root / name).is_dir():
-        name = str(root / name)
-    folder = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
-    files = folder.glob("*.safetensors") if folder is not None else ()
-    sizes = [tensor_sizes(file) for file in files]
+    reference = written_reference(name)
+    place, file = Path(reference.place), reference.gguf_file
+    if root is not None and (root / place).is_dir():
+        place = root / place
+    folder = place if place.is_dir() else cached_folder(reference.place, revision)
+    if folder is None:
+        return None
+    files = [folder / file] if file else list(folder.glob("*.safetensors"))
+    sizes = [gguf_sizes(one) if file else tensor_sizes(one) for one in files]
     if not sizes or not all(sizes):
         return None
     return BaseSize(sum(map(sum, sizes)), max(map(max, sizes)))

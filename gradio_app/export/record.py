@@ -9,11 +9,17 @@ from typing import Any
 
 from gradio_app.errors import UserError
 from gradio_app.export.base_size import recorded_base
-from gradio_app.export.request import GGUF_FORMATS, ExportRequest
+from gradio_app.export.request import GGUF_ADAPTER, GGUF_FORMATS, SENTENCES, ExportRequest
 from gradio_app.guards import shortened
 from gradio_app.runs.failures import classify_error
 from gradio_app.runs.files import read_json_object, tail
-from lightning_peft.export.loading_code import adapter_code, labels_of, merged_model_code
+from lightning_peft.export.loading_code import (
+    adapter_code,
+    labels_of,
+    merged_model_code,
+    sentence_class,
+    sentence_code,
+)
 
 # Folder of all exports of a run, and what is in the folder of one.
 FOLDER = "exports"
@@ -155,8 +161,11 @@ def loading_code(export: Export, checkpoint: Path) -> str:
     """Returns Python that loads an export with the usual libraries; empty where there is none."""
     place = (export.request.push_to if export.state == "pushed" else None) or export.run_name
     facts = read_json_object(checkpoint / "provenance.json")
-    if export.request.format in GGUF_FORMATS:
+    if export.request.format in (*GGUF_FORMATS, GGUF_ADAPTER):
         return ""
+    name = sentence_class(facts)
+    if export.request.format == SENTENCES:
+        return sentence_code(name, place) if name else ""
     if export.request.format in ("merged", "quantized"):
         return merged_model_code(facts, place)
     base, revision = recorded_base(checkpoint)

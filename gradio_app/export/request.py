@@ -8,13 +8,17 @@ from pathlib import Path
 
 from gradio_app.errors import UserError
 from gradio_app.guards import checked_hub_name, shortened
+from gradio_app.runs.summaries import task_of_run
 from gradio_app.runs.types import Checkpoint, Run
 
-FORMATS = ("adapter", "merged", "quantized", "gguf", "vllm", "ollama")
+SENTENCES, GGUF_ADAPTER = "sentence-transformers", "gguf-adapter"
+FORMATS = ("adapter", "merged", "quantized", SENTENCES, "gguf", GGUF_ADAPTER, "vllm", "ollama")
+# For programs that run language models.
+_GENERATING = frozenset({"gguf", GGUF_ADAPTER, "vllm", "ollama"})
 # These write the whole model, and need memory for it.
-FULL_MODEL_FORMATS = frozenset({"merged", "quantized", "gguf", "ollama"})
+FULL_MODEL_FORMATS = frozenset({"merged", "quantized", SENTENCES, "gguf", "ollama"})
 # What is worth a place on the hub; the others are commands for programs on a machine.
-PUSHABLE_FORMATS = ("adapter", "merged", "quantized", "gguf")
+PUSHABLE_FORMATS = tuple(name for name in FORMATS if name not in ("vllm", "ollama"))
 BITS = (8, 4)
 # llama.cpp's names of what numbers are stored in; formats with a GGUF file have them.
 OUTTYPES = ("f16", "bf16", "q8_0")
@@ -46,6 +50,8 @@ class ExportRequest:
     def argv(self, adapter: str, output: Path, dry_run: bool) -> list[str]:
         """Returns the arguments of ``lightning-peft``; ``adapter`` is ``NAME=FOLDER``."""
         words = ["export", f"--format={self.format}", "--json"]
+        if self.format == GGUF_ADAPTER:
+            words[1:2] = ["--format=gguf", "--adapter-only"]
         if self.format == "quantized":
             words.append(f"--bits={self.bits}")
         if self.format in GGUF_FORMATS:
@@ -80,6 +86,8 @@ def validate_request(
     """
     if kind not in (FORMATS if push_to is None else PUSHABLE_FORMATS):
         raise UserError("export.refused_format", format=shortened(kind))
+    if kind not in formats_of(run):
+        raise UserError("export.refused_task", format=shortened(kind))
     if bits not in BITS:
         raise UserError("export.refused_bits", bits=shortened(bits))
     if outtype not in OUTTYPES:
@@ -99,6 +107,16 @@ def validate_request(
         push_to=repository,
         private=private is not False,
     )
+
+
+def formats_of(run: Run) -> tuple[str, ...]:
+    """Returns the formats that models of a run's task have."""
+    task = task_of_run(run)
+    generates = task is None or task.auto_class == "AutoModelForCausalLM"
+    left_out = set() if generates else set(_GENERATING)
+    if task is None or task.sentence_class is None:
+        left_out.add(SENTENCES)
+    return tuple(name for name in FORMATS if name not in left_out)
 
 
 def find_checkpoint(run: Run, name: object) -> Checkpoint:

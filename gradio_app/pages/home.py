@@ -27,6 +27,7 @@ from gradio_app.runs.types import Run
 from gradio_app.studio import Studio
 from gradio_app.texts import Texts
 from lightning_peft.compat.gradio import event_data
+from lightning_peft.demo.real_base import absence_of_smollm2
 
 SECONDS = 2.0
 PER_PAGE = 10
@@ -87,7 +88,9 @@ def _act(studio: Studio, owner: str, number: Any, event: Any) -> Any:
 def _cards(studio: Studio, t: Texts) -> None:
     with gr.Row(elem_id="cards", equal_height=True):
         with gr.Column(elem_classes="card", min_width=260):
-            markup(render("home.card", t, name="try"))
+            absent = absence_of_smollm2()
+            text = t("home.try_toy", fix=absent) if absent else t("home.try_text")
+            markup(render("home.card", t, name="try", text=text))
             start = gr.Button(t("home.try_button"), variant="primary", elem_id="start-demo")
         for name, query in (("own", {}), ("big", {"method": "qlora"})):
             with gr.Column(elem_classes="card", min_width=260):

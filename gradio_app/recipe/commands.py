@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -12,6 +13,7 @@ _FOLDERS = {
     "package:": ("package", "package = Path(lightning_peft.__file__).parent"),
     "recipe:": ("recipes", "recipes = recipes_folder()"),
 }
+_INSTALLED = re.compile(r"installed:(\w+)/(.+)")
 _WIDTH = 96
 
 
@@ -73,6 +75,10 @@ class _Program:
         return repr(value)
 
     def _place(self, text: str) -> str:
+        installed = _INSTALLED.fullmatch(text)
+        if installed is not None:
+            self.imports["lightning_peft.recipe_files"].add("installed_folder")
+            return f"str(installed_folder({installed[1]!r}) / {installed[2]!r})"
         for mark, (name, _) in _FOLDERS.items():
             if text.startswith(mark):
                 self.folders.add(mark)

@@ -17,6 +17,7 @@ from gradio_app.recipe.paths import AllowedPaths
 from gradio_app.recipe.precision import Precision, default_precision, detect_bfloat16
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, MODELS
 from gradio_app.recipe.yaml_text import dump_yaml, parse_yaml
+from lightning_peft.demo.real_base import absence_of_smollm2
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, TaskSpec, task_of_config
 
@@ -31,7 +32,7 @@ _SMALL_DATA_PATHS = (
 )
 _SMALL_MODEL_PATHS = (
     *(f"{_MODEL}{name}" for name in ("learning_rate", "config", "generate_limit")),
-    *(f"{_MODEL}{name}" for name in ("max_new_tokens", "checkpoint")),
+    *(f"{_MODEL}{name}" for name in ("max_new_tokens", "max_completion_length", "checkpoint")),
     *(f"{_DATA}{name}" for name in ("chat_template", "feature_extractor")),
     f"{_DATA}processor_config",
 )
@@ -53,9 +54,11 @@ def load_recipe(name: object) -> dict[str, Any]:
     if not isinstance(name, str) or name not in _files():
         raise UserError("checks.no_recipe", name=shortened(name))
     content = load_recipe_file(name)
-    if name.startswith("small/"):
-        return merge_recipes(load_recipe(f"{name.removeprefix('small/')}-lora"), content)
-    return content
+    small = name.removeprefix("small/")
+    if small == name:
+        return content
+    task = small if small in TASKS else small.partition("-")[0]
+    return merge_recipes(load_recipe(f"{task}-lora"), content)
 
 
 def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[str, Any]:
@@ -69,8 +72,13 @@ def base_recipe(task: object, method: str = "lora", small: bool = True) -> dict[
 
 
 def demo_recipe() -> str:
-    """Returns the recipe of the first card: a small QLoRA run that needs no network, as YAML."""
-    return "# The recipe sft-qlora with small/sft.\n" + dump_yaml(base_recipe("sft", "qlora"))
+    """Returns the recipe of the first card, as YAML: a QLoRA run that needs no network.
+
+    Its model is the real one of ``lightning-peft demo`` where that is installed, else the toy.
+    """
+    small = "small/sft" if absence_of_smollm2() else "small/sft-orders"
+    content = merge_recipes(load_recipe("sft-qlora"), load_recipe_file(small))
+    return f"# The recipe sft-qlora with {small}.\n" + dump_yaml(content)
 
 
 def load_recipe_file(name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gradio_app.recipe.allowlist import REWARDS
 from gradio_app.recipe.setting import STRATEGY, Field, setting, strategy_setting
 
 _MODEL, _DATA = "model.init_args.", "data.init_args."
@@ -19,6 +20,8 @@ _SAMPLES = _CALLBACKS + "LogSamples"
 _PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 _INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 _SHAPES = ("auto", "messages", "alpaca", "prompt_completion", "text")
+_REWARDS, _GRPO = tuple(sorted(REWARDS)), "RewardTuning"
+_WITH_BETA = f"PreferenceTuning UnpairedPreferenceTuning {_GRPO}"
 _SEED: dict[str, Any] = {"ge": 0, "le": 2**32 - 1}
 
 _GROUPS: dict[str, tuple[Field, ...]] = {
@@ -32,6 +35,15 @@ _GROUPS: dict[str, tuple[Field, ...]] = {
         setting(_TRAINER + "max_steps", -1, ge=-1, le=100_000_000),
         setting(_TRAINER + "max_time"),
         setting("seed_everything", 0, **_SEED),
+        setting(_MODEL + "rewards", (), _REWARDS, kind="several", tasks=_GRPO),
+        setting(_MODEL + "num_generations", 8, ge=2, le=1024, tasks=_GRPO),
+        setting(_MODEL + "max_completion_length", 256, ge=1, le=1_000_000, tasks=_GRPO),
+        setting(_MODEL + "temperature", 1.0, gt=0, le=100, tasks=_GRPO),
+        setting(_MODEL + "beta", 0.1, ge=0, le=1000, tasks=_WITH_BETA),
+        *(
+            setting(_MODEL + name, 1.0, gt=0, tasks="UnpairedPreferenceTuning")
+            for name in ("desirable_weight", "undesirable_weight")
+        ),
     ),
     "adapter": (
         strategy_setting("r", ge=1, le=4096),
@@ -131,6 +143,8 @@ BASIC = (
     "data.init_args.batch_size",
     "trainer.accumulate_grad_batches",
     "data.init_args.max_length",
+    "model.init_args.rewards",
+    "model.init_args.num_generations",
 )
 # Chosen in the steps for model, data and method.
 OTHER_STEPS = frozenset(

@@ -39,8 +39,10 @@ def default_of(field: Field, content: Mapping[str, Any]) -> Any:
 
 
 def display_value(field: Field, content: Mapping[str, Any]) -> Any:
-    """Returns the form's value of a setting: a bool for a switch, else text."""
+    """Returns the form's value of a setting: a bool for a switch, a list of several, else text."""
     value = value_at(content, field.path, default_of(field, content))
+    if field.kind == "several":
+        return [one for one in value if one in field.choices] if isinstance(value, list) else []
     if field.kind == "switch":
         return value if isinstance(value, bool) else value is not None
     # A run writes 32.0 where 32 was typed; of batches, 1.0 are all, and 1 is one.
@@ -79,6 +81,8 @@ def parse_value(field: Field, given: object) -> Any:
         if not isinstance(given, bool):
             raise UserError("checks.switch", value=shortened(given))
         return given
+    if field.kind == "several":
+        return _parse_several(field, given)
     if not isinstance(given, (str, int, float, type(None))):
         raise UserError("checks.at_value", where=field.key, value=shortened(given))
     text = given.strip() if isinstance(given, str) else format_value(given)
@@ -102,6 +106,17 @@ def _parse_choice(field: Field, text: str) -> Any:
             return choice
     known = ", ".join(format_value(choice) or "-" for choice in field.choices)
     raise UserError("checks.choice", value=shortened(text), known=known)
+
+
+def _parse_several(field: Field, given: object) -> list[Any]:
+    values = given if isinstance(given, list) else [given]
+    unknown = [one for one in values if one not in field.choices]
+    if unknown:
+        known = ", ".join(map(format_value, field.choices))
+        raise UserError("checks.choice", value=shortened(unknown[0]), known=known)
+    if not values:
+        raise UserError("checks.needed")
+    return list(dict.fromkeys(values))
 
 
 def _parse_number(field: Field, text: str) -> int | float:

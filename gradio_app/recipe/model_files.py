@@ -15,6 +15,7 @@ from typing import Any
 from gradio_app.errors import UserError
 from gradio_app.guards import shortened
 from gradio_app.runs.files import read_json_object, read_tensor_entries
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 
 _INDEX = "model.safetensors.index.json"
 # Projectors of vision models, and parts of models.
@@ -45,7 +46,9 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the hub's cache of this machine has files of a model."""
+    """Whether this machine has files of a model: in the hub's cache, or the demo's real one."""
+    if name == SMOLLM2_PLACE:
+        return absence_of_smollm2() is None
     repository, _, file = name.partition(":")
     snapshots = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
     return any(snapshots.glob(f"*/{file}")) if file else snapshots.is_dir()

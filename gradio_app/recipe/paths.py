@@ -17,6 +17,7 @@ from gradio_app.uploads import Uploads
 # Of the files below a root, as many are listed.
 MAX_LISTED = 500
 _MARKS = ("package:", "recipe:")
+_INSTALLED = "installed:"
 _KINDS = "jsonl|ndjson|json|csv|tsv|tab|parquet|arrow|xlsx|xlsm|txt|md"
 _FILE = re.compile(rf".*\.({_KINDS})(\.(gz|bz2|xz|zst|zip))?")
 _GGUF_FILE = re.compile(r"[\w-][\w./-]{0,199}\.gguf", re.IGNORECASE)
@@ -124,6 +125,8 @@ def _bundled_path(text: str) -> str | None:
             if not path.exists():
                 raise UserError("checks.not_bundled", path=shortened(text.removeprefix(mark)))
             return f"{mark}{path.relative_to(folder).as_posix()}"
+    if text.startswith(_INSTALLED):
+        raise UserError("checks.not_installed", path=shortened(text.removeprefix(_INSTALLED)))
     if text.startswith(_MARKS) or re.match(r"\w+:", text):
         raise UserError("errors.hub_name", name=shortened(text))
     return None

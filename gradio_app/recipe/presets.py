@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_peft.demo.real_base import SMOLLM2_PLACE
+
 DEMO_BASE = "package:demo/base"
 
 
@@ -21,6 +23,11 @@ class Model:
     gated: bool = False
     has_chat_template: bool = True
     bytes_per_parameter: int = 2
+
+    @property
+    def title(self) -> str:
+        """The name as people see it: of a file of another package, that of the file."""
+        return self.name.rpartition("/")[2] if self.name == SMOLLM2_PLACE else self.name
 
     @property
     def download_bytes(self) -> int:
@@ -41,6 +48,7 @@ def _other(name: str, parameters: int, family: str) -> Model:
 _CHAT = ("causal-lm",)
 MODELS = (
     Model(DEMO_BASE, 4_262_144, "Apache 2.0", ("causal-lm", "encoder"), has_chat_template=False),
+    Model(SMOLLM2_PLACE, 134_515_008, "Apache 2.0", _CHAT),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, "Apache 2.0", _CHAT),
     Model("HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, "Apache 2.0", _CHAT),
     Model("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, "Apache 2.0", _CHAT),

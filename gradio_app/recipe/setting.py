@@ -12,7 +12,16 @@ from lightning_peft.task_registry import TaskSpec
 
 STRATEGY = "trainer.strategy.init_args."
 Kind = Literal[
-    "integer", "number", "switch", "choice", "text", "words", "numbers", "pairs", "batches"
+    "integer",
+    "number",
+    "switch",
+    "choice",
+    "several",
+    "text",
+    "words",
+    "numbers",
+    "pairs",
+    "batches",
 ]
 # What a setting may be for, besides the name of a task, or of the class of its module or data.
 _TRAITS: dict[str, Callable[[TaskSpec], bool]] = {
@@ -45,13 +54,13 @@ class Field:
         path: Its place in a recipe, as in ``content``.
         kind: What its value is.
         default: The value where a recipe does not have it.
-        choices: What a ``"choice"`` can be.
+        choices: What a ``"choice"`` can be, and ``"several"`` can hold.
         group: Part of the form.
         ge: Smallest number.
         gt: Number that it must exceed.
         le: Largest number.
         optional: Whether it can be empty: ``null``.
-        tasks: The tasks that have it: a trait, or the name of a class of theirs.
+        tasks: The tasks that have it: a trait, or the names of classes of theirs.
         method: ``"qlora"`` if only that has it.
         defaults: Defaults of methods that have another, by name.
     """
@@ -82,7 +91,7 @@ class Field:
         """Whether recipes of ``task`` can have it."""
         if self.tasks in _TRAITS:
             return _TRAITS[self.tasks](task)
-        return self.tasks in (task.class_name, task.data_name)
+        return not {task.class_name, task.data_name}.isdisjoint(self.tasks.split())
 
 
 def _kind(types: tuple[Any, ...], choices: tuple[Any, ...]) -> Kind:

@@ -136,8 +136,10 @@ def local_paths(recipe: Any) -> set[str]:
         return {path for value in recipe.values() for path in local_paths(value)}
     if isinstance(recipe, list):
         return {path for value in recipe for path in local_paths(value)}
-    is_path = isinstance(recipe, str) and (Path(recipe).is_absolute() or Path(recipe).exists())
-    return {recipe} if is_path else set()
+    if not isinstance(recipe, str):
+        return set()
+    here = recipe.startswith("installed:") or Path(recipe).is_absolute() or Path(recipe).exists()
+    return {recipe} if here else set()
 
 
 def job_of(folder: RunFolder) -> Job | None:

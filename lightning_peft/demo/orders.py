@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+# For training, and held out.
+SEEDS = {"train": 1, "validation": 2}
 SYSTEM = "Turn the order into JSON with the keys name, items and day (MM-DD)."
 _FIRST = (
     *("Ana", "Boris", "Carla", "Deniz", "Emil", "Farah", "Greta", "Hugo", "Ines", "Jonas", "Keiko"),
@@ -65,6 +67,29 @@ def order_rows(
             seen.add(mail)
             rows.append(row_of(mail, order))
     return rows
+
+
+def order_splits(train: int, held_out: int) -> dict[str, list[dict[str, Any]]]:
+    """Returns conversations to learn from, and others, of another seed, to be judged by."""
+    judged = order_rows(held_out, SEEDS["validation"])
+    mails = frozenset(row["messages"][1]["content"] for row in judged)
+    return {"train": order_rows(train, SEEDS["train"], mails), "validation": judged}
+
+
+def written_rows(splits: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Returns rows by split as JSONL."""
+    return "".join(
+        json.dumps({**row, "split": split}) + "\n" for split, rows in splits.items() for row in rows
+    )
+
+
+def same_json(answer: str, expected: str) -> bool:
+    """Whether an answer is JSON and equals the expected one, in any order of keys."""
+    try:
+        return bool(json.loads(answer) == json.loads(expected))
+    # RecursionError: nested too deeply.
+    except (ValueError, RecursionError):
+        return False
 
 
 def row_of(mail: str, order: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_peft import engine
 from lightning_peft.export.adapters import Adapter
-from lightning_peft.export.loading_code import adapter_code, labels_of
+from lightning_peft.export.loading_code import adapter_code, labels_of, sentence_code
 from lightning_peft.model_reference import written_reference
 
 # Facts of provenance.json that have a row or a section of their own.
@@ -86,12 +86,7 @@ def sentence_card(card: str, kind: str, place: str) -> str:
     front, mark, rest = card.removeprefix("---\n").partition("\n---\n")
     lines = [line for line in front.splitlines() if not line.startswith("library_name:")]
     first = ["library_name: sentence-transformers", f"pipeline_tag: {pipeline}", *lines]
-    call = (
-        'embeddings = model.encode(["What is it?", "It is this."])'
-        if kind == "SentenceTransformer"
-        else 'scores = model.predict([("What is it?", "It is this.")])'
-    )
-    code = f"from sentence_transformers import {kind}\n\nmodel = {kind}({place!r})\n{call}"
+    code = sentence_code(kind, place)
     use = f"## Use with sentence-transformers\n\n```python\n{code}\n```\n\n"
     before, title, after = rest.partition("## How it was made")
     return "---\n" + "\n".join(first) + mark + before + use + title + after

@@ -79,6 +79,22 @@ def merged_model_code(facts: Mapping[str, Any], place: str) -> str:
     return "\n".join([*lines, *_reader_line(facts, repr(place))])
 
 
+def sentence_code(name: str, place: str) -> str:
+    """Returns code that loads and uses a model by a class of sentence-transformers."""
+    call = (
+        'embeddings = model.encode(["What is it?", "It is this."])'
+        if name == "SentenceTransformer"
+        else 'scores = model.predict([("What is it?", "It is this.")])'
+    )
+    return f"from sentence_transformers import {name}\n\nmodel = {name}({place!r})\n{call}"
+
+
+def sentence_class(facts: Mapping[str, Any]) -> str | None:
+    """Returns the class of sentence-transformers that loads models of a task; ``None`` for none."""
+    task = str(facts.get("task", "")).rpartition(".")[2]
+    return next((one.sentence_class for one in TASKS.values() if one.class_name == task), None)
+
+
 def _reader_line(facts: Mapping[str, Any], arguments: str) -> list[str]:
     spec = _task_of_data(facts)
     reader, name = (spec.reader, spec.processor_argument) if spec else (_READER, "tokenizer")

@@ -13,6 +13,7 @@ from lightning_peft.export.adapter_folder import copy_adapter, notes_on_base
 from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import COMPANIONS, INDEX, Base
 from lightning_peft.export.card import public_name, sentence_card
+from lightning_peft.export.loading_code import sentence_class
 from lightning_peft.export.merging import merge
 from lightning_peft.export.output import atomic_folder
 from lightning_peft.export.request import ExportRequest
@@ -81,15 +82,15 @@ def as_sentence_transformers(request: ExportRequest) -> dict[str, Any]:
 
 
 def _kind(adapter: Adapter) -> str:
-    name = str(adapter.facts.get("task", "")).rpartition(".")[2]
-    kinds = {"SentenceEmbedder": "SentenceTransformer", "Reranker": "CrossEncoder"}
-    if name not in kinds:
+    kind = sentence_class(adapter.facts)
+    if kind is None:
+        name = str(adapter.facts.get("task", "")).rpartition(".")[2]
         raise UnsupportedError(
             f"{adapter.name} is of {name or 'a task that is not recorded'}, and sentence-"
             "transformers loads embedding models and rerankers (tasks SentenceEmbedder and "
             "Reranker, trained by `lightning-peft fit`). Choose another --format."
         )
-    return kinds[name]
+    return kind
 
 
 def _dtype(base: Base) -> str | None:

@@ -13,29 +13,35 @@ from dataclasses import replace
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from finished import BASE, adapter_in
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from sentences import EMBEDDING, RERANKER, model_in, random_adapter
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from gradio_app.errors import UserError
 from gradio_app.export import record
 from gradio_app.export.archive import build_archive, iter_files
-from gradio_app.export.base_size import base_size, recorded_base
+from gradio_app.export.base_size import BaseSize, base_size, recorded_base
 from gradio_app.export.manager import ExportManager, pusher_environment
 from gradio_app.export.record import loading_code
-from gradio_app.export.request import validate_request
+from gradio_app.export.request import FORMATS, formats_of, validate_request
 from gradio_app.pages.run import export_html
+from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import DEMO_LIMITS, Settings
 from gradio_app.texts import Texts
 from lightning_peft.runs.status import write_json
+from lightning_peft.task_registry import TASKS
 from tests.app import servers
 from tests.app.attacking import call
 from tests.app.browsing import PHONE, assert_readable, screenshot
 from tests.app.runs import recipe, settings, until
+from tests.app.test_real_run import exported
 from tests.cli.test_export import Hub
 
 TOKEN = "hf_right"
@@ -78,8 +84,8 @@ def run_of(store, source, name="mine", owner="local"):
     return store.get(owner, run.id)
 
 
-def fake_run(store, name="mine", owner="local"):
-    run = store.create(owner, recipe(), name)
+def fake_run(store, name="mine", owner="local", text=""):
+    run = store.create(owner, text or recipe(), name)
     folder = run.folder.checkpoints / "adapters" / "best"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
@@ -204,8 +210,62 @@ def test_a_gguf_file_has_its_type(room):
         for kind in ("gguf", "ollama", "merged")
     }
     assert words["gguf"][1:5] == ["--format=gguf", "--json", "--outtype=q8_0", "--no-measure"]
+    alone = validate_request(run, "gguf-adapter", "best", outtype="q8_0")
+    alone = alone.argv("a=b", Path("o"), False)
+    assert alone == ["export", "--format=gguf", "--adapter-only", "--json", "--", "a=b", "o"]
     assert "--outtype=q8_0" in words["ollama"]
     assert "--outtype=q8_0" not in words["merged"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_has_the_formats_of_its_task(task, room):
+    text = dump_yaml(base_recipe(task))
+    run = fake_run(room.store, text=text)
+    language = ("gguf", "gguf-adapter", "vllm", "ollama")
+    expected = ["adapter", "merged", "quantized"]
+    if task in ("embedding", "reranker"):
+        expected.append("sentence-transformers")
+    elif task in ("sft", "dpo", "orpo", "kto", "grpo"):
+        expected += language
+    assert list(formats_of(run)) == expected
+    for kind in set(FORMATS) - set(expected):
+        with pytest.raises(UserError, match="refused_task"):
+            validate_request(run, kind, "best")
+    assert validate_request(run, expected[-1], "best").format == expected[-1]
+
+
+def test_an_embedding_model_is_loaded_by_its_own_package(room):
+    run = fake_run(room.store, text=dump_yaml(base_recipe("embedding")))
+    room.start("local", run.id, validate_request(run, "sentence-transformers", "best"))
+    export = ended(room, run)
+    words = export.result["words"]
+    assert words[1:4] == ["--format=sentence-transformers", "--json", "--no-measure"]
+    facts = run.checkpoints()[0].folder / "provenance.json"
+    for task, use in (("SentenceEmbedder", "embeddings = model.encode"), ("Reranker", "scores =")):
+        facts.write_text(json.dumps({"task": f"lightning_peft.tasks.x.{task}"}))
+        code = loading_code(export, facts.parent)
+        name = "SentenceTransformer" if task == "SentenceEmbedder" else "CrossEncoder"
+        assert code.startswith(f"from sentence_transformers import {name}")
+        assert f"model = {name}('mine')\n{use}" in code
+
+
+def test_a_gguf_base_is_measured_by_its_header(room, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "base.gguf", "llama")
+    for name, shape in (("a", (4, 32)), ("b", (7,))):
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    folder = fake_run(room.store).checkpoints()[0].folder
+    base = {"name_or_path": str(tmp_path / "base.gguf"), "revision": None}
+    (folder / "provenance.json").write_text(json.dumps({"base": base}))
+    assert base_size(folder) == BaseSize(4 * 32 + 7, 4 * 32)
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    assert base_size(folder) is None
+    (tmp_path / "base.gguf").unlink()
+    assert base_size(folder) is None
 
 
 def test_what_cannot_be_had_is_refused(room, tmp_path, lora_run):
@@ -387,6 +447,41 @@ def test_it_says_when_there_is_nothing_and_can_be_cancelled_and_read(site, store
     page.locator("#export-list").get_by_role("button", name="Yes, delete it").click()
     page.locator("#export-list article").wait_for(state="detached")
     assert list((run.folder.path / "exports").iterdir()) == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("facts", "cls"), [(EMBEDDING, AutoModel), (RERANKER, AutoModelForSequenceClassification)]
+)
+def test_an_embedding_model_or_reranker_is_exported(facts, cls, site, store, visit, tmp_path):
+    """What is downloaded is loaded by sentence-transformers."""
+    package = pytest.importorskip("sentence_transformers")
+    base = model_in(tmp_path / "base", "bert", ("Transformer", "Pooling"))
+    task = "embedding" if facts is EMBEDDING else "reranker"
+    run = store.create("local", dump_yaml(base_recipe(task)), task)
+    adapter = run.folder.checkpoints / "adapters" / "best"
+    random_adapter(adapter, base, facts, cls, **({"num_labels": 1} if task == "reranker" else {}))
+    run.folder.write(run.folder.status_file, {"state": "finished", "kind": "fit"})
+    page = visit(site.url)
+    open_tab(page, site, run)
+    page.get_by_role("radio", name="For sentence-transformers").wait_for()
+    for name in ("GGUF", "GGUF adapter", "For vLLM", "For Ollama"):
+        assert page.get_by_role("radio", name=name, exact=True).count() == 0
+    made = exported(page, site, run, "For sentence-transformers", tmp_path / "got")
+    if task == "embedding":
+        loaded = package.SentenceTransformer(str(made), device="cpu")
+        assert loaded.encode_query(["w1 w2"]).shape == (1, 64)
+        assert loaded.max_seq_length == 20
+    else:
+        assert package.CrossEncoder(str(made), device="cpu").predict([("w1", "w2")]).shape == (1,)
+    kind = "SentenceTransformer" if task == "embedding" else "CrossEncoder"
+    page.get_by_text("Loading code").click()
+    page.get_by_text(f"model = {kind}('{task}')").wait_for()
+    page.goto(f"{site.url}/de-run?run={run.id}")
+    page.get_by_role("tab", name="Export").click()
+    page.get_by_role("radio", name="Für sentence-transformers").check()
+    page.get_by_text("mit Pooling und Prompts").wait_for()
+    assert_readable(page)
 
 
 def test_a_modelfile_without_a_template_is_not_ready(tmp_path):

@@ -9,11 +9,13 @@ import yaml
 
 from gradio_app.pages import home
 from gradio_app.pages.templating import render
+from gradio_app.recipe import edits
 from gradio_app.recipe.edits import demo_recipe
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.machine import Machine
 from gradio_app.runs.store import RunStore
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, absence_of_smollm2
 from tests.app.browsing import PHONE, assert_readable, screenshot, violations
 from tests.app.runs import queued, recipe, settings
 
@@ -29,6 +31,9 @@ def test_from_the_card_to_the_end_of_the_run_and_back(site, store, visit):
     page = visit(site.url)
     page.get_by_text("No runs yet.").wait_for()
     page.get_by_text("No NVIDIA GPU").or_(page.get_by_text("of GPU memory")).first.wait_for()
+    absent = absence_of_smollm2()
+    said = "SmolLM2 learns" if absent is None else f"The real model is not installed: {absent}"
+    assert said in page.locator("#cards").inner_text()
     screenshot(page, "home-empty")
     page.get_by_role("button", name="Start the demo").click()
     page.wait_for_url(re.compile(r"/run\?run="))
@@ -104,7 +109,21 @@ def test_other_languages_phones_and_the_dark(site, store, visit):
     assert link == "./de-new?method=qlora"
 
 
-def test_the_demos_recipe_is_one_that_lies_over_the_other():
+def test_the_demos_recipe_is_that_of_the_real_model_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(edits, "absence_of_smollm2", lambda: None)
+    content = yaml.safe_load(demo_recipe())
+    assert content["trainer"]["strategy"]["class_path"] == "lightning_peft.QLoRAStrategy"
+    given = content["trainer"]["strategy"]["init_args"]
+    assert (given["r"], given["lora_dropout"], given["verify"]) == (16, 0.0, "cheap")
+    assert content["model"]["init_args"]["model"] == SMOLLM2_PLACE
+    assert content["data"]["init_args"]["data"] == "recipe:small/data/orders.jsonl"
+    assert [one["class_path"].rpartition(".")[2] for one in content["trainer"]["callbacks"]] == [
+        *("BestCheckpoint", "LogSamples")
+    ]
+
+
+def test_the_demos_recipe_is_one_that_lies_over_the_other(monkeypatch):
+    monkeypatch.setattr(edits, "absence_of_smollm2", lambda: "pip install it")
     content = yaml.safe_load(demo_recipe())
     assert content["trainer"]["strategy"]["class_path"] == "lightning_peft.QLoRAStrategy"
     assert content["trainer"]["limit_train_batches"] == 12

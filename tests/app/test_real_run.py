@@ -1,4 +1,4 @@
-"""The two-minute card with the real trainer: QLoRA of the tiny model, and what is taken along."""
+"""The real trainer: QLoRA of the tiny model, and what is taken along."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from finished import BASE
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from gradio_app.recipe.edits import demo_recipe
+from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.runs.store import RunStore
 from gradio_app.settings import Settings
@@ -45,12 +46,13 @@ COUNT = """
 
 @pytest.fixture(scope="module")
 def opened(site, browser):
-    """The page of the card's run, open from the click to the end."""
+    """The page of a run, open from the click to the end."""
+    store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
+    run = store.create("local", dump_yaml(base_recipe("sft", "qlora")), "Tiny")
     context = open_context(browser)
     page = context.new_page()
-    page.goto(site.url)
-    page.get_by_role("button", name="Start the demo").click()
-    page.wait_for_url(re.compile(r"/run\?run="))
+    page.goto(f"{site.url}/run?run={run.id}")
+    page.get_by_role("button", name="Start", exact=True).click()
     page.evaluate(COUNT)
     status = page.get_by_role("status")
     status.get_by_text("Preparing").first.wait_for()
@@ -63,7 +65,7 @@ def opened(site, browser):
 
 @pytest.fixture(scope="module")
 def trained(site, opened):
-    """The run of the card."""
+    """That run."""
     name = opened.url.partition("run=")[2]
     return RunStore(Settings.on_this_machine(site.runs, site.data, None)).get("local", name)
 
@@ -142,7 +144,7 @@ def test_the_page_of_a_run_is_german(site, visit, trained):
         assert not_german(page, f"{data}, #try-system-prompt, #try-prompts") == []
 
 
-def test_the_card_trains_a_model(site, visit, trained):
+def test_the_page_shows_what_a_run_has_learnt(site, visit, trained):
     page = visit(f"{site.url}/run?run={trained.id}")
     page.get_by_role("status").get_by_text("Finished").wait_for()
     page.get_by_text("step 12 of 12").wait_for()
@@ -173,7 +175,7 @@ def test_the_card_trains_a_model(site, visit, trained):
 def test_a_ruined_run_says_so_and_what_helps(site, visit):
     """With a learning rate of 1 the last losses fall, from far above what the base had."""
     store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
-    recipe = yaml.safe_load(demo_recipe())
+    recipe = base_recipe("sft", "qlora")
     recipe["model"]["init_args"]["learning_rate"] = 1.0
     run = store.create("local", yaml.safe_dump(recipe), "ruined")
     page = visit(f"{site.url}/run?run={run.id}")
@@ -194,7 +196,7 @@ def test_a_ruined_run_says_so_and_what_helps(site, visit):
 @pytest.mark.long
 def test_a_stop_in_the_middle_of_a_validation(site, visit):
     store = RunStore(Settings.on_this_machine(site.runs, site.data, None))
-    recipe = yaml.safe_load(demo_recipe())
+    recipe = base_recipe("sft", "qlora")
     recipe["trainer"] |= {"val_check_interval": 4, "limit_val_batches": 1.0}
     recipe["data"]["init_args"]["batch_size"] = 1
     run = store.create("local", yaml.safe_dump(recipe), "stopped in between")

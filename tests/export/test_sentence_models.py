@@ -4,10 +4,9 @@ import json
 
 import pytest
 import torch
-from sentences import model_in, rows_of
-from transformers import AutoModel, AutoModelForSequenceClassification
+from sentences import EMBEDDING, RERANKER, model_in, random_adapter, rows_of
+from transformers import AutoModelForSequenceClassification
 
-import lightning_peft
 from lightning_peft.cli import main
 from lightning_peft.errors import UnsupportedError
 from lightning_peft.export.adapters import find_adapter
@@ -18,32 +17,6 @@ from lightning_peft.plugin.namespace import ROOTS, bind_to_lightning
 from lightning_peft.tasks.embedding import SentenceEmbedder
 
 package = pytest.importorskip("sentence_transformers", reason="loads with it")
-TASKS = "lightning_peft.tasks"
-EMBEDDING = {
-    "task": f"{TASKS}.embedding.SentenceEmbedder",
-    "output_settings": {"pooling": "lasttoken", "normalize": True, "similarity": "cosine"},
-    "data": {"max_length": 20, "prompts": {"query": "ask: ", "document": "doc: "}},
-}
-RERANKER = {
-    "task": f"{TASKS}.reranker.Reranker",
-    "output_settings": {"activation": "torch.nn.modules.activation.Sigmoid", "pad_token_id": 0},
-}
-
-
-def adapter_in(folder, base, facts, cls=AutoModel, **options):
-    """Returns the folder of an adapter with random weights, and the model that has it."""
-    model = cls.from_pretrained(base, **options)
-    lightning_peft.inject(model, r=4)
-    chance = torch.Generator().manual_seed(2)
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            size = 0.3 if "lora" in name else 0.5
-            param.data = torch.randn(param.shape, generator=chance) * size
-    lightning_peft.save_adapter(model, folder)
-    file = folder / "provenance.json"
-    known = json.loads(file.read_text())
-    file.write_text(json.dumps({**known, **facts}))
-    return model.eval()
 
 
 def exported(folder, adapter, base, **options):
@@ -56,7 +29,7 @@ def exported(folder, adapter, base, **options):
 @pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.long)])
 def test_an_embedding_model_gives_the_same_embeddings(kind, separate, tmp_path):
     base = model_in(tmp_path / "base", kind)
-    model = adapter_in(tmp_path / "adapter", base, EMBEDDING)
+    model = random_adapter(tmp_path / "adapter", base, EMBEDDING)
     report = exported(tmp_path / "out", tmp_path / "adapter", base, separate_adapter=separate)
     assert ("merge" in report) is not separate
     loaded = package.SentenceTransformer(str(tmp_path / "out"), device="cpu")
@@ -85,7 +58,7 @@ def test_an_embedding_model_gives_the_same_embeddings(kind, separate, tmp_path):
 def test_the_longest_text_is_that_of_training(tmp_path):
     # Its files say 32.
     base = model_in(tmp_path / "base", "bert", ("Transformer", "Pooling"))
-    adapter_in(tmp_path / "adapter", base, EMBEDDING)
+    random_adapter(tmp_path / "adapter", base, EMBEDDING)
     exported(tmp_path / "out", tmp_path / "adapter", base, separate_adapter=True)
     written = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
     assert written["max_seq_length"] == 20
@@ -94,7 +67,7 @@ def test_the_longest_text_is_that_of_training(tmp_path):
 def test_a_reranker_gives_the_same_scores(tmp_path):
     base = model_in(tmp_path / "base", "bert", ("Transformer", "Pooling"))
     cls = AutoModelForSequenceClassification
-    model = adapter_in(tmp_path / "adapter", base, RERANKER, cls, num_labels=1)
+    model = random_adapter(tmp_path / "adapter", base, RERANKER, cls, num_labels=1)
     exported(tmp_path / "out", tmp_path / "adapter", base)
     loaded = package.CrossEncoder(str(tmp_path / "out"), device="cpu")
     pairs = [(row["anchor"], row["positive"]) for row in rows_of("pairs", 5)]
@@ -113,7 +86,7 @@ def test_a_reranker_gives_the_same_scores(tmp_path):
 
 def test_other_adapters_are_refused(tmp_path, capsys):
     base = model_in(tmp_path / "base")
-    adapter_in(tmp_path / "adapter", base, {"task": "mine.Task"})
+    random_adapter(tmp_path / "adapter", base, {"task": "mine.Task"})
     with pytest.raises(UnsupportedError, match=r"adapter is of Task, and sentence-transformers"):
         exported(tmp_path / "out", tmp_path / "adapter", base)
     assert not (tmp_path / "out").exists()

@@ -87,10 +87,12 @@ def component(setting: Field, t: Texts) -> Any:
         options["placeholder"] = unset_text(setting, t)
     if setting.kind == "switch":
         kind, value, options = gr.Checkbox, bool(setting.default), {}
-    elif setting.kind == "choice":
+    elif setting.kind in ("choice", "several"):
         kind, value = gr.Dropdown, format_value(setting.default)
         names = [(_choice_label(one, setting, t), format_value(one)) for one in setting.choices]
         options = {"choices": names, "min_width": 200}
+        if setting.kind == "several":
+            kind, value = gr.CheckboxGroup, list(setting.default)
     name = f"f-{setting.key.replace('_', '-')}"
     info = hint(setting, base_recipe("sft"), t)
     return field(kind, t, f"fields.{setting.key}", name, value=value, info=info, **options)
@@ -225,4 +227,4 @@ def _value_text(setting: Field, content: dict[str, Any], t: Texts) -> str:
     value = _localize(setting, display_value(setting, content), t)
     if isinstance(value, bool):
         return t("fields.yes" if value else "fields.no")
-    return str(value) or unset_text(setting, t)
+    return format_value(value) or unset_text(setting, t)

@@ -26,6 +26,7 @@ from gradio_app.recipe.presets import DEMO_BASE, MODELS, Model
 from gradio_app.recipe.validation import check_files
 from gradio_app.runs.formatting import format_bytes
 from gradio_app.texts import Texts
+from lightning_peft.demo.real_base import SMOLLM2_PLACE
 from lightning_peft.task_registry import task_of_config
 
 SOURCES = ("preset", "hub", "folder")
@@ -131,6 +132,7 @@ def available_models(session: Session, editor: Editor) -> list[Model]:
         if task is not None
         and task.family in model.families
         and (most is None or model.parameters <= most)
+        and (model.name != SMOLLM2_PLACE or is_cached(model.name))
     ]
 
 
@@ -159,7 +161,7 @@ def _preset(session: Session, editor: Editor) -> dict[str, Any]:
 
 
 def _model_label(model: Model, t: Texts) -> str:
-    title = t("new.demo_base") if model.name == DEMO_BASE else model.name
+    title = t("new.demo_base") if model.name == DEMO_BASE else model.title
     row = t(
         "new.model_row",
         title=title,
@@ -188,7 +190,7 @@ def _facts(session: Session, t: Texts) -> str:
         lines.append(t("new.model_none"))
     else:
         model = next((one for one in MODELS if one.name == name), None)
-        shown = t("new.demo_base") if name == DEMO_BASE else name
+        shown = t("new.demo_base") if name == DEMO_BASE else model.title if model else name
         lines.append(t("new.model_chosen", name=shown))
         if model is not None:
             lines.append(t("new.model_weighs", size=format_bytes(model.weight_bytes, t)))

@@ -36,7 +36,7 @@ _OPEN_RUN = "(id) => { if (id) window.location.assign('{url}' + encodeURICompone
 _DATA_ERRORS = {"checks.no_data", "checks.no_paths", "checks.no_rows", "checks.no_upload"}
 _MODEL_ERRORS = {
     *("checks.no_model", "checks.model_size", "checks.remote", "checks.remote_here"),
-    *("checks.remote_folder", "checks.own_code"),
+    *("checks.remote_folder", "checks.own_code", "checks.not_installed"),
 }
 
 

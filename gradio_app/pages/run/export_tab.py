@@ -17,6 +17,7 @@ from gradio_app.export.request import (
     FORMATS,
     GGUF_FORMATS,
     OUTTYPES,
+    formats_of,
     validate_request,
 )
 from gradio_app.pages.components import (
@@ -85,9 +86,9 @@ class ExportTab:
         ]
         self._inputs = [run_id, self._seen, *self._chosen]
         self._outputs = [
-            *(self._seen, self._asked, self._timer, self._empty, self._form, self._checkpoint),
-            *(self._about, self._bits, self._outtype, self._measure, self._confirmation),
-            *(self._listed, self._now, self._list),
+            *(self._seen, self._asked, self._timer, self._empty, self._form, self._kind),
+            *(self._checkpoint, self._about, self._bits, self._outtype, self._measure),
+            *(self._confirmation, self._listed, self._now, self._list),
         ]
 
     def _build_form(self) -> None:
@@ -190,7 +191,9 @@ class ExportTab:
 
     def _items(self, run: Run, inputs: ExportInputs) -> list[Update]:
         """Returns the update of each output after the first."""
-        t, kind, exports = self.t, inputs.kind, self.studio.exports.list(run)
+        t, exports, formats = self.t, self.studio.exports.list(run), formats_of(run)
+        kind = inputs.kind if inputs.kind in formats else formats[0]
+        offered = [(t(f"export.format_{name}"), name) for name in formats]
         checkpoints = {one.name: one for one in run.checkpoints()}
         names = list(checkpoints)
         name = inputs.checkpoint if inputs.checkpoint in names else next(iter(names), None)
@@ -208,6 +211,7 @@ class ExportTab:
             (gr.Timer(seconds), seconds),
             "" if there else export_html.empty(run, t),
             (gr.Column(visible=there), there),
+            (gr.Radio(choices=offered, value=kind), formats),
             (gr.Dropdown(choices=list(labels), value=name), (labels, name)),
             export_html.about(self.studio, run, form, t),
             (gr.Radio(visible=quantized), quantized),

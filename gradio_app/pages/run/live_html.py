@@ -20,6 +20,7 @@ from gradio_app.runs.formatting import (
 from gradio_app.runs.health import HealthWarning
 from gradio_app.runs.metrics import Metrics
 from gradio_app.texts import Texts
+from lightning_peft.demo.orders import same_json
 
 ARROWS = {-1: "\u2193", 0: "\u2192", 1: "\u2191"}
 TREND_KEYS = {-1: "falling", 0: "steady", 1: "rising"}
@@ -190,7 +191,7 @@ def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> st
     if not said:
         return message("note", t("run.samples_empty"), t, role="")
     steps = _select_steps(sorted({step for step, _ in said}))
-    places = sorted({place for _, place in said})[:MAX_PROMPTS]
+    places = sorted({place for _, place in said})
     columns = [(t("run.prompt"), ""), (t("run.expected"), "")]
     for step in steps:
         found = [said[step, place] for place in places if (step, place) in said]
@@ -198,7 +199,7 @@ def samples(rows: Sequence[Row], known: Sequence[HeldOutPrompt], t: Texts) -> st
         columns.append(
             (t("run.after_step", step=step) if step else t("run.before_training"), right)
         )
-    table = [_row(place, steps, said, known) for place in places]
+    table = [_row(place, steps, said, known) for place in places[:MAX_PROMPTS]]
     return render("live.samples", t, columns=columns, rows=table)
 
 
@@ -234,8 +235,9 @@ def _turns(
 
 
 def _is_correct(row: Row) -> bool:
-    said, expected = (str(row.get(name, "")).split() for name in ("generated", "expected"))
-    return bool(expected) and said == expected
+    said, expected = (str(row.get(name, "")) for name in ("generated", "expected"))
+    same = said.split() == expected.split() or same_json(said, expected)
+    return bool(expected.strip()) and same
 
 
 def _answer(row: Row | None) -> dict[str, Any] | None:
