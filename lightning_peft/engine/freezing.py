@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_peft.engine.adapters import adapter_parameters
 from lightning_peft.engine.record import AdaptedModuleRecord
-from lightning_peft.engine.selection.parts import inside, parameter_names
+from lightning_peft.engine.selection.parts import inside, parameter_holders, parameter_names
 
 
 def freeze_base(
@@ -21,7 +21,8 @@ def freeze_base(
 ) -> None:
     """Freezes a part except adapters, saved modules, chosen biases and heads; records the names.
 
-    A parameter that a head shares with the base is frozen: it is as pretrained as the base.
+    A parameter that a head shares with the base is frozen: it is as pretrained as the base. A head
+    registered under two names is one head.
 
     Args:
         module: The user's module, whose names the record uses.
@@ -34,6 +35,7 @@ def freeze_base(
     part = module.get_submodule(entry.name)
     adapters = {id(param) for param in adapter_parameters(part).values()}
     params = dict(part.named_parameters(remove_duplicate=False))
+    holders = parameter_holders(part)
     frozen = set()
     for known in parameter_names(part).values():
         param = params[known[0]]
@@ -42,7 +44,7 @@ def freeze_base(
         mine = "none" if id(param) in kept else biases
         if any(_is_trained(name, entry.saved, mine, targets) for name in known):
             param.requires_grad_(True)
-        elif id(param) in kept or all(inside(name, entry.heads) for name in known):
+        elif id(param) in kept or all(inside(name, entry.heads) for name in holders[id(param)]):
             param.requires_grad_(requires_grad_before[id(param)])
         else:
             param.requires_grad_(False)

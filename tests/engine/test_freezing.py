@@ -126,3 +126,19 @@ def test_trained_parameters_are_adapters_and_saved_modules() -> None:
     found = engine.trained_parameters(model, entry)
     assert found.keys() == adapters("first") | {"second.weight", "second.bias"}
     assert all(param is model.get_parameter(name) for name, param in found.items())
+
+
+def test_a_head_under_two_names_is_one_head() -> None:
+    model = stack()
+    model.forecast = model.head
+    lightning_peft.inject(model, r=2)
+    entry = engine.require_record(model).parts[""]
+    assert trainable(model) == adapters(*entry.adapters["default"].targets) | HEAD
+    names = {"head.weight", "head.bias", "forecast.weight", "forecast.bias"}
+    assert not names & entry.frozen
+    state = engine.trainable_state_dict(model)
+    assert names >= {name for name in state if "lora" not in name} >= HEAD
+    with torch.no_grad():
+        model.head.weight.zero_()
+    engine.load_trainable_state_dict(model, {n: torch.ones_like(v) for n, v in state.items()})
+    assert bool((model.head.weight == 1).all())
