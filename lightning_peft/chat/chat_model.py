@@ -12,7 +12,10 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from lightning_peft import engine
+from lightning_peft.chat.images import images_of, with_marks, with_tokens
 from lightning_peft.data.end_tokens import end_tokens
+from lightning_peft.data.image_templates import ImageRendering, image_template
+from lightning_peft.data.image_tokens import ImageTokens
 from lightning_peft.data.templates import Rendering, Template, check_variables, find_template
 from lightning_peft.data.turn_keys import keys_without_effect
 from lightning_peft.data.validation import EncodingProblem
@@ -73,6 +76,8 @@ class ChatModel:
         variables_override: Values for variables of the chat template; ``None`` takes those of the
             adapter's record.
         tools: What the model may call, as the chat template takes it.
+        images: What the processor does to images; ``None`` for a model of text. User's turns may
+            have ``images`` then, a list of the bytes of image files.
     """
 
     loaded: LoadedModel
@@ -82,6 +87,7 @@ class ChatModel:
     active: str = BASE
     variables_override: dict[str, Any] | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    images: ImageTokens | None = None
 
     def __post_init__(self) -> None:
         if self.adapters and self.active == BASE:
@@ -131,7 +137,10 @@ class ChatModel:
         """
         adapter = self.prompted_as
         recorded = adapter.chat_template if adapter is not None else None
-        return find_template(self.loaded.tokenizer, self.chat_template_override or recorded)
+        requested = self.chat_template_override or recorded
+        if self.images is not None:
+            return image_template(self.images, requested)
+        return find_template(self.loaded.tokenizer, requested)
 
     def variables(self) -> dict[str, Any]:
         """Returns the values for variables of the chat template, of who is active."""
@@ -152,18 +161,22 @@ class ChatModel:
             ConfigError: If the template refuses the conversation, or does not write the tools.
         """
         tokenizer, variables = self.loaded.tokenizer, self.variables()
-        rendering = Rendering(tokenizer, self.template(), variables)
+        kind = Rendering if self.images is None else ImageRendering
+        rendering = kind(tokenizer, self.template(), variables)
         name = rendering.template.name
         check_variables(variables, f"the chat template {name}", rendering.variables)
         context = {"tools": self.tools} if self.tools else {}
+        given = messages if self.images is None else list(map(with_marks, messages))
         try:
-            turns = rendering.with_tool_arguments(messages, context)
+            turns = rendering.with_tool_arguments(given, context)
             text = rendering.text(turns, context, prompt=True)
             rendered = partial(rendering.text, prompt=True)
             lost = {key for _, key in keys_without_effect(rendered, turns, context)} & {
                 "tools",
                 "tool_calls",
             }
+            if self.images is not None:
+                text = with_tokens(self.images, text, images_of(messages))
         except EncodingProblem as problem:
             raise ConfigError(f"This conversation {problem}") from problem
         if lost:
@@ -207,7 +220,8 @@ class ChatModel:
             ConfigError: If even the last turn is too long for the model.
         """
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        ids, dropped, room = self._fit_context(messages)
+        kept, ids, dropped, room = self._fit_context(messages)
+        inputs = self._inputs_of(kept, ids)
         streamer = _TextStreamer(tokenizer, write)
         ends = _end_tokens(model, tokenizer)
         drawing = self.sampling.temperature > 0
@@ -216,8 +230,7 @@ class ChatModel:
             options |= {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         with self.activated(), torch.no_grad():
             out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=torch.ones_like(ids).to(model.device),
+                **{name: value.to(model.device) for name, value in inputs.items()},
                 max_new_tokens=min(self.sampling.max_new_tokens, room),
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id
@@ -233,18 +246,32 @@ class ChatModel:
         stopped = not ended and stop()
         return Answer(streamer.text.strip(), len(new) - ended, ended, dropped, stopped)
 
-    def _fit_context(self, messages: Messages) -> tuple[torch.Tensor, int, int]:
-        """Returns the ids of the turns that fit, how many turns do not, and the room after them."""
+    def _inputs_of(self, messages: Messages, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the model's inputs for turns with these ids."""
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.images is None:
+            return inputs
+        try:
+            seen = self.images.inputs([images_of(messages)])
+        except EncodingProblem as problem:
+            raise ConfigError(f"This conversation {problem}") from problem
+        return {**inputs, **self.images.token_types(ids), **seen}
+
+    def _fit_context(
+        self, messages: Messages
+    ) -> tuple[list[dict[str, Any]], torch.Tensor, int, int]:
+        """Returns the turns that fit, their ids, how many turns do not, and the room after them."""
         limit = _longest(self.loaded)
         system = [m for m in messages[:1] if m["role"] == "system"]
         turns = list(messages[len(system) :])
         dropped = 0
         while True:
-            ids = self.tokens_of([*system, *turns])
+            kept = [*system, *turns]
+            ids = self.tokens_of(kept)
             room = limit - ids.shape[1]
             more = sum(m["role"] == "user" for m in turns) > 1
             if room > 0 and (room >= min(self.sampling.max_new_tokens, limit // 4) or not more):
-                return ids, dropped, room
+                return kept, ids, dropped, room
             if not more:
                 raise ConfigError(
                     f"The question has {ids.shape[1]:,} tokens with its template, and the model "
@@ -257,7 +284,7 @@ class ChatModel:
 
 def _longest(loaded: LoadedModel) -> int:
     sizes = (
-        getattr(loaded.model.config, "max_position_embeddings", None),
+        getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None),
         getattr(loaded.tokenizer, "model_max_length", None),
     )
     return int(min((size for size in sizes if size), default=1 << 30))

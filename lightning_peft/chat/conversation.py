@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_peft.chat.chat_model import Answer, ChatModel
+from lightning_peft.chat.images import read_for_chat
 from lightning_peft.errors import ConfigError, similar_names
 from lightning_peft.export.adapters import BASE
 
@@ -13,6 +15,7 @@ HELP = """\
 /adapter NAME   this adapter answers from now on; the conversation stays
 /base           the base answers, without an adapter
 /adapters       who there is
+/image PATH     the next question is about this image, and about others named before it
 /reset          forget the conversation
 /help           this
 /quit           end (so does the end of the input)
@@ -27,11 +30,13 @@ class Conversation:
         speaker: Who answers.
         system: System turn, if there is one.
         turns: Questions and answers.
+        images: Bytes of the image files that go with the next question.
     """
 
     chat_model: ChatModel
     system: str | None = None
-    turns: list[dict[str, str]] = field(default_factory=list)
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
 
     def ask(self, question: str, write: Callable[[str], None]) -> Answer:
         """Asks the active speaker; question and answer become part of the conversation.
@@ -40,10 +45,28 @@ class Conversation:
             ConfigError: If the question cannot be put; the conversation is as before.
         """
         opening = [{"role": "system", "content": self.system}] if self.system else []
-        turn = {"role": "user", "content": question}
+        turn: dict[str, Any] = {"role": "user", "content": question}
+        if self.images:
+            turn["images"] = list(self.images)
         answer = self.chat_model.answer([*opening, *self.turns, turn], write)
         self.turns += [turn, {"role": "assistant", "content": answer.text}]
+        self.images.clear()
         return answer
+
+    def add_image(self, path: str) -> str:
+        """Reads an image for the next question; returns its size in words.
+
+        Raises:
+            ConfigError: If it cannot be read, or the model sees no images.
+        """
+        if self.chat_model.images is None:
+            raise ConfigError(
+                f"{path!r} cannot be shown to this model, which reads text alone: it was not "
+                "trained on images (ImageTextToText), or is a language model."
+            )
+        content, size = read_for_chat(path, self.chat_model.images)
+        self.images.append(content)
+        return size
 
     def run_command(self, line: str) -> str | None:
         """Carries out a command.
@@ -62,6 +85,7 @@ class Conversation:
             return HELP
         if word == "/reset":
             self.turns.clear()
+            self.images.clear()
             return "the conversation is forgotten"
         if word == "/adapters":
             active = self.chat_model.active
@@ -69,7 +93,9 @@ class Conversation:
         if word in ("/adapter", "/base"):
             self.chat_model.switch(BASE if word == "/base" else rest)
             return f"{self.chat_model.active} answers"
-        known = ("/adapter", "/base", "/adapters", "/reset", "/help", "/quit")
+        if word == "/image":
+            return f"{rest}: {self.add_image(rest)}; the next question is about it"
+        known = ("/adapter", "/base", "/adapters", "/image", "/reset", "/help", "/quit")
         raise ConfigError(
             f"There is no command {word!r}{similar_names(word, known)}. /help lists all."
         )

@@ -24,9 +24,9 @@ ABOUT = "Talk to a base and its adapters, which are switched while you talk."
 _MORE = """\
 ADAPTER is an adapter folder, a .ckpt file, or the folder of a run; NAME=PATH names it.
 
-In the conversation: /adapter NAME, /base, /adapters, /reset, /help, /quit. Where the input is a
-pipe, each line is a question, or a command, and the answers alone go to the standard output. With
---serve another program asks, in lines of JSON that docs/chat-and-compare.md describes.
+In the conversation: /adapter NAME, /base, /adapters, /image PATH, /reset, /help, /quit. Where the
+input is a pipe, each line is a question, or a command, and the answers alone go to the standard
+output. With --serve another program asks, in lines of JSON that docs/chat-and-compare.md describes.
 
 exit code: 0 at the end, 1 if the adapters cannot be loaded, 2 for bad input, 130 if interrupted
 """
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     args = _parser().parse_args(list(arguments))
     if args.serve:
+        if args.image:
+            raise ConfigError("--image is for a conversation, and --serve takes text alone.")
         return _serve(args)
     with to_stderr():
         conversation = _load(args)
@@ -85,6 +87,13 @@ def _parser() -> OptionParser:
         "--serve", action="store_true", help="serve requests over stdin/stdout as JSON lines"
     )
     parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="image that the first question is about, for models that see; may be repeated",
+    )
+    parser.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy"
     )
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -111,19 +120,27 @@ def load_chat_model(
     variables = read_variables(args.chat_template_kwargs)
     quiet_libraries()
     from lightning_peft.chat.chat_model import ChatModel, Sampling
+    from lightning_peft.chat.images import find_images, note_of_processor
 
     progress("finding the base")
     base, adapters = find_model(args)
     # Before the model, which can take minutes.
-    check_template(args, base, adapters)
+    images = find_images(base, adapters)
+    check_template(args, base, adapters, images and images.tokenizer)
     progress("loading the model")
+    more = note_of_processor(images, adapters) if images else []
+    loaded = load_model(args, base, adapters, more)
+    if images is not None:
+        # Some know tokens that the base's does not, such as that of an image.
+        loaded.tokenizer = images.tokenizer
     return ChatModel(
-        load_model(args, base, adapters),
+        loaded,
         adapters,
         args.chat_template,
         Sampling(args.max_new_tokens, temperature, top_p),
         variables_override=variables,
         tools=tools,
+        images=images,
     )
 
 
@@ -143,8 +160,10 @@ def find_model(args: argparse.Namespace) -> tuple[Base, list[Adapter]]:
     return find_base(args.base, args.revision), adapters
 
 
-def check_template(args: argparse.Namespace, base: Base, adapters: Sequence[Adapter]) -> None:
-    """Refuses a chat template that does not exist.
+def check_template(
+    args: argparse.Namespace, base: Base, adapters: Sequence[Adapter], tokenizer: Any = None
+) -> None:
+    """Refuses a chat template that does not exist; ``tokenizer`` is by default the base's.
 
     Raises:
         ConfigError: If there is none.
@@ -154,11 +173,13 @@ def check_template(args: argparse.Namespace, base: Base, adapters: Sequence[Adap
 
     check_generates(adapters)
     recorded = adapters[0].chat_template if adapters else None
-    find_template(load_tokenizer(base), args.chat_template or recorded)
+    find_template(tokenizer or load_tokenizer(base), args.chat_template or recorded)
 
 
-def load_model(args: argparse.Namespace, base: Base, adapters: Sequence[Adapter]) -> LoadedModel:
-    """Returns the model as the options say, and prints what a user should know."""
+def load_model(
+    args: argparse.Namespace, base: Base, adapters: Sequence[Adapter], more: Sequence[str] = ()
+) -> LoadedModel:
+    """Returns the model as the options say, and prints its notes and ``more``."""
     from lightning_peft.export import loading
 
     loaded = loading.load_with_adapters(
@@ -168,6 +189,7 @@ def load_model(args: argparse.Namespace, base: Base, adapters: Sequence[Adapter]
         device=loading.select_device(args.device),
         check_base=args.check_base,
     )
+    loaded.notes += more
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
     return loaded
@@ -195,6 +217,8 @@ def _load(args: argparse.Namespace) -> Conversation:
     chat_model = load_chat_model(args, args.temperature, args.top_p)
     manual_seed(args.seed)
     conversation: Conversation = Conversation(chat_model, args.system)
+    for path in args.image:
+        conversation.add_image(path)
     return conversation
 
 

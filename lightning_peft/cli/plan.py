@@ -52,7 +52,8 @@ def _given(arguments: list[str]) -> argparse.Namespace:
     if args.config:
         from lightning_peft.cli.plan_config import plan_from_config
 
-        of_config = parser.parse_args(plan_from_config(args.config, overrides))
+        length = not any(one.startswith("--seq-len") for one in arguments)
+        of_config = parser.parse_args(plan_from_config(args.config, overrides, length))
         # What is named here is put over it.
         return parser.parse_known_args(arguments, of_config)[0]
     refuse_unknown(overrides, parser.known())

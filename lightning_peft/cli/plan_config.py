@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from lightning_peft import engine
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, LightningPeftError, first_line
 from lightning_peft.recipe_files import resolved_recipes
 from lightning_peft.task_registry import task_of_config
 
+# Rows with images that are read to find a long one: each image is opened and processed.
+_ROWS = 200
+_COLUMNS = ["length", "image_starts", "image_ends"]
 _METHODS = {"QLoRA": "qlora", "qlora": "qlora", "LoRA": "lora", "lora": "lora"}
 
 
-def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def plan_from_config(
+    configs: Sequence[str], overrides: Sequence[str], length: bool = True
+) -> list[str]:
     """Returns the arguments of the command for the run of a config.
+
+    With ``length``, rows with images are read, to know how many tokens they have.
 
     Raises:
         ConfigError: If they cannot be read, or the memory of such a run is not predicted.
@@ -52,7 +60,9 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
         "revision": model.get("revision"),
         "dtype": model.get("dtype"),
         "method": method,
-        "seq-len": data.get("max_length"),
+        "seq-len": _row_length(data)
+        if length and _has_images(task, config)
+        else data.get("max_length"),
         "batch-size": int(data.get("batch_size") or 8) * sequences,
         "accumulate": trainer.get("accumulate_grad_batches"),
         "precision": trainer.get("precision"),
@@ -67,6 +77,39 @@ def plan_from_config(configs: Sequence[str], overrides: Sequence[str]) -> list[s
             values = [value] if isinstance(value, str) else value
             words += [f"--{name.replace('_', '-')}", *values]
     return words
+
+
+def _has_images(task: Any, config: Any) -> bool:
+    shapes = task.shapes if task else ()
+    own = task and task.owns_data(str((config.get("data") or {}).get("class_path")))
+    return bool(own) and any("images" in names for _, names in shapes)
+
+
+def _row_length(data: dict[str, Any]) -> int:
+    """Returns the tokens of the longest of the first rows with images, as the processor makes them.
+
+    Where the rows cannot be read, it is the longest row that is allowed.
+    """
+    from lightning_peft.data.image_text import DEFAULT_MAX_LENGTH, ImageTextData
+
+    some = min(data.get("limit") or _ROWS, _ROWS)
+    try:
+        read = ImageTextData(**{**data, "limit": some}).read()
+        rows = [row for split in read.splits.values() for row in split.select_columns(_COLUMNS)]
+        reason = "" if rows else "all have problems"
+    except LightningPeftError as error:
+        rows, reason = [], first_line(error).rstrip(".")
+    if not rows:
+        length = int(data.get("max_length") or DEFAULT_MAX_LENGTH)
+        note = f"the rows cannot be read ({reason}), so they are taken as of {length:,} tokens"
+    else:
+        longest = max(rows, key=lambda row: row["length"])
+        length = longest["length"]
+        pairs = zip(longest["image_starts"], longest["image_ends"], strict=True)
+        seen = sum(end - start for start, end in pairs)
+        note = f"the longest of {len(rows):,} rows has {length:,} tokens, {seen:,} of images"
+    print(f"note: {note}. --seq-len plans for others.", file=sys.stderr)
+    return length
 
 
 def _quantization_problem(strategy: dict[str, Any]) -> str:

@@ -298,11 +298,7 @@ class ImageTextData(ConversationData):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the processor, with the chat template of the processor."""
-        processor = self.image_tokens.processor
-        own = getattr(processor, "chat_template", None)
-        if own and processor.tokenizer.chat_template != own:
-            processor.tokenizer.chat_template = own
-        return processor.tokenizer
+        return self.image_tokens.tokenizer
 
     @property
     def tokenizer_name(self) -> str:

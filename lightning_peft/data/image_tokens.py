@@ -45,6 +45,14 @@ class ImageTokens:
         self.type_name = self._type_name()
 
     @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the processor, with the chat template of the processor."""
+        own = getattr(self.processor, "chat_template", None)
+        if own and self.processor.tokenizer.chat_template != own:
+            self.processor.tokenizer.chat_template = own
+        return self.processor.tokenizer
+
+    @property
     def ids(self) -> list[int]:
         """The ids of the tokens that become features of an image."""
         found = getattr(self.processor, "image_token_ids", None) or [self.processor.image_token_id]

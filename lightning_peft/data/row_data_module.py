@@ -228,7 +228,10 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         """What was prepared, for the record of a run: counts, splits and settings."""
         prepared = self.read()
         kinds = Counter(problem.kind for problem in prepared.problems)
-        names = ("data", "tokenizer", "tokenizer_revision", "processor")
+        names = (
+            *("data", "tokenizer", "tokenizer_revision"),
+            *("processor", "processor_config", "processor_revision"),
+        )
         return {
             **prepared.summary,
             **{name: self.hparams[name] for name in names if self.hparams.get(name)},

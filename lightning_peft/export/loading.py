@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from lightning_peft import engine
 from lightning_peft.errors import ConfigError, UnsupportedError, first_line
@@ -19,6 +20,9 @@ from lightning_peft.export.adapters import Adapter
 from lightning_peft.export.base import Base
 
 log = logging.getLogger(__name__)
+
+# Names of the classes of transformers that see images and write text.
+IMAGE_TEXT_CLASSES = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 
 
 @dataclass
@@ -65,7 +69,10 @@ def load_tokenizer(base: Base) -> Any:
 def load_model(base: Base, adapter: Adapter | None, dtype: torch.dtype | str) -> Any:
     """Returns the plain base in eval mode, in the class that ``adapter`` was trained on."""
     recorded = adapter.base.get("class") if adapter else None
+    named = IMAGE_TEXT_CLASSES & {*(base.config.architectures or [])}
     cls: Any = getattr(transformers, str(recorded), AutoModelForCausalLM)
+    if recorded is None and named:
+        cls = getattr(transformers, next(iter(named)))
     model = engine.load_pretrained_model(cls, base.folder, config=base.config, dtype=dtype)
     return model.eval()
 

@@ -4,6 +4,7 @@ import json
 from functools import partial
 
 import pytest
+from image_text_models import FAMILIES
 
 from lightning_peft.cli.plan_config import plan_from_config
 from lightning_peft.errors import ConfigError
@@ -129,3 +130,40 @@ def test_the_run_of_a_recipe_is_planned_with_its_overrides(here):
     done = here("--config=text-classification-lora", "--model.init_args.model=model")
     assert done.returncode == 2
     assert "is not a task that is planned" in done.stderr
+
+
+def test_images_are_counted_as_the_processor_makes_them(tmp_path, monkeypatch, capsys):
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    processor = FAMILIES["llava"].processor()
+    processor.save_pretrained(tmp_path / "seeing")
+    image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    rows = [
+        {"prompt": f"{'<image>' * n}What is it?", "completion": "Red.", "images": ["a.png"] * n}
+        for n in (3, 1)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = [{"type": "image"}] * 3 + [{"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": parts}]
+    turns += [{"role": "assistant", "content": [{"type": "text", "text": "Red."}]}]
+    # A row ends with its end token.
+    text = processor.apply_chat_template(turns).rstrip("\n")
+    made = processor(text=[text], images=[[image.open("a.png")] * 3])["input_ids"][0]
+    seen = made.count(processor.image_token_ids[0])
+    assert seen == 3 * 4
+    words = ["--model.init_args.model=seeing", "--data.init_args.processor=seeing"]
+
+    def planned(*more, length=True):
+        return plan_from_config(["image-text-to-text-lora"], [*words, *more], length)
+
+    assert f"--seq-len={len(made)}" in planned("--data.init_args.data=rows.jsonl")
+    note = f"the longest of 2 rows has {len(made)} tokens, {seen} of images. --seq-len plans for"
+    assert note in capsys.readouterr().err
+    absent = "--data.init_args.data=none.jsonl"
+    assert "--seq-len=96" in planned(absent, "--data.init_args.max_length=96")
+    assert "cannot be read (There is no file or folder 'none.jsonl'" in capsys.readouterr().err
+    assert "--seq-len=4096" in planned(absent)
+    assert "so they are taken as of 4,096 tokens" in capsys.readouterr().err
+    assert not [word for word in planned(absent, length=False) if word.startswith("--seq-len")]
+    assert "note:" not in capsys.readouterr().err

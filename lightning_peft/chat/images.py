@@ -1,0 +1,125 @@
+"""Images in a conversation: the processor of the model that sees them, and their place in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.data.image_tokens import ImageTokens, expanded
+from lightning_peft.data.image_turns import MARK, is_address
+from lightning_peft.data.images import as_rgb, decode_image, require_pillow
+from lightning_peft.data.processors import digest_of_processor, load_processor
+from lightning_peft.data.samples import RowProblems, read_image
+from lightning_peft.data.validation import EncodingProblem
+from lightning_peft.errors import ConfigError, itemize
+from lightning_peft.export.adapters import Adapter
+from lightning_peft.export.base import Base
+from lightning_peft.export.loading import IMAGE_TEXT_CLASSES
+
+
+def find_images(base: Base, adapters: Sequence[Adapter]) -> ImageTokens | None:
+    """Returns the processor's ways with images; ``None`` for a model of text.
+
+    It is the processor that the first adapter was trained with, else that in the base's folder.
+
+    Raises:
+        ConfigError: If there is none, or a package for it is missing.
+        UnsupportedError: If it does not write images as tokens.
+    """
+    if not _sees_images(base, adapters):
+        return None
+    require_pillow()
+    record = (adapters[0].facts.get("data") or {}) if adapters else {}
+    names = ("processor", "processor_config", "processor_revision")
+    places: list[tuple[Any, ...]] = [(str(base.folder), None, None)]
+    if record.get("processor"):
+        places.insert(0, tuple(record.get(name) for name in names))
+    problems = []
+    for place in places:
+        try:
+            return ImageTokens(load_processor(*place))
+        except ConfigError as error:
+            problems.append(str(error))
+    raise ConfigError(
+        f"{base.name!r} is a model of images and text, and its processor cannot be had:"
+        + itemize(problems)
+        + "\nPut its files, which its save_pretrained writes, into the folder of the base."
+    )
+
+
+def _sees_images(base: Base, adapters: Sequence[Adapter]) -> bool:
+    named = base.config.architectures or []
+    if adapters:
+        # A model that can see may have been trained on text alone, with a tokenizer.
+        if adapters[0].encoding and "processor" not in adapters[0].encoding:
+            return False
+        named = [adapters[0].base.get("class"), *named]
+    return bool(IMAGE_TEXT_CLASSES & {*named[:1]})
+
+
+def note_of_processor(images: ImageTokens, adapters: Sequence[Adapter]) -> list[str]:
+    """Returns a note where the processor is not the one that the first adapter was trained with."""
+    recorded = adapters[0].encoding.get("processor") if adapters else None
+    if recorded in (None, digest_of_processor(images.processor)):
+        return []
+    return [
+        f"the processor is not the one that {adapters[0].name} was trained with, or is read by "
+        "another version of transformers: images may become other tokens"
+    ]
+
+
+def read_for_chat(path: str, images: ImageTokens) -> tuple[bytes, str]:
+    """Returns the bytes of an image file, and its size and tokens in words.
+
+    Raises:
+        ConfigError: If it cannot be read, or the processor refuses it.
+    """
+    try:
+        if not path or is_address(path):
+            raise EncodingProblem("image", f"names {path!r} as an image, which is not a file here")
+        content = read_image(str(Path(path).expanduser()))
+        shown = as_rgb(decode_image(content))
+        (written,) = images.written([content])
+    except (RowProblems, EncodingProblem) as error:
+        reasons = [text for _, text in getattr(error, "problems", [])] or [str(error)]
+        raise ConfigError(f"The question {'; '.join(reasons)}.") from error
+    tokens = len(images.processor.tokenizer(written, add_special_tokens=False)["input_ids"])
+    return content, f"{shown.width} x {shown.height} pixels, {tokens:,} tokens"
+
+
+def images_of(turns: Sequence[dict[str, Any]]) -> list[bytes]:
+    """Returns the images of turns, in their order."""
+    return [image for turn in turns for image in turn.get("images", [])]
+
+
+def with_marks(turn: dict[str, Any]) -> dict[str, Any]:
+    """Returns a turn as :class:`ImageRendering <lightning_peft.data.image_templates>` reads it.
+
+    Its images come before its text, as those of a row without places for them.
+
+    Raises:
+        ConfigError: If its text has the mark of an image.
+    """
+    if MARK in turn["content"]:
+        raise ConfigError(
+            "A turn has the character U+FFFC in its text, which stands for an image. Take it out."
+        )
+    rest = {name: value for name, value in turn.items() if name != "images"}
+    return {**rest, "content": MARK * len(turn.get("images", [])) + turn["content"]}
+
+
+def with_tokens(images: ImageTokens, text: str, content: Sequence[bytes]) -> str:
+    """Returns a rendered conversation with the tokens of each image in its place.
+
+    Raises:
+        EncodingProblem: If it has other places than images, or the processor refuses one.
+    """
+    found = text.count(images.token)
+    if found != len(content):
+        raise EncodingProblem(
+            "image",
+            f"has {len(content)} images and, with its template, {found} times {images.token!r}, "
+            "which stands for one",
+        )
+    return expanded(text, images.token, images.written(content))[0]

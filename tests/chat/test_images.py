@@ -1,0 +1,156 @@
+"""Chat with models that see: an image goes through the processor, to its place in the question."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finished import BASE
+from image_text_models import FAMILIES, tiny_model
+from transformers import AutoModelForImageTextToText
+
+from lightning_peft import engine
+from lightning_peft.chat.conversation import Conversation
+from lightning_peft.cli import main
+from lightning_peft.cli.chat import _parser, load_chat_model
+from lightning_peft.cli.chat import main as chat
+from lightning_peft.errors import ConfigError
+
+Image = pytest.importorskip("PIL.Image")
+
+LONG = pytest.mark.long
+# Qwen-VL's processor cannot be read from files without torchvision.
+SAVED = ["llava", pytest.param("idefics3", marks=LONG), pytest.param("gemma3", marks=LONG)]
+WORDS = ("--max-new-tokens", "6")
+
+
+def drawing(folder: Path, colour: str, size: tuple[int, int] = (20, 16)) -> Path:
+    path = folder / f"{colour}.png"
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    """Saves a base of a family with its processor, and an adapter that changes what it says."""
+
+    def run(family: str, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+        known = FAMILIES[family]
+        processor = known.processor()
+        model = tiny_model(family, processor)
+        torch.manual_seed(1)
+        for param in model.parameters():
+            if param.ndim > 1:
+                torch.nn.init.normal_(param, std=0.15)
+        model.to(dtype).save_pretrained(tmp_path / "base")
+        processor.save_pretrained(tmp_path / "base")
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=dtype)
+        engine.inject(
+            model,
+            r=4,
+            target_modules=rf"{known.language}.*q_proj",
+            modules_to_save=[known.projector],
+        )
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(param, std=0.3)
+            elif param.requires_grad and "lora_" not in name:
+                param.data += 0.1
+        engine.save_adapter(model, tmp_path / "adapter")
+        return tmp_path / "base", tmp_path / "adapter"
+
+    return run
+
+
+def asked(*words: str) -> Conversation:
+    return Conversation(load_chat_model(_parser().parse_args([*words, *WORDS])))
+
+
+def expected(model: Any, processor: Any, turns: list[Any], images: list[Path]) -> str:
+    """What transformers says by the processor's own ways."""
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    files = [Image.open(path) for path in images]
+    inputs = processor(text=[text], images=[files], return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=[2]
+        )
+    return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def parts(text: str, images: int = 1) -> list[dict[str, str]]:
+    return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+
+@pytest.mark.parametrize("family", SAVED)
+def test_base_and_adapter_see_what_the_processor_makes_of_an_image(
+    family: str, run: Any, tmp_path: Path
+) -> None:
+    base, adapter = run(family)
+    red, blue = drawing(tmp_path, "red"), drawing(tmp_path, "blue", (16, 24))
+    talk = asked(f"mine={adapter}", "--base", str(base))
+    processor, model = talk.chat_model.images.processor, talk.chat_model.loaded.model
+    assert str(talk.run_command(f"/image {red}")).startswith(f"{red}: 20 x 16 pixels, ")
+    tuned = talk.ask("What is it?", lambda text: None).text
+    question = [{"role": "user", "content": parts("What is it?")}]
+    assert tuned == expected(model, processor, question, [red]).strip()
+    # The second question is about the second image, with the first one above it.
+    talk.run_command(f"/image {blue}")
+    second = talk.ask("And now?", lambda text: None).text
+    turns = [*question, {"role": "assistant", "content": [{"type": "text", "text": tuned}]}]
+    turns += [{"role": "user", "content": parts("And now?")}]
+    assert second == expected(model, processor, turns, [red, blue]).strip()
+    talk.run_command("/reset")
+    talk.run_command("/base")
+    talk.run_command(f"/image {red}")
+    plain = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    first = talk.ask("What is it?", lambda text: None).text
+    assert first == expected(plain, processor, question, [red]).strip()
+    # Text alone is a part of its turn too.
+    only = talk.chat_model.tokens_of([{"role": "user", "content": "Hello?"}])
+    assert "Hello?" in processor.tokenizer.decode(only[0])
+
+
+def test_a_base_alone_and_one_of_16_bits(run: Any, tmp_path: Path, capsys: Any) -> None:
+    base, adapter = run("llava", torch.bfloat16)
+    red = drawing(tmp_path, "red")
+    given = ["--image", str(red), "--prompt", "What is it?", *WORDS, "--json"]
+    assert main(["chat", "--base", str(base), *given]) == 0
+    assert main(["chat", f"mine={adapter}", "--base", str(base), *given]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["adapter"] for row in rows] == ["base", "mine"]
+    assert rows[0]["answer"] != rows[1]["answer"]
+
+
+def test_images_that_cannot_be_shown_are_refused(
+    run: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = run("llava")
+    talk = asked("--base", str(base))
+    (tmp_path / "text.png").write_text("no image")
+    for path, problem in [
+        (tmp_path / "none.png", "names '.*none.png', which cannot be read: No such file"),
+        (tmp_path / "text.png", "The question .*image"),
+        ("https://x.org/a.png", "names 'https://x.org/a.png' as an image, which is not a file"),
+        ("", "names '' as an image"),
+    ]:
+        with pytest.raises(ConfigError, match=problem):
+            talk.run_command(f"/image {path}")
+    for text, problem in [("a\ufffcb", r"the character U\+FFFC"), ("a <image>?", "0 images and, ")]:
+        with pytest.raises(ConfigError, match=problem):
+            talk.ask(text, lambda piece: None)
+    assert not talk.turns
+    with pytest.raises(ConfigError, match="--image is for a conversation, and --serve"):
+        chat(["--base", str(base), "--serve", "--image", "a.png"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image a.png\n"))
+    assert main(["chat", "--base", str(BASE), "--chat-template", "plain"]) == 2
+    assert "'a.png' cannot be shown to this model, which reads text" in capsys.readouterr().err
+    # Without its processor nothing says how an image becomes tokens.
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (base / name).unlink(missing_ok=True)
+    assert main(["chat", "--base", str(base), "--prompt", "x"]) == 2
+    assert "its processor cannot be had" in capsys.readouterr().err
