@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -119,6 +119,13 @@ class PromptData(ConversationData):
     def render_row(self, row: dict[str, Any]) -> list[TextSpan]:
         text = str(self.tokenizer.decode(row["input_ids"]))
         return [TextSpan(False, text, []), TextSpan(False, f"\n{row['columns']}", [])]
+
+    def judged_rows(self) -> Iterator[dict[str, Any]]:
+        """Yields ``row`` and ``columns`` of every row, of all splits."""
+        for split in self.read().splits.values():
+            both = (split.data.column(name).to_pylist() for name in ("row", "columns"))
+            for number, columns in zip(*both, strict=True):
+                yield {"row": number, "columns": json.loads(columns)}
 
     def collator(self) -> Callable[[list[Any]], Any]:
         return partial(collate, pad_token_id=self.pad_token_id)

@@ -21,6 +21,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 # Shares of the reward of an answer: that it is JSON, its keys, and their values.
 _PARSES, _KEYS, _VALUES = 0.2, 0.3, 0.5
 _WORD = re.compile(r"\w+")
+# What functions get next to the columns.
+_ANSWERED = ("prompts", "completions", "completion_ids")
 
 
 def json_exactness(
@@ -159,6 +161,45 @@ def _takes_names(function: RewardFunction) -> bool:
     )
 
 
+def check_columns(
+    functions: Mapping[str, RewardFunction], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Checks that the rows have what the functions need, before any answer is judged.
+
+    Args:
+        functions: By name.
+        rows: All rows: ``row`` (its number) and ``columns``.
+
+    Raises:
+        ConfigError: If a function has a parameter without default of which no row has a column, or
+            a row has nothing that a built-in one could compare with; with all such columns, or the
+            first such row.
+    """
+    built_in = {name: one for name, one in functions.items() if one in _BUILT_IN.values()}
+    there = set(_ANSWERED)
+    for row in rows:
+        there.update(row["columns"])
+        for name, function in built_in.items():
+            _check_expected(name, function, row)
+    absent = {
+        name: [key for key in _needed(one) if key not in there] for name, one in functions.items()
+    }
+    problems = [f"{name!r} needs {', '.join(keys)}" for name, keys in absent.items() if keys]
+    if problems:
+        raise ConfigError(
+            f"The reward {', and '.join(problems)}, and no row has such a column. Add it to the "
+            "rows, or give the parameter a default."
+        )
+
+
+def _needed(function: RewardFunction) -> list[str]:
+    return [
+        key
+        for key, one in inspect.signature(function).parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    ]
+
+
 def judge(
     functions: Mapping[str, RewardFunction],
     rows: Sequence[Mapping[str, Any]],
@@ -169,15 +210,15 @@ def judge(
 
     Args:
         functions: By name. Each is called as TRL does, with lists of equal length: ``prompts``,
-            ``completions``, ``completion_ids`` and the further columns of the rows by their names.
+            ``completions``, ``completion_ids`` and the further columns of the rows by their names,
+            ``None`` where a row has none; :func:`check_columns` says which are needed.
         rows: The row of each answer: ``prompt``, ``row`` (its number) and ``columns``.
         completions: Texts, or turns where the prompts are turns.
         completion_ids: Tokens of the answers.
 
     Raises:
         ConfigError: If a function returns another number of rewards, or one that is not a finite
-            number, or a row has nothing that a built-in one could compare with; with its name and
-            the row.
+            number; with its name and the row.
     """
     names = dict.fromkeys(name for row in rows for name in row["columns"])
     given: dict[str, Any] = {
@@ -196,19 +237,9 @@ def _called(
     completions, parameters = given["completions"], inspect.signature(function).parameters
     if not any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         given = {key: value for key, value in given.items() if key in parameters}
-    needed = [
-        key
-        for key, one in parameters.items()
-        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-    ]
-    absent = [key for key in needed if key not in given]
-    if absent:
-        raise ConfigError(
-            f"The reward {name!r} needs {', '.join(absent)}, and no row has such a column. Add it "
-            "to the rows, or give the parameter a default."
-        )
-    if function in _BUILT_IN.values():
-        _check_expected(name, function, rows)
+    # A column of other rows.
+    nothing: list[Any] = [None] * len(rows)
+    given = {**dict.fromkeys(_needed(function), nothing), **given}
     returned = function(**given)
     if isinstance(returned, str | Mapping) or not isinstance(returned, Iterable):
         raise ConfigError(
@@ -232,17 +263,16 @@ def _called(
     return numbers
 
 
-def _check_expected(name: str, function: RewardFunction, rows: Sequence[Mapping[str, Any]]) -> None:
+def _check_expected(name: str, function: RewardFunction, row: Mapping[str, Any]) -> None:
     kinds: Any = str if function is word_overlap else object
-    for row in rows:
-        value = row["columns"].get("expected")
-        if value is None or not isinstance(value, kinds):
-            needed = "text" if kinds is str else 'JSON (for null, the text "null")'
-            raise ConfigError(
-                f"The reward {name!r} cannot compare with row {row['row']}, whose column expected "
-                f"holds {shortened(value)}. It is to hold {needed}: add it to the row, or "
-                "take the row out."
-            )
+    value = row["columns"].get("expected")
+    if value is None or not isinstance(value, kinds):
+        needed = "text" if kinds is str else 'JSON (for null, the text "null")'
+        raise ConfigError(
+            f"The reward {name!r} cannot compare with row {row['row']}, whose column expected "
+            f"holds {shortened(value)}. It is to hold {needed}: add it to the row, or "
+            "take the row out."
+        )
 
 
 def _number(value: Any) -> float:

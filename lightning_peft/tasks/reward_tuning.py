@@ -23,7 +23,12 @@ from lightning_peft.tasks.grpo_losses import (
 )
 from lightning_peft.tasks.preference_losses import token_log_probabilities
 from lightning_peft.tasks.reference import ReferencedTask, reference
-from lightning_peft.tasks.reward_functions import RewardFunction, judge, load_rewards
+from lightning_peft.tasks.reward_functions import (
+    RewardFunction,
+    check_columns,
+    judge,
+    load_rewards,
+)
 from lightning_peft.tasks.rollouts import Rollout, Sampling, answers_to
 from lightning_peft.tasks.samples import GeneratedSample
 
@@ -104,6 +109,8 @@ class RewardTuning(ReferencedTask):
         # Which of the steps with the same samples this is, and what they were sampled with.
         self._iteration = 0
         self._rollout: Rollout | None = None
+        # The data whose rows were checked.
+        self._checked: object = None
 
     def _argument_problems(self) -> list[str]:
         hparams = self.hparams
@@ -168,7 +175,7 @@ class RewardTuning(ReferencedTask):
 
         Raises:
             ConfigError: If there is no reference, a reward cannot be imported, or the data has no
-                prompts.
+                prompts, or not the columns that the rewards need.
             UnsupportedError: If there are several processes.
         """
         trainer: Any = self.trainer
@@ -194,9 +201,12 @@ class RewardTuning(ReferencedTask):
                 f"{type(self).__name__} takes prompts from PromptData, not from "
                 f"{type(data).__name__}: answers are sampled, not read."
             )
-        # So that a path that is wrong is known before the first answer.
-        _ = self.functions
+        if self._checked is data:
+            return
+        # So that a path or a row that is wrong is known before the first answer.
+        check_columns(self.functions, data.judged_rows())
         self._check_lengths(data)
+        self._checked = data
 
     def _check_lengths(self, data: PromptData) -> None:
         assert self.model is not None
@@ -213,7 +223,7 @@ class RewardTuning(ReferencedTask):
 
     def on_validation_start(self) -> None:
         """Checks that there is a reference, rewards and prompts."""
-        self._check_reference()
+        super().on_validation_start()
         self._check_rows()
 
     on_test_start = on_predict_start = on_validation_start

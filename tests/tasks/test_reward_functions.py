@@ -7,6 +7,7 @@ import pytest
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.tasks.reward_functions import (
+    check_columns,
     json_exactness,
     judge,
     load_rewards,
@@ -118,15 +119,24 @@ def test_rewards_that_are_not_numbers_are_refused_by_name_and_row(values, proble
 def test_what_a_row_expects_is_checked_by_the_functions_of_the_package(name, expected):
     rows = [ROWS[0], {"prompt": "b", "row": 9, "columns": {"expected": expected}}]
     with pytest.raises(ConfigError, match=f"'{name}' cannot compare with row 9, whose column"):
-        judge(load_rewards([name]), rows, ["p", "q"], [[1], [2]])
+        check_columns(load_rewards([name]), rows)
     rows[1] = {"prompt": "b", "row": 9, "columns": {}}
     with pytest.raises(ConfigError, match=f"'{name}' cannot .* row 9, .* holds None. It is to"):
-        judge(load_rewards([name]), rows, ["p", "q"], [[1], [2]])
+        check_columns(load_rewards([name]), rows)
 
 
-def test_a_column_that_no_row_has_is_named():
-    def needs(completions, gold):
-        return [0.0 for _ in completions]
+def test_columns_that_no_row_has_are_named_before_anything_is_judged():
+    def needs(completions, gold, size, other=None):
+        return [float(one is None) for one in size]
 
-    with pytest.raises(ConfigError, match="'mine.needs' needs gold, and no row has such a column"):
-        judge({"mine.needs": needs}, ROWS, ["p", "q"], [[1], [2]])
+    def also(completion_ids, *, silver, **rest):
+        return [0.0 for _ in completion_ids]
+
+    functions = {"mine.needs": needs, "mine.also": also, "json_exactness": json_exactness}
+    problem = "reward 'mine.needs' needs gold, and 'mine.also' needs silver, and no row has such"
+    with pytest.raises(ConfigError, match=problem):
+        check_columns(functions, ROWS)
+    both = {"gold": 1, "silver": None, "expected": "z"}
+    check_columns(functions, [*ROWS, {"row": 10, "columns": both}])
+    # A batch may have none of the rows that have a column.
+    assert judge({"mine.needs": needs}, ROWS[:1], ["p"], [[1]]).tolist() == [[1.0]]

@@ -20,6 +20,9 @@ def low(completion_ids, **rest):
 
 def flat(completions):
     return [0.5 for _ in completions]
+
+def needs(completions, gold):
+    return [0.0 for _ in completions]
 '''
 
 
@@ -154,6 +157,10 @@ def test_what_is_not_supported_is_refused_before_a_sample(tmp_path):
         trainer_of().fit(task_of(beta=0.1), prompts_in(tmp_path))
     with pytest.raises(ConfigError, match="'own_rewards.absent' cannot be imported"):
         trainer_of().fit(task_of(rewards=["own_rewards.absent"]), prompts_in(tmp_path))
+    for start in ("fit", "validate"):
+        task, data = task_of(rewards=["own_rewards.needs"]), prompts_in(tmp_path)
+        with pytest.raises(ConfigError, match="'own_rewards.needs' needs gold, and no row has"):
+            getattr(trainer_of(), start)(task, datamodule=data)
     with pytest.raises(ConfigError, match=r"max_completion_length=2,048: 'none' takes 2,048 tog"):
         trainer_of().fit(task_of(max_completion_length=2048), prompts_in(tmp_path))
     repeated = task_of(num_iterations=2)
