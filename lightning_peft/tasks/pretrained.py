@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import trainer_of
+from lightning_peft.data.vocabulary import check_vocabulary
 from lightning_peft.errors import ConfigError
 from lightning_peft.plugin.namespace import LateBoundMeta
 from lightning_peft.tasks.step_mean import StepMean
@@ -80,6 +81,8 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         self.save_hyperparameters()
         self.step_mean = StepMean()
         self.model: PreTrainedModel | None = None
+        # The data whose tokens were compared with the model's embeddings.
+        self._vocabulary_checked: object = None
         self.metrics = MetricCollection(self.make_metrics(), compute_groups=False)
         problems = self._argument_problems()
         if problems:
@@ -156,9 +159,40 @@ class PretrainedTask(_Base, metaclass=LateBoundMeta):
         return config
 
     def on_fit_start(self) -> None:
-        """Puts the model in train mode: ``from_pretrained`` returns it in eval mode."""
+        """Checks the tokens of the data, and puts the model in train mode.
+
+        ``from_pretrained`` returns it in eval mode.
+
+        Raises:
+            ConfigError: If the model has no embedding for some tokens.
+        """
         assert self.model is not None
+        self.check_tokens()
         self.model.train()
+
+    def on_validation_start(self) -> None:
+        """Checks the tokens of the data."""
+        self.check_tokens()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def check_tokens(self) -> None:
+        """Checks, once, that the model has an embedding for every token of the data module.
+
+        Raises:
+            ConfigError: If not, with the first such rows.
+        """
+        data = getattr(trainer_of(self), "datamodule", None)
+        if data is self._vocabulary_checked or self.model is None:
+            return
+        try:
+            rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        # Of models that read no tokens.
+        except (NotImplementedError, AttributeError):
+            rows = None
+        if rows is not None:
+            check_vocabulary(data, rows, str(self.hparams["model"]))
+        self._vocabulary_checked = data
 
     def forward(self, **batch: Any) -> Any:
         """Returns the model's output."""

@@ -73,7 +73,12 @@ class ReferencedTask(PretrainedTask):
         if self.has_reference:
             check_reference(self)
 
-    on_validation_start = on_test_start = on_predict_start = _check_reference
+    def on_validation_start(self) -> None:
+        """Checks that there is a reference, and the tokens of the data."""
+        self._check_reference()
+        super().on_validation_start()
+
+    on_test_start = on_predict_start = on_validation_start
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Says so once if training does not begin at the reference, on its first batch."""

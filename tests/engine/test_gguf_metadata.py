@@ -19,11 +19,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def config_of(folder: Path, architecture: str, fields: dict[str, Any]) -> Any:
+def config_of(folder: Path, architecture: str, fields: dict[str, Any], layers: int = 2) -> Any:
     """Writes a file without layers, and returns the config that is read from it."""
     writer = gguf.GGUFWriter(folder / "x.gguf", architecture)
     writer.add_context_length(4096)
-    writer.add_block_count(2)
+    writer.add_block_count(layers)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
@@ -77,6 +77,20 @@ def test_gemma_scales_the_layers_that_attend_to_all(tmp_path: Path) -> None:
         "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     }
     assert (config.head_dim, config.sliding_window) == (32, 512)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "divisor"),
+    [("gemma2", 46, 16), ("gemma2", 42, 32), ("gemma3", 62, 16), ("gemma3", 48, 32)],
+)
+def test_scores_of_gemma_are_divided_as_by_llama_cpp(
+    tmp_path: Path, architecture: str, layers: int, divisor: int
+) -> None:
+    sizes = {"attention.key_length": 32, "attention.value_length": 32}
+    config = config_of(tmp_path, architecture, sizes | {"final_logit_softcapping": 25.0}, layers)
+    assert config.num_hidden_layers == layers
+    assert config.query_pre_attn_scalar == divisor
+    assert config.final_logit_softcapping == 25.0
 
 
 def test_heads_and_windows_are_those_of_the_file(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from lightning_peft.model_reference import ModelReference, parse_model_reference
 log = logging.getLogger(__name__)
 
 # Raised whenever a folder is written in another way.
-FORMAT = 4
+FORMAT = 5
 KIND = "model in a GGUF file"
 # Longer is what tokenizers say that know no limit.
 _NO_LIMIT = 1 << 30

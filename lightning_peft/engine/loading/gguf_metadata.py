@@ -22,6 +22,10 @@ _NEUTRAL = {
     "scaling.yarn_log_multiplier": 0.0,
 }
 _BETAS = {"scaling.yarn_beta_fast": "beta_fast", "scaling.yarn_beta_slow": "beta_slow"}
+# Layers of the one size of each whose scores llama.cpp divides by the root of the model's width per
+# head; no file says so. Those of other sizes are divided by the root of a head's size.
+_WIDE_SCORES = {"gemma2": 46, "gemma3": 62}
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Its layers have heads of two sizes, all of which transformers has defaults for.
 _TWO_SIZES = ("gemma4",)
 
@@ -42,6 +46,7 @@ def apply_metadata(config: Any, metadata: Mapping[str, Any], architecture: str, 
     # A value that is not there, or that a converter wrote for "none".
     there = {key: value for key, value in metadata.items() if value not in (None, "", "none")}
     found = [*_heads(text, there, architecture), *_window(text, there)]
+    found += [*_scores(text, there, architecture)]
     # After the size of heads, which the share of a head that is rotated is of.
     found += [*_rope(text, there, architecture)]
     if found:
@@ -73,6 +78,18 @@ def head_size(text: Any) -> int | None:
             return int(getattr(text, name))
     heads = getattr(text, "num_attention_heads", None)
     return int(text.hidden_size) // heads if heads else None
+
+
+def _scores(text: Any, there: Mapping[str, Any], architecture: str) -> Iterator[Problem]:
+    """Sets what the scores of attention are divided by, and where they and logits are capped."""
+    layers = _WIDE_SCORES.get(architecture)
+    if layers is not None:
+        wide = text.num_hidden_layers == layers
+        width = text.hidden_size // text.num_attention_heads
+        text.query_pre_attn_scalar = width if wide else head_size(text)
+    for key in _CAPS:
+        if there.get(key) and not _set(text, key, there[key]):
+            yield key, there[key]
 
 
 def _window(text: Any, there: Mapping[str, Any]) -> Iterator[Problem]:
