@@ -68,7 +68,8 @@ class LoRAArguments(LoRAFields):
             paged unless its name says so. ``None`` leaves all.
         gradient_checkpointing: Keep only the inputs of repeated blocks for the backward pass, and
             recompute the rest (arXiv 1604.06174): the same numbers, less memory, more time.
-            ``"auto"`` where the model has such blocks; ``True`` raises where it has none. An amount
+            ``"auto"`` where everything would not fit on the device by the planner's numbers, or
+            that is not known; ``True`` raises where the model has no such blocks. An amount
             such as ``"2GB"`` or ``"512MiB"``, or a share such as ``0.5``, is what the blocks may
             keep: what costs most time for its bytes is kept first.
         announce: Print the adapted and quantized layers when training starts.
@@ -86,7 +87,7 @@ class LoRAArguments(LoRAFields):
     _: KW_ONLY
     adapt: str | list[str] | None = None
     optimizer: str | None = None
-    gradient_checkpointing: bool | Literal["auto"] | float | str = False
+    gradient_checkpointing: bool | Literal["auto"] | float | str = "auto"
     announce: bool = True
     verify: Literal["cheap", "full", "off"] = "cheap"
     ddp_kwargs: dict[str, Any] | None = None
@@ -124,4 +125,3 @@ class QLoRAArguments(LoRAArguments):
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     cache_quantized_base: bool = True
     optimizer: str | None = "auto"
-    gradient_checkpointing: bool | Literal["auto"] | float | str = "auto"

@@ -43,11 +43,11 @@ FLOORS: dict[str, set[str]] = {
     "tasks": {"data", "runs", "plan", "plugin", "engine", "errors"},
     "data": {"tasks", "runs", "plan", "plugin", "engine", "errors"},
     "runs": {"plan", "plugin", "engine", "errors"},
-    "plan": {"plugin", "engine", "errors"},
+    "plan": {"engine", "errors"},
     "export": {"runs", "plan", "plugin", "engine", "errors"},
     "evaluation": {"chat", "export", "data", "runs", "plan", "plugin", "engine", "errors"},
     "chat": {"export", "data", "runs", "plan", "plugin", "engine", "errors"},
-    "plugin": {"engine", "errors"},
+    "plugin": {"plan", "engine", "errors"},
     "engine": {"errors"},
     "errors": set(),
 }

@@ -33,7 +33,7 @@ def test_constructors_have_the_signature_of_the_dataclass(name):
 def test_qlora_adds_its_own_defaults():
     ours, lora = (inspect.signature(cls).parameters for cls in (QLoRAArguments, LoRAArguments))
     assert (lora["optimizer"].default, ours["optimizer"].default) == (None, "auto")
-    assert lora["gradient_checkpointing"].default is False
+    assert lora["gradient_checkpointing"].default == "auto"
     assert ours["gradient_checkpointing"].default == "auto"
     assert set(lora) < set(ours)
 

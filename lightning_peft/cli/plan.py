@@ -89,7 +89,8 @@ def _parser() -> OptionParser:
         "--gradient-checkpointing",
         choices=("auto", "on", "off"),
         default="auto",
-        help="by default what the strategy does: on for qlora",
+        help="by default as in a run: off where everything fits on --gpu; without --gpu, on for "
+        "qlora",
     )
     add(
         "--logits",

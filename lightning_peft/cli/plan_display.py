@@ -79,10 +79,12 @@ def _room(comparison: MethodComparison) -> Iterator[str]:
     run, device = comparison.plan.settings, comparison.device
     yield f"{comparison.plan.verdict(device.bytes)} into {readable(device.bytes)} ({device.name})"
     none = "none is guaranteed to fit"
+    more = comparison.limits_checkpointing and not run.checkpointing
+    how = ", with gradient checkpointing" if more else ""
     if comparison.batch_size is not None:
-        yield f"largest batch at seq_len={run.seq_len}: {comparison.batch_size or none}"
+        yield f"largest batch at seq_len={run.seq_len}{how}: {comparison.batch_size or none}"
     if comparison.seq_len is not None:
-        yield f"longest sequence at batch_size={run.batch_size}: {comparison.seq_len or none}"
+        yield f"longest sequence at batch_size={run.batch_size}{how}: {comparison.seq_len or none}"
 
 
 def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:

@@ -52,7 +52,7 @@ def _rerun(path: Path) -> tuple[Path | None, Any]:
     set_num_threads(threads)
     second = folder.RunFolder.create(path.resolve().parent, f"again {path.name[16:]}")
     words = [f"--config={first.recipe}", f"--run_dir={second.path}"]
-    session = run("fit", words)
+    session = run("fit", words, first.decided())
     if session.saved is not None:
         print("lightning-peft: stopped; nothing was compared", file=sys.stderr)
         return None, None

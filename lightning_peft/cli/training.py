@@ -75,8 +75,8 @@ def main(subcommand: str, arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(subcommand: str, words: Sequence[str]) -> RunSession:
-    """Runs one of the four, and returns its result.
+def run(subcommand: str, words: Sequence[str], decided: dict[str, Any] | None = None) -> RunSession:
+    """Runs one of the four, and returns its result; ``decided`` is what another run decided.
 
     Raises:
         LightningPeftError: If it fails for a reason that it explains.
@@ -85,7 +85,7 @@ def run(subcommand: str, words: Sequence[str]) -> RunSession:
     from lightning_peft.runs.session import RunSession
 
     name = Path(_configs(words)[0]).stem if _configs(words) else "run"
-    session: RunSession = RunSession(subcommand, name)
+    session: RunSession = RunSession(subcommand, name, decided)
     with resolved_recipes(words) as resolved, session:
         run_subcommand(subcommand, resolved, session)
     return session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -21,6 +22,18 @@ _GIGABYTES = {
     "rtx4080": 16, "rtx4090": 24, "rtx5060": 8, "rtx5070": 12, "rtx5070ti": 16, "rtx5080": 16,
     "rtx5090": 32, "rtxa4000": 16, "rtxa5000": 24, "rtxa6000": 48, "rtx6000ada": 48,
 }  # fmt: skip
+# Limits of a container: most bytes, bytes in use, and the name of the part of these that is given
+# up where memory is short.
+_CONTAINER_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+_CONTAINER = Path("/sys/fs/cgroup")
 _UNITS = {"GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -74,7 +87,23 @@ def this_device() -> DeviceMemory:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(0)
         return DeviceMemory(torch.cuda.get_device_name(0), free, "cuda")
-    return DeviceMemory("this machine's memory", psutil.virtual_memory().available, "cpu")
+    return DeviceMemory("this machine's memory", available_memory(), "cpu")
+
+
+def available_memory(container: Path = _CONTAINER) -> int:
+    """Returns the bytes of memory that can still be used, within the limit of a container."""
+    free = psutil.virtual_memory().available
+    for files in _CONTAINER_FILES:
+        try:
+            most, used, stat = (
+                (container / name).read_text(encoding="utf-8") for name in files[:3]
+            )
+            kept = dict(line.split() for line in stat.splitlines()).get(files[3], "0")
+            return max(0, min(free, int(most) - int(used) + int(kept)))
+        except (OSError, ValueError):
+            # Another version of cgroups, or "max".
+            continue
+    return free
 
 
 def readable(size: float) -> str:

@@ -26,3 +26,6 @@ KERNEL_BYTES, KERNELS_KEPT = 730_000, 1024
 # On CPUs, the C library keeps freed blocks of up to 32 MB, and batches of other lengths leave gaps
 # between them: a share of what a step computes, least, usual and most.
 HEAP = (0.0, 0.3, 0.7)
+
+# Share of the device up to which a run fits comfortably: batches differ, and memory fragments.
+COMFORTABLE = 0.85

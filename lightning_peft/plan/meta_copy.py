@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_peft import engine
 from lightning_peft.compat.lightning import owners_of
@@ -25,7 +26,8 @@ _DEVICE = torch.device("cpu")
 def meta_copy(module: nn.Module) -> nn.Module:
     """Returns a copy of ``module`` whose parameters and buffers are on the meta device.
 
-    The values are not copied, and neither is the Trainer that a LightningModule belongs to.
+    The values are not copied, and neither are datasets that a module holds and the Trainer that it
+    belongs to.
     """
     memo: dict[int, Any] = {}
     for param in module.parameters():
@@ -34,6 +36,9 @@ def meta_copy(module: nn.Module) -> nn.Module:
         memo[id(buffer)] = _on_meta(buffer)
     for child in module.modules():
         memo |= {id(owner): None for owner in owners_of(child)}
+        # No step changes them, and they may be large.
+        data = (one for one in vars(child).values() if isinstance(one, (Dataset, DataLoader)))
+        memo |= {id(one): one for one in data}
     return copy.deepcopy(module, memo)
 
 

@@ -31,6 +31,7 @@ class MethodComparison:
         seq_len: The longest sequence that fits at the run's batch size, likewise.
         recommendation: Which method to choose.
         longest: Longest sequence that the model was made for, if its config says so.
+        limits_checkpointing: Whether these two are with blocks checkpointed.
         logits: ``"chunked"`` if they are those of some tokens at a time, else ``"all"``.
     """
 
@@ -44,6 +45,7 @@ class MethodComparison:
     recommendation: Recommendation
     longest: int | None = None
     logits: str = "all"
+    limits_checkpointing: bool = False
 
     @property
     def fits(self) -> bool | None:
@@ -122,26 +124,32 @@ def compare_methods(
     Raises:
         ConfigError, TargetModulesError, UnsupportedError: If the run could not be started.
     """
-    methods: dict[Method, Prediction] = {}
-    for method in (settings.method, *(m for m in METHODS if m != settings.method)):
-        progress(f"{method} at batch_size={settings.batch_size}, seq_len={settings.seq_len}")
-        run = settings if method == settings.method else _by(method, settings)
-        methods[method] = predict(source, run)
-    plan = methods[settings.method]
-    saved = {settings.checkpointing: plan.trace.kept}
+    runs = f"at batch_size={settings.batch_size}, seq_len={settings.seq_len}"
+    progress(f"{settings.method} {runs}")
+    known = _by_checkpointing(source, settings, device)
+    plan = known[list(known)[-1]]
+    # A run that decides for itself grows further with them checkpointed.
+    automatic, settings = settings.gradient_checkpointing == "auto", plan.settings
+    methods = {settings.method: plan}
+    for method in METHODS:
+        if method not in methods:
+            progress(f"{method} {runs}")
+            methods[method] = predict(source, _by(method, settings))
     other = not settings.checkpointing
     progress(f"gradient_checkpointing={other}")
     with suppress(UnsupportedError):
-        changed = replace(settings, gradient_checkpointing=other)
-        saved[other] = predict(source, changed).trace.kept
+        if other not in known:
+            known[other] = predict(source, replace(settings, gradient_checkpointing=other))
+    saved = {on: one.trace.kept for on, one in known.items()}
     batch_size = seq_len = None
+    grown = known.get(True, plan) if automatic else plan
     if device is not None and limits:
         if source.rows_change:
             progress("the largest batch that fits")
-            batch_size = largest_batch(source, plan, device.bytes)
+            batch_size = largest_batch(source, grown, device.bytes)
         if source.length_changes:
             progress("the longest sequence that fits")
-            seq_len = longest_sequence(source, plan, device.bytes)
+            seq_len = longest_sequence(source, grown, device.bytes)
     return MethodComparison(
         source.name,
         plan,
@@ -153,7 +161,22 @@ def compare_methods(
         recommend(methods, device),
         source.longest,
         "all" if source.step is None else "chunked",
+        grown.settings.checkpointing,
     )
+
+
+def _by_checkpointing(
+    source: ModelSource, settings: PlanSettings, device: DeviceMemory | None
+) -> dict[bool, Prediction]:
+    """Returns predictions by whether blocks are checkpointed; the last one is of the run."""
+    automatic = settings.gradient_checkpointing == "auto" and settings.method != "full"
+    if not automatic or device is None:
+        return {settings.checkpointing: predict(source, settings)}
+    found = {False: predict(source, replace(settings, gradient_checkpointing=False))}
+    if not found[False].fits_comfortably(device.bytes):
+        with suppress(UnsupportedError):
+            found[True] = predict(source, replace(settings, gradient_checkpointing=True))
+    return found
 
 
 def _by(method: Method, settings: PlanSettings) -> PlanSettings:

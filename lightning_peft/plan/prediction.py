@@ -76,6 +76,10 @@ class Prediction:
         """Says whether even the upper end of the interval fits."""
         return self.high_bytes <= device_bytes
 
+    def fits_comfortably(self, device_bytes: int) -> bool:
+        """Says whether it fits with room to spare."""
+        return self.high_bytes <= margins.COMFORTABLE * device_bytes
+
     def verdict(self, device_bytes: int) -> str:
         """Returns ``"fits"``, ``"may not fit"`` or ``"does not fit"`` (not even the lower end)."""
         if self.fits(device_bytes):

@@ -15,8 +15,6 @@ from lightning_peft.plan.memory_tracker import ACTIVATIONS, LOGITS
 from lightning_peft.plan.prediction import Prediction
 from lightning_peft.plan.settings import Method
 
-# Share of the device up to which a run fits comfortably: batches differ, and memory fragments.
-_COMFORTABLE = 0.85
 _LARGE = 13_000_000_000
 
 
@@ -41,7 +39,7 @@ def recommend(plans: Mapping[Method, Prediction], device: DeviceMemory | None) -
             "Where the first fits comfortably, LoRA is simpler and its steps are faster, since "
             "nothing is dequantized; else take QLoRA. Give --gpu for an answer for your device.",
         )
-    comfortable = lora.high_bytes <= _COMFORTABLE * device.bytes
+    comfortable = lora.fits_comfortably(device.bytes)
     if comfortable and not large:
         return Recommendation("lora", _lora(plans, device))
     if qlora.fits(device.bytes):
@@ -64,7 +62,7 @@ def _lora(plans: Mapping[Method, Prediction], device: DeviceMemory) -> str:
         f"{readable(device.bytes)} of {device.name}, which is comfortable. It is simpler than "
         f"QLoRA, and its steps are faster, since nothing is dequantized."
     )
-    if full.high_bytes <= _COMFORTABLE * device.bytes:
+    if full.fits_comfortably(device.bytes):
         text += f" Training all weights would fit too, with about {_range(full)}."
     return text + _usual_reason(lora)
 

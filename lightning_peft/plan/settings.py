@@ -32,8 +32,8 @@ class PlanSettings:
             step), ``"adamw_torch"`` (torch's AdamW, whose states have the dtype of the weights),
             one of the engine's names such as ``"paged_adamw_8bit"``, or ``"auto"``: what the
             strategies do by default, the fused step for QLoRA and AdamW for the others.
-        gradient_checkpointing: Whether blocks keep only their inputs; ``"auto"`` is on for QLoRA,
-            as in :class:`lightning_peft.QLoRAStrategy`.
+        gradient_checkpointing: Whether blocks keep only their inputs. ``"auto"`` is decided by the
+            device, as in a run; where none is given, it is on for QLoRA.
         lora: LoRA arguments by PEFT's names.
         quantization: Arguments of :func:`lightning_peft.engine.quantization_config`.
         adapt: Names of the parts to adapt.

@@ -14,6 +14,7 @@ from lightning_peft.compat.lightning import checkpoint_io_of, set_checkpoint_io
 from lightning_peft.errors import CheckpointError
 from lightning_peft.plugin.adapter_checks import check_frozen, check_optimizers
 from lightning_peft.plugin.adapter_defaults import KEPT_IN_FLOAT32
+from lightning_peft.plugin.automatic_checkpointing import AutomaticCheckpointing
 from lightning_peft.plugin.checkpoint_content import (
     CHECKPOINT_KEY,
     DATAMODULE_KEY,
@@ -43,6 +44,7 @@ from lightning_peft.plugin.optimization import (
 if TYPE_CHECKING:
     from pytorch_lightning.strategies import DDPStrategy as _Base
 
+    from lightning_peft.plan.activation_decision import ActivationDecision
     from lightning_peft.plugin.lifecycle import Lifecycle
 else:
     # As Lightning's Strategy is: an object can only be given a class of the same layout.
@@ -60,6 +62,7 @@ class AdapterStrategy(_Base):
     _training_loops: TrainingLoops | None = None
     _master_weights: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     _checkpointing: Any = None
+    _automatic: AutomaticCheckpointing | None = None
     _names_before_hooks: tuple[str, ...] = ()
 
     @property
@@ -86,7 +89,9 @@ class AdapterStrategy(_Base):
         """
         self.lifecycle.check_restored(self._restored)
         self.lifecycle.checks.new_run()
-        enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing)
+        self._automatic = None
+        if enable_activation_checkpointing(self, self.lifecycle.injection.gradient_checkpointing):
+            self._automatic = AutomaticCheckpointing(self)
         if trainer.state.fn == "fit":
             self._loops.attach()
         kept = [one for one in self._module.modules() if getattr(one, KEPT_IN_FLOAT32, False)]
@@ -129,7 +134,12 @@ class AdapterStrategy(_Base):
         """Verifies on the first batch, if asked to."""
         super().on_train_batch_start(batch, batch_idx)
         self._loops.merge_epoch_sums()
+        self.decide_checkpointing(batch)
         self.lifecycle.checks.before_batch(self, batch)
+
+    def decide_checkpointing(self, batch: Any) -> ActivationDecision | None:
+        """Decides whether activations of ``batch`` are kept; ``None`` where that is not open."""
+        return None if self._automatic is None else self._automatic.before_batch(batch)
 
     def on_train_end(self) -> None:
         """Ends what still waits for a first step."""
@@ -269,6 +279,7 @@ class AdapterStrategy(_Base):
     def teardown(self) -> None:
         """Gives the module its own ``configure_model`` and blocks back, also after errors."""
         disable_activation_checkpointing(self)
+        self._automatic = None
         if self._training_loops is not None:
             self._training_loops.detach()
         self.lifecycle.uninstall()

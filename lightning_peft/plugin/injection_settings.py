@@ -36,7 +36,7 @@ class InjectionSettings:
     adapt: list[str] | None
     adapters_configured: bool = True
     optimizer: str | None = None
-    gradient_checkpointing: bool | float | str = False
+    gradient_checkpointing: bool | float | str = "auto"
     cache_quantized_base: bool = False
 
 

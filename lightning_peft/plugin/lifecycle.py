@@ -40,6 +40,8 @@ class Lifecycle:
         announce: Whether to print what was adapted when training starts.
         checks: What is checked when training starts.
         provenance: Further content for the ``provenance.json`` of every saved adapter.
+        decided: What ``"auto"`` was decided to be, by the name of the argument. What is there
+            before a run is taken instead of a new decision.
     """
 
     def __init__(self, arguments: LoRAArguments) -> None:
@@ -48,6 +50,7 @@ class Lifecycle:
         self.announce = arguments.announce
         self.checks = TrainingChecks(arguments.verify)
         self.provenance: dict[str, Any] = {}
+        self.decided: dict[str, Any] = {}
         self._pending_module: Any = None
         self._original_hook: Any = None
         self._missing: list[str] = []

@@ -83,8 +83,11 @@ def replace_optimizers(strategy: Any, name: str | None) -> None:
         log_info(strategy, f"optimizer={name!r}: {'; '.join(notes)}.")
 
 
-def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) -> None:
+def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) -> bool:
     """Switches activation checkpointing on for a fit, and says where.
+
+    Returns whether it is open yet: with ``"auto"`` there must be a batch to decide with. Until then
+    everything is kept.
 
     Raises:
         UnsupportedError: If there is nothing to checkpoint and ``setting`` is not ``"auto"``.
@@ -92,16 +95,19 @@ def enable_activation_checkpointing(strategy: Any, setting: bool | float | str) 
     disable_activation_checkpointing(strategy)
     module = strategy.lightning_module
     if setting is False or module.trainer.state.fn != "fit":
-        return
+        return False
     if setting == "auto" and is_compiled(module):
         log_info(strategy, "gradient_checkpointing='auto': off, since the module is compiled.")
-        return
-    strategy._checkpointing = engine.checkpoint_activations(
-        module, setting, partial(log_info, strategy)
-    )
-    if strategy._checkpointing.descriptions:
-        where = "; ".join(strategy._checkpointing.descriptions)
+        return False
+    active = engine.checkpoint_activations(module, setting, partial(log_info, strategy))
+    strategy._checkpointing = active
+    if setting == "auto" and (active.blocks or active.attributes):
+        active.keep_all()
+        return True
+    if active.descriptions:
+        where = "; ".join(active.descriptions)
         log_info(strategy, f"gradient_checkpointing={setting!r}: {where}.")
+    return False
 
 
 def disable_activation_checkpointing(strategy: Any) -> None:

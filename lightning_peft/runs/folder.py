@@ -91,6 +91,14 @@ class RunFolder:
                 if line.endswith("\n"):
                     yield json.loads(line)
 
+    def decided(self) -> dict[str, Any]:
+        """Returns the decisions of the run for arguments that are ``"auto"``, by their names."""
+        try:
+            content = json.loads(self.provenance.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return dict(content.get("decided") or {})
+
     def newest_checkpoint(self) -> Path | None:
         """Returns the checkpoint to go on from: the one that was written last.
 

@@ -27,7 +27,11 @@ class RunRecord:
         recipe: str = "",
         kind: str = "fit",
         seed: int | None = None,
+        decided: dict[str, Any] | None = None,
     ) -> None:
+        self.decided: dict[str, Any] = decided or {}
+        self._facts: dict[str, Any] = {}
+        self._written = ""
         self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
         self.recipe, self.kind, self.seed = recipe, kind, seed
         self.before: dict[str, float] = {}

@@ -38,6 +38,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         recipe: The config as it was resolved, for the record.
         kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         seed: What ``seed_everything`` was given.
+        decided: What another run decided for arguments that are ``"auto"``, to decide the same.
 
     Attributes:
         before: Metrics of the first validation, before training: what the base can do.
@@ -61,17 +62,29 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
         if self.status is None:
             return
         facts = provenance(pl_module, trainer.datamodule, self.recipe, self.seed)
-        self.folder.write(self.folder.provenance, facts)
+        if trainer.ckpt_path:
+            self.decided = self.folder.decided()
+        self._facts = facts
+        self._write_provenance()
         prompts = getattr(trainer.datamodule, "prompts", None)
         if isinstance(prompts, dict):
             self.folder.write(self.folder.prompts, prompts)
         lifecycle = getattr(trainer.strategy, "lifecycle", None)
         if lifecycle is not None:
+            # Decisions are taken from there, and new ones entered.
+            lifecycle.decided = self.decided
             names = [n for n in ("recipe_sha256", "task", "data", "output_settings") if n in facts]
             lifecycle.provenance = {
                 "run": self.folder.path.name,
                 **{name: facts[name] for name in names},
             }
+
+    def _write_provenance(self) -> None:
+        """Writes the facts of the run with what was decided so far, where that has changed."""
+        text = json.dumps(self.decided)
+        if self.status is not None and text != self._written:
+            self._written = text
+            self.folder.write(self.folder.provenance, {**self._facts, "decided": self.decided})
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         """Says that the base is evaluated."""
@@ -141,6 +154,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
     ) -> None:
         """Writes the numbers of the step, and follows what other programs ask for."""
         self.pace.add(batch)
+        self._write_provenance()
         self._follow_control(trainer)
         step = trainer.global_step
         if step == self._seen_step:

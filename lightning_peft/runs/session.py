@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from lightning_peft.plan.plan_callback import MemoryPlanCallback
 from lightning_peft.plugin.interruption import SaveOnInterrupt
 from lightning_peft.plugin.namespace import bind_to_lightning
+from lightning_peft.plugin.plan_callback import MemoryPlanCallback
 from lightning_peft.runs.folder import DEFAULT_ROOT, RunFolder
 from lightning_peft.runs.log import logged_to
 from lightning_peft.runs.record import best_checkpoint, numbers
@@ -32,6 +32,7 @@ class RunSession:
     Args:
         kind: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
         name: What the run is called, such as its recipe.
+        decided: What another run decided for arguments that are ``"auto"``.
 
     Attributes:
         folder: The run's folder; ``None`` before it is made, and on other processes than the first.
@@ -39,8 +40,8 @@ class RunSession:
         saved: The checkpoint that was saved where the run was interrupted.
     """
 
-    def __init__(self, kind: str, name: str) -> None:
-        self.kind, self.name = kind, name
+    def __init__(self, kind: str, name: str, decided: dict[str, Any] | None = None) -> None:
+        self.kind, self.name, self.decided = kind, name, decided
         self.folder: RunFolder | None = None
         self.result: dict[str, Any] | None = None
         self.saved: Path | None = None
@@ -83,7 +84,7 @@ class RunSession:
         seed = config.get("seed_everything")
         recorder_class = bind_to_lightning(RunRecorder, root)
         self._recorder = recorder_class(
-            self.folder, recipe, self.kind, seed if isinstance(seed, int) else None
+            self.folder, recipe, self.kind, seed if isinstance(seed, int) else None, self.decided
         )
         self._recorder.open()
         trainer = config["trainer"]

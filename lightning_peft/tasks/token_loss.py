@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Logits that exist at a time: 32 MB in bfloat16, and as many for their gradient.
+# Logits that exist at a time, at least: 32 MB in bfloat16, and as many for their gradient.
 CHUNK = 1 << 24
+# On a GPU as many as, with their gradient and a float32 copy, take this share of its memory: small
+# products leave it idle. The planner counts CHUNK; its margin for GPUs is wider.
+_GPU_SHARE, _LOGIT_BYTES = 32, 8
 # What a batch may have for the loss to be taken apart; more may mean another loss.
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "labels"}
 # The trial of a model takes so many rows and tokens.
@@ -193,7 +196,21 @@ def _accumulate(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 def _chunk_rows(model: PreTrainedModel) -> int:
     """Returns how many tokens a chunk has."""
     classes = getattr(model.get_output_embeddings(), "out_features", None)
-    return max(1, CHUNK // int(classes or model.config.get_text_config().vocab_size))
+    whole = 0
+    if model.device.type == "cuda":
+        whole = torch.cuda.get_device_properties(model.device).total_memory
+    return rows_of_chunk(int(classes or model.config.get_text_config().vocab_size), whole)
+
+
+def rows_of_chunk(classes: int, gpu_bytes: int) -> int:
+    """Returns how many tokens a chunk has.
+
+    By the size of the whole device, not by what is free: sums of other chunks round otherwise, and
+    the same run on the same device is to give the same bits.
+    """
+    most = gpu_bytes // _GPU_SHARE // _LOGIT_BYTES
+    logits = max(CHUNK, 1 << max(0, most.bit_length() - 1))
+    return max(1, logits // classes)
 
 
 def _labelled_inputs(

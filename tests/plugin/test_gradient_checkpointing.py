@@ -21,7 +21,12 @@ from torch import nn
 from lightning_peft import LoRAStrategy, QLoRAStrategy
 from lightning_peft.engine.training.activation_checkpointing import CheckpointedBlock
 from lightning_peft.errors import ConfigError, UnsupportedError
+from lightning_peft.plan import activation_decision
+from lightning_peft.plan.activation_decision import ActivationDecision
+from lightning_peft.plan.device_memory import DeviceMemory
+from lightning_peft.plugin import automatic_checkpointing
 from lightning_peft.plugin.namespace import bind_to_lightning
+from lightning_peft.plugin.run_memory import whole_memory
 
 
 def extended(module):
@@ -95,17 +100,94 @@ def test_a_budget_that_nothing_fits_into_ends_the_first_step(tmp_path):
     assert not any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
 
 
-def test_qlora_does_it_by_itself_and_says_so(tmp_path, said):
-    found = {}
-    for method, kind in (("lora", "llama"), ("qlora", "llama"), ("qlora", "linears")):
-        said.clear()
-        trainer(tmp_path, strategy(method)).fit(task(kind=kind), loader(kind))
-        found[method, kind] = {text for text in said if "gradient_checkpointing" in text}
-    assert found == {
-        ("lora", "llama"): set(),
-        ("qlora", "llama"): {"gradient_checkpointing='auto': 2 LlamaDecoderLayer of model."},
-        ("qlora", "linears"): set(),
-    }
+@pytest.fixture
+def little_memory(monkeypatch):
+    """A device that no run fits into, and a planner that is asked."""
+    monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
+    little = DeviceMemory("a small device", 1_000_000, "cpu")
+    monkeypatch.setattr(automatic_checkpointing, "memory_of", lambda *given: little)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_auto_keeps_everything_where_it_fits(method, tmp_path, said):
+    ours = strategy(method, gradient_checkpointing="auto")
+    trainer(tmp_path, ours).fit(task(kind="llama"), loader("llama"))
+    (line,) = [text for text in said if "gradient_checkpointing" in text]
+    assert line.startswith("gradient_checkpointing='auto': off: all activations take less than")
+    assert line.endswith("gradient_checkpointing=True switches it on.")
+    decided = ours.lifecycle.decided["gradient_checkpointing"]
+    assert decided["value"] is False
+    assert decided["reason"] in line
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_auto_checkpoints_where_it_does_not_fit(method, tmp_path, said, little_memory):
+    ours = strategy(method, gradient_checkpointing="auto")
+    trainer(tmp_path, ours).fit(task(kind="llama"), loader("llama"))
+    (line,) = [text for text in said if "gradient_checkpointing" in text]
+    assert line.startswith(
+        "gradient_checkpointing='auto': on (2 LlamaDecoderLayer of model): with all activations "
+        "kept the step takes up to "
+    )
+    assert "more than 85% of the 1.0 MB of a small device" in line
+    assert line.endswith("gradient_checkpointing=False switches it off.")
+
+
+def test_auto_has_nothing_to_decide_where_nothing_repeats(tmp_path, said, little_memory):
+    trainer(tmp_path, "qlora").fit(task(kind="linears"), loader("linears"))
+    assert not [text for text in said if "gradient_checkpointing" in text]
+
+
+@pytest.mark.parametrize("kind", ["residuals", "llama"])
+def test_auto_computes_the_same_both_ways(kind, tmp_path, monkeypatch):
+    kept, _ = fit(tmp_path, "qlora", kind, "auto")
+    monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
+    little = DeviceMemory("a small device", 1_000_000, "cpu")
+    monkeypatch.setattr(automatic_checkpointing, "memory_of", lambda *given: little)
+    during = []
+
+    class Watch(lightning(ROOTS[0]).Callback):
+        def on_train_batch_end(self, trainer, pl_module, *given):
+            during.append(bool(extended(pl_module) or recomputes(pl_module.model)))
+
+    other, _ = fit(tmp_path, "qlora", kind, "auto", callbacks=[Watch()])
+    assert all(during)
+    assert other.losses == kept.losses
+    assert not differing(weights(other), weights(kept))
+
+
+def test_a_larger_batch_is_decided_for_again(tmp_path, said, monkeypatch):
+    sizes = []
+
+    def decide(module, batch, settings, device):
+        sizes.append(tuple(batch["ids"].shape))
+        large = batch["ids"].shape[0] > 8
+        return ActivationDecision(large, "it is large" if large else "it is small", room=4.0)
+
+    monkeypatch.setattr(automatic_checkpointing, "decide_activations", decide)
+    rows = [{"ids": torch.randint(0, 16, (n, 6))} for n in (2, 4, 3, 16, 32)]
+    ours = strategy(gradient_checkpointing="auto")
+    run = trainer(tmp_path, ours, max_epochs=1)
+    run.fit(task(kind="llama"), torch.utils.data.DataLoader(rows, batch_size=None))
+    # Up to twice the elements the room of four is enough, since attention grows with the square.
+    assert sizes == [(2, 6), (16, 6)]
+    lines = [text.split(". ")[0] for text in said if "gradient_checkpointing" in text]
+    assert lines == [
+        "gradient_checkpointing='auto': off: it is small",
+        "gradient_checkpointing='auto': on (2 LlamaDecoderLayer of model): it is large",
+    ]
+
+
+@pytest.mark.parametrize(("share", "begins"), [(1, "on (2"), (2, "off: all activations")])
+def test_what_a_run_decided_is_taken_where_the_memory_is_there(share, begins, tmp_path, said):
+    ours = strategy(gradient_checkpointing="auto")
+    module = task(kind="llama")
+    known = {"value": True, "up_to_elements": 9, "device_bytes": share * whole_memory(module)}
+    ours.lifecycle.decided["gradient_checkpointing"] = known
+    trainer(tmp_path, ours).fit(module, loader("llama"))
+    (line,) = [text for text in said if "gradient_checkpointing" in text]
+    assert line.startswith(f"gradient_checkpointing='auto': {begins}")
+    assert ("as when the run began" in line) is (share == 1)
 
 
 def test_generate_after_a_fit_has_its_cache(tmp_path):

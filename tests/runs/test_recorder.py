@@ -13,7 +13,7 @@ from lightning_peft.runs.folder import RunFolder
 from lightning_peft.runs.recorder import RunRecorder
 
 
-def run(root, folder, broken=None, **options):
+def run(root, folder, broken=None, callbacks=(), epochs=2, resumed=None, **options):
     lightning = importlib.import_module(root)
 
     class Module(lightning.LightningModule):
@@ -42,9 +42,9 @@ def run(root, folder, broken=None, **options):
     rows = torch.randn(12, 8)
     trainer = lightning.Trainer(
         strategy=bind_to_lightning(LoRAStrategy, root)(r=2, announce=False),
-        max_epochs=2,
+        max_epochs=epochs,
         num_sanity_val_steps=-1,
-        callbacks=[bind_to_lightning(RunRecorder, root)(folder)],
+        callbacks=[bind_to_lightning(RunRecorder, root)(folder), *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -52,7 +52,7 @@ def run(root, folder, broken=None, **options):
         **options,
     )
     module = Module()
-    trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 6))
+    trainer.fit(module, DataLoader(rows, 4), DataLoader(rows, 6), ckpt_path=resumed)
     return trainer
 
 
@@ -76,6 +76,28 @@ def test_a_run_in_python_is_recorded(root, tmp_path):
     assert folder.newest_checkpoint() is not None
     provenance = json.loads(folder.provenance.read_text())
     assert provenance["base"]["(whole module)"]["fingerprint"]
+    assert provenance["decided"] == folder.decided()
+
+
+def test_decisions_are_kept_and_taken_again(tmp_path):
+    root, seen = ROOTS[0], []
+
+    class Decides(importlib.import_module(root).Callback):
+        def on_train_batch_start(self, trainer, *given):
+            decided = trainer.strategy.lifecycle.decided
+            seen.append(dict(decided))
+            decided.setdefault("number", {"value": len(seen)})
+
+    run(root, tmp_path, callbacks=[Decides()])
+    folder = RunFolder(tmp_path)
+    assert seen[:2] == [{}, {"number": {"value": 1}}]
+    assert folder.decided() == {"number": {"value": 1}}
+    seen.clear()
+    run(root, tmp_path, callbacks=[Decides()], epochs=3, resumed=folder.newest_checkpoint())
+    assert seen[0] == {"number": {"value": 1}}
+    seen.clear()
+    run(root, tmp_path, callbacks=[Decides()])
+    assert seen[0] == {}
 
 
 def test_an_error_is_written_down(tmp_path):

@@ -40,6 +40,7 @@ _SMALL = 1 << 16
 _FLAGS = ("gradient_checkpointing", "grad_checkpointing")
 _ABSENT = object()
 _BUDGET = "_activation_budget"
+_CACHE = "use_cache"
 
 
 @dataclass
@@ -60,6 +61,13 @@ class Checkpointing:
         """Sets an attribute until :meth:`disable`."""
         self.attributes.append((owner, name, owner.__dict__.get(name, _ABSENT)))
         setattr(owner, name, value)
+
+    def keep_all(self) -> None:
+        """Lets blocks keep everything again; caches stay off, so the numbers are the same."""
+        caches = [held for held in self.attributes if held[1] == _CACHE]
+        self.attributes = [held for held in self.attributes if held[1] != _CACHE]
+        self.disable()
+        self.attributes = caches
 
     def disable(self) -> None:
         """Puts every class and attribute back."""
@@ -177,8 +185,8 @@ def _enable_in_transformers(
             switched.append(child)
     configs = {id(m.config): m.config for m in part.modules() if hasattr(m, "config")}
     for config in configs.values():
-        if switched and getattr(config, "use_cache", None) is True:
-            done.set(config, "use_cache", False)
+        if switched and getattr(config, _CACHE, None) is True:
+            done.set(config, _CACHE, False)
     layers: list[nn.Module] = [m for m in switched if isinstance(m, GradientCheckpointingLayer)]
     return layers or switched
 

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import LoRAStrategy, QLoRAStrategy
-from lightning_peft.plan import plan_callback
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.prediction import plan_memory, predict
+from lightning_peft.plugin import automatic_checkpointing, plan_callback, run_memory
 
 CONFIG = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -55,13 +55,25 @@ def fit(strategy, task=None, **settings):
 @pytest.fixture
 def small_device(monkeypatch):
     small = DeviceMemory("a small device", 410_000_000, "cpu")
-    monkeypatch.setattr(plan_callback, "_device_of", lambda module: small)
+    for home in (plan_callback, automatic_checkpointing, run_memory):
+        monkeypatch.setattr(home, "memory_of", lambda trainer, module: small)
+
+
+@pytest.fixture
+def always_planned(monkeypatch):
+    monkeypatch.setattr(plan_callback, "surely_fits", lambda *given: False)
 
 
 def test_nothing_is_said_of_a_run_that_fits(caplog):
     with caplog.at_level(logging.INFO):
         fit(QLoRAStrategy(announce=False))
     assert "memory" not in "".join(r.message for r in caplog.records if "plan" in r.name)
+
+
+def test_what_fits_by_a_rough_estimate_is_not_planned(monkeypatch):
+    monkeypatch.setattr(plan_callback, "predict", None)
+    monkeypatch.setattr(plan_callback, "_planned", None)
+    fit(LoRAStrategy(announce=False, gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize("strategy", ["auto", LoRAStrategy])
@@ -75,7 +87,7 @@ def test_a_run_that_does_not_fit_is_warned_of(small_device, strategy, caplog):
     assert warning.message.count("saves about") == 3
 
 
-def test_a_budget_is_planned_with(monkeypatch):
+def test_a_budget_is_planned_with(always_planned, monkeypatch):
     found = []
     original = plan_callback._planned
     monkeypatch.setattr(
@@ -88,7 +100,7 @@ def test_a_budget_is_planned_with(monkeypatch):
     assert kept[False] > kept[0.9] > kept[0.5] > kept[True]
 
 
-def test_a_plan_of_the_running_module_is_that_of_the_config(monkeypatch):
+def test_a_plan_of_the_running_module_is_that_of_the_config(always_planned, monkeypatch):
     found = []
     original = plan_callback._planned
 
@@ -129,7 +141,7 @@ def test_out_of_memory_is_explained(small_device, caplog):
     assert message.count("saves about") == 3
 
 
-def test_what_cannot_be_planned_trains_all_the_same(caplog):
+def test_what_cannot_be_planned_trains_all_the_same(always_planned, caplog):
     class Odd(Task):
         def training_step(self, batch, batch_idx):
             assert self.trainer.training

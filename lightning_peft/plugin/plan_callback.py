@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
-from lightning_peft import engine
-from lightning_peft.compat.torch import tree_map
 from lightning_peft.plan.device_memory import DeviceMemory
 from lightning_peft.plan.explanation import memory_warning, out_of_memory_message
-from lightning_peft.plan.margins import PROCESS_BYTES
 from lightning_peft.plan.prediction import Prediction, predict
-from lightning_peft.plan.settings import PRECISIONS, PlanSettings
 from lightning_peft.plan.sources import ModelSource, from_module, rows_of
 from lightning_peft.plan.suggestions import suggest_changes
+from lightning_peft.plugin.adapter_strategy import AdapterStrategy
 from lightning_peft.plugin.namespace import LateBoundMeta
+from lightning_peft.plugin.run_memory import memory_of, settings_of, surely_fits, without_values
 
 if TYPE_CHECKING:
     from pytorch_lightning.callbacks import Callback as _Base
@@ -45,11 +42,17 @@ class MemoryPlanCallback(_Base, metaclass=LateBoundMeta):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the shapes of the batch; plans with the first."""
-        self._latest = tree_map(_shape, batch)
+        self._latest = without_values(batch)
         if self._begun:
             return
         self._begun = True
-        if not trainer.is_global_zero:
+        strategy = trainer.strategy
+        if isinstance(strategy, AdapterStrategy):
+            # On all processes, which decide together.
+            decision = strategy.decide_checkpointing(batch)
+            if decision is not None and decision.planned and not decision.recompute:
+                return
+        if not trainer.is_global_zero or surely_fits(trainer, pl_module, batch):
             return
         planned = _planned(trainer, pl_module, self._latest)
         if planned is None:
@@ -83,17 +86,13 @@ def is_out_of_memory(exception: BaseException) -> bool:
     )
 
 
-def _shape(value: Any) -> Any:
-    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
-
-
 def _planned(
     trainer: Any, module: Any, batch: Any
 ) -> tuple[ModelSource, Prediction, DeviceMemory] | None:
     try:
         source = from_module(module, batch)
         settings = settings_of(trainer, module, rows_of(batch))
-        return source, predict(source, settings), _device_of(module)
+        return source, predict(source, settings), memory_of(trainer, module)
     except Exception as error:
         # Whatever it is, it is a fault of the plan and not of the run.
         log.info("The memory of this run cannot be planned: %s", error)
@@ -102,40 +101,3 @@ def _planned(
 
 def _changes(source: ModelSource, plan: Prediction, device: DeviceMemory) -> list[Any]:
     return suggest_changes(source, plan, device.bytes)
-
-
-def settings_of(trainer: Any, module: Any, rows: int | None) -> PlanSettings:
-    """Returns the settings of a run that has started.
-
-    An optimizer that the planner does not know counts as torch's AdamW.
-    """
-    record = engine.record_of(module)
-    quantized = record is not None and any(p.quantized for p in record.parts.values())
-    precision = str(trainer.precision)
-    return PlanSettings(
-        method="full" if record is None else "qlora" if quantized else "lora",
-        batch_size=rows or 1,
-        accumulate=trainer.accumulate_grad_batches,
-        precision=precision if precision in PRECISIONS else "32-true",
-        optimizer=_name_of(trainer.optimizers),
-        gradient_checkpointing=engine.is_checkpointed(module),
-        device="cuda" if module.device.type == "cuda" else "cpu",
-    )
-
-
-def _name_of(optimizers: list[Any]) -> str:
-    names = engine.optimizer_names(optimizers)
-    if any(group.get("fused") for one in optimizers for group in one.param_groups):
-        return "adamw_fused"
-    return next((engine.name_of_optimizer(name) for name in names), None) or "adamw_torch"
-
-
-def _device_of(module: Any) -> DeviceMemory:
-    """Returns the memory available to the run: free, and already in use by it."""
-    if module.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(module.device)
-        used = torch.cuda.memory_reserved(module.device) + PROCESS_BYTES["cuda"][1]
-        return DeviceMemory(torch.cuda.get_device_name(module.device), free + used, "cuda")
-    used = psutil.Process().memory_info().rss
-    free = psutil.virtual_memory().available
-    return DeviceMemory("this machine's memory", free + used, "cpu")

@@ -1,0 +1,103 @@
+"""``gradient_checkpointing="auto"``: activations kept or computed again, by the planner."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_peft import engine
+from lightning_peft.plan import activation_decision, device_memory
+from lightning_peft.plan.activation_decision import decide_activations, rough_activation_bytes
+from lightning_peft.plan.device_memory import DeviceMemory, available_memory
+from lightning_peft.plan.meta_copy import meta_copy
+from lightning_peft.plan.prediction import predict
+from lightning_peft.plan.settings import PlanSettings
+from lightning_peft.plan.sources import from_module
+
+CONFIG = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+SETTINGS = PlanSettings("lora", batch_size=4, device="cpu", gradient_checkpointing=False)
+
+
+@pytest.fixture
+def run():
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    engine.inject(model, r=4)
+    ids = torch.zeros(4, 32, dtype=torch.long)
+    return model, {"input_ids": ids, "labels": ids}
+
+
+def device(size):
+    return DeviceMemory("a device", size, "cpu")
+
+
+def test_the_planner_decides_at_85_percent_of_the_device(run, monkeypatch):
+    monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
+    needed = predict(from_module(*run), SETTINGS).high_bytes
+    enough = decide_activations(*run, SETTINGS, device(int(needed / 0.85) + 1))
+    assert not enough.recompute
+    assert "within 85% of the 946 MB of a device" in enough.reason
+    assert enough.room == pytest.approx(1.0, abs=1e-3)
+    twice = decide_activations(*run, SETTINGS, device(2 * needed))
+    assert not twice.recompute
+    assert twice.room > 1.5
+    short = decide_activations(*run, SETTINGS, device(int(needed / 0.85) - 2))
+    assert short.recompute
+    assert "takes up to 804 MB, more than 85%" in short.reason
+
+
+def test_activations_that_hardly_count_need_no_plan(run, monkeypatch):
+    monkeypatch.setattr(activation_decision, "predict", None)
+    rough = rough_activation_bytes(*run)
+    decision = decide_activations(*run, SETTINGS, device(100 * rough))
+    assert not decision.recompute
+    assert decision.reason.startswith("all activations take less than")
+    assert decision.room == pytest.approx(10)
+
+
+def test_the_rough_estimate_is_above_the_planners(run):
+    kept = predict(from_module(*run), SETTINGS).trace.kept
+    assert 2 * kept < rough_activation_bytes(*run) < 50 * kept
+
+
+def test_what_cannot_be_predicted_is_computed_again(run, monkeypatch):
+    monkeypatch.setattr(activation_decision, "NEGLIGIBLE", 0)
+    model, batch = run
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, labels):
+            return self.model(input_ids[input_ids.sum(1) >= 0], labels=labels).loss
+
+    decision = decide_activations(Sized(), batch, SETTINGS, device(10**12))
+    assert decision.recompute
+    assert decision.reason.startswith("the memory of the activations cannot be predicted: A train")
+
+
+def test_datasets_of_a_module_are_not_copied():
+    module = nn.Linear(2, 2)
+    module.rows = TensorDataset(torch.zeros(3))
+    assert meta_copy(module).rows is module.rows
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_the_limit_of_a_container_counts(version, tmp_path, monkeypatch):
+    free = device_memory.psutil.virtual_memory().available
+    monkeypatch.setattr(
+        device_memory.psutil, "virtual_memory", lambda: type("Free", (), {"available": free})
+    )
+    assert available_memory(tmp_path) == free
+    most, used, stat, cached = device_memory._CONTAINER_FILES[version]
+    (tmp_path / most).parent.mkdir(exist_ok=True)
+    (tmp_path / used).write_text("700000")
+    (tmp_path / stat).write_text(f"anon 5\n{cached} 300000\n")
+    (tmp_path / most).write_text("max\n")
+    assert available_memory(tmp_path) == free
+    (tmp_path / most).write_text("1000000\n")
+    assert available_memory(tmp_path) == 600_000
