@@ -193,9 +193,9 @@ def with_fix(content: dict[str, Any], name: object, longest: int | None) -> dict
 def applicable_fixes(content: dict[str, Any], longest: int | None) -> list[str]:
     """Returns the names of the changes that would need less memory, the mildest first."""
     found = []
-    checkpointing = value_at(content, f"{_STRATEGY}gradient_checkpointing", None)
     quantized = method_of(content) == "qlora"
-    if checkpointing is False or checkpointing is None and not quantized:
+    # Where it is left open, a run switches it on by itself.
+    if value_at(content, f"{_STRATEGY}gradient_checkpointing", None) is False:
         found.append("checkpointing")
     if value_at(content, _BATCH, 8) > 1:
         found.append("batch")

@@ -431,7 +431,11 @@ def test_the_plan_is_requested_what_the_recipe_says():
 
 def test_fixes_need_less_and_learn_the_same_where_they_can():
     content = load_recipe("sft-lora")
-    assert applicable_fixes(content, 300) == ["checkpointing", "batch", "qlora", "length"]
+    assert applicable_fixes(content, 300) == ["batch", "qlora", "length"]
+    off = with_value(content, f"{STRATEGY}gradient_checkpointing", False)
+    assert applicable_fixes(off, 300) == ["checkpointing", "batch", "qlora", "length"]
+    on = with_fix(off, "checkpointing", 300)
+    assert value_at(on, f"{STRATEGY}gradient_checkpointing") is True
     batch = with_fix(content, "batch", 300)
     assert value_at(batch, f"{DATA}batch_size") == 1
     assert value_at(batch, f"{TRAINER}accumulate_grad_batches") == 16
