@@ -6,7 +6,10 @@ STRATEGIES = frozenset({"lightning_peft.LoRAStrategy", "lightning_peft.QLoRAStra
 STRATEGY_WORDS = frozenset({"auto", "lora", "qlora"})
 _LIGHTNINGS = ("lightning.pytorch", "pytorch_lightning")
 CALLBACKS = frozenset(
-    {f"lightning_peft.tasks.{name}" for name in ("BestCheckpoint", "LogSamples", "StopEarly")}
+    {
+        f"lightning_peft.tasks.{name}"
+        for name in ("BestCheckpoint", "LogSamples", "StopEarly", "ValidationBudget")
+    }
     | {
         f"{root}.callbacks.{name}"
         for root in _LIGHTNINGS

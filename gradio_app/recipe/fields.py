@@ -16,7 +16,7 @@ from gradio_app.recipe.setting import STRATEGY, Field, setting, strategy_setting
 _MODEL, _DATA = "model.init_args.", "data.init_args."
 _TRAINER, _CALLBACKS = "trainer.", "trainer.callbacks."
 _STOP, _BEST = (f"{_CALLBACKS}{name}.init_args." for name in ("StopEarly", "BestCheckpoint"))
-_SAMPLES = _CALLBACKS + "LogSamples"
+_SAMPLES, _BUDGET = (_CALLBACKS + name for name in ("LogSamples", "ValidationBudget"))
 _PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true")
 _INITS = (True, False, "gaussian", "pissa", "olora", "orthogonal")
 _SHAPES = ("auto", "messages", "alpaca", "prompt_completion", "text")
@@ -107,6 +107,9 @@ _GROUPS: dict[str, tuple[Field, ...]] = {
         setting(_DATA + "streaming", False, tasks="rows"),
     ),
     "validation": (
+        setting(_BUDGET, False),
+        setting(_BUDGET + ".init_args.share", 0.1, gt=0, le=0.99),
+        setting(_BUDGET + ".init_args.most", 4, ge=1, le=10**4),
         setting(_TRAINER + "val_check_interval", kind="batches", gt=0),
         setting(_TRAINER + "check_val_every_n_epoch", 1, ge=1, le=10_000, optional=True),
         setting(_TRAINER + "num_sanity_val_steps", kind="integer", ge=-1, le=10**6),
@@ -160,7 +163,10 @@ OTHER_STEPS = frozenset(
 YAML_ONLY = frozenset(
     {
         *(f"{_MODEL}{name}" for name in ("config", "average_across_step")),
-        *(f"{_DATA}{name}" for name in ("validation_data", "test_data", "cache_dir")),
+        *(
+            f"{_DATA}{name}"
+            for name in ("validation_data", "validation_rows", "test_data", "cache_dir")
+        ),
         *(f"{_DATA}{name}" for name in ("reasoning", "chat_template_kwargs", "ignored_keys")),
         *(f"{STRATEGY}{name}" for name in ("peft_config", "quantization_config", "ddp_kwargs")),
         *("trainer.logger", "trainer.callbacks.BestCheckpoint.init_args.filename"),

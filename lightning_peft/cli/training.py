@@ -153,6 +153,9 @@ def _show(session: RunSession, as_json: bool) -> None:
         adapter = file.parent / "adapters" / file.stem
         lines += [("checkpoint", _short(file))]
         lines += [("adapter", _short(adapter))] if adapter.is_dir() else []
+    if "validation_share" in result:
+        seconds, share = result["validation_seconds"], result["validation_share"]
+        print(f"validation  {seconds:.0f} s, {share:.0%} of the time, samples included")
     if session.folder.predictions.is_file():
         lines += [("predictions", _short(session.folder.predictions))]
     for title, path in lines:

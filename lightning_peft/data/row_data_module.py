@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from lightning_peft.data.encoding import TextSpan
 from lightning_peft.data.preparation import (
@@ -36,6 +36,10 @@ else:
 
 log = logging.getLogger(__name__)
 
+# Validation rows of a fit: as many as keep five validations, of a third of the cost of training on
+# the same rows, below a tenth of all that is done with rows; and these at least.
+VALIDATION_SHARE, LEAST_VALIDATION = 1 / 15, 200
+
 
 class RowDataModule(_Base, metaclass=LateBoundMeta):
     """Rows of examples, every one of which is checked before training.
@@ -59,6 +63,9 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         duplicates: Exact duplicates are an error, or are kept.
         skip_bad_rows: File that rows with problems are written to, with the reasons; training then
             goes on without them.
+        validation_rows: Most rows that a fit validates with, spread evenly over all of them;
+            ``"auto"`` is a fifteenth of the rows that it trains on, each as often as it comes, and
+            200 at least; ``None`` is all.
         batch_size: Rows per batch and device.
         num_workers: Processes that load batches.
         hub_config: Configuration of a dataset on the hub.
@@ -100,6 +107,7 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         ignored_keys: list[str] | None = None,
         duplicates: Literal["error", "keep"] = "error",
         skip_bad_rows: str | None = None,
+        validation_rows: int | Literal["auto"] | None = "auto",
         batch_size: int = 8,
         num_workers: int = 0,
         hub_config: str | None = None,
@@ -118,6 +126,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         self.save_hyperparameters(logger=False)
         self.batch_size = batch_size
         self.prepared: Prepared | None = None
+        # The validation rows of a fit, also for what is validated after it: taken and of how many.
+        self.validated: tuple[int, int] | None = None
         # Of the keys that are not used: several loaders set the same data up.
         self._reported = False
         problems = self._argument_problems()
@@ -137,8 +147,8 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         for name in ("validation", "test"):
             if hparams[f"{name}_data"] is not None and hparams[f"{name}_share"] is not None:
                 problems.append(f"{name}_data and {name}_share are both given; drop one")
-        for name in ("batch_size", "max_length", "limit"):
-            if hparams.get(name) is not None and hparams[name] < 1:
+        for name in ("batch_size", "max_length", "limit", "validation_rows"):
+            if isinstance(hparams.get(name), int) and hparams[name] < 1:
                 problems.append(f"{name}={hparams[name]} is less than 1")
         return problems
 
@@ -286,14 +296,49 @@ class RowDataModule(_Base, metaclass=LateBoundMeta):
         if split not in self.read().splits:
             return []
         sampler = self.sampler(split)
+        rows = self.rows(split)
+        if split == "validation" and sampler is None:
+            rows = self._for_validation(rows)
         return DataLoader(
-            self.rows(split),
+            rows,
             batch_size=self.batch_size,
             shuffle=split == "train" and sampler is None,
             sampler=sampler,
             num_workers=self.hparams["num_workers"],
             collate_fn=self.collator(),
         )
+
+    def _for_validation(self, rows: Any) -> Any:
+        """Returns the rows that a fit validates with; what comes after it has the same."""
+        trainer = self.trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            count = self._validation_count(trainer, len(rows))
+            if count < len(rows) and self.validated is None and trainer.is_global_zero:
+                log.info(
+                    f"Validation takes {count:,} of {len(rows):,} rows, spread evenly, since the "
+                    "run trains on few; validation_rows=None takes all."
+                )
+            self.validated = count, len(rows)
+        if self.validated is None or self.validated[0] >= len(rows):
+            return rows
+        count = self.validated[0]
+        return Subset(rows, [place * len(rows) // count for place in range(count)])
+
+    def _validation_count(self, trainer: Any, known: int) -> int:
+        wanted = self.hparams["validation_rows"]
+        if wanted != "auto":
+            return known if wanted is None else min(known, wanted)
+        ends = []
+        if trainer.max_epochs not in (None, -1):
+            ends.append(len(self.rows("train")) * trainer.max_epochs)
+        if trainer.max_steps != -1:
+            step = self.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+            ends.append(trainer.max_steps * step)
+        # Whoever limits batches has chosen.
+        if not ends or trainer.limit_val_batches != 1.0:
+            return known
+        trained = min(ends)
+        return min(known, max(LEAST_VALIDATION, round(VALIDATION_SHARE * trained)))
 
     def _sources(self) -> list[Source]:
         hparams = self.hparams

@@ -29,7 +29,7 @@ class RunRecord:
         seed: int | None = None,
         decided: dict[str, Any] | None = None,
     ) -> None:
-        self.decided: dict[str, Any] = decided or {}
+        self.decided: dict[str, Any] = dict(decided or {})
         self._facts: dict[str, Any] = {}
         self._written = ""
         self.folder = folder if isinstance(folder, RunFolder) else RunFolder.at(Path(folder))
@@ -98,7 +98,9 @@ class RunRecord:
             "after": after,
             "rows": self.pace.rows,
             "tokens": self.pace.tokens,
+            "validation_rows": getattr(trainer.datamodule, "validated", None),
             "seconds": round(self._earlier_seconds + time.time() - self.started, 1),
+            **self._validation_time(),
             "seed": self.seed,
             "recipe_sha256": text_digest(self.recipe),
         }
@@ -109,6 +111,17 @@ class RunRecord:
             state="finished", phase="finished", checkpoint=newest, part=None, eta_seconds=None
         )
         return record
+
+    def _validation_time(self) -> dict[str, Any]:
+        """Returns the time of validation and samples in the last session of a fit."""
+        if self.kind != "fit":
+            return {}
+        self.pace.validation_ends(whole=False)
+        seconds, whole = self.pace.validated, time.time() - self.started
+        return {
+            "validation_seconds": round(seconds, 1),
+            "validation_share": round(seconds / max(whole, 1e-9), 3),
+        }
 
     def close(self) -> None:
         """Ends the heartbeat."""

@@ -63,7 +63,7 @@ class RunRecorder(RunRecord, _Base, metaclass=LateBoundMeta):
             return
         facts = provenance(pl_module, trainer.datamodule, self.recipe, self.seed)
         if trainer.ckpt_path:
-            self.decided = self.folder.decided()
+            self.decided.update(self.folder.decided())
         self._facts = facts
         self._write_provenance()
         prompts = getattr(trainer.datamodule, "prompts", None)

@@ -22,7 +22,8 @@ class Throughput:
         self._marks: deque[tuple[float, int, int, int]] = deque(maxlen=WINDOW + 1)
         self.rows = self.tokens = 0
         self._validating_since: float | None = None
-        self._validated = 0.0
+        # Seconds of all validations so far, with the samples and checkpoints that belong to them.
+        self.validated = 0.0
         # The last one that looked at all rows, with the samples that belong to it.
         self._validation: float | None = None
 
@@ -47,11 +48,11 @@ class Throughput:
             return
         seconds = time.monotonic() - self._validating_since
         self._validating_since = None
-        self._validated += seconds
+        self.validated += seconds
         self._validation = seconds if whole else self._validation
 
     def _training_time(self) -> float:
-        return time.monotonic() - self._validated
+        return time.monotonic() - self.validated
 
     def rates(self) -> dict[str, float]:
         """Returns ``steps``, ``rows`` and ``tokens`` per second; empty before the second step."""

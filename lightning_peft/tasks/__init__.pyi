@@ -15,3 +15,4 @@ from .text_classification import TextClassifier as TextClassifier
 from .time_series import Forecaster as Forecaster
 from .token_classification import TokenClassifier as TokenClassifier
 from .unpaired import UnpairedPreferenceTuning as UnpairedPreferenceTuning
+from .validation_budget import ValidationBudget as ValidationBudget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_peft.compat.lightning import last_saved_step, save_last
@@ -149,6 +150,9 @@ def _check_logged(callback: Any, trainer: Any) -> None:
 class LogSamples(_Callback, metaclass=LateBoundMeta):
     """Lets the model generate for the first validation rows, before training and with validation.
 
+    Where that would take too much of a run's time, before training and at its end only: see
+    :class:`ValidationBudget <lightning_peft.runs.validation_budget.ValidationBudget>`.
+
     The samples go into the record of the run (``samples.jsonl``) and to loggers that take text.
 
     Args:
@@ -169,6 +173,9 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
             )
         self.count = count
         self.max_new_tokens = max_new_tokens
+        # For the budget of a run: seconds so far, and whether there are samples at its end only.
+        self.seconds = 0.0
+        self.waits_for_end = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Checks that module and data can give samples.
@@ -193,7 +200,9 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Generates with what has been learnt so far."""
-        if not trainer.sanity_checking:
+        # A run that stops early ends with this validation.
+        due = not self.waits_for_end or trainer.should_stop
+        if due and not trainer.sanity_checking:
             self._generate(trainer, pl_module)
 
     def _generate(self, trainer: Any, pl_module: Any) -> None:
@@ -201,6 +210,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
         if rows is None:
             return
         samples: list[GeneratedSample] = []
+        began = time.monotonic()
         count = min(self.count, len(rows))
         for start in range(0, count, BATCH_SIZE):
             for callback in trainer.callbacks:
@@ -210,6 +220,7 @@ class LogSamples(_Callback, metaclass=LateBoundMeta):
             some = [rows[place] for place in range(start, min(start + BATCH_SIZE, count))]
             with trainer.precision_plugin.forward_context():
                 samples += pl_module.generate_samples(some, self.max_new_tokens)
+        self.seconds += time.monotonic() - began
         if trainer.is_global_zero:
             self._log(trainer, samples)
 

@@ -198,6 +198,7 @@ def test_callbacks_are_switched_on_and_off():
     content = base_recipe("sft")
     off = with_value(content, "trainer.callbacks.StopEarly", False)
     assert [class_name(one) for one in off["trainer"]["callbacks"]] == [
+        "ValidationBudget",
         "BestCheckpoint",
         "LogSamples",
     ]

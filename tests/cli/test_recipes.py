@@ -63,7 +63,7 @@ def test_every_key_is_an_argument_of_its_class(name):
 
 def test_forkme_explains_every_key():
     found = list(sections(yaml.safe_load(FILES["forkme"].read_text())))
-    assert len(found) == 6
+    assert len(found) == 7
     for path, arguments in found:
         assert set(arguments) == arguments_of(path), path
 
